@@ -1,0 +1,33 @@
+"""Fast knowledge distillation of self-supervised teachers into small models.
+
+Importing this package imports nothing heavy: names are loaded when they are first used (PEP 562).
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_MODULES = {"crops", "errors", "eval", "images", "objectives", "store", "students", "teachers", "training"}
+_NAMES = {
+    "open_store": "fkd_ssl.store",
+    "replay": "fkd_ssl.crops",
+    "StoredCrops": "fkd_ssl.data",
+}
+
+if TYPE_CHECKING:
+    from fkd_ssl.crops import replay as replay
+    from fkd_ssl.data import StoredCrops as StoredCrops
+    from fkd_ssl.store import open_store as open_store
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"fkd_ssl.{name}")
+    if name in _NAMES:
+        return getattr(importlib.import_module(_NAMES[name]), name)
+    raise AttributeError(f"module 'fkd_ssl' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES, *_NAMES})

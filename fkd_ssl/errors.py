@@ -1,0 +1,25 @@
+"""What can go wrong, as exceptions: each names what came, what was expected and what to do."""
+
+
+class FkdError(Exception):
+    """Work that failed or a check that did not hold; the command line ends with `exit_status` and no traceback."""
+
+    exit_status = 1
+
+
+class RequestError(FkdError):
+    """A request that cannot be right: a missing folder, a wrong option, an output that belongs to another config."""
+
+    exit_status = 2
+
+
+class ImageError(FkdError):
+    """An image that cannot be read; the message names it."""
+
+
+class StoreError(FkdError):
+    """A store that is missing, incomplete, foreign, newer, altered, or made from other images."""
+
+
+class CheckpointError(RequestError):
+    """A checkpoint of another layout than the one asked for, or one that cannot be read without executing code."""
