@@ -1,1 +1,21 @@
-"""crops."""
+"""Crops: records, recipes and replay."""
+
+from fkd_ssl.crops.probe import probe_digest
+from fkd_ssl.crops.recipes import RECIPES, Recipe, draw, image_key
+from fkd_ssl.crops.records import CROP_DTYPE, Records, box_record, centre, well_formed
+from fkd_ssl.crops.replay import replay, replay_into
+
+__all__ = [
+    "CROP_DTYPE",
+    "RECIPES",
+    "Recipe",
+    "Records",
+    "box_record",
+    "centre",
+    "draw",
+    "image_key",
+    "probe_digest",
+    "replay",
+    "replay_into",
+    "well_formed",
+]

@@ -1,0 +1,26 @@
+"""The probe digest: whether two machines make the same pixels of the same bytes and records."""
+
+import functools
+import hashlib
+from importlib import resources
+from pathlib import Path
+
+import numpy as np
+
+from fkd_ssl.crops.recipes import RECIPES, draw, image_key
+from fkd_ssl.crops.replay import replay
+from fkd_ssl.images import decode
+
+
+@functools.cache
+def probe_digest() -> str:
+    """sha256 of decoding a built-in JPEG and replaying 16 crops of every recipe at 224, 96 and 64 pixels."""
+    data = resources.files("fkd_ssl.crops").joinpath("probe.jpg").read_bytes()
+    image = decode(data, Path("probe.jpg"))
+    height, width = image.shape[:2]
+    digest = hashlib.sha256(np.ascontiguousarray(image).tobytes())
+    for name in sorted(RECIPES):
+        records = draw(RECIPES[name], image_key(0, f"probe/{name}"), height, width, 0, 16)
+        for pixels in (224, 96, 64):
+            digest.update(replay(image, records, pixels).tobytes())
+    return digest.hexdigest()

@@ -1,0 +1,69 @@
+"""Replay: a crop's pixels again, from the image and the crop's record. One code path for teacher and student."""
+
+import math
+
+import cv2
+import numpy as np
+
+from fkd_ssl.crops import colour
+from fkd_ssl.crops.records import BLUR, FLIP, GREY, JITTER, SOLARIZE, Records, check
+from fkd_ssl.images import UInt8Array
+
+SIGMA_PIXELS = 224  # a record's sigma is in pixels of an output of this size
+
+
+def replay(image: UInt8Array, records: Records, pixels: int) -> UInt8Array:
+    """The pixels of crops of one image.
+
+    Each crop depends on the image and on its own record, never on the others that are read with it, and is bit-identical
+    whenever it is made by the same versions on the same kind of machine.
+
+    Geometry: the box is cut from the full image; while it is at least twice `pixels` on its short side it is halved by
+    exact 2 x 2 means (an odd last row or column is left out); the rest, a ratio under 2, is a linear resize.
+
+    Args:
+        image: uint8 [H, W, 3], RGB.
+        records: Crop records [M].
+        pixels: Side P of the output.
+
+    Returns:
+        uint8 [M, 3, P, P], in channels-last memory.
+
+    Raises:
+        ImageError: A box lies outside the image.
+    """
+    views = np.empty((len(records), pixels, pixels, 3), dtype=np.uint8)
+    replay_into(views, image, records)
+    return views.transpose(0, 3, 1, 2)
+
+
+def replay_into(views: UInt8Array, image: UInt8Array, records: Records) -> None:
+    """`replay` into an existing C-contiguous array uint8 [M, P, P, 3]."""
+    check(records, *image.shape[:2])
+    for view, record in zip(views, records, strict=True):
+        _replay_one(view, image, record)
+
+
+def _replay_one(view: UInt8Array, image: UInt8Array, record: np.void) -> None:
+    pixels = view.shape[0]
+    top, left, height, width, flags = (int(record[k]) for k in ("top", "left", "height", "width", "flags"))
+    crop = image[top : top + height, left : left + width]
+    while min(height, width) >= 2 * pixels:
+        height, width = height // 2, width // 2
+        crop = cv2.resize(crop[: 2 * height, : 2 * width], (width, height), interpolation=cv2.INTER_AREA)
+    cv2.resize(crop, (pixels, pixels), dst=view, interpolation=cv2.INTER_LINEAR)
+    if flags & (JITTER | GREY):
+        mean = cv2.mean(view)
+        cv2.transform(view, colour.matrix(record, (mean[0], mean[1], mean[2])), dst=view)
+    if flags & BLUR:
+        _blur(view, float(record["sigma"]) * pixels / SIGMA_PIXELS)
+    if flags & SOLARIZE:
+        np.subtract(255, view, out=view, where=view >= 128)
+    if flags & FLIP:
+        cv2.flip(view, 1, dst=view)
+
+
+def _blur(view: UInt8Array, sigma: float) -> None:
+    side = math.floor(6 * sigma + 1.5) | 1  # kernel of three standard deviations to each side
+    if side > 1:
+        cv2.GaussianBlur(view, (side, side), sigma, dst=view, sigmaY=sigma, borderType=cv2.BORDER_REPLICATE)
