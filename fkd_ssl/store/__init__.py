@@ -1,1 +1,5 @@
-"""store."""
+"""The store: crops and targets of one image set on disk."""
+
+from fkd_ssl.store.reader import Column, Store, open_store
+
+__all__ = ["Column", "Store", "open_store"]

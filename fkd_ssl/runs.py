@@ -1,0 +1,73 @@
+"""Run folders: where a command writes. The same config resumes one, a finished one is left alone, others are refused."""
+
+import dataclasses
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from fkd_ssl import files
+from fkd_ssl.errors import RequestError
+
+CONFIG, RESULTS = "config.yaml", "results.json"
+State = Literal["new", "resume", "done"]
+
+
+def open_run(out: str | Path, config: Any) -> tuple[Path, State]:
+    """Makes or re-opens the run folder `out` for a config dataclass.
+
+    Returns:
+        The folder, and whether the run is new, to be resumed, or done (its results.json exists).
+
+    Raises:
+        RequestError: The folder holds another config's run, or files that are no run.
+    """
+    folder = Path(out)
+    wanted = to_yaml(config)
+    if folder.is_file():
+        raise RequestError(f"{folder}: is a file; --out must name a folder")
+    if not folder.exists() or not any(folder.iterdir()):
+        folder.mkdir(parents=True, exist_ok=True)
+        files.replace(folder / CONFIG, wanted.encode())
+        return folder, "new"
+    if not (folder / CONFIG).exists():
+        raise RequestError(f"{folder}: exists and is not a run of fkd-ssl; choose another --out")
+    found = (folder / CONFIG).read_text()
+    if found != wanted:
+        raise RequestError(f"{folder}: holds a run of another config ({difference(found, wanted)}); choose another --out")
+    return folder, "done" if (folder / RESULTS).exists() else "resume"
+
+
+def finish(folder: Path, results: dict[str, Any]) -> None:
+    """Writes results.json, which marks the run as done; the versions that made it are added."""
+    files.replace(folder / RESULTS, (json.dumps({**results, "versions": versions()}, indent=2) + "\n").encode())
+
+
+def read_results(folder: Path) -> dict[str, Any]:
+    """The results.json of a finished run; raises RequestError where there is none."""
+    try:
+        results: dict[str, Any] = json.loads((folder / RESULTS).read_text())
+    except (OSError, ValueError) as error:
+        raise RequestError(f"{folder}: not a finished run: {RESULTS}: {error}") from error
+    return results
+
+
+def to_yaml(config: Any) -> str:
+    """The config as YAML, one key a line, in the order of its fields."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+
+
+def difference(found: str, wanted: str) -> str:
+    """The first keys in which two YAML configs differ, in words."""
+    a, b = yaml.safe_load(found) or {}, yaml.safe_load(wanted) or {}
+    keys = [key for key in {**a, **b} if a.get(key) != b.get(key)]
+    return "; ".join(f"{key} is {a.get(key)!r} there, {b.get(key)!r} here" for key in keys[:3]) or "other spelling"
+
+
+def versions() -> dict[str, str]:
+    """Versions of what shapes a result."""
+    names = ("fkd_ssl", "torch", "torchvision", "lightly", "pytorch_lightning", "faiss-cpu", "numpy")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}

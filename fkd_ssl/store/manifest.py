@@ -1,0 +1,209 @@
+"""The manifest and the image list of a store: written once, never rewritten."""
+
+import hashlib
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from fkd_ssl import files
+from fkd_ssl.crops import CROP_DTYPE, Recipe
+from fkd_ssl.errors import ImageError, RequestError, StoreError
+from fkd_ssl.images import ImageSet, read_size
+
+FORMAT = "fkd_ssl store"
+VERSION = 1
+ROWS_PER_SHARD = 1024
+SIZE_DTYPE = np.dtype([("bytes", "<u8"), ("width", "<u2"), ("height", "<u2")])
+
+MANIFEST, IMAGES, SIZES, CROPS, TARGETS = "manifest.json", "images.txt", "images.npy", "crops", "targets"
+# a path that is empty, absolute, has a drive or a backslash, or leads out of the folder
+_UNSAFE = re.compile(rb"(?m)^/|^[A-Za-z]:|\\|(?:^|/)\.{0,2}(?:/|\n)")
+COLUMN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a store is made of.
+
+    Attributes:
+        seed: Seed of the crops' draw.
+        recipe: What the crops were drawn from.
+        crops_per_image: C.
+        rows_per_shard: Images in every shard but the last.
+        count: N, images in the store.
+        images_sha256: Of images.txt.
+        sizes_sha256: Of images.npy.
+    """
+
+    seed: int
+    recipe: Recipe
+    crops_per_image: int
+    rows_per_shard: int
+    count: int
+    images_sha256: str
+    sizes_sha256: str
+
+    @property
+    def shards(self) -> int:
+        """Number of shards."""
+        return -(-self.count // self.rows_per_shard)
+
+    def shard_rows(self, shard: int) -> range:
+        """The rows of a shard."""
+        first = shard * self.rows_per_shard
+        return range(first, min(first + self.rows_per_shard, self.count))
+
+    def write(self, folder: Path) -> None:
+        """Publishes manifest.json, the last file of a new store."""
+        values = {**self.__dict__, "recipe": self.recipe.to_dict()}
+        files.write_json(folder / MANIFEST, {"format": FORMAT, "version": VERSION, **values})
+
+
+class Paths:
+    """The lines of images.txt, decoded when asked for: a million paths cost their bytes and no more."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        self._ends = np.flatnonzero(np.frombuffer(data, dtype=np.uint8) == ord("\n"))
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, row: int) -> str:
+        start = int(self._ends[row - 1]) + 1 if row else 0
+        return self._data[start : int(self._ends[row])].decode()
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[row] for row in range(len(self)))
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a store; raises StoreError where there is none that this version reads."""
+    path = folder / MANIFEST
+    if not path.is_file():
+        what = "no such folder" if not folder.is_dir() else f"no {MANIFEST} in it"
+        raise StoreError(f"{folder}: not a store ({what}); make one with fkd-ssl precompute")
+    values = files.read_json(path)
+    if values.pop("format", None) != FORMAT:
+        raise StoreError(f"{path}: not the manifest of a store")
+    version = values.pop("version", None)
+    if version != VERSION:
+        raise StoreError(f"{path}: format {version!r}; this version of fkd_ssl reads {VERSION}: update fkd_ssl")
+    try:
+        manifest = Manifest(**{**values, "recipe": Recipe.from_dict(values["recipe"])})
+    except (KeyError, TypeError) as error:
+        raise StoreError(f"{path}: keys are missing or unknown: {error}") from error
+    counts = (manifest.crops_per_image, manifest.rows_per_shard, manifest.count)
+    if not all(isinstance(n, int) and 0 < n < 2**31 for n in counts) or not isinstance(manifest.seed, int):
+        raise StoreError(f"{path}: seed {manifest.seed!r} or counts {counts} are impossible")
+    return manifest
+
+
+def read_images(folder: Path, manifest: Manifest) -> tuple[Paths, npt.NDArray[np.void]]:
+    """Paths and sizes of a store's rows; raises StoreError where they differ from what the manifest says."""
+    try:
+        data = (folder / IMAGES).read_bytes()
+    except OSError as error:
+        raise StoreError(f"{folder / IMAGES}: cannot be read: {error.strerror}") from error
+    if files.sha256(data) != manifest.images_sha256:
+        raise StoreError(f"{folder / IMAGES}: altered: its sha256 is not the manifest's; restore it from a copy")
+    paths = Paths(data)
+    if len(paths) != manifest.count or not data.endswith(b"\n"):
+        raise StoreError(f"{folder / IMAGES}: {len(paths)} lines, the manifest says {manifest.count}")
+    if _UNSAFE.search(data):
+        raise StoreError(f"{folder / IMAGES}: holds a path that is absolute or leads out of the image folder")
+    sizes = files.map_npy(folder / SIZES, SIZE_DTYPE, (manifest.count,))
+    if files.sha256_file(folder / SIZES) != manifest.sizes_sha256:
+        raise StoreError(f"{folder / SIZES}: altered: its sha256 is not the manifest's; restore it from a copy")
+    return paths, sizes
+
+
+def create(folder: Path, images: ImageSet, *, seed: int, recipe: Recipe, crops: int, skip_unreadable: bool) -> Manifest:
+    """Lists the images and their sizes into a new store, the manifest last.
+
+    Raises:
+        RequestError: The folder holds something else.
+        ImageError: A header cannot be read, unless `skip_unreadable`.
+    """
+    foreign = {entry.name for entry in folder.iterdir()} - {IMAGES, SIZES, CROPS, TARGETS} if folder.is_dir() else set()
+    foreign = {name for name in foreign if not name.startswith(".")}
+    if foreign:
+        raise RequestError(f"{folder}: exists and is not a store (it holds {sorted(foreign)[0]!r}); choose another --store")
+    lines = "".join(f"{path}\n" for path in images.paths).encode()
+    if _UNSAFE.search(lines):
+        raise RequestError(f"{images.root}: a name with '\\', or one like a drive, cannot be stored; rename it")
+    sizes = np.zeros(len(images), dtype=SIZE_DTYPE)
+    for row in tqdm(range(len(images)), desc="image headers", unit="img", disable=len(images) < 2000):
+        try:
+            sizes[row] = (images.file(row).stat().st_size, *read_size(images.file(row)))
+        except ImageError:
+            if not skip_unreadable:
+                raise
+    for name in (CROPS, TARGETS):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    with files.publish(folder / IMAGES) as file:
+        file.write(lines)
+    manifest = Manifest(
+        seed=seed,
+        recipe=recipe,
+        crops_per_image=crops,
+        rows_per_shard=ROWS_PER_SHARD,
+        count=len(images),
+        images_sha256=files.sha256(lines),
+        sizes_sha256=files.write_npy(folder / SIZES, sizes),
+    )
+    manifest.write(folder)
+    return manifest
+
+
+def in_hash_order(paths: list[str], purpose: str) -> list[int]:
+    """Rows ordered by a hash of their paths: any first part is a sample that no folder dominates."""
+
+    def key(row: int) -> bytes:
+        return hashlib.blake2b(f"{purpose}\n{paths[row]}".encode(), digest_size=16).digest()
+
+    return sorted(range(len(paths)), key=key)
+
+
+def limit_images(images: ImageSet, limit: int | None) -> ImageSet:
+    """The first `limit` images in hash order, listed by path again."""
+    if limit is None or limit >= len(images):
+        return images
+    if limit < 1:
+        raise RequestError(f"--limit {limit}: at least one image is needed")
+    return images.subset(sorted(in_hash_order(images.paths, "limit")[:limit]))
+
+
+def crops_file(folder: Path, shard: int) -> Path:
+    """Crop records of a shard; its sidecar has the suffix .json."""
+    return folder / CROPS / f"{shard:05d}.npy"
+
+
+def codes_file(folder: Path, column: str, shard: int) -> Path:
+    """Codes of a shard; its sidecar has the suffix .json."""
+    return folder / TARGETS / column / f"codes-{shard:05d}.npy"
+
+
+def shard_bytes(manifest: Manifest, code_size: int) -> int:
+    """Bytes on disk of all shards of one column and of its crops, without headers and sidecars."""
+    return manifest.count * manifest.crops_per_image * (CROP_DTYPE.itemsize + code_size)
+
+
+def checked_name(name: str) -> str:
+    """A column's name, which is a folder's name too; raises RequestError where it cannot be one."""
+    if not COLUMN_NAME.fullmatch(name):
+        raise RequestError(f"--name {name!r}: letters, digits, '.', '_' and '-' only, and no '.' first")
+    return name
+
+
+def string_list(value: Any, length: int, path: Path) -> list[str]:
+    """`value` as a list of `length` strings; raises StoreError, naming `path`, where it is none."""
+    if not isinstance(value, list) or len(value) != length or not all(isinstance(v, str) for v in value):
+        raise StoreError(f"{path}: expected {length} strings; the file is damaged")
+    return value
