@@ -402,7 +402,8 @@ def _write_shard(
         already = progress.crops
         bar.update(already)
         first = already // per_row
-        checksums = progress.checksums[:first]
+        checksums = progress.checksums
+        del checksums[first:]
 
         def calls() -> Iterator[Callable[[], _Row]]:
             for k in range(first, len(rows)):
@@ -415,7 +416,7 @@ def _write_shard(
                 yield row
 
         for chunk in _chunks(read(), size, already - first * per_row):
-            progress.add(column.codec.encode(_embed(teacher, chunk, size)), checksums)
+            progress.add(column.codec.encode(_embed(teacher, chunk, size)))
             bar.update(len(chunk))
         if known is None:
             _publish_crops(store, shard, reader, crops_path, checksums)

@@ -4,7 +4,7 @@ import fcntl
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,7 +20,7 @@ class Progress:
 
     Attributes:
         crops: How many crops are done.
-        checksums: sha256 of the image of each row that was read.
+        checksums: sha256 of the image of each row that was read, the caller appends; at least those of all whole rows.
     """
 
     def __init__(self, file: BinaryIO, journal: Path, column: str) -> None:
@@ -30,14 +30,14 @@ class Progress:
         self._written = time.monotonic()
         self.crops, self.checksums = self._resume()
 
-    def add(self, codes: UInt8Array, checksums: list[str]) -> None:
+    def add(self, codes: UInt8Array) -> None:
         """Appends the codes uint8 [n, code_size] of a chunk; now and then all that was added is made safe."""
         self._file.write(codes.tobytes())
         self.crops += len(codes)
         if time.monotonic() - self._written > SECONDS_BETWEEN_JOURNALS:
-            self.save(checksums)
+            self.save()
 
-    def save(self, checksums: list[str]) -> None:
+    def save(self) -> None:
         """Makes what was added survive a kill: the codes are synced before the journal counts them."""
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -46,7 +46,7 @@ class Progress:
             "bytes": size,
             "crops": self.crops,
             "codes": self._digest(size),
-            "images": checksums,
+            "images": self.checksums,
             "column": self._column,
         }
         signed = {**values, "sha256": files.sha256(files.canonical(values))}
@@ -104,6 +104,11 @@ def open_shard(codes: Path, column: str) -> Iterator[Progress | None]:
             yield None  # finished and removed by another process between our open and our lock
             return
         progress = Progress(file, journal, column)
-        yield progress
+        try:
+            yield progress
+        except BaseException:
+            with suppress(OSError):  # the disk may be what failed
+                progress.save()
+            raise
         path.unlink(missing_ok=True)
         journal.unlink(missing_ok=True)

@@ -1,1 +1,5 @@
-"""training."""
+"""Training of students."""
+
+from fkd_ssl.training.config import TrainConfig
+
+__all__ = ["TrainConfig"]

@@ -1,0 +1,244 @@
+"""Data sets of crops: stored ones with their targets, or fresh ones; both read an image once for all its crops."""
+
+import hashlib
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.utils.data import Dataset
+
+from fkd_ssl.crops import Recipe, Records, draw, image_key, replay_into
+from fkd_ssl.errors import ImageError, RequestError, StoreError
+from fkd_ssl.images import ImageSet, UInt8Array, decode, read_bytes, scan
+from fkd_ssl.store import Store
+
+Batch = dict[str, Any]
+Index = int | tuple[int, int]  # an image, or a pass and an image
+
+
+class Crops(Dataset[Batch]):
+    """M crops of each image, one decode for all of them.
+
+    `data[i]` reads image `i` in pass 0, `data[p, i]` in pass `p`; a list of such indices, as a DataLoader with
+    `collate_fn=whole_batch` asks for them, is read as one batch.
+    """
+
+    def __init__(self, length: int, crops_per_image: int, pixels: int, teacher_pixels: int | None = None) -> None:
+        if crops_per_image < 1 or pixels < 1:
+            raise RequestError(f"crops_per_image {crops_per_image} and pixels {pixels} must be at least 1")
+        self._length = length
+        self.crops_per_image = crops_per_image
+        self.pixels = pixels
+        self.teacher_pixels = None if teacher_pixels == pixels else teacher_pixels
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: Index) -> Batch:
+        """One image: `images` uint8 [M, 3, P, P], `targets` float32 [M, D] if stored, `label` and `path`."""
+        pass_, i = index if isinstance(index, tuple) else (0, index)
+        if not 0 <= i < len(self):
+            raise IndexError(f"image {i} of {len(self)}")
+        batch = self.__getitems__([(pass_, i)])
+        labels, paths = batch.pop("labels"), batch.pop("paths")
+        return {**batch, "label": int(labels[0]), "path": paths[0]}
+
+    def __getitems__(self, indices: list[Index]) -> Batch:
+        """A batch of B images.
+
+        Returns:
+            `images` uint8 [B M, 3, P, P] in channels-last memory, the crops of an image side by side; `targets` float32
+            [B M, D] if stored; `teacher_images` if the teacher's size is another; `labels` int64 [B]; `paths`.
+
+        Raises:
+            ImageError: An image is missing, unreadable or changed; the message names it.
+        """
+        pairs = [index if isinstance(index, tuple) else (0, index) for index in indices]
+        m = self.crops_per_image
+        views = np.empty((len(pairs) * m, self.pixels, self.pixels, 3), dtype=np.uint8)
+        large = self.teacher_pixels
+        teacher_views = None if large is None else np.empty((len(pairs) * m, large, large, 3), dtype=np.uint8)
+        for k, (pass_, i) in enumerate(pairs):
+            image = self._read(i)
+            records = self._records(pass_, i, image.shape[0], image.shape[1])
+            try:
+                replay_into(views[k * m : (k + 1) * m], image, records)
+                if teacher_views is not None:
+                    replay_into(teacher_views[k * m : (k + 1) * m], image, records)
+            except ImageError as error:
+                raise ImageError(f"{self._file(i)}: {error}") from error
+        batch: Batch = {
+            "images": torch.from_numpy(views).permute(0, 3, 1, 2),
+            "labels": torch.tensor([self._label(i) for _, i in pairs]),
+            "paths": [self._path(i) for _, i in pairs],
+        }
+        if teacher_views is not None:
+            batch["teacher_images"] = torch.from_numpy(teacher_views).permute(0, 3, 1, 2)
+        targets = self._targets(pairs)
+        return batch if targets is None else {**batch, "targets": torch.from_numpy(targets)}
+
+    def _read(self, i: int) -> UInt8Array:
+        return decode(read_bytes(self._file(i)), self._file(i))
+
+    def _targets(self, pairs: list[tuple[int, int]]) -> npt.NDArray[np.float32] | None:
+        return None
+
+    @abstractmethod
+    def _records(self, pass_: int, i: int, height: int, width: int) -> Records:
+        """Records [M] of an image in a pass."""
+
+    @abstractmethod
+    def _file(self, i: int) -> Path: ...
+
+    @abstractmethod
+    def _path(self, i: int) -> str: ...
+
+    @abstractmethod
+    def _label(self, i: int) -> int: ...
+
+
+class StoredCrops(Crops):
+    """The crops of a store, with one teacher's targets.
+
+    Pass p reads crops (start + p M + 0..M-1) mod C of an image, start a hash of the seed and the image: every crop is
+    used before any is used twice.
+
+    Args:
+        store: An opened store.
+        images: The folder of images, or a scanned set; it may hold more than the store.
+        crops_per_image: M.
+        pixels: P, the side of the crops; it need not be what the teacher saw.
+        teacher: Name of the column; not needed where there is only one.
+        seed: Of the starts.
+        with_targets: False gives the crops alone, for a teacher that runs online on them.
+        teacher_pixels: Side at which the crops are made once more, for a teacher that runs online.
+
+    Raises:
+        StoreError: The column is unknown or not finished, or an image of the store is missing from the folder.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        images: str | Path | ImageSet,
+        *,
+        crops_per_image: int = 4,
+        pixels: int = 224,
+        teacher: str | None = None,
+        seed: int = 0,
+        with_targets: bool = True,
+        teacher_pixels: int | None = None,
+    ) -> None:
+        found = images if isinstance(images, ImageSet) else scan(images)
+        self.store = store
+        self.column = store.column(teacher) if with_targets else None
+        if self.column is not None:
+            self.column.require_complete()
+        if crops_per_image > store.crops_per_image:
+            raise RequestError(
+                f"crops_per_image {crops_per_image}: {store.folder} holds {store.crops_per_image} crops of each image"
+            )
+        where = {path: k for k, path in enumerate(found.paths)}
+        absent = [path for path in (store.paths[row] for row in store.rows) if path not in where]
+        if absent:
+            raise StoreError(
+                f"{found.root}: lacks {len(absent)} of the {len(store)} images of {store.folder}, for instance "
+                f"{absent[0]!r}: give the folder that the store was made from"
+            )
+        if not len(store):
+            raise StoreError(f"{store.folder}: holds no finished crops; run fkd-ssl precompute")
+        self.root = found.root
+        self.classes = found.classes
+        positions = np.array([where[store.paths[row]] for row in store.rows])
+        self.labels = found.labels[positions]
+        self._spelled = {int(k): found.on_disk[p] for k, p in enumerate(positions) if found.on_disk[p] != found.paths[p]}
+        self._rows = store.rows
+        self.seed = seed
+        super().__init__(len(store), crops_per_image, pixels, teacher_pixels)
+
+    def _index(self, pass_: int, i: int) -> npt.NDArray[np.int64]:
+        c, m = self.store.crops_per_image, self.crops_per_image
+        digest = hashlib.blake2b(f"{self.seed}\n{self._path(i)}".encode(), digest_size=8, person=b"start").digest()
+        return (int.from_bytes(digest, "little") % c + pass_ * m + np.arange(m)) % c
+
+    def _read(self, i: int) -> UInt8Array:
+        data = read_bytes(self._file(i))
+        if len(data) != self.store.sizes[self._rows[i]]["bytes"]:
+            raise ImageError(f"{self._file(i)}: changed since the store was made: {len(data)} bytes now")
+        return decode(data, self._file(i))
+
+    def _records(self, pass_: int, i: int, height: int, width: int) -> Records:
+        return self.store.crops(int(self._rows[i]), self._index(pass_, i))
+
+    def _targets(self, pairs: list[tuple[int, int]]) -> npt.NDArray[np.float32] | None:
+        if self.column is None:
+            return None
+        codes = [self.column.codes(int(self._rows[i]), self._index(pass_, i)) for pass_, i in pairs]
+        return self.column.codec.decode(np.concatenate(codes))
+
+    def _file(self, i: int) -> Path:
+        return self.root / self._spelled.get(i, self._path(i))
+
+    def _path(self, i: int) -> str:
+        return self.store.paths[int(self._rows[i])]
+
+    def _label(self, i: int) -> int:
+        return int(self.labels[i])
+
+
+class FreshCrops(Crops):
+    """Crops drawn anew in every pass, from a recipe: what online distillation reads. They go through the same record.
+
+    Args:
+        images: The image set.
+        recipe: What crops are drawn from.
+        crops_per_image: M.
+        pixels: P, the side of the crops.
+        seed: Of the draw; no store draws the same crops.
+        teacher_pixels: Side at which the crops are made once more, for the teacher.
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        recipe: Recipe,
+        *,
+        crops_per_image: int = 4,
+        pixels: int = 224,
+        seed: int = 0,
+        teacher_pixels: int | None = None,
+    ) -> None:
+        self.images = images
+        self.recipe = recipe
+        self._draw_seed = int.from_bytes(hashlib.blake2b(f"fresh {seed}".encode(), digest_size=8).digest(), "little")
+        super().__init__(len(images), crops_per_image, pixels, teacher_pixels)
+
+    def _records(self, pass_: int, i: int, height: int, width: int) -> Records:
+        key = image_key(self._draw_seed, self._path(i))
+        return draw(self.recipe, key, height, width, pass_ * self.crops_per_image, self.crops_per_image)
+
+    def _file(self, i: int) -> Path:
+        return self.images.file(i)
+
+    def _path(self, i: int) -> str:
+        return self.images.paths[i]
+
+    def _label(self, i: int) -> int:
+        return int(self.images.labels[i])
+
+
+def whole_batch(batch: Batch) -> Batch:
+    """The collate function of a DataLoader over `Crops`, whose batches come whole from `__getitems__`."""
+    return batch
+
+
+def start_worker(worker: int) -> None:
+    """Start-up of a DataLoader's worker process: one thread each for OpenCV and faiss."""
+    import faiss
+
+    cv2.setNumThreads(1)
+    faiss.omp_set_num_threads(1)

@@ -1,0 +1,18 @@
+"""Squared distance of normalised features."""
+
+from torch import Tensor, nn
+
+
+class Cosine(nn.Module):
+    """2 - 2 cos(student, target), the squared Euclidean distance of L2-normalised vectors.
+
+    SimReg (Navaneet et al., BMVC 2021, arXiv 2201.05131, eq. 1).
+    """
+
+    def forward(self, student: Tensor, target: Tensor) -> Tensor:
+        """The mean distance, a scalar in 0 to 4, of L2-normalised student [B, D] and target [B, D]."""
+        return 2 - 2 * (student * target).sum(dim=1).mean()
+
+    def floor(self, target: Tensor) -> Tensor:
+        """The least value that `forward` can take for these targets [B, D]: 0."""
+        return target.new_zeros(())

@@ -1,0 +1,29 @@
+"""Cross-entropy of softmaxed features: S2-BNN's distillation, which FKD-SSL follows."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class FeatureKL(nn.Module):
+    """Cross-entropy between softmax(target / T) and softmax(student / T) over the D feature dimensions.
+
+    S2-BNN (Shen et al., CVPR 2021, arXiv 2102.08946, eq. 6) with T = 0.2; it has the gradient of the KL divergence. Its
+    floor is the target's entropy, so `floor` is what to subtract to see the KL itself.
+
+    Args:
+        temperature: T.
+    """
+
+    def __init__(self, temperature: float = 0.2) -> None:
+        super().__init__()
+        self.temperature = temperature
+
+    def forward(self, student: Tensor, target: Tensor) -> Tensor:
+        """The mean cross-entropy in nats, a scalar, of L2-normalised student [B, D] and target [B, D]."""
+        p = torch.softmax(target / self.temperature, dim=1)
+        return -(p * F.log_softmax(student / self.temperature, dim=1)).sum(dim=1).mean()
+
+    def floor(self, target: Tensor) -> Tensor:
+        """The least value that `forward` can take for these targets [B, D]: their mean entropy in nats."""
+        return self(target, target)  # type: ignore[no-any-return]

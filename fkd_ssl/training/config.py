@@ -1,0 +1,89 @@
+"""What a training run is made of. No torch here: the command line's help is built from it."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from fkd_ssl.errors import RequestError
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """A student distilled from a teacher, over stored targets or online.
+
+    Stored and online differ in where a batch's crops and targets come from, and in nothing else.
+    """
+
+    images: str
+    """Folder of images; class folders are needed only for kNN."""
+    out: str
+    """Run folder: config.yaml, metrics.csv, results.json, checkpoints/. The same config resumes it."""
+    targets: Literal["stored", "online"] = "stored"
+    """Read the teacher's targets from --store, or run the teacher on every batch."""
+    store: str | None = None
+    """Store made by precompute. With --targets online its crops are used and the teacher runs on them."""
+    teacher: str | None = None
+    """Stored: the column, if there are several. Online: a family (mocov2, swav), a preset, or module:function."""
+    checkpoint: str | None = None
+    """The online teacher's checkpoint."""
+    recipe: str = "mocov2"
+    """What online crops are drawn from: mocov2, s2bnn, swav or fkd. Stored crops have the store's."""
+    student: str = "resnet18"
+    """Any classifier of torchvision, by name; its classifier is replaced by a projection head."""
+    objective: str = "feature_kl"
+    """feature_kl (S2-BNN's) or cosine (SimReg's)."""
+    temperature: float | None = None
+    """Of the objective; the paper's by default (0.2 for feature_kl)."""
+    epochs: float = 100
+    """One epoch is one crop of every image, so the amount of training does not depend on crops_per_image."""
+    crops_per_image: int = 4
+    """M, crops read of an image at once: more decode less, and are more alike in BatchNorm's eyes."""
+    batch_size: int = 256
+    """Crops in a batch, a multiple of crops_per_image."""
+    pixels: int = 224
+    """Side of the student's crops."""
+    teacher_pixels: int | None = None
+    """Side of the online teacher's crops, if another: the crops are then made twice."""
+    seed: int = 0
+    """Of the initial weights, the order of images and the online crops."""
+    optimizer: Literal["adam", "adamw", "sgd", "lars"] = "adam"
+    """Adam is S2-BNN's."""
+    lr: float = 3e-4
+    """Peak learning rate, for the batch size as it is."""
+    weight_decay: float = 0.0
+    """Of weights; biases and norms are left out of it."""
+    momentum: float = 0.9
+    """Of sgd and lars."""
+    warmup_epochs: float = 0.0
+    """Linear warm-up; a cosine to zero follows."""
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    """The student's arithmetic, in Lightning's terms."""
+    workers: int = 2
+    """Processes that read images."""
+    val: str | None = None
+    """Folder of labelled test images for kNN during training."""
+    knn_every: float = 5
+    """Epochs between kNN scores, if --val is given; the last epoch is scored in any case."""
+    knn_k: int = 20
+    """Neighbours."""
+    log_every: int = 20
+    """Steps in one line of metrics.csv."""
+
+    def __post_init__(self) -> None:
+        positive = ("epochs", "crops_per_image", "batch_size", "pixels", "lr", "knn_every", "knn_k", "log_every")
+        for name in positive:
+            if getattr(self, name) <= 0:
+                raise RequestError(f"{name} {getattr(self, name)}: must be positive")
+        for name in ("weight_decay", "warmup_epochs", "workers", "momentum"):
+            if getattr(self, name) < 0:
+                raise RequestError(f"{name} {getattr(self, name)}: must not be negative")
+        if self.batch_size % self.crops_per_image:
+            raise RequestError(
+                f"batch_size {self.batch_size}: counts crops, and must be a multiple of crops_per_image "
+                f"{self.crops_per_image}"
+            )
+        if self.targets == "stored" and self.store is None:
+            raise RequestError("targets stored: --store is needed; make one with fkd-ssl precompute")
+        if self.targets == "online" and self.teacher is None:
+            raise RequestError("targets online: --teacher is needed, for instance mocov2 with --checkpoint FILE")
+        if self.warmup_epochs >= self.epochs:
+            raise RequestError(f"warmup_epochs {self.warmup_epochs}: must be fewer than epochs {self.epochs}")

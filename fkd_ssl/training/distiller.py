@@ -1,0 +1,93 @@
+"""The training step: crops through the student, targets from the batch or from the teacher, one objective between."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from lightly.utils.lars import LARS
+from torch import Tensor, nn
+
+from fkd_ssl.data import Batch
+from fkd_ssl.objectives import Objective
+from fkd_ssl.students import Student
+from fkd_ssl.training.config import TrainConfig
+
+Targets = Callable[[Batch], Tensor]
+
+
+def stored_targets(batch: Batch) -> Tensor:
+    """Targets [B M, D] that the batch brought from its store."""
+    targets: Tensor = batch["targets"]
+    return targets
+
+
+class OnlineTargets:
+    """Targets [B M, D] that a teacher gives now.
+
+    Attributes:
+        forwards: Crops that the teacher has seen.
+    """
+
+    def __init__(self, embed: Callable[[Tensor], Tensor]) -> None:
+        self.embed = embed
+        self.forwards = 0
+
+    def __call__(self, batch: Batch) -> Tensor:
+        images: Tensor = batch.get("teacher_images", batch["images"])
+        self.forwards += len(images)
+        return self.embed(images).clone()  # out of inference mode, so that autograd may keep it
+
+
+class Distiller(pl.LightningModule):
+    """A student in training. `last_loss` and `last_floor` are the last step's loss and its least possible value."""
+
+    def __init__(self, student: Student, objective: Objective, targets: Targets, config: TrainConfig, steps: int) -> None:
+        super().__init__()
+        self.student = student
+        self.objective = objective
+        self.targets = targets
+        self.config = config
+        self.steps = steps
+        self.last_loss = self.last_floor = torch.zeros(())
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The objective's value on a batch."""
+        target = self.targets(batch)
+        loss = self.objective(self.student(batch["images"]), target)
+        self.last_loss, self.last_floor = loss.detach(), self.objective.floor(target).detach()
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        """The optimiser, and a linear warm-up with a cosine to zero after it, by steps."""
+        optimizer = make_optimizer(self.student, self.config)
+        warmup = round(self.config.warmup_epochs / self.config.epochs * self.steps)
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine(step, self.steps, warmup))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def cosine(step: int, steps: int, warmup: int) -> float:
+    """The learning rate's factor at a step: linear up to 1 over `warmup` steps, then a cosine that ends near 0.
+
+    Loshchilov and Hutter, ICLR 2017 (arXiv 1608.03983), eq. 5, without restarts.
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
+
+
+def make_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+    """The config's optimiser over a network's parameters; biases and norms have no weight decay."""
+    parameters = [p for p in network.parameters() if p.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
+    if config.optimizer == "adam":
+        return torch.optim.Adam(groups, lr=config.lr)
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=config.lr)
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
+    return LARS(groups, lr=config.lr, momentum=config.momentum)

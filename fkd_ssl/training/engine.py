@@ -1,0 +1,141 @@
+"""Training a student: the one path for stored and for online targets."""
+
+import logging
+import math
+import resource
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from fkd_ssl.data import Crops, StoredCrops, start_worker, whole_batch
+from fkd_ssl.errors import RequestError
+from fkd_ssl.objectives import make_objective
+from fkd_ssl.students import Student
+from fkd_ssl.training.config import TrainConfig
+from fkd_ssl.training.distiller import Distiller, OnlineTargets, stored_targets
+from fkd_ssl.training.monitor import LAST, Monitor, Score
+from fkd_ssl.training.recorder import Recorder
+from fkd_ssl.training.sampler import PassSampler
+
+
+def total_steps(config: TrainConfig, images: int) -> int:
+    """Steps of a training: ceil(epochs x N / batch_size), an epoch being one crop of every image."""
+    return math.ceil(config.epochs * images / config.batch_size)
+
+
+def train(
+    config: TrainConfig,
+    data: Crops,
+    folder: Path,
+    *,
+    dim: int,
+    embed: Callable[[Tensor], Tensor] | None = None,
+    score: Score | None = None,
+) -> dict[str, Any]:
+    """Trains a student and leaves metrics.csv and checkpoints/ in `folder`; continues from its last checkpoint.
+
+    Args:
+        config: The run.
+        data: Crops, with targets if they are stored.
+        folder: The run's folder.
+        dim: D of the targets.
+        embed: The online teacher, uint8 [B, 3, H, W] to [B, D]; None reads the targets from the batches.
+        score: kNN accuracy in percent of a student in eval mode.
+
+    Returns:
+        What results.json says of the training.
+
+    Raises:
+        RequestError: A batch holds more images than there are.
+        ImageError: An image cannot be read; the message names it.
+    """
+    batch_images = config.batch_size // config.crops_per_image
+    if batch_images > len(data):
+        raise RequestError(
+            f"batch_size {config.batch_size}: {batch_images} images a batch, and there are {len(data)}; choose at most "
+            f"{len(data) * config.crops_per_image}"
+        )
+    steps = total_steps(config, len(data))
+    torch.manual_seed(config.seed)
+    student = Student(config.student, dim)
+    targets = stored_targets if embed is None else OnlineTargets(embed)
+    module = Distiller(student, make_objective(config.objective, config.temperature), targets, config, steps)
+    sampler = PassSampler(len(data), batch_images, steps, seed=config.seed)
+    loader = DataLoader(
+        data,
+        batch_sampler=sampler,
+        num_workers=config.workers,
+        collate_fn=whole_batch,
+        worker_init_fn=start_worker,
+        persistent_workers=config.workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        prefetch_factor=4 if config.workers else None,
+    )
+    epoch = len(data) / config.batch_size
+    recorder = Recorder(
+        folder / "metrics.csv", every=config.log_every, batch_size=config.batch_size, images=len(data)
+    )
+    monitor = Monitor(
+        folder / "checkpoints",
+        recorder,
+        score,
+        score_every=max(1, round(config.knn_every * epoch)),
+        save_every=max(1, round(epoch)),
+    )
+    last = folder / "checkpoints" / LAST
+    resumed = last.exists()
+    if resumed:
+        sampler.start = int(torch.load(last, map_location="cpu", weights_only=True, mmap=True)["global_step"])
+    _fit(module, loader, [recorder, monitor], config, steps, last if resumed else None)
+    return {
+        "epochs": config.epochs,
+        "steps": steps,
+        "images": len(data),
+        "crops_seen": steps * config.batch_size,
+        "stored_crops_per_image": data.store.crops_per_image if isinstance(data, StoredCrops) else None,
+        "train_seconds": round(recorder.seconds, 3),
+        "data_wait": round(recorder.waited / max(recorder.seconds, 1e-9), 4),
+        "teacher_forwards": steps * config.batch_size if embed is not None else 0,
+        "peak_memory_bytes": peak_memory(),
+        "knn_top1": monitor.last,
+        "knn_best": None if monitor.best is None else {"top1": monitor.best[0], "step": monitor.best[1]},
+    }
+
+
+def _fit(
+    module: Distiller, loader: Any, callbacks: list[pl.Callback], config: TrainConfig, steps: int, last: Path | None
+) -> None:
+    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    with warnings.catch_warnings():
+        # Lightning advises more workers than a small machine has, and counts batches of a loader that we cut ourselves
+        warnings.filterwarnings("ignore", module="pytorch_lightning")
+        trainer = pl.Trainer(
+            max_steps=steps,
+            max_epochs=-1,
+            accelerator="auto",
+            devices=1,
+            precision=config.precision,
+            callbacks=callbacks,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            use_distributed_sampler=False,
+            default_root_dir=str(callbacks[0].path.parent) if isinstance(callbacks[0], Recorder) else None,
+        )
+        trainer.fit(module, loader, ckpt_path=last)
+
+
+def peak_memory() -> int:
+    """The most memory in bytes that this process has used: of the GPU if there is one, otherwise resident."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    scale = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale

@@ -1,0 +1,64 @@
+"""kNN during training, and the checkpoints of a run."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+
+from fkd_ssl.students import Student
+from fkd_ssl.training.distiller import Distiller
+from fkd_ssl.training.recorder import Recorder
+
+LAST, BEST = "last.ckpt", "best.ckpt"
+Score = Callable[[Student], float]
+
+
+class Monitor(pl.Callback):
+    """Saves `last.ckpt` every `save_every` steps; scores the student every `score_every` and keeps the best.
+
+    Attributes:
+        best: Highest score so far and its step.
+        last: The latest score.
+    """
+
+    def __init__(
+        self, folder: Path, recorder: Recorder, score: Score | None, *, score_every: int, save_every: int
+    ) -> None:
+        self.folder = folder
+        self.recorder = recorder
+        self.score = score
+        self.score_every = score_every
+        self.save_every = save_every
+        self.best: tuple[float, int] | None = None
+        self.last: float | None = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps of this callback."""
+        return {"best": self.best, "last": self.last}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continues from a checkpoint."""
+        self.best, self.last = state_dict["best"], state_dict["last"]
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Scores and saves when it is time."""
+        step, end = trainer.global_step, trainer.global_step == trainer.max_steps
+        if self.score is not None and (end or step % self.score_every == 0):
+            self._score(trainer, pl_module)
+        if end or step % self.save_every == 0:
+            trainer.save_checkpoint(self.folder / LAST)
+
+    def _score(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        assert isinstance(pl_module, Distiller) and self.score is not None
+        pl_module.student.eval()
+        with torch.no_grad():
+            self.last = self.score(pl_module.student)
+        pl_module.student.train()
+        self.recorder.score(trainer, self.last)
+        if self.best is None or self.last > self.best[0]:
+            self.best = (self.last, trainer.global_step)
+            trainer.save_checkpoint(self.folder / BEST)
