@@ -1,1 +1,33 @@
-"""Evaluation."""
+"""Evaluation of any callable that maps crops to features: kNN, linear probes, and what a difference is worth.
+
+Names are loaded when they are first used (PEP 562): faiss and the probes are not needed to ask for help.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+_MODULES = {"features", "knn", "linear", "logreg", "scores", "stats"}
+_NAMES = {
+    "extract": "fkd_ssl.eval.features",
+    "knn_predict": "fkd_ssl.eval.knn",
+    "paired_bootstrap": "fkd_ssl.eval.stats",
+    "wilson": "fkd_ssl.eval.stats",
+}
+
+if TYPE_CHECKING:
+    from fkd_ssl.eval.features import extract as extract
+    from fkd_ssl.eval.knn import knn_predict as knn_predict
+    from fkd_ssl.eval.stats import paired_bootstrap as paired_bootstrap
+    from fkd_ssl.eval.stats import wilson as wilson
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"fkd_ssl.eval.{name}")
+    if name in _NAMES:
+        return getattr(importlib.import_module(_NAMES[name]), name)
+    raise AttributeError(f"module 'fkd_ssl.eval' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_MODULES, *_NAMES})

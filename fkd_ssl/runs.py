@@ -16,29 +16,32 @@ CONFIG, RESULTS = "config.yaml", "results.json"
 State = Literal["new", "resume", "done"]
 
 
-def open_run(out: str | Path, config: Any) -> tuple[Path, State]:
-    """Makes or re-opens the run folder `out` for a config dataclass.
-
-    Returns:
-        The folder, and whether the run is new, to be resumed, or done (its results.json exists).
+def peek(out: str | Path, config: Any) -> State:
+    """What the run folder `out` is to a config dataclass: new, to be resumed, or done (its results.json exists).
 
     Raises:
         RequestError: The folder holds another config's run, or files that are no run.
     """
     folder = Path(out)
-    wanted = to_yaml(config)
-    if folder.is_file():
+    if folder.exists() and not folder.is_dir():
         raise RequestError(f"{folder}: is a file; --out must name a folder")
     if not folder.exists() or not any(folder.iterdir()):
-        folder.mkdir(parents=True, exist_ok=True)
-        files.replace(folder / CONFIG, wanted.encode())
-        return folder, "new"
+        return "new"
     if not (folder / CONFIG).exists():
         raise RequestError(f"{folder}: exists and is not a run of fkd-ssl; choose another --out")
-    found = (folder / CONFIG).read_text()
+    found, wanted = (folder / CONFIG).read_text(), to_yaml(config)
     if found != wanted:
         raise RequestError(f"{folder}: holds a run of another config ({difference(found, wanted)}); choose another --out")
-    return folder, "done" if (folder / RESULTS).exists() else "resume"
+    return "done" if (folder / RESULTS).exists() else "resume"
+
+
+def open_run(out: str | Path, config: Any) -> tuple[Path, State]:
+    """Makes or re-opens the run folder `out`; returns it and what `peek` says of it, and raises as `peek` does."""
+    folder, state = Path(out), peek(out, config)
+    if state == "new":
+        folder.mkdir(parents=True, exist_ok=True)
+        files.replace(folder / CONFIG, to_yaml(config).encode())
+    return folder, state
 
 
 def finish(folder: Path, results: dict[str, Any]) -> None:

@@ -1,1 +1,7 @@
-"""Frozen teachers."""
+"""Frozen teachers: MoCo's and SwAV's checkpoints, and one's own networks."""
+
+from fkd_ssl.teachers.presets import PRESETS, Preset
+from fkd_ssl.teachers.registry import FAMILIES, load_teacher
+from fkd_ssl.teachers.teacher import Teacher
+
+__all__ = ["FAMILIES", "PRESETS", "Preset", "Teacher", "load_teacher"]

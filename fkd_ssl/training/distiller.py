@@ -14,6 +14,8 @@ from fkd_ssl.objectives import Objective
 from fkd_ssl.students import Student
 from fkd_ssl.training.config import TrainConfig
 
+STUDENT_KEY = "fkd_ssl_student"
+
 Targets = Callable[[Batch], Tensor]
 
 
@@ -37,7 +39,8 @@ class OnlineTargets:
     def __call__(self, batch: Batch) -> Tensor:
         images: Tensor = batch.get("teacher_images", batch["images"])
         self.forwards += len(images)
-        return self.embed(images).clone()  # out of inference mode, so that autograd may keep it
+        # cloned out of inference mode, so that autograd may keep it
+        return self.embed(images).to(batch["images"].device).clone()
 
 
 class Distiller(pl.LightningModule):
@@ -58,6 +61,14 @@ class Distiller(pl.LightningModule):
         loss = self.objective(self.student(batch["images"]), target)
         self.last_loss, self.last_floor = loss.detach(), self.objective.floor(target).detach()
         return loss
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Adds what rebuilds the student without its run folder."""
+        checkpoint[STUDENT_KEY] = {
+            "name": self.config.student,
+            "dim": self.student.head[-1].out_features,
+            "pixels": self.config.pixels,
+        }
 
     def configure_optimizers(self) -> Any:
         """The optimiser, and a linear warm-up with a cosine to zero after it, by steps."""

@@ -1,0 +1,251 @@
+"""Features of an image set under the evaluation transform: what every probe starts from.
+
+The transform is the usual one, short side to round(8/7 P) and the centre crop of P pixels, made with the project's own
+geometry: one box in the image's pixels, resized once by `fkd_ssl.crops.replay`.
+
+Legend: `B` images in a batch, `N` images in the set, `P` pixels, `D` feature dimension.
+"""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from fkd_ssl.crops import Records, centre, replay
+from fkd_ssl.errors import FkdError, ImageError, RequestError
+from fkd_ssl.eval.scores import Float32Array, Int64Array
+from fkd_ssl.images import ImageSet, read_image
+
+Model = Callable[[torch.Tensor], torch.Tensor]
+"""uint8 [B, 3, P, P] on the CPU -> float [B, D] on any device; it normalises and moves the pixels itself."""
+
+View = tuple[torch.Tensor, int] | ImageError  # an image's pixels and its index
+Batch = tuple[torch.Tensor, torch.Tensor] | ImageError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Split:
+    """Features of a training and a validation set whose classes were matched by folder name."""
+
+    train_features: Float32Array
+    """[N, D]."""
+    train_labels: Int64Array
+    """[N], indices into `classes`."""
+    features: Float32Array
+    """[n, D], of the validation set."""
+    labels: Int64Array
+    """[n], indices into `classes`."""
+    classes: list[str]
+    """The training set's class folders."""
+
+
+def extract(
+    model: Model,
+    images: ImageSet,
+    *,
+    pixels: int,
+    batch_size: int = 256,
+    workers: int = 2,
+    progress: bool = True,
+    desc: str = "features",
+) -> tuple[Float32Array, Int64Array]:
+    """Features of every image, in the set's order, and their labels (-1 for an image outside any class).
+
+    Beside the result, memory is bounded by a few batches. An `nn.Module` is put into eval mode meanwhile; any other
+    callable sees to that itself. No random state is touched, so this can run in the middle of a training.
+
+    Args:
+        model: uint8 [B, 3, P, P] -> float [B, D].
+        images: Of any sizes.
+        pixels: P, the side of the centre crop.
+        batch_size: Images the model gets at once.
+        workers: Processes that decode; 0 decodes in this one.
+        progress: Show a bar on standard error.
+        desc: What the bar is called.
+
+    Returns:
+        Features float32 [N, D] and labels int64 [N].
+
+    Raises:
+        RequestError: The set is empty, or a number is below its least sensible value.
+        ImageError: An image cannot be read.
+        FkdError: The model returned no finite [B, D] tensor of floats.
+    """
+    check_counts(pixels=pixels, batch_size=batch_size)
+    if len(images) == 0:
+        raise RequestError(f"{images.root}: no images to evaluate")
+    rows = [range(i, min(i + batch_size, len(images))) for i in range(0, len(images), batch_size)]
+    features: Float32Array | None = None
+    with (
+        frozen(model),
+        torch.inference_mode(),
+        tqdm(total=len(images), desc=desc, unit="img", file=sys.stderr, disable=not progress) as bar,
+    ):
+        for views, indices in load(_Centred(images, pixels), rows, workers=workers):
+            got = checked(model(views), images, indices)
+            if features is None:
+                features = np.empty((len(images), got.shape[1]), dtype=np.float32)
+            if got.shape[1] != features.shape[1]:
+                raise FkdError(
+                    f"the model returned {features.shape[1]} dimensions, then {got.shape[1]}: expected one size"
+                )
+            features[indices[0] : indices[-1] + 1] = got.cpu().numpy()
+            bar.update(len(views))
+    assert features is not None
+    return features, images.labels.copy()
+
+
+def extract_split(
+    model: Model,
+    train: ImageSet,
+    val: ImageSet,
+    *,
+    pixels: int,
+    batch_size: int = 256,
+    workers: int = 2,
+    progress: bool = True,
+) -> Split:
+    """`extract` of both sets, with the classes matched first, so that a wrong pair of folders fails at once."""
+    labels = match_classes(train, val)
+    options: dict[str, Any] = {"pixels": pixels, "batch_size": batch_size, "workers": workers, "progress": progress}
+    train_features, train_labels = extract(model, train, desc="features of train", **options)
+    features, _ = extract(model, val, desc="features of val", **options)
+    return Split(
+        train_features=train_features,
+        train_labels=train_labels,
+        features=features,
+        labels=labels,
+        classes=train.classes,
+    )
+
+
+def match_classes(train: ImageSet, val: ImageSet) -> Int64Array:
+    """The labels of `val` as indices into `train.classes`, matched by folder name; int64 [n].
+
+    Raises:
+        RequestError: An image lies outside any class folder, or `val` has a class that `train` has no picture of.
+    """
+    for images in (train, val):
+        if len(images) == 0:
+            raise RequestError(f"{images.root}: no images to evaluate")
+        outside = np.flatnonzero(images.labels < 0)
+        if len(outside):
+            raise RequestError(
+                f"{images.root}: {len(outside)} of {len(images)} images lie outside any class folder "
+                f"(first {images.paths[outside[0]]!r}); a probe needs FOLDER/CLASS/IMAGE"
+            )
+    known = {train.classes[i]: int(i) for i in np.unique(train.labels)}
+    present = {int(i): val.classes[i] for i in np.unique(val.labels)}
+    missing = sorted(set(present.values()) - set(known))
+    if missing:
+        names = ", ".join(map(repr, missing[:5])) + (", ..." if len(missing) > 5 else "")
+        raise RequestError(
+            f"{val.root}: {len(missing)} of its {len(present)} classes have no picture in {train.root}: {names}; "
+            "classes are matched by the name of their folder"
+        )
+    to_train = np.full(len(val.classes), -1, dtype=np.int64)
+    for i, name in present.items():
+        to_train[i] = known[name]
+    labels: Int64Array = to_train[val.labels]
+    return labels
+
+
+@contextlib.contextmanager
+def frozen(model: object) -> Iterator[None]:
+    """Puts an `nn.Module` into eval mode and every part of it back into its own mode after; others are left alone."""
+    modes = [(part, part.training) for part in model.modules()] if isinstance(model, nn.Module) else []
+    if isinstance(model, nn.Module):
+        model.eval()
+    try:
+        yield
+    finally:
+        for part, mode in modes:
+            part.training = mode
+
+
+def checked(output: object, images: ImageSet, indices: torch.Tensor) -> torch.Tensor:
+    """A model's answer to the images at `indices` as float32 [B, D], or FkdError that says what came instead."""
+    advice = "expected one tensor [B, D] of floats, such as a backbone's pooled features"
+    if not isinstance(output, torch.Tensor):
+        size = f" of {len(output)}" if isinstance(output, (tuple, list, dict)) else ""
+        raise FkdError(f"the model returned a {type(output).__name__}{size}: {advice}")
+    if output.ndim != 2 or len(output) != len(indices) or not output.shape[1] or not output.is_floating_point():
+        raise FkdError(f"the model returned {output.dtype} {list(output.shape)} for {len(indices)} images: {advice}")
+    output = output.detach().float()
+    finite = output.isfinite().all(dim=1)
+    if not finite.all():
+        first = images.paths[int(indices[int(finite.int().argmin())])]
+        raise FkdError(
+            f"the model returned NaN or infinity for {int((~finite).sum())} of {len(indices)} images, first {first!r}"
+        )
+    return output
+
+
+def load(
+    dataset: "Dataset[View]", batches: Iterable[Sequence[Any]], *, workers: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Batches of views uint8 [B, 3, P, P] with their images' indices int64 [B]; `batches` lists the dataset's keys."""
+    if workers < 0:
+        raise RequestError(f"workers must not be negative, got {workers}")
+    if isinstance(batches, list):
+        workers = min(workers, len(batches))
+    loader: DataLoader[View] = DataLoader(
+        dataset,
+        batch_sampler=batches,  # type: ignore[arg-type]  # any iterable of key lists
+        num_workers=workers,
+        collate_fn=_collate,
+        worker_init_fn=_start_worker,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),  # else the loader draws from the global one and changes a training around it
+    )
+    batch: Batch
+    for batch in loader:
+        if isinstance(batch, ImageError):  # carried by hand: the loader would wrap it in a traceback
+            raise batch
+        yield batch
+
+
+def view(images: ImageSet, index: int, pixels: int, cut: Callable[[int, int], Records]) -> View:
+    """One view of image `index`: `cut` makes the record [1] from the image's height and width."""
+    try:
+        pixels_in = read_image(images.file(index))
+        return torch.from_numpy(replay(pixels_in, cut(*pixels_in.shape[:2]), pixels)[0]), index
+    except ImageError as error:
+        return error
+
+
+def check_counts(**counts: int) -> None:
+    """Raises RequestError for the first that is below 1."""
+    for name, count in counts.items():
+        if count < 1:
+            raise RequestError(f"{name} must be at least 1, got {count}")
+
+
+class _Centred(Dataset[View]):
+    def __init__(self, images: ImageSet, pixels: int) -> None:
+        self.images, self.pixels = images, pixels
+
+    def __getitem__(self, index: int) -> View:
+        return view(self.images, index, self.pixels, lambda height, width: centre(height, width, self.pixels))
+
+
+def _collate(views: list[View]) -> Batch:
+    pixels, indices = [], []
+    for item in views:
+        if isinstance(item, ImageError):
+            return item
+        pixels.append(item[0])
+        indices.append(item[1])
+    return torch.stack(pixels), torch.tensor(indices)
+
+
+def _start_worker(worker: int) -> None:
+    cv2.setNumThreads(1)  # the workers are the parallelism

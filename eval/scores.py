@@ -1,0 +1,94 @@
+"""What the probes share: features and labels as checked arrays, and accuracy from class scores.
+
+Legend: `n` images, `D` feature dimension, `C` classes.
+"""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fkd_ssl.errors import FkdError, RequestError
+
+Float32Array = npt.NDArray[np.float32]
+Int64Array = npt.NDArray[np.int64]
+BoolArray = npt.NDArray[np.bool_]
+
+
+def as_features(values: Any, name: str) -> Float32Array:
+    """Features as float32 [n, D]; `values` is an array or a tensor on any device, `name` is what messages call it.
+
+    Raises:
+        RequestError: Not two-dimensional, or empty.
+        FkdError: A value is not finite.
+    """
+    if isinstance(values, torch.Tensor):
+        values = values.detach().float().cpu().numpy()
+    features = np.asarray(values, dtype=np.float32)
+    if features.ndim != 2 or 0 in features.shape:
+        raise RequestError(f"{name}: expected [images, dimensions], neither of them 0, got {list(features.shape)}")
+    finite = np.isfinite(features).all(axis=1)
+    if not finite.all():
+        raise FkdError(
+            f"{name}: {np.sum(~finite)} of {len(features)} rows hold NaN or infinity, first row {_first(~finite)}"
+        )
+    return features
+
+
+def as_labels(values: Any, rows: int, name: str, *, num_classes: int | None = None) -> Int64Array:
+    """Labels as int64 [rows], each at least 0 and below `num_classes` where that is given.
+
+    Raises:
+        RequestError: Another length or type, an image without a class (-1), or a label that is no class.
+    """
+    if isinstance(values, torch.Tensor):
+        values = values.detach().cpu().numpy()
+    labels = np.asarray(values)
+    if labels.dtype.kind not in "iu":
+        raise RequestError(f"{name}: expected whole numbers, got {labels.dtype}")
+    if labels.shape != (rows,):
+        raise RequestError(f"{name}: expected one label for each of {rows} features, got shape {list(labels.shape)}")
+    bad = labels < 0
+    if bad.any():
+        raise RequestError(
+            f"{name}: {np.sum(bad)} of {rows} have no class (label {labels[bad][0]}), first row {_first(bad)}"
+        )
+    if num_classes is not None and int(labels.max()) >= num_classes:
+        raise RequestError(f"{name}: label {labels.max()}, but there are {num_classes} classes, 0 to {num_classes - 1}")
+    return labels.astype(np.int64)
+
+
+def same_dimension(train: Float32Array, features: Float32Array) -> None:
+    """Raises RequestError where the features to score are not of the training features' dimension."""
+    if train.shape[1] != features.shape[1]:
+        raise RequestError(f"features have {features.shape[1]} dimensions, the training features {train.shape[1]}")
+
+
+def ranks(scores: npt.NDArray[np.floating[Any]], labels: Int64Array) -> Int64Array:
+    """How many classes are ranked ahead of the true one: 0 is a top-1 hit; int64 [n] from scores [n, C].
+
+    Of equal scores the class with the lower index is ahead, so that a result does not depend on a sort's whim.
+    """
+    own = scores[np.arange(len(labels)), labels][:, None]
+    before = np.arange(scores.shape[1]) < labels[:, None]
+    ahead: Int64Array = ((scores > own) | ((scores == own) & before)).sum(axis=1, dtype=np.int64)
+    return ahead
+
+
+def accuracy(rank: Int64Array) -> dict[str, Any]:
+    """`top1` and `top5` in percent, and `correct` bool [n] (top-1, for paired bootstraps), from `ranks`."""
+    return {
+        "top1": 100.0 * float((rank < 1).mean()),
+        "top5": 100.0 * float((rank < 5).mean()),
+        "correct": rank < 1,
+    }
+
+
+def few_classes(num_classes: int) -> list[str]:
+    """The note that a linear probe's top5 needs where there are at most five classes to rank."""
+    return [f"top5 is 100 by definition: there are {num_classes} classes"] if num_classes <= 5 else []
+
+
+def _first(bad: Any) -> int:
+    return int(np.argmax(bad))

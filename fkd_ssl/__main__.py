@@ -1,0 +1,8 @@
+"""`python -m fkd_ssl` is `fkd-ssl`."""
+
+import sys
+
+from fkd_ssl.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,137 @@
+"""The command line: one verb a file of `fkd_ssl.commands`, options from its config dataclass, errors without traceback.
+
+Nothing heavy is imported before it is known what is asked for, so that `--help` answers at once.
+"""
+
+import dataclasses
+import difflib
+import importlib
+import os
+import re
+import sys
+from types import ModuleType
+from typing import Any
+
+from fkd_ssl import __version__
+from fkd_ssl.errors import FkdError, RequestError
+
+VERBS = {
+    "demo": "the whole job on an embedded image set, in minutes, nothing downloaded",
+    "teachers": "known teachers: network, target, source, licence",
+    "pretrain": "train a MoCo v2 teacher on a folder of images (lightly)",
+    "precompute": "run a teacher once over stored crops of every image",
+    "inspect": "what a store holds",
+    "verify": "check a store: every file, its images, a sample of its targets",
+    "train": "distil a student from stored targets, or online",
+    "knn": "k-nearest-neighbour accuracy of a model (exact, faiss)",
+    "linear": "linear probe of a model",
+    "compare": "stored against online: same students, table, plots, break-even",
+}
+_USAGE = "usage: fkd-ssl VERB [options]     (fkd-ssl VERB --help explains one)"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command line; returns 0 done, 1 the work failed or a check did not hold, 2 the request was wrong."""
+    args = sys.argv[1:] if argv is None else argv
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(_help())  # noqa: T201
+        return 0 if args else 2
+    if args[0] == "--version":
+        print(__version__)  # noqa: T201
+        return 0
+    verb = args[0]
+    try:
+        if verb not in VERBS:
+            raise RequestError(f"no verb {verb!r}{_nearest(verb, VERBS)}; fkd-ssl --help lists them")
+        command = importlib.import_module(f"fkd_ssl.commands.{verb}")
+        status: int = command.run(parse(verb, command, args[1:]))
+    except FkdError as error:
+        return _fail(verb, _message(error), error.exit_status)
+    except KeyboardInterrupt:
+        return _fail(verb, "stopped; the same command continues where it can", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read us has enough
+        return 0
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(verb, f"{where}{error.strerror or error}; nothing finished is lost, the same command continues", 1)
+    return status
+
+
+def parse(verb: str, command: ModuleType, args: list[str]) -> Any:
+    """The config dataclass of a command from its options and `--config` files.
+
+    Raises:
+        RequestError: An option or a key is unknown, missing or of the wrong type; the message names it.
+    """
+    import jsonargparse
+
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    fields = {f.name: f for f in dataclasses.fields(command.Config)}
+    positionals = getattr(command, "POSITIONALS", ())
+    helps = _field_helps(command.Config)
+    parser = jsonargparse.ArgumentParser(
+        prog=f"fkd-ssl {verb}", description=command.__doc__, allow_abbrev=False, exit_on_error=False
+    )
+    for name in positionals:
+        parser.add_argument(name, help=helps[name])
+    if set(fields) - set(positionals) - {"json"}:
+        parser.add_argument("--config", action="config", help="YAML file of these options; those given here win.")
+    flags = [name for name, f in fields.items() if f.type is bool]
+    parser.add_class_arguments(command.Config, nested_key=None, skip={*positionals, *flags})
+    for name in flags:
+        parser.add_argument(f"--{name}", action="store_true", help=helps[name])
+    known = [*fields, "config", "print_config", "help"]
+    for arg in args:
+        option = arg.split("=", 1)[0]
+        if option.startswith("--") and option[2:] not in known:
+            raise RequestError(f"no option {option}{_nearest(option[2:], known, '--')}")
+    try:
+        values = parser.parse_args(args).as_dict()
+    except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
+        raise RequestError(_explain(str(error), known)) from error
+    return command.Config(**{name: values[name] for name in fields})
+
+
+def _help() -> str:
+    width = max(map(len, VERBS))
+    verbs = "\n".join(f"  {verb:<{width}}  {what}" for verb, what in VERBS.items())
+    return (
+        f"fkd-ssl {__version__}: distil a self-supervised teacher into small models from stored crops and targets\n\n"
+        f"{_USAGE}\n\n{verbs}\n\n"
+        "The usual order: precompute a teacher's targets once, train any number of students on them, score them with\n"
+        "knn and linear. Every option can stand in a YAML file given as --config; --print_config shows the resolved one."
+    )
+
+
+def _field_helps(config: type) -> dict[str, str]:
+    import docstring_parser
+
+    return {p.arg_name: (p.description or "") for p in docstring_parser.parse_from_object(config).params}
+
+
+def _nearest(word: str, known: Any, dashes: str = "") -> str:
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {dashes}{near[0]}?" if near else ""
+
+
+def _explain(message: str, known: list[str]) -> str:
+    """jsonargparse's message in the words of the command line."""
+    if match := re.search(r"(?:Option|Key|key) '([^']+)' is not (?:accepted|expected)", message):
+        return f"no key {match[1]!r}{_nearest(match[1], known)}"
+    if match := re.search(r"Parser key \"([^\"]+)\":\s*(.*)", message, re.DOTALL):
+        return f"--{match[1]}: {' '.join(match[2].split())}"
+    return " ".join(message.split())
+
+
+def _message(error: FkdError) -> str:
+    """An error's own words: a DataLoader wraps those of its workers in their traceback."""
+    text = str(error)
+    if "DataLoader worker process" in text.split("\n", 1)[0]:
+        text = text.strip().rsplit("\n", 1)[-1].split("Error: ", 1)[-1]
+    return text
+
+
+def _fail(verb: str, message: str, status: int) -> int:
+    print(f"fkd-ssl {verb}: {message}", file=sys.stderr)  # noqa: T201
+    return status

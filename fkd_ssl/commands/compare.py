@@ -1,0 +1,273 @@
+"""Stored against online: the same student, initial weights, order of images, schedule and epochs, with targets from a
+store or from the teacher itself, over several seeds. Scores teacher, trained and untrained students by kNN and a linear
+probe, and says after how many students the store has paid for itself. Arms that are done are not run again."""
+
+import io
+import math
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from fkd_ssl.errors import FkdError, RequestError
+from fkd_ssl.training.config import TrainConfig
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+    from torch import Tensor
+
+    from fkd_ssl.images import ImageSet
+    from fkd_ssl.teachers import Teacher
+
+ARMS = ("stored", "online")
+PROBES = ("knn_top1", "linear_top1")
+# what only a trained arm has
+_UNTRAINED = dict.fromkeys(("train_seconds", "teacher_forwards", "peak_memory_bytes", "epochs", "data_wait"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Options of compare."""
+
+    images: str
+    """Folder of training images in class folders; the labels are used by the probes alone."""
+    val: str
+    """Folder of test images in class folders."""
+    teacher: str
+    """A family (mocov2, swav), a preset, or module:function of your own."""
+    checkpoint: str | None = None
+    """The teacher's weights."""
+    out: str
+    """Folder of the comparison: store, runs, report.md, results.json, plots."""
+    student: str = "resnet18"
+    """Any classifier of torchvision."""
+    epochs: float = 100
+    """Of every arm; one epoch is one crop of every image."""
+    seeds: int = 1
+    """Repetitions, with seeds 0, 1, ..."""
+    crops: int | None = None
+    """C, stored crops per image; as many as epochs by default, since more are never read."""
+    codec: str = "SQ8"
+    """Of the store."""
+    recipe: str = "mocov2"
+    """What crops are drawn from, in both arms."""
+    pixels: int = 224
+    """Side of all crops."""
+    crops_per_image: int = 4
+    """M, in both arms."""
+    batch_size: int = 256
+    """Crops in a batch."""
+    objective: str = "feature_kl"
+    """feature_kl or cosine."""
+    optimizer: Literal["adam", "adamw", "sgd", "lars"] = "adam"
+    """Of both arms."""
+    lr: float = 3e-4
+    """Peak learning rate."""
+    weight_decay: float = 0.0
+    """Of weights."""
+    warmup_epochs: float = 0.0
+    """Linear warm-up."""
+    workers: int = 2
+    """Processes that read images."""
+    knn_every: float = 5
+    """Epochs between the kNN scores that the curves are drawn from."""
+    knn_k: int = 20
+    """Neighbours."""
+    json: bool = False
+    """Print results.json on standard output."""
+
+    def __post_init__(self) -> None:
+        if self.seeds < 1 or self.epochs <= 0:
+            raise RequestError(f"seeds {self.seeds} and epochs {self.epochs}: must be positive")
+
+
+def run(config: Config) -> int:
+    """Compares and prints the table."""
+    from fkd_ssl import report, runs
+    from fkd_ssl.commands import console
+
+    asked = replace(config, json=False)  # printing is no part of what is compared
+    if runs.peek(config.out, asked) == "done":
+        console.say(f"{config.out}: this comparison is done")
+        results = runs.read_results(Path(config.out))
+    else:
+        results = compare(asked)
+    text = report.write(results, Path(config.out))
+    if config.json:
+        console.show_json(results)
+    else:
+        console.show(text)
+    console.say(f"report: {Path(config.out) / 'report.md'}")
+    return 0
+
+
+def compare(config: Config) -> dict[str, Any]:
+    """Runs what is missing of a comparison; returns what its results.json says."""
+    from fkd_ssl import runs
+    from fkd_ssl.commands import console, resolve
+    from fkd_ssl.eval import stats
+    from fkd_ssl.eval.features import match_classes
+    from fkd_ssl.images import scan
+
+    images, val = scan(config.images), scan(config.val)
+    match_classes(images, val)
+    teacher = resolve.teacher_of(config.teacher, config.checkpoint)
+    folder, _ = runs.open_run(config.out, config)
+    scorer = _Scorer(config, folder / "scores", images, val)
+
+    arms = [{"name": "teacher", "seed": None, **scorer.score("teacher", teacher.features), **_UNTRAINED}]
+    precompute_seconds = _precompute(config, folder, images, teacher)
+    dim = teacher.dim
+    del teacher
+    for seed in range(config.seeds):
+        untrained = f"untrained-seed{seed}"
+        arms.append({"name": "untrained", "seed": seed, **scorer.score_untrained(untrained, seed, dim), **_UNTRAINED})
+        for name in ("stored", "online"):
+            run = folder / "runs" / f"{name}-seed{seed}"
+            console.say(f"== {name}, seed {seed}: {run}")
+            trained = _train(_arm(config, folder, name, seed), run)
+            student = resolve.model_of(str(run))
+            arms.append({"name": name, "seed": seed, **scorer.score(run.name, student.features), **trained})
+
+    stored = [arm for arm in arms if arm["name"] == "stored"]
+    online = [arm for arm in arms if arm["name"] == "online"]
+    differences = {}
+    for row, probe in enumerate(PROBES):
+        a, b = (np.stack([scorer.correct(f"{name}-seed{s}")[row] for s in range(config.seeds)]) for name in ARMS)
+        difference, low, high = stats.paired_bootstrap(a, b)
+        differences[probe] = {"difference": difference, "low": low, "high": high, "equal": stats.equal(low, high)}
+    saved = statistics.mean(arm["train_seconds"] for arm in online) - statistics.mean(
+        arm["train_seconds"] for arm in stored
+    )
+    results = {
+        "config": config.__dict__,
+        "images": len(images),
+        "val_images": len(val),
+        "crops": _crops(config),
+        "arms": arms,
+        "differences": differences,
+        "precompute_seconds": precompute_seconds,
+        "store_bytes": sum(f.stat().st_size for f in (folder / "store").rglob("*") if f.is_file()),
+        "break_even_students": math.ceil(precompute_seconds / saved) if saved > 0 else None,
+    }
+    runs.finish(folder, results)
+    return runs.read_results(folder)
+
+
+class _Scorer:
+    """kNN and linear probe of a model; what has been scored is kept with the correctness of every test image."""
+
+    def __init__(self, config: Config, folder: Path, images: "ImageSet", val: "ImageSet") -> None:
+        self.config = config
+        self.folder = folder
+        self.images = images
+        self.val = val
+        folder.mkdir(exist_ok=True)
+
+    def score(self, name: str, features: "Callable[[Tensor], Tensor]") -> dict[str, Any]:
+        """`knn_top1` and `linear_top1` in percent of backbone features."""
+        from fkd_ssl import files
+        from fkd_ssl.eval import knn, logreg
+        from fkd_ssl.eval.features import extract_split
+
+        path = self.folder / f"{name}.json"
+        if path.exists():
+            return files.read_json(path)
+        split = extract_split(
+            features, self.images, self.val, pixels=self.config.pixels, workers=self.config.workers, progress=False
+        )
+        common = {
+            "train_features": split.train_features,
+            "train_labels": split.train_labels,
+            "features": split.features,
+            "labels": split.labels,
+            "num_classes": len(split.classes),
+        }
+        neighbours = knn.evaluate_features(k=self.config.knn_k, **common)
+        probe = logreg.evaluate(progress=False, **common)
+        scores = {"knn_top1": neighbours["top1"], "linear_top1": probe["top1"]}
+        buffer = io.BytesIO()
+        np.save(buffer, np.stack([neighbours["correct"], probe["correct"]]))
+        files.replace(self.folder / f"{name}.npy", buffer.getvalue())
+        files.write_json(path, scores)
+        return scores
+
+    def score_untrained(self, name: str, seed: int, dim: int) -> dict[str, Any]:
+        """The scores of the student as training starts from it."""
+        import torch
+
+        from fkd_ssl.commands import resolve
+        from fkd_ssl.students import Student
+
+        torch.manual_seed(seed)
+        return self.score(name, Student(self.config.student, dim).eval().to(resolve.device()).features)
+
+    def correct(self, name: str) -> "npt.NDArray[np.bool_]":
+        """Correctness of every test image: bool [probes, n]."""
+        array: npt.NDArray[np.bool_] = np.load(self.folder / f"{name}.npy", allow_pickle=False)
+        return array
+
+
+def _crops(config: Config) -> int:
+    return config.crops or math.ceil(config.epochs)
+
+
+def _precompute(config: Config, folder: Path, images: "ImageSet", teacher: "Teacher") -> float:
+    """Makes the comparison's store; returns the seconds it takes, all of it, also when this call made but a part."""
+    from fkd_ssl import files
+    from fkd_ssl.commands import console, resolve
+    from fkd_ssl.store.precompute import precompute
+
+    summary = precompute(
+        images,
+        folder / "store",
+        teacher,
+        crops=_crops(config),
+        recipe=resolve.recipe_of(config.recipe),
+        codec=config.codec,
+        pixels=config.pixels,
+        threads=min(16, resolve.cpu_threads()),
+        log=console.say,
+    )
+    took = folder / "precompute.json"
+    if not took.exists():
+        total = len(images) * _crops(config)
+        if not summary.crops:
+            raise FkdError(
+                f"{folder}: its store was finished by a run that was killed before it noted the time that took; delete "
+                f"{folder / 'store'} to measure it again"
+            )
+        files.write_json(took, {"seconds": summary.seconds * total / summary.crops})
+    return float(files.read_json(took)["seconds"])
+
+
+def _arm(config: Config, folder: Path, name: str, seed: int) -> TrainConfig:
+    shared = {f.name for f in fields(TrainConfig)} & {f.name for f in fields(Config)} - {"out", "teacher", "checkpoint"}
+    where: dict[str, Any] = (
+        {"targets": "stored", "store": str(folder / "store")}
+        if name == "stored"
+        else {"targets": "online", "teacher": config.teacher, "checkpoint": config.checkpoint}
+    )
+    out = str(folder / "runs" / f"{name}-seed{seed}")
+    return TrainConfig(out=out, seed=seed, **{key: getattr(config, key) for key in shared}, **where)
+
+
+def _train(config: TrainConfig, run: Path) -> dict[str, Any]:
+    """Trains an arm in a process of its own, so that its memory and its clock are its own."""
+    from fkd_ssl import files, runs
+
+    if runs.peek(run, config) != "done":
+        run.parent.mkdir(exist_ok=True)
+        file = run.parent / f"{run.name}.yaml"
+        files.replace(file, runs.to_yaml(config).encode())
+        command = [sys.executable, "-m", "fkd_ssl", "train", "--config", str(file)]
+        status = subprocess.run(command, stdout=sys.stderr, check=False).returncode  # noqa: S603
+        if status:
+            raise FkdError(f"{run}: training ended with status {status}; the same compare continues it")
+    results = runs.read_results(run)
+    return {key: results[key] for key in _UNTRAINED}

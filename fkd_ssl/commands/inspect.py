@@ -1,0 +1,75 @@
+"""Shows what a store holds: images, crops, teachers, codecs, sizes, and what is missing."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+POSITIONALS = ("store",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Options of inspect."""
+
+    store: str
+    """Folder of the store."""
+    json: bool = False
+    """Print one JSON object on standard output."""
+
+
+def describe(folder: str) -> dict[str, Any]:
+    """A store as a JSON object."""
+    from fkd_ssl.crops import CROP_DTYPE
+    from fkd_ssl.store import open_store
+
+    store = open_store(folder)
+    m = store.manifest
+    columns = {}
+    for name in store.teachers:
+        column = store.column(name)
+        columns[name] = {
+            **asdict(column.meta),
+            "bytes_per_crop": column.meta.code_size + CROP_DTYPE.itemsize,
+            "missing_shards": column.missing_shards,
+        }
+    skipped = [store.paths[row] for s in range(m.shards) if store.has_crops(s) for row in store.skipped(s)]
+    return {
+        "store": str(store.folder),
+        "images": m.count,
+        "readable": len(store),
+        "skipped": skipped,
+        "crops_per_image": m.crops_per_image,
+        "recipe": m.recipe.to_dict(),
+        "seed": m.seed,
+        "shards": m.shards,
+        "bytes": sum(path.stat().st_size for path in store.folder.rglob("*") if path.is_file()),
+        "teachers": columns,
+    }
+
+
+def run(config: Config) -> int:
+    """Describes the store."""
+    from fkd_ssl.commands import console
+    from fkd_ssl.store.precompute import gigabytes
+
+    about = describe(config.store)
+    if config.json:
+        console.show_json(about)
+        return 0
+    lines = [
+        f"{about['store']}: {about['images']:,} images x {about['crops_per_image']} crops, {gigabytes(about['bytes'])}",
+        f"recipe {about['recipe']['name']}, seed {about['seed']}, {about['shards']} shards",
+    ]
+    if about["skipped"]:
+        lines.append(f"skipped as unreadable: {len(about['skipped'])}, for instance {about['skipped'][0]}")
+    for name, column in about["teachers"].items():
+        fidelity, teacher = column["fidelity"], column["teacher"]
+        lines += [
+            f"teacher {name}: {teacher['network']}, D = {column['dim']}, seen at {column['pixels']} px, {column['precision']}",
+            f"  codec {column['codec']}: {column['bytes_per_crop']} bytes a crop with its record; cosine "
+            f"{fidelity['cosine_mean']:.5f} mean, {fidelity['cosine_min']:.5f} least of {fidelity['sample']}",
+            f"  licence {teacher['licence']}; checkpoint sha256 {str(teacher['checkpoint_sha256'])[:16]}",
+        ]
+        if column["missing_shards"]:
+            lines.append(f"  NOT FINISHED: {len(column['missing_shards'])} of {about['shards']} shards are missing")
+    console.show("\n".join(lines))
+    return 0

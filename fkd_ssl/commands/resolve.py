@@ -1,0 +1,94 @@
+"""From names on the command line to networks."""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fkd_ssl.crops import RECIPES, Recipe
+from fkd_ssl.errors import CheckpointError, RequestError
+from fkd_ssl.students import Student
+from fkd_ssl.teachers import Teacher, load_teacher
+from fkd_ssl.training.distiller import STUDENT_KEY
+from fkd_ssl.training.monitor import LAST
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A network to be evaluated."""
+
+    name: str
+    features: Callable[[Tensor], Tensor]
+    """uint8 [B, 3, P, P] to backbone features [B, F]."""
+    pixels: int
+    """Side that it was trained at."""
+
+
+def device() -> torch.device:
+    """The GPU if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def cpu_threads() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def recipe_of(name: str, min_scale: float | None = None) -> Recipe:
+    """A recipe by name, perhaps with another least scale; raises RequestError where there is none of that name."""
+    if name not in RECIPES:
+        raise RequestError(f"--recipe {name!r} is unknown; there are {', '.join(RECIPES)}")
+    recipe = RECIPES[name]
+    if min_scale is None:
+        return recipe
+    return Recipe(**{**recipe.__dict__, "scale": (min_scale, recipe.scale[1])})
+
+
+def teacher_of(name: str, checkpoint: str | None, precision: str = "fp32") -> Teacher:
+    """A teacher on the device that this machine has; raises as fkd_ssl.teachers.load_teacher."""
+    teacher = load_teacher(name, checkpoint=checkpoint, precision=precision)
+    return teacher.to(device())
+
+
+def model_of(spec: str, checkpoint: str | None = None) -> Model:
+    """A run folder, one of its checkpoints, or `teacher:NAME` (with a checkpoint).
+
+    Raises:
+        RequestError: It is none of these.
+    """
+    if spec.startswith("teacher:"):
+        teacher = teacher_of(spec.removeprefix("teacher:"), checkpoint)
+        return Model(name=spec, features=teacher.features, pixels=teacher.pixels)
+    if checkpoint is not None:
+        raise RequestError("--checkpoint goes with --model teacher:NAME; a run's own checkpoint is named as --model")
+    path = Path(spec)
+    if path.is_dir():
+        path = path / "checkpoints" / LAST
+    if not path.is_file():
+        raise RequestError(
+            f"--model {spec}: no such run or checkpoint (looked for {path}); give a run folder, a .ckpt of one, or "
+            "teacher:NAME with --checkpoint"
+        )
+    student, pixels = load_student(path)
+    return Model(name=spec, features=student.to(device()).features, pixels=pixels)
+
+
+def load_student(path: Path) -> tuple[Student, int]:
+    """The student of a run's checkpoint, in eval mode, and the side of the crops that it was trained on.
+
+    Raises:
+        CheckpointError: The file is no checkpoint of fkd-ssl train.
+    """
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        about = saved[STUDENT_KEY]
+        student = Student(str(about["name"]), int(about["dim"]))
+        weights = {k.removeprefix("student."): v for k, v in saved["state_dict"].items() if k.startswith("student.")}
+        student.load_state_dict(weights)
+    except Exception as error:  # whatever a foreign file makes torch raise
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path}: not a checkpoint of fkd-ssl train ({reason})") from error
+    return student.eval().to(memory_format=torch.channels_last), int(about["pixels"])  # type: ignore[call-overload]

@@ -1,0 +1,80 @@
+"""Distils a student: from the targets of a store, or online from the teacher itself. Both are one training that differs
+in where targets come from. The run folder holds config.yaml, metrics.csv, checkpoints/ and results.json; the same
+options continue a killed run."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from fkd_ssl.training.config import TrainConfig as Config
+
+if TYPE_CHECKING:
+    from fkd_ssl.images import ImageSet
+    from fkd_ssl.students import Student
+
+
+def run(config: Config) -> int:
+    """Trains and says how it went."""
+    from fkd_ssl import runs
+    from fkd_ssl.commands import console, resolve
+    from fkd_ssl.data import Crops, FreshCrops, StoredCrops
+    from fkd_ssl.images import scan
+    from fkd_ssl.objectives import make_objective
+    from fkd_ssl.store import open_store
+    from fkd_ssl.students import make_backbone
+    from fkd_ssl.training.engine import train
+
+    if runs.peek(config.out, config) == "done":
+        console.say(f"{config.out}: this run is done; results.json holds its results")
+        return 0
+    make_objective(config.objective, config.temperature)
+    make_backbone(config.student)
+    images = scan(config.images)
+    store = open_store(config.store) if config.store else None
+    common = {"crops_per_image": config.crops_per_image, "pixels": config.pixels, "seed": config.seed}
+    data: Crops
+    if config.targets == "stored":
+        assert store is not None  # by TrainConfig
+        for name in ("checkpoint", "teacher_pixels"):
+            if getattr(config, name) is not None:
+                console.say(f"warning: --{name} is ignored: stored targets need no teacher")
+        data = StoredCrops(store, images, teacher=config.teacher, **common)
+        teacher, dim = None, store.column(config.teacher).meta.dim
+    else:
+        assert config.teacher is not None  # by TrainConfig
+        teacher = resolve.teacher_of(config.teacher, config.checkpoint)
+        dim = teacher.dim
+        if store is not None:
+            data = StoredCrops(store, images, with_targets=False, teacher_pixels=config.teacher_pixels, **common)
+        else:
+            recipe = resolve.recipe_of(config.recipe)
+            data = FreshCrops(images, recipe, teacher_pixels=config.teacher_pixels, **common)
+    score = None if config.val is None else _knn_score(config, images)
+    folder, state = runs.open_run(config.out, config)
+    console.say(
+        f"{'continuing' if state == 'resume' else 'training'} {config.student} on {len(data):,} images, {config.targets} "
+        f"targets, D = {dim}; {config.epochs:g} epochs of one crop an image"
+    )
+    results = train(config, data, folder, dim=dim, embed=None if teacher is None else teacher.embed, score=score)
+    runs.finish(folder, {"config": config.__dict__, **results})
+    knn = "" if results["knn_top1"] is None else f"; kNN {results['knn_top1']:.2f} %"
+    console.show(f"{config.out}: {results['steps']} steps in {results['train_seconds']:.0f} s{knn}")
+    return 0
+
+
+def _knn_score(config: Config, images: "ImageSet") -> "Callable[[Student], float]":
+    from fkd_ssl.eval import knn
+    from fkd_ssl.eval.features import match_classes
+    from fkd_ssl.images import scan
+
+    assert config.val is not None
+    val = scan(config.val)
+    match_classes(images, val)  # a folder without classes is refused before training, not after
+
+    def score(student: "Student") -> float:
+        result = knn.evaluate(
+            model=student.features, train=images, val=val, pixels=config.pixels, k=config.knn_k, workers=config.workers,
+            progress=False,
+        )  # fmt: skip
+        return float(result["top1"])
+
+    return score

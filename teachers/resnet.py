@@ -1,0 +1,90 @@
+"""ResNets of any width, in torchvision's names, and reading their architecture off a checkpoint's shapes."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+
+from fkd_ssl.errors import CheckpointError
+
+_STAGE_WIDTHS = (64, 128, 256, 512)
+_NAMES = {
+    ("BasicBlock", (2, 2, 2, 2)): "resnet18",
+    ("BasicBlock", (3, 4, 6, 3)): "resnet34",
+    ("Bottleneck", (3, 4, 6, 3)): "resnet50",
+    ("Bottleneck", (3, 4, 23, 3)): "resnet101",
+    ("Bottleneck", (3, 8, 36, 3)): "resnet152",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """What a ResNet's shapes say."""
+
+    block: type[BasicBlock] | type[Bottleneck]
+    depths: tuple[int, ...]
+    width: int
+    """Multiplier of every width (SwAV's w2, w4, w5)."""
+    base_width: int
+    """torchvision's width_per_group: 128 for wide_resnet, 64 otherwise."""
+
+    @property
+    def name(self) -> str:
+        """In the field's words, for instance resnet50w4."""
+        known = _NAMES.get((self.block.__name__, self.depths), f"resnet {self.block.__name__} {list(self.depths)}")
+        wide = "wide_" if self.base_width == 128 else ""
+        return f"{wide}{known}" + (f"w{self.width}" if self.width > 1 else "")
+
+    @property
+    def feature_dim(self) -> int:
+        """F, of the pooled features."""
+        return _STAGE_WIDTHS[-1] * self.width * self.block.expansion
+
+    def build(self) -> ResNet:
+        """The untrained backbone; its `fc` is the identity."""
+        return WidthResNet(self)
+
+
+class WidthResNet(ResNet):
+    """torchvision's ResNet with every width multiplied, as in SwAV's code; torchvision itself widens only 3 x 3s.
+
+    SwAV pads the stem by 1 and then by 2, which is the same as torchvision's 3 of zeros.
+    """
+
+    def __init__(self, architecture: Architecture) -> None:
+        a = architecture
+        super().__init__(a.block, [1, 1, 1, 1], width_per_group=a.base_width)
+        widths = [width * a.width for width in _STAGE_WIDTHS]
+        self.conv1 = nn.Conv2d(3, widths[0], kernel_size=7, stride=2, padding=3, bias=False)
+        self.bn1 = nn.BatchNorm2d(widths[0])
+        self.inplanes = widths[0]
+        self.layer1 = self._make_layer(a.block, widths[0], a.depths[0])
+        self.layer2 = self._make_layer(a.block, widths[1], a.depths[1], stride=2)
+        self.layer3 = self._make_layer(a.block, widths[2], a.depths[2], stride=2)
+        self.layer4 = self._make_layer(a.block, widths[3], a.depths[3], stride=2)
+        self.fc = nn.Identity()  # type: ignore[assignment]
+
+
+def read_architecture(weights: Mapping[str, Tensor], where: str) -> Architecture:
+    """The architecture that `weights` (torchvision's names) were trained with.
+
+    Raises:
+        CheckpointError: They are no ResNet's; `where` names the file.
+    """
+    try:
+        stem = weights["conv1.weight"].shape
+        depths = tuple(
+            len({key.split(".")[1] for key in weights if key.startswith(f"layer{stage}.")}) for stage in (1, 2, 3, 4)
+        )
+        bottleneck = "layer1.0.conv3.weight" in weights
+        first = weights["layer1.0.conv2.weight"].shape
+    except (KeyError, IndexError) as error:
+        raise CheckpointError(f"{where}: its backbone is no ResNet ({error} is missing)") from error
+    width = stem[0] // 64
+    base_width = 64 * first[0] // (64 * width) if bottleneck and width else 64
+    fits = len(stem) == 4 and tuple(stem[1:]) == (3, 7, 7) and stem[0] == 64 * width and 0 not in depths
+    if not fits or not 1 <= width <= 16 or max(depths) > 64 or base_width not in (64, 128):
+        raise CheckpointError(f"{where}: its backbone is no ResNet that is known (stem {list(stem)}, depths {depths})")
+    block = Bottleneck if bottleneck else BasicBlock
+    return Architecture(block=block, depths=depths, width=width, base_width=base_width)

@@ -1,0 +1,124 @@
+"""A frozen network that maps crops to targets."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fkd_ssl.errors import FkdError
+
+Rgb = tuple[float, float, float]
+IMAGENET_MEAN: Rgb = (0.485, 0.456, 0.406)
+IMAGENET_STD: Rgb = (0.229, 0.224, 0.225)
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Teacher(nn.Module):
+    """A backbone and a projection head, frozen, always in eval mode, with their own preprocessing.
+
+    Args:
+        backbone: Normalised floats [B, 3, H, W] to features [B, F].
+        head: Features to embeddings [B, D].
+        name: What a store's column is called by default.
+        dim: D.
+        network: The architecture in words.
+        pixels: Native input size; other sizes work as far as the network does.
+        mean: Of RGB in 0 to 1.
+        std: Likewise.
+        licence: Of the weights.
+        source: Where the weights came from, a URL or module:function.
+        checkpoint_sha256: Of the file of weights.
+        precision: Arithmetic of the forward.
+        arrays: What a store keeps beside the targets, for instance `prototypes` float32 [K, D].
+
+    Attributes:
+        kind: `embedding`: targets are L2-normalised vectors.
+    """
+
+    kind = "embedding"
+    _mean: Tensor
+    _std: Tensor
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        head: nn.Module,
+        *,
+        name: str,
+        dim: int,
+        network: str,
+        pixels: int = 224,
+        mean: Rgb = IMAGENET_MEAN,
+        std: Rgb = IMAGENET_STD,
+        licence: str = "not stated",
+        source: str | None = None,
+        checkpoint_sha256: str | None = None,
+        precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+        arrays: dict[str, npt.NDArray[np.float32]] | None = None,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = head
+        self.name = name
+        self.dim = dim
+        self.network = network
+        self.pixels = pixels
+        self.mean = mean
+        self.std = std
+        self.licence = licence
+        self.source = source
+        self.checkpoint_sha256 = checkpoint_sha256
+        self.precision = precision
+        self.arrays = arrays or {}
+        self.register_buffer("_mean", torch.tensor(mean).view(1, 3, 1, 1) * 255, persistent=False)
+        self.register_buffer("_std", torch.tensor(std).view(1, 3, 1, 1) * 255, persistent=False)
+        self.requires_grad_(False)
+        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.eval()
+
+    def train(self, mode: bool = True) -> Self:
+        """Stays in eval mode: a teacher is frozen."""
+        return super().train(False)
+
+    @torch.inference_mode()
+    def embed(self, images: Tensor) -> Tensor:
+        """Targets float32 [B, D], L2-normalised, of crops uint8 [B, 3, H, W]; nothing is resized.
+
+        Raises:
+            FkdError: The network gives something other than finite [B, D].
+        """
+        with self._autocast():
+            embedding = self._checked(self.head(self._checked(self.backbone(self._prepare(images)), images)), images)
+        if embedding.shape[1] != self.dim:
+            raise FkdError(f"teacher {self.name}: gave D = {embedding.shape[1]}, expected {self.dim}")
+        return F.normalize(embedding.float(), dim=1)
+
+    @torch.inference_mode()
+    def features(self, images: Tensor) -> Tensor:
+        """Backbone features float32 [B, F] of uint8 [B, 3, H, W]: what probes and kNN are run on."""
+        with self._autocast():
+            return self._checked(self.backbone(self._prepare(images)), images).float()
+
+    def _prepare(self, images: Tensor) -> Tensor:
+        images = images.to(self._mean.device, non_blocking=True).contiguous(memory_format=torch.channels_last)
+        return (images - self._mean) / self._std
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.precision == "fp32":
+            return nullcontext()
+        return torch.autocast(self._mean.device.type, dtype=_AUTOCAST[self.precision])
+
+    def _checked(self, output: Any, images: Tensor) -> Tensor:
+        if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != len(images):
+            what = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            raise FkdError(f"teacher {self.name}: its network gave {what} for {len(images)} images, expected [B, D]")
+        if not output.isfinite().all():
+            raise FkdError(
+                f"teacher {self.name}: its network gave NaN or infinity in {self.precision}; try --precision fp32"
+            )
+        return output

@@ -1,0 +1,174 @@
+import hashlib
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from fkd_ssl import crops, images
+from fkd_ssl.errors import FkdError, RequestError
+from fkd_ssl.eval import features, linear
+
+
+def digest(module: torch.nn.Module) -> str:
+    sha = hashlib.sha256()
+    for key, value in sorted(module.state_dict().items()):
+        sha.update(key.encode() + value.numpy().tobytes())
+    return sha.hexdigest()
+
+
+def run(model, train, val, **options):
+    return linear.evaluate(
+        **{"model": model, "train": train, "val": val, "pixels": 16, "workers": 0, "progress": False, **options}
+    )
+
+
+def test_it_learns_and_leaves_the_backbone_alone(make_set, backbone) -> None:
+    train, val = make_set("train", per_class=8, seed=0), make_set("val", per_class=4, seed=1)
+    backbone.train()
+    before = digest(backbone)
+    result = run(backbone, train, val, epochs=10, batch_size=8)
+    assert result["top1"] == 100
+    assert result["history"][-1]["loss"] < 0.5 * result["history"][0]["loss"]
+    assert digest(backbone) == before
+    assert backbone.training
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in backbone.parameters())
+    assert result["correct"].dtype == np.bool_
+    assert result["correct"].shape == (16,)
+    assert result["best_top1"] == max(row["top1"] for row in result["history"])
+    assert result["history"][result["best_epoch"] - 1]["top1"] == result["best_top1"]
+    assert [row["epoch"] for row in result["history"]] == list(range(1, 11))
+    assert result["notes"] == [
+        "top5 is 100 by definition: there are 4 classes",
+        "departs from the moco protocol: epochs 10 instead of 100",
+        "departs from the moco protocol: batch_size 8 instead of 256",
+    ]
+    assert {key: result[key] for key in ("protocol", "lr", "momentum", "weight_decay", "feature_dim", "n_train")} == {
+        "protocol": "moco",
+        "lr": 30.0,
+        "momentum": 0.9,
+        "weight_decay": 0.0,
+        "feature_dim": 16,
+        "n_train": 32,
+    }
+    assert "1911.05722" in result["source"]
+
+
+def test_it_is_sgd_on_the_recipes_crops_written_out_by_hand(make_set, backbone) -> None:
+    """Three epochs with momentum in plain tensors, on crops drawn here, against the probe's losses and weights."""
+    train, val = make_set("train", per_class=3, seed=0), make_set("val", per_class=1, seed=1)
+    backbone.eval()
+    got = run(backbone, train, val, epochs=3, batch_size=5, lr=0.5, seed=4)
+
+    weight = torch.empty(4, 16).normal_(0, 0.01, generator=torch.Generator().manual_seed(4))
+    bias = torch.zeros(4)
+    speed = [torch.zeros_like(weight), torch.zeros_like(bias)]
+    order = torch.Generator().manual_seed(4)
+    for epoch, rate in enumerate([0.5, 0.5, 0.005]):  # the milestones 60 and 80 of 100 both become 2 of 3
+        losses = []
+        for rows in torch.randperm(12, generator=order).split(5):
+            views = []
+            for row in rows.tolist():
+                picture = images.read_image(train.file(row))
+                key = crops.image_key(4, train.paths[row])
+                record = crops.draw(crops.RECIPES["fkd"], key, *picture.shape[:2], epoch, 1)
+                views.append(torch.from_numpy(crops.replay(picture, record, 16)[0]))
+            with torch.no_grad():
+                x = backbone(torch.stack(views))
+            target = functional.one_hot(torch.from_numpy(train.labels)[rows], 4).float()
+            logits = x @ weight.T + bias
+            losses.append(len(rows) * float(-(target * logits.log_softmax(1)).sum(1).mean()))
+            error = (logits.softmax(1) - target) / len(rows)
+            speed = [0.9 * speed[0] + error.T @ x, 0.9 * speed[1] + error.sum(0)]
+            weight, bias = weight - rate * speed[0], bias - rate * speed[1]
+        assert got["history"][epoch]["loss"] == pytest.approx(sum(losses) / 12, rel=1e-4)
+        assert got["history"][epoch]["lr"] == pytest.approx(rate)
+    values, _ = features.extract(backbone, val, pixels=16, workers=0, progress=False)
+    predicted = (torch.from_numpy(values) @ weight.T + bias).argmax(1).numpy()
+    np.testing.assert_array_equal(got["correct"], predicted == features.match_classes(train, val))
+
+
+def test_the_same_seed_gives_the_same_probe_with_any_workers(make_set, backbone) -> None:
+    train, val = make_set("train", per_class=3, seed=0), make_set("val", per_class=2, seed=1)
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    first = run(backbone, train, val, epochs=2, batch_size=4, lr=1.0)
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(1)
+    again = run(backbone, train, val, epochs=2, batch_size=4, lr=1.0, workers=2)
+    assert again["history"] == first["history"]
+    assert run(backbone, train, val, epochs=2, batch_size=4, lr=1.0, seed=1)["history"] != first["history"]
+
+
+def test_a_callable_in_inference_mode_will_do(make_set) -> None:
+    train, val = make_set("train", per_class=2, seed=0), make_set("val", per_class=1, seed=1)
+
+    @torch.inference_mode()
+    def colour(pixels: torch.Tensor) -> torch.Tensor:
+        return pixels.float().mean(dim=(2, 3)) / 255 - 0.5
+
+    assert run(colour, train, val, epochs=20, batch_size=8)["top1"] == 100
+
+
+def test_moco_is_the_published_protocol() -> None:
+    moco = linear.PROTOCOLS["moco"]
+    assert (moco.epochs, moco.batch_size, moco.lr, moco.momentum, moco.weight_decay) == (100, 256, 30.0, 0.9, 0.0)
+    rates = [moco.rate(epoch) for epoch in range(100)]
+    np.testing.assert_allclose(rates, [30.0] * 60 + [3.0] * 20 + [0.3] * 20)
+    assert linear.RECIPE.scale == (0.08, 1.0)
+    assert linear.RECIPE.ratio == (3 / 4, 4 / 3)
+    assert (linear.RECIPE.flip, linear.RECIPE.jitter, linear.RECIPE.grey, linear.RECIPE.blur) == (0.5, 0.0, 0.0, 0.0)
+    layer = linear._layer(512, 400, seed=0)
+    assert float(layer.weight.detach().std()) == pytest.approx(0.01, rel=0.02)
+    assert float(layer.weight.detach().mean()) == pytest.approx(0, abs=1e-4)
+    assert not layer.bias.any()
+
+
+def test_swav_is_the_published_protocol() -> None:
+    swav = linear.PROTOCOLS["swav"]
+    assert (swav.epochs, swav.batch_size, swav.lr, swav.momentum, swav.weight_decay) == (100, 256, 0.3, 0.9, 1e-6)
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], lr=0.3)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 100)
+    for epoch in range(100):
+        assert swav.rate(epoch) == pytest.approx(optimizer.param_groups[0]["lr"], abs=1e-9)
+        optimizer.step()
+        scheduler.step()
+
+
+def test_progress_goes_to_standard_error(make_set, backbone, capfd) -> None:
+    train, val = make_set("train", per_class=1, seed=0), make_set("val", per_class=1, seed=1)
+    run(backbone, train, val, epochs=2, progress=True)
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert "moco epoch 2/2: lr 3, loss" in err
+    assert "val top1" in err
+
+
+def test_wrong_requests_are_named(make_set, backbone) -> None:
+    train, val = make_set("train", per_class=2, classes=("blue", "red")), make_set("val", per_class=1)
+    with pytest.raises(RequestError, match=r"no linear protocol 'mocco'; did you mean 'moco'\?"):
+        run(backbone, train, train, protocol="mocco")
+    with pytest.raises(RequestError, match="no linear protocol 'x'; known: moco, swav"):
+        run(backbone, train, train, protocol="x")
+    with pytest.raises(RequestError, match="epochs must be at least 1, got 0"):
+        run(backbone, train, train, epochs=0)
+    with pytest.raises(RequestError, match="batch_size must be at least 1, got -4"):
+        run(backbone, train, train, batch_size=-4)
+    with pytest.raises(RequestError, match="lr must be above 0, got nan"):
+        run(backbone, train, train, lr=float("nan"))
+    with pytest.raises(RequestError, match=r"have no picture in \S+: 'green', 'sand'"):
+        run(backbone, train, val)
+    with pytest.raises(FkdError, match="returned a tuple of 1: expected one tensor"):
+        run(lambda pixels: (pixels,), train, train)
+    with pytest.raises(
+        FkdError, match=r"diverged in epoch \d+: loss nan, learning rate 3e\+38, features of mean length"
+    ):
+        run(lambda pixels: pixels.flatten(1).float() * 1e4, train, train, lr=3e38, epochs=3)
+
+
+def test_a_backbone_whose_features_change_size_is_named(make_set) -> None:
+    train = make_set("train", per_class=1)
+    sizes = iter([8, 9])
+    with pytest.raises(FkdError, match="returned 8 dimensions, then 9"):
+        run(lambda pixels: pixels.flatten(1)[:, : next(sizes)].float(), train, train, epochs=1)

@@ -1,0 +1,104 @@
+import math
+
+import numpy as np
+import pytest
+
+from fkd_ssl.errors import RequestError
+from fkd_ssl.eval import stats
+
+
+@pytest.mark.parametrize(
+    ("correct", "n", "low", "high"),
+    # statsmodels.stats.proportion.proportion_confint(method="wilson"), z = 1.959964, printed to four digits
+    [(0, 10, 0.0, 27.7533), (8, 10, 49.0162, 94.3318), (10, 10, 72.2467, 100.0), (50, 100, 40.3832, 59.6168)],
+)
+def test_wilson_known_values(correct: int, n: int, low: float, high: float) -> None:
+    assert stats.wilson(correct, n, z=1.959963985) == pytest.approx((low, high), abs=2e-4)
+
+
+@pytest.mark.parametrize(("correct", "n"), [(1, 7), (30, 77), (2400, 2500)])
+def test_wilson_ends_are_where_the_score_test_turns(correct: int, n: int) -> None:
+    """The interval by its definition: the shares p whose score test of correct / n gives exactly z."""
+    for limit in stats.wilson(correct, n, z=1.7):
+        p = limit / 100
+        assert abs(correct / n - p) / math.sqrt(p * (1 - p) / n) == pytest.approx(1.7, rel=1e-9)
+
+
+def test_wilson_refuses_nonsense() -> None:
+    with pytest.raises(RequestError, match="got 0 of 0"):
+        stats.wilson(0, 0)
+    with pytest.raises(RequestError, match="got 5 of 4"):
+        stats.wilson(5, 4)
+    with pytest.raises(RequestError, match="z must not be negative, got -1"):
+        stats.wilson(1, 4, z=-1)
+
+
+def arms(generator, seeds: int, images: int, base: float, shift: float):
+    """Two arms that share each image's difficulty, with accuracies `base` and `base` + `shift`."""
+    hard = generator.uniform(size=images)
+    noise = generator.normal(0, 0.1, size=(2, seeds, images))
+    return hard + noise[0] < base + shift, hard + noise[1] < base
+
+
+def test_identical_arms_differ_by_nothing() -> None:
+    arm = np.random.default_rng(0).uniform(size=(3, 200)) < 0.7
+    assert stats.paired_bootstrap(arm, arm, draws=200) == (0.0, 0.0, 0.0)
+
+
+def test_the_interval_covers_a_shift_as_often_as_it_says() -> None:
+    generator = np.random.default_rng(0)
+    covered = 0
+    for trial in range(60):
+        a, b = arms(generator, seeds=3, images=300, base=0.5, shift=0.08)
+        difference, low, high = stats.paired_bootstrap(a, b, draws=300, seed=trial)
+        assert difference == pytest.approx(100 * (a.mean() - b.mean()))
+        assert low < difference < high
+        covered += low <= 8 <= high
+    assert covered >= 49  # 54 of 60 at 90 percent, less two deviations
+
+
+def test_pairing_narrows_the_interval_and_seeds_widen_it() -> None:
+    generator = np.random.default_rng(1)
+    a, b = arms(generator, seeds=3, images=400, base=0.5, shift=0.05)
+    _, low, high = stats.paired_bootstrap(a, b)
+    _, far_low, far_high = stats.paired_bootstrap(a, b[:, generator.permutation(400)])
+    assert high - low < 0.6 * (far_high - far_low)
+    uneven = a.copy()
+    uneven[0] = True  # one seed came out far better
+    _, wide_low, wide_high = stats.paired_bootstrap(uneven, b)
+    assert wide_high - wide_low > 3 * (high - low)
+
+
+def test_one_seed_is_the_textbook_bootstrap() -> None:
+    """With one seed the deviation over images is known in closed form: that of a mean of n."""
+    a, b = arms(np.random.default_rng(2), seeds=1, images=1000, base=0.5, shift=0.02)
+    _, low, high = stats.paired_bootstrap(a[0], b[0], draws=4000)
+    expected = 2 * 1.6449 * 100 * (a[0].astype(float) - b[0]).std() / math.sqrt(1000)
+    assert high - low == pytest.approx(expected, rel=0.06)
+    assert stats.paired_bootstrap(a, b, draws=4000) == stats.paired_bootstrap(a[0], b[0], draws=4000)
+    assert stats.paired_bootstrap(b, a)[0] == -stats.paired_bootstrap(a, b)[0]
+
+
+def test_bootstrap_refuses_nonsense() -> None:
+    arm = np.ones((2, 4), dtype=bool)
+    with pytest.raises(RequestError, match=r"one shape \[seeds, images\] are compared, got \[2, 4\] and \[2, 3\]"):
+        stats.paired_bootstrap(arm, arm[:, :3])
+    with pytest.raises(RequestError, match="b: expected booleans, one an image, got int64"):
+        stats.paired_bootstrap(arm, np.ones((2, 4), dtype=np.int64))
+    with pytest.raises(RequestError, match=r"a: expected \[seeds, images\], neither of them 0, got \[0, 4\]"):
+        stats.paired_bootstrap(arm[:0], arm[:0])
+    with pytest.raises(RequestError, match="level must lie between 0 and 1, got 90"):
+        stats.paired_bootstrap(arm, arm, level=90)
+    with pytest.raises(RequestError, match="draws must be at least 1, got 0"):
+        stats.paired_bootstrap(arm, arm, draws=0)
+
+
+def test_equal_needs_the_whole_interval_inside() -> None:
+    assert stats.equal(-1.5, 1.5)
+    assert not stats.equal(-1.51, 0.0)
+    assert not stats.equal(0.0, 1.51)
+    assert stats.equal(-1.9, 1.9, margin=2)
+    with pytest.raises(RequestError, match="expected an interval, low first, got 1 and -1"):
+        stats.equal(1, -1)
+    with pytest.raises(RequestError, match="got nan"):
+        stats.equal(math.nan, 1)
