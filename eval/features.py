@@ -94,9 +94,7 @@ def extract(
             if features is None:
                 features = np.empty((len(images), got.shape[1]), dtype=np.float32)
             if got.shape[1] != features.shape[1]:
-                raise FkdError(
-                    f"the model returned {features.shape[1]} dimensions, then {got.shape[1]}: expected one size"
-                )
+                raise FkdError(f"the model returned {features.shape[1]} dimensions, then {got.shape[1]}: expected one size")
             features[indices[0] : indices[-1] + 1] = got.cpu().numpy()
             bar.update(len(views))
     assert features is not None

@@ -144,9 +144,7 @@ def evaluate(
         FkdError: Images or features that cannot be used.
     """
     _check_search(k, temperature)
-    split = features_.extract_split(
-        model, train, val, pixels=pixels, batch_size=batch_size, workers=workers, progress=progress
-    )
+    split = features_.extract_split(model, train, val, pixels=pixels, batch_size=batch_size, workers=workers, progress=progress)
     result = evaluate_features(
         train_features=split.train_features,
         train_labels=split.train_labels,

@@ -180,9 +180,7 @@ def evaluate(
     }
 
 
-def _settings(
-    name: str, *, epochs: int | None, batch_size: int | None, lr: float | None
-) -> tuple[ProbeProtocol, list[str]]:
+def _settings(name: str, *, epochs: int | None, batch_size: int | None, lr: float | None) -> tuple[ProbeProtocol, list[str]]:
     """The protocol with what was given instead, and a note for each departure."""
     if name not in PROTOCOLS:
         near = difflib.get_close_matches(name, PROTOCOLS, n=1)

@@ -125,9 +125,7 @@ def held_out(labels: Int64Array, *, seed: int) -> Any:
     return held
 
 
-def fit(
-    features: torch.Tensor, labels: torch.Tensor, classes: int, strength: float, start: Weights | None = None
-) -> Weights:
+def fit(features: torch.Tensor, labels: torch.Tensor, classes: int, strength: float, start: Weights | None = None) -> Weights:
     """Weights [C, D] and biases [C] that minimise the mean cross-entropy plus |W|^2 / (2 `strength` N).
 
     Args:

@@ -30,9 +30,7 @@ def as_features(values: Any, name: str) -> Float32Array:
         raise RequestError(f"{name}: expected [images, dimensions], neither of them 0, got {list(features.shape)}")
     finite = np.isfinite(features).all(axis=1)
     if not finite.all():
-        raise FkdError(
-            f"{name}: {np.sum(~finite)} of {len(features)} rows hold NaN or infinity, first row {_first(~finite)}"
-        )
+        raise FkdError(f"{name}: {np.sum(~finite)} of {len(features)} rows hold NaN or infinity, first row {_first(~finite)}")
     return features
 
 
@@ -51,9 +49,7 @@ def as_labels(values: Any, rows: int, name: str, *, num_classes: int | None = No
         raise RequestError(f"{name}: expected one label for each of {rows} features, got shape {list(labels.shape)}")
     bad = labels < 0
     if bad.any():
-        raise RequestError(
-            f"{name}: {np.sum(bad)} of {rows} have no class (label {labels[bad][0]}), first row {_first(bad)}"
-        )
+        raise RequestError(f"{name}: {np.sum(bad)} of {rows} have no class (label {labels[bad][0]}), first row {_first(bad)}")
     if num_classes is not None and int(labels.max()) >= num_classes:
         raise RequestError(f"{name}: label {labels.max()}, but there are {num_classes} classes, 0 to {num_classes - 1}")
     return labels.astype(np.int64)

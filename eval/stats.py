@@ -67,9 +67,7 @@ def paired_bootstrap(
     """
     first, second = _arm(a, "a"), _arm(b, "b")
     if first.shape != second.shape:
-        raise RequestError(
-            f"arms of one shape [seeds, images] are compared, got {list(first.shape)} and {list(second.shape)}"
-        )
+        raise RequestError(f"arms of one shape [seeds, images] are compared, got {list(first.shape)} and {list(second.shape)}")
     if not 0 < level < 1:
         raise RequestError(f"level must lie between 0 and 1, got {level}")
     if draws < 1:

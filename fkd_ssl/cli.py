@@ -116,7 +116,7 @@ def _nearest(word: str, known: Any, dashes: str = "") -> str:
 
 
 def _explain(message: str, known: list[str]) -> str:
-    """jsonargparse's message in the words of the command line."""
+    """Jsonargparse's message in the words of the command line."""
     if match := re.search(r"(?:Option|Key|key) '([^']+)' is not (?:accepted|expected)", message):
         return f"no key {match[1]!r}{_nearest(match[1], known)}"
     if match := re.search(r"Parser key \"([^\"]+)\":\s*(.*)", message, re.DOTALL):

@@ -4,8 +4,8 @@ He et al., CVPR 2020 (arXiv 1911.05722), algorithm 1; Chen et al. 2020 (arXiv 20
 augmentation, the cosine and the temperature.
 
 The two views are crops of the recipe `mocov2`, drawn and replayed as everywhere in this library; lightly's
-MoCoV2Transform is the same recipe, and several times slower. MoCo shuffles the keys' batch between GPUs, so that
-BatchNorm cannot give the positive away; in one process a shuffled batch has the same statistics, and nothing is shuffled.
+MoCoV2Transform is the same recipe. MoCo shuffles the keys' batch between GPUs, so that BatchNorm cannot give the
+positive away; in one process a shuffled batch has the same statistics, and nothing is shuffled.
 """
 
 import copy
@@ -107,8 +107,8 @@ def queue_length(config: PretrainConfig, count: int) -> int:
     length = max(min(config.queue, count // 2) // config.batch_size, 1) * config.batch_size
     if length != config.queue:
         warnings.warn(
-            f"queue {config.queue}: {length} are kept, a multiple of batch_size {config.batch_size} and at most half of "
-            f"the {count} images",
+            f"queue {config.queue}: {length} are kept, a multiple of batch_size {config.batch_size} and at most half "
+            f"of the {count} images",
             stacklevel=2,
         )
     return length

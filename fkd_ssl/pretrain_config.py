@@ -27,8 +27,6 @@ class PretrainConfig:
         "resnet152",
         "wide_resnet50_2",
         "wide_resnet101_2",
-        "resnext50_32x4d",
-        "resnext101_32x8d",
     ] = "resnet18"
     """One of torchvision's ResNets."""
     dim: int = 128

@@ -116,7 +116,11 @@ def _plot(results: dict[str, Any], folder: Path, column: str, label: str, out: P
         if arm["train_seconds"] is None:
             continue
         name, colour = arm["name"], _COLOURS[arm["name"]]
-        lines = [line for line in read_metrics(folder / "runs" / f"{name}-seed{arm['seed']}" / "metrics.csv") if line[column] is not None]
+        lines = [
+            line
+            for line in read_metrics(folder / "runs" / f"{name}-seed{arm['seed']}" / "metrics.csv")
+            if line[column] is not None
+        ]
         values = [line[column] for line in lines]
         marker = "o" if column == "knn_top1" else None
         style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 3, "linewidth": 1.2}

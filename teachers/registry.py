@@ -55,12 +55,8 @@ def load_teacher(name: str, *, checkpoint: str | Path | None = None, precision: 
 def _preset(name: str, checkpoint: str | Path | None, precision: Precision) -> Teacher:
     preset = PRESETS[name]
     if checkpoint is None:
-        raise RequestError(
-            f"teacher {name}: download {preset.url} (licence: {preset.licence}) and pass it as --checkpoint"
-        )
-    teacher = FAMILIES[preset.family](
-        checkpoint, name=name, precision=precision, licence=preset.licence, source=preset.url
-    )
+        raise RequestError(f"teacher {name}: download {preset.url} (licence: {preset.licence}) and pass it as --checkpoint")
+    teacher = FAMILIES[preset.family](checkpoint, name=name, precision=precision, licence=preset.licence, source=preset.url)
     if not teacher.network.startswith(f"{preset.network},"):
         raise CheckpointError(f"{checkpoint}: holds a {teacher.network}; {name} is a {preset.network}")
     return teacher

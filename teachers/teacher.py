@@ -118,7 +118,5 @@ class Teacher(nn.Module):
             what = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise FkdError(f"teacher {self.name}: its network gave {what} for {len(images)} images, expected [B, D]")
         if not output.isfinite().all():
-            raise FkdError(
-                f"teacher {self.name}: its network gave NaN or infinity in {self.precision}; try --precision fp32"
-            )
+            raise FkdError(f"teacher {self.name}: its network gave NaN or infinity in {self.precision}; try --precision fp32")
         return output

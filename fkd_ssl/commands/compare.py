@@ -1,6 +1,9 @@
-"""Stored against online: the same student, initial weights, order of images, schedule and epochs, with targets from a
+"""Stored against online, over several seeds: table, curves, and the break-even.
+
+The same student, initial weights, order of images, schedule and epochs, with targets from a
 store or from the teacher itself, over several seeds. Scores teacher, trained and untrained students by kNN and a linear
-probe, and says after how many students the store has paid for itself. Arms that are done are not run again."""
+probe, and says after how many students the store has paid for itself. Arms that are done are not run again.
+"""
 
 import io
 import math
@@ -141,9 +144,7 @@ def compare(config: Config) -> dict[str, Any]:
         a, b = (np.stack([scorer.correct(f"{name}-seed{s}")[row] for s in range(config.seeds)]) for name in ARMS)
         difference, low, high = stats.paired_bootstrap(a, b)
         differences[probe] = {"difference": difference, "low": low, "high": high, "equal": stats.equal(low, high)}
-    saved = statistics.mean(arm["train_seconds"] for arm in online) - statistics.mean(
-        arm["train_seconds"] for arm in stored
-    )
+    saved = statistics.mean(arm["train_seconds"] for arm in online) - statistics.mean(arm["train_seconds"] for arm in stored)
     results = {
         "config": config.__dict__,
         "images": len(images),

@@ -1,7 +1,8 @@
 """k-nearest-neighbour accuracy of a model's features: cosine, exact search with faiss, weights exp(similarity / T).
 
 The model is a run folder, one of its checkpoints, or teacher:NAME with --checkpoint. The last checkpoint of a run is
-what is scored unless another is named."""
+what is scored unless another is named.
+"""
 
 from dataclasses import dataclass
 

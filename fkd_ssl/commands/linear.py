@@ -1,7 +1,8 @@
 """Linear probe of a model's features.
 
 moco: MoCo's protocol (SGD, learning rate 30, 100 epochs, random resized crops), the backbone frozen in eval mode.
-swav: SwAV's. logreg: L-BFGS on features extracted once, its L2 strength chosen on a held-out part of train."""
+swav: SwAV's. logreg: L-BFGS on features extracted once, its L2 strength chosen on a held-out part of train.
+"""
 
 from dataclasses import dataclass
 from typing import Literal

@@ -76,7 +76,9 @@ def run(config: Config) -> int:
         console.show_json(summary.__dict__)
     else:
         rate = summary.crops / summary.seconds
-        done = f"{summary.crops:,} crops in {summary.seconds:.0f} s ({rate:,.0f} a second)" if summary.crops else "nothing to do"
+        done = (
+            f"{summary.crops:,} crops in {summary.seconds:.0f} s ({rate:,.0f} a second)" if summary.crops else "nothing to do"
+        )
         console.show(f"{config.store}: {done}; {gigabytes(summary.store_bytes)} on disk")
     if summary.busy:
         console.say(f"{len(summary.busy)} shards are being written by other processes; run it again when they end")

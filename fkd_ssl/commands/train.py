@@ -1,6 +1,9 @@
-"""Distils a student: from the targets of a store, or online from the teacher itself. Both are one training that differs
+"""Distils a student: from the targets of a store, or online from the teacher itself.
+
+Both are one training that differs
 in where targets come from. The run folder holds config.yaml, metrics.csv, checkpoints/ and results.json; the same
-options continue a killed run."""
+options continue a killed run.
+"""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING

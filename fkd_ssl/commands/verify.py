@@ -1,5 +1,8 @@
-"""Checks a store: every file against its sha256, every record; with --images every image; with --teacher a sample of
-its targets, replayed and embedded again. Ends with status 1 where anything is wrong, and says what to do."""
+"""Checks a store: every file against its sha256, every record.
+
+With --images every image; with --teacher a sample of
+its targets, replayed and embedded again. Ends with status 1 where anything is wrong, and says what to do.
+"""
 
 from dataclasses import dataclass
 

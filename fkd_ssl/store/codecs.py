@@ -82,8 +82,7 @@ class Codec:
         import faiss
 
         return {
-            name: faiss.vector_to_array(vector).reshape(shape)
-            for name, (vector, shape) in _parameters(self._index).items()
+            name: faiss.vector_to_array(vector).reshape(shape) for name, (vector, shape) in _parameters(self._index).items()
         }
 
     def encode(self, targets: Float32Array) -> UInt8Array:
@@ -169,7 +168,7 @@ def _base(index: Any) -> Any:
 
 
 def _parameters(index: Any) -> dict[str, tuple[Any, tuple[int, ...]]]:
-    """faiss's vectors that training fills, by the name they are stored under, with their shapes."""
+    """Faiss's vectors that training fills, by the name they are stored under, with their shapes."""
     import faiss
 
     outer, base = faiss.downcast_index(index), _base(index)

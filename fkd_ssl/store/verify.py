@@ -13,8 +13,8 @@ from fkd_ssl.crops import probe_digest, replay, well_formed
 from fkd_ssl.errors import FkdError, ImageError, RequestError, StoreError
 from fkd_ssl.images import ImageSet, decode, read_bytes
 from fkd_ssl.store import manifest as layout
-from fkd_ssl.store.precompute import Teacher
 from fkd_ssl.store.reader import Column, Store
+from fkd_ssl.store.rows import Teacher
 
 # a fresh sample's least cosine may lie this many times further from 1 than the recorded one, plus the slack of another
 # machine's arithmetic
@@ -170,9 +170,7 @@ def _check_images(store: Store, images: ImageSet, report: Report) -> None:
                     )
 
 
-def _check_targets(
-    store: Store, column: Column, images: ImageSet, teacher: Teacher, sample: int, report: Report
-) -> None:
+def _check_targets(store: Store, column: Column, images: ImageSet, teacher: Teacher, sample: int, report: Report) -> None:
     where = _positions(store, images)
     order = layout.in_hash_order([store.paths[int(row)] for row in store.rows], "verify")
     cosines = []

@@ -78,8 +78,7 @@ class TrainConfig:
                 raise RequestError(f"{name} {getattr(self, name)}: must not be negative")
         if self.batch_size % self.crops_per_image:
             raise RequestError(
-                f"batch_size {self.batch_size}: counts crops, and must be a multiple of crops_per_image "
-                f"{self.crops_per_image}"
+                f"batch_size {self.batch_size}: counts crops, and must be a multiple of crops_per_image {self.crops_per_image}"
             )
         if self.targets == "stored" and self.store is None:
             raise RequestError("targets stored: --store is needed; make one with fkd-ssl precompute")

@@ -37,6 +37,7 @@ class OnlineTargets:
         self.forwards = 0
 
     def __call__(self, batch: Batch) -> Tensor:
+        """Targets of a batch's crops."""
         images: Tensor = batch.get("teacher_images", batch["images"])
         self.forwards += len(images)
         # cloned out of inference mode, so that autograd may keep it

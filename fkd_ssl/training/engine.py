@@ -79,9 +79,7 @@ def train(
         prefetch_factor=4 if config.workers else None,
     )
     epoch = len(data) / config.batch_size
-    recorder = Recorder(
-        folder / "metrics.csv", every=config.log_every, batch_size=config.batch_size, images=len(data)
-    )
+    recorder = Recorder(folder / "metrics.csv", every=config.log_every, batch_size=config.batch_size, images=len(data))
     monitor = Monitor(
         folder / "checkpoints",
         recorder,

@@ -23,9 +23,7 @@ class Monitor(pl.Callback):
         last: The latest score.
     """
 
-    def __init__(
-        self, folder: Path, recorder: Recorder, score: Score | None, *, score_every: int, save_every: int
-    ) -> None:
+    def __init__(self, folder: Path, recorder: Recorder, score: Score | None, *, score_every: int, save_every: int) -> None:
         self.folder = folder
         self.recorder = recorder
         self.score = score
@@ -53,7 +51,8 @@ class Monitor(pl.Callback):
             trainer.save_checkpoint(self.folder / LAST)
 
     def _score(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert isinstance(pl_module, Distiller) and self.score is not None
+        assert isinstance(pl_module, Distiller)
+        assert self.score is not None
         pl_module.student.eval()
         with torch.no_grad():
             self.last = self.score(pl_module.student)

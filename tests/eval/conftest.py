@@ -18,9 +18,7 @@ MakeSet = Callable[..., images.ImageSet]
 
 @pytest.fixture
 def make_set(tmp_path: Path) -> MakeSet:
-    def make(
-        name: str, per_class: int = 6, classes: tuple[str, ...] = tuple(COLOURS), seed: int = 0
-    ) -> images.ImageSet:
+    def make(name: str, per_class: int = 6, classes: tuple[str, ...] = tuple(COLOURS), seed: int = 0) -> images.ImageSet:
         generator = np.random.default_rng(seed)
         for label in classes:
             folder = tmp_path / name / label

@@ -59,9 +59,7 @@ def test_agrees_with_lightly(clusters) -> None:
         knn_k=200,
         knn_t=0.1,
     ).numpy()
-    got = knn_predict(
-        torch.from_numpy(train), torch.from_numpy(labels), torch.from_numpy(queries), k=200, temperature=0.1
-    )
+    got = knn_predict(torch.from_numpy(train), torch.from_numpy(labels), torch.from_numpy(queries), k=200, temperature=0.1)
     np.testing.assert_array_equal(got.argmax(axis=1), ranked[:, 0])
     everywhere = (got > 0).all(axis=1)
     assert everywhere.sum() > n // 2
@@ -107,9 +105,7 @@ def test_more_neighbours_than_images_warns_and_clamps(clusters) -> None:
         clamped = knn_predict(train, labels, queries, k=1000)
     np.testing.assert_array_equal(clamped, knn_predict(train, labels, queries, k=N))
     with pytest.warns(UserWarning, match="all of them vote"):
-        result = knn.evaluate_features(
-            train_features=train, train_labels=labels, features=queries, labels=wanted, k=1000
-        )
+        result = knn.evaluate_features(train_features=train, train_labels=labels, features=queries, labels=wanted, k=1000)
     assert result["k"] == N
     assert result["notes"] == [f"k 1000 was cut to the {N} training images"]
 
@@ -121,8 +117,7 @@ def test_top5_counts_only_classes_that_a_neighbour_belongs_to(clusters) -> None:
     assert one["notes"] == ["top5 counts at most 1 classes: k is 1"]
     most = knn.evaluate_features(train_features=train, train_labels=labels, features=queries, labels=wanted, k=4)
     named = [
-        w in {labels[i] for i in np.argsort(-cosines)[:4]}
-        for w, cosines in zip(wanted, cosine(queries, train), strict=True)
+        w in {labels[i] for i in np.argsort(-cosines)[:4]} for w, cosines in zip(wanted, cosine(queries, train), strict=True)
     ]
     assert most["top5"] == pytest.approx(100 * np.mean(named))
     assert one["top5"] < most["top5"] < 100
@@ -135,9 +130,7 @@ def cosine(a, b):
 
 def test_lengths_do_not_matter_and_zeros_are_harmless(clusters) -> None:
     train, labels, queries, _ = clusters
-    np.testing.assert_allclose(
-        knn_predict(train * 1e25, labels, queries), knn_predict(train, labels, queries), rtol=1e-4
-    )
+    np.testing.assert_allclose(knn_predict(train * 1e25, labels, queries), knn_predict(train, labels, queries), rtol=1e-4)
     assert np.isfinite(knn_predict(np.vstack([train, np.zeros((1, D))]), [*labels, 0], queries * 0, k=N + 1)).all()
 
 

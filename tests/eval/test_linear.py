@@ -161,9 +161,7 @@ def test_wrong_requests_are_named(make_set, backbone) -> None:
         run(backbone, train, val)
     with pytest.raises(FkdError, match="returned a tuple of 1: expected one tensor"):
         run(lambda pixels: (pixels,), train, train)
-    with pytest.raises(
-        FkdError, match=r"diverged in epoch \d+: loss nan, learning rate 3e\+38, features of mean length"
-    ):
+    with pytest.raises(FkdError, match=r"diverged in epoch \d+: loss nan, learning rate 3e\+38, features of mean length"):
         run(lambda pixels: pixels.flatten(1).float() * 1e4, train, train, lr=3e38, epochs=3)
 
 

@@ -39,9 +39,7 @@ def test_fit_is_sklearns_optimum(strength: float) -> None:
     oracle = LogisticRegression(C=strength, tol=1e-10, max_iter=5000).fit(train.astype(np.float64), labels)
     np.testing.assert_allclose(weight.numpy(), oracle.coef_, atol=2e-3 * np.abs(oracle.coef_).max())
     # only differences of biases matter: nothing else holds their mean
-    np.testing.assert_allclose(
-        bias.numpy() - bias.numpy().mean(), oracle.intercept_ - oracle.intercept_.mean(), atol=2e-3
-    )
+    np.testing.assert_allclose(bias.numpy() - bias.numpy().mean(), oracle.intercept_ - oracle.intercept_.mean(), atol=2e-3)
 
 
 def test_separable_classes_are_told_apart() -> None:
