@@ -151,11 +151,11 @@ class StoredCrops(Crops):
             )
         if not len(store):
             raise StoreError(f"{store.folder}: holds no finished crops; run fkd-ssl precompute")
-        self.root = found.root
+        self.root: Path = found.root
         self.classes = found.classes
         positions = np.array([where[store.paths[row]] for row in store.rows])
         self.labels = found.labels[positions]
-        self._spelled = {int(k): found.on_disk[p] for k, p in enumerate(positions) if found.on_disk[p] != found.paths[p]}
+        self._spelled: dict[int, str] = {int(k): found.on_disk[p] for k, p in enumerate(positions) if found.on_disk[p] != found.paths[p]}
         self._rows = store.rows
         self.seed = seed
         super().__init__(len(store), crops_per_image, pixels, teacher_pixels)
@@ -231,7 +231,7 @@ class FreshCrops(Crops):
         return int(self.images.labels[i])
 
 
-def whole_batch(batch: Batch) -> Batch:
+def whole_batch(batch: Any) -> Any:
     """The collate function of a DataLoader over `Crops`, whose batches come whole from `__getitems__`."""
     return batch
 

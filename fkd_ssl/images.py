@@ -59,13 +59,18 @@ def scan(root: str | Path) -> ImageSet:
     """Lists the pictures under `root`, following links to folders as torchvision's `ImageFolder` does.
 
     Raises:
-        RequestError: `root` is not a folder, holds no picture, or holds names that cannot be listed in a text file.
+        RequestError: `root` is not a folder, holds no picture, holds a folder that cannot be listed, or names that cannot
+            be listed in a text file.
     """
     root = Path(root)
     if not root.is_dir():
         raise RequestError(f"{root}: no such folder of images")
     found: dict[str, str] = {}
-    for path in _walk(root, ()):
+    try:
+        files = _walk(root, ())
+    except OSError as error:
+        raise RequestError(f"{error.filename}: cannot be listed: {error.strerror}") from error
+    for path in files:
         relative = path[len(str(root)) :].lstrip(os.sep).replace(os.sep, "/")
         name = unicodedata.normalize("NFC", relative)
         if not name.isprintable():

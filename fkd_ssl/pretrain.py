@@ -130,7 +130,7 @@ class MoCo(pl.LightningModule):
         self.last_loss = torch.zeros(())
         self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1) * 255, persistent=False)
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.to(memory_format=torch.channels_last)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """InfoNCE of the first views' queries to the second views' keys and the queue (arXiv 1911.05722, eq. 1)."""
@@ -178,7 +178,7 @@ def make_encoder(arch: str, dim: int) -> nn.Module:
     """A torchvision ResNet whose `fc` is MoCo v2's head: Linear, ReLU, Linear under the keys fc.0 and fc.2."""
     from torchvision import models
 
-    network: nn.Module = models.get_model(arch, weights=None)
+    network: Any = models.get_model(arch, weights=None)
     features = network.fc.in_features
     assert isinstance(features, int)
     network.fc = MoCoProjectionHead(features, features, dim).layers

@@ -62,8 +62,9 @@ def make_backbone(name: str) -> tuple[nn.Module, int]:
     last = next((part for part in _CLASSIFIERS if hasattr(network, part)), None)
     if last is None:
         raise RequestError(f"student {name!r}: cannot tell its classifier from its backbone")
-    # SqueezeNet pools in its classifier; all others before it
-    setattr(network, last, nn.AdaptiveAvgPool2d(1) if name.startswith("squeezenet") else nn.Identity())
+    # these pool or flatten in their classifier, all others before it
+    late = name.startswith(("squeezenet", "convnext", "maxvit"))
+    setattr(network, last, nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()) if late else nn.Identity())
     network.eval()
     with torch.no_grad():
         dim = network(torch.zeros(1, 3, 224, 224)).shape[1]

@@ -3,8 +3,6 @@
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from fkd_ssl.errors import CheckpointError
 from fkd_ssl.teachers import checkpoint
 from fkd_ssl.teachers.resnet import read_architecture
@@ -22,30 +20,28 @@ def load_mocov2(path: str | Path, *, name: str = "mocov2", **about: Any) -> Teac
     saved, digest = checkpoint.read(path)
     weights = checkpoint.weights_of(saved, str(path))
     query = checkpoint.part(weights, "encoder_q.")
+    others = [key for key in weights if not key.startswith(("encoder_q.", "encoder_k.")) and key not in ("queue", "queue_ptr")]
     if not query:
         swav = any(key.startswith(("projection_head.", "prototypes.")) for key in weights)
         hint = "; it looks like SwAV's: pass --teacher swav" if swav else ""
         first = next(iter(weights))
         raise CheckpointError(f"{path}: not MoCo's layout: no keys module.encoder_q.*, the first is {first!r}{hint}")
+    checkpoint.refuse_keys({"unexpected": others}, str(path))
     architecture = read_architecture(query, str(path))
     backbone = {key: value for key, value in query.items() if not key.startswith("fc.")}
     head = checkpoint.part(query, "fc.")
-    layers = [key.removesuffix("weight") for key in head if key.endswith("weight")]
-    if sorted(layers) not in ([""], ["0.", "2."]) or any(head[f"{layer}weight"].ndim != 2 for layer in layers):
-        raise CheckpointError(f"{path}: its head has keys {sorted(head)}, expected fc.0 and fc.2 (MoCo v2) or fc (v1)")
-    shapes = [(head[f"{layer}weight"].shape[1], head[f"{layer}weight"].shape[0]) for layer in sorted(layers)]
+    projection, dim, words = checkpoint.read_head(head, architecture.feature_dim, f"{path}: encoder_q.fc")
     encoder = architecture.build()
-    projection: nn.Module = checkpoint.mlp(shapes)
-    checkpoint.load_into(encoder, backbone, str(path))
-    named = head if "" not in layers else {f"0.{key}": value for key, value in head.items()}
-    checkpoint.load_into(projection, named, str(path))
-    sizes = "-".join(map(str, [shapes[0][0], *(out for _, out in shapes)]))
+    checkpoint.load_into(encoder, backbone, f"{path}: encoder_q")
+    checkpoint.load_into(projection, head, f"{path}: encoder_q.fc")
     return Teacher(
         encoder,
         projection,
         name=name,
-        dim=shapes[-1][1],
-        network=f"{architecture.name}, MLP {sizes}",
+        dim=dim,
+        feature_dim=architecture.feature_dim,
+        network=f"{architecture.name}, {words}",
+        checkpoint=Path(path).name,
         checkpoint_sha256=digest,
         **about,
     )

@@ -57,8 +57,16 @@ def _preset(name: str, checkpoint: str | Path | None, precision: Precision) -> T
     if checkpoint is None:
         raise RequestError(f"teacher {name}: download {preset.url} (licence: {preset.licence}) and pass it as --checkpoint")
     teacher = FAMILIES[preset.family](checkpoint, name=name, precision=precision, licence=preset.licence, source=preset.url)
-    if not teacher.network.startswith(f"{preset.network},"):
-        raise CheckpointError(f"{checkpoint}: holds a {teacher.network}; {name} is a {preset.network}")
+    advice = f"pass --teacher {preset.family} for another checkpoint of this layout"
+    if not teacher.network.startswith(f"{preset.network},") or teacher.dim != preset.dim:
+        raise CheckpointError(
+            f"{checkpoint}: holds a {teacher.network}; {name} is a {preset.network} with {preset.dim}-d targets; {advice}"
+        )
+    if preset.md5 is not None and not (md5 := files.digest(checkpoint, "md5")).startswith(preset.md5):
+        raise CheckpointError(
+            f"{checkpoint}: its md5 begins with {md5[: len(preset.md5)]}, that of {name} with {preset.md5}: another file, or "
+            f"a damaged one; {advice}"
+        )
     return teacher
 
 
@@ -67,10 +75,18 @@ def _own(name: str, checkpoint: str | Path | None, precision: Precision) -> Teac
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)
+    importlib.invalidate_caches()
     try:
-        function = getattr(importlib.import_module(module_name), function_name)
-    except (ImportError, AttributeError, ValueError) as error:
+        module = importlib.import_module(module_name)
+    except (ImportError, ValueError) as error:
         raise RequestError(f"teacher {name}: {error} (the current folder is on the path)") from error
+    except Exception as error:  # one's own code may raise anything
+        raise FkdError(f"teacher {name}: its module failed: {type(error).__name__}: {error}") from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        near = difflib.get_close_matches(function_name, [key for key, value in vars(module).items() if callable(value)], n=1)
+        hint = f"; did you mean {module_name}:{near[0]}?" if near else ""
+        raise RequestError(f"teacher {name}: module {module_name!r} has no function {function_name!r}{hint}")
     given: dict[str, Any] = {}
     digest = None
     if checkpoint is not None:
@@ -91,30 +107,37 @@ def _own(name: str, checkpoint: str | Path | None, precision: Precision) -> Teac
         return made
     if not isinstance(made, nn.Module):
         raise FkdError(f"teacher {name}: returned a {type(made).__name__}, expected a torch.nn.Module or a Teacher")
-    return _wrap(made, name, function_name, digest, precision)
+    return _wrap(made, name, function_name, None if checkpoint is None else Path(checkpoint).name, digest, precision)
 
 
-def _wrap(network: nn.Module, name: str, function: str, digest: str | None, precision: Precision) -> Teacher:
+def _wrap(
+    network: nn.Module, name: str, function: str, checkpoint: str | None, digest: str | None, precision: Precision
+) -> Teacher:
     """A Teacher around a plain network: its output is both feature and embedding."""
     pixels = int(getattr(network, "pixels", 224))
     network.eval()
     try:
         with torch.inference_mode():
             output = network(torch.zeros(2, 3, pixels, pixels))
-        dim = int(output.shape[1])
+            dim = int(output.shape[1]) if isinstance(output, torch.Tensor) and output.ndim == 2 and len(output) == 2 else 0
     except Exception as error:  # one's own code may raise anything
         raise FkdError(
             f"teacher {name}: fails on [2, 3, {pixels}, {pixels}] floats: {type(error).__name__}: {error}; it must map "
             "them to [2, D]"
         ) from error
+    if not dim:
+        found = list(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+        raise FkdError(f"teacher {name}: gives {found} for [2, 3, {pixels}, {pixels}] floats, expected one tensor [2, D]")
     return Teacher(
         network,
         nn.Identity(),
         name=function,
         dim=dim,
+        feature_dim=dim,
         network=type(network).__name__,
         pixels=pixels,
         source=name,
+        checkpoint=checkpoint,
         checkpoint_sha256=digest,
         precision=precision,
     )

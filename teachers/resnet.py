@@ -3,13 +3,14 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 
 from fkd_ssl.errors import CheckpointError
 
 _STAGE_WIDTHS = (64, 128, 256, 512)
-_NAMES = {
+_NAMES: dict[tuple[str, tuple[int, ...]], str] = {
     ("BasicBlock", (2, 2, 2, 2)): "resnet18",
     ("BasicBlock", (3, 4, 6, 3)): "resnet34",
     ("Bottleneck", (3, 4, 6, 3)): "resnet50",
@@ -32,21 +33,22 @@ class Architecture:
     @property
     def name(self) -> str:
         """In the field's words, for instance resnet50w4."""
-        known = _NAMES.get((self.block.__name__, self.depths), f"resnet {self.block.__name__} {list(self.depths)}")
-        wide = "wide_" if self.base_width == 128 else ""
-        return f"{wide}{known}" + (f"w{self.width}" if self.width > 1 else "")
+        known = _NAMES[self.block.__name__, self.depths]
+        name = f"wide_{known}_2" if self.base_width == 128 else known
+        return name + (f"w{self.width}" if self.width > 1 else "")
 
     @property
     def feature_dim(self) -> int:
         """F, of the pooled features."""
-        return _STAGE_WIDTHS[-1] * self.width * self.block.expansion
+        return int(_STAGE_WIDTHS[-1] * self.width * self.block.expansion)
 
     def build(self) -> ResNet:
-        """The untrained backbone; its `fc` is the identity."""
-        return WidthResNet(self)
+        """The backbone without memory behind its weights, to be loaded; its `fc` is the identity."""
+        with torch.device("meta"):
+            return WidthResNet(self)
 
 
-class WidthResNet(ResNet):
+class WidthResNet(ResNet):  # type: ignore[misc]
     """torchvision's ResNet with every width multiplied, as in SwAV's code; torchvision itself widens only 3 x 3s.
 
     SwAV pads the stem by 1 and then by 2, which is the same as torchvision's 3 of zeros.
@@ -63,7 +65,7 @@ class WidthResNet(ResNet):
         self.layer2 = self._make_layer(a.block, widths[1], a.depths[1], stride=2)
         self.layer3 = self._make_layer(a.block, widths[2], a.depths[2], stride=2)
         self.layer4 = self._make_layer(a.block, widths[3], a.depths[3], stride=2)
-        self.fc = nn.Identity()  # type: ignore[assignment]
+        self.fc = nn.Identity()
 
 
 def read_architecture(weights: Mapping[str, Tensor], where: str) -> Architecture:
@@ -79,12 +81,15 @@ def read_architecture(weights: Mapping[str, Tensor], where: str) -> Architecture
         )
         bottleneck = "layer1.0.conv3.weight" in weights
         first = weights["layer1.0.conv2.weight"].shape
-    except (KeyError, IndexError) as error:
-        raise CheckpointError(f"{where}: its backbone is no ResNet ({error} is missing)") from error
-    width = stem[0] // 64
-    base_width = 64 * first[0] // (64 * width) if bottleneck and width else 64
-    fits = len(stem) == 4 and tuple(stem[1:]) == (3, 7, 7) and stem[0] == 64 * width and 0 not in depths
-    if not fits or not 1 <= width <= 16 or max(depths) > 64 or base_width not in (64, 128):
-        raise CheckpointError(f"{where}: its backbone is no ResNet that is known (stem {list(stem)}, depths {depths})")
+    except KeyError as error:
+        raise CheckpointError(f"{where}: its backbone is no ResNet of torchvision's layout ({error} is missing)") from error
+    width = stem[0] // 64 if stem else 0
+    base_width = first[0] // width if bottleneck and width and first else 64
     block = Bottleneck if bottleneck else BasicBlock
+    fits = len(stem) == 4 and tuple(stem[1:]) == (3, 7, 7) and stem[0] == 64 * width and width <= 16
+    if not fits or (block.__name__, depths) not in _NAMES or base_width not in (64, 128):
+        raise CheckpointError(
+            f"{where}: its backbone is none of {', '.join(_NAMES.values())}, plain or wide: found {block.__name__}s "
+            f"{list(depths)} of width {base_width}, stem {list(stem)}"
+        )
     return Architecture(block=block, depths=depths, width=width, base_width=base_width)

@@ -15,9 +15,10 @@ _OTHERS = ("projection_head.", "prototypes.")
 
 
 def load_swav(path: str | Path, *, name: str = "swav", **about: Any) -> Teacher:
-    """A SwAV checkpoint: a ResNet of any width, `projection_head.0/1/3`, `prototypes.weight` [K, D].
+    """A SwAV checkpoint: a ResNet of any width, `projection_head.0/1/3` (w5: 0/2), `prototypes.weight` [K, D].
 
-    The embedding is the normalised output of the head; the prototypes become the teacher's array `prototypes`.
+    The embedding is the normalised output of the head; the prototypes, as the file has them, become the teacher's array
+    `prototypes`. Their rows are of unit length but for the last optimiser step, after which SwAV's script saves.
 
     Raises:
         CheckpointError: The file is of another layout, or a key is missing, extra or misshapen.
@@ -29,28 +30,30 @@ def load_swav(path: str | Path, *, name: str = "swav", **about: Any) -> Teacher:
     if not head or prototypes is None:
         moco = any(key.startswith("encoder_q.") for key in weights)
         hint = "; it looks like MoCo's: pass --teacher mocov2" if moco else ""
+        if any(key.startswith("prototypes.prototypes") for key in weights):
+            hint = "; it has several sets of prototypes, as DeepCluster-v2's and SeLa-v2's: give it as module:function"
         lacks = "projection_head.*" if not head else "prototypes.weight"
         raise CheckpointError(f"{path}: not SwAV's layout: no key {lacks}, the first is {next(iter(weights))!r}{hint}")
-    if "0.weight" not in head or "3.weight" not in head:
-        raise CheckpointError(f"{path}: its head has keys {sorted(head)}, expected projection_head.0, .1 and .3")
-    architecture = read_architecture(weights, str(path))
-    shapes = [(head[f"{k}.weight"].shape[1], head[f"{k}.weight"].shape[0]) for k in (0, 3)]
-    dim = shapes[-1][1]
-    if prototypes.ndim != 2 or prototypes.shape[1] != dim:
-        raise CheckpointError(f"{path}: prototypes {list(prototypes.shape)} do not fit a head of {dim} dimensions")
+    backbone = {key: value for key, value in weights.items() if not key.startswith(_OTHERS)}
+    architecture = read_architecture(backbone, str(path))
+    projection, dim, words = checkpoint.read_head(head, architecture.feature_dim, f"{path}: projection_head")
+    others = [key for key in weights if key.startswith("prototypes.") and key != "prototypes.weight"]
+    fits = prototypes.ndim == 2 and prototypes.shape[1] == dim and prototypes.is_floating_point()
+    wrong = [] if fits else [f"prototypes.weight {list(prototypes.shape)}, expected floats [K, {dim}]"]
+    checkpoint.refuse_keys({"unexpected": others, "misshapen": wrong}, str(path))
     encoder = architecture.build()
-    projection = checkpoint.mlp(shapes, norm=True)
-    backbone = {key: value for key, value in weights.items() if not key.startswith((*_OTHERS, "head."))}
     checkpoint.load_into(encoder, backbone, str(path))
-    checkpoint.load_into(projection, head, str(path))
+    checkpoint.load_into(projection, head, f"{path}: projection_head")
     return Teacher(
         encoder,
         projection,
         name=name,
         dim=dim,
-        network=f"{architecture.name}, MLP {shapes[0][0]}-{shapes[0][1]}-{dim} with BatchNorm, {len(prototypes)} prototypes",
+        feature_dim=architecture.feature_dim,
+        network=f"{architecture.name}, {words}, {len(prototypes)} prototypes",
         mean=IMAGENET_MEAN,
         std=SWAV_STD,
+        checkpoint=Path(path).name,
         checkpoint_sha256=digest,
         arrays={"prototypes": prototypes.detach().float().numpy().astype(np.float32)},
         **about,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fkd_ssl.errors import FkdError
+from fkd_ssl.errors import FkdError, RequestError
 
 Rgb = tuple[float, float, float]
 IMAGENET_MEAN: Rgb = (0.485, 0.456, 0.406)
@@ -26,14 +26,17 @@ class Teacher(nn.Module):
         head: Features to embeddings [B, D].
         name: What a store's column is called by default.
         dim: D.
+        feature_dim: F; D by default.
         network: The architecture in words.
         pixels: Native input size; other sizes work as far as the network does.
         mean: Of RGB in 0 to 1.
         std: Likewise.
         licence: Of the weights.
         source: Where the weights came from, a URL or module:function.
-        checkpoint_sha256: Of the file of weights.
-        precision: Arithmetic of the forward.
+        checkpoint: Name of the file of weights, without its folder.
+        checkpoint_sha256: Of that file.
+        precision: fp32, or bf16 and fp16 by autocast. fp32 on a GPU is what PyTorch's own switches make of it: by default
+            its convolutions use TF32.
         arrays: What a store keeps beside the targets, for instance `prototypes` float32 [K, D].
 
     Attributes:
@@ -52,33 +55,39 @@ class Teacher(nn.Module):
         name: str,
         dim: int,
         network: str,
+        feature_dim: int | None = None,
         pixels: int = 224,
         mean: Rgb = IMAGENET_MEAN,
         std: Rgb = IMAGENET_STD,
         licence: str = "not stated",
         source: str | None = None,
+        checkpoint: str | None = None,
         checkpoint_sha256: str | None = None,
         precision: Literal["fp32", "bf16", "fp16"] = "fp32",
         arrays: dict[str, npt.NDArray[np.float32]] | None = None,
     ) -> None:
+        if precision not in ("fp32", *_AUTOCAST):
+            raise RequestError(f"precision {precision!r}: expected fp32, {' or '.join(_AUTOCAST)}")
         super().__init__()
         self.backbone = backbone
         self.head = head
         self.name = name
         self.dim = dim
+        self.feature_dim = dim if feature_dim is None else feature_dim
         self.network = network
         self.pixels = pixels
         self.mean = mean
         self.std = std
         self.licence = licence
         self.source = source
+        self.checkpoint = checkpoint
         self.checkpoint_sha256 = checkpoint_sha256
         self.precision = precision
         self.arrays = arrays or {}
         self.register_buffer("_mean", torch.tensor(mean).view(1, 3, 1, 1) * 255, persistent=False)
         self.register_buffer("_std", torch.tensor(std).view(1, 3, 1, 1) * 255, persistent=False)
         self.requires_grad_(False)
-        self.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.to(memory_format=torch.channels_last)
         self.eval()
 
     def train(self, mode: bool = True) -> Self:
@@ -105,6 +114,8 @@ class Teacher(nn.Module):
             return self._checked(self.backbone(self._prepare(images)), images).float()
 
     def _prepare(self, images: Tensor) -> Tensor:
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+            raise FkdError(f"teacher {self.name}: got {images.dtype} {list(images.shape)}, expected uint8 [B, 3, H, W]")
         images = images.to(self._mean.device, non_blocking=True).contiguous(memory_format=torch.channels_last)
         return (images - self._mean) / self._std
 
@@ -114,7 +125,7 @@ class Teacher(nn.Module):
         return torch.autocast(self._mean.device.type, dtype=_AUTOCAST[self.precision])
 
     def _checked(self, output: Any, images: Tensor) -> Tensor:
-        if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != len(images):
+        if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != len(images) or not output.is_floating_point():
             what = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise FkdError(f"teacher {self.name}: its network gave {what} for {len(images)} images, expected [B, D]")
         if not output.isfinite().all():

@@ -182,7 +182,7 @@ class _Scorer:
         split = extract_split(
             features, self.images, self.val, pixels=self.config.pixels, workers=self.config.workers, progress=False
         )
-        common = {
+        common: dict[str, Any] = {
             "train_features": split.train_features,
             "train_labels": split.train_labels,
             "features": split.features,

@@ -12,6 +12,7 @@ from fkd_ssl.crops import RECIPES, Recipe
 from fkd_ssl.errors import CheckpointError, RequestError
 from fkd_ssl.students import Student
 from fkd_ssl.teachers import Teacher, load_teacher
+from fkd_ssl.teachers.registry import Precision
 from fkd_ssl.training.distiller import STUDENT_KEY
 from fkd_ssl.training.monitor import LAST
 
@@ -47,7 +48,7 @@ def recipe_of(name: str, min_scale: float | None = None) -> Recipe:
     return Recipe(**{**recipe.__dict__, "scale": (min_scale, recipe.scale[1])})
 
 
-def teacher_of(name: str, checkpoint: str | None, precision: str = "fp32") -> Teacher:
+def teacher_of(name: str, checkpoint: str | None, precision: Precision = "fp32") -> Teacher:
     """A teacher on the device that this machine has; raises as fkd_ssl.teachers.load_teacher."""
     teacher = load_teacher(name, checkpoint=checkpoint, precision=precision)
     return teacher.to(device())
@@ -91,4 +92,4 @@ def load_student(path: Path) -> tuple[Student, int]:
     except Exception as error:  # whatever a foreign file makes torch raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CheckpointError(f"{path}: not a checkpoint of fkd-ssl train ({reason})") from error
-    return student.eval().to(memory_format=torch.channels_last), int(about["pixels"])  # type: ignore[call-overload]
+    return student.eval().to(memory_format=torch.channels_last), int(about["pixels"])

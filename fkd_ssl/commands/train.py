@@ -6,7 +6,7 @@ options continue a killed run.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fkd_ssl.training.config import TrainConfig as Config
 
@@ -33,7 +33,7 @@ def run(config: Config) -> int:
     make_backbone(config.student)
     images = scan(config.images)
     store = open_store(config.store) if config.store else None
-    common = {"crops_per_image": config.crops_per_image, "pixels": config.pixels, "seed": config.seed}
+    common: dict[str, Any] = {"crops_per_image": config.crops_per_image, "pixels": config.pixels, "seed": config.seed}
     data: Crops
     if config.targets == "stored":
         assert store is not None  # by TrainConfig

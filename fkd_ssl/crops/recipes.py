@@ -119,7 +119,7 @@ def draw(recipe: Recipe, key: bytes, height: int, width: int, first: int, count:
     return records
 
 
-def _draw_boxes(recipe: Recipe, u: npt.NDArray[np.float64], height: int, width: int, records: Records) -> None:
+def _draw_boxes(recipe: Recipe, u: npt.NDArray[np.floating[Any]], height: int, width: int, records: Records) -> None:
     area = height * width * (recipe.scale[0] + u[:, :, 0] * (recipe.scale[1] - recipe.scale[0]))
     low, high = np.log(recipe.ratio[0]), np.log(recipe.ratio[1])
     ratio = np.exp(low + u[:, :, 1] * (high - low))

@@ -1,6 +1,7 @@
 """Replay: a crop's pixels again, from the image and the crop's record. One code path for teacher and student."""
 
 import math
+from typing import Any
 
 import cv2
 import numpy as np
@@ -50,7 +51,8 @@ def _replay_one(view: UInt8Array, image: UInt8Array, record: np.void) -> None:
     crop = image[top : top + height, left : left + width]
     while min(height, width) >= 2 * pixels:
         height, width = height // 2, width // 2
-        crop = cv2.resize(crop[: 2 * height, : 2 * width], (width, height), interpolation=cv2.INTER_AREA)
+        half: Any = cv2.resize(crop[: 2 * height, : 2 * width], (width, height), interpolation=cv2.INTER_AREA)
+        crop = half
     cv2.resize(crop, (pixels, pixels), dst=view, interpolation=cv2.INTER_LINEAR)
     if flags & (JITTER | GREY):
         mean = cv2.mean(view)

@@ -167,14 +167,21 @@ def _base(index: Any) -> Any:
     return faiss.downcast_index(inner.index) if isinstance(inner, faiss.IndexPreTransform) else inner
 
 
+def _transform(index: Any) -> Any:
+    import faiss
+
+    return faiss.downcast_VectorTransform(index.chain.at(0))
+
+
 def _parameters(index: Any) -> dict[str, tuple[Any, tuple[int, ...]]]:
     """Faiss's vectors that training fills, by the name they are stored under, with their shapes."""
     import faiss
 
-    outer, base = faiss.downcast_index(index), _base(index)
+    outer: Any = faiss.downcast_index(index)
+    base = _base(index)
     vectors: dict[str, tuple[Any, tuple[int, ...]]] = {}
     if isinstance(outer, faiss.IndexPreTransform):
-        transform = faiss.downcast_VectorTransform(outer.chain.at(0))
+        transform = _transform(outer)
         vectors["transform"] = (transform.A, (transform.d_out, transform.d_in))
         if isinstance(transform, faiss.PCAMatrix):
             vectors["transform_bias"] = (transform.b, (transform.d_out,))
@@ -194,9 +201,10 @@ def _set_parameters(index: Any, arrays: dict[str, npt.NDArray[Any]]) -> None:
 
     for name, (vector, _) in _parameters(index).items():
         faiss.copy_array_to_vector(np.ascontiguousarray(arrays[name]).ravel(), vector)
-    outer, base = faiss.downcast_index(index), _base(index)
+    outer: Any = faiss.downcast_index(index)
+    base = _base(index)
     if isinstance(outer, faiss.IndexPreTransform):
-        transform = faiss.downcast_VectorTransform(outer.chain.at(0))
+        transform = _transform(outer)
         transform.have_bias = "transform_bias" in arrays
         transform.set_is_orthonormal()
         transform.is_trained = True

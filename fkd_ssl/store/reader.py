@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -37,7 +37,7 @@ class ColumnMeta:
     """`mean` and `std` of RGB in 0 to 1."""
     pixels: int
     """Side of the crops that the teacher saw."""
-    precision: str
+    precision: Literal["fp32", "bf16", "fp16"]
     """Arithmetic of the teacher's forward."""
     chunk_size: int
     """Crops in one forward: another size gives other last bits."""
@@ -61,6 +61,10 @@ class Column:
         except TypeError as error:
             raise StoreError(f"{self.folder / 'meta.json'}: {error}; the file is damaged or newer") from error
         meta = self.meta
+        if meta.precision not in ("fp32", "bf16", "fp16"):
+            raise StoreError(
+                f"{self.folder / 'meta.json'}: precision {meta.precision!r} is unknown; the file is damaged or newer"
+            )
         if meta.kind != "embedding" or not isinstance(meta.arrays, dict) or not isinstance(meta.codec, str):
             raise StoreError(f"{self.folder / 'meta.json'}: a kind {meta.kind!r} that this version does not read")
         if not isinstance(meta.dim, int) or not 0 < meta.dim <= 65536:

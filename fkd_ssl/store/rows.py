@@ -31,8 +31,11 @@ class Teacher(Protocol):
     checkpoint_sha256: str | None
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    precision: str
     arrays: dict[str, npt.NDArray[np.float32]]
+
+    @property
+    def precision(self) -> str:
+        """Arithmetic of its forward: fp32, bf16 or fp16."""
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
         """Targets float32 [B, D] of crops uint8 [B, 3, H, W]."""

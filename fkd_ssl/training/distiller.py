@@ -38,7 +38,7 @@ class OnlineTargets:
 
     def __call__(self, batch: Batch) -> Tensor:
         """Targets of a batch's crops."""
-        images: Tensor = batch.get("teacher_images", batch["images"])
+        images: Tensor = batch["teacher_images"] if "teacher_images" in batch else batch["images"]
         self.forwards += len(images)
         # cloned out of inference mode, so that autograd may keep it
         return self.embed(images).to(batch["images"].device).clone()
@@ -102,4 +102,5 @@ def make_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optim
         return torch.optim.AdamW(groups, lr=config.lr)
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
-    return LARS(groups, lr=config.lr, momentum=config.momentum)
+    lars: torch.optim.Optimizer = LARS(groups, lr=config.lr, momentum=config.momentum)
+    return lars

@@ -89,7 +89,7 @@ class Recorder(pl.Callback):
     def score(self, trainer: pl.Trainer, top1: float) -> None:
         """Notes a kNN score at this step, in a line of its own; the time it took is not training."""
         crops = trainer.global_step * self.batch_size
-        line = dict.fromkeys(FIELDS, "")
+        line: dict[str, Any] = dict.fromkeys(FIELDS, "")
         line |= {"step": trainer.global_step, "epoch": crops / self.images, "crops": crops}
         self._lines.append({**line, "seconds": round(self.seconds, 3), "knn_top1": top1})
         self._write()

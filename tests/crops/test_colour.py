@@ -1,0 +1,162 @@
+"""The colour matrix against torchvision's operations, one at a time, and against a float oracle for every order."""
+
+import colorsys
+from itertools import permutations
+
+import numpy as np
+import pytest
+import torch
+from torchvision.transforms import functional
+
+from fkd_ssl.crops import box_record, colour, replay
+from fkd_ssl.crops.records import GREY, JITTER
+
+LUMA = np.array([0.299, 0.587, 0.114])
+
+
+@pytest.fixture
+def muted(smooth) -> np.ndarray:
+    """A picture of middling colours, so that nothing clips, of the output's own size: replay's geometry does nothing."""
+    pixels = smooth(5, 64, 64).astype(float)
+    return (128 + (pixels - 128) * 0.35).round().astype(np.uint8)
+
+
+def jittered(order: int = 0, *, flags: int = JITTER, **factors: float) -> np.ndarray:
+    record = box_record(0, 0, 64, 64)
+    record["flags"], record["order"] = flags, order
+    for name, value in factors.items():
+        record[name] = value
+    return record
+
+
+def chw(image: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
+
+
+def difference(ours: np.ndarray, theirs: torch.Tensor) -> int:
+    return int(np.abs(ours[0].astype(int) - theirs.numpy().astype(int)).max())
+
+
+@pytest.mark.parametrize("name", ["brightness", "contrast", "saturation"])
+@pytest.mark.parametrize("factor", [0.5, 0.8, 1.25, 1.5])
+def test_each_operation_agrees_with_torchvisions(muted, name, factor):
+    theirs = getattr(functional, f"adjust_{name}")(chw(muted), factor)
+    assert 0 < theirs.min()
+    assert theirs.max() < 255
+    assert difference(replay(muted, jittered(**{name: factor}), 64), theirs) <= 1
+
+
+def test_greyscale_agrees_with_torchvisions(muted):
+    ours = replay(muted, jittered(flags=GREY), 64)
+    assert difference(ours, functional.rgb_to_grayscale(chw(muted), 3)) <= 1
+    assert (ours[0, 0] == ours[0, 1]).all()
+    assert (ours[0, 1] == ours[0, 2]).all()
+
+
+def test_factors_count_only_with_their_flag(muted):
+    plain = replay(muted, box_record(0, 0, 64, 64), 64)
+    ignored = jittered(flags=0, brightness=0.5, contrast=0.5, saturation=0.2, hue=0.3)
+    np.testing.assert_array_equal(replay(muted, ignored, 64), plain)
+    np.testing.assert_array_equal(plain[0], chw(muted).numpy())
+    for order in range(24):
+        np.testing.assert_array_equal(replay(muted, jittered(order), 64), plain)
+
+
+@pytest.mark.parametrize("hue", [-0.4, -0.2, -0.1, 0.05, 0.1, 0.2])
+def test_hue_keeps_the_luma(muted, hue):
+    turned = replay(muted, jittered(hue=hue), 64)[0].astype(float)
+    luma = np.tensordot(LUMA, turned, 1) - muted.astype(float) @ LUMA
+    assert np.abs(luma).max() <= 1
+    assert np.abs(turned - chw(muted).numpy()).max() > 2
+
+
+@pytest.mark.parametrize("hue", [-0.2, -0.1, -0.05, 0.05, 0.1, 0.2])
+@pytest.mark.parametrize("start", np.linspace(0, 1, 12, endpoint=False))
+def test_hue_turns_as_torchvisions_does(start, hue):
+    rgb = np.array(colorsys.hsv_to_rgb(start, 0.4, 0.6)) * 255
+    image = np.broadcast_to(rgb.round().astype(np.uint8), (64, 64, 3)).copy()
+    record = jittered(hue=hue)
+    turns = []
+    for pixels in (replay(image, record, 64)[0], functional.adjust_hue(chw(image), float(record["hue"][0])).numpy()):
+        turned = colorsys.rgb_to_hsv(*(pixels[:, 0, 0] / 255))[0]
+        turns.append((turned - start + 0.5) % 1 - 0.5)
+    assert abs(turns[1] - hue) < 0.02
+    assert np.sign(turns[0]) == np.sign(hue)
+    assert abs(turns[0] - hue) < 0.09  # a circle in YIQ is no circle in HSV
+
+
+def test_half_a_turn_of_hue_and_back(muted):
+    there = colour.matrix(jittered(hue=0.5)[0], (0, 0, 0)).astype(float)[:, :3]
+    np.testing.assert_allclose(there @ there, np.eye(3), atol=1e-5)
+
+
+def oracle(image: np.ndarray, order: tuple[int, ...], factors: dict[str, float], grey: bool) -> np.ndarray:
+    """Operations one after the other on float pixels [n, 3], means measured where they are needed, nothing clamped."""
+    yiq = np.array([LUMA, [0.595901, -0.274557, -0.321344], [0.211537, -0.522736, 0.311200]])  # FCC 1953
+    x = image.reshape(-1, 3).astype(np.float64)
+    for operation in order:
+        if operation == 0:
+            x = x * factors["brightness"]
+        elif operation == 1:
+            pivot = (x @ LUMA).mean()
+            x = pivot + (x - pivot) * factors["contrast"]
+        elif operation == 2:
+            luma = (x @ LUMA)[:, None]
+            x = luma + (x - luma) * factors["saturation"]
+        else:
+            angle = 2 * np.pi * factors["hue"]
+            cos, sin = np.cos(angle), np.sin(angle)
+            turn = np.array([[1, 0, 0], [0, cos, sin], [0, -sin, cos]])
+            x = x @ (np.linalg.inv(yiq) @ turn @ yiq).T
+    return np.repeat((x @ LUMA)[:, None], 3, axis=1) if grey else x
+
+
+@pytest.mark.parametrize("grey", [False, True])
+def test_every_order_composes_as_the_operations_in_turn(muted, grey):
+    values = {"brightness": 1.2, "contrast": 0.7, "saturation": 1.35, "hue": 0.08}
+    results = []
+    for k, order in enumerate(permutations(range(4))):
+        (record,) = jittered(k, flags=JITTER | GREY if grey else JITTER, **values)
+        exact = {name: float(record[name]) for name in values}
+        expected = oracle(muted, order, exact, grey)
+        mean = muted.reshape(-1, 3).astype(float).mean(axis=0)
+        matrix = colour.matrix(record, tuple(mean)).astype(float)
+        found = muted.reshape(-1, 3).astype(float) @ matrix[:, :3].T + matrix[:, 3]
+        np.testing.assert_allclose(found, expected, atol=0.3)  # FCC's YIQ has four decimals, ours is exact in luma
+        pixels = replay(muted, np.array([record]), 64)[0].transpose(1, 2, 0).reshape(-1, 3)
+        assert np.abs(pixels - expected.clip(0, 255)).max() <= 1
+        results.append(expected)
+    assert len({np.round(result, 3).tobytes() for result in results}) > 4  # the order is seen
+
+
+def test_order_of_the_permutations_is_pinned():
+    assert colour.OPERATION_ORDERS == tuple(permutations(range(4)))
+    assert colour.OPERATION_ORDERS[1] == (colour.BRIGHTNESS, colour.CONTRAST, colour.HUE, colour.SATURATION)
+
+
+def test_matrices_of_single_operations():
+    mean = (100.0, 50.0, 200.0)
+    grey = float(np.dot(LUMA, mean))
+    half = colour.matrix(jittered(brightness=0.5)[0], mean)
+    np.testing.assert_allclose(half, np.hstack([np.eye(3) / 2, np.zeros((3, 1))]))
+    half = colour.matrix(jittered(contrast=0.5)[0], mean)
+    np.testing.assert_allclose(half, np.hstack([np.eye(3) / 2, np.full((3, 1), grey / 2)]), rtol=1e-6)
+    none = colour.matrix(jittered(saturation=0.0)[0], mean)
+    np.testing.assert_allclose(none, np.hstack([np.tile(LUMA, (3, 1)), np.zeros((3, 1))]), rtol=1e-6)
+    assert half.dtype == np.float32
+
+
+def test_contrast_turns_about_the_mean_after_earlier_operations():
+    """brightness 0.5, then contrast 0: every pixel becomes half the mean grey."""
+    record = jittered(0, brightness=0.5, contrast=0.0)[0]
+    matrix = colour.matrix(record, (100.0, 100.0, 100.0))
+    np.testing.assert_allclose(matrix, np.hstack([np.zeros((3, 3)), np.full((3, 1), 50.0)]), atol=1e-5)
+
+
+def test_results_are_clamped():
+    image = np.zeros((64, 64, 3), dtype=np.uint8)
+    image[:, 32:] = 250
+    bright = replay(image, jittered(brightness=1.5), 64)
+    assert set(np.unique(bright)) == {0, 255}
+    contrasted = replay(image, jittered(contrast=2.0), 64)
+    assert set(np.unique(contrasted)) == {0, 255}

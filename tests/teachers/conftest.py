@@ -1,0 +1,161 @@
+"""Checkpoints of MoCo's and SwAV's layouts, and their forward written out, sharing no code with the package."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+torch.set_num_threads(2)
+State = dict[str, Tensor]
+Shapes = dict[str, tuple[int, ...]]
+DEPTHS = {"resnet18": (False, (2, 2, 2, 2)), "resnet50": (True, (3, 4, 6, 3))}
+
+
+def norm(prefix: str, width: int) -> Shapes:
+    names = ("weight", "bias", "running_mean", "running_var")
+    return {**{f"{prefix}.{name}": (width,) for name in names}, f"{prefix}.num_batches_tracked": ()}
+
+
+def body(arch: str, width: int = 1, inner: int = 1) -> Shapes:
+    """A ResNet's shapes; `inner` widens the insides of bottlenecks alone, as torchvision's wide_resnet."""
+    bottleneck, depths = DEPTHS[arch]
+    before = 64 * width
+    shapes: Shapes = {"conv1.weight": (before, 3, 7, 7), **norm("bn1", before)}
+    for layer, depth in enumerate(depths, start=1):
+        planes = 64 * width * 2 ** (layer - 1)
+        after = planes * (4 if bottleneck else 1)
+        for block in range(depth):
+            name, p = f"layer{layer}.{block}", planes * inner
+            convs = [(p, before, 1), (p, p, 3), (after, p, 1)] if bottleneck else [(p, before, 3), (p, p, 3)]
+            for k, (outputs, inputs, side) in enumerate(convs, start=1):
+                shapes |= {f"{name}.conv{k}.weight": (outputs, inputs, side, side), **norm(f"{name}.bn{k}", outputs)}
+            if block == 0 and before != after:
+                shapes |= {f"{name}.downsample.0.weight": (after, before, 1, 1), **norm(f"{name}.downsample.1", after)}
+            before = after
+    return shapes
+
+
+def linear(prefix: str, inputs: int, outputs: int) -> Shapes:
+    return {f"{prefix}.weight": (outputs, inputs), f"{prefix}.bias": (outputs,)}
+
+
+def moco(arch: str = "resnet18", *, version: int = 2, dim: int = 128, prefix: str = "module.", inner: int = 1) -> Shapes:
+    features = 2048 if arch == "resnet50" else 512
+    head = {**linear("fc.0", features, features), **linear("fc.2", features, dim)}
+    encoder = {**body(arch, inner=inner), **(head if version == 2 else linear("fc", features, dim))}
+    return {
+        **{f"{prefix}encoder_q.{key}": shape for key, shape in encoder.items()},
+        **{f"{prefix}encoder_k.{key}": shape for key, shape in encoder.items()},
+        f"{prefix}queue": (dim, 8),
+        f"{prefix}queue_ptr": (1,),
+    }
+
+
+def swav(
+    arch: str = "resnet18", *, width: int = 1, batch_norm: bool = True, hidden: int = 96, prefix: str = "module."
+) -> Shapes:
+    features = (2048 if arch == "resnet50" else 512) * width
+    middle = norm("projection_head.1", hidden) if batch_norm else {}
+    shapes = {
+        **body(arch, width),
+        **linear("projection_head.0", features, hidden),
+        **middle,
+        **linear(f"projection_head.{3 if batch_norm else 2}", hidden, 128),
+        "prototypes.weight": (30, 128),
+    }
+    return {prefix + key: shape for key, shape in shapes.items()}
+
+
+def fill(shapes: Shapes, seed: int = 0) -> State:
+    """Random weights, with BatchNorm statistics that matter and activations that stay moderate."""
+    generator = torch.Generator().manual_seed(seed)
+    state: State = {}
+    for key, shape in shapes.items():
+        fan_in = max(1, torch.Size(shape[1:]).numel())
+        if key.endswith(("num_batches_tracked", "queue_ptr")):
+            state[key] = torch.full(shape, 7, dtype=torch.int64)
+        elif "encoder_k." in key:  # ignored, and half of the file
+            state[key] = torch.zeros(()).expand(shape)
+        elif key.endswith("running_var") or (key.endswith("weight") and len(shape) == 1):
+            state[key] = torch.empty(shape).uniform_(0.5, 1.5, generator=generator)
+        elif len(shape) == 1:
+            state[key] = torch.empty(shape).uniform_(-0.2, 0.2, generator=generator)
+        else:
+            bound = (6 / fan_in) ** 0.5
+            state[key] = torch.empty(shape).uniform_(-bound, bound, generator=generator)
+    return state
+
+
+def hollow(shapes: Shapes) -> State:
+    """Tensors of these shapes with one number behind each: files of some KB."""
+    counters = ("num_batches_tracked", "queue_ptr")
+    return {k: torch.zeros((), dtype=torch.int64 if k.endswith(counters) else None).expand(s) for k, s in shapes.items()}
+
+
+def forward(state: State, prefix: str, images: Tensor, std: tuple[float, float, float], swav_stem: bool) -> Tensor:
+    """Pooled features [B, F] in float64, from the state alone."""
+    w = {key.removeprefix(prefix): value.double() for key, value in state.items() if key.startswith(prefix)}
+
+    def bn(x: Tensor, name: str) -> Tensor:
+        mean, var = w[f"{name}.running_mean"], w[f"{name}.running_var"]
+        return F.batch_norm(x, mean, var, w[f"{name}.weight"], w[f"{name}.bias"], training=False, eps=1e-5)
+
+    x = images.double() / 255
+    x = (x - torch.tensor((0.485, 0.456, 0.406)).view(1, 3, 1, 1)) / torch.tensor(std, dtype=torch.float64).view(1, 3, 1, 1)
+    if swav_stem:  # as SwAV's code: the image padded by 1, the stem by 2
+        x = F.conv2d(F.pad(x, (1, 1, 1, 1)), w["conv1.weight"], stride=2, padding=2)
+    else:
+        x = F.conv2d(x, w["conv1.weight"], stride=2, padding=3)
+    x = F.max_pool2d(F.relu(bn(x, "bn1")), 3, stride=2, padding=1)
+    for layer in range(1, 5):
+        block = 0
+        while f"layer{layer}.{block}.conv1.weight" in w:
+            name = f"layer{layer}.{block}"
+            bottleneck = f"{name}.conv3.weight" in w
+            stride = 2 if layer > 1 and block == 0 else 1
+            y = x
+            for k in range(1, 4 if bottleneck else 3):
+                strided = stride if k == (2 if bottleneck else 1) else 1
+                weight = w[f"{name}.conv{k}.weight"]
+                y = bn(F.conv2d(y, weight, stride=strided, padding=weight.shape[-1] // 2), f"{name}.bn{k}")
+                y = F.relu(y) if k < (3 if bottleneck else 2) else y
+            if f"{name}.downsample.0.weight" in w:
+                x = bn(F.conv2d(x, w[f"{name}.downsample.0.weight"], stride=stride), f"{name}.downsample.1")
+            x = F.relu(x + y)
+            block += 1
+    return x.mean(dim=(2, 3))
+
+
+def save(path: Path, state: State, **other: object) -> Path:
+    torch.save({"epoch": 1, "arch": "resnet", "state_dict": state, **other}, path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def kit() -> SimpleNamespace:
+    return SimpleNamespace(moco=moco, swav=swav, body=body, fill=fill, hollow=hollow, forward=forward, save=save)
+
+
+@pytest.fixture(scope="session")
+def crops() -> Tensor:
+    return torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(scope="session")
+def moco18(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, State]]:
+    state = fill(moco("resnet18"))
+    path = save(tmp_path_factory.mktemp("moco") / "moco18.pth.tar", state, optimizer={"param_groups": [{"lr": 0.03}]})
+    yield path, state
+    path.unlink()
+
+
+Write = Callable[[State], Path]
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> Write:
+    return lambda state: save(tmp_path / "checkpoint.pth.tar", state)

@@ -1,0 +1,151 @@
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from fkd_ssl.errors import CheckpointError, FkdError, RequestError
+from fkd_ssl.teachers import FAMILIES, PRESETS, Teacher, load_teacher
+
+MODULE = """
+import torch
+from torch import nn
+from fkd_ssl.teachers import Teacher
+
+class Net(nn.Module):
+    pixels = 32
+    def __init__(self, width=6):
+        super().__init__()
+        self.conv = nn.Conv2d(3, width, 5)
+    def forward(self, x):
+        return self.conv(x).mean(dim=(2, 3))
+
+def plain():
+    return Net()
+def weights(checkpoint=None):
+    net = Net()
+    if checkpoint is not None:
+        net.load_state_dict(torch.load(checkpoint, weights_only=True))
+    return net
+def needs(checkpoint):
+    return Net()
+def teacher():
+    return Teacher(Net(), nn.Identity(), name="special", dim=6, network="net", licence="mine", precision="bf16")
+def fails():
+    raise OSError("disk on fire")
+def number():
+    return 7
+def maps():
+    return nn.Conv2d(3, 6, 5)
+def picky():
+    return nn.Linear(7, 7)
+"""
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    (tmp_path / "own_teachers.py").write_text(MODULE)
+    (tmp_path / "broken_teachers.py").write_text("1 / 0\n")
+    (tmp_path / "needy_teachers.py").write_text("import surely_not_installed\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", str(tmp_path))])
+    yield tmp_path
+    for name in ("own_teachers", "broken_teachers", "needy_teachers"):
+        sys.modules.pop(name, None)
+
+
+def test_a_network_of_ones_own_becomes_a_teacher(here: Path, crops: Any) -> None:
+    teacher = load_teacher("own_teachers:plain")
+    assert (teacher.name, teacher.dim, teacher.feature_dim, teacher.pixels) == ("plain", 6, 6, 32)
+    assert (teacher.source, teacher.network, teacher.checkpoint_sha256) == ("own_teachers:plain", "Net", None)
+    torch.testing.assert_close(teacher.embed(crops).norm(dim=1), torch.ones(3))
+    pixels = (crops / 255 - torch.tensor(teacher.mean).view(3, 1, 1)) / torch.tensor(teacher.std).view(3, 1, 1)
+    torch.testing.assert_close(teacher.features(crops).clone(), teacher.backbone(pixels), rtol=1e-4, atol=1e-5)
+
+
+def test_a_checkpoint_is_handed_to_the_function_and_noted(here: Path) -> None:
+    from fkd_ssl.teachers.checkpoint import digest
+
+    wanted = {"conv.weight": torch.ones(6, 3, 5, 5), "conv.bias": torch.zeros(6)}
+    torch.save(wanted, here / "mine.pth")
+    teacher = load_teacher("own_teachers:weights", checkpoint="mine.pth")
+    assert torch.equal(teacher.backbone.conv.weight, wanted["conv.weight"])  # type: ignore[union-attr]
+    assert (teacher.checkpoint, teacher.checkpoint_sha256) == ("mine.pth", digest(here / "mine.pth"))
+
+
+def test_a_teacher_of_ones_own_is_taken_as_it_is(here: Path) -> None:
+    teacher = load_teacher("own_teachers:teacher")
+    assert isinstance(teacher, Teacher)
+    assert (teacher.name, teacher.licence, teacher.precision) == ("special", "mine", "bf16")
+    assert load_teacher("own_teachers:teacher", precision="fp16").precision == "fp16"
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "message"),
+    [
+        ("own_teachers:plane", RequestError, r"has no function 'plane'; did you mean own_teachers:plain\?"),
+        ("own_techers:plain", RequestError, r"No module named 'own_techers' \(the current folder is on the path\)"),
+        ("own_teachers:", RequestError, r"has no function ''"),
+        (":plain", RequestError, r"teacher :plain: Empty module name"),
+        ("needy_teachers:x", RequestError, r"No module named 'surely_not_installed'"),
+        ("broken_teachers:x", FkdError, r"its module failed: ZeroDivisionError: division by zero"),
+        ("own_teachers:fails", FkdError, r"OSError: disk on fire"),
+        ("own_teachers:needs", FkdError, r"needs.*checkpoint"),
+        ("own_teachers:number", FkdError, r"returned a int, expected a torch\.nn\.Module or a Teacher"),
+        ("own_teachers:maps", FkdError, r"gives \[2, 6, 220, 220\] for .* expected one tensor \[2, D\]"),
+        ("own_teachers:picky", FkdError, r"fails on \[2, 3, 224, 224\] floats: RuntimeError"),
+    ],
+)
+def test_what_can_go_wrong_with_ones_own(here: Path, name: str, kind: type[Exception], message: str) -> None:
+    with pytest.raises(kind, match=message):
+        load_teacher(name)
+
+
+def test_a_checkpoint_that_is_not_wanted_or_not_there(here: Path) -> None:
+    with pytest.raises(RequestError, match=r"takes no checkpoint=, and --checkpoint was given"):
+        load_teacher("own_teachers:plain", checkpoint="own_teachers.py")
+    with pytest.raises(RequestError, match=r"gone\.pth: no such checkpoint"):
+        load_teacher("own_teachers:weights", checkpoint="gone.pth")
+
+
+@pytest.mark.parametrize(("name", "near"), [("mocov3", "mocov2"), ("swaw", "swav"), ("swav_r50w4_800ep", "swav_r50w4_400ep")])
+def test_a_misspelt_name_is_answered_with_the_nearest(name: str, near: str) -> None:
+    with pytest.raises(RequestError, match=rf"{name}.*did you mean {near}\?"):
+        load_teacher(name)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_needs_a_checkpoint(family: str) -> None:
+    with pytest.raises(RequestError, match=rf"teacher {family}: --checkpoint is needed"):
+        load_teacher(family)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_preset_without_checkpoint_says_where_it_is(name: str) -> None:
+    with pytest.raises(RequestError, match=r"download https://dl\.fbaipublicfiles\.com/\S+ \(licence: .*\).*--checkpoint"):
+        load_teacher(name)
+
+
+def test_a_preset_is_held_against_the_shapes_and_the_md5(kit: SimpleNamespace, write: Any) -> None:
+    path = write(kit.hollow(kit.moco("resnet18")))
+    with pytest.raises(CheckpointError, match=r"holds a resnet18, .*mocov2_r50_800ep is a resnet50 .*--teacher mocov2"):
+        load_teacher("mocov2_r50_800ep", checkpoint=path)
+    path = write(kit.hollow(kit.moco("resnet50")))
+    with pytest.raises(CheckpointError, match=r"its md5 begins with [0-9a-f]{8}, that of mocov2_r50_200ep with 59fd9945"):
+        load_teacher("mocov2_r50_200ep", checkpoint=path)
+    path = write(kit.hollow(kit.swav("resnet50")))
+    teacher = load_teacher("swav_r50_800ep", checkpoint=path)
+    assert (teacher.name, teacher.source) == ("swav_r50_800ep", PRESETS["swav_r50_800ep"].url)
+    assert "NC" in teacher.licence
+    with pytest.raises(CheckpointError, match=r"holds a resnet50, .*swav_r50w2_400ep is a resnet50w2"):
+        load_teacher("swav_r50w2_400ep", checkpoint=path)
+
+
+def test_the_presets_are_of_known_families() -> None:
+    for name, preset in PRESETS.items():
+        assert preset.family in FAMILIES
+        assert name.startswith(f"{preset.family}_")
+        assert preset.url.endswith(".pth.tar")

@@ -1,0 +1,131 @@
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fkd_ssl.errors import FkdError, RequestError
+from fkd_ssl.teachers import Teacher, load_teacher
+
+
+def make(network: nn.Module, **options: Any) -> Teacher:
+    return Teacher(network, nn.Identity(), name="mine", network="test", **{"dim": 8, **options})
+
+
+class Pooled(nn.Module):
+    """[B, 3, H, W] to [B, 8], with BatchNorm and dropout that give away train mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Dropout(0.5))
+
+    def forward(self, x: Tensor) -> Any:
+        return self.body(x).mean(dim=(2, 3))
+
+
+class Answer(nn.Module):
+    def __init__(self, answer: Any) -> None:
+        super().__init__()
+        self.answer = answer
+
+    def forward(self, x: Tensor) -> Any:
+        return self.answer(x)
+
+
+def test_it_is_frozen_and_stays_in_eval_mode(crops: Tensor) -> None:
+    teacher = make(Pooled())
+    before = teacher.embed(crops)
+    nn.ModuleList([teacher]).train()
+    teacher.train()
+    assert not any(part.training for part in teacher.modules())
+    assert not any(p.requires_grad for p in teacher.parameters())
+    assert torch.equal(teacher.embed(crops), before)
+    assert before.is_inference()
+
+
+def test_targets_are_normalised_floats_of_any_size(crops: Tensor) -> None:
+    teacher = make(Pooled())
+    for images in (crops, crops[:, :, :17, :25], crops[:1].contiguous(memory_format=torch.channels_last)):
+        targets = teacher.embed(images)
+        assert targets.dtype == torch.float32
+        assert targets.shape == (len(images), 8)
+        torch.testing.assert_close(targets.norm(dim=1), torch.ones(len(images)))
+
+
+def test_pixels_are_normalised_as_torchvision_does(crops: Tensor) -> None:
+    seen: list[Tensor] = []
+
+    def look(x: Tensor) -> Tensor:
+        seen.append(x)
+        return x.mean(dim=(2, 3))
+
+    mean, std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
+    make(Answer(look), dim=3, mean=mean, std=std).features(crops)
+    expected = torch.stack([(crops[:, c] / 255 - mean[c]) / std[c] for c in range(3)], dim=1)
+    torch.testing.assert_close(seen[0], expected)
+    assert seen[0].is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize(
+    ("answer", "message"),
+    [
+        (lambda x: (x.mean(dim=(2, 3)), x), r"its network gave tuple for 3 images, expected \[B, D\]"),
+        (lambda x: x, r"gave \[3, 3, 32, 32\] for 3 images"),
+        (lambda x: x.mean(dim=(2, 3))[:2], r"gave \[2, 3\] for 3 images"),
+        (lambda x: x.mean(dim=(2, 3)) * float("nan"), r"NaN or infinity in fp32"),
+        (lambda x: x.flatten(1)[:, :5], r"gave D = 5, expected 8"),
+    ],
+)
+def test_outputs_that_are_no_targets_are_refused(answer: Any, message: str, crops: Tensor) -> None:
+    with pytest.raises(FkdError, match=message):
+        make(Answer(answer)).embed(crops)
+
+
+def test_inputs_that_are_no_crops_are_refused(crops: Tensor) -> None:
+    with pytest.raises(FkdError, match=r"got torch\.float32 \[3, 3, 32, 32\], expected uint8 \[B, 3, H, W\]"):
+        make(Pooled()).embed(crops.float())
+    with pytest.raises(FkdError, match=r"got torch\.uint8 \[3, 32, 32\]"):
+        make(Pooled()).features(crops[0])
+
+
+def test_unknown_precisions_are_refused() -> None:
+    with pytest.raises(RequestError, match=r"precision 'fp8': expected fp32, bf16 or fp16"):
+        make(Pooled(), precision="fp8")
+
+
+def test_bf16_is_close_to_fp32(crops: Tensor, moco18: tuple[Path, Any]) -> None:
+    exact = load_teacher("mocov2", checkpoint=moco18[0]).embed(crops)
+    rough = load_teacher("mocov2", checkpoint=moco18[0], precision="bf16").embed(crops)
+    assert rough.dtype == torch.float32
+    assert not torch.equal(rough, exact)
+    assert float((rough * exact).sum(dim=1).min()) > 0.995
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_gpu_agrees_with_the_cpu(crops: Tensor, moco18: tuple[Path, Any]) -> None:
+    teacher = load_teacher("mocov2", checkpoint=moco18[0])
+    here = teacher.embed(crops)
+    there = teacher.to("cuda").embed(crops)
+    assert there.device.type == "cuda"
+    assert float((there.cpu() * here).sum(dim=1).min()) > 0.9999
+
+
+@pytest.mark.data
+@pytest.mark.skipif("FKD_SSL_DATA" not in os.environ, reason="FKD_SSL_DATA is not set")
+def test_the_real_teacher_tells_images_apart() -> None:
+    from fkd_ssl.crops import centre, replay
+    from fkd_ssl.images import read_image, scan
+
+    data = Path(os.environ["FKD_SSL_DATA"])
+    teacher = load_teacher("mocov2", checkpoint=data / "teachers" / "mocov2_r18_imagenette.pth.tar")
+    assert (teacher.network, teacher.dim) == ("resnet18, MLP 512-512-128", 128)
+    images = scan(data / "data" / "imagenette" / "val")
+    pixels = [read_image(images.file(i)) for i in range(0, len(images), 100)]
+    views = torch.stack([torch.from_numpy(replay(p, centre(*p.shape[:2], 64), 64)[0]) for p in pixels])
+    targets = teacher.embed(views)
+    flipped = teacher.embed(views.flip(3))
+    same = (targets @ flipped.T).argmax(dim=1) == torch.arange(len(views))
+    assert float(same.float().mean()) > 0.9

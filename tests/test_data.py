@@ -1,0 +1,285 @@
+"""Data sets of crops: what a student reads, from a store or fresh."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from fkd_ssl.crops import RECIPES, draw, replay
+from fkd_ssl.data import Batch, Crops, FreshCrops, StoredCrops, start_worker, whole_batch
+from fkd_ssl.errors import ImageError, RequestError, StoreError
+from fkd_ssl.images import ImageSet, read_image, scan
+from fkd_ssl.store import Store
+
+MakeStore = Callable[..., Store]
+
+
+def index_of(data: StoredCrops, pass_: int, i: int) -> list[int]:
+    """Which crops of image `i` a pass reads, found by their records."""
+    records = data._records(pass_, i, 0, 0)
+    return [next(k for k in range(data.store.crops_per_image) if data.store.crops(i, slice(k, k + 1))[0] == r) for r in records]
+
+
+def read(data: Crops, batches: list[list[tuple[int, int]]], workers: int = 0) -> list[Batch]:
+    loader: DataLoader[Any] = DataLoader(
+        data, batch_sampler=batches, num_workers=workers, collate_fn=whole_batch, worker_init_fn=start_worker
+    )
+    return list(loader)
+
+
+def same(a: Batch, b: Batch) -> bool:
+    tensors = [key for key in a if isinstance(a[key], torch.Tensor)]
+    return a.keys() == b.keys() and a["paths"] == b["paths"] and all(torch.equal(a[key], b[key]) for key in tensors)
+
+
+@pytest.fixture
+def images(image_folder: Path) -> ImageSet:
+    return scan(image_folder)
+
+
+@pytest.fixture
+def own_folder(image_folder: Path, tmp_path: Path) -> Path:
+    """A copy of the images that a test may spoil."""
+    return Path(shutil.copytree(image_folder, tmp_path / "own"))
+
+
+@pytest.fixture
+def store(make_store: MakeStore, tmp_path: Path) -> Store:
+    """Lossless, C = 4."""
+    return make_store(tmp_path / "store", codec="Flat")
+
+
+def fresh(images: ImageSet, **options: Any) -> FreshCrops:
+    return FreshCrops(images, RECIPES["mocov2"], **{"crops_per_image": 2, "pixels": 24, **options})
+
+
+class TestStored:
+    def test_one_image(self, store: Store, image_folder: Path) -> None:
+        data = StoredCrops(store, image_folder, crops_per_image=3, pixels=24, teacher="tiny")
+        item = data[5]
+        assert len(data) == 24
+        assert set(item) == {"images", "targets", "label", "path"}
+        assert (item["images"].dtype, item["images"].shape) == (torch.uint8, (3, 3, 24, 24))
+        assert (item["targets"].dtype, item["targets"].shape) == (torch.float32, (3, 16))
+        assert (item["label"], item["path"]) == (0, "ash/005.jpg")
+        assert data[23]["label"] == 2
+
+    def test_a_batch_lists_crops_of_an_image_side_by_side_in_channels_last(self, store: Store, image_folder: Path) -> None:
+        data = StoredCrops(store, image_folder, crops_per_image=2, pixels=24)
+        batch = data.__getitems__([(0, 3), (1, 20)])
+        assert batch["images"].shape == (4, 3, 24, 24)
+        assert batch["images"].is_contiguous(memory_format=torch.channels_last)
+        assert batch["labels"].tolist() == [0, 2]
+        assert batch["paths"] == ["ash/003.jpg", "cedar/004.jpg"]
+        alone = [data[0, 3], data[1, 20]]
+        assert torch.equal(batch["images"], torch.cat([item["images"] for item in alone]))
+        assert torch.equal(batch["targets"], torch.cat([item["targets"] for item in alone]))
+
+    def test_crops_are_replayed_from_the_stores_records(self, store: Store, image_folder: Path) -> None:
+        data = StoredCrops(store, image_folder, crops_per_image=4, pixels=40)
+        pixels = replay(read_image(image_folder / "birch/001.jpg"), store.crops(9, np.array(index_of(data, 0, 9))), 40)
+        assert torch.equal(data[9]["images"], torch.from_numpy(pixels))
+
+    def test_targets_belong_to_their_crops(self, store: Store, image_folder: Path, tiny_teacher: Any) -> None:
+        data = StoredCrops(store, image_folder, crops_per_image=2, pixels=32)
+        batch = data.__getitems__([(p, i) for p in range(3) for i in range(24)])
+        torch.testing.assert_close(batch["targets"], tiny_teacher.embed(batch["images"]), rtol=1e-4, atol=1e-5)
+        assert batch["targets"].std(dim=0).mean() > 0.01  # else any order would do
+
+    @pytest.mark.parametrize(("c", "m"), [(4, 1), (4, 4), (6, 4), (5, 2), (7, 3), (3, 2)])
+    def test_every_crop_is_used_before_any_twice(
+        self, make_store: MakeStore, tmp_path: Path, images: ImageSet, c: int, m: int
+    ) -> None:
+        data = StoredCrops(
+            make_store(tmp_path / "cm", images=images.subset(range(3)), crops=c), images, crops_per_image=m, pixels=8
+        )
+        for i in range(3):
+            seen = [k for pass_ in range(2 * c) for k in index_of(data, pass_, i)]
+            for first in range(0, len(seen) - c + 1, c):
+                assert sorted(seen[first : first + c]) == list(range(c))
+
+    def test_the_first_crop_depends_on_seed_and_image(self, make_store: MakeStore, tmp_path: Path, images: ImageSet) -> None:
+        store = make_store(tmp_path / "many", images=images.subset(range(8)), crops=16)
+
+        def starts(seed: int) -> list[int]:
+            data = StoredCrops(store, images, crops_per_image=1, pixels=8, seed=seed)
+            return [index_of(data, 0, i)[0] for i in range(8)]
+
+        assert starts(0) == starts(0)
+        assert starts(0) != starts(1)
+        assert len(set(starts(0))) > 2
+
+    def test_a_plain_index_is_pass_0(self, store: Store, image_folder: Path) -> None:
+        data = StoredCrops(store, image_folder, crops_per_image=2, pixels=24)
+        assert torch.equal(data[3]["images"], data[0, 3]["images"])
+        assert torch.equal(data[3]["targets"], data[0, 3]["targets"])
+        assert not torch.equal(data[3]["targets"], data[1, 3]["targets"])
+
+    @pytest.mark.parametrize("index", [24, -1, (0, 24), (3, -1)])
+    def test_an_index_beyond_the_set_is_an_index_error(self, store: Store, image_folder: Path, index: Any) -> None:
+        data = StoredCrops(store, image_folder, pixels=24)
+        with pytest.raises(IndexError, match=r"image (24|-1) of 24"):
+            data[index]
+
+    def test_iteration_ends(self, store: Store, image_folder: Path) -> None:
+        data = StoredCrops(store, image_folder, crops_per_image=1, pixels=8)
+        assert [data[i]["path"] for i in range(24)] == [item["path"] for item in iter(data)]  # type: ignore[attr-defined]
+
+    def test_without_targets_there_are_none(self, store: Store, image_folder: Path) -> None:
+        data = StoredCrops(store, image_folder, pixels=24, with_targets=False)
+        assert set(data[0]) == {"images", "label", "path"}
+
+    def test_a_teacher_may_see_the_same_crops_at_another_size(
+        self, store: Store, image_folder: Path, tiny_teacher: Any
+    ) -> None:
+        data = StoredCrops(store, image_folder, pixels=24, teacher_pixels=32)
+        item = data[2]
+        assert item["images"].shape[-1] == 24
+        assert item["teacher_images"].shape == (4, 3, 32, 32)
+        torch.testing.assert_close(item["targets"], tiny_teacher.embed(item["teacher_images"]), rtol=1e-4, atol=1e-5)
+
+    def test_teacher_images_are_not_made_twice_at_one_size(self, store: Store, image_folder: Path) -> None:
+        assert "teacher_images" not in StoredCrops(store, image_folder, pixels=24, teacher_pixels=24)[0]
+
+    def test_more_images_than_the_store_has_are_fine(self, make_store: MakeStore, tmp_path: Path, images: ImageSet) -> None:
+        store = make_store(tmp_path / "part", images=images.subset([2, 9, 23]))
+        data = StoredCrops(store, images, pixels=8)
+        assert [data[i]["path"] for i in range(3)] == ["ash/002.jpg", "birch/001.jpg", "cedar/007.jpg"]
+        assert [data[i]["label"] for i in range(3)] == [0, 1, 2]
+
+    def test_a_missing_image_is_named(self, store: Store, own_folder: Path) -> None:
+        (own_folder / "birch/004.jpg").unlink()
+        with pytest.raises(StoreError, match=r"lacks 1 of the 24 images of .*store, for instance 'birch/004\.jpg'"):
+            StoredCrops(store, own_folder)
+
+    def test_an_image_that_vanishes_later_is_named(self, store: Store, own_folder: Path) -> None:
+        data = StoredCrops(store, own_folder, pixels=8)
+        (own_folder / "ash/001.jpg").unlink()
+        with pytest.raises(ImageError, match=r"ash/001\.jpg: cannot be read: No such file"):
+            data[1]
+
+    def test_an_image_of_another_size_in_bytes_is_refused(self, store: Store, own_folder: Path) -> None:
+        path = own_folder / "ash/001.jpg"
+        path.write_bytes(path.read_bytes() + b"\0")
+        data = StoredCrops(store, own_folder, pixels=8)
+        with pytest.raises(ImageError, match=r"ash/001\.jpg: changed since the store was made: \d+ bytes now"):
+            data[1]
+        assert data[0]["path"] == "ash/000.jpg"
+
+    def test_a_smaller_image_of_the_same_bytes_is_refused(self, store: Store, own_folder: Path) -> None:
+        path = own_folder / "ash/001.jpg"
+        size = path.stat().st_size
+        Image.new("RGB", (6, 6)).save(path)
+        path.write_bytes(path.read_bytes().ljust(size, b"\0"))
+        data = StoredCrops(store, own_folder, pixels=8)
+        with pytest.raises(ImageError, match=r"ash/001\.jpg: crop of .* lies outside an image of 6 x 6 pixels"):
+            data[1]
+
+    def test_more_crops_than_are_stored_are_refused(self, store: Store, image_folder: Path) -> None:
+        with pytest.raises(RequestError, match=r"crops_per_image 5: .*store holds 4 crops of each image"):
+            StoredCrops(store, image_folder, crops_per_image=5)
+
+    @pytest.mark.parametrize("wrong", [{"crops_per_image": 0}, {"pixels": 0}])
+    def test_numbers_below_one_are_refused(self, store: Store, image_folder: Path, wrong: dict[str, int]) -> None:
+        with pytest.raises(RequestError, match="must be at least 1"):
+            StoredCrops(store, image_folder, **wrong)  # type: ignore[arg-type]
+
+    def test_an_unknown_column_is_refused(self, store: Store, image_folder: Path) -> None:
+        with pytest.raises(StoreError, match=r"no targets of 'swav'; there are \['tiny'\]"):
+            StoredCrops(store, image_folder, teacher="swav")
+
+    def test_an_unfinished_column_is_refused(self, store: Store, image_folder: Path) -> None:
+        (store.folder / "targets/tiny/codes-00000.json").unlink()
+        with pytest.raises(StoreError, match=r"1 of 1 shards are missing .*run the same fkd-ssl precompute again"):
+            StoredCrops(store, image_folder)
+
+    def test_skipped_images_are_left_out(self, make_store: MakeStore, tmp_path: Path, own_folder: Path) -> None:
+        (own_folder / "ash/002.jpg").write_bytes(b"no picture")
+        store = make_store(tmp_path / "skipped", images=own_folder, skip_unreadable=True)
+        data = StoredCrops(store, own_folder, pixels=8)
+        assert len(data) == 23
+        assert "ash/002.jpg" not in [data[i]["path"] for i in range(23)]
+        assert data[2]["path"] == "ash/003.jpg"
+
+
+class TestFresh:
+    def test_one_image(self, images: ImageSet) -> None:
+        item = fresh(images)[5]
+        assert set(item) == {"images", "label", "path"}
+        assert (item["images"].dtype, item["images"].shape) == (torch.uint8, (2, 3, 24, 24))
+        assert (item["label"], item["path"]) == (0, "ash/005.jpg")
+
+    def test_every_pass_draws_other_crops(self, images: ImageSet) -> None:
+        data = fresh(images)
+        crops = torch.cat([data[p, 4]["images"] for p in range(4)])
+        assert len({crop.numpy().tobytes() for crop in crops}) == 8
+
+    def test_crops_are_a_function_of_seed_pass_and_image(self, images: ImageSet) -> None:
+        a, b, c = fresh(images), fresh(images), fresh(images, seed=1)
+        assert torch.equal(a[3, 4]["images"], b[3, 4]["images"])
+        assert not torch.equal(a[3, 4]["images"], c[3, 4]["images"])
+        assert not torch.equal(a[3, 4]["images"], a[3, 5]["images"])
+
+    def test_crops_do_not_depend_on_the_batch(self, images: ImageSet) -> None:
+        data = fresh(images)
+        batch = data.__getitems__([(2, 7), (0, 1), (2, 3)])
+        assert torch.equal(batch["images"][2:4], data[0, 1]["images"])
+        assert torch.equal(
+            batch["images"], data.__getitems__([(2, 3), (0, 1), (2, 7)])["images"].view(3, 2, 3, 24, 24).flip(0).flatten(0, 1)
+        )
+
+    def test_m_changes_only_how_many_are_read_at_once(self, images: ImageSet) -> None:
+        one, two = fresh(images, crops_per_image=1), fresh(images, crops_per_image=2)
+        assert torch.equal(
+            torch.cat([one[p, 4]["images"] for p in range(4)]), torch.cat([two[p, 4]["images"] for p in range(2)])
+        )
+
+    def test_no_store_draws_the_same_crops(self, images: ImageSet) -> None:
+        from fkd_ssl.crops import image_key
+
+        fresh_records = fresh(images, seed=0)._records(0, 0, 100, 100)
+        stored = draw(RECIPES["mocov2"], image_key(0, images.paths[0]), 100, 100, 0, 2)
+        assert not np.array_equal(fresh_records, stored)
+
+    def test_teacher_pixels_give_the_same_boxes_larger(self, images: ImageSet) -> None:
+        plain, twice = fresh(images), fresh(images, teacher_pixels=48)
+        item = twice[1, 3]
+        assert item["teacher_images"].shape == (2, 3, 48, 48)
+        assert torch.equal(item["images"], plain[1, 3]["images"])
+        halved = torch.nn.functional.avg_pool2d(item["teacher_images"].float(), 2)
+        assert (halved - item["images"].float()).abs().mean() < 6
+
+    def test_a_corrupt_image_is_named(self, own_folder: Path) -> None:
+        (own_folder / "ash/002.jpg").write_bytes(b"\xff\xd8\xff no picture")
+        with pytest.raises(ImageError, match=r"ash/002\.jpg: not a readable image"):
+            fresh(scan(own_folder))[2]
+
+    def test_an_index_beyond_the_set_is_an_index_error(self, images: ImageSet) -> None:
+        with pytest.raises(IndexError, match="image 24 of 24"):
+            fresh(images)[0, 24]
+
+
+class TestWorkers:
+    BATCHES = [[(0, 3), (0, 21)], [(0, 7), (1, 3)], [(1, 0), (5, 11)]]
+
+    def test_stored_batches_are_the_same_from_workers(self, store: Store, image_folder: Path) -> None:
+        data = StoredCrops(store, image_folder, crops_per_image=2, pixels=24, teacher_pixels=32)
+        alone, workers = read(data, self.BATCHES), read(data, self.BATCHES, workers=2)
+        assert len(alone) == len(workers) == 3
+        assert all(same(a, b) for a, b in zip(alone, workers, strict=True))
+
+    def test_fresh_batches_are_the_same_from_workers(self, images: ImageSet) -> None:
+        data = fresh(images)
+        pairs = zip(read(data, self.BATCHES), read(data, self.BATCHES, workers=2), strict=True)
+        assert all(same(a, b) for a, b in pairs)
+
+    def test_an_error_in_a_worker_keeps_its_type_and_names_the_file(self, own_folder: Path) -> None:
+        (own_folder / "birch/003.jpg").write_bytes(b"\xff\xd8\xff no picture")
+        with pytest.raises(ImageError, match=r"birch/003\.jpg: not a readable image"):
+            read(fresh(scan(own_folder)), [[(0, i)] for i in range(24)], workers=2)

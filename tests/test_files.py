@@ -1,0 +1,248 @@
+import hashlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fkd_ssl import files
+from fkd_ssl.errors import StoreError
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+OBJECTS = st.dictionaries(st.text().filter(lambda key: key != "sha256"), JSON, max_size=4)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("files")
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# canonical JSON
+
+
+def test_canonical_has_one_spelling():
+    assert files.canonical({"b": 1, "a": [1.5, "é", None]}) == b'{"a":[1.5,"\\u00e9",null],"b":1}\n'
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        files.canonical({"a": float("nan")})
+
+
+@settings(max_examples=60, deadline=None)
+@given(OBJECTS)
+def test_json_comes_back(folder, value):
+    path = folder / "value.json"
+    path.unlink(missing_ok=True)
+    files.write_json(path, value)
+    assert files.read_json(path) == value
+    assert path.read_bytes() == files.canonical(json.loads(path.read_bytes()))
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_any_flipped_bit_is_found(folder, data):
+    path = folder / "flipped.json"
+    if not path.exists():
+        files.write_json(path, {"count": 12, "names": ["ä", "b"], "share": 0.25, "none": None, "nested": {"deep": True}})
+    whole = path.read_bytes()
+    position, bit = data.draw(st.integers(0, len(whole) - 1)), data.draw(st.integers(0, 7))
+    damaged = folder / "damaged.json"
+    damaged.write_bytes(whole[:position] + bytes([whole[position] ^ 1 << bit]) + whole[position + 1 :])
+    with pytest.raises(StoreError, match=r"damaged\.json: (not JSON|altered|a JSON)"):
+        files.read_json(damaged)
+
+
+@pytest.mark.parametrize("change", [lambda b: b + b" ", lambda b: b[:-1], lambda b: b.replace(b",", b", "), lambda b: b[:40]])
+def test_another_spelling_of_the_same_json_is_found(tmp_path, change):
+    files.write_json(tmp_path / "a.json", {"one": 1, "two": 2})
+    (tmp_path / "a.json").write_bytes(change((tmp_path / "a.json").read_bytes()))
+    with pytest.raises(StoreError, match=r"a\.json: (altered|not JSON)"):
+        files.read_json(tmp_path / "a.json")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "not JSON"),
+        (b"\xff\xfe\x00", "not JSON"),
+        (b"[1]", "a JSON list where an object was expected"),
+        (b'{"a":1}\n', "altered: its sha256 is [0-9a-f]{64}, it says None; restore"),
+        (b'{"a":NaN,"sha256":"0"}\n', "altered"),
+        (b"[" * 100_000, "not JSON"),
+    ],
+)
+def test_json_that_nobody_signed_is_refused(tmp_path, content, message):
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(StoreError, match=rf"a\.json: {message}"):
+        files.read_json(tmp_path / "a.json")
+
+
+def test_missing_and_huge_json_are_refused(tmp_path, monkeypatch):
+    with pytest.raises(StoreError, match=r"a\.json: cannot be read: No such file"):
+        files.read_json(tmp_path / "a.json")
+    files.write_json(tmp_path / "a.json", {"a": 1})
+    monkeypatch.setattr(files, "_MAX_JSON", 10)
+    with pytest.raises(StoreError, match="no such file of a store is over 10"):
+        files.read_json(tmp_path / "a.json")
+
+
+# publication
+
+
+def test_publish_leaves_nothing_where_the_block_fails(tmp_path):
+    with pytest.raises(ZeroDivisionError), files.publish(tmp_path / "a") as file:  # noqa: PT012
+        file.write(b"half")
+        file.write(bytes([1 // 0]))
+    assert names(tmp_path) == []
+
+
+def test_publish_shows_the_file_only_when_it_is_whole(tmp_path):
+    with files.publish(tmp_path / "a") as file:
+        file.write(b"half")
+        file.flush()
+        assert not (tmp_path / "a").exists()
+    assert (tmp_path / "a").read_bytes() == b"half"
+    assert names(tmp_path) == ["a"]
+
+
+def test_publish_twice(tmp_path):
+    for _ in range(2):
+        with files.publish(tmp_path / "a") as file:
+            file.write(b"same")
+    with pytest.raises(StoreError, match="a: exists with other content; delete it"), files.publish(tmp_path / "a") as file:
+        file.write(b"else")
+    assert (tmp_path / "a").read_bytes() == b"same"
+    assert names(tmp_path) == ["a"]
+
+
+def test_publish_where_there_are_no_hard_links(tmp_path, monkeypatch):
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(files.os, "link", refuse)
+    with files.publish(tmp_path / "a") as file:
+        file.write(b"bytes")
+    assert (tmp_path / "a").read_bytes() == b"bytes"
+    assert names(tmp_path) == ["a"]
+
+
+def test_many_processes_publish_one_file(tmp_path):
+    code = (
+        "import sys, pathlib; from fkd_ssl import files\n"
+        "for k in range(40):\n    files.write_json(pathlib.Path(sys.argv[1]) / f'{k}.json', {'k': k})"
+    )
+    workers = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path)]) for _ in range(3)]
+    assert [worker.wait(60) for worker in workers] == [0, 0, 0]
+    assert names(tmp_path) == sorted(f"{k}.json" for k in range(40))
+    assert all(files.read_json(tmp_path / f"{k}.json") == {"k": k} for k in range(40))
+
+
+def test_replace_replaces_whole_files(tmp_path):
+    files.replace(tmp_path / "a", b"one")
+    files.replace(tmp_path / "a", b"two")
+    assert (tmp_path / "a").read_bytes() == b"two"
+    assert names(tmp_path) == ["a"]
+
+
+def test_sha256(tmp_path):
+    (tmp_path / "a").write_bytes(b"x" * 300_000)
+    assert files.sha256_file(tmp_path / "a") == files.sha256(b"x" * 300_000) == hashlib.sha256(b"x" * 300_000).hexdigest()
+    with pytest.raises(StoreError, match="gone: cannot be read: No such file"):
+        files.sha256_file(tmp_path / "gone")
+
+
+# arrays
+
+
+@pytest.mark.parametrize("shape", [(3, 4), (0, 4), (5,)])
+@pytest.mark.parametrize("dtype", ["u1", "<f4", [("a", "<u2"), ("b", "<f2")]])
+def test_npy_comes_back_and_numpy_alone_reads_it(tmp_path, shape, dtype):
+    array = np.arange(np.prod(shape)).reshape(shape).astype(np.uint8).astype(np.dtype(dtype))
+    assert files.write_npy(tmp_path / "a.npy", array) == files.sha256_file(tmp_path / "a.npy")
+    mapped = files.map_npy(tmp_path / "a.npy", np.dtype(dtype), tuple(None for _ in shape))
+    for found in (mapped, np.load(tmp_path / "a.npy", allow_pickle=False)):
+        assert found.dtype == array.dtype
+        np.testing.assert_array_equal(found, array)
+
+
+def test_map_is_read_only(tmp_path):
+    files.write_npy(tmp_path / "a.npy", np.zeros(3, dtype=np.uint8))
+    mapped = files.map_npy(tmp_path / "a.npy", np.dtype(np.uint8), (3,))
+    with pytest.raises(ValueError, match="read-only"):
+        mapped[0] = 1
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape"),
+    [("<f8", (3, 4)), (">f4", (3, 4)), ("<f4", (4, 3)), ("<f4", (3, None, 1)), ("<f4", (12,)), ("u1", (3, 4))],
+)
+def test_another_dtype_or_shape_is_refused(tmp_path, dtype, shape):
+    files.write_npy(tmp_path / "a.npy", np.zeros((3, 4), dtype=np.float32))
+    with pytest.raises(StoreError, match=r"a\.npy: holds float32 \[3, 4\], expected "):
+        files.map_npy(tmp_path / "a.npy", np.dtype(dtype), shape)
+
+
+@pytest.mark.parametrize("cut", [-1, 1])
+def test_another_length_is_refused(tmp_path, cut):
+    files.write_npy(tmp_path / "a.npy", np.zeros((3, 4), dtype=np.float32))
+    whole = (tmp_path / "a.npy").read_bytes()
+    (tmp_path / "a.npy").write_bytes(whole[:cut] if cut < 0 else whole + b"\0")
+    with pytest.raises(StoreError, match=rf"a\.npy: {len(whole) + cut} bytes, expected {len(whole)}: truncated"):
+        files.map_npy(tmp_path / "a.npy", np.dtype(np.float32), (3, 4))
+
+
+def test_pickled_objects_are_refused_and_not_run(tmp_path):
+    class Bomb:
+        def __reduce__(self) -> tuple[object, ...]:
+            return (Path.touch, (tmp_path / "ran",))
+
+    np.save(tmp_path / "a.npy", np.array([Bomb()] * 3, dtype=object), allow_pickle=True)
+    with pytest.raises(StoreError, match=r"a\.npy: holds object \[3\], expected uint8 \[3\]"):
+        files.map_npy(tmp_path / "a.npy", np.dtype(np.uint8), (3,))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_fortran_order_and_version_2_are_refused(tmp_path):
+    np.save(tmp_path / "f.npy", np.asfortranarray(np.zeros((3, 4), dtype=np.float32)))
+    with pytest.raises(StoreError, match=r"f\.npy: holds float32 \[3, 4\], expected float32 \[3, 4\]"):
+        files.map_npy(tmp_path / "f.npy", np.dtype(np.float32), (3, 4))
+    with (tmp_path / "v2.npy").open("wb") as file:
+        np.lib.format.write_array(file, np.zeros(3, dtype=np.uint8), version=(2, 0))
+    with pytest.raises(StoreError, match=r"v2\.npy: no \.npy header \(not version 1\.0"):
+        files.map_npy(tmp_path / "v2.npy", np.dtype(np.uint8), (3,))
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"\x93NUMPY", b"\x93NUMPY\x01\x00\xff\xff", b"plain words", b"\x93NUMPY\x01\x00\x10\x00(((((((((((((((("]
+)
+def test_no_npy_at_all_is_refused(tmp_path, content):
+    (tmp_path / "a.npy").write_bytes(content)
+    with pytest.raises(StoreError, match=r"a\.npy: no \.npy header"):
+        files.map_npy(tmp_path / "a.npy", np.dtype(np.uint8), (3,))
+    with pytest.raises(StoreError, match=r"b\.npy: cannot be read"):
+        files.map_npy(tmp_path / "b.npy", np.dtype(np.uint8), (3,))
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_damaged_headers_raise_nothing_else(folder, data):
+    path = folder / "header.npy"
+    whole = files.npy_header(np.dtype(np.float32), (3, 4)) + bytes(48)
+    damaged = bytearray(whole)
+    for _ in range(data.draw(st.integers(1, 3))):
+        damaged[data.draw(st.integers(0, 127))] = data.draw(st.integers(0, 255))
+    path.write_bytes(damaged)
+    try:
+        assert files.map_npy(path, np.dtype(np.float32), (3, None)).shape == (3, 4)
+    except StoreError:
+        pass

@@ -1,0 +1,76 @@
+"""The package's surface: names that scripts rely on, and how little an import costs."""
+
+import subprocess
+import sys
+from importlib.metadata import version
+
+import pytest
+
+import fkd_ssl
+
+PUBLIC = ("open_store", "replay", "StoredCrops", "objectives", "teachers", "eval", "crops", "store", "students", "training")
+HEAVY = ("torch", "torchvision", "lightly", "pytorch_lightning", "faiss", "cv2", "numpy", "sklearn", "jsonargparse")
+
+
+def loaded_after(statement: str) -> set[str]:
+    """Which heavy packages a fresh interpreter holds after a statement."""
+    code = f"{statement}\nimport sys\nprint(*[name for name in {HEAVY!r} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(done.stdout.split())
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    assert loaded_after("import fkd_ssl, fkd_ssl.errors, fkd_ssl.cli") == set()
+
+
+def test_configs_need_no_torch() -> None:
+    assert "torch" not in loaded_after("import fkd_ssl.training.config, fkd_ssl.commands.train, fkd_ssl.commands.compare")
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_names_are_there_and_listed(name: str) -> None:
+    assert getattr(fkd_ssl, name) is not None
+    assert name in dir(fkd_ssl)
+
+
+def test_the_mapped_packages_import_under_the_librarys_name() -> None:
+    import fkd_ssl.eval
+    import fkd_ssl.teachers
+
+    assert fkd_ssl.eval.__name__ == "fkd_ssl.eval"
+    assert fkd_ssl.teachers.__name__ == "fkd_ssl.teachers"
+    assert callable(fkd_ssl.eval.knn_predict)
+    assert callable(fkd_ssl.teachers.load_teacher)
+    assert {"knn_predict", "linear", "wilson"} <= set(dir(fkd_ssl.eval))
+
+
+def test_nothing_is_imported_under_a_bare_name() -> None:
+    code = "import fkd_ssl; fkd_ssl.eval.knn_predict; fkd_ssl.teachers; import sys; print('eval' in sys.modules, 'teachers' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["False", "False"]
+
+
+def test_lazy_names_are_the_modules_own() -> None:
+    from fkd_ssl.crops import replay
+    from fkd_ssl.data import StoredCrops
+    from fkd_ssl.store import open_store
+
+    assert (fkd_ssl.replay, fkd_ssl.StoredCrops, fkd_ssl.open_store) == (replay, StoredCrops, open_store)
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="module 'fkd_ssl' has no attribute 'open_stores'"):
+        fkd_ssl.open_stores  # noqa: B018
+    with pytest.raises(AttributeError, match=r"module 'fkd_ssl\.eval' has no attribute 'knm'"):
+        fkd_ssl.eval.knm  # noqa: B018
+
+
+def test_the_version_is_the_distributions() -> None:
+    assert fkd_ssl.__version__ == version("fkd_ssl")
+
+
+def test_errors_carry_exit_statuses() -> None:
+    from fkd_ssl import errors
+
+    assert errors.FkdError.exit_status == errors.ImageError.exit_status == errors.StoreError.exit_status == 1
+    assert errors.RequestError.exit_status == errors.CheckpointError.exit_status == 2
