@@ -182,7 +182,8 @@ def make_encoder(arch: str, dim: int) -> nn.Module:
     features = network.fc.in_features
     assert isinstance(features, int)
     network.fc = MoCoProjectionHead(features, features, dim).layers
-    return network
+    encoder: nn.Module = network
+    return encoder
 
 
 class Progress(pl.Callback):

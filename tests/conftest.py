@@ -54,7 +54,7 @@ class TinyTeacher:
     source: str | None = None
     mean = (0.485, 0.456, 0.406)
     std = (0.229, 0.224, 0.225)
-    precision = "float32"
+    precision = "fp32"
 
     def __init__(self, seed: int = 0, name: str = "tiny") -> None:
         self.name = name

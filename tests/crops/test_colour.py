@@ -92,7 +92,7 @@ def test_half_a_turn_of_hue_and_back(muted):
 
 def oracle(image: np.ndarray, order: tuple[int, ...], factors: dict[str, float], grey: bool) -> np.ndarray:
     """Operations one after the other on float pixels [n, 3], means measured where they are needed, nothing clamped."""
-    yiq = np.array([LUMA, [0.595901, -0.274557, -0.321344], [0.211537, -0.522736, 0.311200]])  # FCC 1953
+    yiq = np.array([LUMA, [0.595716, -0.274453, -0.321263], [0.211456, -0.522591, 0.311135]])
     x = image.reshape(-1, 3).astype(np.float64)
     for operation in order:
         if operation == 0:
@@ -114,7 +114,7 @@ def oracle(image: np.ndarray, order: tuple[int, ...], factors: dict[str, float],
 @pytest.mark.parametrize("grey", [False, True])
 def test_every_order_composes_as_the_operations_in_turn(muted, grey):
     values = {"brightness": 1.2, "contrast": 0.7, "saturation": 1.35, "hue": 0.08}
-    results = []
+    matrices = []
     for k, order in enumerate(permutations(range(4))):
         (record,) = jittered(k, flags=JITTER | GREY if grey else JITTER, **values)
         exact = {name: float(record[name]) for name in values}
@@ -122,11 +122,12 @@ def test_every_order_composes_as_the_operations_in_turn(muted, grey):
         mean = muted.reshape(-1, 3).astype(float).mean(axis=0)
         matrix = colour.matrix(record, tuple(mean)).astype(float)
         found = muted.reshape(-1, 3).astype(float) @ matrix[:, :3].T + matrix[:, 3]
-        np.testing.assert_allclose(found, expected, atol=0.3)  # FCC's YIQ has four decimals, ours is exact in luma
+        np.testing.assert_allclose(found, expected, atol=1e-3)
         pixels = replay(muted, np.array([record]), 64)[0].transpose(1, 2, 0).reshape(-1, 3)
         assert np.abs(pixels - expected.clip(0, 255)).max() <= 1
-        results.append(expected)
-    assert len({np.round(result, 3).tobytes() for result in results}) > 4  # the order is seen
+        matrices.append(matrix)
+    # nothing is clamped, contrast's pivot is the mean grey, saturation and hue keep grey: so the operations commute
+    np.testing.assert_allclose(matrices, np.broadcast_to(matrices[0], (24, 3, 4)), atol=1e-4)
 
 
 def test_order_of_the_permutations_is_pinned():

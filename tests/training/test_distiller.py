@@ -1,0 +1,100 @@
+"""The step's parts: targets, schedule, optimiser."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from fkd_ssl.objectives import FeatureKL
+from fkd_ssl.students import Student
+from fkd_ssl.training.config import TrainConfig
+from fkd_ssl.training.distiller import Distiller, OnlineTargets, cosine, make_optimizer, stored_targets
+
+OPTIMIZERS = {"adam": "Adam", "adamw": "AdamW", "sgd": "SGD", "lars": "LARS"}
+
+
+def make_config(**options: Any) -> TrainConfig:
+    return TrainConfig(**{"images": "i", "out": "o", "store": "s", **options})
+
+
+class TestCosine:
+    def test_without_warm_up_it_falls_from_one_to_zero(self) -> None:
+        assert cosine(0, 100, 0) == 1
+        assert cosine(50, 100, 0) == pytest.approx(0.5)
+        assert cosine(25, 100, 0) == pytest.approx(0.5 + math.sqrt(0.5) / 2)
+        assert cosine(100, 100, 0) == pytest.approx(0, abs=1e-12)
+        assert cosine(101, 100, 0) == pytest.approx(0, abs=1e-12)
+
+    def test_warm_up_is_linear_and_ends_at_one(self) -> None:
+        assert [cosine(step, 100, 4) for step in range(5)] == [0.25, 0.5, 0.75, 1.0, 1.0]
+        assert cosine(52, 100, 4) == pytest.approx(0.5)
+
+    def test_after_warm_up_it_never_rises_and_stays_positive(self) -> None:
+        factors = [cosine(step, 40, 5) for step in range(5, 40)]
+        assert all(a >= b > 0 for a, b in zip(factors, factors[1:], strict=False))
+
+    def test_a_warm_up_of_all_steps_does_not_divide_by_zero(self) -> None:
+        assert cosine(10, 10, 10) == 1
+
+
+class TestOptimizer:
+    @pytest.mark.parametrize("name", OPTIMIZERS)
+    def test_weights_decay_and_biases_and_norms_do_not(self, name: str) -> None:
+        student = Student("shufflenet_v2_x0_5", 8)
+        optimizer = make_optimizer(student, make_config(optimizer=name, weight_decay=0.1, lr=0.5, momentum=0.8))
+        assert type(optimizer).__name__ == OPTIMIZERS[name]
+        decayed, free = optimizer.param_groups
+        assert (decayed["weight_decay"], free["weight_decay"]) == (0.1, 0.0)
+        assert decayed["lr"] == free["lr"] == 0.5
+        named = {id(p): n for n, p in student.named_parameters()}
+        assert len(decayed["params"]) + len(free["params"]) == len(named)
+        norms = {n for n, m in student.named_modules() if isinstance(m, torch.nn.BatchNorm2d)}
+        expected = {n for n in named.values() if n.endswith(".bias") or n.rpartition(".")[0] in norms}
+        assert {named[id(p)] for p in free["params"]} == expected
+        assert expected
+
+    @pytest.mark.parametrize("name", ["sgd", "lars"])
+    def test_momentum_is_passed_on(self, name: str) -> None:
+        optimizer = make_optimizer(torch.nn.Linear(2, 2), make_config(optimizer=name, momentum=0.8))
+        assert optimizer.param_groups[0]["momentum"] == 0.8
+
+    def test_a_step_of_sgd_decays_the_weight_alone(self) -> None:
+        layer = torch.nn.Linear(3, 2)
+        before = [p.detach().clone() for p in (layer.weight, layer.bias)]
+        optimizer = make_optimizer(layer, make_config(optimizer="sgd", lr=0.1, weight_decay=0.5, momentum=0))
+        for p in layer.parameters():
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+        torch.testing.assert_close(layer.weight.detach(), 0.95 * before[0])
+        assert torch.equal(layer.bias, before[1])
+
+
+class TestTargets:
+    def test_stored_targets_are_the_batchs(self) -> None:
+        targets = torch.randn(4, 8)
+        assert stored_targets({"images": torch.zeros(4, 3, 8, 8), "targets": targets}) is targets
+
+    def test_online_targets_come_from_the_students_crops(self) -> None:
+        images = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
+        online = OnlineTargets(lambda x: x.float().mean(dim=(2, 3)))
+        assert torch.equal(online({"images": images}), images.float().mean(dim=(2, 3)))
+        online({"images": images})
+        assert online.forwards == 8
+
+    def test_online_targets_come_from_the_teachers_crops_where_there_are_any(self) -> None:
+        batch = {"images": torch.zeros(2, 3, 8, 8, dtype=torch.uint8), "teacher_images": torch.ones(2, 3, 16, 16)}
+        assert torch.equal(OnlineTargets(lambda x: x.mean(dim=(2, 3)))(batch), torch.ones(2, 3))
+
+    def test_a_teacher_in_inference_mode_does_not_stop_the_gradient(self) -> None:
+        @torch.inference_mode()
+        def embed(images: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.normalize(torch.ones(len(images), 8), dim=1)
+
+        student = Student("squeezenet1_1", 8)
+        module = Distiller(student, FeatureKL(), OnlineTargets(embed), make_config(student="squeezenet1_1"), 1)
+        loss = module.training_step({"images": torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)}, 0)
+        loss.backward()  # type: ignore[no-untyped-call]
+        assert student.head[0].weight.grad.abs().sum() > 0
+        assert module.last_floor < module.last_loss == loss.detach()
+        assert not module.last_loss.requires_grad
