@@ -155,7 +155,9 @@ class StoredCrops(Crops):
         self.classes = found.classes
         positions = np.array([where[store.paths[row]] for row in store.rows])
         self.labels = found.labels[positions]
-        self._spelled: dict[int, str] = {int(k): found.on_disk[p] for k, p in enumerate(positions) if found.on_disk[p] != found.paths[p]}
+        self._spelled: dict[int, str] = {
+            int(k): found.on_disk[p] for k, p in enumerate(positions) if found.on_disk[p] != found.paths[p]
+        }
         self._rows = store.rows
         self.seed = seed
         super().__init__(len(store), crops_per_image, pixels, teacher_pixels)

@@ -29,8 +29,8 @@ def peek(out: str | Path, config: Any) -> State:
         return "new"
     if not (folder / CONFIG).exists():
         raise RequestError(f"{folder}: exists and is not a run of fkd-ssl; choose another --out")
-    found, wanted = (folder / CONFIG).read_text(), to_yaml(config)
-    if found != wanted:
+    found, wanted = (folder / CONFIG).read_text(errors="replace"), to_yaml(config)
+    if _values(found) != _values(wanted):  # not their text: 100 and 100.0 are one number of epochs
         raise RequestError(f"{folder}: holds a run of another config ({difference(found, wanted)}); choose another --out")
     return "done" if (folder / RESULTS).exists() else "resume"
 
@@ -65,9 +65,18 @@ def to_yaml(config: Any) -> str:
 
 def difference(found: str, wanted: str) -> str:
     """The first keys in which two YAML configs differ, in words."""
-    a, b = yaml.safe_load(found) or {}, yaml.safe_load(wanted) or {}
+    a, b = _values(found), _values(wanted)
     keys = [key for key in {**a, **b} if a.get(key) != b.get(key)]
-    return "; ".join(f"{key} is {a.get(key)!r} there, {b.get(key)!r} here" for key in keys[:3]) or "other spelling"
+    return "; ".join(f"{key} is {a.get(key)!r} there, {b.get(key)!r} here" for key in keys[:3]) or "other keys"
+
+
+def _values(text: str) -> dict[str, Any]:
+    """A YAML file's keys; none where it is somebody else's file of another kind."""
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return {}
+    return values if isinstance(values, dict) else {}
 
 
 def versions() -> dict[str, str]:

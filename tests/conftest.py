@@ -100,6 +100,12 @@ def tiny_teacher() -> TinyTeacher:
     return TinyTeacher()
 
 
+@pytest.fixture(scope="session")
+def new_teacher() -> Callable[..., TinyTeacher]:
+    """new_teacher(seed=0, name="tiny") -> another such network."""
+    return TinyTeacher
+
+
 @pytest.fixture
 def make_store(image_folder: Path) -> MakeStore:
     """make_store(folder, **options of precompute) -> Store; `images` (folder or set) and `teacher` among them."""

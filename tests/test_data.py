@@ -265,18 +265,19 @@ class TestFresh:
             fresh(images)[0, 24]
 
 
-class TestWorkers:
-    BATCHES = [[(0, 3), (0, 21)], [(0, 7), (1, 3)], [(1, 0), (5, 11)]]
+BATCHES = [[(0, 3), (0, 21)], [(0, 7), (1, 3)], [(1, 0), (5, 11)]]
 
+
+class TestWorkers:
     def test_stored_batches_are_the_same_from_workers(self, store: Store, image_folder: Path) -> None:
         data = StoredCrops(store, image_folder, crops_per_image=2, pixels=24, teacher_pixels=32)
-        alone, workers = read(data, self.BATCHES), read(data, self.BATCHES, workers=2)
+        alone, workers = read(data, BATCHES), read(data, BATCHES, workers=2)
         assert len(alone) == len(workers) == 3
         assert all(same(a, b) for a, b in zip(alone, workers, strict=True))
 
     def test_fresh_batches_are_the_same_from_workers(self, images: ImageSet) -> None:
         data = fresh(images)
-        pairs = zip(read(data, self.BATCHES), read(data, self.BATCHES, workers=2), strict=True)
+        pairs = zip(read(data, BATCHES), read(data, BATCHES, workers=2), strict=True)
         assert all(same(a, b) for a, b in pairs)
 
     def test_an_error_in_a_worker_keeps_its_type_and_names_the_file(self, own_folder: Path) -> None:

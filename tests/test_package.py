@@ -45,7 +45,10 @@ def test_the_mapped_packages_import_under_the_librarys_name() -> None:
 
 
 def test_nothing_is_imported_under_a_bare_name() -> None:
-    code = "import fkd_ssl; fkd_ssl.eval.knn_predict; fkd_ssl.teachers; import sys; print('eval' in sys.modules, 'teachers' in sys.modules)"
+    code = (
+        "import sys, fkd_ssl; fkd_ssl.eval.knn_predict; fkd_ssl.teachers\n"
+        "print('eval' in sys.modules, 'teachers' in sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]
 

@@ -70,7 +70,19 @@ def test_results_that_are_missing_or_torn_are_refused(tmp_path: Path, content: s
 def test_difference_names_at_most_three_keys() -> None:
     found, wanted = "a: 1\nb: 1\nc: 1\nd: 1\n", "a: 2\nb: 2\nc: 2\nd: 2\n"
     assert runs.difference(found, wanted) == "a is 1 there, 2 here; b is 1 there, 2 here; c is 1 there, 2 here"
-    assert runs.difference("a: 1\n", "a:   1\n") == "other spelling"
+
+
+def test_numbers_are_compared_and_not_their_spelling(tmp_path: Path) -> None:
+    runs.open_run(tmp_path / "run", Config(lr=2))
+    assert runs.peek(tmp_path / "run", Config(lr=2.0)) == "resume"
+
+
+@pytest.mark.parametrize("content", ["- a list\n", "a: [torn\n", "", "other: 1\n", "\x00\xff"])
+def test_somebody_elses_config_yaml_is_refused_and_left_alone(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.yaml").write_bytes(content.encode("latin-1"))
+    with pytest.raises(RequestError, match=r"holds a run of another config \(.*\); choose another --out"):
+        runs.open_run(tmp_path, Config())
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("config.yaml", content.encode("latin-1"))]
 
 
 def test_results_json_is_plain_json(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The whole job in minutes on an embedded image set: letters of bundled fonts over photographs that scikit-learn brings.
+"""The whole job in minutes on an embedded image set: symbols of bundled fonts over photographs that scikit-learn brings.
 
 Makes the images, pretrains a small MoCo v2 teacher on them without labels, precomputes its targets, trains a student
 on them and the same student online, and scores everything. Nothing is downloaded. Run again, it continues.
@@ -37,12 +37,12 @@ def run(config: Config) -> int:
         PretrainConfig(
             images=str(images / "train"),
             out=str(out / "teacher"),
-            epochs=1 if config.smoke else 30,
-            batch_size=64 if config.smoke else 128,
-            pixels=48,
-            queue=1024,
-            momentum=0.99,
-            lr=0.06,
+            epochs=1 if config.smoke else 15,
+            batch_size=64,
+            pixels=32,
+            queue=64 if config.smoke else 512,
+            momentum=0.98,
+            lr=0.03,
         ),
         log=console.say,
     )
@@ -55,7 +55,7 @@ def run(config: Config) -> int:
         out=str(out / "comparison"),
         student="shufflenet_v2_x0_5",
         epochs=2 if config.smoke else 12,
-        pixels=48,
+        pixels=32,
         batch_size=64,
         lr=2e-3,
         warmup_epochs=1,

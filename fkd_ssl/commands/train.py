@@ -24,7 +24,7 @@ def run(config: Config) -> int:
     from fkd_ssl.objectives import make_objective
     from fkd_ssl.store import open_store
     from fkd_ssl.students import make_backbone
-    from fkd_ssl.training.engine import train
+    from fkd_ssl.training.engine import check_batch, train
 
     if runs.peek(config.out, config) == "done":
         console.say(f"{config.out}: this run is done; results.json holds its results")
@@ -51,6 +51,7 @@ def run(config: Config) -> int:
         else:
             recipe = resolve.recipe_of(config.recipe)
             data = FreshCrops(images, recipe, teacher_pixels=config.teacher_pixels, **common)
+    check_batch(config, len(data))  # before anything is written: another batch size is another config
     score = None if config.val is None else _knn_score(config, images)
     folder, state = runs.open_run(config.out, config)
     console.say(

@@ -22,8 +22,8 @@ ROWS_PER_SHARD = 1024
 SIZE_DTYPE = np.dtype([("bytes", "<u8"), ("width", "<u2"), ("height", "<u2")])
 
 MANIFEST, IMAGES, SIZES, CROPS, TARGETS = "manifest.json", "images.txt", "images.npy", "crops", "targets"
-# a path that is empty, absolute, has a drive or a backslash, or leads out of the folder
-_UNSAFE = re.compile(rb"(?m)^/|^[A-Za-z]:|\\|(?:^|/)\.{0,2}(?:/|\n)")
+# a path that is empty, absolute, has a drive, a backslash or a NUL, or leads out of the folder
+_UNSAFE = re.compile(rb"(?m)^/|^[A-Za-z]:|\\|\x00|(?:^|/)\.{0,2}(?:/|\n)")
 COLUMN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -116,6 +116,10 @@ def read_images(folder: Path, manifest: Manifest) -> tuple[Paths, npt.NDArray[np
     paths = Paths(data)
     if len(paths) != manifest.count or not data.endswith(b"\n"):
         raise StoreError(f"{folder / IMAGES}: {len(paths)} lines, the manifest says {manifest.count}")
+    try:
+        data.decode()
+    except UnicodeDecodeError as error:
+        raise StoreError(f"{folder / IMAGES}: not UTF-8 ({error.reason}); the file is damaged") from error
     if _UNSAFE.search(data):
         raise StoreError(f"{folder / IMAGES}: holds a path that is absolute or leads out of the image folder")
     sizes = files.map_npy(folder / SIZES, SIZE_DTYPE, (manifest.count,))
@@ -131,8 +135,8 @@ def create(folder: Path, images: ImageSet, *, seed: int, recipe: Recipe, crops: 
         RequestError: The folder holds something else.
         ImageError: A header cannot be read, unless `skip_unreadable`.
     """
-    foreign = {entry.name for entry in folder.iterdir()} - {IMAGES, SIZES, CROPS, TARGETS} if folder.is_dir() else set()
-    foreign = {name for name in foreign if not name.startswith(".")}
+    there = {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")} if folder.is_dir() else set()
+    foreign = there - {MANIFEST, IMAGES, SIZES, CROPS, TARGETS}  # the manifest, where another process was faster
     if foreign:
         raise RequestError(f"{folder}: exists and is not a store (it holds {sorted(foreign)[0]!r}); choose another --store")
     lines = "".join(f"{path}\n" for path in images.paths).encode()

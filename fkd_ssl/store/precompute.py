@@ -180,7 +180,7 @@ def _write_shard(
     with work.open_shard(codes_path, column.digest) as progress:
         if progress is None:
             return None
-        if codes_path.with_suffix(".json").exists():  # finished by another process since we looked
+        if codes_path.with_suffix(".json").exists() and store.has_crops(shard):  # finished by another process since we looked
             bar.update(len(rows) * per_row)
             return 0
         already = progress.crops

@@ -90,9 +90,10 @@ class Column:
 
     @cached_property
     def missing_shards(self) -> list[int]:
-        """Shards without codes, as the folder stood when this was first asked."""
+        """Shards without codes or without crops, as the folder stood when this was first asked."""
         there = {path.name for path in self.folder.glob("codes-*.json")}
-        return [s for s in range(self.store.manifest.shards) if f"codes-{s:05d}.json" not in there]
+        shards = range(self.store.manifest.shards)
+        return [s for s in shards if f"codes-{s:05d}.json" not in there or not self.store.has_crops(s)]
 
     def require_complete(self) -> None:
         """Raises StoreError where shards are missing, saying how many and what to do."""

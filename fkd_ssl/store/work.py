@@ -92,8 +92,7 @@ def open_shard(codes: Path, column: str) -> Iterator[Progress | None]:
     """
     path = codes.with_name(f".work-{codes.stem}")
     journal = codes.with_name(f".work-{codes.stem}.json")
-    path.touch()
-    with path.open("r+b") as file:
+    with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

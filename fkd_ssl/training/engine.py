@@ -3,6 +3,7 @@
 import logging
 import math
 import resource
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -30,6 +31,16 @@ def total_steps(config: TrainConfig, images: int) -> int:
     return math.ceil(config.epochs * images / config.batch_size)
 
 
+def check_batch(config: TrainConfig, images: int) -> None:
+    """Raises RequestError where a batch holds more images than there are."""
+    batch_images = config.batch_size // config.crops_per_image
+    if batch_images > images:
+        raise RequestError(
+            f"batch_size {config.batch_size}: {batch_images} images a batch, and there are {images}; choose at most "
+            f"{images * config.crops_per_image}"
+        )
+
+
 def train(
     config: TrainConfig,
     data: Crops,
@@ -55,13 +66,10 @@ def train(
     Raises:
         RequestError: A batch holds more images than there are.
         ImageError: An image cannot be read; the message names it.
+        KeyboardInterrupt: The training was stopped; called again, it continues.
     """
+    check_batch(config, len(data))
     batch_images = config.batch_size // config.crops_per_image
-    if batch_images > len(data):
-        raise RequestError(
-            f"batch_size {config.batch_size}: {batch_images} images a batch, and there are {len(data)}; choose at most "
-            f"{len(data) * config.crops_per_image}"
-        )
     steps = total_steps(config, len(data))
     torch.manual_seed(config.seed)
     student = Student(config.student, dim)
@@ -128,7 +136,11 @@ def _fit(
             use_distributed_sampler=False,
             default_root_dir=str(callbacks[0].path.parent) if isinstance(callbacks[0], Recorder) else None,
         )
-        trainer.fit(module, loader, ckpt_path=last)
+        try:
+            trainer.fit(module, loader, ckpt_path=last)
+        except SystemExit as stop:  # what Lightning makes of Ctrl-C; it also stops listening to further ones
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            raise KeyboardInterrupt from stop
 
 
 def peak_memory() -> int:

@@ -34,7 +34,7 @@ class Recorder(pl.Callback):
         self.seconds = self.waited = 0.0
         self._lines: list[dict[str, Any]] = []
         self._sums = torch.zeros(3)
-        self._mark = 0.0
+        self._mark = self._lr = 0.0
         self._bar: Any = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -54,7 +54,8 @@ class Recorder(pl.Callback):
         self._mark = time.perf_counter()
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
-        """Takes the time since the last step's end as waiting for data."""
+        """Takes the time since the last step's end as waiting for data, and the learning rate before the schedule's step."""
+        self._lr = trainer.optimizers[0].param_groups[0]["lr"]
         self.waited += time.perf_counter() - self._mark
 
     def on_train_batch_end(
@@ -77,7 +78,7 @@ class Recorder(pl.Callback):
                     "seconds": round(self.seconds, 3),
                     "loss": loss / count,
                     "kl": (loss - floor) / count,
-                    "lr": trainer.optimizers[0].param_groups[0]["lr"],
+                    "lr": self._lr,
                     "wait": round(self.waited / self.seconds, 4),
                     "knn_top1": "",
                 }

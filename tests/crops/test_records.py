@@ -28,7 +28,8 @@ def test_neutral_records_change_no_colour():
 
 
 @pytest.mark.parametrize(
-    "box", [(0, 0, 101, 50), (0, 0, 100, 81), (1, 0, 100, 80), (0, 1, 100, 80), (0, 0, 0, 5), (0, 0, 5, 0), (65535, 0, 65535, 1)]
+    "box",
+    [(0, 0, 101, 50), (0, 0, 100, 81), (1, 0, 100, 80), (0, 1, 100, 80), (0, 0, 0, 5), (0, 0, 5, 0), (65535, 0, 65535, 1)],
 )
 def test_boxes_outside_the_image_are_refused(box):
     good = box_record(0, 0, 100, 80)

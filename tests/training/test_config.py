@@ -18,9 +18,7 @@ def test_defaults_are_s2bnns() -> None:
     assert (config.epochs, config.crops_per_image, config.batch_size, config.pixels) == (100, 4, 256, 224)
 
 
-@pytest.mark.parametrize(
-    "name", ["epochs", "crops_per_image", "batch_size", "pixels", "lr", "knn_every", "knn_k", "log_every"]
-)
+@pytest.mark.parametrize("name", ["epochs", "crops_per_image", "batch_size", "pixels", "lr", "knn_every", "knn_k", "log_every"])
 @pytest.mark.parametrize("value", [0, -1])
 def test_these_must_be_positive(name: str, value: int) -> None:
     with pytest.raises(RequestError, match=rf"^{name} {value}: must be positive"):

@@ -1,6 +1,7 @@
 """The step's parts: targets, schedule, optimiser."""
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -32,7 +33,7 @@ class TestCosine:
 
     def test_after_warm_up_it_never_rises_and_stays_positive(self) -> None:
         factors = [cosine(step, 40, 5) for step in range(5, 40)]
-        assert all(a >= b > 0 for a, b in zip(factors, factors[1:], strict=False))
+        assert all(a >= b > 0 for a, b in pairwise(factors))
 
     def test_a_warm_up_of_all_steps_does_not_divide_by_zero(self) -> None:
         assert cosine(10, 10, 10) == 1

@@ -1,0 +1,118 @@
+"""The command line in this process: `call` returns status, standard output and standard error; `work` is a workplace."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fkd_ssl import cli
+
+TEACHER = '''
+import torch
+from torch import nn
+
+class Network(nn.Module):
+    """Colours in a coarse grid, mixed: a teacher that is better than chance."""
+
+    pixels = 32
+
+    def __init__(self, seed=0):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.mix = nn.Linear(48, 16, bias=False)
+
+    def forward(self, pixels):
+        return self.mix(nn.functional.adaptive_avg_pool2d(pixels, 4).flatten(1))
+
+def make():
+    return Network()
+
+def other():
+    return Network(seed=1)
+
+def broken():
+    raise ValueError("my own mistake")
+'''
+COLOURS = {"ash": (60, 90, 190), "birch": (70, 170, 80), "cedar": (190, 80, 60)}
+
+
+class Answer(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+Call = Callable[..., Answer]
+
+
+def write_images(folder: Path, per_class: int, seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    for name, colour in COLOURS.items():
+        (folder / name).mkdir(parents=True)
+        for k in range(per_class):
+            noise = generator.normal(0, 50, (40, 44, 3)) + np.array(colour)
+            Image.fromarray(noise.clip(0, 255).astype(np.uint8)).save(folder / name / f"{k}.png")
+
+
+@pytest.fixture(autouse=True)
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Images `train` (3 x 6) and `val` (3 x 4), a teacher `own_teacher:make`, its lossless store `store`, C = 4."""
+    folder = tmp_path_factory.mktemp("work")
+    write_images(folder / "train", 6, seed=0)
+    write_images(folder / "val", 4, seed=1)
+    (folder / "own_teacher.py").write_text(TEACHER)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.syspath_prepend(str(folder))
+        args = "precompute --images train --store store --teacher own_teacher:make --crops 4 --codec Flat --chunk_size 16"
+        assert cli.main(args.split()) == 0
+    return folder
+
+
+@pytest.fixture
+def work(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it that a test may spoil, as the current folder."""
+    folder = Path(shutil.copytree(made, tmp_path / "work"))
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def call(capfd: pytest.CaptureFixture[str]) -> Call:
+    """call("train --images train", more=...) -> Answer; a path with a blank goes by keyword."""
+
+    def run(line: str, **options: Any) -> Answer:
+        args = line.split() + [text for name, value in options.items() for text in (f"--{name}", str(value))]
+        capfd.readouterr()
+        try:
+            status = cli.main(args)
+        except SystemExit as stop:  # how a parser ends that was asked for help
+            status = int(stop.code or 0)
+        said = capfd.readouterr()
+        assert "Traceback" not in said.err
+        return Answer(status, said.out, said.err)
+
+    return run
+
+
+@pytest.fixture
+def train_line() -> str:
+    """A training of two steps on stored targets, all but --out."""
+    return (
+        "train --images train --store store --student squeezenet1_1 --epochs 2 --batch_size 18 --crops_per_image 2 "
+        "--pixels 32 --workers 0 --log_every 1"
+    )

@@ -1,0 +1,208 @@
+"""The command line itself: verbs, options, YAML files, help, and what it says of mistakes."""
+
+import importlib
+import importlib.util
+import inspect
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import MISSING, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fkd_ssl import __version__, cli
+
+GOLDEN = Path(__file__).parent / "options.json"
+VERBS = [verb for verb in cli.VERBS if importlib.util.find_spec(f"fkd_ssl.commands.{verb}")]
+
+
+def options_of(verb: str) -> dict[str, dict[str, Any]]:
+    config = importlib.import_module(f"fkd_ssl.commands.{verb}").Config
+    return {
+        f.name: {"type": inspect.formatannotation(f.type), "default": "(required)" if f.default is MISSING else f.default}
+        for f in fields(config)
+    }
+
+
+def test_options_are_golden() -> None:
+    """Scripts rely on them. Rewritten only where a change is meant: UPDATE_GOLDEN=1 pytest ..."""
+    found = {verb: options_of(verb) for verb in VERBS}
+    if os.environ.get("UPDATE_GOLDEN"):
+        GOLDEN.write_text(json.dumps(found, indent=1) + "\n")
+    assert found == json.loads(GOLDEN.read_text())
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_explains_every_option(verb: str, call: Any) -> None:
+    status, out, err = call(f"{verb} --help")
+    assert (status, err) == (0, "")
+    assert f"usage: fkd-ssl {verb}" in out
+    positionals = getattr(importlib.import_module(f"fkd_ssl.commands.{verb}"), "POSITIONALS", ())
+    for name in options_of(verb):
+        assert (name if name in positionals else f"--{name}") in out
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_option_has_a_help(verb: str) -> None:
+    config = importlib.import_module(f"fkd_ssl.commands.{verb}").Config
+    assert all(cli._field_helps(config)[name] for name in options_of(verb))
+
+
+def test_help_answers_at_once_and_without_torch() -> None:
+    code = (
+        "import sys, time; start = time.perf_counter(); from fkd_ssl.cli import main; status = main(['--help'])\n"
+        "heavy = [m for m in ('torch', 'numpy', 'faiss', 'lightly', 'jsonargparse') if m in sys.modules]\n"
+        "print('SEEN', status, heavy, time.perf_counter() - start < 1)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "SEEN 0 [] True"
+    assert all(f"\n  {verb} " in done.stdout for verb in cli.VERBS)
+
+
+def test_a_verbs_help_needs_no_torch() -> None:
+    code = (
+        "import sys; from fkd_ssl.cli import main\n"
+        "try: main(['train', '--help'])\n"
+        "finally: print('SEEN', 'torch' in sys.modules)"
+    )
+    started = time.perf_counter()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "SEEN False"
+    assert time.perf_counter() - started < 10
+
+
+def test_the_module_and_the_version() -> None:
+    done = subprocess.run([sys.executable, "-m", "fkd_ssl", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == __version__
+
+
+class TestMistakes:
+    """Each ends with status 2, one line on standard error, and no traceback (`call` sees to that)."""
+
+    @pytest.mark.parametrize(
+        ("line", "said"),
+        [
+            ("trian --out x", "fkd-ssl trian: no verb 'trian'; did you mean train?"),
+            ("xyzzy", "no verb 'xyzzy'; fkd-ssl --help lists them"),
+            ("train --imagse x", "fkd-ssl train: no option --imagse; did you mean --images?"),
+            ("train --batch-size 4", "no option --batch-size; did you mean --batch_size?"),
+            ("knn --temprature=4", "no option --temprature; did you mean --temperature?"),
+            ("inspect store --jason", "no option --jason; did you mean --json?"),
+            ("train --images i --out o --store s --epochs many", "--epochs"),
+            ("train --images i --out o --store s --batch_size 1.5", "--batch_size"),
+            ("train --images i --out o --store s --optimizer adagrad", "--optimizer"),
+            ("train --images i --out o --store s --crops_per_image 3", "batch_size 256: counts crops"),
+            ("train --images i --out o", "targets stored: --store is needed"),
+            ("train --images i --store s", "out"),
+            ("knn --model m --train t", "val"),
+            ("inspect", "store"),
+            ("precompute --images i --store s --teacher t stray", "stray"),
+        ],
+    )
+    def test_on_the_command_line(self, call: Any, line: str, said: str) -> None:
+        status, out, err = call(line)
+        assert (status, out) == (2, "")
+        assert said in err
+        assert err.startswith(f"fkd-ssl {line.split()[0]}: ")
+        assert err.count("\n") == 1
+
+    def test_nothing_asked_shows_the_verbs(self, call: Any) -> None:
+        status, out, _ = call("")
+        assert status == 2
+        assert "usage: fkd-ssl VERB" in out
+
+    @pytest.mark.parametrize(
+        ("text", "said"),
+        [
+            ("imagse: i\n", "no key 'imagse'; did you mean images?"),
+            ("images: i\nout: o\nstore: s\nepochs: many\n", "--epochs"),
+            ("images: [i\n", ""),
+            ("- images\n", ""),
+        ],
+    )
+    def test_in_a_yaml_file(self, call: Any, tmp_path: Path, text: str, said: str) -> None:
+        (tmp_path / "a.yaml").write_text(text)
+        status, out, err = call("train", config=tmp_path / "a.yaml")
+        assert (status, out) == (2, "")
+        assert said in err
+
+    def test_a_config_that_is_not_there(self, call: Any, tmp_path: Path) -> None:
+        status, _, err = call("train", config=tmp_path / "none.yaml")
+        assert status == 2
+        assert "none.yaml" in err
+
+
+class TestConfigFiles:
+    LINE = "train --images i --out o --store s --lr 1e-3 --student squeezenet1_1 --val v --knn_every 2.5"
+
+    def test_print_config_round_trips(self, call: Any, tmp_path: Path) -> None:
+        status, printed, _ = call(f"{self.LINE} --print_config")
+        assert status == 0
+        values = yaml.safe_load(printed)
+        assert (values["lr"], values["knn_every"], values["batch_size"], values["temperature"]) == (1e-3, 2.5, 256, None)
+        (tmp_path / "a.yaml").write_text(printed)
+        train = importlib.import_module("fkd_ssl.commands.train")
+        direct = cli.parse("train", train, self.LINE.split()[1:])
+        assert cli.parse("train", train, ["--config", str(tmp_path / "a.yaml")]) == direct
+        again = call("train --print_config", config=tmp_path / "a.yaml").out
+        assert yaml.safe_load(again) == values
+
+    def test_options_win_over_the_file(self, tmp_path: Path) -> None:
+        (tmp_path / "a.yaml").write_text("images: i\nout: o\nstore: s\nlr: 0.5\nepochs: 7\n")
+        train = importlib.import_module("fkd_ssl.commands.train")
+        config = cli.parse("train", train, ["--config", str(tmp_path / "a.yaml"), "--lr", "0.25"])
+        assert (config.lr, config.epochs) == (0.25, 7)
+
+    def test_a_runs_config_is_a_config_file(self, tmp_path: Path) -> None:
+        from fkd_ssl import runs
+
+        train = importlib.import_module("fkd_ssl.commands.train")
+        config = cli.parse("train", train, self.LINE.split()[1:])
+        (tmp_path / "config.yaml").write_text(runs.to_yaml(config))
+        assert cli.parse("train", train, ["--config", str(tmp_path / "config.yaml")]) == config
+
+    @pytest.mark.parametrize("given", ["3e-4", "0.0003"])
+    def test_numbers_are_spelled_as_one_likes(self, given: str) -> None:
+        train = importlib.import_module("fkd_ssl.commands.train")
+        assert cli.parse("train", train, f"--images i --out o --store s --lr {given} --epochs 3".split()).lr == 3e-4
+
+
+class TestInterrupts:
+    @pytest.fixture
+    def raising(self, monkeypatch: pytest.MonkeyPatch) -> Any:
+        def patch(error: BaseException) -> None:
+            def run(config: Any) -> int:
+                raise error
+
+            monkeypatch.setattr(importlib.import_module("fkd_ssl.commands.teachers"), "run", run)
+
+        return patch
+
+    def test_ctrl_c(self, call: Any, raising: Any) -> None:
+        raising(KeyboardInterrupt())
+        status, out, err = call("teachers")
+        assert (status, out) == (130, "")
+        assert "fkd-ssl teachers: stopped; the same command continues where it can" in err
+
+    def test_a_full_disk(self, call: Any, raising: Any) -> None:
+        raising(OSError(28, "No space left on device", "store/crops"))
+        status, _, err = call("teachers")
+        assert status == 1
+        assert "fkd-ssl teachers: store/crops: No space left on device" in err
+
+    def test_an_error_of_ours_has_its_own_status(self, call: Any, raising: Any) -> None:
+        from fkd_ssl.errors import CheckpointError, ImageError
+
+        for error, expected in ((ImageError("a.jpg: torn"), 1), (CheckpointError("c.pth: other"), 2)):
+            raising(error)
+            assert call("teachers") == (expected, "", f"fkd-ssl teachers: {error}\n")
+
+    def test_a_bug_of_ours_is_not_hidden(self, raising: Any) -> None:
+        raising(ZeroDivisionError("a bug"))
+        with pytest.raises(ZeroDivisionError, match="a bug"):
+            cli.main(["teachers"])

@@ -1,0 +1,180 @@
+"""train through the command line: what it writes, resumes and refuses."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fkd_ssl.training.recorder import read_metrics
+
+ONLINE = "--targets online --teacher own_teacher:make"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_a_run_folder_is_complete(work: Path, call: Any, train_line: str) -> None:
+    status, out, err = call(f"{train_line} --out run --val val --knn_every 1")
+    assert status == 0
+    assert out.startswith("run: 2 steps in ")
+    assert out.count("\n") == 1
+    assert "training squeezenet1_1 on 18 images, stored targets, D = 16; 2 epochs of one crop an image" in err
+    assert {path.name for path in (work / "run").iterdir()} == {"config.yaml", "metrics.csv", "results.json", "checkpoints"}
+    assert yaml.safe_load((work / "run/config.yaml").read_text())["student"] == "squeezenet1_1"
+    results = json.loads((work / "run/results.json").read_text())
+    assert (results["steps"], results["crops_seen"], results["config"]["batch_size"]) == (2, 36, 18)
+    assert (
+        results["knn_top1"] == pytest.approx(results["knn_best"]["top1"]) or results["knn_best"]["top1"] > results["knn_top1"]
+    )
+    assert {"torch", "fkd_ssl", "python"} <= set(results["versions"])
+    metrics = read_metrics(work / "run/metrics.csv")
+    assert [line["step"] for line in metrics if line["loss"] is not None] == [1, 2]
+    assert [line["step"] for line in metrics if line["knn_top1"] is not None] == [1, 2]
+
+
+def test_stored_and_online_are_the_same_training(work: Path, call: Any, train_line: str) -> None:
+    line = f"{train_line} --epochs 5"
+    assert call(f"{line} --out stored").status == 0
+    assert call(f"{line} --out online {ONLINE}").status == 0
+    stored, online = (read_metrics(work / name / "metrics.csv") for name in ("stored", "online"))
+    assert [line["step"] for line in stored] == [1, 2, 3, 4, 5]
+    assert [line["loss"] for line in stored] == pytest.approx([line["loss"] for line in online], rel=1e-5)
+    forwards = [json.loads((work / name / "results.json").read_text())["teacher_forwards"] for name in ("stored", "online")]
+    assert forwards == [0, 90]
+
+
+def test_online_without_a_store_draws_fresh_crops(work: Path, call: Any, train_line: str) -> None:
+    line = train_line.replace("--store store ", "")
+    assert call(f"{line} --out run {ONLINE} --teacher_pixels 40").status == 0
+    assert json.loads((work / "run/results.json").read_text())["stored_crops_per_image"] is None
+
+
+def test_images_need_no_classes(work: Path, call: Any, train_line: str) -> None:
+    (work / "flat").mkdir()
+    for k, path in enumerate(sorted((work / "train").rglob("*.png"))):
+        shutil.copy(path, work / "flat" / f"{k}.png")
+    line = train_line.replace("--images train", "--images flat").replace("--store store ", "")
+    assert call(f"{line} --out run {ONLINE}").status == 0
+    answer = call(f"{line} --out other {ONLINE} --val val")
+    assert answer.status == 2
+    assert "images lie outside any class folder" in answer.err
+    assert not (work / "other").exists()
+
+
+def test_a_finished_run_does_nothing(work: Path, call: Any, train_line: str) -> None:
+    assert call(f"{train_line} --out run").status == 0
+    before = contents(work / "run")
+    status, out, err = call(f"{train_line} --out run")
+    assert (status, out) == (0, "")
+    assert "run: this run is done" in err
+    assert contents(work / "run") == before
+
+
+def test_another_config_is_refused(work: Path, call: Any, train_line: str) -> None:
+    assert call(f"{train_line} --out run").status == 0
+    before = contents(work / "run")
+    status, out, err = call(f"{train_line} --out run --lr 0.5")
+    assert (status, out) == (2, "")
+    assert "run: holds a run of another config (lr is 0.0003 there, 0.5 here); choose another --out" in err
+    assert contents(work / "run") == before
+
+
+def test_ctrl_c_and_the_same_command_again(work: Path, call: Any, train_line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fkd_ssl.training.sampler import PassSampler
+
+    line = f"{train_line} --epochs 5"
+    assert call(f"{line} --out whole").status == 0
+    batch = PassSampler.batch
+
+    def interrupted(self: PassSampler, step: int) -> Any:
+        if step == 3:
+            raise KeyboardInterrupt
+        return batch(self, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PassSampler, "batch", interrupted)
+        status, out, err = call(f"{line} --out run")
+    assert (status, out) == (130, "")
+    assert "fkd-ssl train: stopped; the same command continues where it can" in err
+    assert not (work / "run/results.json").exists()
+    status, _, err = call(f"{line} --out run")
+    assert status == 0
+    assert "continuing squeezenet1_1" in err
+    runs = [read_metrics(work / name / "metrics.csv") for name in ("whole", "run")]
+    assert [line["step"] for line in runs[1]] == [1, 2, 3, 4, 5]
+    assert [line["loss"] for line in runs[0]] == [line["loss"] for line in runs[1]]
+
+
+@pytest.mark.parametrize("name", ["thesis.tex", "config.yaml", "results.json", "metrics.csv"])
+def test_a_foreign_folder_is_left_alone(work: Path, call: Any, train_line: str, name: str) -> None:
+    (work / "mine").mkdir()
+    (work / "mine" / name).write_text("years: of work\n")
+    before = contents(work / "mine")
+    status, out, err = call(f"{train_line} --out mine")
+    assert (status, out) == (2, "")
+    assert "choose another --out" in err
+    assert contents(work / "mine") == before
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_corrupt_image_is_named(work: Path, call: Any, train_line: str, workers: int) -> None:
+    path = work / "train/cedar/2.png"
+    path.write_bytes(b"x" * path.stat().st_size)
+    status, out, err = call(f"{train_line} --out run".replace("--workers 0", f"--workers {workers}"))
+    assert (status, out) == (1, "")
+    last = err.strip().splitlines()[-1]
+    assert last.startswith("fkd-ssl train: ")
+    assert last.endswith("train/cedar/2.png: not a readable image: no known image format")
+
+
+def test_a_corrupt_image_is_named_online(work: Path, call: Any, train_line: str) -> None:
+    (work / "train/cedar/2.png").write_bytes(b"no picture")
+    line = train_line.replace("--store store ", "").replace("--workers 0", "--workers 2")
+    status, _, err = call(f"{line} --out run {ONLINE}")
+    assert status == 1
+    assert "cedar/2.png: not a readable image" in err
+
+
+class TestRefused:
+    @pytest.mark.parametrize(
+        ("change", "status", "said"),
+        [
+            (("--images train", "--images nowhere"), 2, "nowhere: no such folder of images"),
+            (("--images train", "--images empty"), 2, "empty: no images in this folder"),
+            (("--store store", "--store nowhere"), 1, "nowhere: not a store (no such folder)"),
+            (("--images train", "--images val"), 1, "val: lacks 6 of the 18 images of store, for instance 'ash/4.png'"),
+            (("squeezenet1_1", "squezenet1_1"), 2, "did you mean squeezenet1_1"),
+            (("--epochs 2", "--epochs 2 --objective mse"), 2, "objective 'mse' is unknown"),
+            (("--epochs 2", "--epochs 2 --objective cosine --temperature 0.1"), 2, "cosine has none"),
+            (("--batch_size 18", "--batch_size 80"), 2, "40 images a batch, and there are 18; choose at most 36"),
+            (("--crops_per_image 2", "--crops_per_image 6"), 2, "crops_per_image 6: store holds 4 crops of each image"),
+            (("--store store", "--store store --teacher swav"), 1, "no targets of 'swav'; there are ['make']"),
+            (("--store store", f"{ONLINE}:x"), 2, "own_teacher:make:x"),
+            (("--store store", f"{ONLINE} --recipe nix"), 2, "--recipe 'nix' is unknown"),
+            (("--epochs 2", "--epochs 2 --val nowhere"), 2, "nowhere: no such folder of images"),
+        ],
+    )
+    def test_and_nothing_is_written(
+        self, work: Path, call: Any, train_line: str, change: tuple[str, str], status: int, said: str
+    ) -> None:
+        (work / "empty").mkdir()
+        answer = call(f"{train_line} --out run".replace(*change))
+        assert (answer.status, answer.out) == (status, "")
+        assert said in answer.err
+        assert not (work / "run").exists()
+
+    def test_half_a_store(self, work: Path, call: Any, train_line: str) -> None:
+        (work / "store/targets/make/codes-00000.json").unlink()
+        status, _, err = call(f"{train_line} --out run")
+        assert status == 1
+        assert "1 of 1 shards are missing" in err
+        assert "run the same fkd-ssl precompute again" in err
+
+    def test_an_ignored_option_warns(self, work: Path, call: Any, train_line: str) -> None:
+        status, _, err = call(f"{train_line} --out run --teacher_pixels 64")
+        assert status == 0
+        assert "warning: --teacher_pixels is ignored: stored targets need no teacher" in err

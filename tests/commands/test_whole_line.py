@@ -1,0 +1,100 @@
+"""The usual order of commands, in this process, on a tiny set; `compare` starts its trainings as processes."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fkd_ssl.training.recorder import read_metrics
+
+ARM_KEYS = {
+    "name", "seed", "knn_top1", "linear_top1", "train_seconds", "teacher_forwards", "peak_memory_bytes", "epochs",
+}  # fmt: skip
+
+
+def test_precompute_to_linear(work: Path, call: Any, train_line: str) -> None:
+    lines = [
+        "precompute --images train --store sq8 --teacher own_teacher:make --crops 2",
+        "inspect sq8",
+        "verify sq8 --images train --teacher own_teacher:make",
+        f"{train_line} --out run".replace("--store store", "--store sq8"),
+        "knn --model run --train train --val val --workers 0",
+        "linear --model run --train train --val val --protocol logreg --workers 0",
+    ]
+    for line in lines:
+        status, out, err = call(line)
+        assert status == 0, err
+        assert out
+
+
+@pytest.mark.slow
+def test_compare(work: Path, call: Any) -> None:
+    line = (
+        "compare --images train --val val --teacher own_teacher:make --student squeezenet1_1 --epochs 2 --seeds 1 --out cmp "
+        "--batch_size 18 --crops_per_image 2 --pixels 32 --workers 0 --knn_every 1 --knn_k 5 --codec Flat"
+    )
+    status, out, _ = call(line)
+    assert status == 0
+    results = json.loads((work / "cmp/results.json").read_text())
+    arms = {arm["name"]: arm for arm in results["arms"]}
+    assert set(arms) == {"teacher", "untrained", "stored", "online"}
+    assert all(set(arm) >= ARM_KEYS for arm in arms.values())
+    for name in ("stored", "online"):
+        arm = arms[name]
+        assert (arm["seed"], arm["epochs"]) == (0, 2)
+        assert arm["train_seconds"] > 0
+        assert arm["peak_memory_bytes"] > 1e7
+        run = work / "cmp/runs" / f"{name}-seed0"
+        assert {"config.yaml", "results.json", "metrics.csv", "checkpoints"} == {path.name for path in run.iterdir()}
+        assert [line["step"] for line in read_metrics(run / "metrics.csv") if line["loss"] is not None] == [2]
+    assert (arms["stored"]["teacher_forwards"], arms["online"]["teacher_forwards"]) == (0, 36)
+    assert arms["teacher"]["train_seconds"] is None
+    assert arms["teacher"]["knn_top1"] > 80
+    assert results["precompute_seconds"] > 0
+    assert results["store_bytes"] == sum(path.stat().st_size for path in (work / "cmp/store").rglob("*") if path.is_file())
+    saved = arms["online"]["train_seconds"] - arms["stored"]["train_seconds"]
+    assert results["break_even_students"] == (math.ceil(results["precompute_seconds"] / saved) if saved > 0 else None)
+    assert results["crops"] == 2
+    for name in ("config.yaml", "report.md", "loss.png", "knn.png"):
+        assert (work / "cmp" / name).stat().st_size > 0
+    page = (work / "cmp/report.md").read_text()
+    assert ("so it never pays" if saved <= 0 else "it has paid for itself after") in page
+    assert "| stored |" in out
+
+    before = {path: path.stat().st_mtime_ns for path in (work / "cmp").rglob("*") if "report" not in path.name}
+    again = call(f"{line} --json")
+    assert again.status == 0
+    assert "cmp: this comparison is done" in again.err
+    assert json.loads(again.out) == results
+    unchanged = {path: path.stat().st_mtime_ns for path in before if path.suffix not in (".png", "")}
+    assert unchanged == {path: before[path] for path in unchanged}
+
+    status, _, err = call(f"{line} --lr 0.1")
+    assert status == 2
+    assert "cmp: holds a run of another config (lr is 0.0003 there, 0.1 here)" in err
+
+    (work / "cmp/results.json").unlink()  # killed before the end: what is done is not done again
+    assert call(line).status == 0
+    assert {path: path.stat().st_mtime_ns for path in unchanged if "/runs/" in str(path)} == {
+        path: stamp for path, stamp in unchanged.items() if "/runs/" in str(path)
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "status", "said"),
+    [
+        ("--seeds 0", 2, "must be positive"),
+        ("--val nowhere", 2, "nowhere: no such folder of images"),
+        ("--images train/ash", 2, "lie outside any class folder"),
+        ("--teacher mocov2", 2, "--checkpoint is needed"),
+        ("--out train", 2, "train: exists and is not a run of fkd-ssl"),
+    ],
+)
+def test_compare_refuses_early(work: Path, call: Any, change: str, status: int, said: str) -> None:
+    line = "compare --images train --val val --teacher own_teacher:make --student squeezenet1_1 --epochs 2 --out cmp"
+    answer = call(f"{line} {change}")
+    assert (answer.status, answer.out) == (status, "")
+    assert said in answer.err
+    assert not (work / "cmp").exists()

@@ -1,0 +1,351 @@
+"""Opening and reading: what is missing, damaged, foreign, newer or altered is named, and never believed."""
+
+import json
+import multiprocessing
+import pickle
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+import fkd_ssl
+from fkd_ssl import files
+from fkd_ssl.errors import StoreError
+from fkd_ssl.store import Store, manifest, open_store
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory, image_folder, new_teacher):
+    """A store of 24 rows in five shards; to be copied."""
+    from fkd_ssl import images
+    from fkd_ssl.crops import RECIPES
+    from fkd_ssl.store.precompute import precompute
+
+    folder = tmp_path_factory.mktemp("template") / "store"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(manifest, "ROWS_PER_SHARD", 5)
+        precompute(
+            images.scan(image_folder), folder, new_teacher(), crops=4, recipe=RECIPES["mocov2"], pixels=32, chunk_size=16
+        )
+    return folder
+
+
+@pytest.fixture
+def folder(template, tmp_path) -> Path:
+    return Path(shutil.copytree(template, tmp_path / "store"))
+
+
+def resign(path: Path, **changes: object) -> None:
+    """Rewrites a JSON file with a right sha256: what an attacker, or another program, would do."""
+    values = {**files.read_json(path), **changes}
+    path.unlink()
+    files.write_json(path, {key: value for key, value in values.items() if value is not ...})
+
+
+# reading
+
+
+def test_slices_and_arrays_give_the_same_crops_and_targets(folder):
+    store = open_store(folder)
+    for row in (0, 4, 5, 23):
+        crops, targets = store.crops(row, slice(None)), store.targets("tiny", row, slice(None))
+        assert crops.shape == (4,)
+        assert targets.shape == (4, 16)
+        np.testing.assert_array_equal(store.crops(row, slice(1, 3)), crops[1:3])
+        np.testing.assert_array_equal(store.targets("tiny", row, slice(1, 3)), targets[1:3])
+        index = np.array([3, 0, 3])
+        np.testing.assert_array_equal(store.crops(row, index), crops[index])
+        np.testing.assert_array_equal(store.targets("tiny", row, index), targets[index])
+        np.testing.assert_allclose(np.linalg.norm(targets, axis=1), 1, atol=1e-6)
+
+
+def test_the_public_name_opens_a_store(folder):
+    assert isinstance(fkd_ssl.open_store(str(folder)), Store)
+
+
+def test_reading_changes_nothing(folder, tree):
+    before = tree(folder)
+    store = open_store(folder)
+    with pytest.raises(ValueError, match="read-only"):
+        store.crop_shard(0)["top"] = 1
+    with pytest.raises(ValueError, match="read-only"):
+        store.column().shard(0)[:] = 1
+    assert tree(folder) == before
+
+
+class Targets(Dataset):
+    def __init__(self, store: Store) -> None:
+        self.store = store
+
+    def __len__(self) -> int:
+        return len(self.store)
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return torch.from_numpy(self.store.targets("tiny", int(self.store.rows[index]), slice(None)))
+
+
+def test_a_store_pickles_as_its_folder(folder):
+    store = open_store(folder)
+    store.targets("tiny", 3, slice(None))  # maps are open
+    data = pickle.dumps(store)
+    assert len(data) < 300
+    copy = pickle.loads(data)  # noqa: S301
+    np.testing.assert_array_equal(copy.targets("tiny", 3, slice(None)), store.targets("tiny", 3, slice(None)))
+
+
+def test_a_store_reads_the_same_in_a_worker(folder):
+    store = open_store(folder)
+    loaded = torch.cat(list(DataLoader(Targets(store), batch_size=6, num_workers=1)))
+    here = np.stack([store.targets("tiny", row, slice(None)) for row in range(24)])
+    np.testing.assert_array_equal(loaded.numpy(), here)
+
+
+def test_a_store_goes_to_a_spawned_process(folder):
+    store = open_store(folder)
+    with multiprocessing.get_context("forkserver").Pool(1) as pool:
+        there = pool.apply(Store.targets, (store, "tiny", 7, slice(0, 2)))
+    np.testing.assert_array_equal(there, store.targets("tiny", 7, slice(0, 2)))
+
+
+# no store
+
+
+def test_what_is_no_store_is_named(tmp_path, image_folder):
+    with pytest.raises(StoreError, match=r"nowhere: not a store \(no such folder\); make one with fkd-ssl precompute"):
+        open_store(tmp_path / "nowhere")
+    with pytest.raises(StoreError, match=r"train: not a store \(no manifest\.json in it\)"):
+        open_store(image_folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"version": 2}, r"format 2; this version of fkd_ssl reads 1: update fkd_ssl"),
+        ({"version": ...}, r"format None; this version"),
+        ({"format": "another thing"}, "not the manifest of a store"),
+        ({"seed": ...}, "keys are missing or unknown: .*'seed'"),
+        ({"colour": "red"}, "keys are missing or unknown: .*'colour'"),
+        ({"recipe": ...}, "keys are missing or unknown: 'recipe'"),
+        ({"recipe": [1, 2]}, "not a crop recipe"),
+        ({"recipe": {"name": "mocov2"}}, "not a crop recipe"),
+        ({"count": 0}, "are impossible"),
+        ({"count": 2**40}, "are impossible"),
+        ({"crops_per_image": -4}, "are impossible"),
+        ({"rows_per_shard": 2.5}, "are impossible"),
+        ({"seed": "0"}, "seed '0' or counts"),
+        ({"count": 23}, r"images\.txt: 24 lines, the manifest says 23"),
+        ({"images_sha256": None}, r"images\.txt: altered"),
+        ({"sizes_sha256": "0" * 64}, r"images\.npy: altered"),
+    ],
+)
+def test_manifests_of_others_are_refused(folder, changes, message):
+    resign(folder / "manifest.json", **changes)
+    with pytest.raises(StoreError, match=message):
+        open_store(folder)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("../evil.jpg", "leads out of the image folder"),
+        ("a/../../evil.jpg", "leads out of the image folder"),
+        ("a/..", "leads out of the image folder"),
+        ("..", "leads out of the image folder"),
+        ("/etc/passwd.jpg", "absolute"),
+        ("a//b.jpg", "absolute or leads out"),
+        ("a/./b.jpg", "absolute or leads out"),
+        ("", "absolute or leads out"),
+        ("C:\\evil.jpg", "absolute"),
+        ("c:evil.jpg", "absolute"),
+        ("a\\..\\b.jpg", "absolute or leads out"),
+        ("a\0.jpg", "absolute or leads out"),
+        (b"\xff.jpg".decode("latin-1"), None),
+        (b"\xff.jpg", r"images\.txt: not UTF-8"),
+        ("..hidden/a..jpg", None),
+    ],
+)
+@pytest.mark.parametrize("position", [0, 11, 23])
+def test_paths_that_lead_out_of_the_folder_are_refused(folder, line, message, position):
+    lines = (folder / "images.txt").read_bytes().split(b"\n")
+    lines[position] = line if isinstance(line, bytes) else line.encode()
+    (folder / "images.txt").write_bytes(b"\n".join(lines))
+    resign(folder / "manifest.json", images_sha256=files.sha256(b"\n".join(lines)))
+    if message is None:
+        assert open_store(folder).paths[position] == line
+        return
+    with pytest.raises(StoreError, match=message):
+        open_store(folder)
+
+
+def test_a_list_without_its_last_newline_is_refused(folder):
+    data = (folder / "images.txt").read_bytes() + b"more.jpg"
+    (folder / "images.txt").write_bytes(data)
+    resign(folder / "manifest.json", images_sha256=files.sha256(data))
+    with pytest.raises(StoreError, match=r"images\.txt: 24 lines, the manifest says 24"):
+        open_store(folder)
+
+
+@pytest.mark.parametrize("name", ["images.txt", "images.npy"])
+def test_missing_lists_are_named(folder, name):
+    (folder / name).unlink()
+    with pytest.raises(StoreError, match=rf"{name}: cannot be read: No such file"):
+        open_store(folder)
+
+
+def test_paths_are_a_list_in_all_but_memory(folder):
+    store = open_store(folder)
+    assert len(store.paths) == 24
+    assert [store.paths[k] for k in range(24)] == list(store.paths) == (folder / "images.txt").read_text().split()
+
+
+# shards
+
+
+def test_a_missing_shard_is_named_and_the_others_read(folder):
+    for path in folder.rglob("*00002.*"):
+        path.unlink()
+    store = open_store(folder)
+    assert len(store) == 19
+    assert not {10, 11, 12, 13, 14} & set(store.rows)
+    assert store.targets("tiny", 3, slice(None)).shape == (4, 16)
+    with pytest.raises(StoreError, match=r"crops/00002\.npy: this shard is not finished; run the same fkd-ssl precompute"):
+        store.crops(12, slice(None))
+    with pytest.raises(StoreError, match=r"codes-00002\.npy: this shard is not finished"):
+        store.targets("tiny", 12, slice(None))
+    with pytest.raises(
+        StoreError, match=r"1 of 5 shards are missing \(the first is 2\): run the same fkd-ssl precompute again"
+    ):
+        store.column().require_complete()
+    open_store(folder)
+
+
+@pytest.mark.parametrize("part", ["crops/00002.json", "targets/tiny/codes-00002.json"])
+def test_a_column_is_complete_with_codes_and_crops(folder, part):
+    (folder / part).unlink()
+    assert open_store(folder).column().missing_shards == [2]
+    with pytest.raises(StoreError, match=r"1 of 5 shards are missing \(the first is 2\)"):
+        open_store(folder).column().require_complete()
+
+
+def test_a_complete_column_needs_nothing(folder):
+    open_store(folder).column().require_complete()
+
+
+@pytest.mark.parametrize("name", ["crops/00001.npy", "targets/tiny/codes-00001.npy"])
+def test_a_truncated_shard_is_named(folder, name):
+    data = (folder / name).read_bytes()
+    (folder / name).write_bytes(data[:-1])
+    store = open_store(folder)
+    with pytest.raises(StoreError, match=rf"{Path(name).name}: {len(data) - 1} bytes, expected {len(data)}: truncated"):
+        (store.crops if name.startswith("crops") else store.column().codes)(7, slice(None))
+
+
+@pytest.mark.parametrize("name", ["crops/00001.npy", "targets/tiny/codes-00001.npy"])
+def test_a_shard_of_another_shape_is_named(folder, name):
+    shutil.copy(folder / name.replace("00001", "00004"), folder / name)  # four rows, not five
+    store = open_store(folder)
+    with pytest.raises(StoreError, match=r"holds .* \[4, 4.*\], expected .* \[5, 4"):
+        (store.crops if name.startswith("crops") else store.column().codes)(7, slice(None))
+
+
+def test_a_shard_that_is_a_pickle_is_not_loaded(folder, tmp_path):
+    class Bomb:
+        def __reduce__(self) -> tuple[object, ...]:
+            return (Path.touch, (tmp_path / "ran",))
+
+    for name in ("crops/00000.npy", "targets/tiny/codes-00000.npy"):
+        np.save(folder / name, np.array([[Bomb()] * 4] * 5, dtype=object), allow_pickle=True)
+    np.save(folder / "targets/tiny/ranges.npy", np.array([Bomb()], dtype=object), allow_pickle=True)
+    resign(folder / "targets/tiny/meta.json", arrays={"ranges": files.sha256_file(folder / "targets/tiny/ranges.npy")})
+    store = open_store(folder)
+    with pytest.raises(StoreError, match="holds object"):
+        store.crops(0, slice(None))
+    with pytest.raises(StoreError, match=r"ranges\.npy: .*Python objects"):
+        store.column()
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"images": ["0"]}, "expected 5 strings; the file is damaged"),
+        ({"images": [1, 2, 3, 4, 5]}, "expected 5 strings"),
+        ({"images": ...}, "expected 5 strings"),
+        ({"skipped": ...}, "impossible list of skipped rows"),
+        ({"skipped": [3]}, "impossible list of skipped rows"),
+        ({"skipped": ["7"]}, "impossible list of skipped rows"),
+    ],
+)
+def test_sidecars_that_cannot_be_are_refused(folder, changes, message):
+    resign(folder / "crops" / "00001.json", **changes)
+    with pytest.raises(StoreError, match=rf"00001\.json: {message}"):
+        len(open_store(folder))
+
+
+# columns
+
+
+def test_columns_that_are_not_there_are_named(folder):
+    with pytest.raises(StoreError, match=r"no targets of 'mocov2'; there are \['tiny'\]"):
+        open_store(folder).targets("mocov2", 0, slice(None))
+    shutil.rmtree(folder / "targets" / "tiny")
+    with pytest.raises(StoreError, match="holds targets of no teacher; name one"):
+        open_store(folder).column()
+    with pytest.raises(StoreError, match="no targets of 'tiny'; there are none yet"):
+        open_store(folder).column("tiny")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kind": "distribution"}, "a kind 'distribution' that this version does not read"),
+        ({"dim": ...}, "missing 1 required keyword-only argument: 'dim'; the file is damaged or newer"),
+        ({"temperature": 0.1}, "unexpected keyword argument 'temperature'; the file is damaged or newer"),
+        ({"dim": 0}, "dimension 0 is impossible"),
+        ({"dim": "16"}, "dimension '16' is impossible"),
+        ({"dim": 32}, r"codec SQ8: ranges is float32 \(2, 16\)"),
+        ({"precision": "int3"}, "precision 'int3' is unknown"),
+        ({"code_size": 15}, "code size 15, SQ8 has another"),
+        ({"codec": "SQ4"}, "code size 16, SQ4 has another"),
+        ({"codec": "IVF10,Flat"}, "codec 'IVF10,Flat' is none of those accepted"),
+        ({"codec": "Flat"}, r"codec Flat: has arrays \['ranges'\], expected \[\]"),
+        ({"codec": 8}, "that this version does not read"),
+        ({"arrays": {}}, r"codec SQ8: has arrays \[\], expected \['ranges'\]"),
+        ({"arrays": []}, "that this version does not read"),
+        ({"arrays": {"../../images": "0"}}, "no array '../../images'"),
+    ],
+)
+def test_metas_of_others_are_refused(folder, changes, message):
+    resign(folder / "targets" / "tiny" / "meta.json", **changes)
+    with pytest.raises(StoreError, match=message):
+        open_store(folder).column("tiny")
+
+
+def test_parameters_of_a_codec_are_checked(folder):
+    path = folder / "targets" / "tiny" / "ranges.npy"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(StoreError, match=r"ranges\.npy: altered: its sha256 is not that of meta\.json; restore it"):
+        open_store(folder).column()
+    path.unlink()
+    with pytest.raises(StoreError, match=r"ranges\.npy: cannot be read: No such file"):
+        open_store(folder).column()
+
+
+def test_hidden_and_unfinished_columns_are_not_listed(folder):
+    shutil.copytree(folder / "targets" / "tiny", folder / "targets" / ".tmp-other-1")
+    (folder / "targets" / "begun").mkdir()
+    assert open_store(folder).teachers == ["tiny"]
+
+
+def test_json_of_a_store_is_signed(folder):
+    path = folder / "manifest.json"
+    values = json.loads(path.read_text())
+    values["seed"] = 5
+    path.write_bytes(files.canonical(values))
+    with pytest.raises(StoreError, match=r"manifest\.json: altered: its sha256 is "):
+        open_store(folder)

@@ -1,0 +1,226 @@
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fkd_ssl import files, images
+from fkd_ssl.crops import RECIPES, box_record, probe_digest
+from fkd_ssl.errors import FkdError, RequestError, StoreError
+from fkd_ssl.store import manifest, open_store
+from fkd_ssl.store import verify as verifying
+from fkd_ssl.store.precompute import precompute
+from fkd_ssl.store.verify import verify
+
+# every file of the store that `template` makes
+FILES = [
+    "manifest.json", "images.txt", "images.npy",
+    *(f"crops/{shard:05d}.{suffix}" for shard in range(2) for suffix in ("npy", "json")),
+    "targets/tiny/meta.json", "targets/tiny/ranges.npy", "targets/tiny/teacher-prototypes.npy",
+    *(f"targets/tiny/codes-{shard:05d}.{suffix}" for shard in range(2) for suffix in ("npy", "json")),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory, image_folder, new_teacher):
+    folder = tmp_path_factory.mktemp("template") / "store"
+    teacher = new_teacher()
+    teacher.arrays = {"prototypes": np.random.default_rng(0).normal(size=(30, 16)).astype(np.float32)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(manifest, "ROWS_PER_SHARD", 20)
+        precompute(images.scan(image_folder), folder, teacher, crops=4, recipe=RECIPES["mocov2"], pixels=32, chunk_size=16)
+    return folder
+
+
+@pytest.fixture
+def folder(template, tmp_path) -> Path:
+    return Path(shutil.copytree(template, tmp_path / "store"))
+
+
+def problems(folder: Path, *arguments, **options) -> list[str]:
+    """What `verify` says, or why the store cannot be opened at all."""
+    try:
+        return verify(open_store(folder), *arguments, **options).problems
+    except StoreError as error:
+        return [str(error)]
+
+
+def rewrite(folder: Path, name: str, array: np.ndarray) -> None:
+    """Replaces a shard, and signs it."""
+    path = folder / name
+    sidecar = files.read_json(path.with_suffix(".json"))
+    path.unlink()
+    path.with_suffix(".json").unlink()
+    files.write_json(path.with_suffix(".json"), {**sidecar, "file": files.write_npy(path, array)})
+
+
+def test_a_clean_store_has_no_problems(folder, image_folder, tiny_teacher, tree):
+    before = tree(folder)
+    report = verify(open_store(folder), images.scan(image_folder), tiny_teacher, sample=15)
+    assert report.problems == []
+    assert report.checked == {"files": 11, "images": 24, "crops": 15}
+    assert report.cosine["min"] > 0.9999
+    assert report.cosine["mean"] <= 1 + 1e-6
+    assert tree(folder) == before
+
+
+def test_without_a_teacher_there_is_no_cosine(folder):
+    report = verify(open_store(folder))
+    assert (report.problems, report.cosine, report.checked["images"]) == ([], None, 0)
+
+
+def test_the_list_of_files_is_complete(folder, tree):
+    assert sorted(tree(folder)) == sorted(FILES)
+
+
+@pytest.mark.parametrize("where", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("name", FILES)
+def test_one_flipped_bit_in_any_file_is_found(folder, name, where):
+    path = folder / name
+    data = bytearray(path.read_bytes())
+    data[int(where * (len(data) - 1))] ^= 4
+    path.write_bytes(data)
+    found = problems(folder)
+    assert found
+    assert any(Path(name).name in problem for problem in found), found
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_any_missing_or_emptied_file_is_found(folder, name):
+    (folder / name).write_bytes(b"")
+    assert problems(folder)
+    (folder / name).unlink()
+    found = problems(folder)
+    assert any("missing" in p or "cannot be read" in p or "not a store" in p or "no teacher" in p for p in found), found
+
+
+def test_a_changed_and_a_missing_image_are_found(folder, pictures):
+    data = bytearray((pictures / "ash" / "002.jpg").read_bytes())
+    data[len(data) // 2] ^= 1
+    (pictures / "ash" / "002.jpg").write_bytes(data)
+    found = problems(folder, images.scan(pictures))
+    assert len(found) == 1
+    assert "row 2" in found[0]
+    assert "ash/002.jpg: changed since its crops were made; restore it or make another store" in found[0]
+    (pictures / "ash" / "003.jpg").unlink()
+    with pytest.raises(StoreError, match=r"lacks 1 images of .*, for instance 'ash/003\.jpg'"):
+        verify(open_store(folder), images.scan(pictures))
+
+
+def test_images_that_the_store_does_not_hold_do_not_matter(folder, pictures, tiny_teacher):
+    shutil.copy(pictures / "ash" / "002.jpg", pictures / "ash" / "0000.jpg")
+    assert problems(folder, images.scan(pictures), tiny_teacher) == []
+
+
+def test_another_teacher_is_found(folder, image_folder, new_teacher):
+    report = verify(open_store(folder), images.scan(image_folder), new_teacher(seed=1))
+    assert len(report.problems) == 1
+    assert "24 of 24 sampled targets are not what this teacher says" in report.problems[0]
+    assert report.cosine["mean"] < 0.9
+
+
+def test_a_teacher_of_another_dimension_is_found(folder, image_folder, tiny_teacher):
+    real = tiny_teacher.embed
+    tiny_teacher.embed = lambda views: real(views)[:, :8]
+    found = problems(folder, images.scan(image_folder), tiny_teacher)
+    assert found == [f"{folder}/targets/tiny: holds D = 16, this teacher gives D = 8"]
+
+
+@pytest.mark.parametrize("rows", [[4], [4, 5, 6, 7]])
+def test_wrong_codes_that_are_signed_are_found_by_the_teacher(folder, image_folder, tiny_teacher, rows):
+    codes = np.array(np.load(folder / "targets/tiny/codes-00000.npy"))
+    codes[rows] = 255 - codes[rows]
+    rewrite(folder, "targets/tiny/codes-00000.npy", codes)
+    assert problems(folder) == []
+    found = problems(folder, images.scan(image_folder), tiny_teacher)
+    assert f"{len(rows)} of 24 sampled targets" in found[0]
+    assert str(open_store(folder).paths[rows[0]]).split("/")[0] in found[0]
+
+
+@pytest.mark.parametrize(
+    "change", [{"height": 0}, {"top": 60000}, {"width": 65535}, {"order": 24}, {"flags": 255}, {"hue": 3.0}]
+)
+def test_impossible_records_that_are_signed_are_found(folder, change):
+    records = np.array(np.load(folder / "crops/00001.npy"))
+    for field, value in change.items():
+        records[field][3, 1] = value
+    rewrite(folder, "crops/00001.npy", records)
+    (found,) = problems(folder)
+    assert "crops/00001.npy: " in found
+    assert "is impossible; delete" in found
+    if set(change) & {"height", "top", "width"}:
+        assert "row 23 (cedar/007.jpg)" in found
+
+
+def test_other_records_than_the_teacher_saw_are_found(folder, image_folder, tiny_teacher):
+    records = np.array(np.load(folder / "crops/00000.npy"))
+    records[:] = box_record(0, 0, 9, 9)[0]
+    rewrite(folder, "crops/00000.npy", records)
+    assert "are not what this teacher says" in problems(folder, images.scan(image_folder), tiny_teacher)[0]
+
+
+def test_codes_of_another_column_are_found(folder, make_store, new_teacher):
+    make_store(folder, teacher=new_teacher(1, "other"))
+    for suffix in ("npy", "json"):
+        shutil.copy(folder / f"targets/other/codes-00001.{suffix}", folder / f"targets/tiny/codes-00001.{suffix}")
+    (found,) = problems(folder)
+    assert "targets/tiny/codes-00001.npy: written for another meta.json than this column's; delete" in found
+
+
+@pytest.mark.parametrize("part", ["crops/00001", "targets/tiny/codes-00001"])
+def test_an_incomplete_store_is_found(folder, part, image_folder, tiny_teacher):
+    for suffix in (".npy", ".json"):
+        (folder / f"{part}{suffix}").unlink()
+    (found,) = problems(folder, images.scan(image_folder), tiny_teacher)
+    assert f"{part}.npy: missing: run the same precompute again to finish" in found
+
+
+def test_a_store_without_targets_is_found(folder):
+    shutil.rmtree(folder / "targets")
+    (found,) = problems(folder)
+    assert "holds no teacher's targets; run fkd-ssl precompute" in found
+
+
+def test_another_pixel_path_is_found(folder, monkeypatch):
+    assert probe_digest() == open_store(folder).column().meta.probe_digest
+    monkeypatch.setattr(verifying, "probe_digest", lambda: "0" * 64)
+    (found,) = problems(folder)
+    assert "its crops were made by another pixel path" in found
+
+
+def test_what_verify_advises_to_delete_can_be_made_again(folder, make_store, tree, new_teacher):
+    before = tree(folder)
+    for name in ("crops/00001.npy", "targets/tiny/codes-00000.npy"):
+        data = bytearray((folder / name).read_bytes())
+        data[-1] ^= 1
+        (folder / name).write_bytes(data)
+    found = problems(folder)
+    assert len(found) == 2
+    for problem in found:
+        path = Path(problem.split("delete ")[1].split(" and its .json")[0])
+        path.unlink()
+        path.with_suffix(".json").unlink()
+    make_store(folder)
+    assert tree(folder) == before
+    assert problems(folder) == []
+
+
+def test_a_teacher_needs_the_images(folder, tiny_teacher):
+    with pytest.raises(RequestError, match="--teacher needs --images"):
+        verify(open_store(folder), None, tiny_teacher)
+
+
+def test_a_teacher_needs_the_name_of_one_of_several_columns(folder, make_store, image_folder, new_teacher):
+    make_store(folder, teacher=new_teacher(1, "other"))
+    with pytest.raises(StoreError, match=r"holds targets of \['other', 'tiny'\]; name one"):
+        verify(open_store(folder), images.scan(image_folder), new_teacher())
+    assert verify(open_store(folder), images.scan(image_folder), new_teacher(1), name="other", sample=5).problems == []
+
+
+def test_a_failing_teacher_names_the_image(folder, image_folder, tiny_teacher):
+    def fail(views):
+        raise FkdError("out of cheese")
+
+    tiny_teacher.embed = fail
+    with pytest.raises(FkdError, match=r"\w+/00\d\.jpg: out of cheese"):
+        verify(open_store(folder), images.scan(image_folder), tiny_teacher)
