@@ -17,7 +17,7 @@ demo: $(VENV)/.installed
 	$(BIN)/fkd-ssl demo --out runs/demo
 
 test: $(VENV)/.installed
-	TQDM_DISABLE=1 $(BIN)/python -m pytest
+	TQDM_DISABLE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile
 
 # lint, types and doctests on the built wheel in an environment of its own, where nothing of this folder is importable
 check: $(VENV)/.installed

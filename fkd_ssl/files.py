@@ -9,6 +9,8 @@ import json
 import math
 import os
 import secrets
+import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,7 +21,7 @@ import numpy.typing as npt
 
 from fkd_ssl.errors import StoreError
 
-_TEMPORARY = ".tmp-"
+TEMPORARY = ".tmp-"
 _MAX_JSON = 64 * 2**20
 _MAX_HEADER = 4096
 
@@ -85,7 +87,7 @@ def publish(path: Path) -> Iterator[BinaryIO]:
     A file that is already there stays: equal bytes are what the caller wanted, others are a StoreError. Two processes
     can publish the same bytes at once.
     """
-    temporary = path.with_name(f"{_TEMPORARY}{path.name}-{secrets.token_hex(6)}")
+    temporary = path.with_name(f"{TEMPORARY}{path.name}-{secrets.token_hex(6)}")
     try:
         with temporary.open("xb") as file:
             yield file
@@ -106,7 +108,7 @@ def publish(path: Path) -> Iterator[BinaryIO]:
 
 def replace(path: Path, data: bytes) -> None:
     """Replaces a file that belongs to one process alone (progress, a report) in one step, synced."""
-    temporary = path.with_name(f"{_TEMPORARY}{path.name}-{secrets.token_hex(6)}")
+    temporary = path.with_name(f"{TEMPORARY}{path.name}-{secrets.token_hex(6)}")
     try:
         with temporary.open("xb") as file:
             file.write(data)
@@ -116,6 +118,14 @@ def replace(path: Path, data: bytes) -> None:
     finally:
         with suppress(FileNotFoundError):
             temporary.unlink()
+
+
+def sweep(folder: Path) -> None:
+    """Removes what killed processes left under temporary names more than an hour ago, here and in folders below."""
+    for path in folder.rglob(f"{TEMPORARY}*"):
+        with suppress(OSError):
+            if time.time() - path.stat().st_mtime > 3600:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def sync_folder(folder: Path) -> None:

@@ -3,11 +3,13 @@
 import io
 import os
 import unicodedata
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 from fkd_ssl.errors import ImageError, RequestError
@@ -133,22 +135,25 @@ def read_bytes(path: Path) -> bytes:
 def decode(data: bytes, path: Path) -> UInt8Array:
     """Pixels uint8 [H, W, 3] RGB of the bytes of `path`.
 
-    JPEGs are decoded by torchvision (libjpeg-turbo; refuses truncated files), all else by Pillow. Greyscale, palette,
-    CMYK, alpha and 16-bit pictures become 8-bit RGB (alpha is dropped, 16 bits lose the low byte). EXIF orientation is
-    ignored.
+    JPEGs are decoded by simplejpeg (libjpeg-turbo), all else by Pillow, which also has the last word on a JPEG that
+    simplejpeg refuses: both give the same pixels, and Pillow bears corrupt data but no truncated file. Greyscale,
+    palette, CMYK, alpha and 16-bit pictures become 8-bit RGB (alpha is dropped, 16 bits lose the low byte). EXIF
+    orientation is ignored.
 
     Raises:
         ImageError: The bytes are truncated or no picture; the message names `path`.
     """
     try:
         if data[:3] == b"\xff\xd8\xff":
-            return _decode_jpeg(data)
+            with suppress(ValueError):  # CMYK, or not quite a JPEG
+                pixels: UInt8Array = simplejpeg.decode_jpeg(data, "RGB")
+                return pixels
         with Image.open(io.BytesIO(data)) as picture:
             if picture.mode.startswith("I;16") or picture.mode == "I":
                 grey = (np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8)
                 return np.repeat(grey[:, :, None], 3, axis=2)
             return np.array(picture.convert("RGB"))
-    except (OSError, RuntimeError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise ImageError(f"{path}: not a readable image: {_reason(error)}") from error
 
 
@@ -158,19 +163,9 @@ def read_image(path: str | Path) -> UInt8Array:
     return decode(read_bytes(path), path)
 
 
-def _decode_jpeg(data: bytes) -> UInt8Array:
-    import torch
-    from torchvision.io import ImageReadMode, decode_jpeg
-
-    tensor = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)
-    pixels: UInt8Array = tensor.permute(1, 2, 0).numpy()  # torchvision decodes into [H, W, 3] and returns a view
-    return np.ascontiguousarray(pixels)
-
-
 def _reason(error: BaseException) -> str:
     if isinstance(error, UnidentifiedImageError):
         return "no known image format"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    message = str(error).splitlines()[0] if str(error) else type(error).__name__
-    return message.rsplit(".cpp:", 1)[-1].split(", ", 1)[-1] if ".cpp:" in message else message
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

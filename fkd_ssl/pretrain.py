@@ -12,6 +12,7 @@ import copy
 import io
 import logging
 import math
+import signal
 import time
 import warnings
 from collections.abc import Callable
@@ -276,4 +277,8 @@ def _fit(module: MoCo, loader: Any, progress: Progress, config: PretrainConfig, 
             use_distributed_sampler=False,
             default_root_dir=str(progress.folder),
         )
-        trainer.fit(module, loader, ckpt_path=last)
+        try:
+            trainer.fit(module, loader, ckpt_path=last)
+        except SystemExit as stop:  # what Lightning makes of Ctrl-C; it also stops listening to further ones
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            raise KeyboardInterrupt from stop

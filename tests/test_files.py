@@ -2,6 +2,7 @@ import hashlib
 import json
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -242,7 +243,5 @@ def test_damaged_headers_raise_nothing_else(folder, data):
     for _ in range(data.draw(st.integers(1, 3))):
         damaged[data.draw(st.integers(0, 127))] = data.draw(st.integers(0, 255))
     path.write_bytes(damaged)
-    try:
+    with suppress(StoreError):
         assert files.map_npy(path, np.dtype(np.float32), (3, None)).shape == (3, 4)
-    except StoreError:
-        pass

@@ -19,7 +19,6 @@ from fkd_ssl.pretrain import CHECKPOINT, LAST, METRICS, MoCo, Progress, pretrain
 from fkd_ssl.pretrain_config import PretrainConfig
 from fkd_ssl.teachers import load_teacher
 
-torch.set_num_threads(2)
 pytestmark = pytest.mark.filterwarnings("ignore:queue 65536")
 
 
@@ -30,13 +29,14 @@ def config(folder: Path, out: str = "run", **changes: Any) -> PretrainConfig:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sixteen images of smooth random colours."""
+    """Sixteen images of smooth random colours; 64 under `more`."""
     folder = tmp_path_factory.mktemp("pretrain")
-    (folder / "images").mkdir()
     generator = np.random.default_rng(0)
-    for i in range(16):
-        small = Image.fromarray(generator.integers(0, 256, (3, 3, 3), dtype=np.uint8))
-        small.resize((24, 24), Image.Resampling.BICUBIC).save(folder / "images" / f"{i:02}.png")
+    for name, count in (("images", 16), ("more", 64)):
+        (folder / name).mkdir()
+        for i in range(count):
+            small = Image.fromarray(generator.integers(0, 256, (3, 3, 3), dtype=np.uint8))
+            small.resize((24, 24), Image.Resampling.BICUBIC).save(folder / name / f"{i:02}.png")
     return folder
 
 
@@ -160,9 +160,10 @@ def test_the_step_is_mocos_algorithm(folder: Path) -> None:
 
 @pytest.mark.slow
 def test_the_loss_falls_below_chance(folder: Path) -> None:
-    path = pretrain(config(folder, "long", epochs=90, temperature=0.1, momentum=0.9, log_every=20))
+    asked = {"epochs": 50, "batch_size": 16, "queue": 16, "pixels": 24, "temperature": 0.1, "momentum": 0.9, "log_every": 20}
+    path = pretrain(dataclasses.replace(config(folder, "long", **asked), images=str(folder / "more")))
     losses = [float(line["loss"]) for line in read_metrics(path.parent / METRICS)]
-    assert min(losses[-3:]) < math.log(1 + 8) - 0.2  # all embeddings alike give ln(1 + K)
+    assert losses[-1] < math.log(1 + 16) - 0.2  # embeddings that are all alike give ln(1 + K)
 
 
 def test_the_queue_is_a_multiple_of_the_batch_and_at_most_half_of_the_images(folder: Path) -> None:

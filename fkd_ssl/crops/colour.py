@@ -1,8 +1,10 @@
 """Colour jitter and greyscale of one crop as a single affine map of RGB.
 
 Brightness, contrast, saturation, hue and greyscale are each affine in a pixel's RGB once the crop's mean is known, and
-so is their composition. It departs from torchvision's ColorJitter in two ways, 3 to 4 grey levels in the median: nothing
-is clamped between the operations, and hue turns in YIQ instead of HSV. Teacher and student see the same pixels.
+so is their composition. It departs from torchvision's ColorJitter in two ways, 3 to 4 grey levels in the median:
+nothing is clamped between the operations, and hue turns in YIQ instead of HSV. Teacher and student see the same pixels.
+Without clamping the four operations commute, so a record's `order` changes nothing beyond rounding; it is kept in the
+record for a path that clamps.
 """
 
 import math

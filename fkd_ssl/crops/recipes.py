@@ -57,8 +57,10 @@ class Recipe:
             raise RequestError(f"recipe {self.name}: probabilities must lie in 0 to 1, got {probabilities}")
         if not (0 < self.scale[0] <= self.scale[1] <= 1) or not (0 < self.ratio[0] <= self.ratio[1]):
             raise RequestError(f"recipe {self.name}: scale {self.scale} or ratio {self.ratio} is no range")
-        if not 0 <= self.hue <= 0.5 or min(self.brightness, self.contrast, self.saturation) < 0:
-            raise RequestError(f"recipe {self.name}: jitter strengths must not be negative, nor hue above 0.5")
+        if not 0 <= self.hue <= 0.5 or not all(0 <= f <= 15 for f in (self.brightness, self.contrast, self.saturation)):
+            raise RequestError(f"recipe {self.name}: jitter strengths must lie in 0 to 15, hue in 0 to 0.5")
+        if not 0 <= self.sigma[0] <= self.sigma[1] <= 64:
+            raise RequestError(f"recipe {self.name}: sigma {self.sigma} is no range in 0 to 64")
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as JSON holds it."""

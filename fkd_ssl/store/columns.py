@@ -1,7 +1,7 @@
 """A new column of a store: its codec, trained on a sample that the seed fixes, and its meta.json."""
 
+import secrets
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -76,7 +76,6 @@ def _sample(
     size = min(size + size // (FIDELITY_SHARE - 1), m.count * m.crops_per_image)
     per_image = -(-size // m.count)
     order = layout.in_hash_order(list(store.paths), f"codec {m.seed}")[: -(-size // per_image)]
-    rows: list[int] = []
 
     def calls() -> Iterator[Callable[[], Row]]:
         for row in order:
@@ -85,7 +84,6 @@ def _sample(
     def readable() -> Iterator[Row]:
         for row in in_order(pool, calls(), ahead=reader.ahead):
             if row.checksum:
-                rows.append(1)
                 yield row
 
     parts = [embed(teacher, chunk, chunk_size) for chunk in chunks(readable(), chunk_size, 0)]
@@ -104,7 +102,7 @@ def _cosines(codec: Codec, targets: Float32Array) -> npt.NDArray[np.float64]:
 
 def _publish_column(target: Path, meta: dict[str, Any], arrays: dict[str, Float32Array]) -> None:
     """Publishes a column's folder whole; if another process was first, its column stands."""
-    temporary = target.with_name(f".tmp-{target.name}-{time.time_ns()}")
+    temporary = target.with_name(f"{files.TEMPORARY}{target.name}-{secrets.token_hex(6)}")
     temporary.mkdir(parents=True)
     digests = {name: files.write_npy(temporary / f"{name}.npy", array) for name, array in arrays.items()}
     files.write_json(temporary / "meta.json", {**meta, "arrays": digests})

@@ -92,6 +92,7 @@ def precompute(
     name = layout.checked_name(name or teacher.name)
     folder = Path(folder)
     images = layout.limit_images(images, limit)
+    files.sweep(folder)
     store = _open_or_create(folder, images, seed=seed, recipe=recipe, crops=crops, skip_unreadable=skip_unreadable)
     log(_announce(store, code_size(codec, teacher.dim), name))
     reader = RowReader(store, images, pixels, skip_unreadable, ahead=threads + 1)

@@ -84,7 +84,10 @@ class RowReader:
         except ImageError as error:
             if self.skip_unreadable and expected is None:
                 return blank
-            advice = "" if self.skip_unreadable else "; remove it or pass --on_unreadable skip"
+            if expected is not None:
+                advice = "; another teacher has seen it: restore it"
+            else:
+                advice = "" if self.skip_unreadable else "; remove it or pass --on_unreadable skip"
             raise ImageError(f"{error}{advice}") from error
         size = self.store.sizes[row]
         if pixels.shape[:2] != (size["height"], size["width"]) or len(data) != size["bytes"]:

@@ -183,8 +183,8 @@ def test_recipe_comes_back_from_json(name):
         ({"scale": (0.5, 0.2)}, "is no range"),
         ({"scale": (0.5, 1.2)}, "is no range"),
         ({"ratio": (0.0, 1.0)}, "is no range"),
-        ({"hue": 0.6}, "nor hue above 0.5"),
-        ({"contrast": -1.0}, "must not be negative"),
+        ({"hue": 0.6}, "hue in 0 to 0.5"),
+        ({"contrast": -1.0}, "must lie in 0 to 15"),
     ],
 )
 def test_impossible_recipes_are_refused(change, message):

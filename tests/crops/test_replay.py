@@ -213,7 +213,7 @@ def test_geometry_is_near_an_antialiased_resize(smooth, pixels, floor):
         image = smooth(seed, 375, 500)
         for record in draw(RECIPES["fkd"], image_key(seed, "geometry"), 375, 500, 0, 12):
             top, left, height, width, flags = (int(record[k]) for k in ("top", "left", "height", "width", "flags"))
-            box = torch.from_numpy(image[top : top + height, left : left + width]).permute(2, 0, 1).float()
+            box = torch.from_numpy(image[top : top + height, left : left + width].copy()).permute(2, 0, 1).float()
             reference = functional.resize(box, [pixels, pixels], antialias=True)
             reference = reference.flip(2) if flags & FLIP else reference
             scores.append(psnr(replay(image, np.array([record]), pixels)[0], reference.numpy()))

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+# set before any test can start the server: a process of it starts in no time
+multiprocessing.set_forkserver_preload(["pytest", "torch", "torchvision", "faiss", "PIL.Image", "fkd_ssl.store.precompute"])
 DRIVER = Path(__file__).with_name("driver.py")
 
 
@@ -30,7 +32,6 @@ def tree() -> Callable[[Path], dict[str, bytes]]:
 def start() -> Callable[..., multiprocessing.process.BaseProcess]:
     """start(**options) runs driver.py in a fresh process, forked from a server that has only imported things."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["pytest", "torch", "torchvision", "faiss", "PIL.Image", "fkd_ssl.store.precompute"])
 
     def begin(**options: Any) -> multiprocessing.process.BaseProcess:
         process = context.Process(target=runpy.run_path, args=(str(DRIVER), {"OPTIONS": options}))

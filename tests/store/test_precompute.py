@@ -1,5 +1,6 @@
 """What lands in a store, and which requests are refused."""
 
+import itertools
 import json
 import shutil
 
@@ -173,14 +174,13 @@ def test_columns_do_not_depend_on_their_order(tmp_path, make_store, tree, new_te
 
 def test_a_column_has_the_name_that_it_is_given(tmp_path, make_store, new_teacher):
     make_store(tmp_path / "store")
-    with pytest.raises(RequestError, match="this column's teacher is .*or --name another column"):
+    with pytest.raises(RequestError, match=r"this column's teacher is .*or --name another column"):
         make_store(tmp_path / "store", teacher=new_teacher(seed=5))
     store = make_store(tmp_path / "store", teacher=new_teacher(seed=5), name="tiny-5")
     assert store.teachers == ["tiny", "tiny-5"]
-    for bad in ("", ".hidden", "a/b", "..", "a b", "x" * 101):
-        if bad:
-            with pytest.raises(RequestError, match="letters, digits, '.', '_' and '-' only"):
-                make_store(tmp_path / "store", name=bad)
+    for bad in (".hidden", "a/b", "..", "a b", "x" * 101):
+        with pytest.raises(RequestError, match=r"letters, digits, '\.', '_' and '-' only"):
+            make_store(tmp_path / "store", name=bad)
 
 
 def test_a_teachers_own_arrays_are_kept(tmp_path, make_store, tiny_teacher):
@@ -198,7 +198,7 @@ def test_limit_takes_a_prefix_of_hash_order_from_all_classes(tmp_path, image_fol
     image_set = images.scan(image_folder)
     sets = [set(manifest.limit_images(image_set, n).paths) for n in range(1, 25)]
     assert [len(part) for part in sets] == list(range(1, 25))
-    assert all(a < b for a, b in zip(sets, sets[1:], strict=False))
+    assert all(a < b for a, b in itertools.pairwise(sets))
     assert {path.split("/")[0] for path in sets[8]} == {"ash", "birch", "cedar"}
     assert manifest.limit_images(image_set, 100) is manifest.limit_images(image_set, None) is image_set
     store = make_store(tmp_path / "store", limit=9)
@@ -247,7 +247,7 @@ def test_other_arguments_for_the_same_store_are_refused(tmp_path, make_store, tr
 def test_other_images_are_refused(tmp_path, make_store, pictures):
     make_store(tmp_path / "store", images=pictures)
     shutil.copy(pictures / "ash" / "000.jpg", pictures / "ash" / "aaa.jpg")
-    with pytest.raises(RequestError, match="it lists 24, .* gives 25; the store lacks 'ash/aaa.jpg'"):
+    with pytest.raises(RequestError, match=r"it lists 24, .* gives 25; the store lacks 'ash/aaa\.jpg'"):
         make_store(tmp_path / "store", images=pictures)
 
 

@@ -127,7 +127,7 @@ def test_a_shard_that_another_process_writes_is_left_to_it(tmp_path, whole, whol
     assert tree(folder) == whole
 
 
-class Stop(Exception):
+class StopError(Exception):
     pass
 
 
@@ -137,12 +137,12 @@ def test_an_exception_keeps_the_progress(tmp_path, whole, image_folder, tree, ti
 
     def embed(views):
         if tiny_teacher.calls == calls - 1:
-            raise Stop("pulled the plug")
+            raise StopError("pulled the plug")
         return real(views)
 
     with monkeypatch.context() as patch:
         patch.setattr(tiny_teacher, "embed", embed)
-        with pytest.raises(Stop, match="pulled the plug"):
+        with pytest.raises(StopError, match="pulled the plug"):
             make(tmp_path / "store", image_folder, tiny_teacher)
     make(tmp_path / "store", image_folder, tiny_teacher)
     assert tiny_teacher.calls == 21 + 24  # as many as without the exception
@@ -171,7 +171,7 @@ def test_a_finished_store_is_left_as_it_is(tmp_path, whole, whole_folder, image_
 
 
 @pytest.mark.parametrize(
-    ("limit", "fails_at"), [(100, "images.txt"), (400, "images.npy"), (700, "meta.json"), (1800, "codes"), (2800, "crops")]
+    ("limit", "fails_at"), [(100, "images.txt"), (400, "images.npy"), (600, "meta.json"), (1800, "codes"), (2800, "crops")]
 )
 def test_a_full_disk_and_then_space(tmp_path, start, image_folder, tiny_teacher, tree, monkeypatch, limit, fails_at):
     """No file may grow beyond `limit` bytes: whatever it is that fails, the next run finishes the store."""

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-torch.set_num_threads(2)
 State = dict[str, Tensor]
 Shapes = dict[str, tuple[int, ...]]
 DEPTHS = {"resnet18": (False, (2, 2, 2, 2)), "resnet50": (True, (3, 4, 6, 3))}
