@@ -4,7 +4,6 @@ Nothing heavy is imported before it is known what is asked for, so that `--help`
 """
 
 import dataclasses
-import difflib
 import importlib
 import os
 import re
@@ -13,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 from fkd_ssl import __version__
-from fkd_ssl.errors import FkdError, RequestError
+from fkd_ssl.errors import FkdError, RequestError, did_you_mean
 
 VERBS = {
     "demo": "the whole job on an embedded image set, in minutes, nothing downloaded",
@@ -42,7 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     verb = args[0]
     try:
         if verb not in VERBS:
-            raise RequestError(f"no verb {verb!r}{_nearest(verb, VERBS)}; fkd-ssl --help lists them")
+            raise RequestError(f"no verb {verb!r}{did_you_mean(verb, VERBS)}; fkd-ssl --help lists them")
         command = importlib.import_module(f"fkd_ssl.commands.{verb}")
         status: int = command.run(parse(verb, command, args[1:]))
     except FkdError as error:
@@ -85,7 +84,7 @@ def parse(verb: str, command: ModuleType, args: list[str]) -> Any:
     for arg in args:
         option = arg.split("=", 1)[0]
         if option.startswith("--") and option[2:] not in known:
-            raise RequestError(f"no option {option}{_nearest(option[2:], known, '--')}")
+            raise RequestError(f"no option {option}{did_you_mean(option[2:], known, '--')}")
     try:
         values = parser.parse_args(args).as_dict()
     except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
@@ -110,15 +109,10 @@ def _field_helps(config: type) -> dict[str, str]:
     return {p.arg_name: (p.description or "") for p in docstring_parser.parse_from_object(config).params}
 
 
-def _nearest(word: str, known: Any, dashes: str = "") -> str:
-    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {dashes}{near[0]}?" if near else ""
-
-
 def _explain(message: str, known: list[str]) -> str:
     """Jsonargparse's message in the words of the command line."""
     if match := re.search(r"(?:Option|Key|key) '([^']+)' is not (?:accepted|expected)", message):
-        return f"no key {match[1]!r}{_nearest(match[1], known)}"
+        return f"no key {match[1]!r}{did_you_mean(match[1], known)}"
     if match := re.search(r"Parser key \"([^\"]+)\":\s*(.*)", message, re.DOTALL):
         return f"--{match[1]}: {' '.join(match[2].split())}"
     return " ".join(message.split())

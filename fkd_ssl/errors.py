@@ -1,5 +1,8 @@
 """What can go wrong, as exceptions: each names what came, what was expected and what to do."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class FkdError(Exception):
     """Work that failed or a check that did not hold; the command line ends with `exit_status` and no traceback."""
@@ -23,3 +26,13 @@ class StoreError(FkdError):
 
 class CheckpointError(RequestError):
     """A checkpoint of another layout than the one asked for, or one that cannot be read without executing code."""
+
+
+def did_you_mean(word: str, known: Iterable[str], dashes: str = "") -> str:
+    """The end of a message about an unknown word: the nearest known one, or nothing where none is near.
+
+    >>> did_you_mean("feature_k", ["feature_kl", "cosine"])
+    '; did you mean feature_kl?'
+    """
+    near = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    return f"; did you mean {dashes}{near[0]}?" if near else ""

@@ -1,12 +1,10 @@
 """Students: a torchvision backbone and a projection head."""
 
-import difflib
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fkd_ssl.errors import RequestError
+from fkd_ssl.errors import RequestError, did_you_mean
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _CLASSIFIERS = ("fc", "classifier", "heads", "head")  # what torchvision's families call their last layers
@@ -54,9 +52,7 @@ def make_backbone(name: str) -> tuple[nn.Module, int]:
 
     names = models.list_models(module=models)
     if name not in names:
-        near = difflib.get_close_matches(name, names, n=3)
-        hint = f"; did you mean {', '.join(near)}?" if near else ""
-        raise RequestError(f"student {name!r}: torchvision has no such classifier{hint}")
+        raise RequestError(f"student {name!r}: torchvision has no such classifier{did_you_mean(name, names)}")
     extra = {"aux_logits": False} if name in ("googlenet", "inception_v3") else {}
     network = models.get_model(name, weights=None, **extra)
     last = next((part for part in _CLASSIFIERS if hasattr(network, part)), None)
@@ -70,3 +66,13 @@ def make_backbone(name: str) -> tuple[nn.Module, int]:
         dim = network(torch.zeros(1, 3, 224, 224)).shape[1]
     network.train()
     return network, int(dim)
+
+
+def check_student(name: str, pixels: int) -> None:
+    """Raises RequestError where torchvision has no such classifier, or it cannot take crops of `pixels`."""
+    network, _ = make_backbone(name)
+    try:
+        with torch.no_grad():
+            network.eval()(torch.zeros(1, 3, pixels, pixels))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise RequestError(f"student {name!r}: cannot take crops of {pixels} px: {error}") from error

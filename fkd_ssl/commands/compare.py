@@ -116,9 +116,16 @@ def compare(config: Config) -> dict[str, Any]:
     from fkd_ssl.eval import stats
     from fkd_ssl.eval.features import match_classes
     from fkd_ssl.images import scan
+    from fkd_ssl.objectives import make_objective
+    from fkd_ssl.students import check_student
+    from fkd_ssl.training.engine import check_batch
 
     images, val = scan(config.images), scan(config.val)
     match_classes(images, val)
+    resolve.recipe_of(config.recipe)
+    make_objective(config.objective)
+    check_student(config.student, config.pixels)
+    check_batch(_arm(config, Path(config.out), "stored", 0), len(images))
     teacher = resolve.teacher_of(config.teacher, config.checkpoint)
     folder, _ = runs.open_run(config.out, config)
     scorer = _Scorer(config, folder / "scores", images, val)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fkd_ssl.crops import RECIPES, Recipe
-from fkd_ssl.errors import CheckpointError, RequestError
+from fkd_ssl.errors import CheckpointError, RequestError, did_you_mean
 from fkd_ssl.students import Student
 from fkd_ssl.teachers import Teacher, load_teacher
 from fkd_ssl.teachers.registry import Precision
@@ -41,7 +41,7 @@ def cpu_threads() -> int:
 def recipe_of(name: str, min_scale: float | None = None) -> Recipe:
     """A recipe by name, perhaps with another least scale; raises RequestError where there is none of that name."""
     if name not in RECIPES:
-        raise RequestError(f"--recipe {name!r} is unknown; there are {', '.join(RECIPES)}")
+        raise RequestError(f"--recipe {name!r} is unknown; there are {', '.join(RECIPES)}{did_you_mean(name, RECIPES)}")
     recipe = RECIPES[name]
     if min_scale is None:
         return recipe

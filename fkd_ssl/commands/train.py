@@ -23,14 +23,14 @@ def run(config: Config) -> int:
     from fkd_ssl.images import scan
     from fkd_ssl.objectives import make_objective
     from fkd_ssl.store import open_store
-    from fkd_ssl.students import make_backbone
+    from fkd_ssl.students import check_student
     from fkd_ssl.training.engine import check_batch, train
 
     if runs.peek(config.out, config) == "done":
         console.say(f"{config.out}: this run is done; results.json holds its results")
         return 0
     make_objective(config.objective, config.temperature)
-    make_backbone(config.student)
+    check_student(config.student, config.pixels)
     images = scan(config.images)
     store = open_store(config.store) if config.store else None
     common: dict[str, Any] = {"crops_per_image": config.crops_per_image, "pixels": config.pixels, "seed": config.seed}

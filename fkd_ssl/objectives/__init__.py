@@ -5,7 +5,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from fkd_ssl.errors import RequestError
+from fkd_ssl.errors import RequestError, did_you_mean
 from fkd_ssl.objectives.cosine import Cosine
 from fkd_ssl.objectives.feature_kl import FeatureKL
 
@@ -33,7 +33,7 @@ def make_objective(name: str, temperature: float | None = None) -> Objective:
         RequestError: The name is unknown, or the temperature is not positive or belongs to no objective of that name.
     """
     if name not in OBJECTIVES:
-        raise RequestError(f"objective {name!r} is unknown; there are {', '.join(OBJECTIVES)}")
+        raise RequestError(f"objective {name!r} is unknown; there are {', '.join(OBJECTIVES)}{did_you_mean(name, OBJECTIVES)}")
     if temperature is not None and temperature <= 0:
         raise RequestError(f"temperature {temperature}: must be positive")
     return OBJECTIVES[name](temperature)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from fkd_ssl.data import Crops, StoredCrops, start_worker, whole_batch
-from fkd_ssl.errors import RequestError
+from fkd_ssl.errors import CheckpointError, RequestError
 from fkd_ssl.objectives import make_objective
 from fkd_ssl.students import Student
 from fkd_ssl.training.config import TrainConfig
@@ -98,7 +98,7 @@ def train(
     last = folder / "checkpoints" / LAST
     resumed = last.exists()
     if resumed:
-        sampler.start = int(torch.load(last, map_location="cpu", weights_only=True, mmap=True)["global_step"])
+        sampler.start = _step_of(last)
     _fit(module, loader, [recorder, monitor], config, steps, last if resumed else None)
     return {
         "epochs": config.epochs,
@@ -113,6 +113,13 @@ def train(
         "knn_top1": monitor.last,
         "knn_best": None if monitor.best is None else {"top1": monitor.best[0], "step": monitor.best[1]},
     }
+
+
+def _step_of(checkpoint: Path) -> int:
+    try:
+        return int(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"])
+    except Exception as error:  # whatever a damaged file makes torch raise
+        raise CheckpointError(f"{checkpoint}: damaged ({type(error).__name__}); delete it to train anew") from error
 
 
 def _fit(
