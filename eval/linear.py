@@ -12,7 +12,6 @@ into train mode.
 Legend: `B` images in a batch, `N` training images, `n` images to score, `D` feature dimension, `C` classes.
 """
 
-import difflib
 import math
 import sys
 from collections.abc import Iterator
@@ -27,7 +26,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from fkd_ssl.crops import RECIPES, draw, image_key
-from fkd_ssl.errors import FkdError, RequestError
+from fkd_ssl.errors import FkdError, RequestError, did_you_mean
 from fkd_ssl.eval.features import Model, View, check_counts, checked, extract, frozen, load, match_classes, view
 from fkd_ssl.eval.scores import Int64Array, accuracy, few_classes, ranks
 from fkd_ssl.images import ImageSet
@@ -183,9 +182,7 @@ def evaluate(
 def _settings(name: str, *, epochs: int | None, batch_size: int | None, lr: float | None) -> tuple[ProbeProtocol, list[str]]:
     """The protocol with what was given instead, and a note for each departure."""
     if name not in PROTOCOLS:
-        near = difflib.get_close_matches(name, PROTOCOLS, n=1)
-        advice = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(PROTOCOLS)}"
-        raise RequestError(f"no linear protocol {name!r}; {advice}")
+        raise RequestError(f"no linear protocol {name!r} (known: {', '.join(PROTOCOLS)}){did_you_mean(name, PROTOCOLS)}")
     preset = PROTOCOLS[name]
     notes = []
     chosen: dict[str, Any] = {}

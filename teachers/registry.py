@@ -1,6 +1,5 @@
 """Teachers by name: families, published presets, and one's own as module:function."""
 
-import difflib
 import importlib
 import inspect
 import sys
@@ -10,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from fkd_ssl.errors import CheckpointError, FkdError, RequestError
+from fkd_ssl.errors import CheckpointError, FkdError, RequestError, did_you_mean
 from fkd_ssl.teachers import checkpoint as files
 from fkd_ssl.teachers.moco import load_mocov2
 from fkd_ssl.teachers.presets import PRESETS
@@ -41,10 +40,9 @@ def load_teacher(name: str, *, checkpoint: str | Path | None = None, precision: 
     if name in PRESETS:
         return _preset(name, checkpoint, precision)
     if name not in FAMILIES:
-        near = difflib.get_close_matches(name, [*FAMILIES, *PRESETS], n=1, cutoff=0.4)
-        hint = f"; did you mean {near[0]}?" if near else ""
         raise RequestError(
-            f"teacher {name!r} is unknown{hint} (families {', '.join(FAMILIES)}; presets {', '.join(PRESETS)}; or "
+            f"teacher {name!r} is unknown{did_you_mean(name, [*FAMILIES, *PRESETS])} "
+            f"(families {', '.join(FAMILIES)}; presets {', '.join(PRESETS)}; or "
             "module:function of your own)"
         )
     if checkpoint is None:
@@ -84,8 +82,7 @@ def _own(name: str, checkpoint: str | Path | None, precision: Precision) -> Teac
         raise FkdError(f"teacher {name}: its module failed: {type(error).__name__}: {error}") from error
     function = getattr(module, function_name, None)
     if not callable(function):
-        near = difflib.get_close_matches(function_name, [key for key, value in vars(module).items() if callable(value)], n=1)
-        hint = f"; did you mean {module_name}:{near[0]}?" if near else ""
+        hint = did_you_mean(name, [f"{module_name}:{key}" for key, value in vars(module).items() if callable(value)])
         raise RequestError(f"teacher {name}: module {module_name!r} has no function {function_name!r}{hint}")
     given: dict[str, Any] = {}
     digest = None
