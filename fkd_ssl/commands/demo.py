@@ -54,12 +54,13 @@ def run(config: Config) -> int:
         checkpoint=str(checkpoint),
         out=str(out / "comparison"),
         student="shufflenet_v2_x0_5",
-        epochs=2 if config.smoke else 12,
+        epochs=2 if config.smoke else 20,
+        crops_per_image=2,
         pixels=32,
         batch_size=64,
         lr=2e-3,
         warmup_epochs=1,
-        knn_every=1 if config.smoke else 3,
+        knn_every=1 if config.smoke else 5,
     )
     status = compare.run(comparison)
     console.say(f"demo done in {time.perf_counter() - started:.0f} s; everything lies in {out}")
