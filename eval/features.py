@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import cv2
 import numpy as np
 import torch
 from torch import nn
@@ -200,7 +199,6 @@ def load(
         batch_sampler=batches,  # type: ignore[arg-type]  # any iterable of key lists
         num_workers=workers,
         collate_fn=_collate,
-        worker_init_fn=_start_worker,
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # else the loader draws from the global one and changes a training around it
     )
@@ -243,7 +241,3 @@ def _collate(views: list[View]) -> Batch:
         pixels.append(item[0])
         indices.append(item[1])
     return torch.stack(pixels), torch.tensor(indices)
-
-
-def _start_worker(worker: int) -> None:
-    cv2.setNumThreads(1)  # the workers are the parallelism

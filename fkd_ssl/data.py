@@ -5,7 +5,6 @@ from abc import abstractmethod
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -239,8 +238,7 @@ def whole_batch(batch: Any) -> Any:
 
 
 def start_worker(worker: int) -> None:
-    """Start-up of a DataLoader's worker process: one thread each for OpenCV and faiss."""
+    """Start-up of a DataLoader's worker process: one thread for faiss."""
     import faiss
 
-    cv2.setNumThreads(1)
     faiss.omp_set_num_threads(1)

@@ -1,6 +1,9 @@
 """Data sets of crops: what a student reads, from a store or fresh."""
 
+import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -284,3 +287,24 @@ class TestWorkers:
         (own_folder / "birch/003.jpg").write_bytes(b"\xff\xd8\xff no picture")
         with pytest.raises(ImageError, match=r"birch/003\.jpg: not a readable image"):
             read(fresh(scan(own_folder)), [[(0, i)] for i in range(24)], workers=2)
+
+
+def test_workers_start_after_the_parent_has_replayed(image_folder: Path) -> None:
+    """A worker forked beside a running pool of OpenCV's would hang; the parent has replayed crops before."""
+    script = (
+        "import sys\n"
+        "from torch.utils.data import DataLoader\n"
+        "from fkd_ssl.crops import RECIPES, probe_digest\n"
+        "from fkd_ssl.data import FreshCrops, start_worker, whole_batch\n"
+        "from fkd_ssl.images import scan\n"
+        "probe_digest()\n"
+        "data = FreshCrops(scan(sys.argv[1]), RECIPES['mocov2'], crops_per_image=2, pixels=224)\n"
+        "loader = DataLoader(data, batch_size=4, num_workers=2, collate_fn=whole_batch, worker_init_fn=start_worker)\n"
+        "print(sum(len(batch['images']) for batch in loader))\n"
+    )
+    environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(image_folder)], capture_output=True, text=True, timeout=120, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) == 2 * 24

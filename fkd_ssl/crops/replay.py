@@ -10,6 +10,10 @@ from fkd_ssl.crops import colour
 from fkd_ssl.crops.records import BLUR, FLIP, GREY, JITTER, SOLARIZE, Records, check
 from fkd_ssl.images import UInt8Array
 
+# Images are the parallelism, in threads or worker processes. OpenCV's own pool would gain nothing on crops of this size,
+# and a worker forked after the pool was started hangs in its first call that touches it: so it is never started.
+cv2.setNumThreads(0)
+
 SIGMA_PIXELS = 224  # a record's sigma is in pixels of an output of this size
 
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 from tqdm import tqdm
 
@@ -96,7 +95,7 @@ def precompute(
     store = _open_or_create(folder, images, seed=seed, recipe=recipe, crops=crops, skip_unreadable=skip_unreadable)
     log(_announce(store, code_size(codec, teacher.dim), name))
     reader = RowReader(store, images, pixels, skip_unreadable, ahead=threads + 1)
-    with ThreadPoolExecutor(threads, initializer=cv2.setNumThreads, initargs=(1,)) as pool:
+    with ThreadPoolExecutor(threads) as pool:
         column = open_or_train(store, name, teacher, codec, pixels, chunk_size, reader, pool, log)
         busy: list[int] = []
         missing = column.missing_shards

@@ -45,7 +45,8 @@ class Monitor(pl.Callback):
     ) -> None:
         """Scores and saves when it is time."""
         step, end = trainer.global_step, trainer.global_step == trainer.max_steps
-        if self.score is not None and (end or step % self.score_every == 0):
+        due = step % self.score_every == 0 and trainer.max_steps - step >= self.score_every / 2  # the last step is near
+        if self.score is not None and (end or due):
             self._score(trainer, pl_module)
         if end or step % self.save_every == 0:
             trainer.save_checkpoint(self.folder / LAST)

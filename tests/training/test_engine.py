@@ -272,14 +272,14 @@ class TestResume:
 class TestCheckpoints:
     def test_the_last_and_the_best_by_knn(self, make_run: Any) -> None:
         scores = [20.0, 30.0, 10.0]
-        run = make_run(knn_every=3).train(score=lambda student: scores.pop())
+        run = make_run(knn_every=2).train(score=lambda student: scores.pop())
         assert sorted(path.name for path in (run.folder / "checkpoints").iterdir()) == ["best.ckpt", "last.ckpt"]
         assert run.results["knn_top1"] == 20.0
-        assert run.results["knn_best"] == {"top1": 30.0, "step": 8}
-        assert run.checkpoint("best")["global_step"] == 8
+        assert run.results["knn_best"] == {"top1": 30.0, "step": 6}
+        assert run.checkpoint("best")["global_step"] == 6
         assert run.checkpoint("last")["global_step"] == 9
         knn = [(line["step"], line["knn_top1"]) for line in run.metrics if line["knn_top1"] is not None]
-        assert knn == [(4, 10.0), (8, 30.0), (9, 20.0)]
+        assert knn == [(3, 10.0), (6, 30.0), (9, 20.0)]
         assert all(line["loss"] is None for line in run.metrics if line["knn_top1"] is not None)
 
     def test_without_a_score_there_is_no_best(self, make_run: Any) -> None:
