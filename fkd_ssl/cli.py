@@ -54,6 +54,10 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         return _fail(verb, f"{where}{error.strerror or error}; nothing finished is lost, the same command continues", 1)
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate memory", str(error)):
+            raise
+        return _fail(verb, "out of memory: choose a smaller --batch_size, --chunk_size or --pixels", 1)
     return status
 
 
@@ -89,6 +93,8 @@ def parse(verb: str, command: ModuleType, args: list[str]) -> Any:
         values = parser.parse_args(args).as_dict()
     except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
         raise RequestError(_explain(str(error), known)) from error
+    if not 0 <= values.get("seed", 0) < 2**63:
+        raise RequestError(f"--seed {values['seed']}: must lie in 0 to 2^63 - 1")
     return command.Config(**{name: values[name] for name in fields})
 
 

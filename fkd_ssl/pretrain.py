@@ -10,9 +10,7 @@ positive away; in one process a shuffled batch has the same statistics, and noth
 
 import copy
 import io
-import logging
 import math
-import signal
 import time
 import warnings
 from collections.abc import Callable
@@ -35,6 +33,7 @@ from fkd_ssl.errors import RequestError
 from fkd_ssl.pretrain_config import PretrainConfig
 from fkd_ssl.students import MEAN, STD
 from fkd_ssl.training.distiller import cosine
+from fkd_ssl.training.fit import fit, step_of
 from fkd_ssl.training.sampler import PassSampler
 
 CHECKPOINT, LAST, METRICS = "checkpoint.pth.tar", "last.ckpt", "metrics.csv"
@@ -69,7 +68,7 @@ def pretrain(config: PretrainConfig, *, log: Callable[[str], None] = lambda mess
     progress = Progress(folder, every=config.log_every, epoch=len(found) / config.batch_size)
     last: Path | None = folder / LAST
     if last is not None and last.exists():
-        sampler.start = int(torch.load(last, map_location="cpu", weights_only=True, mmap=True)["global_step"])
+        sampler.start = step_of(last)
         log(f"{folder}: continues from step {sampler.start} of {steps}")
     else:
         last = None
@@ -81,7 +80,7 @@ def pretrain(config: PretrainConfig, *, log: Callable[[str], None] = lambda mess
         worker_init_fn=start_worker,
         pin_memory=torch.cuda.is_available(),
     )
-    _fit(module, loader, progress, config, steps, last)
+    fit(module, loader, [progress], steps=steps, precision=config.precision, folder=folder, last=last)
     saved = io.BytesIO()
     torch.save({"epoch": config.epochs, "arch": config.arch, "state_dict": module.moco_state()}, saved)
     files.replace(folder / CHECKPOINT, saved.getvalue())
@@ -256,29 +255,3 @@ class Progress(pl.Callback):
         """Closes the bar, so that the error stands on a line of its own."""
         if self._bar is not None:
             self._bar.close()
-
-
-def _fit(module: MoCo, loader: Any, progress: Progress, config: PretrainConfig, steps: int, last: Path | None) -> None:
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    with warnings.catch_warnings():
-        # Lightning advises more workers than a small machine has, and counts batches of a loader that we cut ourselves
-        warnings.filterwarnings("ignore", module="pytorch_lightning")
-        trainer = pl.Trainer(
-            max_steps=steps,
-            max_epochs=-1,
-            accelerator="auto",
-            devices=1,
-            precision=config.precision,
-            callbacks=[progress],
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-            default_root_dir=str(progress.folder),
-        )
-        try:
-            trainer.fit(module, loader, ckpt_path=last)
-        except SystemExit as stop:  # what Lightning makes of Ctrl-C; it also stops listening to further ones
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            raise KeyboardInterrupt from stop

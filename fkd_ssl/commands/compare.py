@@ -268,14 +268,16 @@ def _arm(config: Config, folder: Path, name: str, seed: int) -> TrainConfig:
 def _train(config: TrainConfig, run: Path) -> dict[str, Any]:
     """Trains an arm in a process of its own, so that its memory and its clock are its own."""
     from fkd_ssl import files, runs
+    from fkd_ssl.commands import console
 
     if runs.peek(run, config) != "done":
         run.parent.mkdir(exist_ok=True)
         file = run.parent / f"{run.name}.yaml"
         files.replace(file, runs.to_yaml(config).encode())
         command = [sys.executable, "-m", "fkd_ssl", "train", "--config", str(file)]
-        status = subprocess.run(command, stdout=sys.stderr, check=False).returncode  # noqa: S603
-        if status:
-            raise FkdError(f"{run}: training ended with status {status}; the same compare continues it")
+        ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)  # noqa: S603
+        if ended.returncode:
+            raise FkdError(f"{run}: training ended with status {ended.returncode}; the same compare continues it")
+        console.say(ended.stdout.strip())
     results = runs.read_results(run)
     return {key: results[key] for key in _UNTRAINED}

@@ -202,6 +202,7 @@ def _write_shard(
         for chunk in chunks(read(), size, already - first * per_row):
             progress.add(column.codec.encode(embed(teacher, chunk, size)))
             bar.update(len(chunk))
+            bar.set_postfix_str(f"{(bar.format_dict['rate'] or 0) / per_row:.1f} img/s", refresh=False)
         if known is None:
             _publish_crops(store, shard, reader, crops_path, checksums)
         shape = (len(rows), per_row, column.meta.code_size)

@@ -1,26 +1,23 @@
 """Training a student: the one path for stored and for online targets."""
 
-import logging
 import math
 import resource
-import signal
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from fkd_ssl.data import Crops, StoredCrops, start_worker, whole_batch
-from fkd_ssl.errors import CheckpointError, RequestError
+from fkd_ssl.errors import RequestError
 from fkd_ssl.objectives import make_objective
 from fkd_ssl.students import Student
 from fkd_ssl.training.config import TrainConfig
 from fkd_ssl.training.distiller import Distiller, OnlineTargets, stored_targets
+from fkd_ssl.training.fit import fit, step_of
 from fkd_ssl.training.monitor import LAST, Monitor, Score
 from fkd_ssl.training.recorder import Recorder
 from fkd_ssl.training.sampler import PassSampler
@@ -98,8 +95,16 @@ def train(
     last = folder / "checkpoints" / LAST
     resumed = last.exists()
     if resumed:
-        sampler.start = _step_of(last)
-    _fit(module, loader, [recorder, monitor], config, steps, last if resumed else None)
+        sampler.start = step_of(last)
+    fit(
+        module,
+        loader,
+        [recorder, monitor],
+        steps=steps,
+        precision=config.precision,
+        folder=folder,
+        last=last if resumed else None,
+    )
     return {
         "epochs": config.epochs,
         "steps": steps,
@@ -113,41 +118,6 @@ def train(
         "knn_top1": monitor.last,
         "knn_best": None if monitor.best is None else {"top1": monitor.best[0], "step": monitor.best[1]},
     }
-
-
-def _step_of(checkpoint: Path) -> int:
-    try:
-        return int(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"])
-    except Exception as error:  # whatever a damaged file makes torch raise
-        raise CheckpointError(f"{checkpoint}: damaged ({type(error).__name__}); delete it to train anew") from error
-
-
-def _fit(
-    module: Distiller, loader: Any, callbacks: list[pl.Callback], config: TrainConfig, steps: int, last: Path | None
-) -> None:
-    logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
-    with warnings.catch_warnings():
-        # Lightning advises more workers than a small machine has, and counts batches of a loader that we cut ourselves
-        warnings.filterwarnings("ignore", module="pytorch_lightning")
-        trainer = pl.Trainer(
-            max_steps=steps,
-            max_epochs=-1,
-            accelerator="auto",
-            devices=1,
-            precision=config.precision,
-            callbacks=callbacks,
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            use_distributed_sampler=False,
-            default_root_dir=str(callbacks[0].path.parent) if isinstance(callbacks[0], Recorder) else None,
-        )
-        try:
-            trainer.fit(module, loader, ckpt_path=last)
-        except SystemExit as stop:  # what Lightning makes of Ctrl-C; it also stops listening to further ones
-            signal.signal(signal.SIGINT, signal.default_int_handler)
-            raise KeyboardInterrupt from stop
 
 
 def peak_memory() -> int:
