@@ -4,6 +4,7 @@ Nothing heavy is imported before it is known what is asked for, so that `--help`
 """
 
 import dataclasses
+import errno
 import importlib
 import os
 import re
@@ -53,7 +54,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        return _fail(verb, f"{where}{error.strerror or error}; nothing finished is lost, the same command continues", 1)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE)
+        advice = "; nothing finished is lost, the same command continues when that is mended" if full else ""
+        return _fail(verb, f"{where}{error.strerror or error}{advice}", 1)
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate memory", str(error)):
             raise

@@ -98,8 +98,12 @@ def publish(path: Path) -> Iterator[BinaryIO]:
         except FileExistsError:
             if sha256_file(path) != sha256_file(temporary):
                 raise StoreError(f"{path}: exists with other content; delete it or choose another place") from None
-        except OSError:  # a file system without hard links
-            temporary.rename(path)
+        except OSError as error:  # a file system without hard links
+            if path.exists():
+                if sha256_file(path) != sha256_file(temporary):
+                    raise StoreError(f"{path}: exists with other content; delete it or choose another place") from error
+            else:
+                temporary.rename(path)
         sync_folder(path.parent)
     finally:
         with suppress(FileNotFoundError):
@@ -121,8 +125,8 @@ def replace(path: Path, data: bytes) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """Removes what killed processes left under temporary names more than an hour ago, here and in folders below."""
-    for path in folder.rglob(f"{TEMPORARY}*"):
+    """Removes what killed processes left in `folder` under our temporary names more than an hour ago."""
+    for path in folder.glob(f"{TEMPORARY}*-{'[0-9a-f]' * 12}"):
         with suppress(OSError):
             if time.time() - path.stat().st_mtime > 3600:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -16,6 +16,7 @@ from fkd_ssl.errors import ImageError, RequestError
 
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".pgm", ".tif", ".tiff"})
 MAX_SIDE = 65535  # boxes are uint16
+MAX_PIXELS = 178_956_970  # where Pillow suspects a decompression bomb
 
 UInt8Array = npt.NDArray[np.uint8]
 
@@ -64,6 +65,8 @@ def scan(root: str | Path) -> ImageSet:
         RequestError: `root` is not a folder, holds no picture, holds a folder that cannot be listed, or names that cannot
             be listed in a text file.
     """
+    if not str(root):
+        raise RequestError("an empty name for a folder of images")
     root = Path(root)
     if not root.is_dir():
         raise RequestError(f"{root}: no such folder of images")
@@ -119,9 +122,13 @@ def read_size(path: Path) -> tuple[int, int]:
             width, height = header.size
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError, ValueError, SyntaxError) as error:
         raise ImageError(f"{path}: not a readable image: {_reason(error)}") from error
-    if max(width, height) > MAX_SIDE:
-        raise ImageError(f"{path}: {width} x {height} pixels; a side may have at most {MAX_SIDE}")
+    _check_size(height, width, path)
     return width, height
+
+
+def _check_size(height: int, width: int, path: Path) -> None:
+    if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
+        raise ImageError(f"{path}: {width} x {height} pixels; a side may have {MAX_SIDE} at most, all {MAX_PIXELS}")
 
 
 def read_bytes(path: Path) -> bytes:
@@ -136,19 +143,21 @@ def decode(data: bytes, path: Path) -> UInt8Array:
     """Pixels uint8 [H, W, 3] RGB of the bytes of `path`.
 
     JPEGs are decoded by simplejpeg (libjpeg-turbo), all else by Pillow, which also has the last word on a JPEG that
-    simplejpeg refuses: both give the same pixels, and Pillow bears corrupt data but no truncated file. Greyscale,
-    palette, CMYK, alpha and 16-bit pictures become 8-bit RGB (alpha is dropped, 16 bits lose the low byte). EXIF
-    orientation is ignored.
+    simplejpeg refuses: both give the same pixels (of CMYK, up to a level), and Pillow bears corrupt data but no truncated
+    file. Greyscale, palette, CMYK, alpha and 16-bit pictures become 8-bit RGB (alpha is dropped, 16 bits lose the low
+    byte). EXIF orientation is ignored.
 
     Raises:
         ImageError: The bytes are truncated or no picture; the message names `path`.
     """
     try:
         if data[:3] == b"\xff\xd8\xff":
-            with suppress(ValueError):  # CMYK, or not quite a JPEG
+            with suppress(ValueError):  # not quite a JPEG: Pillow decides
+                _check_size(*simplejpeg.decode_jpeg_header(data)[:2], path)
                 pixels: UInt8Array = simplejpeg.decode_jpeg(data, "RGB")
                 return pixels
         with Image.open(io.BytesIO(data)) as picture:
+            _check_size(picture.height, picture.width, path)
             if picture.mode.startswith("I;16") or picture.mode == "I":
                 grey = (np.asarray(picture) >> 8).clip(0, 255).astype(np.uint8)
                 return np.repeat(grey[:, :, None], 3, axis=2)

@@ -29,7 +29,7 @@ from tqdm import tqdm
 from fkd_ssl import files, images, runs
 from fkd_ssl.crops import RECIPES
 from fkd_ssl.data import Batch, FreshCrops, start_worker, whole_batch
-from fkd_ssl.errors import RequestError
+from fkd_ssl.errors import FkdError, RequestError
 from fkd_ssl.pretrain_config import PretrainConfig
 from fkd_ssl.students import MEAN, STD
 from fkd_ssl.training.distiller import cosine
@@ -238,6 +238,8 @@ class Progress(pl.Callback):
                 "loss": float(self._sum) / self._count,
                 "lr": trainer.optimizers[0].param_groups[0]["lr"],
             }
+            if not math.isfinite(float(line["loss"])):
+                raise FkdError(f"step {step}: the loss is {line['loss']}: diverged; choose a smaller --lr and another --out")
             self.lines.append(line)
             self._bar.set_postfix(loss=f"{line['loss']:.4f}")
             self._sum.zero_()

@@ -92,12 +92,15 @@ def _summary(results: dict[str, Any]) -> list[str]:
         f"({seconds['online'] / seconds['stored']:.2f} times as fast)."
     )
     crops = results["images"] * results["crops"]
+    seconds_taken = results["precompute_seconds"]
     store = (
-        f"The store of {results['crops']} crops an image took {results['precompute_seconds']:.0f} s and "
+        f"The store of {results['crops']} crops an image took {'?' if seconds_taken is None else f'{seconds_taken:.0f}'} s and "
         f"{results['store_bytes'] / 1e6:.1f} MB ({results['store_bytes'] / crops:.0f} bytes a crop)"
     )
     students = results["break_even_students"]
-    if students is None:
+    if seconds_taken is None:
+        lines.append(f"- {store}; it was finished by a run that was killed before it noted its time: no break-even.")
+    elif students is None:
         lines.append(f"- {store}; online was not slower here, so it never pays.")
     else:
         lines.append(f"- {store}; it has paid for itself after {students} student{'s' if students > 1 else ''}.")
@@ -128,7 +131,7 @@ def _plot(results: dict[str, Any], folder: Path, column: str, label: str, out: P
         axes[0].plot([line["seconds"] for line in lines], values, label=first, **style)
         axes[1].plot([line["epoch"] for line in lines], values, label=first, **style)
         if name == "stored":
-            shifted = [(line["seconds"] or 0) + results["precompute_seconds"] for line in lines]
+            shifted = [(line["seconds"] or 0) + (results["precompute_seconds"] or 0) for line in lines]
             with_store = "stored, precomputing first" if first else None
             axes[0].plot(shifted, values, label=with_store, **{**style, "linestyle": ":"})
     if column in _PROBE_NAMES:

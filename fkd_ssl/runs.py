@@ -25,7 +25,8 @@ def peek(out: str | Path, config: Any) -> State:
     folder = Path(out)
     if folder.exists() and not folder.is_dir():
         raise RequestError(f"{folder}: is a file; --out must name a folder")
-    if not folder.exists() or not any(folder.iterdir()):
+    there = [path for path in folder.iterdir() if not path.name.startswith(files.TEMPORARY)] if folder.exists() else []
+    if not there:
         return "new"
     if not (folder / CONFIG).exists():
         raise RequestError(f"{folder}: exists and is not a run of fkd-ssl; choose another --out")

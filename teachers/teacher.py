@@ -1,6 +1,6 @@
 """A frozen network that maps crops to targets."""
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -120,8 +120,8 @@ class Teacher(nn.Module):
         return (images - self._mean) / self._std
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        if self.precision == "fp32":
-            return nullcontext()
+        if self.precision == "fp32":  # also inside a student's own autocast
+            return torch.autocast(self._mean.device.type, enabled=False)
         return torch.autocast(self._mean.device.type, dtype=_AUTOCAST[self.precision])
 
     def _checked(self, output: Any, images: Tensor) -> Tensor:

@@ -87,6 +87,9 @@ class Config:
     def __post_init__(self) -> None:
         if self.seeds < 1 or self.epochs <= 0:
             raise RequestError(f"seeds {self.seeds} and epochs {self.epochs}: must be positive")
+        crops = math.ceil(self.epochs) if self.crops is None else self.crops
+        if crops < self.crops_per_image:
+            raise RequestError(f"crops {crops} stored an image: fewer than the {self.crops_per_image} of --crops_per_image")
 
 
 def run(config: Config) -> int:
@@ -117,6 +120,7 @@ def compare(config: Config) -> dict[str, Any]:
     from fkd_ssl.eval.features import match_classes
     from fkd_ssl.images import scan
     from fkd_ssl.objectives import make_objective
+    from fkd_ssl.store.codecs import code_size
     from fkd_ssl.students import check_student
     from fkd_ssl.training.engine import check_batch
 
@@ -127,6 +131,7 @@ def compare(config: Config) -> dict[str, Any]:
     check_student(config.student, config.pixels)
     check_batch(_arm(config, Path(config.out), "stored", 0), len(images))
     teacher = resolve.teacher_of(config.teacher, config.checkpoint)
+    code_size(config.codec, teacher.dim)  # all that can be wrong is found before anything is written
     folder, _ = runs.open_run(config.out, config)
     scorer = _Scorer(config, folder / "scores", images, val)
 
@@ -161,7 +166,7 @@ def compare(config: Config) -> dict[str, Any]:
         "differences": differences,
         "precompute_seconds": precompute_seconds,
         "store_bytes": sum(f.stat().st_size for f in (folder / "store").rglob("*") if f.is_file()),
-        "break_even_students": math.ceil(precompute_seconds / saved) if saved > 0 else None,
+        "break_even_students": math.ceil(precompute_seconds / saved) if saved > 0 and precompute_seconds else None,
     }
     runs.finish(folder, results)
     return runs.read_results(folder)
@@ -222,11 +227,14 @@ class _Scorer:
 
 
 def _crops(config: Config) -> int:
-    return config.crops or math.ceil(config.epochs)
+    return math.ceil(config.epochs) if config.crops is None else config.crops
 
 
-def _precompute(config: Config, folder: Path, images: "ImageSet", teacher: "Teacher") -> float:
-    """Makes the comparison's store; returns the seconds it takes, all of it, also when this call made but a part."""
+def _precompute(config: Config, folder: Path, images: "ImageSet", teacher: "Teacher") -> float | None:
+    """Makes the comparison's store; returns the seconds it takes, all of it, also when this call made but a part.
+
+    None where the store was finished by a call that was killed before it could note its time.
+    """
     from fkd_ssl import files
     from fkd_ssl.commands import console, resolve
     from fkd_ssl.store.precompute import precompute
@@ -242,16 +250,13 @@ def _precompute(config: Config, folder: Path, images: "ImageSet", teacher: "Teac
         threads=min(16, resolve.cpu_threads()),
         log=console.say,
     )
+    if summary.busy:
+        raise FkdError(f"{folder / 'store'}: another process is writing it; run the same compare again when that has ended")
     took = folder / "precompute.json"
-    if not took.exists():
+    if not took.exists() and summary.crops:
         total = len(images) * _crops(config)
-        if not summary.crops:
-            raise FkdError(
-                f"{folder}: its store was finished by a run that was killed before it noted the time that took; delete "
-                f"{folder / 'store'} to measure it again"
-            )
         files.write_json(took, {"seconds": summary.seconds * total / summary.crops})
-    return float(files.read_json(took)["seconds"])
+    return float(files.read_json(took)["seconds"]) if took.exists() else None
 
 
 def _arm(config: Config, folder: Path, name: str, seed: int) -> TrainConfig:
@@ -274,7 +279,7 @@ def _train(config: TrainConfig, run: Path) -> dict[str, Any]:
         run.parent.mkdir(exist_ok=True)
         file = run.parent / f"{run.name}.yaml"
         files.replace(file, runs.to_yaml(config).encode())
-        command = [sys.executable, "-m", "fkd_ssl", "train", "--config", str(file)]
+        command = [sys.executable, "-P", "-m", "fkd_ssl", "train", "--config", str(file)]
         ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)  # noqa: S603
         if ended.returncode:
             raise FkdError(f"{run}: training ended with status {ended.returncode}; the same compare continues it")

@@ -39,7 +39,7 @@ def run(config: Config) -> int:
 
     train, val = scan(config.train), scan(config.val)
     model = resolve.model_of(config.model, config.checkpoint)
-    pixels = config.pixels or model.pixels
+    pixels = resolve.pixels_of(config.pixels, model.pixels)
     result = knn.evaluate(
         model=model.features,
         train=train,

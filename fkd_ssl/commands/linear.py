@@ -46,7 +46,7 @@ def run(config: Config) -> int:
         raise RequestError("--epochs goes with --protocol moco or swav; logreg runs until it converges")
     train, val = scan(config.train), scan(config.val)
     model = resolve.model_of(config.model, config.checkpoint)
-    pixels = config.pixels or model.pixels
+    pixels = resolve.pixels_of(config.pixels, model.pixels)
     if config.protocol == "logreg":
         split = extract_split(model.features, train, val, pixels=pixels, workers=config.workers)
         result = logreg.evaluate(

@@ -63,13 +63,13 @@ def run(config: Config) -> int:
         crops=config.crops,
         recipe=resolve.recipe_of(config.recipe, config.min_scale),
         codec=config.codec,
-        pixels=config.pixels or teacher.pixels,
+        pixels=resolve.pixels_of(config.pixels, teacher.pixels),
         seed=config.seed,
         limit=config.limit,
         chunk_size=config.chunk_size,
         name=config.name,
         skip_unreadable=config.on_unreadable == "skip",
-        threads=config.threads or min(16, resolve.cpu_threads()),
+        threads=min(16, resolve.cpu_threads()) if config.threads is None else config.threads,
         log=console.say,
     )
     if config.json:

@@ -38,6 +38,13 @@ def cpu_threads() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def pixels_of(asked: int | None, default: int) -> int:
+    """The side of an evaluation's crops; raises RequestError where the one asked for is impossible."""
+    if asked is not None and not 1 <= asked <= 4096:
+        raise RequestError(f"--pixels {asked}: must lie in 1 to 4096")
+    return default if asked is None else asked
+
+
 def recipe_of(name: str, min_scale: float | None = None) -> Recipe:
     """A recipe by name, perhaps with another least scale; raises RequestError where there is none of that name."""
     if name not in RECIPES:

@@ -8,6 +8,7 @@ import numpy as np
 
 from fkd_ssl.crops import colour
 from fkd_ssl.crops.records import BLUR, FLIP, GREY, JITTER, SOLARIZE, Records, check
+from fkd_ssl.errors import ImageError
 from fkd_ssl.images import UInt8Array
 
 # Images are the parallelism, in threads or worker processes. OpenCV's own pool would gain nothing on crops of this size,
@@ -46,7 +47,10 @@ def replay_into(views: UInt8Array, image: UInt8Array, records: Records) -> None:
     """`replay` into an existing C-contiguous array uint8 [M, P, P, 3]."""
     check(records, *image.shape[:2])
     for view, record in zip(views, records, strict=True):
-        _replay_one(view, image, record)
+        try:
+            _replay_one(view, image, record)
+        except (IndexError, ValueError, cv2.error) as error:
+            raise ImageError(f"an impossible crop record {record}: the file that it comes from is damaged") from error
 
 
 def _replay_one(view: UInt8Array, image: UInt8Array, record: np.void) -> None:

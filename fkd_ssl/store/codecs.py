@@ -116,8 +116,8 @@ def sample_size(spec: str) -> int:
 def smallest_sample(spec: str) -> int:
     """How many targets a codec needs at least to be trained."""
     match = _match(spec)
-    pre = max(int(match["pre_b"] or 0), int(match["pre_a"])) if match["pre"] in ("PCA", "PCAR") else 0
-    return max(1, _centroids(spec), pre)
+    pre = {"PCA": int(match["pre_a"] or 0), "PCAR": int(match["pre_a"] or 0), "OPQ": 256}.get(match["pre"], 0)
+    return max(1, _centroids(spec), pre)  # OPQ trains a codec of 256 centroids of its own
 
 
 def _match(spec: str) -> re.Match[str]:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from fkd_ssl import files
-from fkd_ssl.crops import CROP_DTYPE, Recipe
+from fkd_ssl.crops import Recipe
 from fkd_ssl.errors import ImageError, RequestError, StoreError
 from fkd_ssl.images import ImageSet, read_size
 
@@ -192,11 +192,6 @@ def crops_file(folder: Path, shard: int) -> Path:
 def codes_file(folder: Path, column: str, shard: int) -> Path:
     """Codes of a shard; its sidecar has the suffix .json."""
     return folder / TARGETS / column / f"codes-{shard:05d}.npy"
-
-
-def shard_bytes(manifest: Manifest, code_size: int) -> int:
-    """Bytes on disk of all shards of one column and of its crops, without headers and sidecars."""
-    return manifest.count * manifest.crops_per_image * (CROP_DTYPE.itemsize + code_size)
 
 
 def checked_name(name: str) -> str:

@@ -86,14 +86,18 @@ def precompute(
         FkdError: The disk cannot hold the store.
     """
     started = time.perf_counter()
-    if crops < 1 or chunk_size < 1 or pixels < 1:
-        raise RequestError(f"--crops {crops}, --chunk_size {chunk_size} and --pixels {pixels} must be at least 1")
+    for what, value, most in (("crops", crops, 10**6), ("chunk_size", chunk_size, 2**16), ("pixels", pixels, 4096)):
+        if not 1 <= value <= most:
+            raise RequestError(f"--{what} {value}: must lie in 1 to {most}")
+    if threads < 1:
+        raise RequestError(f"--threads {threads}: must be at least 1")
     name = layout.checked_name(name or teacher.name)
     folder = Path(folder)
     images = layout.limit_images(images, limit)
-    files.sweep(folder)
+    log(_announce(folder, len(images), crops, code_size(codec, teacher.dim), name))
     store = _open_or_create(folder, images, seed=seed, recipe=recipe, crops=crops, skip_unreadable=skip_unreadable)
-    log(_announce(store, code_size(codec, teacher.dim), name))
+    for part in (folder, folder / layout.CROPS, folder / layout.TARGETS, folder / layout.TARGETS / name):
+        files.sweep(part)
     reader = RowReader(store, images, pixels, skip_unreadable, ahead=threads + 1)
     with ThreadPoolExecutor(threads) as pool:
         column = open_or_train(store, name, teacher, codec, pixels, chunk_size, reader, pool, log)
@@ -142,20 +146,22 @@ def _open_or_create(folder: Path, images: ImageSet, *, seed: int, recipe: Recipe
     return store
 
 
-def _announce(store: Store, size: int, name: str) -> str:
-    m = store.manifest
-    crops = m.count * m.crops_per_image
-    needed = layout.shard_bytes(m, size)
-    there = sum(path.stat().st_size for path in store.folder.rglob("*.npy"))
-    free = shutil.disk_usage(store.folder).free
-    if needed - there > free:
+def _announce(folder: Path, count: int, crops: int, size: int, name: str) -> str:
+    """What will be written, in words; raises FkdError where the disk cannot hold it. Nothing is written before."""
+    needed = count * crops * (CROP_DTYPE.itemsize + size)
+    own = [*(folder / layout.CROPS).glob("*.npy"), *(folder / layout.TARGETS / name).glob("codes-*.npy")]
+    missing = needed - sum(path.stat().st_size for path in own)
+    disk = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    free = shutil.disk_usage(disk).free
+    if missing > free:
         raise FkdError(
-            f"{store.folder}: needs {gigabytes(needed - there)} more and the disk has {gigabytes(free)} free: free some, "
-            "choose a smaller --codec (SQ4, PQ16x8) or fewer --crops"
+            f"{folder}: needs {gigabytes(missing)} more and the disk has {gigabytes(free)} free: free some, choose a "
+            "smaller --codec (SQ4, PQ16x8) or fewer --crops"
         )
+    shards = -(-count // layout.ROWS_PER_SHARD)
     return (
-        f"{m.count:,} images x {m.crops_per_image} crops = {crops:,} targets of {name!r} at {size} + "
-        f"{CROP_DTYPE.itemsize} bytes: {gigabytes(needed)} in {m.shards} shards; {gigabytes(free)} free on the disk"
+        f"{count:,} images x {crops} crops = {count * crops:,} targets of {name!r} at {size} + {CROP_DTYPE.itemsize} bytes: "
+        f"{gigabytes(needed)} in {shards} shards; {gigabytes(free)} free on the disk"
     )
 
 

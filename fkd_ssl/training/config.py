@@ -76,13 +76,17 @@ class TrainConfig:
         for name in ("weight_decay", "warmup_epochs", "workers", "momentum"):
             if getattr(self, name) < 0:
                 raise RequestError(f"{name} {getattr(self, name)}: must not be negative")
+        if self.pixels > 4096 or (self.teacher_pixels is not None and not 1 <= self.teacher_pixels <= 4096):
+            raise RequestError(f"pixels {self.pixels}, teacher_pixels {self.teacher_pixels}: must lie in 1 to 4096")
+        if self.batch_size < 2:
+            raise RequestError(f"batch_size {self.batch_size}: BatchNorm needs at least 2 crops")
         if self.batch_size % self.crops_per_image:
             raise RequestError(
                 f"batch_size {self.batch_size}: counts crops, and must be a multiple of crops_per_image {self.crops_per_image}"
             )
-        if self.targets == "stored" and self.store is None:
+        if self.targets == "stored" and not self.store:
             raise RequestError("targets stored: --store is needed; make one with fkd-ssl precompute")
-        if self.targets == "online" and self.teacher is None:
+        if self.targets == "online" and not self.teacher:
             raise RequestError("targets online: --teacher is needed, for instance mocov2 with --checkpoint FILE")
         if self.warmup_epochs >= self.epochs:
             raise RequestError(f"warmup_epochs {self.warmup_epochs}: must be fewer than epochs {self.epochs}")

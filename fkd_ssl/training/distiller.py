@@ -10,6 +10,7 @@ from lightly.utils.lars import LARS
 from torch import Tensor, nn
 
 from fkd_ssl.data import Batch
+from fkd_ssl.errors import FkdError
 from fkd_ssl.objectives import Objective
 from fkd_ssl.students import Student
 from fkd_ssl.training.config import TrainConfig
@@ -62,6 +63,14 @@ class Distiller(pl.LightningModule):
         loss = self.objective(self.student(batch["images"]), target)
         self.last_loss, self.last_floor = loss.detach(), self.objective.floor(target).detach()
         return loss
+
+    def require_finite(self, step: int) -> None:
+        """Raises FkdError where the last step's loss is not a finite number: the training has diverged."""
+        if not torch.isfinite(self.last_loss):
+            raise FkdError(
+                f"step {step}: the loss is {self.last_loss.item()}: the training has diverged; the last checkpoint is from "
+                f"before; choose a smaller --lr than {self.config.lr:g} (and another --out), or --precision 32-true"
+            )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what rebuilds the student without its run folder."""

@@ -1,8 +1,6 @@
 """Training a student: the one path for stored and for online targets."""
 
 import math
-import resource
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +17,7 @@ from fkd_ssl.training.config import TrainConfig
 from fkd_ssl.training.distiller import Distiller, OnlineTargets, stored_targets
 from fkd_ssl.training.fit import fit, step_of
 from fkd_ssl.training.monitor import LAST, Monitor, Score
-from fkd_ssl.training.recorder import Recorder
+from fkd_ssl.training.recorder import Recorder, peak_memory
 from fkd_ssl.training.sampler import PassSampler
 
 
@@ -114,15 +112,7 @@ def train(
         "train_seconds": round(recorder.seconds, 3),
         "data_wait": round(recorder.waited / max(recorder.seconds, 1e-9), 4),
         "teacher_forwards": steps * config.batch_size if embed is not None else 0,
-        "peak_memory_bytes": peak_memory(),
+        "peak_memory_bytes": max(recorder.peak, peak_memory()),
         "knn_top1": monitor.last,
         "knn_best": None if monitor.best is None else {"top1": monitor.best[0], "step": monitor.best[1]},
     }
-
-
-def peak_memory() -> int:
-    """The most memory in bytes that this process has used: of the GPU if there is one, otherwise resident."""
-    if torch.cuda.is_available():
-        return int(torch.cuda.max_memory_allocated())
-    scale = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale

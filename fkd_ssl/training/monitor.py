@@ -46,10 +46,16 @@ class Monitor(pl.Callback):
         """Scores and saves when it is time."""
         step, end = trainer.global_step, trainer.global_step == trainer.max_steps
         due = step % self.score_every == 0 and trainer.max_steps - step >= self.score_every / 2  # the last step is near
+        save = end or step % self.save_every == 0
+        assert isinstance(pl_module, Distiller)
+        if save or due:
+            pl_module.require_finite(step)  # no checkpoint of a diverged student
         if self.score is not None and (end or due):
             self._score(trainer, pl_module)
-        if end or step % self.save_every == 0:
+        if save:
+            self.recorder.sync()
             trainer.save_checkpoint(self.folder / LAST)
+        self.recorder.restart_clock()  # neither scoring nor saving is training
 
     def _score(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, Distiller)

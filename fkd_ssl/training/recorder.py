@@ -1,6 +1,9 @@
 """metrics.csv, the clock and the progress bar of a run."""
 
 import csv
+import os
+import resource
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -18,12 +21,13 @@ FIELDS = ("step", "epoch", "crops", "seconds", "loss", "kl", "lr", "wait", "knn_
 class Recorder(pl.Callback):
     """Writes a line of metrics.csv every `every` steps and shows progress on standard error.
 
-    `seconds` is the time spent training, without evaluation, over all sessions of the run; `wait` the share of it that
-    the step waited for data; `kl` the loss above the least that the targets allow.
+    `seconds` is the time spent training, without scoring and saving, over all sessions of the run; `wait` the share of
+    it that the step waited for data; `kl` the loss above the least that the targets allow.
 
     Attributes:
         seconds: So far.
         waited: Seconds of them spent waiting for data.
+        peak: Peak memory in bytes of the sessions before this one.
     """
 
     def __init__(self, path: Path, *, every: int, batch_size: int, images: int) -> None:
@@ -32,26 +36,32 @@ class Recorder(pl.Callback):
         self.batch_size = batch_size
         self.images = images
         self.seconds = self.waited = 0.0
-        self._lines: list[dict[str, Any]] = []
-        self._sums = torch.zeros(3)
+        self.peak = 0
+        self._sums = torch.zeros(2)
+        self._count = 0
         self._mark = self._lr = 0.0
+        self._file: Any = None
         self._bar: Any = None
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps of this callback."""
-        return {"seconds": self.seconds, "waited": self.waited, "lines": self._lines, "sums": self._sums.tolist()}
+        sums, peak = self._sums.tolist(), max(self.peak, peak_memory())
+        return {"seconds": self.seconds, "waited": self.waited, "sums": sums, "count": self._count, "peak": peak}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues from a checkpoint: lines after it are forgotten, they will be written again."""
-        self.seconds, self.waited = state_dict["seconds"], state_dict["waited"]
-        self._lines = state_dict["lines"]
-        self._sums = torch.tensor(state_dict["sums"])
+        """Continues from a checkpoint."""
+        self.seconds, self.waited, self.peak = state_dict["seconds"], state_dict["waited"], state_dict["peak"]
+        self._sums, self._count = torch.tensor(state_dict["sums"]), state_dict["count"]
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Starts the clock and the bar."""
+        """Forgets lines from after the checkpoint, they will be written again; starts the clock and the bar."""
+        kept = [line for line in _lines(self.path) if int(line[0]) <= trainer.global_step]
+        text = "".join(f"{','.join(line)}\n" for line in [FIELDS, *kept])
+        files.replace(self.path, text.encode())
+        self._file = self.path.open("a")
+        self._sums = self._sums.to(pl_module.device)
         self._bar = tqdm(total=trainer.max_steps, initial=trainer.global_step, unit="step", desc="train", smoothing=0.05)
-        self._write()
-        self._mark = time.perf_counter()
+        self.restart_clock()
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         """Takes the time since the last step's end as waiting for data, and the learning rate before the schedule's step."""
@@ -64,41 +74,37 @@ class Recorder(pl.Callback):
         """Adds the step; writes a line when one is due."""
         assert isinstance(pl_module, Distiller)
         step = trainer.global_step
-        self._sums += torch.stack([pl_module.last_loss, pl_module.last_floor, torch.ones(())]).cpu()
+        self._sums += torch.stack([pl_module.last_loss, pl_module.last_floor])
+        self._count += 1
+        due = step % self.every == 0 or step == trainer.max_steps
+        if due:
+            pl_module.require_finite(step)
+            loss, floor = (self._sums.double() / self._count).tolist()  # waits for the device, so before the clock is read
         self._tick()
         self._bar.update(1)
-        if step % self.every == 0 or step == trainer.max_steps:
-            loss, floor, count = self._sums.double().tolist()
-            crops = step * self.batch_size
-            self._lines.append(
-                {
-                    "step": step,
-                    "epoch": crops / self.images,
-                    "crops": crops,
-                    "seconds": round(self.seconds, 3),
-                    "loss": loss / count,
-                    "kl": (loss - floor) / count,
-                    "lr": self._lr,
-                    "wait": round(self.waited / self.seconds, 4),
-                    "knn_top1": "",
-                }
-            )
+        if due:
+            wait = self.waited / self.seconds
+            self._append(step, loss=loss, kl=loss - floor, lr=self._lr, wait=round(wait, 4))
             self._sums.zero_()
-            self._bar.set_postfix(kl=f"{(loss - floor) / count:.4f}", wait=f"{100 * self.waited / self.seconds:.0f}%")
-            self._write()
+            self._count = 0
+            self._bar.set_postfix(kl=f"{loss - floor:.4f}", wait=f"{100 * wait:.0f}%")
 
     def score(self, trainer: pl.Trainer, top1: float) -> None:
-        """Notes a kNN score at this step, in a line of its own; the time it took is not training."""
-        crops = trainer.global_step * self.batch_size
-        line: dict[str, Any] = dict.fromkeys(FIELDS, "")
-        line |= {"step": trainer.global_step, "epoch": crops / self.images, "crops": crops}
-        self._lines.append({**line, "seconds": round(self.seconds, 3), "knn_top1": top1})
-        self._write()
+        """Notes a kNN score at this step, in a line of its own."""
+        self._append(trainer.global_step, knn_top1=top1)
+
+    def sync(self) -> None:
+        """Makes the lines so far survive a power cut, as the checkpoint does that is saved with them."""
+        os.fsync(self._file.fileno())
+
+    def restart_clock(self) -> None:
+        """Leaves the time since the last step's end out of the training's."""
         self._mark = time.perf_counter()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Closes the bar."""
+        """Closes the bar and the file."""
         self._bar.close()
+        self._file.close()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Closes the bar, so that the error stands on a line of its own."""
@@ -110,10 +116,29 @@ class Recorder(pl.Callback):
         self.seconds += now - self._mark
         self._mark = now
 
-    def _write(self) -> None:
-        out = [",".join(FIELDS)]
-        out += [",".join(str(line[field]) for field in FIELDS) for line in self._lines]
-        files.replace(self.path, ("\n".join(out) + "\n").encode())
+    def _append(self, step: int, **values: float) -> None:
+        crops = step * self.batch_size
+        line = {"step": step, "epoch": crops / self.images, "crops": crops, "seconds": round(self.seconds, 3), **values}
+        self._file.write(",".join(str(line.get(field, "")) for field in FIELDS) + "\n")
+        self._file.flush()
+
+
+def _lines(path: Path) -> list[list[str]]:
+    """The whole lines of a metrics.csv, if there is one; a last one that a kill cut off is left out."""
+    if not path.exists():
+        return []
+    rows = [line.split(",") for line in path.read_text().splitlines()[1:]]
+    return [row for row in rows if len(row) == len(FIELDS)]
+
+
+def peak_memory() -> int:
+    """The most memory in bytes that this process has used: of the GPU if there is one, otherwise resident."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    status = Path("/proc/self/status")
+    if status.exists():  # ru_maxrss would include what the parent had used before it started us
+        return next(1024 * int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def read_metrics(path: Path) -> list[dict[str, float | None]]:
