@@ -86,7 +86,7 @@ def extract(
     with (
         frozen(model),
         torch.inference_mode(),
-        tqdm(total=len(images), desc=desc, unit="img", file=sys.stderr, disable=not progress) as bar,
+        tqdm(total=len(images), desc=desc, unit="img", file=sys.stderr, **({} if progress else {"disable": True})) as bar,
     ):
         for views, indices in load(_Centred(images, pixels), rows, workers=workers):
             got = checked(model(views), images, indices)

@@ -150,7 +150,10 @@ def evaluate(
     layer = _layer(features.shape[1], classes, seed)
     history = []
     rank = np.empty(0, dtype=np.int64)
-    with frozen(model), tqdm(total=probe.epochs * len(train), unit="img", file=sys.stderr, disable=not progress) as bar:
+    with (
+        frozen(model),
+        tqdm(total=probe.epochs * len(train), unit="img", file=sys.stderr, **({} if progress else {"disable": True})) as bar,
+    ):
         for row in _train(model, layer, train, probe, pixels=pixels, seed=seed, workers=workers, bar=bar):
             rank = _ranks(layer, features, labels)
             history.append({**row, "top1": 100.0 * float((rank < 1).mean())})

@@ -84,7 +84,7 @@ def evaluate(
         raise RequestError("train_labels: one class only; a probe needs two to tell apart")
 
     held = held_out(known, seed=seed)
-    with tqdm(total=len(strengths) + 1, desc="logreg", file=sys.stderr, disable=not progress) as bar:
+    with tqdm(total=len(strengths) + 1, desc="logreg", file=sys.stderr, **({} if progress else {"disable": True})) as bar:
         sweep = _sweep(train, known, held, classes, sorted(strengths), bar)
         best = max(sweep, key=lambda row: (row["top1"], -row["loss"]))
         data, (mean, scale) = _standardised(train, None)

@@ -81,13 +81,14 @@ def parse(verb: str, command: ModuleType, args: list[str]) -> Any:
     )
     for name in positionals:
         parser.add_argument(name, help=helps[name])
-    if set(fields) - set(positionals) - {"json"}:
+    configurable = bool(set(fields) - set(positionals) - {"json"})
+    if configurable:
         parser.add_argument("--config", action="config", help="YAML file of these options; those given here win.")
     flags = [name for name, f in fields.items() if f.type is bool]
     parser.add_class_arguments(command.Config, nested_key=None, skip={*positionals, *flags})
     for name in flags:
         parser.add_argument(f"--{name}", action="store_true", help=helps[name])
-    known = [*fields, "config", "print_config", "help"]
+    known = [*fields, *(["config", "print_config"] if configurable else []), "help"]
     for arg in args:
         option = arg.split("=", 1)[0]
         if option.startswith("--") and option[2:] not in known:

@@ -22,8 +22,8 @@ Index = int | tuple[int, int]  # an image, or a pass and an image
 class Crops(Dataset[Batch]):
     """M crops of each image, one decode for all of them.
 
-    `data[i]` reads image `i` in pass 0, `data[p, i]` in pass `p`; a list of such indices, as a DataLoader with
-    `collate_fn=whole_batch` asks for them, is read as one batch.
+    `data[i]` reads image `i` in pass 0, `data[p, i]` in pass `p`. A DataLoader reads a list of such indices at once; with
+    `collate_fn=whole_batch` it gives crops [B M, ...] without another copy, otherwise the usual [B, M, ...].
     """
 
     def __init__(self, length: int, crops_per_image: int, pixels: int, teacher_pixels: int | None = None) -> None:
@@ -38,20 +38,22 @@ class Crops(Dataset[Batch]):
         return self._length
 
     def __getitem__(self, index: Index) -> Batch:
-        """One image: `images` uint8 [M, 3, P, P], `targets` float32 [M, D] if stored, `label` and `path`."""
+        """One image.
+
+        `images` uint8 [M, 3, P, P], `targets` float32 [M, D] if stored, `label` and `path`.
+        """
         pass_, i = index if isinstance(index, tuple) else (0, index)
         if not 0 <= i < len(self):
             raise IndexError(f"image {i} of {len(self)}")
-        batch = self.__getitems__([(pass_, i)])
-        labels, paths = batch.pop("labels"), batch.pop("paths")
-        return {**batch, "label": int(labels[0]), "path": paths[0]}
+        return self.__getitems__([(pass_, i)])[0]
 
-    def __getitems__(self, indices: list[Index]) -> Batch:
-        """A batch of B images.
+    def __getitems__(self, indices: list[Index]) -> "Samples":
+        """B images, as a list of what `data[i]` gives; its attribute `batch` holds them as one.
 
         Returns:
-            `images` uint8 [B M, 3, P, P] in channels-last memory, the crops of an image side by side; `targets` float32
-            [B M, D] if stored; `teacher_images` if the teacher's size is another; `labels` int64 [B]; `paths`.
+            Its `batch` has `images` uint8 [B M, 3, P, P] in channels-last memory, the crops of an image side by side;
+            `targets` float32 [B M, D] if stored; `teacher_images` if the teacher's size is another; `labels` int64 [B];
+            `paths`.
 
         Raises:
             ImageError: An image is missing, unreadable or changed; the message names it.
@@ -78,7 +80,9 @@ class Crops(Dataset[Batch]):
         if teacher_views is not None:
             batch["teacher_images"] = torch.from_numpy(teacher_views).permute(0, 3, 1, 2)
         targets = self._targets(pairs)
-        return batch if targets is None else {**batch, "targets": torch.from_numpy(targets)}
+        if targets is not None:
+            batch["targets"] = torch.from_numpy(targets)
+        return Samples(batch, m)
 
     def _read(self, i: int) -> UInt8Array:
         return decode(read_bytes(self._file(i)), self._file(i))
@@ -232,9 +236,22 @@ class FreshCrops(Crops):
         return int(self.images.labels[i])
 
 
-def whole_batch(batch: Any) -> Any:
-    """The collate function of a DataLoader over `Crops`, whose batches come whole from `__getitems__`."""
-    return batch
+class Samples(list[Batch]):
+    """What was read at once: a list of images, each a view into `batch`."""
+
+    def __init__(self, batch: Batch, crops_per_image: int) -> None:
+        self.batch = batch
+        m = crops_per_image
+        stacked = [key for key in ("images", "teacher_images", "targets") if key in batch]
+        super().__init__(
+            {**{key: batch[key][k * m : (k + 1) * m] for key in stacked}, "label": int(batch["labels"][k]), "path": path}
+            for k, path in enumerate(batch["paths"])
+        )
+
+
+def whole_batch(samples: Samples) -> Batch:
+    """The collate function that keeps the batch as it was read: `images` [B M, 3, P, P], `targets` [B M, D]."""
+    return samples.batch
 
 
 def start_worker(worker: int) -> None:

@@ -193,7 +193,7 @@ def _stamp(glyph: str, name: str, size: int) -> Image.Image:
 
 def _write(folder: Path, counts: dict[str, int], pixels: int, seed: int, progress: bool) -> None:
     total = len(CLASSES) * sum(counts.values())
-    with tqdm(total=total, unit="image", desc="glyphs", disable=not progress) as bar:
+    with tqdm(total=total, unit="image", desc="glyphs", **({} if progress else {"disable": True})) as bar:
         for split, count in counts.items():
             for name in CLASSES:
                 (folder / split / name).mkdir(parents=True)

@@ -48,6 +48,15 @@ def read(path: str | Path) -> tuple[dict[str, Any], str]:
     return dict(saved), digest(path)
 
 
+def weights_digest(network: nn.Module) -> str:
+    """Hex sha256 of a network's parameters and buffers, names and values."""
+    sums = hashlib.sha256()
+    for name, value in sorted(network.state_dict().items()):
+        sums.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        sums.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return sums.hexdigest()
+
+
 def digest(path: str | Path, algorithm: str = "sha256") -> str:
     """Hex digest of a file: sha256, or the md5 whose first digits MoCo's authors publish."""
     with Path(path).open("rb") as file:

@@ -100,10 +100,11 @@ def _own(name: str, checkpoint: str | Path | None, precision: Precision) -> Teac
         raise FkdError(f"teacher {name}: {type(error).__name__}: {error}") from error
     if isinstance(made, Teacher):
         made.precision = precision if precision != "fp32" else made.precision
-        made.checkpoint_sha256 = made.checkpoint_sha256 or digest
+        made.checkpoint_sha256 = made.checkpoint_sha256 or digest or files.weights_digest(made)
         return made
     if not isinstance(made, nn.Module):
         raise FkdError(f"teacher {name}: returned a {type(made).__name__}, expected a torch.nn.Module or a Teacher")
+    digest = digest or files.weights_digest(made)  # so that a changed function is another teacher
     return _wrap(made, name, function_name, None if checkpoint is None else Path(checkpoint).name, digest, precision)
 
 

@@ -75,7 +75,7 @@ class TestStored:
 
     def test_a_batch_lists_crops_of_an_image_side_by_side_in_channels_last(self, store: Store, image_folder: Path) -> None:
         data = StoredCrops(store, image_folder, crops_per_image=2, pixels=24)
-        batch = data.__getitems__([(0, 3), (1, 20)])
+        batch = data.__getitems__([(0, 3), (1, 20)]).batch
         assert batch["images"].shape == (4, 3, 24, 24)
         assert batch["images"].is_contiguous(memory_format=torch.channels_last)
         assert batch["labels"].tolist() == [0, 2]
@@ -91,7 +91,7 @@ class TestStored:
 
     def test_targets_belong_to_their_crops(self, store: Store, image_folder: Path, tiny_teacher: Any) -> None:
         data = StoredCrops(store, image_folder, crops_per_image=2, pixels=32)
-        batch = data.__getitems__([(p, i) for p in range(3) for i in range(24)])
+        batch = data.__getitems__([(p, i) for p in range(3) for i in range(24)]).batch
         torch.testing.assert_close(batch["targets"], tiny_teacher.embed(batch["images"]), rtol=1e-4, atol=1e-5)
         assert batch["targets"].std(dim=0).mean() > 0.01  # else any order would do
 
@@ -231,10 +231,11 @@ class TestFresh:
 
     def test_crops_do_not_depend_on_the_batch(self, images: ImageSet) -> None:
         data = fresh(images)
-        batch = data.__getitems__([(2, 7), (0, 1), (2, 3)])
+        batch = data.__getitems__([(2, 7), (0, 1), (2, 3)]).batch
         assert torch.equal(batch["images"][2:4], data[0, 1]["images"])
         assert torch.equal(
-            batch["images"], data.__getitems__([(2, 3), (0, 1), (2, 7)])["images"].view(3, 2, 3, 24, 24).flip(0).flatten(0, 1)
+            batch["images"],
+            data.__getitems__([(2, 3), (0, 1), (2, 7)]).batch["images"].view(3, 2, 3, 24, 24).flip(0).flatten(0, 1),
         )
 
     def test_m_changes_only_how_many_are_read_at_once(self, images: ImageSet) -> None:
@@ -308,3 +309,11 @@ def test_workers_start_after_the_parent_has_replayed(image_folder: Path) -> None
     )
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) == 2 * 24
+
+
+def test_a_plain_data_loader_stacks_images(image_folder: Path) -> None:
+    data = FreshCrops(scan(image_folder), RECIPES["fkd"], crops_per_image=2, pixels=16)
+    batch = next(iter(DataLoader(data, batch_size=4)))
+    assert batch["images"].shape == (4, 2, 3, 16, 16)
+    assert torch.equal(batch["images"].flatten(0, 1), data.__getitems__([0, 1, 2, 3]).batch["images"])
+    assert list(batch["path"]) == [data[i]["path"] for i in range(4)]

@@ -12,6 +12,7 @@ from fkd_ssl.training.config import TrainConfig as Config
 
 if TYPE_CHECKING:
     from fkd_ssl.images import ImageSet
+    from fkd_ssl.store import Store
     from fkd_ssl.students import Student
 
 
@@ -41,6 +42,7 @@ def run(config: Config) -> int:
             if getattr(config, name) is not None:
                 console.say(f"warning: --{name} is ignored: stored targets need no teacher")
         data = StoredCrops(store, images, teacher=config.teacher, **common)
+        _check_store(config, store)
         teacher, dim = None, store.column(config.teacher).meta.dim
     else:
         assert config.teacher is not None  # by TrainConfig
@@ -63,6 +65,26 @@ def run(config: Config) -> int:
     knn = "" if results["knn_top1"] is None else f"; kNN {results['knn_top1']:.2f} %"
     console.show(f"{config.out}: {results['steps']} steps in {results['train_seconds']:.0f} s{knn}")
     return 0
+
+
+def _check_store(config: Config, store: "Store") -> None:
+    """Says what a user may not have meant; a store of up to a gigabyte is read once to see that it is whole."""
+    from fkd_ssl.commands import console
+    from fkd_ssl.crops import probe_digest
+    from fkd_ssl.store.verify import check_files
+
+    column = store.column(config.teacher)
+    if len(store) * store.crops_per_image * column.meta.code_size < 10**9:
+        check_files(store, column)
+    else:
+        console.say("note: the store's checksums are not read here; fkd-ssl verify does that")
+    if column.meta.pixels != config.pixels:
+        console.say(f"note: the teacher saw crops of {column.meta.pixels} px, the student trains on {config.pixels} px")
+    if config.epochs > store.crops_per_image:
+        uses = config.epochs / store.crops_per_image
+        console.say(f"note: {store.crops_per_image} crops an image are stored, so each is used {uses:.1f} times")
+    if column.meta.probe_digest != probe_digest():
+        console.say("warning: this machine makes slightly other pixels of a crop than the one that ran the teacher")
 
 
 def _knn_score(config: Config, images: "ImageSet") -> "Callable[[Student], float]":

@@ -44,9 +44,12 @@ def run(config: Config) -> int:
     store = open_store(config.store)
     images = scan(config.images) if config.images else None
     teacher = None
+    name = config.name
+    if name is None and config.teacher and config.teacher.rpartition(":")[2] in store.teachers:
+        name = config.teacher.rpartition(":")[2]  # what precompute names a column by default
     if config.teacher:
-        teacher = resolve.teacher_of(config.teacher, config.checkpoint, store.column(config.name).meta.precision)
-    report = verify(store, images, teacher, name=config.name, sample=config.sample)
+        teacher = resolve.teacher_of(config.teacher, config.checkpoint, store.column(name).meta.precision)
+    report = verify(store, images, teacher, name=name, sample=config.sample)
     if config.json:
         console.show_json({"store": config.store, "ok": not report.problems, **report.__dict__})
     else:

@@ -153,6 +153,7 @@ def _build(spec: str, dim: int) -> Any:
     index = faiss.index_factory(dim, spec)
     base = _base(index)
     if match["m"]:
+        base.pq.cp.min_points_per_centroid = 1  # fewer than 39 are a warning to faiss, once for every part
         base.do_polysemous_training = False  # it orders centroids for a search that a store never makes
     elif match["base"] in ("SQ8", "SQ6", "SQ4"):
         base.sq.rangestat = faiss.ScalarQuantizer.RS_minmax

@@ -143,12 +143,12 @@ def create(folder: Path, images: ImageSet, *, seed: int, recipe: Recipe, crops: 
     if _UNSAFE.search(lines):
         raise RequestError(f"{images.root}: a name with '\\', or one like a drive, cannot be stored; rename it")
     sizes = np.zeros(len(images), dtype=SIZE_DTYPE)
-    for row in tqdm(range(len(images)), desc="image headers", unit="img", disable=len(images) < 2000):
+    for row in tqdm(range(len(images)), desc="image headers", unit="img", **({"disable": True} if len(images) < 2000 else {})):
         try:
             sizes[row] = (images.file(row).stat().st_size, *read_size(images.file(row)))
-        except ImageError:
+        except ImageError as error:
             if not skip_unreadable:
-                raise
+                raise ImageError(f"{error}; remove it or pass --on_unreadable skip") from error
     for name in (CROPS, TARGETS):
         (folder / name).mkdir(parents=True, exist_ok=True)
     with files.publish(folder / IMAGES) as file:

@@ -215,7 +215,10 @@ class Store:
         there = self.teachers
         if name is None:
             if len(there) != 1:
-                raise StoreError(f"{self.folder}: holds targets of {there or 'no teacher'}; name one")
+                raise StoreError(
+                    f"{self.folder}: holds targets of {there or 'no teacher'}; name one (train: --teacher, "
+                    "verify: --name, in Python: teacher=)"
+                )
             name = there[0]
         if name not in there:
             raise StoreError(f"{self.folder}: no targets of {name!r}; there are {there or 'none yet'}")

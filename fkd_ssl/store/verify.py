@@ -70,6 +70,16 @@ def verify(
     return report
 
 
+def check_files(store: Store, column: Column) -> None:
+    """Raises StoreError where a file of a store's crops or of one column is not what its checksum says."""
+    report = Report()
+    for shard in range(store.manifest.shards):
+        _check_crops(store, shard, report)
+        _check_codes(column, shard, report)
+    if report.problems:
+        raise StoreError(f"{report.problems[0]} ({len(report.problems)} problems; fkd-ssl verify lists them)")
+
+
 def _columns(store: Store, report: Report) -> Iterator[Column]:
     for name in store.teachers:
         try:
