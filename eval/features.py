@@ -22,6 +22,7 @@ from fkd_ssl.crops import Records, centre, replay
 from fkd_ssl.errors import FkdError, ImageError, RequestError
 from fkd_ssl.eval.scores import Float32Array, Int64Array
 from fkd_ssl.images import ImageSet, read_image
+from fkd_ssl.progress import hidden
 
 Model = Callable[[torch.Tensor], torch.Tensor]
 """uint8 [B, 3, P, P] on the CPU -> float [B, D] on any device; it normalises and moves the pixels itself."""
@@ -86,7 +87,7 @@ def extract(
     with (
         frozen(model),
         torch.inference_mode(),
-        tqdm(total=len(images), desc=desc, unit="img", file=sys.stderr, **({} if progress else {"disable": True})) as bar,
+        tqdm(total=len(images), desc=desc, unit="img", file=sys.stderr, disable=hidden(show=progress)) as bar,
     ):
         for views, indices in load(_Centred(images, pixels), rows, workers=workers):
             got = checked(model(views), images, indices)

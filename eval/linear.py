@@ -30,6 +30,7 @@ from fkd_ssl.errors import FkdError, RequestError, did_you_mean
 from fkd_ssl.eval.features import Model, View, check_counts, checked, extract, frozen, load, match_classes, view
 from fkd_ssl.eval.scores import Int64Array, accuracy, few_classes, ranks
 from fkd_ssl.images import ImageSet
+from fkd_ssl.progress import hidden
 
 RECIPE = RECIPES["fkd"]
 WEIGHT_DEVIATION = 0.01  # of the layer's initial weights, in all of the protocols here; the bias starts at 0
@@ -152,7 +153,7 @@ def evaluate(
     rank = np.empty(0, dtype=np.int64)
     with (
         frozen(model),
-        tqdm(total=probe.epochs * len(train), unit="img", file=sys.stderr, **({} if progress else {"disable": True})) as bar,
+        tqdm(total=probe.epochs * len(train), unit="img", file=sys.stderr, disable=hidden(show=progress)) as bar,
     ):
         for row in _train(model, layer, train, probe, pixels=pixels, seed=seed, workers=workers, bar=bar):
             rank = _ranks(layer, features, labels)

@@ -27,6 +27,7 @@ from fkd_ssl.eval.scores import (
     ranks,
     same_dimension,
 )
+from fkd_ssl.progress import hidden
 
 STRENGTHS = tuple(float(10 ** (power / 2)) for power in range(-10, 5))
 """Inverse L2 strengths C as scikit-learn counts them: C x sum of losses + |W|^2 / 2; 1e-5 to 100 by half decades."""
@@ -84,7 +85,7 @@ def evaluate(
         raise RequestError("train_labels: one class only; a probe needs two to tell apart")
 
     held = held_out(known, seed=seed)
-    with tqdm(total=len(strengths) + 1, desc="logreg", file=sys.stderr, **({} if progress else {"disable": True})) as bar:
+    with tqdm(total=len(strengths) + 1, desc="logreg", file=sys.stderr, disable=hidden(show=progress)) as bar:
         sweep = _sweep(train, known, held, classes, sorted(strengths), bar)
         best = max(sweep, key=lambda row: (row["top1"], -row["loss"]))
         data, (mean, scale) = _standardised(train, None)

@@ -249,9 +249,10 @@ class Samples(list[Batch]):
         )
 
 
-def whole_batch(samples: Samples) -> Batch:
+def whole_batch(samples: Any) -> Batch:
     """The collate function that keeps the batch as it was read: `images` [B M, 3, P, P], `targets` [B M, D]."""
-    return samples.batch
+    batch: Batch = samples.batch
+    return batch
 
 
 def start_worker(worker: int) -> None:

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from fkd_ssl import files
 from fkd_ssl.errors import RequestError, StoreError
+from fkd_ssl.progress import hidden
 
 CLASSES: dict[str, str] = {
     "circle": "●",
@@ -193,7 +194,7 @@ def _stamp(glyph: str, name: str, size: int) -> Image.Image:
 
 def _write(folder: Path, counts: dict[str, int], pixels: int, seed: int, progress: bool) -> None:
     total = len(CLASSES) * sum(counts.values())
-    with tqdm(total=total, unit="image", desc="glyphs", **({} if progress else {"disable": True})) as bar:
+    with tqdm(total=total, unit="image", desc="glyphs", disable=hidden(show=progress)) as bar:
         for split, count in counts.items():
             for name in CLASSES:
                 (folder / split / name).mkdir(parents=True)

@@ -153,7 +153,8 @@ def decode(data: bytes, path: Path) -> UInt8Array:
     try:
         if data[:3] == b"\xff\xd8\xff":
             with suppress(ValueError):  # not quite a JPEG: Pillow decides
-                _check_size(*simplejpeg.decode_jpeg_header(data)[:2], path)
+                height, width, *_ = simplejpeg.decode_jpeg_header(data)
+                _check_size(height, width, path)
                 pixels: UInt8Array = simplejpeg.decode_jpeg(data, "RGB")
                 return pixels
         with Image.open(io.BytesIO(data)) as picture:

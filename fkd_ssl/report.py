@@ -146,7 +146,6 @@ def _plot(results: dict[str, Any], folder: Path, column: str, label: str, out: P
     for axis in axes:
         axis.grid(alpha=0.25)
         axis.spines[["top", "right"]].set_visible(False)
-    place = "lower right" if column in _PROBE_NAMES else "upper right"
-    axes[0].legend(frameon=False, fontsize=8, loc=place)
+    axes[0].legend(frameon=False, fontsize=8, loc="center right" if column in _PROBE_NAMES else "upper right")
     figure.savefig(out, dpi=130)
     plt.close(figure)

@@ -1,5 +1,6 @@
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from contextlib import suppress
@@ -245,3 +246,17 @@ def test_damaged_headers_raise_nothing_else(folder, data):
     path.write_bytes(damaged)
     with suppress(StoreError):
         assert files.map_npy(path, np.dtype(np.float32), (3, None)).shape == (3, 4)
+
+
+def test_without_hard_links_a_file_is_still_not_replaced(tmp_path, monkeypatch):
+    def refuse(*names):
+        raise PermissionError("no hard links here")
+
+    monkeypatch.setattr(os, "link", refuse)
+    for _ in range(2):
+        with files.publish(tmp_path / "a") as file:
+            file.write(b"one")
+    with pytest.raises(StoreError, match="exists with other content"), files.publish(tmp_path / "a") as file:
+        file.write(b"two")
+    assert (tmp_path / "a").read_bytes() == b"one"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]

@@ -157,7 +157,10 @@ def test_parameters_out_of_range_are_refused(options: dict[str, int], message: s
         make_glyphs(tmp_path / "set", **{**FEW, **options})
 
 
-def test_the_bar_is_on_standard_error_or_absent(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_bar_is_on_standard_error_or_absent(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
     make_glyphs(tmp_path / "a", train_per_class=1, val_per_class=1)
     shown = capfd.readouterr()
     assert shown.out == ""

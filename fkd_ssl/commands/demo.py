@@ -21,6 +21,7 @@ def run(config: Config) -> int:
     """Runs it and prints the table."""
     import time
     from pathlib import Path
+    from typing import Any
 
     from fkd_ssl.commands import compare, console
     from fkd_ssl.glyphs import make_glyphs
@@ -29,7 +30,7 @@ def run(config: Config) -> int:
 
     started = time.perf_counter()
     out = Path(config.out)
-    counts = {"train_per_class": 20, "val_per_class": 10} if config.smoke else {}
+    counts: dict[str, Any] = {"train_per_class": 20, "val_per_class": 10} if config.smoke else {}
     console.say(f"1/3 images: {out / 'images'}")
     images = make_glyphs(out / "images", **counts)
     console.say(f"2/3 teacher: MoCo v2 on {images / 'train'}, without labels")

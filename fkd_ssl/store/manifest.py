@@ -15,6 +15,7 @@ from fkd_ssl import files
 from fkd_ssl.crops import Recipe
 from fkd_ssl.errors import ImageError, RequestError, StoreError
 from fkd_ssl.images import ImageSet, read_size
+from fkd_ssl.progress import hidden
 
 FORMAT = "fkd_ssl store"
 VERSION = 1
@@ -143,7 +144,7 @@ def create(folder: Path, images: ImageSet, *, seed: int, recipe: Recipe, crops: 
     if _UNSAFE.search(lines):
         raise RequestError(f"{images.root}: a name with '\\', or one like a drive, cannot be stored; rename it")
     sizes = np.zeros(len(images), dtype=SIZE_DTYPE)
-    for row in tqdm(range(len(images)), desc="image headers", unit="img", **({"disable": True} if len(images) < 2000 else {})):
+    for row in tqdm(range(len(images)), desc="image headers", unit="img", disable=hidden(show=len(images) >= 2000)):
         try:
             sizes[row] = (images.file(row).stat().st_size, *read_size(images.file(row)))
         except ImageError as error:

@@ -86,6 +86,8 @@ def test_compare(work: Path, call: Any) -> None:
     ("change", "status", "said"),
     [
         ("--seeds 0", 2, "must be positive"),
+        ("--crops 2", 2, "fewer than the 4 of --crops_per_image"),
+        ("--codec nosuch", 2, "'nosuch' is none of those accepted"),
         ("--val nowhere", 2, "nowhere: no such folder of images"),
         ("--images train/ash", 2, "lie outside any class folder"),
         ("--teacher mocov2", 2, "--checkpoint is needed"),
@@ -93,7 +95,7 @@ def test_compare(work: Path, call: Any) -> None:
     ],
 )
 def test_compare_refuses_early(work: Path, call: Any, change: str, status: int, said: str) -> None:
-    line = "compare --images train --val val --teacher own_teacher:make --student squeezenet1_1 --epochs 2 --out cmp"
+    line = "compare --images train --val val --teacher own_teacher:make --student squeezenet1_1 --epochs 4 --out cmp"
     answer = call(f"{line} {change}")
     assert (answer.status, answer.out) == (status, "")
     assert said in answer.err

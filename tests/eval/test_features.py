@@ -83,7 +83,8 @@ def test_modes_come_back_after_an_error(backbone) -> None:
     assert backbone.training
 
 
-def test_progress_goes_to_standard_error(make_set, capfd) -> None:
+def test_progress_goes_to_standard_error(make_set, capfd, monkeypatch) -> None:
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
     features.extract(flat, make_set("train", per_class=1), pixels=8, workers=0, desc="gallery")
     out, err = capfd.readouterr()
     assert out == ""

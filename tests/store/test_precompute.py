@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import shutil
 
 import numpy as np
@@ -253,7 +254,7 @@ def test_other_images_are_refused(tmp_path, make_store, pictures):
 
 @pytest.mark.parametrize("change", [{"crops": 0}, {"chunk_size": 0}, {"pixels": 0}])
 def test_numbers_below_one_are_refused(tmp_path, make_store, change):
-    with pytest.raises(RequestError, match="must be at least 1"):
+    with pytest.raises(RequestError, match="must lie in 1 to"):
         make_store(tmp_path / "store", **change)
 
 
@@ -361,3 +362,27 @@ def test_no_image_at_all_can_be_read(tmp_path, make_store, pictures):
         path.write_bytes(b"nothing")
     with pytest.raises(ImageError, match="none of the images in the codec's sample can be read"):
         make_store(tmp_path / "store", images=pictures, skip_unreadable=True)
+
+
+def test_a_refused_request_touches_nothing(tmp_path, make_store):
+    precious = tmp_path / "store" / "docs" / ".tmp-precious"
+    precious.mkdir(parents=True)
+    (precious / "a").write_text("mine")
+    os.utime(precious, (0, 0))
+    with pytest.raises(RequestError, match="exists and is not a store"):
+        make_store(tmp_path / "store")
+    assert (precious / "a").read_text() == "mine"
+    for options, message in (({"codec": "nosuch"}, "none of those accepted"), ({"crops": 10**7}, "--crops 10000000")):
+        with pytest.raises(RequestError, match=message):
+            make_store(tmp_path / "new", **options)
+    assert not (tmp_path / "new").exists()
+
+
+def test_old_leftovers_of_killed_processes_are_swept(tmp_path, make_store):
+    store = make_store(tmp_path / "store")
+    old, young = (store.folder / "crops" / f".tmp-00000.npy-{k * 12}" for k in "ab")
+    for path in (old, young):
+        path.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    make_store(tmp_path / "store")
+    assert (old.exists(), young.exists()) == (False, True)

@@ -17,7 +17,7 @@ from torch import nn
 from fkd_ssl.commands.resolve import load_student
 from fkd_ssl.crops import RECIPES
 from fkd_ssl.data import FreshCrops, StoredCrops
-from fkd_ssl.errors import RequestError
+from fkd_ssl.errors import FkdError, RequestError
 from fkd_ssl.images import scan
 from fkd_ssl.training.config import TrainConfig
 from fkd_ssl.training.engine import total_steps
@@ -249,11 +249,11 @@ class TestResume:
             "from fkd_ssl.training.engine import train\n"
             "torch.set_num_threads(1)\n"
             f"config = TrainConfig(**{run.config.__dict__!r})\n"
-            "write = recorder.Recorder._write\n"
-            "def dying(self):\n"
-            "    write(self)\n"
-            "    if self._lines and self._lines[-1]['step'] == 5: os._exit(9)\n"
-            "recorder.Recorder._write = dying\n"
+            "write = recorder.Recorder._append\n"
+            "def dying(self, step, **values):\n"
+            "    write(self, step, **values)\n"
+            "    if step == 5: os._exit(9)\n"
+            "recorder.Recorder._append = dying\n"
             "data = StoredCrops(fkd_ssl.open_store(config.store), config.images, crops_per_image=2, pixels=32)\n"
             "train(config, data, Path(config.out), dim=16)\n"
         )
@@ -342,3 +342,20 @@ def test_losses_are_golden(make_run: Any) -> None:
     assert len(golden["loss"]) == 20
     assert found["loss"] == pytest.approx(golden["loss"], rel=1e-3)
     assert found["kl"] == pytest.approx(golden["kl"], rel=5e-2)
+
+
+class TestDivergence:
+    def test_a_loss_that_is_no_number_stops_before_it_is_saved(self, make_run: Any, tiny_teacher: Any) -> None:
+        calls = [0]
+
+        def breaking(images: torch.Tensor) -> torch.Tensor:
+            calls[0] += 1
+            return tiny_teacher.embed(images) * (float("nan") if calls[0] == 5 else 1.0)  # type: ignore[no-any-return]
+
+        run = make_run("run", targets="online", teacher="tiny")
+        with pytest.raises(FkdError, match=r"step 5: the loss is nan: the training has diverged"):
+            run.train(embed=breaking)
+        assert run.column("step") == [1, 2, 3, 4]
+        assert all(
+            torch.isfinite(value).all() for value in run.checkpoint()["state_dict"].values() if value.is_floating_point()
+        )

@@ -1,12 +1,16 @@
-"""metrics.csv: written whole, and read back."""
+"""metrics.csv: appended, cut back to a checkpoint, and read; the clock and the memory beside it."""
 
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from fkd_ssl.training.recorder import FIELDS, Recorder, read_metrics
+from fkd_ssl.training.recorder import Recorder, peak_memory, read_metrics
 
 
 def test_an_empty_cell_is_none(tmp_path: Path) -> None:
@@ -17,28 +21,52 @@ def test_an_empty_cell_is_none(tmp_path: Path) -> None:
     ]
 
 
-def test_a_state_is_continued_and_later_lines_are_forgotten(tmp_path: Path) -> None:
-    def make() -> Recorder:
-        return Recorder(tmp_path / "metrics.csv", every=2, batch_size=8, images=16)
+def recorder(folder: Path) -> Recorder:
+    return Recorder(folder / "metrics.csv", every=2, batch_size=8, images=16)
 
-    first = make()
-    first.seconds, first.waited = 3.0, 1.0
-    first._lines = [dict.fromkeys(FIELDS, 1)]
-    first._sums = torch.tensor([5.0, 4.0, 2.0])
-    first._write()
+
+def start(one: Recorder, step: int) -> None:
+    """As Lightning starts a training, at `step`."""
+    one.on_train_start(SimpleNamespace(global_step=step, max_steps=9), SimpleNamespace(device="cpu"))  # type: ignore[arg-type]
+
+
+def test_a_state_is_continued_and_later_lines_are_forgotten(tmp_path: Path) -> None:
+    first = recorder(tmp_path)
+    start(first, 0)
+    for step in (2, 4, 6):
+        first._append(step, loss=float(step))
+    first.seconds, first.waited, first._count = 3.0, 1.0, 2
+    first._sums = torch.tensor([5.0, 4.0])
     state: dict[str, Any] = first.state_dict()
-    second = make()
+    assert state["peak"] == pytest.approx(peak_memory(), rel=0.1)
+    with (tmp_path / "metrics.csv").open("a") as file:
+        file.write("8,4.0,6")  # cut off by a kill
+
+    second = recorder(tmp_path)
     second.load_state_dict(state)
-    assert (second.seconds, second.waited) == (3.0, 1.0)
-    assert second._sums.tolist() == [5.0, 4.0, 2.0]
-    second._write()
-    assert [line["step"] for line in read_metrics(tmp_path / "metrics.csv")] == [1.0]
+    start(second, 4)
+    assert (second.seconds, second.waited, second._count, second.peak) == (3.0, 1.0, 2, state["peak"])
+    assert second._sums.tolist() == [5.0, 4.0]
+    second._append(6, loss=60.0)
+    lines = read_metrics(tmp_path / "metrics.csv")
+    assert [(line["step"], line["loss"]) for line in lines] == [(2, 2.0), (4, 4.0), (6, 60.0)]
 
 
 def test_the_header_is_what_the_design_promises(tmp_path: Path) -> None:
-    Recorder(tmp_path / "metrics.csv", every=2, batch_size=8, images=16)._write()
+    start(recorder(tmp_path), 0)
     assert (tmp_path / "metrics.csv").read_text() == "step,epoch,crops,seconds,loss,kl,lr,wait,knn_top1\n"
     assert read_metrics(tmp_path / "metrics.csv") == []
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
+def test_the_peak_is_this_process_s_own() -> None:
+    """A child's is not what its parent used before it started it."""
+    held = np.ones(2**26, dtype=np.float64)  # 512 MB
+    script = "from pathlib import Path; print(Path('/proc/self/status').read_text())"
+    del held
+    status = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout
+    child = next(1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+    assert child < 2**26 < 2**29 < peak_memory()
 
 
 def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
