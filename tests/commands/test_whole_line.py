@@ -95,7 +95,10 @@ def test_compare(work: Path, call: Any) -> None:
     ],
 )
 def test_compare_refuses_early(work: Path, call: Any, change: str, status: int, said: str) -> None:
-    line = "compare --images train --val val --teacher own_teacher:make --student squeezenet1_1 --epochs 4 --batch_size 16 --out cmp"
+    line = (
+        "compare --images train --val val --teacher own_teacher:make --student squeezenet1_1 --epochs 4 --batch_size 16 "
+        "--out cmp"
+    )
     answer = call(f"{line} {change}")
     assert (answer.status, answer.out) == (status, "")
     assert said in answer.err
