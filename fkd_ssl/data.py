@@ -157,7 +157,9 @@ class StoredCrops(Crops):
                 f"{absent[0]!r}: give the folder that the store was made from"
             )
         if not len(rows):
-            raise StoreError(f"{store.folder}: holds no finished {'crops' if self.column is None else 'targets'}; run fkd-ssl precompute")
+            raise StoreError(
+                f"{store.folder}: holds no finished {'crops' if self.column is None else 'targets'}; run fkd-ssl precompute"
+            )
         self.root: Path = found.root
         self.classes = found.classes
         positions = np.array([where[store.paths[row]] for row in rows])

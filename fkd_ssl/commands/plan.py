@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 CODECS = ("Flat", "SQfp16", "SQ8", "SQ6", "SQ4", "OPQ32,PQ32x8", "OPQ16,PQ16x8")
 _IMAGES = 8  # that are read for the timing
-_FEW = 8  # crops in the first forwards, from which the time of a whole chunk is foreseen
+_FEW = 8  # crops in the first runs, from which the time of larger ones is foreseen
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,7 +238,11 @@ def measure(config: Config, images: "ImageSet", teacher: "Teacher", recipe: "Rec
 
     def forward(count: int) -> Callable[[], None]:
         given = batch(count)
-        return lambda: float(teacher.embed(given).sum()) and None  # a number: the GPU has finished
+
+        def see() -> None:
+            teacher.embed(given).sum().item()  # a number: the GPU has finished
+
+        return see
 
     forward_seconds, forward_batch = timed(forward, config.chunk_size, config.seconds)
 
@@ -254,9 +258,9 @@ def measure(config: Config, images: "ImageSet", teacher: "Teacher", recipe: "Rec
         def train() -> None:
             optimizer.zero_grad()
             loss = objective(student(given), target)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-            float(loss)
+            loss.item()
 
         return train
 
@@ -268,22 +272,23 @@ def measure(config: Config, images: "ImageSet", teacher: "Teacher", recipe: "Rec
 
 
 def timed(make: Callable[[int], Callable[[], None]], count: int, seconds: float) -> tuple[float, int]:
-    """Seconds a crop, the best of some runs, and on how many crops they ran: `count`, or a few where those take too long."""
+    """Seconds a crop, the best of some runs, and on how many crops they ran: `count`, or as many as time allows."""
 
     def once(work: Callable[[], None]) -> float:
         start = time.perf_counter()
         work()
         return time.perf_counter() - start
 
+    until = time.perf_counter() + seconds
     few = min(_FEW, count)
-    work = make(few)
-    work()
-    best = once(work)
-    if best / few * count * 3 <= seconds:
-        few, work = count, make(count)
-        work()
+    while True:
+        work = make(few)
+        work()  # the first run of a size makes its plans
         best = once(work)
-    until = time.perf_counter() + seconds / 2
+        more = min(count, 4 * few)
+        if more == few or time.perf_counter() + 3 * best * more / few > until:
+            break
+        few = more
     while time.perf_counter() < until:
         best = min(best, once(work))
     return best / few, few
@@ -298,7 +303,8 @@ def _reading(images: "ImageSet", recipe: "Recipe", pixels: int, seconds: float) 
     from fkd_ssl.images import read_image
     from fkd_ssl.store.manifest import in_hash_order
 
-    views, decode, replay, count = [], 0.0, 0.0, 8
+    views: list[npt.NDArray[np.uint8]] = []
+    decode, replay, count = 0.0, 0.0, 8
     until = time.perf_counter() + seconds
     for row in in_hash_order(images.paths, "plan"):
         if len(views) == _IMAGES or (views and time.perf_counter() > until):
@@ -309,7 +315,7 @@ def _reading(images: "ImageSet", recipe: "Recipe", pixels: int, seconds: float) 
         except ImageError:
             continue
         read = time.perf_counter()
-        records = draw(recipe, image_key(0, images.paths[row]), *image.shape[:2], 0, count)
+        records = draw(recipe, image_key(0, images.paths[row]), image.shape[0], image.shape[1], 0, count)
         part = np.empty((count, pixels, pixels, 3), dtype=np.uint8)
         replay_into(part, image, records)
         replay += time.perf_counter() - read

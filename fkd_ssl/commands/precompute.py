@@ -7,6 +7,8 @@ jobs of your own with --shards 0/4, 1/4, ..., or --runner ray on a Ray cluster. 
 read and decode each image once.
 """
 
+import contextlib
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -14,7 +16,9 @@ from typing import TYPE_CHECKING, Literal
 from fkd_ssl.errors import RequestError
 
 if TYPE_CHECKING:
+    from fkd_ssl.images import ImageSet
     from fkd_ssl.store.precompute import Share, Summary
+    from fkd_ssl.teachers import Teacher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +77,8 @@ def run(config: Config) -> int:
 
         if world > 1 or config.shards is not None:
             raise RequestError("--runner ray hands out the shards itself: leave out --shards and torchrun")
-        summary = on_ray.precompute(config, log=console.say)
+        with contextlib.redirect_stdout(sys.stderr):  # where Ray tells of workers that died
+            summary = on_ray.precompute(config, log=console.say)
     elif config.shards is not None:
         if world > 1:
             raise RequestError("--shards is for processes of their own; under torchrun each takes its share by itself")
@@ -106,15 +111,18 @@ def run(config: Config) -> int:
 
 
 def write(
-    config: Config, *, share: "Share | None" = None, progress: bool = True, log: Callable[[str], None]
+    config: Config,
+    *,
+    share: "Share | None" = None,
+    progress: bool = True,
+    log: Callable[[str], None],
+    load: "Callable[[Config], tuple[ImageSet, list[Teacher]]] | None" = None,
 ) -> "Summary":
-    """What `run` does, in this process."""
+    """What `run` does, in this process; `load` stands in for this module's."""
     from fkd_ssl.commands import resolve
-    from fkd_ssl.images import scan
     from fkd_ssl.store.precompute import precompute
 
-    images = scan(config.images)
-    teachers = [resolve.teacher_of(name, file, config.precision) for name, file in teachers_of(config)]
+    images, teachers = (load or load_all)(config)
     return precompute(
         images,
         config.store,
@@ -133,6 +141,15 @@ def write(
         progress=progress,
         log=log,
     )
+
+
+def load_all(config: Config) -> "tuple[ImageSet, list[Teacher]]":
+    """The images and the teachers that were asked for."""
+    from fkd_ssl.commands import resolve
+    from fkd_ssl.images import scan
+
+    images = scan(config.images)
+    return images, [resolve.teacher_of(name, file, config.precision) for name, file in teachers_of(config)]
 
 
 def teachers_of(config: Config) -> list[tuple[str, str | None]]:

@@ -146,7 +146,9 @@ def create(
     if _UNSAFE.search(lines):
         raise RequestError(f"{images.root}: a name with '\\', or one like a drive, cannot be stored; rename it")
     sizes = np.zeros(len(images), dtype=SIZE_DTYPE)
-    for row in tqdm(range(len(images)), desc="image headers", unit="img", disable=hidden(show=progress and len(images) >= 2000)):
+    for row in tqdm(
+        range(len(images)), desc="image headers", unit="img", disable=hidden(show=progress and len(images) >= 2000)
+    ):
         try:
             sizes[row] = (images.file(row).stat().st_size, *read_size(images.file(row)))
         except ImageError as error:

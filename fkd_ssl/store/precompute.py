@@ -180,9 +180,7 @@ def _open_or_create(
     folder: Path, images: ImageSet, *, seed: int, recipe: Recipe, crops: int, skip_unreadable: bool, progress: bool
 ) -> Store:
     if not (folder / layout.MANIFEST).exists():
-        layout.create(
-            folder, images, seed=seed, recipe=recipe, crops=crops, skip_unreadable=skip_unreadable, progress=progress
-        )
+        layout.create(folder, images, seed=seed, recipe=recipe, crops=crops, skip_unreadable=skip_unreadable, progress=progress)
         return Store(folder)
     store = Store(folder)
     m = store.manifest

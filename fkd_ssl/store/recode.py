@@ -83,7 +83,9 @@ def _same(store: Store, source: Column, codec: str, to: str) -> Column:
             return there
     except StoreError:
         pass
-    raise RequestError(f"{store.folder}: holds something else than {source.name} in {codec} as {to!r}; choose another --to or --out")
+    raise RequestError(
+        f"{store.folder}: holds something else than {source.name} in {codec} as {to!r}; choose another --to or --out"
+    )
 
 
 def _fill(source: Column, codec: str, store: Store, to: str) -> None:

@@ -125,9 +125,7 @@ def _redraw(store: Store, shard: int, log: Log) -> bool:
     return True
 
 
-def _retrain(
-    store: Store, name: str, teacher: Teacher, reader: RowReader, pool: ThreadPoolExecutor, log: Log
-) -> None:
+def _retrain(store: Store, name: str, teacher: Teacher, reader: RowReader, pool: ThreadPoolExecutor, log: Log) -> None:
     """Trains a column's codec again; its arrays are replaced where they come out as meta.json tells."""
     folder = store.folder / layout.TARGETS / name
     try:
@@ -176,7 +174,13 @@ def _recompute(
     )  # fmt: skip
     for path, digest in was.items():
         now = _digest(path)
-        how = "" if digest is None else ", as it was" if now == digest else ", in other bytes than were recorded (verify compares)"
+        how = (
+            ""
+            if digest is None
+            else ", as it was"
+            if now == digest
+            else ", in other bytes than were recorded (verify compares)"
+        )
         log(f"{path}: {'not made again' if now is None else f'made again{how}'}")
 
 

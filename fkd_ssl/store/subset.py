@@ -21,6 +21,7 @@ from fkd_ssl.store.reader import Column, Store
 
 Rows = npt.NDArray[np.int64]
 
+
 def subset(
     store: Store, out: str | Path, *, crops: int | None = None, teachers: Sequence[str] | None = None,
     paths: Sequence[str] | None = None,
@@ -138,7 +139,7 @@ class Part:
 
 @contextmanager
 def whole_folder(target: Path) -> Iterator[Path]:
-    """Yields a folder to fill, which appears as `target` when the block ends well; a call after a killed one finds what that had filled.
+    """Yields a folder to fill, which becomes `target` when the block ends well; after a kill, what was filled is found.
 
     Raises:
         RequestError: Another process fills it now.

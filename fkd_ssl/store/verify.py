@@ -214,9 +214,7 @@ def _positions(store: Store, images: ImageSet) -> dict[str, int]:
     return where
 
 
-def _check_images(
-    store: Store, images: ImageSet, shards: Sequence[int], pool: ThreadPoolExecutor, report: Report
-) -> set[int]:
+def _check_images(store: Store, images: ImageSet, shards: Sequence[int], pool: ThreadPoolExecutor, report: Report) -> set[int]:
     """Compares every image of these shards with what the teacher saw; returns the rows of those that are others now."""
     where = _positions(store, images)
     bad: set[int] = set()

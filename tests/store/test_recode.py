@@ -159,7 +159,7 @@ def test_what_is_there_is_left(source, tree):
     before = tree(source.folder)
     assert recode(source, "SQ4", name="tiny").name == "tiny-SQ4"
     for options in ({"codec": "SQ6", "to": "tiny-SQ4"}, {"codec": "SQ8", "to": "tiny"}):
-        with pytest.raises(RequestError, match="holds something else than tiny in SQ. as .*; choose another --to or --out"):
+        with pytest.raises(RequestError, match=r"holds something else than tiny in SQ. as .*; choose another --to or --out"):
             recode(source, name="tiny", **options)
     with pytest.raises(RequestError, match=r"letters, digits, '\.', '_' and '-' only"):
         recode(source, "SQ6", name="tiny", to="a/b")

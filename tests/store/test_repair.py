@@ -93,9 +93,7 @@ def test_codes_come_back_and_no_other_shard_is_redone(folder, tree, image_folder
     for name in names:
         flip(folder / "targets/tiny" / name)
     lines, problems = mend(folder)
-    assert lines == [
-        "column tiny: its teacher is needed to make it again: --teacher, --checkpoint, --images and --name tiny"
-    ]
+    assert lines == ["column tiny: its teacher is needed to make it again: --teacher, --checkpoint, --images and --name tiny"]
     assert len(problems) == len(names)
     lines, problems = mend(folder, images.scan(image_folder), teacher, name="tiny")
     assert problems == []

@@ -76,7 +76,7 @@ def test_names_are_given_one_each(tmp_path, image_folder, pair):
 
 @pytest.mark.parametrize(("names", "pixels"), [(["x"], 32), (["x", "x"], 32), (["x", "y"], [32]), ("x", 32)])
 def test_names_and_sizes_that_do_not_go_with_the_teachers_are_refused(tmp_path, image_folder, pair, names, pixels):
-    with pytest.raises(RequestError, match="2 teachers, columns .*: each teacher needs one size and a name of its own"):
+    with pytest.raises(RequestError, match=r"2 teachers, columns .*: each teacher needs one size and a name of its own"):
         make(tmp_path / "store", image_folder, pair, name=names, pixels=pixels)
     assert not (tmp_path / "store").exists()
 
@@ -115,7 +115,7 @@ def test_stopped_together_each_goes_on_from_where_it_is(tmp_path, image_folder, 
         left = [stop - sum(seen.values())]
         for teacher in pair:
 
-            def embed(views, teacher=teacher, real=teacher.embed):
+            def embed(views, teacher=teacher, real=teacher.embed, left=left):
                 if left[0] == 0:
                     raise PulledError
                 left[0] -= 1
@@ -243,9 +243,7 @@ def test_a_folder_that_vanishes_is_no_reason_to_skip(tmp_path, pictures, new_tea
 
 
 def test_a_picture_that_shrinks_is_no_reason_to_skip(tmp_path, pictures, new_teacher):
-    manifest.create(
-        tmp_path / "store", images.scan(pictures), seed=0, recipe=RECIPES["mocov2"], crops=6, skip_unreadable=True
-    )
+    manifest.create(tmp_path / "store", images.scan(pictures), seed=0, recipe=RECIPES["mocov2"], crops=6, skip_unreadable=True)
     path = pictures / "ash" / "001.jpg"
     path.write_bytes(path.read_bytes()[:500])
     with pytest.raises(ImageError, match=r"ash/001\.jpg: changed since the store was made"):
