@@ -248,7 +248,9 @@ def _check_targets(
     """Compares a sample of the targets in these shards with what the teacher says now."""
     store = column.store
     where = _positions(store, images)
-    rows = [int(row) for row in store.rows if row // store.manifest.rows_per_shard in shards and int(row) not in changed]
+    rows = [row for shard in sorted(shards) for row in store.manifest.shard_rows(shard)]
+    left_out = changed.union(*(store.skipped(shard) for shard in shards))
+    rows = [row for row in rows if row not in left_out]
     order = [rows[k] for k in layout.in_hash_order([store.paths[row] for row in rows], "verify")[:sample]]
     cosines = []
     for k, row in enumerate(tqdm(order, desc="verify targets", unit="crop")):
