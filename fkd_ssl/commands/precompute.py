@@ -96,9 +96,11 @@ def run(config: Config) -> int:
         console.show_json(summary.__dict__)
     else:
         rate = summary.crops / summary.seconds
-        done = (
-            f"{summary.crops:,} crops in {summary.seconds:.0f} s ({rate:,.0f} a second)" if summary.crops else "nothing to do"
-        )
+        done = "nothing to do"
+        if summary.crops:
+            done = f"{summary.crops:,} crops in {summary.seconds:.0f} s ({rate:,.0f} a second)"
+        elif summary.busy or summary.left:
+            done = "nothing left for this process"
         console.show(f"{config.store}: {done}; {gigabytes(summary.store_bytes)} on disk")
     if summary.busy:
         console.say(
