@@ -134,8 +134,8 @@ def main() -> None:
             wrong += bool(problems) or not same
             forwards += seen - needed
             print(
-                f"store {stores}: digest {digest(store)[:16]}, {'equal' if same else 'OTHER'}; verify: {len(problems)} problems; "
-                f"{seen} forwards, {seen - needed} more than needed",
+                f"store {stores}: digest {digest(store)[:16]}, {'equal' if same else 'OTHER'}; verify: {len(problems)} "
+                f"problems; {seen} forwards, {seen - needed} more than needed",
                 flush=True,
             )
         print(f"{kills} kills, {stores} stores, {wrong} of them wrong; {forwards / kills:.2f} forwards lost a kill")

@@ -92,7 +92,8 @@ def main() -> None:
             images, folder, timed, crops=args.crops, recipe=RECIPES["mocov2"], pixels=args.pixels, threads=args.threads,
             chunk_size=args.chunk_size, progress=False,
         )  # fmt: skip
-        assert timed.began is not None
+        if timed.began is None:
+            raise SystemExit("precompute ran without the teacher")
         rate = crops / (time.perf_counter() - timed.began)
         reader = RowReader(Store(folder), images, skip_unreadable=False, ahead=1)
         start = time.perf_counter()
