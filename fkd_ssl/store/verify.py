@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from fkd_ssl import files
-from fkd_ssl.crops import CROP_DTYPE, probe_digest, replay, well_formed
+from fkd_ssl.crops import CROP_DTYPE, Records, probe_digest, replay, well_formed
 from fkd_ssl.errors import FkdError, ImageError, RequestError, StoreError
 from fkd_ssl.images import ImageSet, decode, read_bytes
 from fkd_ssl.store import manifest as layout
@@ -22,6 +22,7 @@ from fkd_ssl.store.rows import Teacher
 # a fresh sample's least cosine may lie this many times further from 1 than the recorded one, plus the slack of another
 # machine's arithmetic
 _TIMES, _SLACK = 4.0, 1e-3
+_RECORDS_AT_ONCE = 2**18  # crop records that are checked at once: some 20 MB
 _ENOUGH = 16  # crops whose mean cosine says something
 
 
@@ -173,17 +174,28 @@ def _check_crops(store: Store, shard: int, report: Report) -> None:
     if sidecar["skipped"] != skipped:
         report.add(_again(f"{path.with_suffix('.json')}: rows without a checksum are not those skipped", path, shard), damage)
         return
-    sizes = store.sizes[rows.start : rows.stop]
-    bottom = records["top"].astype(np.int64) + records["height"]
-    right = records["left"].astype(np.int64) + records["width"]
-    inside = (bottom <= sizes["height"][:, None]) & (right <= sizes["width"][:, None])
-    inside &= (records["height"] > 0) & (records["width"] > 0)
-    possible = inside.all(axis=1) | np.isin(rows, skipped)
-    if not well_formed(records):
-        possible &= [well_formed(of_row) for of_row in records]
-    if not possible.all():
-        row = rows[int(np.argmin(possible))]
+    row = _impossible(store, shard, records, skipped)
+    if row is not None:
         report.add(_again(f"{path}: a crop of row {row} ({store.paths[row]}) is impossible", path, shard), damage)
+
+
+def _impossible(store: Store, shard: int, records: Records, skipped: list[int]) -> int | None:
+    """The first row of a shard with a record that no recipe draws for its image; skipped rows hold neutral ones."""
+    rows = store.manifest.shard_rows(shard)
+    step = max(1, _RECORDS_AT_ONCE // store.crops_per_image)
+    for first in range(0, len(rows), step):
+        block, these = np.asarray(records[first : first + step]), rows[first : first + step]
+        sizes = store.sizes[these.start : these.stop]
+        bottom = block["top"].astype(np.int64) + block["height"]
+        right = block["left"].astype(np.int64) + block["width"]
+        inside = (bottom <= sizes["height"][:, None]) & (right <= sizes["width"][:, None])
+        inside &= (block["height"] > 0) & (block["width"] > 0)
+        possible = inside.all(axis=1) | np.isin(these, skipped)
+        if not well_formed(block):
+            possible &= [well_formed(of_row) for of_row in block]
+        if not possible.all():
+            return int(these[int(np.argmin(possible))])
+    return None
 
 
 def _check_codes(column: Column, shard: int, report: Report) -> None:

@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from fkd_ssl.commands import resolve
 from fkd_ssl.store import manifest
 
 LINE = "precompute --images train --teacher own_teacher:make --crops 4 --codec Flat --chunk_size 16"
@@ -20,6 +22,7 @@ LINE = "precompute --images train --teacher own_teacher:make --crops 4 --codec F
 TEACHER = """
 import os, time
 from pathlib import Path
+from fkd_ssl.commands import resolve
 from fkd_ssl.store import manifest
 
 manifest.ROWS_PER_SHARD = 4
@@ -190,3 +193,21 @@ def test_without_ray_it_says_what_to_install(workplace: Path, call: Any, monkeyp
     status, _, err = call(f"{LINE} --store new --runner ray")
     assert status == 2
     assert "--runner ray needs Ray: pip install 'fkd_ssl[ray]'" in err
+
+
+class TestPlaces:
+    def test_each_process_of_a_machine_has_a_gpu_of_its_own(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+        assert resolve.device() == torch.device("cuda", 0)
+        monkeypatch.setenv("LOCAL_RANK", "3")
+        assert resolve.device() == torch.device("cuda", 3)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+        assert resolve.device() == torch.device("cuda", 1)
+
+    def test_and_its_part_of_the_processors(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(12)), raising=False)
+        assert resolve.cpu_threads() == 12
+        for world, expected in ((4, 3), (5, 2), (16, 1)):
+            monkeypatch.setenv("LOCAL_WORLD_SIZE", str(world))
+            assert resolve.cpu_threads() == expected
