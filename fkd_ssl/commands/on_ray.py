@@ -1,6 +1,7 @@
 """Precompute as tasks of a Ray cluster: one a shard, tried again when its worker or its machine is lost."""
 
 import functools
+import importlib
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -29,7 +30,7 @@ def precompute(config: Config, *, log: Callable[[str], None]) -> "Summary":
         FkdError: A shard failed on every try.
     """
     try:
-        import ray
+        ray: Any = importlib.import_module("ray")
     except ImportError as error:
         raise RequestError("--runner ray needs Ray: pip install 'fkd_ssl[ray]'") from error
     from tqdm import tqdm
@@ -42,7 +43,7 @@ def precompute(config: Config, *, log: Callable[[str], None]) -> "Summary":
         ray.init(log_to_driver=False)
     waiting: dict[Any, int] = {}
     try:
-        resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        resources: dict[str, float] = ray.cluster_resources()
         processors, gpus = resources.get("CPU", 0), resources.get("GPU", 0)
         log(f"Ray: {processors:.0f} processors, {gpus:.0f} GPUs; a shard is a task on one {'GPU' if gpus else 'processor'}")
         task = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0, max_retries=RETRIES)(_shard)
