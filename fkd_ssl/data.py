@@ -119,6 +119,8 @@ class StoredCrops(Crops):
         seed: Of the starts.
         with_targets: False gives the crops alone, for a teacher that runs online on them.
         teacher_pixels: Side at which the crops are made once more, for a teacher that runs online.
+        partial: Take the images whose shards are done from a store that is still being written, as it stands when it is
+            first looked at; open the store again to see more.
 
     Raises:
         StoreError: The column is unknown or not finished, or an image of the store is missing from the folder.
@@ -135,35 +137,39 @@ class StoredCrops(Crops):
         seed: int = 0,
         with_targets: bool = True,
         teacher_pixels: int | None = None,
+        partial: bool = False,
     ) -> None:
         found = images if isinstance(images, ImageSet) else scan(images)
         self.store = store
         self.column = store.column(teacher) if with_targets else None
-        if self.column is not None:
+        if self.column is not None and not partial:
             self.column.require_complete()
+        rows = store.rows if self.column is None else self.column.rows
         if crops_per_image > store.crops_per_image:
             raise RequestError(
                 f"crops_per_image {crops_per_image}: {store.folder} holds {store.crops_per_image} crops of each image"
             )
         where = {path: k for k, path in enumerate(found.paths)}
-        absent = [path for path in (store.paths[row] for row in store.rows) if path not in where]
+        absent = [path for path in (store.paths[row] for row in rows) if path not in where]
         if absent:
             raise StoreError(
-                f"{found.root}: lacks {len(absent)} of the {len(store)} images of {store.folder}, for instance "
+                f"{found.root}: lacks {len(absent)} of the {len(rows)} images of {store.folder}, for instance "
                 f"{absent[0]!r}: give the folder that the store was made from"
             )
-        if not len(store):
-            raise StoreError(f"{store.folder}: holds no finished crops; run fkd-ssl precompute")
+        if not len(rows):
+            raise StoreError(
+                f"{store.folder}: holds no finished {'crops' if self.column is None else 'targets'}; run fkd-ssl precompute"
+            )
         self.root: Path = found.root
         self.classes = found.classes
-        positions = np.array([where[store.paths[row]] for row in store.rows])
+        positions = np.array([where[store.paths[row]] for row in rows])
         self.labels = found.labels[positions]
         self._spelled: dict[int, str] = {
             int(k): found.on_disk[p] for k, p in enumerate(positions) if found.on_disk[p] != found.paths[p]
         }
-        self._rows = store.rows
+        self._rows = rows
         self.seed = seed
-        super().__init__(len(store), crops_per_image, pixels, teacher_pixels)
+        super().__init__(len(rows), crops_per_image, pixels, teacher_pixels)
 
     def _index(self, pass_: int, i: int) -> npt.NDArray[np.int64]:
         c, m = self.store.crops_per_image, self.crops_per_image

@@ -10,6 +10,7 @@ import math
 import os
 import secrets
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -24,6 +25,8 @@ from fkd_ssl.errors import StoreError
 TEMPORARY = ".tmp-"
 _MAX_JSON = 64 * 2**20
 _MAX_HEADER = 4096
+# NumPy parses a header as Python text, and Python 3.11's parser fails now and then where two threads do that at once
+_ONE_AT_A_TIME = threading.Lock()
 
 
 def sha256(data: bytes | memoryview) -> str:
@@ -174,7 +177,8 @@ def map_npy(path: Path, dtype: np.dtype[Any], shape: tuple[int | None, ...]) -> 
         with path.open("rb") as file:
             if np.lib.format.read_magic(file) != (1, 0):
                 raise ValueError("not version 1.0 of the format")
-            found, fortran, kind = np.lib.format.read_array_header_1_0(file, max_header_size=_MAX_HEADER)
+            with _ONE_AT_A_TIME:
+                found, fortran, kind = np.lib.format.read_array_header_1_0(file, max_header_size=_MAX_HEADER)
             offset = file.tell()
             size = os.fstat(file.fileno()).st_size
     except OSError as error:

@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -260,3 +261,12 @@ def test_without_hard_links_a_file_is_still_not_replaced(tmp_path, monkeypatch):
         file.write(b"two")
     assert (tmp_path / "a").read_bytes() == b"one"
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_many_threads_map_at_once(tmp_path):
+    """Python 3.11's parser, which NumPy reads headers with, fails in some of two hundred such calls."""
+    array = np.arange(12, dtype=np.uint8).reshape(3, 4)
+    files.write_npy(tmp_path / "a.npy", array)
+    with ThreadPoolExecutor(16) as pool:
+        for found in pool.map(lambda _: files.map_npy(tmp_path / "a.npy", np.dtype(np.uint8), (3, 4)), range(2000)):
+            np.testing.assert_array_equal(found, array)

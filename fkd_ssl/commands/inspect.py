@@ -69,6 +69,8 @@ def run(config: Config) -> int:
             f"{fidelity['cosine_mean']:.5f} mean, {fidelity['cosine_min']:.5f} least of {fidelity['sample']}",
             f"  licence {teacher['licence']}; checkpoint sha256 {str(teacher['checkpoint_sha256'])[:16]}",
         ]
+        if "source_codec" in fidelity:
+            lines.append(f"  recoded from {fidelity['source_codec']}: these cosines are bounds")
         if column["missing_shards"]:
             lines.append(f"  NOT FINISHED: {len(column['missing_shards'])} of {about['shards']} shards are missing")
     console.show("\n".join(lines))

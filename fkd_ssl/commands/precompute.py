@@ -1,11 +1,24 @@
 """Runs a teacher once over C random crops of every image and stores its targets with the crops.
 
-The store can then train any number of students. Started again with the same options, a killed run continues; several
-processes can write one store at a time.
+The store can then train any number of students. Started again with the same options, a killed run continues, and the
+store comes out the same. Several processes can write one store at a time, on one machine or on many that share a file
+system; none waits for another: torchrun --nproc-per-node 8 -m fkd_ssl precompute ... (a GPU each, shards shared out), or
+jobs of your own with --shards 0/4, 1/4, ..., or --runner ray on a Ray cluster. Several teachers at once (--teacher a,b)
+read and decode each image once.
 """
 
+import contextlib
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+from fkd_ssl.errors import RequestError
+
+if TYPE_CHECKING:
+    from fkd_ssl.images import ImageSet
+    from fkd_ssl.store.precompute import Share, Summary
+    from fkd_ssl.teachers import Teacher
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,9 +30,10 @@ class Config:
     store: str
     """Folder of the store; a store that is there gets another column, or is continued."""
     teacher: str
-    """A family (mocov2, swav), a preset (fkd-ssl teachers lists them), or module:function of your own."""
+    """A family (mocov2, swav), a preset (fkd-ssl teachers lists them), or module:function of your own; several with commas
+    between them."""
     checkpoint: str | None = None
-    """The teacher's weights."""
+    """The teacher's weights; with several teachers one file each, with commas between them."""
     crops: int = 400
     """C, crops stored per image; more than the epochs that you train for are never read."""
     recipe: str = "mocov2"
@@ -37,13 +51,17 @@ class Config:
     chunk_size: int = 128
     """Crops in one forward of the teacher; fixed for a column, since another gives other last bits."""
     name: str | None = None
-    """Name of the column; the teacher's by default."""
+    """Name of the column; the teacher's by default. With several teachers one each, with commas between them."""
     on_unreadable: Literal["stop", "skip"] = "stop"
-    """What to do about an image that cannot be read: stop and name it, or note it in the store and go on."""
+    """What to do about a damaged image: stop and name it, or note it in the store and go on."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of the teacher's forward."""
     threads: int | None = None
     """Threads that read and replay beside the teacher; the number of processors, at most 16, by default."""
+    shards: str | None = None
+    """Only this share of the shards, i/n with i from 0: for n jobs, of which each takes one; any other n may follow."""
+    runner: Literal["here", "ray"] = "here"
+    """Where shards are written: by this process, or as tasks of a Ray cluster (RAY_ADDRESS; one on this machine without)."""
     json: bool = False
     """Print one JSON object on standard output."""
 
@@ -51,35 +69,114 @@ class Config:
 def run(config: Config) -> int:
     """Precomputes and says what was written."""
     from fkd_ssl.commands import console, resolve
-    from fkd_ssl.images import scan
-    from fkd_ssl.store.precompute import gigabytes, precompute
+    from fkd_ssl.store.precompute import Share, gigabytes
 
-    images = scan(config.images)
-    teacher = resolve.teacher_of(config.teacher, config.checkpoint, config.precision)
-    summary = precompute(
-        images,
-        config.store,
-        teacher,
-        crops=config.crops,
-        recipe=resolve.recipe_of(config.recipe, config.min_scale),
-        codec=config.codec,
-        pixels=resolve.pixels_of(config.pixels, teacher.pixels),
-        seed=config.seed,
-        limit=config.limit,
-        chunk_size=config.chunk_size,
-        name=config.name,
-        skip_unreadable=config.on_unreadable == "skip",
-        threads=min(16, resolve.cpu_threads()) if config.threads is None else config.threads,
-        log=console.say,
-    )
+    rank, world = resolve.rank()
+    if config.runner == "ray":
+        from fkd_ssl.commands import on_ray
+
+        if world > 1 or config.shards is not None:
+            raise RequestError("--runner ray hands out the shards itself: leave out --shards and torchrun")
+        with contextlib.redirect_stdout(sys.stderr):  # where Ray tells of workers that died
+            summary = on_ray.precompute(config, log=console.say)
+    elif config.shards is not None:
+        if world > 1:
+            raise RequestError("--shards is for processes of their own; under torchrun each takes its share by itself")
+        summary = write(config, share=share_of(config.shards), log=console.say)
+    elif world > 1:
+        speaks = rank == 0
+        summary = write(
+            config, share=Share(index=rank, of=world, helps=True), progress=speaks, log=console.say if speaks else _nothing
+        )
+        if not speaks:
+            return 0
+    else:
+        summary = write(config, log=console.say)
     if config.json:
         console.show_json(summary.__dict__)
     else:
         rate = summary.crops / summary.seconds
-        done = (
-            f"{summary.crops:,} crops in {summary.seconds:.0f} s ({rate:,.0f} a second)" if summary.crops else "nothing to do"
-        )
+        done = "nothing to do"
+        if summary.crops:
+            done = f"{summary.crops:,} crops in {summary.seconds:.0f} s ({rate:,.0f} a second)"
+        elif summary.busy or summary.left:
+            done = "nothing left for this process"
         console.show(f"{config.store}: {done}; {gigabytes(summary.store_bytes)} on disk")
     if summary.busy:
-        console.say(f"{len(summary.busy)} shards are being written by other processes; run it again when they end")
+        console.say(
+            f"{len(summary.busy)} of {summary.shards} shards are being written by other processes, which finish them; if one "
+            "is stopped, run it again"
+        )
+    if summary.left:
+        console.say(f"{len(summary.left)} of {summary.shards} shards are left to the other --shards")
     return 0
+
+
+def write(
+    config: Config,
+    *,
+    share: "Share | None" = None,
+    progress: bool = True,
+    log: Callable[[str], None],
+    load: "Callable[[Config], tuple[ImageSet, list[Teacher]]] | None" = None,
+) -> "Summary":
+    """What `run` does, in this process; `load` stands in for this module's."""
+    from fkd_ssl.commands import resolve
+    from fkd_ssl.store.precompute import precompute
+
+    images, teachers = (load or load_all)(config)
+    return precompute(
+        images,
+        config.store,
+        teachers,
+        crops=config.crops,
+        recipe=resolve.recipe_of(config.recipe, config.min_scale),
+        codec=config.codec,
+        pixels=[resolve.pixels_of(config.pixels, teacher.pixels) for teacher in teachers],
+        seed=config.seed,
+        limit=config.limit,
+        chunk_size=config.chunk_size,
+        name=None if config.name is None else config.name.split(","),
+        skip_unreadable=config.on_unreadable == "skip",
+        threads=min(16, resolve.cpu_threads()) if config.threads is None else config.threads,
+        share=share,
+        progress=progress,
+        log=log,
+    )
+
+
+def load_all(config: Config) -> "tuple[ImageSet, list[Teacher]]":
+    """The images and the teachers that were asked for."""
+    from fkd_ssl.commands import resolve
+    from fkd_ssl.images import scan
+
+    images = scan(config.images)
+    return images, [resolve.teacher_of(name, file, config.precision) for name, file in teachers_of(config)]
+
+
+def teachers_of(config: Config) -> list[tuple[str, str | None]]:
+    """The teachers that were asked for, each with its checkpoint."""
+    names = config.teacher.split(",")
+    if len(names) == 1:
+        return [(names[0], config.checkpoint)]
+    files = [None] * len(names) if config.checkpoint is None else [file or None for file in config.checkpoint.split(",")]
+    if len(files) != len(names):
+        raise RequestError(
+            f"--teacher {config.teacher} are {len(names)} and --checkpoint names {len(files)} files: one for each, nothing "
+            "between two commas for a teacher without"
+        )
+    return list(zip(names, files, strict=True))
+
+
+def share_of(text: str) -> "Share":
+    """The share that `i/n` means; raises RequestError where it means none."""
+    from fkd_ssl.store.precompute import Share
+
+    index, slash, of = text.partition("/")
+    if not (slash and index.isdecimal() and of.isdecimal()):
+        raise RequestError(f"--shards {text}: i/n is expected, for instance 0/4")
+    return Share(index=int(index), of=int(of))
+
+
+def _nothing(message: str) -> None:
+    """Says nothing: one process of many speaks for all."""

@@ -1,10 +1,18 @@
 """Checks a store: every file against its sha256, every record.
 
 With --images every image; with --teacher a sample of
-its targets, replayed and embedded again. Ends with status 1 where anything is wrong, and says what to do.
+its targets, replayed and embedded again. Ends with status 1 where anything is wrong, and says what to do. With --repair
+what is damaged or missing is removed and made again, and nothing else: crop records alone, or with --images; codes and
+codecs with --images and --teacher too.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fkd_ssl.store import Store
+    from fkd_ssl.teachers.registry import Precision
 
 POSITIONALS = ("store",)
 
@@ -25,6 +33,8 @@ class Config:
     """The teacher's column, if there are several."""
     sample: int = 64
     """Crops to embed again."""
+    repair: bool = False
+    """Make again what is damaged or missing, as far as --images and --teacher allow, and check once more."""
     json: bool = False
     """Print one JSON object on standard output."""
 
@@ -35,23 +45,37 @@ def run(config: Config) -> int:
     from fkd_ssl.errors import RequestError
     from fkd_ssl.images import scan
     from fkd_ssl.store import open_store
+    from fkd_ssl.store.repair import repair, repair_lists
     from fkd_ssl.store.verify import verify
 
     if config.sample < 1:
         raise RequestError(f"--sample {config.sample}: must be at least 1")
     if config.teacher and not config.images:
         raise RequestError("--teacher needs --images: crops are replayed from them")
-    store = open_store(config.store)
     images = scan(config.images) if config.images else None
-    teacher = None
+    repaired: list[str] = []
+
+    def note(line: str) -> None:
+        repaired.append(line)
+        console.say(line)
+
+    if config.repair and images is not None:
+        repair_lists(Path(config.store), images, note)
+    store = open_store(config.store)
     name = config.name
     if name is None and config.teacher and config.teacher.rpartition(":")[2] in store.teachers:
         name = config.teacher.rpartition(":")[2]  # what precompute names a column by default
+    teacher = None
     if config.teacher:
-        teacher = resolve.teacher_of(config.teacher, config.checkpoint, store.column(name).meta.precision)
-    report = verify(store, images, teacher, name=name, sample=config.sample)
+        name = store.column().name if name is None and len(store.teachers) != 1 else name or store.teachers[0]
+        teacher = resolve.teacher_of(config.teacher, config.checkpoint, _precision(store, name))
+    threads = min(16, resolve.cpu_threads())
+    report = verify(store, images, teacher, name=name, sample=config.sample, threads=threads)
+    if config.repair and report.damage:
+        repair(store, report.damage, images, teacher, name=name, threads=threads, log=note)
+        report = verify(open_store(config.store), images, teacher, name=name, sample=config.sample, threads=threads)
     if config.json:
-        console.show_json({"store": config.store, "ok": not report.problems, **report.__dict__})
+        console.show_json({"store": config.store, "ok": not report.problems, **asdict(report), "repaired": repaired})
     else:
         checked = ", ".join(f"{count:,} {what}" for what, count in report.checked.items() if count)
         cosine = "" if report.cosine is None else (
@@ -59,3 +83,15 @@ def run(config: Config) -> int:
         )  # fmt: skip
         console.show("\n".join([*report.problems, f"checked {checked}{cosine}: {len(report.problems)} problems"]))
     return 1 if report.problems else 0
+
+
+def _precision(store: "Store", name: str) -> "Precision":
+    """The precision that a column's targets were made in, also where its codec is damaged."""
+    from fkd_ssl import files
+    from fkd_ssl.errors import StoreError
+
+    try:
+        found = files.read_json(store.folder / "targets" / name / "meta.json")["precision"]
+    except (StoreError, KeyError):
+        return "fp32"
+    return found if found in ("bf16", "fp16") else "fp32"

@@ -1,10 +1,11 @@
-"""A new column of a store: its codec, trained on a sample that the seed fixes, and its meta.json."""
+"""New columns of a store: their codecs, trained on a sample that the seed fixes, and their meta.json."""
 
 import secrets
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,81 +16,198 @@ from fkd_ssl import files
 from fkd_ssl.crops import probe_digest
 from fkd_ssl.errors import ImageError, RequestError
 from fkd_ssl.store import manifest as layout
+from fkd_ssl.store import work
 from fkd_ssl.store.codecs import Codec, Float32Array, code_size, sample_size
 from fkd_ssl.store.reader import Column, Store
-from fkd_ssl.store.rows import Row, RowReader, Teacher, chunks, embed, in_order
+from fkd_ssl.store.rows import Row, RowReader, Teacher
+from fkd_ssl.store.sweep import Lane, sweep
 
 FIDELITY_SHARE = 9  # one target in nine of the codec's sample is held out to measure its fidelity on
 
 
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """A column that is asked for."""
+
+    name: str
+    teacher: Teacher
+    codec: str
+    """faiss factory string."""
+    pixels: int
+    """Side of the crops that the teacher sees."""
+    chunk_size: int
+    """Crops in one forward."""
+
+    def meta(self) -> dict[str, Any]:
+        """What meta.json must say of it: all but what is measured."""
+        teacher = self.teacher
+        return {
+            "kind": teacher.kind,
+            "dim": teacher.dim,
+            "codec": self.codec,
+            "code_size": code_size(self.codec, teacher.dim),
+            "teacher": {
+                "name": teacher.name,
+                "network": teacher.network,
+                "licence": teacher.licence,
+                "source": teacher.source,
+                "checkpoint_sha256": teacher.checkpoint_sha256,
+            },
+            "preprocessing": {"mean": list(teacher.mean), "std": list(teacher.std)},
+            "pixels": self.pixels,
+            "precision": teacher.precision,
+            "chunk_size": self.chunk_size,
+            "probe_digest": probe_digest(),
+        }
+
+
+class _PublishedError(Exception):
+    """Another process has published all the columns that we train codecs for."""
+
+
 def open_or_train(
-    store: Store, name: str, teacher: Teacher, codec: str, pixels: int, chunk_size: int,
-    reader: RowReader, pool: ThreadPoolExecutor, log: Callable[[str], None],
-) -> Column:  # fmt: skip
-    """The column `name`, with its codec trained on a sample if it does not exist."""
-    asked = {
-        "kind": teacher.kind,
-        "dim": teacher.dim,
-        "codec": codec,
-        "code_size": code_size(codec, teacher.dim),
-        "teacher": {
-            "name": teacher.name,
-            "network": teacher.network,
-            "licence": teacher.licence,
-            "source": teacher.source,
-            "checkpoint_sha256": teacher.checkpoint_sha256,
-        },
-        "preprocessing": {"mean": list(teacher.mean), "std": list(teacher.std)},
-        "pixels": pixels,
-        "precision": teacher.precision,
-        "chunk_size": chunk_size,
-        "probe_digest": probe_digest(),
-    }
-    target = store.folder / layout.TARGETS / name
-    if not (target / "meta.json").exists():
+    store: Store, requests: Sequence[Request], reader: RowReader, pool: ThreadPoolExecutor, log: Callable[[str], None]
+) -> list[Column]:
+    """The columns asked for; those that do not exist get a codec, trained on a sample.
+
+    Raises:
+        RequestError: A column of that name is of another teacher, or was made otherwise.
+    """
+    for request in requests:
+        if _published(store, request):
+            _check(store, request)  # before any work
+    new = [request for request in requests if not _published(store, request)]
+    for codec in dict.fromkeys(request.codec for request in new):
         log(f"training the codec {codec} on a sample")
-        sample = _sample(store, teacher, sample_size(codec), chunk_size, reader, pool)
-        held_out = max(1, len(sample) // FIDELITY_SHARE)
-        trained = Codec.train(codec, sample[:-held_out] if len(sample) > held_out else sample)
-        cosines = _cosines(trained, sample[-held_out:])
-        fidelity = {"cosine_mean": float(cosines.mean()), "cosine_min": float(cosines.min()), "sample": held_out}
-        arrays = {**trained.arrays(), **{f"teacher-{key}": a for key, a in teacher.arrays.items()}}
-        _publish_column(target, {**asked, "fidelity": fidelity}, arrays)
-    column = store.column(name)
-    found = asdict(column.meta)
-    different = [key for key, value in asked.items() if found[key] != value]
-    if different:
-        key = different[0]
-        raise RequestError(
-            f"{target}: this column's {key} is {found[key]}, not {asked[key]}; give the same, or --name another column"
+        train_columns(
+            store,
+            [request for request in new if request.codec == codec],
+            reader,
+            pool,
+            lambda request, meta, arrays: publish_column(store.folder / layout.TARGETS / request.name, meta, arrays),
         )
-    f = column.meta.fidelity
-    log(f"codec {codec}: cosine to the teacher's own targets {f['cosine_mean']:.5f} mean, {f['cosine_min']:.5f} least")
-    return column
+    for request in requests:
+        work.clear(_sample_file(store, request))
+    columns = [_check(store, request) for request in requests]
+    for column in columns:
+        f = column.meta.fidelity
+        log(
+            f"codec {column.meta.codec}: cosine to the teacher's own targets {f['cosine_mean']:.5f} mean, "
+            f"{f['cosine_min']:.5f} least"
+        )
+    return columns
 
 
-def _sample(
-    store: Store, teacher: Teacher, size: int, chunk_size: int, reader: RowReader, pool: ThreadPoolExecutor
-) -> Float32Array:
-    """Targets of the first crops of the first images in the order of a hash that the seed fixes: float32 [n, D]."""
+def train(request: Request, sample: Float32Array) -> tuple[dict[str, Any], dict[str, Float32Array]]:
+    """A column's meta.json, without the arrays' checksums, and its arrays; part of the sample is held out."""
+    held_out = max(1, len(sample) // FIDELITY_SHARE)
+    trained = Codec.train(request.codec, sample[:-held_out] if len(sample) > held_out else sample)
+    meta = {**request.meta(), "fidelity": measure(trained, sample[-held_out:])}
+    return meta, {**trained.arrays(), **{f"teacher-{key}": a for key, a in request.teacher.arrays.items()}}
+
+
+def measure(codec: Codec, targets: Float32Array) -> dict[str, Any]:
+    """Cosine of decoded to original targets: `cosine_mean`, `cosine_min`, `sample`."""
+    cosines = _cosines(codec, targets)
+    return {"cosine_mean": float(cosines.mean()), "cosine_min": float(cosines.min()), "sample": len(targets)}
+
+
+def sample_rows(store: Store, codec: str) -> tuple[list[int], int, int]:
+    """Which crops a codec is trained on: rows in the order of a hash that the seed fixes, crops of each, crops in all."""
     m = store.manifest
+    size = sample_size(codec)
     size = min(size + size // (FIDELITY_SHARE - 1), m.count * m.crops_per_image)
     per_image = -(-size // m.count)
-    order = layout.in_hash_order(list(store.paths), f"codec {m.seed}")[: -(-size // per_image)]
+    return layout.in_hash_order(list(store.paths), f"codec {m.seed}")[: -(-size // per_image)], per_image, size
 
-    def calls() -> Iterator[Callable[[], Row]]:
-        for row in order:
-            yield lambda row=row: reader(row, per_image)  # type: ignore[misc]
 
-    def readable() -> Iterator[Row]:
-        for row in in_order(pool, calls(), ahead=reader.ahead):
-            if row.checksum:
-                yield row
+def train_columns(
+    store: Store, requests: Sequence[Request], reader: RowReader, pool: ThreadPoolExecutor,
+    publish: Callable[[Request, dict[str, Any], dict[str, Float32Array]], None], *, always: bool = False,
+) -> None:  # fmt: skip
+    """Trains the codecs of requests of one codec on what their teachers say of the sample, which is read once for all.
 
-    parts = [embed(teacher, chunk, chunk_size) for chunk in chunks(readable(), chunk_size, 0)]
-    if not parts:
-        raise ImageError(f"{reader.images.root}: none of the images in the codec's sample can be read")
-    return np.concatenate(parts)[:size]
+    What is done of the sample survives a kill.
+
+    Args:
+        store: The store.
+        requests: Columns that do not exist.
+        reader: Reads the sample.
+        pool: Threads that read ahead.
+        publish: Takes each column's meta.json and arrays.
+        always: Also where another process publishes the columns meanwhile; otherwise theirs stand.
+    """
+    order, per_image, size = sample_rows(store, requests[0].codec)
+    parts: list[list[Float32Array]] = [[] for _ in requests]
+
+    def overtaken() -> bool:
+        return not always and all(_published(store, request) for request in requests)
+
+    with ExitStack() as stack:
+        lanes = []
+        for request, mine in zip(requests, parts, strict=True):
+            owner = files.sha256(files.canonical({"sample": request.meta()}))
+            progress = stack.enter_context(work.open_work(_sample_file(store, request), owner))
+            lanes.append(_sample_lane(request, mine, progress, per_image, overtaken))
+        with suppress(_PublishedError):
+            sweep(reader, order, per_image, lanes, pool)
+            for request, mine in zip(requests, parts, strict=True):
+                if not mine:
+                    raise ImageError(f"{reader.images.root}: none of the images in the codec's sample can be read")
+                publish(request, *train(request, np.concatenate(mine)[:size]))
+
+
+def _sample_lane(
+    request: Request, parts: list[Float32Array], progress: work.Progress | None, per_image: int, overtaken: Callable[[], bool]
+) -> Lane:
+    """A teacher's part in the sample: targets go into `parts`, and into `progress` unless another process has that."""
+    done: int = 0
+    checksums: list[str] = []
+    if progress is not None:
+        done, checksums = progress.crops, progress.checksums
+    if progress is not None and done:
+        parts.append(np.frombuffer(progress.read(), dtype=np.float32).reshape(done, request.teacher.dim))
+    readable, first = 0, 0
+    while first < len(checksums) and (not checksums[first] or readable + per_image <= done):
+        readable += per_image if checksums[first] else 0
+        first += 1
+    del checksums[first:]
+
+    def seen(row: Row) -> bool:
+        checksums.append(row.checksum)
+        return bool(row.checksum)
+
+    def take(targets: Float32Array) -> None:
+        if overtaken():
+            raise _PublishedError
+        parts.append(targets)
+        if progress is not None:
+            progress.add(targets)
+
+    return Lane(
+        request.teacher, pixels=request.pixels, chunk_size=request.chunk_size, first=first, skip=done - readable,
+        seen=seen, take=take,
+    )  # fmt: skip
+
+
+def _sample_file(store: Store, request: Request) -> Path:
+    return store.folder / layout.TARGETS / f".work-{request.name}-sample"
+
+
+def _published(store: Store, request: Request) -> bool:
+    return (store.folder / layout.TARGETS / request.name / "meta.json").exists()
+
+
+def _check(store: Store, request: Request) -> Column:
+    """The column of that name, if it is the one asked for."""
+    column = store.column(request.name)
+    found = asdict(column.meta)
+    for key, value in request.meta().items():
+        if found[key] != value:
+            raise RequestError(
+                f"{column.folder}: this column's {key} is {found[key]}, not {value}; give the same, or --name another column"
+            )
+    return column
 
 
 def _cosines(codec: Codec, targets: Float32Array) -> npt.NDArray[np.float64]:
@@ -100,7 +218,7 @@ def _cosines(codec: Codec, targets: Float32Array) -> npt.NDArray[np.float64]:
     return cosines
 
 
-def _publish_column(target: Path, meta: dict[str, Any], arrays: dict[str, Float32Array]) -> None:
+def publish_column(target: Path, meta: dict[str, Any], arrays: dict[str, Float32Array]) -> None:
     """Publishes a column's folder whole; if another process was first, its column stands."""
     temporary = target.with_name(f"{files.TEMPORARY}{target.name}-{secrets.token_hex(6)}")
     temporary.mkdir(parents=True)

@@ -129,7 +129,9 @@ def read_images(folder: Path, manifest: Manifest) -> tuple[Paths, npt.NDArray[np
     return paths, sizes
 
 
-def create(folder: Path, images: ImageSet, *, seed: int, recipe: Recipe, crops: int, skip_unreadable: bool) -> Manifest:
+def create(
+    folder: Path, images: ImageSet, *, seed: int, recipe: Recipe, crops: int, skip_unreadable: bool, progress: bool = True
+) -> Manifest:
     """Lists the images and their sizes into a new store, the manifest last.
 
     Raises:
@@ -144,7 +146,9 @@ def create(folder: Path, images: ImageSet, *, seed: int, recipe: Recipe, crops: 
     if _UNSAFE.search(lines):
         raise RequestError(f"{images.root}: a name with '\\', or one like a drive, cannot be stored; rename it")
     sizes = np.zeros(len(images), dtype=SIZE_DTYPE)
-    for row in tqdm(range(len(images)), desc="image headers", unit="img", disable=hidden(show=len(images) >= 2000)):
+    for row in tqdm(
+        range(len(images)), desc="image headers", unit="img", disable=hidden(show=progress and len(images) >= 2000)
+    ):
         try:
             sizes[row] = (images.file(row).stat().st_size, *read_size(images.file(row)))
         except ImageError as error:

@@ -1,13 +1,14 @@
-"""Precompute: the teacher sees every stored crop of every image once, and its targets go into a column of a store.
+"""Precompute: teachers see every stored crop of every image once, and their targets go into columns of a store.
 
 A shard is a pure function of images, recipe, seed, teacher and codec. Its crops, in order, are cut into chunks of a
-fixed size; a chunk is what the teacher runs on and what a killed run resumes from.
+fixed size; a chunk is what a teacher runs on and what a killed run resumes from.
 """
 
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +18,30 @@ from tqdm import tqdm
 
 from fkd_ssl import files
 from fkd_ssl.crops import CROP_DTYPE, Recipe
-from fkd_ssl.errors import FkdError, RequestError, StoreError
+from fkd_ssl.errors import FkdError, RequestError
 from fkd_ssl.images import ImageSet
+from fkd_ssl.progress import hidden
 from fkd_ssl.store import manifest as layout
 from fkd_ssl.store import work
-from fkd_ssl.store.codecs import code_size
-from fkd_ssl.store.columns import open_or_train
+from fkd_ssl.store.codecs import Float32Array, code_size
+from fkd_ssl.store.columns import Request, open_or_train
 from fkd_ssl.store.reader import Column, Store
-from fkd_ssl.store.rows import Row, RowReader, Teacher, chunks, embed, in_order
+from fkd_ssl.store.rows import Row, RowReader, Teacher, image_checksums, publish_crops
+from fkd_ssl.store.sweep import Lane, sweep
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """A process's part of the shards: every `of`-th from `index` on."""
+
+    index: int
+    of: int
+    helps: bool = False
+    """Whether it goes on with what the others have not begun, once its own are done."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.index < self.of:
+            raise RequestError(f"--shards {self.index}/{self.of}: i/n with i from 0 to n - 1 is expected, for instance 0/4")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +52,10 @@ class Summary:
     """Shards of the store."""
     busy: list[int]
     """Shards left to another process that is writing them now."""
+    left: list[int]
+    """Unfinished shards of other shares, which this call was not to write."""
     crops: int
-    """Crops that the teacher saw in this call for the store, without those that the codec was trained on."""
+    """Crops that the teachers saw in this call for the store, without those that a codec was trained on."""
     seconds: float
     """Wall-clock of this call."""
     store_bytes: int
@@ -46,38 +65,43 @@ class Summary:
 def precompute(
     images: ImageSet,
     folder: str | Path,
-    teacher: Teacher,
+    teacher: Teacher | Sequence[Teacher],
     *,
     crops: int = 400,
     recipe: Recipe,
     codec: str = "SQ8",
-    pixels: int,
+    pixels: int | Sequence[int],
     seed: int = 0,
     limit: int | None = None,
     chunk_size: int = 128,
-    name: str | None = None,
+    name: str | Sequence[str] | None = None,
     skip_unreadable: bool = False,
     threads: int = 2,
+    share: Share | None = None,
+    progress: bool = True,
     log: Callable[[str], None] = lambda message: None,
 ) -> Summary:
-    """Writes one teacher's targets into the store `folder`, which is made if it does not exist.
+    """Writes teachers' targets into the store `folder`, which is made if it does not exist.
 
     Whatever was killed is started again with the same arguments and continues; several processes can write one store.
+    Several teachers at once read and decode each image once, and replay its crops once for each size.
 
     Args:
         images: The image set.
         folder: The store.
-        teacher: The frozen network.
+        teacher: The frozen network, or several.
         crops: C, crops stored per image; fixed when the store is made.
         recipe: What crops are drawn from; likewise.
-        codec: faiss factory string.
-        pixels: Side of the crops that the teacher sees.
+        codec: faiss factory string, of each column.
+        pixels: Side of the crops that the teacher sees; one for all, or one for each.
         seed: Of the crops' draw.
         limit: Only the first so many images in hash order.
-        chunk_size: Crops in one forward of the teacher.
-        name: Of the column; the teacher's own by default.
-        skip_unreadable: Leave out images that cannot be read, and note it in the store, instead of stopping.
+        chunk_size: Crops in one forward of a teacher.
+        name: Of each teacher's column; the teacher's own by default.
+        skip_unreadable: Leave out images that cannot be decoded, and note it in the store, instead of stopping.
         threads: That read, decode and replay beside the teacher.
+        share: Which shards are this process's; all by default.
+        progress: Whether to show a bar.
         log: Takes lines for the user.
 
     Raises:
@@ -86,45 +110,77 @@ def precompute(
         FkdError: The disk cannot hold the store.
     """
     started = time.perf_counter()
-    for what, value, most in (("crops", crops, 10**6), ("chunk_size", chunk_size, 2**16), ("pixels", pixels, 4096)):
+    teachers = [*teacher] if isinstance(teacher, Sequence) else [teacher]
+    sides = [pixels] * len(teachers) if isinstance(pixels, int) else [*pixels]
+    names = [t.name for t in teachers] if name is None else [name] if isinstance(name, str) else [*name]
+    for what, value, most in (
+        ("crops", crops, 10**6),
+        ("chunk_size", chunk_size, 2**16),
+        *(("pixels", side, 4096) for side in sides),
+    ):
         if not 1 <= value <= most:
             raise RequestError(f"--{what} {value}: must lie in 1 to {most}")
     if threads < 1:
         raise RequestError(f"--threads {threads}: must be at least 1")
-    name = layout.checked_name(name or teacher.name)
+    if not len(teachers) == len(names) == len(sides) or len(set(names)) < len(names):
+        raise RequestError(
+            f"{len(teachers)} teachers, columns {names}, pixels {sides}: each teacher needs one size and a name of its own "
+            "(--name a,b)"
+        )
+    requests = [
+        Request(name=layout.checked_name(n), teacher=t, codec=codec, pixels=side, chunk_size=chunk_size)
+        for n, t, side in zip(names, teachers, sides, strict=True)
+    ]
     folder = Path(folder)
     images = layout.limit_images(images, limit)
-    log(_announce(folder, len(images), crops, code_size(codec, teacher.dim), name))
-    store = _open_or_create(folder, images, seed=seed, recipe=recipe, crops=crops, skip_unreadable=skip_unreadable)
-    for part in (folder, folder / layout.CROPS, folder / layout.TARGETS, folder / layout.TARGETS / name):
+    log(_announce(folder, len(images), crops, requests))
+    store = _open_or_create(
+        folder, images, seed=seed, recipe=recipe, crops=crops, skip_unreadable=skip_unreadable, progress=progress
+    )
+    for part in (folder, folder / layout.CROPS, folder / layout.TARGETS, *(folder / layout.TARGETS / n for n in names)):
         files.sweep(part)
-    reader = RowReader(store, images, pixels, skip_unreadable, ahead=threads + 1)
+    reader = RowReader(store, images, skip_unreadable, ahead=threads + 1)
     with ThreadPoolExecutor(threads) as pool:
-        column = open_or_train(store, name, teacher, codec, pixels, chunk_size, reader, pool, log)
-        busy: list[int] = []
-        missing = column.missing_shards
-        seen = 0
-        total = store.manifest.count * crops
-        done = total - sum(len(store.manifest.shard_rows(s)) for s in missing) * crops
-        with tqdm(total=total, initial=done, unit="crop", desc=f"precompute {name}", smoothing=0.05) as bar:
-            for shard in missing:
-                count = _write_shard(store, column, teacher, shard, reader, pool, bar)
-                if count is None:
-                    busy.append(shard)
-                else:
-                    seen += count
+        columns = open_or_train(store, requests, reader, pool, log)
+        missing = [shard for shard in range(store.manifest.shards) if any(shard in c.missing_shards for c in columns)]
+        mine = missing if share is None else [shard for shard in missing if shard % share.of == share.index]
+        others = [shard for shard in missing if shard not in mine]
+        bar = tqdm(
+            total=store.manifest.count * crops * len(columns),
+            initial=sum(store.manifest.count - _rows(store, c.missing_shards) for c in columns) * crops,
+            unit="crop",
+            desc=f"precompute {', '.join(names)}",
+            smoothing=0.05,
+            disable=hidden(show=progress),
+        )
+        with bar:
+            writer = _Writer(store, requests, columns, reader, pool, bar)
+            busy = writer.write(mine + others if share is None or share.helps else mine)
+            busy = writer.write(busy)  # whose process may have been killed
+    for column in columns:
+        for path in column.folder.glob(".work-codes-*[0-9]"):
+            if (column.folder / f"{path.name.removeprefix('.work-')}.json").exists():
+                work.clear(path)
     return Summary(
         shards=store.manifest.shards,
         busy=busy,
-        crops=seen,
+        left=[] if share is None or share.helps else [s for s in others if not _finished(store, columns, s)],
+        crops=writer.seen,
         seconds=time.perf_counter() - started,
-        store_bytes=sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()),
+        store_bytes=sum(path.stat().st_size for path in _there(folder)),
     )
 
 
-def _open_or_create(folder: Path, images: ImageSet, *, seed: int, recipe: Recipe, crops: int, skip_unreadable: bool) -> Store:
+def _there(folder: Path) -> Iterator[Path]:
+    """The files of a store; those that another process removes meanwhile are no matter."""
+    return (path for path in folder.rglob("*") if not path.name.startswith(".") and path.is_file())
+
+
+def _open_or_create(
+    folder: Path, images: ImageSet, *, seed: int, recipe: Recipe, crops: int, skip_unreadable: bool, progress: bool
+) -> Store:
     if not (folder / layout.MANIFEST).exists():
-        layout.create(folder, images, seed=seed, recipe=recipe, crops=crops, skip_unreadable=skip_unreadable)
+        layout.create(folder, images, seed=seed, recipe=recipe, crops=crops, skip_unreadable=skip_unreadable, progress=progress)
         return Store(folder)
     store = Store(folder)
     m = store.manifest
@@ -146,10 +202,13 @@ def _open_or_create(folder: Path, images: ImageSet, *, seed: int, recipe: Recipe
     return store
 
 
-def _announce(folder: Path, count: int, crops: int, size: int, name: str) -> str:
+def _announce(folder: Path, count: int, crops: int, requests: Sequence[Request]) -> str:
     """What will be written, in words; raises FkdError where the disk cannot hold it. Nothing is written before."""
-    needed = count * crops * (CROP_DTYPE.itemsize + size)
-    own = [*(folder / layout.CROPS).glob("*.npy"), *(folder / layout.TARGETS / name).glob("codes-*.npy")]
+    sizes = [code_size(request.codec, request.teacher.dim) for request in requests]
+    needed = count * crops * (CROP_DTYPE.itemsize + sum(sizes))
+    own = [*(folder / layout.CROPS).glob("*.npy")]
+    for request in requests:
+        own += (folder / layout.TARGETS / request.name).glob("codes-*.npy")
     missing = needed - sum(path.stat().st_size for path in own)
     disk = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     free = shutil.disk_usage(disk).free
@@ -159,8 +218,11 @@ def _announce(folder: Path, count: int, crops: int, size: int, name: str) -> str
             "smaller --codec (SQ4, PQ16x8) or fewer --crops"
         )
     shards = -(-count // layout.ROWS_PER_SHARD)
+    each = " and ".join(
+        f"{count * crops:,} targets of {request.name!r} at {size}" for request, size in zip(requests, sizes, strict=True)
+    )
     return (
-        f"{count:,} images x {crops} crops = {count * crops:,} targets of {name!r} at {size} + {CROP_DTYPE.itemsize} bytes: "
+        f"{count:,} images x {crops} crops = {each} + {CROP_DTYPE.itemsize} bytes: "
         f"{gigabytes(needed)} in {shards} shards; {gigabytes(free)} free on the disk"
     )
 
@@ -173,56 +235,100 @@ def gigabytes(count: float) -> str:
     return f"{count:.0f} bytes"
 
 
-def _write_shard(
-    store: Store, column: Column, teacher: Teacher, shard: int, reader: RowReader, pool: ThreadPoolExecutor, bar: Any
-) -> int | None:
-    """Writes one shard's crops and codes; returns the crops that the teacher saw, None if another process has it."""
-    m, size = store.manifest, column.meta.chunk_size
-    rows = m.shard_rows(shard)
-    crops_path = layout.crops_file(store.folder, shard)
-    codes_path = layout.codes_file(store.folder, column.name, shard)
-    known = store.crops_sidecar(shard)["images"] if store.has_crops(shard) else None
-    per_row = m.crops_per_image
-    with work.open_shard(codes_path, column.digest) as progress:
-        if progress is None:
-            return None
-        if codes_path.with_suffix(".json").exists() and store.has_crops(shard):  # finished by another process since we looked
-            bar.update(len(rows) * per_row)
-            return 0
-        already = progress.crops
-        bar.update(already)
-        first = already // per_row
-        checksums = progress.checksums
-        del checksums[first:]
-
-        def calls() -> Iterator[Callable[[], Row]]:
-            for k in range(first, len(rows)):
-                expected = known[k] if known else None
-                yield lambda k=k, expected=expected: reader(rows[k], per_row, expected)  # type: ignore[misc]
-
-        def read() -> Iterator[Row]:
-            for row in in_order(pool, calls(), ahead=reader.ahead):
-                checksums.append(row.checksum)
-                yield row
-
-        for chunk in chunks(read(), size, already - first * per_row):
-            progress.add(column.codec.encode(embed(teacher, chunk, size)))
-            bar.update(len(chunk))
-            bar.set_postfix_str(f"{(bar.format_dict['rate'] or 0) / per_row:.1f} img/s", refresh=False)
-        if known is None:
-            _publish_crops(store, shard, reader, crops_path, checksums)
-        shape = (len(rows), per_row, column.meta.code_size)
-        digest = progress.publish(codes_path, files.npy_header(np.dtype(np.uint8), shape))
-        files.write_json(codes_path.with_suffix(".json"), {"file": digest, "column": column.digest})
-        return len(rows) * per_row - already
+def _rows(store: Store, shards: Sequence[int]) -> int:
+    return sum(len(store.manifest.shard_rows(shard)) for shard in shards)
 
 
-def _publish_crops(store: Store, shard: int, reader: RowReader, path: Path, checksums: list[str]) -> None:
-    rows = store.manifest.shard_rows(shard)
-    records = np.stack([reader.records(row, store.crops_per_image) for row in rows])
-    digest = files.write_npy(path, records)
-    skipped = [row for row, checksum in zip(rows, checksums, strict=True) if not checksum]
-    try:
-        files.write_json(path.with_suffix(".json"), {"file": digest, "images": checksums, "skipped": skipped})
-    except StoreError as error:
-        raise StoreError(f"{error}; another process read other image files: see that all see the same folder") from error
+def _finished(store: Store, columns: Sequence[Column], shard: int) -> bool:
+    """Whether a shard's crops and its codes of every column are there now."""
+    sidecars = [layout.codes_file(store.folder, c.name, shard).with_suffix(".json") for c in columns]
+    return store.has_crops(shard) and all(path.exists() for path in sidecars)
+
+
+class _Writer:
+    """Writes shards of some columns.
+
+    Attributes:
+        seen: Crops that the teachers saw.
+    """
+
+    def __init__(
+        self, store: Store, requests: Sequence[Request], columns: Sequence[Column], reader: RowReader,
+        pool: ThreadPoolExecutor, bar: Any,
+    ) -> None:  # fmt: skip
+        self.seen = 0
+        self._store = store
+        self._requests = requests
+        self._columns = columns
+        self._reader = reader
+        self._pool = pool
+        self._bar = bar
+        self._counted = {(c.name, s) for c in columns for s in range(store.manifest.shards)} - {
+            (c.name, s) for c in columns for s in c.missing_shards
+        }
+
+    def write(self, shards: Sequence[int]) -> list[int]:
+        """Writes what these shards lack; returns those of which another process is writing a column now."""
+        return [shard for shard in shards if not self._shard(shard)]
+
+    def _shard(self, shard: int) -> bool:
+        """Writes the columns of a shard that no other process has; returns whether that were all."""
+        store, m = self._store, self._store.manifest
+        rows, per_row = m.shard_rows(shard), m.crops_per_image
+        with ExitStack() as stack:
+            held: list[tuple[Column, work.Progress, int]] = []
+            lanes = []
+            for request, column in zip(self._requests, self._columns, strict=True):
+                codes = layout.codes_file(store.folder, column.name, shard)
+                if codes.with_suffix(".json").exists():  # perhaps by another process since we looked
+                    self._count(column, shard, len(rows) * per_row)
+                    continue
+                progress = stack.enter_context(work.open_work(work.shard_file(codes), column.digest))
+                if progress is None or codes.with_suffix(".json").exists():
+                    continue
+                self._bar.update(progress.crops)
+                held.append((column, progress, progress.crops))
+                lanes.append(self._lane(request, column, progress))
+            known = store.crops_sidecar(shard)["images"] if store.has_crops(shard) else None
+            sweep(self._reader, rows, per_row, lanes, self._pool, known)
+            if known is None and (held or self._encoded(shard)):
+                checksums = held[0][1].checksums if held else image_checksums(self._reader, rows, self._pool)
+                publish_crops(self._reader, shard, checksums)
+            for column, progress, already in held:
+                path = layout.codes_file(store.folder, column.name, shard)
+                shape = (len(rows), per_row, column.meta.code_size)
+                digest = progress.publish(path, files.npy_header(np.dtype(np.uint8), shape))
+                files.write_json(path.with_suffix(".json"), {"file": digest, "column": column.digest})
+                self.seen += len(rows) * per_row - already
+                self._counted.add((column.name, shard))
+        return _finished(store, self._columns, shard)
+
+    def _encoded(self, shard: int) -> bool:
+        """Whether every column's codes are there, and the crops alone were lost: no teacher is needed for those."""
+        paths = [layout.codes_file(self._store.folder, column.name, shard) for column in self._columns]
+        return all(path.with_suffix(".json").exists() for path in paths)
+
+    def _count(self, column: Column, shard: int, crops: int) -> None:
+        """Moves the bar over a shard that another process has finished."""
+        if (column.name, shard) not in self._counted:
+            self._counted.add((column.name, shard))
+            self._bar.update(crops)
+
+    def _lane(self, request: Request, column: Column, progress: work.Progress) -> Lane:
+        per_row, bar = self._store.manifest.crops_per_image, self._bar
+        first, skip = divmod(progress.crops, per_row)
+        del progress.checksums[first:]
+
+        def seen(row: Row) -> bool:
+            progress.checksums.append(row.checksum)
+            return True
+
+        def take(targets: Float32Array) -> None:
+            progress.add(column.codec.encode(targets))
+            bar.update(len(targets))
+            rate = (bar.format_dict["rate"] or 0) / per_row / len(self._columns)
+            bar.set_postfix_str(f"{rate:.1f} img/s", refresh=False)
+
+        return Lane(
+            request.teacher, pixels=request.pixels, chunk_size=request.chunk_size, first=first, skip=skip, seen=seen, take=take
+        )

@@ -29,8 +29,9 @@ class ColumnMeta:
     """faiss factory string."""
     code_size: int
     """Bytes of one code."""
-    fidelity: dict[str, float]
-    """Cosine of decoded to original targets on a held-out sample: `cosine_mean`, `cosine_min`, `sample`."""
+    fidelity: dict[str, Any]
+    """Cosine of decoded to original targets on a held-out sample: `cosine_mean`, `cosine_min`, `sample`. A recoded column
+    has bounds on them, and says what they are made of: `source_codec`, `source_cosine_mean`, `recoded_cosine_mean`, ..."""
     teacher: dict[str, Any]
     """name, network, licence, source, checkpoint_sha256."""
     preprocessing: dict[str, list[float]]
@@ -94,6 +95,12 @@ class Column:
         there = {path.name for path in self.folder.glob("codes-*.json")}
         shards = range(self.store.manifest.shards)
         return [s for s in shards if f"codes-{s:05d}.json" not in there or not self.store.has_crops(s)]
+
+    @cached_property
+    def rows(self) -> npt.NDArray[np.int64]:
+        """Row numbers whose targets can be read, ascending: of finished shards, without those skipped as unreadable."""
+        unfinished = np.isin(self.store.rows // self.store.manifest.rows_per_shard, self.missing_shards)
+        return self.store.rows[~unfinished]
 
     def require_complete(self) -> None:
         """Raises StoreError where shards are missing, saying how many and what to do."""

@@ -1,7 +1,8 @@
-"""Rows for a teacher: images read, decoded and replayed beside it, their crops cut into chunks of a fixed size."""
+"""Rows for a teacher: images read and decoded once, and replayed at each size that is wanted, beside the teacher."""
 
+import functools
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Protocol
@@ -13,8 +14,9 @@ import torch
 from fkd_ssl import files
 from fkd_ssl.crops import Records, draw, image_key, replay_into
 from fkd_ssl.crops.records import neutral
-from fkd_ssl.errors import FkdError, ImageError
+from fkd_ssl.errors import FkdError, ImageError, StoreError
 from fkd_ssl.images import ImageSet, decode, read_bytes
+from fkd_ssl.store import manifest as layout
 from fkd_ssl.store.codecs import Float32Array
 from fkd_ssl.store.reader import Store
 
@@ -43,19 +45,18 @@ class Teacher(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One image, read and replayed."""
+    """One image, read once and replayed at each size that was wanted."""
 
-    views: npt.NDArray[np.uint8]
+    views: dict[int, npt.NDArray[np.uint8]]  # by their side P: [m, P, P, 3], the last m of the row's crops
     checksum: str  # of the file's bytes; empty where the image was skipped
 
 
 class RowReader:
-    """Reads, decodes and replays all crops of a row; safe to call from several threads."""
+    """Reads, decodes and replays the crops of a row; safe to call from several threads."""
 
-    def __init__(self, store: Store, images: ImageSet, pixels: int, skip_unreadable: bool, *, ahead: int) -> None:
+    def __init__(self, store: Store, images: ImageSet, skip_unreadable: bool, *, ahead: int) -> None:
         self.store = store
         self.images = images
-        self.pixels = pixels
         self.skip_unreadable = skip_unreadable
         self.ahead = ahead  # images held in memory before the teacher has seen them
 
@@ -67,33 +68,48 @@ class RowReader:
         key = image_key(m.seed, self.store.paths[row])
         return draw(m.recipe, key, int(size["height"]), int(size["width"]), 0, count)
 
-    def __call__(self, row: int, count: int, expected: str | None = None) -> Row:
-        """The first `count` crops of a row; `expected` is the sha256 its file must have, empty for a skipped one."""
-        path = self.images.file(row)
-        blank = Row(views=np.zeros((count, self.pixels, self.pixels, 3), dtype=np.uint8), checksum="")
+    def __call__(self, row: int, count: int, wanted: Mapping[int, int], expected: str | None = None) -> Row:
+        """The crops of a row.
+
+        Args:
+            row: Which.
+            count: Its first so many crops.
+            wanted: By the side of the crops, how many of the first ones are left out.
+            expected: sha256 that the image's file must have, empty for one that was skipped; None where it is not known.
+        """
+        shapes = {pixels: (count - first, pixels, pixels, 3) for pixels, first in wanted.items()}
+        views = {pixels: np.zeros(shape, dtype=np.uint8) for pixels, shape in shapes.items()}
+        size = self.store.sizes[row]
         if expected == "":  # skipped when the crops were made: skipped for every teacher
-            return blank
-        if expected is None and self.skip_unreadable and not self.store.sizes[row]["width"]:  # its header was unreadable
-            return blank
+            return Row(views=views, checksum="")
+        if expected is None and self.skip_unreadable and not size["width"]:  # its header was unreadable
+            return Row(views=views, checksum="")
+        path = self.images.file(row)
         try:
             data = read_bytes(path)
-            checksum = files.sha256(data)
-            if expected is not None and checksum != expected:
-                raise FkdError(f"{path}: changed since the store's crops were made; restore it or make another store")
+        except ImageError as error:  # no damaged picture, since its header was read: a file or a mount that is gone
+            raise ImageError(f"{error}; it was there when the store was made: restore it, or mount its folder again") from error
+        checksum = files.sha256(data)
+        if expected is not None and checksum != expected:
+            raise FkdError(f"{path}: changed since the store's crops were made; restore it or make another store")
+        changed = f"{path}: changed since the store was made ({size['width']} x {size['height']} pixels then)"
+        if len(data) != size["bytes"]:
+            raise ImageError(changed)
+        try:
             pixels = decode(data, path)
         except ImageError as error:
             if self.skip_unreadable and expected is None:
-                return blank
+                return Row(views=views, checksum="")
             if expected is not None:
                 advice = "; another teacher has seen it: restore it"
             else:
                 advice = "" if self.skip_unreadable else "; remove it or pass --on_unreadable skip"
             raise ImageError(f"{error}{advice}") from error
-        size = self.store.sizes[row]
-        if pixels.shape[:2] != (size["height"], size["width"]) or len(data) != size["bytes"]:
-            raise ImageError(f"{path}: changed since the store was made ({size['width']} x {size['height']} pixels then)")
-        views = blank.views
-        replay_into(views, pixels, self.records(row, count))
+        if pixels.shape[:2] != (size["height"], size["width"]):
+            raise ImageError(changed)
+        records = self.records(row, count)
+        for side, first in wanted.items():
+            replay_into(views[side], pixels, records[first:])
         return Row(views=views, checksum=checksum)
 
 
@@ -112,6 +128,25 @@ def in_order(pool: ThreadPoolExecutor, calls: Iterator[Callable[[], Row]], ahead
             future.cancel()
 
 
+def image_checksums(reader: RowReader, rows: Sequence[int], pool: ThreadPoolExecutor) -> list[str]:
+    """sha256 of the rows' images, empty for those that are skipped as unreadable."""
+    calls = (functools.partial(reader, row, 0, {}) for row in rows)
+    return [row.checksum for row in in_order(pool, calls, reader.ahead)]
+
+
+def publish_crops(reader: RowReader, shard: int, checksums: Sequence[str]) -> None:
+    """Publishes the crop records of a shard, with the `checksums` of its images; raises StoreError where others are there."""
+    store, path = reader.store, layout.crops_file(reader.store.folder, shard)
+    rows = store.manifest.shard_rows(shard)
+    records = np.stack([reader.records(row, store.crops_per_image) for row in rows])
+    digest = files.write_npy(path, records)
+    skipped = [row for row, checksum in zip(rows, checksums, strict=True) if not checksum]
+    try:
+        files.write_json(path.with_suffix(".json"), {"file": digest, "images": list(checksums), "skipped": skipped})
+    except StoreError as error:
+        raise StoreError(f"{error}; another process read other image files: see that all see the same folder") from error
+
+
 def embed(teacher: Teacher, chunk: npt.NDArray[np.uint8], chunk_size: int) -> Float32Array:
     """Targets of at most `chunk_size` crops uint8 [n, P, P, 3]; always run on `chunk_size`, the rest zeros."""
     padded = chunk
@@ -125,22 +160,3 @@ def embed(teacher: Teacher, chunk: npt.NDArray[np.uint8], chunk_size: int) -> Fl
             f"teacher {teacher.name}: gave targets {list(result.shape)}, expected finite [{len(chunk)}, {teacher.dim}]"
         )
     return result
-
-
-def chunks(rows: Iterator[Row], chunk_size: int, skip: int) -> Iterator[npt.NDArray[np.uint8]]:
-    """The rows' crops as one sequence, without its first `skip`, cut into chunks; the last one may be shorter."""
-    parts: list[npt.NDArray[np.uint8]] = []
-    held = 0
-    for row in rows:
-        views = row.views[skip:]
-        skip = max(0, skip - len(row.views))
-        while len(views):
-            take = views[: chunk_size - held]
-            parts.append(take)
-            held += len(take)
-            views = views[len(take) :]
-            if held == chunk_size:
-                yield np.concatenate(parts) if len(parts) > 1 else parts[0]
-                parts, held = [], 0
-    if held:
-        yield np.concatenate(parts)

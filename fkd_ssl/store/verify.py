@@ -1,15 +1,18 @@
 """Verify: that a store is whole and right, file by file, and that its targets are still what the teacher says."""
 
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
 from fkd_ssl import files
-from fkd_ssl.crops import probe_digest, replay, well_formed
+from fkd_ssl.crops import CROP_DTYPE, Records, probe_digest, replay, well_formed
 from fkd_ssl.errors import FkdError, ImageError, RequestError, StoreError
 from fkd_ssl.images import ImageSet, decode, read_bytes
 from fkd_ssl.store import manifest as layout
@@ -19,6 +22,20 @@ from fkd_ssl.store.rows import Teacher
 # a fresh sample's least cosine may lie this many times further from 1 than the recorded one, plus the slack of another
 # machine's arithmetic
 _TIMES, _SLACK = 4.0, 1e-3
+_RECORDS_AT_ONCE = 2**18  # crop records that are checked at once: some 20 MB
+_ENOUGH = 16  # crops whose mean cosine says something
+
+
+@dataclass(frozen=True, kw_only=True)
+class Damage:
+    """A part of a store that is missing or not what its checksum says."""
+
+    kind: Literal["crops", "codes", "array"]
+    """Crop records of a shard, codes of a shard, or an array of a column."""
+    shard: int | None = None
+    """Of crops and codes."""
+    column: str | None = None
+    """Of codes and arrays."""
 
 
 @dataclass(kw_only=True)
@@ -27,13 +44,28 @@ class Report:
 
     Attributes:
         problems: One line each: the file or row, what is wrong, what to do.
+        damage: The parts of the store among them.
         checked: How many files, rows and crops were looked at.
         cosine: Mean and least cosine of the sampled crops to the teacher now; None without a teacher.
     """
 
     problems: list[str] = field(default_factory=list)
+    damage: list[Damage] = field(default_factory=list)
     checked: dict[str, int] = field(default_factory=lambda: {"files": 0, "images": 0, "crops": 0})
     cosine: dict[str, float] | None = None
+
+    def add(self, problem: str, damage: Damage | None = None) -> None:
+        """Notes a problem."""
+        self.problems.append(problem)
+        if damage is not None:
+            self.damage.append(damage)
+
+    def merge(self, part: "Report") -> None:
+        """Adds what was found in a part of the store."""
+        self.problems += part.problems
+        self.damage += part.damage
+        for what, count in part.checked.items():
+            self.checked[what] += count
 
 
 def verify(
@@ -43,6 +75,7 @@ def verify(
     *,
     name: str | None = None,
     sample: int = 64,
+    threads: int = 2,
 ) -> Report:
     """Checks every file's sha256, shape and records; every image, if given; and a sample of crops, if a teacher is.
 
@@ -52,21 +85,25 @@ def verify(
         teacher: The teacher of column `name`.
         name: The teacher's column.
         sample: Crops that are replayed and embedded again.
+        threads: That read files.
     """
     report = Report()
     columns = list(_columns(store, report))
-    for shard in tqdm(range(store.manifest.shards), desc="verify shards", unit="shard"):
-        _check_crops(store, shard, report)
-        for column in columns:
-            _check_codes(column, shard, report)
-    if images is not None and not report.problems:
-        _check_images(store, images, report)
-    if teacher is not None and not report.problems:
+    shards = range(store.manifest.shards)
+    with ThreadPoolExecutor(threads) as pool:
+        for part in tqdm(
+            pool.map(functools.partial(_check_shard, store, columns), shards), total=len(shards), desc="verify shards"
+        ):
+            report.merge(part)
+        sound = [shard for shard in shards if Damage(kind="crops", shard=shard) not in report.damage]
+        changed = set() if images is None else _check_images(store, images, sound, pool, report)
+    if teacher is not None:
         if images is None:
             raise RequestError("--teacher needs --images: crops are replayed from them")
-        column = store.column(name)
-        column.require_complete()
-        _check_targets(store, column, images, teacher, sample, report)
+        if not any(d.kind == "array" for d in report.damage):
+            column = store.column(name)
+            whole = [s for s in sound if Damage(kind="codes", shard=s, column=column.name) not in report.damage]
+            _check_targets(column, images, teacher, sample, set(whole), changed, report)
     return report
 
 
@@ -74,83 +111,111 @@ def check_files(store: Store, column: Column) -> None:
     """Raises StoreError where a file of a store's crops or of one column is not what its checksum says."""
     report = Report()
     for shard in range(store.manifest.shards):
-        _check_crops(store, shard, report)
-        _check_codes(column, shard, report)
+        report.merge(_check_shard(store, [column], shard))
     if report.problems:
         raise StoreError(f"{report.problems[0]} ({len(report.problems)} problems; fkd-ssl verify lists them)")
 
 
 def _columns(store: Store, report: Report) -> Iterator[Column]:
     for name in store.teachers:
+        damage = Damage(kind="array", column=name)
         try:
             column = store.column(name)
         except StoreError as error:
-            report.problems.append(f"{error}; if there is no copy, delete {store.folder}/targets/{name} and precompute")
+            report.add(f"{error}; if there is no copy, verify --repair with the teacher of column {name} tries it", damage)
             continue
         report.checked["files"] += 1 + len(column.meta.arrays)
         for array in column.meta.arrays:
             try:
                 column.array(array)
             except StoreError as error:
-                report.problems.append(str(error))
+                report.add(str(error), damage)
         if column.meta.probe_digest != probe_digest():
-            report.problems.append(
+            report.add(
                 f"{column.folder}: its crops were made by another pixel path (OpenCV, torchvision or processor) than this "
                 "machine's: students here see slightly other pixels; precompute here, or train where it was made"
             )
         yield column
     if not store.teachers:
-        report.problems.append(f"{store.folder}: holds no teacher's targets; run fkd-ssl precompute")
+        report.add(f"{store.folder}: holds no teacher's targets; run fkd-ssl precompute")
 
 
-def _again(error: StoreError | str, path: Any) -> str:
-    return f"{error}; delete {path} and its .json and run the same precompute again"
+def _again(error: StoreError | str, path: Path, shard: int) -> str:
+    return f"shard {shard}: {error}; delete {path} and its .json and run the same precompute again, or pass --repair"
+
+
+def _check_shard(store: Store, columns: Sequence[Column], shard: int) -> Report:
+    report = Report()
+    _check_crops(store, shard, report)
+    for column in columns:
+        _check_codes(column, shard, report)
+    return report
 
 
 def _check_crops(store: Store, shard: int, report: Report) -> None:
     path = layout.crops_file(store.folder, shard)
+    rows = store.manifest.shard_rows(shard)
+    damage = Damage(kind="crops", shard=shard)
     if not store.has_crops(shard):
-        report.problems.append(f"{path}: missing: run the same precompute again to finish the store")
+        report.add(f"{path}: missing: run the same precompute again to finish the store", damage)
         return
     try:
         sidecar = store.crops_sidecar(shard)
-        records = store.crop_shard(shard)
+        records = files.map_npy(path, CROP_DTYPE, (len(rows), store.crops_per_image))
+        digest = files.sha256_file(path)
     except StoreError as error:
-        report.problems.append(_again(error, path))
+        report.add(_again(error, path, shard), damage)
         return
     report.checked["files"] += 2
-    if files.sha256_file(path) != sidecar.get("file"):
-        report.problems.append(_again(f"{path}: altered: its sha256 is not its sidecar's", path))
+    skipped = [row for row, checksum in zip(rows, sidecar["images"], strict=True) if not checksum]
+    if digest != sidecar.get("file"):
+        report.add(_again(f"{path}: altered: its sha256 is not its sidecar's", path, shard), damage)
         return
+    if sidecar["skipped"] != skipped:
+        report.add(_again(f"{path.with_suffix('.json')}: rows without a checksum are not those skipped", path, shard), damage)
+        return
+    row = _impossible(store, shard, records, skipped)
+    if row is not None:
+        report.add(_again(f"{path}: a crop of row {row} ({store.paths[row]}) is impossible", path, shard), damage)
+
+
+def _impossible(store: Store, shard: int, records: Records, skipped: list[int]) -> int | None:
+    """The first row of a shard with a record that no recipe draws for its image; skipped rows hold neutral ones."""
     rows = store.manifest.shard_rows(shard)
-    readable = np.array([row not in set(sidecar["skipped"]) for row in rows])
-    sizes = store.sizes[rows.start : rows.stop]
-    bottom = records["top"].astype(np.int64) + records["height"]
-    right = records["left"].astype(np.int64) + records["width"]
-    inside = (bottom <= sizes["height"][:, None]) & (right <= sizes["width"][:, None])
-    inside &= (records["height"] > 0) & (records["width"] > 0)
-    bad = np.flatnonzero(~inside.all(axis=1) & readable)
-    if len(bad) or not well_formed(records):
-        where = f"row {rows[int(bad[0])]} ({store.paths[rows[int(bad[0])]]})" if len(bad) else "a record"
-        report.problems.append(_again(f"{path}: {where} is impossible", path))
+    step = max(1, _RECORDS_AT_ONCE // store.crops_per_image)
+    for first in range(0, len(rows), step):
+        block, these = np.asarray(records[first : first + step]), rows[first : first + step]
+        sizes = store.sizes[these.start : these.stop]
+        bottom = block["top"].astype(np.int64) + block["height"]
+        right = block["left"].astype(np.int64) + block["width"]
+        inside = (bottom <= sizes["height"][:, None]) & (right <= sizes["width"][:, None])
+        inside &= (block["height"] > 0) & (block["width"] > 0)
+        possible = inside.all(axis=1) | np.isin(these, skipped)
+        if not well_formed(block):
+            possible &= [well_formed(of_row) for of_row in block]
+        if not possible.all():
+            return int(these[int(np.argmin(possible))])
+    return None
 
 
 def _check_codes(column: Column, shard: int, report: Report) -> None:
     path = layout.codes_file(column.store.folder, column.name, shard)
+    m, damage = column.store.manifest, Damage(kind="codes", shard=shard, column=column.name)
     if not path.with_suffix(".json").exists():
-        report.problems.append(f"{path}: missing: run the same precompute again to finish the column {column.name}")
+        report.add(f"{path}: missing: run the same precompute again to finish the column {column.name}", damage)
         return
     try:
         sidecar = column.sidecar(shard)
-        column.shard(shard)
+        files.map_npy(path, np.dtype(np.uint8), (len(m.shard_rows(shard)), m.crops_per_image, column.meta.code_size))
+        digest = files.sha256_file(path)
     except StoreError as error:
-        report.problems.append(_again(error, path))
+        report.add(_again(error, path, shard), damage)
         return
     report.checked["files"] += 2
-    if files.sha256_file(path) != sidecar.get("file"):
-        report.problems.append(_again(f"{path}: altered: its sha256 is not its sidecar's", path))
+    if digest != sidecar.get("file"):
+        report.add(_again(f"{path}: altered: its sha256 is not its sidecar's", path, shard), damage)
     elif sidecar.get("column") != column.digest:
-        report.problems.append(_again(f"{path}: written for another meta.json than this column's", path))
+        report.add(_again(f"{path}: written for another meta.json than this column's", path, shard), damage)
 
 
 def _positions(store: Store, images: ImageSet) -> dict[str, int]:
@@ -161,31 +226,46 @@ def _positions(store: Store, images: ImageSet) -> dict[str, int]:
     return where
 
 
-def _check_images(store: Store, images: ImageSet, report: Report) -> None:
+def _check_images(store: Store, images: ImageSet, shards: Sequence[int], pool: ThreadPoolExecutor, report: Report) -> set[int]:
+    """Compares every image of these shards with what the teacher saw; returns the rows of those that are others now."""
     where = _positions(store, images)
+    bad: set[int] = set()
+
+    def check(row: int, checksum: str) -> str | None:
+        """What is wrong with an image."""
+        file = images.file(where[store.paths[row]])
+        try:
+            found = files.sha256(read_bytes(file)) if checksum else ""
+        except ImageError as error:
+            return f"row {row}: {error}; restore it"
+        return None if found == checksum else (
+            f"row {row}: {file}: changed since its crops were made; restore it or make another store"
+        )  # fmt: skip
+
     with tqdm(total=store.manifest.count, desc="verify images", unit="img") as bar:
-        for shard in range(store.manifest.shards):
-            for row, checksum in zip(store.manifest.shard_rows(shard), store.crops_sidecar(shard)["images"], strict=True):
+        for shard in shards:
+            rows = store.manifest.shard_rows(shard)
+            for row, problem in zip(rows, pool.map(check, rows, store.crops_sidecar(shard)["images"]), strict=True):
                 bar.update(1)
-                file = images.file(where[store.paths[row]])
-                try:
-                    found = files.sha256(read_bytes(file)) if checksum else ""
-                except ImageError as error:
-                    report.problems.append(f"row {row}: {error}; restore it")
-                    continue
                 report.checked["images"] += 1
-                if found != checksum:
-                    report.problems.append(
-                        f"row {row}: {file}: changed since its crops were made; restore it or make another store"
-                    )
+                if problem is not None:
+                    report.add(problem)
+                    bad.add(row)
+    return bad
 
 
-def _check_targets(store: Store, column: Column, images: ImageSet, teacher: Teacher, sample: int, report: Report) -> None:
+def _check_targets(
+    column: Column, images: ImageSet, teacher: Teacher, sample: int, shards: set[int], changed: set[int], report: Report
+) -> None:
+    """Compares a sample of the targets in these shards with what the teacher says now."""
+    store = column.store
     where = _positions(store, images)
-    order = layout.in_hash_order([store.paths[int(row)] for row in store.rows], "verify")
+    rows = [row for shard in sorted(shards) for row in store.manifest.shard_rows(shard)]
+    left_out = changed.union(*(store.skipped(shard) for shard in shards))
+    rows = [row for row in rows if row not in left_out]
+    order = [rows[k] for k in layout.in_hash_order([store.paths[row] for row in rows], "verify")[:sample]]
     cosines = []
-    for k, position in enumerate(tqdm(order[:sample], desc="verify targets", unit="crop")):
-        row = int(store.rows[position])
+    for k, row in enumerate(tqdm(order, desc="verify targets", unit="crop")):
         file = images.file(where[store.paths[row]])
         index = np.array([k % store.crops_per_image])
         pixels = decode(read_bytes(file), file)
@@ -196,17 +276,25 @@ def _check_targets(store: Store, column: Column, images: ImageSet, teacher: Teac
             raise FkdError(f"{file}: {error}") from error
         stored = column.codec.decode(column.codes(row, index))[0].astype(np.float64)
         if now.shape != stored.shape:
-            report.problems.append(f"{column.folder}: holds D = {len(stored)}, this teacher gives D = {len(now)}")
+            report.add(f"{column.folder}: holds D = {len(stored)}, this teacher gives D = {len(now)}")
             return
         cosines.append(float(now @ stored / max(1e-12, np.linalg.norm(now) * np.linalg.norm(stored))))
+    if not cosines:
+        return
     report.checked["crops"] = len(cosines)
     report.cosine = {"mean": float(np.mean(cosines)), "min": float(np.min(cosines))}
-    least = 1 - _TIMES * (1 - column.meta.fidelity["cosine_min"]) - _SLACK
-    bad = [position for position, cosine in zip(order, cosines, strict=False) if cosine < least]
+    recorded = column.meta.fidelity
+    least, mean = (1 - _TIMES * (1 - recorded[key]) - _SLACK for key in ("cosine_min", "cosine_mean"))
+    bad = [row for row, cosine in zip(order, cosines, strict=True) if cosine < least]
     if bad:
-        row = int(store.rows[bad[0]])
-        report.problems.append(
+        shard = bad[0] // store.manifest.rows_per_shard
+        report.add(
             f"{column.folder}: {len(bad)} of {len(cosines)} sampled targets are not what this teacher says (cosine "
-            f"{min(cosines):.4f} at least, {least:.4f} expected), first row {row} ({store.paths[row]}): another teacher, "
-            "another checkpoint or another pixel path; give the one of meta.json or precompute another column"
+            f"{min(cosines):.4f} at least, {least:.4f} expected), first row {bad[0]} ({store.paths[bad[0]]}, shard {shard}): "
+            "another teacher, another checkpoint or another pixel path; give the one of meta.json or precompute another column"
+        )
+    elif len(cosines) >= _ENOUGH and report.cosine["mean"] < mean:
+        report.add(
+            f"{column.folder}: {len(cosines)} sampled targets have cosine {report.cosine['mean']:.4f} in the mean to what this "
+            f"teacher says, {mean:.4f} expected: its checkpoint or the pixel path has drifted; precompute another column"
         )

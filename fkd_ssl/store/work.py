@@ -1,109 +1,136 @@
-"""Progress within a shard: codes written so far, and a journal that says how many of them count."""
+"""Unfinished work: what a teacher has said so far of a shard (or of the codec's sample), and a journal of what counts."""
 
 import fcntl
+import hashlib
 import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
+
+import numpy.typing as npt
 
 from fkd_ssl import files
 from fkd_ssl.errors import StoreError
-from fkd_ssl.store.codecs import UInt8Array
 
 SECONDS_BETWEEN_JOURNALS = 15.0
+_PIECE = 2**20
 
 
 class Progress:
-    """The codes of a shard that is being written.
+    """Rows of bytes, one a crop, that are being written.
 
     Attributes:
         crops: How many crops are done.
         checksums: sha256 of the image of each row that was read, the caller appends; at least those of all whole rows.
     """
 
-    def __init__(self, file: BinaryIO, journal: Path, column: str) -> None:
+    def __init__(self, file: BinaryIO, journal: Path, owner: str) -> None:
         self._file = file
         self._journal = journal
-        self._column = column
+        self._owner = owner
         self._written = time.monotonic()
         self.crops, self.checksums = self._resume()
 
-    def add(self, codes: UInt8Array) -> None:
-        """Appends the codes uint8 [n, code_size] of a chunk; now and then all that was added is made safe."""
-        self._file.write(codes.tobytes())
-        self.crops += len(codes)
+    def add(self, array: npt.NDArray[Any]) -> None:
+        """Appends a chunk, an array of one row a crop; now and then all that was added is made safe."""
+        data = array.tobytes()
+        self._file.write(data)
+        self._digest.update(data)
+        self.crops += len(array)
         if time.monotonic() - self._written > SECONDS_BETWEEN_JOURNALS:
             self.save()
 
     def save(self) -> None:
-        """Makes what was added survive a kill: the codes are synced before the journal counts them."""
+        """Makes what was added survive a kill: the bytes are synced before the journal counts them."""
         self._file.flush()
         os.fsync(self._file.fileno())
-        size = self._file.tell()
         values = {
-            "bytes": size,
+            "bytes": self._file.tell(),
             "crops": self.crops,
-            "codes": self._digest(size),
+            "codes": self._digest.hexdigest(),
             "images": self.checksums,
-            "column": self._column,
+            "column": self._owner,
         }
         signed = {**values, "sha256": files.sha256(files.canonical(values))}
         files.replace(self._journal, files.canonical(signed))
         self._written = time.monotonic()
 
+    def read(self) -> bytes:
+        """All that was added."""
+        return b"".join(self._pieces())
+
     def publish(self, path: Path, header: bytes) -> str:
-        """Publishes the codes behind a .npy header as `path`; returns the file's sha256."""
-        self._file.seek(0)
-        body = self._file.read()
+        """Publishes what was added behind a .npy header as `path`; returns the file's sha256."""
+        digest = hashlib.sha256(header)
         with files.publish(path) as out:
             out.write(header)
-            out.write(body)
-        return files.sha256(header + body)
+            for piece in self._pieces():
+                digest.update(piece)
+                out.write(piece)
+        return digest.hexdigest()
 
-    def _digest(self, size: int) -> str:
+    def _pieces(self) -> Iterator[bytes]:
+        """The file from its start; raises StoreError at its end if it does not hold what this process wrote."""
         self._file.seek(0)
-        digest = files.sha256(self._file.read(size))
-        self._file.seek(size)
-        return digest
+        digest = hashlib.sha256()
+        while piece := self._file.read(_PIECE):
+            digest.update(piece)
+            yield piece
+        if digest.digest() != self._digest.digest():  # on a file system without locks, or a failing disk
+            raise StoreError(
+                f"{self._journal.with_suffix('')}: holds other bytes than were written to it: another process writes it "
+                "too, or the disk fails; run the same command again"
+            )
 
     def _resume(self) -> tuple[int, list[str]]:
-        """What the journal counts, if the codes are what it says; otherwise the shard starts anew."""
+        """What the journal counts, if the bytes are what it says; otherwise all starts anew."""
+        self._digest = hashlib.sha256()
         try:
             values = files.read_json(self._journal)
             size, crops, checksums = int(values["bytes"]), int(values["crops"]), list(values["images"])
-            fits = values["column"] == self._column and self._digest(size) == values["codes"]
+            self._file.seek(0)
+            left = size
+            while left > 0 and (piece := self._file.read(min(_PIECE, left))):
+                self._digest.update(piece)
+                left -= len(piece)
+            fits = values["column"] == self._owner and left == 0 and self._digest.hexdigest() == values["codes"]
         except (StoreError, KeyError, TypeError, ValueError):
-            size, crops, checksums, fits = 0, 0, [], False
+            fits = False
         if not fits:
             size, crops, checksums = 0, 0, []
+            self._digest = hashlib.sha256()
         self._file.truncate(size)
         self._file.seek(size)
         return crops, checksums
 
 
+def shard_file(codes: Path) -> Path:
+    """The work file of the shard that will be published as `codes`."""
+    return codes.with_name(f".work-{codes.stem}")
+
+
 @contextmanager
-def open_shard(codes: Path, column: str) -> Iterator[Progress | None]:
-    """The progress of the shard that will be published as `codes`; None if another process is writing it.
+def open_work(path: Path, owner: str) -> Iterator[Progress | None]:
+    """The progress kept in `path`, which goes when the block ends well; None if another process is writing it.
 
     The work file is locked (flock) while it is open, and the lock goes with the process. Where the file system has no
     locks two processes may do the same work; both would publish the same bytes.
+
+    Args:
+        path: The work file; its journal lies beside it.
+        owner: What the work belongs to: progress of another owner does not count.
     """
-    path = codes.with_name(f".work-{codes.stem}")
-    journal = codes.with_name(f".work-{codes.stem}.json")
+    journal = _journal(path)
     with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _locked(file):
             yield None
             return
-        except OSError:
-            pass
         if not path.exists() or not os.path.samestat(path.stat(), os.fstat(file.fileno())):
             yield None  # finished and removed by another process between our open and our lock
             return
-        progress = Progress(file, journal, column)
+        progress = Progress(file, journal, owner)
         try:
             yield progress
         except BaseException:
@@ -112,3 +139,26 @@ def open_shard(codes: Path, column: str) -> Iterator[Progress | None]:
             raise
         path.unlink(missing_ok=True)
         journal.unlink(missing_ok=True)
+
+
+def clear(path: Path) -> None:
+    """Removes a work file whose work is published, if no process holds it: one was killed before it could."""
+    with suppress(FileNotFoundError), path.open("r+b") as file:
+        if _locked(file):
+            path.unlink(missing_ok=True)
+            _journal(path).unlink(missing_ok=True)
+
+
+def _journal(path: Path) -> Path:
+    return path.with_name(f"{path.name}.json")
+
+
+def _locked(file: BinaryIO) -> bool:
+    """Whether this process has the file now; also where the file system has no locks."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True

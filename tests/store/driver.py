@@ -5,11 +5,13 @@ import json
 import os
 import resource
 import signal
+import time
 from pathlib import Path
 from typing import Any
 
 from fkd_ssl import images
 from fkd_ssl.crops import RECIPES
+from fkd_ssl.errors import FkdError
 from fkd_ssl.store import manifest, work
 from fkd_ssl.store.precompute import precompute
 
@@ -28,7 +30,11 @@ if "journal_seconds" in options:
 if "file_limit" in options:
     resource.setrlimit(resource.RLIMIT_FSIZE, (options.pop("file_limit"),) * 2)
 report = options.pop("report", None)
+pause = options.pop("pause", 0.0)
 teacher = shared.TinyTeacher()
+if pause:
+    embed = teacher.embed
+    teacher.embed = lambda views: time.sleep(pause) or embed(views)
 
 
 def killing(function: Any, calls: int) -> Any:
@@ -60,6 +66,8 @@ try:
     result = {"crops": summary.crops, "busy": summary.busy, "embedded": teacher.crops_seen}
 except OSError as error:
     result, status = {"error": str(error), "errno": error.errno}, 3
+except FkdError as error:
+    result, status = {"error": str(error)}, 3
 if report:
     Path(report).write_text(json.dumps(result))
 os._exit(status)

@@ -1,0 +1,141 @@
+"""Throughput of precompute over the bare forward of the same teacher, in one run.
+
+    python benchmarks/precompute.py --images DIR --teacher mocov2 --checkpoint FILE --pixels 64
+    python benchmarks/precompute.py --images DIR --teacher resnet50 --pixels 224
+
+`resnet50` is torchvision's with random weights and a projection to 128. The bare forward runs on chunks of the same size that
+are in memory; precompute reads, decodes and replays beside it, encodes (SQ8) and writes. Rounds alternate and the best of each
+is taken. On a CPU both share the cores, and the time of reading a crop, which is printed too, bounds the ratio. On a
+machine with other work the two rates are of different moments; `teacher_busy`, the share of precompute's own time that the
+teacher's forward takes, is of one.
+"""
+
+import argparse
+import json
+import os
+import platform
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+from torch import nn
+
+from fkd_ssl.commands import resolve
+from fkd_ssl.crops import RECIPES
+from fkd_ssl.images import scan
+from fkd_ssl.store.manifest import limit_images
+from fkd_ssl.store.precompute import precompute
+from fkd_ssl.store.reader import Store
+from fkd_ssl.store.rows import RowReader, embed
+from fkd_ssl.teachers import Teacher
+
+
+def resnet50() -> Teacher:
+    """A ResNet-50 of random weights."""
+    torch.manual_seed(0)
+    network = torchvision.models.resnet50()
+    network.fc = nn.Identity()
+    return Teacher(network, nn.Linear(2048, 128), name="resnet50", dim=128, feature_dim=2048, network="resnet50, linear 128")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", required=True)
+    parser.add_argument("--teacher", required=True, help="resnet50, or as of fkd-ssl precompute")
+    parser.add_argument("--checkpoint")
+    parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "fp16"))
+    parser.add_argument("--pixels", type=int, default=224)
+    parser.add_argument("--crops", type=int, default=400)
+    parser.add_argument("--chunk_size", type=int, default=128)
+    parser.add_argument("--threads", type=int, default=min(16, resolve.cpu_threads()))
+    parser.add_argument("--chunks", type=int, default=12, help="chunks in a round")
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+
+    if args.teacher == "resnet50":
+        teacher = resnet50().to(resolve.device())
+        teacher.precision = args.precision
+    else:
+        teacher = resolve.teacher_of(args.teacher, args.checkpoint, args.precision)
+    count = max(1, round(args.chunks * args.chunk_size / args.crops))
+    images = limit_images(scan(args.images), count)
+    crops = count * args.crops
+    generator = np.random.default_rng(0)
+    chunk = generator.integers(0, 256, (args.chunk_size, args.pixels, args.pixels, 3), dtype=np.uint8)
+
+    def bare() -> float:
+        start = time.perf_counter()
+        for _ in range(-(-crops // args.chunk_size)):
+            embed(teacher, chunk, args.chunk_size)
+        return crops / (time.perf_counter() - start)
+
+    class Timed:
+        """The teacher, which notes when the first forward for the store begins: the codec's sample is left out."""
+
+        def __init__(self, folder: Path) -> None:
+            self.folder = folder
+            self.began: float | None = None
+            self.busy = 0.0
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(teacher, name)
+
+        def embed(self, views: torch.Tensor) -> torch.Tensor:
+            if self.began is None and (self.folder / "targets" / teacher.name / "meta.json").exists():
+                self.began, self.busy = time.perf_counter(), 0.0
+            start = time.perf_counter()
+            targets = teacher.embed(views).cpu()
+            self.busy += time.perf_counter() - start
+            return targets
+
+    def whole(folder: Path) -> tuple[float, float, float]:
+        """Crops a second of precompute from the first forward on, the teacher's share, seconds of a core to read a crop."""
+        timed = Timed(folder)
+        precompute(
+            images, folder, timed, crops=args.crops, recipe=RECIPES["mocov2"], pixels=args.pixels, threads=args.threads,
+            chunk_size=args.chunk_size, progress=False,
+        )  # fmt: skip
+        if timed.began is None:
+            raise SystemExit("precompute ran without the teacher")
+        took = time.perf_counter() - timed.began
+        reader = RowReader(Store(folder), images, skip_unreadable=False, ahead=1)
+        start = time.perf_counter()
+        reader(0, args.crops, {args.pixels: 0})
+        return crops / took, timed.busy / took, (time.perf_counter() - start) / args.crops
+
+    best, busy = {"bare": 0.0, "precompute": 0.0}, 0.0
+    reading = float("inf")
+    bare()
+    with tempfile.TemporaryDirectory() as place:
+        for k in range(args.rounds):
+            best["bare"] = max(best["bare"], bare())
+            rate, share, seconds = whole(Path(place) / str(k))
+            best["precompute"], busy, reading = max(best["precompute"], rate), max(busy, share), min(reading, seconds)
+    on_gpu = resolve.device().type == "cuda"
+    bound = 1.0 if on_gpu else 1 / (1 + best["bare"] * reading / resolve.cpu_threads())
+    print(
+        json.dumps(
+            {
+                "teacher": teacher.network,
+                "pixels": args.pixels,
+                "precision": args.precision,
+                "chunk_size": args.chunk_size,
+                "crops_per_image": args.crops,
+                "device": torch.cuda.get_device_name() if on_gpu else f"cpu, {os.cpu_count()} cores",
+                "versions": {"python": platform.python_version(), "torch": torch.__version__},
+                "crops_per_second": {name: round(value, 1) for name, value in best.items()},
+                "reading_a_crop_ms_of_a_core": round(1e3 * reading, 3),
+                "ratio": round(best["precompute"] / best["bare"], 3),
+                "teacher_busy": round(busy, 3),
+                "ratio_that_reading_allows": round(bound, 3),
+            },
+            indent=2,
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

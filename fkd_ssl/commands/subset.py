@@ -1,0 +1,56 @@
+"""Copies a part of a store into a store of its own: the first k crops, some teachers, some images.
+
+The teacher is not needed and the source is only read. The copy appears when it is whole; a killed one continues. Its crop
+records are those that precompute --crops k writes, byte for byte; its codes are the source's.
+"""
+
+from dataclasses import dataclass
+
+POSITIONALS = ("store",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Options of subset."""
+
+    store: str
+    """Folder of the store."""
+    out: str
+    """Folder of the new store."""
+    crops: int | None = None
+    """Only the first so many crops of each image."""
+    teachers: str | None = None
+    """Only these columns, with commas between them; all by default."""
+    list: str | None = None
+    """Only these images: a text file of their paths, one a line, as images.txt of the store has them."""
+    json: bool = False
+    """Print one JSON object on standard output."""
+
+
+def run(config: Config) -> int:
+    """Copies and says what."""
+    from fkd_ssl.commands import console
+    from fkd_ssl.errors import RequestError
+    from fkd_ssl.store import open_store
+    from fkd_ssl.store.precompute import gigabytes
+    from fkd_ssl.store.subset import subset
+
+    paths = None
+    if config.list is not None:
+        try:
+            with open(config.list, encoding="utf-8") as file:  # noqa: PTH123
+                paths = [line.rstrip("\n") for line in file if line.strip()]
+        except (OSError, UnicodeDecodeError) as error:
+            raise RequestError(f"--list {config.list}: cannot be read: {error}") from error
+    teachers = None if config.teachers is None else config.teachers.split(",")
+    made = subset(open_store(config.store), config.out, crops=config.crops, teachers=teachers, paths=paths)
+    size = sum(path.stat().st_size for path in made.folder.rglob("*") if path.is_file())
+    if config.json:
+        about = {"images": made.manifest.count, "crops_per_image": made.crops_per_image, "teachers": made.teachers}
+        console.show_json({"store": config.out, **about, "store_bytes": size})
+    else:
+        console.show(
+            f"{config.out}: {made.manifest.count:,} images x {made.crops_per_image} crops, targets of "
+            f"{', '.join(made.teachers) or 'no teacher'}; {gigabytes(size)} on disk"
+        )
+    return 0

@@ -1,0 +1,129 @@
+"""Recode: a column's targets in another codec, from their codes; the teacher is not needed."""
+
+import math
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from fkd_ssl import files
+from fkd_ssl.errors import RequestError, StoreError
+from fkd_ssl.store import manifest as layout
+from fkd_ssl.store.codecs import Codec, Float32Array, code_size
+from fkd_ssl.store.columns import FIDELITY_SHARE, measure, sample_rows
+from fkd_ssl.store.reader import Column, Store
+from fkd_ssl.store.subset import Part, whole_folder
+from fkd_ssl.store.verify import check_files
+
+_BLOCK = 65536  # crops that are decoded at once
+
+
+def recode(
+    store: Store, codec: str, *, name: str | None = None, to: str | None = None, out: str | Path | None = None
+) -> Column:
+    """Writes the targets of a column in another codec, as another column of the store or into a store of its own.
+
+    The new column appears when it is whole; a killed call continues. The source stays as it is. What its codec has lost
+    is not found again: the new column's recorded fidelity is a bound that puts both losses together (`combined`).
+
+    Args:
+        store: The store.
+        codec: faiss factory string.
+        name: The column to recode; the only one by default.
+        to: Name of the new column; by default the old one's with the codec's behind it, or the old one's in another store.
+        out: A new store for it, with the same crops; by default the column goes into the same store.
+
+    Raises:
+        RequestError: The codec does not fit, or the place is taken by something else.
+        StoreError: The source is damaged or not finished.
+    """
+    source = store.column(name)
+    code_size(codec, source.meta.dim)
+    if to is None:
+        to = source.name if out is not None else f"{source.name}-{codec.replace(',', '-')}"
+    to = layout.checked_name(to)
+    source.require_complete()
+    if out is None:
+        target = store.folder / layout.TARGETS / to
+        if target.exists():
+            return _same(store, source, codec, to)
+        check_files(store, source)
+        with whole_folder(target) as folder:
+            _fill(source, codec, store, folder.name)
+        return Store(store.folder).column(to)
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        return _same(Store(out), source, codec, to)
+    check_files(store, source)
+    with whole_folder(out) as folder:
+        Part(store, teachers=[]).write(folder, beside=to)
+        _fill(source, codec, Store(folder), to)
+    return Store(out).column(to)
+
+
+def combined(first: float, second: float) -> float:
+    """A bound from below on the cosine (mean or least) that two codecs leave, one after the other.
+
+    Unit vectors at cosine c lie sqrt(2 - 2 c) apart, distances add up at most (for a mean: in the root mean square,
+    Minkowski), so 1 - c <= (sqrt(1 - first) + sqrt(1 - second))^2.
+    """
+    return max(-1.0, 1 - (math.sqrt(max(0.0, 1 - first)) + math.sqrt(max(0.0, 1 - second))) ** 2)
+
+
+def _same(store: Store, source: Column, codec: str, to: str) -> Column:
+    """The column that is there, if it is the one asked for."""
+    try:
+        there = store.column(to)
+        same = there.meta == replace(
+            source.meta, codec=codec, code_size=there.meta.code_size, fidelity=there.meta.fidelity, arrays=there.meta.arrays
+        )
+        if same and there.meta.fidelity.get("source_codec") == source.meta.codec and not there.missing_shards:
+            return there
+    except StoreError:
+        pass
+    raise RequestError(
+        f"{store.folder}: holds something else than {source.name} in {codec} as {to!r}; choose another --to or --out"
+    )
+
+
+def _fill(source: Column, codec: str, store: Store, to: str) -> None:
+    """Fills the column `to` of a store that has the source's crops."""
+    folder = store.folder / layout.TARGETS / to
+    folder.mkdir(exist_ok=True)
+    if not (folder / "meta.json").exists():
+        meta, arrays = _train(source, codec)
+        digests = {array: files.write_npy(folder / f"{array}.npy", values) for array, values in arrays.items()}
+        files.write_json(folder / "meta.json", {**meta, "arrays": digests})
+    column = Column(store, to)
+    if column.meta.codec != codec:
+        raise RequestError(f"{folder}: {column.meta.codec} was begun there and not finished; delete that folder")
+    for shard in tqdm(range(store.manifest.shards), desc=f"recode {source.name}", unit="shard"):
+        path = layout.codes_file(store.folder, to, shard)
+        if path.with_suffix(".json").exists():
+            continue
+        codes = source.shard(shard)
+        flat = codes.reshape(-1, source.meta.code_size)
+        parts = [column.codec.encode(source.codec.decode(flat[k : k + _BLOCK])) for k in range(0, len(flat), _BLOCK)]
+        digest = files.write_npy(path, np.concatenate(parts).reshape(*codes.shape[:2], -1))
+        files.write_json(path.with_suffix(".json"), {"file": digest, "column": column.digest})
+
+
+def _train(source: Column, codec: str) -> tuple[dict[str, Any], dict[str, Float32Array]]:
+    """meta.json of the recoded column, without its arrays' checksums, and its arrays."""
+    store = source.store
+    order, per_image, size = sample_rows(store, codec)
+    readable = set(store.rows.tolist())
+    codes = [source.codes(row, slice(per_image)) for row in order if row in readable]
+    sample = source.codec.decode(np.concatenate(codes)[:size])
+    held_out = max(1, len(sample) // FIDELITY_SHARE)
+    trained = Codec.train(codec, sample[:-held_out] if len(sample) > held_out else sample)
+    before, own = source.meta.fidelity, measure(trained, sample[-held_out:])
+    fidelity: dict[str, Any] = {"sample": held_out, "source_codec": source.meta.codec}
+    for key in ("cosine_mean", "cosine_min"):
+        fidelity |= {key: combined(before[key], own[key]), f"source_{key}": before[key], f"recoded_{key}": own[key]}
+    meta = {**asdict(source.meta), "codec": codec, "code_size": trained.code_size, "fidelity": fidelity}
+    del meta["arrays"]
+    extra = {array: source.array(array) for array in source.meta.arrays if array.startswith("teacher-")}
+    return meta, {**trained.arrays(), **extra}

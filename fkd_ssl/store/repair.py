@@ -1,0 +1,208 @@
+"""Repair: what `verify` found damaged is made again, and nothing else; what is made again must be what was there."""
+
+import io
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+
+from fkd_ssl import files
+from fkd_ssl.errors import RequestError, StoreError
+from fkd_ssl.images import ImageSet, read_size
+from fkd_ssl.store import manifest as layout
+from fkd_ssl.store.codecs import Float32Array
+from fkd_ssl.store.columns import Request, train_columns
+from fkd_ssl.store.precompute import precompute
+from fkd_ssl.store.reader import ColumnMeta, Store
+from fkd_ssl.store.rows import RowReader, Teacher, image_checksums, publish_crops
+from fkd_ssl.store.verify import Damage
+
+Log = Callable[[str], None]
+
+
+def repair_lists(folder: Path, images: ImageSet, log: Log) -> None:
+    """Makes images.txt and images.npy again where they are not what the manifest says and the folder of images still is.
+
+    Raises:
+        StoreError: The manifest is damaged, or the images are others: only a copy can help.
+    """
+    manifest = layout.read_manifest(folder)
+    listing = "".join(f"{path}\n" for path in images.paths)
+    if files.sha256(listing.encode()) != manifest.images_sha256:
+        images = layout.limit_images(images, manifest.count)
+        listing = "".join(f"{path}\n" for path in images.paths)
+    if _digest(folder / layout.IMAGES) != manifest.images_sha256:
+        _replace(folder / layout.IMAGES, listing.encode(), manifest.images_sha256, log)
+    if _digest(folder / layout.SIZES) != manifest.sizes_sha256:
+        sizes = np.zeros(len(images), dtype=layout.SIZE_DTYPE)
+        for row in range(len(images)):
+            sizes[row] = (images.file(row).stat().st_size, *read_size(images.file(row)))
+        header = files.npy_header(sizes.dtype, sizes.shape)
+        _replace(folder / layout.SIZES, header + sizes.tobytes(), manifest.sizes_sha256, log)
+
+
+def repair(
+    store: Store,
+    damage: list[Damage],
+    images: ImageSet | None = None,
+    teacher: Teacher | None = None,
+    *,
+    name: str | None = None,
+    threads: int = 2,
+    log: Log = lambda message: None,
+) -> None:
+    """Makes the damaged parts of a store again; the rest is not touched.
+
+    Crop records are drawn again, without images where their sidecar is whole, otherwise with the images' contents. A
+    codec's arrays are trained again, and kept only if they are byte for byte those that meta.json tells of. Codes need
+    their teacher.
+
+    Args:
+        store: The store.
+        damage: What `verify` found.
+        images: The store's images; the folder may hold more.
+        teacher: The teacher of column `name`.
+        name: Its column; the only one by default.
+        threads: That read images.
+        log: Takes a line for each thing done or not done.
+    """
+    own = None if images is None else _own_images(store, images)
+    mended = [d for d in damage if d.kind == "crops" and d.shard is not None and _redraw(store, d.shard, log)]
+    crops = [d.shard for d in damage if d.kind == "crops" and d.shard is not None and d not in mended]
+    if crops and own is None:
+        log(f"crops of {len(crops)} shards: --images is needed to make them again")
+    columns = {d.column for d in damage if d.column is not None}
+    target = None
+    if teacher is not None and (columns or crops):
+        target = name if name is not None else columns.pop() if len(columns) == 1 else store.column().name
+    for column in sorted({d.column for d in damage if d.column is not None} - {target}):
+        log(f"column {column}: its teacher is needed to make it again: --teacher, --checkpoint, --images and --name {column}")
+    if own is None:
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        reader = RowReader(store, own, skip_unreadable=True, ahead=threads + 1)
+        for shard in crops:
+            path = layout.crops_file(store.folder, shard)
+            if not any(store.folder.glob(f"{layout.TARGETS}/*/codes-{shard:05d}.json")):
+                continue  # never finished: precompute makes them with the codes
+            _remove(path)
+            publish_crops(reader, shard, image_checksums(reader, store.manifest.shard_rows(shard), pool))
+            log(f"{path}: made again from the images")
+        if target is None or teacher is None:
+            return
+        if Damage(kind="array", column=target) in damage:
+            _retrain(store, target, teacher, reader, pool, log)
+    _recompute(store, [d.shard for d in damage if d.kind == "codes" and d.column == target], own, teacher, target, threads, log)
+
+
+def _own_images(store: Store, images: ImageSet) -> ImageSet:
+    """The pictures of the store alone, in its order."""
+    where = {path: k for k, path in enumerate(images.paths)}
+    absent = [path for path in store.paths if path not in where]
+    if absent:
+        raise StoreError(f"{images.root}: lacks {len(absent)} images of {store.folder}, for instance {absent[0]!r}")
+    return images.subset([where[path] for path in store.paths])
+
+
+def _redraw(store: Store, shard: int, log: Log) -> bool:
+    """Draws a shard's records again if its sidecar still tells what they must be; no image is needed."""
+    path = layout.crops_file(store.folder, shard)
+    try:
+        expected = store.crops_sidecar(shard).get("file")
+    except StoreError:
+        return False
+    nothing = ImageSet(root=Path(), paths=[], labels=np.zeros(0, dtype=np.int64), classes=[], on_disk=[])
+    reader = RowReader(store, nothing, skip_unreadable=False, ahead=1)
+    records = np.stack([reader.records(row, store.crops_per_image) for row in store.manifest.shard_rows(shard)])
+    data = files.npy_header(records.dtype, records.shape) + records.tobytes()
+    if files.sha256(data) != expected:
+        return False
+    if _digest(path) != expected:
+        files.replace(path, data)
+        log(f"{path}: drawn again, as it was")
+    return True
+
+
+def _retrain(store: Store, name: str, teacher: Teacher, reader: RowReader, pool: ThreadPoolExecutor, log: Log) -> None:
+    """Trains a column's codec again; its arrays are replaced where they come out as meta.json tells."""
+    folder = store.folder / layout.TARGETS / name
+    try:
+        meta = ColumnMeta(**files.read_json(folder / "meta.json"))
+    except (StoreError, TypeError) as error:
+        log(
+            f"{error}; nothing else tells what this column is: restore meta.json from a copy, or move the folder {folder} "
+            "away and precompute it again"
+        )
+        return
+    request = Request(name=name, teacher=teacher, codec=meta.codec, pixels=meta.pixels, chunk_size=meta.chunk_size)
+    for key, value in request.meta().items():
+        if asdict(meta)[key] != value:
+            raise RequestError(f"{folder}: its {key} is {asdict(meta)[key]}, not {value}: another teacher than the column's")
+    arrays: dict[str, Float32Array] = {f"teacher-{key}": array for key, array in teacher.arrays.items()}
+    bad = [array for array, digest in meta.arrays.items() if _digest(folder / f"{array}.npy") != digest]
+    if any(array not in arrays for array in bad):
+        train_columns(store, [request], reader, pool, lambda _, __, trained: arrays.update(trained), always=True)
+    for array in bad:
+        buffer = io.BytesIO()
+        buffer.write(files.npy_header(np.dtype(np.float32), arrays[array].shape))
+        buffer.write(np.ascontiguousarray(arrays[array], dtype=np.float32).tobytes())
+        _replace(folder / f"{array}.npy", buffer.getvalue(), meta.arrays[array], log)
+
+
+def _recompute(
+    store: Store, shards: list[int | None], images: ImageSet, teacher: Teacher, name: str, threads: int, log: Log
+) -> None:
+    """Runs the teacher again for damaged or missing shards of its column."""
+    if not shards:
+        return
+    column = Store(store.folder).column(name)  # its codec may have been damaged when it was opened
+    m, was = store.manifest, {}
+    for shard in shards:
+        assert shard is not None  # codes have one
+        path = layout.codes_file(store.folder, name, shard)
+        try:
+            was[path] = column.sidecar(shard).get("file")
+        except StoreError:
+            was[path] = None
+        _remove(path)
+    precompute(
+        images, store.folder, teacher, crops=m.crops_per_image, recipe=m.recipe, codec=column.meta.codec,
+        pixels=column.meta.pixels, seed=m.seed, chunk_size=column.meta.chunk_size, name=name, skip_unreadable=True,
+        threads=threads, log=log,
+    )  # fmt: skip
+    for path, digest in was.items():
+        now = _digest(path)
+        how = (
+            ""
+            if digest is None
+            else ", as it was"
+            if now == digest
+            else ", in other bytes than were recorded (verify compares)"
+        )
+        log(f"{path}: {'not made again' if now is None else f'made again{how}'}")
+
+
+def _replace(path: Path, data: bytes, digest: str, log: Log) -> None:
+    """Puts `data` in place of a damaged file, if it is what was there."""
+    if files.sha256(data) == digest:
+        files.replace(path, data)
+        log(f"{path}: made again, as it was")
+    else:
+        log(
+            f"{path}: cannot be made again: what comes out here is not what was recorded (other images, another machine or "
+            "other versions of the libraries, or a recoded column); restore it from a copy"
+        )
+
+
+def _remove(path: Path) -> None:
+    path.with_suffix(".json").unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
+
+
+def _digest(path: Path) -> str | None:
+    try:
+        return files.sha256_file(path)
+    except StoreError:
+        return None

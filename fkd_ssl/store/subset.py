@@ -1,0 +1,243 @@
+"""Subset: the first crops, some teachers or some images of a store, as a store of its own; the teacher is not needed."""
+
+import fcntl
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from fkd_ssl import files
+from fkd_ssl.crops import CROP_DTYPE
+from fkd_ssl.errors import RequestError, StoreError
+from fkd_ssl.store import manifest as layout
+from fkd_ssl.store.reader import Column, Store
+
+Rows = npt.NDArray[np.int64]
+
+
+def subset(
+    store: Store, out: str | Path, *, crops: int | None = None, teachers: Sequence[str] | None = None,
+    paths: Sequence[str] | None = None,
+) -> Store:  # fmt: skip
+    """Copies a part of a store into `out`, which appears when it is whole; a killed call continues.
+
+    What is copied is compared with its checksums on the way, and the source is only read. The records are those of a store
+    precomputed with the same seed, recipe, images and this number of crops, byte for byte. The codes are the source's own:
+    a teacher run on fewer crops would put them into other chunks, and its last bits would differ.
+
+    Args:
+        store: The source; the shards that are copied from must be finished.
+        out: The new store.
+        crops: Only the first so many of each image.
+        teachers: Only these columns; all by default, and none where it is empty.
+        paths: Only these images, as images.txt lists them, in any order.
+
+    Raises:
+        RequestError: More crops than there are, an image or a column that is not there, or `out` is something else.
+        StoreError: The source is damaged or lacks shards that are needed.
+    """
+    part = Part(store, crops=crops, teachers=teachers, paths=paths)
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        if not part.is_in(out):
+            raise RequestError(f"{out}: exists and is not this subset; choose another --out")
+        return Store(out)
+    part.require()
+    with whole_folder(out) as folder:
+        part.write(folder)
+    return Store(out)
+
+
+class Part:
+    """A part of a store; arguments and errors as of `subset`."""
+
+    def __init__(
+        self, store: Store, *, crops: int | None = None, teachers: Sequence[str] | None = None,
+        paths: Sequence[str] | None = None,
+    ) -> None:  # fmt: skip
+        m = store.manifest
+        self.store = store
+        self.crops = m.crops_per_image if crops is None else crops
+        if not 1 <= self.crops <= m.crops_per_image:
+            raise RequestError(f"--crops {crops}: {store.folder} holds {m.crops_per_image} of each image")
+        names = store.teachers if teachers is None else list(dict.fromkeys(teachers))
+        absent = sorted(set(names) - set(store.teachers))
+        if absent:
+            raise RequestError(f"{store.folder}: no targets of {absent[0]!r}; there are {store.teachers or 'none'}")
+        self.columns = [store.column(name) for name in names]
+        self.rows = _rows(store, paths)
+        self._listing = "".join(f"{store.paths[int(row)]}\n" for row in self.rows).encode()
+        sizes = np.ascontiguousarray(store.sizes[self.rows])
+        self._sizes = files.npy_header(sizes.dtype, sizes.shape) + sizes.tobytes()
+        self.manifest = replace(
+            m,
+            crops_per_image=self.crops,
+            count=len(self.rows),
+            images_sha256=files.sha256(self._listing),
+            sizes_sha256=files.sha256(self._sizes),
+        )
+
+    def is_in(self, folder: Path) -> bool:
+        """Whether a folder is the finished store of this part."""
+        try:
+            there = Store(folder)
+            digests = {name: there.column(name).digest for name in there.teachers}
+        except StoreError:
+            return False
+        return there.manifest == self.manifest and digests == {column.name: column.digest for column in self.columns}
+
+    def require(self) -> None:
+        """Raises StoreError where a shard that is needed is not finished."""
+        for shard in sorted({int(shard) for shard in self.rows // self.store.manifest.rows_per_shard}):
+            path = layout.crops_file(self.store.folder, shard)
+            if not self.store.has_crops(shard):
+                raise StoreError(f"{path}: this shard is not finished; run the same fkd-ssl precompute again")
+            for column in self.columns:
+                path = layout.codes_file(self.store.folder, column.name, shard)
+                if not path.with_suffix(".json").exists():
+                    raise StoreError(f"{path}: this shard is not finished; run precompute again, or leave out {column.name}")
+
+    def write(self, folder: Path, *, beside: str | None = None) -> None:
+        """Writes what `folder` lacks of the part.
+
+        Args:
+            folder: Of a `whole_folder`.
+            beside: Another column that may lie there.
+
+        Raises:
+            RequestError: Something else was begun there.
+            StoreError: The source is damaged.
+        """
+        for name in (layout.CROPS, layout.TARGETS):
+            (folder / name).mkdir(exist_ok=True)
+        columns = {path.name for path in (folder / layout.TARGETS).iterdir()} - {column.name for column in self.columns}
+        other = f"{folder}: something else was begun here and not finished; delete this folder, or choose another --out"
+        if columns - {beside}:
+            raise RequestError(other)
+        try:
+            self.manifest.write(folder)
+            for name, data in ((layout.IMAGES, self._listing), (layout.SIZES, self._sizes)):
+                with files.publish(folder / name) as file:
+                    file.write(data)
+            for column in self.columns:
+                _copy_column(column, folder / layout.TARGETS / column.name)
+        except StoreError as error:
+            raise RequestError(other) from error
+        for shard in tqdm(range(self.manifest.shards), desc="copy", unit="shard"):
+            rows = self.rows[np.asarray(self.manifest.shard_rows(shard))]
+            _copy_crops(self.store, folder, shard, rows, self.crops)
+            for column in self.columns:
+                _copy_codes(column, folder, shard, rows, self.crops)
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """Yields a folder to fill, which becomes `target` when the block ends well; after a kill, what was filled is found.
+
+    Raises:
+        RequestError: Another process fills it now.
+    """
+    folder = target.with_name(f".unfinished-{target.name}")
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RequestError(f"{target}: another process is writing it; wait for it") from None
+        except OSError:
+            pass  # a file system without locks
+        for left in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
+            for path in left.glob(f"{files.TEMPORARY}*"):  # of a killed call; nobody else writes here
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        yield folder
+        if target.exists():
+            target.rmdir()  # empty, or it would have been refused
+        folder.rename(target)
+        files.sync_folder(target.parent)
+    finally:
+        os.close(handle)
+
+
+def _rows(store: Store, paths: Sequence[str] | None) -> Rows:
+    """The rows of some images, ascending."""
+    if paths is None:
+        return np.arange(store.manifest.count)
+    where = {path: row for row, path in enumerate(store.paths)}
+    absent = [path for path in paths if path not in where]
+    if absent:
+        raise RequestError(f"{store.folder}: lacks {len(absent)} of the images asked for, for instance {absent[0]!r}")
+    if not paths:
+        raise RequestError("the list of images is empty")
+    return np.array(sorted({where[path] for path in paths}), dtype=np.int64)
+
+
+def _copy_column(column: Column, folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    for source in [column.folder / "meta.json", *(column.folder / f"{name}.npy" for name in column.meta.arrays)]:
+        with files.publish(folder / source.name) as file:
+            file.write(source.read_bytes())
+
+
+def _copy_crops(store: Store, folder: Path, shard: int, rows: Rows, crops: int) -> None:
+    path = layout.crops_file(folder, shard)
+    if path.with_suffix(".json").exists():
+        return
+    per_shard = store.manifest.rows_per_shard
+    found = _gather(
+        store,
+        rows,
+        lambda s: (layout.crops_file(store.folder, s), store.crops_sidecar(s).get("file")),
+        CROP_DTYPE,
+        (store.crops_per_image,),
+    )
+    digest = files.write_npy(path, found[:, :crops])
+    checksums: list[str] = []
+    for part in _by_shard(store, rows):
+        of_shard = store.crops_sidecar(int(part[0]) // per_shard)["images"]
+        checksums += [of_shard[int(row) % per_shard] for row in part]
+    skipped = [shard * per_shard + k for k, checksum in enumerate(checksums) if not checksum]
+    files.write_json(path.with_suffix(".json"), {"file": digest, "images": checksums, "skipped": skipped})
+
+
+def _copy_codes(column: Column, folder: Path, shard: int, rows: Rows, crops: int) -> None:
+    path = layout.codes_file(folder, column.name, shard)
+    if path.with_suffix(".json").exists():
+        return
+    store = column.store
+    found = _gather(
+        store,
+        rows,
+        lambda s: (layout.codes_file(store.folder, column.name, s), column.sidecar(s).get("file")),
+        np.dtype(np.uint8),
+        (store.crops_per_image, column.meta.code_size),
+    )
+    digest = files.write_npy(path, found[:, :crops])
+    files.write_json(path.with_suffix(".json"), {"file": digest, "column": column.digest})
+
+
+def _by_shard(store: Store, rows: Rows) -> list[Rows]:
+    """Ascending rows, cut where another shard begins."""
+    return np.split(rows, np.flatnonzero(np.diff(rows // store.manifest.rows_per_shard)) + 1)
+
+
+def _gather(
+    store: Store, rows: Rows, where: Callable[[int], tuple[Path, Any]], dtype: np.dtype[Any], width: tuple[int, ...]
+) -> npt.NDArray[Any]:
+    """Rows of some shards' files, each of which must be what its checksum says; raises StoreError otherwise."""
+    parts = []
+    for part in _by_shard(store, rows):
+        shard = int(part[0]) // store.manifest.rows_per_shard
+        path, digest = where(shard)
+        array = files.map_npy(path, dtype, (len(store.manifest.shard_rows(shard)), *width))
+        if files.sha256_file(path) != digest:
+            raise StoreError(f"{path}: altered: its sha256 is not its sidecar's; fkd-ssl verify {store.folder} says more")
+        parts.append(array[part % store.manifest.rows_per_shard])
+    return np.concatenate(parts)

@@ -1,0 +1,206 @@
+"""plan, subset, recode and verify --repair on the command line."""
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fkd_ssl.commands.plan import Costs, duration, estimate, timed
+from fkd_ssl.commands.resolve import cpu_threads
+
+PLAN = "plan --images train --teacher own_teacher:make --student squeezenet1_1 --pixels 32 --seconds 0.1 --batch_size 16"
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+
+
+class TestPlan:
+    def test_it_says_what_a_store_costs_and_writes_nothing(self, work: Path, call: Any) -> None:
+        before = contents(work)
+        status, out, _ = call(f"{PLAN} --crops 10")
+        assert status == 0
+        assert out.startswith("18 images x 10 crops = 180 targets, D = 16, at 32 px; ")
+        assert "SQ8           36" in out
+        assert "<- --codec" in out
+        assert "the store has paid from the" in out or "a store saves no time" in out
+        assert {name: data for name, data in contents(work).items() if "__pycache__" not in name} == {
+            name: data for name, data in before.items() if "__pycache__" not in name
+        }
+
+    def test_json_is_consistent(self, work: Path, call: Any) -> None:
+        status, out, _ = call(f"{PLAN} --crops 10 --epochs 20 --codec SQ4 --limit 7 --json")
+        plan = json.loads(out)
+        assert (status, plan["images"], plan["targets"], plan["codec"], plan["fits"]) == (0, 7, 70, "SQ4", True)
+        assert {codec: size["bytes_per_crop"] for codec, size in plan["codecs"].items()} == {
+            "Flat": 84, "SQfp16": 52, "SQ8": 36, "SQ6": 32, "SQ4": 28, "OPQ16,PQ16x8": 36,
+        }  # fmt: skip
+        measured = plan["measured"]
+        reading = (measured["decode"] / 10 + measured["replay"]) / (min(16, cpu_threads()))
+        assert plan["precompute_seconds"] == pytest.approx(70 * (measured["forward"] + reading))
+        assert plan["teacher_crops_per_second"] == pytest.approx(1 / measured["forward"])
+        saved = plan["online_seconds"] - plan["stored_seconds"]
+        assert saved == pytest.approx(7 * 20 * measured["forward"])
+        assert plan["break_even_students"] == math.ceil(plan["precompute_seconds"] / saved)
+
+    def test_the_bytes_are_those_that_precompute_writes(self, work: Path, call: Any) -> None:
+        plan = json.loads(call(f"{PLAN} --crops 200 --json").out)
+        line = "precompute --images train --store new --teacher own_teacher:make --crops 200 --json"
+        written = json.loads(call(line).out)["store_bytes"]
+        assert plan["codecs"]["SQ8"]["bytes"] == pytest.approx(written, rel=0.03)
+
+    @pytest.mark.parametrize(
+        ("more", "said"),
+        [
+            ("--crops 0", "--crops 0: must be positive"),
+            ("--seconds 0", "--seconds 0"),
+            ("--codec SQ9", "codec 'SQ9' is none of those accepted"),
+            ("--student resnet19", "resnet19"),
+            ("--recipe mocov3", "--recipe 'mocov3' is unknown"),
+        ],
+    )
+    def test_what_is_refused(self, work: Path, call: Any, more: str, said: str) -> None:
+        line = PLAN.replace("--student squeezenet1_1", "").replace("--seconds 0.1", "")
+        status, _, err = call(f"{line} {more}")
+        assert status == 2
+        assert said in err
+
+    def test_a_disk_that_is_too_small_is_said(self, work: Path, call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(10**6, 10**6 - 9000, 9000))  # type: ignore[attr-defined]
+        status, out, _ = call(f"{PLAN} --crops 10 --codec Flat")
+        assert status == 0
+        assert "does not fit  <- --codec" in out
+        assert "9.0 kB free" in out
+
+    def test_estimate_by_hand(self) -> None:
+        costs = Costs(forward=0.01, forward_batch=128, step=0.02, step_batch=64, decode=0.008, replay=0.001)
+        cpu = estimate(costs, images=1000, crops=40, epochs=10, crops_per_image=4, cores=2, overlaps=False)
+        assert cpu.precompute_seconds == pytest.approx(1000 * 40 * (0.01 + 0.0012 / 2))
+        assert cpu.stored_seconds == pytest.approx(1000 * 10 * (0.02 + 0.003 / 2))
+        assert cpu.online_seconds == pytest.approx(1000 * 10 * (0.03 + 0.003 / 2))
+        assert (cpu.break_even_students, cpu.break_even_epochs) == (5, pytest.approx(42.4))
+        gpu = estimate(costs, images=1000, crops=40, epochs=10, crops_per_image=1, cores=1, overlaps=True)
+        assert gpu.precompute_seconds == pytest.approx(1000 * 40 * 0.01)
+        assert gpu.stored_seconds == pytest.approx(1000 * 10 * 0.02)
+        slow = Costs(forward=0.001, forward_batch=1, step=0.001, step_batch=1, decode=1.0, replay=0.0)
+        bound = estimate(slow, images=10, crops=40, epochs=10, crops_per_image=1, cores=1, overlaps=True)
+        assert bound.break_even_students is bound.break_even_epochs is None  # reading is what takes the time
+
+    def test_timed_is_a_crops_time(self) -> None:
+        import time
+
+        seconds, count = timed(lambda n: lambda: time.sleep(0.002 * n), 16, 0.5)
+        assert count == 16
+        assert seconds == pytest.approx(0.002, rel=0.5)
+        assert timed(lambda n: lambda: time.sleep(0.02 * n), 512, 0.2)[1] == 8
+
+    def test_durations(self) -> None:
+        assert [duration(s) for s in (1, 119, 600, 3600, 86400 * 1.5, 86400 * 3)] == [
+            "1 s", "119 s", "10.0 minutes", "1.0 hours", "36.0 hours", "3.0 days",
+        ]  # fmt: skip
+
+
+class TestSubset:
+    def test_it_copies_and_says_what(self, work: Path, call: Any) -> None:
+        before = contents(work / "store")
+        (work / "some.txt").write_text("birch/3.png\nash/0.png\n\n")
+        status, out, _ = call("subset store --out part --crops 2 --list some.txt")
+        assert status == 0
+        assert out.startswith("part: 2 images x 2 crops, targets of make; ")
+        about = json.loads(call("inspect part --json").out)
+        assert (about["images"], about["crops_per_image"]) == (2, 2)
+        assert call("verify part --images train --teacher own_teacher:make").status == 0
+        assert contents(work / "store") == before
+        again = call("subset store --out part --crops 2 --list some.txt --json")
+        assert json.loads(again.out) == {
+            "store": "part", "images": 2, "crops_per_image": 2, "teachers": ["make"], "store_bytes": about["bytes"],
+        }  # fmt: skip
+
+    def test_without_teachers(self, work: Path, call: Any) -> None:
+        assert call("precompute --images train --store store --teacher own_teacher:other --crops 4 --codec SQ8").status == 0
+        assert json.loads(call("subset store --out part --teachers other --json").out)["teachers"] == ["other"]
+
+    @pytest.mark.parametrize(
+        ("more", "said"),
+        [
+            ("--crops 5", "--crops 5: store holds 4 of each image"),
+            ("--teachers mke", "no targets of 'mke'"),
+            ("--list none.txt", "--list none.txt: cannot be read"),
+            ("--list bad.txt", "lacks 1 of the images asked for, for instance 'elm/0.png'"),
+        ],
+    )
+    def test_what_is_refused(self, work: Path, call: Any, more: str, said: str) -> None:
+        (work / "bad.txt").write_text("elm/0.png\n")
+        status, _, err = call(f"subset store --out part {more}")
+        assert status == 2
+        assert said in err
+        assert not (work / "part").exists()
+
+
+class TestRecode:
+    def test_another_column(self, work: Path, call: Any) -> None:
+        before = contents(work / "store")
+        status, out, err = call("recode store --codec SQ8")
+        assert (status, "had lost" in err) == (0, False)
+        assert "store/targets/make-SQ8: make from Flat (64 bytes) to SQ8 (16 bytes); cosine to the teacher at least" in out
+        assert {name: data for name, data in contents(work / "store").items() if name in before} == before
+        assert "recoded from Flat: these cosines are bounds" in call("inspect store").out
+        status, out, err = call("recode store --codec SQ4 --name make-SQ8 --to small --json")
+        assert json.loads(out)["fidelity"]["source_codec"] == "SQ8"
+        assert call("verify store --images train --teacher own_teacher:make --name small").status == 0
+        assert "had lost something already" in call("recode store --codec SQ6 --name make-SQ8").err
+
+    def test_into_a_store(self, work: Path, call: Any) -> None:
+        assert call("recode store --codec SQ8 --out new").status == 0
+        about = json.loads(call("inspect new --json").out)
+        assert (list(about["teachers"]), about["teachers"]["make"]["codec"]) == (["make"], "SQ8")
+
+    def test_what_is_refused(self, work: Path, call: Any) -> None:
+        status, _, err = call("recode store --codec SQ8 --to make")
+        assert status == 2
+        assert "choose another --to or --out" in err
+
+
+class TestRepair:
+    VERIFY = "verify store --images train --teacher own_teacher:make --repair"
+
+    @pytest.mark.parametrize(
+        "name", ["crops/00000.npy", "crops/00000.json", "targets/make/codes-00000.npy", "images.txt", "images.npy"]
+    )
+    def test_a_flipped_bit_is_mended(self, work: Path, call: Any, name: str) -> None:
+        before = contents(work / "store")
+        flip(work / "store" / name)
+        status, out, err = call(self.VERIFY)
+        assert status == 0
+        assert Path(name).stem in err
+        assert out.rstrip().endswith(": 0 problems")
+        assert contents(work / "store") == before
+
+    def test_without_the_teacher_it_says_what_it_needs(self, work: Path, call: Any) -> None:
+        flip(work / "store/targets/make/codes-00000.npy")
+        status, out, _ = call("verify store --repair --json")
+        report = json.loads(out)
+        assert (status, report["ok"]) == (1, False)
+        assert report["damage"] == [{"kind": "codes", "shard": 0, "column": "make"}]
+        assert "its teacher is needed to make it again" in report["repaired"][0]
+
+    def test_unasked_nothing_is_touched(self, work: Path, call: Any) -> None:
+        flip(work / "store/targets/make/codes-00000.npy")
+        before = contents(work / "store")
+        assert call("verify store --images train --teacher own_teacher:make").status == 1
+        assert contents(work / "store") == before
+
+    def test_what_cannot_be_mended_is_said(self, work: Path, call: Any) -> None:
+        flip(work / "store/manifest.json")
+        status, _, err = call(self.VERIFY)
+        assert status == 1
+        assert "manifest.json" in err

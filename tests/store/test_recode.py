@@ -1,0 +1,181 @@
+"""A column in another codec, without the teacher."""
+
+import numpy as np
+import pytest
+import torch
+
+from fkd_ssl import images
+from fkd_ssl.crops import replay
+from fkd_ssl.errors import RequestError, StoreError
+from fkd_ssl.store import manifest, open_store
+from fkd_ssl.store import recode as recodes
+from fkd_ssl.store.recode import combined, recode
+from fkd_ssl.store.verify import verify
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch):
+    monkeypatch.setattr(manifest, "ROWS_PER_SHARD", 5)
+
+
+@pytest.fixture
+def source(tmp_path, make_store, tiny_teacher):
+    tiny_teacher.arrays = {"prototypes": np.random.default_rng(0).normal(size=(30, 16)).astype(np.float32)}
+    return make_store(tmp_path / "source", crops=12, teacher=tiny_teacher)
+
+
+def decoded(store, name):
+    return np.stack([store.targets(name, row, slice(None)) for row in range(24)])
+
+
+def said_now(store, root, teacher):
+    """What the teacher says of every crop: [24, C, 16]."""
+    views = [replay(images.read_image(root / path), store.crops(r, slice(None)), 32) for r, path in enumerate(store.paths)]
+    return np.stack([teacher.embed(torch.from_numpy(v)).numpy() for v in views])
+
+
+@pytest.mark.parametrize("codec", ["SQ4", "SQfp16", "Flat", "PCA8,SQ8"])
+def test_codes_are_the_new_codecs_of_the_decoded_targets(tmp_path, source, tree, image_folder, new_teacher, codec):
+    before = tree(source.folder)
+    column = recode(source, codec)
+    assert column.name == f"tiny-{codec.replace(',', '-')}"
+    after = tree(source.folder)
+    assert {name: after[name] for name in before} == before
+    assert all(name.startswith(f"targets/{column.name}/") for name in set(after) - set(before))
+    old = decoded(source, "tiny")
+    encoded = column.codec.encode(old.reshape(-1, 16)).reshape(24, 12, -1)
+    np.testing.assert_array_equal(np.stack([column.codes(row, slice(None)) for row in range(24)]), encoded)
+    np.testing.assert_array_equal(column.array("teacher-prototypes"), source.column("tiny").array("teacher-prototypes"))
+    assert (column.meta.codec, column.meta.teacher) == (codec, source.column("tiny").meta.teacher)
+    found = decoded(column.store, column.name)
+    cosines = (found * said_now(source, image_folder, new_teacher())).sum(axis=2) / np.linalg.norm(found, axis=2)
+    f = column.meta.fidelity
+    assert f["cosine_mean"] <= cosines.mean() + 2e-3
+    assert f["cosine_mean"] <= f["recoded_cosine_mean"] + 1e-9
+    assert (f["source_codec"], f["source_cosine_mean"]) == ("SQ8", source.column("tiny").meta.fidelity["cosine_mean"])
+    report = verify(column.store, images.scan(image_folder), new_teacher(), name=column.name)
+    assert report.problems == []
+
+
+def test_from_lossless_targets_it_is_what_precompute_writes(tmp_path, make_store):
+    """But for the last bits that the codec's sample and the shards differ in, seen in other chunks."""
+    lossless = make_store(tmp_path / "flat", crops=12, codec="Flat")
+    column = recode(lossless, "SQ8")
+    direct = make_store(tmp_path / "direct", crops=12).column()
+    assert column.meta.fidelity["cosine_mean"] == pytest.approx(direct.meta.fidelity["cosine_mean"], abs=1e-5)
+    ours, theirs = (np.stack([c.codes(row, slice(None)) for row in range(24)]).astype(int) for c in (column, direct))
+    assert np.abs(ours - theirs).max() <= 1
+    assert (ours == theirs).mean() > 0.999
+
+
+@pytest.mark.parametrize(("first", "second"), [(1.0, 0.99), (0.99, 0.9), (0.999, 0.999), (0.3, 0.2)])
+def test_combined_bounds_what_two_turns_of_a_vector_leave(first, second):
+    generator = np.random.default_rng(0)
+
+    def turned(vectors, cosine):
+        aside = generator.normal(size=vectors.shape)
+        aside -= (aside * vectors).sum(axis=1, keepdims=True) * vectors
+        aside /= np.linalg.norm(aside, axis=1, keepdims=True)
+        return cosine * vectors + np.sqrt(1 - cosine**2) * aside
+
+    start = generator.normal(size=(5000, 3))  # in three dimensions some of the turns add up
+    start /= np.linalg.norm(start, axis=1, keepdims=True)
+    end = turned(turned(start, first), second)
+    left = (start * end).sum(axis=1)
+    bound = combined(first, second)
+    assert bound <= left.min() + 1e-9
+    assert bound <= first + 1e-12
+    assert bound <= second + 1e-12
+    if first == 1.0:
+        assert bound == pytest.approx(second)
+
+
+def test_combined_of_floats_beyond_one():
+    assert combined(1 + 1e-9, 1 + 1e-9) == 1.0
+    assert combined(-1, -1) == -1.0
+
+
+def test_into_a_store_of_its_own(tmp_path, source, tree, image_folder, new_teacher):
+    before = tree(source.folder)
+    column = recode(source, "SQ4", out=tmp_path / "small")
+    assert tree(source.folder) == before
+    small = open_store(tmp_path / "small")
+    assert small.teachers == ["tiny"]
+    assert column.meta.codec == small.column().meta.codec == "SQ4"
+    assert {name: data for name, data in tree(tmp_path / "small").items() if not name.startswith("targets")} == {
+        name: data for name, data in before.items() if not name.startswith("targets")
+    }
+    report = verify(small, images.scan(image_folder), new_teacher())
+    assert (report.problems, report.checked["crops"]) == ([], 24)
+    assert recode(source, "SQ4", out=tmp_path / "small").digest == column.digest
+
+
+class PulledError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("calls", [1, 2, 4, 6])
+@pytest.mark.parametrize("out", [None, "small"])
+def test_a_killed_one_appears_not_at_all_and_goes_on(tmp_path, source, make_store, tree, monkeypatch, calls, out):
+    place = {} if out is None else {"out": tmp_path / out}
+    expected = recode(source, "SQ4", name="tiny", to="whole", **({} if out is None else {"out": tmp_path / "other"}))
+    real, done = recodes.files.write_json, []
+
+    def write_json(path, value):
+        done.append(path)
+        if len(done) == calls:
+            raise PulledError
+        real(path, value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recodes.files, "write_json", write_json)
+        with pytest.raises(PulledError):
+            recode(source, "SQ4", name="tiny", to="new", **place)
+    assert open_store(source.folder).teachers == (["tiny", "whole"] if out is None else ["tiny"])
+    assert not (tmp_path / "small").exists()
+    column = recode(source, "SQ4", name="tiny", to="new", **place)
+    assert tree(column.folder) == tree(expected.folder)
+    assert verify(open_store(source.folder)).problems == []
+
+
+def test_another_codec_that_was_begun_is_refused(source, monkeypatch):
+    real = recodes.files.write_json
+
+    def write_json(path, value):
+        if path.name.startswith("codes"):
+            raise PulledError
+        real(path, value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recodes.files, "write_json", write_json)
+        with pytest.raises(PulledError):
+            recode(source, "SQ4", to="new")
+    with pytest.raises(RequestError, match="SQ4 was begun there and not finished; delete that folder"):
+        recode(source, "SQ6", to="new")
+
+
+def test_what_is_there_is_left(source, tree):
+    recode(source, "SQ4")
+    before = tree(source.folder)
+    assert recode(source, "SQ4", name="tiny").name == "tiny-SQ4"
+    for options in ({"codec": "SQ6", "to": "tiny-SQ4"}, {"codec": "SQ8", "to": "tiny"}):
+        with pytest.raises(RequestError, match=r"holds something else than tiny in SQ. as .*; choose another --to or --out"):
+            recode(source, name="tiny", **options)
+    with pytest.raises(RequestError, match=r"letters, digits, '\.', '_' and '-' only"):
+        recode(source, "SQ6", name="tiny", to="a/b")
+    with pytest.raises(RequestError, match="codec 'SQ5' is none of those accepted"):
+        recode(source, "SQ5", name="tiny")
+    assert tree(source.folder) == before
+
+
+def test_a_damaged_or_unfinished_source_is_refused(source, tree):
+    path = source.folder / "targets/tiny/codes-00002.npy"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(StoreError, match=r"codes-00002\.npy: altered"):
+        recode(source, "SQ4")
+    path.with_suffix(".json").unlink()
+    with pytest.raises(StoreError, match="1 of 5 shards are missing"):
+        recode(open_store(source.folder), "SQ4")
+    assert open_store(source.folder).teachers == ["tiny"]

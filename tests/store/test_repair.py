@@ -1,0 +1,207 @@
+"""What `verify` finds damaged is made again, byte for byte, and nothing else is touched."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fkd_ssl import files, images
+from fkd_ssl.crops import RECIPES
+from fkd_ssl.errors import RequestError, StoreError
+from fkd_ssl.store import manifest, open_store
+from fkd_ssl.store.precompute import precompute
+from fkd_ssl.store.repair import repair, repair_lists
+from fkd_ssl.store.verify import verify
+
+SHARDS = 3
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory, image_folder, new_teacher):
+    folder = tmp_path_factory.mktemp("template") / "store"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(manifest, "ROWS_PER_SHARD", 10)
+        for seed, name in enumerate(("tiny", "other")):
+            teacher = new_teacher(seed, name)
+            teacher.arrays = {"prototypes": np.random.default_rng(seed).normal(size=(30, 16)).astype(np.float32)}
+            precompute(images.scan(image_folder), folder, teacher, crops=4, recipe=RECIPES["mocov2"], pixels=32, chunk_size=16)
+    return folder
+
+
+@pytest.fixture
+def folder(template, tmp_path) -> Path:
+    return Path(shutil.copytree(template, tmp_path / "store"))
+
+
+def flip(path: Path, where: float = 0.9) -> None:
+    data = bytearray(path.read_bytes())
+    data[int(where * (len(data) - 1))] ^= 4
+    path.write_bytes(data)
+
+
+def mend(folder, *arguments, **options):
+    """The lines of a repair after a verify, and what a second verify finds."""
+    lines = []
+    repair(open_store(folder), verify(open_store(folder)).damage, *arguments, log=lines.append, **options)
+    return lines, verify(open_store(folder)).problems
+
+
+@pytest.fixture
+def teacher(new_teacher):
+    teacher = new_teacher()
+    teacher.arrays = {"prototypes": np.random.default_rng(0).normal(size=(30, 16)).astype(np.float32)}
+    return teacher
+
+
+@pytest.mark.parametrize("how", ["flipped", "deleted", "truncated"])
+def test_crop_records_come_back_without_images_and_teacher(folder, tree, how):
+    before = tree(folder)
+    path = folder / "crops/00001.npy"
+    if how == "flipped":
+        flip(path)
+    elif how == "deleted":
+        path.unlink()
+    else:
+        path.write_bytes(path.read_bytes()[:-9])
+    lines, problems = mend(folder)
+    assert lines == [f"{path}: drawn again, as it was"]
+    assert problems == []
+    assert tree(folder) == before
+
+
+@pytest.mark.parametrize("gone", ["flipped", "both"])
+def test_a_sidecar_of_crops_comes_back_from_the_images(folder, tree, image_folder, gone):
+    before = tree(folder)
+    flip(folder / "crops/00001.json")
+    if gone == "both":
+        (folder / "crops/00001.json").unlink()
+        (folder / "crops/00001.npy").unlink()
+    lines, problems = mend(folder)
+    assert lines == ["crops of 1 shards: --images is needed to make them again"]
+    assert len(problems) == 1
+    lines, problems = mend(folder, images.scan(image_folder))
+    assert lines == [f"{folder / 'crops/00001.npy'}: made again from the images"]
+    assert problems == []
+    assert tree(folder) == before
+
+
+@pytest.mark.parametrize("names", [["codes-00001.npy"], ["codes-00000.json", "codes-00002.npy"]])
+def test_codes_come_back_and_no_other_shard_is_redone(folder, tree, image_folder, teacher, names):
+    before = tree(folder)
+    for name in names:
+        flip(folder / "targets/tiny" / name)
+    lines, problems = mend(folder)
+    assert lines == ["column tiny: its teacher is needed to make it again: --teacher, --checkpoint, --images and --name tiny"]
+    assert len(problems) == len(names)
+    lines, problems = mend(folder, images.scan(image_folder), teacher, name="tiny")
+    assert problems == []
+    assert tree(folder) == before
+    shards = {name[:11]: 4 if name.startswith("codes-00002") else 10 for name in names}
+    assert teacher.calls == sum(-(-rows * 4 // 16) for rows in shards.values())
+    said = [line for line in lines if "made again" in line]
+    assert [line.endswith(", as it was") for line in said] == [name.endswith(".npy") for name in names]
+
+
+def test_deleted_shards_of_codes_and_crops_come_back(folder, tree, image_folder, teacher):
+    before = tree(folder)
+    for name in ("targets/tiny/codes-00001", "crops/00001"):
+        for suffix in (".npy", ".json"):
+            (folder / f"{name}{suffix}").unlink()
+    assert mend(folder, images.scan(image_folder), teacher, name="tiny")[1] == []
+    assert tree(folder) == before
+
+
+@pytest.mark.parametrize(("array", "calls"), [("ranges", 6), ("teacher-prototypes", 0)])
+def test_a_columns_arrays_come_back_if_they_come_out_the_same(folder, tree, image_folder, teacher, array, calls):
+    before = tree(folder)
+    flip(folder / f"targets/tiny/{array}.npy")
+    lines, problems = mend(folder, images.scan(image_folder), teacher, name="tiny")
+    assert lines == [f"{folder}/targets/tiny/{array}.npy: made again, as it was"]
+    assert problems == []
+    assert tree(folder) == before
+    assert teacher.calls == calls
+
+
+def test_an_array_that_comes_out_otherwise_is_not_put_there(folder, tree, pictures, teacher):
+    flip(folder / "targets/tiny/ranges.npy")
+    before = tree(folder)
+    real = teacher.embed
+    teacher.embed = lambda views: real(views) * 0.5
+    lines, problems = mend(folder, images.scan(pictures), teacher, name="tiny")
+    assert "ranges.npy: cannot be made again: what comes out here is not what was recorded" in lines[0]
+    assert len(problems) == 1
+    assert tree(folder) == before
+
+
+def test_a_damaged_meta_json_is_said_to_be_lost(folder, tree, image_folder, teacher):
+    flip(folder / "targets/tiny/meta.json")
+    before = tree(folder)
+    lines, problems = mend(folder, images.scan(image_folder), teacher, name="tiny")
+    assert "restore meta.json from a copy, or move the folder" in lines[0]
+    assert len(problems) == 1
+    assert tree(folder) == before
+
+
+def test_another_teacher_repairs_nothing(folder, tree, image_folder, new_teacher):
+    flip(folder / "targets/tiny/ranges.npy")
+    before = tree(folder)
+    with pytest.raises(RequestError, match=r"tiny: its teacher is .*: another teacher than the column's"):
+        mend(folder, images.scan(image_folder), new_teacher(5, "tiny"), name="tiny")
+    assert tree(folder) == before
+
+
+@pytest.mark.parametrize("name", ["images.txt", "images.npy"])
+def test_the_list_of_images_comes_back(folder, tree, image_folder, name):
+    before = tree(folder)
+    flip(folder / name)
+    with pytest.raises(StoreError, match="altered"):
+        open_store(folder)
+    lines = []
+    repair_lists(folder, images.scan(image_folder), lines.append)
+    assert lines == [f"{folder / name}: made again, as it was"]
+    assert tree(folder) == before
+
+
+def test_a_list_of_other_images_is_not_put_there(folder, tree, pictures):
+    flip(folder / "images.txt")
+    (pictures / "ash" / "000.jpg").unlink()
+    before = tree(folder)
+    lines = []
+    repair_lists(folder, images.scan(pictures), lines.append)
+    assert "images.txt: cannot be made again" in lines[0]
+    assert tree(folder) == before
+
+
+def test_images_that_are_missing_are_named(folder, pictures):
+    (pictures / "ash" / "000.jpg").unlink()
+    with pytest.raises(StoreError, match=r"lacks 1 images of .*, for instance 'ash/000\.jpg'"):
+        mend(folder, images.scan(pictures))
+
+
+def test_random_flips_anywhere_are_found_and_repaired(folder, tree, image_folder, new_teacher):
+    """All files of a store but those that nothing else tells of: the manifest and a column's meta.json."""
+    before = tree(folder)
+    generator = np.random.default_rng(0)
+    names = sorted(name for name in before if "manifest" not in name and "meta" not in name)
+    for name in generator.choice(names, size=12, replace=False):
+        path = folder / name
+        data = bytearray(path.read_bytes())
+        data[int(generator.integers(len(data)))] ^= 1 << int(generator.integers(8))
+        path.write_bytes(data)
+        found = images.scan(image_folder)
+        repair_lists(folder, found, lambda line: None)
+        for seed, column in enumerate(("tiny", "other")):
+            teacher = new_teacher(seed, column)
+            teacher.arrays = {"prototypes": np.random.default_rng(seed).normal(size=(30, 16)).astype(np.float32)}
+            mend(folder, found, teacher, name=column)
+        assert tree(folder) == before, name
+
+
+def test_verify_reports_damage_as_json(folder):
+    flip(folder / "targets/tiny/codes-00001.npy")
+    (damage,) = verify(open_store(folder)).damage
+    assert (damage.kind, damage.shard, damage.column) == ("codes", 1, "tiny")
+    assert json.dumps(damage.__dict__)
+    assert files.read_json(folder / "targets/tiny/codes-00001.json")

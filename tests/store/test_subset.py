@@ -1,0 +1,184 @@
+"""A part of a store as a store of its own."""
+
+import shutil
+
+import numpy as np
+import pytest
+
+from fkd_ssl import files, images
+from fkd_ssl.crops import RECIPES
+from fkd_ssl.errors import RequestError, StoreError
+from fkd_ssl.store import manifest, open_store
+from fkd_ssl.store import subset as subsets
+from fkd_ssl.store.precompute import precompute
+from fkd_ssl.store.subset import subset, whole_folder
+from fkd_ssl.store.verify import verify
+
+
+@pytest.fixture(autouse=True)
+def small_shards(monkeypatch):
+    monkeypatch.setattr(manifest, "ROWS_PER_SHARD", 5)
+
+
+@pytest.fixture
+def source(tmp_path, make_store, new_teacher):
+    """24 images x 6 crops, columns a (SQ8) and b (Flat), in five shards."""
+    make_store(tmp_path / "source", crops=6, teacher=new_teacher(0, "a"))
+    return make_store(tmp_path / "source", crops=6, teacher=new_teacher(1, "b"), codec="Flat")
+
+
+def test_the_first_crops_are_those_of_a_store_of_so_many(tmp_path, source, make_store, tree, new_teacher):
+    """All but the targets' last bits, since the teacher saw other chunks."""
+    part = subset(source, tmp_path / "part", crops=4)
+    direct = make_store(tmp_path / "direct", crops=4, teacher=new_teacher(1, "b"), codec="Flat")
+    found, expected = tree(tmp_path / "part"), tree(tmp_path / "direct")
+    same = [name for name in expected if not name.startswith("targets/")]
+    assert len(same) == 3 + 2 * 5
+    assert {name: found[name] for name in same} == {name: expected[name] for name in same}
+    for row in range(24):
+        np.testing.assert_allclose(part.targets("b", row, slice(None)), direct.targets("b", row, slice(None)), atol=2e-6)
+
+
+def test_codes_are_the_sources(tmp_path, source, image_folder, new_teacher):
+    part = subset(source, tmp_path / "part", crops=3)
+    assert part.teachers == ["a", "b"]
+    for name in "ab":
+        assert part.column(name).digest == source.column(name).digest
+        for row in range(24):
+            np.testing.assert_array_equal(part.column(name).codes(row, slice(None)), source.column(name).codes(row, slice(3)))
+    report = verify(part, images.scan(image_folder), new_teacher(0, "a"), name="a")
+    assert (report.problems, report.checked["crops"]) == ([], 24)
+
+
+@pytest.mark.parametrize("names", [["b"], []])
+def test_only_some_teachers(tmp_path, source, names):
+    assert subset(source, tmp_path / "part", teachers=names).teachers == names
+    assert (tmp_path / "part" / "targets").is_dir()
+
+
+def test_a_list_of_images_in_any_order(tmp_path, source, image_folder, new_teacher):
+    chosen = ["cedar/007.jpg", "ash/001.jpg", "birch/000.jpg", "cedar/001.jpg", "ash/004.jpg", "ash/007.jpg", "ash/001.jpg"]
+    part = subset(source, tmp_path / "part", paths=chosen)
+    assert list(part.paths) == sorted(set(chosen))
+    assert part.manifest.shards == 2
+    where = {path: row for row, path in enumerate(source.paths)}
+    for row, path in enumerate(part.paths):
+        np.testing.assert_array_equal(part.crops(row, slice(None)), source.crops(where[path], slice(None)))
+        np.testing.assert_array_equal(part.targets("a", row, slice(None)), source.targets("a", where[path], slice(None)))
+    assert verify(part, images.scan(image_folder), new_teacher(0, "a"), name="a").problems == []
+
+
+def test_skipped_images_stay_skipped(tmp_path, pictures, make_store):
+    path = pictures / "birch" / "004.jpg"
+    path.write_bytes(path.read_bytes()[:700])
+    source = make_store(tmp_path / "source", images=pictures, skip_unreadable=True)
+    part = subset(source, tmp_path / "part", paths=["birch/003.jpg", "birch/004.jpg", "birch/005.jpg"])
+    assert part.rows.tolist() == [0, 2]
+    assert verify(part, images.scan(pictures)).problems == []
+
+
+def test_a_part_can_be_given_another_teacher(tmp_path, source, image_folder, new_teacher):
+    subset(source, tmp_path / "part", teachers=["a"], crops=2)
+    precompute(images.scan(image_folder), tmp_path / "part", new_teacher(2, "c"), crops=2, recipe=RECIPES["mocov2"], pixels=32)
+    assert open_store(tmp_path / "part").teachers == ["a", "c"]
+
+
+class PulledError(Exception):
+    pass
+
+
+@pytest.mark.parametrize("calls", [1, 3, 5, 8, 12, 16, 22])
+def test_a_killed_one_appears_not_at_all_and_goes_on(tmp_path, source, tree, monkeypatch, calls):
+    before = tree(source.folder)
+    subset(source, tmp_path / "whole", crops=4)
+    real, done = files.publish, []
+
+    def publish(path):
+        done.append(path)
+        if len(done) == calls:
+            raise PulledError
+        return real(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "publish", publish)
+        with pytest.raises(PulledError):
+            subset(source, tmp_path / "part", crops=4)
+    assert not (tmp_path / "part").exists()
+    if calls > 1:
+        with pytest.raises(RequestError, match="something else was begun here and not finished; delete this folder"):
+            subset(source, tmp_path / "part", crops=3)
+    subset(source, tmp_path / "part", crops=4)
+    assert tree(tmp_path / "part") == tree(tmp_path / "whole")
+    assert tree(source.folder) == before
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_another_column_that_was_begun_is_refused(tmp_path, source, monkeypatch):
+    def fail(*arguments):
+        raise PulledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(subsets, "_copy_codes", fail)
+        with pytest.raises(PulledError):
+            subset(source, tmp_path / "part", teachers=["a"])
+    with pytest.raises(RequestError, match="something else was begun here"):
+        subset(source, tmp_path / "part", teachers=["b"])
+
+
+def test_two_at_once_are_refused(tmp_path, source):
+    with (
+        whole_folder(tmp_path / "part"),
+        pytest.raises(RequestError, match="part: another process is writing it; wait for it"),
+    ):
+        subset(source, tmp_path / "part")
+
+
+def test_a_finished_one_is_left_and_another_is_refused(tmp_path, source, tree):
+    subset(source, tmp_path / "part", crops=4)
+    before = tree(tmp_path / "part")
+    assert subset(source, tmp_path / "part", crops=4).crops_per_image == 4
+    for options in ({"crops": 3}, {"crops": 4, "teachers": ["a"]}):
+        with pytest.raises(RequestError, match="part: exists and is not this subset; choose another --out"):
+            subset(source, tmp_path / "part", **options)
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(RequestError, match="file: exists and is not this subset"):
+        subset(source, tmp_path / "file")
+    assert tree(tmp_path / "part") == before
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"crops": 7}, "--crops 7: .*source holds 6 of each image"),
+        ({"crops": 0}, "--crops 0: .*source holds 6 of each image"),
+        ({"teachers": ["c"]}, r"source: no targets of 'c'; there are \['a', 'b'\]"),
+        ({"paths": ["ash/000.jpg", "elm/000.jpg"]}, "lacks 1 of the images asked for, for instance 'elm/000.jpg'"),
+        ({"paths": []}, "the list of images is empty"),
+    ],
+)
+def test_what_is_refused(tmp_path, source, options, message):
+    with pytest.raises(RequestError, match=message):
+        subset(source, tmp_path / "part", **options)
+    assert not list(tmp_path.glob("*part*"))
+
+
+def test_a_damaged_shard_is_not_copied(tmp_path, source):
+    path = source.folder / "targets/a/codes-00002.npy"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(StoreError, match=r"codes-00002\.npy: altered: its sha256 is not its sidecar's; fkd-ssl verify"):
+        subset(source, tmp_path / "part")
+    assert not (tmp_path / "part").exists()
+    assert len(subset(source, tmp_path / "other", teachers=["b"])) == 24
+
+
+def test_an_unfinished_source_gives_the_images_that_are_done(tmp_path, source):
+    (source.folder / "targets/a/codes-00002.json").unlink()
+    with pytest.raises(StoreError, match=r"codes-00002\.npy: this shard is not finished; run precompute again, or leave out a"):
+        subset(source, tmp_path / "part")
+    assert len(subset(source, tmp_path / "part", paths=[source.paths[3], source.paths[15]])) == 2
+    shutil.rmtree(source.folder / "crops")
+    with pytest.raises(StoreError, match=r"crops/00000\.npy: this shard is not finished"):
+        subset(open_store(source.folder), tmp_path / "more")

@@ -1,0 +1,109 @@
+"""Progress of unfinished work: what counts, what does not, and what it costs."""
+
+import hashlib
+from contextlib import suppress
+
+import numpy as np
+import pytest
+
+from fkd_ssl import files
+from fkd_ssl.errors import StoreError
+from fkd_ssl.store import work
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / ".work-codes-00000"
+
+
+def rows(n, first=0):
+    return (np.arange(first, first + n)[:, None] + np.zeros(5)).astype(np.uint8)
+
+
+class PulledError(Exception):
+    pass
+
+
+def leave(path, counts, owner="me"):
+    """Adds chunks and is stopped."""
+    with suppress(PulledError), work.open_work(path, owner) as progress:
+        for n in counts:
+            progress.add(rows(n, progress.crops))
+            progress.checksums.append(f"image {progress.crops}")
+        raise PulledError
+
+
+def test_what_was_saved_is_there_again(path):
+    leave(path, [3, 4])
+    with work.open_work(path, "me") as progress:
+        assert (progress.crops, progress.checksums) == (7, ["image 3", "image 7"])
+        assert progress.read() == rows(7).tobytes()
+        progress.add(rows(2, 7))
+        header = files.npy_header(np.dtype(np.uint8), (9, 5))
+        digest = progress.publish(path.with_name("codes.npy"), header)
+    np.testing.assert_array_equal(np.load(path.with_name("codes.npy")), rows(9))
+    assert digest == hashlib.sha256(header + rows(9).tobytes()).hexdigest()
+    assert [entry.name for entry in path.parent.iterdir()] == ["codes.npy"]
+
+
+def test_work_of_another_owner_does_not_count(path):
+    leave(path, [3])
+    with work.open_work(path, "somebody else") as progress:
+        assert (progress.crops, progress.checksums, progress.read()) == (0, [], b"")
+
+
+def test_bytes_after_the_journal_do_not_count(path):
+    leave(path, [3])
+    with path.open("ab") as file:
+        file.write(b"half a chunk")
+    with work.open_work(path, "me") as progress:
+        assert (progress.crops, progress.read()) == (3, rows(3).tobytes())
+
+
+def test_only_one_at_a_time(path):
+    with work.open_work(path, "me") as progress, work.open_work(path, "me") as other:
+        assert progress is not None
+        assert other is None
+
+
+def test_bytes_that_another_wrote_into_it_are_not_published(path):
+    """As on a file system without locks."""
+
+    def publish():
+        with work.open_work(path, "me") as progress:
+            progress.add(rows(3))
+            progress.save()
+            with path.open("r+b") as file:
+                file.write(b"\xff")
+            progress.publish(path.with_name("codes.npy"), b"")
+
+    with pytest.raises(StoreError, match=r"work-codes-00000: holds other bytes than were written to it: another process"):
+        publish()
+    assert not path.with_name("codes.npy").exists()
+
+
+def test_saving_does_not_read_again_what_was_written(path, monkeypatch):
+    """So that a large shard costs its bytes once, however often its progress is saved."""
+    monkeypatch.setattr(work, "SECONDS_BETWEEN_JOURNALS", -1.0)
+    with work.open_work(path, "me") as progress:
+        monkeypatch.setattr(progress, "_file", Writing(progress._file))
+        for _ in range(50):
+            progress.add(rows(3))
+    assert not path.exists()
+
+
+class Writing:
+    """A file that cannot be read."""
+
+    def __init__(self, file):
+        self.write, self.flush, self.fileno, self.tell = file.write, file.flush, file.fileno, file.tell
+
+
+def test_clear_leaves_what_is_held(path):
+    with work.open_work(path, "me"):
+        work.clear(path)
+        assert path.exists()
+    leave(path, [3])
+    work.clear(path)
+    work.clear(path)
+    assert list(path.parent.iterdir()) == []
