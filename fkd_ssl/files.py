@@ -73,7 +73,7 @@ def read_plain(path: Path, most: int) -> bytes:
         size = os.fstat(file.fileno()).st_size
         if size > most:
             raise StoreError(f"{path}: {size} bytes; no such file of a store is over {most}")
-        return file.read(most)
+        return file.read(size)
 
 
 def sha256_file(path: Path) -> str:

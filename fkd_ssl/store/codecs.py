@@ -76,6 +76,8 @@ class Codec:
                 raise StoreError(f"codec {spec}: {name} is {array.dtype} {array.shape} (or not finite), "
                                  f"expected float32 {shapes[name]}")  # fmt: skip
         _set_parameters(index, arrays)
+        if "transform" in arrays and not _transform(index).is_orthonormal:  # faiss turns back by its transpose
+            raise StoreError(f"codec {spec}: the rows of its transform are not orthonormal; the file is damaged")
         return cls(spec, dim, index)
 
     def arrays(self) -> dict[str, Float32Array]:

@@ -170,8 +170,10 @@ class Column:
 
     def _finished(self, shard: int) -> Path:
         path = layout.codes_file(self.store.folder, self.name, shard)
-        if not path.with_suffix(".json").exists():
+        if not os.path.lexists(path.with_suffix(".json")):
             raise StoreError(f"{path}: this shard is not finished; run the same fkd-ssl precompute again")
+        if self.sidecar(shard).get("column") != self.digest:
+            raise StoreError(f"{path}: written for another meta.json than this column's; run fkd-ssl verify")
         return path
 
     def sidecar(self, shard: int) -> dict[str, Any]:
@@ -244,7 +246,7 @@ class Store:
 
     def has_crops(self, shard: int) -> bool:
         """Whether a shard's crops are finished."""
-        return layout.crops_file(self.folder, shard).with_suffix(".json").exists()
+        return os.path.lexists(layout.crops_file(self.folder, shard).with_suffix(".json"))
 
     def crops_sidecar(self, shard: int) -> dict[str, Any]:
         """The sidecar of a shard's crops: `file`, `images` (sha256 of each), `skipped` (rows)."""
