@@ -202,14 +202,14 @@ def student_table(args: argparse.Namespace, store: Store) -> list[dict[str, obje
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", required=True)
-    parser.add_argument("--val", default="/work/shared/data/imagenette/val", help="labelled test images; needed with --seeds")
+    parser.add_argument("--val", default=None, help="labelled test images; needed with --seeds")
     parser.add_argument("--teacher", required=True)
     parser.add_argument("--checkpoint", default=None)
     parser.add_argument("--student", default="mobilenet_v3_small")
     parser.add_argument("--pixels", type=int, default=64)
     parser.add_argument("--crops", type=int, default=10)
     parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--seeds", type=int, default=0)
     parser.add_argument("--out", required=True)
     args = parser.parse_args()
     if args.seeds and not args.val:

@@ -29,8 +29,8 @@ from fkd_ssl import files
 from fkd_ssl.crops import CROP_DTYPE, RECIPES, probe_digest
 from fkd_ssl.data import StoredCrops, start_worker
 from fkd_ssl.images import ImageSet
-from fkd_ssl.store import open_store
 from fkd_ssl.store import manifest as layout
+from fkd_ssl.store import open_store
 from fkd_ssl.store.codecs import Codec
 from fkd_ssl.store.reader import ColumnMeta
 

@@ -23,11 +23,14 @@ _SPEC = re.compile(
 )
 _EXAMPLES = "SQ8, SQ6, SQ4, SQfp16, SQbf16, Flat, PQ16x8, OPQ16,PQ16x8, PCA64,SQ8"
 _RANGE_MARGIN = 0.1  # of max - min at each end, since values beyond the sample's range would be clipped
+_TAIL = 0.01  # with 16 steps a margin costs more than clipping: SQ4's range leaves out this share of the values at each end
 _INTEGERS = ("SQ8", "SQ6", "SQ4")
 _MOST_PARAMETERS = 2**26  # a square transform of 8,192 dimensions; faiss would take any number from a stranger's file
 _NOT_FINITE = "codes stand for targets that are not finite: a file of the store is damaged; run fkd-ssl verify"
 _SAMPLES = 4096
 _SAMPLES_PER_CENTROID = 64
+_FEWEST_PER_CENTROID = 39  # faiss's own; with fewer, centroids follow single targets
+_OPQ_CENTROIDS = 256  # of the codec that OPQ trains for itself, whatever follows
 
 
 class Codec:
@@ -119,15 +122,14 @@ def code_size(spec: str, dim: int) -> int:
 
 def sample_size(spec: str) -> int:
     """How many targets a codec is trained on, where there are so many."""
-    centroids = _centroids(spec)
-    return max(_SAMPLES, _SAMPLES_PER_CENTROID * centroids)
+    return max(_SAMPLES, _SAMPLES_PER_CENTROID * _centroids(spec))
 
 
 def smallest_sample(spec: str) -> int:
     """How many targets a codec needs at least to be trained."""
     match = _match(spec)
-    pre = {"PCA": int(match["pre_a"] or 0), "PCAR": int(match["pre_a"] or 0), "OPQ": 256}.get(match["pre"], 0)
-    return max(1, _centroids(spec), pre)  # OPQ trains a codec of 256 centroids of its own
+    dimensions = int(match["pre_a"]) if match["pre"] in ("PCA", "PCAR") else 1
+    return max(dimensions, _FEWEST_PER_CENTROID * _centroids(spec))
 
 
 def _match(spec: str) -> re.Match[str]:
@@ -138,8 +140,9 @@ def _match(spec: str) -> re.Match[str]:
 
 
 def _centroids(spec: str) -> int:
+    """The most centroids of one part that training finds; 0 for codecs without any."""
     match = _match(spec)
-    return 2 ** int(match["bits"] or 8) if match["m"] else 0
+    return max(_OPQ_CENTROIDS if match["pre"] == "OPQ" else 0, 2 ** int(match["bits"] or 8) if match["m"] else 0)
 
 
 def parameter_shapes(spec: str, dim: int) -> dict[str, tuple[int, ...]]:
@@ -195,8 +198,10 @@ def _build(spec: str, dim: int) -> Any:
     index = faiss.index_factory(dim, spec)
     base = _base(index)
     if match["m"]:
-        base.pq.cp.min_points_per_centroid = 1  # fewer than 39 are a warning to faiss, once for every part
         base.do_polysemous_training = False  # it orders centroids for a search that a store never makes
+    elif match["base"] == "SQ4":
+        base.sq.rangestat = faiss.ScalarQuantizer.RS_quantiles
+        base.sq.rangestat_arg = _TAIL
     elif match["base"] in _INTEGERS:
         base.sq.rangestat = faiss.ScalarQuantizer.RS_minmax
         base.sq.rangestat_arg = _RANGE_MARGIN

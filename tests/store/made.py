@@ -1,7 +1,6 @@
 """A small store made without a teacher: every family of codecs, two shards, a skipped row. Run by tests through its path."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -10,7 +9,7 @@ from fkd_ssl import files
 from fkd_ssl.crops import CROP_DTYPE, RECIPES, draw, image_key, probe_digest
 from fkd_ssl.crops.records import neutral
 from fkd_ssl.store import manifest as layout
-from fkd_ssl.store.codecs import Codec, smallest_sample
+from fkd_ssl.store.codecs import Codec, parameter_shapes
 
 DIM, CROPS, ROWS_PER_SHARD = 16, 3, 4
 PATHS = ["a/1.jpg", "a/2.jpg", "b/3.jpg", "b/ä.jpg", "c/5.jpg", "c/6.jpg"]
@@ -31,9 +30,18 @@ def targets(count: int, seed: int = 0) -> npt.NDArray[np.float32]:
     return (values / np.linalg.norm(values, axis=1, keepdims=True)).astype(np.float32)
 
 
-def write_json(path: Path, values: dict[str, Any]) -> None:
-    path.unlink(missing_ok=True)
-    files.write_json(path, values)
+def random_codec(spec: str) -> Codec:
+    """A codec of random parameters: nothing is trained, and the parameters are not of a kind that hides mistakes."""
+    generator = np.random.default_rng(5)
+    arrays: dict[str, npt.NDArray[np.float32]] = {}
+    for name, shape in parameter_shapes(spec, DIM).items():
+        values = generator.normal(size=shape) * 0.3
+        if name == "transform":
+            values = np.linalg.qr(generator.normal(size=(DIM, DIM)))[0][: shape[0]]
+        elif name == "ranges":
+            values = np.stack([-0.6 - abs(values[0]), 1.2 + 2 * abs(values[0])])
+        arrays[name] = np.ascontiguousarray(values, dtype=np.float32)
+    return Codec.load(spec, DIM, arrays)
 
 
 def make(folder: Path, specs: tuple[str, ...] = SPECS) -> dict[str, npt.NDArray[np.float32]]:
@@ -63,7 +71,7 @@ def make(folder: Path, specs: tuple[str, ...] = SPECS) -> dict[str, npt.NDArray[
     for number, spec in enumerate(specs):
         column = folder / "targets" / name_of(spec)
         column.mkdir(parents=True)
-        codec = Codec.train(spec, targets(max(600, smallest_sample(spec))))
+        codec = random_codec(spec)
         arrays = {name: files.write_npy(column / f"{name}.npy", array) for name, array in codec.arrays().items()}
         if spec == "SQ8":
             arrays["teacher-prototypes"] = files.write_npy(column / "teacher-prototypes.npy", targets(5))

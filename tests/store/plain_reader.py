@@ -56,7 +56,7 @@ def decode(spec: str, dim: int, arrays: dict[str, np.ndarray], codes: np.ndarray
     match = SPEC.fullmatch(spec)
     assert match is not None
     pre, a, b, scalar, parts, width = match.groups()
-    inner = dim if not pre or pre == "OPQ" and b is None else int(b or a)
+    inner = dim if not pre or (pre == "OPQ" and b is None) else int(b or a)
     if scalar == "Flat":
         x = codes.copy().view("<f4")
     elif scalar == "SQfp16":
@@ -122,7 +122,7 @@ def shape_of(meta: dict[str, Any], name: str) -> tuple[int, ...]:
     assert match is not None
     pre, a, b, _, parts, width = match.groups()
     dim = meta["dim"]
-    inner = dim if not pre or pre == "OPQ" and b is None else int(b or a)
+    inner = dim if not pre or (pre == "OPQ" and b is None) else int(b or a)
     if name == "centroids":
         return (int(parts), 2 ** int(width or 8), inner // int(parts))
     return {"ranges": (2, inner), "transform": (inner, dim), "transform_bias": (inner,)}[name]

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from fkd_ssl.store import open_store
-from fkd_ssl.store.codecs import Codec
 
 HERE = Path(__file__).parent
 EXPECTED = json.loads((HERE / "golden" / "expected.json").read_text())
@@ -32,7 +31,9 @@ made, plain = load("made"), load("plain_reader")
 def test_the_plain_reader_knows_nothing_of_this_library():
     nodes = ast.walk(ast.parse((HERE / "plain_reader.py").read_text()))
     imported = {name.name for node in nodes if isinstance(node, ast.Import) for name in node.names}
-    modules = {node.module for node in ast.walk(ast.parse((HERE / "plain_reader.py").read_text())) if isinstance(node, ast.ImportFrom)}
+    modules = {
+        node.module for node in ast.walk(ast.parse((HERE / "plain_reader.py").read_text())) if isinstance(node, ast.ImportFrom)
+    }
     assert imported | modules == {"hashlib", "json", "re", "numpy", "pathlib", "typing"}
 
 
@@ -66,7 +67,7 @@ def test_every_code_of_few_bits_decodes_as_faiss_does():
     """All bytes there are, not only those that targets happen to be encoded to."""
     codes = np.random.default_rng(0).integers(0, 256, (4000, 256), dtype=np.uint8)
     for spec in ("SQ8", "SQ6", "SQ4", "PQ4x8", "PQ4x4", "PQ2x10", "OPQ4_8,PQ4x4", "PCA8,SQ4", "RR16,SQ6", "PQ8x5"):
-        codec = Codec.train(spec, made.targets(1100))
+        codec = made.random_codec(spec)
         some = np.ascontiguousarray(codes[:, : codec.code_size])
         found = plain.decode(spec, made.DIM, codec.arrays(), some)
         np.testing.assert_allclose(found, codec.decode(some), rtol=0, atol=2e-5)

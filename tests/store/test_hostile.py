@@ -281,7 +281,9 @@ def numbers(draw: Any, folder: Path) -> bool:
 def lines(draw: Any, folder: Path) -> bool:
     path = folder / "images.txt"
     rows = path.read_bytes().split(b"\n")
-    line = draw(st.sampled_from([b"..", b"../outside/images.txt", b"/etc/passwd", b"", b".", b"a//b", b"C:x", b"a\\b", b"\xff", b"a\0"]))
+    line = draw(
+        st.sampled_from([b"..", b"../outside/images.txt", b"/etc/passwd", b"", b".", b"a//b", b"C:x", b"a\\b", b"\xff", b"a\0"])
+    )
     rows[draw(st.integers(0, len(rows) - 1))] = line
     path.write_bytes(b"\n".join(rows))
     sign(folder, path)
@@ -299,7 +301,13 @@ def replace(draw: Any, folder: Path) -> bool:
     elif what == "folder":
         path.mkdir()
     else:
-        to = {"link": outside, "device": "/dev/zero", "loop": path, "dangling": "/nowhere", "relative": os.path.relpath(outside, path.parent)}
+        to = {
+            "link": outside,
+            "device": "/dev/zero",
+            "loop": path,
+            "dangling": "/nowhere",
+            "relative": os.path.relpath(outside, path.parent),
+        }
         path.symlink_to(to[what])
     return False
 
@@ -316,7 +324,22 @@ def holes(draw: Any, folder: Path) -> bool:
     return True
 
 
-MUTATIONS = [flip, flip_and_sign, cut, remove, swap, mutate_json, mutate_json, mutate_json, raw_json, header, header, numbers, lines, replace]
+MUTATIONS = [
+    flip,
+    flip_and_sign,
+    cut,
+    remove,
+    swap,
+    mutate_json,
+    mutate_json,
+    mutate_json,
+    raw_json,
+    header,
+    header,
+    numbers,
+    lines,
+    replace,
+]
 
 
 @settings(
