@@ -149,23 +149,16 @@ class StoredCrops(Crops):
             raise RequestError(
                 f"crops_per_image {crops_per_image}: {store.folder} holds {store.crops_per_image} crops of each image"
             )
-        where = {path: k for k, path in enumerate(found.paths)}
-        absent = [path for path in (store.paths[row] for row in rows) if path not in where]
-        if absent:
-            raise StoreError(
-                f"{found.root}: lacks {len(absent)} of the {len(rows)} images of {store.folder}, for instance "
-                f"{absent[0]!r}: give the folder that the store was made from"
-            )
         if not len(rows):
             raise StoreError(
                 f"{store.folder}: holds no finished {'crops' if self.column is None else 'targets'}; run fkd-ssl precompute"
             )
         self.root: Path = found.root
         self.classes = found.classes
-        positions = np.array([where[store.paths[row]] for row in rows])
+        positions = _positions(store, rows, found)
         self.labels = found.labels[positions]
         self._spelled: dict[int, str] = {
-            int(k): found.on_disk[p] for k, p in enumerate(positions) if found.on_disk[p] != found.paths[p]
+            k: found.on_disk[p] for k, p in enumerate(positions.tolist()) if found.on_disk[p] != found.paths[p]
         }
         self._rows = rows
         self.seed = seed
@@ -199,6 +192,21 @@ class StoredCrops(Crops):
 
     def _label(self, i: int) -> int:
         return int(self.labels[i])
+
+
+def _positions(store: Store, rows: npt.NDArray[np.int64], images: ImageSet) -> npt.NDArray[np.int64]:
+    """Where each of these rows' images is in an image set: int64 [len(rows)]; StoreError where one is missing."""
+    if store.paths.same_as(images.paths):  # the usual case: a million names need not be told apart
+        return rows
+    where = {path: k for k, path in enumerate(images.paths)}
+    names = [store.paths[row] for row in rows.tolist()]
+    absent = [path for path in names if path not in where]
+    if absent:
+        raise StoreError(
+            f"{images.root}: lacks {len(absent)} of the {len(rows)} images of {store.folder}, for instance "
+            f"{absent[0]!r}: give the folder that the store was made from"
+        )
+    return np.array([where[path] for path in names], dtype=np.int64)
 
 
 class FreshCrops(Crops):

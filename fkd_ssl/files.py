@@ -1,15 +1,19 @@
 """Files that are never half written: canonical JSON that carries its own sha256, and exclusive publication.
 
 Everything is written under a temporary name in the same folder, synced, and then given its final name in one step.
+Whatever is read must be a plain file: no link is followed, since one from a stranger may lead anywhere.
 """
 
+import errno
 import hashlib
 import io
 import json
 import math
 import os
+import re
 import secrets
 import shutil
+import stat
 import threading
 import time
 from collections.abc import Iterator
@@ -23,7 +27,7 @@ import numpy.typing as npt
 from fkd_ssl.errors import StoreError
 
 TEMPORARY = ".tmp-"
-_MAX_JSON = 64 * 2**20
+_MAX_JSON = 8 * 2**20  # a shard's sidecar has 67 bytes an image; parsed, JSON takes up to 30 times its size
 _MAX_HEADER = 4096
 # NumPy parses a header as Python text, and Python 3.11's parser fails now and then where two threads do that at once
 _ONE_AT_A_TIME = threading.Lock()
@@ -34,13 +38,51 @@ def sha256(data: bytes | memoryview) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def sha256_file(path: Path) -> str:
-    """Hex sha256 of a file, read in pieces; raises StoreError where it is missing."""
+@contextmanager
+def open_plain(path: Path) -> Iterator[BinaryIO]:
+    """A file to read; raises StoreError where it is missing, cannot be read, or is a link, a pipe or a device."""
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        with os.fdopen(plain_descriptor(path), "rb") as file:
+            yield file
     except OSError as error:
         raise StoreError(f"{path}: cannot be read: {error.strerror}") from error
+
+
+def plain_descriptor(path: Path) -> int:
+    """A descriptor of a plain file, for reading: the caller closes it. Raises StoreError or OSError as `open_plain` does."""
+    try:
+        # a pipe without a writer would make the opening wait for ever
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EMLINK):  # Linux and macOS; FreeBSD
+            raise StoreError(f"{path}: a symbolic link; links inside a store are not followed: put the file there") from error
+        raise
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise StoreError(f"{path}: no plain file; the store is damaged")
+    return descriptor
+
+
+def own_folder(path: Path) -> Path:
+    """`path`, which may be missing; raises StoreError where it is a link, which may lead out of the store."""
+    if path.is_symlink():
+        raise StoreError(f"{path}: a symbolic link; links inside a store are not followed: put the folder there")
+    return path
+
+
+def read_plain(path: Path, most: int) -> bytes:
+    """The bytes of a file; raises StoreError as `open_plain` does, or where they are more than `most`."""
+    with open_plain(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > most:
+            raise StoreError(f"{path}: {size} bytes; no such file of a store is over {most}")
+        return file.read(size)
+
+
+def sha256_file(path: Path) -> str:
+    """Hex sha256 of a file, read in pieces; raises StoreError as `open_plain` does."""
+    with open_plain(path) as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def canonical(value: Any) -> bytes:
@@ -61,12 +103,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         StoreError: The file is missing, is no JSON object, or differs from what its sha256 says.
     """
-    try:
-        if path.stat().st_size > _MAX_JSON:
-            raise StoreError(f"{path}: {path.stat().st_size} bytes; no such file of a store is over {_MAX_JSON}")
-        data = path.read_bytes()
-    except OSError as error:
-        raise StoreError(f"{path}: cannot be read: {error.strerror}") from error
+    data = read_plain(path, _MAX_JSON)
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -76,11 +113,37 @@ def read_json(path: Path) -> dict[str, Any]:
     said = value.pop("sha256", None)
     try:
         found = sha256(canonical(value))
-    except ValueError:
-        found = "a value that is no JSON number"
-    if said != found or canonical({**value, "sha256": said}) != data:
-        raise StoreError(f"{path}: altered: its sha256 is {found}, it says {said}; restore the file or delete it")
+        same = said == found and canonical({**value, "sha256": said}) == data
+    except (ValueError, RecursionError):
+        found, same = "that of no JSON value", False
+    if not same:
+        raise StoreError(f"{path}: altered: its sha256 is {found}, it says {_short(said)}; restore the file or delete it")
     return value
+
+
+def match_signed(path: Path, pattern: re.Pattern[bytes]) -> re.Match[bytes] | None:
+    """A file of `write_json` matched by a regular expression of its spelling, for files of which there are thousands.
+
+    Its sha256 is checked as in `read_json`; the JSON is not parsed. The group `sha256` of `pattern` is the value of that key.
+
+    Returns:
+        The match; None where the file's form is another or its sha256 is wrong: `read_json` says which.
+
+    Raises:
+        StoreError: The file cannot be read.
+    """
+    data = read_plain(path, _MAX_JSON)
+    match = pattern.fullmatch(data)
+    if match is None:
+        return None
+    digest = hashlib.sha256(memoryview(data)[: match.start("sha256") - len('"sha256":"')])
+    digest.update(memoryview(data)[match.end("sha256") + len('",') :])
+    return match if digest.hexdigest().encode() == match["sha256"] else None
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 64 else f"{text[:61]}..."
 
 
 @contextmanager
@@ -162,36 +225,42 @@ def write_npy(path: Path, array: npt.NDArray[Any]) -> str:
     return sha256(data)
 
 
-def map_npy(path: Path, dtype: np.dtype[Any], shape: tuple[int | None, ...]) -> npt.NDArray[Any]:
+def map_npy(path: Path, dtype: np.dtype[Any], shape: tuple[int | None, ...] | None) -> npt.NDArray[Any]:
     """A read-only memory map of a .npy file.
 
     Args:
         path: The file.
         dtype: The dtype that it must have.
-        shape: The shape that it must have; None stands for any length.
+        shape: The shape that it must have; None stands for any length, or for any shape.
 
     Raises:
         StoreError: The file is missing, or its header or size is not that of such an array. Nothing is unpickled.
     """
+    with open_plain(path) as file:
+        offset, found = npy_body(file, path, dtype, shape)
+        if not math.prod(found):
+            return np.zeros(found, dtype=dtype)
+        return np.memmap(file, dtype=dtype, mode="r", offset=offset, shape=found)
+
+
+def npy_body(
+    file: BinaryIO, path: Path, dtype: np.dtype[Any], shape: tuple[int | None, ...] | None
+) -> tuple[int, tuple[int, ...]]:
+    """Where the values of an open .npy file begin, and its shape; see `map_npy`. `path` is for messages."""
     try:
-        with path.open("rb") as file:
-            if np.lib.format.read_magic(file) != (1, 0):
-                raise ValueError("not version 1.0 of the format")
-            with _ONE_AT_A_TIME:
-                found, fortran, kind = np.lib.format.read_array_header_1_0(file, max_header_size=_MAX_HEADER)
-            offset = file.tell()
-            size = os.fstat(file.fileno()).st_size
-    except OSError as error:
-        raise StoreError(f"{path}: cannot be read: {error.strerror}") from error
+        if np.lib.format.read_magic(file) != (1, 0):
+            raise ValueError("not version 1.0 of the format")
+        with _ONE_AT_A_TIME:
+            found, fortran, kind = np.lib.format.read_array_header_1_0(file, max_header_size=_MAX_HEADER)
+        offset = file.tell()
     except Exception as error:  # NumPy's header reader raises many kinds of error on damaged text
-        raise StoreError(f"{path}: no .npy header ({error}); the file is damaged") from error
-    fits = len(found) == len(shape) and all(want in (None, n) and n >= 0 for want, n in zip(shape, found, strict=True))
+        raise StoreError(f"{path}: no .npy header ({_short(error)}); the file is damaged") from error
+    lengths = (None,) * len(found) if shape is None else shape
+    fits = len(found) == len(lengths) and all(want in (None, n) and n >= 0 for want, n in zip(lengths, found, strict=True))
     if kind != dtype or fortran or not fits:
-        wanted = ["any" if n is None else n for n in shape]
-        raise StoreError(f"{path}: holds {kind} {list(found)}, expected {dtype} {wanted}")
-    expected = offset + math.prod(found) * dtype.itemsize
+        wanted = ["any" if n is None else n for n in lengths]
+        raise StoreError(f"{path}: holds {_short(kind)} {_short(list(found))}, expected {dtype} {wanted}")
+    size, expected = os.fstat(file.fileno()).st_size, offset + math.prod(found) * dtype.itemsize
     if size != expected:
         raise StoreError(f"{path}: {size} bytes, expected {expected}: truncated, or still being written")
-    if expected == offset:
-        return np.zeros(found, dtype=dtype)
-    return np.memmap(path, dtype=dtype, mode="r", offset=offset, shape=found)
+    return offset, found

@@ -1,6 +1,7 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -270,3 +271,71 @@ def test_many_threads_map_at_once(tmp_path):
     with ThreadPoolExecutor(16) as pool:
         for found in pool.map(lambda _: files.map_npy(tmp_path / "a.npy", np.dtype(np.uint8), (3, 4)), range(2000)):
             np.testing.assert_array_equal(found, array)
+
+
+# plain files only
+
+
+READERS = [
+    files.read_json,
+    files.sha256_file,
+    lambda path: files.read_plain(path, 100),
+    lambda path: files.map_npy(path, np.dtype(np.uint8), (3,)),
+    lambda path: files.match_signed(path, re.compile(rb".*")),
+]
+
+
+@pytest.mark.parametrize("read", READERS)
+def test_links_pipes_and_folders_are_not_read(tmp_path, read):
+    files.write_npy(tmp_path / "real", np.zeros(3, dtype=np.uint8))
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name in ("link", "loop"):
+        with pytest.raises(StoreError, match=rf"{name}: a symbolic link; links inside a store are not followed: put the file"):
+            read(tmp_path / name)
+    for name in ("pipe", "folder"):
+        with pytest.raises(StoreError, match=rf"{name}: no plain file; the store is damaged"):
+            read(tmp_path / name)
+
+
+def test_a_folder_of_ones_own_is_no_link(tmp_path):
+    assert files.own_folder(tmp_path / "missing") == tmp_path / "missing"
+    (tmp_path / "link").symlink_to(tmp_path)
+    with pytest.raises(StoreError, match="link: a symbolic link; links inside a store are not followed: put the folder there"):
+        files.own_folder(tmp_path / "link")
+
+
+def test_files_that_are_too_large_are_not_read(tmp_path):
+    with (tmp_path / "a").open("wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(StoreError, match="a: 1099511627776 bytes; no such file of a store is over 100"):
+        files.read_plain(tmp_path / "a", 100)
+
+
+def test_json_that_is_read_but_too_deep_to_be_written_is_refused(tmp_path):
+    for depth in (500, 900, 1500, 5000, 50_000):
+        (tmp_path / "a.json").write_text('{"a":' + "[" * depth + "]" * depth + "}")
+        with pytest.raises(StoreError, match=r"a\.json: (altered|not JSON)"):
+            files.read_json(tmp_path / "a.json")
+
+
+PATTERN = re.compile(rb'\{"count":(?P<count>\d+),"sha256":"(?P<sha256>[0-9a-f]{64})","z":"[a-z]*"\}\n')
+
+
+def test_signed_files_are_matched_without_being_parsed(tmp_path):
+    path = tmp_path / "a.json"
+    files.write_json(path, {"count": 12, "z": "word"})
+    match = files.match_signed(path, PATTERN)
+    assert match is not None
+    assert match["count"] == b"12"
+    whole = path.read_bytes()
+    for position in range(len(whole)):
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
+        assert files.match_signed(path, PATTERN) is None
+
+
+def test_any_shape_of_an_array(tmp_path):
+    files.write_npy(tmp_path / "a.npy", np.zeros((2, 3, 4), dtype=np.float32))
+    assert files.map_npy(tmp_path / "a.npy", np.dtype(np.float32), None).shape == (2, 3, 4)

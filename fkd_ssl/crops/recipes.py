@@ -73,8 +73,10 @@ class Recipe:
             pairs = {key: tuple(map(float, values[key])) for key in ("scale", "ratio", "sigma")}
             if any(len(pair) != 2 for pair in pairs.values()):
                 raise ValueError("a range needs two numbers")
+            if not isinstance(values["name"], str):
+                raise TypeError("its name is no text")
             return cls(**{**values, **pairs})
-        except (KeyError, TypeError, ValueError, RequestError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError, RequestError) as error:
             raise StoreError(f"not a crop recipe: {error}") from error
 
 

@@ -4,6 +4,7 @@ A codec is named by faiss's own factory string. Its parameters are stored as .np
 them: faiss's own files are never read, since damaged ones can load silently.
 """
 
+import math
 import re
 from typing import Any
 
@@ -22,8 +23,14 @@ _SPEC = re.compile(
 )
 _EXAMPLES = "SQ8, SQ6, SQ4, SQfp16, SQbf16, Flat, PQ16x8, OPQ16,PQ16x8, PCA64,SQ8"
 _RANGE_MARGIN = 0.1  # of max - min at each end, since values beyond the sample's range would be clipped
+_TAIL = 0.01  # with 16 steps a margin costs more than clipping: SQ4's range leaves out this share of the values at each end
+_INTEGERS = ("SQ8", "SQ6", "SQ4")
+_MOST_PARAMETERS = 2**26  # a square transform of 8,192 dimensions; faiss would take any number from a stranger's file
+_NOT_FINITE = "codes stand for targets that are not finite: a file of the store is damaged; run fkd-ssl verify"
 _SAMPLES = 4096
 _SAMPLES_PER_CENTROID = 64
+_FEWEST_PER_CENTROID = 39  # faiss's own; with fewer, centroids follow single targets
+_OPQ_CENTROIDS = 256  # of the codec that OPQ trains for itself, whatever follows
 
 
 class Codec:
@@ -63,11 +70,8 @@ class Codec:
     @classmethod
     def load(cls, spec: str, dim: int, arrays: dict[str, npt.NDArray[Any]]) -> "Codec":
         """The codec whose `arrays` these are; raises StoreError where they do not fit the spec."""
-        try:
-            index = _build(spec, dim)
-        except RequestError as error:
-            raise StoreError(str(error)) from error
-        shapes = {name: shape for name, (_, shape) in _parameters(index).items()}
+        shapes = parameter_shapes(spec, dim)
+        index = _build(spec, dim)
         if set(arrays) != set(shapes):
             raise StoreError(f"codec {spec}: has arrays {sorted(arrays)}, expected {sorted(shapes)}")
         for name, array in arrays.items():
@@ -75,15 +79,16 @@ class Codec:
                 raise StoreError(f"codec {spec}: {name} is {array.dtype} {array.shape} (or not finite), "
                                  f"expected float32 {shapes[name]}")  # fmt: skip
         _set_parameters(index, arrays)
+        if "transform" in arrays and not _transform(index).is_orthonormal:  # faiss turns back by its transpose
+            raise StoreError(f"codec {spec}: the rows of its transform are not orthonormal; the file is damaged")
         return cls(spec, dim, index)
 
     def arrays(self) -> dict[str, Float32Array]:
         """The trained parameters, by name; none for Flat and the float codecs."""
         import faiss
 
-        return {
-            name: faiss.vector_to_array(vector).reshape(shape) for name, (vector, shape) in _parameters(self._index).items()
-        }
+        shapes = parameter_shapes(self.spec, self.dim)
+        return {name: faiss.vector_to_array(vector).reshape(shapes[name]) for name, vector in _parameters(self._index).items()}
 
     def encode(self, targets: Float32Array) -> UInt8Array:
         """Codes uint8 [n, code_size] of targets float32 [n, D]."""
@@ -91,13 +96,21 @@ class Codec:
         return codes
 
     def decode(self, codes: UInt8Array) -> Float32Array:
-        """Targets float32 [n, D] of codes uint8 [n, code_size]: normalised again, except Flat's, which are exact."""
+        """Targets float32 [n, D] of codes uint8 [n, code_size]: normalised again, except Flat's, which are exact.
+
+        Raises:
+            StoreError: A code stands for a target that is not finite, as no encoded one does.
+        """
         if not len(codes):
             return np.zeros((0, self.dim), dtype=np.float32)
         targets: Float32Array = self._index.sa_decode(np.ascontiguousarray(codes))
         if self.spec == "Flat":
+            if not np.isfinite(targets).all():
+                raise StoreError(_NOT_FINITE)
             return targets
         norms = np.sqrt(np.einsum("nd,nd->n", targets, targets))
+        if not np.isfinite(norms).all():
+            raise StoreError(_NOT_FINITE)
         targets /= np.maximum(norms, np.float32(1e-12))[:, None]
         return targets
 
@@ -109,15 +122,14 @@ def code_size(spec: str, dim: int) -> int:
 
 def sample_size(spec: str) -> int:
     """How many targets a codec is trained on, where there are so many."""
-    centroids = _centroids(spec)
-    return max(_SAMPLES, _SAMPLES_PER_CENTROID * centroids)
+    return max(_SAMPLES, _SAMPLES_PER_CENTROID * _centroids(spec))
 
 
 def smallest_sample(spec: str) -> int:
     """How many targets a codec needs at least to be trained."""
     match = _match(spec)
-    pre = {"PCA": int(match["pre_a"] or 0), "PCAR": int(match["pre_a"] or 0), "OPQ": 256}.get(match["pre"], 0)
-    return max(1, _centroids(spec), pre)  # OPQ trains a codec of 256 centroids of its own
+    dimensions = int(match["pre_a"]) if match["pre"] in ("PCA", "PCAR") else 1
+    return max(dimensions, _FEWEST_PER_CENTROID * _centroids(spec))
 
 
 def _match(spec: str) -> re.Match[str]:
@@ -128,14 +140,22 @@ def _match(spec: str) -> re.Match[str]:
 
 
 def _centroids(spec: str) -> int:
+    """The most centroids of one part that training finds; 0 for codecs without any."""
     match = _match(spec)
-    return 2 ** int(match["bits"] or 8) if match["m"] else 0
+    return max(_OPQ_CENTROIDS if match["pre"] == "OPQ" else 0, 2 ** int(match["bits"] or 8) if match["m"] else 0)
 
 
-def _build(spec: str, dim: int) -> Any:
-    """The untrained faiss index of a spec that is on the list."""
-    import faiss
+def parameter_shapes(spec: str, dim: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of the float32 arrays that a codec's training makes, by name; StoreError for a spec that does not fit D."""
+    try:
+        match, inner = _checked(spec, dim)
+    except RequestError as error:
+        raise StoreError(str(error)) from error
+    return _shapes(match, inner, dim)
 
+
+def _checked(spec: str, dim: int) -> tuple[re.Match[str], int]:
+    """A spec's parts, and the dimension behind its transform; raises RequestError where they do not fit D."""
     match = _match(spec)
     if match["bits"] and not 4 <= int(match["bits"]) <= 12:
         raise RequestError(f"codec {spec}: {match['bits']} bits a sub-vector; 4 to 12 are accepted")
@@ -150,12 +170,39 @@ def _build(spec: str, dim: int) -> Any:
             raise RequestError(f"codec {spec}: cannot reduce {dim} dimensions so")
     if match["m"] and inner % int(match["m"]):
         raise RequestError(f"codec {spec}: {match['m']} sub-vectors do not divide {inner} dimensions")
+    count = sum(math.prod(shape) for shape in _shapes(match, inner, dim).values())
+    if count > _MOST_PARAMETERS:
+        raise RequestError(f"codec {spec}: {count:,} parameters for {dim} dimensions, over {_MOST_PARAMETERS:,}; choose SQ8")
+    return match, inner
+
+
+def _shapes(match: re.Match[str], inner: int, dim: int) -> dict[str, tuple[int, ...]]:
+    shapes: dict[str, tuple[int, ...]] = {}
+    if match["pre"]:
+        shapes["transform"] = (inner, dim)
+        if match["pre"] in ("PCA", "PCAR"):
+            shapes["transform_bias"] = (inner,)
+    if match["m"]:
+        parts = int(match["m"])
+        shapes["centroids"] = (parts, 2 ** int(match["bits"] or 8), inner // parts)
+    elif match["base"] in _INTEGERS:
+        shapes["ranges"] = (2, inner)
+    return shapes
+
+
+def _build(spec: str, dim: int) -> Any:
+    """The untrained faiss index of a spec that is on the list."""
+    import faiss
+
+    match, _ = _checked(spec, dim)
     index = faiss.index_factory(dim, spec)
     base = _base(index)
     if match["m"]:
-        base.pq.cp.min_points_per_centroid = 1  # fewer than 39 are a warning to faiss, once for every part
         base.do_polysemous_training = False  # it orders centroids for a search that a store never makes
-    elif match["base"] in ("SQ8", "SQ6", "SQ4"):
+    elif match["base"] == "SQ4":
+        base.sq.rangestat = faiss.ScalarQuantizer.RS_quantiles
+        base.sq.rangestat_arg = _TAIL
+    elif match["base"] in _INTEGERS:
         base.sq.rangestat = faiss.ScalarQuantizer.RS_minmax
         base.sq.rangestat_arg = _RANGE_MARGIN
     return index
@@ -174,33 +221,33 @@ def _transform(index: Any) -> Any:
     return faiss.downcast_VectorTransform(index.chain.at(0))
 
 
-def _parameters(index: Any) -> dict[str, tuple[Any, tuple[int, ...]]]:
-    """Faiss's vectors that training fills, by the name they are stored under, with their shapes."""
+def _parameters(index: Any) -> dict[str, Any]:
+    """Faiss's vectors that training fills, by the name they are stored under."""
     import faiss
 
     outer: Any = faiss.downcast_index(index)
     base = _base(index)
-    vectors: dict[str, tuple[Any, tuple[int, ...]]] = {}
+    vectors: dict[str, Any] = {}
     if isinstance(outer, faiss.IndexPreTransform):
         transform = _transform(outer)
-        vectors["transform"] = (transform.A, (transform.d_out, transform.d_in))
+        vectors["transform"] = transform.A
         if isinstance(transform, faiss.PCAMatrix):
-            vectors["transform_bias"] = (transform.b, (transform.d_out,))
+            vectors["transform_bias"] = transform.b
     if isinstance(base, faiss.IndexPQ):
-        vectors["centroids"] = (base.pq.centroids, (base.pq.M, base.pq.ksub, base.pq.dsub))
+        vectors["centroids"] = base.pq.centroids
     elif isinstance(base, faiss.IndexScalarQuantizer) and base.sq.qtype in (
         faiss.ScalarQuantizer.QT_8bit,
         faiss.ScalarQuantizer.QT_6bit,
         faiss.ScalarQuantizer.QT_4bit,
     ):
-        vectors["ranges"] = (base.sq.trained, (2, base.d))
+        vectors["ranges"] = base.sq.trained
     return vectors
 
 
 def _set_parameters(index: Any, arrays: dict[str, npt.NDArray[Any]]) -> None:
     import faiss
 
-    for name, (vector, _) in _parameters(index).items():
+    for name, vector in _parameters(index).items():
         faiss.copy_array_to_vector(np.ascontiguousarray(arrays[name]).ravel(), vector)
     outer: Any = faiss.downcast_index(index)
     base = _base(index)

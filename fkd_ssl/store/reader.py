@@ -1,9 +1,11 @@
-"""Reading a store: crop records and decoded targets by row, memory-mapped; nothing that is read is trusted."""
+"""Reading a store: crop records and decoded targets by row; nothing that is read is trusted."""
 
+import os
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -12,9 +14,20 @@ from fkd_ssl import files
 from fkd_ssl.crops import CROP_DTYPE, Records
 from fkd_ssl.errors import StoreError
 from fkd_ssl.store import manifest as layout
-from fkd_ssl.store.codecs import Codec, Float32Array, UInt8Array
+from fkd_ssl.store.codecs import Codec, Float32Array, UInt8Array, parameter_shapes
+from fkd_ssl.store.shards import Index, ShardFiles
 
-Index = slice | npt.NDArray[np.int64]
+Precision = Literal["fp32", "bf16", "fp16"]
+_MAX_DIM = 65536
+_TEACHERS = "teacher-"  # what the arrays that a teacher brings begin with
+_MAX_NUMBER = 2.0**53
+_MAX_ARRAY = 2**28  # bytes of an array that a teacher brings
+_SHA256 = re.compile("[0-9a-f]{64}")
+# a sidecar of crops as it is spelled: to see which of a million rows were skipped, a million checksums are not parsed
+_CROPS_SIDECAR = re.compile(
+    rb'\{"file":"[0-9a-f]{64}","images":\[(?P<images>[0-9a-f",]*+)\],"sha256":"(?P<sha256>[0-9a-f]{64})",'
+    rb'"skipped":\[(?P<skipped>(?:\d{1,10}(?:,\d{1,10})*+)?)\]\}\n'
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,7 +51,7 @@ class ColumnMeta:
     """`mean` and `std` of RGB in 0 to 1."""
     pixels: int
     """Side of the crops that the teacher saw."""
-    precision: Literal["fp32", "bf16", "fp16"]
+    precision: Precision
     """Arithmetic of the teacher's forward."""
     chunk_size: int
     """Crops in one forward: another size gives other last bits."""
@@ -48,53 +61,96 @@ class ColumnMeta:
     """sha256 of each .npy beside it: the codec's parameters, and the teacher's own under `teacher-`."""
 
 
+def _check_meta(meta: ColumnMeta, path: Path) -> None:
+    """Raises StoreError where a value is none that `precompute` writes."""
+    if meta.kind != "embedding":
+        raise StoreError(f"{path}: a kind {meta.kind!r} that this version does not read")
+    if meta.precision not in get_args(Precision):
+        raise StoreError(f"{path}: precision {meta.precision!r} is unknown; the file is damaged or newer")
+    if type(meta.dim) is not int or not 0 < meta.dim <= _MAX_DIM:
+        raise StoreError(f"{path}: dimension {meta.dim!r} is impossible")
+    about, colours, fidelity = meta.teacher, meta.preprocessing, meta.fidelity
+    right = {
+        "codec": isinstance(meta.codec, str),
+        "code_size": type(meta.code_size) is int,
+        "pixels": type(meta.pixels) is int and 0 < meta.pixels <= 4096,
+        "chunk_size": type(meta.chunk_size) is int and 0 < meta.chunk_size <= 2**16,
+        "probe_digest": isinstance(meta.probe_digest, str),
+        "fidelity": isinstance(fidelity, dict)
+        and all(isinstance(fidelity.get(key), (int, float)) for key in ("cosine_mean", "cosine_min", "sample"))
+        and all(abs(value) <= _MAX_NUMBER for value in fidelity.values() if isinstance(value, (int, float))),
+        "teacher": isinstance(about, dict)
+        and all(isinstance(about.get(key), str) for key in ("name", "network", "licence"))
+        and all(isinstance(about.get(key, 0), (str, type(None))) for key in ("source", "checkpoint_sha256")),
+        "preprocessing": isinstance(colours, dict) and all(_is_colour(colours.get(key)) for key in ("mean", "std")),
+        "arrays": isinstance(meta.arrays, dict)
+        and all(isinstance(value, str) and _SHA256.fullmatch(value) for value in meta.arrays.values()),
+    }
+    wrong = [key for key, fits in right.items() if not fits]
+    if wrong:
+        raise StoreError(f"{path}: a {wrong[0]} that this version does not read; the file is damaged or newer")
+
+
+def _is_colour(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 3 and all(isinstance(v, (int, float)) and abs(v) < 256 for v in value)
+
+
 class Column:
     """One teacher's targets in a store."""
 
     def __init__(self, store: "Store", name: str) -> None:
         self.store = store
         self.name = name
-        self.folder = store.folder / layout.TARGETS / name
-        values = files.read_json(self.folder / "meta.json")
+        self.folder = files.own_folder(store.folder / layout.TARGETS / name)
+        path = self.folder / "meta.json"
+        values = files.read_json(path)
         self.digest = files.sha256(files.canonical(values))
         try:
             self.meta = ColumnMeta(**values)
         except TypeError as error:
-            raise StoreError(f"{self.folder / 'meta.json'}: {error}; the file is damaged or newer") from error
+            raise StoreError(f"{path}: {error}; the file is damaged or newer") from error
         meta = self.meta
-        if meta.precision not in ("fp32", "bf16", "fp16"):
-            raise StoreError(
-                f"{self.folder / 'meta.json'}: precision {meta.precision!r} is unknown; the file is damaged or newer"
-            )
-        if meta.kind != "embedding" or not isinstance(meta.arrays, dict) or not isinstance(meta.codec, str):
-            raise StoreError(f"{self.folder / 'meta.json'}: a kind {meta.kind!r} that this version does not read")
-        if not isinstance(meta.dim, int) or not 0 < meta.dim <= 65536:
-            raise StoreError(f"{self.folder / 'meta.json'}: dimension {meta.dim!r} is impossible")
-        parameters = {name: self.array(name) for name in meta.arrays if not name.startswith("teacher-")}
-        self.codec = Codec.load(meta.codec, meta.dim, parameters)
+        _check_meta(meta, path)
+        try:
+            shapes = parameter_shapes(meta.codec, meta.dim)
+        except StoreError as error:
+            raise StoreError(f"{path}: {error}") from error
+        own = {name for name in meta.arrays if not name.startswith(_TEACHERS)}
+        if own != set(shapes):
+            raise StoreError(f"{path}: codec {meta.codec}: has arrays {sorted(own)}, expected {sorted(shapes)}")
+        self.codec = Codec.load(meta.codec, meta.dim, {name: self._array(name, shape) for name, shape in shapes.items()})
         if self.codec.code_size != meta.code_size:
-            raise StoreError(f"{self.folder / 'meta.json'}: code size {meta.code_size}, {meta.codec} has another")
-        self._maps: dict[int, UInt8Array] = {}
+            raise StoreError(f"{path}: code size {meta.code_size}, {meta.codec} has another")
+        m = store.manifest
+        self._files = ShardFiles(
+            self._finished, np.dtype(np.uint8), lambda s: len(m.shard_rows(s)), (m.crops_per_image, meta.code_size)
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Store.column, (self.store, self.name))
 
     def array(self, name: str) -> npt.NDArray[np.float32]:
         """An array stored beside the codes, for instance a SwAV teacher's `teacher-prototypes` float32 [K, D]."""
         if name not in self.meta.arrays or not layout.COLUMN_NAME.fullmatch(name):
             raise StoreError(f"{self.folder}: no array {name!r}; there are {sorted(self.meta.arrays)}")
+        shapes = parameter_shapes(self.meta.codec, self.meta.dim)
+        return self._array(name, shapes.get(name))
+
+    def _array(self, name: str, shape: tuple[int, ...] | None) -> npt.NDArray[np.float32]:
+        """An array of `shape`, or of any that is not too large."""
         path = self.folder / f"{name}.npy"
+        mapped = files.map_npy(path, np.dtype(np.float32), shape)
+        if shape is None and mapped.nbytes > _MAX_ARRAY:
+            raise StoreError(f"{path}: {mapped.nbytes} bytes; no array of a teacher is over {_MAX_ARRAY}")
         if files.sha256_file(path) != self.meta.arrays[name]:
             raise StoreError(f"{path}: altered: its sha256 is not that of meta.json; restore it from a copy")
-        try:
-            array: npt.NDArray[np.float32] = np.load(path, allow_pickle=False, mmap_mode="r")
-        except (OSError, ValueError) as error:
-            raise StoreError(f"{path}: {error}") from error
-        return np.array(array)
+        return np.array(mapped)
 
     @cached_property
     def missing_shards(self) -> list[int]:
         """Shards without codes or without crops, as the folder stood when this was first asked."""
-        there = {path.name for path in self.folder.glob("codes-*.json")}
-        shards = range(self.store.manifest.shards)
-        return [s for s in shards if f"codes-{s:05d}.json" not in there or not self.store.has_crops(s)]
+        there, crops = set(os.listdir(self.folder)), self.store.shards_with_crops()  # noqa: PTH208  (names, by the thousand)
+        return [s for s in range(self.store.manifest.shards) if f"codes-{s:05d}.json" not in there or s not in crops]
 
     @cached_property
     def rows(self) -> npt.NDArray[np.int64]:
@@ -112,20 +168,20 @@ class Column:
             )
 
     def codes(self, row: int, index: Index) -> UInt8Array:
-        """Codes uint8 [m, code_size] of the crops `index` of a row."""
-        shard, within = divmod(row, self.store.manifest.rows_per_shard)
-        return self.shard(shard)[within, index]
+        """Codes uint8 [m, code_size] of the crops `index` of a row, read-only."""
+        return self._files.read(*self.store.locate(row), index)
 
     def shard(self, shard: int) -> UInt8Array:
         """Codes of a shard, memory-mapped: uint8 [rows, C, code_size]."""
-        if shard not in self._maps:
-            m = self.store.manifest
-            path = layout.codes_file(self.store.folder, self.name, shard)
-            if not path.with_suffix(".json").exists():
-                raise StoreError(f"{path}: this shard is not finished; run the same fkd-ssl precompute again")
-            shape = (len(m.shard_rows(shard)), m.crops_per_image, self.meta.code_size)
-            self._maps[shard] = files.map_npy(path, np.dtype(np.uint8), shape)
-        return self._maps[shard]
+        return self._files.map(shard)
+
+    def _finished(self, shard: int) -> Path:
+        path = layout.codes_file(self.store.folder, self.name, shard)
+        if not os.path.lexists(path.with_suffix(".json")):
+            raise StoreError(f"{path}: this shard is not finished; run the same fkd-ssl precompute again")
+        if self.sidecar(shard).get("column") != self.digest:
+            raise StoreError(f"{path}: written for another meta.json than this column's; run fkd-ssl verify")
+        return path
 
     def sidecar(self, shard: int) -> dict[str, Any]:
         """The sidecar of a shard's codes."""
@@ -146,7 +202,10 @@ class Store:
         self.folder = Path(folder)
         self.manifest = layout.read_manifest(self.folder)
         self.paths, self.sizes = layout.read_images(self.folder, self.manifest)
-        self._maps: dict[int, Records] = {}
+        for part in (layout.CROPS, layout.TARGETS):
+            files.own_folder(self.folder / part)
+        m = self.manifest
+        self._files = ShardFiles(self._finished, CROP_DTYPE, lambda s: len(m.shard_rows(s)), (m.crops_per_image,))
         self._columns: dict[str, Column] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -164,23 +223,37 @@ class Store:
     @property
     def teachers(self) -> list[str]:
         """Names of the columns."""
-        folder = self.folder / layout.TARGETS
-        found = [path.parent.name for path in folder.glob("*/meta.json")]
-        return sorted(name for name in found if layout.COLUMN_NAME.fullmatch(name))
+        try:
+            with os.scandir(self.folder / layout.TARGETS) as entries:
+                folders = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+        except OSError:
+            return []
+        named = [name for name in folders if layout.COLUMN_NAME.fullmatch(name)]
+        return sorted(name for name in named if os.path.lexists(self.folder / layout.TARGETS / name / "meta.json"))
 
     @cached_property
     def rows(self) -> npt.NDArray[np.int64]:
         """Row numbers that can be read, ascending."""
-        rows: list[int] = []
+        found = self.shards_with_crops()
+        readable = np.zeros(self.manifest.count, dtype=bool)
         for shard in range(self.manifest.shards):
-            if self.has_crops(shard):
-                skipped = set(self.skipped(shard))
-                rows += [row for row in self.manifest.shard_rows(shard) if row not in skipped]
-        return np.array(rows, dtype=np.int64)
+            if shard in found:
+                rows = self.manifest.shard_rows(shard)
+                readable[rows.start : rows.stop] = True
+                readable[self.skipped(shard)] = False
+        return np.flatnonzero(readable)
+
+    def shards_with_crops(self) -> set[int]:
+        """Shards whose crops are finished, as the folder stands now: one listing, however many there are."""
+        try:
+            there = set(os.listdir(self.folder / layout.CROPS))  # noqa: PTH208  (names, by the thousand)
+        except OSError:
+            return set()
+        return {shard for shard in range(self.manifest.shards) if f"{shard:05d}.json" in there}
 
     def has_crops(self, shard: int) -> bool:
         """Whether a shard's crops are finished."""
-        return layout.crops_file(self.folder, shard).with_suffix(".json").exists()
+        return os.path.lexists(layout.crops_file(self.folder, shard).with_suffix(".json"))
 
     def crops_sidecar(self, shard: int) -> dict[str, Any]:
         """The sidecar of a shard's crops: `file`, `images` (sha256 of each), `skipped` (rows)."""
@@ -189,29 +262,40 @@ class Store:
         rows = self.manifest.shard_rows(shard)
         layout.string_list(values.get("images"), len(rows), path)
         skipped = values.get("skipped")
-        if not isinstance(skipped, list) or not all(isinstance(row, int) and row in rows for row in skipped):
+        if not isinstance(skipped, list) or not all(type(row) is int and row in rows for row in skipped):
             raise StoreError(f"{path}: impossible list of skipped rows; the file is damaged")
         return values
 
     def skipped(self, shard: int) -> list[int]:
         """Rows of a shard whose images were skipped as unreadable."""
-        skipped: list[int] = self.crops_sidecar(shard)["skipped"]
-        return skipped
+        path, rows = layout.crops_file(self.folder, shard).with_suffix(".json"), self.manifest.shard_rows(shard)
+        match = files.match_signed(path, _CROPS_SIDECAR)
+        if match is not None and match["images"].count(b'"') == 2 * len(rows):
+            skipped = [int(row) for row in match["skipped"].split(b",") if row]
+            if all(row in rows for row in skipped):
+                return skipped
+        whole: list[int] = self.crops_sidecar(shard)["skipped"]  # or what is wrong with it
+        return whole
 
     def crops(self, row: int, index: Index) -> Records:
-        """Crop records [m] of the crops `index` of a row."""
-        shard, within = divmod(row, self.manifest.rows_per_shard)
-        return self.crop_shard(shard)[within, index]
+        """Crop records [m] of the crops `index` of a row, read-only."""
+        return self._files.read(*self.locate(row), index)
 
     def crop_shard(self, shard: int) -> Records:
         """Crop records of a shard, memory-mapped: [rows, C]."""
-        if shard not in self._maps:
-            path = layout.crops_file(self.folder, shard)
-            if not self.has_crops(shard):
-                raise StoreError(f"{path}: this shard is not finished; run the same fkd-ssl precompute again")
-            shape = (len(self.manifest.shard_rows(shard)), self.crops_per_image)
-            self._maps[shard] = files.map_npy(path, CROP_DTYPE, shape)
-        return self._maps[shard]
+        return self._files.map(shard)
+
+    def locate(self, row: int) -> tuple[int, int]:
+        """A row's shard, and its place there; raises IndexError where there is no such row."""
+        if not 0 <= row < self.manifest.count:
+            raise IndexError(f"row {row} of {self.manifest.count}")
+        return divmod(row, self.manifest.rows_per_shard)
+
+    def _finished(self, shard: int) -> Path:
+        path = layout.crops_file(self.folder, shard)
+        if not self.has_crops(shard):
+            raise StoreError(f"{path}: this shard is not finished; run the same fkd-ssl precompute again")
+        return path
 
     def column(self, name: str | None = None) -> Column:
         """One teacher's targets; without a name the only one there is.
@@ -219,6 +303,8 @@ class Store:
         Raises:
             StoreError: There is no such column, or several and none was named.
         """
+        if name in self._columns:
+            return self._columns[name]
         there = self.teachers
         if name is None:
             if len(there) != 1:
@@ -229,9 +315,7 @@ class Store:
             name = there[0]
         if name not in there:
             raise StoreError(f"{self.folder}: no targets of {name!r}; there are {there or 'none yet'}")
-        if name not in self._columns:
-            self._columns[name] = Column(self, name)
-        return self._columns[name]
+        return self._columns.setdefault(name, Column(self, name))
 
     def targets(self, name: str, row: int, index: Index) -> Float32Array:
         """Decoded targets float32 [m, D] of the crops `index` of a row."""

@@ -1,8 +1,9 @@
+import faiss
 import numpy as np
 import pytest
 
 from fkd_ssl.errors import RequestError, StoreError
-from fkd_ssl.store.codecs import Codec, code_size, sample_size, smallest_sample
+from fkd_ssl.store.codecs import Codec, _parameters, code_size, parameter_shapes, sample_size, smallest_sample
 
 DIM = 32
 # spec: bytes of a code, least mean cosine on targets that the codec was not trained on
@@ -16,8 +17,7 @@ SPECS = {
     "PQ8x8": (8, 0.8),
     "PQ8": (8, 0.8),
     "PQ16x6": (12, 0.9),
-    "OPQ8,PQ8x8": (8, 0.8),
-    "OPQ8_16,PQ8x4": (4, 0.6),
+    "OPQ4_16,PQ4x4": (2, 0.4),
     "PCA16,SQ8": (16, 0.85),
     "PCAR16,SQ8": (16, 0.85),
     "RR32,SQ8": (32, 0.9999),
@@ -34,7 +34,11 @@ def targets(count: int, seed: int = 0, dim: int = DIM) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def trained() -> dict[str, Codec]:
-    return {spec: Codec.train(spec, targets(600)) for spec in SPECS}
+    return {spec: Codec.train(spec, sample_for(spec)) for spec in SPECS}
+
+
+def sample_for(spec: str) -> np.ndarray:
+    return targets(max(600, smallest_sample(spec)))
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> float:
@@ -74,12 +78,16 @@ def test_codec_rebuilt_from_its_arrays_is_the_same(trained, spec):
         np.testing.assert_array_equal(array, arrays[name])
 
 
-@pytest.mark.parametrize("spec", ["SQ8", "SQ4", "PQ8x8", "OPQ8,PQ8x8", "PCA16,SQ8"])
+@pytest.mark.parametrize("spec", ["SQ8", "SQ4", "PQ16x6", "OPQ4_16,PQ4x4", "PCA16,SQ8"])
 def test_the_same_sample_gives_the_same_parameters(trained, spec):
-    again = Codec.train(spec, targets(600).copy())
-    assert again.arrays()
-    for name, array in again.arrays().items():
-        np.testing.assert_array_equal(array, trained[spec].arrays()[name])
+    before = faiss.omp_get_max_threads()
+    for threads in (3,) if spec.startswith("OPQ") else (1, 3):  # OPQ takes seconds
+        faiss.omp_set_num_threads(threads)
+        again = Codec.train(spec, sample_for(spec).copy())
+        assert again.arrays()
+        for name, array in again.arrays().items():
+            np.testing.assert_array_equal(array, trained[spec].arrays()[name])
+    faiss.omp_set_num_threads(before)
 
 
 @pytest.mark.parametrize("spec", SPECS)
@@ -92,7 +100,7 @@ def test_a_code_depends_on_its_own_target_alone(trained, spec):
     np.testing.assert_allclose(decoded, trained[spec].decode(together), atol=1e-6)
 
 
-@pytest.mark.parametrize(("spec", "levels"), [("SQ8", 256), ("SQ6", 64), ("SQ4", 16)])
+@pytest.mark.parametrize(("spec", "levels"), [("SQ8", 256), ("SQ6", 64)])
 def test_scalar_codecs_are_uniform_steps_over_the_range_with_its_margin(trained, spec, levels):
     """By hand: value = min + (k + 0.5) / levels x span, over the sample's range and a tenth of it at each end."""
     sample = targets(600).astype(float)
@@ -106,6 +114,14 @@ def test_scalar_codecs_are_uniform_steps_over_the_range_with_its_margin(trained,
     inside = (fresh > low) & (fresh < high)
     assert inside.mean() > 0.99
     assert (np.abs(raw - fresh) <= (high - low) / (levels - 1) + 1e-6)[inside].all()
+
+
+def test_sq4_leaves_out_a_hundredth_of_the_values_at_each_end(trained):
+    """By hand: 600 values, of which the seventh and the seventh last are the range's ends."""
+    ordered = np.sort(targets(600), axis=0)
+    low, span = trained["SQ4"].arrays()["ranges"]
+    np.testing.assert_allclose(low, ordered[6], atol=1e-6)
+    np.testing.assert_allclose(low + span, ordered[-7], atol=1e-6)
 
 
 def test_values_beyond_the_sample_are_clipped_not_wrapped(trained):
@@ -148,7 +164,9 @@ def test_specs_that_do_not_fit_the_dimension_are_refused(spec, message):
         code_size(spec, DIM)
 
 
-@pytest.mark.parametrize(("spec", "needed"), [("PQ8x8", 256), ("PQ8x4", 16), ("PCA16,SQ8", 16), ("SQ8", 1)])
+@pytest.mark.parametrize(
+    ("spec", "needed"), [("PQ8x8", 39 * 256), ("PQ8x4", 39 * 16), ("OPQ8,PQ8x4", 39 * 256), ("PCA16,SQ8", 16), ("SQ8", 1)]
+)
 def test_samples_that_are_too_small_are_refused(spec, needed):
     assert smallest_sample(spec) == needed
     Codec.train(spec, targets(needed))
@@ -162,7 +180,9 @@ def test_samples_that_are_too_small_are_refused(spec, needed):
 def test_sample_sizes():
     assert sample_size("SQ8") == 4096
     assert sample_size("PQ8x8") == 64 * 256
-    assert sample_size("OPQ16,PQ16x4") == 4096
+    assert sample_size("PQ16x4") == 4096
+    assert sample_size("OPQ16,PQ16x4") == 64 * 256  # OPQ trains a codec of 256 centroids of its own
+    assert all(sample_size(spec) >= smallest_sample(spec) for spec in SPECS)
 
 
 @pytest.mark.parametrize(
@@ -183,3 +203,39 @@ def test_arrays_that_do_not_fit_the_spec_are_refused(trained, change, message):
 def test_a_spec_off_the_list_in_a_store_is_a_store_error():
     with pytest.raises(StoreError, match="is none of those accepted"):
         Codec.load("IVF1,Flat", DIM, {})
+
+
+def test_a_transform_that_is_not_orthonormal_is_refused(trained):
+    arrays = {name: np.array(array) for name, array in trained["RR32,SQ8"].arrays().items()}
+    arrays["transform"][0] *= 2
+    with pytest.raises(StoreError, match="codec RR32,SQ8: the rows of its transform are not orthonormal"):
+        Codec.load("RR32,SQ8", DIM, arrays)
+
+
+@pytest.mark.parametrize("spec", ["SQfp16", "SQbf16", "Flat"])
+@pytest.mark.parametrize("byte", [0xFF, 0x7F])
+def test_codes_of_no_finite_target_are_refused(trained, spec, byte):
+    codes = trained[spec].encode(targets(4))
+    codes[2] = byte  # NaN, or the largest bfloat16 there is
+    if spec == "Flat" and byte == 0x7F:
+        codes[2, 2::4] = 0x80  # 0x7f807f7f: a NaN
+    with pytest.raises(StoreError, match="codes stand for targets that are not finite: a file of the store is damaged"):
+        trained[spec].decode(codes)
+
+
+@pytest.mark.parametrize(("spec", "dim"), [("OPQ8,PQ8x8", 16384), ("PQ8x12", 32768), ("PCA9999,SQ8", 10000)])
+def test_codecs_of_too_many_parameters_are_refused_before_any_memory_is_taken(spec, dim):
+    with pytest.raises(
+        RequestError, match=rf"codec {spec}: [0-9,]+ parameters for {dim} dimensions, over 67,108,864; choose SQ8"
+    ):
+        code_size(spec, dim)
+    with pytest.raises(StoreError, match="choose SQ8"):
+        Codec.load(spec, dim, {})
+
+
+def test_shapes_of_parameters_are_those_that_training_makes(trained):
+    for spec, codec in trained.items():
+        shapes = {name: array.shape for name, array in codec.arrays().items()}
+        assert shapes == parameter_shapes(spec, DIM)
+        vectors = {name: faiss.vector_to_array(vector).size for name, vector in _parameters(codec._index).items()}
+        assert vectors == {name: int(np.prod(shape)) for name, shape in shapes.items()}

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 import fkd_ssl
 from fkd_ssl import files
 from fkd_ssl.errors import StoreError
-from fkd_ssl.store import Store, manifest, open_store
+from fkd_ssl.store import Store, manifest, open_store, reader
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +131,9 @@ def test_what_is_no_store_is_named(tmp_path, image_folder):
         ({"recipe": ...}, "keys are missing or unknown: 'recipe'"),
         ({"recipe": [1, 2]}, "not a crop recipe"),
         ({"recipe": {"name": "mocov2"}}, "not a crop recipe"),
+        ({"recipe": {"name": 5}}, r"manifest\.json: not a crop recipe"),
+        ({"crops_per_image": 10**6 + 1}, "are impossible"),
+        ({"seed": True}, "seed True or counts"),
         ({"count": 0}, "are impossible"),
         ({"count": 2**40}, "are impossible"),
         ({"crops_per_image": -4}, "are impossible"),
@@ -263,7 +266,7 @@ def test_a_shard_that_is_a_pickle_is_not_loaded(folder, tmp_path):
     store = open_store(folder)
     with pytest.raises(StoreError, match="holds object"):
         store.crops(0, slice(None))
-    with pytest.raises(StoreError, match=r"ranges\.npy: .*Python objects"):
+    with pytest.raises(StoreError, match=r"ranges\.npy: holds object \[1\], expected float32 \[2, 16\]"):
         store.column()
     assert not (tmp_path / "ran").exists()
 
@@ -277,6 +280,7 @@ def test_a_shard_that_is_a_pickle_is_not_loaded(folder, tmp_path):
         ({"skipped": ...}, "impossible list of skipped rows"),
         ({"skipped": [3]}, "impossible list of skipped rows"),
         ({"skipped": ["7"]}, "impossible list of skipped rows"),
+        ({"skipped": [True]}, "impossible list of skipped rows"),
     ],
 )
 def test_sidecars_that_cannot_be_are_refused(folder, changes, message):
@@ -306,7 +310,7 @@ def test_columns_that_are_not_there_are_named(folder):
         ({"temperature": 0.1}, "unexpected keyword argument 'temperature'; the file is damaged or newer"),
         ({"dim": 0}, "dimension 0 is impossible"),
         ({"dim": "16"}, "dimension '16' is impossible"),
-        ({"dim": 32}, r"codec SQ8: ranges is float32 \(2, 16\)"),
+        ({"dim": 32}, r"ranges\.npy: holds float32 \[2, 16\], expected float32 \[2, 32\]"),
         ({"precision": "int3"}, "precision 'int3' is unknown"),
         ({"code_size": 15}, "code size 15, SQ8 has another"),
         ({"codec": "SQ4"}, "code size 16, SQ4 has another"),
@@ -315,7 +319,18 @@ def test_columns_that_are_not_there_are_named(folder):
         ({"codec": 8}, "that this version does not read"),
         ({"arrays": {}}, r"codec SQ8: has arrays \[\], expected \['ranges'\]"),
         ({"arrays": []}, "that this version does not read"),
-        ({"arrays": {"../../images": "0"}}, "no array '../../images'"),
+        ({"arrays": {"../../images": "0" * 64}}, r"codec SQ8: has arrays \['\.\./\.\./images'\], expected \['ranges'\]"),
+        ({"pixels": 10**9}, "a pixels that this version does not read"),
+        ({"chunk_size": True}, "a chunk_size that this version does not read"),
+        ({"code_size": 16.0}, "a code_size that this version does not read"),
+        ({"fidelity": {"cosine_mean": 1.0}}, "a fidelity that this version does not read"),
+        ({"fidelity": {"cosine_mean": 10**400, "cosine_min": 1, "sample": 1}}, "a fidelity that this version does not read"),
+        ({"teacher": {"name": "x"}}, "a teacher that this version does not read"),
+        ({"teacher": None}, "a teacher that this version does not read"),
+        ({"preprocessing": {"mean": [0.5], "std": [1, 1, 1]}}, "a preprocessing that this version does not read"),
+        ({"probe_digest": 5}, "a probe_digest that this version does not read"),
+        ({"codec": "PCA9999,Flat", "dim": 60000}, "parameters for 60000 dimensions, over"),
+        ({"arrays": {"ranges": "0"}}, "a arrays that this version does not read"),
     ],
 )
 def test_metas_of_others_are_refused(folder, changes, message):
@@ -334,6 +349,49 @@ def test_parameters_of_a_codec_are_checked(folder):
     path.unlink()
     with pytest.raises(StoreError, match=r"ranges\.npy: cannot be read: No such file"):
         open_store(folder).column()
+
+
+def test_codes_of_another_column_are_not_read(folder):
+    resign(folder / "targets" / "tiny" / "codes-00001.json", column="0" * 64)
+    column = open_store(folder).column()
+    column.codes(3, slice(None))
+    with pytest.raises(
+        StoreError, match=r"codes-00001\.npy: written for another meta\.json than this column's; run fkd-ssl verify"
+    ):
+        column.codes(7, slice(None))
+
+
+@pytest.mark.parametrize("name", ["crops", "targets", "targets/tiny"])
+def test_links_to_folders_are_not_followed(folder, tmp_path, name):
+    (folder / name).rename(tmp_path / "elsewhere")
+    (folder / name).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(StoreError, match=r"(a symbolic link; links inside a store are not followed|no targets of 'tiny')"):
+        open_store(folder).column("tiny")
+
+
+def test_the_folder_of_a_store_may_be_a_link(folder, tmp_path):
+    (tmp_path / "link").symlink_to(folder)
+    assert open_store(tmp_path / "link").targets("tiny", 3, slice(None)).shape == (4, 16)
+
+
+def test_arrays_of_a_teacher_that_are_too_large_are_not_read(folder, monkeypatch):
+    path = folder / "targets" / "tiny" / "teacher-prototypes.npy"
+    digest = files.write_npy(path, np.zeros((3, 16), dtype=np.float32))
+    arrays = files.read_json(folder / "targets/tiny/meta.json")["arrays"]
+    resign(folder / "targets" / "tiny" / "meta.json", arrays={**arrays, "teacher-prototypes": digest})
+    assert open_store(folder).column().array("teacher-prototypes").shape == (3, 16)
+    monkeypatch.setattr(reader, "_MAX_ARRAY", 100)
+    with pytest.raises(StoreError, match=r"teacher-prototypes\.npy: 192 bytes; no array of a teacher is over 100"):
+        open_store(folder).column().array("teacher-prototypes")
+
+
+def test_skipped_rows_are_found_without_parsing_and_with(folder, monkeypatch):
+    values = files.read_json(folder / "crops" / "00001.json")
+    resign(folder / "crops" / "00001.json", images=["", *values["images"][1:4], ""], skipped=[5, 9])
+    fast = open_store(folder).rows
+    assert fast.tolist() == [row for row in range(24) if row not in (5, 9)]
+    monkeypatch.setattr(files, "match_signed", lambda *_: None)
+    np.testing.assert_array_equal(open_store(folder).rows, fast)
 
 
 def test_hidden_and_unfinished_columns_are_not_listed(folder):

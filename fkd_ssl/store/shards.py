@@ -1,0 +1,129 @@
+"""Crops out of shard files, read by position: no map, so memory and open files stay bounded and a lost disk is an error.
+
+A map of a file on a disk that goes away kills the process, every map holds a file open (a store of ImageNet has 2,504),
+and the pages that are read through it count as the process's own.
+"""
+
+import math
+import os
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fkd_ssl import files
+from fkd_ssl.errors import StoreError
+
+Index = slice | npt.NDArray[np.int64]
+MOST_OPEN = 128  # files of one reader: many systems allow a process 1024 in all
+
+
+class _OpenFile:
+    """A descriptor that is closed when the last thread that reads from it has let go."""
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = files.plain_descriptor(path)
+
+    def __del__(self) -> None:
+        with suppress(AttributeError, OSError):  # it may never have been opened
+            os.close(self.descriptor)
+
+
+@dataclass(frozen=True)
+class _Shard:
+    """A shard whose header was found right."""
+
+    path: Path
+    offset: int
+    size: int
+
+
+class ShardFiles:
+    """The .npy files [rows, C, ...] of all shards of one kind.
+
+    Args:
+        locate: The file of a shard; raises StoreError where it is not finished.
+        dtype: Of a value.
+        rows: How many rows a shard has.
+        row_shape: The shape of a row: C, and that of a crop.
+    """
+
+    def __init__(
+        self,
+        locate: Callable[[int], Path],
+        dtype: np.dtype[Any],
+        rows: Callable[[int], int],
+        row_shape: tuple[int, ...],
+    ) -> None:
+        self._locate = locate
+        self._dtype = dtype
+        self._rows = rows
+        self._row_shape = row_shape
+        self._crop_bytes = math.prod(row_shape[1:]) * dtype.itemsize
+        self._known: dict[int, _Shard] = {}
+        self._open: dict[int, _OpenFile] = {}  # the first one opened comes first
+
+    def map(self, shard: int) -> npt.NDArray[Any]:
+        """A whole shard, memory-mapped; raises StoreError where its file is not such an array."""
+        return files.map_npy(self._locate(shard), self._dtype, (self._rows(shard), *self._row_shape))
+
+    def read(self, shard: int, within: int, index: Index) -> npt.NDArray[Any]:
+        """Crops `index` of a shard's row `within`: [m, ...], read-only.
+
+        Raises:
+            IndexError: There are no such crops.
+            StoreError: The file is missing, cannot be read, is not such an array, or became shorter since it was opened.
+        """
+        crops, unit, parts = self._row_shape[0], self._crop_bytes, []
+        try:
+            file = self._open.get(shard) or self._enter(shard)
+            known = self._known[shard]
+            for first, count in _runs(index, crops):
+                part = os.pread(file.descriptor, count * unit, known.offset + (within * crops + first) * unit)
+                if len(part) != count * unit:
+                    raise StoreError(f"{known.path}: became shorter since it was opened; run fkd-ssl verify")
+                parts.append(part)
+        except OSError as error:
+            raise StoreError(f"{self._locate(shard)}: cannot be read: {error.strerror}") from error
+        data = parts[0] if len(parts) == 1 else b"".join(parts)
+        return np.frombuffer(data, dtype=self._dtype).reshape(-1, *self._row_shape[1:])
+
+    def _enter(self, shard: int) -> _OpenFile:
+        """Opens a shard's file, checks its header if it is the first time, and lets go of the file that was opened first."""
+        known = self._known.get(shard)
+        path = known.path if known else self._locate(shard)
+        file = _OpenFile(path)
+        if known is None:
+            with os.fdopen(os.dup(file.descriptor), "rb") as reader:
+                offset, _ = files.npy_body(reader, path, self._dtype, (self._rows(shard), *self._row_shape))
+                self._known[shard] = _Shard(path, offset, os.fstat(file.descriptor).st_size)
+        elif os.fstat(file.descriptor).st_size != known.size:
+            raise StoreError(f"{path}: has another size than when it was first read; run fkd-ssl verify")
+        while len(self._open) >= MOST_OPEN:
+            with suppress(KeyError, StopIteration, RuntimeError):  # another thread did it
+                del self._open[next(iter(self._open))]
+        self._open[shard] = file
+        return file
+
+
+def _runs(index: Index, crops: int) -> list[tuple[int, int]]:
+    """The crops `index` as stretches that lie side by side in the file: first and number of each."""
+    if isinstance(index, slice):
+        chosen = range(crops)[index]
+        if chosen.step == 1:
+            return [(chosen.start, len(chosen))]
+        positions = list(chosen)
+    else:
+        positions = np.arange(crops)[index].tolist()
+    runs: list[tuple[int, int]] = []
+    for position in positions:
+        first, count = runs[-1] if runs else (0, 0)
+        if count and position == first + count:
+            runs[-1] = (first, count + 1)
+        else:
+            runs.append((position, 1))
+    return runs

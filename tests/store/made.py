@@ -1,0 +1,94 @@
+"""A small store made without a teacher: every family of codecs, two shards, a skipped row. Run by tests through its path."""
+
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from fkd_ssl import files
+from fkd_ssl.crops import CROP_DTYPE, RECIPES, draw, image_key, probe_digest
+from fkd_ssl.crops.records import neutral
+from fkd_ssl.store import manifest as layout
+from fkd_ssl.store.codecs import Codec, parameter_shapes
+
+DIM, CROPS, ROWS_PER_SHARD = 16, 3, 4
+PATHS = ["a/1.jpg", "a/2.jpg", "b/3.jpg", "b/ä.jpg", "c/5.jpg", "c/6.jpg"]
+SKIPPED = 4
+SPECS = ("Flat", "SQfp16", "SQbf16", "SQ8", "SQ6", "SQ4", "PQ4x8", "PQ4x4", "PQ2x10", "OPQ4_8,PQ4x4", "PCA8,SQ4", "PCAR8,SQ8",
+         "RR16,SQ6")  # fmt: skip
+
+
+def name_of(spec: str) -> str:
+    return spec.replace(",", "-").lower()
+
+
+def targets(count: int, seed: int = 0) -> npt.NDArray[np.float32]:
+    """Unit vectors float32 [count, D] that point in some directions more than in others."""
+    generator = np.random.default_rng(seed)
+    values = generator.normal(size=(count, DIM)) * 0.8 ** np.arange(DIM)
+    values = values @ np.linalg.qr(np.random.default_rng(9).normal(size=(DIM, DIM)))[0]
+    return (values / np.linalg.norm(values, axis=1, keepdims=True)).astype(np.float32)
+
+
+def random_codec(spec: str) -> Codec:
+    """A codec of random parameters: nothing is trained, and the parameters are not of a kind that hides mistakes."""
+    generator = np.random.default_rng(5)
+    arrays: dict[str, npt.NDArray[np.float32]] = {}
+    for name, shape in parameter_shapes(spec, DIM).items():
+        values = generator.normal(size=shape) * 0.3
+        if name == "transform":
+            values = np.linalg.qr(generator.normal(size=(DIM, DIM)))[0][: shape[0]]
+        elif name == "ranges":
+            values = np.stack([-0.6 - abs(values[0]), 1.2 + 2 * abs(values[0])])
+        arrays[name] = np.ascontiguousarray(values, dtype=np.float32)
+    return Codec.load(spec, DIM, arrays)
+
+
+def make(folder: Path, specs: tuple[str, ...] = SPECS) -> dict[str, npt.NDArray[np.float32]]:
+    """Writes the store; returns every column's exact targets float32 [N, C, D], by its name."""
+    (folder / "crops").mkdir(parents=True)
+    sizes = np.zeros(len(PATHS), dtype=layout.SIZE_DTYPE)
+    sizes["bytes"], sizes["width"], sizes["height"] = 4000, 90, 70
+    lines = "".join(f"{path}\n" for path in PATHS).encode()
+    (folder / "images.txt").write_bytes(lines)
+    manifest = layout.Manifest(
+        seed=7, recipe=RECIPES["mocov2"], crops_per_image=CROPS, rows_per_shard=ROWS_PER_SHARD, count=len(PATHS),
+        images_sha256=files.sha256(lines), sizes_sha256=files.write_npy(folder / "images.npy", sizes),
+    )  # fmt: skip
+    manifest.write(folder)
+    for shard in range(manifest.shards):
+        rows = manifest.shard_rows(shard)
+        records = np.zeros((len(rows), CROPS), dtype=CROP_DTYPE)
+        for k, row in enumerate(rows):
+            key = image_key(7, PATHS[row])
+            records[k] = neutral(CROPS) if row == SKIPPED else draw(manifest.recipe, key, 70, 90, 0, CROPS)
+        skipped = [row for row in rows if row == SKIPPED]
+        images = ["" if row == SKIPPED else files.sha256(PATHS[row].encode()) for row in rows]
+        path = layout.crops_file(folder, shard)
+        values = {"file": files.write_npy(path, records), "images": images, "skipped": skipped}
+        files.write_json(path.with_suffix(".json"), values)
+    made = {}
+    for number, spec in enumerate(specs):
+        column = folder / "targets" / name_of(spec)
+        column.mkdir(parents=True)
+        codec = random_codec(spec)
+        arrays = {name: files.write_npy(column / f"{name}.npy", array) for name, array in codec.arrays().items()}
+        if spec == "SQ8":
+            arrays["teacher-prototypes"] = files.write_npy(column / "teacher-prototypes.npy", targets(5))
+        meta = {
+            "kind": "embedding", "dim": DIM, "codec": spec, "code_size": codec.code_size, "pixels": 64, "precision": "fp32",
+            "fidelity": {"cosine_mean": 0.99, "cosine_min": 0.9, "sample": 100}, "chunk_size": 16,
+            "teacher": {"name": "t", "network": "n", "licence": "l", "source": None, "checkpoint_sha256": None},
+            "preprocessing": {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]},
+            "probe_digest": probe_digest(), "arrays": arrays,
+        }  # fmt: skip
+        files.write_json(column / "meta.json", meta)
+        exact = targets(len(PATHS) * CROPS, seed=number + 1).reshape(len(PATHS), CROPS, DIM)
+        for shard in range(manifest.shards):
+            rows = manifest.shard_rows(shard)
+            codes = codec.encode(exact[rows.start : rows.stop].reshape(-1, DIM)).reshape(len(rows), CROPS, -1)
+            path = layout.codes_file(folder, column.name, shard)
+            values = {"file": files.write_npy(path, codes), "column": files.sha256(files.canonical(meta))}
+            files.write_json(path.with_suffix(".json"), values)
+        made[column.name] = exact
+    return made

@@ -1,0 +1,128 @@
+"""A reader of format 1 written from docs/store-format.md alone, with numpy and json: no faiss, nothing of fkd_ssl."""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+RECORD = np.dtype(
+    [("top", "<u2"), ("left", "<u2"), ("height", "<u2"), ("width", "<u2"), ("flags", "u1"), ("order", "u1"), ("brightness", "<f2"),
+     ("contrast", "<f2"), ("saturation", "<f2"), ("hue", "<f2"), ("sigma", "<f2")]
+)  # fmt: skip
+SPEC = re.compile(r"(?:(OPQ|PCAR?|RR)(\d+)(?:_(\d+))?,)?(?:(Flat|SQ8|SQ6|SQ4|SQfp16|SQbf16)|PQ(\d+)(?:x(\d+))?)")
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def canonical(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode() + b"\n"
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    data = path.read_bytes()
+    values = json.loads(data)
+    assert canonical(values) == data, f"{path}: not canonical"
+    said = values.pop("sha256")
+    assert sha256(canonical(values)) == said, f"{path}: altered"
+    return values
+
+
+def read_npy(path: Path, digest: str, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
+    data = path.read_bytes()
+    assert sha256(data) == digest, f"{path}: altered"
+    assert data[:8] == b"\x93NUMPY\x01\x00"
+    start = 10 + int.from_bytes(data[8:10], "little")
+    text = data[10:start].decode("latin-1")
+    assert "'fortran_order': False" in text
+    stated = re.search(r"'shape': \(([0-9, ]*)\)", text)
+    assert stated is not None
+    assert tuple(int(n) for n in stated[1].split(",") if n.strip()) == shape, f"{path}: another shape"
+    return np.frombuffer(data[start:], dtype=dtype).reshape(shape)
+
+
+def bits(codes: np.ndarray, width: int, count: int) -> np.ndarray:
+    """`count` unsigned numbers of `width` bits each from every code, least significant bit first."""
+    stream = np.unpackbits(codes, axis=-1, bitorder="little")[..., : width * count].reshape(*codes.shape[:-1], count, width)
+    return (stream.astype(np.int64) << np.arange(width)).sum(axis=-1)
+
+
+def decode(spec: str, dim: int, arrays: dict[str, np.ndarray], codes: np.ndarray) -> np.ndarray:
+    """Targets float32 [n, D] of codes uint8 [n, code size]."""
+    match = SPEC.fullmatch(spec)
+    assert match is not None
+    pre, a, b, scalar, parts, width = match.groups()
+    inner = dim if not pre or (pre == "OPQ" and b is None) else int(b or a)
+    if scalar == "Flat":
+        x = codes.copy().view("<f4")
+    elif scalar == "SQfp16":
+        x = codes.copy().view("<f2").astype(np.float32)
+    elif scalar == "SQbf16":
+        x = (codes.copy().view("<u2").astype("<u4") << 16).view("<f4")
+    elif scalar:
+        low, span = arrays["ranges"]
+        size = int(scalar[2:])
+        x = low + (bits(codes, size, inner) + np.float32(0.5)) / np.float32(2**size - 1) * span
+    else:
+        numbers = bits(codes, int(width or 8), int(parts))
+        x = np.concatenate([arrays["centroids"][m][numbers[:, m]] for m in range(int(parts))], axis=1)
+    if pre in ("PCA", "PCAR"):
+        x = x - arrays["transform_bias"]
+    if pre:
+        x = x @ arrays["transform"]
+    if spec != "Flat":
+        x = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
+    return x.astype(np.float32)
+
+
+def read_store(folder: Path) -> dict[str, Any]:
+    """Everything: paths, sizes, records [N, C], which rows were skipped, and the targets [N, C, D] of every column."""
+    m = read_json(folder / "manifest.json")
+    assert m["format"] == "fkd_ssl store"
+    assert m["version"] == 1
+    text = (folder / "images.txt").read_bytes()
+    assert sha256(text) == m["images_sha256"]
+    paths = text.decode("utf-8").split("\n")[:-1]
+    count, crops, size = m["count"], m["crops_per_image"], m["rows_per_shard"]
+    assert len(paths) == count
+    sizes = np.dtype([("bytes", "<u8"), ("width", "<u2"), ("height", "<u2")])
+    store: dict[str, Any] = {
+        "paths": paths, "sizes": read_npy(folder / "images.npy", m["sizes_sha256"], sizes, (count,)), "skipped": [], "crops": [],
+        "columns": {},
+    }  # fmt: skip
+    shards = [min(size, count - first) for first in range(0, count, size)]
+    for shard, rows in enumerate(shards):
+        about = read_json(folder / "crops" / f"{shard:05d}.json")
+        assert len(about["images"]) == rows
+        store["skipped"] += about["skipped"]
+        store["crops"].append(read_npy(folder / "crops" / f"{shard:05d}.npy", about["file"], RECORD, (rows, crops)))
+    store["crops"] = np.concatenate(store["crops"])
+    for column in sorted(path.parent for path in folder.glob("targets/*/meta.json")):
+        meta = read_json(column / "meta.json")
+        shapes = {name: shape_of(meta, name) for name in meta["arrays"] if not name.startswith("teacher-")}
+        arrays = {name: read_npy(column / f"{name}.npy", meta["arrays"][name], "<f4", shape) for name, shape in shapes.items()}
+        codes = []
+        for shard, rows in enumerate(shards):
+            about = read_json(column / f"codes-{shard:05d}.json")
+            assert about["column"] == sha256(canonical(meta))
+            shape = (rows, crops, meta["code_size"])
+            codes.append(read_npy(column / f"codes-{shard:05d}.npy", about["file"], "u1", shape))
+        every = np.concatenate(codes)
+        targets = decode(meta["codec"], meta["dim"], arrays, every.reshape(-1, meta["code_size"]))
+        store["columns"][column.name] = targets.reshape(count, crops, meta["dim"])
+    return store
+
+
+def shape_of(meta: dict[str, Any], name: str) -> tuple[int, ...]:
+    match = SPEC.fullmatch(meta["codec"])
+    assert match is not None
+    pre, a, b, _, parts, width = match.groups()
+    dim = meta["dim"]
+    inner = dim if not pre or (pre == "OPQ" and b is None) else int(b or a)
+    if name == "centroids":
+        return (int(parts), 2 ** int(width or 8), inner // int(parts))
+    return {"ranges": (2, inner), "transform": (inner, dim), "transform_bias": (inner,)}[name]

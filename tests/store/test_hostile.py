@@ -1,0 +1,389 @@
+"""Stores from strangers: bytes flipped, files cut, JSON and headers rewritten and signed anew, links, pipes, holes.
+
+Each ends in StoreError or in a store that reads right: in bounded memory, opening nothing outside the store, running nothing.
+300 examples, or as many as the variable FKD_SSL_FUZZ says.
+"""
+
+import contextlib
+import importlib.util
+import io
+import json
+import os
+import resource
+import shutil
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from tqdm import tqdm
+
+from fkd_ssl import files
+from fkd_ssl.commands import inspect
+from fkd_ssl.errors import StoreError
+from fkd_ssl.store import open_store
+from fkd_ssl.store.verify import verify
+
+spec = importlib.util.spec_from_file_location("made_store", Path(__file__).with_name("made.py"))
+assert spec is not None
+assert spec.loader is not None
+made: Any = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(made)
+
+EXAMPLES = int(os.environ.get("FKD_SSL_FUZZ", "300"))
+ROOM = 2**30  # bytes of address space that a hostile store may take
+SPECS = ("Flat", "SQfp16", "SQ8", "PQ4x4", "OPQ4_8,PQ4x4", "PCA8,SQ4")
+RUNS = {"pickle.find_class", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "socket.connect",
+        "ctypes.dlopen", "marshal.loads", "os.remove", "os.rename", "os.mkdir", "os.truncate"}  # fmt: skip
+watched: list[Path] = []
+seen: list[str] = []
+
+
+def watch(event: str, arguments: tuple[Any, ...]) -> None:
+    if not watched:
+        return
+    if event in ("open", "os.listdir", "os.scandir") and isinstance(arguments[0], (str, bytes, os.PathLike)):
+        path = os.path.abspath(os.fsdecode(arguments[0]))
+        if not path.startswith(f"{watched[0]}/") and path != str(watched[0]):
+            seen.append(f"{event} {path}")
+        if event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR):
+            seen.append(f"writes {path}")
+    elif event in RUNS:
+        seen.append(f"{event} {arguments}")
+
+
+sys.addaudithook(watch)
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("original") / "store"
+    made.make(folder, SPECS)
+    outside = folder.parent / "outside"  # what links lead to: right files, so that only a link can be the reason to refuse
+    shutil.copytree(folder, outside)
+    interval, tqdm.monitor_interval = tqdm.monitor_interval, 0
+    read(folder)  # imports what is imported late
+    yield folder
+    tqdm.monitor_interval = interval
+
+
+@contextlib.contextmanager
+def guarded(folder: Path) -> Iterator[None]:
+    """Within it address space is bounded, and what is opened outside `folder` or run ends the test."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+    pages = int(Path("/proc/self/statm").read_text().split()[0]) if sys.platform == "linux" else None
+    seen.clear()
+    if pages is not None:
+        resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + ROOM, hard))
+    watched.append(folder)
+    try:
+        yield
+    finally:
+        watched.clear()
+        resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+    assert not seen, seen
+
+
+def read(folder: Path) -> dict[str, Any]:
+    """All that a store says, through every way of reading it; what verify finds under `problems`."""
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        store = open_store(folder)
+        rows = store.rows[:8].tolist()
+        said: dict[str, Any] = {"crops": [np.array(store.crops(row, slice(0, 3))) for row in rows], "paths": list(store.paths)}
+        for name in store.teachers:
+            column = store.column(name)
+            column.require_complete()
+            for array in column.meta.arrays:
+                assert np.asarray(column.array(array)).dtype == np.float32
+            said[name] = []
+            for row in rows:
+                decoded = store.targets(name, row, np.array([1, 0]))
+                assert decoded.shape == (2, column.meta.dim)
+                assert np.isfinite(decoded).all()
+                norms = np.linalg.norm(decoded, axis=1)
+                assert column.meta.codec == "Flat" or (np.isclose(norms, 1, atol=1e-4) | (norms == 0)).all()
+                said[name].append(decoded)
+        assert inspect.run(inspect.Config(store=str(folder))) == 0
+        said["problems"] = verify(store).problems
+    return said
+
+
+def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
+    return a.keys() == b.keys() and all(len(a[k]) == len(b[k]) and all(map(np.array_equal, a[k], b[k])) for k in a)
+
+
+# signing
+
+
+def sign(folder: Path, path: Path) -> None:
+    """Makes the checksums of a changed file right again, and of those that name it: what an attacker does."""
+    if path.name in ("images.txt", "images.npy"):
+        key = "images_sha256" if path.suffix == ".txt" else "sizes_sha256"
+        rewrite(folder / "manifest.json", lambda values: {**values, key: files.sha256(path.read_bytes())})
+    elif path.suffix == ".npy" and (path.parent.name == "crops" or path.name.startswith("codes-")):
+        rewrite(path.with_suffix(".json"), lambda values: {**values, "file": files.sha256(path.read_bytes())})
+    elif path.suffix == ".npy":
+        digest = files.sha256(path.read_bytes())
+        rewrite(path.parent / "meta.json", lambda v: {**v, "arrays": {**v["arrays"], path.stem: digest}})
+        sign(folder, path.parent / "meta.json")
+    elif path.name == "meta.json":
+        values = json.loads(path.read_bytes())
+        values.pop("sha256", None)
+        for sidecar in path.parent.glob("codes-*.json"):
+            rewrite(sidecar, lambda v: {**v, "column": files.sha256(files.canonical(values))})
+
+
+def rewrite(path: Path, change: Any) -> None:
+    """Changes a JSON file and signs it."""
+    values = json.loads(path.read_bytes())
+    values.pop("sha256", None)
+    values = change(values)
+    text = files.canonical({**values, "sha256": files.sha256(files.canonical(values))}) if isinstance(values, dict) else b"[]"
+    path.write_bytes(text)
+
+
+# mutations: each changes a store, and says whether it signed what it changed
+
+VALUES: list[Any] = [
+    None, True, False, -1, 0, 1, 2, 3, 7, 15, 17, 64, 2**16, 2**20, 2**31, 2**63, 2**64 + 1, 10**400, -(10**400), 0.5, 16.0, 1e308,
+    1e-320, "", "16", "..", "../outside", "/etc/passwd", "a/b", "\ud800", "\0", "x" * 5000, "Flat", "SQ4", "SQ8", "PQ4x12", "PQ16x4",
+    "OPQ4,PQ4x4", "PCA8,SQ4", "PCA9999,Flat", "IVF1,Flat", "0" * 64, [], {}, [0], [[0]], {"a": 1}, ["0" * 64] * 3, [0.5] * 3,
+]  # fmt: skip
+HEADERS = [
+    "{{'descr': '{d}', 'fortran_order': {f}, 'shape': {s}, }}",
+    "{{'descr': '{d}', 'fortran_order': {f}, 'shape': {s}, 'more': 1}}",
+    "{{'descr': [('top', '{d}'), ('left', '{d}')], 'fortran_order': {f}, 'shape': {s}, }}",
+    "{{'descr': '{d}', 'shape': {s}}}",
+    "__import__('os').system('touch ran')",
+]
+DTYPES = ["<f4", ">f4", "<f8", "|u1", "|O", "|V20", "|S5", "<U9", "|b1", "<M8[ns]", "<c8", "4<f4", "(2,)<f4", "?"]
+SHAPES = ["(2, 16)", "(2, 8)", "(4, 3)", "(2, 3)", "(6,)", "(4, 3, 16)", "()", "(0,)", "(-1,)", "(4611686018427387904, 4)",
+          "(10000000000000000000000, 0)", "(4, 3, 0)", "(True, 16)", "(1000000000,)", "((2,), 16)", "(" * 90 + ")" * 90]  # fmt: skip
+
+
+def store_files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+def flip(draw: Any, folder: Path) -> bool:
+    path = draw(st.sampled_from(store_files(folder)))
+    data = bytearray(path.read_bytes())
+    for _ in range(draw(st.integers(1, 4))):
+        data[draw(st.integers(0, len(data) - 1))] ^= 1 << draw(st.integers(0, 7))
+    path.write_bytes(data)
+    return False
+
+
+def flip_and_sign(draw: Any, folder: Path) -> bool:
+    path = draw(st.sampled_from([path for path in store_files(folder) if path.suffix != ".json"]))
+    data = bytearray(path.read_bytes())
+    for _ in range(draw(st.integers(1, 8))):
+        data[draw(st.integers(0, len(data) - 1))] = draw(st.integers(0, 255))
+    path.write_bytes(data)
+    sign(folder, path)
+    return True
+
+
+def cut(draw: Any, folder: Path) -> bool:
+    path = draw(st.sampled_from(store_files(folder)))
+    os.truncate(path, draw(st.integers(0, 2 * path.stat().st_size) | st.sampled_from([2**26, 2**34, 2**40])))
+    return False
+
+
+def remove(draw: Any, folder: Path) -> bool:
+    path = draw(st.sampled_from(sorted(folder.rglob("*"))))
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return False
+
+
+def swap(draw: Any, folder: Path) -> bool:
+    first, second = (draw(st.sampled_from(store_files(folder))) for _ in range(2))
+    a, b = first.read_bytes(), second.read_bytes()
+    first.write_bytes(b), second.write_bytes(a)
+    return False
+
+
+def mutate_json(draw: Any, folder: Path) -> bool:
+    path = draw(st.sampled_from([path for path in store_files(folder) if path.suffix == ".json"]))
+
+    def change(values: Any) -> Any:
+        place = values
+        while True:
+            keys = sorted(place) if isinstance(place, dict) else list(range(len(place)))
+            what = draw(st.sampled_from(["replace", "replace", "delete", "add", "deeper"]))
+            if not keys or what == "add":
+                value = draw(st.sampled_from(VALUES))
+                if isinstance(place, list):
+                    place.append(value)
+                else:
+                    place[draw(st.sampled_from(["more", "..", "../x", "teacher-x", "ranges", "\ud800"]))] = value
+                return values
+            key = draw(st.sampled_from(keys))
+            if what == "deeper" and isinstance(place[key], (dict, list)):
+                place = place[key]
+                continue
+            if what == "delete":
+                del place[key]
+            else:
+                value = draw(st.sampled_from(VALUES))
+                place[key] = value
+            return values
+
+    rewrite(path, change)
+    sign(folder, path)
+    return True
+
+
+def raw_json(draw: Any, folder: Path) -> bool:
+    path = draw(st.sampled_from([path for path in store_files(folder) if path.suffix == ".json"]))
+    depth = draw(st.sampled_from([10, 900, 1100, 20_000, 3_000_000]))
+    text = draw(st.sampled_from([
+        "[" * depth, "[" * depth + "]" * depth, '{"a":' * depth + "1" + "}" * depth, "9" * depth, f"[{'9' * depth}]",
+        '{"a":' + "9" * depth + "}", '{"a":NaN}', '{"a":1e999}', '{"a":-Infinity,"sha256":"0"}', '{"a":[' + "{}," * depth + "1]}",
+        '"' + "x" * depth + '"', "", "\0", "nul", '{"a":1,"a":2}',
+    ]))  # fmt: skip
+    path.write_text(text)
+    return False
+
+
+def header(draw: Any, folder: Path) -> bool:
+    path = draw(st.sampled_from([path for path in store_files(folder) if path.suffix == ".npy"]))
+    data = path.read_bytes()
+    template, kind, shape = (draw(st.sampled_from(choices)) for choices in (HEADERS, DTYPES, SHAPES))
+    text = template.format(d=kind, f=draw(st.sampled_from(["False", "True", "1"])), s=shape)
+    text = text.ljust(draw(st.sampled_from([118, 118, 70, 6000, 65000]))) + "\n"
+    body = data[10 + int.from_bytes(data[8:10], "little") :]
+    version = draw(st.sampled_from([b"\1\0", b"\1\0", b"\2\0", b"\3\0", b"\7\7"]))
+    path.write_bytes(b"\x93NUMPY" + version + len(text).to_bytes(2, "little") + text.encode() + body)
+    sign(folder, path)
+    return True
+
+
+def numbers(draw: Any, folder: Path) -> bool:
+    """NaN, infinities and giants among a codec's parameters or in its codes."""
+    path = draw(st.sampled_from([path for path in folder.glob("targets/*/*.npy")]))
+    data = bytearray(path.read_bytes())
+    value = draw(st.sampled_from([np.nan, np.inf, -np.inf, 3e38, -3e38, 0.0, 1e-45]))
+    for position in draw(st.lists(st.integers(0, (len(data) - 128) // 4 - 1), min_size=1, max_size=30)):
+        start = len(data) % 4 + 128 + 4 * position
+        data[start : start + 4] = np.float32(value).tobytes()[: len(data) - start]
+    path.write_bytes(data)
+    sign(folder, path)
+    return True
+
+
+def lines(draw: Any, folder: Path) -> bool:
+    path = folder / "images.txt"
+    rows = path.read_bytes().split(b"\n")
+    line = draw(
+        st.sampled_from([b"..", b"../outside/images.txt", b"/etc/passwd", b"", b".", b"a//b", b"C:x", b"a\\b", b"\xff", b"a\0"])
+    )
+    rows[draw(st.integers(0, len(rows) - 1))] = line
+    path.write_bytes(b"\n".join(rows))
+    sign(folder, path)
+    return True
+
+
+def replace(draw: Any, folder: Path) -> bool:
+    """A link to the right file elsewhere, a pipe that nobody writes, a device, a folder."""
+    path = draw(st.sampled_from(sorted(folder.rglob("*"))))
+    outside = folder.parent.parent / "outside" / path.relative_to(folder)
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    what = draw(st.sampled_from(["link", "link", "relative", "pipe", "device", "folder", "loop", "dangling"]))
+    if what == "pipe":
+        os.mkfifo(path)
+    elif what == "folder":
+        path.mkdir()
+    else:
+        to = {
+            "link": outside,
+            "device": "/dev/zero",
+            "loop": path,
+            "dangling": "/nowhere",
+            "relative": os.path.relpath(outside, path.parent),
+        }
+        path.symlink_to(to[what])
+    return False
+
+
+def holes(draw: Any, folder: Path) -> bool:
+    """A million crops an image, as headers and holes."""
+    rewrite(folder / "manifest.json", lambda values: {**values, "crops_per_image": 10**6})
+    for path in [*folder.glob("crops/*.npy"), *folder.glob("targets/*/codes-*.npy")]:
+        found = np.load(path, mmap_mode="r")
+        shape = (found.shape[0], 10**6, *found.shape[2:])
+        data = files.npy_header(found.dtype, shape)
+        path.write_bytes(data)
+        os.truncate(path, len(data) + int(np.prod(shape)) * found.dtype.itemsize)
+    return True
+
+
+MUTATIONS = [
+    flip,
+    flip_and_sign,
+    cut,
+    remove,
+    swap,
+    mutate_json,
+    mutate_json,
+    mutate_json,
+    raw_json,
+    header,
+    header,
+    numbers,
+    lines,
+    replace,
+]
+
+
+@settings(
+    max_examples=EXAMPLES, deadline=None, database=None, derandomize=EXAMPLES <= 300, phases=(Phase.generate,),
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture],
+)  # fmt: skip
+@given(st.data())
+def test_every_store_is_refused_or_reads_right(original: Path, data: Any) -> None:
+    folder = original.parent / "examples" / "store"
+    shutil.rmtree(folder.parent, ignore_errors=True)
+    shutil.copytree(original, folder)
+    signed = [data.draw(st.sampled_from(MUTATIONS), label="mutation")(data.draw, folder)]
+    if data.draw(st.integers(0, 3)) == 0:
+        with contextlib.suppress(IndexError, ValueError, OSError, KeyError, TypeError):  # what the first one left unusable
+            signed.append(data.draw(st.sampled_from(MUTATIONS), label="another")(data.draw, folder))
+    said = None
+    with guarded(folder), contextlib.suppress(StoreError):
+        said = read(folder)
+    if said is not None and not any(signed) and not said.pop("problems"):
+        whole = read(original)
+        whole.pop("problems")
+        for name in set(whole) - set(said):  # a whole column that was removed is no longer there
+            whole.pop(name)
+        assert same(said, whole)
+
+
+def test_a_million_crops_in_holes_are_read_one_by_one(original: Path) -> None:
+    folder = original.parent / "examples" / "store"
+    shutil.rmtree(folder.parent, ignore_errors=True)
+    shutil.copytree(original, folder)
+    holes(None, folder)
+    with guarded(folder):
+        store = open_store(folder)
+        assert store.crops(5, np.array([999_999, 0, 1])).shape == (3,)
+        assert store.targets("flat", 5, np.array([999_999, 0])).tolist() == [[0.0] * made.DIM] * 2
+
+
+def test_the_guard_sees_what_is_opened_outside_and_what_is_run(tmp_path: Path) -> None:
+    for action in (lambda: Path("/etc/hostname").open(), lambda: os.listdir("/"), lambda: (tmp_path / "new").open("w")):  # noqa: PTH208
+        with pytest.raises(AssertionError, match=r"open|listdir|writes"), guarded(tmp_path):
+            with contextlib.suppress(OSError):
+                getattr(action(), "close", lambda: None)()
+    with pytest.raises(AssertionError, match="system"), guarded(tmp_path):
+        os.system("true")  # noqa: S605, S607
+    if sys.platform == "linux":
+        with pytest.raises(MemoryError), guarded(tmp_path):
+            np.ones(2 * ROOM, dtype=np.uint8)
