@@ -19,6 +19,7 @@ VERBS = {
     "demo": "the whole job on an embedded image set, in minutes, nothing downloaded",
     "teachers": "known teachers: network, target, source, licence",
     "pretrain": "train a MoCo v2 teacher on a folder of images (lightly)",
+    "cache": "a smaller copy of a folder of images, for training on small crops",
     "precompute": "run a teacher once over stored crops of every image",
     "inspect": "what a store holds",
     "verify": "check a store: every file, its images, a sample of its targets",
