@@ -314,7 +314,7 @@ class Samples(Sequence[Batch]):
             return [self[k] for k in range(*index.indices(len(self)))]
         k, m = range(len(self))[index], self._m
         stacked = [key for key in ("images", "teacher_images", "targets") if key in self.batch]
-        crops = {key: self.batch[key][k * m : (k + 1) * m] for key in stacked}
+        crops: Batch = {key: self.batch[key][k * m : (k + 1) * m] for key in stacked}
         return {**crops, "label": int(self.batch["labels"][k]), "path": self.batch["paths"][k]}
 
 
@@ -336,9 +336,10 @@ def scaled(records: Records, stored: tuple[int, int], found: tuple[int, int]) ->
         raise ImageError(f"{w} x {h} pixels, and the store's image has {width} x {height}: no scaled copy of it")
     copies = records.copy()
     for first, length, before, now in (("top", "height", height, h), ("left", "width", width, w)):
-        start = np.rint(records[first] * (now / before)).astype(np.int64).clip(0, now - 1)
-        end = np.rint((records[first].astype(np.int64) + records[length]) * (now / before)).astype(np.int64)
-        copies[first], copies[length] = start, end.clip(start + 1, now) - start
+        start = records[first].astype(np.int64)
+        end = start + records[length]
+        copies[first] = start = np.rint(start * (now / before)).astype(np.int64).clip(0, now - 1)
+        copies[length] = np.rint(end * (now / before)).astype(np.int64).clip(start + 1, now) - start
     return copies
 
 
@@ -348,8 +349,8 @@ def _new_views(count: int, pixels: int) -> torch.Tensor:
     if get_worker_info() is None:
         return torch.empty(shape, dtype=torch.uint8)
     # what torch's own default_collate does in a worker; there is no public name for it
-    storage = torch.UntypedStorage._new_shared(math.prod(shape))
-    return torch.empty(0, dtype=torch.uint8).set_(storage, 0, shape)
+    storage: torch.UntypedStorage = torch.UntypedStorage._new_shared(math.prod(shape))  # type: ignore[no-untyped-call]
+    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
 
 
 def whole_batch(samples: Any) -> Batch:

@@ -4,7 +4,7 @@ The copy has the same paths and formats, only smaller: precompute, train, knn an
 originals. The same options continue a killed run.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 
@@ -17,7 +17,7 @@ class Config:
     out: str
     """Folder of the copy; nothing in it is overwritten."""
     short_side: int = 128
-    """Of the copies, in pixels; twice the side of the crops keeps most of their detail. Smaller images are copied as they are."""
+    """Of the copies, in pixels; twice the side of the crops keeps most detail. Smaller images are copied as they are."""
     quality: int = 95
     """Of JPEG and WebP files; colours are kept at full resolution."""
     on_unreadable: Literal["stop", "skip"] = "stop"
@@ -39,7 +39,8 @@ def run(config: Config) -> int:
 
     images = scan(config.images)
     check_apart(images.root, Path(config.out))
-    folder, state = runs.open_run(config.out, config)
+    # how it is run may change when it is continued, what it makes may not
+    folder, state = runs.open_run(config.out, replace(config, threads=None, json=False))
     if state == "done":
         console.say(f"{folder}: this copy is done; results.json says what it holds")
         return 0

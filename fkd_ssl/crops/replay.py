@@ -97,4 +97,4 @@ def blur_kernel(sigma: float) -> npt.NDArray[np.float32]:
         error = exact - side[-1]
     while side and not side[0]:
         del side[0]
-    return np.array([*side, 256 - 2 * sum(side), *side[::-1]], dtype=np.float32) / 256
+    return np.array([*side, 256 - 2 * sum(side), *side[::-1]], dtype=np.float32) / np.float32(256)
