@@ -347,7 +347,7 @@ def _new_views(count: int, pixels: int) -> torch.Tensor:
     """An empty uint8 [count, P, P, 3]; in a worker in shared memory, where its parent reads it without a copy."""
     shape = (count, pixels, pixels, 3)
     if get_worker_info() is None:
-        return torch.empty(shape, dtype=torch.uint8)
+        return torch.from_numpy(np.empty(shape, dtype=np.uint8))  # NumPy asks for huge pages, which torch does not
     # what torch's own default_collate does in a worker; there is no public name for it
     storage: torch.UntypedStorage = torch.UntypedStorage._new_shared(math.prod(shape))  # type: ignore[no-untyped-call]
     return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
