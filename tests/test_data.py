@@ -419,3 +419,16 @@ def test_a_plain_data_loader_stacks_images(image_folder: Path) -> None:
     assert batch["images"].shape == (4, 2, 3, 16, 16)
     assert torch.equal(batch["images"].flatten(0, 1), data.__getitems__([0, 1, 2, 3]).batch["images"])
     assert list(batch["path"]) == [data[i]["path"] for i in range(4)]
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
+def test_memory_does_not_grow_over_passes(store: Store, image_folder: Path) -> None:
+    data = StoredCrops(store, image_folder, crops_per_image=4, pixels=64)
+
+    def resident_after(passes: range) -> int:
+        for p in passes:
+            read(data, [[(p, i) for i in range(k, k + 8)] for k in range(0, 24, 8)])
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    before = resident_after(range(10))
+    assert resident_after(range(10, 40)) - before < 3e6  # a leak of every batch would be 35 MB
