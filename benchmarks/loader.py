@@ -4,11 +4,11 @@
 
 The limit is one full decode of each image by the fastest decoder here, divided by the crops that are read of it. Stores
 are made of the images first (400 crops an image, SQ8 of 128 dimensions; a small random network stands for the teacher).
-One process on one core, timed by
-its processor time (the files are in the page cache, so nothing waits), best of several interleaved rounds; several
-workers are timed by the clock on the wall. With `--cache` (a copy made by `fkd-ssl cache`), the full
-recipe is also read from there, beside the usual way on the originals. `--reference FILE` runs another loader's script
-with `--images --pixels --crops --limit [--photometric]` that prints {"crops_per_second": ...}, to check usual.py against.
+One process on one core, timed by its processor time (the files are in the page cache, so nothing waits), for each group
+of 8 images the best of several rounds in which the ways take turns; several workers are timed by the clock on the wall.
+With `--cache` (a copy made by `fkd-ssl cache`), the full recipe is also read from there, beside the usual way on the
+originals. `--reference FILE` runs another loader's script with `--images --pixels --crops --limit [--photometric]` that
+prints {"crops_per_second": ...}, to check usual.py against.
 Writes results.json, table.md, breakdown.png.
 """
 
@@ -44,6 +44,8 @@ from fkd_ssl.teachers import Teacher
 
 DIM = 128
 WORKS = {"box and flip": "fkd", "full recipe": "mocov2"}
+GROUP = 8  # images that are timed at once, and in one of our batches
+Work = Callable[[int], Any]
 STAGES = ("read", "decode", "records", "resize", "flip", "colour", "blur", "targets", "collate and rest")
 
 
@@ -53,15 +55,16 @@ def stand_in() -> Teacher:
     return Teacher(backbone, nn.Identity(), name="stand_in", dim=DIM, network="random", pixels=8)
 
 
-def best(works: dict[Any, Callable[[], Any]], rounds: int, clock: Callable[[], float]) -> dict[Any, float]:
-    """Least seconds of each of several works, done in turn in every round."""
-    least = dict.fromkeys(works, float("inf"))
+def best(works: dict[Any, Work], groups: int, rounds: int, clock: Callable[[], float]) -> dict[Any, float]:
+    """Seconds of each of several works: for each group of images the least of several rounds, the works in turn."""
+    least = {name: np.full(groups, np.inf) for name in works}
     for _ in range(rounds):
-        for name, run in works.items():
-            start = clock()
-            run()
-            least[name] = min(least[name], clock() - start)
-    return least
+        for k in range(groups):
+            for name, work in works.items():
+                start = clock()
+                work(k)
+                least[name][k] = min(least[name][k], clock() - start)
+    return {name: float(seconds.sum()) for name, seconds in least.items()}
 
 
 def drain(loader: Iterable[Any]) -> None:
@@ -69,21 +72,38 @@ def drain(loader: Iterable[Any]) -> None:
         pass
 
 
-def decoders(files: list[bytes]) -> dict[str, Callable[[], None]]:
-    jpegs = [data for data in files if data[:3] == b"\xff\xd8\xff"]
+def each(function: Callable[[int], Any], count: int) -> Work:
+    """The work of calling a function for every image of a group."""
+    return lambda k: drain(function(i) for i in range(k * GROUP, min((k + 1) * GROUP, count)))
+
+
+def batches(loader: DataLoader[Any]) -> Work:
+    """The work of taking the next batch of a loader, which has one for each group."""
+    current: list[Any] = [None]
+
+    def work(k: int) -> None:
+        if k == 0:
+            current[0] = iter(loader)
+        next(current[0])
+
+    return work
+
+
+def decoders(files: list[bytes]) -> dict[str, Work]:
     flags = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
+    count = len(files)
     return {
-        "simplejpeg": lambda: drain(simplejpeg.decode_jpeg(data, "RGB") for data in jpegs),
-        "opencv": lambda: drain(cv2.imdecode(np.frombuffer(data, np.uint8), flags) for data in jpegs),
-        "pillow": lambda: drain(np.asarray(Image.open(io.BytesIO(data)).convert("RGB")) for data in jpegs),
+        "simplejpeg": each(lambda i: simplejpeg.decode_jpeg(files[i], "RGB"), count),
+        "opencv": each(lambda i: cv2.imdecode(np.frombuffer(files[i], np.uint8), flags), count),
+        "pillow": each(lambda i: np.asarray(Image.open(io.BytesIO(files[i])).convert("RGB")), count),
     }
 
 
-def ours(data: StoredCrops, batch: int, workers: int = 0) -> DataLoader[Any]:
+def ours(data: StoredCrops, workers: int = 0) -> DataLoader[Any]:
     pairs = [(0, i) for i in range(len(data))]
     return DataLoader(
         data,
-        batch_sampler=[pairs[k : k + batch] for k in range(0, len(pairs), batch)],
+        batch_sampler=[pairs[k : k + GROUP] for k in range(0, len(pairs), GROUP)],
         num_workers=workers,
         collate_fn=whole_batch,
         worker_init_fn=start_worker,
@@ -92,38 +112,34 @@ def ours(data: StoredCrops, batch: int, workers: int = 0) -> DataLoader[Any]:
 
 def breakdown(data: StoredCrops, rounds: int) -> dict[str, float]:
     """Milliseconds an image of each stage; those of replay by leaving out flags one after the other."""
-    count = range(len(data))
-    files = [read_bytes(data._file(i)) for i in count]
-    images = [decode(files[i], data._file(i)) for i in count]
-    records = [data._records(0, i, 0, 0) for i in count]
+    count = len(data)
+    files = [read_bytes(data._file(i)) for i in range(count)]
+    images = [decode(files[i], data._file(i)) for i in range(count)]
+    records = [data._records(0, i, 0, 0) for i in range(count)]
     views = np.empty((data.crops_per_image, data.pixels, data.pixels, 3), dtype=np.uint8)
 
-    def with_flags(kept: int) -> Callable[[], None]:
+    def with_flags(kept: int) -> Work:
         cut = [r.copy() for r in records]
         for r in cut:
             r["flags"] &= np.uint8(kept)
-        return lambda: drain(replay_into(views, images[i], cut[i]) for i in count)
+        return each(lambda i: replay_into(views, images[i], cut[i]), count)
 
     colour = JITTER | GREY
-    batches = [[(0, i) for i in count[k : k + 32]] for k in range(0, len(data), 32)]
-    took = best(
-        {
-            "read": lambda: drain(read_bytes(data._file(i)) for i in count),
-            "decode": lambda: drain(decode(files[i], data._file(i)) for i in count),
-            "records": lambda: drain(data._records(0, i, 0, 0) for i in count),
-            0: with_flags(0),
-            1: with_flags(FLIP),
-            2: with_flags(FLIP | colour),
-            3: with_flags(FLIP | colour | BLUR),
-            "targets": lambda: drain(data._targets(batch) for batch in batches),
-            "all": lambda: drain(ours(data, 32)),
-        },
-        rounds,
-        time.process_time,
-    )
+    works: dict[Any, Work] = {
+        "read": each(lambda i: read_bytes(data._file(i)), count),
+        "decode": each(lambda i: decode(files[i], data._file(i)), count),
+        "records": each(lambda i: data._records(0, i, 0, 0), count),
+        0: with_flags(0),
+        1: with_flags(FLIP),
+        2: with_flags(FLIP | colour),
+        3: with_flags(FLIP | colour | BLUR),
+        "targets": lambda k: data._targets([(0, i) for i in range(k * GROUP, min((k + 1) * GROUP, count))]),
+        "all": batches(ours(data)),
+    }
+    took = best(works, -(-count // GROUP), rounds, time.process_time)
     took["resize"], took["flip"], took["colour"], took["blur"] = took[0], *(took[k + 1] - took[k] for k in range(3))
     took["collate and rest"] = took["all"] - sum(took[stage] for stage in STAGES[:-1])
-    return {stage: round(1e3 * took[stage] / len(data), 4) for stage in STAGES}
+    return {stage: round(1e3 * took[stage] / count, 4) for stage in STAGES}
 
 
 def reference(args: argparse.Namespace, pixels: int, crops: int, photometric: bool) -> float:
@@ -205,15 +221,14 @@ def main() -> None:
             for work in WORKS:
                 for crops in args.crops:
                     stored, plain = data(work, images, crops, pixels), usual(work, crops, pixels)
-                    works: dict[str, Callable[[], Any]] = {
-                        "ours": lambda stored=stored: drain(ours(stored, 32)),
-                        "usual": lambda plain=plain: drain(plain[k] for k in range(len(plain))),
+                    works: dict[str, Work] = {
+                        "ours": batches(ours(stored)),
+                        "usual": each(plain.__getitem__, len(plain)),
                         **decoders(files),
                     }
                     if cached is not None and pixels < 128 and work == "full recipe":
-                        small = data(work, cached, crops, pixels)
-                        works["cache"] = lambda small=small: drain(ours(small, 32))
-                    took = best(works, args.rounds, time.process_time)
+                        works["cache"] = batches(ours(data(work, cached, crops, pixels)))
+                    took = best(works, -(-len(images) // GROUP), args.rounds, time.process_time)
                     count = len(images) * crops
                     limit = min(took[name] for name in decoders(files))
                     row: dict[str, Any] = {
@@ -244,11 +259,12 @@ def main() -> None:
             stored, plain = data(work, images, 4, pixels), usual(work, 4, pixels)
             took = best(
                 {
-                    "ours": lambda stored=stored, workers=workers: drain(ours(stored, 8, workers)),
-                    "usual": lambda plain=plain, workers=workers: drain(
-                        DataLoader(plain, batch_size=8, num_workers=workers, worker_init_fn=start_worker)
+                    "ours": lambda _, stored=stored, workers=workers: drain(ours(stored, workers)),
+                    "usual": lambda _, plain=plain, workers=workers: drain(
+                        DataLoader(plain, batch_size=GROUP, num_workers=workers, worker_init_fn=start_worker)
                     ),
                 },
+                1,
                 args.rounds,
                 time.perf_counter,
             )
