@@ -5,7 +5,7 @@
 The limit is one full decode of each image by the fastest decoder here, divided by the crops that are read of it. Stores
 are made of the images first (400 crops an image, SQ8 of 128 dimensions; a small random network stands for the teacher).
 One process on one core, timed by its processor time (the files are in the page cache, so nothing waits), for each group
-of 8 images the best of several rounds, in each of which the ways take turns; several workers are timed by the clock on the wall.
+of 8 images the best of several rounds, in each of which the ways take turns; several workers by the clock on the wall.
 With `--cache` (a copy made by `fkd-ssl cache`), the full recipe is also read from there, beside the usual way on the
 originals. `--reference FILE` runs another loader's script with `--images --pixels --crops --limit [--photometric]` that
 prints {"crops_per_second": ...}, to check usual.py against.
