@@ -1,19 +1,27 @@
-"""Speed of training a student: bare (data in memory), on stored targets, and online, in turn in one run.
+"""Speed of training students: bare (data in memory), on stored targets, and online, in turn in one run.
 
-    python benchmarks/training_speed.py --images DIR --store STORE --teacher mocov2 --checkpoint FILE \
-        --student mobilenet_v3_small --pixels 64
+    python benchmarks/training_speed.py --images DIR [--cache DIR] --store STORE --checkpoint FILE \
+        --pairs mocov2:mobilenet_v3_small:64 mocov2:resnet18:64 swav_w4:resnet18:64:2:1
 
-Prints crops a second of each, the ratios, and what the two networks' sizes predict: the time of one teacher forward and
-one student step, each alone, with the data in memory. Rounds are interleaved and the best of each is taken.
+A pair is TEACHER:STUDENT:PIXELS[:STEPS[:ROUNDS]]. `mocov2` and `swav` are read from --checkpoint; `mocov2_r50` and
+`swav_w4` are ResNet-50 and SwAV's ResNet-50 of four times the width with random weights, since only their size matters
+here. The store's targets serve every pair, whatever the teacher. Prints crops a second of each, the ratios, and what the
+two networks' sizes predict: the time of one teacher forward and one student step, each alone, with the data in memory.
+Rounds are interleaved and the best of each is taken. `cache` is stored training on --cache, a smaller copy of the images,
+with scaled boxes.
 """
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
+from torch import nn
 from torch.utils.data import DataLoader
+from torchvision.models.resnet import Bottleneck
 
 from fkd_ssl.commands import resolve
 from fkd_ssl.data import Batch, StoredCrops, start_worker, whole_batch
@@ -21,42 +29,66 @@ from fkd_ssl.images import scan
 from fkd_ssl.objectives import make_objective
 from fkd_ssl.store import open_store
 from fkd_ssl.students import Student
+from fkd_ssl.teachers import Teacher
+from fkd_ssl.teachers.resnet import Architecture, WidthResNet
 from fkd_ssl.training.sampler import PassSampler
+
+RANDOM = {"mocov2_r50": 1, "swav_w4": 4}  # width of a ResNet-50
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", required=True)
+    parser.add_argument("--cache")
     parser.add_argument("--store", required=True)
-    parser.add_argument("--teacher", required=True)
     parser.add_argument("--checkpoint")
     parser.add_argument("--column")
-    parser.add_argument("--student", default="mobilenet_v3_small")
-    parser.add_argument("--pixels", type=int, default=64)
+    parser.add_argument("--pairs", nargs="+", default=["mocov2:mobilenet_v3_small:64"])
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--crops_per_image", type=int, default=4)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
+    print(json.dumps([measure(args, *pair.split(":")) for pair in args.pairs], indent=2))
 
-    images, store = scan(args.images), open_store(args.store)
-    teacher = resolve.teacher_of(args.teacher, args.checkpoint)
+
+def teacher_of(name: str, checkpoint: str | None) -> Teacher:
+    if name not in RANDOM:
+        return resolve.teacher_of(name, checkpoint)
+    torch.manual_seed(0)
+    backbone = WidthResNet(Architecture(block=Bottleneck, depths=(3, 4, 6, 3), width=RANDOM[name], base_width=64))
+    wide = 2048 * RANDOM[name]
+    hidden = 2048 if RANDOM[name] == 1 else wide
+    norm = [nn.BatchNorm1d(hidden)] if name.startswith("swav") else []
+    head = nn.Sequential(nn.Linear(wide, hidden), *norm, nn.ReLU(), nn.Linear(hidden, 128))
+    network = f"{name}, random weights"
+    return Teacher(backbone, head, name=name, dim=128, network=network).to(resolve.device())
+
+
+def measure(args: argparse.Namespace, teacher_name: str, student_name: str, side: str, *numbers: str) -> dict[str, Any]:
+    pixels = int(side)
+    steps = int(numbers[0]) if numbers else args.steps
+    rounds = int(numbers[1]) if len(numbers) > 1 else args.rounds
+    store = open_store(args.store)
+    folders = {"stored": scan(args.images)} | ({"cache": scan(args.cache)} if args.cache else {})
+    teacher = teacher_of(teacher_name, args.checkpoint)
     device = resolve.device()
-    student = Student(args.student, teacher.dim).to(device)
+    student = Student(student_name, store.column(args.column).meta.dim).to(device)
     objective = make_objective("feature_kl")
     optimizer = torch.optim.Adam(student.parameters(), lr=1e-3)
 
-    def batches(with_targets: bool) -> Iterator[Batch]:
+    def batches(source: str, with_targets: bool) -> Iterator[Batch]:
         data = StoredCrops(
             store,
-            images,
+            folders[source],
             crops_per_image=args.crops_per_image,
-            pixels=args.pixels,
+            pixels=pixels,
             teacher=args.column,
             with_targets=with_targets,
+            scale_boxes=source == "cache",
         )
-        sampler = PassSampler(len(data), args.batch_size // args.crops_per_image, args.steps + 4, seed=0)
+        sampler = PassSampler(len(data), args.batch_size // args.crops_per_image, steps + 4, seed=0)
         return iter(
             DataLoader(
                 data,
@@ -68,61 +100,56 @@ def main() -> None:
             )
         )
 
-    held = next(batches(True))
+    held = next(batches("stored", True))
 
     def step(batch: Batch, target: torch.Tensor) -> None:
         optimizer.zero_grad()
         objective(student(batch["images"]), target.to(device)).backward()
         optimizer.step()
 
-    def timed(run: Callable[[], None]) -> float:
+    def timed(run: Callable[[], object]) -> float:
         start = time.perf_counter()
-        run()
+        for _ in range(steps):
+            run()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        return args.steps * args.batch_size / (time.perf_counter() - start)
+        return steps * args.batch_size / (time.perf_counter() - start)
 
-    def bare() -> float:
-        return timed(lambda: [step(held, held["targets"]) for _ in range(args.steps)] and None)
+    def from_loader(source: str, online: bool) -> float:
+        loader = batches(source, not online)
 
-    def forward() -> float:
-        return timed(lambda: [teacher.embed(held["images"]) for _ in range(args.steps)] and None)
+        def one() -> None:
+            batch = next(loader)
+            step(batch, teacher.embed(batch["images"]).clone() if online else batch["targets"])
 
-    def stored() -> float:
-        source = batches(True)
-        for _ in range(4):  # workers start
-            step(batch := next(source), batch["targets"])
-        return timed(lambda: [step(batch := next(source), batch["targets"]) for _ in range(args.steps)] and None)
+        for _ in range(4 if steps > 4 else 1):  # workers start
+            one()
+        return timed(one)
 
-    def online() -> float:
-        source = batches(False)
-        for _ in range(4):
-            step(batch := next(source), teacher.embed(batch["images"]).clone())
-        return timed(
-            lambda: [step(batch := next(source), teacher.embed(batch["images"]).clone()) for _ in range(args.steps)] and None
-        )
-
-    best = dict.fromkeys(("bare", "forward", "stored", "online"), 0.0)
-    for _ in range(args.rounds):
-        for name, run in (("bare", bare), ("forward", forward), ("stored", stored), ("online", online)):
+    works: dict[str, Callable[[], float]] = {
+        "bare": lambda: timed(lambda: step(held, held["targets"])),
+        "forward": lambda: timed(lambda: teacher.embed(held["images"])),
+        **{source: lambda source=source: from_loader(source, online=False) for source in folders},  # type: ignore[misc]
+        "online": lambda: from_loader("stored", online=True),
+    }
+    best = dict.fromkeys(works, 0.0)
+    for _ in range(rounds):
+        for name, run in works.items():
             best[name] = max(best[name], run())
-    predicted = (1 / best["bare"] + 1 / best["forward"]) * best["bare"]
-    print(
-        json.dumps(
-            {
-                "student": args.student,
-                "teacher": teacher.network,
-                "pixels": args.pixels,
-                "device": str(device),
-                "crops_per_second": {name: round(rate, 1) for name, rate in best.items()},
-                "stored_over_bare": round(best["stored"] / best["bare"], 3),
-                "stored_over_online": round(best["stored"] / best["online"], 3),
-                "predicted_stored_over_online": round(predicted, 3),
-                "share_of_prediction": round(best["stored"] / best["online"] / predicted, 3),
-            },
-            indent=2,
-        )
-    )
+    predicted = 1 + best["bare"] / best["forward"]
+    result = {
+        "student": student_name,
+        "teacher": teacher.network,
+        "pixels": pixels,
+        "steps": steps,
+        "device": str(device),
+        "crops_per_second": {name: round(rate, 1) for name, rate in best.items()},
+        **{f"{source}_over_bare": round(best[source] / best["bare"], 3) for source in folders},
+        **{f"{source}_over_online": round(best[source] / best["online"], 3) for source in folders},
+        "predicted_stored_over_online": round(predicted, 3),
+    }
+    print(json.dumps(result), file=sys.stderr, flush=True)
+    return result
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ VERBS = {
     "demo": "the whole job on an embedded image set, in minutes, nothing downloaded",
     "teachers": "known teachers: network, target, source, licence",
     "pretrain": "train a MoCo v2 teacher on a folder of images (lightly)",
+    "cache": "a smaller copy of a folder of images, for training on small crops",
     "plan": "bytes, hours and break-even of a precompute, before it; writes nothing",
     "precompute": "run a teacher once over stored crops of every image",
     "inspect": "what a store holds",
@@ -61,6 +62,9 @@ def main(argv: list[str] | None = None) -> int:
         advice = "; nothing finished is lost, the same command continues when that is mended" if full else ""
         return _fail(verb, f"{where}{error.strerror or error}{advice}", 1)
     except (MemoryError, RuntimeError) as error:
+        if match := re.search(r"DataLoader worker \(pid.*?\) (is killed by signal: [\w ]+|exited unexpectedly)", str(error)):
+            advice = "often for want of memory (dmesg says so): fewer --workers, or --workers 0; the same command continues"
+            return _fail(verb, f"a process that reads images {match[1].replace('is killed', 'was killed')}, {advice}", 1)
         if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate memory", str(error)):
             raise
         return _fail(verb, "out of memory: choose a smaller --batch_size, --chunk_size or --pixels", 1)

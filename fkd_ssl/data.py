@@ -1,14 +1,16 @@
 """Data sets of crops: stored ones with their targets, or fresh ones; both read an image once for all its crops."""
 
 import hashlib
+import math
 from abc import abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, get_worker_info
 
 from fkd_ssl.crops import Recipe, Records, draw, image_key, replay_into
 from fkd_ssl.errors import ImageError, RequestError, StoreError
@@ -26,13 +28,22 @@ class Crops(Dataset[Batch]):
     `collate_fn=whole_batch` it gives crops [B M, ...] without another copy, otherwise the usual [B, M, ...].
     """
 
-    def __init__(self, length: int, crops_per_image: int, pixels: int, teacher_pixels: int | None = None) -> None:
+    def __init__(
+        self,
+        length: int,
+        crops_per_image: int,
+        pixels: int,
+        teacher_pixels: int | None = None,
+        *,
+        skip_unreadable: bool = False,
+    ) -> None:
         if crops_per_image < 1 or pixels < 1:
             raise RequestError(f"crops_per_image {crops_per_image} and pixels {pixels} must be at least 1")
         self._length = length
         self.crops_per_image = crops_per_image
         self.pixels = pixels
         self.teacher_pixels = None if teacher_pixels == pixels else teacher_pixels
+        self.skip_unreadable = skip_unreadable
 
     def __len__(self) -> int:
         return self._length
@@ -53,39 +64,66 @@ class Crops(Dataset[Batch]):
         Returns:
             Its `batch` has `images` uint8 [B M, 3, P, P] in channels-last memory, the crops of an image side by side;
             `targets` float32 [B M, D] if stored; `teacher_images` if the teacher's size is another; `labels` int64 [B];
-            `paths`.
+            `paths`; `unreadable`, what was skipped and why.
 
         Raises:
-            ImageError: An image is missing, unreadable or changed; the message names it.
+            ImageError: An image is missing, unreadable or changed, and they are not skipped, or no image of the batch
+                could be read; the message names it.
         """
         pairs = [index if isinstance(index, tuple) else (0, index) for index in indices]
         m = self.crops_per_image
-        views = np.empty((len(pairs) * m, self.pixels, self.pixels, 3), dtype=np.uint8)
-        large = self.teacher_pixels
-        teacher_views = None if large is None else np.empty((len(pairs) * m, large, large, 3), dtype=np.uint8)
+        views = _new_views(len(pairs) * m, self.pixels)
+        large = None if self.teacher_pixels is None else _new_views(len(pairs) * m, self.teacher_pixels)
+        arrays = [tensor.numpy() for tensor in (views, large) if tensor is not None]
+        failed: dict[int, ImageError] = {}
         for k, (pass_, i) in enumerate(pairs):
-            image = self._read(i)
-            records = self._records(pass_, i, image.shape[0], image.shape[1])
             try:
-                replay_into(views[k * m : (k + 1) * m], image, records)
-                if teacher_views is not None:
-                    replay_into(teacher_views[k * m : (k + 1) * m], image, records)
+                self._replay(pass_, i, [array[k * m : (k + 1) * m] for array in arrays])
             except ImageError as error:
-                raise ImageError(f"{self._file(i)}: {error}") from error
+                if not self.skip_unreadable:
+                    raise
+                failed[k] = error
+        if failed:
+            self._fill(pairs, arrays, failed)
         batch: Batch = {
-            "images": torch.from_numpy(views).permute(0, 3, 1, 2),
+            "images": views.permute(0, 3, 1, 2),
             "labels": torch.tensor([self._label(i) for _, i in pairs]),
             "paths": [self._path(i) for _, i in pairs],
+            "unreadable": [str(error) for error in failed.values()],
         }
-        if teacher_views is not None:
-            batch["teacher_images"] = torch.from_numpy(teacher_views).permute(0, 3, 1, 2)
+        if large is not None:
+            batch["teacher_images"] = large.permute(0, 3, 1, 2)
         targets = self._targets(pairs)
         if targets is not None:
             batch["targets"] = torch.from_numpy(targets)
         return Samples(batch, m)
 
-    def _read(self, i: int) -> UInt8Array:
-        return decode(read_bytes(self._file(i)), self._file(i))
+    def _replay(self, pass_: int, i: int, arrays: list[UInt8Array]) -> None:
+        """One image's crops, at one or two sizes."""
+        path = self._file(i)
+        image = self._read(i, path)
+        try:
+            records = self._records(pass_, i, image.shape[0], image.shape[1])
+            for array in arrays:
+                replay_into(array, image, records)
+        except ImageError as error:
+            raise ImageError(f"{path}: {error}") from error
+
+    def _fill(self, pairs: list[tuple[int, int]], arrays: list[UInt8Array], failed: dict[int, ImageError]) -> None:
+        """The readable images of a batch once more, in turn, in the places of those that could not be read."""
+        good = [k for k in range(len(pairs)) if k not in failed]
+        if not good:
+            first = next(iter(failed.values()))
+            raise ImageError(f"{first}; none of the {len(pairs)} images of this batch can be read, so none is skipped")
+        m = self.crops_per_image
+        for turn, k in enumerate(failed):
+            other = good[turn % len(good)]
+            pairs[k] = pairs[other]
+            for array in arrays:
+                array[k * m : (k + 1) * m] = array[other * m : (other + 1) * m]
+
+    def _read(self, i: int, path: str) -> UInt8Array:
+        return decode(read_bytes(path), path)
 
     def _targets(self, pairs: list[tuple[int, int]]) -> npt.NDArray[np.float32] | None:
         return None
@@ -95,7 +133,7 @@ class Crops(Dataset[Batch]):
         """Records [M] of an image in a pass."""
 
     @abstractmethod
-    def _file(self, i: int) -> Path: ...
+    def _file(self, i: int) -> str: ...
 
     @abstractmethod
     def _path(self, i: int) -> str: ...
@@ -121,6 +159,9 @@ class StoredCrops(Crops):
         teacher_pixels: Side at which the crops are made once more, for a teacher that runs online.
         partial: Take the images whose shards are done from a store that is still being written, as it stands when it is
             first looked at; open the store again to see more.
+        scale_boxes: The folder holds smaller copies of the store's images (fkd-ssl cache makes them): boxes are scaled to
+            a copy's size. Crops are then near what the teacher saw, and not the same bits.
+        skip_unreadable: An image that cannot be read is replaced by another one of its batch, and counted.
 
     Raises:
         StoreError: The column is unknown or not finished, or an image of the store is missing from the folder.
@@ -138,6 +179,8 @@ class StoredCrops(Crops):
         with_targets: bool = True,
         teacher_pixels: int | None = None,
         partial: bool = False,
+        scale_boxes: bool = False,
+        skip_unreadable: bool = False,
     ) -> None:
         found = images if isinstance(images, ImageSet) else scan(images)
         self.store = store
@@ -163,20 +206,33 @@ class StoredCrops(Crops):
         self._rows = rows
         self.seed = seed
         super().__init__(len(rows), crops_per_image, pixels, teacher_pixels)
+        self.scale_boxes = scale_boxes
+        super().__init__(len(store), crops_per_image, pixels, teacher_pixels, skip_unreadable=skip_unreadable)
 
-    def _index(self, pass_: int, i: int) -> npt.NDArray[np.int64]:
+    def _index(self, pass_: int, i: int) -> slice | npt.NDArray[np.int64]:
+        """Which crops a pass reads of an image; a slice, which is read without a copy, unless they wrap around."""
         c, m = self.store.crops_per_image, self.crops_per_image
         digest = hashlib.blake2b(f"{self.seed}\n{self._path(i)}".encode(), digest_size=8, person=b"start").digest()
-        return (int.from_bytes(digest, "little") % c + pass_ * m + np.arange(m)) % c
+        first = (int.from_bytes(digest, "little") + pass_ * m) % c
+        return slice(first, first + m) if first + m <= c else np.arange(first, first + m) % c
 
-    def _read(self, i: int) -> UInt8Array:
-        data = read_bytes(self._file(i))
-        if len(data) != self.store.sizes[self._rows[i]]["bytes"]:
-            raise ImageError(f"{self._file(i)}: changed since the store was made: {len(data)} bytes now")
-        return decode(data, self._file(i))
+    def _read(self, i: int, path: str) -> UInt8Array:
+        data = read_bytes(path)
+        expected = self.store.sizes["bytes"][self._rows[i]]
+        if len(data) != expected and not self.scale_boxes:
+            raise ImageError(
+                f"{path}: changed since the store was made: {len(data)} bytes now, {expected} then; restore it, or "
+                "if these are smaller copies of the store's images, ask for --scale_boxes"
+            )
+        return decode(data, path)
 
     def _records(self, pass_: int, i: int, height: int, width: int) -> Records:
-        return self.store.crops(int(self._rows[i]), self._index(pass_, i))
+        row = int(self._rows[i])
+        records = self.store.crops(row, self._index(pass_, i))
+        if self.scale_boxes:
+            size = self.store.sizes[row]
+            return scaled(records, (int(size["height"]), int(size["width"])), (height, width))
+        return records
 
     def _targets(self, pairs: list[tuple[int, int]]) -> npt.NDArray[np.float32] | None:
         if self.column is None:
@@ -184,8 +240,8 @@ class StoredCrops(Crops):
         codes = [self.column.codes(int(self._rows[i]), self._index(pass_, i)) for pass_, i in pairs]
         return self.column.codec.decode(np.concatenate(codes))
 
-    def _file(self, i: int) -> Path:
-        return self.root / self._spelled.get(i, self._path(i))
+    def _file(self, i: int) -> str:
+        return f"{self.root}/{self._spelled.get(i) or self._path(i)}"
 
     def _path(self, i: int) -> str:
         return self.store.paths[int(self._rows[i])]
@@ -219,6 +275,7 @@ class FreshCrops(Crops):
         pixels: P, the side of the crops.
         seed: Of the draw; no store draws the same crops.
         teacher_pixels: Side at which the crops are made once more, for the teacher.
+        skip_unreadable: As in StoredCrops.
     """
 
     def __init__(
@@ -230,18 +287,19 @@ class FreshCrops(Crops):
         pixels: int = 224,
         seed: int = 0,
         teacher_pixels: int | None = None,
+        skip_unreadable: bool = False,
     ) -> None:
         self.images = images
         self.recipe = recipe
         self._draw_seed = int.from_bytes(hashlib.blake2b(f"fresh {seed}".encode(), digest_size=8).digest(), "little")
-        super().__init__(len(images), crops_per_image, pixels, teacher_pixels)
+        super().__init__(len(images), crops_per_image, pixels, teacher_pixels, skip_unreadable=skip_unreadable)
 
     def _records(self, pass_: int, i: int, height: int, width: int) -> Records:
         key = image_key(self._draw_seed, self._path(i))
         return draw(self.recipe, key, height, width, pass_ * self.crops_per_image, self.crops_per_image)
 
-    def _file(self, i: int) -> Path:
-        return self.images.file(i)
+    def _file(self, i: int) -> str:
+        return f"{self.images.root}/{self.images.on_disk[i]}"
 
     def _path(self, i: int) -> str:
         return self.images.paths[i]
@@ -250,17 +308,64 @@ class FreshCrops(Crops):
         return int(self.images.labels[i])
 
 
-class Samples(list[Batch]):
-    """What was read at once: a list of images, each a view into `batch`."""
+class Samples(Sequence[Batch]):
+    """What was read at once: a list of images, each a view into `batch`, made when it is asked for."""
 
     def __init__(self, batch: Batch, crops_per_image: int) -> None:
         self.batch = batch
-        m = crops_per_image
-        stacked = [key for key in ("images", "teacher_images", "targets") if key in batch]
-        super().__init__(
-            {**{key: batch[key][k * m : (k + 1) * m] for key in stacked}, "label": int(batch["labels"][k]), "path": path}
-            for k, path in enumerate(batch["paths"])
-        )
+        self._m = crops_per_image
+
+    def __len__(self) -> int:
+        return len(self.batch["paths"])
+
+    @overload
+    def __getitem__(self, index: int) -> Batch: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Batch]: ...
+
+    def __getitem__(self, index: int | slice) -> Batch | list[Batch]:
+        if isinstance(index, slice):
+            return [self[k] for k in range(*index.indices(len(self)))]
+        k, m = range(len(self))[index], self._m
+        stacked = [key for key in ("images", "teacher_images", "targets") if key in self.batch]
+        crops: Batch = {key: self.batch[key][k * m : (k + 1) * m] for key in stacked}
+        return {**crops, "label": int(self.batch["labels"][k]), "path": self.batch["paths"][k]}
+
+
+def scaled(records: Records, stored: tuple[int, int], found: tuple[int, int]) -> Records:
+    """Records whose boxes fit a smaller copy of their image.
+
+    Args:
+        records: Crop records [M].
+        stored: Height and width of the image that they were drawn for.
+        found: Height and width of the copy.
+
+    Raises:
+        ImageError: The copy has another shape, so that it is a copy of something else, or was cut.
+    """
+    if found == stored:
+        return records
+    (height, width), (h, w) = stored, found
+    if abs(h * width - w * height) > max(height, width):  # one side is at most one pixel off the other's scale
+        raise ImageError(f"{w} x {h} pixels, and the store's image has {width} x {height}: no scaled copy of it")
+    copies = records.copy()
+    for first, length, before, now in (("top", "height", height, h), ("left", "width", width, w)):
+        start = records[first].astype(np.int64)
+        end = start + records[length]
+        copies[first] = start = np.rint(start * (now / before)).astype(np.int64).clip(0, now - 1)
+        copies[length] = np.rint(end * (now / before)).astype(np.int64).clip(start + 1, now) - start
+    return copies
+
+
+def _new_views(count: int, pixels: int) -> torch.Tensor:
+    """An empty uint8 [count, P, P, 3]; in a worker in shared memory, where its parent reads it without a copy."""
+    shape = (count, pixels, pixels, 3)
+    if get_worker_info() is None:
+        return torch.from_numpy(np.empty(shape, dtype=np.uint8))  # NumPy asks for huge pages, which torch does not
+    # what torch's own default_collate does in a worker; there is no public name for it
+    storage: torch.UntypedStorage = torch.UntypedStorage._new_shared(math.prod(shape))  # type: ignore[no-untyped-call]
+    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
 
 
 def whole_batch(samples: Any) -> Batch:

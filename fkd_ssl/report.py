@@ -41,20 +41,23 @@ def write(results: dict[str, Any], folder: Path) -> str:
 def _table(results: dict[str, Any]) -> list[str]:
     """One line an arm: the mean over seeds, and the deviation where there are several."""
     lines = [
-        "| arm | kNN top-1 | linear top-1 | training seconds | seconds an epoch | teacher forwards | peak memory |",
-        "|---|---|---|---|---|---|---|",
+        "| arm | kNN top-1 | linear top-1 | training seconds | seconds an epoch | waiting for data | teacher forwards | peak "
+        "memory |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for name in ("teacher", "online", "stored", "untrained"):
         arms = [arm for arm in results["arms"] if arm["name"] == name]
         cells = [name, _mean(arms, "knn_top1", "{:.2f}"), _mean(arms, "linear_top1", "{:.2f}")]
         if arms[0]["train_seconds"] is None:
-            cells += ["", "", "", ""]
+            cells += ["", "", "", "", ""]
         else:
             per_epoch = [{"seconds": arm["train_seconds"] / arm["epochs"]} for arm in arms]
+            waiting = [{"percent": 100 * arm["data_wait"]} for arm in arms]
             memory = [{"megabytes": arm["peak_memory_bytes"] / 1e6} for arm in arms]
             cells += [
                 _mean(arms, "train_seconds", "{:.0f}"),
                 _mean(per_epoch, "seconds", "{:.2f}"),
+                f"{_mean(waiting, 'percent', '{:.0f}')} %",
                 f"{arms[0]['teacher_forwards']:,}",
                 f"{_mean(memory, 'megabytes', '{:.0f}')} MB",
             ]

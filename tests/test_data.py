@@ -15,9 +15,10 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from fkd_ssl.crops import RECIPES, draw, replay
-from fkd_ssl.data import Batch, Crops, FreshCrops, StoredCrops, start_worker, whole_batch
+from fkd_ssl.data import Batch, Crops, FreshCrops, StoredCrops, scaled, start_worker, whole_batch
 from fkd_ssl.errors import ImageError, RequestError, StoreError
 from fkd_ssl.images import ImageSet, read_image, scan
+from fkd_ssl.shrink import shrink
 from fkd_ssl.store import Store
 
 MakeStore = Callable[..., Store]
@@ -269,6 +270,99 @@ class TestFresh:
             fresh(images)[0, 24]
 
 
+class TestUnreadable:
+    """A corrupt file and one that vanished, in the middle of a batch."""
+
+    @pytest.fixture
+    def spoilt(self, own_folder: Path) -> Path:
+        (own_folder / "ash/002.jpg").write_bytes((own_folder / "ash/002.jpg").read_bytes()[:400])
+        (own_folder / "ash/004.jpg").unlink()
+        return own_folder
+
+    def test_they_stop_by_default_and_are_named(self, own_folder: Path) -> None:
+        images = scan(own_folder)
+        (own_folder / "ash/004.jpg").unlink()
+        with pytest.raises(ImageError, match=r"ash/004\.jpg: cannot be read: No such file"):
+            fresh(images).__getitems__([(0, 3), (0, 4)])
+
+    def test_skipped_ones_are_replaced_by_others_of_the_batch_with_their_targets(
+        self, store: Store, image_folder: Path, spoilt: Path, images: ImageSet
+    ) -> None:
+        there = ImageSet(root=spoilt, **{k: v for k, v in images.__dict__.items() if k != "root"})
+        data = StoredCrops(store, there, crops_per_image=2, pixels=24, teacher_pixels=32, skip_unreadable=True)
+        whole = StoredCrops(store, image_folder, crops_per_image=2, pixels=24, teacher_pixels=32)
+        found = data.__getitems__([(0, 2), (0, 5), (1, 4), (1, 9)]).batch
+        expected = whole.__getitems__([(0, 5), (0, 5), (1, 9), (1, 9)]).batch
+        for key in ("images", "teacher_images", "targets", "labels"):
+            assert torch.equal(found[key], expected[key]), key
+        assert found["paths"] == expected["paths"]
+        assert expected["unreadable"] == []
+        first, second = found["unreadable"]
+        assert "ash/002.jpg: changed since the store was made: 400 bytes now" in first
+        assert "ash/004.jpg: cannot be read" in second
+
+    def test_a_batch_of_none_but_unreadable_ones_stops(self, spoilt: Path, images: ImageSet) -> None:
+        there = ImageSet(root=spoilt, **{k: v for k, v in images.__dict__.items() if k != "root"})
+        with pytest.raises(ImageError, match=r"ash/002\.jpg: not a readable image.*none of the 2 images of this batch"):
+            fresh(there, skip_unreadable=True).__getitems__([(0, 2), (0, 4)])
+
+
+class TestScaledBoxes:
+    @pytest.fixture
+    def halved(self, image_folder: Path, tmp_path: Path) -> Path:
+        for path in sorted(image_folder.rglob("*.jpg")):
+            picture = Image.open(path)
+            copy = tmp_path / "halved" / path.relative_to(image_folder)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            picture.resize((round(picture.width / 2), round(picture.height / 2)), Image.Resampling.BOX).save(copy, quality=98)
+        return tmp_path / "halved"
+
+    def test_a_resized_copy_is_refused_unless_asked_for(self, store: Store, halved: Path) -> None:
+        with pytest.raises(ImageError, match=r"ash/000\.jpg: changed since the store was made.*ask for --scale_boxes"):
+            StoredCrops(store, halved, crops_per_image=2, pixels=24)[0]
+
+    def test_crops_of_a_copy_are_near_those_of_the_originals(self, store: Store, image_folder: Path, halved: Path) -> None:
+        common: dict[str, Any] = {"crops_per_image": 4, "pixels": 24}
+        exact, near = StoredCrops(store, image_folder, **common), StoredCrops(store, halved, scale_boxes=True, **common)
+        distances = np.zeros((24, 24))
+        for i in range(24):
+            assert torch.equal(exact[i]["targets"], near[i]["targets"])
+            for k in range(24):
+                distances[i, k] = (exact[i]["images"].float() - near[k]["images"].float()).abs().mean()
+        assert (distances.argmin(axis=1) == range(24)).all()
+        assert distances.diagonal().mean() < 5  # boxes of 20 to 60 pixels, rounded to whole ones
+
+    def test_crops_of_larger_pictures_are_nearer(self, smooth: Callable[..., Any]) -> None:
+        image, records = smooth(0, 375, 500), draw(RECIPES["mocov2"], b"k" * 16, 375, 500, 0, 50)
+        copy = shrink(image, 128)
+        a, b = replay(image, records, 48), replay(copy, scaled(records, (375, 500), copy.shape[:2]), 48)
+        assert np.abs(a.astype(float) - b).mean() < 1.5
+
+    def test_the_originals_themselves_are_read_exactly(self, store: Store, image_folder: Path) -> None:
+        exact = StoredCrops(store, image_folder, crops_per_image=2, pixels=24)
+        asked = StoredCrops(store, image_folder, crops_per_image=2, pixels=24, scale_boxes=True)
+        assert torch.equal(exact[7]["images"], asked[7]["images"])
+
+    def test_a_picture_of_another_shape_is_refused(self, store: Store, halved: Path) -> None:
+        Image.new("RGB", (40, 90)).save(halved / "ash/001.jpg")
+        data = StoredCrops(store, halved, crops_per_image=2, pixels=24, scale_boxes=True)
+        with pytest.raises(ImageError, match=r"ash/001\.jpg: 40 x 90 pixels, and the store's image has \d+ x \d+: no scaled"):
+            data[1]
+
+    @pytest.mark.parametrize("found", [(50, 67), (1, 1), (375, 500), (750, 1000), (128, 171)])
+    def test_boxes_stay_within_the_copy_and_keep_their_share(self, found: tuple[int, int]) -> None:
+        records = draw(RECIPES["fkd"], b"k" * 16, 375, 500, 0, 200)
+        boxes = scaled(records, (375, 500), found)
+        for first, length, before, now in (("top", "height", 375, found[0]), ("left", "width", 500, found[1])):
+            start, extent = boxes[first].astype(int), boxes[length].astype(int)
+            assert (extent >= 1).all()
+            assert (start + extent <= now).all()
+            assert np.abs(start - records[first] / before * now).max() <= 1
+            assert np.abs(extent - records[length] / before * now).max() <= 1
+        for name in ("flags", "order", "brightness", "sigma"):
+            np.testing.assert_array_equal(boxes[name], records[name])
+
+
 BATCHES = [[(0, 3), (0, 21)], [(0, 7), (1, 3)], [(1, 0), (5, 11)]]
 
 
@@ -283,6 +377,14 @@ class TestWorkers:
         data = fresh(images)
         pairs = zip(read(data, BATCHES), read(data, BATCHES, workers=2), strict=True)
         assert all(same(a, b) for a, b in pairs)
+
+    def test_workers_write_into_shared_memory(self, images: ImageSet) -> None:
+        def collate(samples: Any) -> bool:
+            return bool(samples.batch["images"].is_shared())
+
+        for workers in (0, 1):
+            loader: DataLoader[Any] = DataLoader(fresh(images), batch_size=8, num_workers=workers, collate_fn=collate)
+            assert list(loader) == [workers > 0] * 3
 
     def test_an_error_in_a_worker_keeps_its_type_and_names_the_file(self, own_folder: Path) -> None:
         (own_folder / "birch/003.jpg").write_bytes(b"\xff\xd8\xff no picture")
@@ -317,3 +419,16 @@ def test_a_plain_data_loader_stacks_images(image_folder: Path) -> None:
     assert batch["images"].shape == (4, 2, 3, 16, 16)
     assert torch.equal(batch["images"].flatten(0, 1), data.__getitems__([0, 1, 2, 3]).batch["images"])
     assert list(batch["path"]) == [data[i]["path"] for i in range(4)]
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads /proc")
+def test_memory_does_not_grow_over_passes(store: Store, image_folder: Path) -> None:
+    data = StoredCrops(store, image_folder, crops_per_image=4, pixels=64)
+
+    def resident_after(passes: range) -> int:
+        for p in passes:
+            read(data, [[(p, i) for i in range(k, k + 8)] for k in range(0, 24, 8)])
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    before = resident_after(range(10))
+    assert resident_after(range(10, 40)) - before < 3e6  # a leak of every batch would be 35 MB

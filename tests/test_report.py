@@ -52,7 +52,7 @@ def test_the_table_has_a_line_for_every_arm(tmp_path: Path) -> None:
     lines = {line.split(" | ")[0].removeprefix("| "): line for line in text.splitlines() if line.startswith("| ")}
     assert list(lines) == ["arm", "teacher", "online", "stored", "untrained"]
     assert lines["teacher"].split(" | ")[1:3] == ["80.00", "85.00"]
-    assert lines["stored"] == "| stored | 60.00 | 70.00 | 40 | 20.00 | 0 | 500 MB |"
+    assert lines["stored"] == "| stored | 60.00 | 70.00 | 40 | 20.00 | 10 % | 0 | 500 MB |"
     assert all(line.count("|") == lines["arm"].count("|") for line in lines.values())
 
 

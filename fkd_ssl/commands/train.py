@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from fkd_ssl.store import Store
     from fkd_ssl.students import Student
 
+MUCH_WAITING = 0.2  # share of the training's time spent waiting for data from which on we say what helps
+
 
 def run(config: Config) -> int:
     """Trains and says how it went."""
@@ -34,14 +36,23 @@ def run(config: Config) -> int:
     check_student(config.student, config.pixels)
     images = scan(config.images)
     store = open_store(config.store) if config.store else None
-    common: dict[str, Any] = {"crops_per_image": config.crops_per_image, "pixels": config.pixels, "seed": config.seed}
+    common: dict[str, Any] = {
+        "crops_per_image": config.crops_per_image,
+        "pixels": config.pixels,
+        "seed": config.seed,
+        "skip_unreadable": config.on_unreadable == "skip",
+    }
+    boxes: dict[str, Any] = {"scale_boxes": config.scale_boxes}
+    if config.scale_boxes:
+        where = "ignored: there is no --store" if store is None else "the student's crops are not bit for bit the teacher's"
+        console.say(f"warning: --scale_boxes: {where}")
     data: Crops
     if config.targets == "stored":
         assert store is not None  # by TrainConfig
         for name in ("checkpoint", "teacher_pixels"):
             if getattr(config, name) is not None:
                 console.say(f"warning: --{name} is ignored: stored targets need no teacher")
-        data = StoredCrops(store, images, teacher=config.teacher, **common)
+        data = StoredCrops(store, images, teacher=config.teacher, **boxes, **common)
         _check_store(config, store)
         teacher, dim = None, store.column(config.teacher).meta.dim
     else:
@@ -49,7 +60,7 @@ def run(config: Config) -> int:
         teacher = resolve.teacher_of(config.teacher, config.checkpoint)
         dim = teacher.dim
         if store is not None:
-            data = StoredCrops(store, images, with_targets=False, teacher_pixels=config.teacher_pixels, **common)
+            data = StoredCrops(store, images, with_targets=False, teacher_pixels=config.teacher_pixels, **boxes, **common)
         else:
             recipe = resolve.recipe_of(config.recipe)
             data = FreshCrops(images, recipe, teacher_pixels=config.teacher_pixels, **common)
@@ -62,6 +73,14 @@ def run(config: Config) -> int:
     )
     results = train(config, data, folder, dim=dim, embed=None if teacher is None else teacher.embed, score=score)
     runs.finish(folder, {"config": config.__dict__, **results})
+    if results["data_wait"] > MUCH_WAITING:
+        console.say(
+            f"note: {100 * results['data_wait']:.0f} % of the time went into waiting for data: try more --workers than "
+            f"{config.workers} (this process may use {resolve.cpu_threads()} processors), more --crops_per_image, or, for "
+            "small crops of large images, a smaller copy of them (fkd-ssl cache)"
+        )
+    if results["unreadable_images"]:
+        console.say(f"warning: {results['unreadable_images']} images could not be read and were skipped")
     knn = "" if results["knn_top1"] is None else f"; kNN {results['knn_top1']:.2f} %"
     console.show(f"{config.out}: {results['steps']} steps in {results['train_seconds']:.0f} s{knn}")
     return 0

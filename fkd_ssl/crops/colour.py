@@ -13,7 +13,7 @@ from itertools import permutations
 import numpy as np
 import numpy.typing as npt
 
-from fkd_ssl.crops.records import GREY, JITTER, ORDERS
+from fkd_ssl.crops.records import GREY, JITTER, ORDERS, Fields
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 OPERATION_ORDERS = tuple(permutations((BRIGHTNESS, CONTRAST, SATURATION, HUE)))
@@ -27,60 +27,58 @@ _TURN = (
     (-1.2495459, 1.0463392, 0.2032067),
 )
 
-Row = tuple[float, float, float, float]  # what an output channel takes of R, G, B and 1
+Column = tuple[float, float, float]  # what one of R, G, B and 1 gives to the three output channels
 
 
-def matrix(record: np.void, mean: tuple[float, float, float]) -> npt.NDArray[np.float32]:
+def matrix(record: Fields, mean: tuple[float, float, float]) -> npt.NDArray[np.float32]:
     """The colour matrix float32 [3, 4] of a record: output = matrix @ (R, G, B, 1), before rounding and clamping.
 
     Args:
-        record: One crop record.
+        record: One crop record, as plain numbers.
         mean: Mean R, G, B of the resized crop; contrast turns about its grey, as in torchvision's adjust_contrast.
 
     Scalars only, so that the result depends on this record alone and on no vector unit's rounding.
     """
-    rows: list[Row] = [(1.0, 0.0, 0.0, 0.0), (0.0, 1.0, 0.0, 0.0), (0.0, 0.0, 1.0, 0.0)]
-    if record["flags"] & JITTER:
-        for operation in OPERATION_ORDERS[record["order"]]:
+    _, _, _, _, flags, order, brightness, contrast, saturation, hue, _ = record
+    columns: list[Column] = [(1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0), (0.0, 0.0, 0.0)]
+    if flags & JITTER:
+        for operation in OPERATION_ORDERS[order]:
             if operation == BRIGHTNESS:
-                f = float(record["brightness"])
-                rows = [(f * r, f * g, f * b, f * one) for r, g, b, one in rows]
+                columns = [(brightness * r, brightness * g, brightness * b) for r, g, b in columns]
             elif operation == CONTRAST:
-                f = float(record["contrast"])
-                luma = _luma(rows)
-                pivot = (1 - f) * (luma[0] * mean[0] + luma[1] * mean[1] + luma[2] * mean[2] + luma[3])
-                rows = [(f * r, f * g, f * b, f * one + pivot) for r, g, b, one in rows]
+                red, green, blue, one = (_luma(column) for column in columns)
+                pivot = (1 - contrast) * (red * mean[0] + green * mean[1] + blue * mean[2] + one)
+                columns = [(contrast * r, contrast * g, contrast * b) for r, g, b in columns]
+                r, g, b = columns[3]
+                columns[3] = (r + pivot, g + pivot, b + pivot)
             elif operation == SATURATION:
-                f = float(record["saturation"])
-                grey = _luma(rows)
-                rows = [_blend(row, f, grey, 1 - f) for row in rows]
+                columns = [_saturate(column, saturation) for column in columns]
             else:
-                rows = _turn(rows, float(record["hue"]))
-    if record["flags"] & GREY:
-        rows = [_luma(rows)] * 3
-    return np.array(rows, dtype=np.float32)
+                cos, sin = math.cos(2 * math.pi * hue), math.sin(2 * math.pi * hue)
+                columns = [_turn(column, cos, sin) for column in columns]
+    if flags & GREY:
+        columns = [(_luma(column),) * 3 for column in columns]
+    return np.array(columns, dtype=np.float32).T.copy()
 
 
-def _blend(a: Row, fa: float, b: Row, fb: float) -> Row:
-    return (fa * a[0] + fb * b[0], fa * a[1] + fb * b[1], fa * a[2] + fb * b[2], fa * a[3] + fb * b[3])
+def _luma(column: Column) -> float:
+    r, g, b = column
+    return LUMA[0] * r + LUMA[1] * g + LUMA[2] * b
 
 
-def _mix(weights: tuple[float, float, float], rows: list[Row]) -> Row:
-    (wr, wg, wb), (r, g, b) = weights, rows
+def _saturate(column: Column, f: float) -> Column:
+    r, g, b = column
+    grey = (1 - f) * _luma(column)
+    return (f * r + grey, f * g + grey, f * b + grey)
+
+
+def _turn(column: Column, cos: float, sin: float) -> Column:
+    """Hue turned: grey + cos (x - grey) + sin d(x)/d(angle)."""
+    r, g, b = column
+    grey = (1 - cos) * _luma(column)
+    (rr, rg, rb), (gr, gg, gb), (br, bg, bb) = _TURN
     return (
-        wr * r[0] + wg * g[0] + wb * b[0],
-        wr * r[1] + wg * g[1] + wb * b[1],
-        wr * r[2] + wg * g[2] + wb * b[2],
-        wr * r[3] + wg * g[3] + wb * b[3],
+        cos * r + grey + sin * (rr * r + rg * g + rb * b),
+        cos * g + grey + sin * (gr * r + gg * g + gb * b),
+        cos * b + grey + sin * (br * r + bg * g + bb * b),
     )
-
-
-def _luma(rows: list[Row]) -> Row:
-    return _mix(LUMA, rows)
-
-
-def _turn(rows: list[Row], hue: float) -> list[Row]:
-    """Hue turned by `hue` full circles: grey + cos (x - grey) + sin d(x)/d(angle)."""
-    cos, sin = math.cos(2 * math.pi * hue), math.sin(2 * math.pi * hue)
-    grey = _luma(rows)
-    return [_blend(_blend(row, cos, grey, 1 - cos), 1.0, _mix(_TURN[k], rows), sin) for k, row in enumerate(rows)]

@@ -53,17 +53,23 @@ def centre(height: int, width: int, pixels: int) -> Records:
     return box_record((height - side) // 2, (width - side) // 2, side, side)
 
 
-def check(records: Records, height: int, width: int) -> None:
-    """Raises ImageError where a record is impossible for an image of `height` x `width` pixels."""
-    bottom = records["top"].astype(np.int64) + records["height"]
-    right = records["left"].astype(np.int64) + records["width"]
-    bad = (bottom > height) | (right > width) | (records["height"] == 0) | (records["width"] == 0)
-    if bad.any():
-        r = records[int(np.argmax(bad))]
-        raise ImageError(
-            f"crop of {r['width']} x {r['height']} at ({r['left']}, {r['top']}) lies outside an image of "
-            f"{width} x {height} pixels: these crops were drawn for another image"
-        )
+Fields = tuple[int, int, int, int, int, int, float, float, float, float, float]  # one record in CROP_DTYPE's order
+
+
+def unpack(records: Records, height: int, width: int) -> list[Fields]:
+    """Records as plain numbers, since a field of a structured scalar costs as much as a small crop's flip.
+
+    Raises:
+        ImageError: A record is impossible for an image of `height` x `width` pixels.
+    """
+    unpacked: list[Fields] = records.tolist()
+    for top, left, h, w, *_ in unpacked:
+        if top + h > height or left + w > width or h == 0 or w == 0:
+            raise ImageError(
+                f"crop of {w} x {h} at ({left}, {top}) lies outside an image of {width} x {height} pixels: these crops "
+                "were drawn for another image"
+            )
+    return unpacked
 
 
 def well_formed(records: Records) -> bool:

@@ -59,6 +59,10 @@ class TrainConfig:
     """The student's arithmetic, in Lightning's terms."""
     workers: int = 2
     """Processes that read images."""
+    scale_boxes: bool = False
+    """The images are smaller copies of the store's (fkd-ssl cache): scale the crops' boxes to them."""
+    on_unreadable: Literal["stop", "skip"] = "stop"
+    """What to do about an image that cannot be read: stop and name it, or train on another one of its batch and count it."""
     val: str | None = None
     """Folder of labelled test images for kNN during training."""
     knn_every: float = 5

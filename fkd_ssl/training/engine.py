@@ -111,6 +111,7 @@ def train(
         "stored_crops_per_image": data.store.crops_per_image if isinstance(data, StoredCrops) else None,
         "train_seconds": round(recorder.seconds, 3),
         "data_wait": round(recorder.waited / max(recorder.seconds, 1e-9), 4),
+        "unreadable_images": len(recorder.unreadable),
         "teacher_forwards": steps * config.batch_size if embed is not None else 0,
         "peak_memory_bytes": max(recorder.peak, peak_memory()),
         "knn_top1": monitor.last,

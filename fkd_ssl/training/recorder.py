@@ -28,6 +28,7 @@ class Recorder(pl.Callback):
         seconds: So far.
         waited: Seconds of them spent waiting for data.
         peak: Peak memory in bytes of the sessions before this one.
+        unreadable: What was said of each image that was skipped because it could not be read.
     """
 
     def __init__(self, path: Path, *, every: int, batch_size: int, images: int) -> None:
@@ -37,6 +38,7 @@ class Recorder(pl.Callback):
         self.images = images
         self.seconds = self.waited = 0.0
         self.peak = 0
+        self.unreadable: set[str] = set()
         self._sums = torch.zeros(2)
         self._count = 0
         self._mark = self._lr = 0.0
@@ -46,12 +48,20 @@ class Recorder(pl.Callback):
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps of this callback."""
         sums, peak = self._sums.tolist(), max(self.peak, peak_memory())
-        return {"seconds": self.seconds, "waited": self.waited, "sums": sums, "count": self._count, "peak": peak}
+        return {
+            "seconds": self.seconds,
+            "waited": self.waited,
+            "sums": sums,
+            "count": self._count,
+            "peak": peak,
+            "unreadable": sorted(self.unreadable),
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continues from a checkpoint."""
         self.seconds, self.waited, self.peak = state_dict["seconds"], state_dict["waited"], state_dict["peak"]
         self._sums, self._count = torch.tensor(state_dict["sums"]), state_dict["count"]
+        self.unreadable = set(state_dict.get("unreadable", ()))
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Forgets lines from after the checkpoint, they will be written again; starts the clock and the bar."""
@@ -67,6 +77,10 @@ class Recorder(pl.Callback):
         """Takes the time since the last step's end as waiting for data, and the learning rate before the schedule's step."""
         self._lr = trainer.optimizers[0].param_groups[0]["lr"]
         self.waited += time.perf_counter() - self._mark
+        for message in batch["unreadable"]:
+            if message not in self.unreadable:
+                self.unreadable.add(message)
+                self._bar.write(f"warning: {message}; skipped", file=sys.stderr)
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int

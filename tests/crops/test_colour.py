@@ -86,7 +86,7 @@ def test_hue_turns_as_torchvisions_does(start, hue):
 
 
 def test_half_a_turn_of_hue_and_back(muted):
-    there = colour.matrix(jittered(hue=0.5)[0], (0, 0, 0)).astype(float)[:, :3]
+    there = colour.matrix(jittered(hue=0.5)[0].item(), (0, 0, 0)).astype(float)[:, :3]
     np.testing.assert_allclose(there @ there, np.eye(3), atol=1e-5)
 
 
@@ -120,7 +120,7 @@ def test_every_order_composes_as_the_operations_in_turn(muted, grey):
         exact = {name: float(record[name]) for name in values}
         expected = oracle(muted, order, exact, grey)
         mean = muted.reshape(-1, 3).astype(float).mean(axis=0)
-        matrix = colour.matrix(record, tuple(mean)).astype(float)
+        matrix = colour.matrix(record.item(), tuple(mean)).astype(float)
         found = muted.reshape(-1, 3).astype(float) @ matrix[:, :3].T + matrix[:, 3]
         np.testing.assert_allclose(found, expected, atol=1e-3)
         pixels = replay(muted, np.array([record]), 64)[0].transpose(1, 2, 0).reshape(-1, 3)
@@ -138,11 +138,11 @@ def test_order_of_the_permutations_is_pinned():
 def test_matrices_of_single_operations():
     mean = (100.0, 50.0, 200.0)
     grey = float(np.dot(LUMA, mean))
-    half = colour.matrix(jittered(brightness=0.5)[0], mean)
+    half = colour.matrix(jittered(brightness=0.5)[0].item(), mean)
     np.testing.assert_allclose(half, np.hstack([np.eye(3) / 2, np.zeros((3, 1))]))
-    half = colour.matrix(jittered(contrast=0.5)[0], mean)
+    half = colour.matrix(jittered(contrast=0.5)[0].item(), mean)
     np.testing.assert_allclose(half, np.hstack([np.eye(3) / 2, np.full((3, 1), grey / 2)]), rtol=1e-6)
-    none = colour.matrix(jittered(saturation=0.0)[0], mean)
+    none = colour.matrix(jittered(saturation=0.0)[0].item(), mean)
     np.testing.assert_allclose(none, np.hstack([np.tile(LUMA, (3, 1)), np.zeros((3, 1))]), rtol=1e-6)
     assert half.dtype == np.float32
 
@@ -150,7 +150,7 @@ def test_matrices_of_single_operations():
 def test_contrast_turns_about_the_mean_after_earlier_operations():
     """brightness 0.5, then contrast 0: every pixel becomes half the mean grey."""
     record = jittered(0, brightness=0.5, contrast=0.0)[0]
-    matrix = colour.matrix(record, (100.0, 100.0, 100.0))
+    matrix = colour.matrix(record.item(), (100.0, 100.0, 100.0))
     np.testing.assert_allclose(matrix, np.hstack([np.zeros((3, 3)), np.full((3, 1), 50.0)]), atol=1e-5)
 
 

@@ -11,7 +11,7 @@ from scipy import stats
 from torchvision.transforms import RandomResizedCrop
 
 from fkd_ssl.crops import CROP_DTYPE, RECIPES, Recipe, draw, image_key, well_formed
-from fkd_ssl.crops.records import BLUR, FLIP, GREY, JITTER, check
+from fkd_ssl.crops.records import BLUR, FLIP, GREY, JITTER, unpack
 from fkd_ssl.errors import RequestError, StoreError
 
 GOLDEN = Path(__file__).with_name("golden_draws.json")
@@ -140,7 +140,7 @@ def test_factors_are_not_drawn_below_nought():
 @pytest.mark.parametrize("name", sorted(RECIPES))
 def test_boxes_lie_inside_any_image(height, width, name):
     records = draw(RECIPES[name], key("extreme"), height, width, 0, 300)
-    check(records, height, width)
+    unpack(records, height, width)
     assert records.dtype == CROP_DTYPE
 
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from fkd_ssl.crops import CROP_DTYPE, box_record, centre, well_formed
-from fkd_ssl.crops.records import check, neutral
+from fkd_ssl.crops.records import neutral, unpack
 from fkd_ssl.errors import ImageError
 
 
@@ -33,11 +33,11 @@ def test_neutral_records_change_no_colour():
 )
 def test_boxes_outside_the_image_are_refused(box):
     good = box_record(0, 0, 100, 80)
-    check(good, 100, 80)
+    unpack(good, 100, 80)
     top, left, height, width = box
     message = rf"crop of {width} x {height} at \({left}, {top}\) lies outside an image of 80 x 100 pixels: .*drawn for another"
     with pytest.raises(ImageError, match=message):
-        check(np.concatenate([good, box_record(*box), good]), 100, 80)
+        unpack(np.concatenate([good, box_record(*box), good]), 100, 80)
 
 
 def test_well_formed():
@@ -66,13 +66,13 @@ def test_centre_is_the_middle_seven_eighths(height, width, pixels):
     assert abs(side - short * 7 / 8) <= 0.5 + short * 0.5 / pixels  # 8/7 of the pixels is rounded to whole pixels
     for start, length in ((box["top"], height), (box["left"], width)):
         assert abs((int(start) + side / 2) - length / 2) <= 0.5
-    check(np.array([box]), height, width)
+    unpack(np.array([box]), height, width)
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 3000), (2, 2)])
 def test_centre_of_tiny_images(height, width):
     box = centre(height, width, 224)
-    check(box, height, width)
+    unpack(box, height, width)
     assert box["height"] == box["width"] >= 1
 
 

@@ -1,9 +1,11 @@
 """Replay: bit-identical whenever and wherever it is made; geometry, blur, solarize and flip against other code."""
 
 import hashlib
+import math
 import subprocess
 import sys
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -14,6 +16,7 @@ from torchvision.transforms import functional
 from fkd_ssl import files
 from fkd_ssl.crops import CROP_DTYPE, RECIPES, Recipe, box_record, draw, image_key, probe_digest, replay, replay_into
 from fkd_ssl.crops.records import BLUR, FLIP, SOLARIZE
+from fkd_ssl.crops.replay import blur_kernel
 from fkd_ssl.errors import ImageError
 
 EVERYTHING = Recipe(
@@ -266,6 +269,37 @@ def test_blur_agrees_with_scipys(pixels, sigma):
     assert np.abs(found - expected).max() <= 2
     assert np.abs(found - expected).mean() <= 0.5
     assert np.abs(found - image).mean() > 0.4
+
+
+@pytest.mark.parametrize("pixels", [224, 96, 64])
+def test_blur_is_opencvs_gaussian_blur_up_to_ties(pixels):
+    """The same 8-bit kernel and exact sums; only a sum that ends in exactly one half may be rounded the other way."""
+    image = np.random.default_rng(1).integers(0, 256, (pixels, pixels, 3), dtype=np.uint8)
+    for sigma in np.linspace(0.1, 2.0, 40, dtype=np.float16):
+        scaled = float(sigma) * pixels / 224
+        side = math.floor(6 * scaled + 1.5) | 1
+        expected = cv2.GaussianBlur(image, (side, side), scaled, borderType=cv2.BORDER_REPLICATE) if side > 1 else image
+        found = replay(image, blurred(pixels, sigma), pixels)[0].transpose(1, 2, 0)
+        kernel = (blur_kernel(scaled) * 256).astype(np.int64)
+        exact = image.astype(np.int64)
+        for axis in (0, 1):
+            exact = ndimage.correlate1d(exact, kernel, axis=axis, mode="nearest")
+        ties = exact % 65536 == 32768
+        if len(kernel) > 1:
+            assert np.abs(found * np.int64(65536) - exact).max() <= 32768
+        np.testing.assert_array_equal(found[~ties], expected[~ties])
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.3, 0.5, 0.9, 1.3, 2.0, 7.7])
+def test_blur_kernels_sum_to_one_and_are_gaussians(sigma):
+    kernel = blur_kernel(sigma).astype(float)
+    assert kernel.sum() == 1
+    assert (kernel == kernel[::-1]).all()
+    assert (kernel * 256 == (kernel * 256).round()).all()
+    assert (kernel[[0, -1]] > 0).all()
+    distance = np.arange(len(kernel)) - len(kernel) // 2
+    exact = np.exp(-(distance**2) / (2 * sigma**2))
+    np.testing.assert_allclose(kernel, exact / exact.sum(), atol=(2 if sigma < 0.5 else 1.2) / 256)
 
 
 @pytest.mark.parametrize("sigma", [0.0, 0.01, 0.05])

@@ -1,0 +1,67 @@
+"""Makes a smaller copy of a folder of images, so that training on small crops reads no full-size picture.
+
+The copy has the same paths and formats, only smaller: precompute, train, knn and any other tool take it as they take the
+originals. The same options continue a killed run.
+"""
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Options of cache."""
+
+    images: str
+    """Folder of images."""
+    out: str
+    """Folder of the copy; nothing in it is overwritten."""
+    short_side: int = 128
+    """Of the copies, in pixels; twice the side of the crops keeps most detail. Smaller images are copied as they are."""
+    quality: int = 95
+    """Of JPEG and WebP files; colours are kept at full resolution."""
+    on_unreadable: Literal["stop", "skip"] = "stop"
+    """What to do about an image that cannot be read: stop and name it, or leave it out and go on."""
+    threads: int | None = None
+    """Threads that read, shrink and write; the number of processors, at most 16, by default."""
+    json: bool = False
+    """Print one JSON object on standard output."""
+
+
+def run(config: Config) -> int:
+    """Copies and says how large the copy is."""
+    from pathlib import Path
+
+    from fkd_ssl import runs
+    from fkd_ssl.commands import console, resolve
+    from fkd_ssl.images import scan
+    from fkd_ssl.shrink import check_apart, shrink_set
+
+    images = scan(config.images)
+    check_apart(images.root, Path(config.out))
+    # how it is run may change when it is continued, what it makes may not
+    folder, state = runs.open_run(config.out, replace(config, threads=None, json=False))
+    if state == "done":
+        console.say(f"{folder}: this copy is done; results.json says what it holds")
+        return 0
+    copied = shrink_set(
+        images,
+        folder,
+        short_side=config.short_side,
+        quality=config.quality,
+        skip_unreadable=config.on_unreadable == "skip",
+        threads=min(16, resolve.cpu_threads()) if config.threads is None else config.threads,
+        log=console.say,
+    )
+    results = {"images": len(images) - len(copied.unreadable), "config": config.__dict__, **copied.__dict__}
+    runs.finish(folder, results)
+    for path in copied.unreadable:
+        console.say(f"warning: {path} cannot be read and is left out")
+    if config.json:
+        console.show_json(results)
+    else:
+        console.show(
+            f"{folder}: {results['images']:,} images, {copied.bytes / 1e6:,.1f} MB of {copied.source_bytes / 1e6:,.1f} MB; use "
+            f"it as --images"
+        )
+    return 0

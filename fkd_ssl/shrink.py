@@ -1,0 +1,178 @@
+"""A smaller copy of an image set, as ordinary files in the same folders: small crops then read no full-size picture."""
+
+import io
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import cv2
+import numpy as np
+import simplejpeg
+from PIL import Image
+from tqdm import tqdm
+
+from fkd_ssl import files, progress
+from fkd_ssl.errors import FkdError, ImageError, RequestError
+from fkd_ssl.images import ImageSet, UInt8Array, decode, read_bytes, read_size
+
+_JPEG = frozenset({".jpg", ".jpeg"})
+_SAMPLED = 32  # images that are shrunk beforehand to tell how large the copy will be
+_AHEAD = 64  # images in work at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Copied:
+    """What a call of `shrink_set` did."""
+
+    written: int
+    """Images written by this call."""
+    unreadable: list[str]
+    """Relative paths that were skipped."""
+    bytes: int
+    """Of all images of the copy."""
+    source_bytes: int
+    """Of the images that they were made from."""
+
+
+def shrink(image: UInt8Array, short_side: int) -> UInt8Array:
+    """The image with its short side at most `short_side`, by area means: uint8 [h, w, 3]; a smaller one as it is."""
+    height, width = image.shape[:2]
+    size = _scaled(width, height, short_side)
+    if size == (width, height):
+        return image
+    small: UInt8Array = np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA), dtype=np.uint8)
+    return small
+
+
+def _scaled(width: int, height: int, short_side: int) -> tuple[int, int]:
+    scale = min(1.0, short_side / min(width, height))
+    return round(width * scale), round(height * scale)
+
+
+def encode(image: UInt8Array, name: str, quality: int) -> bytes:
+    """The bytes of uint8 [H, W, 3] in the format of a file's suffix: JPEG with full colour resolution, others by Pillow."""
+    suffix = Path(name).suffix.lower()
+    if suffix in _JPEG:
+        data: bytes = simplejpeg.encode_jpeg(np.ascontiguousarray(image), quality=quality, colorsubsampling="444")
+        return data
+    buffer = io.BytesIO()
+    options = {"quality": quality} if suffix == ".webp" else {}
+    Image.fromarray(image).save(buffer, format=Image.registered_extensions()[suffix], **options)
+    return buffer.getvalue()
+
+
+def shrink_set(
+    images: ImageSet,
+    folder: Path,
+    *,
+    short_side: int,
+    quality: int = 95,
+    skip_unreadable: bool = False,
+    threads: int = 2,
+    log: Callable[[str], None] = lambda message: None,
+) -> Copied:
+    """Writes a smaller copy of every image under the same relative path and in the same format; continues where it was.
+
+    An image that is not larger than asked for is copied byte for byte.
+
+    Args:
+        images: The image set.
+        folder: Of the copy; what is there already is kept if it is a readable image of the right size.
+        short_side: Of the copies, in pixels.
+        quality: Of JPEG and WebP.
+        skip_unreadable: Leave out images that cannot be read, instead of stopping.
+        threads: That read, shrink and write.
+        log: Takes lines for the user.
+
+    Raises:
+        RequestError: The copy would lie within the image set, or a setting is impossible.
+        ImageError: An image cannot be read, or is no image that this makes.
+        FkdError: The disk cannot hold the copy.
+    """
+    if not 8 <= short_side <= 4096 or not 1 <= quality <= 100 or threads < 1:
+        raise RequestError(
+            f"short_side {short_side}, quality {quality}, threads {threads}: expected 8 to 4096, 1 to 100, at least 1"
+        )
+    check_apart(images.root, folder)
+    log(_announce(images, folder, short_side, quality))
+    for place in sorted({folder / Path(name).parent for name in images.on_disk}):
+        place.mkdir(parents=True, exist_ok=True)
+        files.sweep(place)
+
+    def one(index: int) -> tuple[int, int, bool] | str:
+        try:
+            return _copy(images.file(index), folder / images.on_disk[index], short_side, quality)
+        except ImageError as error:
+            if skip_unreadable:
+                return images.paths[index]
+            raise ImageError(f"{error}; remove it or pass --on_unreadable skip") from error
+
+    written = size = source = 0
+    unreadable = []
+    bar = tqdm(total=len(images), unit="img", desc="cache", disable=progress.hidden(show=True), smoothing=0.05)
+    with ThreadPoolExecutor(threads) as pool, bar:
+        for first in range(0, len(images), _AHEAD):
+            for result in pool.map(one, range(first, min(first + _AHEAD, len(images)))):
+                if isinstance(result, str):
+                    unreadable.append(result)
+                else:
+                    source += result[0]
+                    size += result[1]
+                    written += result[2]
+                bar.update(1)
+    return Copied(written=written, unreadable=unreadable, bytes=size, source_bytes=source)
+
+
+def check_apart(source: Path, folder: Path) -> None:
+    """Raises RequestError where a copy would lie within the image set, or the image set within the copy."""
+    a, b = source.resolve(), folder.resolve()
+    if a.is_relative_to(b) or b.is_relative_to(a):
+        raise RequestError(f"{folder}: lies within {source}, or around it: the copies would be taken for its images")
+
+
+def _announce(images: ImageSet, folder: Path, short_side: int, quality: int) -> str:
+    """How large the copy will be, from a sample; raises FkdError where the disk cannot hold it."""
+    sizes = []
+    for index in np.linspace(0, len(images) - 1, min(_SAMPLED, len(images))).astype(int):
+        with suppress(ImageError):  # said when its turn comes
+            path = images.file(index)
+            data = read_bytes(path)
+            sizes.append((len(data), len(_shrunk(data, path, short_side, quality))))
+    if not sizes:
+        raise ImageError(f"{images.root}: none of {min(_SAMPLED, len(images))} images can be read")
+    before, after = np.mean(sizes, axis=0) * len(images)
+    disk = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    free = shutil.disk_usage(disk).free
+    there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.exists() else 0
+    if after - there > free:
+        raise FkdError(
+            f"{folder}: needs about {(after - there) / 1e9:.1f} GB more and the disk has {free / 1e9:.1f} GB free: free some, "
+            "or choose a smaller --short_side or --quality"
+        )
+    return (
+        f"{len(images):,} images, about {before / 1e6:,.0f} MB, to short sides of {short_side} px: about {after / 1e6:,.0f} "
+        f"MB; {free / 1e9:,.1f} GB free on the disk"
+    )
+
+
+def _shrunk(data: bytes, path: Path, short_side: int, quality: int) -> bytes:
+    image = decode(data, path)
+    small = shrink(image, short_side)
+    return data if small is image else encode(small, path.name, quality)
+
+
+def _copy(path: Path, copy: Path, short_side: int, quality: int) -> tuple[int, int, bool]:
+    """Bytes of an image, bytes of its copy, and whether it was written now."""
+    if copy.exists():
+        with suppress(ImageError):
+            if read_size(copy) == _scaled(*read_size(path), short_side):
+                return path.stat().st_size, copy.stat().st_size, False
+        raise ImageError(f"{copy}: exists and is no copy of {path} at this size; delete it or choose another --out")
+    data = read_bytes(path)
+    small = _shrunk(data, path, short_side, quality)
+    with files.publish(copy) as file:
+        file.write(small)
+    return len(data), len(small), True
