@@ -101,7 +101,8 @@ def load_into(network: nn.Module, weights: Mapping[str, Tensor], where: str) -> 
         ],
     }
     refuse_keys(problems, where)
-    network.to_empty(device="cpu")
+    if any(value.is_meta for value in wanted.values()):  # a library's network holds buffers that no file has
+        network.to_empty(device="cpu")
     network.load_state_dict({**{key: torch.zeros((), dtype=torch.int64) for key in counters}, **weights})
 
 
