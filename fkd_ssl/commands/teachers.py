@@ -109,9 +109,7 @@ def _fetch(config: Config, name: str) -> int:
         how = "was here" if present else "downloaded"
         console.show(f"{path}: {how}, {about['bytes']:,} bytes, loads as {network}; use it as --teacher {name}")
     if config.cache is not None and fetch.find(preset) is None:
-        console.say(
-            f"--teacher finds it with {fetch.CACHE_VARIABLE}={config.cache} in the environment, or with --checkpoint {path}"
-        )
+        console.say(f"--teacher {name} finds it there with {fetch.CACHE_VARIABLE}={config.cache} in the environment")
     return 0
 
 
