@@ -64,6 +64,7 @@ def load_timm(model: str, layer: str | None, checkpoint: str | Path | None, *, p
         network=f"{model} of timm, {layer or 'pooled features'}; trained on {config['interpolation']} {pixels} px",
         source=spec,
         pixels=pixels,
+        probe=min(pixels, 224) if getattr(network, "dynamic_img_size", False) else pixels,  # at 518 px it would take minutes
         mean=tuple(config["mean"]),
         std=tuple(config["std"]),
         licence=about.get("license") or "not stated",

@@ -94,10 +94,9 @@ class _Pooled(nn.Module):
 
 def _preprocessing(processor: dict[str, Any], where: str) -> tuple[Rgb, Rgb, int]:
     """Mean, std and side of the crops that an image processor makes."""
-    if abs(processor.get("rescale_factor", 1 / 255) * 255 - 1) > 1e-6 or not processor.get("do_rescale", True):
-        raise CheckpointError(
-            f"{where}: its image processor scales pixels by {processor.get('rescale_factor')}, expected 1/255"
-        )
+    scale = processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 1
+    if abs(scale * 255 - 1) > 1e-6:
+        raise CheckpointError(f"{where}: its image processor scales pixels by {scale}, expected 1/255")
     size = processor.get("crop_size") if processor.get("do_center_crop") else processor.get("size")
     side = next((size[key] for key in ("height", "shortest_edge") if size.get(key)), None) if isinstance(size, dict) else size
     if not isinstance(side, int):
