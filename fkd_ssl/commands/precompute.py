@@ -17,9 +17,11 @@ class Config:
     store: str
     """Folder of the store; a store that is there gets another column, or is continued."""
     teacher: str
-    """A family (mocov2, swav), a preset (fkd-ssl teachers lists them), or module:function of your own."""
+    """A family (mocov2, swav, lightly, transformers), a preset (fkd-ssl teachers lists them), torchvision/NAME or timm/NAME
+    (with @LAYER for a layer's features), or module:function of your own."""
     checkpoint: str | None = None
-    """The teacher's weights."""
+    """The teacher's weights; a library's teacher takes the word pretrained and downloads its own, a preset needs none once
+    it was fetched."""
     crops: int = 400
     """C, crops stored per image; more than the epochs that you train for are never read."""
     recipe: str = "mocov2"

@@ -4,6 +4,7 @@ With --images every image; with --teacher a sample of
 its targets, replayed and embedded again. Ends with status 1 where anything is wrong, and says what to do.
 """
 
+import re
 from dataclasses import dataclass
 
 POSITIONALS = ("store",)
@@ -45,8 +46,9 @@ def run(config: Config) -> int:
     images = scan(config.images) if config.images else None
     teacher = None
     name = config.name
-    if name is None and config.teacher and config.teacher.rpartition(":")[2] in store.teachers:
-        name = config.teacher.rpartition(":")[2]  # what precompute names a column by default
+    usual = re.split("[:/]", config.teacher or "")[-1].replace("@", "-")  # what precompute names a column by default
+    if name is None and usual in store.teachers:
+        name = usual
     if config.teacher:
         teacher = resolve.teacher_of(config.teacher, config.checkpoint, store.column(name).meta.precision)
     report = verify(store, images, teacher, name=name, sample=config.sample)

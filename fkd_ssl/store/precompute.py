@@ -19,8 +19,8 @@ from fkd_ssl import files
 from fkd_ssl.crops import CROP_DTYPE, Recipe
 from fkd_ssl.errors import FkdError, RequestError, StoreError
 from fkd_ssl.images import ImageSet
+from fkd_ssl.store import advice, work
 from fkd_ssl.store import manifest as layout
-from fkd_ssl.store import work
 from fkd_ssl.store.codecs import code_size
 from fkd_ssl.store.columns import open_or_train
 from fkd_ssl.store.reader import Column, Store
@@ -95,6 +95,8 @@ def precompute(
     folder = Path(folder)
     images = layout.limit_images(images, limit)
     log(_announce(folder, len(images), crops, code_size(codec, teacher.dim), name))
+    if warning := advice.on_size(teacher.dim, codec, len(images) * crops):
+        log(warning)
     store = _open_or_create(folder, images, seed=seed, recipe=recipe, crops=crops, skip_unreadable=skip_unreadable)
     for part in (folder, folder / layout.CROPS, folder / layout.TARGETS, folder / layout.TARGETS / name):
         files.sweep(part)
