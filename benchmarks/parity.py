@@ -29,13 +29,21 @@ NETWORKS: dict[str, tuple[str, dict[str, Any]]] = {
 SIZES = ((32, 32), (65, 65), (48, 80), (96, 96))
 
 LOAD = """
-import resource, sys
+import sys
+from pathlib import Path
 from fkd_ssl.teachers import load_teacher
-scale = 1 if sys.platform == "darwin" else 1024
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+def peak():  # of this process alone: getrusage's begins with what the parent had when it forked
+    status = Path("/proc/self/status")
+    if status.exists():
+        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    import resource
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+before = peak()
 teacher = load_teacher(sys.argv[1], checkpoint=sys.argv[2])
 weights = sum(value.nbytes for value in teacher.state_dict().values())
-print(weights, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale - before - weights)
+print(weights, peak() - before - weights)
 """
 
 

@@ -166,3 +166,25 @@ def test_the_presets_are_of_known_families() -> None:
         assert preset.url.endswith(preset.file)
         assert preset.file.endswith(".pth.tar")
     assert len({preset.file for preset in PRESETS.values()}) == len(PRESETS)
+
+
+def test_the_page_on_teachers_shows_a_function_that_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, crops: Any) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "teachers.md").read_text()
+    (tmp_path / "page_teachers.py").write_text(page.split("```python\n")[1].split("```")[0])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    torch.save(torch.nn.Sequential(torch.nn.Conv2d(3, 512, 32, stride=32)).state_dict(), tmp_path / "w.pth")
+    teacher = load_teacher("page_teachers:clip", checkpoint=tmp_path / "w.pth")
+    sys.modules.pop("page_teachers")
+    assert (teacher.name, teacher.licence, teacher.embed(crops).shape) == ("clip", "mine", (3, 512))
+
+
+def test_a_library_stands_before_a_slash_and_a_module_before_a_colon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One's own module may be called as a library is."""
+    (tmp_path / "swav.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert load_teacher("swav:plain").source == "swav:plain"
+    sys.modules.pop("swav")
+    with pytest.raises(RequestError, match=r"torchvision has no such classifier"):
+        load_teacher("torchvision/plain")
