@@ -106,7 +106,12 @@ def fetch(
             raise
         with part.open("rb") as file:
             os.fsync(file.fileno())
-        part.rename(target)
+        try:
+            os.link(part, target)
+        except FileExistsError:  # put there by hand meanwhile: it stays
+            check(target)
+        except OSError:  # a file system without hard links
+            part.rename(target)
         _discard(part)
     return target
 
@@ -180,7 +185,9 @@ def _once(preset: Preset, part: Path, progress: Progress) -> bool:
             raise FkdError(f"{preset.url}: the server leads to {response.url}, which is not https")
         start, total = _range(response, here)
         if start not in (0, here):
-            raise FkdError(f"{preset.url}: the server sends from byte {start}, {here} was asked for")
+            raise FkdError(
+                f"{preset.url}: the server sends from byte {start}, {here} was asked for; {by_hand(preset, part.parent)}"
+            )
         if start and known.get("total") not in (None, total):  # another file by now, and no validator told it
             _discard(part)
             return False
@@ -209,6 +216,7 @@ def _range(response: HTTPResponse, here: int) -> tuple[int, int | None]:
         start = span.partition("-")[0]
         if kind == "bytes" and start.isdigit():
             return int(start), int(total) if total.isdigit() else (here + int(length) if length else None)
+        return -1, None  # a part of no known place
     return 0, int(length) if length and length.isdigit() else None
 
 

@@ -32,6 +32,8 @@ class Server:
         """Bytes after which the next connections are cut."""
         self.status = 200
         self.chunk_pause = 0.0
+        self.shift = 0
+        self.says_range = True
         self.seen: list[str | None] = []
         """The Range of each request."""
         self.sent = 0
@@ -65,7 +67,8 @@ class Server:
                 handler.end_headers()
                 return
             handler.send_response(206)
-            handler.send_header("Content-Range", f"bytes {start}-{len(self.content) - 1}/{len(self.content)}")
+            span = f"bytes {start + self.shift}-{len(self.content) - 1}/{len(self.content)}"
+            handler.send_header("Content-Range", span if self.says_range else "bytes")
         else:
             handler.send_response(200)
         if self.etag:
@@ -238,6 +241,25 @@ def test_what_a_killed_process_left(server: Server, preset: Preset, tmp_path: Pa
         part.with_name(f"{part.name}.json").write_bytes(same if about == "same" else about)
     assert get(preset, tmp_path).read_bytes() == CONTENT
     assert not part.exists()
+
+
+@pytest.mark.parametrize(("shift", "says", "from_byte"), [(7, True, "1000007"), (0, False, "-1")])
+def test_a_part_of_another_place_is_not_appended(
+    server: Server, preset: Preset, tmp_path: Path, shift: int, says: bool, from_byte: str
+) -> None:
+    server.cuts, server.shift, server.says_range = [1_000_000], shift, says
+    with pytest.raises(FkdError, match=rf"the server sends from byte {from_byte}, 1000000 was asked for; download http"):
+        get(preset, tmp_path)
+    assert fetch.part_of(preset, tmp_path).read_bytes() == CONTENT[:1_000_000]
+
+
+def test_a_file_put_there_by_hand_meanwhile_stays(preset: Preset, tmp_path: Path) -> None:
+    def check(path: Path) -> None:
+        if path.suffix == ".part":
+            (tmp_path / "model.pth.tar").write_bytes(b"mine")
+
+    assert get(preset, tmp_path, check=check).read_bytes() == b"mine"
+    assert not fetch.part_of(preset, tmp_path).exists()
 
 
 @pytest.mark.parametrize(("status", "requests"), [(404, 1), (403, 1), (500, 5), (503, 5)])

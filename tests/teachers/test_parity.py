@@ -6,7 +6,6 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 SQUARE = ((32, 32), (65, 65), (96, 96))
 
@@ -46,9 +45,10 @@ def test_embeddings_are_the_forward_written_out(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["moco_r50", "swav_r50"])
-def test_a_wrong_weight_is_seen(name: str, parity: SimpleNamespace, file: Path) -> None:
-    """The oracle has no blind spot: with one BatchNorm's statistics changed, it disagrees."""
+@pytest.mark.parametrize("changed", ["layer3.2.bn2.running_mean", "layer1.0.downsample.1.weight", "layer4.2.conv3.weight"])
+def test_a_wrong_weight_is_seen(name: str, changed: str, parity: SimpleNamespace, file: Path) -> None:
+    """The tolerance is no blind spot: a twentieth added to one layer of 53 is more than it allows."""
     state = dict(parity.write(name, file))
-    key = next(key for key in state if key.endswith("layer3.2.bn2.running_mean") and "encoder_k" not in key)
-    state[key] = state[key] + 0.05 * torch.sign(state[key])
-    assert max(parity.differences(name, file, state, ((32, 32),)).values()) > 1e-4
+    key = next(key for key in state if key.endswith(changed) and "encoder_k" not in key)
+    state[key] = state[key] + 0.05 * state[key].sign()
+    assert max(parity.differences(name, file, state, ((32, 32),)).values()) > 2e-5
