@@ -17,7 +17,7 @@ from fkd_ssl.errors import FkdError, RequestError, did_you_mean
 
 VERBS = {
     "demo": "the whole job on an embedded image set, in minutes, nothing downloaded",
-    "teachers": "known teachers: network, target, source, licence",
+    "teachers": "known teachers: network, target, source, licence; `teachers fetch NAME` downloads one",
     "pretrain": "train a MoCo v2 teacher on a folder of images (lightly)",
     "cache": "a smaller copy of a folder of images, for training on small crops",
     "plan": "bytes, hours and break-even of a precompute, before it; writes nothing",
@@ -87,7 +87,9 @@ def parse(verb: str, command: ModuleType, args: list[str]) -> Any:
         prog=f"fkd-ssl {verb}", description=command.__doc__, allow_abbrev=False, exit_on_error=False
     )
     for name in positionals:
-        parser.add_argument(name, help=helps[name])
+        default = fields[name].default
+        optional: dict[str, Any] = {} if default is dataclasses.MISSING else {"nargs": "?", "default": default}
+        parser.add_argument(name, help=helps[name], **optional)
     configurable = bool(set(fields) - set(positionals) - {"json"})
     if configurable:
         parser.add_argument("--config", action="config", help="YAML file of these options; those given here win.")

@@ -64,7 +64,10 @@ def digest(path: str | Path, algorithm: str = "sha256") -> str:
 
 
 def weights_of(saved: Mapping[str, Any], where: str) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, those of its `state_dict` if it has one, without DDP's `module.` before their names."""
+    """The tensors of a checkpoint, those of its `state_dict` if it has one.
+
+    What DDP and torch.compile put before every name, `module.` and `_orig_mod.`, is taken off.
+    """
     inner = saved.get("state_dict", saved)
     if not isinstance(inner, Mapping):
         raise CheckpointError(f"{where}: its state_dict is a {type(inner).__name__}")
@@ -73,8 +76,9 @@ def weights_of(saved: Mapping[str, Any], where: str) -> dict[str, Tensor]:
         what = f": {some(others)} hold something else" if others else ""
         raise CheckpointError(f"{where}: holds no weights, expected a dict of tensors or one under state_dict{what}")
     tensors = {str(key): value for key, value in inner.items()}
-    wrapped = all(key.startswith("module.") for key in tensors)
-    return {key.removeprefix("module."): value for key, value in tensors.items()} if wrapped else tensors
+    while wrapper := next((name for name in ("module.", "_orig_mod.") if all(key.startswith(name) for key in tensors)), None):
+        tensors = {key.removeprefix(wrapper): value for key, value in tensors.items()}
+    return tensors
 
 
 def part(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -101,7 +105,8 @@ def load_into(network: nn.Module, weights: Mapping[str, Tensor], where: str) -> 
         ],
     }
     refuse_keys(problems, where)
-    network.to_empty(device="cpu")
+    if any(value.is_meta for value in wanted.values()):  # a library's network holds buffers that no file has
+        network.to_empty(device="cpu")
     network.load_state_dict({**{key: torch.zeros((), dtype=torch.int64) for key in counters}, **weights})
 
 

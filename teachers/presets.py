@@ -2,11 +2,18 @@
 
 from dataclasses import dataclass
 
+Rgb = tuple[float, float, float]
+IMAGENET_MEAN: Rgb = (0.485, 0.456, 0.406)
+IMAGENET_STD: Rgb = (0.229, 0.224, 0.225)
+SWAV_STD: Rgb = (0.228, 0.224, 0.225)
+
 _MOCO = "https://dl.fbaipublicfiles.com/moco/moco_checkpoints"
 _SWAV = "https://dl.fbaipublicfiles.com/deepcluster"
 # facebookresearch/moco was relicensed; its README still names the first licence
 _MOCO_LICENCE = "facebookresearch/moco: its README says CC BY-NC 4.0, its source files MIT"
 _SWAV_LICENCE = "CC BY-NC 4.0 (facebookresearch/swav): not for commercial use"
+_MOCO_HEAD = "MLP 2048-2048-128"
+_SWAV_HEAD = "MLP with BatchNorm to 128, 3000 prototypes"  # its hidden width differs between script and code: read off the file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,62 +24,67 @@ class Preset:
     """Its layout: mocov2 or swav."""
     network: str
     """Its backbone, which the file's shapes are held against."""
+    head: str
+    """Its projection head in words."""
     url: str
     """Where its authors publish it."""
+    source: str
+    """The repository and paper that it belongs to."""
     licence: str
     """Of the weights."""
     top1: float
     """ImageNet linear top-1 in percent, as its authors report it."""
     dim: int = 128
     """D of its targets."""
+    pixels: int = 224
+    """Side of the crops that it was trained on."""
+    mean: Rgb = IMAGENET_MEAN
+    """Of RGB in 0 to 1, subtracted."""
+    std: Rgb = IMAGENET_STD
+    """Divided by."""
+    size: int | None = None
+    """Bytes of the file, where they are known."""
     md5: str | None = None
     """First digits of the file's md5, where the authors give them."""
 
+    @property
+    def file(self) -> str:
+        """The name of the file, which it also has in the cache folder."""
+        return self.url.rpartition("/")[2]
+
+
+def _moco(epochs: int, top1: float, md5: str) -> Preset:
+    return Preset(
+        family="mocov2",
+        network="resnet50",
+        head=_MOCO_HEAD,
+        url=f"{_MOCO}/moco_v2_{epochs}ep/moco_v2_{epochs}ep_pretrain.pth.tar",
+        source="facebookresearch/moco, arXiv 2003.04297",
+        licence=_MOCO_LICENCE,
+        top1=top1,
+        md5=md5,
+    )
+
+
+def _swav(network: str, file: str, top1: float, head: str = _SWAV_HEAD) -> Preset:
+    return Preset(
+        family="swav",
+        network=network,
+        head=head,
+        url=f"{_SWAV}/{file}_pretrain.pth.tar",
+        source="facebookresearch/swav, arXiv 2006.09882",
+        licence=_SWAV_LICENCE,
+        top1=top1,
+        std=SWAV_STD,
+    )
+
 
 PRESETS: dict[str, Preset] = {
-    "mocov2_r50_800ep": Preset(
-        family="mocov2",
-        network="resnet50",
-        url=f"{_MOCO}/moco_v2_800ep/moco_v2_800ep_pretrain.pth.tar",
-        licence=_MOCO_LICENCE,
-        top1=71.1,
-        md5="a04e12f8",
-    ),
-    "mocov2_r50_200ep": Preset(
-        family="mocov2",
-        network="resnet50",
-        url=f"{_MOCO}/moco_v2_200ep/moco_v2_200ep_pretrain.pth.tar",
-        licence=_MOCO_LICENCE,
-        top1=67.7,
-        md5="59fd9945",
-    ),
-    "swav_r50_800ep": Preset(
-        family="swav",
-        network="resnet50",
-        url=f"{_SWAV}/swav_800ep_pretrain.pth.tar",
-        licence=_SWAV_LICENCE,
-        top1=75.3,
-    ),
-    "swav_r50w2_400ep": Preset(
-        family="swav",
-        network="resnet50w2",
-        url=f"{_SWAV}/swav_RN50w2_400ep_pretrain.pth.tar",
-        licence=_SWAV_LICENCE,
-        top1=77.3,
-    ),
-    "swav_r50w4_400ep": Preset(
-        family="swav",
-        network="resnet50w4",
-        url=f"{_SWAV}/swav_RN50w4_400ep_pretrain.pth.tar",
-        licence=_SWAV_LICENCE,
-        top1=77.9,
-    ),
-    "swav_r50w5_400ep": Preset(
-        family="swav",
-        network="resnet50w5",
-        url=f"{_SWAV}/swav_RN50w5_400ep_pretrain.pth.tar",
-        licence=_SWAV_LICENCE,
-        top1=78.5,
-    ),
+    "mocov2_r50_800ep": _moco(800, 71.1, "a04e12f8"),
+    "mocov2_r50_200ep": _moco(200, 67.7, "59fd9945"),
+    "swav_r50_800ep": _swav("resnet50", "swav_800ep", 75.3),
+    "swav_r50w2_400ep": _swav("resnet50w2", "swav_RN50w2_400ep", 77.3),
+    "swav_r50w4_400ep": _swav("resnet50w4", "swav_RN50w4_400ep", 77.9),
+    "swav_r50w5_400ep": _swav("resnet50w5", "swav_RN50w5_400ep", 78.5, "MLP without BatchNorm to 128, 3000 prototypes"),
 }
 """From the tables of the authors' repositories, facebookresearch/moco and facebookresearch/swav."""

@@ -7,10 +7,10 @@ import numpy as np
 
 from fkd_ssl.errors import CheckpointError
 from fkd_ssl.teachers import checkpoint
+from fkd_ssl.teachers.presets import IMAGENET_MEAN, SWAV_STD
 from fkd_ssl.teachers.resnet import read_architecture
-from fkd_ssl.teachers.teacher import IMAGENET_MEAN, Teacher
+from fkd_ssl.teachers.teacher import Teacher
 
-SWAV_STD = (0.228, 0.224, 0.225)
 _OTHERS = ("projection_head.", "prototypes.")
 
 

@@ -10,10 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fkd_ssl.errors import FkdError, RequestError
+from fkd_ssl.teachers.presets import IMAGENET_MEAN, IMAGENET_STD, Rgb
 
-Rgb = tuple[float, float, float]
-IMAGENET_MEAN: Rgb = (0.485, 0.456, 0.406)
-IMAGENET_STD: Rgb = (0.229, 0.224, 0.225)
+Precision = Literal["fp32", "bf16", "fp16"]
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -63,7 +62,7 @@ class Teacher(nn.Module):
         source: str | None = None,
         checkpoint: str | None = None,
         checkpoint_sha256: str | None = None,
-        precision: Literal["fp32", "bf16", "fp16"] = "fp32",
+        precision: Precision = "fp32",
         arrays: dict[str, npt.NDArray[np.float32]] | None = None,
     ) -> None:
         if precision not in ("fp32", *_AUTOCAST):

@@ -42,7 +42,7 @@ class Config:
     val: str
     """Folder of test images in class folders."""
     teacher: str
-    """A family (mocov2, swav), a preset, or module:function of your own."""
+    """A family, a preset, torchvision/NAME, timm/NAME, or module:function of your own: fkd-ssl teachers explains them."""
     checkpoint: str | None = None
     """The teacher's weights."""
     out: str

@@ -12,7 +12,7 @@ class Config:
     """Options of knn."""
 
     model: str
-    """A run folder, a .ckpt of one, or teacher:NAME (mocov2, swav, a preset, module:function)."""
+    """A run folder, a .ckpt of one, or teacher:NAME (see fkd-ssl teachers)."""
     train: str
     """Folder of labelled images whose features are searched."""
     val: str

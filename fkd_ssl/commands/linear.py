@@ -13,7 +13,7 @@ class Config:
     """Options of linear."""
 
     model: str
-    """A run folder, a .ckpt of one, or teacher:NAME (mocov2, swav, a preset, module:function)."""
+    """A run folder, a .ckpt of one, or teacher:NAME (see fkd-ssl teachers)."""
     train: str
     """Folder of labelled images to train the probe on."""
     val: str

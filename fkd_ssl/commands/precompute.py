@@ -30,10 +30,11 @@ class Config:
     store: str
     """Folder of the store; a store that is there gets another column, or is continued."""
     teacher: str
-    """A family (mocov2, swav), a preset (fkd-ssl teachers lists them), or module:function of your own; several with commas
-    between them."""
+    """A family (mocov2, swav, lightly, transformers), a preset (fkd-ssl teachers lists them), torchvision/NAME or timm/NAME
+    (with @LAYER for a layer's features), or module:function of your own; several with commas between them."""
     checkpoint: str | None = None
-    """The teacher's weights; with several teachers one file each, with commas between them."""
+    """The teacher's weights; a library's teacher takes the word pretrained and downloads its own, a preset needs none once
+    it was fetched. With several teachers one each, with commas between them."""
     crops: int = 400
     """C, crops stored per image; more than the epochs that you train for are never read."""
     recipe: str = "mocov2"

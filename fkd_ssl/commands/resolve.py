@@ -12,7 +12,7 @@ from fkd_ssl.crops import RECIPES, Recipe
 from fkd_ssl.errors import CheckpointError, RequestError, did_you_mean
 from fkd_ssl.students import Student
 from fkd_ssl.teachers import Teacher, load_teacher
-from fkd_ssl.teachers.registry import Precision
+from fkd_ssl.teachers.teacher import Precision
 from fkd_ssl.training.distiller import STUDENT_KEY
 from fkd_ssl.training.monitor import LAST
 

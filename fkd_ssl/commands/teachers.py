@@ -1,32 +1,117 @@
-"""Lists the teachers that are known by name: network, target, published accuracy, licence, where the weights are."""
+"""Lists the teachers that are known by name, and which of them are here; `fkd-ssl teachers fetch NAME` downloads one.
+
+Downloads go to the cache folder (--cache, or FKD_SSL_CACHE in the environment, or ~/.cache/fkd_ssl), where --teacher NAME
+finds them without --checkpoint. The same command continues a broken download.
+"""
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fkd_ssl.errors import RequestError, did_you_mean
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+POSITIONALS = ("action", "name")
+_ACTIONS = ("list", "fetch")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Options of teachers."""
 
+    action: str = "list"
+    """list (the default) or fetch."""
+    name: str | None = None
+    """The preset to fetch."""
+    cache: str | None = None
+    """Folder of downloaded checkpoints; FKD_SSL_CACHE, or ~/.cache/fkd_ssl, by default."""
     json: bool = False
     """Print one JSON object on standard output."""
 
+    def __post_init__(self) -> None:
+        if self.action not in _ACTIONS:
+            raise RequestError(f"no action {self.action!r}{did_you_mean(self.action, _ACTIONS)}: expected list or fetch NAME")
+        if (self.action == "fetch") != (self.name is not None):
+            raise RequestError("fetch needs the name of a preset, and nothing else takes one: fkd-ssl teachers fetch NAME")
+
 
 def run(config: Config) -> int:
-    """Lists them."""
+    """Lists or fetches."""
+    return _list(config) if config.name is None else _fetch(config, config.name)
+
+
+def _list(config: Config) -> int:
     from dataclasses import asdict
 
     from fkd_ssl.commands import console
+    from fkd_ssl.teachers import fetch
     from fkd_ssl.teachers.presets import PRESETS
 
+    here = {name: fetch.find(preset, config.cache) for name, preset in PRESETS.items()}
     if config.json:
-        console.show_json({name: asdict(preset) for name, preset in PRESETS.items()})
+        files = {name: None if path is None else str(path) for name, path in here.items()}
+        console.show_json({name: {**asdict(preset), "here": files[name]} for name, preset in PRESETS.items()})
         return 0
-    rows = [["preset", "network", "target", "linear top-1", "licence of the weights"]]
-    rows += [[name, p.network, f"{p.dim}-d", f"{p.top1:.1f} %", p.licence] for name, p in PRESETS.items()]
-    urls = [[name, p.url] for name, p in PRESETS.items()]
+    rows = [["preset", "here", "network", "head", "target", "linear top-1", "licence of the weights"]]
+    for name, p in PRESETS.items():
+        there = "yes" if here[name] else "partly" if fetch.part_of(p, config.cache).exists() else "no"
+        rows.append([name, there, p.network, p.head, f"{p.dim}-d", f"{p.top1:.1f} %", p.licence])
+    seen = [["preset", "crops", "mean", "std", "from"]]
+    seen += [[name, f"{p.pixels} px", _rgb(p.mean), _rgb(p.std), f"{p.source}: {p.url}"] for name, p in PRESETS.items()]
     console.show(
-        f"{console.table(rows)}\n\nDownload one and pass it as --checkpoint:\n{console.table(urls)}\n\n"
-        "Families: --teacher mocov2 or swav takes any checkpoint in that layout (fkd-ssl pretrain makes one).\n"
-        "Your own: --teacher module:function, a function that returns a network of ImageNet-normalised floats to [B, D]."
+        f"{console.table(rows)}\n\n{console.table(seen)}\n\n"
+        f"Cache folder: {fetch.cache_folder(config.cache)} (--cache or {fetch.CACHE_VARIABLE} sets another)\n"
+        "Download: fkd-ssl teachers fetch NAME; --teacher NAME then finds it. A file from elsewhere: --checkpoint FILE.\n\n"
+        "Families: --teacher mocov2 or swav takes any checkpoint in that layout (fkd-ssl pretrain makes one), lightly a\n"
+        "  LightningModule's with a ResNet as backbone.*, transformers a folder that save_pretrained wrote.\n"
+        "Libraries: --teacher torchvision/NAME or timm/NAME, perhaps with @LAYER: their networks and preprocessing. A slash,\n"
+        "  since a colon is your own. --checkpoint FILE gives the weights; --checkpoint pretrained lets them be downloaded.\n"
+        "Your own: --teacher module:function, a function that returns a network of ImageNet-normalised floats to [B, D].\n"
+        "docs/teachers.md explains all of them."
     )
     return 0
+
+
+def _fetch(config: Config, name: str) -> int:
+    from tqdm import tqdm
+
+    from fkd_ssl.commands import console
+    from fkd_ssl.progress import hidden
+    from fkd_ssl.teachers import fetch, load_teacher
+    from fkd_ssl.teachers.presets import PRESETS
+
+    if name not in PRESETS:
+        raise RequestError(f"no preset {name!r}{did_you_mean(name, PRESETS)} (there are {', '.join(PRESETS)})")
+    preset = PRESETS[name]
+    console.say(f"{name}: {preset.network}, {preset.head}; {preset.source}")
+    console.say(f"licence of the weights: {preset.licence}")
+    present = fetch.find(preset, config.cache)
+    if present is None:
+        console.say(f"{preset.url} -> {fetch.cache_folder(config.cache) / preset.file}")
+    network = ""
+
+    def check(path: "Path") -> None:
+        nonlocal network
+        network = load_teacher(name, checkpoint=path).network
+
+    with tqdm(unit="B", unit_scale=True, desc=preset.file, disable=hidden(show=present is None)) as bar:
+
+        def progress(here: int, total: int | None) -> None:
+            bar.total = total
+            bar.update(here - bar.n)
+
+        path = fetch.fetch(preset, cache=config.cache, progress=progress, check=check)
+    about: dict[str, Any] = {"name": name, "path": str(path), "bytes": path.stat().st_size, "licence": preset.licence}
+    if config.json:
+        console.show_json({**about, "network": network, "downloaded": present is None})
+    else:
+        how = "was here" if present else "downloaded"
+        console.show(f"{path}: {how}, {about['bytes']:,} bytes, loads as {network}; use it as --teacher {name}")
+    if config.cache is not None and fetch.find(preset) is None:
+        console.say(f"--teacher {name} finds it there with {fetch.CACHE_VARIABLE}={config.cache} in the environment")
+    return 0
+
+
+def _rgb(values: tuple[float, float, float]) -> str:
+    return " ".join(f"{value:.3f}" for value in values)

@@ -6,6 +6,7 @@ what is damaged or missing is removed and made again, and nothing else: crop rec
 codecs with --images and --teacher too.
 """
 
+import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -63,8 +64,9 @@ def run(config: Config) -> int:
         repair_lists(Path(config.store), images, note)
     store = open_store(config.store)
     name = config.name
-    if name is None and config.teacher and config.teacher.rpartition(":")[2] in store.teachers:
-        name = config.teacher.rpartition(":")[2]  # what precompute names a column by default
+    usual = re.split("[:/]", config.teacher or "")[-1].replace("@", "-")  # what precompute names a column by default
+    if name is None and usual in store.teachers:
+        name = usual
     teacher = None
     if config.teacher:
         name = store.column().name if name is None and len(store.teachers) != 1 else name or store.teachers[0]

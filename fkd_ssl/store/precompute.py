@@ -21,8 +21,8 @@ from fkd_ssl.crops import CROP_DTYPE, Recipe
 from fkd_ssl.errors import FkdError, RequestError
 from fkd_ssl.images import ImageSet
 from fkd_ssl.progress import hidden
+from fkd_ssl.store import advice, work
 from fkd_ssl.store import manifest as layout
-from fkd_ssl.store import work
 from fkd_ssl.store.codecs import Float32Array, code_size
 from fkd_ssl.store.columns import Request, open_or_train
 from fkd_ssl.store.reader import Column, Store
@@ -134,6 +134,9 @@ def precompute(
     folder = Path(folder)
     images = layout.limit_images(images, limit)
     log(_announce(folder, len(images), crops, requests))
+    for request in requests:
+        if warning := advice.on_size(request.teacher.dim, codec, len(images) * crops):
+            log(warning)
     store = _open_or_create(
         folder, images, seed=seed, recipe=recipe, crops=crops, skip_unreadable=skip_unreadable, progress=progress
     )

@@ -22,7 +22,7 @@ class TrainConfig:
     store: str | None = None
     """Store made by precompute. With --targets online its crops are used and the teacher runs on them."""
     teacher: str | None = None
-    """Stored: the column, if there are several. Online: a family (mocov2, swav), a preset, or module:function."""
+    """Stored: the column, if there are several. Online: as precompute takes it."""
     checkpoint: str | None = None
     """The online teacher's checkpoint."""
     recipe: str = "mocov2"

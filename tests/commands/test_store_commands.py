@@ -1,4 +1,4 @@
-"""precompute, inspect, verify and teachers, and what they refuse."""
+"""precompute, inspect and verify, and what they refuse."""
 
 import json
 import shutil
@@ -166,16 +166,3 @@ class TestVerify:
         status, _, err = call(line)
         assert status == 2
         assert said in err
-
-
-class TestTeachers:
-    def test_the_list(self, call: Any) -> None:
-        status, out, err = call("teachers")
-        assert (status, err) == (0, "")
-        assert "mocov2_r50_800ep" in out
-        assert "licence of the weights" in out
-
-    def test_json(self, call: Any) -> None:
-        presets = json.loads(call("teachers --json").out)
-        assert presets["mocov2_r50_800ep"]["dim"] == 128
-        assert all(preset["licence"] and preset["url"].startswith("https://") for preset in presets.values())

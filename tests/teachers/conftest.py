@@ -55,7 +55,13 @@ def moco(arch: str = "resnet18", *, version: int = 2, dim: int = 128, prefix: st
 
 
 def swav(
-    arch: str = "resnet18", *, width: int = 1, batch_norm: bool = True, hidden: int = 96, prefix: str = "module."
+    arch: str = "resnet18",
+    *,
+    width: int = 1,
+    batch_norm: bool = True,
+    hidden: int = 96,
+    prototypes: int = 30,
+    prefix: str = "module.",
 ) -> Shapes:
     features = (2048 if arch == "resnet50" else 512) * width
     middle = norm("projection_head.1", hidden) if batch_norm else {}
@@ -64,7 +70,7 @@ def swav(
         **linear("projection_head.0", features, hidden),
         **middle,
         **linear(f"projection_head.{3 if batch_norm else 2}", hidden, 128),
-        "prototypes.weight": (30, 128),
+        "prototypes.weight": (prototypes, 128),
     }
     return {prefix + key: shape for key, shape in shapes.items()}
 
@@ -96,37 +102,63 @@ def hollow(shapes: Shapes) -> State:
 
 
 def forward(state: State, prefix: str, images: Tensor, std: tuple[float, float, float], swav_stem: bool) -> Tensor:
-    """Pooled features [B, F] in float64, from the state alone."""
-    w = {key.removeprefix(prefix): value.double() for key, value in state.items() if key.startswith(prefix)}
+    """Pooled features [B, F] in float64, from the state alone; one layer's weights at a time, since w4's would be 3 GB."""
+
+    def w(name: str) -> Tensor:
+        return state[prefix + name].double()
 
     def bn(x: Tensor, name: str) -> Tensor:
-        mean, var = w[f"{name}.running_mean"], w[f"{name}.running_var"]
-        return F.batch_norm(x, mean, var, w[f"{name}.weight"], w[f"{name}.bias"], training=False, eps=1e-5)
+        mean, var = w(f"{name}.running_mean"), w(f"{name}.running_var")
+        return F.batch_norm(x, mean, var, w(f"{name}.weight"), w(f"{name}.bias"), training=False, eps=1e-5)
 
     x = images.double() / 255
     x = (x - torch.tensor((0.485, 0.456, 0.406)).view(1, 3, 1, 1)) / torch.tensor(std, dtype=torch.float64).view(1, 3, 1, 1)
     if swav_stem:  # as SwAV's code: the image padded by 1, the stem by 2
-        x = F.conv2d(F.pad(x, (1, 1, 1, 1)), w["conv1.weight"], stride=2, padding=2)
+        x = F.conv2d(F.pad(x, (1, 1, 1, 1)), w("conv1.weight"), stride=2, padding=2)
     else:
-        x = F.conv2d(x, w["conv1.weight"], stride=2, padding=3)
+        x = F.conv2d(x, w("conv1.weight"), stride=2, padding=3)
     x = F.max_pool2d(F.relu(bn(x, "bn1")), 3, stride=2, padding=1)
     for layer in range(1, 5):
         block = 0
-        while f"layer{layer}.{block}.conv1.weight" in w:
+        while f"{prefix}layer{layer}.{block}.conv1.weight" in state:
             name = f"layer{layer}.{block}"
-            bottleneck = f"{name}.conv3.weight" in w
+            bottleneck = f"{prefix}{name}.conv3.weight" in state
             stride = 2 if layer > 1 and block == 0 else 1
             y = x
             for k in range(1, 4 if bottleneck else 3):
                 strided = stride if k == (2 if bottleneck else 1) else 1
-                weight = w[f"{name}.conv{k}.weight"]
+                weight = w(f"{name}.conv{k}.weight")
                 y = bn(F.conv2d(y, weight, stride=strided, padding=weight.shape[-1] // 2), f"{name}.bn{k}")
                 y = F.relu(y) if k < (3 if bottleneck else 2) else y
-            if f"{name}.downsample.0.weight" in w:
-                x = bn(F.conv2d(x, w[f"{name}.downsample.0.weight"], stride=stride), f"{name}.downsample.1")
+            if f"{prefix}{name}.downsample.0.weight" in state:
+                x = bn(F.conv2d(x, w(f"{name}.downsample.0.weight"), stride=stride), f"{name}.downsample.1")
             x = F.relu(x + y)
             block += 1
     return x.mean(dim=(2, 3))
+
+
+def moco_target(state: State, images: Tensor, prefix: str = "module.") -> Tensor:
+    """MoCo v2's normalised embedding [B, D] in float64: Linear, ReLU, Linear."""
+    w = {name: state[f"{prefix}encoder_q.fc.{name}"].double() for name in ("0.weight", "0.bias", "2.weight", "2.bias")}
+    features = forward(state, f"{prefix}encoder_q.", images, (0.229, 0.224, 0.225), swav_stem=False)
+    target = F.linear(F.relu(F.linear(features, w["0.weight"], w["0.bias"])), w["2.weight"], w["2.bias"])
+    return target / target.pow(2).sum(dim=1, keepdim=True).sqrt()
+
+
+def swav_target(state: State, images: Tensor, prefix: str = "module.") -> Tensor:
+    """SwAV's normalised embedding [B, D] in float64: Linear, BatchNorm (absent in w5), ReLU, Linear."""
+
+    def w(name: str) -> Tensor:
+        return state[f"{prefix}projection_head.{name}"].double()
+
+    features = forward(state, prefix, images, (0.228, 0.224, 0.225), swav_stem=True)
+    hidden = F.linear(features, w("0.weight"), w("0.bias"))
+    last = "2"
+    if f"{prefix}projection_head.1.weight" in state:
+        hidden = (hidden - w("1.running_mean")) / (w("1.running_var") + 1e-5).sqrt() * w("1.weight") + w("1.bias")
+        last = "3"
+    target = F.linear(hidden.clamp(min=0), w(f"{last}.weight"), w(f"{last}.bias"))
+    return target / target.pow(2).sum(dim=1, keepdim=True).sqrt()
 
 
 def save(path: Path, state: State, **other: object) -> Path:
@@ -136,7 +168,8 @@ def save(path: Path, state: State, **other: object) -> Path:
 
 @pytest.fixture(scope="session")
 def kit() -> SimpleNamespace:
-    return SimpleNamespace(moco=moco, swav=swav, body=body, fill=fill, hollow=hollow, forward=forward, save=save)
+    targets = {"moco_target": moco_target, "swav_target": swav_target}
+    return SimpleNamespace(moco=moco, swav=swav, body=body, fill=fill, hollow=hollow, forward=forward, save=save, **targets)
 
 
 @pytest.fixture(scope="session")

@@ -51,6 +51,17 @@ def test_what_training_scripts_leave_beside_the_weights_is_inert(tmp_path: Path,
     assert digest == hashlib.sha256(file.read_bytes()).hexdigest()
 
 
+@pytest.mark.parametrize("prefix", ["", "module.", "module._orig_mod.", "_orig_mod.module.", "module.module."])
+def test_what_wrappers_put_before_names_is_taken_off(prefix: str) -> None:
+    weights = {f"{prefix}conv.weight": torch.ones(1), f"{prefix}module.bias": torch.ones(1)}
+    assert list(checkpoint.weights_of({"state_dict": weights}, "file")) == ["conv.weight", "module.bias"]
+
+
+def test_a_prefix_that_only_some_names_have_stays() -> None:
+    weights = {"module.weight": torch.ones(1), "bias": torch.ones(1)}
+    assert list(checkpoint.weights_of(weights, "file")) == ["module.weight", "bias"]
+
+
 @pytest.mark.parametrize("name", ["teacher.safetensors", "teacher.bin"])
 def test_safetensors_are_known_by_suffix_or_content(name: str, tmp_path: Path, moco18: Any, crops: Any) -> None:
     path, state = moco18

@@ -126,9 +126,19 @@ def test_a_family_needs_a_checkpoint(family: str) -> None:
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_a_preset_without_checkpoint_says_where_it_is(name: str) -> None:
-    with pytest.raises(RequestError, match=r"download https://dl\.fbaipublicfiles\.com/\S+ \(licence: .*\).*--checkpoint"):
+def test_a_preset_that_is_not_here_says_where_it_is(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FKD_SSL_CACHE", str(tmp_path))
+    place = rf"https://dl\.fbaipublicfiles\.com/\S+ \(licence: .*\).*{tmp_path}/\S+, or .*--checkpoint"
+    said = rf"teachers fetch {name} .*download {place}"
+    with pytest.raises(RequestError, match=said):
         load_teacher(name)
+
+
+def test_a_preset_is_found_in_the_cache_folder(kit: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FKD_SSL_CACHE", str(tmp_path))
+    kit.save(tmp_path / PRESETS["swav_r50_800ep"].file, kit.hollow(kit.swav("resnet50")))
+    teacher = load_teacher("swav_r50_800ep")
+    assert (teacher.name, teacher.checkpoint) == ("swav_r50_800ep", "swav_800ep_pretrain.pth.tar")
 
 
 def test_a_preset_is_held_against_the_shapes_and_the_md5(kit: SimpleNamespace, write: Any) -> None:
@@ -136,7 +146,10 @@ def test_a_preset_is_held_against_the_shapes_and_the_md5(kit: SimpleNamespace, w
     with pytest.raises(CheckpointError, match=r"holds a resnet18, .*mocov2_r50_800ep is a resnet50 .*--teacher mocov2"):
         load_teacher("mocov2_r50_800ep", checkpoint=path)
     path = write(kit.hollow(kit.moco("resnet50")))
-    with pytest.raises(CheckpointError, match=r"its md5 begins with [0-9a-f]{8}, that of mocov2_r50_200ep with 59fd9945"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"its md5 begins with [0-9a-f]{8}, that of moco_v2_200ep_pretrain\.pth\.tar with 59fd9945.*--teacher mocov2",
+    ):
         load_teacher("mocov2_r50_200ep", checkpoint=path)
     path = write(kit.hollow(kit.swav("resnet50")))
     teacher = load_teacher("swav_r50_800ep", checkpoint=path)
@@ -150,4 +163,28 @@ def test_the_presets_are_of_known_families() -> None:
     for name, preset in PRESETS.items():
         assert preset.family in FAMILIES
         assert name.startswith(f"{preset.family}_")
-        assert preset.url.endswith(".pth.tar")
+        assert preset.url.endswith(preset.file)
+        assert preset.file.endswith(".pth.tar")
+    assert len({preset.file for preset in PRESETS.values()}) == len(PRESETS)
+
+
+def test_the_page_on_teachers_shows_a_function_that_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, crops: Any) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "teachers.md").read_text()
+    (tmp_path / "page_teachers.py").write_text(page.split("```python\n")[1].split("```")[0])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    torch.save(torch.nn.Sequential(torch.nn.Conv2d(3, 512, 32, stride=32)).state_dict(), tmp_path / "w.pth")
+    teacher = load_teacher("page_teachers:clip", checkpoint=tmp_path / "w.pth")
+    sys.modules.pop("page_teachers")
+    assert (teacher.name, teacher.licence, teacher.embed(crops).shape) == ("clip", "mine", (3, 512))
+
+
+def test_a_library_stands_before_a_slash_and_a_module_before_a_colon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One's own module may be called as a library is."""
+    (tmp_path / "swav.py").write_text(MODULE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert load_teacher("swav:plain").source == "swav:plain"
+    sys.modules.pop("swav")
+    with pytest.raises(RequestError, match=r"torchvision has no such classifier"):
+        load_teacher("torchvision/plain")

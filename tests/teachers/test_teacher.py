@@ -103,6 +103,41 @@ def test_bf16_is_close_to_fp32(crops: Tensor, moco18: tuple[Path, Any]) -> None:
     assert float((rough * exact).sum(dim=1).min()) > 0.995
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precisions_are_pytorchs_own_autocast(precision: Any, crops: Tensor, moco18: tuple[Path, Any]) -> None:
+    """The same forward through torchvision's own network under torch.autocast, to the last bit."""
+    from torchvision.models import resnet18
+
+    teacher = load_teacher("mocov2", checkpoint=moco18[0], precision=precision)
+    state = {key.removeprefix("module.encoder_q."): value for key, value in moco18[1].items() if "encoder_q." in key}
+    network = resnet18(weights=None)
+    network.fc = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 128))
+    network.load_state_dict(state)
+    network = network.eval().to(memory_format=torch.channels_last)
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) * 255 for values in (teacher.mean, teacher.std))
+    pixels = ((crops - mean) / std).contiguous(memory_format=torch.channels_last)
+    kind = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    with torch.inference_mode(), torch.autocast("cpu", dtype=kind):
+        expected = network(pixels)
+    assert expected.dtype == kind  # else nothing ran in it
+    assert torch.equal(teacher.embed(crops), nn.functional.normalize(expected.float(), dim=1))
+
+
+def test_fp32_stays_fp32_inside_a_students_autocast(crops: Tensor, moco18: tuple[Path, Any]) -> None:
+    teacher = load_teacher("mocov2", checkpoint=moco18[0])
+    alone = teacher.embed(crops)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = teacher.embed(crops)
+        assert teacher.features(crops).dtype == torch.float32
+    assert torch.equal(inside, alone)
+
+
+def test_weights_are_channels_last(moco18: tuple[Path, Any]) -> None:
+    kernels = [p for p in load_teacher("mocov2", checkpoint=moco18[0]).parameters() if p.ndim == 4]
+    assert len(kernels) == 20
+    assert all(kernel.is_contiguous(memory_format=torch.channels_last) for kernel in kernels)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 def test_a_gpu_agrees_with_the_cpu(crops: Tensor, moco18: tuple[Path, Any]) -> None:

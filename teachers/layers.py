@@ -1,0 +1,70 @@
+"""Features of a named layer of a network, pooled to one vector an image."""
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from fkd_ssl.errors import RequestError, did_you_mean
+
+
+class AtLayer(nn.Module):
+    """A network up to one of its layers: [B, 3, H, W] to [B, F]; what comes after the layer is not run.
+
+    Maps [B, F, h, w] (and [B, h, w, F], which the layout of a square input tells apart) are averaged over places, tokens
+    [B, T, F] over all tokens, class token included; vectors [B, F] are taken as they are.
+
+    Args:
+        network: Any network.
+        layer: A submodule's name, as `network.named_modules()` gives it.
+        teacher: What the user called the teacher; errors begin with it.
+
+    Raises:
+        RequestError: The network has no such layer.
+    """
+
+    def __init__(self, network: nn.Module, layer: str, teacher: str) -> None:
+        super().__init__()
+        names = [name for name, _ in network.named_modules() if name]
+        if layer not in names:
+            tops = [name for name in names if "." not in name]
+            raise RequestError(
+                f"teacher {teacher}: has no layer {layer!r}{did_you_mean(layer, names)} (at the top it has {', '.join(tops)})"
+            )
+        self.network = network
+        self.layer = layer
+        network.get_submodule(layer).register_forward_hook(_stop)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Pooled features [B, F] of normalised floats [B, 3, H, W]."""
+        try:
+            self.network(images)
+        except _ReachedError as reached:
+            return pool(reached.output)
+        raise ValueError(f"its layer {self.layer} was not reached")
+
+
+def pool(output: Any) -> Tensor:
+    """[B, F] of a layer's output; raises ValueError where it is no tensor of 2 to 4 dimensions or its layout is unclear."""
+    if not isinstance(output, Tensor) or output.ndim not in (2, 3, 4):
+        what = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise ValueError(f"the layer gives {what}, expected a tensor [B, F], [B, T, F] or [B, F, h, w]")
+    if output.ndim == 2:
+        return output
+    if output.ndim == 3:
+        return output.mean(dim=1)
+    first, last = output.shape[2] == output.shape[3], output.shape[1] == output.shape[2]
+    if first == last:
+        raise ValueError(f"the layer gives {list(output.shape)}: which dimension is the channels' cannot be told")
+    return output.mean(dim=(2, 3) if first else (1, 2))
+
+
+class _ReachedError(Exception):
+    """Ends a forward at the layer that was asked for."""
+
+    def __init__(self, output: Any) -> None:
+        super().__init__()
+        self.output = output
+
+
+def _stop(module: nn.Module, inputs: Any, output: Any) -> None:
+    raise _ReachedError(output)

@@ -1,0 +1,72 @@
+"""One's own teachers: module:function."""
+
+import importlib
+import inspect
+import sys
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fkd_ssl.errors import FkdError, RequestError, did_you_mean
+from fkd_ssl.teachers import checkpoint as files
+from fkd_ssl.teachers.teacher import Precision, Teacher
+from fkd_ssl.teachers.wrap import wrap
+
+
+def load_own(name: str, checkpoint: str | Path | None, precision: Precision) -> Teacher:
+    """What the function of `module:function` returns; the current folder is on the path.
+
+    It is called without arguments, or with `checkpoint=` if one is given, and returns a Teacher, or an nn.Module that maps
+    ImageNet-normalised floats [B, 3, H, W] to [B, D], whose `pixels`, if it has them, are its native size.
+
+    Raises:
+        RequestError: There is no such module or function, or it takes no checkpoint and one is given.
+        FkdError: It failed, or returned something else.
+    """
+    module_name, _, function_name = name.partition(":")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    importlib.invalidate_caches()
+    try:
+        module = importlib.import_module(module_name)
+    except (ImportError, ValueError) as error:
+        raise RequestError(f"teacher {name}: {error} (the current folder is on the path)") from error
+    except Exception as error:  # one's own code may raise anything
+        raise FkdError(f"teacher {name}: its module failed: {type(error).__name__}: {error}") from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        hint = did_you_mean(name, [f"{module_name}:{key}" for key, value in vars(module).items() if callable(value)])
+        raise RequestError(f"teacher {name}: module {module_name!r} has no function {function_name!r}{hint}")
+    given: dict[str, Any] = {}
+    digest = None
+    if checkpoint is not None:
+        if not Path(checkpoint).is_file():
+            raise RequestError(f"{checkpoint}: no such checkpoint")
+        if "checkpoint" not in inspect.signature(function).parameters:
+            raise RequestError(f"teacher {name}: takes no checkpoint=, and --checkpoint was given")
+        given, digest = {"checkpoint": str(checkpoint)}, files.digest(checkpoint)
+    try:
+        made = function(**given)
+    except FkdError:
+        raise
+    except Exception as error:  # one's own code may raise anything
+        raise FkdError(f"teacher {name}: {type(error).__name__}: {error}") from error
+    if isinstance(made, Teacher):
+        made.precision = precision if precision != "fp32" else made.precision
+        made.checkpoint_sha256 = made.checkpoint_sha256 or digest or files.weights_digest(made)
+        return made
+    if not isinstance(made, nn.Module):
+        raise FkdError(f"teacher {name}: returned a {type(made).__name__}, expected a torch.nn.Module or a Teacher")
+    digest = digest or files.weights_digest(made)  # so that a changed function is another teacher
+    return wrap(
+        made,
+        name=function_name,
+        network=type(made).__name__,
+        pixels=int(getattr(made, "pixels", 224)),
+        source=name,
+        checkpoint=None if checkpoint is None else Path(checkpoint).name,
+        checkpoint_sha256=digest,
+        precision=precision,
+    )

@@ -1,0 +1,109 @@
+"""timm's networks as teachers: `timm/NAME`, DINO and DINOv2 among them, with the mean, std and size of timm's own config."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fkd_ssl.errors import CheckpointError, FkdError, RequestError, did_you_mean
+from fkd_ssl.teachers import checkpoint as files
+from fkd_ssl.teachers.layers import AtLayer
+from fkd_ssl.teachers.teacher import Precision, Teacher
+from fkd_ssl.teachers.torchvision_models import PRETRAINED
+from fkd_ssl.teachers.wrap import wrap
+
+
+def load_timm(model: str, layer: str | None, checkpoint: str | Path | None, *, precision: Precision = "fp32") -> Teacher:
+    """A network of timm without its classifier, or up to `layer`.
+
+    Vision transformers are built so that they take other sizes than their own, if timm knows how.
+
+    Args:
+        model: A name of timm's, with or without the tag of its weights.
+        layer: Of `named_modules`; None for timm's own pooled features (`num_classes=0`).
+        checkpoint: A state_dict in timm's layout or in one that timm itself converts (as DINOv2's own), or `pretrained`:
+            timm then downloads the weights of the tag and reads them without unpickling anything.
+        precision: Arithmetic of the forward.
+
+    Raises:
+        RequestError: timm is not installed, or there is no such model, layer or checkpoint, or none was given.
+        CheckpointError: The checkpoint is another network's.
+        FkdError: The download failed.
+    """
+    spec = f"timm/{model}"
+    try:
+        import timm
+        from timm.data import resolve_model_data_config
+    except ImportError as error:
+        raise RequestError(f"teacher {spec}: timm is not installed ({error}): pip install 'fkd_ssl[timm]'") from error
+    if not timm.is_model(model):
+        names = timm.list_models()
+        raise RequestError(f"teacher {spec}: timm has no such model{did_you_mean(model.partition('.')[0], names)}")
+    network = _build(timm, model, spec)
+    config, about = resolve_model_data_config(network), network.pretrained_cfg
+    pixels = int(config["input_size"][-1])
+    place = about.get("url") or about.get("hf_hub_id") or "nowhere that timm knows of"
+    if checkpoint is None:
+        raise RequestError(
+            f"teacher {spec}: --checkpoint is needed: a file of its state_dict, or {PRETRAINED}, which lets timm download "
+            f"its weights (from {place}, licence {about.get('license') or 'not stated'})"
+        )
+    if str(checkpoint) == PRETRAINED:
+        network = _build(timm, model, spec, pretrained=True)
+        name, digest = PRETRAINED, files.weights_digest(network)
+    else:
+        saved, digest = files.read(checkpoint)
+        name = Path(checkpoint).name
+        weights = _converted(network, files.weights_of(saved, str(checkpoint)), about.get("classifier"), str(checkpoint))
+        files.load_into(network, weights, f"{checkpoint}: not the state_dict of {spec}")
+    return wrap(
+        network if layer is None else AtLayer(network, layer, spec),
+        name=model if layer is None else f"{model}-{layer}",
+        network=f"{model} of timm, {layer or 'pooled features'}; trained on {config['interpolation']} {pixels} px",
+        source=spec,
+        pixels=pixels,
+        probe=min(pixels, 224) if getattr(network, "dynamic_img_size", False) else pixels,  # at 518 px it would take minutes
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+        licence=about.get("license") or "not stated",
+        checkpoint=name,
+        checkpoint_sha256=digest,
+        precision=precision,
+    )
+
+
+def _build(timm: Any, model: str, spec: str, *, pretrained: bool = False) -> Any:
+    options: dict[str, Any] = {"pretrained": pretrained, "num_classes": 0}
+    try:
+        with torch.random.fork_rng(devices=[]):
+            try:
+                return timm.create_model(model, **options, dynamic_img_size=True)
+            except TypeError:  # most networks need no such option
+                return timm.create_model(model, **options)
+    except Exception as error:  # whatever its downloader raises
+        if not pretrained:
+            raise RequestError(f"teacher {spec}: timm cannot make it: {type(error).__name__}: {error}") from error
+        raise FkdError(
+            f"teacher {spec}: timm could not download its weights: {type(error).__name__}: {error}. Without a network: get "
+            "the file by any other way and pass it as --checkpoint"
+        ) from error
+
+
+def _converted(network: nn.Module, weights: dict[str, Tensor], classifier: Any, where: str) -> dict[str, Tensor]:
+    """The weights without the classifier's, in the network's own names if timm knows how to convert them."""
+    wanted = network.state_dict()
+    heads = tuple(f"{name}." for name in ((classifier,) if isinstance(classifier, str) else classifier or ()))
+
+    def headless(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {key: value for key, value in state.items() if key in wanted or not (heads and key.startswith(heads))}
+
+    kept = headless(weights)
+    convert = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)  # timm's convention
+    if convert is None or all(key in wanted and wanted[key].shape == value.shape for key, value in kept.items()):
+        return kept
+    try:
+        return headless(convert(weights, network))
+    except Exception as error:  # it expects other layouts than this one
+        raise CheckpointError(f"{where}: timm cannot convert it: {type(error).__name__}: {error}") from error

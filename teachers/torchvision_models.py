@@ -1,0 +1,95 @@
+"""torchvision's classifiers as teachers: `torchvision/NAME`, with the mean, std and size of its own weights."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fkd_ssl.errors import FkdError, RequestError, did_you_mean
+from fkd_ssl.teachers import checkpoint as files
+from fkd_ssl.teachers.layers import AtLayer
+from fkd_ssl.teachers.teacher import Precision, Teacher
+from fkd_ssl.teachers.wrap import wrap
+
+PRETRAINED = "pretrained"
+"""What --checkpoint says where a library is to download its own weights."""
+
+
+def load_torchvision(model: str, layer: str | None, checkpoint: str | Path | None, *, precision: Precision = "fp32") -> Teacher:
+    """A classifier without its last linear layer, or up to `layer`.
+
+    Args:
+        model: A name that torchvision.models.list_models gives.
+        layer: Of `named_modules`; None for what its last linear layer is given.
+        checkpoint: A state_dict of the whole classifier, or `pretrained`: torchvision then downloads its default weights,
+            checks their hash and reads them without unpickling anything.
+        precision: Arithmetic of the forward.
+
+    Raises:
+        RequestError: There is no such model, layer or checkpoint, or none was given.
+        CheckpointError: The checkpoint is another network's.
+        FkdError: The download failed.
+    """
+    from torchvision import models
+
+    spec = f"torchvision/{model}"
+    names = models.list_models(module=models)
+    if model not in names:
+        raise RequestError(f"teacher {spec}: torchvision has no such classifier{did_you_mean(model, names)}")
+    weights = models.get_model_weights(model).DEFAULT
+    seen = weights.transforms()
+    pixels = int(seen.crop_size[0])
+    if checkpoint is None:
+        raise RequestError(
+            f"teacher {spec}: --checkpoint is needed: a file of its state_dict, or {PRETRAINED}, which lets torchvision "
+            f"download {weights.url}"
+        )
+    # what torchvision itself sets when it builds them for these weights
+    extra: dict[str, Any] = {"image_size": pixels} if model.startswith("vit_") else {}
+    if model in ("googlenet", "inception_v3"):
+        extra = {"transform_input": True, "aux_logits": True, "init_weights": False}
+    with torch.random.fork_rng(devices=[]):
+        network = models.get_model(model, weights=None, **extra)
+    name, digest = load_weights(network, checkpoint, spec, lambda: _download(weights, spec))
+    source = f"{spec} ({type(weights).__name__}.{weights.name})" if checkpoint == PRETRAINED else spec
+    if layer is None:
+        last = next((key for key, part in reversed(list(network.named_modules())) if isinstance(part, nn.Linear)), None)
+        if last is None:
+            raise RequestError(f"teacher {spec}: its classifier is no linear layer: name the layer, {spec}@LAYER")
+        network.set_submodule(last, nn.Identity())
+    else:
+        network = AtLayer(network, layer, spec)
+    return wrap(
+        network,
+        name=model if layer is None else f"{model}-{layer}",
+        network=f"{model} of torchvision, {layer or 'pooled features'}; trained on {seen.interpolation.value} {pixels} px",
+        source=source,
+        pixels=pixels,
+        mean=tuple(seen.mean),
+        std=tuple(seen.std),
+        checkpoint=name,
+        checkpoint_sha256=digest,
+        precision=precision,
+    )
+
+
+def load_weights(network: nn.Module, checkpoint: str | Path, spec: str, download: Any) -> tuple[str, str]:
+    """Puts a file's weights into `network`, or what `download()` gives for `pretrained`; returns their name and digest."""
+    if str(checkpoint) == PRETRAINED:
+        files.load_into(network, download(), f"{spec}: its own weights")
+        return PRETRAINED, files.weights_digest(network)
+    saved, digest = files.read(checkpoint)
+    files.load_into(network, files.weights_of(saved, str(checkpoint)), f"{checkpoint}: not the state_dict of {spec}")
+    return Path(checkpoint).name, digest
+
+
+def _download(weights: Any, spec: str) -> dict[str, torch.Tensor]:
+    try:
+        state: dict[str, torch.Tensor] = weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
+    except Exception as error:  # whatever its downloader raises
+        raise FkdError(
+            f"teacher {spec}: torchvision could not download its weights: {type(error).__name__}: {error}. Without a network: "
+            f"download {weights.url} by any other way and pass the file as --checkpoint"
+        ) from error
+    return state

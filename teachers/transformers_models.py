@@ -1,0 +1,108 @@
+"""Vision models of Hugging Face transformers, from a local folder that `save_pretrained` wrote."""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from fkd_ssl.errors import CheckpointError, RequestError
+from fkd_ssl.teachers import checkpoint
+from fkd_ssl.teachers.presets import Rgb
+from fkd_ssl.teachers.teacher import Teacher
+from fkd_ssl.teachers.wrap import wrap
+
+
+def load_transformers(path: str | Path, *, name: str = "transformers", **about: Any) -> Teacher:
+    """The pooled output of the vision model in a folder, with the mean, std and size of its image processor.
+
+    Nothing is downloaded, no code in the folder is run, and weights are read from safetensors alone. Where a model has a
+    pooler and the folder lacks its weights (as DINO's), the class token stands for it.
+
+    Args:
+        path: Folder with config.json, model.safetensors and preprocessor_config.json.
+        name: Of the column.
+        **about: As Teacher takes it.
+
+    Raises:
+        RequestError: transformers is not installed, or there is no such folder.
+        CheckpointError: It holds no vision model, or lacks weights.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise RequestError(f"{path}: {'a file' if path.exists() else 'not there'}; transformers takes the folder of a model")
+    try:
+        from transformers import AutoImageProcessor, AutoModel
+        from transformers.utils import logging
+    except ImportError as error:
+        raise RequestError(f"transformers is not installed ({error}): pip install 'fkd_ssl[transformers]'") from error
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # what is missing is judged here
+    options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    try:
+        model, info = AutoModel.from_pretrained(path, use_safetensors=True, output_loading_info=True, **options)
+        processor = AutoImageProcessor.from_pretrained(path, **options).to_dict()
+    except Exception as error:  # whatever a foreign folder makes it raise
+        line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise CheckpointError(f"{path}: transformers cannot read it as a vision model in safetensors: {line}") from error
+    finally:
+        logging.set_verbosity(verbosity)
+    if model.main_input_name != "pixel_values":
+        raise CheckpointError(f"{path}: a {type(model).__name__} takes {model.main_input_name}, expected a model of images")
+    lacks = sorted(info["missing_keys"])
+    unpooled = bool(lacks) and all(key.startswith("pooler.") for key in lacks)
+    wrong = {"missing": [] if unpooled else lacks, "misshapen": sorted(map(str, info["mismatched_keys"]))}
+    checkpoint.refuse_keys(wrong, str(path))
+    mean, std, pixels = _preprocessing(processor, str(path))
+    features = "class token" if unpooled else "pooled output"
+    return wrap(
+        _Pooled(model.float(), class_token=unpooled),
+        name=name,
+        network=f"{type(model).__name__} of transformers, {features}",
+        source=str(path.name),
+        pixels=pixels,
+        mean=mean,
+        std=std,
+        checkpoint=path.name,
+        checkpoint_sha256=checkpoint.weights_digest(model),
+        **about,
+    )
+
+
+class _Pooled(nn.Module):
+    """[B, 3, H, W] to [B, F]."""
+
+    def __init__(self, model: Any, *, class_token: bool) -> None:
+        super().__init__()
+        self.model = model
+        self.class_token = class_token
+        takes = inspect.signature(model.forward).parameters
+        self.options = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in takes else {}
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Features of normalised floats."""
+        output = self.model(pixel_values=images, **self.options)
+        if self.class_token:
+            token: Tensor = output.last_hidden_state[:, 0]
+            return token
+        pooled = output.get("pooler_output")
+        if pooled is None:
+            raise ValueError("it has no pooled output: give it as module:function")
+        vector: Tensor = pooled.flatten(1)
+        return vector
+
+
+def _preprocessing(processor: dict[str, Any], where: str) -> tuple[Rgb, Rgb, int]:
+    """Mean, std and side of the crops that an image processor makes."""
+    scale = processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 1
+    if abs(scale * 255 - 1) > 1e-6:
+        raise CheckpointError(f"{where}: its image processor scales pixels by {scale}, expected 1/255")
+    size = processor.get("crop_size") if processor.get("do_center_crop") else processor.get("size")
+    side = next((size[key] for key in ("height", "shortest_edge") if size.get(key)), None) if isinstance(size, dict) else size
+    if not isinstance(side, int):
+        raise CheckpointError(f"{where}: cannot tell the size of its image processor's crops: {size}")
+    if not processor.get("do_normalize", True):
+        return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), side
+    red, green, blue = (float(value) for value in processor["image_mean"])
+    r, g, b = (float(value) for value in processor["image_std"])
+    return (red, green, blue), (r, g, b), side

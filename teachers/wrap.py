@@ -1,0 +1,40 @@
+"""A Teacher around any network that maps floats to one vector an image."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from fkd_ssl.errors import FkdError
+from fkd_ssl.teachers.teacher import Teacher
+
+
+def wrap(module: nn.Module, *, name: str, source: str, pixels: int, probe: int | None = None, **about: Any) -> Teacher:
+    """A Teacher whose embedding is the module's own output, normalised; D is found by a forward of zeros.
+
+    Args:
+        module: Normalised floats [B, 3, H, W] to [B, D].
+        name: Of the column.
+        source: What the user called it by; errors begin with it.
+        pixels: Its native size.
+        probe: Side of the zeros, if not the native size.
+        **about: As Teacher takes it.
+
+    Raises:
+        FkdError: The module does not take [2, 3, probe, probe] floats to one tensor [2, D].
+    """
+    module.eval()
+    side = probe or pixels
+    try:
+        with torch.inference_mode():
+            output = module(torch.zeros(2, 3, side, side))
+            dim = int(output.shape[1]) if isinstance(output, torch.Tensor) and output.ndim == 2 and len(output) == 2 else 0
+    except Exception as error:  # one's own code may raise anything
+        raise FkdError(
+            f"teacher {source}: fails on [2, 3, {side}, {side}] floats: {type(error).__name__}: {error}; it must map "
+            "them to [2, D]"
+        ) from error
+    if not dim:
+        found = list(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+        raise FkdError(f"teacher {source}: gives {found} for [2, 3, {side}, {side}] floats, expected one tensor [2, D]")
+    return Teacher(module, nn.Identity(), name=name, dim=dim, pixels=pixels, source=source, **about)
