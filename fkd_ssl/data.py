@@ -2,12 +2,14 @@
 
 import hashlib
 from abc import abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from fkd_ssl.crops import Recipe, Records, draw, image_key, replay_into
@@ -17,6 +19,7 @@ from fkd_ssl.store import Store
 
 Batch = dict[str, Any]
 Index = int | tuple[int, int]  # an image, or a pass and an image
+Targets = Tensor | dict[str, Tensor]  # of one teacher, or of several by name
 
 
 class Crops(Dataset[Batch]):
@@ -40,7 +43,8 @@ class Crops(Dataset[Batch]):
     def __getitem__(self, index: Index) -> Batch:
         """One image.
 
-        `images` uint8 [M, 3, P, P], `targets` float32 [M, D] if stored, `label` and `path`.
+        `images` uint8 [M, 3, P, P], `targets` float32 [M, D] if stored (of several teachers a dict of such, by name), `label`
+        and `path`.
         """
         pass_, i = index if isinstance(index, tuple) else (0, index)
         if not 0 <= i < len(self):
@@ -52,8 +56,8 @@ class Crops(Dataset[Batch]):
 
         Returns:
             Its `batch` has `images` uint8 [B M, 3, P, P] in channels-last memory, the crops of an image side by side;
-            `targets` float32 [B M, D] if stored; `teacher_images` if the teacher's size is another; `labels` int64 [B];
-            `paths`.
+            `targets` float32 [B M, D] if stored, or a dict of such by teacher; `teacher_images` if the teacher's size is
+            another; `labels` int64 [B]; `paths`.
 
         Raises:
             ImageError: An image is missing, unreadable or changed; the message names it.
@@ -81,13 +85,13 @@ class Crops(Dataset[Batch]):
             batch["teacher_images"] = torch.from_numpy(teacher_views).permute(0, 3, 1, 2)
         targets = self._targets(pairs)
         if targets is not None:
-            batch["targets"] = torch.from_numpy(targets)
+            batch["targets"] = targets
         return Samples(batch, m)
 
     def _read(self, i: int) -> UInt8Array:
         return decode(read_bytes(self._file(i)), self._file(i))
 
-    def _targets(self, pairs: list[tuple[int, int]]) -> npt.NDArray[np.float32] | None:
+    def _targets(self, pairs: list[tuple[int, int]]) -> Targets | None:
         return None
 
     @abstractmethod
@@ -105,7 +109,7 @@ class Crops(Dataset[Batch]):
 
 
 class StoredCrops(Crops):
-    """The crops of a store, with one teacher's targets.
+    """The crops of a store, with the targets of one teacher or of several.
 
     Pass p reads crops (start + p M + 0..M-1) mod C of an image, start a hash of the seed and the image: every crop is
     used before any is used twice.
@@ -115,13 +119,15 @@ class StoredCrops(Crops):
         images: The folder of images, or a scanned set; it may hold more than the store.
         crops_per_image: M.
         pixels: P, the side of the crops; it need not be what the teacher saw.
-        teacher: Name of the column; not needed where there is only one.
+        teacher: Name of the column; not needed where there is only one. A list of names gives `targets` as a dict of float32
+            [M, D] by name, in the list's order.
         seed: Of the starts.
         with_targets: False gives the crops alone, for a teacher that runs online on them.
         teacher_pixels: Side at which the crops are made once more, for a teacher that runs online.
 
     Raises:
-        StoreError: The column is unknown or not finished, or an image of the store is missing from the folder.
+        StoreError: A column is unknown or not finished, or an image of the store is missing from the folder.
+        RequestError: A column is named twice, or crops_per_image is more than the store holds.
     """
 
     def __init__(
@@ -131,16 +137,20 @@ class StoredCrops(Crops):
         *,
         crops_per_image: int = 4,
         pixels: int = 224,
-        teacher: str | None = None,
+        teacher: str | Sequence[str] | None = None,
         seed: int = 0,
         with_targets: bool = True,
         teacher_pixels: int | None = None,
     ) -> None:
         found = images if isinstance(images, ImageSet) else scan(images)
         self.store = store
-        self.column = store.column(teacher) if with_targets else None
-        if self.column is not None:
-            self.column.require_complete()
+        names = [teacher] if teacher is None or isinstance(teacher, str) else list(teacher)
+        if len(set(names)) != len(names):
+            raise RequestError(f"teacher {', '.join(map(str, names))}: a column is named twice")
+        self.columns = [store.column(name) for name in names] if with_targets else []
+        self.by_name = teacher is not None and not isinstance(teacher, str)
+        for column in self.columns:
+            column.require_complete()
         if crops_per_image > store.crops_per_image:
             raise RequestError(
                 f"crops_per_image {crops_per_image}: {store.folder} holds {store.crops_per_image} crops of each image"
@@ -179,11 +189,15 @@ class StoredCrops(Crops):
     def _records(self, pass_: int, i: int, height: int, width: int) -> Records:
         return self.store.crops(int(self._rows[i]), self._index(pass_, i))
 
-    def _targets(self, pairs: list[tuple[int, int]]) -> npt.NDArray[np.float32] | None:
-        if self.column is None:
+    def _targets(self, pairs: list[tuple[int, int]]) -> Targets | None:
+        if not self.columns:
             return None
-        codes = [self.column.codes(int(self._rows[i]), self._index(pass_, i)) for pass_, i in pairs]
-        return self.column.codec.decode(np.concatenate(codes))
+        where = [(int(self._rows[i]), self._index(pass_, i)) for pass_, i in pairs]
+        targets = {
+            column.name: torch.from_numpy(column.codec.decode(np.concatenate([column.codes(*place) for place in where])))
+            for column in self.columns
+        }
+        return targets if self.by_name else targets[self.columns[0].name]
 
     def _file(self, i: int) -> Path:
         return self.root / self._spelled.get(i, self._path(i))
@@ -244,9 +258,17 @@ class Samples(list[Batch]):
         m = crops_per_image
         stacked = [key for key in ("images", "teacher_images", "targets") if key in batch]
         super().__init__(
-            {**{key: batch[key][k * m : (k + 1) * m] for key in stacked}, "label": int(batch["labels"][k]), "path": path}
+            {
+                **{key: _rows_of(batch[key], slice(k * m, (k + 1) * m)) for key in stacked},
+                "label": int(batch["labels"][k]),
+                "path": path,
+            }
             for k, path in enumerate(batch["paths"])
         )
+
+
+def _rows_of(stacked: Targets, rows: slice) -> Targets:
+    return {name: part[rows] for name, part in stacked.items()} if isinstance(stacked, dict) else stacked[rows]
 
 
 def whole_batch(samples: Any) -> Batch:

@@ -244,6 +244,7 @@ class TestResume:
             "from pathlib import Path\n"
             "import fkd_ssl\n"
             "from fkd_ssl.data import StoredCrops\n"
+            "from fkd_ssl.objectives import TargetInfo\n"
             "from fkd_ssl.training import recorder\n"
             "from fkd_ssl.training.config import TrainConfig\n"
             "from fkd_ssl.training.engine import train\n"
@@ -255,7 +256,7 @@ class TestResume:
             "    if step == 5: os._exit(9)\n"
             "recorder.Recorder._append = dying\n"
             "data = StoredCrops(fkd_ssl.open_store(config.store), config.images, crops_per_image=2, pixels=32)\n"
-            "train(config, data, Path(config.out), dim=16)\n"
+            "train(config, data, Path(config.out), targets=[TargetInfo(name='tiny', dim=16)])\n"
         )
         done = subprocess.run(
             [sys.executable, "-c", script], capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}
