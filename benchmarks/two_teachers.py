@@ -48,6 +48,7 @@ def main() -> None:
         f"teacher {arm}": [score(f"teacher:{family} --checkpoint {teachers[family]}", images, args.val, out / f"teacher_{arm}")]
         for arm, family in (("A", "mocov2"), ("B", "swav"))
     }
+    scores["untrained"] = [untrained(seed, images, args.val, out / f"untrained-seed{seed}") for seed in range(args.seeds)]
     for arm, options in ARMS.items():
         runs = [out / f"{arm.replace(', ', '_')}-seed{seed}" for seed in range(args.seeds)]
         for seed, run in enumerate(runs):
@@ -91,6 +92,34 @@ def score(model: str, images: Path, val: Path, folder: Path) -> dict[str, float]
             "linear": json.loads(say(f"linear {common} --protocol logreg")),
         }
         kept.write_text(json.dumps({name: answer["top1"] for name, answer in answers.items()}) + "\n")
+    scores: dict[str, float] = json.loads(kept.read_text())
+    return scores
+
+
+def untrained(seed: int, images: Path, val: Path, folder: Path) -> dict[str, float]:
+    """The same scores of the student as training starts from it."""
+    import torch
+
+    from fkd_ssl.eval import knn, logreg
+    from fkd_ssl.eval.features import extract_split
+    from fkd_ssl.images import scan
+    from fkd_ssl.students import Student
+
+    folder.mkdir(exist_ok=True)
+    kept = folder / "scores.json"
+    if not kept.exists():
+        torch.manual_seed(seed)
+        student = Student("mobilenet_v3_small", 128).eval()
+        split = extract_split(student.features, scan(images), scan(val), pixels=64, workers=1)
+        common: dict[str, Any] = {
+            "train_features": split.train_features,
+            "train_labels": split.train_labels,
+            "features": split.features,
+            "labels": split.labels,
+            "num_classes": len(split.classes),
+        }
+        top1 = {"knn": knn.evaluate_features(k=20, **common)["top1"], "linear": logreg.evaluate(**common)["top1"]}
+        kept.write_text(json.dumps(top1) + "\n")
     scores: dict[str, float] = json.loads(kept.read_text())
     return scores
 

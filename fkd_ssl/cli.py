@@ -18,7 +18,7 @@ from fkd_ssl.errors import FkdError, RequestError, did_you_mean
 VERBS = {
     "demo": "the whole job on an embedded image set, in minutes, nothing downloaded",
     "teachers": "known teachers: network, target, source, licence",
-    "pretrain": "train a MoCo v2 teacher on a folder of images (lightly)",
+    "pretrain": "train a MoCo v2 or SwAV teacher on a folder of images (lightly)",
     "precompute": "run a teacher once over stored crops of every image",
     "inspect": "what a store holds",
     "verify": "check a store: every file, its images, a sample of its targets",
