@@ -31,32 +31,33 @@ def main() -> None:
     parser.add_argument("--val", type=Path, required=True)
     parser.add_argument("--a", type=Path, required=True, help="teacher A's checkpoint, in MoCo's layout")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--per-class", type=int, default=100, help="images of each class, linked into a folder")
+    parser.add_argument("--per-class", type=int, default=200, help="images of each class, linked into a folder")
+    parser.add_argument("--pretrain", default="", help="further options of SwAV's pretraining, in one string")
     parser.add_argument("--crops", type=int, default=10)
     parser.add_argument("--seeds", type=int, default=1)
     args = parser.parse_args()
     out: Path = args.out
     images = subset(args.images, out / "images", args.per_class)
-    say(f"pretrain --config {CONFIGS / 'pretrain_swav_resnet18.yaml'} --images {images} --out {out / 'swav'}")
+    say(f"pretrain --config {CONFIGS / 'pretrain_swav_resnet18.yaml'} --images {images} --out {out / 'swav'} {args.pretrain}")
     teachers = {"mocov2": args.a, "swav": out / "swav" / "checkpoint.pth.tar"}
     for family, checkpoint in teachers.items():
         say(
             f"precompute --images {images} --store {out / 'store'} --teacher {family} --checkpoint {checkpoint} --pixels 64 "
             f"--crops {args.crops}"
         )
-    scores = {
-        f"teacher {arm}": [score(f"teacher:{family} --checkpoint {teachers[family]}", images, args.val, out / f"teacher_{arm}")]
-        for arm, family in (("A", "mocov2"), ("B", "swav"))
-    }
-    scores["untrained"] = [untrained(seed, images, args.val, out / f"untrained-seed{seed}") for seed in range(args.seeds)]
+    scores: dict[str, list[dict[str, float]]] = {}
+    for arm, (family, checkpoint) in zip("AB", teachers.items(), strict=True):
+        scores[f"teacher {arm}"] = [score(f"teacher:{family}", checkpoint, images, args.val, out / f"teacher_{arm}")]
+    seeds = range(args.seeds)
+    scores["untrained"] = [score(f"untrained{seed}", None, images, args.val, out / f"untrained-seed{seed}") for seed in seeds]
     for arm, options in ARMS.items():
-        runs = [out / f"{arm.replace(', ', '_')}-seed{seed}" for seed in range(args.seeds)]
+        runs = [out / f"{arm.replace(', ', '_')}-seed{seed}" for seed in seeds]
         for seed, run in enumerate(runs):
             say(
                 f"train --config {CONFIGS / 'two_teachers_mobilenet_v3_small.yaml'} --images {images} --store {out / 'store'} "
                 f"--out {run} --seed {seed} {options}"
             )
-        scores[arm] = [score(str(run), images, args.val, run) for run in runs]
+        scores[f"student of {arm}"] = [score(str(run), None, images, args.val, run) for run in runs]
     (out / "table.json").write_text(json.dumps(scores, indent=2) + "\n")
     print(table(scores, args.seeds))
     print(f"\n{platform.machine()}, Python {platform.python_version()}; versions: results.json of each run")
@@ -73,33 +74,20 @@ def subset(source: Path, folder: Path, per_class: int) -> Path:
     return folder
 
 
-def say(line: str) -> str:
-    """Runs a command of fkd-ssl and returns what it prints on standard output."""
+def say(line: str) -> None:
+    """Runs a command of fkd-ssl."""
     print(f"fkd-ssl {line}", file=sys.stderr, flush=True)
-    return subprocess.run(
-        [sys.executable, "-m", "fkd_ssl", *line.split()], stdout=subprocess.PIPE, text=True, check=True
-    ).stdout
+    subprocess.run([sys.executable, "-m", "fkd_ssl", *line.split()], stdout=subprocess.DEVNULL, check=True)
 
 
-def score(model: str, images: Path, val: Path, folder: Path) -> dict[str, float]:
-    """KNN and linear top-1 in percent at 64 px; kept in `folder`, so that no model is scored twice."""
-    folder.mkdir(exist_ok=True)
-    kept = folder / "scores.json"
-    if not kept.exists():
-        common = f"--model {model} --train {images} --val {val} --pixels 64 --json"
-        answers: dict[str, Any] = {
-            "knn": json.loads(say(f"knn {common}")),
-            "linear": json.loads(say(f"linear {common} --protocol logreg")),
-        }
-        kept.write_text(json.dumps({name: answer["top1"] for name, answer in answers.items()}) + "\n")
-    scores: dict[str, float] = json.loads(kept.read_text())
-    return scores
+def score(name: str, checkpoint: Path | None, images: Path, val: Path, folder: Path) -> dict[str, float]:
+    """Top-1 in percent, by kNN and linear probe at 64 px, of a run, a teacher, or the student as training starts from it.
 
-
-def untrained(seed: int, images: Path, val: Path, folder: Path) -> dict[str, float]:
-    """The same scores of the student as training starts from it."""
+    They are kept in `folder`, so that no model is scored twice.
+    """
     import torch
 
+    from fkd_ssl.commands.resolve import model_of
     from fkd_ssl.eval import knn, logreg
     from fkd_ssl.eval.features import extract_split
     from fkd_ssl.images import scan
@@ -108,9 +96,13 @@ def untrained(seed: int, images: Path, val: Path, folder: Path) -> dict[str, flo
     folder.mkdir(exist_ok=True)
     kept = folder / "scores.json"
     if not kept.exists():
-        torch.manual_seed(seed)
-        student = Student("mobilenet_v3_small", 128).eval()
-        split = extract_split(student.features, scan(images), scan(val), pixels=64, workers=1)
+        print(f"scoring {name}", file=sys.stderr, flush=True)
+        if name.startswith("untrained"):
+            torch.manual_seed(int(name.removeprefix("untrained")))
+            features = Student("mobilenet_v3_small", 128).eval().features
+        else:
+            features = model_of(name, None if checkpoint is None else str(checkpoint)).features
+        split = extract_split(features, scan(images), scan(val), pixels=64, workers=1, progress=False)
         common: dict[str, Any] = {
             "train_features": split.train_features,
             "train_labels": split.train_labels,
@@ -118,7 +110,10 @@ def untrained(seed: int, images: Path, val: Path, folder: Path) -> dict[str, flo
             "labels": split.labels,
             "num_classes": len(split.classes),
         }
-        top1 = {"knn": knn.evaluate_features(k=20, **common)["top1"], "linear": logreg.evaluate(**common)["top1"]}
+        top1 = {
+            "knn": knn.evaluate_features(k=20, **common)["top1"],
+            "linear": logreg.evaluate(progress=False, **common)["top1"],
+        }
         kept.write_text(json.dumps(top1) + "\n")
     scores: dict[str, float] = json.loads(kept.read_text())
     return scores
@@ -126,7 +121,7 @@ def untrained(seed: int, images: Path, val: Path, folder: Path) -> dict[str, flo
 
 def table(scores: dict[str, list[dict[str, float]]], seeds: int) -> str:
     """The scores as a table in Markdown: mean over seeds, and the deviation where there are several."""
-    lines = [f"{seeds} seed{'s' if seeds > 1 else ''}\n", "| targets of | kNN top-1 | linear top-1 |", "|---|---|---|"]
+    lines = [f"{seeds} seed{'s' if seeds > 1 else ''}\n", "| model | kNN top-1 | linear top-1 |", "|---|---|---|"]
     for name, runs in scores.items():
         cells = []
         for probe in ("knn", "linear"):
