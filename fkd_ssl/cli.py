@@ -18,7 +18,7 @@ from fkd_ssl.errors import FkdError, RequestError, did_you_mean
 VERBS = {
     "demo": "the whole job on an embedded image set, in minutes, nothing downloaded",
     "teachers": "known teachers: network, target, source, licence; `teachers fetch NAME` downloads one",
-    "pretrain": "train a MoCo v2 teacher on a folder of images (lightly)",
+    "pretrain": "train a MoCo v2 or SwAV teacher on a folder of images (lightly)",
     "cache": "a smaller copy of a folder of images, for training on small crops",
     "plan": "bytes, hours and break-even of a precompute, before it; writes nothing",
     "precompute": "run a teacher once over stored crops of every image",

@@ -10,6 +10,7 @@ from typing import Any, overload
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset, get_worker_info
 
 from fkd_ssl.crops import Recipe, Records, draw, image_key, replay_into
@@ -19,6 +20,7 @@ from fkd_ssl.store import Store
 
 Batch = dict[str, Any]
 Index = int | tuple[int, int]  # an image, or a pass and an image
+Targets = Tensor | dict[str, Tensor]  # of one teacher, or of several by name
 
 
 class Crops(Dataset[Batch]):
@@ -51,7 +53,8 @@ class Crops(Dataset[Batch]):
     def __getitem__(self, index: Index) -> Batch:
         """One image.
 
-        `images` uint8 [M, 3, P, P], `targets` float32 [M, D] if stored, `label` and `path`.
+        `images` uint8 [M, 3, P, P], `targets` float32 [M, D] if stored (of several teachers a dict of such, by name), `label`
+        and `path`.
         """
         pass_, i = index if isinstance(index, tuple) else (0, index)
         if not 0 <= i < len(self):
@@ -63,8 +66,8 @@ class Crops(Dataset[Batch]):
 
         Returns:
             Its `batch` has `images` uint8 [B M, 3, P, P] in channels-last memory, the crops of an image side by side;
-            `targets` float32 [B M, D] if stored; `teacher_images` if the teacher's size is another; `labels` int64 [B];
-            `paths`; `unreadable`, what was skipped and why.
+            `targets` float32 [B M, D] if stored, or a dict of such by teacher; `teacher_images` if the teacher's size is
+            another; `labels` int64 [B]; `paths`; `unreadable`, what was skipped and why.
 
         Raises:
             ImageError: An image is missing, unreadable or changed, and they are not skipped, or no image of the batch
@@ -95,7 +98,7 @@ class Crops(Dataset[Batch]):
             batch["teacher_images"] = large.permute(0, 3, 1, 2)
         targets = self._targets(pairs)
         if targets is not None:
-            batch["targets"] = torch.from_numpy(targets)
+            batch["targets"] = targets
         return Samples(batch, m)
 
     def _replay(self, pass_: int, i: int, arrays: list[UInt8Array]) -> None:
@@ -125,7 +128,7 @@ class Crops(Dataset[Batch]):
     def _read(self, i: int, path: str) -> UInt8Array:
         return decode(read_bytes(path), path)
 
-    def _targets(self, pairs: list[tuple[int, int]]) -> npt.NDArray[np.float32] | None:
+    def _targets(self, pairs: list[tuple[int, int]]) -> Targets | None:
         return None
 
     @abstractmethod
@@ -143,7 +146,7 @@ class Crops(Dataset[Batch]):
 
 
 class StoredCrops(Crops):
-    """The crops of a store, with one teacher's targets.
+    """The crops of a store, with the targets of one teacher or of several.
 
     Pass p reads crops (start + p M + 0..M-1) mod C of an image, start a hash of the seed and the image: every crop is
     used before any is used twice.
@@ -153,7 +156,8 @@ class StoredCrops(Crops):
         images: The folder of images, or a scanned set; it may hold more than the store.
         crops_per_image: M.
         pixels: P, the side of the crops; it need not be what the teacher saw.
-        teacher: Name of the column; not needed where there is only one.
+        teacher: Name of the column; not needed where there is only one. A list of names gives `targets` as a dict of float32
+            [M, D] by name, in the list's order.
         seed: Of the starts.
         with_targets: False gives the crops alone, for a teacher that runs online on them.
         teacher_pixels: Side at which the crops are made once more, for a teacher that runs online.
@@ -164,7 +168,8 @@ class StoredCrops(Crops):
         skip_unreadable: An image that cannot be read is replaced by another one of its batch, and counted.
 
     Raises:
-        StoreError: The column is unknown or not finished, or an image of the store is missing from the folder.
+        StoreError: A column is unknown or not finished, or an image of the store is missing from the folder.
+        RequestError: A column is named twice, or crops_per_image is more than the store holds.
     """
 
     def __init__(
@@ -174,7 +179,7 @@ class StoredCrops(Crops):
         *,
         crops_per_image: int = 4,
         pixels: int = 224,
-        teacher: str | None = None,
+        teacher: str | Sequence[str] | None = None,
         seed: int = 0,
         with_targets: bool = True,
         teacher_pixels: int | None = None,
@@ -184,17 +189,23 @@ class StoredCrops(Crops):
     ) -> None:
         found = images if isinstance(images, ImageSet) else scan(images)
         self.store = store
-        self.column = store.column(teacher) if with_targets else None
-        if self.column is not None and not partial:
-            self.column.require_complete()
-        rows = store.rows if self.column is None else self.column.rows
+        names = [teacher] if teacher is None or isinstance(teacher, str) else list(teacher)
+        if len(set(names)) != len(names):
+            raise RequestError(f"teacher {', '.join(map(str, names))}: a column is named twice")
+        self.columns = [store.column(name) for name in names] if with_targets else []
+        self.by_name = teacher is not None and not isinstance(teacher, str)
+        rows = store.rows
+        for column in self.columns:
+            if not partial:
+                column.require_complete()
+            rows = np.intersect1d(rows, column.rows, assume_unique=True)
         if crops_per_image > store.crops_per_image:
             raise RequestError(
                 f"crops_per_image {crops_per_image}: {store.folder} holds {store.crops_per_image} crops of each image"
             )
         if not len(rows):
             raise StoreError(
-                f"{store.folder}: holds no finished {'crops' if self.column is None else 'targets'}; run fkd-ssl precompute"
+                f"{store.folder}: holds no finished {'targets' if self.columns else 'crops'}; run fkd-ssl precompute"
             )
         self.root: Path = found.root
         self.classes = found.classes
@@ -205,9 +216,8 @@ class StoredCrops(Crops):
         }
         self._rows = rows
         self.seed = seed
-        super().__init__(len(rows), crops_per_image, pixels, teacher_pixels)
         self.scale_boxes = scale_boxes
-        super().__init__(len(store), crops_per_image, pixels, teacher_pixels, skip_unreadable=skip_unreadable)
+        super().__init__(len(rows), crops_per_image, pixels, teacher_pixels, skip_unreadable=skip_unreadable)
 
     def _index(self, pass_: int, i: int) -> slice | npt.NDArray[np.int64]:
         """Which crops a pass reads of an image; a slice, which is read without a copy, unless they wrap around."""
@@ -234,11 +244,15 @@ class StoredCrops(Crops):
             return scaled(records, (int(size["height"]), int(size["width"])), (height, width))
         return records
 
-    def _targets(self, pairs: list[tuple[int, int]]) -> npt.NDArray[np.float32] | None:
-        if self.column is None:
+    def _targets(self, pairs: list[tuple[int, int]]) -> Targets | None:
+        if not self.columns:
             return None
-        codes = [self.column.codes(int(self._rows[i]), self._index(pass_, i)) for pass_, i in pairs]
-        return self.column.codec.decode(np.concatenate(codes))
+        where = [(int(self._rows[i]), self._index(pass_, i)) for pass_, i in pairs]
+        targets = {
+            column.name: torch.from_numpy(column.codec.decode(np.concatenate([column.codes(*place) for place in where])))
+            for column in self.columns
+        }
+        return targets if self.by_name else targets[self.columns[0].name]
 
     def _file(self, i: int) -> str:
         return f"{self.root}/{self._spelled.get(i) or self._path(i)}"
@@ -329,7 +343,7 @@ class Samples(Sequence[Batch]):
             return [self[k] for k in range(*index.indices(len(self)))]
         k, m = range(len(self))[index], self._m
         stacked = [key for key in ("images", "teacher_images", "targets") if key in self.batch]
-        crops: Batch = {key: self.batch[key][k * m : (k + 1) * m] for key in stacked}
+        crops: Batch = {key: _rows_of(self.batch[key], slice(k * m, (k + 1) * m)) for key in stacked}
         return {**crops, "label": int(self.batch["labels"][k]), "path": self.batch["paths"][k]}
 
 
@@ -366,6 +380,10 @@ def _new_views(count: int, pixels: int) -> torch.Tensor:
     # what torch's own default_collate does in a worker; there is no public name for it
     storage: torch.UntypedStorage = torch.UntypedStorage._new_shared(math.prod(shape))  # type: ignore[no-untyped-call]
     return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)
+
+
+def _rows_of(stacked: Targets, rows: slice) -> Targets:
+    return {name: part[rows] for name, part in stacked.items()} if isinstance(stacked, dict) else stacked[rows]
 
 
 def whole_batch(samples: Any) -> Batch:

@@ -7,8 +7,14 @@ from typing import Any
 from fkd_ssl import files
 from fkd_ssl.training.recorder import read_metrics
 
+_LINES = ("-", "--", "-.")  # of several arms of one kind
 _COLOURS = {"stored": "#0b6e4f", "online": "#c1666b", "teacher": "#4a4e69", "untrained": "#9a9a9a"}
 _PROBE_NAMES = {"knn_top1": "kNN", "linear_top1": "linear probe"}
+
+
+def run_name(arm: str, seed: int) -> str:
+    """The folder of an arm's run in a comparison's `runs`."""
+    return f"{arm.replace(':', '-')}-seed{seed}"
 
 
 def write(results: dict[str, Any], folder: Path) -> str:
@@ -45,7 +51,7 @@ def _table(results: dict[str, Any]) -> list[str]:
         "memory |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for name in ("teacher", "online", "stored", "untrained"):
+    for name in [name for kind in ("teacher", "online", "stored", "untrained") for name in _names(results, kind)]:
         arms = [arm for arm in results["arms"] if arm["name"] == name]
         cells = [name, _mean(arms, "knn_top1", "{:.2f}"), _mean(arms, "linear_top1", "{:.2f}")]
         if arms[0]["train_seconds"] is None:
@@ -65,6 +71,12 @@ def _table(results: dict[str, Any]) -> list[str]:
     return lines
 
 
+def _names(results: dict[str, Any], kind: str) -> list[str]:
+    """The arms of one kind: `stored`, or of several teachers `stored:A`, `stored:B`, and last `stored:A+B`."""
+    names = dict.fromkeys(arm["name"] for arm in results["arms"])
+    return [name for name in names if name.partition(":")[0] == kind]
+
+
 def _mean(arms: list[dict[str, Any]], key: str, form: str) -> str:
     values = [arm[key] for arm in arms]
     mean = form.format(statistics.mean(values))
@@ -82,13 +94,20 @@ def _summary(results: dict[str, Any]) -> list[str]:
     for probe, name in _PROBE_NAMES.items():
         d = results["differences"][probe]
         verdict = "equal within 1.5 points" if d["equal"] else "not shown equal within 1.5 points"
+        stored, online = (_names(results, kind)[-1] for kind in ("stored", "online"))
         lines.append(
-            f"- {name}, stored minus online: {d['difference']:+.2f} points, 90 % paired-bootstrap interval "
+            f"- {name}, {stored} minus {online}: {d['difference']:+.2f} points, 90 % paired-bootstrap interval "
             f"{d['low']:+.2f} to {d['high']:+.2f}: {verdict}."
         )
+        for other, gain in results.get("gains", {}).items():
+            g = gain[probe]
+            lines.append(
+                f"- {name}, {stored} minus {other}: {g['difference']:+.2f} points, 90 % paired-bootstrap interval "
+                f"{g['low']:+.2f} to {g['high']:+.2f}."
+            )
     seconds = {
-        name: statistics.mean(arm["train_seconds"] for arm in results["arms"] if arm["name"] == name)
-        for name in ("stored", "online")
+        kind: statistics.mean(arm["train_seconds"] for arm in results["arms"] if arm["name"] == _names(results, kind)[-1])
+        for kind in ("stored", "online")
     }
     lines.append(
         f"- Training on stored targets takes {seconds['stored'] / seconds['online']:.2f} of online's time "
@@ -121,27 +140,29 @@ def _plot(results: dict[str, Any], folder: Path, column: str, label: str, out: P
     for arm in results["arms"]:
         if arm["train_seconds"] is None:
             continue
-        name, colour = arm["name"], _COLOURS[arm["name"]]
+        name, kind = arm["name"], arm["name"].partition(":")[0]
+        names = _names(results, kind)
         lines = [
             line
-            for line in read_metrics(folder / "runs" / f"{name}-seed{arm['seed']}" / "metrics.csv")
+            for line in read_metrics(folder / "runs" / run_name(name, arm["seed"]) / "metrics.csv")
             if line[column] is not None
         ]
         values = [line[column] for line in lines]
         marker = "o" if column == "knn_top1" else None
-        style: dict[str, Any] = {"color": colour, "marker": marker, "markersize": 3, "linewidth": 1.2}
+        style: dict[str, Any] = {"color": _COLOURS[kind], "marker": marker, "markersize": 3, "linewidth": 1.2}
+        style["linestyle"] = _LINES[(len(names) - 1 - names.index(name)) % len(_LINES)]
         first = name if arm["seed"] == 0 else None
         axes[0].plot([line["seconds"] for line in lines], values, label=first, **style)
         axes[1].plot([line["epoch"] for line in lines], values, label=first, **style)
-        if name == "stored":
+        if kind == "stored" and name == names[-1]:
             shifted = [(line["seconds"] or 0) + (results["precompute_seconds"] or 0) for line in lines]
-            with_store = "stored, precomputing first" if first else None
+            with_store = f"{name}, precomputing first" if first else None
             axes[0].plot(shifted, values, label=with_store, **{**style, "linestyle": ":"})
     if column in _PROBE_NAMES:
-        for name in ("teacher", "untrained"):
+        for name in [*_names(results, "teacher"), "untrained"]:
             score = statistics.mean(arm[column] for arm in results["arms"] if arm["name"] == name)
             for axis in axes:
-                axis.axhline(score, color=_COLOURS[name], linestyle="--", linewidth=1, label=name)
+                axis.axhline(score, color=_COLOURS[name.partition(":")[0]], linestyle="--", linewidth=1, label=name)
     else:
         axes[0].set_yscale("log")
     axes[0].set(xlabel="seconds of training", ylabel=label)

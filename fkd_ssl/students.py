@@ -13,21 +13,27 @@ _CLASSIFIERS = ("fc", "classifier", "heads", "head")  # what torchvision's famil
 class Student(nn.Module):
     """A backbone and MoCo v2's projection head: Linear, ReLU, Linear (arXiv 2003.04297, section 3).
 
+    A student of several teachers has a head for each, as in SimReg (arXiv 2201.05131).
+
+    Args:
+        name: Of the backbone, a classifier of torchvision's.
+        dims: D of each teacher's targets.
+
     Attributes:
         backbone: [B, 3, H, W] to features [B, F]; what is kept after training.
-        head: Features [B, F] to [B, D].
+        head: Features [B, F] to the first teacher's [B, D].
+        more_heads: The other teachers'.
         feature_dim: F.
     """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, name: str, dim: int) -> None:
+    def __init__(self, name: str, *dims: int) -> None:
         super().__init__()
         self.backbone, self.feature_dim = make_backbone(name)
-        self.head = nn.Sequential(
-            nn.Linear(self.feature_dim, self.feature_dim), nn.ReLU(inplace=True), nn.Linear(self.feature_dim, dim)
-        )
+        self.head, *more = (make_head(self.feature_dim, dim) for dim in dims)
+        self.more_heads = nn.ModuleList(more)
         self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1) * 255, persistent=False)
 
@@ -37,9 +43,24 @@ class Student(nn.Module):
         features: Tensor = self.backbone((images - self.mean) / self.std)
         return features
 
+    @property
+    def dims(self) -> list[int]:
+        """D of each head."""
+        return [int(head[-1].out_features) for head in (self.head, *self.more_heads)]
+
     def forward(self, images: Tensor) -> Tensor:
-        """L2-normalised embeddings [B, D] of uint8 [B, 3, H, W]."""
+        """L2-normalised embeddings [B, D] of uint8 [B, 3, H, W], by the first head."""
         return F.normalize(self.head(self.features(images)), dim=1)
+
+    def embeddings(self, images: Tensor) -> list[Tensor]:
+        """L2-normalised embeddings [B, D] of uint8 [B, 3, H, W], one for each teacher."""
+        features = self.features(images)
+        return [F.normalize(head(features), dim=1) for head in (self.head, *self.more_heads)]
+
+
+def make_head(features: int, dim: int) -> nn.Sequential:
+    """MoCo v2's projection head, F to D."""
+    return nn.Sequential(nn.Linear(features, features), nn.ReLU(inplace=True), nn.Linear(features, dim))
 
 
 def make_backbone(name: str) -> tuple[nn.Module, int]:

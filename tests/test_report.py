@@ -101,3 +101,24 @@ def test_writing_twice_gives_the_same_page(tmp_path: Path) -> None:
     first = (tmp_path / "report.md").read_bytes()
     report.write(results, tmp_path)
     assert (tmp_path / "report.md").read_bytes() == first
+
+
+def test_two_teachers_have_a_line_for_each_arm_and_what_both_give_over_one(tmp_path: Path) -> None:
+    results = make_results(tmp_path)
+    results["arms"] = [arm("teacher:A", None, 80, 85), arm("teacher:B", None, 40, 45), arm("untrained", 0, 10, 20)]
+    for kind, seconds in (("stored", 40), ("online", 100)):
+        for k, names in enumerate(("A", "B", "A+B")):
+            results["arms"].append(arm(f"{kind}:{names}", 0, 60 + k, 70, seconds + k))
+            run = tmp_path / "runs" / f"{kind}-{names}-seed0"
+            run.mkdir(parents=True)
+            (run / "metrics.csv").write_text(METRICS)
+    gain = {"difference": 2.0, "low": -1.0, "high": 5.0, "equal": False}
+    results["gains"] = {f"stored:{name}": {"knn_top1": gain, "linear_top1": gain} for name in "AB"}
+    text = report.write(results, tmp_path)
+    lines = [line.split(" | ")[0].removeprefix("| ") for line in text.splitlines() if line.startswith("| ")]
+    trained = [f"{kind}:{names}" for kind in ("online", "stored") for names in ("A", "B", "A+B")]
+    assert lines == ["arm", "teacher:A", "teacher:B", *trained, "untrained"]
+    assert "kNN, stored:A+B minus online:A+B: -1.00 points" in text
+    assert "kNN, stored:A+B minus stored:B: +2.00 points, 90 % paired-bootstrap interval -1.00 to +5.00." in text
+    assert f"takes {42 / 102:.2f} of online's time" in text
+    assert (tmp_path / "knn.png").read_bytes().startswith(b"\x89PNG")

@@ -86,3 +86,28 @@ def test_a_name_like_no_other_is_refused_without_a_guess() -> None:
 def test_a_segmentation_network_is_no_student() -> None:
     with pytest.raises(RequestError, match="no such classifier"):
         make_backbone("fcn_resnet50")
+
+
+def test_a_head_for_each_teacher_on_one_backbone() -> None:
+    torch.manual_seed(0)
+    student = Student("squeezenet1_1", 8, 24).eval()
+    images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
+    with torch.no_grad():
+        first, second = student.embeddings(images)
+        torch.testing.assert_close(student(images), first)
+        features = student.features(images)
+        hidden = torch.relu(features @ student.more_heads[0][0].weight.T + student.more_heads[0][0].bias)
+        expected = hidden @ student.more_heads[0][2].weight.T + student.more_heads[0][2].bias
+    torch.testing.assert_close(second, expected / expected.norm(dim=1, keepdim=True))
+    assert (first.shape, second.shape, student.dims) == ((2, 8), (2, 24), [8, 24])
+
+
+def test_a_student_of_one_teacher_is_what_it_was_before_there_could_be_several() -> None:
+    weights = []
+    for dims in ((8,), (8, 24)):
+        torch.manual_seed(3)
+        weights.append(Student("squeezenet1_1", *dims).state_dict())
+    one, two = weights
+    assert {key.partition(".")[0] for key in one} == {"backbone", "head"}
+    assert {key.partition(".")[0] for key in two} == {"backbone", "head", "more_heads"}
+    assert all(torch.equal(value, two[key]) for key, value in one.items())

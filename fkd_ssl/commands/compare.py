@@ -2,7 +2,8 @@
 
 The same student, initial weights, order of images, schedule and epochs, with targets from a
 store or from the teacher itself, over several seeds. Scores teacher, trained and untrained students by kNN and a linear
-probe, and says after how many students the store has paid for itself. Arms that are done are not run again.
+probe, and says after how many students the store has paid for itself. Arms that are done are not run again. Of two
+teachers A,B it compares three trainings in each way: from A, from B, and from both (arms stored:A, stored:B, stored:A+B, ...).
 """
 
 import io
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from fkd_ssl.errors import FkdError, RequestError
-from fkd_ssl.training.config import TrainConfig
+from fkd_ssl.training.config import TrainConfig, checkpoints_of, split
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -42,9 +43,12 @@ class Config:
     val: str
     """Folder of test images in class folders."""
     teacher: str
-    """A family, a preset, torchvision/NAME, timm/NAME, or module:function of your own: fkd-ssl teachers explains them."""
+    """A family, a preset, torchvision/NAME, timm/NAME, or module:function of your own (fkd-ssl teachers explains them); A,B
+    for two."""
+    teacher_weights: str | None = None
+    """With two teachers: each one's share of the loss of both, as 2,1; equal by default."""
     checkpoint: str | None = None
-    """The teacher's weights."""
+    """The teacher's weights; of two teachers F,G in their order."""
     out: str
     """Folder of the comparison: store, runs, report.md, results.json, plots."""
     student: str = "resnet18"
@@ -66,7 +70,7 @@ class Config:
     batch_size: int = 256
     """Crops in a batch."""
     objective: str = "feature_kl"
-    """feature_kl or cosine."""
+    """feature_kl, cosine, or prototype_ce where every teacher has prototypes."""
     optimizer: Literal["adam", "adamw", "sgd", "lars"] = "adam"
     """Of both arms."""
     lr: float = 3e-4
@@ -85,6 +89,9 @@ class Config:
     """Print results.json on standard output."""
 
     def __post_init__(self) -> None:
+        if len(split(self.teacher)) > 2:
+            raise RequestError(f"teacher {self.teacher}: compare takes one or two teachers; train takes more")
+        checkpoints_of(self.teacher, self.checkpoint)
         if self.seeds < 1 or self.epochs <= 0:
             raise RequestError(f"seeds {self.seeds} and epochs {self.epochs}: must be positive")
         crops = math.ceil(self.epochs) if self.crops is None else self.crops
@@ -119,7 +126,8 @@ def compare(config: Config) -> dict[str, Any]:
     from fkd_ssl.eval import stats
     from fkd_ssl.eval.features import match_classes
     from fkd_ssl.images import scan
-    from fkd_ssl.objectives import make_objective
+    from fkd_ssl.objectives import TargetInfo, make_objective
+    from fkd_ssl.report import run_name
     from fkd_ssl.store.codecs import code_size
     from fkd_ssl.students import check_student
     from fkd_ssl.training.engine import check_batch
@@ -127,35 +135,56 @@ def compare(config: Config) -> dict[str, Any]:
     images, val = scan(config.images), scan(config.val)
     match_classes(images, val)
     resolve.recipe_of(config.recipe)
-    make_objective(config.objective)
     check_student(config.student, config.pixels)
-    check_batch(_arm(config, Path(config.out), "stored", 0), len(images))
-    teacher = resolve.teacher_of(config.teacher, config.checkpoint)
-    code_size(config.codec, teacher.dim)  # all that can be wrong is found before anything is written
-    folder, _ = runs.open_run(config.out, config)
+    files = checkpoints_of(config.teacher, config.checkpoint)
+    teachers = [resolve.teacher_of(name, file) for name, file in zip(split(config.teacher), files, strict=True)]
+    columns = [teacher.name for teacher in teachers]
+    if len(set(columns)) != len(columns):
+        raise RequestError(f"teacher {config.teacher}: two of one name; give one of them as module:function of another name")
+    for teacher in teachers:
+        make_objective(config.objective, about=TargetInfo(name=teacher.name, dim=teacher.dim, arrays=teacher.arrays))
+        code_size(config.codec, teacher.dim)
+    sets = [[0]] if len(teachers) == 1 else [[0], [1], [0, 1]]
+    check_batch(_arm(config, Path(config.out), "stored", 0, columns, sets[-1]), len(images))
+    folder, _ = runs.open_run(config.out, config)  # all that can be wrong has been found before anything is written
     scorer = _Scorer(config, folder / "scores", images, val)
 
-    arms = [{"name": "teacher", "seed": None, **scorer.score("teacher", teacher.features), **_UNTRAINED}]
-    precompute_seconds = _precompute(config, folder, images, teacher)
-    dim = teacher.dim
-    del teacher
+    arms: list[dict[str, Any]] = []
+    seconds: list[float | None] = []
+    for k, teacher in enumerate(teachers):
+        name = _name("teacher", columns, [k])
+        scores = scorer.score(name.replace(":", "-"), teacher.features)
+        arms.append({"name": name, "seed": None, **scores, **_UNTRAINED})
+        took = "precompute.json" if len(teachers) == 1 else f"precompute-{teacher.name}.json"
+        seconds.append(_precompute(config, folder, images, teacher, folder / took))
+    precompute_seconds = None if None in seconds else sum(part for part in seconds if part is not None)
+    dim = teachers[0].dim
+    del teachers, teacher
     for seed in range(config.seeds):
         untrained = f"untrained-seed{seed}"
         arms.append({"name": "untrained", "seed": seed, **scorer.score_untrained(untrained, seed, dim), **_UNTRAINED})
-        for name in ("stored", "online"):
-            run = folder / "runs" / f"{name}-seed{seed}"
-            console.say(f"== {name}, seed {seed}: {run}")
-            trained = _train(_arm(config, folder, name, seed), run)
-            student = resolve.model_of(str(run))
-            arms.append({"name": name, "seed": seed, **scorer.score(run.name, student.features), **trained})
+        for kind in ARMS:
+            for chosen in sets:
+                name = _name(kind, columns, chosen)
+                run = folder / "runs" / run_name(name, seed)
+                console.say(f"== {name}, seed {seed}: {run}")
+                trained = _train(_arm(config, folder, kind, seed, columns, chosen), run)
+                student = resolve.model_of(str(run))
+                arms.append({"name": name, "seed": seed, **scorer.score(run.name, student.features), **trained})
 
-    stored = [arm for arm in arms if arm["name"] == "stored"]
-    online = [arm for arm in arms if arm["name"] == "online"]
-    differences = {}
-    for row, probe in enumerate(PROBES):
-        a, b = (np.stack([scorer.correct(f"{name}-seed{s}")[row] for s in range(config.seeds)]) for name in ARMS)
-        difference, low, high = stats.paired_bootstrap(a, b)
-        differences[probe] = {"difference": difference, "low": low, "high": high, "equal": stats.equal(low, high)}
+    def difference(one: str, other: str) -> dict[str, Any]:
+        """Of two arms in each probe, with its interval."""
+        found = {}
+        for row, probe in enumerate(PROBES):
+            a, b = (np.stack([scorer.correct(run_name(x, s))[row] for s in range(config.seeds)]) for x in (one, other))
+            value, low, high = stats.paired_bootstrap(a, b)
+            found[probe] = {"difference": value, "low": low, "high": high, "equal": stats.equal(low, high)}
+        return found
+
+    all_stored, all_online = (_name(kind, columns, sets[-1]) for kind in ARMS)
+    stored = [arm for arm in arms if arm["name"] == all_stored]
+    online = [arm for arm in arms if arm["name"] == all_online]
+    singles = [_name("stored", columns, chosen) for chosen in sets[:-1]]
     saved = statistics.mean(arm["train_seconds"] for arm in online) - statistics.mean(arm["train_seconds"] for arm in stored)
     results = {
         "config": config.__dict__,
@@ -163,7 +192,8 @@ def compare(config: Config) -> dict[str, Any]:
         "val_images": len(val),
         "crops": _crops(config),
         "arms": arms,
-        "differences": differences,
+        "differences": difference(all_stored, all_online),
+        **({"gains": {name: difference(all_stored, name) for name in singles}} if singles else {}),
         "precompute_seconds": precompute_seconds,
         "store_bytes": sum(f.stat().st_size for f in (folder / "store").rglob("*") if f.is_file()),
         "break_even_students": math.ceil(precompute_seconds / saved) if saved > 0 and precompute_seconds else None,
@@ -230,10 +260,10 @@ def _crops(config: Config) -> int:
     return math.ceil(config.epochs) if config.crops is None else config.crops
 
 
-def _precompute(config: Config, folder: Path, images: "ImageSet", teacher: "Teacher") -> float | None:
-    """Makes the comparison's store; returns the seconds it takes, all of it, also when this call made but a part.
+def _precompute(config: Config, folder: Path, images: "ImageSet", teacher: "Teacher", took: Path) -> float | None:
+    """Makes a column of the comparison's store; returns the seconds it takes, all of it, also when this call made but a part.
 
-    None where the store was finished by a call that was killed before it could note its time.
+    They are kept in `took`. None where the column was finished by a call that was killed before it could note its time.
     """
     from fkd_ssl import files
     from fkd_ssl.commands import console, resolve
@@ -252,21 +282,33 @@ def _precompute(config: Config, folder: Path, images: "ImageSet", teacher: "Teac
     )
     if summary.busy:
         raise FkdError(f"{folder / 'store'}: another process is writing it; run the same compare again when that has ended")
-    took = folder / "precompute.json"
     if not took.exists() and summary.crops:
         total = len(images) * _crops(config)
         files.write_json(took, {"seconds": summary.seconds * total / summary.crops})
     return float(files.read_json(took)["seconds"]) if took.exists() else None
 
 
-def _arm(config: Config, folder: Path, name: str, seed: int) -> TrainConfig:
-    shared = {f.name for f in fields(TrainConfig)} & {f.name for f in fields(Config)} - {"out", "teacher", "checkpoint"}
-    where: dict[str, Any] = (
-        {"targets": "stored", "store": str(folder / "store")}
-        if name == "stored"
-        else {"targets": "online", "teacher": config.teacher, "checkpoint": config.checkpoint}
-    )
-    out = str(folder / "runs" / f"{name}-seed{seed}")
+def _name(kind: str, columns: list[str], chosen: list[int]) -> str:
+    """An arm's name: its kind, and of several teachers those that it is trained from."""
+    return kind if len(columns) == 1 else f"{kind}:{'+'.join(columns[k] for k in chosen)}"
+
+
+def _arm(config: Config, folder: Path, kind: str, seed: int, columns: list[str], chosen: list[int]) -> TrainConfig:
+    """The training of an arm, from those `chosen` of the teachers whose targets are in `columns`."""
+    from fkd_ssl.report import run_name
+
+    own = {"out", "teacher", "teacher_weights", "checkpoint"}
+    shared = {f.name for f in fields(TrainConfig)} & {f.name for f in fields(Config)} - own
+    where: dict[str, Any] = {"targets": kind, "teacher_weights": config.teacher_weights if len(chosen) > 1 else None}
+    if kind == "stored":
+        where |= {"store": str(folder / "store"), "teacher": ",".join(columns[k] for k in chosen) if len(columns) > 1 else None}
+    else:
+        files = [checkpoints_of(config.teacher, config.checkpoint)[k] for k in chosen]
+        where |= {
+            "teacher": ",".join(split(config.teacher)[k] for k in chosen),
+            "checkpoint": ",".join(file or "" for file in files) if any(files) else None,
+        }
+    out = str(folder / "runs" / run_name(_name(kind, columns, chosen), seed))
     return TrainConfig(out=out, seed=seed, **{key: getattr(config, key) for key in shared}, **where)
 
 

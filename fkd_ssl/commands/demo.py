@@ -25,8 +25,8 @@ def run(config: Config) -> int:
 
     from fkd_ssl.commands import compare, console
     from fkd_ssl.glyphs import make_glyphs
-    from fkd_ssl.pretrain import pretrain
-    from fkd_ssl.pretrain_config import PretrainConfig
+    from fkd_ssl.pretraining.config import PretrainConfig
+    from fkd_ssl.pretraining.engine import pretrain
 
     started = time.perf_counter()
     out = Path(config.out)

@@ -101,7 +101,8 @@ def load_student(path: Path) -> tuple[Student, int]:
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         about = saved[STUDENT_KEY]
-        student = Student(str(about["name"]), int(about["dim"]))
+        dims = about["dim"] if isinstance(about["dim"], list) else [about["dim"]]
+        student = Student(str(about["name"]), *map(int, dims))
         weights = {k.removeprefix("student."): v for k, v in saved["state_dict"].items() if k.startswith("student.")}
         student.load_state_dict(weights)
     except Exception as error:  # whatever a foreign file makes torch raise

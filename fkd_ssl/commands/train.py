@@ -9,10 +9,12 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from fkd_ssl.training.config import TrainConfig as Config
+from fkd_ssl.training.config import checkpoints_of
 
 if TYPE_CHECKING:
     from fkd_ssl.images import ImageSet
     from fkd_ssl.store import Store
+    from fkd_ssl.store.reader import Column
     from fkd_ssl.students import Student
 
 MUCH_WAITING = 0.2  # share of the training's time spent waiting for data from which on we say what helps
@@ -24,7 +26,7 @@ def run(config: Config) -> int:
     from fkd_ssl.commands import console, resolve
     from fkd_ssl.data import Crops, FreshCrops, StoredCrops
     from fkd_ssl.images import scan
-    from fkd_ssl.objectives import make_objective
+    from fkd_ssl.objectives import TargetInfo, make_objective
     from fkd_ssl.store import open_store
     from fkd_ssl.students import check_student
     from fkd_ssl.training.engine import check_batch, train
@@ -32,7 +34,6 @@ def run(config: Config) -> int:
     if runs.peek(config.out, config) == "done":
         console.say(f"{config.out}: this run is done; results.json holds its results")
         return 0
-    make_objective(config.objective, config.temperature)
     check_student(config.student, config.pixels)
     images = scan(config.images)
     store = open_store(config.store) if config.store else None
@@ -52,26 +53,31 @@ def run(config: Config) -> int:
         for name in ("checkpoint", "teacher_pixels"):
             if getattr(config, name) is not None:
                 console.say(f"warning: --{name} is ignored: stored targets need no teacher")
-        data = StoredCrops(store, images, teacher=config.teacher, **boxes, **common)
-        _check_store(config, store)
-        teacher, dim = None, store.column(config.teacher).meta.dim
+        data = StoredCrops(store, images, teacher=config.teachers or None, **boxes, **common)
+        _check_store(config, store, data.columns)
+        targets = [TargetInfo(name=c.name, dim=c.meta.dim, arrays=c.teacher_arrays()) for c in data.columns]
+        embeds = None
     else:
-        assert config.teacher is not None  # by TrainConfig
-        teacher = resolve.teacher_of(config.teacher, config.checkpoint)
-        dim = teacher.dim
+        names = zip(config.teachers, checkpoints_of(config.teacher, config.checkpoint), strict=True)
+        teachers = [resolve.teacher_of(name, checkpoint) for name, checkpoint in names]
+        targets = [TargetInfo(name=teacher.name, dim=teacher.dim, arrays=teacher.arrays) for teacher in teachers]
+        embeds = [teacher.embed for teacher in teachers]
         if store is not None:
             data = StoredCrops(store, images, with_targets=False, teacher_pixels=config.teacher_pixels, **boxes, **common)
         else:
             recipe = resolve.recipe_of(config.recipe)
             data = FreshCrops(images, recipe, teacher_pixels=config.teacher_pixels, **common)
-    check_batch(config, len(data))  # before anything is written: another batch size is another config
+    # before anything is written: another batch size or objective is another config
+    check_batch(config, len(data))
+    for about in targets:
+        make_objective(config.objective, config.temperature, about=about)
     score = None if config.val is None else _knn_score(config, images)
     folder, state = runs.open_run(config.out, config)
     console.say(
         f"{'continuing' if state == 'resume' else 'training'} {config.student} on {len(data):,} images, {config.targets} "
-        f"targets, D = {dim}; {config.epochs:g} epochs of one crop an image"
+        f"targets, D = {' and '.join(str(about.dim) for about in targets)}; {config.epochs:g} epochs of one crop an image"
     )
-    results = train(config, data, folder, dim=dim, embed=None if teacher is None else teacher.embed, score=score)
+    results = train(config, data, folder, targets=targets, embeds=embeds, score=score)
     runs.finish(folder, {"config": config.__dict__, **results})
     if results["data_wait"] > MUCH_WAITING:
         console.say(
@@ -86,24 +92,24 @@ def run(config: Config) -> int:
     return 0
 
 
-def _check_store(config: Config, store: "Store") -> None:
+def _check_store(config: Config, store: "Store", columns: "list[Column]") -> None:
     """Says what a user may not have meant; a store of up to a gigabyte is read once to see that it is whole."""
     from fkd_ssl.commands import console
     from fkd_ssl.crops import probe_digest
     from fkd_ssl.store.verify import check_files
 
-    column = store.column(config.teacher)
-    if len(store) * store.crops_per_image * column.meta.code_size < 10**9:
-        check_files(store, column)
-    else:
-        console.say("note: the store's checksums are not read here; fkd-ssl verify does that")
-    if column.meta.pixels != config.pixels:
-        console.say(f"note: the teacher saw crops of {column.meta.pixels} px, the student trains on {config.pixels} px")
+    for column in columns:
+        if len(store) * store.crops_per_image * column.meta.code_size < 10**9:
+            check_files(store, column)
+        else:
+            console.say("note: the store's checksums are not read here; fkd-ssl verify does that")
+        if column.meta.pixels != config.pixels:
+            console.say(f"note: the teacher saw crops of {column.meta.pixels} px, the student trains on {config.pixels} px")
+        if column.meta.probe_digest != probe_digest():
+            console.say("warning: this machine makes slightly other pixels of a crop than the one that ran the teacher")
     if config.epochs > store.crops_per_image:
         uses = config.epochs / store.crops_per_image
         console.say(f"note: {store.crops_per_image} crops an image are stored, so each is used {uses:.1f} times")
-    if column.meta.probe_digest != probe_digest():
-        console.say("warning: this machine makes slightly other pixels of a crop than the one that ran the teacher")
 
 
 def _knn_score(config: Config, images: "ImageSet") -> "Callable[[Student], float]":

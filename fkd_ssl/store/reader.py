@@ -146,6 +146,11 @@ class Column:
             raise StoreError(f"{path}: altered: its sha256 is not that of meta.json; restore it from a copy")
         return np.array(mapped)
 
+    def teacher_arrays(self) -> dict[str, npt.NDArray[np.float32]]:
+        """The teacher's own arrays as it named them, for instance `prototypes` float32 [K, D]."""
+        prefix = "teacher-"
+        return {name.removeprefix(prefix): self.array(name) for name in self.meta.arrays if name.startswith(prefix)}
+
     @cached_property
     def missing_shards(self) -> list[int]:
         """Shards without codes or without crops, as the folder stood when this was first asked."""

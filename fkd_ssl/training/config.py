@@ -1,5 +1,6 @@
 """What a training run is made of. No torch here: the command line's help is built from it."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -22,17 +23,19 @@ class TrainConfig:
     store: str | None = None
     """Store made by precompute. With --targets online its crops are used and the teacher runs on them."""
     teacher: str | None = None
-    """Stored: the column, if there are several. Online: as precompute takes it."""
+    """Stored: the column, if there are several. Online: as precompute takes it. A,B for two."""
+    teacher_weights: str | None = None
+    """With several teachers: each one's share of the loss, as 2,1; equal by default."""
     checkpoint: str | None = None
-    """The online teacher's checkpoint."""
+    """The online teacher's checkpoint; of several teachers F,G in their order."""
     recipe: str = "mocov2"
     """What online crops are drawn from: mocov2, s2bnn, swav or fkd. Stored crops have the store's."""
     student: str = "resnet18"
     """Any classifier of torchvision, by name; its classifier is replaced by a projection head."""
     objective: str = "feature_kl"
-    """feature_kl (S2-BNN's) or cosine (SimReg's)."""
+    """feature_kl (S2-BNN's), cosine (SimReg's) or prototype_ce (SwAV's, from a SwAV teacher's prototypes)."""
     temperature: float | None = None
-    """Of the objective; the paper's by default (0.2 for feature_kl)."""
+    """Of the objective; the paper's by default (0.2 for feature_kl, 0.1 for prototype_ce)."""
     epochs: float = 100
     """One epoch is one crop of every image, so the amount of training does not depend on crops_per_image."""
     crops_per_image: int = 4
@@ -94,3 +97,52 @@ class TrainConfig:
             raise RequestError("targets online: --teacher is needed, for instance mocov2 with --checkpoint FILE")
         if self.warmup_epochs >= self.epochs:
             raise RequestError(f"warmup_epochs {self.warmup_epochs}: must be fewer than epochs {self.epochs}")
+        self.weights(len(self.teachers) or 1)
+        if self.targets == "online":
+            checkpoints_of(self.teacher, self.checkpoint)
+
+    @property
+    def teachers(self) -> list[str]:
+        """The teachers by name; none where the only column of a store is meant."""
+        return split(self.teacher)
+
+    def weights(self, teachers: int) -> list[float]:
+        """Each teacher's share of the loss; they sum to 1, so that the learning rate means the same for any number."""
+        if self.teacher_weights is None:
+            return [1 / teachers] * teachers
+        try:
+            weights = [float(weight) for weight in split(self.teacher_weights)]
+        except ValueError:
+            weights = []
+        if len(weights) != teachers or not all(0 < weight < math.inf for weight in weights):
+            raise RequestError(
+                f"teacher_weights {self.teacher_weights!r}: expected a positive number for each of the {teachers} teachers "
+                f"({self.teacher}), with commas between them"
+            )
+        return [weight / sum(weights) for weight in weights]
+
+
+def split(names: str | None) -> list[str]:
+    """The parts of A,B without the blanks around them; raises RequestError where one is empty."""
+    parts = [] if names is None else [part.strip() for part in names.split(",")]
+    if "" in parts:
+        raise RequestError(f"{names!r}: has an empty part; write A,B, without a comma at either end")
+    return parts
+
+
+def checkpoints_of(teacher: str | None, checkpoint: str | None) -> list[str | None]:
+    """Each teacher's checkpoint: F,G for A,B; one teacher's file may have a comma in its name.
+
+    Raises:
+        RequestError: There are several teachers, and another number of checkpoints.
+    """
+    teachers = split(teacher)
+    if checkpoint is None or len(teachers) <= 1:
+        return [checkpoint] * (len(teachers) or 1)
+    files = [part.strip() or None for part in checkpoint.split(",")]
+    if len(files) != len(teachers):
+        raise RequestError(
+            f"checkpoint {checkpoint!r}: {len(files)} for {len(teachers)} teachers ({teacher}); expected one for each, in "
+            "their order, with a comma between them, and nothing for one that needs none"
+        )
+    return files

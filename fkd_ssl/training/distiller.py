@@ -1,7 +1,7 @@
 """The training step: crops through the student, targets from the batch or from the teacher, one objective between."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytorch_lightning as pl
@@ -17,51 +17,58 @@ from fkd_ssl.training.config import TrainConfig
 
 STUDENT_KEY = "fkd_ssl_student"
 
-Targets = Callable[[Batch], Tensor]
+Targets = Callable[[Batch], list[Tensor]]
 
 
-def stored_targets(batch: Batch) -> Tensor:
-    """Targets [B M, D] that the batch brought from its store."""
-    targets: Tensor = batch["targets"]
-    return targets
+def stored_targets(batch: Batch) -> list[Tensor]:
+    """Each teacher's targets [B M, D] that the batch brought from its store."""
+    targets: Tensor | dict[str, Tensor] = batch["targets"]
+    return list(targets.values()) if isinstance(targets, dict) else [targets]
 
 
 class OnlineTargets:
-    """Targets [B M, D] that a teacher gives now.
+    """Each teacher's targets [B M, D], given now.
 
     Attributes:
-        forwards: Crops that the teacher has seen.
+        forwards: Crops that the teachers have seen, all together.
     """
 
-    def __init__(self, embed: Callable[[Tensor], Tensor]) -> None:
-        self.embed = embed
+    def __init__(self, *embeds: Callable[[Tensor], Tensor]) -> None:
+        self.embeds = embeds
         self.forwards = 0
 
-    def __call__(self, batch: Batch) -> Tensor:
+    def __call__(self, batch: Batch) -> list[Tensor]:
         """Targets of a batch's crops."""
         images: Tensor = batch["teacher_images"] if "teacher_images" in batch else batch["images"]
-        self.forwards += len(images)
+        self.forwards += len(images) * len(self.embeds)
         # cloned out of inference mode, so that autograd may keep it
-        return self.embed(images).to(batch["images"].device).clone()
+        return [embed(images).to(batch["images"].device).clone() for embed in self.embeds]
 
 
 class Distiller(pl.LightningModule):
     """A student in training. `last_loss` and `last_floor` are the last step's loss and its least possible value."""
 
-    def __init__(self, student: Student, objective: Objective, targets: Targets, config: TrainConfig, steps: int) -> None:
+    def __init__(
+        self, student: Student, objectives: Sequence[Objective], targets: Targets, config: TrainConfig, steps: int
+    ) -> None:
         super().__init__()
         self.student = student
-        self.objective = objective
+        self.objectives = objectives
+        self.weights = config.weights(len(objectives))
+        # registered, so that what an objective holds moves to the student's device
+        self.parts = nn.ModuleList(part for part in objectives if isinstance(part, nn.Module))
         self.targets = targets
         self.config = config
         self.steps = steps
         self.last_loss = self.last_floor = torch.zeros(())
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The objective's value on a batch."""
-        target = self.targets(batch)
-        loss = self.objective(self.student(batch["images"]), target)
-        self.last_loss, self.last_floor = loss.detach(), self.objective.floor(target).detach()
+        """The objective's value on a batch; with several teachers the weighted sum (SimReg, arXiv 2201.05131)."""
+        targets = self.targets(batch)
+        heads = list(zip(self.weights, self.objectives, self.student.embeddings(batch["images"]), targets, strict=True))
+        loss = torch.stack([weight * objective(output, target) for weight, objective, output, target in heads]).sum()
+        floor = torch.stack([weight * objective.floor(target) for weight, objective, _, target in heads]).sum()
+        self.last_loss, self.last_floor = loss.detach(), floor.detach()
         return loss
 
     def require_finite(self, step: int) -> None:
@@ -74,9 +81,10 @@ class Distiller(pl.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what rebuilds the student without its run folder."""
+        dims = self.student.dims
         checkpoint[STUDENT_KEY] = {
             "name": self.config.student,
-            "dim": self.student.head[-1].out_features,
+            "dim": dims[0] if len(dims) == 1 else dims,
             "pixels": self.config.pixels,
         }
 

@@ -1,7 +1,7 @@
 """Training a student: the one path for stored and for online targets."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from fkd_ssl.data import Crops, StoredCrops, start_worker, whole_batch
 from fkd_ssl.errors import RequestError
-from fkd_ssl.objectives import make_objective
+from fkd_ssl.objectives import TargetInfo, make_objective
 from fkd_ssl.students import Student
 from fkd_ssl.training.config import TrainConfig
 from fkd_ssl.training.distiller import Distiller, OnlineTargets, stored_targets
@@ -41,8 +41,8 @@ def train(
     data: Crops,
     folder: Path,
     *,
-    dim: int,
-    embed: Callable[[Tensor], Tensor] | None = None,
+    targets: Sequence[TargetInfo],
+    embeds: Sequence[Callable[[Tensor], Tensor]] | None = None,
     score: Score | None = None,
 ) -> dict[str, Any]:
     """Trains a student and leaves metrics.csv and checkpoints/ in `folder`; continues from its last checkpoint.
@@ -51,15 +51,15 @@ def train(
         config: The run.
         data: Crops, with targets if they are stored.
         folder: The run's folder.
-        dim: D of the targets.
-        embed: The online teacher, uint8 [B, 3, H, W] to [B, D]; None reads the targets from the batches.
+        targets: What is known of each teacher's targets, in the order of the data's.
+        embeds: The online teachers in the same order, uint8 [B, 3, H, W] to [B, D]; None reads the targets from the batches.
         score: kNN accuracy in percent of a student in eval mode.
 
     Returns:
         What results.json says of the training.
 
     Raises:
-        RequestError: A batch holds more images than there are.
+        RequestError: A batch holds more images than there are, or the targets lack what the objective needs.
         ImageError: An image cannot be read; the message names it.
         KeyboardInterrupt: The training was stopped; called again, it continues.
     """
@@ -67,9 +67,10 @@ def train(
     batch_images = config.batch_size // config.crops_per_image
     steps = total_steps(config, len(data))
     torch.manual_seed(config.seed)
-    student = Student(config.student, dim)
-    targets = stored_targets if embed is None else OnlineTargets(embed)
-    module = Distiller(student, make_objective(config.objective, config.temperature), targets, config, steps)
+    objectives = [make_objective(config.objective, config.temperature, about=about) for about in targets]
+    student = Student(config.student, *(about.dim for about in targets))
+    source = stored_targets if embeds is None else OnlineTargets(*embeds)
+    module = Distiller(student, objectives, source, config, steps)
     sampler = PassSampler(len(data), batch_images, steps, seed=config.seed)
     loader = DataLoader(
         data,
@@ -112,7 +113,7 @@ def train(
         "train_seconds": round(recorder.seconds, 3),
         "data_wait": round(recorder.waited / max(recorder.seconds, 1e-9), 4),
         "unreadable_images": len(recorder.unreadable),
-        "teacher_forwards": steps * config.batch_size if embed is not None else 0,
+        "teacher_forwards": 0 if embeds is None else steps * config.batch_size * len(embeds),
         "peak_memory_bytes": max(recorder.peak, peak_memory()),
         "knn_top1": monitor.last,
         "knn_best": None if monitor.best is None else {"top1": monitor.best[0], "step": monitor.best[1]},

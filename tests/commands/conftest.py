@@ -36,6 +36,19 @@ def make():
 def other():
     return Network(seed=1)
 
+class Prototyped(Network):
+    """The same with prototypes, as a Teacher of one's own."""
+
+def prototyped(checkpoint=None):
+    from fkd_ssl.teachers import Teacher
+
+    network = Prototyped(seed=2 if checkpoint is None else 3)
+    prototypes = torch.eye(16).numpy()
+    return Teacher(
+        network, nn.Identity(), name="prototyped", dim=16, feature_dim=16, network="colours", pixels=32,
+        arrays={"prototypes": prototypes},
+    )
+
 def broken():
     raise ValueError("my own mistake")
 '''

@@ -139,6 +139,70 @@ def test_a_corrupt_image_is_named_online(work: Path, call: Any, train_line: str)
     assert "cedar/2.png: not a readable image" in err
 
 
+class TestSeveralTeachers:
+    @pytest.fixture
+    def two(self, work: Path, call: Any) -> Path:
+        """The store has a second column, `prototyped`."""
+        line = "precompute --images train --store store --teacher own_teacher:prototyped --crops 4 --codec Flat --chunk_size 16"
+        assert call(line).status == 0
+        return work
+
+    def test_stored_and_online_are_the_same_training(self, two: Path, call: Any, train_line: str) -> None:
+        line = f"{train_line} --epochs 3 --teacher_weights 2,1"
+        status, _, err = call(f"{line} --out stored --teacher make,prototyped")
+        assert status == 0
+        assert "stored targets, D = 16 and 16;" in err
+        online = "--targets online --teacher own_teacher:make,own_teacher:prototyped"
+        assert call(f"{line} --out online {online}").status == 0
+        stored, online = (read_metrics(two / name / "metrics.csv") for name in ("stored", "online"))
+        assert [line["loss"] for line in stored] == pytest.approx([line["loss"] for line in online], rel=1e-5)
+        assert json.loads((two / "online/results.json").read_text())["teacher_forwards"] == 2 * 3 * 18
+        for verb in ("knn --k 5", "linear --protocol logreg"):
+            status, out, _ = call(f"{verb} --model stored --train train --val val --workers 0")
+            assert status == 0
+            assert "top-1" in out
+
+    def test_the_only_column_need_not_be_named(self, work: Path, call: Any, train_line: str) -> None:
+        for out, teacher in (("named", "--teacher make"), ("unnamed", "")):
+            assert call(f"{train_line} --out {out} {teacher}").status == 0
+        named, unnamed = (read_metrics(work / name / "metrics.csv") for name in ("named", "unnamed"))
+        assert [line["loss"] for line in named] == [line["loss"] for line in unnamed]
+
+    def test_prototypes_come_from_the_column_or_from_the_teacher(self, two: Path, call: Any, train_line: str) -> None:
+        line = f"{train_line} --objective prototype_ce"
+        assert call(f"{line} --out stored --teacher prototyped").status == 0
+        assert call(f"{line} --out online --targets online --teacher own_teacher:prototyped").status == 0
+        stored, online = (read_metrics(two / name / "metrics.csv") for name in ("stored", "online"))
+        assert [line["loss"] for line in stored] == pytest.approx([line["loss"] for line in online], rel=1e-5)
+
+    def test_a_checkpoint_for_each(self, two: Path, call: Any, train_line: str) -> None:
+        (two / "weights.pth").write_bytes(b"any")
+        names = "own_teacher:make,own_teacher:prototyped"
+        assert call(f"{train_line} --out run --targets online --teacher {names} --checkpoint ,weights.pth").status == 0
+
+    @pytest.mark.parametrize(
+        ("options", "status", "said"),
+        [
+            ("", 1, "holds targets of ['make', 'prototyped']; name one (train: --teacher"),
+            ("--teacher make,swav", 1, "no targets of 'swav'; there are ['make', 'prototyped']"),
+            ("--teacher make,make", 2, "a column is named twice"),
+            ("--teacher make,", 2, "has an empty part"),
+            ("--teacher make,prototyped --teacher_weights 1,2,3", 2, "expected a positive number for each of the 2 teachers"),
+            ("--teacher make,prototyped --objective prototype_ce", 2, "the targets of 'make' have no prototypes"),
+            ("--teacher make --objective prototype_ce", 2, "have no prototypes; use a SwAV teacher, or another objective"),
+            ("--targets online --teacher own_teacher:make --objective prototype_ce", 2, "of 'make' have no prototypes"),
+            ("--targets online --teacher mocov2,swav --checkpoint F", 2, "checkpoint 'F': 1 for 2 teachers (mocov2,swav)"),
+        ],
+    )
+    def test_what_does_not_fit_is_refused_and_nothing_is_written(
+        self, two: Path, call: Any, train_line: str, options: str, status: int, said: str
+    ) -> None:
+        answer = call(f"{train_line} --out run {options}")
+        assert (answer.status, answer.out) == (status, "")
+        assert said in answer.err
+        assert not (two / "run").exists()
+
+
 class TestRefused:
     @pytest.mark.parametrize(
         ("change", "status", "said"),

@@ -82,6 +82,37 @@ def test_compare(work: Path, call: Any) -> None:
     }
 
 
+@pytest.mark.slow
+def test_compare_two_teachers(work: Path, call: Any) -> None:
+    line = (
+        "compare --images train --val val --teacher own_teacher:make,own_teacher:other --student squeezenet1_1 --epochs 2 "
+        "--seeds 1 --out cmp --batch_size 18 --crops_per_image 2 --pixels 32 --workers 0 --knn_every 1 --knn_k 5 --codec Flat"
+    )
+    status, out, _ = call(line)
+    assert status == 0
+    results = json.loads((work / "cmp/results.json").read_text())
+    trained = [f"{kind}:{names}" for kind in ("stored", "online") for names in ("make", "other", "make+other")]
+    assert [arm["name"] for arm in results["arms"]] == ["teacher:make", "teacher:other", "untrained", *trained]
+    forwards = {arm["name"]: arm["teacher_forwards"] for arm in results["arms"]}
+    assert [forwards[name] for name in trained] == [0, 0, 0, 36, 36, 72]
+    assert set(results["gains"]) == {"stored:make", "stored:other"}
+    assert set(results["differences"]) == {"knn_top1", "linear_top1"}
+    arms = {arm["name"]: arm for arm in results["arms"]}
+    gain = arms["stored:make+other"]["knn_top1"] - arms["stored:make"]["knn_top1"]
+    assert results["gains"]["stored:make"]["knn_top1"]["difference"] == pytest.approx(gain, abs=1e-6)
+    for name in ("make", "other", "make-other"):
+        assert (work / f"cmp/runs/stored-{name.replace('-', '+')}-seed0/results.json").exists()
+    # without a codec's loss, and the store's crops differ from the fresh ones: alike in what they were trained from
+    configs = [json.loads((work / f"cmp/runs/{run}-seed0/results.json").read_text())["config"] for run in (
+        "stored-make+other", "online-other"
+    )]  # fmt: skip
+    assert (configs[0]["teacher"], configs[1]["teacher"]) == ("make,other", "own_teacher:other")
+    assert "| stored:make+other |" in out
+    assert "stored:make+other minus stored:make:" in out
+    again = call(f"{line} --json")
+    assert json.loads(again.out) == results
+
+
 @pytest.mark.parametrize(
     ("change", "status", "said"),
     [
@@ -91,6 +122,10 @@ def test_compare(work: Path, call: Any) -> None:
         ("--val nowhere", 2, "nowhere: no such folder of images"),
         ("--images train/ash", 2, "lie outside any class folder"),
         ("--teacher mocov2", 2, "--checkpoint is needed"),
+        ("--teacher own_teacher:make,own_teacher:make", 2, "two of one name"),
+        ("--teacher a,b,c", 2, "compare takes one or two teachers"),
+        ("--teacher mocov2,swav --checkpoint F", 2, "checkpoint 'F': 1 for 2 teachers"),
+        ("--objective prototype_ce", 2, "the targets of 'make' have no prototypes"),
         ("--out train", 2, "train: exists and is not a run of fkd-ssl"),
     ],
 )

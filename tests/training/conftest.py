@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fkd_ssl.data import Crops, StoredCrops
+from fkd_ssl.objectives import TargetInfo
 from fkd_ssl.store import Store
 from fkd_ssl.training.config import TrainConfig
 from fkd_ssl.training.engine import train
@@ -29,7 +30,9 @@ class Run:
 
     def train(self, **options: Any) -> "Run":
         self.folder.mkdir(exist_ok=True)
-        self.results = train(self.config, self.data, self.folder, dim=16, **options)
+        embed = options.pop("embed", None)
+        given = {"targets": [TargetInfo(name="tiny", dim=16)], "embeds": None if embed is None else [embed], **options}
+        self.results = train(self.config, self.data, self.folder, **given)
         return self
 
     @property

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from fkd_ssl.errors import RequestError
-from fkd_ssl.training.config import TrainConfig
+from fkd_ssl.training.config import TrainConfig, checkpoints_of
 
 
 def make(**options: Any) -> TrainConfig:
@@ -38,8 +38,33 @@ def test_these_must_not_be_negative(name: str) -> None:
         ({"store": None}, r"targets stored: --store is needed; make one with fkd-ssl precompute"),
         ({"targets": "online"}, r"targets online: --teacher is needed"),
         ({"epochs": 2, "warmup_epochs": 2}, r"warmup_epochs 2: must be fewer than epochs 2"),
+        ({"teacher": "a,,b"}, r"'a,,b': has an empty part; write A,B"),
+        (
+            {"teacher": "a,b", "teacher_weights": "1"},
+            r"teacher_weights '1': expected a positive number for each of the 2 teachers",
+        ),
+        ({"teacher": "a,b", "teacher_weights": "1,0"}, r"expected a positive number for each of the 2 teachers \(a,b\)"),
+        ({"teacher": "a,b", "teacher_weights": "1,x"}, r"expected a positive number for each"),
+        ({"teacher": "a,b", "teacher_weights": "1,inf"}, r"expected a positive number for each"),
+        ({"targets": "online", "teacher": "a,b", "checkpoint": "F"}, r"checkpoint 'F': 1 for 2 teachers \(a,b\); expected one"),
     ],
 )
 def test_what_does_not_go_together_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=message):
         make(**options)
+
+
+def test_weights_sum_to_one_and_are_equal_by_default() -> None:
+    assert make().weights(1) == [1.0]
+    assert make(teacher="a,b").weights(2) == [0.5, 0.5]
+    assert make(teacher="a, b,c", teacher_weights="2, 1, 1").weights(3) == [0.5, 0.25, 0.25]
+    assert make(teacher="a, b,c").teachers == ["a", "b", "c"]
+    assert make().teachers == []
+
+
+def test_each_teacher_has_its_checkpoint() -> None:
+    assert checkpoints_of("a", None) == [None]
+    assert checkpoints_of("a", "with,comma.pth") == ["with,comma.pth"]
+    assert checkpoints_of("a,b", None) == [None, None]
+    assert checkpoints_of("a,b", "F, G") == ["F", "G"]
+    assert checkpoints_of("a,b", ",G") == [None, "G"]

@@ -74,18 +74,35 @@ class TestOptimizer:
 class TestTargets:
     def test_stored_targets_are_the_batchs(self) -> None:
         targets = torch.randn(4, 8)
-        assert stored_targets({"images": torch.zeros(4, 3, 8, 8), "targets": targets}) is targets
+        (found,) = stored_targets({"images": torch.zeros(4, 3, 8, 8), "targets": targets})
+        assert found is targets
+
+    def test_several_teachers_targets_come_in_the_order_of_their_names(self) -> None:
+        a, b = torch.randn(4, 8), torch.randn(4, 6)
+        first, second = stored_targets({"targets": {"b": b, "a": a}})
+        assert first is b
+        assert second is a
 
     def test_online_targets_come_from_the_students_crops(self) -> None:
         images = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
         online = OnlineTargets(lambda x: x.float().mean(dim=(2, 3)))
-        assert torch.equal(online({"images": images}), images.float().mean(dim=(2, 3)))
+        (found,) = online({"images": images})
+        assert torch.equal(found, images.float().mean(dim=(2, 3)))
         online({"images": images})
+        assert online.forwards == 8
+
+    def test_several_online_teachers_see_the_same_crops(self) -> None:
+        images = torch.randint(0, 256, (4, 3, 8, 8), dtype=torch.uint8)
+        online = OnlineTargets(lambda x: x.float().mean(dim=(2, 3)), lambda x: x.float().amax(dim=(2, 3)))
+        mean, most = online({"images": images})
+        assert torch.equal(mean, images.float().mean(dim=(2, 3)))
+        assert torch.equal(most, images.float().amax(dim=(2, 3)))
         assert online.forwards == 8
 
     def test_online_targets_come_from_the_teachers_crops_where_there_are_any(self) -> None:
         batch = {"images": torch.zeros(2, 3, 8, 8, dtype=torch.uint8), "teacher_images": torch.ones(2, 3, 16, 16)}
-        assert torch.equal(OnlineTargets(lambda x: x.mean(dim=(2, 3)))(batch), torch.ones(2, 3))
+        (found,) = OnlineTargets(lambda x: x.mean(dim=(2, 3)))(batch)
+        assert torch.equal(found, torch.ones(2, 3))
 
     def test_a_teacher_in_inference_mode_does_not_stop_the_gradient(self) -> None:
         @torch.inference_mode()
@@ -93,9 +110,47 @@ class TestTargets:
             return torch.nn.functional.normalize(torch.ones(len(images), 8), dim=1)
 
         student = Student("squeezenet1_1", 8)
-        module = Distiller(student, FeatureKL(), OnlineTargets(embed), make_config(student="squeezenet1_1"), 1)
+        module = Distiller(student, [FeatureKL()], OnlineTargets(embed), make_config(student="squeezenet1_1"), 1)
         loss = module.training_step({"images": torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)}, 0)
         loss.backward()  # type: ignore[no-untyped-call]
         assert student.head[0].weight.grad.abs().sum() > 0
         assert module.last_floor < module.last_loss == loss.detach()
         assert not module.last_loss.requires_grad
+
+
+class TestSeveralTeachers:
+    def make(self, **options: Any) -> tuple[Distiller, dict[str, Any]]:
+        torch.manual_seed(0)
+        student = Student("squeezenet1_1", 8, 6)
+        config = make_config(student="squeezenet1_1", teacher="a,b", **options)
+        targets = {name: torch.nn.functional.normalize(torch.randn(2, dim), dim=1) for name, dim in (("a", 8), ("b", 6))}
+        batch = {"images": torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8), "targets": targets}
+        return Distiller(student, [FeatureKL(), FeatureKL()], stored_targets, config, 1).eval(), batch
+
+    @pytest.mark.parametrize(("weights", "shares"), [(None, (0.5, 0.5)), ("3, 1", (0.75, 0.25))])
+    def test_the_loss_is_the_weighted_sum(self, weights: str | None, shares: tuple[float, float]) -> None:
+        module, batch = self.make(teacher_weights=weights)
+        features = module.student.features(batch["images"])
+        heads = (module.student.head, module.student.more_heads[0])
+        outputs = [torch.nn.functional.normalize(head(features), dim=1) for head in heads]
+        losses = [FeatureKL()(s, t).item() for s, t in zip(outputs, batch["targets"].values(), strict=True)]
+        floors = [FeatureKL().floor(t).item() for t in batch["targets"].values()]
+        loss = module.training_step(batch, 0)
+        assert loss.item() == pytest.approx(shares[0] * losses[0] + shares[1] * losses[1], rel=1e-5)
+        assert module.last_floor.item() == pytest.approx(shares[0] * floors[0] + shares[1] * floors[1], rel=1e-5)
+
+    def test_each_head_learns_from_its_own_teacher_alone(self) -> None:
+        module, batch = self.make()
+        both = module.training_step(batch, 0)
+        batch["targets"]["b"] = -batch["targets"]["b"]
+        other = module.training_step(batch, 0)
+        heads = [module.student.head[2].weight, module.student.more_heads[0][2].weight]
+        grads = [torch.autograd.grad(loss, heads) for loss in (both, other)]
+        assert torch.equal(grads[0][0], grads[1][0])
+        assert not torch.allclose(grads[0][1], grads[1][1])
+
+    def test_a_checkpoint_names_all_dimensions(self) -> None:
+        module, _ = self.make()
+        saved: dict[str, Any] = {}
+        module.on_save_checkpoint(saved)
+        assert saved["fkd_ssl_student"] == {"name": "squeezenet1_1", "dim": [8, 6], "pixels": 224}

@@ -19,6 +19,8 @@ from fkd_ssl.crops import RECIPES
 from fkd_ssl.data import FreshCrops, StoredCrops
 from fkd_ssl.errors import FkdError, RequestError
 from fkd_ssl.images import scan
+from fkd_ssl.objectives import TargetInfo
+from fkd_ssl.students import Student
 from fkd_ssl.training.config import TrainConfig
 from fkd_ssl.training.engine import total_steps
 
@@ -71,6 +73,83 @@ class TestStoredEqualsOnline:
         assert run.column("loss")[0] == pytest.approx(exact.column("loss")[0], rel=1e-3)
         assert run.column("loss") == pytest.approx(exact.column("loss"), rel=2e-2)
         assert run.column("loss") != exact.column("loss")
+
+
+class TestSeveralTeachers:
+    NAMES = ("a", "b")
+
+    @pytest.fixture
+    def teachers(self, new_teacher: Any) -> list[Any]:
+        """Two networks; the second has prototypes, as has the first."""
+        teachers = [new_teacher(seed=seed, name=name) for seed, name in enumerate(self.NAMES)]
+        for seed, teacher in enumerate(teachers):
+            generator = torch.Generator().manual_seed(seed)
+            teacher.arrays["prototypes"] = torch.randn(20, 16, generator=generator).numpy()
+        return teachers
+
+    @pytest.fixture
+    def train_both(self, make_run: Any, make_store: Any, teachers: list[Any], image_folder: Path, tmp_path: Path) -> Any:
+        """train_both(**options) -> the run on stored targets and the run online, of the same crops."""
+        for teacher in teachers:
+            store = make_store(tmp_path / "two", codec="Flat", teacher=teacher)
+
+        def train(names: tuple[str, ...] = self.NAMES, **options: Any) -> tuple[Any, Any]:
+            data = StoredCrops(store, image_folder, crops_per_image=2, pixels=32, teacher=list(names))
+            crops = StoredCrops(store, image_folder, crops_per_image=2, pixels=32, with_targets=False)
+            columns = [store.column(name) for name in names]
+            infos = [TargetInfo(name=c.name, dim=c.meta.dim, arrays=c.teacher_arrays()) for c in columns]
+            embeds = [teacher.embed for teacher in teachers if teacher.name in names]
+            options = {"teacher": ",".join(names), **options}
+            stored = make_run("stored", data, **options).train(targets=infos)
+            online = make_run("online", crops, targets="online", **options).train(targets=infos, embeds=embeds)
+            return stored, online
+
+        return train
+
+    def test_stored_equals_online_at_every_step(self, train_both: Any, teachers: list[Any]) -> None:
+        stored, online = train_both(epochs=5, teacher_weights="3,1")
+        assert len(stored.column("loss")) == 8
+        assert stored.column("loss") == pytest.approx(online.column("loss"), rel=1e-5)
+        assert stored.column("kl") == pytest.approx(online.column("kl"), rel=1e-3)
+        assert teachers[0].crops_seen - teachers[1].crops_seen == 0
+        assert online.results["teacher_forwards"] == 2 * 8 * 16
+        assert stored.results["teacher_forwards"] == 0
+
+    def test_prototype_ce_stored_equals_online_and_learns(self, train_both: Any) -> None:
+        stored, online = train_both(("b",), epochs=12, objective="prototype_ce")
+        assert stored.column("loss") == pytest.approx(online.column("loss"), rel=1e-5)
+        kl = stored.column("kl")
+        assert all(value > 0 for value in kl)
+        assert sum(kl[-4:]) < 0.9 * sum(kl[:4])
+
+    def test_both_heads_are_trained_and_the_checkpoint_gives_them_back(self, train_both: Any) -> None:
+        stored, _ = train_both(epochs=1)
+        assert stored.checkpoint()["fkd_ssl_student"] == {"name": "squeezenet1_1", "dim": [16, 16], "pixels": 32}
+        student, _ = load_student(stored.folder / "checkpoints" / "last.ckpt")
+        assert student.dims == [16, 16]
+        saved = {key.removeprefix("student."): value for key, value in stored.weights.items()}
+        assert equal(dict(student.state_dict()), saved)
+        torch.manual_seed(stored.config.seed)
+        fresh = Student("squeezenet1_1", 16, 16).state_dict()
+        for key in ("head.0.weight", "more_heads.0.0.weight", "more_heads.0.2.bias"):
+            assert not torch.equal(saved[key], fresh[key])
+
+    def test_a_killed_training_continues_to_the_same_bits(self, make_run: Any, teachers: list[Any]) -> None:
+        options = {"targets": "online", "teacher": "a,b", "epochs": 3}
+        infos = [TargetInfo(name=teacher.name, dim=16) for teacher in teachers]
+        embeds = [teacher.embed for teacher in teachers]
+        whole = make_run("whole", **options).train(targets=infos, embeds=embeds)
+        run = make_run("run", **options)
+        with pytest.raises(KilledError):
+            run.train(targets=infos, embeds=[embeds[0], dies_after(3, embeds[1])])
+        assert equal(run.train(targets=infos, embeds=embeds).weights, whole.weights)
+        assert run.column("loss") == whole.column("loss")
+
+    def test_targets_that_lack_what_the_objective_needs_are_refused(self, make_run: Any) -> None:
+        run = make_run(objective="prototype_ce")
+        with pytest.raises(RequestError, match=r"the targets of 'tiny' have no prototypes"):
+            run.train()
+        assert list(run.folder.iterdir()) == []
 
 
 class TestSteps:
@@ -244,6 +323,7 @@ class TestResume:
             "from pathlib import Path\n"
             "import fkd_ssl\n"
             "from fkd_ssl.data import StoredCrops\n"
+            "from fkd_ssl.objectives import TargetInfo\n"
             "from fkd_ssl.training import recorder\n"
             "from fkd_ssl.training.config import TrainConfig\n"
             "from fkd_ssl.training.engine import train\n"
@@ -255,7 +335,7 @@ class TestResume:
             "    if step == 5: os._exit(9)\n"
             "recorder.Recorder._append = dying\n"
             "data = StoredCrops(fkd_ssl.open_store(config.store), config.images, crops_per_image=2, pixels=32)\n"
-            "train(config, data, Path(config.out), dim=16)\n"
+            "train(config, data, Path(config.out), targets=[TargetInfo(name='tiny', dim=16)])\n"
         )
         done = subprocess.run(
             [sys.executable, "-c", script], capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}

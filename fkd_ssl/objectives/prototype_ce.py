@@ -1,0 +1,49 @@
+"""Cross-entropy of prototype assignments: SwAV's prediction, from stored embeddings and frozen prototypes."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fkd_ssl.errors import RequestError
+
+
+class PrototypeCE(nn.Module):
+    """Cross-entropy between softmax(target P' / T) and softmax(student P' / T) over K prototypes P.
+
+    SwAV (Caron et al., NeurIPS 2020, arXiv 2006.09882, eq. 2) with T = 0.1 and its softmax in the place of its Sinkhorn
+    assignment on the teacher's side too, since an assignment in equal parts belongs to a batch and not to a stored target.
+
+    The rows of P are brought to unit length here. SwAV's code does so at the beginning of every step, so its scores are
+    cosines; its checkpoints are saved after a step of the optimiser, so their rows are of nearly, not exactly, that length.
+
+    Args:
+        prototypes: P, floats [K, D], frozen.
+        temperature: T.
+
+    Raises:
+        RequestError: `prototypes` is no matrix, or has a row that is no direction.
+    """
+
+    prototypes: Tensor
+
+    def __init__(self, prototypes: Tensor, temperature: float = 0.1) -> None:
+        super().__init__()
+        if prototypes.ndim != 2 or not prototypes.isfinite().all() or not prototypes.norm(dim=1).min() > 0:
+            raise RequestError(f"prototypes {list(prototypes.shape)}: expected a finite matrix [K, D] without a row of zeros")
+        self.temperature = temperature
+        # the teacher's, not the student's: no part of its checkpoints
+        self.register_buffer("prototypes", F.normalize(prototypes, dim=1), persistent=False)
+
+    def forward(self, student: Tensor, target: Tensor) -> Tensor:
+        """The mean cross-entropy in nats, a scalar, of L2-normalised student [B, D] and target [B, D]."""
+        p = torch.softmax(self._scores(target), dim=1)
+        return -(p * F.log_softmax(self._scores(student), dim=1)).sum(dim=1).mean()
+
+    def floor(self, target: Tensor) -> Tensor:
+        """The least value that `forward` can take for these targets [B, D]: the mean entropy of their assignments in nats."""
+        return self(target, target)  # type: ignore[no-any-return]
+
+    def _scores(self, embedding: Tensor) -> Tensor:
+        exact = torch.promote_types(embedding.dtype, self.prototypes.dtype)
+        with torch.autocast(embedding.device.type, enabled=False):  # in bf16 a score over T would be off by some hundredths
+            return embedding.to(exact) @ self.prototypes.to(exact).T / self.temperature

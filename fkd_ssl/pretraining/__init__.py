@@ -1,0 +1,1 @@
+"""Pretraining of a teacher on one's own images, with lightly's parts."""

@@ -1,0 +1,98 @@
+"""MoCo v2 with lightly's parts.
+
+He et al., CVPR 2020 (arXiv 1911.05722), algorithm 1; Chen et al. 2020 (arXiv 2003.04297) for the head, the
+augmentation, the cosine and the temperature.
+
+The two views are crops of the recipe `mocov2`, drawn and replayed as everywhere in this library; lightly's
+MoCoV2Transform is the same recipe. MoCo shuffles the keys' batch between GPUs, so that BatchNorm cannot give the
+positive away; in one process a shuffled batch has the same statistics, and nothing is shuffled.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightly.loss import NTXentLoss
+from lightly.models.modules import MoCoProjectionHead
+from lightly.models.utils import deactivate_requires_grad, update_momentum
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from fkd_ssl.crops import RECIPES
+from fkd_ssl.data import Batch, FreshCrops, whole_batch
+from fkd_ssl.images import ImageSet
+from fkd_ssl.pretraining.config import PretrainConfig
+from fkd_ssl.pretraining.method import Method
+from fkd_ssl.students import MEAN, STD
+
+
+class MoCo(Method):
+    """MoCo v2's query and key encoders and its queue."""
+
+    def __init__(self, config: PretrainConfig, count: int) -> None:
+        super().__init__(config, count, mean=MEAN, std=STD)
+        assert config.temperature is not None  # by PretrainConfig
+        self.encoder_q = make_encoder(config.arch, config.dim)
+        self.encoder_k = copy.deepcopy(self.encoder_q)
+        deactivate_requires_grad(self.encoder_k)
+        self.loss = NTXentLoss(temperature=config.temperature, memory_bank_size=(self.queue, config.dim))
+        self.to(memory_format=torch.channels_last)
+
+    def crops(self, images: ImageSet) -> tuple[Dataset[Batch], Callable[[Any], Batch]]:
+        """Two crops of each image, side by side."""
+        config = self.config
+        return FreshCrops(images, RECIPES["mocov2"], crops_per_image=2, pixels=config.pixels, seed=config.seed), whole_batch
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """InfoNCE of the first views' queries to the second views' keys and the queue (arXiv 1911.05722, eq. 1)."""
+        assert self.config.momentum is not None  # by PretrainConfig
+        views = self.normalised(batch["images"])
+        queries = self.encoder_q(views[0::2])
+        with torch.no_grad():
+            update_momentum(self.encoder_q, self.encoder_k, m=self.config.momentum)
+            keys = self.encoder_k(views[1::2])
+        with torch.autocast(self.device.type, enabled=False):  # 65,537 logits at temperature 0.2 need their digits
+            loss: Tensor = self.loss(queries.float(), keys.float())
+        self.last_loss = loss.detach()
+        return loss
+
+    def configure_optimizers(self) -> Any:
+        """SGD over the query encoder, and a cosine to zero by steps."""
+        config = self.config
+        assert config.lr is not None and config.weight_decay is not None  # by PretrainConfig  # noqa: PT018
+        parameters = self.encoder_q.parameters()
+        return self.with_cosine(torch.optim.SGD(parameters, lr=config.lr, momentum=0.9, weight_decay=config.weight_decay))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps the queue, which lightly's memory bank leaves out of its state."""
+        bank = self.loss.memory_bank
+        checkpoint["queue"] = {"bank": bank.bank.clone(), "ptr": bank.bank_ptr.clone()}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Brings the queue back."""
+        self.loss.memory_bank.bank.copy_(checkpoint["queue"]["bank"])
+        self.loss.memory_bank.bank_ptr.copy_(checkpoint["queue"]["ptr"])
+
+    def teacher_state(self) -> dict[str, Tensor]:
+        """The `state_dict` of MoCo's own checkpoints; its queue is [D, K]."""
+        bank = self.loss.memory_bank
+        encoders = {
+            f"module.{name}.{key}": value
+            for name, encoder in (("encoder_q", self.encoder_q), ("encoder_k", self.encoder_k))
+            for key, value in encoder.state_dict().items()
+        }
+        state = {**encoders, "module.queue": bank.bank.T, "module.queue_ptr": bank.bank_ptr}
+        return {key: value.detach().cpu().contiguous() for key, value in state.items()}
+
+
+def make_encoder(arch: str, dim: int) -> nn.Module:
+    """A torchvision ResNet whose `fc` is MoCo v2's head: Linear, ReLU, Linear under the keys fc.0 and fc.2."""
+    from torchvision import models
+
+    network: Any = models.get_model(arch, weights=None)
+    features = network.fc.in_features
+    assert isinstance(features, int)
+    network.fc = MoCoProjectionHead(features, features, dim).layers
+    encoder: nn.Module = network
+    return encoder

@@ -1,0 +1,120 @@
+"""SwAV with lightly's parts.
+
+Caron et al., NeurIPS 2020 (arXiv 2006.09882): swapped prediction of Sinkhorn assignments to prototypes, multi-crop, a
+queue once the features have settled, LARS. Departures from its code: the cosine ends at 0 and not at a thousandth of the
+peak; one process, so BatchNorm is synchronous by itself.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from lightly.loss import SwaVLoss
+from lightly.models.modules import SwaVProjectionHead, SwaVPrototypes
+from lightly.models.modules.memory_bank import MemoryBankModule
+from lightly.utils.lars import LARS
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+
+from fkd_ssl.data import Batch
+from fkd_ssl.images import ImageSet
+from fkd_ssl.pretraining.config import PretrainConfig
+from fkd_ssl.pretraining.method import Method
+from fkd_ssl.pretraining.multicrop import MultiCrops, as_read
+from fkd_ssl.students import MEAN
+
+STD = (0.228, 0.224, 0.225)  # SwAV's own, with which its checkpoints are read
+HIDDEN = 2048  # of the projection head, for every backbone
+
+
+class SwAV(Method):
+    """A backbone, SwAV's projection head with BatchNorm, and its prototypes."""
+
+    def __init__(self, config: PretrainConfig, count: int) -> None:
+        from torchvision import models
+
+        super().__init__(config, count, mean=MEAN, std=STD)
+        assert config.queue_epoch is not None  # these four by PretrainConfig
+        assert config.prototypes is not None
+        assert config.frozen_epochs is not None
+        assert config.small_crops is not None
+        self.small_crops = config.small_crops
+        epoch = count / config.batch_size
+        self.queue_step = round(config.queue_epoch * epoch)
+        network: Any = models.get_model(config.arch, weights=None)
+        self.projection_head = SwaVProjectionHead(network.fc.in_features, HIDDEN, config.dim)
+        network.fc = nn.Identity()
+        self.backbone: nn.Module = network
+        self.prototypes = SwaVPrototypes(
+            config.dim, config.prototypes, n_steps_frozen_prototypes=round(config.frozen_epochs * epoch)
+        )
+        self.prototypes.heads[0].register_parameter("bias", None)  # lightly's have one, SwAV's none
+        self.loss = SwaVLoss(temperature=config.temperature, sinkhorn_epsilon=config.epsilon)
+        self.queues = nn.ModuleList(
+            MemoryBankModule((self.queue, config.dim), feature_dim_first=False) for _ in range(2 if self.queue else 0)
+        )
+        self.to(memory_format=torch.channels_last)
+
+    def crops(self, images: ImageSet) -> tuple[Dataset[Batch], Callable[[Any], Batch]]:
+        """Two large crops of each image and the small ones, side by side."""
+        config = self.config
+        return MultiCrops(images, pixels=config.pixels, small_crops=self.small_crops, seed=config.seed), as_read
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """The swapped prediction of every crop from the large crops' assignments (arXiv 2006.09882, eq. 2 to 4 and 6)."""
+        step = self.global_step
+        self.prototypes.normalize()
+        features = [self.backbone(self.normalised(batch["images"]))]
+        if self.small_crops:
+            features.append(self.backbone(self.normalised(batch["small_images"])))
+        with torch.autocast(self.device.type, enabled=False):  # Sinkhorn takes exp(score / 0.05)
+            embeddings = F.normalize(self.projection_head(torch.cat(features).float()), dim=1)
+            large = len(batch["images"])
+            scores = self.prototypes(embeddings, step)
+            high = [scores[:large][view::2] for view in range(2)]
+            low = [scores[large:][view :: self.small_crops] for view in range(self.small_crops)]
+            earlier = self._earlier([embeddings[:large][view::2] for view in range(2)], step)
+            loss: Tensor = self.loss(high, low, earlier).squeeze()
+        self.last_loss = loss.detach()
+        return loss
+
+    @torch.no_grad()
+    def _earlier(self, embeddings: list[Tensor], step: int) -> list[Tensor] | None:
+        """The scores of earlier batches' large crops, once the queue is full; then the queue takes this batch."""
+        if not self.queues or step < self.queue_step:
+            return None
+        full = (step - self.queue_step) * self.config.batch_size >= self.queue
+        banks = [queue(view, update=True)[1] for queue, view in zip(self.queues, embeddings, strict=True)]
+        return [self.prototypes(bank, step) for bank in banks] if full else None
+
+    def configure_optimizers(self) -> Any:
+        """LARS over all parameters, and a cosine to zero by steps."""
+        config = self.config
+        assert config.lr is not None and config.weight_decay is not None  # by PretrainConfig  # noqa: PT018
+        return self.with_cosine(LARS(self.parameters(), lr=config.lr, momentum=0.9, weight_decay=config.weight_decay))
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Keeps the queues, which lightly's memory bank leaves out of its state."""
+        checkpoint["queues"] = [{"bank": q.bank.clone(), "ptr": q.bank_ptr.clone()} for q in self._banks()]
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Brings the queues back."""
+        for queue, saved in zip(self._banks(), checkpoint["queues"], strict=True):
+            queue.bank.copy_(saved["bank"])
+            queue.bank_ptr.copy_(saved["ptr"])
+
+    def _banks(self) -> list[MemoryBankModule]:
+        return [queue for queue in self.queues if isinstance(queue, MemoryBankModule)]
+
+    def teacher_state(self) -> dict[str, Tensor]:
+        """The `state_dict` of SwAV's own checkpoints: backbone, `projection_head.0/1/3`, `prototypes.weight` [K, D]."""
+        head = self.projection_head.layers.state_dict()
+        # lightly leaves this bias out, since BatchNorm takes it away again; in SwAV's layout it is there
+        head.setdefault("0.bias", torch.zeros(HIDDEN))
+        state = {
+            **self.backbone.state_dict(),
+            **{f"projection_head.{key}": value for key, value in head.items()},
+            "prototypes.weight": self.prototypes.heads[0].weight,
+        }
+        return {f"module.{key}": value.detach().cpu().contiguous() for key, value in state.items()}

@@ -1,0 +1,80 @@
+"""MoCo v2 against its algorithm written out."""
+
+import copy
+import csv
+import dataclasses
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fkd_ssl.pretraining.engine import pretrain
+from fkd_ssl.pretraining.mocov2 import MoCo
+from fkd_ssl.pretraining.progress import METRICS
+from fkd_ssl.teachers import load_teacher
+
+
+def test_the_checkpoint_is_mocos_and_loads_as_a_teacher(trained: Any, make_config: Any) -> None:
+    saved = torch.load(trained("mocov2"), weights_only=True)
+    assert (saved["epoch"], saved["arch"]) == (3, "resnet18")
+    state = saved["state_dict"]
+    names = {key.split(".")[1] for key in state}
+    assert names == {"encoder_q", "encoder_k", "queue", "queue_ptr"}
+    assert state["module.queue"].shape == (32, 8)
+    torch.testing.assert_close(state["module.queue"].norm(dim=0), torch.ones(8))
+    teacher = load_teacher("mocov2", checkpoint=trained("mocov2"))
+    assert (teacher.network, teacher.dim) == ("resnet18, MLP 512-512-32", 32)
+    module = MoCo(make_config(), 16).eval()
+    module.encoder_q.load_state_dict(
+        {key.removeprefix("module.encoder_q."): value for key, value in state.items() if "encoder_q." in key}
+    )
+    images = torch.randint(0, 256, (2, 3, 24, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = F.normalize(module.encoder_q((images - module.mean) / module.std), dim=1)
+    torch.testing.assert_close(teacher.embed(images).clone(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_step_is_mocos_algorithm(make_config: Any) -> None:
+    """Against arXiv 1911.05722, algorithm 1, written out: key encoder first, InfoNCE, then the queue."""
+    torch.manual_seed(0)
+    module = MoCo(make_config(momentum=0.75, temperature=0.2, queue=16), 32)
+    with torch.no_grad():
+        for p in module.encoder_q.parameters():
+            p.add_(0.01)  # so that the encoders differ
+    images = torch.randint(0, 256, (16, 3, 16, 16), dtype=torch.uint8)
+    bank = module.loss.memory_bank.bank.clone()
+    q_net, k_net = copy.deepcopy(module.encoder_q), copy.deepcopy(module.encoder_k)
+    with torch.no_grad():
+        for k_weight, q_weight in zip(k_net.parameters(), q_net.parameters(), strict=True):
+            k_weight.copy_(0.75 * k_weight + 0.25 * q_weight)
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    views = (images / 255 - mean) / std
+    q, k = (F.normalize(net(views[i::2]), dim=1) for i, net in enumerate((q_net, k_net)))
+    losses: list[Tensor] = []
+    for i in range(8):
+        logits = torch.stack([q[i] @ k[i], *(q[i] @ key for key in bank)]) / 0.2
+        losses.append(torch.logsumexp(logits, dim=0) - logits[0])
+    torch.stack(losses).mean().backward()
+
+    loss = module.training_step({"images": images}, 0)
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), torch.stack(losses).mean().detach(), rtol=1e-4, atol=1e-5)
+    for mine, theirs in zip(module.encoder_q.parameters(), q_net.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, theirs.grad, rtol=1e-3, atol=1e-4)
+    for mine, theirs in zip(module.encoder_k.parameters(), k_net.parameters(), strict=True):
+        assert mine.grad is None
+        torch.testing.assert_close(mine, theirs)
+    torch.testing.assert_close(module.loss.memory_bank.bank[:8], k.detach(), rtol=1e-4, atol=1e-5)
+    assert torch.equal(module.loss.memory_bank.bank[8:], bank[8:])
+
+
+@pytest.mark.slow
+def test_the_loss_falls_below_chance(folder: Path, make_config: Any) -> None:
+    asked = {"epochs": 50, "batch_size": 16, "queue": 16, "pixels": 24, "temperature": 0.1, "momentum": 0.9, "log_every": 20}
+    path = pretrain(dataclasses.replace(make_config("long", **asked), images=str(folder / "more")))
+    losses = [float(line["loss"]) for line in csv.DictReader((path.parent / METRICS).open(newline=""))]
+    assert losses[-1] < math.log(1 + 16) - 0.2  # embeddings that are all alike give ln(1 + K)
