@@ -163,8 +163,6 @@ def _check_codes(column: Column, shard: int, report: Report) -> None:
     report.checked["files"] += 2
     if files.sha256_file(path) != sidecar.get("file"):
         report.problems.append(_again(f"{path}: altered: its sha256 is not its sidecar's", path))
-    elif sidecar.get("column") != column.digest:
-        report.problems.append(_again(f"{path}: written for another meta.json than this column's", path))
 
 
 def _positions(store: Store, images: ImageSet) -> dict[str, int]:
