@@ -39,7 +39,7 @@ def sha256(data: bytes | memoryview) -> str:
 
 
 @contextmanager
-def open_plain(path: Path) -> Iterator[BinaryIO]:
+def open_plain(path: Path) -> Iterator[io.BufferedReader]:
     """A file to read; raises StoreError where it is missing, cannot be read, or is a link, a pipe or a device."""
     try:
         with os.fdopen(plain_descriptor(path), "rb") as file:
