@@ -164,7 +164,7 @@ def plot(rows: list[dict[str, Any]], out: Path) -> None:
     axis.invert_yaxis()
     axis.set_xlabel(f"milliseconds an image, {rows[0]['crops']} crops of each")
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=8, ncols=3)
+    axis.legend(frameon=False, fontsize=8, ncols=9, loc="lower center", bbox_to_anchor=(0.45, 1.0), columnspacing=1.0)
     figure.savefig(out, dpi=130)
 
 
