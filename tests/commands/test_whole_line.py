@@ -123,6 +123,7 @@ def test_compare_two_teachers(work: Path, call: Any) -> None:
         ("--images train/ash", 2, "lie outside any class folder"),
         ("--teacher mocov2", 2, "--checkpoint is needed"),
         ("--teacher own_teacher:make,own_teacher:make", 2, "two of one name"),
+        ("--teacher_weights 2", 2, "teacher_weights '2': there is one teacher"),
         ("--teacher a,b,c", 2, "compare takes one or two teachers"),
         ("--teacher mocov2,swav --checkpoint F", 2, "checkpoint 'F': 1 for 2 teachers"),
         ("--objective prototype_ce", 2, "the targets of 'make' have no prototypes"),
