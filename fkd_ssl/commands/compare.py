@@ -91,6 +91,8 @@ class Config:
     def __post_init__(self) -> None:
         if len(split(self.teacher)) > 2:
             raise RequestError(f"teacher {self.teacher}: compare takes one or two teachers; train takes more")
+        if self.teacher_weights is not None and len(split(self.teacher)) < 2:
+            raise RequestError(f"teacher_weights {self.teacher_weights!r}: there is one teacher; name two as --teacher A,B")
         checkpoints_of(self.teacher, self.checkpoint)
         if self.seeds < 1 or self.epochs <= 0:
             raise RequestError(f"seeds {self.seeds} and epochs {self.epochs}: must be positive")

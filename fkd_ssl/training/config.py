@@ -110,6 +110,8 @@ class TrainConfig:
         """Each teacher's share of the loss; they sum to 1, so that the learning rate means the same for any number."""
         if self.teacher_weights is None:
             return [1 / teachers] * teachers
+        if teachers == 1:
+            raise RequestError(f"teacher_weights {self.teacher_weights!r}: there is one teacher; name several as --teacher A,B")
         try:
             weights = [float(weight) for weight in split(self.teacher_weights)]
         except ValueError:

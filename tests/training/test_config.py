@@ -38,6 +38,8 @@ def test_these_must_not_be_negative(name: str) -> None:
         ({"store": None}, r"targets stored: --store is needed; make one with fkd-ssl precompute"),
         ({"targets": "online"}, r"targets online: --teacher is needed"),
         ({"epochs": 2, "warmup_epochs": 2}, r"warmup_epochs 2: must be fewer than epochs 2"),
+        ({"teacher": "a", "teacher_weights": "1"}, r"teacher_weights '1': there is one teacher; name several"),
+        ({"teacher_weights": "1"}, r"teacher_weights '1': there is one teacher"),
         ({"teacher": "a,,b"}, r"'a,,b': has an empty part; write A,B"),
         (
             {"teacher": "a,b", "teacher_weights": "1"},
