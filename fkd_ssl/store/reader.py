@@ -185,7 +185,7 @@ class Column:
         if not os.path.lexists(path.with_suffix(".json")):
             raise StoreError(f"{path}: this shard is not finished; run the same fkd-ssl precompute again")
         if self.sidecar(shard).get("column") != self.digest:
-            raise StoreError(f"{path}: written for another meta.json than this column's")
+            raise StoreError(f"{path}: written for another meta.json than this column's; run fkd-ssl verify")
         return path
 
     def sidecar(self, shard: int) -> dict[str, Any]:

@@ -214,6 +214,8 @@ def _check_codes(column: Column, shard: int, report: Report) -> None:
     report.checked["files"] += 2
     if digest != sidecar.get("file"):
         report.add(_again(f"{path}: altered: its sha256 is not its sidecar's", path, shard), damage)
+    elif sidecar.get("column") != column.digest:
+        report.add(_again(f"{path}: written for another meta.json than this column's", path, shard), damage)
 
 
 def _positions(store: Store, images: ImageSet) -> dict[str, int]:
