@@ -164,9 +164,7 @@ def test_specs_that_do_not_fit_the_dimension_are_refused(spec, message):
         code_size(spec, DIM)
 
 
-@pytest.mark.parametrize(
-    ("spec", "needed"), [("PQ8x8", 39 * 256), ("PQ8x4", 39 * 16), ("OPQ8,PQ8x4", 39 * 256), ("PCA16,SQ8", 16), ("SQ8", 1)]
-)
+@pytest.mark.parametrize(("spec", "needed"), [("PQ8x8", 39 * 256), ("PQ8x4", 39 * 16), ("PCA16,SQ8", 16), ("SQ8", 1)])
 def test_samples_that_are_too_small_are_refused(spec, needed):
     assert smallest_sample(spec) == needed
     Codec.train(spec, targets(needed))
@@ -182,6 +180,7 @@ def test_sample_sizes():
     assert sample_size("PQ8x8") == 64 * 256
     assert sample_size("PQ16x4") == 4096
     assert sample_size("OPQ16,PQ16x4") == 64 * 256  # OPQ trains a codec of 256 centroids of its own
+    assert smallest_sample("OPQ8,PQ8x4") == 39 * 256
     assert all(sample_size(spec) >= smallest_sample(spec) for spec in SPECS)
 
 
