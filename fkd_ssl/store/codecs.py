@@ -46,6 +46,7 @@ class Codec:
         self.spec = spec
         self.dim = dim
         self._index = index
+        self._outside = _mean_outside(index)
         self.code_size = int(index.sa_code_size())
 
     @classmethod
@@ -108,6 +109,8 @@ class Codec:
             if not np.isfinite(targets).all():
                 raise StoreError(_NOT_FINITE)
             return targets
+        if self._outside is not None:
+            targets += self._outside
         norms = np.sqrt(np.einsum("nd,nd->n", targets, targets))
         if not np.isfinite(norms).all():
             raise StoreError(_NOT_FINITE)
@@ -181,7 +184,7 @@ def _shapes(match: re.Match[str], inner: int, dim: int) -> dict[str, tuple[int, 
     if match["pre"]:
         shapes["transform"] = (inner, dim)
         if match["pre"] in ("PCA", "PCAR"):
-            shapes["transform_bias"] = (inner,)
+            shapes |= {"transform_bias": (inner,), "transform_mean": (dim,)}
     if match["m"]:
         parts = int(match["m"])
         shapes["centroids"] = (parts, 2 ** int(match["bits"] or 8), inner // parts)
@@ -221,6 +224,19 @@ def _transform(index: Any) -> Any:
     return faiss.downcast_VectorTransform(index.chain.at(0))
 
 
+def _mean_outside(index: Any) -> Float32Array | None:
+    """The part float32 [D] of a trained PCA's mean that lies outside its subspace, which faiss's decoding leaves out."""
+    vectors = _parameters(index)
+    if "transform_mean" not in vectors:
+        return None
+    import faiss
+
+    mean = faiss.vector_to_array(vectors["transform_mean"]).astype(np.float64)
+    rows = faiss.vector_to_array(vectors["transform"]).astype(np.float64).reshape(-1, len(mean))
+    outside: Float32Array = (mean - rows.T @ (rows @ mean)).astype(np.float32)
+    return outside
+
+
 def _parameters(index: Any) -> dict[str, Any]:
     """Faiss's vectors that training fills, by the name they are stored under."""
     import faiss
@@ -232,7 +248,7 @@ def _parameters(index: Any) -> dict[str, Any]:
         transform = _transform(outer)
         vectors["transform"] = transform.A
         if isinstance(transform, faiss.PCAMatrix):
-            vectors["transform_bias"] = transform.b
+            vectors |= {"transform_bias": transform.b, "transform_mean": transform.mean}
     if isinstance(base, faiss.IndexPQ):
         vectors["centroids"] = base.pq.centroids
     elif isinstance(base, faiss.IndexScalarQuantizer) and base.sq.qtype in (

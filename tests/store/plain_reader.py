@@ -74,6 +74,9 @@ def decode(spec: str, dim: int, arrays: dict[str, np.ndarray], codes: np.ndarray
         x = x - arrays["transform_bias"]
     if pre:
         x = x @ arrays["transform"]
+    if pre in ("PCA", "PCAR"):
+        mean, rows = arrays["transform_mean"], arrays["transform"]
+        x = x + mean - rows.T @ (rows @ mean)
     if spec != "Flat":
         x = x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-12)
     return x.astype(np.float32)
@@ -125,4 +128,4 @@ def shape_of(meta: dict[str, Any], name: str) -> tuple[int, ...]:
     inner = dim if not pre or (pre == "OPQ" and b is None) else int(b or a)
     if name == "centroids":
         return (int(parts), 2 ** int(width or 8), inner // int(parts))
-    return {"ranges": (2, inner), "transform": (inner, dim), "transform_bias": (inner,)}[name]
+    return {"ranges": (2, inner), "transform": (inner, dim), "transform_bias": (inner,), "transform_mean": (dim,)}[name]
