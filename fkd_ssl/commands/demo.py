@@ -59,7 +59,7 @@ def run(config: Config) -> int:
         crops_per_image=2,
         pixels=32,
         batch_size=64,
-        lr=2e-3,
+        lr=2e-2,
         warmup_epochs=1,
         knn_every=1 if config.smoke else 5,
     )
