@@ -147,7 +147,7 @@ def training(args: argparse.Namespace, store: Store, name: str, seed: int, out: 
     """The command that trains a student on a column."""
     options = {
         "images": args.images, "store": store.folder, "teacher": name, "student": args.student, "pixels": args.pixels,
-        "epochs": args.epochs, "lr": 1e-3, "warmup_epochs": 1, "batch_size": 128, "crops_per_image": 4, "seed": seed,
+        "epochs": args.epochs, "lr": args.lr, "warmup_epochs": 1, "batch_size": 128, "crops_per_image": 4, "seed": seed,
         "workers": 1, "out": out,
     }  # fmt: skip
     return [sys.executable, "-m", "fkd_ssl", "train", *(str(part) for k, v in options.items() for part in (f"--{k}", v))]
@@ -208,6 +208,7 @@ def main() -> None:
     parser.add_argument("--pixels", type=int, default=64)
     parser.add_argument("--crops", type=int, default=10)
     parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--lr", type=float, default=1e-2, help="of the students; benchmarks/learning_rate.py chose it")
     parser.add_argument("--seeds", type=int, default=0)
     parser.add_argument("--codecs", nargs="+", default=None, help="of the table; many by default")
     parser.add_argument("--out", required=True)
