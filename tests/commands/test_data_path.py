@@ -1,7 +1,10 @@
 """The data path from the command line: a smaller copy, boxes scaled to it, images that cannot be read, killed workers."""
 
+import errno
 import json
+import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from fkd_ssl import cli
 from fkd_ssl.images import scan
 
 
@@ -156,4 +160,22 @@ def test_a_killed_worker_is_said_in_words(work: Path, train_line: str) -> None:
         process.kill()
     assert process.returncode == 1
     assert "Traceback" not in said
-    assert "fkd-ssl train: a process that reads images was killed by signal: Killed, often for want of memory" in said
+    # torch says how it died, unless it died while it handed a batch over
+    assert re.search("fkd-ssl train: a process that reads images (was killed by signal: Killed|died), often for want", said)
+
+
+def test_a_worker_that_dies_as_it_hands_a_batch_over(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    here, there = multiprocessing.Pipe()
+    there.close()
+    monkeypatch.setattr(cli, "parse", lambda *_: here.recv())
+    assert cli.main(["inspect", "store"]) == 1
+    assert "fkd-ssl inspect: a process that reads images died, often for want of memory" in capsys.readouterr().err
+
+
+def test_other_broken_connections_are_not_taken_for_it(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    def reset(*_: Any) -> None:
+        raise ConnectionResetError(errno.ECONNRESET, "Connection reset by peer")
+
+    monkeypatch.setattr(cli, "parse", reset)
+    assert cli.main(["inspect", "store"]) == 1
+    assert capsys.readouterr().err == "fkd-ssl inspect: Connection reset by peer\n"
