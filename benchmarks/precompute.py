@@ -64,7 +64,8 @@ def main() -> None:
     images = limit_images(scan(args.images), count)
     crops = count * args.crops
     generator = np.random.default_rng(0)
-    chunk = generator.integers(0, 256, (args.chunk_size, args.pixels, args.pixels, 3), dtype=np.uint8)
+    pixels = generator.integers(0, 256, (args.chunk_size, args.pixels, args.pixels, 3), dtype=np.uint8)
+    chunk = torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
     def bare() -> float:
         start = time.perf_counter()

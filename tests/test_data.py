@@ -15,7 +15,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from fkd_ssl.crops import RECIPES, draw, replay
-from fkd_ssl.data import Batch, Crops, FreshCrops, StoredCrops, scaled, start_worker, whole_batch
+from fkd_ssl.data import Batch, Crops, FreshCrops, StoredCrops, made_here, scaled, start_worker, whole_batch
 from fkd_ssl.errors import ImageError, RequestError, StoreError
 from fkd_ssl.images import ImageSet, read_image, scan
 from fkd_ssl.shrink import shrink
@@ -482,3 +482,33 @@ def test_memory_does_not_grow_over_passes(store: Store, image_folder: Path) -> N
 
     before = resident_after(range(10))
     assert resident_after(range(10, 40)) - before < 3e6  # a leak of every batch would be 35 MB
+
+
+class TestDecodeOnly:
+    """Batches of decoded images, whose crops are made later: the same crops."""
+
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_made_later_they_are_the_same_batch(self, store: Store, images: ImageSet, workers: int) -> None:
+        common: dict[str, Any] = {"crops_per_image": 2, "pixels": 32, "teacher_pixels": 40}
+        batches = [[(0, 3), (0, 1)], [(1, 0)]]
+        usual = read(StoredCrops(store, images, **common), batches)
+        later = read(StoredCrops(store, images, decode_only=True, **common), batches, workers)
+        assert all("images" not in batch for batch in later)
+        assert all(same(a, made_here(b)) for a, b in zip(usual, later, strict=True))
+
+    def test_a_batch_that_has_its_crops_stays_as_it_is(self, store: Store, images: ImageSet) -> None:
+        (batch,) = read(StoredCrops(store, images, crops_per_image=2, pixels=32), [[(0, 3)]])
+        assert made_here(batch) is batch
+
+    def test_unreadable_ones_are_replaced_alike(self, store: Store, own_folder: Path) -> None:
+        path = own_folder / store.paths[1]
+        path.write_bytes(b"no picture".ljust(path.stat().st_size))
+        common: dict[str, Any] = {"crops_per_image": 2, "pixels": 32, "skip_unreadable": True}
+        (usual,) = read(StoredCrops(store, own_folder, **common), [[(0, 0), (0, 1), (0, 2)]])
+        (later,) = read(StoredCrops(store, own_folder, decode_only=True, **common), [[(0, 0), (0, 1), (0, 2)]])
+        assert later["unreadable"] == usual["unreadable"] != []
+        assert same(usual, made_here(later))
+
+    def test_single_images_of_it_are_refused(self, store: Store, images: ImageSet) -> None:
+        with pytest.raises(RequestError, match="decoded images come as whole batches"):
+            StoredCrops(store, images, decode_only=True)[0]

@@ -59,6 +59,8 @@ class Config:
     """Arithmetic of the teacher's forward."""
     threads: int | None = None
     """Threads that read and replay beside the teacher; the number of processors, at most 16, by default."""
+    device_crops: bool = False
+    """Threads only decode, and the GPU makes the crops: for few processors beside a fast GPU. The pixels are the same."""
     shards: str | None = None
     """Only this share of the shards, i/n with i from 0: for n jobs, of which each takes one; any other n may follow."""
     runner: Literal["here", "ray"] = "here"
@@ -126,6 +128,8 @@ def write(
     from fkd_ssl.store.precompute import precompute
 
     images, teachers = (load or load_all)(config)
+    if config.device_crops and resolve.device().type == "cpu":
+        log("warning: --device_crops: there is no CUDA GPU, so this process makes the crops, slowly")
     return precompute(
         images,
         config.store,
@@ -140,6 +144,7 @@ def write(
         name=None if config.name is None else config.name.split(","),
         skip_unreadable=config.on_unreadable == "skip",
         threads=min(16, resolve.cpu_threads()) if config.threads is None else config.threads,
+        device=str(resolve.device()) if config.device_crops else None,
         share=share,
         progress=progress,
         log=log,

@@ -42,11 +42,14 @@ def run(config: Config) -> int:
         "pixels": config.pixels,
         "seed": config.seed,
         "skip_unreadable": config.on_unreadable == "skip",
+        "decode_only": config.device_crops,
     }
     boxes: dict[str, Any] = {"scale_boxes": config.scale_boxes}
     if config.scale_boxes:
         where = "ignored: there is no --store" if store is None else "the student's crops are not bit for bit the teacher's"
         console.say(f"warning: --scale_boxes: {where}")
+    if config.device_crops and resolve.device().type == "cpu":
+        console.say("warning: --device_crops: there is no CUDA GPU, so this process makes the crops, slowly")
     data: Crops
     if config.targets == "stored":
         assert store is not None  # by TrainConfig
@@ -94,7 +97,7 @@ def run(config: Config) -> int:
 
 def _check_store(config: Config, store: "Store", columns: "list[Column]") -> None:
     """Says what a user may not have meant; a store of up to a gigabyte is read once to see that it is whole."""
-    from fkd_ssl.commands import console
+    from fkd_ssl.commands import console, resolve
     from fkd_ssl.crops import probe_digest
     from fkd_ssl.store.verify import check_files
 
@@ -105,8 +108,9 @@ def _check_store(config: Config, store: "Store", columns: "list[Column]") -> Non
             console.say("note: the store's checksums are not read here; fkd-ssl verify does that")
         if column.meta.pixels != config.pixels:
             console.say(f"note: the teacher saw crops of {column.meta.pixels} px, the student trains on {config.pixels} px")
-        if column.meta.probe_digest != probe_digest():
-            console.say("warning: this machine makes slightly other pixels of a crop than the one that ran the teacher")
+        if column.meta.probe_digest != probe_digest(str(resolve.device()) if config.device_crops else None):
+            where = f"{resolve.device().type} makes" if config.device_crops else "this machine makes"
+            console.say(f"warning: {where} slightly other pixels of a crop than the one that ran the teacher")
     if config.epochs > store.crops_per_image:
         uses = config.epochs / store.crops_per_image
         console.say(f"note: {store.crops_per_image} crops an image are stored, so each is used {uses:.1f} times")

@@ -2,7 +2,7 @@
 
 from fkd_ssl.crops.probe import probe_digest
 from fkd_ssl.crops.recipes import RECIPES, Recipe, draw, image_key
-from fkd_ssl.crops.records import CROP_DTYPE, Records, box_record, centre, well_formed
+from fkd_ssl.crops.records import CROP_DTYPE, Records, box_record, centre, unpack, well_formed
 from fkd_ssl.crops.replay import replay, replay_into
 
 __all__ = [
@@ -17,5 +17,6 @@ __all__ = [
     "probe_digest",
     "replay",
     "replay_into",
+    "unpack",
     "well_formed",
 ]

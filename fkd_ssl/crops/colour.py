@@ -27,10 +27,11 @@ _TURN = (
     (-1.2495459, 1.0463392, 0.2032067),
 )
 
-Column = tuple[float, float, float]  # what one of R, G, B and 1 gives to the three output channels
+Rgb = tuple[float, float, float]
+Column = Rgb  # what one of R, G, B and 1 gives to the three output channels
 
 
-def matrix(record: Fields, mean: tuple[float, float, float]) -> npt.NDArray[np.float32]:
+def matrix(record: Fields, mean: Rgb) -> npt.NDArray[np.float32]:
     """The colour matrix float32 [3, 4] of a record: output = matrix @ (R, G, B, 1), before rounding and clamping.
 
     Args:
@@ -39,18 +40,34 @@ def matrix(record: Fields, mean: tuple[float, float, float]) -> npt.NDArray[np.f
 
     Scalars only, so that the result depends on this record alone and on no vector unit's rounding.
     """
+    return np.array(_columns(record, [mean]), dtype=np.float32).T.copy()
+
+
+def linear_and_offset(record: Fields) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float64]]:
+    """`matrix` for a mean that is not known yet.
+
+    Returns:
+        Its columns of R, G and B, float32 [3, 3], and the map from the mean to its last column, float64 [3, 3].
+    """
+    columns = _columns(record, [(1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)])
+    return np.array(columns[:3], dtype=np.float32).T, np.array(columns[3:], dtype=np.float64).T
+
+
+def _columns(record: Fields, means: list[Rgb]) -> list[Column]:
+    """What R, G and B give to the output, and what 1 gives for each of the means."""
     _, _, _, _, flags, order, brightness, contrast, saturation, hue, _ = record
-    columns: list[Column] = [(1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0), (0.0, 0.0, 0.0)]
+    columns: list[Column] = [(1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0), *((0.0, 0.0, 0.0) for _ in means)]
     if flags & JITTER:
         for operation in OPERATION_ORDERS[order]:
             if operation == BRIGHTNESS:
                 columns = [(brightness * r, brightness * g, brightness * b) for r, g, b in columns]
             elif operation == CONTRAST:
-                red, green, blue, one = (_luma(column) for column in columns)
-                pivot = (1 - contrast) * (red * mean[0] + green * mean[1] + blue * mean[2] + one)
+                red, green, blue, *ones = (_luma(column) for column in columns)
                 columns = [(contrast * r, contrast * g, contrast * b) for r, g, b in columns]
-                r, g, b = columns[3]
-                columns[3] = (r + pivot, g + pivot, b + pivot)
+                for k, (mean, one) in enumerate(zip(means, ones, strict=True), 3):
+                    pivot = (1 - contrast) * (red * mean[0] + green * mean[1] + blue * mean[2] + one)
+                    r, g, b = columns[k]
+                    columns[k] = (r + pivot, g + pivot, b + pivot)
             elif operation == SATURATION:
                 columns = [_saturate(column, saturation) for column in columns]
             else:
@@ -58,7 +75,7 @@ def matrix(record: Fields, mean: tuple[float, float, float]) -> npt.NDArray[np.f
                 columns = [_turn(column, cos, sin) for column in columns]
     if flags & GREY:
         columns = [(_luma(column),) * 3 for column in columns]
-    return np.array(columns, dtype=np.float32).T.copy()
+    return columns
 
 
 def _luma(column: Column) -> float:

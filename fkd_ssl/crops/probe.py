@@ -13,8 +13,17 @@ from fkd_ssl.images import decode
 
 
 @functools.cache
-def probe_digest() -> str:
-    """sha256 of decoding a built-in JPEG and replaying 16 crops of every recipe at 224, 96 and 64 pixels."""
+def probe_digest(device: str | None = None) -> str:
+    """sha256 of decoding a built-in JPEG and replaying 16 crops of every recipe at 224, 96 and 64 pixels.
+
+    Args:
+        device: Where the crops are made, in torch's terms; None for the usual path.
+    """
+    make = replay
+    if device is not None:
+        from fkd_ssl.crops.device import replay_on
+
+        make = functools.partial(replay_on, device)
     data = resources.files("fkd_ssl.crops").joinpath("probe.jpg").read_bytes()
     image = decode(data, Path("probe.jpg"))
     height, width = image.shape[:2]
@@ -22,5 +31,5 @@ def probe_digest() -> str:
     for name in sorted(RECIPES):
         records = draw(RECIPES[name], image_key(0, f"probe/{name}"), height, width, 0, 16)
         for pixels in (224, 96, 64):
-            digest.update(replay(image, records, pixels).tobytes())
+            digest.update(make(image, records, pixels).tobytes())
     return digest.hexdigest()

@@ -37,6 +37,8 @@ class Request:
     """Side of the crops that the teacher sees."""
     chunk_size: int
     """Crops in one forward."""
+    device: str | None = None
+    """Where the crops are made, in torch's terms; None for this process's usual path."""
 
     def meta(self) -> dict[str, Any]:
         """What meta.json must say of it: all but what is measured."""
@@ -57,7 +59,7 @@ class Request:
             "pixels": self.pixels,
             "precision": teacher.precision,
             "chunk_size": self.chunk_size,
-            "probe_digest": probe_digest(),
+            "probe_digest": probe_digest(self.device),
         }
 
 
@@ -186,7 +188,7 @@ def _sample_lane(
 
     return Lane(
         request.teacher, pixels=request.pixels, chunk_size=request.chunk_size, first=first, skip=done - readable,
-        seen=seen, take=take,
+        seen=seen, take=take, device=request.device,
     )  # fmt: skip
 
 

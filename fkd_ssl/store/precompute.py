@@ -77,6 +77,7 @@ def precompute(
     name: str | Sequence[str] | None = None,
     skip_unreadable: bool = False,
     threads: int = 2,
+    device: str | None = None,
     share: Share | None = None,
     progress: bool = True,
     log: Callable[[str], None] = lambda message: None,
@@ -100,6 +101,7 @@ def precompute(
         name: Of each teacher's column; the teacher's own by default.
         skip_unreadable: Leave out images that cannot be decoded, and note it in the store, instead of stopping.
         threads: That read, decode and replay beside the teacher.
+        device: Where the crops are made, in torch's terms, if not by the threads: same pixels, for few processors.
         share: Which shards are this process's; all by default.
         progress: Whether to show a bar.
         log: Takes lines for the user.
@@ -128,7 +130,7 @@ def precompute(
             "(--name a,b)"
         )
     requests = [
-        Request(name=layout.checked_name(n), teacher=t, codec=codec, pixels=side, chunk_size=chunk_size)
+        Request(name=layout.checked_name(n), teacher=t, codec=codec, pixels=side, chunk_size=chunk_size, device=device)
         for n, t, side in zip(names, teachers, sides, strict=True)
     ]
     folder = Path(folder)
@@ -142,7 +144,7 @@ def precompute(
     )
     for part in (folder, folder / layout.CROPS, folder / layout.TARGETS, *(folder / layout.TARGETS / n for n in names)):
         files.sweep(part)
-    reader = RowReader(store, images, skip_unreadable, ahead=threads + 1)
+    reader = RowReader(store, images, skip_unreadable, ahead=threads + 1, device=device)
     with ThreadPoolExecutor(threads) as pool:
         columns = open_or_train(store, requests, reader, pool, log)
         missing = [shard for shard in range(store.manifest.shards) if any(shard in c.missing_shards for c in columns)]
@@ -333,5 +335,6 @@ class _Writer:
             bar.set_postfix_str(f"{rate:.1f} img/s", refresh=False)
 
         return Lane(
-            request.teacher, pixels=request.pixels, chunk_size=request.chunk_size, first=first, skip=skip, seen=seen, take=take
-        )
+            request.teacher, pixels=request.pixels, chunk_size=request.chunk_size, first=first, skip=skip, seen=seen, take=take,
+            device=request.device,
+        )  # fmt: skip

@@ -1,5 +1,6 @@
 """Rows for a teacher: images read and decoded once, and replayed at each size that is wanted, beside the teacher."""
 
+import dataclasses
 import functools
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from fkd_ssl import files
-from fkd_ssl.crops import Records, draw, image_key, replay_into
+from fkd_ssl.crops import Records, draw, image_key, replay_into, unpack
 from fkd_ssl.crops.records import neutral
 from fkd_ssl.errors import FkdError, ImageError, StoreError
 from fkd_ssl.images import ImageSet, decode, read_bytes
@@ -44,20 +45,42 @@ class Teacher(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Row:
-    """One image, read once and replayed at each size that was wanted."""
+class Unplayed:
+    """Crops that a device will make: their image and their records [m]."""
 
-    views: dict[int, npt.NDArray[np.uint8]]  # by their side P: [m, P, P, 3], the last m of the row's crops
+    image: npt.NDArray[np.uint8]
+    records: Records
+    pixels: int
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, some: slice) -> "Unplayed":
+        return dataclasses.replace(self, records=self.records[some])
+
+
+Views = npt.NDArray[np.uint8] | Unplayed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One image, read once and replayed at each size that was wanted, or yet to be replayed."""
+
+    views: dict[int, Views]  # by their side P: [m, P, P, 3], the last m of the row's crops
     checksum: str  # of the file's bytes; empty where the image was skipped
 
 
 class RowReader:
-    """Reads, decodes and replays the crops of a row; safe to call from several threads."""
+    """Reads, decodes and replays the crops of a row; safe to call from several threads.
 
-    def __init__(self, store: Store, images: ImageSet, skip_unreadable: bool, *, ahead: int) -> None:
+    With `device` it leaves the replay to that device: rows have `Unplayed` crops.
+    """
+
+    def __init__(self, store: Store, images: ImageSet, skip_unreadable: bool, *, ahead: int, device: str | None = None) -> None:
         self.store = store
         self.images = images
         self.skip_unreadable = skip_unreadable
+        self.device = device
         self.ahead = ahead  # images held in memory before the teacher has seen them
 
     def records(self, row: int, count: int) -> Records:
@@ -77,8 +100,7 @@ class RowReader:
             wanted: By the side of the crops, how many of the first ones are left out.
             expected: sha256 that the image's file must have, empty for one that was skipped; None where it is not known.
         """
-        shapes = {pixels: (count - first, pixels, pixels, 3) for pixels, first in wanted.items()}
-        views = {pixels: np.zeros(shape, dtype=np.uint8) for pixels, shape in shapes.items()}
+        views: dict[int, Views] = {side: self._black(count - first, side) for side, first in wanted.items()}
         size = self.store.sizes[row]
         if expected == "":  # skipped when the crops were made: skipped for every teacher
             return Row(views=views, checksum="")
@@ -109,8 +131,21 @@ class RowReader:
             raise ImageError(changed)
         records = self.records(row, count)
         for side, first in wanted.items():
-            replay_into(views[side], pixels, records[first:])
+            view = views[side]
+            if isinstance(view, Unplayed):
+                unpack(records[first:], *pixels.shape[:2])
+                views[side] = dataclasses.replace(view, image=pixels, records=records[first:])
+            else:
+                replay_into(view, pixels, records[first:])
         return Row(views=views, checksum=checksum)
+
+    def _black(self, count: int, side: int) -> Views:
+        """Crops of an image that is skipped."""
+        if self.device is None:
+            return np.zeros((count, side, side, 3), dtype=np.uint8)
+        records = neutral(count)
+        records["height"] = records["width"] = 1
+        return Unplayed(image=np.zeros((1, 1, 3), dtype=np.uint8), records=records, pixels=side)
 
 
 def in_order(pool: ThreadPoolExecutor, calls: Iterator[Callable[[], Row]], ahead: int) -> Iterator[Row]:
@@ -147,13 +182,25 @@ def publish_crops(reader: RowReader, shard: int, checksums: Sequence[str]) -> No
         raise StoreError(f"{error}; another process read other image files: see that all see the same folder") from error
 
 
-def embed(teacher: Teacher, chunk: npt.NDArray[np.uint8], chunk_size: int) -> Float32Array:
-    """Targets of at most `chunk_size` crops uint8 [n, P, P, 3]; always run on `chunk_size`, the rest zeros."""
-    padded = chunk
-    if len(chunk) < chunk_size:
-        padded = np.zeros((chunk_size, *chunk.shape[1:]), dtype=np.uint8)
-        padded[: len(chunk)] = chunk
-    targets = teacher.embed(torch.from_numpy(padded).permute(0, 3, 1, 2))
+def join(parts: Sequence[Views], device: str | None) -> torch.Tensor:
+    """Crops of several rows as uint8 [n, 3, P, P], made now on `device` if they are yet to be made."""
+    made = [part for part in parts if not isinstance(part, Unplayed)]
+    unplayed = [part for part in parts if isinstance(part, Unplayed)]
+    if not unplayed:
+        return torch.from_numpy(np.concatenate(made) if len(made) > 1 else made[0]).permute(0, 3, 1, 2)
+    from fkd_ssl.crops.device import plan, replay_planned
+
+    pixels = unplayed[0].pixels
+    planned = plan([(u.image.shape[0], u.image.shape[1]) for u in unplayed], [u.records for u in unplayed], pixels)
+    sources = torch.from_numpy(np.concatenate([u.image.reshape(-1) for u in unplayed]))
+    return replay_planned(sources.to(device), {name: part.to(device) for name, part in planned.items()}, pixels)
+
+
+def embed(teacher: Teacher, chunk: torch.Tensor, chunk_size: int) -> Float32Array:
+    """Targets of at most `chunk_size` crops uint8 [n, 3, P, P]; always run on `chunk_size`, the rest zeros."""
+    missing = chunk_size - len(chunk)
+    padded = torch.cat([chunk, chunk.new_zeros(missing, *chunk.shape[1:])]) if missing else chunk
+    targets = teacher.embed(padded.contiguous(memory_format=torch.channels_last))
     result: Float32Array = targets[: len(chunk)].float().cpu().numpy()
     if result.shape != (len(chunk), teacher.dim) or not np.isfinite(result).all():
         raise FkdError(

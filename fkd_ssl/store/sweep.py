@@ -5,11 +5,8 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
-
 from fkd_ssl.store.codecs import Float32Array
-from fkd_ssl.store.rows import Row, RowReader, Teacher, embed, in_order
+from fkd_ssl.store.rows import Row, RowReader, Teacher, Views, embed, in_order, join
 
 
 class Seen(Protocol):
@@ -29,12 +26,13 @@ class Lane:
         first: Position of the first row that it needs.
         skip: Crops of that row that it has seen.
         seen: Takes each row from `first` on.
+        device: Where crops that are yet to be made are made.
         take: Takes the targets float32 [n, D] of each chunk.
     """
 
     def __init__(
         self, teacher: Teacher, *, pixels: int, chunk_size: int, first: int, skip: int, seen: Seen,
-        take: Callable[[Float32Array], None],
+        take: Callable[[Float32Array], None], device: str | None = None,
     ) -> None:  # fmt: skip
         self.pixels = pixels
         self.first = first
@@ -43,7 +41,8 @@ class Lane:
         self._chunk_size = chunk_size
         self._seen = seen
         self._take = take
-        self._parts: list[npt.NDArray[np.uint8]] = []
+        self._device = device
+        self._parts: list[Views] = []
         self._held = 0
 
     def push(self, position: int, row: Row, count: int) -> None:
@@ -63,7 +62,7 @@ class Lane:
     def flush(self) -> None:
         """The teacher sees what is held, a whole chunk or the last one."""
         if self._held:
-            chunk = np.concatenate(self._parts) if len(self._parts) > 1 else self._parts[0]
+            chunk = join(self._parts, self._device)
             self._parts, self._held = [], 0
             self._take(embed(self._teacher, chunk, self._chunk_size))
 

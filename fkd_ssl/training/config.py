@@ -64,6 +64,8 @@ class TrainConfig:
     """Processes that read images."""
     scale_boxes: bool = False
     """The images are smaller copies of the store's (fkd-ssl cache): scale the crops' boxes to them."""
+    device_crops: bool = False
+    """Workers only decode, and the GPU makes the crops: for few processors beside a fast GPU. The pixels are the same."""
     on_unreadable: Literal["stop", "skip"] = "stop"
     """What to do about an image that cannot be read: stop and name it, or train on another one of its batch and count it."""
     val: str | None = None

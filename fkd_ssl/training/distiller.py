@@ -9,7 +9,7 @@ import torch
 from lightly.utils.lars import LARS
 from torch import Tensor, nn
 
-from fkd_ssl.data import Batch
+from fkd_ssl.data import Batch, made_here
 from fkd_ssl.errors import FkdError
 from fkd_ssl.objectives import Objective
 from fkd_ssl.students import Student
@@ -61,6 +61,10 @@ class Distiller(pl.LightningModule):
         self.config = config
         self.steps = steps
         self.last_loss = self.last_floor = torch.zeros(())
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Makes the crops on the device, where that was left to it."""
+        return made_here(batch)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The objective's value on a batch; with several teachers the weighted sum (SimReg, arXiv 2201.05131)."""

@@ -69,6 +69,16 @@ def test_two_teachers_at_once_decode_once(tmp_path, image_folder, pair, new_teac
     assert verify(open_store(tmp_path / "both")).problems == []
 
 
+@pytest.mark.parametrize("sides", [(32, 32), (32, 40)])
+def test_crops_made_on_a_device_give_the_same_store(tmp_path, pictures, pair, tree, counted, sides):
+    (pictures / "ash" / "2.png").write_bytes(b"no picture")  # a skipped one too
+    make(tmp_path / "usual", pictures, pair, pixels=list(sides), skip_unreadable=True)
+    counted["crops"] = 0
+    make(tmp_path / "device", pictures, pair, pixels=list(sides), skip_unreadable=True, device="cpu")
+    assert counted["crops"] == 0
+    assert tree(tmp_path / "device") == tree(tmp_path / "usual")
+
+
 def test_names_are_given_one_each(tmp_path, image_folder, pair):
     make(tmp_path / "store", image_folder, pair, name=["x", "y"])
     assert open_store(tmp_path / "store").teachers == ["x", "y"]

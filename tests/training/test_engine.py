@@ -221,6 +221,26 @@ class TestResults:
         alone, workers = make_run("alone", epochs=2).train(), make_run("workers", epochs=2, workers=2).train()
         assert equal(alone.weights, workers.weights)
 
+    @pytest.mark.parametrize("workers", [0, 2])
+    def test_crops_made_on_the_device_do_not_change_the_training(
+        self, make_run: Any, flat_store: Any, image_folder: Path, workers: int
+    ) -> None:
+        data = StoredCrops(flat_store, image_folder, crops_per_image=2, pixels=32, decode_only=True)
+        device = make_run("device", data=data, device_crops=True, workers=workers).train()
+        assert device.column("loss") == make_run().train().column("loss")
+
+    def test_an_online_teacher_of_another_size_has_its_crops_made_there_too(
+        self, make_run: Any, flat_store: Any, image_folder: Path, tiny_teacher: Any
+    ) -> None:
+        losses = []
+        for where in (False, True):
+            data = StoredCrops(
+                flat_store, image_folder, crops_per_image=2, pixels=32, with_targets=False, teacher_pixels=48, decode_only=where
+            )
+            run = make_run(f"run{where}", data=data, targets="online", teacher="x:y", teacher_pixels=48, device_crops=where)
+            losses.append(run.train(embed=tiny_teacher.embed).column("loss"))
+        assert losses[0] == losses[1]
+
     def test_mixed_precision_is_near(self, make_run: Any) -> None:
         full, mixed = make_run("full", epochs=2).train(), make_run("mixed", epochs=2, precision="bf16-mixed").train()
         assert mixed.column("loss") == pytest.approx(full.column("loss"), rel=5e-2)

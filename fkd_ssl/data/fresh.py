@@ -1,0 +1,54 @@
+"""Crops drawn anew in every pass."""
+
+import hashlib
+
+from fkd_ssl.crops import Recipe, Records, draw, image_key
+from fkd_ssl.data.crops import Crops
+from fkd_ssl.images import ImageSet
+
+
+class FreshCrops(Crops):
+    """Crops drawn anew in every pass, from a recipe: what online distillation reads. They go through the same record.
+
+    Args:
+        images: The image set.
+        recipe: What crops are drawn from.
+        crops_per_image: M.
+        pixels: P, the side of the crops.
+        seed: Of the draw; no store draws the same crops.
+        teacher_pixels: Side at which the crops are made once more, for the teacher.
+        skip_unreadable: As in StoredCrops.
+        decode_only: As in StoredCrops.
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        recipe: Recipe,
+        *,
+        crops_per_image: int = 4,
+        pixels: int = 224,
+        seed: int = 0,
+        teacher_pixels: int | None = None,
+        skip_unreadable: bool = False,
+        decode_only: bool = False,
+    ) -> None:
+        self.images = images
+        self.recipe = recipe
+        self._draw_seed = int.from_bytes(hashlib.blake2b(f"fresh {seed}".encode(), digest_size=8).digest(), "little")
+        super().__init__(
+            len(images), crops_per_image, pixels, teacher_pixels, skip_unreadable=skip_unreadable, decode_only=decode_only
+        )
+
+    def _records(self, pass_: int, i: int, height: int, width: int) -> Records:
+        key = image_key(self._draw_seed, self._path(i))
+        return draw(self.recipe, key, height, width, pass_ * self.crops_per_image, self.crops_per_image)
+
+    def _file(self, i: int) -> str:
+        return f"{self.images.root}/{self.images.on_disk[i]}"
+
+    def _path(self, i: int) -> str:
+        return self.images.paths[i]
+
+    def _label(self, i: int) -> int:
+        return int(self.images.labels[i])

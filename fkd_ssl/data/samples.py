@@ -1,0 +1,55 @@
+"""Batches as they come from a data set of crops, and what a DataLoader needs to keep them whole."""
+
+from collections.abc import Sequence
+from typing import Any, overload
+
+from torch import Tensor
+
+from fkd_ssl.data.pixels import Batch
+from fkd_ssl.errors import RequestError
+
+Targets = Tensor | dict[str, Tensor]  # of one teacher, or of several by name
+
+
+class Samples(Sequence[Batch]):
+    """What was read at once: a list of images, each a view into `batch`, made when it is asked for."""
+
+    def __init__(self, batch: Batch, crops_per_image: int) -> None:
+        self.batch = batch
+        self._m = crops_per_image
+
+    def __len__(self) -> int:
+        return len(self.batch["paths"])
+
+    @overload
+    def __getitem__(self, index: int) -> Batch: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Batch]: ...
+
+    def __getitem__(self, index: int | slice) -> Batch | list[Batch]:
+        if isinstance(index, slice):
+            return [self[k] for k in range(*index.indices(len(self)))]
+        if "sources" in self.batch:
+            raise RequestError("decoded images come as whole batches: give the DataLoader collate_fn=whole_batch")
+        k, m = range(len(self))[index], self._m
+        stacked = [key for key in ("images", "teacher_images", "targets") if key in self.batch]
+        crops: Batch = {key: _rows_of(self.batch[key], slice(k * m, (k + 1) * m)) for key in stacked}
+        return {**crops, "label": int(self.batch["labels"][k]), "path": self.batch["paths"][k]}
+
+
+def _rows_of(stacked: Targets, rows: slice) -> Targets:
+    return {name: part[rows] for name, part in stacked.items()} if isinstance(stacked, dict) else stacked[rows]
+
+
+def whole_batch(samples: Any) -> Batch:
+    """The collate function that keeps the batch as it was read: `images` [B M, 3, P, P], `targets` [B M, D]."""
+    batch: Batch = samples.batch
+    return batch
+
+
+def start_worker(worker: int) -> None:
+    """Start-up of a DataLoader's worker process: one thread for faiss."""
+    import faiss
+
+    faiss.omp_set_num_threads(1)

@@ -1,0 +1,179 @@
+"""The crops of a store with their targets."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from fkd_ssl.crops import Records
+from fkd_ssl.data.crops import Crops
+from fkd_ssl.data.samples import Targets
+from fkd_ssl.errors import ImageError, RequestError, StoreError
+from fkd_ssl.images import ImageSet, UInt8Array, decode, read_bytes, scan
+from fkd_ssl.store import Store
+
+
+class StoredCrops(Crops):
+    """The crops of a store, with the targets of one teacher or of several.
+
+    Pass p reads crops (start + p M + 0..M-1) mod C of an image, start a hash of the seed and the image: every crop is
+    used before any is used twice.
+
+    Args:
+        store: An opened store.
+        images: The folder of images, or a scanned set; it may hold more than the store.
+        crops_per_image: M.
+        pixels: P, the side of the crops; it need not be what the teacher saw.
+        teacher: Name of the column; not needed where there is only one. A list of names gives `targets` as a dict of float32
+            [M, D] by name, in the list's order.
+        seed: Of the starts.
+        with_targets: False gives the crops alone, for a teacher that runs online on them.
+        teacher_pixels: Side at which the crops are made once more, for a teacher that runs online.
+        partial: Take the images whose shards are done from a store that is still being written, as it stands when it is
+            first looked at; open the store again to see more.
+        scale_boxes: The folder holds smaller copies of the store's images (fkd-ssl cache makes them): boxes are scaled to
+            a copy's size. Crops are then near what the teacher saw, and not the same bits.
+        skip_unreadable: An image that cannot be read is replaced by another one of its batch, and counted.
+        decode_only: Batches bring decoded images and plans of the crops, for a device to make them.
+
+    Raises:
+        StoreError: A column is unknown or not finished, or an image of the store is missing from the folder.
+        RequestError: A column is named twice, or crops_per_image is more than the store holds.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        images: str | Path | ImageSet,
+        *,
+        crops_per_image: int = 4,
+        pixels: int = 224,
+        teacher: str | Sequence[str] | None = None,
+        seed: int = 0,
+        with_targets: bool = True,
+        teacher_pixels: int | None = None,
+        partial: bool = False,
+        scale_boxes: bool = False,
+        skip_unreadable: bool = False,
+        decode_only: bool = False,
+    ) -> None:
+        found = images if isinstance(images, ImageSet) else scan(images)
+        self.store = store
+        names = [teacher] if teacher is None or isinstance(teacher, str) else list(teacher)
+        if len(set(names)) != len(names):
+            raise RequestError(f"teacher {', '.join(map(str, names))}: a column is named twice")
+        self.columns = [store.column(name) for name in names] if with_targets else []
+        self.by_name = teacher is not None and not isinstance(teacher, str)
+        rows = store.rows
+        for column in self.columns:
+            if not partial:
+                column.require_complete()
+            rows = np.intersect1d(rows, column.rows, assume_unique=True)
+        if crops_per_image > store.crops_per_image:
+            raise RequestError(
+                f"crops_per_image {crops_per_image}: {store.folder} holds {store.crops_per_image} crops of each image"
+            )
+        if not len(rows):
+            raise StoreError(
+                f"{store.folder}: holds no finished {'targets' if self.columns else 'crops'}; run fkd-ssl precompute"
+            )
+        self.root: Path = found.root
+        self.classes = found.classes
+        positions = _positions(store, rows, found)
+        self.labels = found.labels[positions]
+        self._spelled: dict[int, str] = {
+            k: found.on_disk[p] for k, p in enumerate(positions.tolist()) if found.on_disk[p] != found.paths[p]
+        }
+        self._rows = rows
+        self.seed = seed
+        self.scale_boxes = scale_boxes
+        super().__init__(
+            len(rows), crops_per_image, pixels, teacher_pixels, skip_unreadable=skip_unreadable, decode_only=decode_only
+        )
+
+    def _index(self, pass_: int, i: int) -> slice | npt.NDArray[np.int64]:
+        """Which crops a pass reads of an image; a slice, which is read without a copy, unless they wrap around."""
+        c, m = self.store.crops_per_image, self.crops_per_image
+        digest = hashlib.blake2b(f"{self.seed}\n{self._path(i)}".encode(), digest_size=8, person=b"start").digest()
+        first = (int.from_bytes(digest, "little") + pass_ * m) % c
+        return slice(first, first + m) if first + m <= c else np.arange(first, first + m) % c
+
+    def _read(self, i: int, path: str) -> UInt8Array:
+        data = read_bytes(path)
+        expected = self.store.sizes["bytes"][self._rows[i]]
+        if len(data) != expected and not self.scale_boxes:
+            raise ImageError(
+                f"{path}: changed since the store was made: {len(data)} bytes now, {expected} then; restore it, or "
+                "if these are smaller copies of the store's images, ask for --scale_boxes"
+            )
+        return decode(data, path)
+
+    def _records(self, pass_: int, i: int, height: int, width: int) -> Records:
+        row = int(self._rows[i])
+        records = self.store.crops(row, self._index(pass_, i))
+        if self.scale_boxes:
+            size = self.store.sizes[row]
+            return scaled(records, (int(size["height"]), int(size["width"])), (height, width))
+        return records
+
+    def _targets(self, pairs: list[tuple[int, int]]) -> Targets | None:
+        if not self.columns:
+            return None
+        where = [(int(self._rows[i]), self._index(pass_, i)) for pass_, i in pairs]
+        targets = {
+            column.name: torch.from_numpy(column.codec.decode(np.concatenate([column.codes(*place) for place in where])))
+            for column in self.columns
+        }
+        return targets if self.by_name else targets[self.columns[0].name]
+
+    def _file(self, i: int) -> str:
+        return f"{self.root}/{self._spelled.get(i) or self._path(i)}"
+
+    def _path(self, i: int) -> str:
+        return self.store.paths[int(self._rows[i])]
+
+    def _label(self, i: int) -> int:
+        return int(self.labels[i])
+
+
+def _positions(store: Store, rows: npt.NDArray[np.int64], images: ImageSet) -> npt.NDArray[np.int64]:
+    """Where each of these rows' images is in an image set: int64 [len(rows)]; StoreError where one is missing."""
+    if store.paths.same_as(images.paths):  # the usual case: a million names need not be told apart
+        return rows
+    where = {path: k for k, path in enumerate(images.paths)}
+    names = [store.paths[row] for row in rows.tolist()]
+    absent = [path for path in names if path not in where]
+    if absent:
+        raise StoreError(
+            f"{images.root}: lacks {len(absent)} of the {len(rows)} images of {store.folder}, for instance "
+            f"{absent[0]!r}: give the folder that the store was made from"
+        )
+    return np.array([where[path] for path in names], dtype=np.int64)
+
+
+def scaled(records: Records, stored: tuple[int, int], found: tuple[int, int]) -> Records:
+    """Records whose boxes fit a smaller copy of their image.
+
+    Args:
+        records: Crop records [M].
+        stored: Height and width of the image that they were drawn for.
+        found: Height and width of the copy.
+
+    Raises:
+        ImageError: The copy has another shape, so that it is a copy of something else, or was cut.
+    """
+    if found == stored:
+        return records
+    (height, width), (h, w) = stored, found
+    if abs(h * width - w * height) > max(height, width):  # one side is at most one pixel off the other's scale
+        raise ImageError(f"{w} x {h} pixels, and the store's image has {width} x {height}: no scaled copy of it")
+    copies = records.copy()
+    for first, length, before, now in (("top", "height", height, h), ("left", "width", width, w)):
+        start = records[first].astype(np.int64)
+        end = start + records[length]
+        copies[first] = start = np.rint(start * (now / before)).astype(np.int64).clip(0, now - 1)
+        copies[length] = np.rint(end * (now / before)).astype(np.int64).clip(start + 1, now) - start
+    return copies

@@ -1,0 +1,80 @@
+"""Replay on a device: the bits of the CPU's path. On the CPU here, and on a GPU where there is one."""
+
+import numpy as np
+import pytest
+import torch
+
+from fkd_ssl.crops import CROP_DTYPE, RECIPES, box_record, draw, image_key, probe_digest, replay
+from fkd_ssl.crops import device as on_device
+from fkd_ssl.crops.records import BLUR, FLAGS, JITTER
+from fkd_ssl.errors import ImageError
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.fixture(params=DEVICES)
+def device(request):
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    return request.param
+
+
+def noise(height, width, seed=0):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES))
+@pytest.mark.parametrize(("height", "width"), [(375, 500), (1, 1), (40, 700), (1201, 902), (33, 35)])
+def test_bits_are_those_of_replay(device, recipe, height, width):
+    image = noise(height, width)
+    records = draw(RECIPES[recipe], image_key(0, f"{height}"), height, width, 0, 6)
+    for pixels in (224, 64, 33, 1):
+        there = on_device.replay_on(device, image, records, pixels)
+        np.testing.assert_array_equal(there, replay(image, records, pixels))
+
+
+@pytest.mark.parametrize("pixels", [224, 96, 17])
+def test_every_flag_and_extreme_factors(device, pixels):
+    rng = np.random.default_rng(1)
+    records = np.zeros(2 * (FLAGS + 1), dtype=CROP_DTYPE)
+    records["height"], records["width"] = rng.integers(1, 301, len(records)), rng.integers(1, 401, len(records))
+    records["top"], records["left"] = 301 - records["height"], 401 - records["width"]
+    records["flags"], records["order"] = np.arange(len(records)) % (FLAGS + 1), rng.integers(0, 24, len(records))
+    for name in ("brightness", "contrast", "saturation"):
+        records[name] = rng.uniform(0, 2, len(records))
+    records["hue"], records["sigma"] = rng.uniform(-0.5, 0.5, len(records)), rng.uniform(0, 5, len(records))
+    image = noise(301, 401)
+    np.testing.assert_array_equal(on_device.replay_on(device, image, records, pixels), replay(image, records, pixels))
+
+
+@pytest.mark.parametrize("elements", [1, 1 << 16])
+def test_several_images_at_once_in_parts_of_any_size(device, elements, monkeypatch):
+    monkeypatch.setattr(on_device, "ELEMENTS", elements)
+    images = [noise(80, 61, 1), noise(30, 200, 2), noise(64, 64, 3)]
+    records = [draw(RECIPES["swav"], image_key(0, str(k)), *image.shape[:2], 0, 5) for k, image in enumerate(images)]
+    crops = on_device.plan([image.shape[:2] for image in images], records, 24)
+    sources = torch.from_numpy(np.concatenate([image.reshape(-1) for image in images])).to(device)
+    there = on_device.replay_planned(sources, {name: part.to(device) for name, part in crops.items()}, 24)
+    assert there.is_contiguous(memory_format=torch.channels_last)
+    here = np.concatenate([replay(image, of_image, 24) for image, of_image in zip(images, records, strict=True)])
+    np.testing.assert_array_equal(there.cpu().numpy(), here)
+
+
+def test_no_crops_at_all(device):
+    crops = on_device.plan([(4, 4)], [np.zeros(0, dtype=CROP_DTYPE)], 8)
+    assert on_device.replay_planned(torch.zeros(48, dtype=torch.uint8), crops, 8).shape == (0, 3, 8, 8)
+
+
+def test_the_probe_digest_says_that_both_paths_agree(device):
+    assert probe_digest(device) == probe_digest()
+
+
+def test_a_box_outside_the_image_is_refused():
+    with pytest.raises(ImageError, match="lies outside an image of 5 x 4 pixels"):
+        on_device.plan([(4, 5)], [box_record(0, 0, 5, 5)], 8)
+
+
+def test_blur_and_jitter_were_really_tried():
+    flags = draw(RECIPES["swav"], image_key(0, "375"), 375, 500, 0, 6)["flags"]
+    assert (flags & BLUR).any()
+    assert (flags & JITTER).any()
