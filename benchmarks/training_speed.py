@@ -19,12 +19,13 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from lightning_fabric.utilities import move_data_to_device
 from torch import nn
 from torch.utils.data import DataLoader
 from torchvision.models.resnet import Bottleneck
 
 from fkd_ssl.commands import resolve
-from fkd_ssl.data import Batch, StoredCrops, start_worker, whole_batch
+from fkd_ssl.data import Batch, StoredCrops, made_here, start_worker, whole_batch
 from fkd_ssl.images import scan
 from fkd_ssl.objectives import make_objective
 from fkd_ssl.store import open_store
@@ -47,6 +48,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--crops_per_image", type=int, default=4)
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--device_crops", action="store_true", help="workers only decode, the device makes the crops")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
@@ -87,6 +89,7 @@ def measure(args: argparse.Namespace, teacher_name: str, student_name: str, side
             teacher=args.column,
             with_targets=with_targets,
             scale_boxes=source == "cache",
+            decode_only=args.device_crops,
         )
         sampler = PassSampler(len(data), args.batch_size // args.crops_per_image, steps + 4, seed=0)
         return iter(
@@ -97,14 +100,18 @@ def measure(args: argparse.Namespace, teacher_name: str, student_name: str, side
                 collate_fn=whole_batch,
                 worker_init_fn=start_worker,
                 prefetch_factor=4 if args.workers else None,
+                pin_memory=device.type == "cuda",
             )
         )
 
-    held = next(batches("stored", True))
+    def on_device(batch: Batch) -> Batch:
+        return made_here(move_data_to_device(batch, device))
+
+    held = on_device(next(batches("stored", True)))
 
     def step(batch: Batch, target: torch.Tensor) -> None:
         optimizer.zero_grad()
-        objective(student(batch["images"]), target.to(device)).backward()
+        objective(student(batch["images"]), target).backward()
         optimizer.step()
 
     def timed(run: Callable[[], object]) -> float:
@@ -119,7 +126,7 @@ def measure(args: argparse.Namespace, teacher_name: str, student_name: str, side
         loader = batches(source, not online)
 
         def one() -> None:
-            batch = next(loader)
+            batch = on_device(next(loader))
             step(batch, teacher.embed(batch["images"]).clone() if online else batch["targets"])
 
         for _ in range(4 if steps > 4 else 1):  # workers start
@@ -143,6 +150,7 @@ def measure(args: argparse.Namespace, teacher_name: str, student_name: str, side
         "pixels": pixels,
         "steps": steps,
         "device": str(device),
+        "device_crops": args.device_crops,
         "crops_per_second": {name: round(rate, 1) for name, rate in best.items()},
         **{f"{source}_over_bare": round(best[source] / best["bare"], 3) for source in folders},
         **{f"{source}_over_online": round(best[source] / best["online"], 3) for source in folders},
