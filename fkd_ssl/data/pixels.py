@@ -21,16 +21,17 @@ class Replayed:
     def __init__(self, count: int, crops_per_image: int, sides: Sides) -> None:
         self._m = crops_per_image
         self._views = {name: _new_bytes(count * crops_per_image, side, side, 3) for name, side in sides.items()}
+        self._arrays: list[UInt8Array] = [views.numpy() for views in self._views.values()]
 
     def put(self, k: int, image: UInt8Array, records: Records) -> None:
         """The k-th image's crops; raises ImageError where a record is impossible."""
-        for views in self._views.values():
-            replay_into(views[self._of(k)].numpy(), image, records)
+        for array in self._arrays:
+            replay_into(array[self._of(k)], image, records)
 
     def repeat(self, k: int, other: int) -> None:
         """Another image's crops in the k-th one's place."""
-        for views in self._views.values():
-            views[self._of(k)] = views[self._of(other)]
+        for array in self._arrays:
+            array[self._of(k)] = array[self._of(other)]
 
     def tensors(self) -> Batch:
         """What the batch has of them."""
