@@ -57,12 +57,7 @@ def replay_into(views: UInt8Array, image: UInt8Array, records: Records) -> None:
 def _replay_one(view: UInt8Array, image: UInt8Array, record: Fields) -> None:
     top, left, height, width, flags, *_, sigma = record
     pixels = view.shape[0]
-    crop = image[top : top + height, left : left + width]
-    while min(height, width) >= 2 * pixels:
-        height, width = height // 2, width // 2
-        half: Any = cv2.resize(crop[: 2 * height, : 2 * width], (width, height), interpolation=cv2.INTER_AREA)
-        crop = half
-    cv2.resize(crop, (pixels, pixels), dst=view, interpolation=cv2.INTER_LINEAR)
+    _resize(view, image[top : top + height, left : left + width])
     if flags & (JITTER | GREY):
         mean = cv2.mean(view)
         cv2.transform(view, colour.matrix(record, (mean[0], mean[1], mean[2])), dst=view)
@@ -74,6 +69,16 @@ def _replay_one(view: UInt8Array, image: UInt8Array, record: Fields) -> None:
         np.subtract(255, view, out=view, where=view >= 128)
     if flags & FLIP:
         cv2.flip(view, 1, dst=view)
+
+
+def _resize(view: UInt8Array, crop: UInt8Array) -> None:
+    pixels = view.shape[0]
+    height, width, _ = crop.shape
+    while min(height, width) >= 2 * pixels:
+        height, width = height // 2, width // 2
+        half: Any = cv2.resize(crop[: 2 * height, : 2 * width], (width, height), interpolation=cv2.INTER_AREA)
+        crop = half
+    cv2.resize(crop, (pixels, pixels), dst=view, interpolation=cv2.INTER_LINEAR)
 
 
 @lru_cache(maxsize=1 << 14)  # sigma is a float16 in the record: all that a recipe can draw fit
