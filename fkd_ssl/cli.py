@@ -25,6 +25,7 @@ VERBS = {
     "plan": "bytes, hours and break-even of a precompute, before it; writes nothing",
     "precompute": "run a teacher once over stored crops of every image",
     "inspect": "what a store holds",
+    "show": "a contact sheet of an image: its stored crops and their nearest neighbours",
     "verify": "check a store: every file, its images, a sample of its targets; repair it",
     "subset": "the first crops, some teachers or some images of a store, as a store",
     "recode": "a teacher's stored targets in another codec, without the teacher",

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from fkd_ssl.commands.plan import Costs, duration, estimate, timed
 from fkd_ssl.commands.resolve import cpu_threads
@@ -204,3 +205,46 @@ class TestRepair:
         status, _, err = call(self.VERIFY)
         assert status == 1
         assert "manifest.json" in err
+
+
+class TestShow:
+    LINE = "show store --images train --image ash/0.png --crops 3"
+
+    def test_a_sheet_is_drawn(self, work: Path, call: Any) -> None:
+        status, out, _ = call(f"{self.LINE} --neighbours 2 --among 4")
+        assert status == 0
+        assert out.startswith("sheet.png: ash/0.png: the first 3 of 4 stored crops, and the nearest of 17 other images to make")
+        with Image.open("sheet.png") as picture:
+            assert picture.width > 300
+        before = Path("sheet.png").read_bytes()
+        again = call(self.LINE)
+        assert (again.status, "sheet.png: is there already" in again.err) == (2, True)
+        assert Path("sheet.png").read_bytes() == before
+
+    def test_without_neighbours_no_teacher_is_needed(self, work: Path, call: Any) -> None:
+        shutil.rmtree("store/targets")
+        assert call(f"{self.LINE} --neighbours 0 --out other.png").status == 0
+        assert "holds targets of no teacher" in call(self.LINE).err
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ("--image ash/9.png", "store has no such image; did you mean ash/"),
+            ("--crops 5", "crops 5: store holds 4 crops of each image"),
+            ("--crops 0", "crops 0: must lie in 1 to 24"),
+            ("--among 5", "crops 5: store holds 4"),
+            ("--teacher other", "no targets of 'other'"),
+            ("--images nowhere", "nowhere/ash/0.png: cannot be read"),
+        ],
+    )
+    def test_what_is_refused(self, work: Path, call: Any, change: str, message: str) -> None:
+        refused = call(f"{self.LINE} {change}")
+        assert refused.status in (1, 2)
+        assert message in refused.err
+        assert not Path("sheet.png").exists()
+
+    def test_an_image_that_was_skipped(self, work: Path, call: Any) -> None:
+        Path("train/ash/0.png").write_bytes(b"no picture")
+        line = "precompute --images train --store other --teacher own_teacher:make --crops 4 --chunk_size 16"
+        assert call(f"{line} --on_unreadable skip").status == 0
+        assert "it was skipped" in call(self.LINE.replace("store", "other", 1)).err

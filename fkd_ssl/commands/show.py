@@ -1,0 +1,117 @@
+"""Draws what a store holds of an image: its crops' boxes, the crops, and their nearest neighbours for a teacher.
+
+The sheet is a PNG. Neighbours are crops of other images whose stored targets are nearest by cosine: a teacher's eye for what is
+alike.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from fkd_ssl.errors import RequestError
+
+if TYPE_CHECKING:
+    from fkd_ssl.sheet import Picture
+    from fkd_ssl.store import Store
+    from fkd_ssl.store.nearest import Neighbour
+
+POSITIONALS = ("store",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Options of show."""
+
+    store: str
+    """Folder of the store."""
+    images: str
+    """Folder of the images that it was made from."""
+    image: str
+    """Which image: its path inside that folder."""
+    out: str = "sheet.png"
+    """The PNG; a file that is there is not overwritten."""
+    teacher: str | None = None
+    """Column whose neighbours are shown, if there are several."""
+    crops: int = 6
+    """Crops of the image, the first ones."""
+    neighbours: int = 5
+    """Of each crop, from other images; 0 for none."""
+    among: int = 1
+    """Crops of every other image that are looked at."""
+    pixels: int = 96
+    """Side at which crops are drawn."""
+
+    def __post_init__(self) -> None:
+        for name, least, most in (("crops", 1, 24), ("neighbours", 0, 12), ("among", 1, 10**6), ("pixels", 8, 512)):
+            if not least <= getattr(self, name) <= most:
+                raise RequestError(f"{name} {getattr(self, name)}: must lie in {least} to {most}")
+
+
+def run(config: Config) -> int:
+    """Draws the sheet."""
+    from pathlib import Path
+
+    from tqdm import tqdm
+
+    from fkd_ssl import files, sheet
+    from fkd_ssl.commands import console
+    from fkd_ssl.crops import replay
+    from fkd_ssl.images import read_image
+    from fkd_ssl.progress import hidden
+    from fkd_ssl.store import open_store
+    from fkd_ssl.store.nearest import nearest
+
+    out = Path(config.out)
+    if out.exists():
+        raise RequestError(f"{out}: is there already; choose another --out")
+    store = open_store(config.store)
+    if config.crops > store.crops_per_image:
+        raise RequestError(f"crops {config.crops}: {store.folder} holds {store.crops_per_image} crops of each image")
+    row = _row(store, config.image)
+    image, records = read_image(Path(config.images, config.image)), store.crops(row, slice(0, config.crops))
+    crops = [
+        sheet.Picture(pixels=view.transpose(1, 2, 0), caption=sheet.describe(record))
+        for view, record in zip(replay(image, records, config.pixels), records, strict=True)
+    ]
+    near: list[list[Picture]] = [[] for _ in crops]
+    title = f"{config.image}: the first {len(crops)} of {store.crops_per_image} stored crops"
+    if config.neighbours:
+        column = store.column(config.teacher)
+        with tqdm(total=len(column.rows) - 1, unit="img", desc="neighbours", disable=hidden(show=True)) as bar:
+            found = nearest(
+                column, store.targets(column.name, row, slice(0, config.crops)), count=config.neighbours, crops=config.among,
+                without=row, done=bar.update,
+            )  # fmt: skip
+        near = [[_picture(store, config, neighbour) for neighbour in line] for line in found]
+        title += f", and the nearest of {len(column.rows) - 1:,} other images to {column.name}"
+    with files.publish(out) as file:
+        file.write(sheet.draw(image, records, crops, near, title))
+    console.show(f"{out}: {title}")
+    return 0
+
+
+def _row(store: "Store", image: str) -> int:
+    """The row of an image that is named, and that can be shown."""
+    import difflib
+
+    names = list(store.paths)
+    if image not in names:
+        near = difflib.get_close_matches(image, names[:100_000], n=1, cutoff=0.5)
+        raise RequestError(f"image {image!r}: {store.folder} has no such image{f'; did you mean {near[0]}?' if near else ''}")
+    row = names.index(image)
+    if row not in store.rows:
+        raise RequestError(f"image {image!r}: its crops are not stored: it was skipped, or its shard is not finished")
+    return row
+
+
+def _picture(store: "Store", config: Config, neighbour: "Neighbour") -> "Picture":
+    """A neighbour as it is shown."""
+    from pathlib import Path
+
+    from fkd_ssl.crops import replay
+    from fkd_ssl.images import read_image
+    from fkd_ssl.sheet import Picture
+
+    path = store.paths[neighbour.row]
+    record = store.crops(neighbour.row, slice(neighbour.crop, neighbour.crop + 1))
+    view = replay(read_image(Path(config.images, path)), record, config.pixels)[0]
+    return Picture(pixels=view.transpose(1, 2, 0), caption=f"{neighbour.cosine:.3f}\n{path.rpartition('/')[2][:18]}")

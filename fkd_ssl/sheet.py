@@ -1,0 +1,89 @@
+"""A contact sheet: an image with the boxes of its stored crops, the crops themselves, and beside each its neighbours."""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fkd_ssl.crops import Records
+from fkd_ssl.crops.records import BLUR, FLIP, GREY, JITTER, SOLARIZE
+from fkd_ssl.images import UInt8Array
+
+_INK, _PAPER = "#1d1d1f", "#ffffff"
+_CELL = 1.25  # inches
+
+
+@dataclass(frozen=True, kw_only=True)
+class Picture:
+    """A crop and what is written under it."""
+
+    pixels: UInt8Array
+    """uint8 [P, P, 3]."""
+    caption: str
+
+
+def describe(record: Any) -> str:
+    """What a crop record does besides cutting its box, in three short lines."""
+    flags = int(record["flags"])
+    lines = [f"{record['width']} x {record['height']}" + (", flip" if flags & FLIP else "")]
+    if flags & JITTER:
+        factors = ", ".join(f"{float(record[name]):.2f}" for name in ("brightness", "contrast", "saturation"))
+        lines.append(f"{factors}, {float(record['hue']):+.2f}")
+    rest = [name for flag, name in ((GREY, "grey"), (SOLARIZE, "solarize")) if flags & flag]
+    rest += [f"blur {float(record['sigma']):.1f}"] if flags & BLUR else []
+    return "\n".join([*lines, *([", ".join(rest)] if rest else [])])
+
+
+def draw(image: UInt8Array, records: Records, crops: Sequence[Picture], near: Sequence[Sequence[Picture]], title: str) -> bytes:
+    """A contact sheet as PNG.
+
+    Args:
+        image: uint8 [H, W, 3].
+        records: The crops' records [m], in the image's pixels.
+        crops: The crops [m].
+        near: Of each crop its neighbours; empty where there is no teacher.
+        title: Over it all.
+    """
+    from matplotlib import colormaps
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    colours = [colormaps["tab10"](k % 10) for k in range(len(crops))]
+    cells = [[crop, *neighbours] for crop, neighbours in zip(crops, near, strict=True)]
+    # without neighbours the crops stand in rows of their own
+    wide = max(map(len, cells)) if any(near) else min(6, len(crops))
+    rows = cells if any(near) else [list(crops[k : k + wide]) for k in range(0, len(crops), wide)]
+    side = 3.2 * image.shape[1] / max(image.shape[:2])
+    figure = Figure(
+        figsize=(side + 0.4 + wide * _CELL, max(3.6, 0.5 + len(rows) * (_CELL + 0.35))), facecolor=_PAPER, layout="constrained"
+    )
+    FigureCanvasAgg(figure)
+    left, right = figure.subfigures(1, 2, width_ratios=[side + 0.4, wide * _CELL])
+    figure.suptitle(title, color=_INK, fontsize=9)
+    axes = left.subplots()
+    axes.imshow(image)
+    axes.axis("off")
+    for colour, record in zip(colours, records, strict=True):
+        place = float(record["left"]) - 0.5, float(record["top"]) - 0.5
+        box = Rectangle(place, int(record["width"]), int(record["height"]), fill=False, edgecolor=colour, linewidth=1.4)
+        axes.add_patch(box)
+    grid = right.subplots(len(rows), wide, squeeze=False)
+    number = 0
+    for k, line in enumerate(grid):
+        for j, cell in enumerate(line):
+            cell.set_xticks([])
+            cell.set_yticks([])
+            if j >= len(rows[k]):
+                cell.axis("off")
+                continue
+            picture = rows[k][j]
+            cell.imshow(picture.pixels)
+            cell.set_xlabel(picture.caption, fontsize=6, color=_INK)
+            own = j == 0 or not any(near)
+            for spine in cell.spines.values():
+                spine.set(visible=own, edgecolor=colours[number] if own else _INK, linewidth=2)
+            number += own
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=150)
+    return png.getvalue()

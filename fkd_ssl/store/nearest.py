@@ -1,0 +1,76 @@
+"""Nearest stored crops of other images, in a teacher's space: what its targets hold alike."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from fkd_ssl.errors import RequestError
+from fkd_ssl.store.codecs import Float32Array
+from fkd_ssl.store.reader import Column
+
+
+@dataclass(frozen=True, kw_only=True)
+class Neighbour:
+    """A crop of another image."""
+
+    row: int
+    crop: int
+    cosine: float
+
+
+def nearest(
+    column: Column,
+    targets: Float32Array,
+    *,
+    count: int,
+    crops: int,
+    without: int,
+    done: Callable[[int], object] = lambda n: None,
+) -> list[list[Neighbour]]:
+    """Of each target the nearest crops by cosine, at most one of an image.
+
+    A whole sweep over the finished shards, one shard in memory at a time.
+
+    Args:
+        column: Whose crops.
+        targets: float32 [m, D].
+        count: Neighbours of each.
+        crops: Crops of each image that are looked at, the first ones.
+        without: Row of the image that is left out.
+        done: Is told how many images were looked at.
+
+    Returns:
+        Of each target its neighbours, the nearest first; fewer where there are fewer images.
+    """
+    if not 1 <= crops <= column.store.crops_per_image:
+        raise RequestError(f"crops {crops}: {column.store.folder} holds {column.store.crops_per_image} crops of each image")
+    unit = _normalised(targets)
+    cosines = np.zeros((len(unit), 0), dtype=np.float32)
+    found = np.zeros((len(unit), 0, 2), dtype=np.int64)  # row and crop
+    m = column.store.manifest
+    readable = column.rows[column.rows != without]
+    for shard in np.unique(readable // m.rows_per_shard).tolist():
+        rows = readable[readable // m.rows_per_shard == shard]
+        codes = np.asarray(column.shard(shard)[rows % m.rows_per_shard, :crops])
+        decoded = column.codec.decode(codes.reshape(-1, codes.shape[-1]))
+        here = (unit @ _normalised(decoded).T).reshape(len(unit), len(rows), crops)
+        best = here.argmax(axis=2)
+        cosines = np.concatenate([cosines, np.take_along_axis(here, best[:, :, None], axis=2)[:, :, 0]], axis=1)
+        places = np.stack([np.broadcast_to(rows, best.shape), best], axis=2)
+        found = np.concatenate([found, places], axis=1)
+        order = np.argsort(-cosines, axis=1, kind="stable")[:, :count]
+        cosines = np.take_along_axis(cosines, order, axis=1)
+        found = np.take_along_axis(found, order[:, :, None], axis=1)
+        done(len(rows))
+    return [
+        [Neighbour(row=int(row), crop=int(crop), cosine=float(c)) for (row, crop), c in zip(places, near, strict=True)]
+        for places, near in zip(found, cosines, strict=True)
+    ]
+
+
+def _normalised(vectors: Float32Array) -> npt.NDArray[np.float32]:
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    unit: npt.NDArray[np.float32] = (vectors / np.maximum(norms, 1e-12)).astype(np.float32)
+    return unit
