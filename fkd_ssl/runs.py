@@ -19,6 +19,9 @@ State = Literal["new", "resume", "done"]
 def peek(out: str | Path, config: Any) -> State:
     """What the run folder `out` is to a config dataclass: new, to be resumed, or done (its results.json exists).
 
+    How a run is run may change when it is continued, what it makes may not: the keys that a config names as `FREE` are not
+    compared.
+
     Raises:
         RequestError: The folder holds another config's run, or files that are no run.
     """
@@ -30,8 +33,10 @@ def peek(out: str | Path, config: Any) -> State:
         return "new"
     if not (folder / CONFIG).exists():
         raise RequestError(f"{folder}: exists and is not a run of fkd-ssl; choose another --out")
-    found, wanted = (folder / CONFIG).read_text(errors="replace"), to_yaml(config)
-    if _values(found) != _values(wanted):  # not their text: 100 and 100.0 are one number of epochs
+    found, wanted = _values((folder / CONFIG).read_text(errors="replace")), _values(to_yaml(config))
+    for key in getattr(config, "FREE", ()):
+        found.pop(key, None), wanted.pop(key, None)
+    if found != wanted:  # not their text: 100 and 100.0 are one number of epochs
         raise RequestError(f"{folder}: holds a run of another config ({difference(found, wanted)}); choose another --out")
     return "done" if (folder / RESULTS).exists() else "resume"
 
@@ -64,11 +69,10 @@ def to_yaml(config: Any) -> str:
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
 
 
-def difference(found: str, wanted: str) -> str:
-    """The first keys in which two YAML configs differ, in words."""
-    a, b = _values(found), _values(wanted)
-    keys = [key for key in {**a, **b} if a.get(key) != b.get(key)]
-    return "; ".join(f"{key} is {a.get(key)!r} there, {b.get(key)!r} here" for key in keys[:3]) or "other keys"
+def difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """The first keys in which two configs differ, in words."""
+    keys = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
+    return "; ".join(f"{key} is {found.get(key)!r} there, {wanted.get(key)!r} here" for key in keys[:3]) or "other keys"
 
 
 def _values(text: str) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """Reading checkpoints: nothing in them is executed, and every key must fit."""
 
+import errno
 import hashlib
+import re
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,6 +37,10 @@ def read(path: str | Path) -> tuple[dict[str, Any], str]:
             # files of PyTorch before 1.6, such as MoCo's own, are no zip and cannot be mapped
             saved = torch.load(path, map_location="cpu", weights_only=True, mmap=start.startswith(b"PK"))
     except Exception as error:  # whatever a foreign file makes torch raise
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno in _DISK):
+            raise  # not the file's fault
+        if re.search("out of memory|can't allocate memory", str(error)):
+            raise MemoryError(str(error)) from error
         lines = str(error).splitlines() or [type(error).__name__]
         refused = next((line.strip() for line in lines if "GLOBAL" in line), None)
         if refused is not None:
@@ -42,7 +48,7 @@ def read(path: str | Path) -> tuple[dict[str, Any], str]:
                 f"{path}: holds more than tensors and plain values ({refused}), and nothing in a checkpoint is executed: if "
                 "you trust the file, load it yourself, save its state_dict alone and pass that"
             ) from error
-        raise CheckpointError(f"{path}: cannot be read as a checkpoint ({lines[0]}): download or copy it again") from error
+        raise CheckpointError(f"{path}: cannot be read as a checkpoint: {_what_it_is(start)}") from error
     if not isinstance(saved, Mapping):
         raise CheckpointError(f"{path}: holds a {type(saved).__name__}, expected a dict of weights")
     return dict(saved), digest(path)
@@ -52,6 +58,9 @@ def weights_digest(network: nn.Module) -> str:
     """Hex sha256 of a network's parameters and buffers, names and values."""
     sums = hashlib.sha256()
     for name, value in sorted(network.state_dict().items()):
+        if not isinstance(value, Tensor):  # a module's extra state
+            sums.update(f"{name} {value!r}".encode())
+            continue
         sums.update(f"{name} {value.dtype} {list(value.shape)}".encode())
         sums.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return sums.hexdigest()
@@ -74,8 +83,13 @@ def weights_of(saved: Mapping[str, Any], where: str) -> dict[str, Tensor]:
     others = [str(key) for key, value in inner.items() if not isinstance(value, Tensor)]
     if others or not inner:
         what = f": {some(others)} hold something else" if others else ""
+        nested = next((key for key, value in inner.items() if isinstance(value, Mapping) and len(value) > 1), None)
+        what += f"; if its weights lie under {nested!r}, save those alone" if nested is not None else ""
         raise CheckpointError(f"{where}: holds no weights, expected a dict of tensors or one under state_dict{what}")
     tensors = {str(key): value for key, value in inner.items()}
+    odd = [key for key, value in tensors.items() if value.layout is not torch.strided or value.is_meta]
+    if odd:
+        raise CheckpointError(f"{where}: {some(odd)} {'are' if len(odd) > 1 else 'is'} sparse or without values")
     while wrapper := next((name for name in ("module.", "_orig_mod.") if all(key.startswith(name) for key in tensors)), None):
         tensors = {key.removeprefix(wrapper): value for key, value in tensors.items()}
     return tensors
@@ -156,8 +170,21 @@ def _kind(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
+def _what_it_is(start: bytes) -> str:
+    """What a file that is no checkpoint seems to be, from its first bytes; torch's own words advise to unpickle it."""
+    if start.lstrip()[:1] == b"<":
+        return "it is a web page, not the file: download it again"
+    if start == b"version h":
+        return "it is a pointer of Git LFS, not the file: git lfs pull brings it"
+    return "no file of PyTorch's, or one that is cut off or damaged: download or copy it again"
+
+
 def _is_safetensors(start: bytes, size: int) -> bool:
     return len(start) == 9 and start[8:] == b"{" and int(struct.unpack("<Q", start[:8])[0]) <= size
+
+
+# of the disk or of its rights, and not of a file that is cut off
+_DISK = (errno.EIO, errno.ENOMEM, errno.EACCES, errno.EPERM, errno.ESTALE, errno.ENOENT)
 
 
 class _Inert:

@@ -184,6 +184,13 @@ def _once(preset: Preset, part: Path, progress: Progress) -> bool:
         if preset.url.startswith("https:") and not response.url.startswith("https:"):
             raise FkdError(f"{preset.url}: the server leads to {response.url}, which is not https")
         start, total = _range(response, here)
+        if response.headers.get_content_type() == "text/html":  # of a proxy, or of a network that wants a login first
+            raise FkdError(f"{preset.url}: a web page came instead of the file; {here:,} bytes are kept; {by_hand(preset)}")
+        if here and start == 0 and total is not None and total < here:
+            raise FkdError(
+                f"{preset.url}: the server has {total:,} bytes now and {here:,} are here: another file; delete {part} to begin "
+                "anew"
+            )
         if start not in (0, here):
             raise FkdError(
                 f"{preset.url}: the server sends from byte {start}, {here} was asked for; {by_hand(preset, part.parent)}"

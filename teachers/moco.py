@@ -34,6 +34,9 @@ def load_mocov2(path: str | Path, *, name: str = "mocov2", **about: Any) -> Teac
     encoder = architecture.build()
     checkpoint.load_into(encoder, backbone, f"{path}: encoder_q")
     checkpoint.load_into(projection, head, f"{path}: encoder_q.fc")
+    known = {*encoder.state_dict(), *(f"fc.{key}" for key in projection.state_dict())}
+    strange = [key for key in checkpoint.part(weights, "encoder_k.") if key not in known]
+    checkpoint.refuse_keys({"unexpected": strange}, f"{path}: encoder_k")
     return Teacher(
         encoder,
         projection,

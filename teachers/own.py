@@ -33,7 +33,7 @@ def load_own(name: str, checkpoint: str | Path | None, precision: Precision) -> 
         module = importlib.import_module(module_name)
     except (ImportError, ValueError) as error:
         raise RequestError(f"teacher {name}: {error} (the current folder is on the path)") from error
-    except Exception as error:  # one's own code may raise anything
+    except (Exception, SystemExit) as error:  # one's own code may raise anything
         raise FkdError(f"teacher {name}: its module failed: {type(error).__name__}: {error}") from error
     function = getattr(module, function_name, None)
     if not callable(function):
@@ -41,32 +41,47 @@ def load_own(name: str, checkpoint: str | Path | None, precision: Precision) -> 
         raise RequestError(f"teacher {name}: module {module_name!r} has no function {function_name!r}{hint}")
     given: dict[str, Any] = {}
     digest = None
+    parameters = inspect.signature(function).parameters
+    takes = parameters.get("checkpoint") or next((p for p in parameters.values() if p.kind is p.VAR_KEYWORD), None)
+    if checkpoint is None and takes is not None and takes.name == "checkpoint" and takes.default is takes.empty:
+        raise RequestError(f"teacher {name}: --checkpoint is needed: the function takes checkpoint=, without a default")
     if checkpoint is not None:
         if not Path(checkpoint).is_file():
             raise RequestError(f"{checkpoint}: no such checkpoint")
-        if "checkpoint" not in inspect.signature(function).parameters:
+        if takes is None:
             raise RequestError(f"teacher {name}: takes no checkpoint=, and --checkpoint was given")
         given, digest = {"checkpoint": str(checkpoint)}, files.digest(checkpoint)
     try:
         made = function(**given)
     except FkdError:
         raise
-    except Exception as error:  # one's own code may raise anything
+    except (Exception, SystemExit) as error:  # one's own code may raise anything
         raise FkdError(f"teacher {name}: {type(error).__name__}: {error}") from error
     if isinstance(made, Teacher):
         made.precision = precision if precision != "fp32" else made.precision
-        made.checkpoint_sha256 = made.checkpoint_sha256 or digest or files.weights_digest(made)
+        made.checkpoint_sha256 = made.checkpoint_sha256 or digest or _digest(made, name)
         return made
     if not isinstance(made, nn.Module):
         raise FkdError(f"teacher {name}: returned a {type(made).__name__}, expected a torch.nn.Module or a Teacher")
-    digest = digest or files.weights_digest(made)  # so that a changed function is another teacher
-    return wrap(
+    pixels = getattr(made, "pixels", 224)
+    if not isinstance(pixels, int):
+        raise FkdError(f"teacher {name}: its pixels are {pixels!r}, expected one whole number, the side of its input")
+    teacher = wrap(
         made,
         name=function_name,
         network=type(made).__name__,
-        pixels=int(getattr(made, "pixels", 224)),
+        pixels=pixels,
         source=name,
         checkpoint=None if checkpoint is None else Path(checkpoint).name,
-        checkpoint_sha256=digest,
         precision=precision,
     )
+    # after the first forward, which makes lazy layers; so that a changed function is another teacher
+    teacher.checkpoint_sha256 = digest or _digest(made, name)
+    return teacher
+
+
+def _digest(network: nn.Module, name: str) -> str:
+    try:
+        return files.weights_digest(network)
+    except Exception as error:  # weights that cannot be read: on the meta device, of a layout of their own
+        raise FkdError(f"teacher {name}: its weights cannot be read: {type(error).__name__}: {error}") from error

@@ -36,6 +36,8 @@ class Preset:
     """ImageNet linear top-1 in percent, as its authors report it."""
     dim: int = 128
     """D of its targets."""
+    prototypes: int = 0
+    """K, which its file must hold."""
     pixels: int = 224
     """Side of the crops that it was trained on."""
     mean: Rgb = IMAGENET_MEAN
@@ -75,6 +77,7 @@ def _swav(network: str, file: str, top1: float, head: str = _SWAV_HEAD) -> Prese
         source="facebookresearch/swav, arXiv 2006.09882",
         licence=_SWAV_LICENCE,
         top1=top1,
+        prototypes=3000,
         std=SWAV_STD,
     )
 

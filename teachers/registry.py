@@ -75,9 +75,17 @@ def _preset(name: str, checkpoint: str | Path | None, precision: Precision) -> T
         )
     teacher = FAMILIES[preset.family](path, name=name, precision=precision, licence=preset.licence, source=preset.url)
     advice = f"pass --teacher {preset.family} for another checkpoint of this layout"
-    if not teacher.network.startswith(f"{preset.network},") or teacher.dim != preset.dim:
+    norm = "with BatchNorm"
+    fits = (
+        teacher.network.startswith(f"{preset.network},")
+        and teacher.dim == preset.dim
+        and (norm in teacher.network) == (norm in preset.head)
+        and len(teacher.arrays.get("prototypes", ())) == preset.prototypes
+    )
+    if not fits:
         raise CheckpointError(
-            f"{path}: holds a {teacher.network}; {name} is a {preset.network} with {preset.dim}-d targets; {advice}"
+            f"{path}: holds a {teacher.network}; {name} is a {preset.network}, {preset.head}, with {preset.dim}-d targets; "
+            f"{advice}"
         )
     try:
         fetch.check_file(path, preset)

@@ -38,12 +38,14 @@ def load_swav(path: str | Path, *, name: str = "swav", **about: Any) -> Teacher:
     architecture = read_architecture(backbone, str(path))
     projection, dim, words = checkpoint.read_head(head, architecture.feature_dim, f"{path}: projection_head")
     others = [key for key in weights if key.startswith("prototypes.") and key != "prototypes.weight"]
-    fits = prototypes.ndim == 2 and prototypes.shape[1] == dim and prototypes.is_floating_point()
+    fits = prototypes.ndim == 2 and prototypes.shape[1] == dim and len(prototypes) and prototypes.is_floating_point()
     wrong = [] if fits else [f"prototypes.weight {list(prototypes.shape)}, expected floats [K, {dim}]"]
     checkpoint.refuse_keys({"unexpected": others, "misshapen": wrong}, str(path))
     encoder = architecture.build()
     checkpoint.load_into(encoder, backbone, str(path))
     checkpoint.load_into(projection, head, f"{path}: projection_head")
+    if not prototypes.isfinite().all():
+        raise CheckpointError(f"{path}: its prototypes hold NaN or infinity")
     return Teacher(
         encoder,
         projection,

@@ -1,5 +1,6 @@
 """A frozen network that maps crops to targets."""
 
+import re
 from contextlib import AbstractContextManager
 from typing import Any, Literal, Self
 
@@ -15,6 +16,15 @@ from fkd_ssl.teachers.presets import IMAGENET_MEAN, IMAGENET_STD, Rgb
 Precision = Literal["fp32", "bf16", "fp16"]
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def _rgb(values: Any, what: str) -> Rgb:
+    """Three numbers, however they came."""
+    try:
+        red, green, blue = (float(value) for value in values)
+    except (TypeError, ValueError) as error:
+        raise RequestError(f"{what} {values!r}: expected three numbers, of R, G and B in 0 to 1") from error
+    return red, green, blue
 
 
 class Teacher(nn.Module):
@@ -75,16 +85,18 @@ class Teacher(nn.Module):
         self.feature_dim = dim if feature_dim is None else feature_dim
         self.network = network
         self.pixels = pixels
-        self.mean = mean
-        self.std = std
-        self.licence = licence
-        self.source = source
-        self.checkpoint = checkpoint
+        self.mean = _rgb(mean, "mean")
+        self.std = _rgb(std, "std")
+        if min(self.std) <= 0:
+            raise RequestError(f"teacher {name}: std {self.std}: must be positive")
+        self.licence = licence or "not stated"
+        self.source = None if source is None else str(source)
+        self.checkpoint = None if checkpoint is None else str(checkpoint)
         self.checkpoint_sha256 = checkpoint_sha256
         self.precision = precision
         self.arrays = arrays or {}
-        self.register_buffer("_mean", torch.tensor(mean).view(1, 3, 1, 1) * 255, persistent=False)
-        self.register_buffer("_std", torch.tensor(std).view(1, 3, 1, 1) * 255, persistent=False)
+        self.register_buffer("_mean", torch.tensor(self.mean).view(1, 3, 1, 1) * 255, persistent=False)
+        self.register_buffer("_std", torch.tensor(self.std).view(1, 3, 1, 1) * 255, persistent=False)
         self.requires_grad_(False)
         self.to(memory_format=torch.channels_last)
         self.eval()
@@ -101,7 +113,8 @@ class Teacher(nn.Module):
             FkdError: The network gives something other than finite [B, D].
         """
         with self._autocast():
-            embedding = self._checked(self.head(self._checked(self.backbone(self._prepare(images)), images)), images)
+            features = self._checked(self._run(self.backbone, self._prepare(images), images), images)
+            embedding = self._checked(self._run(self.head, features, images), images)
         if embedding.shape[1] != self.dim:
             raise FkdError(f"teacher {self.name}: gave D = {embedding.shape[1]}, expected {self.dim}")
         return F.normalize(embedding.float(), dim=1)
@@ -110,7 +123,21 @@ class Teacher(nn.Module):
     def features(self, images: Tensor) -> Tensor:
         """Backbone features float32 [B, F] of uint8 [B, 3, H, W]: what probes and kNN are run on."""
         with self._autocast():
-            return self._checked(self.backbone(self._prepare(images)), images).float()
+            return self._checked(self._run(self.backbone, self._prepare(images), images), images).float()
+
+    def _run(self, part: nn.Module, given: Tensor, images: Tensor) -> Any:
+        """A part's output; what it raises, but for want of memory, becomes an error that names the size of the crops."""
+        try:
+            return part(given)
+        except (RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
+            if re.search("out of memory|can't allocate memory", str(error)):
+                raise
+            height, width = images.shape[2:]
+            own = "" if (height, width) == (self.pixels, self.pixels) else f"; its own size is {self.pixels} (--pixels)"
+            what = (str(error).splitlines() or [""])[0]
+            raise FkdError(
+                f"teacher {self.name}: fails on crops of {width} x {height} px: {type(error).__name__}: {what}{own}"
+            ) from error
 
     def _prepare(self, images: Tensor) -> Tensor:
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
@@ -128,5 +155,8 @@ class Teacher(nn.Module):
             what = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise FkdError(f"teacher {self.name}: its network gave {what} for {len(images)} images, expected [B, D]")
         if not output.isfinite().all():
-            raise FkdError(f"teacher {self.name}: its network gave NaN or infinity in {self.precision}; try --precision fp32")
+            advice = "its weights are damaged, or far from what its preprocessing gives it"
+            if self.precision != "fp32":
+                advice = "try --precision fp32"
+            raise FkdError(f"teacher {self.name}: its network gave NaN or infinity in {self.precision}: {advice}")
         return output

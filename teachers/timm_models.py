@@ -42,6 +42,7 @@ def load_timm(model: str, layer: str | None, checkpoint: str | Path | None, *, p
         names = timm.list_models()
         raise RequestError(f"teacher {spec}: timm has no such model{did_you_mean(model.partition('.')[0], names)}")
     network = _build(timm, model, spec)
+    own = str(checkpoint) == PRETRAINED
     config, about = resolve_model_data_config(network), network.pretrained_cfg
     pixels = int(config["input_size"][-1])
     place = about.get("url") or about.get("hf_hub_id") or "nowhere that timm knows of"
@@ -50,7 +51,8 @@ def load_timm(model: str, layer: str | None, checkpoint: str | Path | None, *, p
             f"teacher {spec}: --checkpoint is needed: a file of its state_dict, or {PRETRAINED}, which lets timm download "
             f"its weights (from {place}, licence {about.get('license') or 'not stated'})"
         )
-    if str(checkpoint) == PRETRAINED:
+    licence = about.get("license") or "not stated"
+    if own:
         network = _build(timm, model, spec, pretrained=True)
         name, digest = PRETRAINED, files.weights_digest(network)
     else:
@@ -61,13 +63,14 @@ def load_timm(model: str, layer: str | None, checkpoint: str | Path | None, *, p
     return wrap(
         network if layer is None else AtLayer(network, layer, spec),
         name=model if layer is None else f"{model}-{layer}",
-        network=f"{model} of timm, {layer or 'pooled features'}; trained on {config['interpolation']} {pixels} px",
+        network=f"{model} of timm, {layer or 'pooled features'}; "
+        f"{'trained on' if own else 'timm prepares'} {config['interpolation']} {pixels} px",
         source=spec,
         pixels=pixels,
         probe=min(pixels, 224) if getattr(network, "dynamic_img_size", False) else pixels,  # at 518 px it would take minutes
         mean=tuple(config["mean"]),
         std=tuple(config["std"]),
-        licence=about.get("license") or "not stated",
+        licence=licence if own else f"not stated; timm's own weights of {model}: {licence}",
         checkpoint=name,
         checkpoint_sha256=digest,
         precision=precision,
@@ -91,18 +94,37 @@ def _build(timm: Any, model: str, spec: str, *, pretrained: bool = False) -> Any
         ) from error
 
 
+_POSITIONS = ("pos_embed", "positional_embedding", "position_embeddings")
+
+
+def _head_keys(name: str) -> set[str]:
+    """The keys of a linear classifier called `name`; LeViT's is the part `l` of one that has a BatchNorm too."""
+    whole = name.removesuffix(".l")
+    norm = {f"{whole}.bn.{part}" for part in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")}
+    return {f"{name}.weight", f"{name}.bias"} | (norm if whole != name else set())
+
+
 def _converted(network: nn.Module, weights: dict[str, Tensor], classifier: Any, where: str) -> dict[str, Tensor]:
     """The weights without the classifier's, in the network's own names if timm knows how to convert them."""
     wanted = network.state_dict()
-    heads = tuple(f"{name}." for name in ((classifier,) if isinstance(classifier, str) else classifier or ()))
+    heads = {key for name in ((classifier,) if isinstance(classifier, str) else classifier or ()) for key in _head_keys(name)}
 
     def headless(state: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {key: value for key, value in state.items() if key in wanted or not (heads and key.startswith(heads))}
+        return {key: value for key, value in state.items() if key in wanted or key not in heads}
 
     kept = headless(weights)
     convert = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)  # timm's convention
     if convert is None or all(key in wanted and wanted[key].shape == value.shape for key, value in kept.items()):
         return kept
+    # timm would resample another patch size or number of positions: that is another teacher than the file's
+    positions = {key: wanted["pos_embed"] for key in kept if key.endswith(_POSITIONS)} if "pos_embed" in wanted else {}
+    misshapen = [
+        f"{key} {list(value.shape)}, expected {list((wanted.get(key, positions.get(key))).shape)}"
+        for key, value in kept.items()
+        if (key in wanted and value.ndim == wanted[key].ndim and value.shape != wanted[key].shape)
+        or (key in positions and abs(value.numel() - positions[key].numel()) > positions[key].shape[-1])
+    ]
+    files.refuse_keys({"misshapen": misshapen}, where)
     try:
         return headless(convert(weights, network))
     except Exception as error:  # it expects other layouts than this one

@@ -63,7 +63,8 @@ def load_torchvision(model: str, layer: str | None, checkpoint: str | Path | Non
     return wrap(
         network,
         name=model if layer is None else f"{model}-{layer}",
-        network=f"{model} of torchvision, {layer or 'pooled features'}; trained on {seen.interpolation.value} {pixels} px",
+        network=f"{model} of torchvision, {layer or 'pooled features'}; "
+        f"{'trained on' if checkpoint == PRETRAINED else 'torchvision prepares'} {seen.interpolation.value} {pixels} px",
         source=source,
         pixels=pixels,
         mean=tuple(seen.mean),

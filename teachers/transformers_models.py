@@ -4,6 +4,7 @@ import inspect
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
 from fkd_ssl.errors import CheckpointError, RequestError
@@ -41,7 +42,7 @@ def load_transformers(path: str | Path, *, name: str = "transformers", **about: 
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
         model, info = AutoModel.from_pretrained(path, use_safetensors=True, output_loading_info=True, **options)
-        processor = AutoImageProcessor.from_pretrained(path, **options).to_dict()
+        processor = AutoImageProcessor.from_pretrained(path, **options)
     except Exception as error:  # whatever a foreign folder makes it raise
         line = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{path}: transformers cannot read it as a vision model in safetensors: {line}") from error
@@ -51,9 +52,15 @@ def load_transformers(path: str | Path, *, name: str = "transformers", **about: 
         raise CheckpointError(f"{path}: a {type(model).__name__} takes {model.main_input_name}, expected a model of images")
     lacks = sorted(info["missing_keys"])
     unpooled = bool(lacks) and all(key.startswith("pooler.") for key in lacks)
-    wrong = {"missing": [] if unpooled else lacks, "misshapen": sorted(map(str, info["mismatched_keys"]))}
+    foreign = sorted(key for key in info["unexpected_keys"] if not key.startswith(_HEADS))
+    wrong = {
+        "unexpected": foreign,
+        "missing": [] if unpooled else lacks,
+        "misshapen": sorted(map(str, info["mismatched_keys"])),
+    }
     checkpoint.refuse_keys(wrong, str(path))
-    mean, std, pixels = _preprocessing(processor, str(path))
+    mean, std, pixels = _preprocessing(processor.to_dict(), str(path))
+    _check_preprocessing(processor, mean, std, pixels, str(path))
     features = "class token" if unpooled else "pooled output"
     return wrap(
         _Pooled(model.float(), class_token=unpooled),
@@ -67,6 +74,13 @@ def load_transformers(path: str | Path, *, name: str = "transformers", **about: 
         checkpoint_sha256=checkpoint.weights_digest(model),
         **about,
     )
+
+
+# what a file may hold beside the vision model: its classifiers, a decoder of pixels, the text's half of a pair
+_HEADS = (
+    "classifier.", "cls_classifier.", "distillation_classifier.", "head.", "lm_head.", "decoder.", "text_model.",
+    "text_projection.", "visual_projection.", "logit_scale", "logit_bias",
+)  # fmt: skip
 
 
 class _Pooled(nn.Module):
@@ -101,8 +115,32 @@ def _preprocessing(processor: dict[str, Any], where: str) -> tuple[Rgb, Rgb, int
     side = next((size[key] for key in ("height", "shortest_edge") if size.get(key)), None) if isinstance(size, dict) else size
     if not isinstance(side, int):
         raise CheckpointError(f"{where}: cannot tell the size of its image processor's crops: {size}")
-    if not processor.get("do_normalize", True):
+    if not processor.get("do_normalize", "image_mean" in processor):
         return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), side
-    red, green, blue = (float(value) for value in processor["image_mean"])
-    r, g, b = (float(value) for value in processor["image_std"])
-    return (red, green, blue), (r, g, b), side
+    return _rgb(processor, "image_mean", where), _rgb(processor, "image_std", where), side
+
+
+def _rgb(processor: dict[str, Any], name: str, where: str) -> Rgb:
+    """Three numbers; one stands for three, as in transformers."""
+    value = processor.get(name)
+    values = value if isinstance(value, (list, tuple)) else [value]
+    try:
+        red, green, blue = (float(number) for number in (list(values) * 3 if len(values) == 1 else values))
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{where}: its image processor's {name} is {value!r}, expected three numbers") from error
+    return red, green, blue
+
+
+def _check_preprocessing(processor: Any, mean: Rgb, std: Rgb, pixels: int, where: str) -> None:
+    """Raises CheckpointError where the image processor makes other values of pixels than (x / 255 - mean) / std."""
+    image = np.random.default_rng(0).integers(0, 256, (pixels, pixels, 3), dtype=np.uint8)
+    try:
+        made = processor(images=[image], do_resize=False, do_center_crop=False, return_tensors="np")["pixel_values"]
+    except Exception as error:  # whatever a processor of another kind makes of it
+        raise CheckpointError(f"{where}: its image processor cannot be tried: {type(error).__name__}: {error}") from error
+    expected = ((image / 255 - np.array(mean)) / np.array(std)).transpose(2, 0, 1)[None]
+    if made.shape != expected.shape or np.abs(made - expected).max() > 1e-3:
+        raise CheckpointError(
+            f"{where}: its image processor does more than scale and normalise (another order of channels, a second division): "
+            "give it as module:function"
+        )

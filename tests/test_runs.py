@@ -68,7 +68,7 @@ def test_results_that_are_missing_or_torn_are_refused(tmp_path: Path, content: s
 
 
 def test_difference_names_at_most_three_keys() -> None:
-    found, wanted = "a: 1\nb: 1\nc: 1\nd: 1\n", "a: 2\nb: 2\nc: 2\nd: 2\n"
+    found, wanted = dict.fromkeys("abcd", 1), dict.fromkeys("abcd", 2)
     assert runs.difference(found, wanted) == "a is 1 there, 2 here; b is 1 there, 2 here; c is 1 there, 2 here"
 
 

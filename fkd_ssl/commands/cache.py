@@ -4,8 +4,8 @@ The copy has the same paths and formats, only smaller: precompute, train, knn an
 originals. The same options continue a killed run.
 """
 
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +27,8 @@ class Config:
     json: bool = False
     """Print one JSON object on standard output."""
 
+    FREE: ClassVar = ("threads", "json", "on_unreadable")
+
 
 def run(config: Config) -> int:
     """Copies and says how large the copy is."""
@@ -39,8 +41,7 @@ def run(config: Config) -> int:
 
     images = scan(config.images)
     check_apart(images.root, Path(config.out))
-    # how it is run may change when it is continued, what it makes may not
-    folder, state = runs.open_run(config.out, replace(config, threads=None, json=False))
+    folder, state = runs.open_run(config.out, config)
     if state == "done":
         console.say(f"{folder}: this copy is done; results.json says what it holds")
         return 0

@@ -105,6 +105,8 @@ def run(config: Config) -> int:
         elif summary.busy or summary.left:
             done = "nothing left for this process"
         console.show(f"{config.store}: {done}; {gigabytes(summary.store_bytes)} on disk")
+    if config.on_unreadable == "skip":
+        _say_skipped(config.store)
     if summary.busy:
         console.say(
             f"{len(summary.busy)} of {summary.shards} shards are being written by other processes, which finish them; if one "
@@ -113,6 +115,18 @@ def run(config: Config) -> int:
     if summary.left:
         console.say(f"{len(summary.left)} of {summary.shards} shards are left to the other --shards")
     return 0
+
+
+def _say_skipped(folder: str) -> None:
+    """Which images the store does without."""
+    from fkd_ssl.commands import console
+    from fkd_ssl.store import open_store
+
+    store = open_store(folder)
+    rows = [row for shard in sorted(store.shards_with_crops()) for row in store.skipped(shard)]
+    if rows:
+        some = ", ".join(store.paths[row] for row in rows[:3]) + (", ..." if len(rows) > 3 else "")
+        console.say(f"warning: {len(rows)} of {len(store.paths):,} images could not be read and are left out: {some}")
 
 
 def write(
@@ -124,10 +138,17 @@ def write(
     load: "Callable[[Config], tuple[ImageSet, list[Teacher]]] | None" = None,
 ) -> "Summary":
     """What `run` does, in this process; `load` stands in for this module's."""
+    import torch
+
     from fkd_ssl.commands import resolve
     from fkd_ssl.store.precompute import precompute
+    from fkd_ssl.training.config import split
 
     images, teachers = (load or load_all)(config)
+    sides = [resolve.pixels_of(config.pixels, teacher.pixels) for teacher in teachers]
+    for teacher, side in zip(teachers, sides, strict=True):
+        if side != teacher.pixels:  # one that cannot take it says so now, not after the store is begun
+            teacher.embed(torch.zeros(2, 3, side, side, dtype=torch.uint8))
     if config.device_crops and resolve.device().type == "cpu":
         log("warning: --device_crops: there is no CUDA GPU, so this process makes the crops, slowly")
     return precompute(
@@ -137,11 +158,11 @@ def write(
         crops=config.crops,
         recipe=resolve.recipe_of(config.recipe, config.min_scale),
         codec=config.codec,
-        pixels=[resolve.pixels_of(config.pixels, teacher.pixels) for teacher in teachers],
+        pixels=sides,
         seed=config.seed,
         limit=config.limit,
         chunk_size=config.chunk_size,
-        name=None if config.name is None else config.name.split(","),
+        name=None if config.name is None else split(config.name),
         skip_unreadable=config.on_unreadable == "skip",
         threads=min(16, resolve.cpu_threads()) if config.threads is None else config.threads,
         device=str(resolve.device()) if config.device_crops else None,
@@ -162,16 +183,9 @@ def load_all(config: Config) -> "tuple[ImageSet, list[Teacher]]":
 
 def teachers_of(config: Config) -> list[tuple[str, str | None]]:
     """The teachers that were asked for, each with its checkpoint."""
-    names = config.teacher.split(",")
-    if len(names) == 1:
-        return [(names[0], config.checkpoint)]
-    files = [None] * len(names) if config.checkpoint is None else [file or None for file in config.checkpoint.split(",")]
-    if len(files) != len(names):
-        raise RequestError(
-            f"--teacher {config.teacher} are {len(names)} and --checkpoint names {len(files)} files: one for each, nothing "
-            "between two commas for a teacher without"
-        )
-    return list(zip(names, files, strict=True))
+    from fkd_ssl.training.config import checkpoints_of, split
+
+    return list(zip(split(config.teacher), checkpoints_of(config.teacher, config.checkpoint), strict=True))
 
 
 def share_of(text: str) -> "Share":

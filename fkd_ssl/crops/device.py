@@ -16,11 +16,13 @@ from torch import Tensor
 from fkd_ssl.crops import colour
 from fkd_ssl.crops.records import BLUR, FLIP, GREY, JITTER, SOLARIZE, Records, unpack
 from fkd_ssl.crops.replay import SIGMA_PIXELS, blur_kernel
+from fkd_ssl.errors import RequestError
 from fkd_ssl.images import UInt8Array
 
 Plan = dict[str, Tensor]
 
-ELEMENTS = 1 << 23  # of the largest temporary array, int64: crops are worked on so many at a time that it fits
+_LARGEST = 32.0
+ELEMENTS = 1 << 23  # of the largest temporary array, int64: crops and rows are worked on so many at a time that it fits
 
 
 def plan(shapes: Sequence[tuple[int, int]], records: Sequence[Records], pixels: int) -> Plan:
@@ -33,6 +35,7 @@ def plan(shapes: Sequence[tuple[int, int]], records: Sequence[Records], pixels: 
 
     Raises:
         ImageError: A box lies outside its image.
+        RequestError: A record's colour coefficients are 32 or more, which no recipe's are.
     """
     boxes: list[tuple[int, int, int, int]] = []  # first pixel, pixels in a row, and size after halving
     chosen: dict[str, list[int]] = {name: [] for name in ("coloured", "blurred", "solarized", "flipped")}
@@ -49,6 +52,10 @@ def plan(shapes: Sequence[tuple[int, int]], records: Sequence[Records], pixels: 
             if flags & (JITTER | GREY):
                 chosen["coloured"].append(k)
                 of_rgb, of_mean = colour.linear_and_offset(record)
+                if max(np.abs(of_rgb).max(), np.abs(of_mean).sum(axis=1).max()) >= _LARGEST:  # OpenCV leaves its integers there
+                    raise RequestError(
+                        f"crop record {record}: its colours are beyond what a device makes: leave --device_crops out"
+                    )
                 linear.append(of_rgb)
                 offsets.append(of_mean)
             if flags & BLUR and len(kernel := blur_kernel(sigma * pixels / SIGMA_PIXELS)) > 1:
@@ -86,7 +93,10 @@ def replay_planned(sources: Tensor, crops: Plan, pixels: int) -> Tensor:
         if name.startswith("halved"):
             level = int(name.removeprefix("halved"))
             for some in indices.split(max(1, ELEMENTS // (2 * pixels << level) ** 2)):
-                views[some] = _resized(sources.view(-1, 3), crops["boxes"][some], level, pixels)
+                rows = max(1, ELEMENTS // (len(some) * pixels * (2 << level) ** 2))
+                for top in range(0, pixels, rows):
+                    band = slice(top, min(top + rows, pixels))
+                    views[some, band] = _resized(sources.view(-1, 3), crops["boxes"][some], level, pixels, band)
     for some, linear, offsets in _parts(crops, pixels, "coloured", "linear", "offsets"):
         views[some] = _coloured(views[some], linear, offsets)
     for some, kernels in _parts(crops, pixels, "blurred", "kernels"):
@@ -110,12 +120,13 @@ def _parts(crops: Plan, pixels: int, *names: str) -> Iterator[tuple[Tensor, ...]
     return zip(*(crops[name].split(max(1, ELEMENTS // (3 * pixels * pixels))) for name in names), strict=True)
 
 
-def _resized(sources: Tensor, boxes: Tensor, level: int, pixels: int) -> Tensor:
-    """Boxes [m, 4] cut, halved `level` times and resized: uint8 [m, P, P, 3]."""
+def _resized(sources: Tensor, boxes: Tensor, level: int, pixels: int, band: slice) -> Tensor:
+    """Boxes [m, 4] cut, halved `level` times and resized, some rows of them: uint8 [m, rows, P, 3]."""
     first, stride, height, width = boxes.unbind(1)
     step = 1 << level  # a pixel after halving is a square of so many
     within = torch.arange(step, device=boxes.device)
     rows, down = _taps(height, pixels)
+    rows, down = rows[:, 2 * band.start : 2 * band.stop], down[:, band]
     columns, across = _taps(width, pixels)
     y = (rows[:, :, None] * step + within).flatten(1) * stride[:, None]
     x = (columns[:, :, None] * step + within).flatten(1)

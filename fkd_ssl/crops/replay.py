@@ -18,6 +18,7 @@ from fkd_ssl.images import UInt8Array
 cv2.setNumThreads(0)
 
 SIGMA_PIXELS = 224  # a record's sigma is in pixels of an output of this size
+_VECTOR = 16  # pixels; every vector of OpenCV's holds a part of so many bytes
 
 
 def replay(image: UInt8Array, records: Records, pixels: int) -> UInt8Array:
@@ -64,7 +65,7 @@ def _replay_one(view: UInt8Array, image: UInt8Array, record: Fields) -> None:
     if flags & BLUR:
         kernel = blur_kernel(sigma * pixels / SIGMA_PIXELS)
         if len(kernel) > 1:
-            cv2.sepFilter2D(view, -1, kernel, kernel, dst=view, borderType=cv2.BORDER_REPLICATE)
+            _blur(view, kernel)
     if flags & SOLARIZE:
         np.subtract(255, view, out=view, where=view >= 128)
     if flags & FLIP:
@@ -79,6 +80,22 @@ def _resize(view: UInt8Array, crop: UInt8Array) -> None:
         half: Any = cv2.resize(crop[: 2 * height, : 2 * width], (width, height), interpolation=cv2.INTER_AREA)
         crop = half
     cv2.resize(crop, (pixels, pixels), dst=view, interpolation=cv2.INTER_LINEAR)
+
+
+def _blur(view: UInt8Array, kernel: npt.NDArray[np.float32]) -> None:
+    """Sums that end in one half go to the even neighbour, as OpenCV's vector code rounds.
+
+    The end of a row that fills no vector goes through code that rounds them up: so rows are filled up with their last pixel,
+    which is what the border is made of, to 16 pixels, and no processor's width of vectors matters.
+    """
+    width = view.shape[1]
+    missing = -width % _VECTOR
+    if missing:
+        wide = np.concatenate([view, np.repeat(view[:, -1:], missing, axis=1)], axis=1)
+        cv2.sepFilter2D(wide, -1, kernel, kernel, dst=wide, borderType=cv2.BORDER_REPLICATE)
+        view[:] = wide[:, :width]
+    else:
+        cv2.sepFilter2D(view, -1, kernel, kernel, dst=view, borderType=cv2.BORDER_REPLICATE)
 
 
 @lru_cache(maxsize=1 << 14)  # sigma is a float16 in the record: all that a recipe can draw fit

@@ -68,6 +68,12 @@ class StoredCrops(Crops):
         self.columns = [store.column(name) for name in names] if with_targets else []
         self.by_name = teacher is not None and not isinstance(teacher, str)
         rows = store.rows
+        missing = store.manifest.shards - len(store.shards_with_crops())
+        if missing and not partial:
+            raise StoreError(
+                f"{store.folder}: {missing} of {store.manifest.shards} shards are missing: run the same fkd-ssl precompute "
+                "again to finish them"
+            )
         for column in self.columns:
             if not partial:
                 column.require_complete()
@@ -82,10 +88,10 @@ class StoredCrops(Crops):
             )
         self.root: Path = found.root
         self.classes = found.classes
-        positions = _positions(store, rows, found)
-        self.labels = found.labels[positions]
+        positions = _positions(store, rows, found, skip_absent=skip_unreadable)
+        self.labels = np.where(positions < 0, -1, found.labels[positions])
         self._spelled: dict[int, str] = {
-            k: found.on_disk[p] for k, p in enumerate(positions.tolist()) if found.on_disk[p] != found.paths[p]
+            k: found.on_disk[p] for k, p in enumerate(positions.tolist()) if p >= 0 and found.on_disk[p] != found.paths[p]
         }
         self._rows = rows
         self.seed = seed
@@ -139,19 +145,22 @@ class StoredCrops(Crops):
         return int(self.labels[i])
 
 
-def _positions(store: Store, rows: npt.NDArray[np.int64], images: ImageSet) -> npt.NDArray[np.int64]:
-    """Where each of these rows' images is in an image set: int64 [len(rows)]; StoreError where one is missing."""
+def _positions(store: Store, rows: npt.NDArray[np.int64], images: ImageSet, *, skip_absent: bool) -> npt.NDArray[np.int64]:
+    """Where each of these rows' images is in an image set: int64 [len(rows)].
+
+    An absent one is a StoreError, or -1 where those are skipped, unless all are.
+    """
     if store.paths.same_as(images.paths):  # the usual case: a million names need not be told apart
         return rows
     where = {path: k for k, path in enumerate(images.paths)}
     names = [store.paths[row] for row in rows.tolist()]
     absent = [path for path in names if path not in where]
-    if absent:
+    if absent and (not skip_absent or len(absent) == len(names)):
         raise StoreError(
             f"{images.root}: lacks {len(absent)} of the {len(rows)} images of {store.folder}, for instance "
             f"{absent[0]!r}: give the folder that the store was made from"
         )
-    return np.array([where[path] for path in names], dtype=np.int64)
+    return np.array([where.get(path, -1) for path in names], dtype=np.int64)
 
 
 def scaled(records: Records, stored: tuple[int, int], found: tuple[int, int]) -> Records:

@@ -1,7 +1,7 @@
 """What the pretraining of a teacher is made of. No torch here: the command line's help is built from it."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from fkd_ssl.errors import RequestError
 
@@ -85,6 +85,8 @@ class PretrainConfig:
     """Processes that read images."""
     log_every: int = 20
     """Steps in one line of metrics.csv."""
+
+    FREE: ClassVar = ("workers",)
 
     def __post_init__(self) -> None:
         own = METHODS[self.method]

@@ -114,6 +114,8 @@ class RowReader:
         checksum = files.sha256(data)
         if expected is not None and checksum != expected:
             raise FkdError(f"{path}: changed since the store's crops were made; restore it or make another store")
+        if not size["width"]:
+            raise ImageError(f"{path}: could not be read when the store was made; pass --on_unreadable skip, as was done then")
         changed = f"{path}: changed since the store was made ({size['width']} x {size['height']} pixels then)"
         if len(data) != size["bytes"]:
             raise ImageError(changed)

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 from fkd_ssl.errors import RequestError
 
@@ -76,6 +76,8 @@ class TrainConfig:
     """Neighbours."""
     log_every: int = 20
     """Steps in one line of metrics.csv."""
+
+    FREE: ClassVar = ("workers", "device_crops", "on_unreadable")
 
     def __post_init__(self) -> None:
         positive = ("epochs", "crops_per_image", "batch_size", "pixels", "lr", "knn_every", "knn_k", "log_every")

@@ -49,5 +49,5 @@ def test_timms_dinov2_fills_a_column(work: Path, call: Any) -> None:
     status, _, err = call(f"{LINE.replace('32', '28')} --teacher timm/{name} --checkpoint d.pth")
     assert status == 0, err
     column = json.loads(call("inspect lib --json").out)["teachers"][name]
-    assert (column["dim"], column["pixels"], column["teacher"]["licence"]) == (384, 28, "apache-2.0")
+    assert (column["dim"], column["pixels"]) == (384, 28)
     assert column["preprocessing"] == {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}

@@ -7,7 +7,7 @@ import torch
 from fkd_ssl.crops import CROP_DTYPE, RECIPES, box_record, draw, image_key, probe_digest, replay
 from fkd_ssl.crops import device as on_device
 from fkd_ssl.crops.records import BLUR, FLAGS, JITTER
-from fkd_ssl.errors import ImageError
+from fkd_ssl.errors import ImageError, RequestError
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -45,6 +45,22 @@ def test_every_flag_and_extreme_factors(device, pixels):
     records["hue"], records["sigma"] = rng.uniform(-0.5, 0.5, len(records)), rng.uniform(0, 5, len(records))
     image = noise(301, 401)
     np.testing.assert_array_equal(on_device.replay_on(device, image, records, pixels), replay(image, records, pixels))
+
+
+@pytest.mark.parametrize("pixels", [98, 100, 70, 50])
+def test_sides_that_fill_no_vector(device, pixels):
+    """Where OpenCV's own code for the end of a row would round halves up: about one crop in forty."""
+    for k in range(5):
+        image = noise(200, 300, k)
+        records = draw(RECIPES["mocov2"], image_key(0, str(k)), 200, 300, 0, 40)
+        np.testing.assert_array_equal(on_device.replay_on(device, image, records, pixels), replay(image, records, pixels))
+
+
+def test_colours_beyond_opencvs_integers_are_refused():
+    record = box_record(0, 0, 8, 8)
+    record["flags"], record["brightness"], record["contrast"], record["saturation"] = JITTER, 16, 4, 1
+    with pytest.raises(RequestError, match="its colours are beyond what a device makes"):
+        on_device.plan([(8, 8)], [record], 4)
 
 
 @pytest.mark.parametrize("elements", [1, 1 << 16])

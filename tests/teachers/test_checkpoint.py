@@ -115,3 +115,40 @@ def test_loading_draws_no_random_numbers(moco18: Any) -> None:
     torch.manual_seed(0)
     load_teacher("mocov2", checkpoint=moco18[0])
     assert torch.equal(torch.rand(3), expected)
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"<!DOCTYPE html><p>please log in", "it is a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "it is a pointer of Git LFS"),
+        (b"oh no", "no file of PyTorch's"),
+    ],
+)
+def test_what_is_no_checkpoint_is_said_and_unpickling_is_not_advised(tmp_path: Path, content: bytes, what: str) -> None:
+    (tmp_path / "file").write_bytes(content)
+    with pytest.raises(CheckpointError, match=what) as error:
+        checkpoint.read(tmp_path / "file")
+    assert "weights_only" not in str(error.value)
+
+
+def test_want_of_memory_is_not_the_files_fault(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save({"w": torch.ones(2)}, tmp_path / "w.pth")
+
+    def fails(*args: object, **options: object) -> None:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(torch, "load", fails)
+    with pytest.raises(MemoryError, match="can't allocate memory"):
+        checkpoint.read(tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize("odd", [torch.eye(2).to_sparse(), torch.empty(2, device="meta")])
+def test_tensors_without_plain_values_are_refused(odd: torch.Tensor) -> None:
+    with pytest.raises(CheckpointError, match=r"x: b is sparse or without values"):
+        checkpoint.weights_of({"a": torch.ones(1), "b": odd}, "x")
+
+
+def test_weights_one_level_too_deep_are_pointed_at() -> None:
+    with pytest.raises(CheckpointError, match=r"if its weights lie under 'model', save those alone"):
+        checkpoint.weights_of({"model": {"a": torch.ones(1), "b": torch.ones(1)}, "epoch": 3}, "x")

@@ -78,6 +78,11 @@ def test_keys_outside_the_encoders_are_refused(kit: SimpleNamespace, write: Any)
         load_teacher("mocov2", checkpoint=write(kit.hollow({**kit.moco(), "module.predictor.weight": (2, 2)})))
 
 
+def test_keys_of_the_key_encoder_that_no_encoder_has_are_refused(kit: SimpleNamespace, write: Any) -> None:
+    with pytest.raises(CheckpointError, match=r"encoder_k: its keys do not fit: 1 unexpected \(rubbish\)"):
+        load_teacher("mocov2", checkpoint=write(kit.hollow({**kit.moco(), "module.encoder_k.rubbish": (2, 2)})))
+
+
 def test_counters_may_be_absent_and_integers_are_no_weights(kit: SimpleNamespace, moco18: tuple[Path, Any], write: Any) -> None:
     state = {key: value for key, value in moco18[1].items() if not key.endswith("num_batches_tracked")}
     assert load_teacher("mocov2", checkpoint=write(state)).dim == 128

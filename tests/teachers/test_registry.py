@@ -136,14 +136,14 @@ def test_a_preset_that_is_not_here_says_where_it_is(name: str, tmp_path: Path, m
 
 def test_a_preset_is_found_in_the_cache_folder(kit: SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FKD_SSL_CACHE", str(tmp_path))
-    kit.save(tmp_path / PRESETS["swav_r50_800ep"].file, kit.hollow(kit.swav("resnet50")))
+    kit.save(tmp_path / PRESETS["swav_r50_800ep"].file, kit.hollow(kit.swav("resnet50", prototypes=3000)))
     teacher = load_teacher("swav_r50_800ep")
     assert (teacher.name, teacher.checkpoint) == ("swav_r50_800ep", "swav_800ep_pretrain.pth.tar")
 
 
 def test_a_preset_is_held_against_the_shapes_and_the_md5(kit: SimpleNamespace, write: Any) -> None:
     path = write(kit.hollow(kit.moco("resnet18")))
-    with pytest.raises(CheckpointError, match=r"holds a resnet18, .*mocov2_r50_800ep is a resnet50 .*--teacher mocov2"):
+    with pytest.raises(CheckpointError, match=r"holds a resnet18, .*mocov2_r50_800ep is a resnet50, .*--teacher mocov2"):
         load_teacher("mocov2_r50_800ep", checkpoint=path)
     path = write(kit.hollow(kit.moco("resnet50")))
     with pytest.raises(
@@ -151,7 +151,9 @@ def test_a_preset_is_held_against_the_shapes_and_the_md5(kit: SimpleNamespace, w
         match=r"its md5 begins with [0-9a-f]{8}, that of moco_v2_200ep_pretrain\.pth\.tar with 59fd9945.*--teacher mocov2",
     ):
         load_teacher("mocov2_r50_200ep", checkpoint=path)
-    path = write(kit.hollow(kit.swav("resnet50")))
+    with pytest.raises(CheckpointError, match=r"30 prototypes; swav_r50_800ep is a resnet50, MLP with BatchNorm .*3000 prot"):
+        load_teacher("swav_r50_800ep", checkpoint=write(kit.hollow(kit.swav("resnet50"))))
+    path = write(kit.hollow(kit.swav("resnet50", prototypes=3000)))
     teacher = load_teacher("swav_r50_800ep", checkpoint=path)
     assert (teacher.name, teacher.source) == ("swav_r50_800ep", PRESETS["swav_r50_800ep"].url)
     assert "NC" in teacher.licence
@@ -188,3 +190,92 @@ def test_a_library_stands_before_a_slash_and_a_module_before_a_colon(tmp_path: P
     sys.modules.pop("swav")
     with pytest.raises(RequestError, match=r"torchvision has no such classifier"):
         load_teacher("torchvision/plain")
+
+
+OWN = """
+import sys
+import torch
+from torch import nn
+from fkd_ssl.teachers import Teacher
+
+class Net(nn.Module):
+    pixels = 32
+    def __init__(self, layer=None):
+        super().__init__()
+        self.layer = layer or nn.Linear(3 * 32 * 32, 4)
+    def forward(self, x):
+        return self.layer(x.flatten(1))
+
+class Kept(nn.Linear):
+    def get_extra_state(self):
+        return {"a": 1}
+
+def leaves():
+    sys.exit(0)
+def fixed():
+    return Net()
+def lazy():
+    return Net(nn.LazyLinear(4))
+def extra():
+    return Net(Kept(3 * 32 * 32, 4))
+def meta():
+    return Net().to("meta")
+def two_sides():
+    net = Net()
+    net.pixels = (32, 32)
+    return net
+def needs(checkpoint):
+    return Net()
+def takes_any(**options):
+    return Net()
+def own(**about):
+    return Teacher(Net(), nn.Identity(), name="own", dim=4, network="net", pixels=32, **about)
+def tensors():
+    return own(mean=torch.full((3,), 0.5), std=torch.full((3,), 0.25), licence=None, source=__import__("pathlib").Path("x"))
+def flat():
+    return own(std=(0, 0, 0))
+def short():
+    return own(mean=0.5)
+"""
+
+
+class TestOwnMistakes:
+    @pytest.fixture(autouse=True)
+    def module(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+        (tmp_path / "own_mistakes.py").write_text(OWN)
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        yield
+        sys.modules.pop("own_mistakes", None)
+
+    @pytest.mark.parametrize(
+        ("name", "error", "message"),
+        [
+            ("leaves", FkdError, r"teacher own_mistakes:leaves: SystemExit: 0"),
+            ("meta", FkdError, r"own_mistakes:meta: "),
+            ("two_sides", FkdError, r"its pixels are \(32, 32\), expected one whole number"),
+            ("needs", RequestError, r"--checkpoint is needed: the function takes checkpoint="),
+            ("flat", FkdError, r"std \(0\.0, 0\.0, 0\.0\): must be positive"),
+            ("short", FkdError, r"mean 0\.5: expected three numbers"),
+        ],
+    )
+    def test_they_are_said(self, name: str, error: type[Exception], message: str) -> None:
+        with pytest.raises(error, match=message):
+            load_teacher(f"own_mistakes:{name}")
+
+    @pytest.mark.parametrize("name", ["lazy", "extra", "tensors"])
+    def test_unusual_networks_are_taken(self, name: str) -> None:
+        teacher = load_teacher(f"own_mistakes:{name}")
+        assert teacher.embed(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)).shape == (2, 4)
+        assert len(teacher.checkpoint_sha256 or "") == 64
+        assert all(type(value) is float for value in (*teacher.mean, *teacher.std))
+        assert teacher.licence == "not stated"
+
+    def test_a_function_of_any_options_takes_a_checkpoint(self, tmp_path: Path) -> None:
+        (tmp_path / "w.pth").write_bytes(b"x")
+        assert load_teacher("own_mistakes:takes_any", checkpoint=tmp_path / "w.pth").checkpoint == "w.pth"
+
+    def test_a_size_that_it_cannot_take_is_said_with_its_own(self) -> None:
+        teacher = load_teacher("own_mistakes:fixed")
+        with pytest.raises(FkdError, match=r"fails on crops of 40 x 24 px: RuntimeError: .*its own size is 32 \(--pixels\)"):
+            teacher.features(torch.zeros(2, 3, 24, 40, dtype=torch.uint8))

@@ -59,3 +59,12 @@ def test_keys_that_do_not_fit_are_named(
 ) -> None:
     with pytest.raises(CheckpointError, match=message):
         load_teacher("swav", checkpoint=write(kit.hollow({**kit.swav(), f"module.{key}": shape})))
+
+
+def test_prototypes_that_no_student_can_predict_are_refused(kit: SimpleNamespace, write: Any) -> None:
+    with pytest.raises(CheckpointError, match=r"prototypes\.weight \[0, 128\], expected floats \[K, 128\]"):
+        load_teacher("swav", checkpoint=write(kit.hollow(kit.swav(prototypes=0))))
+    state = kit.hollow(kit.swav())
+    state["module.prototypes.weight"] = torch.full((30, 128), torch.nan)
+    with pytest.raises(CheckpointError, match="its prototypes hold NaN or infinity"):
+        load_teacher("swav", checkpoint=write(state))

@@ -48,7 +48,8 @@ def test_pooled_features_and_preprocessing_are_timms(name: str, suffix: str, tmp
     config = timm.data.resolve_model_data_config(network)
     assert (teacher.mean, teacher.std, teacher.pixels) == (config["mean"], config["std"], config["input_size"][1])
     assert config["interpolation"] in teacher.network
-    assert teacher.licence == network.pretrained_cfg["license"]
+    # a file of one's own need not have the licence of timm's weights
+    assert teacher.licence == f"not stated; timm's own weights of {name}: {network.pretrained_cfg['license']}"
     assert (teacher.name, teacher.source, teacher.dim) == (name, f"timm/{name}", network.num_features)
     assert (teacher.checkpoint, teacher.checkpoint_sha256) == (file.name, digest(file))
     network.reset_classifier(0)
@@ -68,7 +69,7 @@ def test_normalisation_other_than_imagenets_is_taken_over(tmp_path: Path) -> Non
 def test_dinov2_takes_other_sizes_than_its_own(tmp_path: Path) -> None:
     network = saved(DINOV2, tmp_path / "w.pth", num_classes=0, dynamic_img_size=True)
     teacher = load_teacher(f"timm/{DINOV2}", checkpoint=tmp_path / "w.pth")
-    assert (teacher.pixels, teacher.dim, teacher.licence) == (518, 384, "apache-2.0")
+    assert (teacher.pixels, teacher.dim) == (518, 384)
     images = pixels(98)
     with torch.inference_mode():
         expected = network(normalised(images, network.pretrained_cfg))
@@ -170,3 +171,25 @@ def test_its_own_weights_when_asked(tmp_path: Path) -> None:
     assert first == "True pretrained True"
     assert second.startswith("1 teacher timm/resnet34.a1_in1k: timm could not download its weights")
     assert second.endswith("Without a network: get the file by any other way and pass it as --checkpoint")
+
+
+@pytest.mark.parametrize("changed", [("patch_embed.proj.weight", (192, 3, 32, 32)), ("pos_embed", (1, 50, 192))])
+def test_weights_that_timm_would_resample_are_refused(tmp_path: Path, changed: tuple[str, tuple[int, ...]]) -> None:
+    state = saved(SMALL, tmp_path / "w.pth").state_dict()
+    torch.save({**state, changed[0]: torch.zeros(changed[1])}, tmp_path / "w.pth")
+    with pytest.raises(CheckpointError, match=rf"1 misshapen \({changed[0]} "):
+        load_teacher(f"timm/{SMALL}", checkpoint=tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize(("name", "key"), [(SMALL, "head.evil.weight"), ("resnet18.a1_in1k", "fc.bogus")])
+def test_only_the_classifiers_own_keys_are_left_out(tmp_path: Path, name: str, key: str) -> None:
+    state = saved(name, tmp_path / "w.pth").state_dict()
+    torch.save({**state, key: torch.zeros(3)}, tmp_path / "w.pth")
+    with pytest.raises(CheckpointError, match=r"1 unexpected"):
+        load_teacher(f"timm/{name}", checkpoint=tmp_path / "w.pth")
+
+
+def test_a_classifier_with_a_batchnorm_of_its_own_is_left_out_whole(tmp_path: Path) -> None:
+    name = "levit_128s.fb_dist_in1k"
+    saved(name, tmp_path / "w.pth")
+    assert load_teacher(f"timm/{name}", checkpoint=tmp_path / "w.pth").dim == 384
