@@ -3,6 +3,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import yaml
@@ -88,3 +89,16 @@ def test_somebody_elses_config_yaml_is_refused_and_left_alone(tmp_path: Path, co
 def test_results_json_is_plain_json(tmp_path: Path) -> None:
     runs.finish(tmp_path, {"knn": None})
     assert json.loads((tmp_path / "results.json").read_text())["knn"] is None
+
+
+def test_keys_that_only_say_how_a_run_is_run_may_differ(tmp_path: Path) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Free:
+        lr: float = 0.1
+        workers: int = 2
+        FREE: ClassVar = ("workers",)
+
+    runs.open_run(tmp_path / "run", Free())
+    assert runs.peek(tmp_path / "run", Free(workers=0)) == "resume"
+    with pytest.raises(RequestError, match=r"another config \(lr is 0\.1 there, 0\.2 here\)"):
+        runs.peek(tmp_path / "run", Free(lr=0.2, workers=0))

@@ -5,6 +5,7 @@ import json
 import multiprocessing
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from PIL import Image
 
 from fkd_ssl import cli
 from fkd_ssl.images import scan
+from fkd_ssl.store import manifest
 
 
 def results_of(run: str) -> dict[str, Any]:
@@ -67,6 +69,12 @@ class TestCache:
         skipped = call("cache --images train --out other --short_side 20 --on_unreadable skip")
         assert (skipped.status, "other: 17 images" in skipped.out) == (0, True)
         assert "ash/2.png cannot be read and is left out" in skipped.err
+
+    def test_the_advice_to_skip_can_be_followed_where_it_stopped(self, work: Path, call: Any) -> None:
+        Path("train/ash/2.png").write_bytes(b"no picture")
+        assert call("cache --images train --out small --short_side 20").status == 1
+        done = call("cache --images train --out small --short_side 20 --on_unreadable skip")
+        assert (done.status, "small: 17 images" in done.out) == (0, True)
 
     def test_a_store_of_the_copy_trains_on_the_copy(self, work: Path, call: Any, train_line: str) -> None:
         assert call("cache --images train --out small --short_side 20").status == 0
@@ -118,9 +126,47 @@ class TestUnreadable:
         assert done.err.count("warning: train/birch/3.png: not a readable image") == 1
         assert "warning: 1 images could not be read and were skipped" in done.err
 
+    def test_one_that_vanished_before_the_start_is_skipped_too(self, work: Path, call: Any, train_line: str) -> None:
+        Path("train/birch/3.png").unlink()
+        assert "lacks 1 of the 18 images" in call(f"{train_line} --out run").err
+        line = train_line.replace("--epochs 2", "--epochs 8")
+        done = call(f"{line} --out other --on_unreadable skip")
+        assert (done.status, results_of("other")["unreadable_images"]) == (0, 1)
+        shutil.rmtree("train")
+        Path("train/ash").mkdir(parents=True)
+        Image.new("RGB", (30, 30)).save("train/ash/new.png")
+        assert "lacks 18 of the 18 images" in call(f"{line} --out third --on_unreadable skip").err
+
+    def test_precompute_says_what_it_left_out(self, work: Path, call: Any) -> None:
+        Path("train/birch/3.png").write_bytes(b"no picture")
+        line = "precompute --images train --teacher own_teacher:make --crops 4 --chunk_size 16 --store skipping"
+        done = call(f"{line} --on_unreadable skip")
+        assert "warning: 1 of 18 images could not be read and are left out: birch/3.png" in done.err
+        again = call(f"{line} --name other")
+        assert (again.status, "could not be read when the store was made; pass --on_unreadable skip" in again.err) == (1, True)
+
     def test_a_whole_set_reports_none(self, work: Path, call: Any, train_line: str) -> None:
         assert call(f"{train_line} --out run --on_unreadable skip").status == 0
         assert results_of("run")["unreadable_images"] == 0
+
+
+def test_how_a_run_is_run_may_change_when_it_continues(work: Path, call: Any, train_line: str) -> None:
+    """As the advice after a killed worker says."""
+    assert call(f"{train_line} --out run").status == 0
+    for change in ("--workers 1", "--device_crops", "--on_unreadable skip"):
+        again = call(f"{train_line} --out run {change}")
+        assert (again.status, "this run is done" in again.err) == (0, True)
+    other = call(f"{train_line} --out run --lr 0.5")
+    assert (other.status, "lr is" in other.err) == (2, True)
+
+
+def test_an_unfinished_store_is_no_smaller_one(work: Path, call: Any, train_line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(manifest, "ROWS_PER_SHARD", 6)
+    line = "precompute --images train --teacher own_teacher:make --crops 4 --chunk_size 16 --store part --shards 0/3"
+    assert call(line).status == 0
+    online = train_line.replace("--store store", "--store part --targets online --teacher own_teacher:make")
+    refused = call(f"{online} --out run")
+    assert (refused.status, "part: 2 of 3 shards are missing: run the same fkd-ssl precompute" in refused.err) == (1, True)
 
 
 def test_much_waiting_for_data_is_said_with_what_helps(
