@@ -3,6 +3,7 @@
 Legend: `n` images, `D` feature dimension, `C` classes.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -28,9 +29,10 @@ def as_features(values: Any, name: str) -> Float32Array:
     features = np.asarray(values, dtype=np.float32)
     if features.ndim != 2 or 0 in features.shape:
         raise RequestError(f"{name}: expected [images, dimensions], neither of them 0, got {list(features.shape)}")
-    finite = np.isfinite(features).all(axis=1)
-    if not finite.all():
-        raise FkdError(f"{name}: {np.sum(~finite)} of {len(features)} rows hold NaN or infinity, first row {_first(~finite)}")
+    pieces = range(0, len(features), 8192)  # so that no table of booleans as large as a quarter of the features is made
+    bad = ~np.concatenate([np.isfinite(features[start : start + 8192]).all(axis=1) for start in pieces])
+    if bad.any():
+        raise FkdError(f"{name}: {np.sum(bad)} of {len(features)} rows hold NaN or infinity, first row {_first(bad)}")
     return features
 
 
@@ -79,6 +81,13 @@ def accuracy(rank: Int64Array) -> dict[str, Any]:
         "top5": 100.0 * float((rank < 5).mean()),
         "correct": rank < 1,
     }
+
+
+def per_class(rank: Int64Array, labels: Int64Array, names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Of each class that has images: how many, and the top-1 of them in percent."""
+    counts = np.bincount(labels, minlength=len(names))
+    hits = np.bincount(labels, weights=rank < 1, minlength=len(names))
+    return {name: {"n": int(n), "top1": 100.0 * float(hit / n)} for name, n, hit in zip(names, counts, hits, strict=True) if n}
 
 
 def few_classes(num_classes: int) -> list[str]:
