@@ -310,7 +310,7 @@ def _compact(known: Int64Array, wanted: Int64Array) -> tuple[Int64Array, Int64Ar
     foreign = np.unique(wanted[present[place] != wanted])
     if len(foreign):
         raise RequestError(
-            f"labels: label {foreign[0]}, but there are {len(present)} classes among the training labels and this is none of them"
+            f"labels: label {foreign[0]}, but there are {len(present)} classes in the training labels and this is none of them"
         )
     return known.astype(np.int64), place.astype(np.int64), [str(label) for label in present]
 

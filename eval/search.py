@@ -3,8 +3,8 @@
 The product is numpy's on the CPU and torch's on a GPU. faiss's exact index is not used: it multiplies with an OpenBLAS of
 its own wheel (of 2021 in 1.15), which picks its kernels by a list of processors and falls back to SSE3 on one that it does
 not know: a third of the speed. Where it knows the processor the two take the same time, that of the product. The training
-features are read where they lie, mapped files too: for the cosine they are neither copied nor normalised, it is the products that
-are divided by their lengths.
+features are read where they lie, mapped files too: for the cosine they are neither copied nor normalised, since it is
+the products that are divided by their lengths.
 
 Legend: `N` training images, `n` queries, `D` feature dimension, `Q` queries in a chunk, `W` training images in a block.
 """
