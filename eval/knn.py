@@ -20,7 +20,17 @@ from fkd_ssl.errors import RequestError
 from fkd_ssl.eval import features as features_
 from fkd_ssl.eval import search
 from fkd_ssl.eval.features import Model
-from fkd_ssl.eval.scores import Float32Array, Int64Array, accuracy, as_features, as_labels, per_class, ranks, same_dimension
+from fkd_ssl.eval.scores import (
+    Float32Array,
+    Int64Array,
+    accuracy,
+    as_features,
+    as_labels,
+    compact,
+    per_class,
+    ranks,
+    same_dimension,
+)
 from fkd_ssl.eval.search import Metric
 from fkd_ssl.images import ImageSet
 
@@ -127,7 +137,7 @@ def evaluate_features(
         same_dimension(train, queries)
         wanted = as_labels(labels, len(queries), "labels", num_classes=num_classes)
     if num_classes is None:
-        known, wanted, names = _compact(known, wanted)
+        known, wanted, names = compact(known, wanted)
     classes = num_classes or len(names or ())
     most = len(train) - (queries is None)
     used = {asked: _cut(asked, most) for asked in ks}
@@ -297,22 +307,6 @@ def _cut(k: int, most: int) -> int:
     if k > most:
         warnings.warn(f"k is {k}, but there are {most} training images: all of them vote", stacklevel=4)
     return min(k, most)
-
-
-def _compact(known: Int64Array, wanted: Int64Array) -> tuple[Int64Array, Int64Array, list[str]]:
-    """Labels with gaps as indices into the training labels that occur, and these as names.
-
-    Raises:
-        RequestError: A label to be told that no training image has.
-    """
-    present, known = np.unique(known, return_inverse=True)
-    place = np.minimum(np.searchsorted(present, wanted), len(present) - 1)
-    foreign = np.unique(wanted[present[place] != wanted])
-    if len(foreign):
-        raise RequestError(
-            f"labels: label {foreign[0]}, but there are {len(present)} classes in the training labels and this is none of them"
-        )
-    return known.astype(np.int64), place.astype(np.int64), [str(label) for label in present]
 
 
 def _votes(

@@ -57,6 +57,22 @@ def as_labels(values: Any, rows: int, name: str, *, num_classes: int | None = No
     return labels.astype(np.int64)
 
 
+def compact(known: Int64Array, wanted: Int64Array) -> tuple[Int64Array, Int64Array, list[str]]:
+    """Labels with gaps as indices into the training labels that occur, and these as names.
+
+    Raises:
+        RequestError: A label to be told that no training image has.
+    """
+    present, known = np.unique(known, return_inverse=True)
+    place = np.minimum(np.searchsorted(present, wanted), len(present) - 1)
+    foreign = np.unique(wanted[present[place] != wanted])
+    if len(foreign):
+        raise RequestError(
+            f"labels: label {foreign[0]}, but there are {len(present)} classes in the training labels and this is none of them"
+        )
+    return known.astype(np.int64), place.astype(np.int64), [str(label) for label in present]
+
+
 def same_dimension(train: Float32Array, features: Float32Array) -> None:
     """Raises RequestError where the features to score are not of the training features' dimension."""
     if train.shape[1] != features.shape[1]:
