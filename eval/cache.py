@@ -130,8 +130,9 @@ def _assemble(entry: Path, parts: list[Path], images: ImageSet) -> None:
 
 
 def _same_answers(model: Model, entry: Path, images: ImageSet, pixels: int) -> None:
-    """Raises StoreError where the model answers noise otherwise than the one that made the entry: a function of the same
-    name and weights may have been rewritten.
+    """Raises StoreError where the model answers noise otherwise than the one that made the entry.
+
+    A function of the same name and weights may have been rewritten.
     """
     noise = np.random.default_rng(0).integers(0, 256, size=(2, 3, pixels, pixels), dtype=np.uint8)
     with frozen(model), torch.inference_mode():

@@ -52,8 +52,9 @@ class ImageSet:
         return read_image(self.file(index))
 
     def digest(self) -> str:
-        """Hex sha256 of names, classes, sizes and times of change: the same pictures in another folder have another one only
-        where they were copied without their times. Nothing is read.
+        """Hex sha256 of names, classes, sizes and times of change; nothing is read.
+
+        The same pictures in another folder have another one only where they were copied without their times.
 
         Raises:
             ImageError: A picture is gone.

@@ -50,7 +50,7 @@ def test_it_is_extract(make_set, backbone, tmp_path, per_class: int) -> None:
     model = Counting(backbone)
     for _ in range(2):
         features, known, entry = cache.cached(model, images, **options(tmp_path))
-        np.testing.assert_allclose(features, plain, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(features, plain, rtol=1e-4)
         np.testing.assert_array_equal(known, labels)
     assert model.seen - 2 == len(images)  # the second time asked only the check
     assert sorted(path.name for path in entry.iterdir()) == [
@@ -80,9 +80,7 @@ def test_what_was_killed_continues(make_set, backbone, tmp_path) -> None:
     resumed = Counting(backbone)
     features, *_ = cache.cached(resumed, images, **options(tmp_path))
     assert resumed.seen == len(images) - 15  # three whole parts were there
-    np.testing.assert_allclose(
-        features, extract(backbone, images, pixels=16, workers=0, progress=False)[0], rtol=1e-5, atol=1e-6
-    )
+    np.testing.assert_allclose(features, extract(backbone, images, pixels=16, workers=0, progress=False)[0], rtol=1e-4)
 
 
 def fill(folder, images, backbone, counts) -> None:
@@ -106,17 +104,15 @@ def test_several_processes_share_the_work(make_set, backbone, tmp_path) -> None:
     assert sum(counts.get(timeout=10) for _ in workers) == 40  # none twice, none lost
     cache.ROWS = 1
     features, *_ = cache.cached(backbone, images, **options(tmp_path))
-    np.testing.assert_allclose(
-        features, extract(backbone, images, pixels=16, workers=0, progress=False)[0], rtol=1e-5, atol=1e-6
-    )
+    np.testing.assert_allclose(features, extract(backbone, images, pixels=16, workers=0, progress=False)[0], rtol=1e-4)
 
 
 def test_another_model_of_the_same_identity_is_refused(make_set, backbone, tmp_path) -> None:
     images = make_set("set")
     cache.cached(backbone, images, **options(tmp_path))
-    with pytest.raises(StoreError, match="answers otherwise .was its code changed.*delete the folder, or give another"):
+    with pytest.raises(StoreError, match=r"answers otherwise .was its code changed.*delete the folder, or give another"):
         cache.cached(lambda pixels: backbone(pixels)[:, ::2], images, **options(tmp_path))
-    with pytest.raises(StoreError, match="answers otherwise"):
+    with pytest.raises(StoreError, match=r"answers otherwise"):
         cache.cached(lambda pixels: backbone(pixels).roll(1, dims=1), images, **options(tmp_path))
 
 
@@ -125,11 +121,11 @@ def test_damage_is_named(make_set, backbone, tmp_path) -> None:
     *_, entry = cache.cached(backbone, images, **options(tmp_path))
     with (entry / "features.npy").open("r+b") as file:
         file.truncate(200)
-    with pytest.raises(StoreError, match="features.npy: 200 bytes, expected"):
+    with pytest.raises(StoreError, match=r"features.npy: 200 bytes, expected"):
         cache.cached(backbone, images, **options(tmp_path))
     (entry / "features.npy").unlink()
     (entry / "features.npy").symlink_to("/etc/passwd")
-    with pytest.raises(StoreError, match="features.npy: a symbolic link"):
+    with pytest.raises(StoreError, match=r"features.npy: a symbolic link"):
         cache.cached(backbone, images, **options(tmp_path))
 
 
