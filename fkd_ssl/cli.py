@@ -30,6 +30,8 @@ VERBS = {
     "features": "features of images by a model, computed once and kept for knn, linear and retrieve",
     "knn": "k-nearest-neighbour accuracy of a model (exact)",
     "linear": "linear probe of a model",
+    "retrieve": "image retrieval with a model: recall, mAP@R, approximate indexes, contact sheets",
+    "report": "results.json of many evaluations as one table, mean and deviation over seeds",
     "compare": "stored against online: same students, table, plots, break-even",
 }
 _USAGE = "usage: fkd-ssl VERB [options]     (fkd-ssl VERB --help explains one)"
