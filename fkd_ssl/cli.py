@@ -92,6 +92,8 @@ def parse(verb: str, command: ModuleType, args: list[str]) -> Any:
     for name in positionals:
         default = fields[name].default
         optional: dict[str, Any] = {} if default is dataclasses.MISSING else {"nargs": "?", "default": default}
+        if fields[name].type == list[str]:
+            optional["nargs"] = "+"
         parser.add_argument(name, help=helps[name], **optional)
     configurable = bool(set(fields) - set(positionals) - {"json"})
     if configurable:

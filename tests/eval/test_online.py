@@ -112,13 +112,11 @@ def test_mistakes_are_named(loaders, make, error, message: str) -> None:
 
 def test_a_tuple_is_refused(loaders) -> None:
     module = Module()
-    module.backbone.register_forward_hook(lambda *_: None)
-
     class Pair(nn.Module):
         def forward(self, x):
             return x.flatten(1)[:, :8], x
 
     module.pair = Pair()
-    module.validation_step = lambda batch, _: module.pair(batch[0])
+    module.validation_step = lambda batch, batch_idx: module.pair(batch[0])
     with pytest.raises(FkdError, match="pair returned a tuple, expected a tensor of features"):
         train(module, loaders, [OnlineKNN("pair")], epochs=1, num_sanity_val_steps=1)
