@@ -112,6 +112,7 @@ def test_mistakes_are_named(loaders, make, error, message: str) -> None:
 
 def test_a_tuple_is_refused(loaders) -> None:
     module = Module()
+
     class Pair(nn.Module):
         def forward(self, x):
             return x.flatten(1)[:, :8], x
