@@ -88,6 +88,7 @@ def build(gallery: Float32Array, kind: Kind) -> Index:
         return Index(kind, unit, None)
     import faiss
 
+    index: Any
     lists = max(1, min(int(4 * math.sqrt(count)), count // _IMAGES))
     if kind == "hnsw":
         index = faiss.IndexHNSWFlat(dim, _LINKS, faiss.METRIC_INNER_PRODUCT)
@@ -100,9 +101,10 @@ def build(gallery: Float32Array, kind: Kind) -> Index:
             raise RequestError(f"index ivfpq: {count} images in the gallery; product quantisation needs at least {2**bits}")
         pieces = max(m for m in range(1, max(1, dim // 8) + 1) if dim % m == 0)
         index = faiss.index_factory(dim, f"IVF{lists},PQ{pieces}x{bits}", faiss.METRIC_INNER_PRODUCT)
-    if not index.is_trained:
-        with suppress(AttributeError):
-            index.cp.min_points_per_centroid = 1  # of a small gallery faiss would warn for each list
+        index.do_polysemous_training = False  # seconds of annealing, for a search that is not used
+        index.pq.cp.min_points_per_centroid = 1
+    if kind != "hnsw":
+        index.cp.min_points_per_centroid = 1  # of a small gallery faiss would warn for each list
         index.train(unit)
     index.add(unit)
     return Index(kind, unit, index)

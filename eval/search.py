@@ -66,7 +66,7 @@ def nearest(
     if metric == "euclidean":
         centre = train.mean(axis=0, dtype=np.float64).astype(np.float32)
         train = train - centre
-        side = -np.square(lengths(train)) / 2
+        side: Float32Array = -np.square(lengths(train)) / np.float32(2)
     else:
         centre = np.zeros(train.shape[1], dtype=np.float32)
         side = _inverse(lengths(train))
@@ -101,8 +101,10 @@ def nearest(
                 products[[row - start for row in own], [row - first for row in own]] = -torch.inf
             best = _merged(best, table, first, min(k, last - first), k)
         assert best is not None
-        similarity, neighbours = (part.cpu().numpy() for part in best)
-        yield rows, similarity if metric == "cosine" else similarity - np.square(length)[:, None] / 2, neighbours
+        similarity: Float32Array = best[0].cpu().numpy()
+        if metric == "euclidean":
+            similarity = similarity - np.square(length)[:, None] / np.float32(2)
+        yield rows, similarity, best[1].cpu().numpy()
 
 
 def lengths(features: Float32Array) -> Float32Array:
