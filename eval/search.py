@@ -66,12 +66,12 @@ def nearest(
     if metric == "euclidean":
         centre = train.mean(axis=0, dtype=np.float64).astype(np.float32)
         train = train - centre
-        side: Float32Array = -np.square(lengths(train)) / np.float32(2)
+        side: Float32Array = (lengths(train) ** 2 / -2).astype(np.float32)
     else:
         centre = np.zeros(train.shape[1], dtype=np.float32)
         side = _inverse(lengths(train))
     by_train = torch.from_numpy(side).to(where)
-    gpu = None if where.type == "cpu" else torch.from_numpy(train).to(where)
+    gpu = None if where.type == "cpu" else torch.tensor(train, device=where)
     at_once, width = min(QUERIES, len(wanted)), min(WIDTH, len(train))
     buffer = torch.empty(at_once * (width + FOLD), device=where)
     for start in range(0, len(wanted), at_once):
@@ -80,7 +80,6 @@ def nearest(
         length = lengths(chunk)
         if metric == "cosine":
             chunk *= _inverse(length)[:, None]
-        there = torch.from_numpy(chunk).to(where)
         best: Found | None = None
         for first in range(0, len(train), width):
             last = min(first + width, len(train))
@@ -91,7 +90,7 @@ def nearest(
             if gpu is None:
                 np.matmul(chunk, train[first:last].T, out=products.numpy())
             else:
-                torch.mm(there, gpu[first:last].T, out=products)
+                torch.mm(torch.from_numpy(chunk).to(where), gpu[first:last].T, out=products)
             if metric == "cosine":
                 products *= by_train[first:last]
             else:
@@ -103,7 +102,7 @@ def nearest(
         assert best is not None
         similarity: Float32Array = best[0].cpu().numpy()
         if metric == "euclidean":
-            similarity = similarity - np.square(length)[:, None] / np.float32(2)
+            similarity -= (length**2 / 2).astype(np.float32)[:, None]
         yield rows, similarity, best[1].cpu().numpy()
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,7 @@ def finish(value: dict[str, Any], line: str, config: Any, correct: Any = None) -
     """Writes results.json (and which images were right) where `--out` says, and shows `value` or the `line`."""
     settings = dataclasses.asdict(config)
     whole = {"seed": settings.get("seed"), **value, "line": line, "config": settings}
+    whole = json.loads(json.dumps(whole), parse_constant=str)  # JSON has no word for an infinite temperature
     if config.out is not None:
         folder = Path(config.out)
         if correct is not None:

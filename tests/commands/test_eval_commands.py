@@ -155,8 +155,9 @@ def test_several_k_make_a_table_and_the_headline_is_twenty(work: Path, call: Any
     assert lines[0].split() == ["k", "T", "top-1", "top-5"]
     assert lines[2].split()[:2] == ["3", "inf"]
     assert lines[-1].startswith("teacher:own_teacher:make: kNN-20 at 32 px")
-    rows = json.loads(call(f"knn {TEACHER} {SETS} --k 3,20 --json").out)["sweep"]
-    assert [row["k"] for row in rows] == [3, 18]
+    out = call(f"knn {TEACHER} {SETS} --k 3,20 --temperature inf --json").out
+    rows = json.loads(out, parse_constant=pytest.fail)["sweep"]  # Infinity is no JSON
+    assert [(row["k"], row["temperature"]) for row in rows] == [(3, "Infinity"), (18, "Infinity")]
 
 
 def test_leave_one_out_and_few_shot(work: Path, call: Any) -> None:
