@@ -1,4 +1,4 @@
-"""Evaluation of any callable that maps crops to features: kNN, linear probes, and what a difference is worth.
+"""Evaluation of any callable that maps crops to features: kNN, linear probes, retrieval, and what a difference is worth.
 
 Names are loaded when they are first used (PEP 562): faiss and the probes are not needed to ask for help.
 """
@@ -6,10 +6,14 @@ Names are loaded when they are first used (PEP 562): faiss and the probes are no
 import importlib
 from typing import TYPE_CHECKING, Any
 
-_MODULES = {"features", "knn", "linear", "logreg", "scores", "stats"}
+_MODULES = {
+    "cache", "features", "indexes", "knn", "linear", "logreg", "online", "retrieval", "scores", "search", "stats", "sweep",
+}  # fmt: skip
 _NAMES = {
     "extract": "fkd_ssl.eval.features",
     "knn_predict": "fkd_ssl.eval.knn",
+    "OnlineKNN": "fkd_ssl.eval.online",
+    "OnlineLinear": "fkd_ssl.eval.online",
     "paired_bootstrap": "fkd_ssl.eval.stats",
     "wilson": "fkd_ssl.eval.stats",
 }
@@ -17,6 +21,8 @@ _NAMES = {
 if TYPE_CHECKING:
     from fkd_ssl.eval.features import extract as extract
     from fkd_ssl.eval.knn import knn_predict as knn_predict
+    from fkd_ssl.eval.online import OnlineKNN as OnlineKNN
+    from fkd_ssl.eval.online import OnlineLinear as OnlineLinear
     from fkd_ssl.eval.stats import paired_bootstrap as paired_bootstrap
     from fkd_ssl.eval.stats import wilson as wilson
 

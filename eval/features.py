@@ -21,7 +21,7 @@ from tqdm import tqdm
 from fkd_ssl.crops import Records, centre, replay
 from fkd_ssl.errors import FkdError, ImageError, RequestError
 from fkd_ssl.eval.scores import Float32Array, Int64Array
-from fkd_ssl.images import ImageSet, read_image
+from fkd_ssl.images import ImageSet
 from fkd_ssl.progress import hidden
 
 Model = Callable[[torch.Tensor], torch.Tensor]
@@ -213,7 +213,7 @@ def load(
 def view(images: ImageSet, index: int, pixels: int, cut: Callable[[int, int], Records]) -> View:
     """One view of image `index`: `cut` makes the record [1] from the image's height and width."""
     try:
-        pixels_in = read_image(images.file(index))
+        pixels_in = images.read(index)
         return torch.from_numpy(replay(pixels_in, cut(*pixels_in.shape[:2]), pixels)[0]), index
     except ImageError as error:
         return error

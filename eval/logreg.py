@@ -24,6 +24,7 @@ from fkd_ssl.eval.scores import (
     as_features,
     as_labels,
     few_classes,
+    per_class,
     ranks,
     same_dimension,
 )
@@ -47,6 +48,7 @@ def evaluate(
     features: Any,
     labels: Any,
     num_classes: int | None = None,
+    names: Sequence[str] | None = None,
     strengths: Sequence[float] = STRENGTHS,
     seed: int = 0,
     progress: bool = True,
@@ -62,13 +64,15 @@ def evaluate(
         features: Array or tensor [n, D].
         labels: Array or tensor [n].
         num_classes: C; by default the largest training label plus one.
+        names: Of the classes, for `per_class`.
         strengths: The inverse L2 strengths to choose from.
         seed: Of the choice of the held-out tenth.
         progress: Show a bar on standard error.
 
     Returns:
         `top1`, `top5` in percent; `correct` bool [n]; `C`, the chosen strength; `sweep`, for each strength the held-out
-        `top1` and `loss`; `n_held_out`, `n_train`, `n_val`, `classes`, `feature_dim`, `seed`, `notes`.
+        `top1` and `loss`; `n_held_out`, `n_train`, `n_val`, `classes`, `feature_dim`, `seed`, `notes`, and `per_class` where
+        there are names.
 
     Raises:
         RequestError: Shapes, labels or strengths that cannot be right, or a training set that cannot be split.
@@ -77,26 +81,27 @@ def evaluate(
     train, wanted = as_features(train_features, "train_features"), as_features(features, "features")
     same_dimension(train, wanted)
     known = as_labels(train_labels, len(train), "train_labels", num_classes=num_classes)
+    if len(np.unique(known)) < 2:
+        raise RequestError("train_labels: one class only; a probe needs two to tell apart")
     classes = int(known.max()) + 1 if num_classes is None else num_classes
     truth = as_labels(labels, len(wanted), "labels", num_classes=classes)
     if len(strengths) == 0 or min(strengths) <= 0:
         raise RequestError(f"strengths must be numbers above 0, got {list(strengths)}")
-    if len(np.unique(known)) < 2:
-        raise RequestError("train_labels: one class only; a probe needs two to tell apart")
 
     held = held_out(known, seed=seed)
     with tqdm(total=len(strengths) + 1, desc="logreg", file=sys.stderr, disable=hidden(show=progress)) as bar:
         sweep = _sweep(train, known, held, classes, sorted(strengths), bar)
         best = max(sweep, key=lambda row: (row["top1"], -row["loss"]))
-        data, (mean, scale) = _standardised(train, None)
+        data, (mean, scale) = standardised(train, None)
         weights = fit(data, torch.from_numpy(known), classes, best["C"])
         bar.update()
     scores = _logits((torch.from_numpy(wanted) - mean) / scale, weights)
+    rank = ranks(scores.numpy(), truth)
     notes = few_classes(classes)
     if len(sweep) > 1 and best["C"] in (sweep[0]["C"], sweep[-1]["C"]):
         notes.append(f"the chosen C {best['C']:g} is at the edge of the sweep")
     return {
-        **accuracy(ranks(scores.numpy(), truth)),
+        **accuracy(rank),
         "C": best["C"],
         "sweep": sweep,
         "n_held_out": int(held.sum()),
@@ -105,6 +110,7 @@ def evaluate(
         "classes": classes,
         "feature_dim": train.shape[1],
         "seed": seed,
+        **({} if names is None else {"per_class": per_class(rank, truth, names)}),
         "notes": notes,
     }
 
@@ -163,7 +169,7 @@ def fit(features: torch.Tensor, labels: torch.Tensor, classes: int, strength: fl
 def _sweep(
     train: Float32Array, labels: Int64Array, held: Any, classes: int, strengths: list[float], bar: "tqdm[Any]"
 ) -> list[dict[str, float]]:
-    rest, (mean, scale) = _standardised(train, ~held)
+    rest, (mean, scale) = standardised(train, ~held)
     known, truth = torch.from_numpy(labels[~held]), labels[held]
     queries = (torch.from_numpy(train[held]) - mean) / scale
     rows = []
@@ -183,7 +189,7 @@ def _sweep(
     return rows
 
 
-def _standardised(train: Float32Array, rows: Any) -> tuple[torch.Tensor, Weights]:
+def standardised(train: Float32Array, rows: Any) -> tuple[torch.Tensor, Weights]:
     """Features float32 of `rows` (None: all) with mean 0 and deviation 1, and the mean and deviation [D] each."""
     chosen = train if rows is None else train[rows]
     mean = chosen.mean(axis=0, dtype=np.float64).astype(np.float32)

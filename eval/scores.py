@@ -3,6 +3,7 @@
 Legend: `n` images, `D` feature dimension, `C` classes.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -28,9 +29,10 @@ def as_features(values: Any, name: str) -> Float32Array:
     features = np.asarray(values, dtype=np.float32)
     if features.ndim != 2 or 0 in features.shape:
         raise RequestError(f"{name}: expected [images, dimensions], neither of them 0, got {list(features.shape)}")
-    finite = np.isfinite(features).all(axis=1)
-    if not finite.all():
-        raise FkdError(f"{name}: {np.sum(~finite)} of {len(features)} rows hold NaN or infinity, first row {_first(~finite)}")
+    pieces = range(0, len(features), 8192)  # so that no table of booleans as large as a quarter of the features is made
+    bad = ~np.concatenate([np.isfinite(features[start : start + 8192]).all(axis=1) for start in pieces])
+    if bad.any():
+        raise FkdError(f"{name}: {np.sum(bad)} of {len(features)} rows hold NaN or infinity, first row {_first(bad)}")
     return features
 
 
@@ -53,6 +55,22 @@ def as_labels(values: Any, rows: int, name: str, *, num_classes: int | None = No
     if num_classes is not None and int(labels.max()) >= num_classes:
         raise RequestError(f"{name}: label {labels.max()}, but there are {num_classes} classes, 0 to {num_classes - 1}")
     return labels.astype(np.int64)
+
+
+def compact(known: Int64Array, wanted: Int64Array) -> tuple[Int64Array, Int64Array, list[str]]:
+    """Labels with gaps as indices into the training labels that occur, and these as names.
+
+    Raises:
+        RequestError: A label to be told that no training image has.
+    """
+    present, known = np.unique(known, return_inverse=True)
+    place = np.minimum(np.searchsorted(present, wanted), len(present) - 1)
+    foreign = np.unique(wanted[present[place] != wanted])
+    if len(foreign):
+        raise RequestError(
+            f"labels: label {foreign[0]}, but there are {len(present)} classes in the training labels and this is none of them"
+        )
+    return known.astype(np.int64), place.astype(np.int64), [str(label) for label in present]
 
 
 def same_dimension(train: Float32Array, features: Float32Array) -> None:
@@ -79,6 +97,13 @@ def accuracy(rank: Int64Array) -> dict[str, Any]:
         "top5": 100.0 * float((rank < 5).mean()),
         "correct": rank < 1,
     }
+
+
+def per_class(rank: Int64Array, labels: Int64Array, names: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Of each class that has images: how many, and the top-1 of them in percent."""
+    counts = np.bincount(labels, minlength=len(names))
+    hits = np.bincount(labels, weights=rank < 1, minlength=len(names))
+    return {name: {"n": int(n), "top1": 100.0 * float(hit / n)} for name, n, hit in zip(names, counts, hits, strict=True) if n}
 
 
 def few_classes(num_classes: int) -> list[str]:

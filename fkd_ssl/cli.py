@@ -30,8 +30,11 @@ VERBS = {
     "subset": "the first crops, some teachers or some images of a store, as a store",
     "recode": "a teacher's stored targets in another codec, without the teacher",
     "train": "distil a student from stored targets, or online",
-    "knn": "k-nearest-neighbour accuracy of a model (exact, faiss)",
+    "features": "features of images by a model, computed once and kept for knn, linear and retrieve",
+    "knn": "k-nearest-neighbour accuracy of a model (exact)",
     "linear": "linear probe of a model",
+    "retrieve": "image retrieval with a model: recall, mAP@R, approximate indexes, contact sheets",
+    "report": "results.json of many evaluations as one table, mean and deviation over seeds",
     "compare": "stored against online: same students, table, plots, break-even",
 }
 _USAGE = "usage: fkd-ssl VERB [options]     (fkd-ssl VERB --help explains one)"
@@ -95,6 +98,8 @@ def parse(verb: str, command: ModuleType, args: list[str]) -> Any:
     for name in positionals:
         default = fields[name].default
         optional: dict[str, Any] = {} if default is dataclasses.MISSING else {"nargs": "?", "default": default}
+        if fields[name].type == list[str]:
+            optional["nargs"] = "+"
         parser.add_argument(name, help=helps[name], **optional)
     configurable = bool(set(fields) - set(positionals) - {"json"})
     if configurable:

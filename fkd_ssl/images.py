@@ -1,5 +1,6 @@
 """Image sets: a folder of pictures as a sorted list of relative paths, and the one way to read a picture's pixels."""
 
+import hashlib
 import io
 import os
 import unicodedata
@@ -45,6 +46,28 @@ class ImageSet:
     def file(self, index: int) -> Path:
         """The file of picture `index`."""
         return self.root / self.on_disk[index]
+
+    def read(self, index: int) -> UInt8Array:
+        """Pixels uint8 [H, W, 3] of picture `index`; raises ImageError as `read_image`."""
+        return read_image(self.file(index))
+
+    def digest(self) -> str:
+        """Hex sha256 of names, classes, sizes and times of change; nothing is read.
+
+        The same pictures in another folder have another one only where they were copied without their times.
+
+        Raises:
+            ImageError: A picture is gone.
+        """
+        sums = hashlib.sha256()
+        for index, (path, label) in enumerate(zip(self.paths, self.labels.tolist(), strict=True)):
+            try:
+                stat = self.file(index).stat()
+            except OSError as error:
+                raise ImageError(f"{self.file(index)}: cannot be read: {_reason(error)}") from error
+            name = self.classes[label] if label >= 0 else ""
+            sums.update(f"{path}\n{name}\n{stat.st_size} {stat.st_mtime_ns}\n".encode())
+        return sums.hexdigest()
 
     def subset(self, indices: npt.ArrayLike) -> "ImageSet":
         """The pictures at `indices`, in that order, with the same classes."""

@@ -24,19 +24,3 @@ def table(rows: list[list[str]]) -> str:
     """Rows as aligned columns, the first row a heading."""
     widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)
-
-
-def show_score(kind: str, title: str, config: dict[str, Any], result: dict[str, Any]) -> None:
-    """An evaluation's result: a line for people, or with `--json` all of it with what was run and the versions."""
-    from fkd_ssl.eval.stats import wilson
-    from fkd_ssl.runs import versions
-
-    right = result["correct"]
-    low, high = wilson(int(right.sum()), len(right))
-    if config["json"]:
-        said = {key: value for key, value in result.items() if key != "correct"}
-        show_json({"kind": kind, **said, "interval95": [low, high], "config": config, "versions": versions()})
-        return
-    for note in result["notes"]:
-        say(f"note: {note}")
-    show(f"{title}: top-1 {result['top1']:.2f} % (95 % interval {low:.2f} to {high:.2f}), top-5 {result['top5']:.2f} %")

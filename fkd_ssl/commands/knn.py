@@ -1,53 +1,126 @@
-"""k-nearest-neighbour accuracy of a model's features: cosine, exact search with faiss, weights exp(similarity / T).
+"""k-nearest-neighbour accuracy of a model's features: exact search, votes of weight exp(similarity / T).
 
-The model is a run folder, one of its checkpoints, or teacher:NAME with --checkpoint. The last checkpoint of a run is
-what is scored unless another is named.
+The model is a run folder, one of its checkpoints, or a teacher. The last checkpoint of a run is what is scored unless
+another is named. Several k and temperatures are scored after one search; the headline is k 20 and T 0.07 where these are
+among them, and never the best. --train and --val also take FEATURES.npy,LABELS.npy that came from elsewhere.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from fkd_ssl.errors import RequestError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Options of knn."""
 
-    model: str
-    """A run folder, a .ckpt of one, or teacher:NAME (see fkd-ssl teachers)."""
+    model: str | None = None
+    """A run folder, a .ckpt of one, teacher:NAME, torchvision/NAME, timm/NAME, or module:function; of files only a name."""
     train: str
-    """Folder of labelled images whose features are searched."""
-    val: str
-    """Folder of labelled images to classify."""
-    k: int = 20
-    """Neighbours that vote."""
-    temperature: float = 0.07
-    """T of the weights exp(similarity / T)."""
+    """Labelled images whose features are searched: a folder, NAME:SPLIT:ROOT, or FEATURES.npy,LABELS.npy."""
+    val: str | None = None
+    """Labelled images to classify, likewise."""
+    leave_one_out: bool = False
+    """Classify each training image by all others; there is no --val then."""
+    k: int | str = 20
+    """Neighbours that vote; 10,20,100 scores several."""
+    temperature: float | str = 0.07
+    """T of the weights exp(similarity / T); inf for one vote each; 0.07,0.1 scores several."""
+    preset: Literal["dino", "instdisc", "lightly"] | None = None
+    """Whose k and T, instead of --k and --temperature."""
+    metric: Literal["cosine", "euclidean"] = "cosine"
+    """What is near; of euclidean the similarity is minus half the squared distance."""
+    shots: str | None = None
+    """Use only so many training images of each class: 5, or 1%."""
+    draws: int = 5
+    """Times that these are drawn; the mean and deviation are reported."""
+    seed: int = 0
+    """Of these draws."""
     pixels: int | None = None
     """Side of the centre crop; the model's own training size by default."""
     checkpoint: str | None = None
-    """Weights of teacher:NAME."""
+    """Weights of the teacher, or `pretrained` for those of its library."""
+    features: str | None = None
+    """Folder where features are kept and looked for (fkd-ssl features)."""
     workers: int = 2
     """Processes that read images."""
+    out: str | None = None
+    """Folder for results.json."""
     json: bool = False
     """Print one JSON object on standard output."""
+
+    def __post_init__(self) -> None:
+        if self.leave_one_out == (self.val is not None):
+            raise RequestError("--val is needed, or --leave_one_out without it")
+        if self.leave_one_out and self.shots is not None:
+            raise RequestError("--shots draws training images to classify --val with; it does not go with --leave_one_out")
+        if self.preset is not None and (self.k, self.temperature) != (20, 0.07):
+            raise RequestError(f"--preset {self.preset} sets --k and --temperature; give one or the other")
+        if self.shots is None and (self.draws, self.seed) != (5, 0):
+            raise RequestError("--draws and --seed go with --shots; nothing else here is drawn")
 
 
 def run(config: Config) -> int:
     """Scores the model."""
-    from fkd_ssl.commands import console, resolve
+    from fkd_ssl.commands import console, results, sources
     from fkd_ssl.eval import knn
-    from fkd_ssl.images import scan
 
-    train, val = scan(config.train), scan(config.val)
-    model = resolve.model_of(config.model, config.checkpoint)
-    pixels = resolve.pixels_of(config.pixels, model.pixels)
-    result = knn.evaluate(
-        model=model.features,
-        train=train,
-        val=val,
-        pixels=pixels,
-        k=config.k,
-        temperature=config.temperature,
-        workers=config.workers,
-    )
-    console.show_score("knn", f"{config.model}: kNN-{config.k} at {pixels} px", {**config.__dict__, "pixels": pixels}, result)
+    ks, temperatures = numbers("--k", config.k, int), numbers("--temperature", config.temperature, float)
+    if config.preset is not None:
+        chosen, temperature = knn.PRESETS[config.preset]
+        ks, temperatures = list(chosen), [temperature]
+    knn.check_search(ks, temperatures)
+    shots = None if config.shots is None else shots_of(config.shots)
+    if results.show_finished(config):
+        return 0
+    split, about = sources.split_of(config, config.train, config.val)
+    common: dict[str, Any] = {
+        "train_features": split.train_features,
+        "train_labels": split.train_labels,
+        "num_classes": len(split.classes),
+        "names": split.classes,
+        "k": ks,
+        "temperature": temperatures,
+        "metric": config.metric,
+        "device": sources.search_device(),
+        **({} if config.leave_one_out else {"features": split.features, "labels": split.labels}),
+    }
+    if shots is None:
+        result = knn.evaluate_features(**common)
+    else:
+        result = knn.few_shot(shots=shots, draws=config.draws, seed=config.seed, **common)
+    protocol = config.preset or f"k {','.join(map(str, ks))}, T {','.join(f'{t:g}' for t in temperatures)}"
+    if config.metric != "cosine":
+        protocol += f", {config.metric}"
+    protocol += ", leave one out" if config.leave_one_out else f", {config.shots} shots" if shots else ""
+    pixels = (about["transform"] or {}).get("centre_crop")
+    where = "" if pixels is None else f" at {pixels} px"
+    title = f"{config.model or config.train}: kNN-{knn.K if knn.K in ks else ks[0]}{where}"
+    if len(result["sweep"]) > 1 and not config.json:
+        rows = [
+            [f"{row['k']}", f"{row['temperature']:g}", f"{row['top1']:.2f}", f"{row['top5']:.2f}"] for row in result["sweep"]
+        ]
+        console.show(console.table([["k", "T", "top-1", "top-5"], *rows]))
+    results.show("knn", title, replace(config, pixels=pixels), protocol, about, result)
     return 0
+
+
+def numbers(option: str, value: float | str, kind: type[int] | type[float]) -> list[Any]:
+    """The numbers of an option, one or several with commas; raises RequestError where one is no number."""
+    try:
+        return [kind(part) for part in str(value).split(",")]
+    except ValueError as error:
+        raise RequestError(f"{option} {value}: expected a number, or several as 10,20") from error
+
+
+def shots_of(text: str) -> float:
+    """Shots as `knn.few_shot` takes them, from 5 or 1%; raises RequestError for anything else."""
+    try:
+        value = float(text.removesuffix("%"))
+    except ValueError:
+        value = -1.0
+    part = text.endswith("%")
+    if not value > 0 or (part and value >= 100) or (not part and value != int(value)):
+        raise RequestError(f"--shots {text}: expected a number of images a class as 5, or a part of them as 1%")
+    return value / 100 if part else value

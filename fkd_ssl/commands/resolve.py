@@ -6,12 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fkd_ssl.crops import RECIPES, Recipe
 from fkd_ssl.errors import CheckpointError, RequestError, did_you_mean
+from fkd_ssl.files import sha256
 from fkd_ssl.students import Student
 from fkd_ssl.teachers import Teacher, load_teacher
+from fkd_ssl.teachers.checkpoint import weights_digest
+from fkd_ssl.teachers.registry import LIBRARIES
 from fkd_ssl.teachers.teacher import Precision
 from fkd_ssl.training.distiller import STUDENT_KEY
 from fkd_ssl.training.monitor import LAST
@@ -26,6 +29,16 @@ class Model:
     """uint8 [B, 3, P, P] to backbone features [B, F]."""
     pixels: int
     """Side that it was trained at."""
+    network: nn.Module
+    """What `features` runs, in eval mode."""
+    about: dict[str, str | None]
+    """What results say of it: its network, the sha256 of its weights, and of a teacher its checkpoint and licence."""
+
+    @property
+    def identity(self) -> str:
+        """What tells its features from another model's: weights, layers and their settings, precision."""
+        precision = getattr(self.network, "precision", "fp32")
+        return sha256(f"{self.about['weights_sha256']} {precision}\n{self.network}".encode())
 
 
 def device() -> torch.device:
@@ -70,17 +83,20 @@ def teacher_of(name: str, checkpoint: str | None, precision: Precision = "fp32")
 
 
 def model_of(spec: str, checkpoint: str | None = None) -> Model:
-    """A run folder, one of its checkpoints, or `teacher:NAME` (with a checkpoint).
+    """A run folder, one of its checkpoints, or anything that is a teacher: NAME, LIBRARY/NAME or module:function.
+
+    `teacher:` before a teacher is needed only where a file or folder has its name.
 
     Raises:
         RequestError: It is none of these.
     """
-    if spec.startswith("teacher:"):
+    path = Path(spec)
+    if spec.startswith("teacher:") or (not path.exists() and (":" in spec or spec.partition("/")[0] in LIBRARIES)):
         teacher = teacher_of(spec.removeprefix("teacher:"), checkpoint)
-        return Model(name=spec, features=teacher.features, pixels=teacher.pixels)
+        about = {"checkpoint": teacher.checkpoint, "checkpoint_sha256": teacher.checkpoint_sha256, "licence": teacher.licence}
+        return _model(spec, teacher, teacher.features, teacher.pixels, {"network": teacher.network, **about})
     if checkpoint is not None:
         raise RequestError("--checkpoint goes with --model teacher:NAME; a run's own checkpoint is named as --model")
-    path = Path(spec)
     if path.is_dir():
         path = path / "checkpoints" / LAST
     if not path.is_file():
@@ -89,7 +105,17 @@ def model_of(spec: str, checkpoint: str | None = None) -> Model:
             "teacher:NAME with --checkpoint"
         )
     student, pixels = load_student(path)
-    return Model(name=spec, features=student.to(device()).features, pixels=pixels)
+    student = student.to(device())
+    return _model(spec, student, student.features, pixels, {"network": type(student.backbone).__name__})
+
+
+def _model(
+    spec: str, network: nn.Module, features: Callable[[Tensor], Tensor], pixels: int, about: dict[str, str | None]
+) -> Model:
+    digest = weights_digest(network)
+    return Model(
+        name=spec, features=features, pixels=pixels, network=network, about={"name": spec, **about, "weights_sha256": digest}
+    )
 
 
 def load_student(path: Path) -> tuple[Student, int]:

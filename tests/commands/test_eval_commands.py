@@ -2,16 +2,43 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 SETS = "--train train --val val --workers 0"
+ODD = """
+class Pair(Network):
+    def forward(self, pixels):
+        return super().forward(pixels), pixels
+
+class Broken(Network):
+    def forward(self, pixels):
+        return super().forward(pixels) * float("nan")
+
+def pair():
+    return Pair()
+
+def nan():
+    return Broken()
+"""
 TEACHER = "--model teacher:own_teacher:make"
 
 
-@pytest.mark.parametrize("verb", ["knn", "linear --protocol logreg", "linear --protocol moco --epochs 1"])
+@pytest.mark.parametrize(
+    "verb",
+    [
+        "knn",
+        "knn --preset dino",
+        "linear --protocol logreg",
+        "linear --protocol sweep",
+        "linear --protocol moco --epochs 1",
+        "linear --protocol simclr --epochs 1 --batch_size 8",
+    ],
+)
 def test_json_is_one_object(work: Path, call: Any, verb: str) -> None:
     status, out, _ = call(f"{verb} {TEACHER} {SETS} --json")
     assert status == 0
@@ -22,9 +49,13 @@ def test_json_is_one_object(work: Path, call: Any, verb: str) -> None:
     assert result["interval95"][0] <= result["top1"] <= result["interval95"][1]
     assert (result["config"]["model"], result["config"]["pixels"]) == ("teacher:own_teacher:make", 32)
     assert "torch" in result["versions"]
+    assert len(result["model"]["weights_sha256"]) == 64
+    assert result["data"]["val"]["images"] == 12
+    assert (result["transform"]["resize"], result["transform"]["centre_crop"]) == (37, 32)
+    assert result["protocol"]
 
 
-@pytest.mark.parametrize("verb", ["knn --k 5", "linear --protocol logreg"])
+@pytest.mark.parametrize("verb", ["knn --k 5", "linear --protocol logreg", "linear --protocol sweep"])
 def test_colours_are_told_apart(work: Path, call: Any, verb: str) -> None:
     assert json.loads(call(f"{verb} {TEACHER} {SETS} --json").out)["top1"] > 80
 
@@ -63,12 +94,49 @@ def test_a_run_is_a_model_and_so_is_its_checkpoint(work: Path, call: Any, train_
         (f"knn {TEACHER} {SETS} --k 0", 2, "k"),
         (f"knn {TEACHER} --train train --val torn --workers 0", 1, "torn/ash/0.png: not a readable image"),
         (f"linear {TEACHER} {SETS} --protocol logreg --epochs 3", 2, "--epochs goes with --protocol moco or swav"),
-        (f"linear {TEACHER} {SETS} --protocol simclr", 2, "--protocol"),
+        (f"linear {TEACHER} {SETS} --protocol byol", 2, "--protocol"),
+        (f"linear {TEACHER} {SETS} --protocol sweep --lr 3", 2, "--lr goes with --protocol moco or swav"),
+        (f"linear {TEACHER} {SETS} --features cache", 2, "--features goes with --protocol sweep or logreg; moco trains on"),
+        (f"linear {TEACHER} {SETS} --protocol logreg --train one --val one", 2, "one class only; a probe needs two"),
+        (f"linear {TEACHER} {SETS} --protocol sweep --train one --val one", 2, "one class only; a probe needs two"),
+        (f"knn {TEACHER} --train train", 2, "--val is needed, or --leave_one_out"),
+        (f"knn {TEACHER} {SETS} --leave_one_out", 2, "--val is needed, or --leave_one_out without it"),
+        (f"knn {TEACHER} --train train --leave_one_out --shots 2", 2, "it does not go with --leave_one_out"),
+        (f"knn {TEACHER} {SETS} --preset dino --k 3", 2, "--preset dino sets --k and --temperature"),
+        (f"knn {TEACHER} {SETS} --draws 3", 2, "--draws and --seed go with --shots"),
+        (f"knn {TEACHER} {SETS} --shots few", 2, "--shots few: expected a number of images a class as 5"),
+        (f"knn {TEACHER} {SETS} --shots 100%", 2, "--shots 100%: expected"),
+        (f"knn {TEACHER} {SETS} --shots 7", 2, "shots 7: class 0 has 6 training images"),
+        (f"knn {TEACHER} {SETS} --k 5,many", 2, "--k 5,many: expected a number, or several as 10,20"),
+        (f"knn {SETS}", 2, "--model is needed; without one give features as FEATURES.npy,LABELS.npy"),
+        (f"knn --model own_teacher:pair {SETS}", 1, "gives tuple for [2, 3, 32, 32] floats, expected one tensor [2, D]"),
+        (f"knn --model own_teacher:nan {SETS}", 1, "NaN or infinity"),
+        (f"knn --model torchvision/resnet18x {SETS}", 2, "torchvision"),
+        (f"knn {TEACHER} --train cifar10:train:. --val val", 2, "cifar10 does not lie there, or is damaged"),
+        ("knn --train x.npy,y.npy --val val", 2, "give images for both or files of features for both"),
+        ("knn --train x.npy --val x.npy,y.npy", 2, "x.npy: expected FEATURES.npy,LABELS.npy"),
+        ("knn --train gone.npy,y.npy --val x.npy,y.npy", 2, "gone.npy: not a .npy file of numbers"),
+        ("knn --train pickled.npy,y.npy --val x.npy,y.npy", 2, "pickled.npy: not a .npy file of numbers"),
+        ("knn --train x.npy,short.npy --val x.npy,y.npy", 2, "short.npy: expected one label for each of 9 features"),
+        ("knn --train x.npy,y.npy --val nan.npy,y.npy", 1, "nan.npy: 9 of 9 rows hold NaN or infinity"),
+        ("knn --train x.npy,y.npy --val x.npy,other.npy", 2, "labels: label 8, but there are 3 classes in the training"),
+        ("knn --train x.npy,y.npy --val x.npy,none.npy", 2, "none.npy: 9 of 9 have no class (label -1)"),
+        ("knn --train words.npy,y.npy --val x.npy,y.npy", 2, "words.npy: holds <U1, expected numbers"),
+        ("linear --train x.npy,y.npy --val x.npy,y.npy", 2, "--protocol moco trains on random crops of images"),
     ],
 )
 def test_what_is_refused(work: Path, call: Any, line: str, status: int, said: str) -> None:
     import torch
 
+    rows = np.random.default_rng(0).normal(size=(9, 4)).astype(np.float32)
+    values = {"x": rows, "nan": rows * np.nan, "y": np.arange(9) % 3, "short": np.arange(8), "other": np.full(9, 8)}
+    for name, value in {**values, "none": np.full(9, -1), "words": np.full((9, 4), "a")}.items():
+        np.save(work / f"{name}.npy", value)
+    np.save(work / "pickled.npy", np.array([{}], dtype=object), allow_pickle=True)
+    with (work / "own_teacher.py").open("a") as file:
+        file.write(ODD)
+    sys.modules.pop("own_teacher", None)
+    shutil.copytree(work / "train/ash", work / "one/ash")
     for name in ("empty", "flat", "odd/oak", "torn/ash"):
         (work / name).mkdir(parents=True)
     for name in ("flat", "odd/oak"):
@@ -78,3 +146,87 @@ def test_what_is_refused(work: Path, call: Any, line: str, status: int, said: st
     answer = call(line)
     assert (answer.status, answer.out) == (status, "")
     assert said in answer.err
+
+
+def test_several_k_make_a_table_and_the_headline_is_twenty(work: Path, call: Any) -> None:
+    status, out, _ = call(f"knn {TEACHER} {SETS} --k 3,20 --temperature 0.07,inf")
+    lines = out.splitlines()
+    assert (status, len(lines)) == (0, 6)
+    assert lines[0].split() == ["k", "T", "top-1", "top-5"]
+    assert lines[2].split()[:2] == ["3", "inf"]
+    assert lines[-1].startswith("teacher:own_teacher:make: kNN-20 at 32 px")
+    out = call(f"knn {TEACHER} {SETS} --k 3,20 --temperature inf --json").out
+    rows = json.loads(out, parse_constant=pytest.fail)["sweep"]  # Infinity is no JSON
+    assert [(row["k"], row["temperature"]) for row in rows] == [(3, "Infinity"), (18, "Infinity")]
+
+
+def test_leave_one_out_and_few_shot(work: Path, call: Any) -> None:
+    alone = json.loads(call(f"knn {TEACHER} --train train --leave_one_out --k 3 --workers 0 --json").out)
+    assert (alone["n_train"], alone["n_val"]) == (18, 18)
+    few = json.loads(call(f"knn {TEACHER} {SETS} --k 3 --shots 2 --draws 4 --seed 1 --json").out)
+    assert (few["n_train"], len(few["draws"])) == (6, 4)
+    assert few["top1"] == pytest.approx(np.mean([draw["top1"] for draw in few["draws"]]))
+    status, out, _ = call(f"knn {TEACHER} {SETS} --k 1 --shots 20%")
+    assert status == 0
+    assert "(mean and deviation of 5 draws)" in out
+
+
+def test_features_are_kept_and_change_nothing(work: Path, call: Any) -> None:
+    plain = json.loads(call(f"knn {TEACHER} {SETS} --json").out)
+    made = call(f"features {TEACHER} --images train --features cache --workers 0")
+    pair, _, said = made.out.partition(": ")
+    assert said == "18 images, 16 dimensions\n"
+    for verb in ("knn", "linear --protocol logreg", "linear --protocol sweep"):
+        assert call(f"{verb} {TEACHER} {SETS} --features cache").status == 0
+    assert len(list((work / "cache").iterdir())) == 2
+    kept = json.loads(call(f"knn {TEACHER} {SETS} --features cache --json").out)
+    assert kept["top1"] == plain["top1"]
+    assert kept["data"]["train"]["sha256"] == plain["data"]["train"]["sha256"]
+    val = json.loads(call(f"features {TEACHER} --images val --features cache --workers 0 --json").out)["entry"]
+    by_file = json.loads(call(f"knn --train {pair} --val {val}/features.npy,{val}/labels.npy --json").out)
+    assert (by_file["top1"], by_file["model"]["name"], by_file["transform"]) == (plain["top1"], None, None)
+    assert set(by_file["per_class"]) == {"0", "1", "2"}
+    for protocol in ("sweep", "logreg"):
+        assert call(f"linear --protocol {protocol} --train {pair} --val {pair}").status == 0
+
+
+def test_labels_of_files_may_have_gaps(work: Path, call: Any) -> None:
+    rows = np.repeat(np.eye(3), 4, axis=0) + np.random.default_rng(0).normal(0, 0.05, (12, 3))
+    np.save(work / "x.npy", rows)  # float64
+    np.save(work / "y.npy", np.repeat([7, 10**12, 3], 4))
+    for verb in ("knn --k 3", "linear --protocol logreg"):
+        result = json.loads(call(f"{verb} --train x.npy,y.npy --val x.npy,y.npy --json").out)
+        assert (result["top1"], result["classes"]) == (100, 3)
+        assert set(result["per_class"]) == {"3", "7", "1000000000000"}
+
+
+def test_out_keeps_the_result_and_asks_no_model_again(work: Path, call: Any) -> None:
+    line = f"knn {TEACHER} {SETS} --out scored"
+    first = call(line)
+    results = json.loads((work / "scored/results.json").read_text())
+    assert (results["kind"], results["protocol"]) == ("knn", "k 20, T 0.07")
+    assert np.load(work / "scored/correct.npy").shape == (12,)
+    shutil.rmtree(work / "train")
+    again = call(line)
+    assert (again.status, again.out) == (0, first.out)
+    assert "this evaluation is done" in again.err
+    assert json.loads(call(f"{line} --json").out) == results
+    other = call(f"{line} --k 3")
+    assert other.status == 2
+    assert "scored: holds a run of another config (k is 20 there, 3 here)" in other.err
+
+
+@pytest.mark.parametrize("spec", ["own_teacher:make", "teacher:own_teacher:make"])
+def test_a_teacher_needs_no_prefix(work: Path, call: Any, spec: str) -> None:
+    assert call(f"knn --model {spec} {SETS}").status == 0
+
+
+def test_a_network_of_torchvision(work: Path, call: Any) -> None:
+    import torch
+    from torchvision.models import shufflenet_v2_x0_5
+
+    torch.save(shufflenet_v2_x0_5().state_dict(), work / "weights.pth")
+    line = f"knn --model torchvision/shufflenet_v2_x0_5 --checkpoint weights.pth --pixels 32 {SETS} --json"
+    result = json.loads(call(line).out)
+    assert result["model"]["checkpoint"] == "weights.pth"
+    assert "shufflenet_v2_x0_5" in result["model"]["network"]

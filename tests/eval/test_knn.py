@@ -5,12 +5,13 @@ import sys
 import numpy as np
 import pytest
 import torch
+from lightly.utils.benchmarking import KNNClassifier
 from lightly.utils.benchmarking import knn_predict as lightly_knn_predict
 from sklearn.neighbors import KNeighborsClassifier
 
 import fkd_ssl
 from fkd_ssl.errors import FkdError, RequestError
-from fkd_ssl.eval import knn
+from fkd_ssl.eval import knn, search
 from fkd_ssl.eval.knn import knn_predict
 
 N, n, D, C = 300, 80, 12, 7
@@ -80,7 +81,9 @@ def test_agrees_with_sklearn(clusters) -> None:
 def test_chunks_change_nothing(clusters, monkeypatch) -> None:
     train, labels, queries, _ = clusters
     whole = knn_predict(train, labels, queries)
-    monkeypatch.setattr(knn, "_CHUNK_BYTES", 16 * 20 * 7)
+    monkeypatch.setattr(search, "QUERIES", 7)
+    monkeypatch.setattr(search, "WIDTH", 23)
+    monkeypatch.setattr(knn, "_VOTES", 30)
     np.testing.assert_allclose(knn_predict(train, labels, queries), whole, rtol=1e-5)
 
 
@@ -134,6 +137,123 @@ def test_lengths_do_not_matter_and_zeros_are_harmless(clusters) -> None:
     assert np.isfinite(knn_predict(np.vstack([train, np.zeros((1, D))]), [*labels, 0], queries * 0, k=N + 1)).all()
 
 
+def score(clusters, **options):
+    train, labels, queries, wanted = clusters
+    return knn.evaluate_features(train_features=train, train_labels=labels, features=queries, labels=wanted, **options)
+
+
+def test_a_sweep_is_each_alone(clusters) -> None:
+    swept = score(clusters, k=[5, 20, 100], temperature=[0.07, 1.0])
+    assert [(row["k"], row["temperature"]) for row in swept["sweep"]] == [(k, t) for k in (5, 20, 100) for t in (0.07, 1.0)]
+    for row in swept["sweep"]:
+        alone = score(clusters, k=row["k"], temperature=row["temperature"])
+        assert (row["top1"], row["top5"]) == (alone["top1"], alone["top5"])
+    assert (swept["k"], swept["top1"]) == (20, score(clusters, k=20)["top1"])  # the headline is not the best of them
+    assert score(clusters, k=[5, 100])["k"] == 5
+
+
+@pytest.mark.parametrize(("k", "temperature"), [(1, 0.07), (7, math.inf), (200, 0.5)])
+def test_euclidean_agrees_with_sklearn(clusters, k: int, temperature: float) -> None:
+    train, labels, queries, _wanted = (part + 30 if part.ndim == 2 else part for part in clusters)  # far from the origin
+
+    def weights(distance):
+        return np.exp((distance.min(axis=1, keepdims=True) ** 2 - distance**2) / (2 * temperature))
+
+    oracle = KNeighborsClassifier(k, algorithm="brute", weights=weights).fit(train.astype(np.float64), labels)
+    got = knn_predict(train, labels, queries, k=k, temperature=temperature, metric="euclidean")
+    expected = oracle.predict_proba(queries.astype(np.float64))
+    np.testing.assert_allclose(got / got.sum(axis=1, keepdims=True), expected, rtol=2e-3, atol=1e-5)
+
+
+def test_euclidean_and_cosine_are_one_on_the_sphere(clusters) -> None:
+    train, labels, queries, _ = (search_unit(part) if part.ndim == 2 else part for part in clusters)
+    by_cosine, by_distance = (knn_predict(train, labels, queries, metric=metric) for metric in ("cosine", "euclidean"))
+    by_cosine, by_distance = (part / part.sum(axis=1, keepdims=True) for part in (by_cosine, by_distance))
+    np.testing.assert_allclose(by_cosine, by_distance, rtol=1e-4, atol=1e-6)
+
+
+def search_unit(part):
+    return (part / np.linalg.norm(part, axis=1, keepdims=True)).astype(np.float32)
+
+
+def test_leave_one_out_is_n_searches_without_one(clusters, monkeypatch) -> None:
+    train, labels, *_ = clusters
+    train, labels = np.vstack([train[:59], train[:1]]), np.append(labels[:59], labels[0])  # a picture and its copy
+    monkeypatch.setattr(search, "QUERIES", 11)
+    monkeypatch.setattr(search, "WIDTH", 32)
+    result = knn.evaluate_features(train_features=train, train_labels=labels, k=5, num_classes=C)
+    for row in range(60):
+        others = np.arange(60) != row
+        alone = knn_predict(train[others], labels[others], train[row : row + 1], k=5, num_classes=C)
+        assert result["correct"][row] == (alone.argmax() == labels[row])
+    with pytest.warns(UserWarning, match="k is 60, but there are 59"):
+        assert knn.evaluate_features(train_features=train, train_labels=labels, k=60)["k"] == 59
+    with pytest.raises(RequestError, match="one image; leaving one out needs at least two"):
+        knn.evaluate_features(train_features=train[:1], train_labels=labels[:1])
+
+
+def test_a_class_of_one_image_is_noted_when_it_is_left_out(clusters) -> None:
+    train, labels, *_ = clusters
+    result = knn.evaluate_features(train_features=train, train_labels=np.append(labels[:-1], 1000))
+    assert result["notes"] == ["1 of 8 classes have one image, which leaving it out makes impossible to tell"]
+    assert result["per_class"]["1000"] == {"n": 1, "top1": 0.0}
+
+
+def test_labels_with_gaps_are_the_same_labels(clusters) -> None:
+    train, labels, queries, wanted = clusters
+    plain, gaps = score(clusters), score((train, labels * 10**9 + 5, queries, wanted * 10**9 + 5))
+    np.testing.assert_array_equal(plain["correct"], gaps["correct"])
+    assert list(gaps["per_class"]) == [str(label * 10**9 + 5) for label in range(C)]
+    n_3, hits_3 = (wanted == 3).sum(), plain["correct"][wanted == 3].sum()
+    assert gaps["per_class"][str(3 * 10**9 + 5)] == {"n": n_3, "top1": pytest.approx(100 * hits_3 / n_3)}
+
+
+def test_few_shot_draws_are_searches_of_their_rows(clusters) -> None:
+    train, labels, queries, wanted = clusters
+    common = {"train_features": train, "train_labels": labels, "features": queries, "labels": wanted, "k": 3}
+    result = knn.few_shot(shots=4, draws=3, seed=2, **common)
+    tops = []
+    for draw in range(3):
+        rows = knn.shot_rows(labels, 4, np.random.default_rng([2, draw]))
+        assert np.bincount(labels[rows]).tolist() == [4] * C
+        tops.append(score((train[rows], labels[rows], queries, wanted), k=3)["top1"])
+    assert len(set(tops)) > 1
+    assert (result["top1"], result["top1_std"]) == (pytest.approx(np.mean(tops)), pytest.approx(np.std(tops, ddof=1)))
+    assert [draw["top1"] for draw in result["draws"]] == tops
+    assert knn.few_shot(shots=0.1, draws=1, **common)["top1_std"] == 0
+    tenth = np.bincount(labels[knn.shot_rows(labels, 0.1, np.random.default_rng(0))])
+    assert tenth.tolist() == [max(1, round(0.1 * count)) for count in np.bincount(labels)]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"shots": 1.5}, "shots 1.5: expected a part of each class below 1, or a whole number"),
+        ({"shots": 0}, "shots 0: expected a part"),
+        ({"shots": 1000}, r"shots 1000: class 0 has \d+ training images"),
+        ({"shots": 5, "draws": 0}, "draws must be at least 1, got 0"),
+    ],
+)
+def test_impossible_shots_are_named(clusters, options, message: str) -> None:
+    train, labels, queries, wanted = clusters
+    with pytest.raises(RequestError, match=message):
+        knn.few_shot(train_features=train, train_labels=labels, features=queries, labels=wanted, **options)
+
+
+def test_agrees_with_lightlys_classifier_to_the_sample(clusters) -> None:
+    train, labels, queries, wanted = (torch.from_numpy(part) for part in clusters)
+
+    class Alone(KNNClassifier):  # without a Trainer
+        trainer = None
+        all_gather = staticmethod(lambda part: part)
+
+    theirs = Alone(None, num_classes=C, knn_k=20, knn_t=0.1, topk=(1,), train_dataloader_idx=0, val_dataloader_idx=1)
+    theirs.validation_step((train, labels), 0, 0)
+    each = [theirs.validation_step((queries[i : i + 1], wanted[i : i + 1]), i, 1) for i in range(n)]
+    correct = [bool(next(iter(said.values()))) for said in each]
+    np.testing.assert_array_equal(score(clusters, k=20, temperature=0.1)["correct"], correct)
+
+
 def test_evaluate_on_images(make_set, backbone) -> None:
     train, val = make_set("train", seed=0), make_set("val", per_class=3, classes=("green", "red", "sand"), seed=1)
     backbone.train()
@@ -166,6 +286,7 @@ def test_presets_are_the_published_ones() -> None:
         ({"temperature": 0.0}, RequestError, "temperature must be above 0, got 0.0"),
         ({"temperature": math.nan}, RequestError, "temperature must be above 0, got nan"),
         ({"train_labels": np.full(N, -1)}, RequestError, rf"train_labels: {N} of {N} have no class \(label -1\)"),
+        ({"metric": "manhattan"}, RequestError, "metric 'manhattan': expected cosine or euclidean"),
         (
             {"train_labels": np.zeros(N - 1, int)},
             RequestError,

@@ -1,8 +1,10 @@
 import hashlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+from lightly.utils.benchmarking import LinearClassifier
 from torch.nn import functional
 
 from fkd_ssl import crops, images
@@ -149,7 +151,7 @@ def test_wrong_requests_are_named(make_set, backbone) -> None:
     train, val = make_set("train", per_class=2, classes=("blue", "red")), make_set("val", per_class=1)
     with pytest.raises(RequestError, match=r"no linear protocol 'mocco'.*; did you mean moco\?"):
         run(backbone, train, train, protocol="mocco")
-    with pytest.raises(RequestError, match=r"no linear protocol 'x' \(known: moco, swav\)"):
+    with pytest.raises(RequestError, match=r"no linear protocol 'x' \(known: moco, swav, simsiam, simclr\)"):
         run(backbone, train, train, protocol="x")
     with pytest.raises(RequestError, match="epochs must be at least 1, got 0"):
         run(backbone, train, train, epochs=0)
@@ -170,3 +172,74 @@ def test_a_backbone_whose_features_change_size_is_named(make_set) -> None:
     sizes = iter([8, 9])
     with pytest.raises(FkdError, match="returned 8 dimensions, then 9"):
         run(lambda pixels: pixels.flatten(1)[:, : next(sizes)].float(), train, train, epochs=1)
+
+
+def test_simsiam_is_the_published_protocol() -> None:
+    simsiam = linear.PROTOCOLS["simsiam"]
+    assert (simsiam.epochs, simsiam.batch_size, simsiam.lr, simsiam.momentum, simsiam.weight_decay) == (90, 4096, 1.6, 0.9, 0)
+    assert (simsiam.lars, linear.TRUST, simsiam.small_start) == (True, 0.001, True)
+    expected = [1.6 * 0.5 * (1 + np.cos(np.pi * epoch / 90)) for epoch in range(90)]  # its adjust_learning_rate
+    np.testing.assert_allclose([simsiam.rate_at(step, 90 * 7) for step in range(0, 90 * 7, 7)], expected)
+    assert simsiam.rate_at(6, 90 * 7) == simsiam.rate_at(0, 90 * 7)
+
+
+def test_simclr_is_lightlys_classifier() -> None:
+    simclr = linear.PROTOCOLS["simclr"]
+    theirs = LinearClassifier(torch.nn.Identity(), batch_size_per_device=256, feature_dim=8, num_classes=3)
+    theirs.trainer = SimpleNamespace(world_size=1, estimated_stepping_batches=50)
+    (optimizer,), (schedule,) = theirs.configure_optimizers()
+    settings = optimizer.param_groups[0]
+    assert (simclr.momentum, simclr.weight_decay) == (settings["momentum"], settings["weight_decay"])
+    for step in range(50):
+        assert simclr.rate_at(step, 50) == pytest.approx(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule["scheduler"].step()
+    assert (simclr.epochs, simclr.batch_size) == (90, 256)  # of its ImageNet benchmark
+    layer, plain = linear._layer(4096, 50, 0, small=False), torch.nn.Linear(4096, 50)
+    for ours, torchs in zip(layer.parameters(), plain.parameters(), strict=True):
+        assert ours.detach().abs().max() <= 4096**-0.5
+        assert ours.std().item() == pytest.approx(torchs.std().item(), rel=0.3)
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_lars_is_apexs_without_clipping(weight_decay: float) -> None:
+    """The published formula in numpy, over three steps of momentum SGD."""
+    generator = np.random.default_rng(0)
+    layer = linear._layer(5, 3, 0)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1.6, momentum=0.9)
+    values = [part.detach().double().numpy().copy() for part in layer.parameters()]
+    speeds = [np.zeros_like(value) for value in values]
+    for _ in range(3):
+        gradients = [generator.normal(size=value.shape) for value in values]
+        for part, gradient in zip(layer.parameters(), gradients, strict=True):
+            part.grad = torch.from_numpy(gradient).float()
+        linear.scale_gradients(layer, weight_decay)
+        optimizer.step()
+        for k, gradient in enumerate(gradients):
+            length, slope = np.linalg.norm(values[k]), np.linalg.norm(gradient)
+            if length and slope:
+                gradient = (gradient + weight_decay * values[k]) * 0.001 * length / (slope + weight_decay * length + 1e-8)
+            speeds[k] = 0.9 * speeds[k] + gradient
+            values[k] = values[k] - 1.6 * speeds[k]
+    for part, value in zip(layer.parameters(), values, strict=True):
+        np.testing.assert_allclose(part.detach().numpy(), value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("protocol", ["moco", "swav", "simsiam", "simclr"])
+def test_every_preset_runs_and_leaves_the_backbone_alone(make_set, backbone, protocol: str) -> None:
+    train, val = make_set("train", per_class=4, seed=0), make_set("val", per_class=2, seed=1)
+    backbone.train()
+    before = digest(backbone)
+    result = run(backbone, train, val, epochs=2, protocol=protocol)
+    assert digest(backbone) == before
+    assert all(parameter.grad is None for parameter in backbone.parameters())
+    assert set(result["per_class"]) == {"blue", "green", "red", "sand"}
+    assert sum(row["n"] * row["top1"] for row in result["per_class"].values()) == pytest.approx(8 * result["top1"])
+    assert f"a batch of {result['batch_size']} is all 16 training images: one step an epoch" in result["notes"]
+
+
+def test_a_published_rate_in_proportion_follows_the_batch(make_set, backbone) -> None:
+    train, val = make_set("train", per_class=2, seed=0), make_set("val", per_class=1, seed=1)
+    assert run(backbone, train, val, epochs=1, protocol="simsiam", batch_size=64)["lr"] == pytest.approx(0.1 * 64 / 256)
+    assert run(backbone, train, val, epochs=1, protocol="simsiam", batch_size=64, lr=0.3)["lr"] == 0.3
+    assert run(backbone, train, val, epochs=1, protocol="moco", batch_size=64)["lr"] == 30.0

@@ -1,0 +1,66 @@
+"""The probes on cached features against the published ones on random crops: accuracy and time of all on one model.
+
+    python benchmarks/probes.py --images DIR --val DIR --model teacher:mocov2 --checkpoint FILE --pixels 64 --out DIR
+
+Every protocol runs as `fkd-ssl linear` in a process of its own, from image files to accuracy: the time of sweep and logreg
+includes the features of all images. The reference is the probe of --reference; differences to it are in top-1 points, with
+the paired bootstrap's 90 % interval. What is finished is not run again.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from fkd_ssl.commands.results import read_correct
+from fkd_ssl.eval import stats
+
+PROTOCOLS = ("simclr", "moco", "swav", "simsiam", "sweep", "logreg")
+
+
+def score(protocol: str, args: argparse.Namespace) -> dict[str, float]:
+    """`top1` and `seconds` of a protocol."""
+    out = args.out / protocol
+    took = args.out / f"{protocol}.seconds"
+    command = [sys.executable, "-m", "fkd_ssl", "linear", "--protocol", protocol, "--model", args.model, "--train"]
+    command += [args.images, "--val", args.val, "--workers", str(args.workers), "--out", str(out)]
+    command += [] if args.checkpoint is None else ["--checkpoint", args.checkpoint]
+    command += [] if args.pixels is None else ["--pixels", str(args.pixels)]
+    if args.epochs is not None and protocol not in ("sweep", "logreg"):
+        command += ["--epochs", str(args.epochs)]
+    started = time.perf_counter()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    if not took.exists():
+        took.write_text(str(time.perf_counter() - started))
+    return {"top1": json.loads((out / "results.json").read_text())["top1"], "seconds": float(took.read_text())}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", required=True)
+    parser.add_argument("--val", required=True)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--checkpoint")
+    parser.add_argument("--pixels", type=int)
+    parser.add_argument("--protocols", nargs="+", default=list(PROTOCOLS), choices=PROTOCOLS)
+    parser.add_argument("--reference", default="simclr", choices=PROTOCOLS, help="the 90-epoch probe")
+    parser.add_argument("--epochs", type=int, help="of the probes on crops, for a trial")
+    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--out", required=True, type=Path)
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    names = list(dict.fromkeys([args.reference, *args.protocols]))
+    rows = {name: score(name, args) for name in names}
+    reference = rows[args.reference]
+    print(f"| protocol | top-1 | minus {args.reference} (90 % interval) | seconds | times as fast as {args.reference} |")
+    print("|---|---|---|---|---|")
+    for name, row in rows.items():
+        gain, low, high = stats.paired_bootstrap(read_correct(args.out / name), read_correct(args.out / args.reference))
+        speed = reference["seconds"] / row["seconds"]
+        print(f"| {name} | {row['top1']:.2f} | {gain:+.2f} ({low:+.2f} to {high:+.2f}) | {row['seconds']:.1f} | {speed:.1f} |")
+
+
+if __name__ == "__main__":
+    main()

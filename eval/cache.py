@@ -1,0 +1,170 @@
+"""Features that are computed once: a folder of memory-mapped .npy files, keyed by model, images and transform.
+
+CACHE/KEY/ holds `about.json` (what the key is made of), `labels.npy` int64 [N], `features.npy` float32 [N, D], and
+`done.json`, written last; until then parts of 2048 images. Any number of processes fill one: each part is made by the process
+that holds its lock, which goes with the process, so whatever is killed continues and no image is computed twice or lost.
+The pair features.npy and labels.npy can be read with numpy alone.
+
+Legend: `N` images, `D` feature dimension, `P` pixels.
+"""
+
+import fcntl
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from fkd_ssl import files
+from fkd_ssl.crops.probe import probe_digest
+from fkd_ssl.errors import FkdError, StoreError
+from fkd_ssl.eval.features import Model, checked, extract, frozen
+from fkd_ssl.eval.scores import Float32Array, Int64Array
+from fkd_ssl.images import ImageSet
+from fkd_ssl.progress import hidden
+
+ROWS = 2048
+VERSION = 1
+_LEAST_COSINE = 0.999  # between a model's answers on two machines; another network's are far below
+
+
+def transform_of(pixels: int) -> dict[str, Any]:
+    """What the evaluation transform is, for keys and results."""
+    return {"resize": round(8 / 7 * pixels), "centre_crop": pixels, "pixels_sha256": probe_digest()}
+
+
+def cached(
+    model: Model,
+    images: ImageSet,
+    *,
+    folder: Path,
+    identity: str,
+    pixels: int,
+    batch_size: int = 256,
+    workers: int = 2,
+    progress: bool = True,
+    desc: str = "features",
+) -> tuple[Float32Array, Int64Array, Path]:
+    """`extract` by way of a cache: what is there is mapped, what is missing is computed and kept.
+
+    Args:
+        model: uint8 [B, 3, P, P] -> float [B, D].
+        images: Of any sizes.
+        folder: CACHE; made if it is missing.
+        identity: What tells this model from others, such as a digest of its weights and its structure.
+        pixels: P.
+        batch_size: Images the model gets at once.
+        workers: Processes that decode.
+        progress: Show a bar on standard error.
+        desc: What the bar is called.
+
+    Returns:
+        Features float32 [N, D], mapped and read-only, labels int64 [N], and the entry's folder.
+
+    Raises:
+        StoreError: An entry is damaged, or was made by a model of the same identity that answers otherwise.
+        RequestError, ImageError, FkdError: As `extract`.
+    """
+    about = {"version": VERSION, "model": identity, "images": images.digest(), "n": len(images), **transform_of(pixels)}
+    entry = folder / files.sha256(files.canonical(about))[:20]
+    entry.mkdir(parents=True, exist_ok=True)
+    files.sweep(entry)
+    files.write_json(entry / "about.json", {**about, "classes": images.classes})
+    _same_answers(model, entry, images, pixels)
+    parts = [entry / f"part-{row // ROWS:06d}.npy" for row in range(0, len(images), ROWS)]
+    with tqdm(total=len(parts), desc=desc, unit="part", file=sys.stderr, disable=hidden(show=progress)) as bar:
+        while not (entry / "done.json").exists():
+            bar.update(sum(part.exists() for part in parts) - bar.n)
+            busy = False
+            for number, part in enumerate(parts):
+                if part.exists():
+                    continue
+                with _lock(part.with_name(f".lock-{number:06d}")) as ours:
+                    busy |= not ours
+                    if not ours or part.exists() or (entry / "done.json").exists():
+                        continue
+                    rows = np.arange(number * ROWS, min((number + 1) * ROWS, len(images)))
+                    found, _ = extract(
+                        model, images.subset(rows), pixels=pixels, batch_size=batch_size, workers=workers, progress=False
+                    )
+                    files.write_npy(part, found)
+                    bar.update()
+            if busy:
+                time.sleep(0.2)  # another process is at the rest
+            elif not (entry / "done.json").exists():
+                _assemble(entry, parts, images)
+    done = files.read_json(entry / "done.json")
+    return (
+        files.map_npy(entry / "features.npy", np.dtype(np.float32), (len(images), int(done["dim"]))),
+        images.labels.copy(),
+        entry,
+    )
+
+
+def _assemble(entry: Path, parts: list[Path], images: ImageSet) -> None:
+    """Joins the parts, and says that the entry is done."""
+    with _lock(entry / ".lock-all") as ours:
+        if not ours or (entry / "done.json").exists():
+            time.sleep(0.2)
+            return
+        arrays = [files.map_npy(part, np.dtype(np.float32), (None, None)) for part in parts]
+        dims = {array.shape[1] for array in arrays}
+        if len(dims) != 1:
+            raise FkdError(f"{entry}: parts of {sorted(dims)} dimensions: expected one size; delete the folder")
+        dim = dims.pop()
+        with files.publish(entry / "features.npy") as file:
+            file.write(files.npy_header(np.dtype(np.float32), (len(images), dim)))
+            for array in arrays:
+                file.write(np.ascontiguousarray(array).data)
+        files.write_npy(entry / "labels.npy", images.labels)
+        files.write_json(entry / "done.json", {"dim": dim})
+        for path in (*parts, *entry.glob(".lock-0*")):
+            with suppress(FileNotFoundError):
+                path.unlink()
+
+
+def _same_answers(model: Model, entry: Path, images: ImageSet, pixels: int) -> None:
+    """Raises StoreError where the model answers noise otherwise than the one that made the entry.
+
+    A function of the same name and weights may have been rewritten.
+    """
+    noise = np.random.default_rng(0).integers(0, 256, size=(2, 3, pixels, pixels), dtype=np.uint8)
+    with frozen(model), torch.inference_mode():
+        said = checked(model(torch.from_numpy(noise)), images, torch.zeros(2, dtype=torch.int64)).cpu().numpy()
+    path = entry / "probe.npy"
+    if not path.exists():
+        with suppress(StoreError):  # another process on another machine was first, and differs in the last bits
+            files.write_npy(path, said)
+    before = files.map_npy(path, np.dtype(np.float32), (2, None))
+    same = before.shape == said.shape
+    if same:
+        lengths = np.linalg.norm(before, axis=1) * np.linalg.norm(said, axis=1)
+        same = bool(((before * said).sum(axis=1) >= _LEAST_COSINE * lengths).all())
+    if not same:
+        raise StoreError(
+            f"{entry}: its features are of a model with the same weights and layers that answers otherwise (was its code "
+            "changed?); delete the folder, or give another --features"
+        )
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[bool]:
+    """Whether this process holds the lock; True where the file system has none, since equal work is then published twice."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        except OSError:
+            pass
+        yield True
+    finally:
+        os.close(descriptor)

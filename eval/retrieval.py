@@ -1,0 +1,125 @@
+"""Retrieval: how many of a query's nearest images are of its class.
+
+recall@k is the part of the queries with an image of their class among the k nearest; precision@k the part of those k that are
+of the class; mAP@R (Musgrave et al., "A Metric Learning Reality Check", ECCV 2020, arXiv 2003.08505, section 3.2) the mean
+over queries of the sum over the R nearest of precision@i where the i-th is of the class, divided by R, R being how many
+images of the class the gallery holds.
+
+Legend: `N` images in the gallery, `n` queries, `D` feature dimension, `Q` queries in a chunk.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+
+from fkd_ssl.errors import RequestError
+from fkd_ssl.eval import search
+from fkd_ssl.eval.scores import (
+    BoolArray,
+    Float32Array,
+    Int64Array,
+    as_features,
+    as_labels,
+    compact,
+    same_dimension,
+)
+
+DEPTHS = (1, 5, 10)
+
+Search = Callable[[Float32Array, int], tuple[Float32Array, Int64Array]]
+"""Queries [Q, D] and k to similarities [Q, k], largest first, and rows of the gallery [Q, k], -1 where there is none."""
+
+_CHUNK = 1024
+
+
+def evaluate(
+    *,
+    gallery: Any,
+    gallery_labels: Any,
+    queries: Any = None,
+    labels: Any = None,
+    approximate: Search | None = None,
+    device: torch.device | str = "cpu",
+) -> dict[str, Any]:
+    """Retrieval of queries in a gallery by cosine.
+
+    Args:
+        gallery: Array or tensor [N, D].
+        gallery_labels: Array or tensor [N] of whole numbers from 0.
+        queries: Array or tensor [n, D]; None for the gallery's own images, each sought among the others.
+        labels: Array or tensor [n], each of them a label that the gallery has.
+        approximate: Search of an index of the gallery, instead of the exact one.
+        device: Where the exact search runs.
+
+    Returns:
+        `recall` and `precision`, each by depth (`"1"`, `"5"`, `"10"`), and `map_at_r`, all in percent; `correct` bool [n],
+        whether the nearest is of the class; `n_gallery`, `n_queries`, `classes`, `feature_dim`, `notes`.
+
+    Raises:
+        RequestError: Shapes or labels that cannot be right, or nothing that could be found.
+        FkdError: Features that are not finite.
+    """
+    base = as_features(gallery, "gallery")
+    known = as_labels(gallery_labels, len(base), "gallery_labels")
+    if queries is None:
+        if len(base) < 2:
+            raise RequestError("gallery: one image; without queries at least two are needed")
+        wanted, truth = None, known
+    else:
+        wanted = as_features(queries, "queries")
+        same_dimension(base, wanted)
+        truth = as_labels(labels, len(wanted), "labels")
+    known, truth, names = compact(known, truth)
+    there = np.bincount(known)[truth] - (wanted is None)
+    if not there.any():
+        raise RequestError("gallery: every class has one image; without queries there is nothing to find")
+    most = len(base) - (wanted is None)
+    k = min(max(int(there.max()), *DEPTHS), most)
+    recall, precision = (np.zeros((len(DEPTHS), len(truth))) for _ in range(2))
+    mean_precision = np.zeros(len(truth))
+    for rows, neighbours in _neighbours(base, wanted, k, approximate, device):
+        hit: BoolArray = (known[neighbours] == truth[rows, None]) & (neighbours >= 0)
+        for place, depth in enumerate(DEPTHS):
+            recall[place, rows] = hit[:, :depth].any(axis=1)
+            precision[place, rows] = hit[:, :depth].sum(axis=1) / depth
+        within = hit & (np.arange(k) < there[rows, None])
+        at = np.cumsum(within, axis=1) / np.arange(1, k + 1)
+        mean_precision[rows] = (at * within).sum(axis=1) / np.maximum(there[rows], 1)
+    able = there > 0
+    notes = [] if able.all() else [f"{int((~able).sum())} images are alone in their class and are not sought"]
+    if most < max(DEPTHS):
+        notes.append(f"precision@10 cannot be 100: {most} images can be found")
+    return {
+        "recall": {str(depth): 100 * float(row[able].mean()) for depth, row in zip(DEPTHS, recall, strict=True)},
+        "precision": {str(depth): 100 * float(row[able].mean()) for depth, row in zip(DEPTHS, precision, strict=True)},
+        "map_at_r": 100 * float(mean_precision[able].mean()),
+        "correct": recall[0, able] > 0,
+        "n_gallery": len(base),
+        "n_queries": int(able.sum()),
+        "classes": len(names),
+        "feature_dim": base.shape[1],
+        "notes": notes,
+    }
+
+
+def _neighbours(
+    base: Float32Array, wanted: Float32Array | None, k: int, approximate: Search | None, device: torch.device | str
+) -> Iterator[tuple[slice, Int64Array]]:
+    if approximate is None:
+        for rows, _, neighbours in search.nearest(base, wanted, k, device=device):
+            yield rows, neighbours
+        return
+    queries = base if wanted is None else wanted
+    for start in range(0, len(queries), _CHUNK):
+        rows = slice(start, min(start + _CHUNK, len(queries)))
+        _, neighbours = approximate(queries[rows], k + (wanted is None))
+        yield rows, neighbours if wanted is not None else _without_self(neighbours, np.arange(rows.start, rows.stop), k)
+
+
+def _without_self(neighbours: Int64Array, own: Int64Array, k: int) -> Int64Array:
+    """Each row but for its own image, k of them: int64 [Q, k] from [Q, k + 1]."""
+    last = np.argsort(neighbours == own[:, None], axis=1, kind="stable")
+    found: Int64Array = np.take_along_axis(neighbours, last, axis=1)[:, :k]
+    return found

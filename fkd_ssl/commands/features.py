@@ -1,0 +1,46 @@
+"""Features of images under the evaluation transform, computed once and kept for knn, linear and retrieve.
+
+Prints where the pair features.npy and labels.npy lies: the same --features folder makes the other commands use it, and
+FEATURES.npy,LABELS.npy is what they take instead of images. Start it as often as there are processes: they share the work.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Options of features."""
+
+    model: str
+    """A run folder, a .ckpt of one, teacher:NAME, torchvision/NAME, timm/NAME, or module:function."""
+    images: str
+    """Folder of images, or NAME:SPLIT:ROOT of a set that torchvision knows (cifar10:test:/data)."""
+    features: str
+    """Folder where features are kept."""
+    pixels: int | None = None
+    """Side of the centre crop; the model's own training size by default."""
+    checkpoint: str | None = None
+    """Weights of the teacher, or `pretrained` for those of its library."""
+    workers: int = 2
+    """Processes that read images."""
+    json: bool = False
+    """Print one JSON object on standard output."""
+
+
+def run(config: Config) -> int:
+    """Computes what is missing."""
+    from pathlib import Path
+
+    from fkd_ssl.commands import console, sources
+
+    images = sources.images_of(config.images)
+    model, pixels = sources.load_model(config)
+    source = sources.features_of(model, pixels, config.images, images, config, "features")
+    entry = Path(config.features) / source.about["features"]
+    count, dim = source.features.shape
+    about = sources.about_model(model, pixels)
+    if config.json:
+        console.show_json({"kind": "features", "entry": str(entry), "images": count, "feature_dim": dim, **about})
+    else:
+        console.show(f"{entry / 'features.npy'},{entry / 'labels.npy'}: {count} images, {dim} dimensions")
+    return 0

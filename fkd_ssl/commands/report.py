@@ -1,0 +1,191 @@
+"""One table of many evaluations: results.json of knn, linear and retrieve, mean and deviation over seeds.
+
+Evaluations are of one row where model, protocol, images and size are the same. Of models that differ in a seed alone the
+name has it as seed0, seed-0 or seed_0: that part is put aside, and so is the --seed of an evaluation. With --baseline NAME
+each row gets its difference to that model's under the same protocol, with the paired bootstrap's 90 % interval.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from fkd_ssl.errors import RequestError
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+POSITIONALS = ("folders",)
+KINDS = ("knn", "linear", "retrieve")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Options of report."""
+
+    folders: list[str]
+    """Folders of --out, or folders that hold such folders."""
+    format: Literal["markdown", "csv", "latex"] = "markdown"
+    """Of the table."""
+    baseline: str | None = None
+    """A model of the table that the others are compared with."""
+    json: bool = False
+    """Print one JSON object on standard output."""
+
+
+def run(config: Config) -> int:
+    """Prints the table."""
+    from fkd_ssl.commands import console
+
+    rows = grouped(collect(config.folders))
+    if config.baseline is not None:
+        compare(rows, config.baseline)
+    if config.json:
+        shown = [{key: value for key, value in row.items() if key != "folders"} for row in rows]
+        console.show_json({"kind": "report", "rows": shown})
+        return 0
+    console.show(FORMATS[config.format](cells(rows)))
+    return 0
+
+
+def collect(folders: list[str]) -> list[tuple["Path", dict[str, Any]]]:
+    """Every evaluation's folder and results.json, each once, in the order of their paths.
+
+    Raises:
+        RequestError: A folder is not there, none holds an evaluation, or a results.json cannot be read.
+    """
+    from pathlib import Path
+
+    from fkd_ssl import runs
+
+    found: dict[Path, dict[str, Any]] = {}
+    for name in folders:
+        if not Path(name).is_dir():
+            raise RequestError(f"{name}: no such folder of results")
+        for path in sorted(Path(name).rglob(runs.RESULTS)):
+            results = runs.read_results(path.parent)
+            if isinstance(results, dict) and results.get("kind") in KINDS:
+                found[path.parent.resolve()] = results
+    if not found:
+        raise RequestError(f"{', '.join(folders)}: no {runs.RESULTS} of {', '.join(KINDS)}; evaluate with --out first")
+    return list(found.items())
+
+
+def grouped(evaluations: list[tuple["Path", dict[str, Any]]]) -> list[dict[str, Any]]:
+    """A row for each model, protocol, images and size: `seeds` and of each measure its mean and standard deviation."""
+    import re
+    import statistics
+
+    groups: dict[tuple[Any, ...], list[tuple[Path, dict[str, Any]]]] = {}
+    for folder, results in evaluations:
+        data = results["data"]
+        name = (results["model"] or {}).get("name") or next(iter(data.values()))["source"]
+        model = re.sub(r"[-_./]?seed[-_]?\d+", "", name)
+        scored = data.get("val") or data.get("queries") or next(iter(data.values()))
+        pixels = (results["transform"] or {}).get("centre_crop")
+        key = (model, results["kind"], results["protocol"], scored["source"], scored["images"], pixels)
+        groups.setdefault(key, []).append((folder, results))
+    rows = []
+    for (model, kind, protocol, source, images, pixels), members in groups.items():
+        row = {"model": model, "kind": kind, "protocol": protocol, "data": source, "images": images, "pixels": pixels}
+        row |= {"seeds": len(members), "folders": [folder for folder, _ in members]}
+        for measure in ("top1", "top5", "map_at_r"):
+            values = [results[measure] for _, results in members if measure in results]
+            row[measure] = statistics.mean(values) if values else None
+            row[f"{measure}_std"] = statistics.stdev(values) if len(values) > 1 else None
+        rows.append(row)
+    return rows
+
+
+def compare(rows: list[dict[str, Any]], baseline: str) -> None:
+    """Adds `difference`, `low` and `high` in top-1 points to each row that the baseline has one for.
+
+    Raises:
+        RequestError: No row is the baseline's, or what is compared was not scored on the same images and as many seeds.
+    """
+    import numpy as np
+
+    from fkd_ssl.commands import results
+    from fkd_ssl.errors import did_you_mean
+    from fkd_ssl.eval import stats
+
+    same = ("kind", "protocol", "data", "images")
+    base = {tuple(row[key] for key in same): row for row in rows if row["model"] == baseline}
+    if not base:
+        names = list(dict.fromkeys(row["model"] for row in rows))
+        raise RequestError(f"--baseline {baseline}: no such model in the table{did_you_mean(baseline, names)}")
+    for row in rows:
+        other = base.get(tuple(row[key] for key in same))
+        if other is None or other is row:
+            continue
+        arms = [[results.read_correct(folder) for folder in part["folders"]] for part in (row, other)]
+        if {len(arm) for arm in arms} != {len(arms[0])} or len({len(one) for arm in arms for one in arm}) != 1:
+            raise RequestError(
+                f"--baseline {baseline}: {row['model']} has {row['seeds']} seeds and the baseline {other['seeds']}, or they "
+                f"were scored on other images ({row['protocol']}); compare as many of each on the same"
+            )
+        difference, low, high = stats.paired_bootstrap(np.stack(arms[0]), np.stack(arms[1]))
+        row |= {"difference": difference, "low": low, "high": high}
+
+
+def cells(rows: list[dict[str, Any]]) -> list[list[str]]:
+    """The table as text, a heading first; columns that nobody has are left out."""
+
+    def score(row: dict[str, Any], measure: str) -> str:
+        if row[measure] is None:
+            return ""
+        deviation = row[f"{measure}_std"]
+        return f"{row[measure]:.2f}" if deviation is None else f"{row[measure]:.2f} ± {deviation:.2f}"
+
+    columns = {
+        "model": [row["model"] for row in rows],
+        "protocol": [f"{row['kind']}: {row['protocol']}" for row in rows],
+        "images": [f"{row['data']} ({row['images']})" for row in rows],
+        "px": ["" if row["pixels"] is None else str(row["pixels"]) for row in rows],
+        "seeds": [str(row["seeds"]) for row in rows],
+        "top-1": [score(row, "top1") for row in rows],
+        "top-5": [score(row, "top5") for row in rows],
+        "mAP@R": [score(row, "map_at_r") for row in rows],
+        "difference": [f"{r['difference']:+.2f} ({r['low']:+.2f} to {r['high']:+.2f})" if "low" in r else "" for r in rows],
+    }
+    shown = {name: column for name, column in columns.items() if any(column)}
+    return [list(shown), *map(list, zip(*shown.values(), strict=True))]
+
+
+def markdown(table: list[list[str]]) -> str:
+    """A GitHub table."""
+    lines = [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in table]
+    return "\n".join([lines[0], "|" + "---|" * len(table[0]), *lines[1:]])
+
+
+def csv(table: list[list[str]]) -> str:
+    """Comma-separated values, quoted where they have to be."""
+    import csv as library
+    import io
+
+    text = io.StringIO()
+    library.writer(text, lineterminator="\n").writerows(table)
+    return text.getvalue().rstrip("\n")
+
+
+def latex(table: list[list[str]]) -> str:
+    """A tabular of booktabs."""
+    special = {char: f"\\{char}" for char in "&%$#_{}"} | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\^{}"}
+    special |= {"±": r"$\pm$"}
+
+    def line(row: list[str]) -> str:
+        return " & ".join("".join(special.get(char, char) for char in cell) for cell in row) + r" \\"
+
+    head, *body = map(line, table)
+    return "\n".join(
+        [
+            rf"\begin{{tabular}}{{{'l' * len(table[0])}}}",
+            r"\toprule",
+            head,
+            r"\midrule",
+            *body,
+            r"\bottomrule",
+            r"\end{tabular}",
+        ]
+    )
+
+
+FORMATS = {"markdown": markdown, "csv": csv, "latex": latex}

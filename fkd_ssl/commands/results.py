@@ -1,0 +1,95 @@
+"""What an evaluation leaves: a line or a JSON object, and with --out a results.json that says all that made the figure."""
+
+import dataclasses
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fkd_ssl import files, runs
+from fkd_ssl.commands import console
+from fkd_ssl.errors import RequestError
+
+CORRECT = "correct.npy"
+
+
+def show_finished(config: Any) -> bool:
+    """Whether `config.out` holds this evaluation already, which is then said and shown; else it is made ready.
+
+    Raises:
+        RequestError: The folder holds something else.
+    """
+    if config.out is None:
+        return False
+    if runs.open_run(config.out, _asked(config))[1] != "done":
+        return False
+    found = runs.read_results(Path(config.out))
+    console.say(f"{config.out}: this evaluation is done")
+    if config.json:
+        console.show_json(found)
+    else:
+        console.show(found["line"])
+    return True
+
+
+def show(kind: str, title: str, config: Any, protocol: str, about: dict[str, Any], result: dict[str, Any]) -> None:
+    """An evaluation's result: a line for people, or with `--json` all of it with what was run and the versions.
+
+    Args:
+        kind: The verb.
+        title: How the line for people begins.
+        config: The command's, with the `pixels` that were used.
+        protocol: The protocol's name or settings.
+        about: `model`, `data` and `transform`.
+        result: `top1`, `top5`, `correct`, `notes` and whatever the evaluation says beside.
+    """
+    from fkd_ssl.eval.stats import wilson
+
+    correct = result["correct"]
+    low, high = wilson(int(correct.sum()), len(correct))
+    if "draws" in result:
+        line = f"{title}: top-1 {result['top1']:.2f} ± {result['top1_std']:.2f} %, top-5 {result['top5']:.2f} ± "
+        line += f"{result['top5_std']:.2f} % (mean and deviation of {len(result['draws'])} draws)"
+    else:
+        line = f"{title}: top-1 {result['top1']:.2f} % (95 % interval {low:.2f} to {high:.2f}), top-5 {result['top5']:.2f} %"
+    said = {key: value for key, value in result.items() if key != "correct"}
+    if "draws" not in result:
+        said["interval95"] = [low, high]
+    finish({"kind": kind, "protocol": protocol, **about, **said}, line, config, correct)
+
+
+def finish(value: dict[str, Any], line: str, config: Any, correct: Any = None) -> None:
+    """Writes results.json (and which images were right) where `--out` says, and shows `value` or the `line`."""
+    settings = dataclasses.asdict(config)
+    whole = {"seed": settings.get("seed"), **value, "line": line, "config": settings}
+    whole = json.loads(json.dumps(whole), parse_constant=str)  # JSON has no word for an infinite temperature
+    if config.out is not None:
+        folder = Path(config.out)
+        if correct is not None:
+            buffer = io.BytesIO()
+            np.save(buffer, correct)
+            files.replace(folder / CORRECT, buffer.getvalue())
+        runs.finish(folder, whole)
+    if config.json:
+        console.show_json({**whole, "versions": runs.versions()})
+        return
+    for note in value.get("notes", []):
+        console.say(f"note: {note}")
+    console.show(line)
+
+
+def read_correct(folder: Path) -> Any:
+    """Which images of an evaluation in `folder` were right, bool [n]; raises RequestError where that is not there."""
+    try:
+        correct = np.load(folder / CORRECT, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise RequestError(f"{folder / CORRECT}: cannot be read: {error}") from error
+    if correct.dtype != np.bool_ or correct.ndim != 1:
+        raise RequestError(f"{folder / CORRECT}: holds {correct.dtype} {list(correct.shape)}, expected one boolean an image")
+    return correct
+
+
+def _asked(config: Any) -> Any:
+    return dataclasses.replace(config, json=False)  # printing is no part of what is evaluated

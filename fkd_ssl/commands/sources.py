@@ -1,0 +1,156 @@
+"""From what evaluation commands are given, a model and images or files of features, to features that are compared."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from fkd_ssl import named_sets
+from fkd_ssl.commands import resolve
+from fkd_ssl.errors import RequestError
+from fkd_ssl.eval import cache
+from fkd_ssl.eval.features import Split, extract, match_classes
+from fkd_ssl.eval.scores import Float32Array, Int64Array, as_features, as_labels, compact, same_dimension
+from fkd_ssl.images import ImageSet, scan
+
+
+class Options(Protocol):
+    """What the configs of all evaluation commands have."""
+
+    @property
+    def model(self) -> str | None: ...  # noqa: D102
+    @property
+    def checkpoint(self) -> str | None: ...  # noqa: D102
+    @property
+    def pixels(self) -> int | None: ...  # noqa: D102
+    @property
+    def workers(self) -> int: ...  # noqa: D102
+    @property
+    def features(self) -> str | None: ...  # noqa: D102
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Features of one set, with the images that they are of if they came from images."""
+
+    features: Float32Array
+    labels: Int64Array
+    images: ImageSet | None
+    about: dict[str, Any]
+
+
+def images_of(spec: str) -> ImageSet:
+    """A folder of images, or a set by name as NAME:SPLIT:ROOT; raises RequestError where it is not there."""
+    return named_sets.load(spec) if named_sets.is_named(spec) else scan(spec)
+
+
+def is_files(spec: str) -> bool:
+    """Whether it is FEATURES.npy,LABELS.npy."""
+    return spec.endswith(".npy")
+
+
+def read_pair(spec: str) -> Source:
+    """Features and labels that came from elsewhere, as FEATURES.npy,LABELS.npy.
+
+    Raises:
+        RequestError: It is no pair of files, they are no .npy files of numbers, or do not fit together.
+        FkdError: A feature is not finite.
+    """
+    names = spec.split(",")
+    if len(names) != 2:
+        raise RequestError(f"{spec}: expected FEATURES.npy,LABELS.npy, two files with a comma between them")
+    arrays = []
+    for name in names:
+        try:
+            arrays.append(np.load(name, mmap_mode="r", allow_pickle=False))
+        except (OSError, ValueError, EOFError) as error:
+            raise RequestError(f"{name}: not a .npy file of numbers: {str(error).splitlines()[0]}") from error
+        if arrays[-1].dtype.kind not in "fiu":
+            raise RequestError(f"{name}: holds {arrays[-1].dtype}, expected numbers")
+    features = as_features(arrays[0], names[0])
+    labels = as_labels(arrays[1], len(features), names[1])
+    return Source(features=features, labels=labels, images=None, about={"source": spec, "images": len(features)})
+
+
+def load_model(config: Options) -> tuple[resolve.Model, int]:
+    """The model and the side of its crops; raises RequestError where there is none."""
+    if config.model is None:
+        raise RequestError("--model is needed; without one give features as FEATURES.npy,LABELS.npy")
+    model = resolve.model_of(config.model, config.checkpoint)
+    return model, resolve.pixels_of(config.pixels, model.pixels)
+
+
+def features_of(model: resolve.Model, pixels: int, spec: str, images: ImageSet, config: Options, desc: str) -> Source:
+    """Features of images by a model, from the cache if there is one."""
+    about = about_images(spec, images)
+    if config.features is None:
+        features, labels = extract(model.features, images, pixels=pixels, workers=config.workers, desc=desc)
+    else:
+        features, labels, entry = cache.cached(
+            model.features,
+            images,
+            folder=Path(config.features),
+            identity=model.identity,
+            pixels=pixels,
+            workers=config.workers,
+            desc=desc,
+        )
+        about["features"] = entry.name
+    return Source(features=features, labels=labels, images=images, about=about)
+
+
+def about_images(spec: str, images: ImageSet) -> dict[str, Any]:
+    """What results.json says of a set of images."""
+    return {"source": spec, "images": len(images), "classes": len(images.classes), "sha256": images.digest()}
+
+
+def about_model(model: resolve.Model | None, pixels: int | None) -> dict[str, Any]:
+    """What results.json says of model and transform."""
+    transform = None if pixels is None else cache.transform_of(pixels)
+    return {"model": None if model is None else model.about, "transform": transform}
+
+
+def split_of(config: Options, train_spec: str, val_spec: str | None) -> tuple[Split, dict[str, Any]]:
+    """Features of a training and a validation set, and what results.json says of them.
+
+    Without a validation set its features and labels are empty. Classes of images are matched by folder name, those of
+    files by number.
+
+    Raises:
+        RequestError: One is images and the other files, or they do not fit together.
+    """
+    specs = [train_spec] if val_spec is None else [train_spec, val_spec]
+    if len({is_files(spec) for spec in specs}) > 1:
+        raise RequestError(f"{' and '.join(specs)}: give images for both or files of features for both")
+    model, pixels = None, None
+    if is_files(train_spec):
+        if config.model is not None and config.checkpoint is not None:
+            raise RequestError("--checkpoint goes with a model of images; these features are there already")
+        sources = [read_pair(spec) for spec in specs]
+        same_dimension(sources[0].features, sources[-1].features)
+        train_labels, labels, classes = compact(sources[0].labels, sources[-1].labels)
+        about = {"model": {"name": config.model}, "transform": None}
+    else:
+        sets = [images_of(spec) for spec in specs]
+        labels = match_classes(sets[0], sets[-1])
+        model, pixels = load_model(config)
+        pairs = zip(specs, sets, ("train", "val"), strict=False)
+        sources = [features_of(model, pixels, spec, images, config, f"features of {part}") for spec, images, part in pairs]
+        train_labels, classes = sources[0].labels, sets[0].classes
+        about = about_model(model, pixels)
+    data = {name: source.about for name, source in zip(("train", "val"), sources, strict=False)}
+    split = Split(
+        train_features=sources[0].features,
+        train_labels=train_labels,
+        features=sources[1].features if len(sources) > 1 else np.empty((0, sources[0].features.shape[1]), dtype=np.float32),
+        labels=labels if len(sources) > 1 else np.empty(0, dtype=np.int64),
+        classes=classes,
+    )
+    return split, {**about, "data": data}
+
+
+def search_device() -> torch.device:
+    """Where searches and probes on features run."""
+    return resolve.device()

@@ -1,0 +1,146 @@
+import multiprocessing
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from fkd_ssl import files
+from fkd_ssl.errors import FkdError, StoreError
+from fkd_ssl.eval import cache
+from fkd_ssl.eval.features import extract
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch) -> None:
+    monkeypatch.setattr(cache, "ROWS", 5)
+
+
+def options(tmp_path, **more):
+    return {
+        "folder": tmp_path / "cache",
+        "identity": "m",
+        "pixels": 16,
+        "batch_size": 4,
+        "workers": 0,
+        "progress": False,
+        **more,
+    }
+
+
+class Counting(torch.nn.Module):
+    """The backbone, and how many images it saw beside the two of the check."""
+
+    def __init__(self, backbone, stop_at=10**9) -> None:
+        super().__init__()
+        self.backbone, self.seen, self.stop_at = backbone, -2, stop_at
+
+    def forward(self, pixels):
+        self.seen += len(pixels)
+        if self.seen >= self.stop_at:
+            raise KeyboardInterrupt
+        return self.backbone(pixels)
+
+
+@pytest.mark.parametrize("per_class", [1, 5, 6])  # 4, 20 and 24 images: under a part, whole parts, a rest
+def test_it_is_extract(make_set, backbone, tmp_path, per_class: int) -> None:
+    images = make_set("set", per_class=per_class)
+    plain, labels = extract(backbone, images, pixels=16, workers=0, progress=False)
+    model = Counting(backbone)
+    for _ in range(2):
+        features, known, entry = cache.cached(model, images, **options(tmp_path))
+        np.testing.assert_allclose(features, plain, rtol=1e-4)
+        np.testing.assert_array_equal(known, labels)
+    assert model.seen - 2 == len(images)  # the second time asked only the check
+    assert sorted(path.name for path in entry.iterdir()) == [
+        ".lock-all", "about.json", "done.json", "features.npy", "labels.npy", "probe.npy"
+    ]  # fmt: skip
+    np.testing.assert_array_equal(np.load(entry / "labels.npy", allow_pickle=False), labels)
+    assert isinstance(features, np.memmap)
+    assert not features.flags.writeable
+
+
+def test_the_key_is_model_images_and_transform(make_set, backbone, tmp_path) -> None:
+    images = make_set("set")
+    entries = [
+        cache.cached(backbone, images, **options(tmp_path, **more))[2] for more in ({}, {"identity": "n"}, {"pixels": 17})
+    ]
+    shutil.copy(images.file(0), images.file(1))
+    os.utime(images.file(1), ns=(1, 1))
+    entries.append(cache.cached(backbone, images, **options(tmp_path))[2])
+    assert len(set(entries)) == 4
+
+
+def test_what_was_killed_continues(make_set, backbone, tmp_path) -> None:
+    images = make_set("set")
+    stopped = Counting(backbone, stop_at=16)
+    with pytest.raises(KeyboardInterrupt):
+        cache.cached(stopped, images, **options(tmp_path))
+    resumed = Counting(backbone)
+    features, *_ = cache.cached(resumed, images, **options(tmp_path))
+    assert resumed.seen == len(images) - 15  # three whole parts were there
+    np.testing.assert_allclose(features, extract(backbone, images, pixels=16, workers=0, progress=False)[0], rtol=1e-4)
+
+
+def fill(folder, images, backbone, counts) -> None:
+    cache.ROWS = 1
+    torch.set_num_threads(1)
+    model = Counting(backbone)
+    cache.cached(model, images, **options(folder))
+    counts.put(model.seen)
+
+
+def test_several_processes_share_the_work(make_set, backbone, tmp_path) -> None:
+    images = make_set("set", per_class=10)
+    context = multiprocessing.get_context("spawn")
+    counts = context.Queue()
+    workers = [context.Process(target=fill, args=(tmp_path, images, backbone, counts)) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(120)
+    assert [worker.exitcode for worker in workers] == [0, 0, 0]
+    assert sum(counts.get(timeout=10) for _ in workers) == 40  # none twice, none lost
+    cache.ROWS = 1
+    features, *_ = cache.cached(backbone, images, **options(tmp_path))
+    np.testing.assert_allclose(features, extract(backbone, images, pixels=16, workers=0, progress=False)[0], rtol=1e-4)
+
+
+def test_another_model_of_the_same_identity_is_refused(make_set, backbone, tmp_path) -> None:
+    images = make_set("set")
+    cache.cached(backbone, images, **options(tmp_path))
+    with pytest.raises(StoreError, match=r"answers otherwise .was its code changed.*delete the folder, or give another"):
+        cache.cached(lambda pixels: backbone(pixels)[:, ::2], images, **options(tmp_path))
+    with pytest.raises(StoreError, match=r"answers otherwise"):
+        cache.cached(lambda pixels: backbone(pixels).roll(1, dims=1), images, **options(tmp_path))
+
+
+def test_damage_is_named(make_set, backbone, tmp_path) -> None:
+    images = make_set("set")
+    *_, entry = cache.cached(backbone, images, **options(tmp_path))
+    with (entry / "features.npy").open("r+b") as file:
+        file.truncate(200)
+    with pytest.raises(StoreError, match=r"features.npy: 200 bytes, expected"):
+        cache.cached(backbone, images, **options(tmp_path))
+    (entry / "features.npy").unlink()
+    (entry / "features.npy").symlink_to("/etc/passwd")
+    with pytest.raises(StoreError, match=r"features.npy: a symbolic link"):
+        cache.cached(backbone, images, **options(tmp_path))
+
+
+def test_a_tuple_and_nan_are_refused(make_set, tmp_path) -> None:
+    images = make_set("set")
+    with pytest.raises(FkdError, match="the model returned a tuple of 2: expected one tensor"):
+        cache.cached(lambda pixels: (pixels, pixels), images, **options(tmp_path))
+    with pytest.raises(FkdError, match="NaN or infinity for 2 of 2 images"):
+        cache.cached(lambda pixels: pixels.flatten(1).float() * float("nan"), images, **options(tmp_path))
+    assert not list((tmp_path / "cache").glob("*/part*"))
+
+
+def test_about_says_what_the_key_is(make_set, backbone, tmp_path) -> None:
+    images = make_set("set")
+    *_, entry = cache.cached(backbone, images, **options(tmp_path))
+    about = files.read_json(entry / "about.json")
+    assert (about["model"], about["n"], about["resize"], about["centre_crop"]) == ("m", 24, 18, 16)
+    assert about["classes"] == ["blue", "green", "red", "sand"]
