@@ -1,0 +1,20 @@
+"""Students: the networks that are trained."""
+
+from fkd_ssl.students.backbones import REACTNETS, TIMM, make_backbone
+from fkd_ssl.students.heads import HEADS, make_head
+from fkd_ssl.students.reactnet import ReActNet
+from fkd_ssl.students.size import Size, measure
+from fkd_ssl.students.student import Student, check_student
+
+__all__ = [
+    "HEADS",
+    "REACTNETS",
+    "TIMM",
+    "ReActNet",
+    "Size",
+    "Student",
+    "check_student",
+    "make_backbone",
+    "make_head",
+    "measure",
+]
