@@ -27,6 +27,7 @@ VERBS = {
     "subset": "the first crops, some teachers or some images of a store, as a store",
     "recode": "a teacher's stored targets in another codec, without the teacher",
     "train": "distil a student from stored targets, or online",
+    "export": "a student's backbone for torchvision or timm, as safetensors",
     "knn": "k-nearest-neighbour accuracy of a model (exact, faiss)",
     "linear": "linear probe of a model",
     "compare": "stored against online: same students, table, plots, break-even",

@@ -3,17 +3,20 @@
 from fkd_ssl.students.backbones import REACTNETS, TIMM, make_backbone
 from fkd_ssl.students.heads import HEADS, make_head
 from fkd_ssl.students.reactnet import ReActNet
+from fkd_ssl.students.saved import STUDENT_KEY, load_student
 from fkd_ssl.students.size import Size, measure
 from fkd_ssl.students.student import Student, check_student
 
 __all__ = [
     "HEADS",
     "REACTNETS",
+    "STUDENT_KEY",
     "TIMM",
     "ReActNet",
     "Size",
     "Student",
     "check_student",
+    "load_student",
     "make_backbone",
     "make_head",
     "measure",

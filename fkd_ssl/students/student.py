@@ -56,6 +56,21 @@ class Student(nn.Module):
         features: Tensor = self.backbone((images - self.mean) / self.std)
         return features
 
+    def start_from(self, other: "Student") -> None:
+        """Takes the weights of a student of the same backbone; the heads' too where their shapes are the same.
+
+        Raises:
+            RequestError: The backbones differ.
+        """
+        own, given = self.state_dict(), other.state_dict()
+        taken = {key: value for key, value in given.items() if key in own and own[key].shape == value.shape}
+        backbone = {key for key in (*own, *given) if key.startswith("backbone.")}
+        if absent := sorted(backbone - taken.keys()):
+            raise RequestError(
+                f"init: {other.made_of} cannot start {self.made_of}: their {absent[0]!r} differ; give one of the same network"
+            )
+        self.load_state_dict({**own, **taken})
+
     @property
     def dims(self) -> list[int]:
         """D of each head."""
