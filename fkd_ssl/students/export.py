@@ -80,6 +80,8 @@ def _translated(student: Student, layout: Layout, weights: dict[str, Tensor]) ->
         bare = name.removeprefix(TIMM).partition(".")[0]
         other = {theirs: ours for ours, theirs in _TWINS.items()}.get(bare, bare)
     refused = f"layout {layout}: {layout} has no network that is the same as {name}; leave --layout out"
+    if name in REACTNETS:
+        raise RequestError(refused)
     try:
         twin, _ = make_backbone(other, stem=student.made_of.get("stem", "standard"), width=student.made_of.get("width", 1.0))
     except RequestError as error:

@@ -26,13 +26,15 @@ class Sign(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor) -> Tensor:
         """Signs of any shape."""
         ctx.save_for_backward(x)
-        return torch.where(x > 0, 1.0, -1.0).to(x.dtype)
+        signs: Tensor = torch.where(x > 0, 1.0, -1.0).to(x.dtype)
+        return signs
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         """The gradient straight through, times the quadratic's slope."""
         (x,) = ctx.saved_tensors
-        return grad * (2 - 2 * x.abs()).clamp_(min=0)
+        slope: Tensor = (2 - 2 * x.abs()).clamp_(min=0)
+        return grad * slope
 
 
 class BinaryConv2d(nn.Conv2d):
@@ -71,7 +73,7 @@ class RSign(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, C, H, W] to signs."""
-        return Sign.apply(self.shift(x))  # type: ignore[no-any-return, no-untyped-call]
+        return Sign.apply(self.shift(x))  # type: ignore[no-any-return]
 
 
 def rprelu(channels: int) -> nn.Sequential:
