@@ -33,8 +33,8 @@ class Sign(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> Tensor:
         """The gradient straight through, times the quadratic's slope."""
         (x,) = ctx.saved_tensors
-        slope: Tensor = (2 - 2 * x.abs()).clamp_(min=0)
-        return grad * slope
+        through: Tensor = grad * (2 - 2 * x.abs()).clamp_(min=0)
+        return through
 
 
 class BinaryConv2d(nn.Conv2d):
@@ -49,7 +49,8 @@ class BinaryConv2d(nn.Conv2d):
         scale = self.weight.detach().abs().mean(dim=(1, 2, 3), keepdim=True)
         binary = torch.where(self.weight.detach() > 0, scale, -scale)
         clipped = self.weight.clamp(-1, 1)
-        return self._conv_forward(input, binary + (clipped - clipped.detach()), self.bias)
+        output: Tensor = self._conv_forward(input, binary + (clipped - clipped.detach()), self.bias)
+        return output
 
 
 class Shift(nn.Module):
