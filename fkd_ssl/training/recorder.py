@@ -13,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from fkd_ssl import files
+from fkd_ssl.progress import hidden
 from fkd_ssl.training.distiller import Distiller
 
 FIELDS = ("step", "epoch", "crops", "seconds", "loss", "kl", "lr", "wait", "knn_top1")
@@ -71,9 +72,13 @@ class Recorder(pl.Callback):
         self._sums = self._sums.to(pl_module.device)
         first = trainer.is_global_zero
         self._bar = tqdm(
-            total=trainer.max_steps, initial=trainer.global_step, unit="step", desc="train", smoothing=0.05,
-            disable=None if first else True,
-        )  # fmt: skip
+            total=trainer.max_steps,
+            initial=trainer.global_step,
+            unit="step",
+            desc="train",
+            smoothing=0.05,
+            disable=hidden(show=first),
+        )
         self.restart_clock()
         self._loggers = trainer.loggers
         if not first:
