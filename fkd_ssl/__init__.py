@@ -13,12 +13,14 @@ _NAMES = {
     "open_store": "fkd_ssl.store",
     "replay": "fkd_ssl.crops",
     "StoredCrops": "fkd_ssl.data",
+    "load_student": "fkd_ssl.students",
 }
 
 if TYPE_CHECKING:
     from fkd_ssl.crops import replay as replay
     from fkd_ssl.data import StoredCrops as StoredCrops
     from fkd_ssl.store import open_store as open_store
+    from fkd_ssl.students import load_student as load_student
 
 
 def __getattr__(name: str) -> Any:

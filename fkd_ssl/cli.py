@@ -30,6 +30,7 @@ VERBS = {
     "subset": "the first crops, some teachers or some images of a store, as a store",
     "recode": "a teacher's stored targets in another codec, without the teacher",
     "train": "distil a student from stored targets, or online",
+    "export": "a student's backbone for torchvision or timm, as safetensors",
     "features": "features of images by a model, computed once and kept for knn, linear and retrieve",
     "knn": "k-nearest-neighbour accuracy of a model (exact)",
     "linear": "linear probe of a model",

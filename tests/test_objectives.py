@@ -9,15 +9,28 @@ import torch
 from torch.nn import functional as F
 
 from fkd_ssl.errors import RequestError
-from fkd_ssl.objectives import OBJECTIVES, Cosine, FeatureKL, Objective, PrototypeCE, TargetInfo, make_objective
+from fkd_ssl.objectives import (
+    OBJECTIVES,
+    Cosine,
+    FeatureKL,
+    Objective,
+    PrototypeCE,
+    QueueKL,
+    Relational,
+    TargetInfo,
+    Weighted,
+    make_objective,
+)
 
 Array = npt.NDArray[np.float64]
+SUM = "feature_kl+0.5*relational+2*queue_kl"
 
 
 def make(name: str, dim: int = 12) -> Objective:
-    """An objective with its own temperature; thirty prototypes whose length is not one."""
+    """An objective with its own temperature; thirty prototypes whose length is not one, or a queue of fifty."""
     prototypes = np.random.default_rng(3).normal(size=(30, dim)).astype(np.float32)
-    return make_objective(name, about=TargetInfo(name="swav", dim=dim, arrays={"prototypes": prototypes}))
+    about = TargetInfo(name="swav", dim=dim, arrays={"prototypes": prototypes})
+    return make_objective(name, about=about, queue=50 if "queue_kl" in name else None)
 
 
 def pair(batch: int = 5, dim: int = 12, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -71,14 +84,14 @@ def test_cosine_is_zero_for_equals_and_four_for_opposites() -> None:
     assert Cosine()(-target, target).item() == pytest.approx(4, abs=1e-12)
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", [*OBJECTIVES, SUM])
 def test_gradcheck(name: str) -> None:
     student, target = pair(3, 6)
     objective = make(name, 6)
     assert torch.autograd.gradcheck(lambda s: objective(s, target), (student.requires_grad_(),))
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "relational"])
 def test_the_value_is_a_mean_over_the_batch(name: str) -> None:
     student, target = pair(4)
     objective = make(name)
@@ -86,7 +99,7 @@ def test_the_value_is_a_mean_over_the_batch(name: str) -> None:
     assert objective(student, target).item() == pytest.approx(sum(rows) / 4, rel=1e-12)
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "queue_kl"])
 def test_floor_is_the_least_value_and_is_reached_at_the_target(name: str) -> None:
     objective = make(name)
     for seed in range(5):
@@ -114,7 +127,7 @@ def test_feature_kl_has_the_gradient_of_the_kl_divergence() -> None:
     assert theirs.abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", [*OBJECTIVES, SUM])
 def test_bfloat16_is_near(name: str) -> None:
     student, target = pair(64, 128)
     objective = make(name, 128)
@@ -122,7 +135,7 @@ def test_bfloat16_is_near(name: str) -> None:
     assert objective(student.bfloat16(), target.bfloat16()).item() == pytest.approx(expected, rel=1e-2)
 
 
-@pytest.mark.parametrize("name", OBJECTIVES)
+@pytest.mark.parametrize("name", [*OBJECTIVES, SUM])
 def test_autocast_is_near(name: str) -> None:
     student, target = pair(64, 128)
     objective: Callable[..., torch.Tensor] = make(name, 128)
@@ -139,7 +152,9 @@ def test_make_objective_passes_the_temperature_on() -> None:
 
 
 def test_an_unknown_objective_is_refused_with_the_list() -> None:
-    with pytest.raises(RequestError, match=r"objective 'mse' is unknown; there are feature_kl, cosine, prototype_ce"):
+    with pytest.raises(
+        RequestError, match=r"objective 'mse' is unknown; there are feature_kl, cosine, queue_kl, prototype_ce, rel"
+    ):
         make_objective("mse")
 
 
@@ -206,3 +221,156 @@ def test_prototypes_of_another_dimension_are_refused() -> None:
 def test_prototypes_that_are_no_directions_are_refused(prototypes: torch.Tensor) -> None:
     with pytest.raises(RequestError, match=r"prototypes \[.*\]: expected a finite matrix \[K, D\] without a row of zeros"):
         PrototypeCE(prototypes)
+
+
+class TestQueueKL:
+    @pytest.mark.parametrize(("temperature", "teacher"), [(0.2, 1e-4), (0.07, 0.07), (1.0, 0.5)])
+    @pytest.mark.parametrize(("shape", "size"), [((1, 2), 3), ((5, 12), 7), ((16, 128), 300)])
+    def test_it_is_the_cross_entropy_of_similarities(
+        self, temperature: float, teacher: float, shape: tuple[int, int], size: int
+    ) -> None:
+        student, target = pair(*shape)
+        objective = QueueKL(shape[1], size, temperature, teacher).double()
+        queue = objective.queue.numpy()
+        np.testing.assert_allclose((queue**2).sum(axis=1), 1, rtol=1e-6)
+        expected = 0.0
+        for s, t in zip(student.numpy(), target.numpy(), strict=True):
+            a = np.array([sum(s * t), *(sum(s * q) for q in queue)]) / temperature
+            b = np.array([sum(t * t), *(sum(t * q) for q in queue)]) / teacher
+            p = np.exp(b - b.max())
+            expected -= float((p / p.sum() * (a - np.log(np.exp(a).sum()))).sum()) / len(target)
+        assert objective(student, target).item() == pytest.approx(expected, rel=1e-10)
+
+    def test_at_seeds_temperatures_the_teacher_points_at_its_own_target(self) -> None:
+        """So that the loss is InfoNCE (van den Oord et al., arXiv 1807.03748) with the target as the positive."""
+        student, target = pair(8, 32)
+        objective = QueueKL(32, 64)
+        queue = objective.queue.double()
+        logits = np.array([[s @ t, *(s @ queue.numpy().T)] for s, t in zip(student.numpy(), target.numpy(), strict=True)]) / 0.2
+        expected = np.mean(np.log(np.exp(logits).sum(axis=1)) - logits[:, 0])
+        assert objective(student, target).item() == pytest.approx(expected, rel=1e-6)
+        assert objective.floor(target).item() == pytest.approx(0, abs=1e-9)
+
+    def test_the_floor_is_the_entropy_at_the_teachers_temperature(self) -> None:
+        student, target = pair()
+        objective = QueueKL(12, 30, 0.5, 0.5).double()
+        rows = np.concatenate([np.ones((5, 1)), target.numpy() @ objective.queue.numpy().T], axis=1)
+        expected = np.mean([-sum(p * np.log(p) for p in softmax(row / 0.5)) for row in rows])
+        assert objective.floor(target).item() == pytest.approx(expected, rel=1e-12)
+        assert objective.floor(target).item() < objective(student, target).item()
+
+    def test_the_queue_holds_the_latest_targets_in_a_ring(self) -> None:
+        objective = QueueKL(4, 6)
+        first = objective.queue.clone()
+        rows = F.normalize(torch.randn(11, 4, generator=torch.Generator().manual_seed(1)), dim=1)
+        objective.remember(rows[:4])
+        assert torch.equal(objective.queue, torch.cat([rows[:4], first[4:]]))
+        objective.remember(rows[4:8])
+        assert torch.equal(objective.queue, torch.cat([rows[6:8], rows[2:6]]))
+        assert objective.next.item() == 2
+        objective.remember(rows)  # more than it holds
+        assert sorted(objective.queue.tolist()) == sorted(rows[-6:].tolist())
+
+    def test_it_is_part_of_a_checkpoint_and_leaves_the_global_draw_alone(self) -> None:
+        torch.manual_seed(5)
+        expected = torch.rand(3)
+        torch.manual_seed(5)
+        objective = QueueKL(4, 6)
+        assert torch.equal(torch.rand(3), expected)
+        assert set(objective.state_dict()) == {"queue", "next"}
+        assert list(objective.parameters()) == []
+
+    def test_it_is_the_same_until_it_is_told_to_remember(self) -> None:
+        student, target = pair()
+        objective = make("queue_kl")
+        value = objective(student, target).item()
+        assert objective(student, target).item() == value
+        objective.remember(target)
+        assert objective(student, target).item() != value
+
+    def test_what_it_cannot_be_is_refused(self) -> None:
+        with pytest.raises(RequestError, match=r"queue 0: must hold at least 1 target"):
+            QueueKL(4, 0)
+        with pytest.raises(RequestError, match=r"queue_kl: needs to know the targets' dimension"):
+            make_objective("queue_kl")
+
+
+class TestRelational:
+    @pytest.mark.parametrize("temperature", [0.04, 0.5])
+    @pytest.mark.parametrize("shape", [(2, 3), (5, 12), (16, 128)])
+    def test_it_is_the_cross_entropy_of_likenesses_to_the_others(self, temperature: float, shape: tuple[int, int]) -> None:
+        student, target = pair(*shape)
+        expected = 0.0
+        for i in range(len(student)):
+            others = [j for j in range(len(student)) if j != i]
+            p, q = (softmax(np.array([r[i] @ r[j] for j in others]) / temperature) for r in (target.numpy(), student.numpy()))
+            expected -= float(sum(p * np.log(q))) / len(student)
+        assert Relational(temperature)(student, target).item() == pytest.approx(expected, rel=1e-10)
+
+    def test_turning_all_of_the_student_changes_nothing(self) -> None:
+        student, target = pair(6, 12)
+        turn, _ = torch.linalg.qr(torch.randn(12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+        assert Relational()(student @ turn, target).item() == pytest.approx(Relational()(student, target).item(), rel=1e-10)
+
+    def test_one_crop_has_no_relations(self) -> None:
+        with pytest.raises(RequestError, match=r"objective relational: compares the crops of a batch, and there is 1"):
+            Relational()(*pair(1))
+
+
+class TestSums:
+    def test_the_value_and_the_floor_are_the_weighted_sums(self) -> None:
+        student, target = pair()
+        total = make_objective("feature_kl + 0.5*relational+2*cosine")
+        assert isinstance(total, Weighted)
+        parts = [(1, FeatureKL()), (0.5, Relational()), (2, Cosine())]
+        assert total(student, target).item() == pytest.approx(sum(w * p(student, target).item() for w, p in parts), rel=1e-12)
+        assert total.floor(target).item() == pytest.approx(sum(w * p.floor(target).item() for w, p in parts), rel=1e-12)
+
+    def test_one_with_a_weight(self) -> None:
+        student, target = pair()
+        assert make_objective("0.1*cosine")(student, target).item() == pytest.approx(0.1 * Cosine()(student, target).item())
+
+    def test_parts_remember_and_are_saved(self) -> None:
+        total = make(SUM)
+        assert set(total.state_dict()) == {"parts.2.queue", "parts.2.next"}
+        before = total.state_dict()["parts.2.queue"].clone()
+        total.remember(pair()[1])
+        assert not torch.equal(total.state_dict()["parts.2.queue"], before)
+
+    @pytest.mark.parametrize(
+        ("name", "said"),
+        [
+            ("feature_kl+x*cosine", r"the weight 'x' is no positive number; write feature_kl\+0\.5\*relational"),
+            ("feature_kl+-1*cosine", r"the weight '-1' is no positive number"),
+            ("inf*cosine", r"the weight 'inf' is no positive number"),
+            ("feature_kl+cosin", r"objective 'cosin' is unknown; .*did you mean cosine"),
+            ("feature_kl+", r"objective '' is unknown"),
+        ],
+    )
+    def test_what_is_no_sum_is_refused(self, name: str, said: str) -> None:
+        with pytest.raises(RequestError, match=said):
+            make_objective(name)
+
+    def test_a_temperature_for_one_of_several_is_refused(self) -> None:
+        with pytest.raises(RequestError, match=r"temperature 0\.1: feature_kl\+cosine is a sum, each of whose objectives"):
+            make_objective("feature_kl+cosine", 0.1)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("feature_kl", {"queue": 8}, r"queue 8: feature_kl has none"),
+        ("relational", {"teacher_temperature": 0.1}, r"teacher_temperature 0\.1: relational has none"),
+        ("feature_kl+cosine", {"queue": 8}, r"queue 8: feature_kl\+cosine has none"),
+        ("queue_kl", {"queue": -1}, r"queue -1: must be positive"),
+    ],
+)
+def test_settings_that_would_be_ignored_are_refused(name: str, options: dict[str, int], said: str) -> None:
+    with pytest.raises(RequestError, match=said):
+        make_objective(name, about=TargetInfo(name="t", dim=4), **options)
+
+
+def test_settings_arrive() -> None:
+    objective = make_objective("queue_kl", 0.07, teacher_temperature=0.07, queue=9, about=TargetInfo(name="t", dim=4))
+    assert isinstance(objective, QueueKL)
+    assert (objective.temperature, objective.teacher_temperature, objective.queue.shape) == (0.07, 0.07, (9, 4))

@@ -52,7 +52,13 @@ class Config:
     out: str
     """Folder of the comparison: store, runs, report.md, results.json, plots."""
     student: str = "resnet18"
-    """Any classifier of torchvision."""
+    """As train takes it."""
+    head: str = "mocov2"
+    """Projection head: mocov2 or simreg."""
+    stem: Literal["standard", "small"] = "standard"
+    """small for images of 32 or 64 px."""
+    width: float = 1.0
+    """Factor of the student's channels, as train takes it."""
     epochs: float = 100
     """Of every arm; one epoch is one crop of every image."""
     seeds: int = 1
@@ -70,7 +76,9 @@ class Config:
     batch_size: int = 256
     """Crops in a batch."""
     objective: str = "feature_kl"
-    """feature_kl, cosine, or prototype_ce where every teacher has prototypes."""
+    """As train takes it, with the papers' temperatures; prototype_ce where every teacher has prototypes."""
+    queue: int | None = None
+    """Targets in queue_kl's queue."""
     optimizer: Literal["adam", "adamw", "sgd", "lars"] = "adam"
     """Of both arms."""
     lr: float = 3e-4
@@ -137,14 +145,16 @@ def compare(config: Config) -> dict[str, Any]:
     images, val = scan(config.images), scan(config.val)
     match_classes(images, val)
     resolve.recipe_of(config.recipe)
-    check_student(config.student, config.pixels)
+    shape: dict[str, Any] = {"head": config.head, "stem": config.stem, "width": config.width}
+    check_student(config.student, config.pixels, **shape)
     files = checkpoints_of(config.teacher, config.checkpoint)
     teachers = [resolve.teacher_of(name, file) for name, file in zip(split(config.teacher), files, strict=True)]
     columns = [teacher.name for teacher in teachers]
     if len(set(columns)) != len(columns):
         raise RequestError(f"teacher {config.teacher}: two of one name; give one of them as module:function of another name")
     for teacher in teachers:
-        make_objective(config.objective, about=TargetInfo(name=teacher.name, dim=teacher.dim, arrays=teacher.arrays))
+        about = TargetInfo(name=teacher.name, dim=teacher.dim, arrays=teacher.arrays)
+        make_objective(config.objective, about=about, queue=config.queue)
         code_size(config.codec, teacher.dim)
     sets = [[0]] if len(teachers) == 1 else [[0], [1], [0, 1]]
     check_batch(_arm(config, Path(config.out), "stored", 0, columns, sets[-1]), len(images))
@@ -250,7 +260,8 @@ class _Scorer:
         from fkd_ssl.students import Student
 
         torch.manual_seed(seed)
-        return self.score(name, Student(self.config.student, dim).eval().to(resolve.device()).features)
+        shape: dict[str, Any] = {"head": self.config.head, "stem": self.config.stem, "width": self.config.width}
+        return self.score(name, Student(self.config.student, dim, **shape).eval().to(resolve.device()).features)
 
     def correct(self, name: str) -> "npt.NDArray[np.bool_]":
         """Correctness of every test image: bool [probes, n]."""

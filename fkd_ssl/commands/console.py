@@ -4,15 +4,25 @@ import json
 import sys
 from typing import Any
 
+_muted = False
+
+
+def mute() -> None:
+    """From now on nothing is said or shown: of several processes of one command the first one speaks."""
+    global _muted
+    _muted = True
+
 
 def say(message: str) -> None:
     """A line for the user, on standard error."""
-    print(message, file=sys.stderr, flush=True)  # noqa: T201
+    if not _muted:
+        print(message, file=sys.stderr, flush=True)  # noqa: T201
 
 
 def show(text: str) -> None:
     """The command's result, on standard output."""
-    print(text, flush=True)  # noqa: T201
+    if not _muted:
+        print(text, flush=True)  # noqa: T201
 
 
 def show_json(value: dict[str, Any]) -> None:

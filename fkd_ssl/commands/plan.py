@@ -258,7 +258,7 @@ def measure(config: Config, images: "ImageSet", teacher: "Teacher", recipe: "Rec
         def train() -> None:
             optimizer.zero_grad()
             loss = objective(student(given), target)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             optimizer.step()
             loss.item()
 

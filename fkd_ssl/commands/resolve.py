@@ -9,14 +9,13 @@ import torch
 from torch import Tensor, nn
 
 from fkd_ssl.crops import RECIPES, Recipe
-from fkd_ssl.errors import CheckpointError, RequestError, did_you_mean
+from fkd_ssl.errors import RequestError, did_you_mean
 from fkd_ssl.files import sha256
-from fkd_ssl.students import Student
+from fkd_ssl.students import Student, load_student
 from fkd_ssl.teachers import Teacher, load_teacher
 from fkd_ssl.teachers.checkpoint import weights_digest
 from fkd_ssl.teachers.registry import LIBRARIES
 from fkd_ssl.teachers.teacher import Precision
-from fkd_ssl.training.distiller import STUDENT_KEY
 from fkd_ssl.training.monitor import LAST
 
 
@@ -49,8 +48,9 @@ def device() -> torch.device:
 
 
 def rank() -> tuple[int, int]:
-    """This process's number and how many there are, as torchrun says; 0 of 1 without it."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    """This process's number and how many there are, as torchrun or Lightning says; 0 of 1 without them."""
+    number = os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or "0"  # Lightning sets the latter alone
+    return int(number), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def cpu_threads() -> int:
@@ -97,16 +97,27 @@ def model_of(spec: str, checkpoint: str | None = None) -> Model:
         return _model(spec, teacher, teacher.features, teacher.pixels, {"network": teacher.network, **about})
     if checkpoint is not None:
         raise RequestError("--checkpoint goes with --model teacher:NAME; a run's own checkpoint is named as --model")
+    student, pixels = student_of(spec)
+    student = student.to(device())
+    return _model(spec, student, student.features, pixels, {"network": type(student.backbone).__name__})
+
+
+def student_of(spec: str, option: str = "--model") -> tuple[Student, int]:
+    """The student of a run folder, of one of its checkpoints or of an exported file, and the side of its crops.
+
+    Raises:
+        RequestError: There is no such file; `option` is how the user named it.
+        CheckpointError: It is no student's.
+    """
+    path = Path(spec)
     if path.is_dir():
         path = path / "checkpoints" / LAST
     if not path.is_file():
         raise RequestError(
-            f"--model {spec}: no such run or checkpoint (looked for {path}); give a run folder, a .ckpt of one, or "
+            f"{option} {spec}: no such run or checkpoint (looked for {path}); give a run folder, a .ckpt of one, or "
             "teacher:NAME with --checkpoint"
         )
-    student, pixels = load_student(path)
-    student = student.to(device())
-    return _model(spec, student, student.features, pixels, {"network": type(student.backbone).__name__})
+    return load_student(path)
 
 
 def _model(
@@ -116,22 +127,3 @@ def _model(
     return Model(
         name=spec, features=features, pixels=pixels, network=network, about={"name": spec, **about, "weights_sha256": digest}
     )
-
-
-def load_student(path: Path) -> tuple[Student, int]:
-    """The student of a run's checkpoint, in eval mode, and the side of the crops that it was trained on.
-
-    Raises:
-        CheckpointError: The file is no checkpoint of fkd-ssl train.
-    """
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        about = saved[STUDENT_KEY]
-        dims = about["dim"] if isinstance(about["dim"], list) else [about["dim"]]
-        student = Student(str(about["name"]), *map(int, dims))
-        weights = {k.removeprefix("student."): v for k, v in saved["state_dict"].items() if k.startswith("student.")}
-        student.load_state_dict(weights)
-    except Exception as error:  # whatever a foreign file makes torch raise
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path}: not a checkpoint of fkd-ssl train ({reason})") from error
-    return student.eval().to(memory_format=torch.channels_last), int(about["pixels"])

@@ -181,7 +181,7 @@ def _show_nearest(config: Config) -> int:
 
     import numpy as np
 
-    from fkd_ssl import sheets
+    from fkd_ssl import sheet
     from fkd_ssl.commands import console, sources
     from fkd_ssl.eval import indexes
     from fkd_ssl.eval.features import extract
@@ -215,7 +215,7 @@ def _show_nearest(config: Config) -> int:
     found = [(int(row), float(cosine)) for row, cosine in zip(at[0], similarity[0], strict=True) if row >= 0]
     near = [{"image": names[row], "class": classes[labels[row]], "cosine": cosine} for row, cosine in found]
     shown = [(read_image(item["image"]), f"{item['class']} {item['cosine']:.3f}") for item in near]
-    sheets.write(sheet, picture, f"query {query.name}", shown)
+    sheet.write_found(sheet, picture, f"query {query.name}", shown)
     if config.json:
         console.show_json({"kind": "retrieve", "query": str(query), "sheet": str(sheet), "nearest": near})
     else:

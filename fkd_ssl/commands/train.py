@@ -1,40 +1,48 @@
 """Distils a student: from the targets of a store, or online from the teacher itself.
 
-Both are one training that differs
-in where targets come from. The run folder holds config.yaml, metrics.csv, checkpoints/ and results.json; the same
-options continue a killed run.
+Both are one training that differs in where targets come from. The run folder holds config.yaml, metrics.csv, checkpoints/,
+results.json and a README.md; the same options continue a killed run. Several processes: --devices, or torchrun.
 """
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fkd_ssl.training.config import TrainConfig as Config
 from fkd_ssl.training.config import checkpoints_of
 
 if TYPE_CHECKING:
+    from fkd_ssl.crops import Recipe
+    from fkd_ssl.data import Crops
     from fkd_ssl.images import ImageSet
     from fkd_ssl.store import Store
     from fkd_ssl.store.reader import Column
     from fkd_ssl.students import Student
+    from fkd_ssl.teachers import Teacher
 
 MUCH_WAITING = 0.2  # share of the training's time spent waiting for data from which on we say what helps
 
 
 def run(config: Config) -> int:
     """Trains and says how it went."""
-    from fkd_ssl import runs
+    from fkd_ssl import card, runs
     from fkd_ssl.commands import console, resolve
     from fkd_ssl.data import Crops, FreshCrops, StoredCrops
     from fkd_ssl.images import scan
-    from fkd_ssl.objectives import TargetInfo, make_objective
+    from fkd_ssl.objectives import TargetInfo
     from fkd_ssl.store import open_store
-    from fkd_ssl.students import check_student
-    from fkd_ssl.training.engine import check_batch, train
+    from fkd_ssl.students import Student, check_student, measure
+    from fkd_ssl.training.engine import check_batch, objective_of, train
+    from fkd_ssl.training.loggers import make_logger
 
+    rank, world = resolve.rank()
+    if rank:  # the first process speaks for all
+        console.mute()
     if runs.peek(config.out, config) == "done":
         console.say(f"{config.out}: this run is done; results.json holds its results")
         return 0
-    check_student(config.student, config.pixels)
+    shape: dict[str, Any] = {"head": config.head, "stem": config.stem, "width": config.width}
+    check_student(config.student, config.pixels, **shape)
     images = scan(config.images)
     store = open_store(config.store) if config.store else None
     common: dict[str, Any] = {
@@ -51,6 +59,7 @@ def run(config: Config) -> int:
     if config.device_crops and resolve.device().type == "cpu":
         console.say("warning: --device_crops: there is no CUDA GPU, so this process makes the crops, slowly")
     data: Crops
+    teachers: list[Teacher] = []
     if config.targets == "stored":
         assert store is not None  # by TrainConfig
         for name in ("checkpoint", "teacher_pixels"):
@@ -71,16 +80,30 @@ def run(config: Config) -> int:
             recipe = resolve.recipe_of(config.recipe)
             data = FreshCrops(images, recipe, teacher_pixels=config.teacher_pixels, **common)
     # before anything is written: another batch size or objective is another config
-    check_batch(config, len(data))
+    check_batch(config, len(data), world=max(world, config.devices))
     for about in targets:
-        make_objective(config.objective, config.temperature, about=about)
+        objective_of(config, about)
+    student = Student(config.student, *(about.dim for about in targets), **shape)
+    init = None if config.init is None else resolve.student_of(config.init, "--init")[0]
+    if init is not None:
+        student.start_from(init)
+    size = measure(student.backbone, config.pixels)
     score = None if config.val is None else _knn_score(config, images)
-    folder, state = runs.open_run(config.out, config)
+    folder, state = (Path(config.out), "new") if rank else runs.open_run(config.out, config)
+    logger = None if config.logger is None else make_logger(config.logger, folder)
     console.say(
         f"{'continuing' if state == 'resume' else 'training'} {config.student} on {len(data):,} images, {config.targets} "
         f"targets, D = {' and '.join(str(about.dim) for about in targets)}; {config.epochs:g} epochs of one crop an image"
     )
-    results = train(config, data, folder, targets=targets, embeds=embeds, score=score)
+    console.say(f"{config.student} at {config.pixels} px: {size}")
+    results = train(config, data, folder, targets=targets, embeds=embeds, score=score, init=init, logger=logger)
+    if rank:
+        return 0
+    results |= {"student": {**student.made_of, **vars(size)}}
+    described = {**student.made_of, "size": size, "feature dimension": student.feature_dim}
+    if config.init is not None:
+        described["started from"] = Path(config.init).name
+    card.write(folder, config=vars(config), results=results, student=described, **_sources(config, data, teachers))
     runs.finish(folder, {"config": config.__dict__, **results})
     if results["data_wait"] > MUCH_WAITING:
         console.say(
@@ -93,6 +116,30 @@ def run(config: Config) -> int:
     knn = "" if results["knn_top1"] is None else f"; kNN {results['knn_top1']:.2f} %"
     console.show(f"{config.out}: {results['steps']} steps in {results['train_seconds']:.0f} s{knn}")
     return 0
+
+
+def _sources(config: Config, data: "Crops", teachers: "list[Teacher]") -> dict[str, Any]:
+    """What a run's card says of its teachers, its store and its crops."""
+    from fkd_ssl.commands import resolve
+    from fkd_ssl.data import StoredCrops
+
+    if not isinstance(data, StoredCrops):
+        return {"teachers": [vars(t) for t in teachers], "store": None, "recipe": _recipe(resolve.recipe_of(config.recipe))}
+    manifest = data.store.manifest
+    store = {
+        "store": data.store.folder.name,
+        "sha256 of its list of images": manifest.images_sha256,
+        **{f"sha256 of column {c.name}": c.digest for c in data.columns},
+        "stored an image": manifest.crops_per_image,
+        "seed of the draw": manifest.seed,
+    }
+    about = [vars(t) for t in teachers] or [{**c.meta.teacher, "name": c.name} for c in data.columns]
+    return {"teachers": about, "store": store, "recipe": _recipe(manifest.recipe)}
+
+
+def _recipe(recipe: "Recipe") -> dict[str, Any]:
+    values = dict(vars(recipe))
+    return {"recipe": values.pop("name"), **values}
 
 
 def _check_store(config: Config, store: "Store", columns: "list[Column]") -> None:

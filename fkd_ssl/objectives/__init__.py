@@ -1,28 +1,22 @@
 """Objectives: the loss between a student's output and a target, both [B, D] and L2-normalised."""
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
 
 from fkd_ssl.errors import RequestError, did_you_mean
 from fkd_ssl.objectives.cosine import Cosine
 from fkd_ssl.objectives.feature_kl import FeatureKL
+from fkd_ssl.objectives.objective import Objective
 from fkd_ssl.objectives.prototype_ce import PrototypeCE
-
-
-class Objective(Protocol):
-    """What training asks of a loss."""
-
-    def __call__(self, student: Tensor, target: Tensor) -> Tensor:
-        """The loss, a scalar, of student [B, D] and target [B, D]."""
-
-    def floor(self, target: Tensor) -> Tensor:
-        """The least loss that these targets allow, a scalar."""
+from fkd_ssl.objectives.queue_kl import QueueKL
+from fkd_ssl.objectives.relational import Relational
+from fkd_ssl.objectives.weighted import Weighted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,38 +31,99 @@ class TargetInfo:
     """What the teacher has beside its embeddings, for instance `prototypes` float32 [K, D]."""
 
 
-OBJECTIVES: dict[str, Callable[[float | None, TargetInfo | None], Objective]] = {
-    "feature_kl": lambda temperature, _: FeatureKL(0.2 if temperature is None else temperature),
-    "cosine": lambda temperature, _: _without(temperature, Cosine()),
-    "prototype_ce": lambda temperature, about: PrototypeCE(
-        torch.from_numpy(_array(about, "prototypes", "prototype_ce")), 0.1 if temperature is None else temperature
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What a user may say of an objective; None takes the paper's. One that has no such thing refuses it."""
+
+    temperature: float | None = None
+    """T."""
+    teacher_temperature: float | None = None
+    """The teacher's, where it is another."""
+    queue: int | None = None
+    """K, targets in a queue."""
+
+
+OBJECTIVES: dict[str, Callable[[Settings, TargetInfo | None], Objective]] = {
+    "feature_kl": lambda given, _: FeatureKL(**_given(given, "feature_kl", "temperature")),
+    "cosine": lambda given, _: Cosine(**_given(given, "cosine")),
+    "queue_kl": lambda given, about: QueueKL(
+        _dim(about), **_given(given, "queue_kl", "temperature", "teacher_temperature", size="queue")
     ),
+    "prototype_ce": lambda given, about: PrototypeCE(
+        torch.from_numpy(_array(about, "prototypes", "prototype_ce")), **_given(given, "prototype_ce", "temperature")
+    ),
+    "relational": lambda given, _: Relational(**_given(given, "relational", "temperature")),
 }
 
 
-def make_objective(name: str, temperature: float | None = None, *, about: TargetInfo | None = None) -> Objective:
-    """The objective of that name.
+def make_objective(
+    name: str,
+    temperature: float | None = None,
+    *,
+    about: TargetInfo | None = None,
+    teacher_temperature: float | None = None,
+    queue: int | None = None,
+) -> Objective:
+    """The objective of that name, or a sum of several.
 
     Args:
-        name: Of OBJECTIVES.
+        name: Of OBJECTIVES, or such with weights between plus signs: `feature_kl+0.5*relational`.
         temperature: None takes the paper's.
         about: The targets that it is for; not needed by an objective that knows nothing but its two vectors.
+        teacher_temperature: Of queue_kl.
+        queue: Of queue_kl.
 
     Raises:
-        RequestError: The name is unknown, the temperature is not positive or belongs to no objective of that name, or the
-            targets lack what the objective needs.
+        RequestError: The name is unknown, a temperature is not positive or belongs to no objective of that name or to one of
+            several, a weight is no positive number, or the targets lack what the objective needs.
     """
-    if name not in OBJECTIVES:
-        raise RequestError(f"objective {name!r} is unknown; there are {', '.join(OBJECTIVES)}{did_you_mean(name, OBJECTIVES)}")
-    if temperature is not None and temperature <= 0:
-        raise RequestError(f"temperature {temperature}: must be positive")
-    return OBJECTIVES[name](temperature, about)
+    given = Settings(temperature=temperature, teacher_temperature=teacher_temperature, queue=queue)
+    for option, value in vars(given).items():
+        if value is not None and value <= 0:
+            raise RequestError(f"{option} {value}: must be positive")
+    terms = [_term(term, name) for term in name.split("+")]
+    for _, one in terms:
+        if one not in OBJECTIVES:
+            raise RequestError(
+                f"objective {one!r} is unknown; there are {', '.join(OBJECTIVES)}{did_you_mean(one, OBJECTIVES)}"
+            )
+    if len(terms) == 1 and "*" not in name:
+        return OBJECTIVES[name](given, about)
+    for option in ("temperature", "teacher_temperature"):
+        if (value := getattr(given, option)) is not None:
+            raise RequestError(f"{option} {value}: {name} is a sum, each of whose objectives has its own; leave it out")
+    if queue is not None and all(one != "queue_kl" for _, one in terms):
+        raise RequestError(f"queue {queue}: {name} has none")
+    parts = [OBJECTIVES[one](Settings(queue=queue) if one == "queue_kl" else Settings(), about) for _, one in terms]
+    return Weighted(parts, [weight for weight, _ in terms])
 
 
-def _without(temperature: float | None, objective: Objective) -> Objective:
-    if temperature is not None:
-        raise RequestError(f"temperature {temperature}: {type(objective).__name__.lower()} has none")
-    return objective
+def _term(term: str, whole: str) -> tuple[float, str]:
+    """The weight and the name of one term of a sum: `0.5*relational`."""
+    weight, star, name = term.rpartition("*")
+    try:
+        value = float(weight) if star else 1.0
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise RequestError(f"objective {whole!r}: the weight {weight!r} is no positive number; write feature_kl+0.5*relational")
+    return value, name.strip()
+
+
+def _given(settings: Settings, objective: str, *allowed: str, **renamed: str) -> dict[str, Any]:
+    """What was said, by the objective's own argument names; raises RequestError where the objective has no such thing."""
+    names = {**{name: name for name in allowed}, **{option: own for own, option in renamed.items()}}
+    said = {option: value for option, value in vars(settings).items() if value is not None}
+    for option, value in said.items():
+        if option not in names:
+            raise RequestError(f"{option} {value}: {objective} has none")
+    return {names[option]: value for option, value in said.items()}
+
+
+def _dim(about: TargetInfo | None) -> int:
+    if about is None:
+        raise RequestError("objective queue_kl: needs to know the targets' dimension; pass about=TargetInfo(name=..., dim=...)")
+    return about.dim
 
 
 def _array(about: TargetInfo | None, array: str, objective: str) -> npt.NDArray[Any]:
@@ -84,4 +139,15 @@ def _array(about: TargetInfo | None, array: str, objective: str) -> npt.NDArray[
     return found
 
 
-__all__ = ["OBJECTIVES", "Cosine", "FeatureKL", "Objective", "PrototypeCE", "TargetInfo", "make_objective"]
+__all__ = [
+    "OBJECTIVES",
+    "Cosine",
+    "FeatureKL",
+    "Objective",
+    "PrototypeCE",
+    "QueueKL",
+    "Relational",
+    "TargetInfo",
+    "Weighted",
+    "make_objective",
+]

@@ -1,9 +1,11 @@
 """Squared distance of normalised features."""
 
-from torch import Tensor, nn
+from torch import Tensor
+
+from fkd_ssl.objectives.objective import Objective
 
 
-class Cosine(nn.Module):
+class Cosine(Objective):
     """2 - 2 cos(student, target), the squared Euclidean distance of L2-normalised vectors.
 
     SimReg (Navaneet et al., BMVC 2021, arXiv 2201.05131, eq. 1).

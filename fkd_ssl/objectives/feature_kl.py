@@ -1,11 +1,13 @@
 """Cross-entropy of softmaxed features: S2-BNN's distillation, which FKD-SSL follows."""
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
+from fkd_ssl.objectives.objective import Objective
 
-class FeatureKL(nn.Module):
+
+class FeatureKL(Objective):
     """Cross-entropy between softmax(target / T) and softmax(student / T) over the D feature dimensions.
 
     S2-BNN (Shen et al., CVPR 2021, arXiv 2102.08946, eq. 6) with T = 0.2; it has the gradient of the KL divergence. Its
@@ -23,7 +25,3 @@ class FeatureKL(nn.Module):
         """The mean cross-entropy in nats, a scalar, of L2-normalised student [B, D] and target [B, D]."""
         p = torch.softmax(target / self.temperature, dim=1)
         return -(p * F.log_softmax(student / self.temperature, dim=1)).sum(dim=1).mean()
-
-    def floor(self, target: Tensor) -> Tensor:
-        """The least value that `forward` can take for these targets [B, D]: their mean entropy in nats."""
-        return self(target, target)  # type: ignore[no-any-return]

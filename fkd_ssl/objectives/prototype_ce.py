@@ -1,13 +1,13 @@
 """Cross-entropy of prototype assignments: SwAV's prediction, from stored embeddings and frozen prototypes."""
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from fkd_ssl.errors import RequestError
+from fkd_ssl.objectives.objective import Objective, cross_entropy, scores
 
 
-class PrototypeCE(nn.Module):
+class PrototypeCE(Objective):
     """Cross-entropy between softmax(target P' / T) and softmax(student P' / T) over K prototypes P.
 
     SwAV (Caron et al., NeurIPS 2020, arXiv 2006.09882, eq. 2) with T = 0.1 and its softmax in the place of its Sinkhorn
@@ -36,14 +36,7 @@ class PrototypeCE(nn.Module):
 
     def forward(self, student: Tensor, target: Tensor) -> Tensor:
         """The mean cross-entropy in nats, a scalar, of L2-normalised student [B, D] and target [B, D]."""
-        p = torch.softmax(self._scores(target), dim=1)
-        return -(p * F.log_softmax(self._scores(student), dim=1)).sum(dim=1).mean()
-
-    def floor(self, target: Tensor) -> Tensor:
-        """The least value that `forward` can take for these targets [B, D]: the mean entropy of their assignments in nats."""
-        return self(target, target)  # type: ignore[no-any-return]
+        return cross_entropy(self._scores(student), self._scores(target))
 
     def _scores(self, embedding: Tensor) -> Tensor:
-        exact = torch.promote_types(embedding.dtype, self.prototypes.dtype)
-        with torch.autocast(embedding.device.type, enabled=False):  # in bf16 a score over T would be off by some hundredths
-            return embedding.to(exact) @ self.prototypes.to(exact).T / self.temperature
+        return scores(embedding, self.prototypes) / self.temperature

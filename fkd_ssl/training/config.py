@@ -31,11 +31,24 @@ class TrainConfig:
     recipe: str = "mocov2"
     """What online crops are drawn from: mocov2, s2bnn, swav or fkd. Stored crops have the store's."""
     student: str = "resnet18"
-    """Any classifier of torchvision, by name; its classifier is replaced by a projection head."""
+    """A classifier of torchvision, timm/NAME, reactnet or reactnet_step1; its classifier is replaced by a projection head."""
+    head: str = "mocov2"
+    """Projection head: mocov2 (2 layers) or simreg (4 layers with BatchNorm)."""
+    stem: Literal["standard", "small"] = "standard"
+    """small is for images of 32 or 64 px: the first convolution is 3 x 3 with stride 1, no max-pool."""
+    width: float = 1.0
+    """Factor of the channels of reactnet and torchvision's mobilenets."""
+    init: str | None = None
+    """Run, checkpoint or exported file whose weights the student starts from: reactnet starts from a reactnet_step1."""
     objective: str = "feature_kl"
-    """feature_kl (S2-BNN's), cosine (SimReg's) or prototype_ce (SwAV's, from a SwAV teacher's prototypes)."""
+    """feature_kl (S2-BNN's), cosine (SimReg's), queue_kl (SEED's), prototype_ce (SwAV's, from a SwAV teacher's prototypes),
+    relational (within the batch), or a sum as feature_kl+0.5*relational."""
     temperature: float | None = None
-    """Of the objective; the paper's by default (0.2 for feature_kl, 0.1 for prototype_ce)."""
+    """Of the objective; the paper's by default (0.2 for feature_kl and queue_kl, 0.1 for prototype_ce, 0.04 for relational)."""
+    teacher_temperature: float | None = None
+    """Of queue_kl's targets; SEED's 1e-4 by default."""
+    queue: int | None = None
+    """Targets in queue_kl's queue; SEED's 65536 by default."""
     epochs: float = 100
     """One epoch is one crop of every image, so the amount of training does not depend on crops_per_image."""
     crops_per_image: int = 4
@@ -58,6 +71,20 @@ class TrainConfig:
     """Of sgd and lars."""
     warmup_epochs: float = 0.0
     """Linear warm-up; a cosine to zero follows."""
+    accumulate: int = 1
+    """Parts that a batch is run in, where it does not fit the memory: their gradients are added up to one step."""
+    clip: float | None = None
+    """Greatest norm of the gradient."""
+    ema: float | None = None
+    """Decay of an average of the weights, for instance 0.999, which is then what is scored and exported."""
+    single_crop_epochs: float = 0.0
+    """Last epochs in which batches have one crop of an image, as FKD's last crops_per_image ones do."""
+    devices: int = 1
+    """Processes on this machine, each with a GPU if there are any; under torchrun it says how many."""
+    sync_batchnorm: bool = False
+    """BatchNorm over the crops of all processes; GPUs only."""
+    compile: bool = False
+    """Compile the student's backbone (torch.compile)."""
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     """The student's arithmetic, in Lightning's terms."""
     workers: int = 2
@@ -76,15 +103,20 @@ class TrainConfig:
     """Neighbours."""
     log_every: int = 20
     """Steps in one line of metrics.csv."""
+    logger: Literal["tensorboard", "wandb", "mlflow"] | None = None
+    """Where the lines of metrics.csv go too; the package is an extra of that name."""
 
     FREE: ClassVar = ("workers", "device_crops", "on_unreadable")
 
     def __post_init__(self) -> None:
-        positive = ("epochs", "crops_per_image", "batch_size", "pixels", "lr", "knn_every", "knn_k", "log_every")
+        positive = (
+            "epochs", "crops_per_image", "batch_size", "pixels", "lr", "knn_every", "knn_k", "log_every", "width", "accumulate",
+            "devices", "clip", "temperature", "teacher_temperature", "queue",
+        )  # fmt: skip
         for name in positive:
-            if getattr(self, name) <= 0:
+            if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise RequestError(f"{name} {getattr(self, name)}: must be positive")
-        for name in ("weight_decay", "warmup_epochs", "workers", "momentum"):
+        for name in ("weight_decay", "warmup_epochs", "workers", "momentum", "single_crop_epochs"):
             if getattr(self, name) < 0:
                 raise RequestError(f"{name} {getattr(self, name)}: must not be negative")
         if self.pixels > 4096 or (self.teacher_pixels is not None and not 1 <= self.teacher_pixels <= 4096):
@@ -95,12 +127,20 @@ class TrainConfig:
             raise RequestError(
                 f"batch_size {self.batch_size}: counts crops, and must be a multiple of crops_per_image {self.crops_per_image}"
             )
+        if self.batch_size % (self.crops_per_image * self.accumulate):
+            raise RequestError(
+                f"accumulate {self.accumulate}: does not divide the {self.batch_size // self.crops_per_image} images of a batch"
+            )
+        if self.ema is not None and not 0 < self.ema < 1:
+            raise RequestError(f"ema {self.ema}: must lie between 0 and 1; 0.999 averages about the last thousand steps")
         if self.targets == "stored" and not self.store:
             raise RequestError("targets stored: --store is needed; make one with fkd-ssl precompute")
         if self.targets == "online" and not self.teacher:
             raise RequestError("targets online: --teacher is needed, for instance mocov2 with --checkpoint FILE")
         if self.warmup_epochs >= self.epochs:
             raise RequestError(f"warmup_epochs {self.warmup_epochs}: must be fewer than epochs {self.epochs}")
+        if self.single_crop_epochs > self.epochs:
+            raise RequestError(f"single_crop_epochs {self.single_crop_epochs}: must be at most epochs {self.epochs}")
         self.weights(len(self.teachers) or 1)
         if self.targets == "online":
             checkpoints_of(self.teacher, self.checkpoint)

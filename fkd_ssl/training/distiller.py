@@ -1,5 +1,7 @@
 """The training step: crops through the student, targets from the batch or from the teacher, one objective between."""
 
+import copy
+import hashlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,10 +14,8 @@ from torch import Tensor, nn
 from fkd_ssl.data import Batch, made_here
 from fkd_ssl.errors import FkdError
 from fkd_ssl.objectives import Objective
-from fkd_ssl.students import Student
+from fkd_ssl.students import STUDENT_KEY, Student
 from fkd_ssl.training.config import TrainConfig
-
-STUDENT_KEY = "fkd_ssl_student"
 
 Targets = Callable[[Batch], list[Tensor]]
 
@@ -46,7 +46,15 @@ class OnlineTargets:
 
 
 class Distiller(pl.LightningModule):
-    """A student in training. `last_loss` and `last_floor` are the last step's loss and its least possible value."""
+    """A student in training.
+
+    Attributes:
+        student: What is trained.
+        average: Its moving average, if the config asks for one: what is scored, and what a checkpoint gives back.
+        last_loss: The last batch's loss.
+        last_floor: Its least possible value.
+        saved: The last checkpoint, in words.
+    """
 
     def __init__(
         self, student: Student, objectives: Sequence[Objective], targets: Targets, config: TrainConfig, steps: int
@@ -61,6 +69,21 @@ class Distiller(pl.LightningModule):
         self.config = config
         self.steps = steps
         self.last_loss = self.last_floor = torch.zeros(())
+        self._seen: list[list[Tensor]] = []  # targets of the parts of this step
+        self.saved = "there is no checkpoint before"
+        self.average = None if config.ema is None else copy.deepcopy(student).eval().requires_grad_(False)
+        if config.compile:
+            student.backbone.compile()  # in place, so that the names of its weights stay
+
+    @property
+    def result(self) -> Student:
+        """The student as it would be used now."""
+        return self.student if self.average is None else self.average
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Stochastic depth and dropout draw from seed, step and process alone, so that a resumed training draws the same."""
+        text = f"{self.config.seed} {batch_idx} {self.global_rank}"
+        torch.manual_seed(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little"))
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Makes the crops on the device, where that was left to it."""
@@ -72,22 +95,37 @@ class Distiller(pl.LightningModule):
         heads = list(zip(self.weights, self.objectives, self.student.embeddings(batch["images"]), targets, strict=True))
         loss = torch.stack([weight * objective(output, target) for weight, objective, output, target in heads]).sum()
         floor = torch.stack([weight * objective.floor(target) for weight, objective, _, target in heads]).sum()
+        self._seen.append(targets)
         self.last_loss, self.last_floor = loss.detach(), floor.detach()
         return loss
 
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        """The step; after it the objectives remember its targets, and the average follows."""
+        super().optimizer_step(*args, **kwargs)
+        for objective, *parts in zip(self.objectives, *self._seen, strict=True):
+            objective.remember(torch.cat(parts))
+        self._seen.clear()
+        if self.average is not None:
+            assert self.config.ema is not None
+            # slower at first, so that the initial weights are soon forgotten (as in TensorFlow's and timm's averages)
+            update_average(self.average, self.student, min(self.config.ema, (1 + self.global_step) / (10 + self.global_step)))
+
     def require_finite(self, step: int) -> None:
-        """Raises FkdError where the last step's loss is not a finite number: the training has diverged."""
-        if not torch.isfinite(self.last_loss):
+        """Raises FkdError, in all processes, where the last loss is not a finite number in one: the training has diverged."""
+        loss = self.last_loss
+        if self.trainer.world_size > 1:
+            loss = self.trainer.strategy.reduce(loss.clone(), reduce_op="mean")
+        if not torch.isfinite(loss):
             raise FkdError(
-                f"step {step}: the loss is {self.last_loss.item()}: the training has diverged; the last checkpoint is from "
-                f"before; choose a smaller --lr than {self.config.lr:g} (and another --out), or --precision 32-true"
+                f"step {step}: the loss is {loss.item()}: the training has diverged; {self.saved}; choose a smaller --lr than "
+                f"{self.config.lr:g} or a --clip (and another --out), or --precision 32-true"
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what rebuilds the student without its run folder."""
         dims = self.student.dims
         checkpoint[STUDENT_KEY] = {
-            "name": self.config.student,
+            **self.student.made_of,
             "dim": dims[0] if len(dims) == 1 else dims,
             "pixels": self.config.pixels,
         }
@@ -98,6 +136,19 @@ class Distiller(pl.LightningModule):
         warmup = round(self.config.warmup_epochs / self.config.epochs * self.steps)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine(step, self.steps, warmup))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+@torch.no_grad()
+def update_average(average: nn.Module, network: nn.Module, decay: float) -> None:
+    """Weights and running statistics: average <- decay average + (1 - decay) network; what is no float is copied.
+
+    Tarvainen and Valpola, NeurIPS 2017 (arXiv 1703.01780), eq. 1.
+    """
+    for mean, now in zip(average.state_dict().values(), network.state_dict().values(), strict=True):
+        if mean.is_floating_point():
+            mean.lerp_(now, 1 - decay)
+        else:
+            mean.copy_(now)
 
 
 def cosine(step: int, steps: int, warmup: int) -> float:

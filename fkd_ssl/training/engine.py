@@ -6,19 +6,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pytorch_lightning.loggers import Logger
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from fkd_ssl.data import Crops, StoredCrops, start_worker, whole_batch
 from fkd_ssl.errors import RequestError
-from fkd_ssl.objectives import TargetInfo, make_objective
+from fkd_ssl.objectives import Objective, TargetInfo, make_objective
 from fkd_ssl.students import Student
 from fkd_ssl.training.config import TrainConfig
 from fkd_ssl.training.distiller import Distiller, OnlineTargets, stored_targets
 from fkd_ssl.training.fit import fit, step_of
+from fkd_ssl.training.last_single import LastSingle
 from fkd_ssl.training.monitor import LAST, Monitor, Score
 from fkd_ssl.training.recorder import Recorder, peak_memory
 from fkd_ssl.training.sampler import PassSampler
+
+
+def objective_of(config: TrainConfig, about: TargetInfo) -> Objective:
+    """The config's objective for one teacher's targets; raises as make_objective."""
+    return make_objective(
+        config.objective,
+        config.temperature,
+        about=about,
+        teacher_temperature=config.teacher_temperature,
+        queue=config.queue,
+    )
 
 
 def total_steps(config: TrainConfig, images: int) -> int:
@@ -26,14 +39,30 @@ def total_steps(config: TrainConfig, images: int) -> int:
     return math.ceil(config.epochs * images / config.batch_size)
 
 
-def check_batch(config: TrainConfig, images: int) -> None:
-    """Raises RequestError where a batch holds more images than there are."""
-    batch_images = config.batch_size // config.crops_per_image
-    if batch_images > images:
+def single_steps(config: TrainConfig, images: int) -> int:
+    """The last steps, in which a batch has one crop of an image."""
+    if config.crops_per_image == 1:
+        return 0
+    return min(total_steps(config, images), math.ceil(config.single_crop_epochs * images / config.batch_size))
+
+
+def check_batch(config: TrainConfig, images: int, *, world: int = 1) -> None:
+    """Raises RequestError where a batch holds more images than there are, or `world` processes do not divide it."""
+    m = config.crops_per_image
+    batch_images = config.batch_size // m
+    most = config.batch_size if single_steps(config, images) else batch_images
+    if most > images:
         raise RequestError(
-            f"batch_size {config.batch_size}: {batch_images} images a batch, and there are {images}; choose at most "
-            f"{images * config.crops_per_image}"
+            f"batch_size {config.batch_size}: {most} images a batch, and there are {images}; choose at most "
+            f"{images * (m if most == batch_images else 1)}"
         )
+    if batch_images % (world * config.accumulate):
+        raise RequestError(
+            f"batch_size {config.batch_size}: {batch_images} images a batch, which {world} processes of {config.accumulate} "
+            f"parts do not divide; choose a multiple of {world * config.accumulate * m}"
+        )
+    if config.sync_batchnorm and not torch.cuda.is_available():
+        raise RequestError("sync_batchnorm: torch has it on GPUs only, and there is none")
 
 
 def train(
@@ -44,6 +73,8 @@ def train(
     targets: Sequence[TargetInfo],
     embeds: Sequence[Callable[[Tensor], Tensor]] | None = None,
     score: Score | None = None,
+    init: Student | None = None,
+    logger: Logger | None = None,
 ) -> dict[str, Any]:
     """Trains a student and leaves metrics.csv and checkpoints/ in `folder`; continues from its last checkpoint.
 
@@ -54,6 +85,8 @@ def train(
         targets: What is known of each teacher's targets, in the order of the data's.
         embeds: The online teachers in the same order, uint8 [B, 3, H, W] to [B, D]; None reads the targets from the batches.
         score: kNN accuracy in percent of a student in eval mode.
+        init: Whose weights the student starts from.
+        logger: Takes the lines of metrics.csv too.
 
     Returns:
         What results.json says of the training.
@@ -67,13 +100,20 @@ def train(
     batch_images = config.batch_size // config.crops_per_image
     steps = total_steps(config, len(data))
     torch.manual_seed(config.seed)
-    objectives = [make_objective(config.objective, config.temperature, about=about) for about in targets]
-    student = Student(config.student, *(about.dim for about in targets))
+    objectives = [objective_of(config, about) for about in targets]
+    shape: dict[str, Any] = {"head": config.head, "stem": config.stem, "width": config.width}
+    student = Student(config.student, *(about.dim for about in targets), **shape)
+    if init is not None:
+        student.start_from(init)
     source = stored_targets if embeds is None else OnlineTargets(*embeds)
     module = Distiller(student, objectives, source, config, steps)
-    sampler = PassSampler(len(data), batch_images, steps, seed=config.seed)
-    loader = DataLoader(
-        data,
+    single = single_steps(config, len(data))
+    sampler = PassSampler(
+        len(data), batch_images, steps, seed=config.seed, parts=config.accumulate, single=single,
+        crops_per_image=config.crops_per_image,
+    )  # fmt: skip
+    loader: DataLoader[Any] = DataLoader(
+        LastSingle(data, sampler) if single else data,
         batch_sampler=sampler,
         num_workers=config.workers,
         collate_fn=whole_batch,
@@ -95,6 +135,7 @@ def train(
     resumed = last.exists()
     if resumed:
         sampler.start = step_of(last)
+        module.saved = f"the last good checkpoint is {last}, of step {sampler.start}"
     fit(
         module,
         loader,
@@ -103,6 +144,10 @@ def train(
         precision=config.precision,
         folder=folder,
         last=last if resumed else None,
+        devices=config.devices,
+        sync_batchnorm=config.sync_batchnorm,
+        clip=config.clip,
+        logger=logger,
     )
     return {
         "epochs": config.epochs,

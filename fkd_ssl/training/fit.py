@@ -1,33 +1,65 @@
 """Lightning's Trainer as every training here uses it: by steps, with our own loader, bar, metrics and checkpoints."""
 
 import logging
+import os
 import signal
 import warnings
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.loggers import Logger
+from pytorch_lightning.strategies import DDPStrategy
+from torch.distributed import is_torchelastic_launched
+from torch.utils.data import DataLoader
 
-from fkd_ssl.errors import CheckpointError
+from fkd_ssl.errors import CheckpointError, RequestError
+from fkd_ssl.training.sampler import PassSampler
 
 
 def fit(
     module: pl.LightningModule,
-    loader: Any,
+    loader: DataLoader[Any],
     callbacks: list[pl.Callback],
     *,
     steps: int,
     precision: Any,
     folder: Path,
     last: Path | None,
+    devices: int = 1,
+    sync_batchnorm: bool = False,
+    clip: float | None = None,
+    logger: Logger | None = None,
 ) -> None:
     """Trains `module` for `steps` in all, from the checkpoint `last` on if there is one.
 
+    Args:
+        module: What is trained.
+        loader: Its batches; its batch sampler is a PassSampler, which is told here which process this is.
+        callbacks: Beside it.
+        steps: Of the optimiser.
+        precision: In Lightning's terms.
+        folder: Of the run.
+        last: The checkpoint.
+        devices: Processes on this machine. Lightning starts them as further calls of this command line, unless torchrun has
+            started this process: its numbers are then what counts.
+        sync_batchnorm: BatchNorm over all processes.
+        clip: Greatest norm of the gradient.
+        logger: Takes metrics.
+
     Raises:
         KeyboardInterrupt: The training was stopped.
+        RequestError: The processes do not divide a batch.
     """
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
+    sampler = loader.batch_sampler
+    assert isinstance(sampler, PassSampler)
+    nodes = 1
+    if is_torchelastic_launched():
+        devices = int(os.environ["LOCAL_WORLD_SIZE"])
+        nodes = int(os.environ["WORLD_SIZE"]) // devices
     with warnings.catch_warnings():
         # Lightning advises more workers than a small machine has, and counts batches of a loader that we cut ourselves
         warnings.filterwarnings("ignore", module="pytorch_lightning")
@@ -35,16 +67,26 @@ def fit(
             max_steps=steps,
             max_epochs=-1,
             accelerator="auto",
-            devices=1,
+            devices=devices,
+            num_nodes=nodes,
+            # the other processes wait while the first one scores
+            strategy="auto" if devices * nodes == 1 else DDPStrategy(timeout=timedelta(hours=2)),
+            sync_batchnorm=sync_batchnorm,
+            accumulate_grad_batches=sampler.parts,
+            gradient_clip_val=clip,
             precision=precision,
             callbacks=callbacks,
-            logger=False,
+            logger=False if logger is None else logger,
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
             use_distributed_sampler=False,
             default_root_dir=str(folder),
         )
+        try:
+            sampler.share(trainer.global_rank, trainer.world_size)
+        except ValueError as error:
+            raise RequestError(f"batch_size: {error}; choose another --batch_size or number of processes") from error
         try:
             trainer.fit(module, loader, ckpt_path=last)
         except SystemExit as stop:  # what Lightning makes of Ctrl-C; it also stops listening to further ones

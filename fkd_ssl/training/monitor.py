@@ -1,5 +1,7 @@
 """kNN during training, and the checkpoints of a run."""
 
+import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ import torch
 
 from fkd_ssl.students import Student
 from fkd_ssl.training.distiller import Distiller
-from fkd_ssl.training.recorder import Recorder
+from fkd_ssl.training.recorder import Recorder, step_ends
 
 LAST, BEST = "last.ckpt", "best.ckpt"
 Score = Callable[[Student], float]
@@ -17,6 +19,8 @@ Score = Callable[[Student], float]
 
 class Monitor(pl.Callback):
     """Saves `last.ckpt` every `save_every` steps; scores the student every `score_every` and keeps the best.
+
+    A SIGTERM, which a cluster sends before it takes a machine away, saves one after the step that it falls in, and stops.
 
     Attributes:
         best: Highest score so far and its step.
@@ -31,6 +35,15 @@ class Monitor(pl.Callback):
         self.save_every = save_every
         self.best: tuple[float, int] | None = None
         self.last: float | None = None
+        self._stopping = False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Listens to SIGTERM in the place of Lightning, which stops without saving; Lightning puts back what was before."""
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, self._stop)
+
+    def _stop(self, number: int, frame: Any) -> None:
+        self._stopping = True
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps of this callback."""
@@ -43,27 +56,44 @@ class Monitor(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Scores and saves when it is time."""
+        """Scores and saves when it is time.
+
+        Raises:
+            KeyboardInterrupt: There was a SIGTERM.
+        """
+        if not step_ends(trainer, batch_idx):
+            return
+        # of several processes each may hear it in another step
+        stop = (
+            self._stopping if trainer.world_size == 1 else trainer.strategy.reduce_boolean_decision(self._stopping, all=False)
+        )
         step, end = trainer.global_step, trainer.global_step == trainer.max_steps
         due = step % self.score_every == 0 and trainer.max_steps - step >= self.score_every / 2  # the last step is near
-        save = end or step % self.save_every == 0
+        save = end or stop or step % self.save_every == 0
         assert isinstance(pl_module, Distiller)
         if save or due:
             pl_module.require_finite(step)  # no checkpoint of a diverged student
         if self.score is not None and (end or due):
             self._score(trainer, pl_module)
         if save:
-            self.recorder.sync()
+            self.recorder.sync(trainer)
             trainer.save_checkpoint(self.folder / LAST)
+            pl_module.saved = f"the last good checkpoint is {self.folder / LAST}, of step {step}"
         self.recorder.restart_clock()  # neither scoring nor saving is training
+        if stop and not end:
+            raise KeyboardInterrupt
 
     def _score(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, Distiller)
         assert self.score is not None
-        pl_module.student.eval()
-        with torch.no_grad():
-            self.last = self.score(pl_module.student)
-        pl_module.student.train()
+        student, score = pl_module.result, 0.0
+        training = student.training
+        if trainer.is_global_zero:
+            student.eval()
+            with torch.no_grad():
+                score = self.score(student)
+            student.train(training)
+        self.last = trainer.strategy.broadcast(score)
         self.recorder.score(trainer, self.last)
         if self.best is None or self.last > self.best[0]:
             self.best = (self.last, trainer.global_step)

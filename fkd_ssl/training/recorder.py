@@ -13,13 +13,16 @@ import torch
 from tqdm import tqdm
 
 from fkd_ssl import files
+from fkd_ssl.progress import hidden
 from fkd_ssl.training.distiller import Distiller
 
 FIELDS = ("step", "epoch", "crops", "seconds", "loss", "kl", "lr", "wait", "knn_top1")
 
 
 class Recorder(pl.Callback):
-    """Writes a line of metrics.csv every `every` steps and shows progress on standard error.
+    """Writes a line of metrics.csv every `every` steps, to loggers too, and shows progress on standard error.
+
+    Of several processes the first one writes; losses are means over all.
 
     `seconds` is the time spent training, without scoring and saving, over all sessions of the run; `wait` the share of
     it that the step waited for data; `kl` the loss above the least that the targets allow.
@@ -44,6 +47,7 @@ class Recorder(pl.Callback):
         self._mark = self._lr = 0.0
         self._file: Any = None
         self._bar: Any = None
+        self._loggers: list[Any] = []
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps of this callback."""
@@ -65,13 +69,24 @@ class Recorder(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Forgets lines from after the checkpoint, they will be written again; starts the clock and the bar."""
+        self._sums = self._sums.to(pl_module.device)
+        first = trainer.is_global_zero
+        self._bar = tqdm(
+            total=trainer.max_steps,
+            initial=trainer.global_step,
+            unit="step",
+            desc="train",
+            smoothing=0.05,
+            disable=hidden(show=first),
+        )
+        self.restart_clock()
+        self._loggers = trainer.loggers
+        if not first:
+            return
         kept = [line for line in _lines(self.path) if int(line[0]) <= trainer.global_step]
         text = "".join(f"{','.join(line)}\n" for line in [FIELDS, *kept])
         files.replace(self.path, text.encode())
         self._file = self.path.open("a")
-        self._sums = self._sums.to(pl_module.device)
-        self._bar = tqdm(total=trainer.max_steps, initial=trainer.global_step, unit="step", desc="train", smoothing=0.05)
-        self.restart_clock()
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         """Takes the time since the last step's end as waiting for data, and the learning rate before the schedule's step."""
@@ -87,12 +102,15 @@ class Recorder(pl.Callback):
     ) -> None:
         """Adds the step; writes a line when one is due."""
         assert isinstance(pl_module, Distiller)
-        step = trainer.global_step
         self._sums += torch.stack([pl_module.last_loss, pl_module.last_floor])
         self._count += 1
+        if not step_ends(trainer, batch_idx):
+            return
+        step = trainer.global_step
         due = step % self.every == 0 or step == trainer.max_steps
         if due:
             pl_module.require_finite(step)
+            self._gather(trainer)
             loss, floor = (self._sums.double() / self._count).tolist()  # waits for the device, so before the clock is read
         self._tick()
         self._bar.update(1)
@@ -107,23 +125,35 @@ class Recorder(pl.Callback):
         """Notes a kNN score at this step, in a line of its own."""
         self._append(trainer.global_step, knn_top1=top1)
 
-    def sync(self) -> None:
+    def sync(self, trainer: pl.Trainer) -> None:
         """Makes the lines so far survive a power cut, as the checkpoint does that is saved with them."""
-        os.fsync(self._file.fileno())
+        self._gather(trainer)  # the checkpoint has the first process's sums, and gives them to all
+        if self._file is not None:
+            os.fsync(self._file.fileno())
 
     def restart_clock(self) -> None:
         """Leaves the time since the last step's end out of the training's."""
         self._mark = time.perf_counter()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Closes the bar and the file."""
+        """Closes the bar and the file; the processes tell each other what they could not read."""
         self._bar.close()
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
+        if trainer.world_size > 1:
+            said: list[set[str]] = [set()] * trainer.world_size
+            torch.distributed.all_gather_object(said, self.unreadable)
+            self.unreadable = set().union(*said)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Closes the bar, so that the error stands on a line of its own."""
         if self._bar is not None:
             self._bar.close()
+
+    def _gather(self, trainer: pl.Trainer) -> None:
+        """Puts the mean of all processes' sums in the place of this one's."""
+        if trainer.world_size > 1:
+            self._sums = trainer.strategy.reduce(self._sums, reduce_op="mean")
 
     def _tick(self) -> None:
         now = time.perf_counter()
@@ -131,10 +161,19 @@ class Recorder(pl.Callback):
         self._mark = now
 
     def _append(self, step: int, **values: float) -> None:
+        if self._file is None:  # not the first process
+            return
         crops = step * self.batch_size
         line = {"step": step, "epoch": crops / self.images, "crops": crops, "seconds": round(self.seconds, 3), **values}
         self._file.write(",".join(str(line.get(field, "")) for field in FIELDS) + "\n")
         self._file.flush()
+        for logger in self._loggers:
+            logger.log_metrics({key: float(value) for key, value in line.items() if key != "step"}, step)
+
+
+def step_ends(trainer: pl.Trainer, batch_idx: int) -> bool:
+    """Whether a step of the optimiser ends with this batch, and not only a part of one."""
+    return (batch_idx + 1) % trainer.accumulate_grad_batches == 0
 
 
 def _lines(path: Path) -> list[list[str]]:

@@ -27,7 +27,9 @@ def recorder(folder: Path) -> Recorder:
 
 def start(one: Recorder, step: int) -> None:
     """As Lightning starts a training, at `step`."""
-    one.on_train_start(SimpleNamespace(global_step=step, max_steps=9), SimpleNamespace(device="cpu"))  # type: ignore[arg-type]
+    one.on_train_start(
+        SimpleNamespace(global_step=step, max_steps=9, is_global_zero=True, loggers=[]), SimpleNamespace(device="cpu")
+    )  # type: ignore[arg-type]
 
 
 def test_a_state_is_continued_and_later_lines_are_forgotten(tmp_path: Path) -> None:

@@ -1,0 +1,90 @@
+"""README.md of a run: what was trained from what, how it scored, how it is loaded."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fkd_ssl import files
+
+README = "README.md"
+
+
+def write(
+    folder: Path, *, config: Mapping[str, Any], results: Mapping[str, Any], teachers: Sequence[Mapping[str, Any]],
+    store: Mapping[str, Any] | None, student: Mapping[str, Any], recipe: Mapping[str, Any],
+) -> None:  # fmt: skip
+    """Writes the card of a finished run.
+
+    Args:
+        folder: The run's.
+        config: Its options.
+        results: What results.json says.
+        teachers: Of each `name`, `network`, `licence`, `source`, `checkpoint_sha256`.
+        store: `column digests`, `images` and others by name; None of an online training.
+        student: What it is made of, and its size in words.
+        recipe: What the crops were drawn from.
+    """
+    steps = (
+        f"{results['epochs']:g} epochs of one crop an image ({results['steps']:,} steps of {config['batch_size']} crops, "
+        f"{results['crops_seen']:,} crops of {results['images']:,} images at {config['pixels']} px)"
+    )
+    settings = {key: value for key, value in config.items() if key in _SETTINGS and value not in (None, False)}
+    lines = [
+        f"# {student['name']}, distilled from {' and '.join(str(t['name']) for t in teachers)}",
+        "",
+        f"Trained without labels by `fkd-ssl train` on {config['targets']} targets: {steps}.",
+        "",
+        "| student | |",
+        "|---|---|",
+        *(f"| {key} | {value} |" for key, value in student.items()),
+        *(
+            line
+            for teacher in teachers
+            for line in ("", f"| teacher {teacher['name']} | |", "|---|---|", *(_row(teacher, key) for key in _TEACHER))
+        ),
+        "",
+        "The licence of the teacher's weights may bind the student's too.",
+        "",
+        "| crops | |",
+        "|---|---|",
+        *(f"| {key} | {value} |" for key, value in {**(store or {"drawn": "anew for every batch"}), **recipe}.items()),
+        "",
+        "| training | |",
+        "|---|---|",
+        *(f"| {key} | {value} |" for key, value in settings.items()),
+        f"| seconds | {results['train_seconds']:.0f} |",
+        "",
+        "| score | |",
+        "|---|---|",
+        *(f"| {name} | {score} |" for name, score in _scores(config, results).items()),
+        "",
+        "```python",
+        "import fkd_ssl",
+        "",
+        f'student, pixels = fkd_ssl.load_student("{folder.name}/checkpoints/last.ckpt")',
+        "features = student.features(images)  # uint8 [B, 3, H, W] to float32 [B, F]",
+        "```",
+        "",
+        f"For torchvision or timm: `fkd-ssl export --model {folder.name} --out student.safetensors`.",
+        "",
+    ]
+    files.replace(folder / README, "\n".join(lines).encode())
+
+
+_TEACHER = ("network", "licence", "source", "checkpoint_sha256")
+_SETTINGS = (
+    "objective", "temperature", "teacher_temperature", "queue", "teacher_weights", "crops_per_image", "single_crop_epochs",
+    "optimizer", "lr", "weight_decay", "warmup_epochs", "clip", "ema", "precision", "seed",
+)  # fmt: skip
+
+
+def _row(values: Mapping[str, Any], key: str) -> str:
+    return f"| {key.replace('_', ' ')} | {values[key] or 'not stated'} |"
+
+
+def _scores(config: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str, str]:
+    if results["knn_top1"] is None:
+        return {"none yet": "`fkd-ssl knn` and `fkd-ssl linear` score it"}
+    scores = {f"kNN-{config['knn_k']} top-1, at the end": f"{results['knn_top1']:.2f} %"}
+    best = results["knn_best"]
+    return {**scores, "the best on the way": f"{best['top1']:.2f} % at step {best['step']}"}

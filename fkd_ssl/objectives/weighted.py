@@ -1,0 +1,36 @@
+"""Weighted sums of objectives."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fkd_ssl.objectives.objective import Objective
+
+
+class Weighted(Objective):
+    """w_1 L_1 + w_2 L_2 + ...
+
+    Args:
+        parts: The objectives L.
+        weights: Their positive weights w, as they are: the learning rate belongs to their sum.
+    """
+
+    def __init__(self, parts: Sequence[Objective], weights: Sequence[float]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(parts)
+        self.weights = list(weights)
+
+    def forward(self, student: Tensor, target: Tensor) -> Tensor:
+        """The sum, a scalar, of L2-normalised student [B, D] and target [B, D]."""
+        return torch.stack([w * part(student, target) for w, part in zip(self.weights, self.parts, strict=True)]).sum()
+
+    def floor(self, target: Tensor) -> Tensor:
+        """The sum of the parts' floors for these targets [B, D]."""
+        floors = [w * part.floor(target) for w, part in zip(self.weights, self.parts, strict=True)]  # type: ignore[operator]
+        return torch.stack(floors).sum()
+
+    def remember(self, target: Tensor) -> None:
+        """Every part takes the targets [B, D]."""
+        for part in self.parts:
+            part.remember(target)  # type: ignore[operator]

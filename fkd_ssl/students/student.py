@@ -1,0 +1,96 @@
+"""A student: a backbone and a projection head for each teacher."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fkd_ssl.errors import RequestError
+from fkd_ssl.students.backbones import make_backbone
+from fkd_ssl.students.heads import make_head
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class Student(nn.Module):
+    """A backbone and a projection head, MoCo v2's by default.
+
+    A student of several teachers has a head for each, as in SimReg (arXiv 2201.05131).
+
+    Args:
+        name: Of the backbone: a classifier of torchvision's, timm/NAME, reactnet or reactnet_step1.
+        dims: D of each teacher's targets.
+        head: Of `HEADS`.
+        stem: As make_backbone takes it.
+        width: Likewise.
+
+    Attributes:
+        backbone: [B, 3, H, W] to features [B, F]; what is kept after training.
+        head: Features [B, F] to the first teacher's [B, D].
+        more_heads: The other teachers'.
+        feature_dim: F.
+        made_of: What makes such a student again, beside its dimensions: `name`, and of `head`, `stem` and `width` what is not
+            as usual.
+
+    Raises:
+        RequestError: There is no such backbone, head, stem or width.
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, name: str, *dims: int, head: str = "mocov2", stem: str = "standard", width: float = 1.0) -> None:
+        super().__init__()
+        unusual = {"head": (head, "mocov2"), "stem": (stem, "standard"), "width": (width, 1.0)}
+        self.made_of: dict[str, Any] = {"name": name, **{key: is_ for key, (is_, usual) in unusual.items() if is_ != usual}}
+        self.backbone, self.feature_dim = make_backbone(name, stem=stem, width=width)
+        self.head, *more = (make_head(head, self.feature_dim, dim) for dim in dims)
+        self.more_heads = nn.ModuleList(more)
+        self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1) * 255, persistent=False)
+        self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1) * 255, persistent=False)
+
+    def features(self, images: Tensor) -> Tensor:
+        """Backbone features [B, F] of uint8 [B, 3, H, W]."""
+        images = images.to(self.mean.device, non_blocking=True)
+        features: Tensor = self.backbone((images - self.mean) / self.std)
+        return features
+
+    def start_from(self, other: "Student") -> None:
+        """Takes the weights of a student of the same backbone; the heads' too where their shapes are the same.
+
+        Raises:
+            RequestError: The backbones differ.
+        """
+        own, given = self.state_dict(), other.state_dict()
+        taken = {key: value for key, value in given.items() if key in own and own[key].shape == value.shape}
+        backbone = {key for key in (*own, *given) if key.startswith("backbone.")}
+        if absent := sorted(backbone - taken.keys()):
+            raise RequestError(
+                f"init: {other.made_of} cannot start {self.made_of}: their {absent[0]!r} differ; give one of the same network"
+            )
+        self.load_state_dict({**own, **taken})
+
+    @property
+    def dims(self) -> list[int]:
+        """D of each head."""
+        return [int(head[-1].out_features) for head in (self.head, *self.more_heads)]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """L2-normalised embeddings [B, D] of uint8 [B, 3, H, W], by the first head."""
+        return F.normalize(self.head(self.features(images)), dim=1)
+
+    def embeddings(self, images: Tensor) -> list[Tensor]:
+        """L2-normalised embeddings [B, D] of uint8 [B, 3, H, W], one for each teacher."""
+        features = self.features(images)
+        return [F.normalize(head(features), dim=1) for head in (self.head, *self.more_heads)]
+
+
+def check_student(name: str, pixels: int, *, head: str = "mocov2", stem: str = "standard", width: float = 1.0) -> None:
+    """Raises RequestError where there is no such student, or it cannot take crops of `pixels`."""
+    student = Student(name, 2, head=head, stem=stem, width=width)
+    try:
+        with torch.no_grad():
+            student.backbone.eval()(torch.zeros(1, 3, pixels, pixels))
+    except (RuntimeError, AssertionError, ValueError) as error:
+        raise RequestError(f"student {name!r}: cannot take crops of {pixels} px: {error}") from error

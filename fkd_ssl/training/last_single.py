@@ -1,0 +1,33 @@
+"""FKD's last epochs: one crop of an image in a batch, so that the last BatchNorm statistics are not those of like crops."""
+
+import copy
+
+from torch.utils.data import Dataset
+
+from fkd_ssl.data import Batch, Crops, Samples
+from fkd_ssl.training.sampler import Pairs, PassSampler
+
+
+class LastSingle(Dataset[Batch]):
+    """Crops, M of an image, and one of an image in the passes that the sampler says (FKD, arXiv 2112.01528, its code).
+
+    Both count an image's crops alike, so that every crop is used before any is used twice.
+
+    Args:
+        data: What is read.
+        sampler: Whose batches they are.
+    """
+
+    def __init__(self, data: Crops, sampler: PassSampler) -> None:
+        self.data = data
+        self.one = copy.copy(data)
+        self.one.crops_per_image = 1
+        self.sampler = sampler
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitems__(self, indices: Pairs) -> Samples:
+        """As `Crops.__getitems__`; all of one kind of pass."""
+        data = self.one if self.sampler.is_single(indices[0][0]) else self.data
+        return data.__getitems__([*indices])

@@ -1,0 +1,94 @@
+"""Trainings by two processes (gloo, on the CPU): started plainly and by torchrun, as one with the same global batch."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fkd_ssl.training.recorder import read_metrics
+
+pytestmark = [pytest.mark.ddp, pytest.mark.slow]
+
+TOLERANCE = 1e-5  # relative, of a loss: the processes' means are rounded otherwise than the mean of all
+PLAIN = [sys.executable, "-m", "fkd_ssl"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "fkd_ssl"]
+LINE = (
+    "train --images train --store store --student squeezenet1_1 --head simreg --objective feature_kl+0.1*queue_kl --queue 36 "
+    "--ema 0.9 --batch_size 12 --crops_per_image 1 --pixels 32 --workers 0 --log_every 1 --lr 1e-4"
+)
+# BatchNorm is over a process's own crops, so that a comparison with one process leaves SimReg's head out
+NO_NORM = LINE.replace("--head simreg ", "")
+
+
+def run(command: list[str], line: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    env = {**os.environ, "TQDM_DISABLE": "1", "PYTHONPATH": "."}
+    return subprocess.run([*command, *line.split()], capture_output=True, text=True, check=False, env=env, **options)
+
+
+def losses(folder: Path) -> list[float | None]:
+    return [line["loss"] for line in read_metrics(folder / "metrics.csv") if line["loss"] is not None]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_two_processes_are_one(work: Path, call: Any, accumulate: int) -> None:
+    line = f"{NO_NORM} --epochs 6 --accumulate {accumulate} --val val --knn_every 3"
+    assert call(f"{line} --out one").status == 0
+    done = run(PLAIN, f"{line} --out two --devices 2")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n") == 1  # one process speaks
+    done = run(TORCHRUN, f"{line} --out three")
+    assert done.returncode == 0, done.stderr
+    one, two, three = (losses(work / name) for name in ("one", "two", "three"))
+    assert len(one) == 9
+    assert two == pytest.approx(one, rel=TOLERANCE)
+    assert three == two
+    results = [json.loads((work / name / "results.json").read_text()) for name in ("one", "two")]
+    for key in ("steps", "crops_seen", "images"):
+        assert results[0][key] == results[1][key]
+    assert results[0]["knn_top1"] == pytest.approx(results[1]["knn_top1"], abs=9)  # one of twelve images
+    weights = [torch.load(work / name / "checkpoints/last.ckpt", weights_only=True)["state_dict"] for name in ("one", "two")]
+    assert weights[0].keys() == weights[1].keys()
+    queue = "parts.0.parts.1.queue"
+    for row in weights[1][queue]:  # the same targets in each process's order
+        assert (weights[0][queue] - row).abs().sum(dim=1).min() < 1e-6
+
+
+def test_online_teachers_run_in_each(work: Path, call: Any) -> None:
+    line = f"{NO_NORM} --epochs 2 --targets online --teacher own_teacher:make"
+    assert call(f"{line} --out one").status == 0
+    done = run(PLAIN, f"{line} --out two --devices 2")
+    assert done.returncode == 0, done.stderr
+    assert losses(work / "two") == pytest.approx(losses(work / "one"), rel=TOLERANCE)
+
+
+def test_a_sigterm_saves_first_and_the_training_continues(work: Path) -> None:
+    line = f"{LINE} --epochs 48 --devices 2"
+    env = {**os.environ, "TQDM_DISABLE": "1", "PYTHONPATH": "."}
+    with subprocess.Popen([*PLAIN, *line.split(), "--out", "run"], stderr=subprocess.PIPE, text=True, env=env) as process:
+        while process.poll() is None and not (work / "run/checkpoints/last.ckpt").exists():
+            time.sleep(0.1)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert "stopped; the same command continues where it can" in err
+    stopped = torch.load(work / "run/checkpoints/last.ckpt", weights_only=True)["global_step"]
+    assert 0 < stopped < 72
+    assert len(losses(work / "run")) == stopped
+    assert run(PLAIN, f"{line} --out run").returncode == 0
+    assert len(losses(work / "run")) == 72
+    assert run(PLAIN, f"{line} --out whole").returncode == 0
+    assert losses(work / "run") == losses(work / "whole")
+
+
+def test_processes_that_do_not_divide_a_batch_are_refused(work: Path, call: Any) -> None:
+    answer = call(f"{LINE} --out run --devices 5")
+    assert (answer.status, answer.out) == (2, "")
+    assert "12 images a batch, which 5 processes of 1 parts do not divide" in answer.err
+    assert not (work / "run").exists()

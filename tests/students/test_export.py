@@ -1,0 +1,126 @@
+"""Exported backbones: loaded with one line in each library, the same features, nothing overwritten."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from fkd_ssl.errors import CheckpointError, RequestError, StoreError
+from fkd_ssl.students import Student, load_student
+from fkd_ssl.students.export import export, library
+
+EXACT = 1e-6  # of the largest feature
+
+
+def student(name: str, **options: Any) -> Student:
+    """With running statistics that are not those of the start."""
+    torch.manual_seed(0)
+    one = Student(name, 8, **options)
+    with torch.no_grad():
+        one.train()(torch.randint(0, 256, (8, 3, 64, 64), dtype=torch.uint8))
+    return one.eval()
+
+
+def same(one: nn.Module, other: nn.Module) -> bool:
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        a, b = one.eval()(images), other.eval()(images)
+    return bool((a - b).abs().max() <= EXACT * a.abs().max())
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "timm/resnet18"])
+def test_torchvision_loads_it_with_one_line(name: str, tmp_path: Path) -> None:
+    import torchvision
+
+    one = student(name)
+    line = export(one, tmp_path / "f.safetensors", layout="torchvision", pixels=64)
+    bare = name.removeprefix("timm/")
+    assert line.startswith(f'model = torchvision.models.{bare}(); model.load_state_dict(safetensors.torch.load_file("')
+    model = getattr(torchvision.models, bare)()
+    missing, unexpected = model.load_state_dict(load_file(tmp_path / "f.safetensors"), strict=False)
+    assert unexpected == []
+    assert {key.partition(".")[0] for key in missing} <= {"fc", "classifier"}
+    setattr(model, "fc" if hasattr(model, "fc") else "classifier", nn.Identity())
+    assert same(one.backbone, model)
+
+
+@pytest.mark.parametrize(
+    ("name", "theirs"),
+    [("resnet18", "resnet18"), ("mobilenet_v2", "mobilenetv2_100"), ("timm/mobilenetv3_small_050", "mobilenetv3_small_050")],
+)
+def test_timm_loads_it_with_one_line(name: str, theirs: str, tmp_path: Path) -> None:
+    import timm
+
+    one = student(name)
+    line = export(one, tmp_path / "f.safetensors", layout="timm", pixels=64)
+    assert line == f'model = timm.create_model("{theirs}", num_classes=0, checkpoint_path="{tmp_path}/f.safetensors")'
+    model = timm.create_model(theirs, num_classes=0, checkpoint_path=str(tmp_path / "f.safetensors"))
+    assert same(one.backbone, model)
+
+
+@pytest.mark.parametrize("layout", [None, "timm"])
+def test_it_is_a_student_again(layout: Any, tmp_path: Path) -> None:
+    one = student("resnet18", stem="small", head="simreg")
+    line = export(one, tmp_path / "f.safetensors", layout=layout, pixels=64)
+    assert line.startswith("student, pixels = fkd_ssl.load_student(")
+    again, pixels = load_student(tmp_path / "f.safetensors")
+    assert pixels == 64
+    assert not again.training
+    assert same(one.backbone, again.backbone)
+
+
+def test_a_narrow_reactnet_is_its_own_layout(tmp_path: Path) -> None:
+    one = student("reactnet", width=0.125)
+    export(one, tmp_path / "f.safetensors", layout=None, pixels=32)
+    again, _ = load_student(tmp_path / "f.safetensors")
+    assert again.made_of == {"name": "reactnet", "width": 0.125}
+    assert same(one.backbone, again.backbone)
+    assert library("reactnet") == "fkd_ssl"
+
+
+def test_the_same_export_gives_the_same_bytes_and_another_does_not_overwrite(tmp_path: Path) -> None:
+    path = tmp_path / "f.safetensors"
+    export(student("squeezenet1_1"), path, layout=None, pixels=64)
+    before = path.read_bytes()
+    export(student("squeezenet1_1"), path, layout=None, pixels=64)
+    with pytest.raises(StoreError, match=r"f\.safetensors: exists with other content; delete it or choose another place"):
+        export(student("squeezenet1_1"), path, layout=None, pixels=32)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "said"),
+    [
+        ("squeezenet1_1", "timm", r"layout timm: timm has no network that is the same as squeezenet1_1; leave --layout out"),
+        ("reactnet_step1", "torchvision", r"layout torchvision: torchvision has no network that is the same as reactnet_step1"),
+        ("timm/mobilenetv3_small_050", "torchvision", r"torchvision has no network that is the same"),
+    ],
+)
+def test_what_a_library_lacks_is_refused(name: str, layout: Any, said: str, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=said):
+        export(Student(name, 8, width=0.125 if name.startswith("reactnet") else 1.0), tmp_path / "f.safetensors", layout=layout,
+               pixels=64)  # fmt: skip
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_networks_of_one_shape_that_differ_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """convnext_tiny has other names and the same shapes, up to a factor that timm applies elsewhere."""
+    from fkd_ssl.students import export as module
+
+    monkeypatch.setattr(module, "_same", lambda one, other: False)
+    with pytest.raises(RequestError, match=r"timm has no network that is the same as resnet18"):
+        export(student("resnet18"), tmp_path / "f.safetensors", layout="timm", pixels=64)
+
+
+def test_another_ending_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=r"the file is one of safetensors; call it .*f\.safetensors"):
+        export(student("squeezenet1_1"), tmp_path / "f.pth", layout=None, pixels=64)
+
+
+def test_somebody_elses_file_is_no_student(tmp_path: Path) -> None:
+    save_file({"weight": torch.zeros(3)}, tmp_path / "f.safetensors")
+    with pytest.raises(CheckpointError, match=r"f\.safetensors: not a checkpoint of fkd-ssl train"):
+        load_student(tmp_path / "f.safetensors")

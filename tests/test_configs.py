@@ -1,0 +1,55 @@
+"""Every config of configs/ is what its first line says: a command line that the parser takes, for a student that there is."""
+
+import importlib
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fkd_ssl import cli
+from fkd_ssl.objectives import TargetInfo
+from fkd_ssl.students import check_student
+from fkd_ssl.training.config import TrainConfig
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+
+
+def parsed(path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The config dataclass of the command that stands in the file's first lines."""
+    monkeypatch.chdir(ROOT)
+    comment = re.sub(r"\\\n# +", "", path.read_text()).split("\n", 1)[0]
+    program, verb, *args = comment.removeprefix("# ").split()
+    assert program == "fkd-ssl"
+    assert args[:2] == ["--config", str(path.relative_to(ROOT))]
+    return cli.parse(verb, importlib.import_module(f"fkd_ssl.commands.{verb}"), args)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_it_loads(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = parsed(path, monkeypatch)
+    assert "student" not in vars(config) or config.student in path.read_text()
+    if isinstance(config, TrainConfig):
+        from fkd_ssl.training.engine import check_batch
+
+        check_batch(config, 5000)
+
+
+SMALL = sorted({path for path in CONFIGS if path.parent.name == "imagenette" and "student:" in path.read_text()})
+
+
+@pytest.mark.parametrize("path", SMALL, ids=lambda path: str(path.stem))
+def test_its_student_and_objective_are_there(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from fkd_ssl.training.engine import objective_of
+
+    config = parsed(path, monkeypatch)
+    check_student(config.student, config.pixels, head=config.head, stem=config.stem, width=config.width)
+    if isinstance(config, TrainConfig):
+        objective_of(config, TargetInfo(name="t", dim=128))
+
+
+def test_every_imagenet_run_has_a_small_twin() -> None:
+    large = {path.stem.replace("_w4", "") for path in CONFIGS if path.parent.name == "imagenet"}
+    small = {path.stem for path in CONFIGS if path.parent.name == "imagenette"}
+    assert large - small == {"mocov2_resnet18_stored", "swav_resnet18_prototype_ce"}  # whose results have pages of their own
