@@ -68,7 +68,8 @@ def draw(image: UInt8Array, records: Records, crops: Sequence[Picture], near: Se
         figsize=(side + 0.4 + wide * _CELL, max(3.6, 0.5 + len(rows) * (_CELL + 0.35))), facecolor=_PAPER, layout="constrained"
     )
     FigureCanvasAgg(figure)
-    left, right = figure.subfigures(1, 2, width_ratios=[side + 0.4, wide * _CELL])
+    halves: Any = figure.subfigures(1, 2, width_ratios=[side + 0.4, wide * _CELL])
+    left, right = halves
     figure.suptitle(title, color=_INK, fontsize=9)
     axes = left.subplots()
     axes.imshow(image)

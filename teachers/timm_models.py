@@ -119,7 +119,7 @@ def _converted(network: nn.Module, weights: dict[str, Tensor], classifier: Any, 
     # timm would resample another patch size or number of positions: that is another teacher than the file's
     positions = {key: wanted["pos_embed"] for key in kept if key.endswith(_POSITIONS)} if "pos_embed" in wanted else {}
     misshapen = [
-        f"{key} {list(value.shape)}, expected {list((wanted.get(key, positions.get(key))).shape)}"
+        f"{key} {list(value.shape)}, expected {list(({**positions, **wanted})[key].shape)}"
         for key, value in kept.items()
         if (key in wanted and value.ndim == wanted[key].ndim and value.shape != wanted[key].shape)
         or (key in positions and abs(value.numel() - positions[key].numel()) > positions[key].shape[-1])

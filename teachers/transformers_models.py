@@ -123,9 +123,9 @@ def _preprocessing(processor: dict[str, Any], where: str) -> tuple[Rgb, Rgb, int
 def _rgb(processor: dict[str, Any], name: str, where: str) -> Rgb:
     """Three numbers; one stands for three, as in transformers."""
     value = processor.get(name)
-    values = value if isinstance(value, (list, tuple)) else [value]
+    values: list[Any] = [*value] if isinstance(value, (list, tuple)) else [value]
     try:
-        red, green, blue = (float(number) for number in (list(values) * 3 if len(values) == 1 else values))
+        red, green, blue = (float(number) for number in (values * 3 if len(values) == 1 else values))
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{where}: its image processor's {name} is {value!r}, expected three numbers") from error
     return red, green, blue

@@ -188,9 +188,9 @@ def _show_nearest(config: Config) -> int:
     from fkd_ssl.images import ImageSet, read_image
 
     assert config.query is not None
-    sheet, query = Path(config.sheet), Path(config.query)
-    if sheet.exists():
-        raise RequestError(f"{sheet}: exists; name another --sheet")
+    out, query = Path(config.sheet), Path(config.query)
+    if out.exists():
+        raise RequestError(f"{out}: exists; name another --sheet")
     picture = read_image(query)
     model, pixels = sources.load_model(config)
     if config.gallery is None:
@@ -215,12 +215,12 @@ def _show_nearest(config: Config) -> int:
     found = [(int(row), float(cosine)) for row, cosine in zip(at[0], similarity[0], strict=True) if row >= 0]
     near = [{"image": names[row], "class": classes[labels[row]], "cosine": cosine} for row, cosine in found]
     shown = [(read_image(item["image"]), f"{item['class']} {item['cosine']:.3f}") for item in near]
-    sheet.write_found(sheet, picture, f"query {query.name}", shown)
+    sheet.write_found(out, picture, f"query {query.name}", shown)
     if config.json:
-        console.show_json({"kind": "retrieve", "query": str(query), "sheet": str(sheet), "nearest": near})
+        console.show_json({"kind": "retrieve", "query": str(query), "sheet": str(out), "nearest": near})
     else:
         console.show(
             console.table([["cosine", "class", "image"], *([f"{i['cosine']:.3f}", i["class"], i["image"]] for i in near)])
         )
-        console.say(f"contact sheet: {sheet}")
+        console.say(f"contact sheet: {out}")
     return 0

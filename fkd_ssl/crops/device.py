@@ -92,7 +92,7 @@ def replay_planned(sources: Tensor, crops: Plan, pixels: int) -> Tensor:
     for name, indices in crops.items():
         if name.startswith("halved"):
             level = int(name.removeprefix("halved"))
-            for some in indices.split(max(1, ELEMENTS // (2 * pixels << level) ** 2)):
+            for some in torch.split(indices, max(1, ELEMENTS // (2 * pixels << level) ** 2)):
                 rows = max(1, ELEMENTS // (len(some) * pixels * (2 << level) ** 2))
                 for top in range(0, pixels, rows):
                     band = slice(top, min(top + rows, pixels))
@@ -117,7 +117,7 @@ def replay_on(device: str | torch.device, image: UInt8Array, records: Records, p
 
 def _parts(crops: Plan, pixels: int, *names: str) -> Iterator[tuple[Tensor, ...]]:
     """The crops that something is done to, so many at a time that temporaries stay small, and what it needs of each."""
-    return zip(*(crops[name].split(max(1, ELEMENTS // (3 * pixels * pixels))) for name in names), strict=True)
+    return zip(*(torch.split(crops[name], max(1, ELEMENTS // (3 * pixels * pixels))) for name in names), strict=True)
 
 
 def _resized(sources: Tensor, boxes: Tensor, level: int, pixels: int, band: slice) -> Tensor:
