@@ -44,7 +44,8 @@ class ColumnMeta:
     """Bytes of one code."""
     fidelity: dict[str, Any]
     """Cosine of decoded to original targets on a held-out sample: `cosine_mean`, `cosine_min`, `sample`. A recoded column
-    has bounds on them, and says what they are made of: `source_codec`, `source_cosine_mean`, `recoded_cosine_mean`, ..."""
+    has bounds on them, and says what they are made of: `source_codec`, `source_column` (sha256 of the source's meta.json as
+    sidecars have it), `source_cosine_mean`, `recoded_cosine_mean`, ..."""
     teacher: dict[str, Any]
     """name, network, licence, source, checkpoint_sha256."""
     preprocessing: dict[str, list[float]]

@@ -76,16 +76,21 @@ def _same(store: Store, source: Column, codec: str, to: str) -> Column:
     """The column that is there, if it is the one asked for."""
     try:
         there = store.column(to)
-        same = there.meta == replace(
-            source.meta, codec=codec, code_size=there.meta.code_size, fidelity=there.meta.fidelity, arrays=there.meta.arrays
-        )
-        if same and there.meta.fidelity.get("source_codec") == source.meta.codec and not there.missing_shards:
+        if _is_of(there, source, codec) and store.manifest == source.store.manifest and not there.missing_shards:
             return there
     except StoreError:
         pass
     raise RequestError(
         f"{store.folder}: holds something else than {source.name} in {codec} as {to!r}; choose another --to or --out"
     )
+
+
+def _is_of(column: Column, source: Column, codec: str) -> bool:
+    """Whether a column is what `recode` makes of the source."""
+    meta, f = column.meta, column.meta.fidelity
+    same = meta == replace(source.meta, codec=codec, code_size=meta.code_size, fidelity=f, arrays=meta.arrays)
+    # a column of an earlier version does not say its source's digest
+    return same and f.get("source_codec") == source.meta.codec and f.get("source_column", source.digest) == source.digest
 
 
 def _fill(source: Column, codec: str, store: Store, to: str) -> None:
@@ -97,8 +102,11 @@ def _fill(source: Column, codec: str, store: Store, to: str) -> None:
         digests = {array: files.write_npy(folder / f"{array}.npy", values) for array, values in arrays.items()}
         files.write_json(folder / "meta.json", {**meta, "arrays": digests})
     column = Column(store, to)
-    if column.meta.codec != codec:
-        raise RequestError(f"{folder}: {column.meta.codec} was begun there and not finished; delete that folder")
+    if not _is_of(column, source, codec):
+        raise RequestError(
+            f"{folder}: {column.meta.codec} of {column.meta.teacher['name']} was begun there and not finished, not {codec} of "
+            f"this {source.name}; delete that folder, or choose another --to or --out"
+        )
     for shard in tqdm(range(store.manifest.shards), desc=f"recode {source.name}", unit="shard"):
         path = layout.codes_file(store.folder, to, shard)
         if path.with_suffix(".json").exists():
@@ -120,7 +128,7 @@ def _train(source: Column, codec: str) -> tuple[dict[str, Any], dict[str, Float3
     held_out = max(1, len(sample) // FIDELITY_SHARE)
     trained = Codec.train(codec, sample[:-held_out] if len(sample) > held_out else sample)
     before, own = source.meta.fidelity, measure(trained, sample[-held_out:])
-    fidelity: dict[str, Any] = {"sample": held_out, "source_codec": source.meta.codec}
+    fidelity: dict[str, Any] = {"sample": held_out, "source_codec": source.meta.codec, "source_column": source.digest}
     for key in ("cosine_mean", "cosine_min"):
         fidelity |= {key: combined(before[key], own[key]), f"source_{key}": before[key], f"recoded_{key}": own[key]}
     meta = {**asdict(source.meta), "codec": codec, "code_size": trained.code_size, "fidelity": fidelity}
