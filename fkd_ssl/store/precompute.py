@@ -129,6 +129,11 @@ def precompute(
             f"{len(teachers)} teachers, columns {names}, pixels {sides}: each teacher needs one size and a name of its own "
             "(--name a,b)"
         )
+    for each in teachers:
+        if strange := [key for key in each.arrays if not layout.COLUMN_NAME.fullmatch(f"teacher-{key}")]:
+            raise RequestError(
+                f"teacher {each.name}: an array named {strange[0]!r} cannot be stored; letters, digits, '.', '_' and '-' only"
+            )
     requests = [
         Request(name=layout.checked_name(n), teacher=t, codec=codec, pixels=side, chunk_size=chunk_size, device=device)
         for n, t, side in zip(names, teachers, sides, strict=True)

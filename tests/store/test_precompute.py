@@ -192,6 +192,13 @@ def test_a_teachers_own_arrays_are_kept(tmp_path, make_store, tiny_teacher):
         column.array("more")
 
 
+def test_an_array_that_cannot_be_a_files_name_is_refused_before_the_work(tmp_path, make_store, tiny_teacher):
+    tiny_teacher.arrays = {"my prototypes": np.zeros((3, 16), dtype=np.float32)}
+    with pytest.raises(RequestError, match=r"teacher tiny: an array named 'my prototypes' cannot be stored; letters, digits"):
+        make_store(tmp_path / "store", teacher=tiny_teacher)
+    assert not (tmp_path / "store").exists()
+
+
 # limit
 
 

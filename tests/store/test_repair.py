@@ -144,6 +144,30 @@ def test_a_damaged_meta_json_is_said_to_be_lost(folder, tree, image_folder, teac
     assert tree(folder) == before
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("teacher-more", "names an array 'teacher-more', which neither .* nor this teacher brings .*: restore teacher-"),
+        ("teacher-/../../../../secret", None),
+    ],
+)
+def test_an_array_that_the_teacher_does_not_bring(folder, tmp_path, image_folder, teacher, tree, name, message):
+    (tmp_path / "secret.npy").write_bytes(b"mine")
+    path = folder / "targets/tiny/meta.json"
+    values = files.read_json(path)
+    values["arrays"][name] = "0" * 64
+    path.write_bytes(files.signed(values))
+    before = tree(tmp_path)
+    if message is not None:
+        with pytest.raises(StoreError, match=message):
+            mend(folder, images.scan(image_folder), teacher, name="tiny")
+    else:
+        lines, problems = mend(folder, images.scan(image_folder), teacher, name="tiny")
+        assert "meta.json: a arrays that this version does not read" in lines[0]
+        assert problems
+    assert tree(tmp_path) == before
+
+
 def test_another_teacher_repairs_nothing(folder, tree, image_folder, new_teacher):
     flip(folder / "targets/tiny/ranges.npy")
     before = tree(folder)
