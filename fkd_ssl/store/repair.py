@@ -3,13 +3,14 @@
 import io
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
 from fkd_ssl import files
-from fkd_ssl.errors import RequestError, StoreError
+from fkd_ssl.errors import ImageError, RequestError, StoreError
 from fkd_ssl.images import ImageSet, read_size
 from fkd_ssl.store import manifest as layout
 from fkd_ssl.store.codecs import Float32Array
@@ -38,7 +39,8 @@ def repair_lists(folder: Path, images: ImageSet, log: Log) -> None:
     if _digest(folder / layout.SIZES) != manifest.sizes_sha256:
         sizes = np.zeros(len(images), dtype=layout.SIZE_DTYPE)
         for row in range(len(images)):
-            sizes[row] = (images.file(row).stat().st_size, *read_size(images.file(row)))
+            with suppress(ImageError):  # zeros for one that was skipped; for another the digest will differ
+                sizes[row] = (images.file(row).stat().st_size, *read_size(images.file(row)))
         header = files.npy_header(sizes.dtype, sizes.shape)
         _replace(folder / layout.SIZES, header + sizes.tobytes(), manifest.sizes_sha256, log)
 

@@ -188,6 +188,21 @@ def test_the_list_of_images_comes_back(folder, tree, image_folder, name):
     assert tree(folder) == before
 
 
+def test_the_sizes_of_images_of_which_one_has_no_header_come_back(tmp_path, make_store, pictures, tree):
+    (pictures / "birch" / "004.jpg").write_bytes(b"no picture at all")
+    folder = make_store(tmp_path / "store", images=pictures, skip_unreadable=True).folder
+    before = tree(folder)
+    flip(folder / "images.npy")
+    lines = []
+    repair_lists(folder, images.scan(pictures), lines.append)
+    assert lines == [f"{folder / 'images.npy'}: made again, as it was"]
+    assert tree(folder) == before
+    (pictures / "birch" / "005.jpg").write_bytes(b"nor this")
+    flip(folder / "images.npy")
+    repair_lists(folder, images.scan(pictures), lines.append)
+    assert "images.npy: cannot be made again" in lines[1]
+
+
 def test_a_list_of_other_images_is_not_put_there(folder, tree, pictures):
     flip(folder / "images.txt")
     (pictures / "ash" / "000.jpg").unlink()
