@@ -75,9 +75,12 @@ def open_or_train(
     Raises:
         RequestError: A column of that name is of another teacher, or was made otherwise.
     """
-    for request in requests:
+    for request in requests:  # before any work
+        target = store.folder / layout.TARGETS / request.name
+        if target.is_dir() and any(target.iterdir()) and not _published(store, request):
+            raise RequestError(_nobodys(target))
         if _published(store, request):
-            _check(store, request)  # before any work
+            _check(store, request)
     new = [request for request in requests if not _published(store, request)]
     for codec in dict.fromkeys(request.codec for request in new):
         log(f"training the codec {codec} on a sample")
@@ -221,15 +224,30 @@ def _cosines(codec: Codec, targets: Float32Array) -> npt.NDArray[np.float64]:
 
 
 def publish_column(target: Path, meta: dict[str, Any], arrays: dict[str, Float32Array]) -> None:
-    """Publishes a column's folder whole; if another process was first, its column stands."""
+    """Publishes a column's folder whole; if another process was first, its column stands.
+
+    Raises:
+        RequestError: There is a folder of that name that is no column.
+    """
     temporary = target.with_name(f"{files.TEMPORARY}{target.name}-{secrets.token_hex(6)}")
     temporary.mkdir(parents=True)
-    digests = {name: files.write_npy(temporary / f"{name}.npy", array) for name, array in arrays.items()}
-    files.write_json(temporary / "meta.json", {**meta, "arrays": digests})
     try:
-        temporary.rename(target)
-    except OSError:
-        if not (target / "meta.json").exists():
-            raise
-        shutil.rmtree(temporary)
-    files.sync_folder(target.parent)
+        digests = {name: files.write_npy(temporary / f"{name}.npy", array) for name, array in arrays.items()}
+        files.write_json(temporary / "meta.json", {**meta, "arrays": digests})
+        try:
+            temporary.rename(target)
+        except OSError as error:
+            if not target.exists():
+                raise
+            if not (target / "meta.json").exists():
+                raise RequestError(_nobodys(target)) from error
+        files.sync_folder(target.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _nobodys(target: Path) -> str:
+    return (
+        f"{target}: there is such a folder, and no meta.json in it to say whose targets it holds: restore its meta.json from a "
+        "copy, or move the folder away and run this again"
+    )

@@ -182,6 +182,41 @@ def test_a_store_without_targets_is_found(folder):
     assert "holds no teacher's targets; run fkd-ssl precompute" in found
 
 
+def test_codes_without_a_meta_json_are_found_beside_another_column(folder, make_store, new_teacher, tree):
+    make_store(folder, teacher=new_teacher(1, "other"))
+    (folder / "targets/tiny/meta.json").unlink()
+    before = tree(folder)
+    (found,) = problems(folder)
+    assert "targets/tiny: holds codes and no meta.json, which alone says whose they are: restore it from a copy" in found
+    teacher = new_teacher()
+    with pytest.raises(RequestError, match=r"targets/tiny: there is such a folder, and no meta\.json .* move the folder away"):
+        make_store(folder, teacher=teacher)
+    assert teacher.calls == 0
+    assert tree(folder) == before
+    (folder / "targets/tiny").rename(folder.parent / "away")
+    make_store(folder)
+    assert problems(folder) == []
+
+
+def test_a_folder_that_comes_while_the_codec_is_trained_is_left(folder, make_store, new_teacher):
+    """And nothing of ours stays beside it."""
+    teacher, path = new_teacher(1, "other"), folder / "targets/other/codes-00000.npy"
+    real = teacher.embed
+
+    def embed(views):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"mine")
+        return real(views)
+
+    teacher.embed = embed
+    with pytest.raises(
+        RequestError, match=r"targets/other: there is such a folder, and no meta\.json in it .* move the folder"
+    ):
+        make_store(folder, teacher=teacher)
+    assert path.read_bytes() == b"mine"
+    assert not list((folder / "targets").glob(".tmp-*"))
+
+
 def test_another_pixel_path_is_found(folder, monkeypatch):
     assert probe_digest() == open_store(folder).column().meta.probe_digest
     monkeypatch.setattr(verifying, "probe_digest", lambda: "0" * 64)
