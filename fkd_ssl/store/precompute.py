@@ -24,7 +24,7 @@ from fkd_ssl.progress import hidden
 from fkd_ssl.store import advice, work
 from fkd_ssl.store import manifest as layout
 from fkd_ssl.store.codecs import Float32Array, code_size
-from fkd_ssl.store.columns import Request, open_or_train
+from fkd_ssl.store.columns import Request, check_sample, open_or_train, sample_targets
 from fkd_ssl.store.reader import Column, Store
 from fkd_ssl.store.rows import Row, RowReader, Teacher, image_checksums, publish_crops
 from fkd_ssl.store.sweep import Lane, sweep
@@ -140,6 +140,9 @@ def precompute(
     ]
     folder = Path(folder)
     images = layout.limit_images(images, limit)
+    for request in requests:
+        if not (folder / layout.TARGETS / request.name / "meta.json").exists():  # a column that is there has its codec
+            check_sample(codec, sample_targets(codec, len(images) * crops))
     log(_announce(folder, len(images), crops, requests))
     for request in requests:
         if warning := advice.on_size(request.teacher.dim, codec, len(images) * crops):

@@ -4,7 +4,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -158,7 +158,12 @@ def whole_folder(target: Path) -> Iterator[Path]:
         for left in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
             for path in left.glob(f"{files.TEMPORARY}*"):  # of a killed call; nobody else writes here
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        yield folder
+        try:
+            yield folder
+        except BaseException:
+            with suppress(OSError):
+                folder.rmdir()  # unless something is in it to go on with
+            raise
         if target.exists():
             target.rmdir()  # empty, or it would have been refused
         folder.rename(target)

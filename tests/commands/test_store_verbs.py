@@ -82,6 +82,17 @@ class TestPlan:
         assert "does not fit  <- --codec" in out
         assert "9.0 kB free" in out
 
+    def test_a_codec_that_precompute_will_refuse_is_said(self, work: Path, call: Any) -> None:
+        status, out, _ = call(f"{PLAN} --crops 10 --codec PQ4x4")
+        assert status == 0
+        assert "too few targets  <- --codec" in out
+        said = "codec PQ4x4 needs at least 624 targets to be trained on, and there are 160, besides one in 9 that is held out"
+        assert f"precompute will refuse this: {said}" in out
+        line = "precompute --images train --store new --teacher own_teacher:make --crops 10 --codec PQ4x4"
+        answer = call(line)
+        assert (answer.status, (work / "new").exists()) == (2, False)
+        assert said in answer.err
+
     def test_estimate_by_hand(self) -> None:
         costs = Costs(forward=0.01, forward_batch=128, step=0.02, step_batch=64, decode=0.008, replay=0.001)
         cpu = estimate(costs, images=1000, crops=40, epochs=10, crops_per_image=4, cores=2, overlaps=False)

@@ -201,6 +201,31 @@ def test_what_is_there_is_left(source, tree):
     assert tree(source.folder) == before
 
 
+def test_a_codec_that_needs_more_targets_is_refused_and_nothing_is_left(tmp_path, source, tree):
+    before = tree(tmp_path)
+    for place in ({}, {"out": tmp_path / "small"}):
+        with pytest.raises(
+            RequestError, match=r"codec PQ4x8 needs at least 9984 targets to be trained on, and there are 256, be"
+        ):
+            recode(source, "PQ4x8", **place)
+    assert tree(tmp_path) == before
+    assert not list(tmp_path.rglob(".unfinished-*"))
+
+
+def test_a_codec_that_leaves_nothing_is_refused(tmp_path, make_store, tree):
+    """SQ4 of a single target: its range has no width."""
+    store = make_store(tmp_path / "one", crops=1, limit=1, codec="Flat")
+    before = tree(tmp_path)
+    with pytest.raises(
+        RequestError, match=r"codec SQ4: trained on 1 targets it leaves cosine -?0\.\d+ in .*\(SQ8, SQfp16, Flat\)"
+    ):
+        recode(store, "SQ4")
+    assert tree(tmp_path) == before
+    assert not list(tmp_path.rglob(".unfinished-*"))
+    with pytest.raises(RequestError, match=r"codec SQ4: .* choose a larger codec"):
+        make_store(tmp_path / "other", crops=1, limit=1, codec="SQ4")
+
+
 def test_a_damaged_or_unfinished_source_is_refused(source, tree):
     path = source.folder / "targets/tiny/codes-00002.npy"
     data = bytearray(path.read_bytes())
