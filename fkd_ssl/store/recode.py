@@ -54,7 +54,7 @@ def recode(
         with whole_folder(target) as folder:
             _fill(source, codec, store, folder.name)
         return Store(store.folder).column(to)
-    out = Path(out)
+    out = Path(out).resolve()  # '.' has no name to put another beside
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         return _same(Store(out), source, codec, to)
     check_sample(codec, _sample(source, codec)[2])

@@ -44,7 +44,7 @@ def subset(
         StoreError: The source is damaged or lacks shards that are needed.
     """
     part = Part(store, crops=crops, teachers=teachers, paths=paths)
-    out = Path(out)
+    out = Path(out).resolve()  # '.' has no name to put another beside
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         if not part.is_in(out):
             raise RequestError(f"{out}: exists and is not this subset; choose another --out")

@@ -137,6 +137,19 @@ class TestSubset:
             "store": "part", "images": 2, "crops_per_image": 2, "teachers": ["make"], "store_bytes": about["bytes"],
         }  # fmt: skip
 
+    @pytest.mark.parametrize("verb", ["subset ../store", "recode ../store --codec SQ8"])
+    def test_into_the_empty_folder_where_one_stands(
+        self, work: Path, call: Any, monkeypatch: pytest.MonkeyPatch, verb: str
+    ) -> None:
+        (work / "new").mkdir()
+        monkeypatch.chdir(work / "new")
+        status, out, _ = call(f"{verb} --out .")
+        monkeypatch.chdir(work)
+        assert status == 0
+        assert out.startswith("." if "subset" in verb else str(work / "new/targets/make"))
+        assert call("verify new").status == 0
+        assert not list(work.glob(".unfinished-*"))
+
     def test_without_teachers(self, work: Path, call: Any) -> None:
         assert call("precompute --images train --store store --teacher own_teacher:other --crops 4 --codec SQ8").status == 0
         assert json.loads(call("subset store --out part --teachers other --json").out)["teachers"] == ["other"]
