@@ -202,6 +202,18 @@ def sweep(folder: Path) -> None:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
+def total_bytes(folder: Path) -> int:
+    """Bytes of a folder's files, but for hidden ones and those that another process removes meanwhile."""
+    total = 0
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            with suppress(OSError):
+                if not name.startswith("."):
+                    total += Path(place, name).stat().st_size
+    return total
+
+
 def sync_folder(folder: Path) -> None:
     """Makes names given in `folder` survive a power cut, where the system can."""
     with suppress(OSError):

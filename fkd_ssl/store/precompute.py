@@ -6,7 +6,7 @@ fixed size; a chunk is what a teacher runs on and what a killed run resumes from
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -180,13 +180,8 @@ def precompute(
         left=[] if share is None or share.helps else [s for s in others if not _finished(store, columns, s)],
         crops=writer.seen,
         seconds=time.perf_counter() - started,
-        store_bytes=sum(path.stat().st_size for path in _there(folder)),
+        store_bytes=files.total_bytes(folder),
     )
-
-
-def _there(folder: Path) -> Iterator[Path]:
-    """The files of a store; those that another process removes meanwhile are no matter."""
-    return (path for path in folder.rglob("*") if not path.name.startswith(".") and path.is_file())
 
 
 def _open_or_create(
