@@ -150,6 +150,13 @@ class TestSubset:
         assert call("verify new").status == 0
         assert not list(work.glob(".unfinished-*"))
 
+    def test_a_list_as_a_mac_writes_it(self, work: Path, call: Any) -> None:
+        shutil.copy(work / "train/ash/0.png", work / "train/ash/\u00e4.png")
+        assert call("precompute --images train --store fresh --teacher own_teacher:make --crops 2").status == 0
+        (work / "some.txt").write_text("ash/a\u0308.png\n", encoding="utf-8")
+        assert call("subset fresh --out part --list some.txt").status == 0
+        assert (work / "part/images.txt").read_text(encoding="utf-8") == "ash/\u00e4.png\n"
+
     def test_without_teachers(self, work: Path, call: Any) -> None:
         assert call("precompute --images train --store store --teacher own_teacher:other --crops 4 --codec SQ8").status == 0
         assert json.loads(call("subset store --out part --teachers other --json").out)["teachers"] == ["other"]
