@@ -28,7 +28,7 @@ from fkd_ssl.errors import StoreError
 
 TEMPORARY = ".tmp-"
 _MAX_JSON = 8 * 2**20  # a shard's sidecar has 67 bytes an image; parsed, JSON takes up to 30 times its size
-_MAX_HEADER = 4096
+MAX_HEADER = 4096
 # NumPy parses a header as Python text, and Python 3.11's parser fails now and then where two threads do that at once
 _ONE_AT_A_TIME = threading.Lock()
 
@@ -90,11 +90,15 @@ def canonical(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode() + b"\n"
 
 
+def signed(value: dict[str, Any]) -> bytes:
+    """`value` with its own sha256 under the key `sha256`, as it is spelled in a file."""
+    return canonical({**value, "sha256": sha256(canonical(value))})
+
+
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Publishes `value` with its own sha256 under the key `sha256`; see `publish`."""
-    signed = {**value, "sha256": sha256(canonical(value))}
+    """Publishes what `signed` makes of `value`; see `publish`."""
     with publish(path) as file:
-        file.write(canonical(signed))
+        file.write(signed(value))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -198,6 +202,18 @@ def sweep(folder: Path) -> None:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
+def total_bytes(folder: Path) -> int:
+    """Bytes of a folder's files, but for hidden ones and those that another process removes meanwhile."""
+    total = 0
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            with suppress(OSError):
+                if not name.startswith("."):
+                    total += Path(place, name).stat().st_size
+    return total
+
+
 def sync_folder(folder: Path) -> None:
     """Makes names given in `folder` survive a power cut, where the system can."""
     with suppress(OSError):
@@ -251,7 +267,7 @@ def npy_body(
         if np.lib.format.read_magic(file) != (1, 0):
             raise ValueError("not version 1.0 of the format")
         with _ONE_AT_A_TIME:
-            found, fortran, kind = np.lib.format.read_array_header_1_0(file, max_header_size=_MAX_HEADER)
+            found, fortran, kind = np.lib.format.read_array_header_1_0(file, max_header_size=MAX_HEADER)
         offset = file.tell()
     except Exception as error:  # NumPy's header reader raises many kinds of error on damaged text
         raise StoreError(f"{path}: no .npy header ({_short(error)}); the file is damaged") from error

@@ -336,6 +336,21 @@ def test_signed_files_are_matched_without_being_parsed(tmp_path):
         assert files.match_signed(path, PATTERN) is None
 
 
+def test_total_bytes_leaves_out_what_is_being_written(tmp_path, monkeypatch):
+    for name in ("a", "b/c", ".tmp-a-0", ".tmp-b-0/c", "b/.work-d", "gone"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"12345")
+    real = Path.stat
+
+    def stat(path, **options):
+        if path.name == "gone":  # by another process, since the folder was listed
+            raise FileNotFoundError
+        return real(path, **options)
+
+    monkeypatch.setattr(Path, "stat", stat)
+    assert files.total_bytes(tmp_path) == 10
+
+
 def test_any_shape_of_an_array(tmp_path):
     files.write_npy(tmp_path / "a.npy", np.zeros((2, 3, 4), dtype=np.float32))
     assert files.map_npy(tmp_path / "a.npy", np.dtype(np.float32), None).shape == (2, 3, 4)

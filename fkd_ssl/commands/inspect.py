@@ -18,6 +18,7 @@ class Config:
 
 def describe(folder: str) -> dict[str, Any]:
     """A store as a JSON object."""
+    from fkd_ssl import files
     from fkd_ssl.crops import CROP_DTYPE
     from fkd_ssl.store import open_store
 
@@ -31,7 +32,8 @@ def describe(folder: str) -> dict[str, Any]:
             "bytes_per_crop": column.meta.code_size + CROP_DTYPE.itemsize,
             "missing_shards": column.missing_shards,
         }
-    skipped = [store.paths[row] for s in range(m.shards) if store.has_crops(s) for row in store.skipped(s)]
+    crops = store.shards_with_crops()
+    skipped = [store.paths[row] for s in sorted(crops) for row in store.skipped(s)]
     return {
         "store": str(store.folder),
         "images": m.count,
@@ -41,7 +43,8 @@ def describe(folder: str) -> dict[str, Any]:
         "recipe": m.recipe.to_dict(),
         "seed": m.seed,
         "shards": m.shards,
-        "bytes": sum(path.stat().st_size for path in store.folder.rglob("*") if path.is_file()),
+        "missing_crops": [s for s in range(m.shards) if s not in crops],
+        "bytes": files.total_bytes(store.folder),
         "teachers": columns,
     }
 
@@ -61,6 +64,10 @@ def run(config: Config) -> int:
     ]
     if about["skipped"]:
         lines.append(f"skipped as unreadable: {len(about['skipped'])}, for instance {about['skipped'][0]}")
+    if about["missing_crops"]:
+        lines.append(f"NOT FINISHED: the crops of {len(about['missing_crops'])} of {about['shards']} shards are missing")
+    if not about["teachers"]:
+        lines.append("NOT FINISHED: there are no teacher's targets; fkd-ssl precompute writes them")
     for name, column in about["teachers"].items():
         fidelity, teacher = column["fidelity"], column["teacher"]
         lines += [

@@ -158,7 +158,11 @@ def run(config: Config) -> int:
         except RequestError:
             continue  # its parts do not divide D
     codecs = {
-        codec: {"bytes_per_crop": size + CROP_DTYPE.itemsize, "bytes": own + targets * (size + CROP_DTYPE.itemsize)}
+        codec: {
+            "bytes_per_crop": size + CROP_DTYPE.itemsize,
+            "bytes": own + targets * (size + CROP_DTYPE.itemsize),
+            "refused": _refused(codec, targets),
+        }
         for codec, size in sorted(sizes.items(), key=lambda item: -item[1])
     }
     where = Path(config.store)
@@ -191,7 +195,7 @@ def describe(config: Config, about: dict[str, Any]) -> str:
     measured = about["measured"]
     rows = [["codec", "bytes a crop", "store", ""]]
     for codec, size in about["codecs"].items():
-        note = "" if size["bytes"] < about["free_bytes"] else "does not fit"
+        note = "too few targets" if size["refused"] else "" if size["bytes"] < about["free_bytes"] else "does not fit"
         chosen = "  <- --codec" if codec == config.codec else ""
         rows.append([codec, str(size["bytes_per_crop"]), gigabytes(size["bytes"]), f"{note}{chosen}"])
     lines = [
@@ -218,7 +222,21 @@ def describe(config: Config, about: dict[str, Any]) -> str:
                 f"note: {config.epochs:g} epochs read {config.epochs:g} crops of an image; --crops {config.crops} serve "
                 "longer trainings, and cost in proportion"
             )
+    if refused := about["codecs"][config.codec]["refused"]:
+        lines.append(f"precompute will refuse this: {refused}")
     return "\n".join(lines)
+
+
+def _refused(codec: str, targets: int) -> str | None:
+    """Why so many targets are too few to train a codec on; None where they are not."""
+    from fkd_ssl.errors import RequestError
+    from fkd_ssl.store.columns import check_sample, sample_targets
+
+    try:
+        check_sample(codec, sample_targets(codec, targets))
+    except RequestError as error:
+        return str(error)
+    return None
 
 
 def measure(config: Config, images: "ImageSet", teacher: "Teacher", recipe: "Recipe", pixels: int) -> Costs:

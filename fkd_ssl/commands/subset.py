@@ -4,6 +4,7 @@ The teacher is not needed and the source is only read. The copy appears when it 
 records are those that precompute --crops k writes, byte for byte; its codes are the source's.
 """
 
+import unicodedata
 from dataclasses import dataclass
 
 POSITIONALS = ("store",)
@@ -29,6 +30,7 @@ class Config:
 
 def run(config: Config) -> int:
     """Copies and says what."""
+    from fkd_ssl import files
     from fkd_ssl.commands import console
     from fkd_ssl.errors import RequestError
     from fkd_ssl.store import open_store
@@ -39,12 +41,13 @@ def run(config: Config) -> int:
     if config.list is not None:
         try:
             with open(config.list, encoding="utf-8") as file:  # noqa: PTH123
-                paths = [line.rstrip("\n") for line in file if line.strip()]
+                # a Mac lists names in another form of Unicode than a store
+                paths = [unicodedata.normalize("NFC", line.rstrip("\n")) for line in file if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
             raise RequestError(f"--list {config.list}: cannot be read: {error}") from error
     teachers = None if config.teachers is None else config.teachers.split(",")
     made = subset(open_store(config.store), config.out, crops=config.crops, teachers=teachers, paths=paths)
-    size = sum(path.stat().st_size for path in made.folder.rglob("*") if path.is_file())
+    size = files.total_bytes(made.folder)
     if config.json:
         about = {"images": made.manifest.count, "crops_per_image": made.crops_per_image, "teachers": made.teachers}
         console.show_json({"store": config.out, **about, "store_bytes": size})

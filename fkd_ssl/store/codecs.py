@@ -125,7 +125,7 @@ def code_size(spec: str, dim: int) -> int:
 
 def sample_size(spec: str) -> int:
     """How many targets a codec is trained on, where there are so many."""
-    return max(_SAMPLES, _SAMPLES_PER_CENTROID * _centroids(spec))
+    return max(_SAMPLES, _SAMPLES_PER_CENTROID * _centroids(spec), smallest_sample(spec))
 
 
 def smallest_sample(spec: str) -> int:

@@ -17,12 +17,13 @@ from fkd_ssl.crops import probe_digest
 from fkd_ssl.errors import ImageError, RequestError
 from fkd_ssl.store import manifest as layout
 from fkd_ssl.store import work
-from fkd_ssl.store.codecs import Codec, Float32Array, code_size, sample_size
+from fkd_ssl.store.codecs import Codec, Float32Array, code_size, sample_size, smallest_sample
 from fkd_ssl.store.reader import Column, Store
 from fkd_ssl.store.rows import Row, RowReader, Teacher
 from fkd_ssl.store.sweep import Lane, sweep
 
 FIDELITY_SHARE = 9  # one target in nine of the codec's sample is held out to measure its fidelity on
+LEAST_COSINE = 0.5  # in the mean, of a column that is worth its place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,9 +76,12 @@ def open_or_train(
     Raises:
         RequestError: A column of that name is of another teacher, or was made otherwise.
     """
-    for request in requests:
+    for request in requests:  # before any work
+        target = store.folder / layout.TARGETS / request.name
+        if target.is_dir() and any(target.iterdir()) and not _published(store, request):
+            raise RequestError(_nobodys(target))
         if _published(store, request):
-            _check(store, request)  # before any work
+            _check(store, request)
     new = [request for request in requests if not _published(store, request)]
     for codec in dict.fromkeys(request.codec for request in new):
         log(f"training the codec {codec} on a sample")
@@ -102,10 +106,49 @@ def open_or_train(
 
 def train(request: Request, sample: Float32Array) -> tuple[dict[str, Any], dict[str, Float32Array]]:
     """A column's meta.json, without the arrays' checksums, and its arrays; part of the sample is held out."""
-    held_out = max(1, len(sample) // FIDELITY_SHARE)
-    trained = Codec.train(request.codec, sample[:-held_out] if len(sample) > held_out else sample)
-    meta = {**request.meta(), "fidelity": measure(trained, sample[-held_out:])}
+    trained, fidelity = fit(request.codec, sample)
+    meta = {**request.meta(), "fidelity": fidelity}
     return meta, {**trained.arrays(), **{f"teacher-{key}": a for key, a in request.teacher.arrays.items()}}
+
+
+def fit(spec: str, sample: Float32Array) -> tuple[Codec, dict[str, Any]]:
+    """A codec trained on a sample but for what is held out, and its fidelity on that.
+
+    Raises:
+        RequestError: The sample is too small for it, or what it leaves of the targets is of no use.
+    """
+    check_sample(spec, len(sample))
+    held_out = max(1, len(sample) // FIDELITY_SHARE)
+    codec = Codec.train(spec, sample[: _trained_on(len(sample))])
+    fidelity = measure(codec, sample[-held_out:])
+    if not fidelity["cosine_mean"] >= LEAST_COSINE:
+        larger = [other for other in ("SQ8", "SQfp16", "Flat") if code_size(other, codec.dim) > codec.code_size]
+        raise RequestError(
+            f"codec {spec}: trained on {_trained_on(len(sample))} targets it leaves cosine {fidelity['cosine_mean']:.3f} in "
+            f"the mean of {held_out}, and under {LEAST_COSINE} there is nothing to learn from: choose a larger codec "
+            f"({', '.join(larger) or 'Flat'})"
+        )
+    return codec, fidelity
+
+
+def check_sample(codec: str, sample: int) -> None:
+    """Raises RequestError where a codec cannot be trained on a sample of so many targets, part of which is held out."""
+    needed = smallest_sample(codec)
+    if _trained_on(sample) < needed:
+        raise RequestError(
+            f"codec {codec} needs at least {needed} targets to be trained on, and there are {_trained_on(sample)}, besides one "
+            f"in {FIDELITY_SHARE} that is held out: store more crops or images, or choose SQ8"
+        )
+
+
+def _trained_on(sample: int) -> int:
+    return sample - sample // FIDELITY_SHARE if sample >= FIDELITY_SHARE else max(1, sample - 1) if sample else 0
+
+
+def sample_targets(codec: str, targets: int) -> int:
+    """How many of a store's targets are a codec's sample, with those that are held out."""
+    size = sample_size(codec)
+    return min(size + size // (FIDELITY_SHARE - 1), targets)
 
 
 def measure(codec: Codec, targets: Float32Array) -> dict[str, Any]:
@@ -117,8 +160,7 @@ def measure(codec: Codec, targets: Float32Array) -> dict[str, Any]:
 def sample_rows(store: Store, codec: str) -> tuple[list[int], int, int]:
     """Which crops a codec is trained on: rows in the order of a hash that the seed fixes, crops of each, crops in all."""
     m = store.manifest
-    size = sample_size(codec)
-    size = min(size + size // (FIDELITY_SHARE - 1), m.count * m.crops_per_image)
+    size = sample_targets(codec, m.count * m.crops_per_image)
     per_image = -(-size // m.count)
     return layout.in_hash_order(list(store.paths), f"codec {m.seed}")[: -(-size // per_image)], per_image, size
 
@@ -176,7 +218,7 @@ def _sample_lane(
     del checksums[first:]
 
     def seen(row: Row) -> bool:
-        checksums.append(row.checksum)
+        checksums.append("+" if row.checksum else "")  # whether it was read is all: 300,000 of them go into one journal
         return bool(row.checksum)
 
     def take(targets: Float32Array) -> None:
@@ -221,15 +263,30 @@ def _cosines(codec: Codec, targets: Float32Array) -> npt.NDArray[np.float64]:
 
 
 def publish_column(target: Path, meta: dict[str, Any], arrays: dict[str, Float32Array]) -> None:
-    """Publishes a column's folder whole; if another process was first, its column stands."""
+    """Publishes a column's folder whole; if another process was first, its column stands.
+
+    Raises:
+        RequestError: There is a folder of that name that is no column.
+    """
     temporary = target.with_name(f"{files.TEMPORARY}{target.name}-{secrets.token_hex(6)}")
     temporary.mkdir(parents=True)
-    digests = {name: files.write_npy(temporary / f"{name}.npy", array) for name, array in arrays.items()}
-    files.write_json(temporary / "meta.json", {**meta, "arrays": digests})
     try:
-        temporary.rename(target)
-    except OSError:
-        if not (target / "meta.json").exists():
-            raise
-        shutil.rmtree(temporary)
-    files.sync_folder(target.parent)
+        digests = {name: files.write_npy(temporary / f"{name}.npy", array) for name, array in arrays.items()}
+        files.write_json(temporary / "meta.json", {**meta, "arrays": digests})
+        try:
+            temporary.rename(target)
+        except OSError as error:
+            if not target.exists():
+                raise
+            if not (target / "meta.json").exists():
+                raise RequestError(_nobodys(target)) from error
+        files.sync_folder(target.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _nobodys(target: Path) -> str:
+    return (
+        f"{target}: there is such a folder, and no meta.json in it to say whose targets it holds: restore its meta.json from a "
+        "copy, or move the folder away and run this again"
+    )

@@ -6,7 +6,7 @@ fixed size; a chunk is what a teacher runs on and what a killed run resumes from
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from fkd_ssl.progress import hidden
 from fkd_ssl.store import advice, work
 from fkd_ssl.store import manifest as layout
 from fkd_ssl.store.codecs import Float32Array, code_size
-from fkd_ssl.store.columns import Request, open_or_train
+from fkd_ssl.store.columns import Request, check_sample, open_or_train, sample_targets
 from fkd_ssl.store.reader import Column, Store
 from fkd_ssl.store.rows import Row, RowReader, Teacher, image_checksums, publish_crops
 from fkd_ssl.store.sweep import Lane, sweep
@@ -129,12 +129,20 @@ def precompute(
             f"{len(teachers)} teachers, columns {names}, pixels {sides}: each teacher needs one size and a name of its own "
             "(--name a,b)"
         )
+    for each in teachers:
+        if strange := [key for key in each.arrays if not layout.COLUMN_NAME.fullmatch(f"teacher-{key}")]:
+            raise RequestError(
+                f"teacher {each.name}: an array named {strange[0]!r} cannot be stored; letters, digits, '.', '_' and '-' only"
+            )
     requests = [
         Request(name=layout.checked_name(n), teacher=t, codec=codec, pixels=side, chunk_size=chunk_size, device=device)
         for n, t, side in zip(names, teachers, sides, strict=True)
     ]
     folder = Path(folder)
     images = layout.limit_images(images, limit)
+    for request in requests:
+        if not (folder / layout.TARGETS / request.name / "meta.json").exists():  # a column that is there has its codec
+            check_sample(codec, sample_targets(codec, len(images) * crops))
     log(_announce(folder, len(images), crops, requests))
     for request in requests:
         if warning := advice.on_size(request.teacher.dim, codec, len(images) * crops):
@@ -172,13 +180,8 @@ def precompute(
         left=[] if share is None or share.helps else [s for s in others if not _finished(store, columns, s)],
         crops=writer.seen,
         seconds=time.perf_counter() - started,
-        store_bytes=sum(path.stat().st_size for path in _there(folder)),
+        store_bytes=files.total_bytes(folder),
     )
-
-
-def _there(folder: Path) -> Iterator[Path]:
-    """The files of a store; those that another process removes meanwhile are no matter."""
-    return (path for path in folder.rglob("*") if not path.name.startswith(".") and path.is_file())
 
 
 def _open_or_create(

@@ -21,7 +21,7 @@ Precision = Literal["fp32", "bf16", "fp16"]
 _MAX_DIM = 65536
 _TEACHERS = "teacher-"  # what the arrays that a teacher brings begin with
 _MAX_NUMBER = 2.0**53
-_MAX_ARRAY = 2**28  # bytes of an array that a teacher brings
+MAX_ARRAY = 2**28  # bytes of an array that a teacher brings; a codec's have no more
 _SHA256 = re.compile("[0-9a-f]{64}")
 # a sidecar of crops as it is spelled: to see which of a million rows were skipped, a million checksums are not parsed
 _CROPS_SIDECAR = re.compile(
@@ -44,7 +44,8 @@ class ColumnMeta:
     """Bytes of one code."""
     fidelity: dict[str, Any]
     """Cosine of decoded to original targets on a held-out sample: `cosine_mean`, `cosine_min`, `sample`. A recoded column
-    has bounds on them, and says what they are made of: `source_codec`, `source_cosine_mean`, `recoded_cosine_mean`, ..."""
+    has bounds on them, and says what they are made of: `source_codec`, `source_column` (sha256 of the source's meta.json as
+    sidecars have it), `source_cosine_mean`, `recoded_cosine_mean`, ..."""
     teacher: dict[str, Any]
     """name, network, licence, source, checkpoint_sha256."""
     preprocessing: dict[str, list[float]]
@@ -59,6 +60,21 @@ class ColumnMeta:
     """Which pixel path made the crops; see fkd_ssl.crops.probe_digest."""
     arrays: dict[str, str]
     """sha256 of each .npy beside it: the codec's parameters, and the teacher's own under `teacher-`."""
+
+
+def read_meta(path: Path) -> tuple[ColumnMeta, str]:
+    """A column's meta.json, and the digest that its sidecars have of it.
+
+    Raises:
+        StoreError: It cannot be read, or a value is none that `precompute` writes.
+    """
+    values = files.read_json(path)
+    try:
+        meta = ColumnMeta(**values)
+    except TypeError as error:
+        raise StoreError(f"{path}: {error}; the file is damaged or newer") from error
+    _check_meta(meta, path)
+    return meta, files.sha256(files.canonical(values))
 
 
 def _check_meta(meta: ColumnMeta, path: Path) -> None:
@@ -84,6 +100,7 @@ def _check_meta(meta: ColumnMeta, path: Path) -> None:
         and all(isinstance(about.get(key, 0), (str, type(None))) for key in ("source", "checkpoint_sha256")),
         "preprocessing": isinstance(colours, dict) and all(_is_colour(colours.get(key)) for key in ("mean", "std")),
         "arrays": isinstance(meta.arrays, dict)
+        and all(layout.COLUMN_NAME.fullmatch(name) for name in meta.arrays)  # each is a file's name
         and all(isinstance(value, str) and _SHA256.fullmatch(value) for value in meta.arrays.values()),
     }
     wrong = [key for key, fits in right.items() if not fits]
@@ -103,14 +120,8 @@ class Column:
         self.name = name
         self.folder = files.own_folder(store.folder / layout.TARGETS / name)
         path = self.folder / "meta.json"
-        values = files.read_json(path)
-        self.digest = files.sha256(files.canonical(values))
-        try:
-            self.meta = ColumnMeta(**values)
-        except TypeError as error:
-            raise StoreError(f"{path}: {error}; the file is damaged or newer") from error
+        self.meta, self.digest = read_meta(path)
         meta = self.meta
-        _check_meta(meta, path)
         try:
             shapes = parameter_shapes(meta.codec, meta.dim)
         except StoreError as error:
@@ -140,8 +151,8 @@ class Column:
         """An array of `shape`, or of any that is not too large."""
         path = self.folder / f"{name}.npy"
         mapped = files.map_npy(path, np.dtype(np.float32), shape)
-        if shape is None and mapped.nbytes > _MAX_ARRAY:
-            raise StoreError(f"{path}: {mapped.nbytes} bytes; no array of a teacher is over {_MAX_ARRAY}")
+        if shape is None and mapped.nbytes > MAX_ARRAY:
+            raise StoreError(f"{path}: {mapped.nbytes} bytes; no array of a teacher is over {MAX_ARRAY}")
         if files.sha256_file(path) != self.meta.arrays[name]:
             raise StoreError(f"{path}: altered: its sha256 is not that of meta.json; restore it from a copy")
         return np.array(mapped)

@@ -11,8 +11,8 @@ from tqdm import tqdm
 from fkd_ssl import files
 from fkd_ssl.errors import RequestError, StoreError
 from fkd_ssl.store import manifest as layout
-from fkd_ssl.store.codecs import Codec, Float32Array, code_size
-from fkd_ssl.store.columns import FIDELITY_SHARE, measure, sample_rows
+from fkd_ssl.store.codecs import Float32Array, code_size
+from fkd_ssl.store.columns import check_sample, fit, sample_rows
 from fkd_ssl.store.reader import Column, Store
 from fkd_ssl.store.subset import Part, whole_folder
 from fkd_ssl.store.verify import check_files
@@ -49,13 +49,15 @@ def recode(
         target = store.folder / layout.TARGETS / to
         if target.exists():
             return _same(store, source, codec, to)
+        check_sample(codec, _sample(source, codec)[2])
         check_files(store, source)
         with whole_folder(target) as folder:
             _fill(source, codec, store, folder.name)
         return Store(store.folder).column(to)
-    out = Path(out)
+    out = Path(out).resolve()  # '.' has no name to put another beside
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         return _same(Store(out), source, codec, to)
+    check_sample(codec, _sample(source, codec)[2])
     check_files(store, source)
     with whole_folder(out) as folder:
         Part(store, teachers=[]).write(folder, beside=to)
@@ -76,10 +78,7 @@ def _same(store: Store, source: Column, codec: str, to: str) -> Column:
     """The column that is there, if it is the one asked for."""
     try:
         there = store.column(to)
-        same = there.meta == replace(
-            source.meta, codec=codec, code_size=there.meta.code_size, fidelity=there.meta.fidelity, arrays=there.meta.arrays
-        )
-        if same and there.meta.fidelity.get("source_codec") == source.meta.codec and not there.missing_shards:
+        if _is_of(there, source, codec) and store.manifest == source.store.manifest and not there.missing_shards:
             return there
     except StoreError:
         pass
@@ -88,17 +87,28 @@ def _same(store: Store, source: Column, codec: str, to: str) -> Column:
     )
 
 
+def _is_of(column: Column, source: Column, codec: str) -> bool:
+    """Whether a column is what `recode` makes of the source."""
+    meta, f = column.meta, column.meta.fidelity
+    same = meta == replace(source.meta, codec=codec, code_size=meta.code_size, fidelity=f, arrays=meta.arrays)
+    # a column of an earlier version does not say its source's digest
+    return same and f.get("source_codec") == source.meta.codec and f.get("source_column", source.digest) == source.digest
+
+
 def _fill(source: Column, codec: str, store: Store, to: str) -> None:
     """Fills the column `to` of a store that has the source's crops."""
     folder = store.folder / layout.TARGETS / to
-    folder.mkdir(exist_ok=True)
     if not (folder / "meta.json").exists():
         meta, arrays = _train(source, codec)
+        folder.mkdir(exist_ok=True)
         digests = {array: files.write_npy(folder / f"{array}.npy", values) for array, values in arrays.items()}
         files.write_json(folder / "meta.json", {**meta, "arrays": digests})
     column = Column(store, to)
-    if column.meta.codec != codec:
-        raise RequestError(f"{folder}: {column.meta.codec} was begun there and not finished; delete that folder")
+    if not _is_of(column, source, codec):
+        raise RequestError(
+            f"{folder}: {column.meta.codec} of {column.meta.teacher['name']} was begun there and not finished, not {codec} of "
+            f"this {source.name}; delete that folder, or choose another --to or --out"
+        )
     for shard in tqdm(range(store.manifest.shards), desc=f"recode {source.name}", unit="shard"):
         path = layout.codes_file(store.folder, to, shard)
         if path.with_suffix(".json").exists():
@@ -110,17 +120,21 @@ def _fill(source: Column, codec: str, store: Store, to: str) -> None:
         files.write_json(path.with_suffix(".json"), {"file": digest, "column": column.digest})
 
 
+def _sample(source: Column, codec: str) -> tuple[list[int], int, int]:
+    """As `sample_rows`, without images that were skipped."""
+    order, per_image, size = sample_rows(source.store, codec)
+    readable = set(source.store.rows.tolist())
+    rows = [row for row in order if row in readable]
+    return rows, per_image, min(size, len(rows) * per_image)
+
+
 def _train(source: Column, codec: str) -> tuple[dict[str, Any], dict[str, Float32Array]]:
     """meta.json of the recoded column, without its arrays' checksums, and its arrays."""
-    store = source.store
-    order, per_image, size = sample_rows(store, codec)
-    readable = set(store.rows.tolist())
-    codes = [source.codes(row, slice(per_image)) for row in order if row in readable]
-    sample = source.codec.decode(np.concatenate(codes)[:size])
-    held_out = max(1, len(sample) // FIDELITY_SHARE)
-    trained = Codec.train(codec, sample[:-held_out] if len(sample) > held_out else sample)
-    before, own = source.meta.fidelity, measure(trained, sample[-held_out:])
-    fidelity: dict[str, Any] = {"sample": held_out, "source_codec": source.meta.codec}
+    rows, per_image, size = _sample(source, codec)
+    sample = source.codec.decode(np.concatenate([source.codes(row, slice(per_image)) for row in rows])[:size])
+    trained, own = fit(codec, sample)
+    before = source.meta.fidelity
+    fidelity: dict[str, Any] = {"sample": own["sample"], "source_codec": source.meta.codec, "source_column": source.digest}
     for key in ("cosine_mean", "cosine_min"):
         fidelity |= {key: combined(before[key], own[key]), f"source_{key}": before[key], f"recoded_{key}": own[key]}
     meta = {**asdict(source.meta), "codec": codec, "code_size": trained.code_size, "fidelity": fidelity}

@@ -3,19 +3,20 @@
 import io
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
 from fkd_ssl import files
-from fkd_ssl.errors import RequestError, StoreError
+from fkd_ssl.errors import ImageError, RequestError, StoreError
 from fkd_ssl.images import ImageSet, read_size
 from fkd_ssl.store import manifest as layout
 from fkd_ssl.store.codecs import Float32Array
 from fkd_ssl.store.columns import Request, train_columns
 from fkd_ssl.store.precompute import precompute
-from fkd_ssl.store.reader import ColumnMeta, Store
+from fkd_ssl.store.reader import Store, read_meta
 from fkd_ssl.store.rows import RowReader, Teacher, image_checksums, publish_crops
 from fkd_ssl.store.verify import Damage
 
@@ -38,7 +39,8 @@ def repair_lists(folder: Path, images: ImageSet, log: Log) -> None:
     if _digest(folder / layout.SIZES) != manifest.sizes_sha256:
         sizes = np.zeros(len(images), dtype=layout.SIZE_DTYPE)
         for row in range(len(images)):
-            sizes[row] = (images.file(row).stat().st_size, *read_size(images.file(row)))
+            with suppress(ImageError):  # zeros for one that was skipped; for another the digest will differ
+                sizes[row] = (images.file(row).stat().st_size, *read_size(images.file(row)))
         header = files.npy_header(sizes.dtype, sizes.shape)
         _replace(folder / layout.SIZES, header + sizes.tobytes(), manifest.sizes_sha256, log)
 
@@ -127,10 +129,10 @@ def _redraw(store: Store, shard: int, log: Log) -> bool:
 
 def _retrain(store: Store, name: str, teacher: Teacher, reader: RowReader, pool: ThreadPoolExecutor, log: Log) -> None:
     """Trains a column's codec again; its arrays are replaced where they come out as meta.json tells."""
-    folder = store.folder / layout.TARGETS / name
+    folder = files.own_folder(store.folder / layout.TARGETS / name)
     try:
-        meta = ColumnMeta(**files.read_json(folder / "meta.json"))
-    except (StoreError, TypeError) as error:
+        meta, _ = read_meta(folder / "meta.json")
+    except StoreError as error:
         log(
             f"{error}; nothing else tells what this column is: restore meta.json from a copy, or move the folder {folder} "
             "away and precompute it again"
@@ -145,6 +147,11 @@ def _retrain(store: Store, name: str, teacher: Teacher, reader: RowReader, pool:
     if any(array not in arrays for array in bad):
         train_columns(store, [request], reader, pool, lambda _, __, trained: arrays.update(trained), always=True)
     for array in bad:
+        if array not in arrays:
+            raise StoreError(
+                f"{folder}: its meta.json names an array {array!r}, which neither its codec nor this teacher brings (they "
+                f"bring {sorted(arrays)}): restore {array}.npy from a copy, or precompute another column"
+            )
         buffer = io.BytesIO()
         buffer.write(files.npy_header(np.dtype(np.float32), arrays[array].shape))
         buffer.write(np.ascontiguousarray(arrays[array], dtype=np.float32).tobytes())

@@ -4,7 +4,7 @@ import fcntl
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from fkd_ssl import files
 from fkd_ssl.crops import CROP_DTYPE
 from fkd_ssl.errors import RequestError, StoreError
 from fkd_ssl.store import manifest as layout
-from fkd_ssl.store.reader import Column, Store
+from fkd_ssl.store.reader import MAX_ARRAY, Column, Store
 
 Rows = npt.NDArray[np.int64]
 
@@ -44,7 +44,7 @@ def subset(
         StoreError: The source is damaged or lacks shards that are needed.
     """
     part = Part(store, crops=crops, teachers=teachers, paths=paths)
-    out = Path(out)
+    out = Path(out).resolve()  # '.' has no name to put another beside
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         if not part.is_in(out):
             raise RequestError(f"{out}: exists and is not this subset; choose another --out")
@@ -118,18 +118,19 @@ class Part:
         for name in (layout.CROPS, layout.TARGETS):
             (folder / name).mkdir(exist_ok=True)
         columns = {path.name for path in (folder / layout.TARGETS).iterdir()} - {column.name for column in self.columns}
-        other = f"{folder}: something else was begun here and not finished; delete this folder, or choose another --out"
         if columns - {beside}:
-            raise RequestError(other)
+            raise RequestError(_other(folder))
         try:
             self.manifest.write(folder)
-            for name, data in ((layout.IMAGES, self._listing), (layout.SIZES, self._sizes)):
-                with files.publish(folder / name) as file:
-                    file.write(data)
-            for column in self.columns:
-                _copy_column(column, folder / layout.TARGETS / column.name)
         except StoreError as error:
-            raise RequestError(other) from error
+            raise RequestError(_other(folder)) from error
+        for name, data in ((layout.IMAGES, self._listing), (layout.SIZES, self._sizes)):
+            _publish(folder, folder / name, data)
+        for column in self.columns:
+            place = folder / layout.TARGETS / column.name
+            place.mkdir(exist_ok=True)
+            for name, data in _column_files(column):
+                _publish(folder, place / name, data)
         for shard in tqdm(range(self.manifest.shards), desc="copy", unit="shard"):
             rows = self.rows[np.asarray(self.manifest.shard_rows(shard))]
             _copy_crops(self.store, folder, shard, rows, self.crops)
@@ -157,7 +158,12 @@ def whole_folder(target: Path) -> Iterator[Path]:
         for left in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
             for path in left.glob(f"{files.TEMPORARY}*"):  # of a killed call; nobody else writes here
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        yield folder
+        try:
+            yield folder
+        except BaseException:
+            with suppress(OSError):
+                folder.rmdir()  # unless something is in it to go on with
+            raise
         if target.exists():
             target.rmdir()  # empty, or it would have been refused
         folder.rename(target)
@@ -179,11 +185,32 @@ def _rows(store: Store, paths: Sequence[str] | None) -> Rows:
     return np.array(sorted({where[path] for path in paths}), dtype=np.int64)
 
 
-def _copy_column(column: Column, folder: Path) -> None:
-    folder.mkdir(exist_ok=True)
-    for source in [column.folder / "meta.json", *(column.folder / f"{name}.npy" for name in column.meta.arrays)]:
-        with files.publish(folder / source.name) as file:
-            file.write(source.read_bytes())
+def _other(folder: Path) -> str:
+    return f"{folder}: something else was begun here and not finished; delete this folder, or choose another --out"
+
+
+def _publish(folder: Path, path: Path, data: bytes) -> None:
+    """Publishes a file of `folder`; raises RequestError where there is another."""
+    try:
+        with files.publish(path) as file:
+            file.write(data)
+    except StoreError as error:
+        raise RequestError(_other(folder)) from error
+
+
+def _column_files(column: Column) -> Iterator[tuple[str, bytes]]:
+    """Name and bytes of meta.json and of each array; raises StoreError where they are not what the column was opened with."""
+    path = column.folder / "meta.json"
+    values = files.read_json(path)
+    if files.sha256(files.canonical(values)) != column.digest:
+        raise StoreError(f"{path}: altered since the store was opened; run it again")
+    yield path.name, files.signed(values)
+    for name, digest in column.meta.arrays.items():
+        path = column.folder / f"{name}.npy"
+        data = files.read_plain(path, MAX_ARRAY + files.MAX_HEADER)
+        if files.sha256(data) != digest:
+            raise StoreError(f"{path}: altered: its sha256 is not that of meta.json; restore it from a copy")
+        yield path.name, data
 
 
 def _copy_crops(store: Store, folder: Path, shard: int, rows: Rows, crops: int) -> None:

@@ -1,6 +1,7 @@
 """Verify: that a store is whole and right, file by file, and that its targets are still what the teacher says."""
 
 import functools
+import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -88,6 +89,12 @@ def verify(
         threads: That read files.
     """
     report = Report()
+    if not store.teachers and not store.shards_with_crops() and not store.sizes["width"].any():
+        report.add(
+            f"{store.folder}: none of its {store.manifest.count} images had a readable header when it was made, and its images "
+            "are fixed: there is nothing to finish; delete it, and precompute images that can be read"
+        )
+        return report
     columns = list(_columns(store, report))
     shards = range(store.manifest.shards)
     with ThreadPoolExecutor(threads) as pool:
@@ -136,8 +143,25 @@ def _columns(store: Store, report: Report) -> Iterator[Column]:
                 "machine's: students here see slightly other pixels; precompute here, or train where it was made"
             )
         yield column
-    if not store.teachers:
+    orphans = _without_meta(store)
+    for folder in orphans:
+        report.add(
+            f"{folder}: holds codes and no meta.json, which alone says whose they are: restore it from a copy, or move the "
+            "folder away and run the same precompute again"
+        )
+    if not store.teachers and not orphans:
         report.add(f"{store.folder}: holds no teacher's targets; run fkd-ssl precompute")
+
+
+def _without_meta(store: Store) -> list[Path]:
+    """Folders among the columns that hold codes and are none."""
+    targets = store.folder / layout.TARGETS
+    folders = [path for path in sorted(targets.glob("[!.]*")) if path.is_dir() and not path.is_symlink()]
+    return [
+        path
+        for path in folders
+        if not os.path.lexists(path / "meta.json") and any(entry.name.startswith("codes-") for entry in path.iterdir())
+    ]
 
 
 def _again(error: StoreError | str, path: Path, shard: int) -> str:

@@ -53,8 +53,7 @@ class Progress:
             "images": self.checksums,
             "column": self._owner,
         }
-        signed = {**values, "sha256": files.sha256(files.canonical(values))}
-        files.replace(self._journal, files.canonical(signed))
+        files.replace(self._journal, files.signed(values))
         self._written = time.monotonic()
 
     def read(self) -> bytes:

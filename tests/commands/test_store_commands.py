@@ -115,6 +115,17 @@ class TestInspect:
             path.unlink()
         assert "NOT FINISHED: 1 of 1 shards are missing" in call("inspect store").out
 
+    def test_a_store_without_targets_or_crops_is_said_to_be_unfinished(self, work: Path, call: Any) -> None:
+        (work / "store/targets/make").rename(work / "away")
+        said = call("inspect store").out
+        assert "NOT FINISHED: there are no teacher's targets" in said
+        assert "the crops of" not in said
+        for path in (work / "store/crops").iterdir():
+            path.unlink()
+        assert "NOT FINISHED: the crops of 1 of 1 shards are missing" in call("inspect store").out
+        about = json.loads(call("inspect store --json").out)
+        assert (about["missing_crops"], about["teachers"], about["readable"]) == ([0], {}, 0)
+
     @pytest.mark.parametrize(("store", "said"), [("nowhere", "no such folder"), ("train", "no manifest.json in it")])
     def test_what_is_no_store(self, work: Path, call: Any, store: str, said: str) -> None:
         status, out, err = call(f"inspect {store}")

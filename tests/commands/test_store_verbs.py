@@ -82,6 +82,17 @@ class TestPlan:
         assert "does not fit  <- --codec" in out
         assert "9.0 kB free" in out
 
+    def test_a_codec_that_precompute_will_refuse_is_said(self, work: Path, call: Any) -> None:
+        status, out, _ = call(f"{PLAN} --crops 10 --codec PQ4x4")
+        assert status == 0
+        assert "too few targets  <- --codec" in out
+        said = "codec PQ4x4 needs at least 624 targets to be trained on, and there are 160, besides one in 9 that is held out"
+        assert f"precompute will refuse this: {said}" in out
+        line = "precompute --images train --store new --teacher own_teacher:make --crops 10 --codec PQ4x4"
+        answer = call(line)
+        assert (answer.status, (work / "new").exists()) == (2, False)
+        assert said in answer.err
+
     def test_estimate_by_hand(self) -> None:
         costs = Costs(forward=0.01, forward_batch=128, step=0.02, step_batch=64, decode=0.008, replay=0.001)
         cpu = estimate(costs, images=1000, crops=40, epochs=10, crops_per_image=4, cores=2, overlaps=False)
@@ -125,6 +136,26 @@ class TestSubset:
         assert json.loads(again.out) == {
             "store": "part", "images": 2, "crops_per_image": 2, "teachers": ["make"], "store_bytes": about["bytes"],
         }  # fmt: skip
+
+    @pytest.mark.parametrize("verb", ["subset ../store", "recode ../store --codec SQ8"])
+    def test_into_the_empty_folder_where_one_stands(
+        self, work: Path, call: Any, monkeypatch: pytest.MonkeyPatch, verb: str
+    ) -> None:
+        (work / "new").mkdir()
+        monkeypatch.chdir(work / "new")
+        status, out, _ = call(f"{verb} --out .")
+        monkeypatch.chdir(work)
+        assert status == 0
+        assert out.startswith("." if "subset" in verb else str(work / "new/targets/make"))
+        assert call("verify new").status == 0
+        assert not list(work.glob(".unfinished-*"))
+
+    def test_a_list_as_a_mac_writes_it(self, work: Path, call: Any) -> None:
+        shutil.copy(work / "train/ash/0.png", work / "train/ash/\u00e4.png")
+        assert call("precompute --images train --store fresh --teacher own_teacher:make --crops 2").status == 0
+        (work / "some.txt").write_text("ash/a\u0308.png\n", encoding="utf-8")
+        assert call("subset fresh --out part --list some.txt").status == 0
+        assert (work / "part/images.txt").read_text(encoding="utf-8") == "ash/\u00e4.png\n"
 
     def test_without_teachers(self, work: Path, call: Any) -> None:
         assert call("precompute --images train --store store --teacher own_teacher:other --crops 4 --codec SQ8").status == 0

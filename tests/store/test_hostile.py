@@ -25,8 +25,10 @@ from tqdm import tqdm
 
 from fkd_ssl import files
 from fkd_ssl.commands import inspect
-from fkd_ssl.errors import StoreError
-from fkd_ssl.store import open_store
+from fkd_ssl.errors import RequestError, StoreError
+from fkd_ssl.store import codecs, open_store
+from fkd_ssl.store.recode import recode
+from fkd_ssl.store.subset import subset
 from fkd_ssl.store.verify import verify
 
 spec = importlib.util.spec_from_file_location("made_store", Path(__file__).with_name("made.py"))
@@ -38,15 +40,21 @@ spec.loader.exec_module(made)
 EXAMPLES = int(os.environ.get("FKD_SSL_FUZZ", "300"))
 ROOM = 2**30  # bytes of address space that a hostile store may take
 SPECS = ("Flat", "SQfp16", "SQ8", "PQ4x4", "OPQ4_8,PQ4x4", "PCA8,SQ4")
+NAMES = [made.name_of(spec) for spec in SPECS]
 RUNS = {"pickle.find_class", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "socket.connect",
         "ctypes.dlopen", "marshal.loads", "os.remove", "os.rename", "os.mkdir", "os.truncate"}  # fmt: skip
 watched: list[Path] = []
+outputs: list[Path] = []  # where a verb may write
 seen: list[str] = []
 
 
 def watch(event: str, arguments: tuple[Any, ...]) -> None:
     if not watched:
         return
+    if outputs and event in ("open", "os.listdir", "os.scandir", "os.link", "os.remove", "os.rename", "os.mkdir", "os.rmdir"):
+        paths = [os.fsdecode(path) for path in arguments[:2] if isinstance(path, (str, os.PathLike)) and "/" in str(path)]
+        if paths and all(Path(os.path.normpath(path)).is_relative_to(outputs[0]) for path in paths):
+            return
     if event in ("open", "os.listdir", "os.scandir") and isinstance(arguments[0], (str, bytes, os.PathLike)):
         path = os.path.normpath(Path.cwd() / os.fsdecode(arguments[0]))  # not resolved: a link's own place counts
         if not path.startswith(f"{watched[0]}/") and path != str(watched[0]):
@@ -73,18 +81,20 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def guarded(folder: Path) -> Iterator[None]:
-    """Within it address space is bounded, and what is opened outside `folder` or run ends the test."""
+def guarded(folder: Path, *out: Path) -> Iterator[None]:
+    """Within it address space is bounded, and what is opened outside `folder` and `out` or run ends the test."""
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path("/proc/self/statm").read_text().split()[0]) if sys.platform == "linux" else None
     seen.clear()
     if pages is not None:
         resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + ROOM, hard))
+    outputs.extend(out)
     watched.append(folder)
     try:
         yield
     finally:
         watched.clear()
+        outputs.clear()
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
     assert not seen, seen
 
@@ -349,12 +359,14 @@ MUTATIONS = [
 ]
 
 
-@settings(
+FUZZ = settings(
     max_examples=EXAMPLES, deadline=None, database=None, derandomize=EXAMPLES <= 300, phases=(Phase.generate,),
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture],
 )  # fmt: skip
-@given(st.data())
-def test_every_store_is_refused_or_reads_right(original: Path, data: Any) -> None:
+
+
+def mutated(original: Path, data: Any) -> tuple[Path, list[bool]]:
+    """A copy of the store, changed once or twice, and which of the changes were signed."""
     folder = original.parent / "examples" / "store"
     shutil.rmtree(folder.parent, ignore_errors=True)
     shutil.copytree(original, folder)
@@ -362,6 +374,13 @@ def test_every_store_is_refused_or_reads_right(original: Path, data: Any) -> Non
     if data.draw(st.integers(0, 3)) == 0:
         with contextlib.suppress(IndexError, ValueError, OSError, KeyError, TypeError):  # what the first one left unusable
             signed.append(data.draw(st.sampled_from(MUTATIONS), label="another")(data.draw, folder))
+    return folder, signed
+
+
+@FUZZ
+@given(st.data())
+def test_every_store_is_refused_or_reads_right(original: Path, data: Any) -> None:
+    folder, signed = mutated(original, data)
     said = None
     with guarded(folder), contextlib.suppress(StoreError):
         said = read(folder)
@@ -371,6 +390,32 @@ def test_every_store_is_refused_or_reads_right(original: Path, data: Any) -> Non
         for name in set(whole) - set(said):  # a whole column that was removed is no longer there
             whole.pop(name)
         assert same(said, whole)
+
+
+@FUZZ
+@given(st.data())
+def test_a_part_of_every_store_is_refused_or_right(original: Path, data: Any) -> None:
+    """Subset, and recode into a store of its own: whatever they copy they have checked."""
+    folder, signed = mutated(original, data)
+    out = folder.parent / "out"
+    out.mkdir()
+    done = []
+    with (
+        guarded(folder, out),
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stderr(io.StringIO()),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        patch.setattr(codecs, "threadpool_limits", lambda _: contextlib.nullcontext())  # it looks at the process's libraries
+        with contextlib.suppress(StoreError, RequestError):
+            done.append(subset(open_store(folder), out / "part", crops=2))
+        with contextlib.suppress(StoreError, RequestError):
+            done.append(recode(open_store(folder), "SQ6", name=data.draw(st.sampled_from(NAMES)), out=out / "small").store)
+    for store in done:
+        with contextlib.suppress(StoreError), guarded(store.folder):
+            read(store.folder)
+        assert any(signed) or not verify(open_store(store.folder)).problems
 
 
 def test_a_million_crops_in_holes_are_read_one_by_one(original: Path) -> None:

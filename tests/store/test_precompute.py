@@ -15,6 +15,7 @@ from fkd_ssl.crops import CROP_DTYPE, RECIPES, replay
 from fkd_ssl.errors import FkdError, ImageError, RequestError, StoreError
 from fkd_ssl.store import manifest, open_store
 from fkd_ssl.store.precompute import gigabytes, precompute
+from fkd_ssl.store.subset import subset
 from fkd_ssl.store.verify import verify
 
 
@@ -192,6 +193,13 @@ def test_a_teachers_own_arrays_are_kept(tmp_path, make_store, tiny_teacher):
         column.array("more")
 
 
+def test_an_array_that_cannot_be_a_files_name_is_refused_before_the_work(tmp_path, make_store, tiny_teacher):
+    tiny_teacher.arrays = {"my prototypes": np.zeros((3, 16), dtype=np.float32)}
+    with pytest.raises(RequestError, match=r"teacher tiny: an array named 'my prototypes' cannot be stored; letters, digits"):
+        make_store(tmp_path / "store", teacher=tiny_teacher)
+    assert not (tmp_path / "store").exists()
+
+
 # limit
 
 
@@ -262,6 +270,21 @@ def test_numbers_below_one_are_refused(tmp_path, make_store, change):
 def test_codecs_that_cannot_be_are_refused_before_the_work(tmp_path, make_store, codec):
     with pytest.raises(RequestError, match=f"codec '?{codec}'?"):
         make_store(tmp_path / "store", codec=codec)
+
+
+@pytest.mark.parametrize(("crops", "needed"), [(4, 624), (29, 624)])
+def test_a_codec_too_large_for_the_data_is_refused_before_the_work(tmp_path, make_store, tiny_teacher, crops, needed):
+    """One in nine is held out: of 24 x 29 = 696 targets 619 are left to train on, of 24 x 30 all that are needed."""
+    with pytest.raises(RequestError, match=rf"codec PQ4x4 needs at least {needed} targets to be trained on, and there are"):
+        make_store(tmp_path / "store", teacher=tiny_teacher, codec="PQ4x4", crops=crops)
+    assert tiny_teacher.calls == 0
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_codec_with_enough_data_goes_on_where_a_part_has_less(tmp_path, make_store):
+    make_store(tmp_path / "store", codec="PQ4x4", crops=30)
+    subset(open_store(tmp_path / "store"), tmp_path / "part", crops=2)
+    assert make_store(tmp_path / "part", codec="PQ4x4", crops=2).teachers == ["tiny"]
 
 
 def test_a_folder_of_other_things_is_refused_and_left(tmp_path, make_store, tree):

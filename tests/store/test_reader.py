@@ -378,7 +378,7 @@ def test_arrays_of_a_teacher_that_are_too_large_are_not_read(folder, monkeypatch
     arrays = files.read_json(folder / "targets/tiny/meta.json")["arrays"]
     resign(folder / "targets" / "tiny" / "meta.json", arrays={**arrays, "teacher-prototypes": digest})
     assert open_store(folder).column().array("teacher-prototypes").shape == (3, 16)
-    monkeypatch.setattr(reader, "_MAX_ARRAY", 100)
+    monkeypatch.setattr(reader, "MAX_ARRAY", 100)
     with pytest.raises(StoreError, match=r"teacher-prototypes\.npy: 192 bytes; no array of a teacher is over 100"):
         open_store(folder).column().array("teacher-prototypes")
 

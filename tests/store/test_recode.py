@@ -10,6 +10,7 @@ from fkd_ssl.errors import RequestError, StoreError
 from fkd_ssl.store import manifest, open_store
 from fkd_ssl.store import recode as recodes
 from fkd_ssl.store.recode import combined, recode
+from fkd_ssl.store.subset import subset
 from fkd_ssl.store.verify import verify
 
 
@@ -138,7 +139,9 @@ def test_a_killed_one_appears_not_at_all_and_goes_on(tmp_path, source, make_stor
     assert verify(open_store(source.folder)).problems == []
 
 
-def test_another_codec_that_was_begun_is_refused(source, monkeypatch):
+@pytest.fixture
+def killed_behind_meta(monkeypatch):
+    """killed_behind_meta(store, codec, ...) recodes and is stopped before the first sidecar."""
     real = recodes.files.write_json
 
     def write_json(path, value):
@@ -146,12 +149,42 @@ def test_another_codec_that_was_begun_is_refused(source, monkeypatch):
             raise PulledError
         real(path, value)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(recodes.files, "write_json", write_json)
-        with pytest.raises(PulledError):
-            recode(source, "SQ4", to="new")
-    with pytest.raises(RequestError, match="SQ4 was begun there and not finished; delete that folder"):
+    def begin(*arguments, **options):
+        with monkeypatch.context() as patch:
+            patch.setattr(recodes.files, "write_json", write_json)
+            with pytest.raises(PulledError):
+                recode(*arguments, **options)
+
+    return begin
+
+
+def test_another_codec_that_was_begun_is_refused(source, killed_behind_meta):
+    killed_behind_meta(source, "SQ4", to="new")
+    with pytest.raises(RequestError, match="SQ4 of tiny was begun there and not finished, not SQ6 of this tiny; delete that"):
         recode(source, "SQ6", to="new")
+
+
+@pytest.mark.parametrize("other", [{"teacher": 5}, {"codec": "Flat"}, {"chunk_size": 8}, {"arrays": 1}])
+@pytest.mark.parametrize("out", [None, "small"])
+def test_another_column_that_was_begun_is_refused(tmp_path, source, make_store, new_teacher, killed_behind_meta, other, out):
+    """Two teachers' codes in one column would be found by nobody: each shard's sidecar would be right."""
+    teacher = new_teacher(other.get("teacher", 0), "tiny")
+    teacher.arrays = {"prototypes": np.random.default_rng(other.get("arrays", 0)).normal(size=(30, 16)).astype(np.float32)}
+    options = {key: value for key, value in other.items() if key in ("codec", "chunk_size")}
+    store = make_store(source.folder, crops=12, teacher=teacher, name="other", **options)
+    place = {"to": "new"} | ({} if out is None else {"out": tmp_path / out})
+    killed_behind_meta(store, "SQ4", name="tiny", **place)
+    with pytest.raises(RequestError, match=r"new: SQ4 of tiny was begun there .*, not SQ4 of this other; delete that folder"):
+        recode(store, "SQ4", name="other", **place)
+    recode(store, "SQ4", name="tiny", **place)
+    with pytest.raises(RequestError, match="holds something else than other in SQ4"):
+        recode(store, "SQ4", name="other", **place)
+
+
+def test_the_same_column_of_other_crops_is_not_taken_for_it(tmp_path, source):
+    recode(subset(source, tmp_path / "part", crops=11), "SQ4", out=tmp_path / "small")
+    with pytest.raises(RequestError, match="small: holds something else than tiny in SQ4"):
+        recode(source, "SQ4", out=tmp_path / "small")
 
 
 def test_what_is_there_is_left(source, tree):
@@ -166,6 +199,31 @@ def test_what_is_there_is_left(source, tree):
     with pytest.raises(RequestError, match="codec 'SQ5' is none of those accepted"):
         recode(source, "SQ5", name="tiny")
     assert tree(source.folder) == before
+
+
+def test_a_codec_that_needs_more_targets_is_refused_and_nothing_is_left(tmp_path, source, tree):
+    before = tree(tmp_path)
+    for place in ({}, {"out": tmp_path / "small"}):
+        with pytest.raises(
+            RequestError, match=r"codec PQ4x8 needs at least 9984 targets to be trained on, and there are 256, be"
+        ):
+            recode(source, "PQ4x8", **place)
+    assert tree(tmp_path) == before
+    assert not list(tmp_path.rglob(".unfinished-*"))
+
+
+def test_a_codec_that_leaves_nothing_is_refused(tmp_path, make_store, tree):
+    """SQ4 of a single target: its range has no width."""
+    store = make_store(tmp_path / "one", crops=1, limit=1, codec="Flat")
+    before = tree(tmp_path)
+    with pytest.raises(
+        RequestError, match=r"codec SQ4: trained on 1 targets it leaves cosine -?0\.\d+ in .*\(SQ8, SQfp16, Flat\)"
+    ):
+        recode(store, "SQ4")
+    assert tree(tmp_path) == before
+    assert not list(tmp_path.rglob(".unfinished-*"))
+    with pytest.raises(RequestError, match=r"codec SQ4: .* choose a larger codec"):
+        make_store(tmp_path / "other", crops=1, limit=1, codec="SQ4")
 
 
 def test_a_damaged_or_unfinished_source_is_refused(source, tree):

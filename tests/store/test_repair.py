@@ -144,6 +144,30 @@ def test_a_damaged_meta_json_is_said_to_be_lost(folder, tree, image_folder, teac
     assert tree(folder) == before
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("teacher-more", "names an array 'teacher-more', which neither .* nor this teacher brings .*: restore teacher-"),
+        ("teacher-/../../../../secret", None),
+    ],
+)
+def test_an_array_that_the_teacher_does_not_bring(folder, tmp_path, image_folder, teacher, tree, name, message):
+    (tmp_path / "secret.npy").write_bytes(b"mine")
+    path = folder / "targets/tiny/meta.json"
+    values = files.read_json(path)
+    values["arrays"][name] = "0" * 64
+    path.write_bytes(files.signed(values))
+    before = tree(tmp_path)
+    if message is not None:
+        with pytest.raises(StoreError, match=message):
+            mend(folder, images.scan(image_folder), teacher, name="tiny")
+    else:
+        lines, problems = mend(folder, images.scan(image_folder), teacher, name="tiny")
+        assert "meta.json: a arrays that this version does not read" in lines[0]
+        assert problems
+    assert tree(tmp_path) == before
+
+
 def test_another_teacher_repairs_nothing(folder, tree, image_folder, new_teacher):
     flip(folder / "targets/tiny/ranges.npy")
     before = tree(folder)
@@ -162,6 +186,21 @@ def test_the_list_of_images_comes_back(folder, tree, image_folder, name):
     repair_lists(folder, images.scan(image_folder), lines.append)
     assert lines == [f"{folder / name}: made again, as it was"]
     assert tree(folder) == before
+
+
+def test_the_sizes_of_images_of_which_one_has_no_header_come_back(tmp_path, make_store, pictures, tree):
+    (pictures / "birch" / "004.jpg").write_bytes(b"no picture at all")
+    folder = make_store(tmp_path / "store", images=pictures, skip_unreadable=True).folder
+    before = tree(folder)
+    flip(folder / "images.npy")
+    lines = []
+    repair_lists(folder, images.scan(pictures), lines.append)
+    assert lines == [f"{folder / 'images.npy'}: made again, as it was"]
+    assert tree(folder) == before
+    (pictures / "birch" / "005.jpg").write_bytes(b"nor this")
+    flip(folder / "images.npy")
+    repair_lists(folder, images.scan(pictures), lines.append)
+    assert "images.npy: cannot be made again" in lines[1]
 
 
 def test_a_list_of_other_images_is_not_put_there(folder, tree, pictures):

@@ -4,14 +4,17 @@ import errno
 import json
 import shutil
 import signal
+from contextlib import suppress
 
+import numpy as np
 import pytest
 
 from fkd_ssl import images
 from fkd_ssl.crops import RECIPES
 from fkd_ssl.errors import FkdError
-from fkd_ssl.store import manifest, open_store, work
+from fkd_ssl.store import codecs, columns, manifest, open_store, work
 from fkd_ssl.store.precompute import precompute
+from fkd_ssl.store.rows import Row
 from fkd_ssl.store.verify import verify
 
 OPTIONS = {"crops": 6, "chunk_size": 7}  # 24 rows x 6 crops; rows and chunks do not fall together
@@ -160,6 +163,21 @@ def test_damaged_progress_is_not_trusted(tmp_path, whole, start, tiny_teacher, t
     target.write_bytes(data[:10] if damage == "shorter" else data)
     make(tmp_path / "store", image_folder, tiny_teacher)
     assert tree(tmp_path / "store") == whole
+
+
+def test_the_largest_codecs_sample_is_resumed(tmp_path, new_teacher):
+    """Of one crop of each of 294,912 images: their checksums would be more than a file of JSON may hold."""
+    request = columns.Request(name="tiny", teacher=new_teacher(), codec="PQ4x12", pixels=32, chunk_size=7)
+    count = codecs.sample_size("PQ4x12") * 9 // 8
+    with suppress(StopError), work.open_work(tmp_path / "sample", "me") as progress:
+        lane = columns._sample_lane(request, [], progress, 1, lambda: False)
+        for row in range(count):
+            lane._seen(Row(views={}, checksum="" if row == 5 else "0" * 64))
+        lane._take(np.zeros((count - 1, 16), dtype=np.float32))
+        raise StopError
+    with work.open_work(tmp_path / "sample", "me") as progress:
+        lane = columns._sample_lane(request, [], progress, 1, lambda: False)
+        assert (count, lane.first, lane.skip) == (294_912, count, 0)
 
 
 def test_a_finished_store_is_left_as_it_is(tmp_path, whole, whole_folder, image_folder, tree, tiny_teacher):

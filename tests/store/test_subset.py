@@ -1,5 +1,6 @@
 """A part of a store as a store of its own."""
 
+import os
 import shutil
 
 import numpy as np
@@ -172,6 +173,63 @@ def test_a_damaged_shard_is_not_copied(tmp_path, source):
         subset(source, tmp_path / "part")
     assert not (tmp_path / "part").exists()
     assert len(subset(source, tmp_path / "other", teachers=["b"])) == 24
+
+
+@pytest.fixture
+def prototyped(tmp_path, make_store, new_teacher):
+    teacher = new_teacher()
+    teacher.arrays = {"prototypes": np.random.default_rng(0).normal(size=(30, 16)).astype(np.float32)}
+    return make_store(tmp_path / "prototyped", teacher=teacher)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("flipped", r"teacher-prototypes\.npy: altered: its sha256 is not that of meta\.json"),
+        ("link", r"teacher-prototypes\.npy: a symbolic link"),
+        ("pipe", r"teacher-prototypes\.npy: no plain file"),
+        ("holes", r"teacher-prototypes\.npy: 1099511627776 bytes; no such file of a store is over"),
+    ],
+)
+def test_a_teachers_array_that_is_not_what_meta_json_says_is_not_copied(tmp_path, prototyped, how, message):
+    path = prototyped.folder / "targets/tiny/teacher-prototypes.npy"
+    data = bytearray(path.read_bytes())
+    if how in ("flipped", "holes"):
+        data[-1] ^= 1
+        path.write_bytes(data)
+    if how == "holes":
+        os.truncate(path, 2**40)
+    elif how == "link":
+        path.rename(tmp_path / "same.npy")
+        path.symlink_to(tmp_path / "same.npy")
+    elif how == "pipe":
+        path.unlink()
+        os.mkfifo(path)
+    with pytest.raises(StoreError, match=message):
+        subset(prototyped, tmp_path / "part")
+    assert not (tmp_path / "part").exists()
+    assert not list(tmp_path.rglob(".unfinished-part/targets/tiny/teacher*"))
+
+
+@pytest.mark.parametrize("name", ["teacher-/../../../../secret", "teacher-a/b", "teacher-\0", "teacher-ä", "../teacher-x"])
+def test_an_arrays_name_that_leads_elsewhere_is_refused_when_the_column_is_opened(tmp_path, prototyped, name):
+    secret = tmp_path / "secret.npy"
+    digest = files.write_npy(secret, np.zeros(3, dtype=np.float32))
+    path = prototyped.folder / "targets/tiny/meta.json"
+    values = files.read_json(path)
+    values["arrays"][name] = digest
+    path.write_bytes(files.signed(values))
+    with pytest.raises(StoreError, match=r"meta\.json: a arrays that this version does not read"):
+        subset(open_store(prototyped.folder), tmp_path / "part")
+    assert not list(tmp_path.glob("*part*"))
+
+
+def test_a_meta_json_that_changes_meanwhile_is_not_copied(tmp_path, prototyped):
+    column = prototyped.column()
+    path = column.folder / "meta.json"
+    path.write_bytes(files.signed({**files.read_json(path), "chunk_size": 3}))
+    with pytest.raises(StoreError, match=r"meta\.json: altered since the store was opened; run it again"):
+        subset(prototyped, tmp_path / "part")
 
 
 def test_an_unfinished_source_gives_the_images_that_are_done(tmp_path, source):

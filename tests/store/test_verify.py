@@ -7,10 +7,11 @@ import torch
 
 from fkd_ssl import files, images
 from fkd_ssl.crops import RECIPES, box_record, probe_digest
-from fkd_ssl.errors import FkdError, RequestError, StoreError
+from fkd_ssl.errors import FkdError, ImageError, RequestError, StoreError
 from fkd_ssl.store import manifest, open_store
 from fkd_ssl.store import verify as verifying
 from fkd_ssl.store.precompute import precompute
+from fkd_ssl.store.subset import subset
 from fkd_ssl.store.verify import verify
 
 # every file of the store that `template` makes
@@ -180,6 +181,58 @@ def test_a_store_without_targets_is_found(folder):
     shutil.rmtree(folder / "targets")
     (found,) = problems(folder)
     assert "holds no teacher's targets; run fkd-ssl precompute" in found
+
+
+def test_codes_without_a_meta_json_are_found_beside_another_column(folder, make_store, new_teacher, tree):
+    make_store(folder, teacher=new_teacher(1, "other"))
+    (folder / "targets/tiny/meta.json").unlink()
+    before = tree(folder)
+    (found,) = problems(folder)
+    assert "targets/tiny: holds codes and no meta.json, which alone says whose they are: restore it from a copy" in found
+    teacher = new_teacher()
+    with pytest.raises(RequestError, match=r"targets/tiny: there is such a folder, and no meta\.json .* move the folder away"):
+        make_store(folder, teacher=teacher)
+    assert teacher.calls == 0
+    assert tree(folder) == before
+    (folder / "targets/tiny").rename(folder.parent / "away")
+    make_store(folder)
+    assert problems(folder) == []
+
+
+def test_a_folder_that_comes_while_the_codec_is_trained_is_left(folder, make_store, new_teacher):
+    """And nothing of ours stays beside it."""
+    teacher, path = new_teacher(1, "other"), folder / "targets/other/codes-00000.npy"
+    real = teacher.embed
+
+    def embed(views):
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"mine")
+        return real(views)
+
+    teacher.embed = embed
+    with pytest.raises(
+        RequestError, match=r"targets/other: there is such a folder, and no meta\.json in it .* move the folder"
+    ):
+        make_store(folder, teacher=teacher)
+    assert path.read_bytes() == b"mine"
+    assert not list((folder / "targets").glob(".tmp-*"))
+
+
+def test_a_store_of_nothing_but_unreadable_images_is_said_to_be_one(tmp_path, make_store, pictures):
+    for path in pictures.rglob("*.jpg"):
+        path.write_bytes(b"nothing")
+    with pytest.raises(ImageError, match="none of the images in the codec's sample can be read"):
+        make_store(tmp_path / "store", images=pictures, skip_unreadable=True)
+    (found,) = problems(tmp_path / "store", images.scan(pictures))
+    assert "none of its 24 images had a readable header when it was made, and its images are fixed" in found
+    assert "run the same precompute again" not in found
+
+
+def test_a_part_of_skipped_images_alone_is_right(tmp_path, make_store, pictures):
+    (pictures / "birch" / "004.jpg").write_bytes(b"nothing")
+    store = make_store(tmp_path / "store", images=pictures, skip_unreadable=True)
+    subset(store, tmp_path / "part", paths=["birch/004.jpg"])
+    assert problems(tmp_path / "part", images.scan(pictures)) == []
 
 
 def test_another_pixel_path_is_found(folder, monkeypatch):
