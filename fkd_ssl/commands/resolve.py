@@ -70,7 +70,7 @@ def teacher_of(name: str, checkpoint: str | None, precision: Precision = "fp32")
 
 
 def model_of(spec: str, checkpoint: str | None = None) -> Model:
-    """A run folder, one of its checkpoints, or `teacher:NAME` (with a checkpoint).
+    """A run folder, one of its checkpoints, an exported file, or `teacher:NAME` (with a checkpoint).
 
     Raises:
         RequestError: It is none of these.
@@ -96,7 +96,7 @@ def student_of(spec: str, option: str = "--model") -> tuple[Student, int]:
         path = path / "checkpoints" / LAST
     if not path.is_file():
         raise RequestError(
-            f"{option} {spec}: no such run or checkpoint (looked for {path}); give a run folder, a .ckpt of one, or "
-            "teacher:NAME with --checkpoint"
+            f"{option} {spec}: no such run or checkpoint (looked for {path}); give a run folder, a .ckpt of one, or a file of "
+            f"fkd-ssl export{', or teacher:NAME with --checkpoint' if option == '--model' else ''}"
         )
     return load_student(path)
