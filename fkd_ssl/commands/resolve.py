@@ -83,7 +83,7 @@ def teacher_of(name: str, checkpoint: str | None, precision: Precision = "fp32")
 
 
 def model_of(spec: str, checkpoint: str | None = None) -> Model:
-    """A run folder, one of its checkpoints, or anything that is a teacher: NAME, LIBRARY/NAME or module:function.
+    """A run folder, one of its checkpoints, an exported file, or anything that is a teacher: NAME, LIBRARY/NAME or module:function.
 
     `teacher:` before a teacher is needed only where a file or folder has its name.
 
@@ -114,8 +114,8 @@ def student_of(spec: str, option: str = "--model") -> tuple[Student, int]:
         path = path / "checkpoints" / LAST
     if not path.is_file():
         raise RequestError(
-            f"{option} {spec}: no such run or checkpoint (looked for {path}); give a run folder, a .ckpt of one, or "
-            "teacher:NAME with --checkpoint"
+            f"{option} {spec}: no such run or checkpoint (looked for {path}); give a run folder, a .ckpt of one, or a file of "
+            f"fkd-ssl export{', or teacher:NAME with --checkpoint' if option == '--model' else ''}"
         )
     return load_student(path)
 

@@ -33,7 +33,7 @@ def run(config: Config) -> int:
     from fkd_ssl.store import open_store
     from fkd_ssl.students import Student, check_student, measure
     from fkd_ssl.training.engine import check_batch, objective_of, train
-    from fkd_ssl.training.loggers import make_logger
+    from fkd_ssl.training.loggers import check_logger, make_logger
 
     rank, world = resolve.rank()
     if rank:  # the first process speaks for all
@@ -84,6 +84,8 @@ def run(config: Config) -> int:
     for about in targets:
         objective_of(config, about)
     student = Student(config.student, *(about.dim for about in targets), **shape)
+    if config.logger is not None:
+        check_logger(config.logger)
     init = None if config.init is None else resolve.student_of(config.init, "--init")[0]
     if init is not None:
         student.start_from(init)

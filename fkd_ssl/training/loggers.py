@@ -1,6 +1,7 @@
 """Loggers by name: where the lines of metrics.csv go beside the file itself."""
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 from pytorch_lightning import loggers as lightning
@@ -10,14 +11,17 @@ from fkd_ssl.errors import RequestError
 
 _LOGGERS: dict[str, Callable[[Path], Logger]] = {
     "tensorboard": lambda folder: lightning.TensorBoardLogger(folder, name="", version="tensorboard"),
-    "wandb": lambda folder: lightning.WandbLogger(name=folder.name, save_dir=folder, id=None),
+    "wandb": lambda folder: lightning.WandbLogger(name=folder.name, save_dir=folder),
     "mlflow": lambda folder: lightning.MLFlowLogger(run_name=folder.name, save_dir=str(folder / "mlruns")),
 }
 
 
+def check_logger(name: str) -> None:
+    """Raises RequestError where a logger's package, which is called as it is, is not installed."""
+    if find_spec(name) is None:
+        raise RequestError(f"logger {name}: {name} is not installed: pip install 'fkd_ssl[{name}]'")
+
+
 def make_logger(name: str, folder: Path) -> Logger:
-    """A logger of Lightning's for a run's folder; raises RequestError where its package is not installed."""
-    try:
-        return _LOGGERS[name](folder)
-    except ModuleNotFoundError as error:
-        raise RequestError(f"logger {name}: {error}: pip install 'fkd_ssl[{name}]'") from error
+    """A logger of Lightning's for a run's folder."""
+    return _LOGGERS[name](folder)

@@ -36,19 +36,18 @@ def losses(folder: Path) -> list[float | None]:
     return [line["loss"] for line in read_metrics(folder / "metrics.csv") if line["loss"] is not None]
 
 
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_two_processes_are_one(work: Path, call: Any, accumulate: int) -> None:
-    line = f"{NO_NORM} --epochs 6 --accumulate {accumulate} --val val --knn_every 3"
+@pytest.mark.parametrize(
+    ("start", "options"), [(PLAIN, "--devices 2 --accumulate 2"), (TORCHRUN, "")], ids=["plain", "torchrun"]
+)
+def test_two_processes_are_one(work: Path, call: Any, start: list[str], options: str) -> None:
+    line = f"{NO_NORM} --epochs 6 --val val --knn_every 3"
     assert call(f"{line} --out one").status == 0
-    done = run(PLAIN, f"{line} --out two --devices 2")
+    done = run(start, f"{line} --out two {options}")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n") == 1  # one process speaks
-    done = run(TORCHRUN, f"{line} --out three")
-    assert done.returncode == 0, done.stderr
-    one, two, three = (losses(work / name) for name in ("one", "two", "three"))
+    one, two = (losses(work / name) for name in ("one", "two"))
     assert len(one) == 9
     assert two == pytest.approx(one, rel=TOLERANCE)
-    assert three == two
     results = [json.loads((work / name / "results.json").read_text()) for name in ("one", "two")]
     for key in ("steps", "crops_seen", "images"):
         assert results[0][key] == results[1][key]
@@ -60,14 +59,6 @@ def test_two_processes_are_one(work: Path, call: Any, accumulate: int) -> None:
         assert (weights[0][queue] - row).abs().sum(dim=1).min() < 1e-6
 
 
-def test_online_teachers_run_in_each(work: Path, call: Any) -> None:
-    line = f"{NO_NORM} --epochs 2 --targets online --teacher own_teacher:make"
-    assert call(f"{line} --out one").status == 0
-    done = run(PLAIN, f"{line} --out two --devices 2")
-    assert done.returncode == 0, done.stderr
-    assert losses(work / "two") == pytest.approx(losses(work / "one"), rel=TOLERANCE)
-
-
 def test_a_sigterm_saves_first_and_the_training_continues(work: Path) -> None:
     line = f"{LINE} --epochs 48 --devices 2"
     env = {**os.environ, "TQDM_DISABLE": "1", "PYTHONPATH": "."}
@@ -75,7 +66,7 @@ def test_a_sigterm_saves_first_and_the_training_continues(work: Path) -> None:
         while process.poll() is None and not (work / "run/checkpoints/last.ckpt").exists():
             time.sleep(0.1)
         process.send_signal(signal.SIGTERM)
-        _, err = process.communicate(timeout=120)
+        _, err = process.communicate(timeout=300)
     assert process.returncode == 130, err
     assert "stopped; the same command continues where it can" in err
     stopped = torch.load(work / "run/checkpoints/last.ckpt", weights_only=True)["global_step"]

@@ -15,11 +15,11 @@ from torch import nn
 from fkd_ssl.data import FreshCrops
 from fkd_ssl.errors import FkdError, RequestError
 from fkd_ssl.students import Student, load_student
+from fkd_ssl.training import loggers
 from fkd_ssl.training.config import TrainConfig
 from fkd_ssl.training.distiller import Distiller, update_average
 from fkd_ssl.training.engine import check_batch, single_steps
 from fkd_ssl.training.last_single import LastSingle
-from fkd_ssl.training.loggers import make_logger
 from fkd_ssl.training.sampler import PassSampler
 
 ALL = {
@@ -305,7 +305,7 @@ class TestLoggers:
 
         run = make_run("run", logger="tensorboard")
         run.folder.mkdir()
-        run.train(logger=make_logger("tensorboard", run.folder), score=lambda student: 12.5)
+        run.train(logger=loggers.make_logger("tensorboard", run.folder), score=lambda student: 12.5)
         events = EventAccumulator(str(run.folder / "tensorboard"))
         events.Reload()
         losses = [(event.step, event.value) for event in events.Scalars("loss")]
@@ -313,19 +313,21 @@ class TestLoggers:
         assert losses == [(step, pytest.approx(loss)) for step, loss in own]
         assert events.Scalars("knn_top1")[-1].value == 12.5
 
-    @pytest.mark.parametrize(("name", "package"), [("tensorboard", "tensorboard"), ("wandb", "wandb"), ("mlflow", "mlflow")])
-    def test_without_its_package_it_says_what_to_install(
-        self, name: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        from pytorch_lightning import loggers
+    @pytest.mark.parametrize("name", ["tensorboard", "wandb", "mlflow"])
+    def test_without_its_package_it_says_what_to_install(self, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(loggers, "find_spec", lambda name: None)
+        with pytest.raises(RequestError, match=rf"logger {name}: {name} is not installed: pip install 'fkd_ssl\[{name}\]'"):
+            loggers.check_logger(name)
 
-        def missing(*args: Any, **kwargs: Any) -> None:
-            raise ModuleNotFoundError(f"No module named {package!r}")
+    @pytest.mark.parametrize(("name", "kind"), [("wandb", "WandbLogger"), ("mlflow", "MLFlowLogger")])
+    def test_the_others_are_lightnings(self, name: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        from pytorch_lightning import loggers as lightning
 
-        for kind in ("TensorBoardLogger", "WandbLogger", "MLFlowLogger"):
-            monkeypatch.setattr(loggers, kind, missing)
-        with pytest.raises(RequestError, match=rf"logger {name}: No module named .*: pip install 'fkd_ssl\[{name}\]'"):
-            make_logger(name, tmp_path)
+        asked: dict[str, Any] = {}
+        monkeypatch.setattr(lightning, kind, lambda **options: asked.update(options))
+        loggers.make_logger(name, tmp_path / "run")
+        assert "run" in asked.values()
+        assert str(asked["save_dir"]).startswith(str(tmp_path / "run"))
 
 
 def test_sync_batchnorm_needs_gpus(make_run: Any) -> None:
