@@ -78,8 +78,10 @@ CONTENDERS: dict[str, Callable[[Array, Labels, Array], Labels]] = {
 ENVIRONMENT = {"faiss_sse3": {"OPENBLAS_CORETYPE": "Prescott"}}
 
 
-def one(name: str, folder: Path) -> None:
+def one(name: str, folder: Path, k: int) -> None:
     """A contender in this process: prints seconds and bytes, writes what it predicts."""
+    global K
+    K = k
     train, labels, queries = (np.load(folder / f"{part}.npy", allow_pickle=False) for part in ("train", "labels", "queries"))
     CONTENDERS[name](train[:500], labels[:500], queries[:50])  # imports, threads
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -91,7 +93,7 @@ def one(name: str, folder: Path) -> None:
     print(json.dumps({"seconds": seconds, "bytes": peak}))
 
 
-def measure(n: int, queries: int, dim: int, names: list[str], repeats: int) -> dict[str, dict[str, float]]:
+def measure(n: int, queries: int, dim: int, names: list[str], repeats: int, k: int) -> dict[str, dict[str, float]]:
     generator = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
@@ -101,7 +103,7 @@ def measure(n: int, queries: int, dim: int, names: list[str], repeats: int) -> d
         runs: dict[str, list[dict[str, float]]] = {name: [] for name in names}
         for _ in range(repeats):  # in turns: a disturbance hits all
             for name in names:
-                command = [sys.executable, __file__, "--one", name, "--folder", str(folder)]
+                command = [sys.executable, __file__, "--one", name, "--folder", str(folder), "--k", str(k)]
                 environment = {**os.environ, **ENVIRONMENT.get(name, {})}
                 said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
                 runs[name].append(json.loads(said))
@@ -118,6 +120,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=["7000x2500", "200000x10000"], help="training images x queries")
     parser.add_argument("--dim", type=int, default=512)
+    parser.add_argument("--k", type=int, default=K)
     parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=CONTENDERS)
     parser.add_argument("--repeats", type=int, default=3, help="the least of so many is printed")
     parser.add_argument("--imagenet", action="store_true", help="extrapolate ours to 1.28 M x 50 k, 2048-d")
@@ -125,14 +128,14 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        one(args.one, args.folder)
+        one(args.one, args.folder, args.k)
         return
     names = list(dict.fromkeys(["ours", *args.contenders]))
     print("| size | contender | seconds | of ours | MB beyond the features | of ours | same answers |")
     print("|---|---|---|---|---|---|---|")
     for size in args.sizes:
         n, queries = map(int, size.split("x"))
-        rows = measure(n, queries, args.dim, names, args.repeats)
+        rows = measure(n, queries, args.dim, names, args.repeats, args.k)
         for name, row in rows.items():
             ratios = [f"{row[key] / max(rows['ours'][key], 1e-9):.2f}" for key in ("seconds", "bytes")]
             print(
@@ -141,7 +144,7 @@ def main() -> None:
                 flush=True,
             )
     if args.imagenet:
-        small, large = (measure(n, 2000, 2048, ["ours"], args.repeats)["ours"]["seconds"] for n in (50_000, 100_000))
+        small, large = (measure(n, 2000, 2048, ["ours"], args.repeats, args.k)["ours"]["seconds"] for n in (50_000, 100_000))
         slope = (large - small) / (50_000 * 2000)
         hours = (slope * 1_281_167 * 50_000) / 3600
         print(f"\n50,000 and 100,000 x 2,000 x 2048: {small:.1f} s, {large:.1f} s; ImageNet by their difference: {hours:.2f} h")

@@ -2,8 +2,8 @@
 
 All by cosine: vectors are normalised and compared by their inner product. Saved, a gallery is a folder of plain files,
 `features.npy` float32 [N, D] of length 1, `labels.npy`, `images.txt`, `index.json`; the faiss index beside them is read only
-where its HMAC with this user's own key says that this user wrote it, since faiss trusts what it reads. Elsewhere it is
-built again from the features.
+where an HMAC of it and of `images.txt` with this user's own key says that this user wrote them, since faiss trusts what it
+reads. Elsewhere it is built again from the features.
 
 Legend: `N` images in the gallery, `D` feature dimension, `Q` queries.
 """
@@ -25,7 +25,7 @@ import numpy as np
 from fkd_ssl import files
 from fkd_ssl.errors import RequestError, StoreError
 from fkd_ssl.eval import search
-from fkd_ssl.eval.scores import Float32Array, Int64Array
+from fkd_ssl.eval.scores import Float32Array, Int64Array, as_features
 
 Kind = Literal["exact", "hnsw", "ivfflat", "ivfpq"]
 KINDS: dict[str, tuple[int, ...]] = {
@@ -167,8 +167,9 @@ def save(index: Index, folder: Path, *, labels: Int64Array, images: Sequence[str
     folder.mkdir(parents=True, exist_ok=True)
     files.write_npy(folder / "features.npy", index.unit)
     files.write_npy(folder / "labels.npy", labels)
+    names, data = "".join(f"{name}\n" for name in images).encode(), b""
     with files.publish(folder / "images.txt") as file:
-        file.write("".join(f"{name}\n" for name in images).encode())
+        file.write(names)
     signed: dict[str, Any] = {"kind": index.kind, "n": len(index.unit), "dim": index.unit.shape[1], **about}
     if index.faiss is not None:
         import faiss
@@ -176,16 +177,18 @@ def save(index: Index, folder: Path, *, labels: Int64Array, images: Sequence[str
         data = faiss.serialize_index(index.faiss).tobytes()
         with files.publish(folder / _INDEX) as file:
             file.write(data)
-        signed["hmac"] = _signature(data)
-    files.write_json(folder / _ABOUT, signed)
+    files.write_json(folder / _ABOUT, {**signed, "hmac": _signature(names, data)})
 
 
 def load(folder: Path) -> tuple[Index, Int64Array, list[str], dict[str, Any]]:
     """A saved index, the labels and image names of its gallery, and what `save` was told about it.
 
+    `ours` there says whether this user wrote index and names; names that a stranger wrote may be of any file.
+
     Raises:
         RequestError: There is none, or its files do not fit together.
         StoreError: A file is damaged.
+        FkdError: A feature is not finite.
     """
     if not (folder / _ABOUT).is_file():
         raise RequestError(f"{folder}: no saved index (looked for {folder / _ABOUT})")
@@ -193,26 +196,25 @@ def load(folder: Path) -> tuple[Index, Int64Array, list[str], dict[str, Any]]:
     kind, count, dim = about.get("kind"), about.get("n"), about.get("dim")
     if kind not in KINDS or not isinstance(count, int) or not isinstance(dim, int):
         raise RequestError(f"{folder / _ABOUT}: describes no index that is known here (kind {kind!r})")
-    unit = files.map_npy(folder / "features.npy", np.dtype(np.float32), (count, dim))
+    unit = as_features(files.map_npy(folder / "features.npy", np.dtype(np.float32), (count, dim)), str(folder / "features.npy"))
     labels = files.map_npy(folder / "labels.npy", np.dtype(np.int64), (count,))
-    names = files.read_plain(folder / "images.txt", 2**32).decode().splitlines()
+    listed, data = files.read_plain(folder / "images.txt", 2**32), b""
+    names = listed.decode(errors="replace").splitlines()
     if len(names) != count:
         raise RequestError(f"{folder / 'images.txt'}: {len(names)} names for {count} vectors")
-    if kind == "exact":
-        return Index(kind, unit, None), labels, names, about
-    with suppress(StoreError):
-        data = files.read_plain(folder / _INDEX, 2**40)
-        if hmac.compare_digest(str(about.get("hmac")), _signature(data)):
-            import faiss
+    if kind != "exact":
+        with suppress(StoreError):
+            data = files.read_plain(folder / _INDEX, 2**40)
+    about["ours"] = hmac.compare_digest(str(about.get("hmac")), _signature(listed, data))
+    if kind == "exact" or not about["ours"]:
+        return build(unit, kind), labels, names, about
+    import faiss
 
-            index = faiss.deserialize_index(np.frombuffer(data, dtype=np.uint8))
-            if (index.ntotal, index.d) == (count, dim):
-                return Index(kind, unit, index), labels, names, about
-    return build(unit, kind), labels, names, about
+    return Index(kind, unit, faiss.deserialize_index(np.frombuffer(data, dtype=np.uint8))), labels, names, about
 
 
-def _signature(data: bytes) -> str:
-    return hmac.new(_key(), data, hashlib.sha256).hexdigest()
+def _signature(names: bytes, index: bytes) -> str:
+    return hmac.new(_key(), f"{len(names)} ".encode() + names + index, hashlib.sha256).hexdigest()
 
 
 def _key() -> bytes:

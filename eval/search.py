@@ -2,9 +2,10 @@
 
 The product is numpy's on the CPU and torch's on a GPU. faiss's exact index is not used: it multiplies with an OpenBLAS of
 its own wheel (of 2021 in 1.15), which picks its kernels by a list of processors and falls back to SSE3 on one that it does
-not know: a third of the speed. Where it knows the processor the two take the same time, that of the product. The training
-features are read where they lie, mapped files too: for the cosine they are neither copied nor normalised, since it is
-the products that are divided by their lengths.
+not know: a third of the speed. Where it knows the processor its bare search is level with this one or a little ahead, and
+behind once the normalised copies that it needs are counted (benchmarks/knn.py). The training features are read where they
+lie, mapped files too: for the cosine they are neither copied nor normalised, since it is the products that are divided by
+their lengths.
 
 Legend: `N` training images, `n` queries, `D` feature dimension, `Q` queries in a chunk, `W` training images in a block.
 """
@@ -16,7 +17,7 @@ from typing import Literal
 import numpy as np
 import torch
 
-from fkd_ssl.errors import RequestError
+from fkd_ssl.errors import FkdError, RequestError
 from fkd_ssl.eval.scores import Float32Array, Int64Array
 
 Metric = Literal["cosine", "euclidean"]
@@ -107,17 +108,19 @@ def nearest(
 
 
 def lengths(features: Float32Array) -> Float32Array:
-    """The Euclidean length of each row: float32 [n], also where the squares leave float32."""
+    """The Euclidean length of each row: float32 [n], also where the squares leave float32; raises FkdError where it does."""
     with np.errstate(over="ignore", invalid="ignore"):
         found: Float32Array = np.sqrt(np.einsum("nd,nd->n", features, features))
         odd = np.flatnonzero(~((found > 1e-15) & (found < 1e19)))
-    found[odd] = np.sqrt(np.square(features[odd], dtype=np.float64).sum(axis=1))
+        found[odd] = np.sqrt(np.square(features[odd], dtype=np.float64).sum(axis=1))
+    if not np.isfinite(found).all():
+        raise FkdError(f"features with values up to {np.abs(features[odd]).max():.3g} are too long for float32; scale them")
     return found
 
 
 def _inverse(values: Float32Array) -> Float32Array:
-    with np.errstate(divide="ignore"):
-        inverse: Float32Array = np.where(values > 0, 1 / values, 0).astype(np.float32)
+    some = values > np.finfo(np.float32).tiny
+    inverse: Float32Array = np.where(some, 1 / np.where(some, values, 1), 0).astype(np.float32)
     return inverse
 
 

@@ -201,6 +201,11 @@ def _show_nearest(config: Config) -> int:
             raise RequestError(f"{config.saved}: holds features of another model than --model {config.model}; build it again")
         if side != pixels:
             raise RequestError(f"{config.saved}: holds features at {side} px; pass --pixels {side}")
+        if not about["ours"]:
+            raise RequestError(
+                f"{config.saved}: was saved by another user or on another machine, or was changed: the pictures that it "
+                "names are not opened; give --gallery instead"
+            )
         classes = list(about["classes"])
     else:
         split, _ = sources.split_of(config, config.gallery, None)

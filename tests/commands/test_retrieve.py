@@ -91,3 +91,12 @@ def test_what_is_refused(work: Path, call: Any, line: str, status: int, said: st
     answer = call(line)
     assert (answer.status, answer.out) == (status, "")
     assert said in answer.err
+
+
+def test_a_strangers_index_opens_no_picture(work: Path, call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert call(f"retrieve {TEACHER} --gallery train --saved index").status == 0
+    monkeypatch.setenv("XDG_CACHE_HOME", str(work / "others"))
+    answer = call(f"retrieve {TEACHER} --saved index --query val/ash/0.png")
+    assert (answer.status, answer.out) == (2, "")
+    assert "the pictures that it names are not opened; give --gallery instead" in answer.err
+    assert not (work / "nearest.png").exists()

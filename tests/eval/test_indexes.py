@@ -48,6 +48,7 @@ def test_what_is_saved_is_found_again(tmp_path, kind: str) -> None:
     indexes.save(index, folder, labels=np.arange(300), images=names, about={"note": "mine"})
     loaded, labels, images, about = indexes.load(folder)
     assert (labels.tolist(), images, about["note"]) == (list(range(300)), names, "mine")
+    assert about["ours"]
     for one, other in zip(index.search(queries, 5), loaded.search(queries, 5), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5)
     with pytest.raises(RequestError, match="index: exists; choose another folder"):
@@ -76,7 +77,8 @@ def test_a_strangers_index_is_built_again_and_never_read(tmp_path, monkeypatch) 
                 file.write(b"evil")
         else:
             (folder / "index.faiss").unlink()
-        loaded, *_ = indexes.load(folder)
+        loaded, _, _, about = indexes.load(folder)
+        assert not about["ours"]
         assert loaded.search(gallery[:9], 1)[1].ravel().tolist() == list(range(9))
     assert read == [1]
 
@@ -86,6 +88,8 @@ def test_damage_is_named(tmp_path) -> None:
     with pytest.raises(RequestError, match="no saved index"):
         indexes.load(folder)
     indexes.save(indexes.build(vectors(30), "exact"), folder, labels=np.arange(30), images=["x"] * 30, about={})
+    (folder / "images.txt").write_text("/etc/passwd\n" * 30)
+    assert not indexes.load(folder)[3]["ours"]
     (folder / "images.txt").write_text("one\n")
     with pytest.raises(RequestError, match=r"images.txt: 1 names for 30 vectors"):
         indexes.load(folder)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from fkd_ssl.errors import RequestError
+from fkd_ssl.errors import FkdError, RequestError
 from fkd_ssl.eval import search
 
 
@@ -43,6 +43,14 @@ def test_a_mapped_file_is_searched_where_it_lies(tmp_path) -> None:
 def test_lengths_outside_float32s_squares() -> None:
     rows = features(6) * np.array([1, 1e30, 1e-30, 0, 1e20, 1e-20], dtype=np.float32)[:, None]
     np.testing.assert_allclose(search.lengths(rows), np.linalg.norm(rows.astype(np.float64), axis=1), rtol=1e-6)
+
+
+def test_lengths_outside_float32() -> None:
+    with pytest.raises(FkdError, match=r"features with values up to 3e\+38 are too long for float32; scale them"):
+        list(search.nearest(np.full((3, 40), 3e38, dtype=np.float32), None, 1))
+    tiny = np.full((3, 4), 1e-42, dtype=np.float32)
+    ((_, similarity, _),) = search.nearest(tiny, features(2, 4), 3)
+    assert similarity.tolist() == [[0, 0, 0]] * 2
 
 
 @pytest.mark.parametrize(("queries", "k", "most"), [(features(2), 11, 10), (None, 10, 9), (features(2), 0, 10)])
