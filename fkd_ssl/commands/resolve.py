@@ -83,7 +83,7 @@ def teacher_of(name: str, checkpoint: str | None, precision: Precision = "fp32")
 
 
 def model_of(spec: str, checkpoint: str | None = None) -> Model:
-    """A run folder, one of its checkpoints, an exported file, or anything that is a teacher: NAME, LIBRARY/NAME or module:function.
+    """A run folder, one of its checkpoints, an exported file, or any teacher: NAME, LIBRARY/NAME or module:function.
 
     `teacher:` before a teacher is needed only where a file or folder has its name.
 
