@@ -98,8 +98,8 @@ _POSITIONS = ("pos_embed", "positional_embedding", "position_embeddings")
 
 
 def _head_keys(name: str) -> set[str]:
-    """The keys of a linear classifier called `name`; LeViT's is the part `l` of one that has a BatchNorm too."""
-    whole = name.removesuffix(".l")
+    """The keys of a linear classifier called `name`; LeViT's is the part `linear` of one that has a BatchNorm too."""
+    whole = name.removesuffix(".linear")
     norm = {f"{whole}.bn.{part}" for part in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")}
     return {f"{name}.weight", f"{name}.bias"} | (norm if whole != name else set())
 

@@ -13,17 +13,28 @@ EXAMPLES = sorted((ROOT / "examples").rglob("*.py"))
 pytestmark = pytest.mark.slow
 
 
-@pytest.mark.parametrize("script", EXAMPLES, ids=lambda path: path.parent.name)
+def run(script: Path, options: str) -> str:
+    env = {**os.environ, "TQDM_DISABLE": "1"}
+    done = subprocess.run([sys.executable, str(script), *options.split()], capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("script", [path for path in EXAMPLES if path.name == "distill.py"], ids=lambda path: path.parent.name)
 def test_it_runs(script: Path, work: Path) -> None:
     options = "--images train --store store --pixels 32 --batch_size 6 --epochs 2 --workers 0"
     if "distributed" in script.parent.name:
         options += " --devices 2 --batch_size 3"
-    env = {**os.environ, "TQDM_DISABLE": "1"}
-    done = subprocess.run([sys.executable, str(script), *options.split()], capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr
-    lines = [line for line in done.stdout.splitlines() if "loss: " in line]
+    lines = [line for line in run(script, options).splitlines() if "loss: " in line]
     assert lines
     assert 0 < float(lines[-1].rpartition("loss: ")[2]) < 10
+
+
+def test_probes_while_lightly_trains(work: Path) -> None:
+    said = run(
+        ROOT / "examples/pytorch_lightning/online_probes.py", "train val --pixels 32 --epochs 2 --batch_size 6 --workers 0"
+    )
+    assert "knn" in said.lower()
 
 
 def test_the_list_of_examples_is_whole() -> None:

@@ -125,7 +125,7 @@ class TestSeveralTeachers:
     @pytest.mark.parametrize(
         ("more", "said"),
         [
-            ("--checkpoint a,b,c", "are 2 and --checkpoint names 3 files: one for each, nothing between two commas"),
+            ("--checkpoint a,b,c", "checkpoint 'a,b,c': 3 for 2 teachers"),
             ("--name a", "2 teachers, columns ['a']"),
             ("--name a,a", "2 teachers, columns ['a', 'a']"),
         ],

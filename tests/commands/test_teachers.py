@@ -39,7 +39,7 @@ def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     http = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(quiet, directory=str(folder)))
     threading.Thread(target=http.serve_forever, args=(0.01,), daemon=True).start()
     url = f"http://127.0.0.1:{http.server_port}/swav.pth.tar"
-    monkeypatch.setitem(PRESETS, NAME, replace(PRESETS[NAME], network="resnet18", url=url))
+    monkeypatch.setitem(PRESETS, NAME, replace(PRESETS[NAME], network="resnet18", prototypes=30, url=url))
     yield folder
     http.shutdown()
     http.server_close()

@@ -1,6 +1,6 @@
 """kNN and a linear probe while SimCLR trains with lightly, on a folder of images in class folders.
 
-    python examples/online_probes.py TRAIN VAL --epochs 10
+    python examples/pytorch_lightning/online_probes.py TRAIN VAL --epochs 10
 
 The module is lightly's example as it is: the callbacks take the features out of its `backbone` while it runs. A batch of
 lightly's is (views, labels, ...), and `second` takes the labels out of it; pass `labels=` for other batches.
