@@ -157,7 +157,7 @@ def run(config: Config) -> int:
             sizes[codec] = code_size(codec, teacher.dim)
         except RequestError:
             continue  # its parts do not divide D
-    codecs = {
+    codecs: dict[str, dict[str, Any]] = {
         codec: {
             "bytes_per_crop": size + CROP_DTYPE.itemsize,
             "bytes": own + targets * (size + CROP_DTYPE.itemsize),
