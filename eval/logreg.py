@@ -21,12 +21,10 @@ from fkd_ssl.eval.scores import (
     Float32Array,
     Int64Array,
     accuracy,
-    as_features,
-    as_labels,
+    as_probe,
     few_classes,
     per_class,
     ranks,
-    same_dimension,
 )
 from fkd_ssl.progress import hidden
 
@@ -78,13 +76,7 @@ def evaluate(
         RequestError: Shapes, labels or strengths that cannot be right, or a training set that cannot be split.
         FkdError: Features that are not finite, or too large to standardise.
     """
-    train, wanted = as_features(train_features, "train_features"), as_features(features, "features")
-    same_dimension(train, wanted)
-    known = as_labels(train_labels, len(train), "train_labels", num_classes=num_classes)
-    if len(np.unique(known)) < 2:
-        raise RequestError("train_labels: one class only; a probe needs two to tell apart")
-    classes = int(known.max()) + 1 if num_classes is None else num_classes
-    truth = as_labels(labels, len(wanted), "labels", num_classes=classes)
+    train, known, wanted, truth, classes = as_probe(train_features, train_labels, features, labels, num_classes)
     if len(strengths) == 0 or min(strengths) <= 0:
         raise RequestError(f"strengths must be numbers above 0, got {list(strengths)}")
 

@@ -90,6 +90,24 @@ def ranks(scores: npt.NDArray[np.floating[Any]], labels: Int64Array) -> Int64Arr
     return ahead
 
 
+def as_probe(
+    train_features: Any, train_labels: Any, features: Any, labels: Any, num_classes: int | None
+) -> tuple[Float32Array, Int64Array, Float32Array, Int64Array, int]:
+    """What a probe on features is given, checked: training features and labels, those to score, and C.
+
+    Raises:
+        RequestError: Shapes or labels that cannot be right, or one class only.
+        FkdError: Features that are not finite.
+    """
+    train, wanted = as_features(train_features, "train_features"), as_features(features, "features")
+    same_dimension(train, wanted)
+    known = as_labels(train_labels, len(train), "train_labels", num_classes=num_classes)
+    if len(np.unique(known)) < 2:
+        raise RequestError("train_labels: one class only; a probe needs two to tell apart")
+    classes = int(known.max()) + 1 if num_classes is None else num_classes
+    return train, known, wanted, as_labels(labels, len(wanted), "labels", num_classes=classes), classes
+
+
 def accuracy(rank: Int64Array) -> dict[str, Any]:
     """`top1` and `top5` in percent, and `correct` bool [n] (top-1, for paired bootstraps), from `ranks`."""
     return {

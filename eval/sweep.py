@@ -15,7 +15,6 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch.nn import functional
 from tqdm import tqdm
@@ -26,12 +25,10 @@ from fkd_ssl.eval.scores import (
     Float32Array,
     Int64Array,
     accuracy,
-    as_features,
-    as_labels,
+    as_probe,
     few_classes,
     per_class,
     ranks,
-    same_dimension,
 )
 from fkd_ssl.progress import hidden
 
@@ -82,13 +79,7 @@ def evaluate(
             did not diverge.
         FkdError: Features that are not finite, or too large to standardise.
     """
-    train, wanted = as_features(train_features, "train_features"), as_features(features, "features")
-    same_dimension(train, wanted)
-    known = as_labels(train_labels, len(train), "train_labels", num_classes=num_classes)
-    if len(np.unique(known)) < 2:
-        raise RequestError("train_labels: one class only; a probe needs two to tell apart")
-    classes = int(known.max()) + 1 if num_classes is None else num_classes
-    truth = as_labels(labels, len(wanted), "labels", num_classes=classes)
+    train, known, wanted, truth, classes = as_probe(train_features, train_labels, features, labels, num_classes)
     if len(rates) == 0 or not all(math.isfinite(rate) and rate > 0 for rate in rates):
         raise RequestError(f"rates must be numbers above 0, got {list(rates)}")
 

@@ -35,7 +35,8 @@ def peek(out: str | Path, config: Any) -> State:
         raise RequestError(f"{folder}: exists and is not a run of fkd-ssl; choose another --out")
     found, wanted = _values((folder / CONFIG).read_text(errors="replace")), _values(to_yaml(config))
     for key in getattr(config, "FREE", ()):
-        found.pop(key, None), wanted.pop(key, None)
+        found.pop(key, None)
+        wanted.pop(key, None)
     if found != wanted:  # not their text: 100 and 100.0 are one number of epochs
         raise RequestError(f"{folder}: holds a run of another config ({difference(found, wanted)}); choose another --out")
     return "done" if (folder / RESULTS).exists() else "resume"

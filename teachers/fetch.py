@@ -185,7 +185,9 @@ def _once(preset: Preset, part: Path, progress: Progress) -> bool:
             raise FkdError(f"{preset.url}: the server leads to {response.url}, which is not https")
         start, total = _range(response, here)
         if response.headers.get_content_type() == "text/html":  # of a proxy, or of a network that wants a login first
-            raise FkdError(f"{preset.url}: a web page came instead of the file; {here:,} bytes are kept; {by_hand(preset)}")
+            raise FkdError(
+                f"{preset.url}: a web page came instead of the file; {here:,} bytes are kept; {by_hand(preset, part.parent)}"
+            )
         if here and start == 0 and total is not None and total < here:
             raise FkdError(
                 f"{preset.url}: the server has {total:,} bytes now and {here:,} are here: another file; delete {part} to begin "

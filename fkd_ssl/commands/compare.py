@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
 
@@ -95,6 +95,8 @@ class Config:
     """Neighbours."""
     json: bool = False
     """Print results.json on standard output."""
+
+    FREE: ClassVar = ("workers", "json")
 
     def __post_init__(self) -> None:
         if len(split(self.teacher)) > 2:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fkd_ssl.errors import RequestError
 from fkd_ssl.training.config import TrainConfig as Config
 from fkd_ssl.training.config import checkpoints_of
 
@@ -25,6 +26,8 @@ MUCH_WAITING = 0.2  # share of the training's time spent waiting for data from w
 
 def run(config: Config) -> int:
     """Trains and says how it went."""
+    import torch
+
     from fkd_ssl import card, runs
     from fkd_ssl.commands import console, resolve
     from fkd_ssl.data import Crops, FreshCrops, StoredCrops
@@ -57,6 +60,10 @@ def run(config: Config) -> int:
         where = "ignored: there is no --store" if store is None else "the student's crops are not bit for bit the teacher's"
         console.say(f"warning: --scale_boxes: {where}")
     if config.device_crops and resolve.device().type == "cpu":
+        if torch.backends.mps.is_available():
+            raise RequestError(
+                "--device_crops: Apple's GPUs have no float64, in which a crop's mean colour is kept: leave it out"
+            )
         console.say("warning: --device_crops: there is no CUDA GPU, so this process makes the crops, slowly")
     data: Crops
     teachers: list[Teacher] = []

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from fkd_ssl import cli
@@ -158,6 +159,12 @@ def test_how_a_run_is_run_may_change_when_it_continues(work: Path, call: Any, tr
         assert (again.status, "this run is done" in again.err) == (0, True)
     other = call(f"{train_line} --out run --lr 0.5")
     assert (other.status, "lr is" in other.err) == (2, True)
+
+
+def test_crops_on_an_apple_gpu_are_refused(work: Path, call: Any, train_line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    refused = call(f"{train_line} --out run --device_crops")
+    assert (refused.status, "Apple's GPUs have no float64" in refused.err) == (2, True)
 
 
 def test_an_unfinished_store_is_no_smaller_one(work: Path, call: Any, train_line: str, monkeypatch: pytest.MonkeyPatch) -> None:

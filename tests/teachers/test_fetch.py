@@ -28,6 +28,7 @@ class Server:
         self.etag: str | None = '"one"'
         self.ranges = True
         self.length = True
+        self.kind = "application/octet-stream"
         self.cuts: list[int] = []
         """Bytes after which the next connections are cut."""
         self.status = 200
@@ -73,6 +74,7 @@ class Server:
             handler.send_response(200)
         if self.etag:
             handler.send_header("ETag", self.etag)
+        handler.send_header("Content-Type", self.kind)
         if self.length:
             handler.send_header("Content-Length", str(len(self.content) - start))
         handler.end_headers()
@@ -161,6 +163,17 @@ def test_a_server_that_ignores_range_and_always_breaks_is_given_up(server: Serve
     with pytest.raises(FkdError, match=r"the connection broke"):
         get(preset, tmp_path)
     assert len(server.seen) < 10
+
+
+def test_a_web_page_in_the_files_place_destroys_nothing(server: Server, preset: Preset, tmp_path: Path) -> None:
+    server.cuts = [1_000_000] + [0] * 10
+    with pytest.raises(FkdError, match="1,000,000 bytes are kept"):
+        get(preset, tmp_path)
+    server.cuts, server.kind, server.ranges, server.content = [], "text/html", False, b"<p>please log in"
+    with pytest.raises(FkdError, match=rf"a web page came instead of the file; 1,000,000 bytes are kept.*{tmp_path}"):
+        get(preset, tmp_path)
+    server.kind, server.ranges, server.content = "application/octet-stream", True, CONTENT
+    assert get(preset, tmp_path).read_bytes() == CONTENT
 
 
 def test_a_file_that_has_changed_meanwhile_comes_from_its_start(server: Server, preset: Preset, tmp_path: Path) -> None:
