@@ -416,7 +416,8 @@ def test_a_part_of_every_store_is_refused_or_right(original: Path, data: Any) ->
     for store in done:
         with contextlib.suppress(StoreError), guarded(store.folder):
             read(store.folder)
-        assert any(signed) or not verify(open_store(store.folder)).problems
+        # of a store that lost all its columns the crops alone are copied, and verify says that there is no teacher
+        assert any(signed) or not store.teachers or not verify(open_store(store.folder)).problems
 
 
 def test_a_million_crops_in_holes_are_read_one_by_one(original: Path) -> None:
