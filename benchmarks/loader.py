@@ -133,7 +133,7 @@ def breakdown(data: StoredCrops, rounds: int) -> dict[str, float]:
         1: with_flags(FLIP),
         2: with_flags(FLIP | colour),
         3: with_flags(FLIP | colour | BLUR),
-        "targets": lambda k: data._targets([(0, i) for i in range(k * GROUP, min((k + 1) * GROUP, count))]),
+        "targets": lambda k: data._more([(0, i) for i in range(k * GROUP, min((k + 1) * GROUP, count))]),
         "all": batches(ours(data)),
     }
     took = best(works, -(-count // GROUP), rounds, time.process_time)

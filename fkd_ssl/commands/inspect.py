@@ -31,6 +31,7 @@ def describe(folder: str) -> dict[str, Any]:
             **asdict(column.meta),
             "bytes_per_crop": column.meta.code_size + CROP_DTYPE.itemsize,
             "missing_shards": column.missing_shards,
+            "in_part": column.in_part if column.prefixes else None,
         }
     crops = store.shards_with_crops()
     skipped = [store.paths[row] for s in sorted(crops) for row in store.skipped(s)]
@@ -78,7 +79,9 @@ def run(config: Config) -> int:
         ]
         if "source_codec" in fidelity:
             lines.append(f"  recoded from {fidelity['source_codec']}: these cosines are bounds")
-        if column["missing_shards"]:
+        if column["in_part"]:
+            lines.append(f"  {column['in_part']}")
+        elif column["missing_shards"]:
             lines.append(f"  NOT FINISHED: {len(column['missing_shards'])} of {about['shards']} shards are missing")
     console.show("\n".join(lines))
     return 0

@@ -81,7 +81,8 @@ def run(config: Config) -> int:
                 column, store.targets(column.name, row, slice(0, config.crops)), count=config.neighbours, crops=config.among,
                 without=row, done=bar.update,
             )  # fmt: skip
-        near = [[_picture(store, config, neighbour) for neighbour in line] for line in found]
+        for line, neighbours in zip(near, found, strict=False):  # a training may have recorded fewer crops than are shown
+            line += [_picture(store, config, neighbour) for neighbour in neighbours]
         title += f", and the nearest of {len(column.rows) - 1:,} other images to {column.name}"
     with files.publish(out) as file:
         file.write(sheet.draw(image, records, crops, near, title))

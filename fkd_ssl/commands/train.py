@@ -1,7 +1,8 @@
 """Distils a student: from the targets of a store, or online from the teacher itself.
 
 Both are one training that differs in where targets come from. The run folder holds config.yaml, metrics.csv, checkpoints/,
-results.json and a README.md; the same options continue a killed run. Several processes: --devices, or torchrun.
+results.json and a README.md; the same options continue a killed run. Several processes: --devices, or torchrun. With
+--targets online --record STORE what the teacher says is kept: the next student trains on it without the teacher.
 """
 
 from collections.abc import Callable
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from fkd_ssl.images import ImageSet
     from fkd_ssl.store import Store
     from fkd_ssl.store.reader import Column
+    from fkd_ssl.store.recording import Recording
     from fkd_ssl.students import Student
     from fkd_ssl.teachers import Teacher
 
@@ -41,7 +43,8 @@ def run(config: Config) -> int:
     rank, world = resolve.rank()
     if rank:  # the first process speaks for all
         console.mute()
-    if runs.peek(config.out, config) == "done":
+    state = runs.peek(config.out, config)
+    if state == "done":
         console.say(f"{config.out}: this run is done; results.json holds its results")
         return 0
     shape: dict[str, Any] = {"head": config.head, "stem": config.stem, "width": config.width}
@@ -67,6 +70,7 @@ def run(config: Config) -> int:
         console.say("warning: --device_crops: there is no CUDA GPU, so this process makes the crops, slowly")
     data: Crops
     teachers: list[Teacher] = []
+    recordings: list[Recording] | None = None
     if config.targets == "stored":
         assert store is not None  # by TrainConfig
         for name in ("checkpoint", "teacher_pixels"):
@@ -83,11 +87,11 @@ def run(config: Config) -> int:
         embeds = [teacher.embed for teacher in teachers]
         if store is not None:
             data = StoredCrops(store, images, with_targets=False, teacher_pixels=config.teacher_pixels, **boxes, **common)
-        else:
+        elif config.record is None:
             recipe = resolve.recipe_of(config.recipe)
             data = FreshCrops(images, recipe, teacher_pixels=config.teacher_pixels, **common)
     # before anything is written: another batch size or objective is another config
-    check_batch(config, len(data), world=max(world, config.devices))
+    check_batch(config, len(images) if config.record else len(data), world=max(world, config.devices))
     for about in targets:
         objective_of(config, about)
     student = Student(config.student, *(about.dim for about in targets), **shape)
@@ -98,6 +102,8 @@ def run(config: Config) -> int:
         student.start_from(init)
     size = measure(student.backbone, config.pixels)
     score = None if config.val is None else _knn_score(config, images)
+    if config.record is not None:
+        data, recordings = _recorded(config, images, teachers, max(world, config.devices), resumes=state == "resume")
     folder, state = (Path(config.out), "new") if rank else runs.open_run(config.out, config)
     logger = None if config.logger is None else make_logger(config.logger, folder)
     console.say(
@@ -105,7 +111,14 @@ def run(config: Config) -> int:
         f"targets, D = {' and '.join(str(about.dim) for about in targets)}; {config.epochs:g} epochs of one crop an image"
     )
     console.say(f"{config.student} at {config.pixels} px: {size}")
-    results = train(config, data, folder, targets=targets, embeds=embeds, score=score, init=init, logger=logger)
+    try:
+        results = train(
+            config, data, folder, targets=targets, embeds=embeds, recordings=recordings, score=score, init=init, logger=logger
+        )
+        _publish(config, recordings or [])
+    finally:
+        for recording in recordings or []:
+            recording.close()
     if rank:
         return 0
     results |= {"student": {**student.made_of, **vars(size)}}
@@ -125,6 +138,66 @@ def run(config: Config) -> int:
     knn = "" if results["knn_top1"] is None else f"; kNN {results['knn_top1']:.2f} %"
     console.show(f"{config.out}: {results['steps']} steps in {results['train_seconds']:.0f} s{knn}")
     return 0
+
+
+def _recorded(
+    config: Config, images: "ImageSet", teachers: "list[Teacher]", world: int, *, resumes: bool
+) -> "tuple[Crops, list[Recording] | None]":
+    """The crops of the store that is recorded, planned now if it is new, and what records each teacher's targets.
+
+    None records where the store has all targets already, as when a resumed run's were finished by precompute.
+    """
+    from fkd_ssl.commands import console, resolve
+    from fkd_ssl.data import RecordedCrops
+    from fkd_ssl.store.precompute import prepare
+    from fkd_ssl.store.recording import Recording, is_recorded
+
+    assert config.record is not None
+    columns = prepare(
+        images,
+        config.record,
+        teachers,
+        crops=config.recorded_crops,
+        recipe=resolve.recipe_of(config.recipe),
+        codec=config.codec,
+        pixels=config.teacher_pixels or config.pixels,
+        seed=config.seed,
+        chunk_size=config.batch_size // config.accumulate // world,
+        skip_unreadable=config.on_unreadable == "skip",
+        threads=min(16, resolve.cpu_threads()),
+        log=console.say,
+    )
+    # an image that can be read now and not later is no reason to leave a gap
+    data = RecordedCrops(
+        columns[0].store, images, with_targets=False, crops_per_image=config.crops_per_image, pixels=config.pixels,
+        teacher_pixels=config.teacher_pixels, decode_only=config.device_crops,
+    )  # fmt: skip
+    if resumes and not any(c.missing_shards or is_recorded(c) for c in columns):
+        console.say(f"note: {config.record} holds all targets already: nothing is left to record")
+        return data, None
+    if resolve.rank()[0]:
+        return data, []
+    return data, [Recording(column, config.crops_per_image) for column in columns]
+
+
+def _publish(config: Config, recordings: "list[Recording]") -> None:
+    """Makes a store of what was recorded, and says what can be done with it."""
+    from fkd_ssl import files
+    from fkd_ssl.commands import console
+    from fkd_ssl.store.precompute import gigabytes
+
+    for recording in recordings:
+        recording.publish()
+        column = recording.column
+        store = column.store
+        what = column.in_part if column.prefixes else f"{len(store):,} images x {store.crops_per_image} crops"
+        console.say(f"{config.record}: targets of {column.name}: {what}; {gigabytes(files.total_bytes(store.folder))} on disk")
+        if column.prefixes:
+            console.say(
+                f"to finish it: fkd-ssl precompute --images {config.images} --store {config.record} --teacher {config.teacher} "
+                f"--checkpoint {config.checkpoint} --crops {store.crops_per_image} --recipe {config.recipe} --codec "
+                f"{config.codec} --pixels {column.meta.pixels} --seed {config.seed} --chunk_size {column.meta.chunk_size}"
+            )
 
 
 def _sources(config: Config, data: "Crops", teachers: "list[Teacher]") -> dict[str, Any]:

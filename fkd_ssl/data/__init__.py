@@ -3,7 +3,11 @@
 from fkd_ssl.data.crops import Crops
 from fkd_ssl.data.fresh import FreshCrops
 from fkd_ssl.data.pixels import Batch, made_here
+from fkd_ssl.data.recorded import RecordedCrops
 from fkd_ssl.data.samples import Samples, start_worker, whole_batch
 from fkd_ssl.data.stored import StoredCrops, scaled
 
-__all__ = ["Batch", "Crops", "FreshCrops", "Samples", "StoredCrops", "made_here", "scaled", "start_worker", "whole_batch"]
+__all__ = [
+    "Batch", "Crops", "FreshCrops", "RecordedCrops", "Samples", "StoredCrops", "made_here", "scaled", "start_worker",
+    "whole_batch",
+]  # fmt: skip

@@ -7,7 +7,7 @@ from torch.utils.data import Dataset
 
 from fkd_ssl.crops import Records
 from fkd_ssl.data.pixels import Batch, Decoded, Replayed, Sides
-from fkd_ssl.data.samples import Samples, Targets
+from fkd_ssl.data.samples import Samples
 from fkd_ssl.errors import ImageError, RequestError
 from fkd_ssl.images import UInt8Array, decode, read_bytes
 
@@ -90,10 +90,7 @@ class Crops(Dataset[Batch]):
             "paths": [self._path(i) for _, i in pairs],
             "unreadable": [str(error) for error in failed.values()],
         }
-        targets = self._targets(pairs)
-        if targets is not None:
-            batch["targets"] = targets
-        return Samples(batch, self.crops_per_image)
+        return Samples({**batch, **self._more(pairs)}, self.crops_per_image)
 
     def _put(self, pixels: Decoded | Replayed, k: int, pass_: int, i: int) -> None:
         """An image and its crops as the k-th of a batch."""
@@ -107,8 +104,9 @@ class Crops(Dataset[Batch]):
     def _read(self, i: int, path: str) -> UInt8Array:
         return decode(read_bytes(path), path)
 
-    def _targets(self, pairs: list[tuple[int, int]]) -> Targets | None:
-        return None
+    def _more(self, pairs: list[tuple[int, int]]) -> Batch:
+        """What else a batch has of these passes and images."""
+        return {}
 
     @abstractmethod
     def _records(self, pass_: int, i: int, height: int, width: int) -> Records:

@@ -7,10 +7,11 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from fkd_ssl.crops import Records
 from fkd_ssl.data.crops import Crops
-from fkd_ssl.data.samples import Targets
+from fkd_ssl.data.pixels import Batch
 from fkd_ssl.errors import ImageError, RequestError, StoreError
 from fkd_ssl.images import ImageSet, UInt8Array, decode, read_bytes, scan
 from fkd_ssl.store import Store
@@ -20,7 +21,7 @@ class StoredCrops(Crops):
     """The crops of a store, with the targets of one teacher or of several.
 
     Pass p reads crops (start + p M + 0..M-1) mod C of an image, start a hash of the seed and the image: every crop is
-    used before any is used twice.
+    used before any is used twice. Where a training recorded a column in part, C is what it recorded of the image.
 
     Args:
         store: An opened store.
@@ -76,11 +77,14 @@ class StoredCrops(Crops):
             )
         for column in self.columns:
             if not partial:
-                column.require_complete()
+                column.require_readable()
             rows = np.intersect1d(rows, column.rows, assume_unique=True)
-        if crops_per_image > store.crops_per_image:
+        self._lengths = np.full(len(rows), store.crops_per_image)
+        for column in self.columns:
+            self._lengths = np.minimum(self._lengths, column.lengths(rows))
+        if crops_per_image > self._lengths.min(initial=store.crops_per_image):
             raise RequestError(
-                f"crops_per_image {crops_per_image}: {store.folder} holds {store.crops_per_image} crops of each image"
+                f"crops_per_image {crops_per_image}: {store.folder} holds {self._lengths.min()} crops of each image"
             )
         if not len(rows):
             raise StoreError(
@@ -102,10 +106,13 @@ class StoredCrops(Crops):
 
     def _index(self, pass_: int, i: int) -> slice | npt.NDArray[np.int64]:
         """Which crops a pass reads of an image; a slice, which is read without a copy, unless they wrap around."""
-        c, m = self.store.crops_per_image, self.crops_per_image
-        digest = hashlib.blake2b(f"{self.seed}\n{self._path(i)}".encode(), digest_size=8, person=b"start").digest()
-        first = (int.from_bytes(digest, "little") + pass_ * m) % c
+        c, m, first = int(self._lengths[i]), self.crops_per_image, self._first(pass_, i)
         return slice(first, first + m) if first + m <= c else np.arange(first, first + m) % c
+
+    def _first(self, pass_: int, i: int) -> int:
+        """The first of the crops that a pass reads of an image."""
+        digest = hashlib.blake2b(f"{self.seed}\n{self._path(i)}".encode(), digest_size=8, person=b"start").digest()
+        return (int.from_bytes(digest, "little") + pass_ * self.crops_per_image) % int(self._lengths[i])
 
     def _read(self, i: int, path: str) -> UInt8Array:
         data = read_bytes(path)
@@ -125,15 +132,15 @@ class StoredCrops(Crops):
             return scaled(records, (int(size["height"]), int(size["width"])), (height, width))
         return records
 
-    def _targets(self, pairs: list[tuple[int, int]]) -> Targets | None:
+    def _more(self, pairs: list[tuple[int, int]]) -> Batch:
         if not self.columns:
-            return None
+            return {}
         where = [(int(self._rows[i]), self._index(pass_, i)) for pass_, i in pairs]
-        targets = {
+        targets: dict[str, Tensor] = {
             column.name: torch.from_numpy(column.codec.decode(np.concatenate([column.codes(*place) for place in where])))
             for column in self.columns
         }
-        return targets if self.by_name else targets[self.columns[0].name]
+        return {"targets": targets if self.by_name else targets[self.columns[0].name]}
 
     def _file(self, i: int) -> str:
         return f"{self.root}/{self._spelled.get(i) or self._path(i)}"

@@ -219,6 +219,18 @@ def codes_file(folder: Path, column: str, shard: int) -> Path:
     return folder / TARGETS / column / f"codes-{shard:05d}.npy"
 
 
+def prefix_file(folder: Path, column: str, shard: int) -> Path:
+    """Codes of the first crops of each row of a shard, where a training recorded no more; its sidecar says of how many."""
+    return folder / TARGETS / column / f"prefix-{shard:05d}.npy"
+
+
+def remove_prefix(folder: Path, column: str, shard: int) -> None:
+    """Removes the files of `prefix_file`, if there are any: all is in the shard's codes."""
+    path = prefix_file(folder, column, shard)
+    for name in (path.with_suffix(".json"), path):
+        name.unlink(missing_ok=True)
+
+
 def checked_name(name: str) -> str:
     """A column's name, which is a folder's name too; raises RequestError where it cannot be one."""
     if not COLUMN_NAME.fullmatch(name):

@@ -26,6 +26,7 @@ from fkd_ssl.store import manifest as layout
 from fkd_ssl.store.codecs import Float32Array, code_size
 from fkd_ssl.store.columns import Request, check_sample, open_or_train, sample_targets
 from fkd_ssl.store.reader import Column, Store
+from fkd_ssl.store.recording import publish_left
 from fkd_ssl.store.rows import Row, RowReader, Teacher, image_checksums, publish_crops
 from fkd_ssl.store.sweep import Lane, sweep
 
@@ -112,18 +113,101 @@ def precompute(
         FkdError: The disk cannot hold the store.
     """
     started = time.perf_counter()
+    requests = _requests(teacher, codec, pixels, chunk_size, name, device)
+    names = [request.name for request in requests]
+    images = layout.limit_images(images, limit)
+    store = _begin(
+        images, Path(folder), requests, crops=crops, recipe=recipe, seed=seed, skip_unreadable=skip_unreadable, threads=threads,
+        progress=progress, log=log,
+    )  # fmt: skip
+    reader = RowReader(store, images, skip_unreadable, ahead=threads + 1, device=device)
+    with ThreadPoolExecutor(threads) as pool:
+        columns = open_or_train(store, requests, reader, pool, log)
+        left = [publish_left(column) for column in columns]
+        if any(left):
+            log("what a training recorded, and did not go on with, is in the store now")
+            columns = [Store(store.folder).column(column.name) for column in columns]
+        missing = [shard for shard in range(store.manifest.shards) if any(shard in c.missing_shards for c in columns)]
+        mine = missing if share is None else [shard for shard in missing if shard % share.of == share.index]
+        others = [shard for shard in missing if shard not in mine]
+        bar = tqdm(
+            total=store.manifest.count * crops * len(columns),
+            initial=sum(int(c.lengths(np.arange(store.manifest.count)).sum()) for c in columns),
+            unit="crop",
+            desc=f"precompute {', '.join(names)}",
+            smoothing=0.05,
+            disable=hidden(show=progress),
+        )
+        with bar:
+            writer = _Writer(store, requests, columns, reader, pool, bar)
+            busy = writer.write(mine + others if share is None or share.helps else mine)
+            busy = writer.write(busy)  # whose process may have been killed
+    for column in columns:  # what processes left that were killed before they could remove it
+        for path in column.folder.glob(".work-codes-*[0-9]"):
+            if (column.folder / f"{path.name.removeprefix('.work-')}.json").exists():
+                work.clear(path)
+        for path in column.folder.glob("prefix-*[0-9].*"):
+            if (column.folder / f"codes-{path.stem.removeprefix('prefix-')}.json").exists():
+                path.unlink(missing_ok=True)
+    return Summary(
+        shards=store.manifest.shards,
+        busy=busy,
+        left=[] if share is None or share.helps else [s for s in others if not _finished(store, columns, s)],
+        crops=writer.seen,
+        seconds=time.perf_counter() - started,
+        store_bytes=files.total_bytes(store.folder),
+    )
+
+
+def prepare(
+    images: ImageSet,
+    folder: str | Path,
+    teacher: Sequence[Teacher],
+    *,
+    crops: int,
+    recipe: Recipe,
+    codec: str,
+    pixels: int,
+    seed: int,
+    chunk_size: int,
+    skip_unreadable: bool = False,
+    threads: int = 2,
+    log: Callable[[str], None] = lambda message: None,
+) -> list[Column]:
+    """Plans a store as `precompute` would, for teachers whose targets will be recorded: all of it but the codes.
+
+    Arguments and errors as of `precompute`.
+
+    Returns:
+        Each teacher's column, of a store that has all crops.
+    """
+    requests = _requests(teacher, codec, pixels, chunk_size, None, None)
+    store = _begin(
+        images, Path(folder), requests, crops=crops, recipe=recipe, seed=seed, skip_unreadable=skip_unreadable, threads=threads,
+        progress=True, log=log,
+    )  # fmt: skip
+    reader = RowReader(store, images, skip_unreadable, ahead=threads + 1)
+    with ThreadPoolExecutor(threads) as pool:
+        open_or_train(store, requests, reader, pool, log)
+        there = store.shards_with_crops()
+        absent = [shard for shard in range(store.manifest.shards) if shard not in there]
+        with tqdm(total=_rows(store, absent), desc="crops", unit="img", disable=hidden(show=bool(absent))) as bar:
+            for shard in absent:
+                publish_crops(reader, shard, image_checksums(reader, store.manifest.shard_rows(shard), pool, bar))
+    store = Store(store.folder)
+    return [store.column(request.name) for request in requests]
+
+
+def _requests(
+    teacher: Teacher | Sequence[Teacher], codec: str, pixels: int | Sequence[int], chunk_size: int,
+    name: str | Sequence[str] | None, device: str | None,
+) -> list[Request]:  # fmt: skip
+    """The columns that are asked for; raises RequestError where one cannot be."""
     teachers = [*teacher] if isinstance(teacher, Sequence) else [teacher]
     sides = [pixels] * len(teachers) if isinstance(pixels, int) else [*pixels]
     names = [t.name for t in teachers] if name is None else [name] if isinstance(name, str) else [*name]
-    for what, value, most in (
-        ("crops", crops, 10**6),
-        ("chunk_size", chunk_size, 2**16),
-        *(("pixels", side, 4096) for side in sides),
-    ):
-        if not 1 <= value <= most:
-            raise RequestError(f"--{what} {value}: must lie in 1 to {most}")
-    if threads < 1:
-        raise RequestError(f"--threads {threads}: must be at least 1")
+    for what, value, most in (("chunk_size", chunk_size, 2**16), *(("pixels", side, 4096) for side in sides)):
+        _in_range(what, value, most)
     if not len(teachers) == len(names) == len(sides) or len(set(names)) < len(names):
         raise RequestError(
             f"{len(teachers)} teachers, columns {names}, pixels {sides}: each teacher needs one size and a name of its own "
@@ -134,54 +218,39 @@ def precompute(
             raise RequestError(
                 f"teacher {each.name}: an array named {strange[0]!r} cannot be stored; letters, digits, '.', '_' and '-' only"
             )
-    requests = [
+    return [
         Request(name=layout.checked_name(n), teacher=t, codec=codec, pixels=side, chunk_size=chunk_size, device=device)
         for n, t, side in zip(names, teachers, sides, strict=True)
     ]
-    folder = Path(folder)
-    images = layout.limit_images(images, limit)
+
+
+def _in_range(what: str, value: int, most: int) -> None:
+    if not 1 <= value <= most:
+        raise RequestError(f"--{what} {value}: must lie in 1 to {most}")
+
+
+def _begin(
+    images: ImageSet, folder: Path, requests: Sequence[Request], *, crops: int, recipe: Recipe, seed: int,
+    skip_unreadable: bool, threads: int, progress: bool, log: Callable[[str], None],
+) -> Store:  # fmt: skip
+    """The store, made if it is not there, after it was said how large it will be."""
+    _in_range("crops", crops, layout.MOST_CROPS)
+    if threads < 1:
+        raise RequestError(f"--threads {threads}: must be at least 1")
     for request in requests:
         if not (folder / layout.TARGETS / request.name / "meta.json").exists():  # a column that is there has its codec
-            check_sample(codec, sample_targets(codec, len(images) * crops))
+            check_sample(request.codec, sample_targets(request.codec, len(images) * crops))
     log(_announce(folder, len(images), crops, requests))
     for request in requests:
-        if warning := advice.on_size(request.teacher.dim, codec, len(images) * crops):
+        if warning := advice.on_size(request.teacher.dim, request.codec, len(images) * crops):
             log(warning)
     store = _open_or_create(
         folder, images, seed=seed, recipe=recipe, crops=crops, skip_unreadable=skip_unreadable, progress=progress
     )
-    for part in (folder, folder / layout.CROPS, folder / layout.TARGETS, *(folder / layout.TARGETS / n for n in names)):
+    columns = [folder / layout.TARGETS / request.name for request in requests]
+    for part in (folder, folder / layout.CROPS, folder / layout.TARGETS, *columns):
         files.sweep(part)
-    reader = RowReader(store, images, skip_unreadable, ahead=threads + 1, device=device)
-    with ThreadPoolExecutor(threads) as pool:
-        columns = open_or_train(store, requests, reader, pool, log)
-        missing = [shard for shard in range(store.manifest.shards) if any(shard in c.missing_shards for c in columns)]
-        mine = missing if share is None else [shard for shard in missing if shard % share.of == share.index]
-        others = [shard for shard in missing if shard not in mine]
-        bar = tqdm(
-            total=store.manifest.count * crops * len(columns),
-            initial=sum(store.manifest.count - _rows(store, c.missing_shards) for c in columns) * crops,
-            unit="crop",
-            desc=f"precompute {', '.join(names)}",
-            smoothing=0.05,
-            disable=hidden(show=progress),
-        )
-        with bar:
-            writer = _Writer(store, requests, columns, reader, pool, bar)
-            busy = writer.write(mine + others if share is None or share.helps else mine)
-            busy = writer.write(busy)  # whose process may have been killed
-    for column in columns:
-        for path in column.folder.glob(".work-codes-*[0-9]"):
-            if (column.folder / f"{path.name.removeprefix('.work-')}.json").exists():
-                work.clear(path)
-    return Summary(
-        shards=store.manifest.shards,
-        busy=busy,
-        left=[] if share is None or share.helps else [s for s in others if not _finished(store, columns, s)],
-        crops=writer.seen,
-        seconds=time.perf_counter() - started,
-        store_bytes=files.total_bytes(folder),
-    )
+    return store
 
 
 def _open_or_create(
@@ -284,30 +353,30 @@ class _Writer:
         store, m = self._store, self._store.manifest
         rows, per_row = m.shard_rows(shard), m.crops_per_image
         with ExitStack() as stack:
-            held: list[tuple[Column, work.Progress, int]] = []
+            held: list[tuple[Column, work.Progress, _Before, int]] = []
             lanes = []
             for request, column in zip(self._requests, self._columns, strict=True):
                 codes = layout.codes_file(store.folder, column.name, shard)
                 if codes.with_suffix(".json").exists():  # perhaps by another process since we looked
                     self._count(column, shard, len(rows) * per_row)
                     continue
-                progress = stack.enter_context(work.open_work(work.shard_file(codes), column.digest))
+                before = _Before(column, shard)
+                progress = stack.enter_context(work.open_work(work.shard_file(codes), before.owner))
                 if progress is None or codes.with_suffix(".json").exists():
                     continue
                 self._bar.update(progress.crops)
-                held.append((column, progress, progress.crops))
-                lanes.append(self._lane(request, column, progress))
+                held.append((column, progress, before, progress.crops))
+                lanes.append(self._lane(request, column, progress, before))
             known = store.crops_sidecar(shard)["images"] if store.has_crops(shard) else None
             sweep(self._reader, rows, per_row, lanes, self._pool, known)
             if known is None and (held or self._encoded(shard)):
                 checksums = held[0][1].checksums if held else image_checksums(self._reader, rows, self._pool)
                 publish_crops(self._reader, shard, checksums)
-            for column, progress, already in held:
+            for column, progress, before, already in held:
                 path = layout.codes_file(store.folder, column.name, shard)
-                shape = (len(rows), per_row, column.meta.code_size)
-                digest = progress.publish(path, files.npy_header(np.dtype(np.uint8), shape))
-                files.write_json(path.with_suffix(".json"), {"file": digest, "column": column.digest})
-                self.seen += len(rows) * per_row - already
+                self.seen += progress.crops - already
+                files.write_json(path.with_suffix(".json"), {"file": before.publish(path, progress), "column": column.digest})
+                layout.remove_prefix(store.folder, column.name, shard)
                 self._counted.add((column.name, shard))
         return _finished(store, self._columns, shard)
 
@@ -322,9 +391,9 @@ class _Writer:
             self._counted.add((column.name, shard))
             self._bar.update(crops)
 
-    def _lane(self, request: Request, column: Column, progress: work.Progress) -> Lane:
+    def _lane(self, request: Request, column: Column, progress: work.Progress, before: "_Before") -> Lane:
         per_row, bar = self._store.manifest.crops_per_image, self._bar
-        first, skip = divmod(progress.crops, per_row)
+        first, skip = before.where(progress.crops)
         del progress.checksums[first:]
 
         def seen(row: Row) -> bool:
@@ -338,6 +407,40 @@ class _Writer:
             bar.set_postfix_str(f"{rate:.1f} img/s", refresh=False)
 
         return Lane(
-            request.teacher, pixels=request.pixels, chunk_size=request.chunk_size, first=first, skip=skip, seen=seen, take=take,
-            device=request.device,
+            request.teacher, pixels=request.pixels, chunk_size=request.chunk_size, first=first, skip=skip, before=before.counts,
+            seen=seen, take=take, device=request.device,
         )  # fmt: skip
+
+
+class _Before:
+    """What a training recorded of a shard, which is not asked of the teacher again; usually nothing.
+
+    Attributes:
+        counts: Of how many first crops each row has codes: int64 [rows].
+        owner: Of the progress on the rest.
+    """
+
+    def __init__(self, column: Column, shard: int) -> None:
+        self._column = column
+        self._shard = shard
+        m = column.store.manifest
+        self._shape = (len(m.shard_rows(shard)), m.crops_per_image, column.meta.code_size)
+        self.counts = column.prefixes.get(shard, np.zeros(self._shape[0], dtype=np.int64))
+        self._ends = np.cumsum(m.crops_per_image - self.counts)
+        self.owner = column.digest if shard not in column.prefixes else f"{column.digest} {column.sidecar(shard)['file']}"
+
+    def where(self, crops: int) -> tuple[int, int]:
+        """Position of the row where `crops` of the rest end, and how many of them are in that row."""
+        row = int(np.searchsorted(self._ends, crops, side="right"))
+        return row, crops - (int(self._ends[row - 1]) if row else 0)
+
+    def publish(self, path: Path, progress: work.Progress) -> str:
+        """Publishes the codes of the whole shard; returns the file's sha256."""
+        if self._shard not in self._column.prefixes:
+            return progress.publish(path, files.npy_header(np.dtype(np.uint8), self._shape))
+        codes = np.empty(self._shape, dtype=np.uint8)
+        first = np.arange(self._shape[1]) < self.counts[:, None]
+        recorded = np.asarray(self._column.shard(self._shard))
+        codes[first] = recorded[first[:, : recorded.shape[1]]]
+        codes[~first] = np.frombuffer(progress.read(), dtype=np.uint8).reshape(-1, self._shape[2])
+        return files.write_npy(path, codes)

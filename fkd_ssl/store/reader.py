@@ -132,10 +132,7 @@ class Column:
         self.codec = Codec.load(meta.codec, meta.dim, {name: self._array(name, shape) for name, shape in shapes.items()})
         if self.codec.code_size != meta.code_size:
             raise StoreError(f"{path}: code size {meta.code_size}, {meta.codec} has another")
-        m = store.manifest
-        self._files = ShardFiles(
-            self._finished, np.dtype(np.uint8), lambda s: len(m.shard_rows(s)), (m.crops_per_image, meta.code_size)
-        )
+        self._files = ShardFiles(self._finished, np.dtype(np.uint8), (meta.code_size,))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (Store.column, (self.store, self.name))
@@ -164,44 +161,98 @@ class Column:
 
     @cached_property
     def missing_shards(self) -> list[int]:
-        """Shards without codes or without crops, as the folder stood when this was first asked."""
+        """Shards without all their codes or without crops, as the folder stood when this was first asked."""
         there, crops = set(os.listdir(self.folder)), self.store.shards_with_crops()  # noqa: PTH208  (names, by the thousand)
         return [s for s in range(self.store.manifest.shards) if f"codes-{s:05d}.json" not in there or s not in crops]
 
     @cached_property
+    def prefixes(self) -> dict[int, npt.NDArray[np.int64]]:
+        """Of how many first crops each row of a missing shard has codes: int64 [rows], of shards that were recorded in part."""
+        there = set(os.listdir(self.folder))  # noqa: PTH208  (names, by the thousand)
+        return {s: self.counts(s) for s in self.missing_shards if f"prefix-{s:05d}.json" in there and self.store.has_crops(s)}
+
+    def counts(self, shard: int) -> npt.NDArray[np.int64]:
+        """Of how many first crops each row of a shard that was recorded in part has codes: int64 [rows]."""
+        path = layout.prefix_file(self.store.folder, self.name, shard).with_suffix(".json")
+        rows, crops = len(self.store.manifest.shard_rows(shard)), files.read_json(path).get("crops")
+        most = self.store.crops_per_image
+        if not isinstance(crops, list) or len(crops) != rows or not all(type(n) is int and 0 <= n <= most for n in crops):
+            raise StoreError(f"{path}: expected {rows} numbers of crops from 0 to {most}; the file is damaged")
+        return np.array(crops, dtype=np.int64)
+
+    @cached_property
     def rows(self) -> npt.NDArray[np.int64]:
-        """Row numbers whose targets can be read, ascending: of finished shards, without those skipped as unreadable."""
-        unfinished = np.isin(self.store.rows // self.store.manifest.rows_per_shard, self.missing_shards)
-        return self.store.rows[~unfinished]
+        """Row numbers that have targets, ascending, without those skipped as unreadable."""
+        return self.store.rows[self.lengths(self.store.rows) > 0]
+
+    def lengths(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Of how many first crops these rows have targets: C in finished shards, 0 in missing ones: int64 [len(rows)]."""
+        m = self.store.manifest
+        of_all = np.full(m.count, m.crops_per_image)
+        for shard in self.missing_shards:
+            place = m.shard_rows(shard)
+            of_all[place.start : place.stop] = self.prefixes.get(shard, 0)
+        return of_all[rows]
 
     def require_complete(self) -> None:
-        """Raises StoreError where shards are missing, saying how many and what to do."""
-        if self.missing_shards:
+        """Raises StoreError where a shard is missing or was recorded in part, saying what to do."""
+        if self.prefixes:
+            raise StoreError(f"{self.folder}: {self.in_part}")
+        self.require_readable()
+
+    def require_readable(self) -> None:
+        """Raises StoreError where shards are missing, saying how many and what to do; one recorded in part is there."""
+        absent = [shard for shard in self.missing_shards if shard not in self.prefixes]
+        if absent:
             total = self.store.manifest.shards
             raise StoreError(
-                f"{self.folder}: {len(self.missing_shards)} of {total} shards are missing (the first is "
-                f"{self.missing_shards[0]}): run the same fkd-ssl precompute again to finish them"
+                f"{self.folder}: {len(absent)} of {total} shards are missing (the first is {absent[0]}): run the same fkd-ssl "
+                "precompute again to finish them"
             )
+
+    @property
+    def in_part(self) -> str:
+        """How much of it a training recorded, where that is not all, in words."""
+        lengths = self.lengths(self.store.rows)
+        total = self.store.crops_per_image
+        least, most = int(lengths.min(initial=total)), int(lengths.max(initial=0))
+        some = f"{least}" if least == most else f"{least} to {most}"
+        return (
+            f"a training recorded {some} of {total} crops of an image: students can "
+            "train on them; precompute into this store finishes it, subset --crops copies what all images have"
+        )
 
     def codes(self, row: int, index: Index) -> UInt8Array:
         """Codes uint8 [m, code_size] of the crops `index` of a row, read-only."""
-        return self._files.read(*self.store.locate(row), index)
+        shard, within = self.store.locate(row)
+        if shard in self.prefixes:  # rows of its file are as long as the longest one's
+            index = np.arange(self.prefixes[shard][within])[index]
+        return self._files.read(shard, within, index)
 
     def shard(self, shard: int) -> UInt8Array:
-        """Codes of a shard, memory-mapped: uint8 [rows, C, code_size]."""
+        """Codes of a shard, memory-mapped: uint8 [rows, C, code_size], of fewer crops if it was recorded in part."""
         return self._files.map(shard)
 
-    def _finished(self, shard: int) -> Path:
+    def file(self, shard: int) -> Path:
+        """Where a shard's codes lie; raises StoreError where there are none."""
         path = layout.codes_file(self.store.folder, self.name, shard)
-        if not os.path.lexists(path.with_suffix(".json")):
-            raise StoreError(f"{path}: this shard is not finished; run the same fkd-ssl precompute again")
+        prefix = layout.prefix_file(self.store.folder, self.name, shard)
+        if os.path.lexists(path.with_suffix(".json")):
+            return path
+        if os.path.lexists(prefix.with_suffix(".json")):
+            return prefix
+        raise StoreError(f"{path}: this shard is not finished; run the same fkd-ssl precompute again")
+
+    def _finished(self, shard: int) -> tuple[Path, int, int]:
+        path, m = self.file(shard), self.store.manifest
         if self.sidecar(shard).get("column") != self.digest:
             raise StoreError(f"{path}: written for another meta.json than this column's; run fkd-ssl verify")
-        return path
+        whole = path == layout.codes_file(self.store.folder, self.name, shard)
+        return path, len(m.shard_rows(shard)), m.crops_per_image if whole else int(self.counts(shard).max())
 
     def sidecar(self, shard: int) -> dict[str, Any]:
         """The sidecar of a shard's codes."""
-        return files.read_json(layout.codes_file(self.store.folder, self.name, shard).with_suffix(".json"))
+        return files.read_json(self.file(shard).with_suffix(".json"))
 
 
 class Store:
@@ -220,8 +271,7 @@ class Store:
         self.paths, self.sizes = layout.read_images(self.folder, self.manifest)
         for part in (layout.CROPS, layout.TARGETS):
             files.own_folder(self.folder / part)
-        m = self.manifest
-        self._files = ShardFiles(self._finished, CROP_DTYPE, lambda s: len(m.shard_rows(s)), (m.crops_per_image,))
+        self._files = ShardFiles(self._finished, CROP_DTYPE)
         self._columns: dict[str, Column] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -307,11 +357,11 @@ class Store:
             raise IndexError(f"row {row} of {self.manifest.count}")
         return divmod(row, self.manifest.rows_per_shard)
 
-    def _finished(self, shard: int) -> Path:
-        path = layout.crops_file(self.folder, shard)
+    def _finished(self, shard: int) -> tuple[Path, int, int]:
+        path, m = layout.crops_file(self.folder, shard), self.manifest
         if not self.has_crops(shard):
             raise StoreError(f"{path}: this shard is not finished; run the same fkd-ssl precompute again")
-        return path
+        return path, len(m.shard_rows(shard)), m.crops_per_image
 
     def column(self, name: str | None = None) -> Column:
         """One teacher's targets; without a name the only one there is.

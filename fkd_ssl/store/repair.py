@@ -165,6 +165,9 @@ def _recompute(
     if not shards:
         return
     column = Store(store.folder).column(name)  # its codec may have been damaged when it was opened
+    if any(shard not in shards for shard in column.prefixes):
+        log(f"{column.folder}: {column.in_part}; delete what is damaged first, it makes that again too")
+        return
     m, was = store.manifest, {}
     for shard in shards:
         assert shard is not None  # codes have one
@@ -174,6 +177,7 @@ def _recompute(
         except StoreError:
             was[path] = None
         _remove(path)
+        layout.remove_prefix(store.folder, name, shard)
     precompute(
         images, store.folder, teacher, crops=m.crops_per_image, recipe=m.recipe, codec=column.meta.codec,
         pixels=column.meta.pixels, seed=m.seed, chunk_size=column.meta.chunk_size, name=name, skip_unreadable=True,

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -119,6 +119,8 @@ class RowReader:
         changed = f"{path}: changed since the store was made ({size['width']} x {size['height']} pixels then)"
         if len(data) != size["bytes"]:
             raise ImageError(changed)
+        if not wanted and not self.skip_unreadable:  # its checksum is all that is asked for
+            return Row(views={}, checksum=checksum)
         try:
             pixels = decode(data, path)
         except ImageError as error:
@@ -165,10 +167,15 @@ def in_order(pool: ThreadPoolExecutor, calls: Iterator[Callable[[], Row]], ahead
             future.cancel()
 
 
-def image_checksums(reader: RowReader, rows: Sequence[int], pool: ThreadPoolExecutor) -> list[str]:
-    """sha256 of the rows' images, empty for those that are skipped as unreadable."""
+def image_checksums(reader: RowReader, rows: Sequence[int], pool: ThreadPoolExecutor, bar: Any = None) -> list[str]:
+    """sha256 of the rows' images, empty for those that are skipped as unreadable; `bar` moves on with each."""
     calls = (functools.partial(reader, row, 0, {}) for row in rows)
-    return [row.checksum for row in in_order(pool, calls, reader.ahead)]
+    checksums = []
+    for row in in_order(pool, calls, reader.ahead):
+        checksums.append(row.checksum)
+        if bar is not None:
+            bar.update(1)
+    return checksums
 
 
 def publish_crops(reader: RowReader, shard: int, checksums: Sequence[str]) -> None:

@@ -40,36 +40,35 @@ class _Shard:
     path: Path
     offset: int
     size: int
+    crops: int
 
 
 class ShardFiles:
     """The .npy files [rows, C, ...] of all shards of one kind.
 
     Args:
-        locate: The file of a shard; raises StoreError where it is not finished.
+        locate: The file of a shard, its rows and the crops of each; raises StoreError where it is not finished.
         dtype: Of a value.
-        rows: How many rows a shard has.
-        row_shape: The shape of a row: C, and that of a crop.
+        crop_shape: The shape of a crop.
     """
 
     def __init__(
         self,
-        locate: Callable[[int], Path],
+        locate: Callable[[int], tuple[Path, int, int]],
         dtype: np.dtype[Any],
-        rows: Callable[[int], int],
-        row_shape: tuple[int, ...],
+        crop_shape: tuple[int, ...] = (),
     ) -> None:
         self._locate = locate
         self._dtype = dtype
-        self._rows = rows
-        self._row_shape = row_shape
-        self._crop_bytes = math.prod(row_shape[1:]) * dtype.itemsize
+        self._crop_shape = crop_shape
+        self._crop_bytes = math.prod(crop_shape) * dtype.itemsize
         self._known: dict[int, _Shard] = {}
         self._open: dict[int, _OpenFile] = {}  # the first one opened comes first
 
     def map(self, shard: int) -> npt.NDArray[Any]:
         """A whole shard, memory-mapped; raises StoreError where its file is not such an array."""
-        return files.map_npy(self._locate(shard), self._dtype, (self._rows(shard), *self._row_shape))
+        path, rows, crops = self._locate(shard)
+        return files.map_npy(path, self._dtype, (rows, crops, *self._crop_shape))
 
     def read(self, shard: int, within: int, index: Index) -> npt.NDArray[Any]:
         """Crops `index` of a shard's row `within`: [m, ...], read-only.
@@ -78,31 +77,33 @@ class ShardFiles:
             IndexError: There are no such crops.
             StoreError: The file is missing, cannot be read, is not such an array, or became shorter since it was opened.
         """
-        crops, unit, parts = self._row_shape[0], self._crop_bytes, []
+        unit, parts = self._crop_bytes, []
         try:
             file = self._open.get(shard) or self._enter(shard)
             known = self._known[shard]
-            for first, count in _runs(index, crops):
-                part = os.pread(file.descriptor, count * unit, known.offset + (within * crops + first) * unit)
+            for first, count in _runs(index, known.crops):
+                part = os.pread(file.descriptor, count * unit, known.offset + (within * known.crops + first) * unit)
                 if len(part) != count * unit:
                     raise StoreError(f"{known.path}: became shorter since it was opened; run fkd-ssl verify")
                 parts.append(part)
         except OSError as error:
-            raise StoreError(f"{self._locate(shard)}: cannot be read: {error.strerror}") from error
+            raise StoreError(f"{self._locate(shard)[0]}: cannot be read: {error.strerror}") from error
         data = parts[0] if len(parts) == 1 else b"".join(parts)
-        return np.frombuffer(data, dtype=self._dtype).reshape(-1, *self._row_shape[1:])
+        return np.frombuffer(data, dtype=self._dtype).reshape(-1, *self._crop_shape)
 
     def _enter(self, shard: int) -> _OpenFile:
         """Opens a shard's file, checks its header if it is the first time, and lets go of the file that was opened first."""
         known = self._known.get(shard)
-        path = known.path if known else self._locate(shard)
-        file = _OpenFile(path)
         if known is None:
+            path, rows, crops = self._locate(shard)
+            file = _OpenFile(path)
             with os.fdopen(os.dup(file.descriptor), "rb") as reader:
-                offset, _ = files.npy_body(reader, path, self._dtype, (self._rows(shard), *self._row_shape))
-                self._known[shard] = _Shard(path, offset, os.fstat(file.descriptor).st_size)
-        elif os.fstat(file.descriptor).st_size != known.size:
-            raise StoreError(f"{path}: has another size than when it was first read; run fkd-ssl verify")
+                offset, _ = files.npy_body(reader, path, self._dtype, (rows, crops, *self._crop_shape))
+                self._known[shard] = _Shard(path, offset, os.fstat(file.descriptor).st_size, crops)
+        else:
+            file = _OpenFile(known.path)
+            if os.fstat(file.descriptor).st_size != known.size:
+                raise StoreError(f"{known.path}: has another size than when it was first read; run fkd-ssl verify")
         while len(self._open) >= MOST_OPEN:
             with suppress(KeyError, StopIteration, RuntimeError):  # another thread did it
                 del self._open[next(iter(self._open))]

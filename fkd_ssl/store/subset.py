@@ -100,9 +100,16 @@ class Part:
             if not self.store.has_crops(shard):
                 raise StoreError(f"{path}: this shard is not finished; run the same fkd-ssl precompute again")
             for column in self.columns:
-                path = layout.codes_file(self.store.folder, column.name, shard)
-                if not path.with_suffix(".json").exists():
-                    raise StoreError(f"{path}: this shard is not finished; run precompute again, or leave out {column.name}")
+                try:
+                    column.file(shard)
+                except StoreError as error:
+                    raise StoreError(f"{error}, or leave out {column.name}") from error
+        readable = np.zeros(self.store.manifest.count, dtype=bool)
+        readable[self.store.rows] = True
+        for column in self.columns:
+            lengths = column.lengths(self.rows[readable[self.rows]])
+            if lengths.min(initial=self.crops) < self.crops:
+                raise RequestError(f"{column.folder}: {column.in_part}; of these it has {lengths.min()} crops of all")
 
     def write(self, folder: Path, *, beside: str | None = None) -> None:
         """Writes what `folder` lacks of the part.
@@ -221,11 +228,12 @@ def _copy_crops(store: Store, folder: Path, shard: int, rows: Rows, crops: int) 
     found = _gather(
         store,
         rows,
-        lambda s: (layout.crops_file(store.folder, s), store.crops_sidecar(s).get("file")),
+        lambda s: (layout.crops_file(store.folder, s), store.crops_sidecar(s).get("file"), store.crops_per_image),
         CROP_DTYPE,
-        (store.crops_per_image,),
+        (),
+        crops,
     )
-    digest = files.write_npy(path, found[:, :crops])
+    digest = files.write_npy(path, found)
     checksums: list[str] = []
     for part in _by_shard(store, rows):
         of_shard = store.crops_sidecar(int(part[0]) // per_shard)["images"]
@@ -239,14 +247,13 @@ def _copy_codes(column: Column, folder: Path, shard: int, rows: Rows, crops: int
     if path.with_suffix(".json").exists():
         return
     store = column.store
-    found = _gather(
-        store,
-        rows,
-        lambda s: (layout.codes_file(store.folder, column.name, s), column.sidecar(s).get("file")),
-        np.dtype(np.uint8),
-        (store.crops_per_image, column.meta.code_size),
-    )
-    digest = files.write_npy(path, found[:, :crops])
+
+    def where(shard: int) -> tuple[Path, Any, int]:
+        sidecar = column.sidecar(shard)
+        width = int(column.counts(shard).max()) if "crops" in sidecar else store.crops_per_image
+        return column.file(shard), sidecar.get("file"), width
+
+    digest = files.write_npy(path, _gather(store, rows, where, np.dtype(np.uint8), (column.meta.code_size,), crops))
     files.write_json(path.with_suffix(".json"), {"file": digest, "column": column.digest})
 
 
@@ -256,15 +263,19 @@ def _by_shard(store: Store, rows: Rows) -> list[Rows]:
 
 
 def _gather(
-    store: Store, rows: Rows, where: Callable[[int], tuple[Path, Any]], dtype: np.dtype[Any], width: tuple[int, ...]
-) -> npt.NDArray[Any]:
-    """Rows of some shards' files, each of which must be what its checksum says; raises StoreError otherwise."""
+    store: Store, rows: Rows, where: Callable[[int], tuple[Path, Any, int]], dtype: np.dtype[Any], crop_shape: tuple[int, ...],
+    crops: int,
+) -> npt.NDArray[Any]:  # fmt: skip
+    """The first crops of rows of some shards' files, each of which must be what its checksum says; StoreError otherwise.
+
+    `where` gives a shard's file, its sha256 and how many crops of a row it has.
+    """
     parts = []
     for part in _by_shard(store, rows):
         shard = int(part[0]) // store.manifest.rows_per_shard
-        path, digest = where(shard)
-        array = files.map_npy(path, dtype, (len(store.manifest.shard_rows(shard)), *width))
+        path, digest, width = where(shard)
+        array = files.map_npy(path, dtype, (len(store.manifest.shard_rows(shard)), width, *crop_shape))
         if files.sha256_file(path) != digest:
             raise StoreError(f"{path}: altered: its sha256 is not its sidecar's; fkd-ssl verify {store.folder} says more")
-        parts.append(array[part % store.manifest.rows_per_shard])
+        parts.append(array[part % store.manifest.rows_per_shard, :crops])
     return np.concatenate(parts)

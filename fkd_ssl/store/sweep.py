@@ -5,6 +5,9 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
+
 from fkd_ssl.store.codecs import Float32Array
 from fkd_ssl.store.rows import Row, RowReader, Teacher, Views, embed, in_order, join
 
@@ -25,6 +28,7 @@ class Lane:
         chunk_size: Crops in one forward.
         first: Position of the first row that it needs.
         skip: Crops of that row that it has seen.
+        before: First crops of each row that it need not see at all: int64 [rows].
         seen: Takes each row from `first` on.
         device: Where crops that are yet to be made are made.
         take: Takes the targets float32 [n, D] of each chunk.
@@ -32,11 +36,12 @@ class Lane:
 
     def __init__(
         self, teacher: Teacher, *, pixels: int, chunk_size: int, first: int, skip: int, seen: Seen,
-        take: Callable[[Float32Array], None], device: str | None = None,
+        take: Callable[[Float32Array], None], device: str | None = None, before: npt.NDArray[np.int64] | None = None,
     ) -> None:  # fmt: skip
         self.pixels = pixels
         self.first = first
-        self.skip = skip
+        self._skip = skip
+        self._before = before
         self._teacher = teacher
         self._chunk_size = chunk_size
         self._seen = seen
@@ -45,12 +50,17 @@ class Lane:
         self._parts: list[Views] = []
         self._held = 0
 
+    def left_out(self, position: int) -> int:
+        """First crops of the row at a position, from `first` on, that the teacher does not see."""
+        before = 0 if self._before is None else int(self._before[position])
+        return before + (self._skip if position == self.first else 0)
+
     def push(self, position: int, row: Row, count: int) -> None:
         """Takes a row of `count` crops, of which those that another lane is behind with are left out."""
         if position < self.first or not self._seen(row):
             return
-        mine = count - (self.skip if position == self.first else 0)
-        views = row.views[self.pixels][-mine:]
+        of_row = row.views[self.pixels]
+        views = of_row[len(of_row) - (count - self.left_out(position)) :]
         while len(views):
             part = views[: self._chunk_size - self._held]
             self._parts.append(part)
@@ -88,8 +98,8 @@ def sweep(
             wanted: dict[int, int] = {}
             for lane in lanes:
                 if k >= lane.first:
-                    skip = lane.skip if k == lane.first else 0
-                    wanted[lane.pixels] = min(skip, wanted.get(lane.pixels, skip))
+                    left_out = lane.left_out(k)
+                    wanted[lane.pixels] = min(left_out, wanted.get(lane.pixels, left_out))
             yield functools.partial(reader, rows[k], count, wanted, known[k] if known else None)
 
     for k, row in enumerate(in_order(pool, calls(), reader.ahead), begin):

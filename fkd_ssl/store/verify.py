@@ -4,6 +4,7 @@ import functools
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -46,12 +47,14 @@ class Report:
     Attributes:
         problems: One line each: the file or row, what is wrong, what to do.
         damage: The parts of the store among them.
+        notes: What is right and worth knowing.
         checked: How many files, rows and crops were looked at.
         cosine: Mean and least cosine of the sampled crops to the teacher now; None without a teacher.
     """
 
     problems: list[str] = field(default_factory=list)
     damage: list[Damage] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     checked: dict[str, int] = field(default_factory=lambda: {"files": 0, "images": 0, "crops": 0})
     cosine: dict[str, float] | None = None
 
@@ -137,6 +140,9 @@ def _columns(store: Store, report: Report) -> Iterator[Column]:
                 column.array(array)
             except StoreError as error:
                 report.add(str(error), damage)
+        with suppress(StoreError):  # a damaged sidecar, which is found with its shard
+            if column.prefixes:
+                report.notes.append(f"{column.folder}: {column.in_part}")
         if column.meta.probe_digest != probe_digest():
             report.add(
                 f"{column.folder}: its crops were made by another pixel path (OpenCV, torchvision or processor) than this "
@@ -223,14 +229,17 @@ def _impossible(store: Store, shard: int, records: Records, skipped: list[int]) 
 
 
 def _check_codes(column: Column, shard: int, report: Report) -> None:
-    path = layout.codes_file(column.store.folder, column.name, shard)
     m, damage = column.store.manifest, Damage(kind="codes", shard=shard, column=column.name)
-    if not path.with_suffix(".json").exists():
+    try:
+        path = column.file(shard)
+    except StoreError:
+        path = layout.codes_file(column.store.folder, column.name, shard)
         report.add(f"{path}: missing: run the same precompute again to finish the column {column.name}", damage)
         return
     try:
         sidecar = column.sidecar(shard)
-        files.map_npy(path, np.dtype(np.uint8), (len(m.shard_rows(shard)), m.crops_per_image, column.meta.code_size))
+        crops = int(column.counts(shard).max()) if "crops" in sidecar else m.crops_per_image
+        files.map_npy(path, np.dtype(np.uint8), (len(m.shard_rows(shard)), crops, column.meta.code_size))
         digest = files.sha256_file(path)
     except StoreError as error:
         report.add(_again(error, path, shard), damage)
@@ -284,14 +293,13 @@ def _check_targets(
     """Compares a sample of the targets in these shards with what the teacher says now."""
     store = column.store
     where = _positions(store, images)
-    rows = [row for shard in sorted(shards) for row in store.manifest.shard_rows(shard)]
-    left_out = changed.union(*(store.skipped(shard) for shard in shards))
-    rows = [row for row in rows if row not in left_out]
+    rows = [row for row in column.rows.tolist() if row // store.manifest.rows_per_shard in shards and row not in changed]
+    lengths = column.lengths(np.arange(store.manifest.count))
     order = [rows[k] for k in layout.in_hash_order([store.paths[row] for row in rows], "verify")[:sample]]
     cosines = []
     for k, row in enumerate(tqdm(order, desc="verify targets", unit="crop")):
         file = images.file(where[store.paths[row]])
-        index = np.array([k % store.crops_per_image])
+        index = np.array([k % int(lengths[row])])
         pixels = decode(read_bytes(file), file)
         crop = replay(pixels, np.asarray(store.crops(row, index)), column.meta.pixels)
         try:

@@ -123,7 +123,7 @@ def open_work(path: Path, owner: str) -> Iterator[Progress | None]:
     """
     journal = _journal(path)
     with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b") as file:
-        if not _locked(file):
+        if not locked(file):
             yield None
             return
         if not path.exists() or not os.path.samestat(path.stat(), os.fstat(file.fileno())):
@@ -143,7 +143,7 @@ def open_work(path: Path, owner: str) -> Iterator[Progress | None]:
 def clear(path: Path) -> None:
     """Removes a work file whose work is published, if no process holds it: one was killed before it could."""
     with suppress(FileNotFoundError), path.open("r+b") as file:
-        if _locked(file):
+        if locked(file):
             path.unlink(missing_ok=True)
             _journal(path).unlink(missing_ok=True)
 
@@ -152,7 +152,7 @@ def _journal(path: Path) -> Path:
     return path.with_name(f"{path.name}.json")
 
 
-def _locked(file: BinaryIO) -> bool:
+def locked(file: BinaryIO | int) -> bool:
     """Whether this process has the file now; also where the file system has no locks."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -22,6 +22,12 @@ class TrainConfig:
     """Read the teacher's targets from --store, or run the teacher on every batch."""
     store: str | None = None
     """Store made by precompute. With --targets online its crops are used and the teacher runs on them."""
+    record: str | None = None
+    """With --targets online: a store that the teacher's targets go into, for students to come; it costs next to nothing."""
+    crops: int | None = None
+    """C of a new store that is recorded; by default the epochs, so that it is complete when training ends."""
+    codec: str = "SQ8"
+    """faiss codec of recorded targets, as precompute takes it."""
     teacher: str | None = None
     """Stored: the column, if there are several. Online: as precompute takes it. A,B for two."""
     teacher_weights: str | None = None
@@ -137,6 +143,10 @@ class TrainConfig:
             raise RequestError("targets stored: --store is needed; make one with fkd-ssl precompute")
         if self.targets == "online" and not self.teacher:
             raise RequestError("targets online: --teacher is needed, for instance mocov2 with --checkpoint FILE")
+        if self.record:
+            self._check_record()
+        elif self.crops is not None:
+            raise RequestError(f"crops {self.crops}: it is for --record; a store has its own number of crops")
         if self.warmup_epochs >= self.epochs:
             raise RequestError(f"warmup_epochs {self.warmup_epochs}: must be fewer than epochs {self.epochs}")
         if self.single_crop_epochs > self.epochs:
@@ -144,6 +154,26 @@ class TrainConfig:
         self.weights(len(self.teachers) or 1)
         if self.targets == "online":
             checkpoints_of(self.teacher, self.checkpoint)
+
+    @property
+    def recorded_crops(self) -> int:
+        """C of a store that is recorded."""
+        m = self.crops_per_image
+        return -(-math.ceil(self.epochs) // m) * m if self.crops is None else self.crops
+
+    def _check_record(self) -> None:
+        if self.targets != "online" or self.store:
+            raise RequestError(
+                f"record {self.record}: needs --targets online, and no --store: the crops are those of the recorded store"
+            )
+        if self.single_crop_epochs:
+            raise RequestError("record: single_crop_epochs would leave gaps in the crops of a store; leave one of them out")
+        if self.scale_boxes:
+            raise RequestError("record: scale_boxes would store targets of other crops than the store's; leave it out")
+        if self.recorded_crops < 1 or self.recorded_crops % self.crops_per_image:
+            raise RequestError(
+                f"crops {self.crops}: must be a multiple of crops_per_image {self.crops_per_image}: they are recorded together"
+            )
 
     @property
     def teachers(self) -> list[str]:

@@ -13,10 +13,12 @@ from torch.utils.data import DataLoader
 from fkd_ssl.data import Crops, StoredCrops, start_worker, whole_batch
 from fkd_ssl.errors import RequestError
 from fkd_ssl.objectives import Objective, TargetInfo, make_objective
+from fkd_ssl.store.recording import Recording
 from fkd_ssl.students import Student
 from fkd_ssl.training.config import TrainConfig
-from fkd_ssl.training.distiller import Distiller, OnlineTargets, stored_targets
+from fkd_ssl.training.distiller import Distiller, OnlineTargets, Targets, stored_targets
 from fkd_ssl.training.fit import fit, step_of
+from fkd_ssl.training.keeping import Keeper, KeptTargets
 from fkd_ssl.training.last_single import LastSingle
 from fkd_ssl.training.monitor import LAST, Monitor, Score
 from fkd_ssl.training.recorder import Recorder, peak_memory
@@ -72,6 +74,7 @@ def train(
     *,
     targets: Sequence[TargetInfo],
     embeds: Sequence[Callable[[Tensor], Tensor]] | None = None,
+    recordings: Sequence[Recording] | None = None,
     score: Score | None = None,
     init: Student | None = None,
     logger: Logger | None = None,
@@ -84,6 +87,8 @@ def train(
         folder: The run's folder.
         targets: What is known of each teacher's targets, in the order of the data's.
         embeds: The online teachers in the same order, uint8 [B, 3, H, W] to [B, D]; None reads the targets from the batches.
+        recordings: Of each online teacher, where their targets are kept: `data` is RecordedCrops. Empty in processes but the
+            first.
         score: kNN accuracy in percent of a student in eval mode.
         init: Whose weights the student starts from.
         logger: Takes the lines of metrics.csv too.
@@ -105,7 +110,11 @@ def train(
     student = Student(config.student, *(about.dim for about in targets), **shape)
     if init is not None:
         student.start_from(init)
-    source = stored_targets if embeds is None else OnlineTargets(*embeds)
+    source: Targets = stored_targets if embeds is None else OnlineTargets(*embeds)
+    keepers = []
+    if embeds is not None and recordings is not None:
+        source = KeptTargets(recordings, *embeds)
+        keepers = [Keeper(source, config.batch_size)]
     module = Distiller(student, objectives, source, config, steps)
     single = single_steps(config, len(data))
     sampler = PassSampler(
@@ -139,7 +148,7 @@ def train(
     fit(
         module,
         loader,
-        [recorder, monitor],
+        [*keepers, recorder, monitor],
         steps=steps,
         precision=config.precision,
         folder=folder,

@@ -92,3 +92,14 @@ def make(folder: Path, specs: tuple[str, ...] = SPECS) -> dict[str, npt.NDArray[
             files.write_json(path.with_suffix(".json"), values)
         made[column.name] = exact
     return made
+
+
+def cut(folder: Path, name: str, shard: int, counts: list[int]) -> None:
+    """Makes a shard of a column one that was recorded in part."""
+    path, prefix = layout.codes_file(folder, name, shard), layout.prefix_file(folder, name, shard)
+    codes = np.load(path)[:, : max(counts)]
+    codes[np.arange(max(counts)) >= np.array(counts)[:, None]] = 0
+    values = files.read_json(path.with_suffix(".json"))
+    for whole in (path, path.with_suffix(".json")):
+        whole.unlink()
+    files.write_json(prefix.with_suffix(".json"), {**values, "file": files.write_npy(prefix, codes), "crops": counts})

@@ -83,7 +83,10 @@ def decode(spec: str, dim: int, arrays: dict[str, np.ndarray], codes: np.ndarray
 
 
 def read_store(folder: Path) -> dict[str, Any]:
-    """Everything: paths, sizes, records [N, C], which rows were skipped, and the targets [N, C, D] of every column."""
+    """Everything: paths, sizes, records [N, C], which rows were skipped, and the targets [N, C, D] of every column.
+
+    `lengths` says how many first crops of each row have targets; the rest means nothing.
+    """
     m = read_json(folder / "manifest.json")
     assert m["format"] == "fkd_ssl store"
     assert m["version"] == 1
@@ -94,7 +97,7 @@ def read_store(folder: Path) -> dict[str, Any]:
     assert len(paths) == count
     sizes = np.dtype([("bytes", "<u8"), ("width", "<u2"), ("height", "<u2")])
     store: dict[str, Any] = {
-        "paths": paths, "skipped": [], "crops": [], "columns": {},
+        "paths": paths, "skipped": [], "crops": [], "columns": {}, "lengths": {},
         "sizes": read_npy(folder / "images.npy", m["sizes_sha256"], sizes, (count,)),
     }  # fmt: skip
     shards = [min(size, count - first) for first in range(0, count, size)]
@@ -110,10 +113,14 @@ def read_store(folder: Path) -> dict[str, Any]:
         arrays = {name: read_npy(column / f"{name}.npy", meta["arrays"][name], "<f4", shape) for name, shape in shapes.items()}
         codes = []
         for shard, rows in enumerate(shards):
-            about = read_json(column / f"codes-{shard:05d}.json")
+            whole = (column / f"codes-{shard:05d}.json").exists()
+            name = f"{'codes' if whole else 'prefix'}-{shard:05d}"
+            about = read_json(column / f"{name}.json")
             assert about["column"] == sha256(canonical(meta))
-            shape = (rows, crops, meta["code_size"])
-            codes.append(read_npy(column / f"codes-{shard:05d}.npy", about["file"], "u1", shape))
+            lengths = [crops] * rows if whole else about["crops"]
+            found = read_npy(column / f"{name}.npy", about["file"], "u1", (rows, max(lengths), meta["code_size"]))
+            codes.append(np.pad(found, ((0, 0), (0, crops - max(lengths)), (0, 0))))
+            store["lengths"].setdefault(column.name, []).extend(lengths)
         every = np.concatenate(codes)
         targets = decode(meta["codec"], meta["dim"], arrays, every.reshape(-1, meta["code_size"]))
         store["columns"][column.name] = targets.reshape(count, crops, meta["dim"])

@@ -177,7 +177,7 @@ def test_the_largest_codecs_sample_is_resumed(tmp_path, new_teacher):
         raise StopError
     with work.open_work(tmp_path / "sample", "me") as progress:
         lane = columns._sample_lane(request, [], progress, 1, lambda: False)
-        assert (count, lane.first, lane.skip) == (294_912, count, 0)
+        assert (count, lane.first, lane._skip) == (294_912, count, 0)
 
 
 def test_a_finished_store_is_left_as_it_is(tmp_path, whole, whole_folder, image_folder, tree, tiny_teacher):

@@ -234,7 +234,7 @@ def test_a_meta_json_that_changes_meanwhile_is_not_copied(tmp_path, prototyped):
 
 def test_an_unfinished_source_gives_the_images_that_are_done(tmp_path, source):
     (source.folder / "targets/a/codes-00002.json").unlink()
-    with pytest.raises(StoreError, match=r"codes-00002\.npy: this shard is not finished; run precompute again, or leave out a"):
+    with pytest.raises(StoreError, match=r"codes-00002\.npy: this shard is not finished; .* again, or leave out a"):
         subset(source, tmp_path / "part")
     assert len(subset(source, tmp_path / "part", paths=[source.paths[3], source.paths[15]])) == 2
     shutil.rmtree(source.folder / "crops")

@@ -1,0 +1,20 @@
+"""The crops of a store block by block, for a training that records what its teachers say of them."""
+
+import torch
+
+from fkd_ssl.data.pixels import Batch
+from fkd_ssl.data.stored import StoredCrops
+
+
+class RecordedCrops(StoredCrops):
+    """Crops of a store whose targets are yet to be recorded; arguments as of StoredCrops.
+
+    Pass p reads crops (p M + 0..M-1) mod C of every image, so what was used of an image is always its first crops. Batches
+    also bring `places` int64 [B, 2]: each image's row of the store, and the first of its M crops.
+    """
+
+    def _first(self, pass_: int, i: int) -> int:
+        return pass_ * self.crops_per_image % self.store.crops_per_image
+
+    def _more(self, pairs: list[tuple[int, int]]) -> Batch:
+        return {"places": torch.tensor([(int(self._rows[i]), self._first(pass_, i)) for pass_, i in pairs])}

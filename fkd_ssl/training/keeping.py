@@ -1,0 +1,87 @@
+"""What an online teacher says, kept: each batch's targets go into a store while the student trains on them."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from fkd_ssl.data import Batch
+from fkd_ssl.store.recording import Recording
+from fkd_ssl.training.distiller import OnlineTargets
+
+
+class KeptTargets(OnlineTargets):
+    """Targets given now and written to a store by the first process, for all of them.
+
+    A batch is written when the next one is given: by then a GPU has them ready and nothing waits.
+
+    Args:
+        recordings: Of each teacher; none in processes but the first.
+        embeds: The teachers.
+    """
+
+    def __init__(self, recordings: Sequence[Recording], *embeds: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(*embeds)
+        self.recordings = recordings
+        self._given: list[Tensor] = []
+        self._ready: Any = None
+
+    def __call__(self, batch: Batch) -> list[Tensor]:
+        """Targets of a batch's crops, which has `places`."""
+        self.write()
+        targets = super().__call__(batch)
+        given = [_of_all(tensor) for tensor in (batch["places"], *targets)]
+        if self.recordings:
+            self._given = [_on_the_way(tensor) for tensor in given]
+            self._ready = torch.cuda.Event() if targets[0].is_cuda else None
+            if self._ready is not None:
+                self._ready.record()
+        return targets
+
+    def write(self) -> None:
+        """Writes what was given last."""
+        if not self._given:
+            return
+        if self._ready is not None:
+            self._ready.synchronize()
+        places, *targets = (tensor.numpy() for tensor in self._given)
+        self._given = []
+        for recording, of_teacher in zip(self.recordings, targets, strict=True):
+            recording.add(places, np.ascontiguousarray(of_teacher, dtype=np.float32))
+
+
+class Keeper(pl.Callback):
+    """Makes what was recorded survive a kill before a checkpoint counts on it."""
+
+    def __init__(self, targets: KeptTargets, crops_per_step: int) -> None:
+        self.targets = targets
+        self.crops_per_step = crops_per_step
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuses a store that does not hold what this run recorded before."""
+        for recording in self.targets.recordings:
+            recording.require(trainer.global_step * self.crops_per_step)
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Writes and syncs all that was given so far."""
+        self.targets.write()
+        for recording in self.targets.recordings:
+            recording.sync()
+
+
+def _of_all(tensor: Tensor) -> Tensor:
+    """A tensor of all processes, one behind the other."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return tensor
+    parts = [torch.empty_like(tensor) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(parts, tensor.contiguous())
+    return torch.cat(parts)
+
+
+def _on_the_way(tensor: Tensor) -> Tensor:
+    """A copy in this machine's memory that may still be under way from a GPU."""
+    tensor = tensor.detach()
+    return torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda).copy_(tensor, non_blocking=True)
