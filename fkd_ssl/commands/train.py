@@ -182,6 +182,8 @@ def _recorded(
 
 def _publish(config: Config, recordings: "list[Recording]") -> None:
     """Makes a store of what was recorded, and says what can be done with it."""
+    import shlex
+
     from fkd_ssl import files
     from fkd_ssl.commands import console
     from fkd_ssl.store.precompute import gigabytes
@@ -192,12 +194,15 @@ def _publish(config: Config, recordings: "list[Recording]") -> None:
         store = column.store
         what = column.in_part if column.prefixes else f"{len(store):,} images x {store.crops_per_image} crops"
         console.say(f"{config.record}: targets of {column.name}: {what}; {gigabytes(files.total_bytes(store.folder))} on disk")
-        if column.prefixes:
-            console.say(
-                f"to finish it: fkd-ssl precompute --images {config.images} --store {config.record} --teacher {config.teacher} "
-                f"--checkpoint {config.checkpoint} --crops {store.crops_per_image} --recipe {config.recipe} --codec "
-                f"{config.codec} --pixels {column.meta.pixels} --seed {config.seed} --chunk_size {column.meta.chunk_size}"
-            )
+    if any(recording.column.prefixes for recording in recordings):
+        column = recordings[0].column
+        asked = {
+            "images": config.images, "store": config.record, "teacher": config.teacher, "checkpoint": config.checkpoint,
+            "crops": column.store.crops_per_image, "recipe": config.recipe, "codec": config.codec, "pixels": column.meta.pixels,
+            "seed": config.seed, "chunk_size": column.meta.chunk_size,
+        }  # fmt: skip
+        options = [f"--{key} {shlex.quote(str(value))}" for key, value in asked.items() if value is not None]
+        console.say(f"to finish it: fkd-ssl precompute {' '.join(options)}")
 
 
 def _sources(config: Config, data: "Crops", teachers: "list[Teacher]") -> dict[str, Any]:
@@ -235,6 +240,8 @@ def _check_store(config: Config, store: "Store", columns: "list[Column]") -> Non
             check_files(store, column)
         else:
             console.say("note: the store's checksums are not read here; fkd-ssl verify does that")
+        if column.prefixes:
+            console.say(f"note: {column.folder}: {column.in_part}")
         if column.meta.pixels != config.pixels:
             console.say(f"note: the teacher saw crops of {column.meta.pixels} px, the student trains on {config.pixels} px")
         if column.meta.probe_digest != probe_digest(str(resolve.device()) if config.device_crops else None):

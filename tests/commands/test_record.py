@@ -128,7 +128,7 @@ def test_a_part_is_finished_by_the_command_that_is_named(work: Path, call: Any) 
 def test_two_teachers_and_devices_crops(work: Path, call: Any) -> None:
     line = LINE.replace("own_teacher:make", "own_teacher:make,own_teacher:other")
     assert call(f"{line} --epochs 4 --record new --out first").status == 0
-    assert call(f"{line} --epochs 4 --record other --out second --device_crops true").status == 0
+    assert call(f"{line} --epochs 4 --record other --out second --device_crops").status == 0
     assert open_store("new").teachers == ["make", "other"]
     assert files_of(work / "new") == files_of(work / "other")
     assert call(f"{LINE} --epochs 4 --record one --out third").status == 0

@@ -1,0 +1,65 @@
+"""What recording costs: online training that keeps its targets in a store, against the same training that does not.
+
+    python benchmarks/recording.py --images DIR --teacher mocov2 --checkpoint FILE --pixels 64 --out DIR --repeats 3
+
+Both are whole commands, in turn, from start to results.json: recording's time has the planning of the store, its codec and its
+publication in it. Prints a JSON object: seconds of each, the ratio of the least, and what the store would have cost by
+precompute, which the recording spares.
+"""
+
+import argparse
+import json
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+
+def seconds(*command: str | float | Path) -> float:
+    """Wall-clock of a command of fkd-ssl."""
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "fkd_ssl", *map(str, command)], check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", required=True, type=Path)
+    parser.add_argument("--teacher", required=True)
+    parser.add_argument("--checkpoint", type=Path)
+    parser.add_argument("--student", default="mobilenet_v3_small")
+    parser.add_argument("--pixels", type=int, default=64)
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--batch_size", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--out", required=True, type=Path)
+    args = parser.parse_args()
+
+    weights = ["--checkpoint", args.checkpoint] if args.checkpoint else []
+    teacher = ["--images", args.images, "--teacher", args.teacher, *weights, "--pixels", args.pixels]
+    training = [
+        "train", *teacher, "--targets", "online", "--student", args.student, "--epochs", args.epochs, "--batch_size",
+        args.batch_size, "--workers", args.workers,
+    ]  # fmt: skip
+    taken: dict[str, list[float]] = {"online": [], "recorded": []}
+    for k in range(args.repeats):
+        taken["online"].append(seconds(*training, "--out", args.out / f"online{k}"))
+        taken["recorded"].append(seconds(*training, "--record", args.out / f"store{k}", "--out", args.out / f"recorded{k}"))
+    crops = 4 * math.ceil(args.epochs / 4)  # the epochs as whole blocks of crops_per_image
+    precompute = seconds("precompute", *teacher, "--crops", crops, "--store", args.out / "precomputed")
+    subprocess.run([sys.executable, "-m", "fkd_ssl", "verify", args.out / "store0"], check=True, stdout=subprocess.DEVNULL)
+    least = {name: min(values) for name, values in taken.items()}
+    result = {
+        "seconds": {name: [round(value, 1) for value in values] for name, values in taken.items()},
+        "recorded_over_online": round(least["recorded"] / least["online"], 4),
+        "precompute_over_online": round(precompute / least["online"], 4),
+        "epochs": args.epochs,
+        "crops": crops,
+    }
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()
