@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fkd_ssl.crops import colour
 from fkd_ssl.crops.records import BLUR, FLIP, GREY, JITTER, SOLARIZE, Records, unpack
-from fkd_ssl.crops.replay import SIGMA_PIXELS, blur_kernel
+from fkd_ssl.crops.replay import SIGMA_PIXELS, blur_kernel, resize_plan
 from fkd_ssl.errors import RequestError
 from fkd_ssl.images import UInt8Array
 
@@ -44,11 +44,9 @@ def plan(shapes: Sequence[tuple[int, int]], records: Sequence[Records], pixels: 
     for (image_height, image_width), of_image in zip(shapes, records, strict=True):
         for record in unpack(of_image, image_height, image_width):
             top, left, height, width, flags, *_, sigma = record
-            k, level = len(boxes), 0
-            while min(height, width) >= 2 * pixels:
-                height, width, level = height // 2, width // 2, level + 1
-            boxes.append((first + top * image_width + left, image_width, height, width))
-            chosen.setdefault(f"halved{level}", []).append(k)
+            k, (level, doubled) = len(boxes), resize_plan(height, width, pixels)
+            boxes.append((first + top * image_width + left, image_width, height >> level, width >> level))
+            chosen.setdefault(f"{'doubled' if doubled else 'halved'}{level}", []).append(k)
             if flags & (JITTER | GREY):
                 chosen["coloured"].append(k)
                 of_rgb, of_mean = colour.linear_and_offset(record)
@@ -90,13 +88,15 @@ def replay_planned(sources: Tensor, crops: Plan, pixels: int) -> Tensor:
     """
     views = torch.empty((len(crops["boxes"]), pixels, pixels, 3), dtype=torch.uint8, device=sources.device)
     for name, indices in crops.items():
-        if name.startswith("halved"):
-            level = int(name.removeprefix("halved"))
-            for some in torch.split(indices, max(1, ELEMENTS // (2 * pixels << level) ** 2)):
-                rows = max(1, ELEMENTS // (len(some) * pixels * (2 << level) ** 2))
+        if name.startswith(("halved", "doubled")):
+            level, finer = int(name.removeprefix("halved").removeprefix("doubled")), 1 + name.startswith("doubled")
+            for some in torch.split(indices, max(1, ELEMENTS // (2 * finer * pixels << level) ** 2)):
+                rows = max(1, ELEMENTS // (len(some) * pixels * (2 * finer << level) ** 2))
                 for top in range(0, pixels, rows):
-                    band = slice(top, min(top + rows, pixels))
-                    views[some, band] = _resized(sources.view(-1, 3), crops["boxes"][some], level, pixels, band)
+                    end = min(top + rows, pixels)
+                    band = slice(finer * top, finer * end)
+                    resized = _resized(sources.view(-1, 3), crops["boxes"][some], level, finer * pixels, band)
+                    views[some, top:end] = resized if finer == 1 else _halved(resized.int()).to(torch.uint8)
     for some, linear, offsets in _parts(crops, pixels, "coloured", "linear", "offsets"):
         views[some] = _coloured(views[some], linear, offsets)
     for some, kernels in _parts(crops, pixels, "blurred", "kernels"):
@@ -121,7 +121,7 @@ def _parts(crops: Plan, pixels: int, *names: str) -> Iterator[tuple[Tensor, ...]
 
 
 def _resized(sources: Tensor, boxes: Tensor, level: int, pixels: int, band: slice) -> Tensor:
-    """Boxes [m, 4] cut, halved `level` times and resized, some rows of them: uint8 [m, rows, P, 3]."""
+    """Boxes [m, 4] cut, halved `level` times and resized to `pixels`, some rows of them: uint8 [m, rows, P, 3]."""
     first, stride, height, width = boxes.unbind(1)
     step = 1 << level  # a pixel after halving is a square of so many
     within = torch.arange(step, device=boxes.device)
@@ -133,12 +133,17 @@ def _resized(sources: Tensor, boxes: Tensor, level: int, pixels: int, band: slic
     where = (first[:, None, None] + y[:, :, None]) + x[:, None, :]
     values = sources.index_select(0, where.flatten()).view(*where.shape, 3).int()
     for _ in range(level):
-        rows_of_two = values[:, 0::2] + values[:, 1::2]
-        values = (rows_of_two[:, :, 0::2] + rows_of_two[:, :, 1::2] + 2) >> 2
+        values = _halved(values)
     values = values[:, :, 0::2] * across[:, None, :, :1] + values[:, :, 1::2] * across[:, None, :, 1:]
     values = values >> 4
     values = ((values[:, 0::2] * down[:, :, :1, None]) >> 16) + ((values[:, 1::2] * down[:, :, 1:, None]) >> 16)
     return ((values + 2) >> 2).clamp_(0, 255).to(torch.uint8)
+
+
+def _halved(values: Tensor) -> Tensor:
+    """Means of 2 x 2 pixels: int32 [m, H, W, 3] to [m, H / 2, W / 2, 3]."""
+    rows_of_two = values[:, 0::2] + values[:, 1::2]
+    return (rows_of_two[:, :, 0::2] + rows_of_two[:, :, 1::2] + 2) >> 2
 
 
 def _taps(size: Tensor, pixels: int) -> tuple[Tensor, Tensor]:

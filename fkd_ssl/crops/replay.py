@@ -27,8 +27,9 @@ def replay(image: UInt8Array, records: Records, pixels: int) -> UInt8Array:
     Each crop depends on the image and on its own record, never on the others that are read with it, and is bit-identical
     whenever it is made by the same versions on the same kind of machine.
 
-    Geometry: the box is cut from the full image; while it is at least twice `pixels` on its short side it is halved by
-    exact 2 x 2 means (an odd last row or column is left out); the rest, a ratio under 2, is a linear resize.
+    Geometry: the box is cut from the full image. If its long side is at most 1.2 times `pixels` it is resized linearly. A
+    larger one is halved by exact 2 x 2 means (an odd last row or column is left out) while its short side is at least four
+    times `pixels`, resized linearly to twice `pixels`, and halved once more: what lies between samples is in their means.
 
     Args:
         image: uint8 [H, W, 3], RGB.
@@ -72,14 +73,29 @@ def _replay_one(view: UInt8Array, image: UInt8Array, record: Fields) -> None:
         cv2.flip(view, 1, dst=view)
 
 
+def resize_plan(height: int, width: int, pixels: int) -> tuple[int, bool]:
+    """How often a box is halved before the linear resize, and whether that is to twice the size and halved after it."""
+    if 5 * max(height, width) <= 6 * pixels:
+        return 0, False
+    return max(0, (min(height, width) // (2 * pixels)).bit_length() - 1), True
+
+
 def _resize(view: UInt8Array, crop: UInt8Array) -> None:
     pixels = view.shape[0]
-    height, width, _ = crop.shape
-    while min(height, width) >= 2 * pixels:
-        height, width = height // 2, width // 2
-        half: Any = cv2.resize(crop[: 2 * height, : 2 * width], (width, height), interpolation=cv2.INTER_AREA)
-        crop = half
-    cv2.resize(crop, (pixels, pixels), dst=view, interpolation=cv2.INTER_LINEAR)
+    halvings, doubled = resize_plan(*crop.shape[:2], pixels)
+    for _ in range(halvings):
+        crop = _half(crop)
+    if doubled:
+        fine: Any = cv2.resize(crop, (2 * pixels, 2 * pixels), interpolation=cv2.INTER_LINEAR)
+        cv2.resize(fine, (pixels, pixels), dst=view, interpolation=cv2.INTER_AREA)
+    else:
+        cv2.resize(crop, (pixels, pixels), dst=view, interpolation=cv2.INTER_LINEAR)
+
+
+def _half(crop: UInt8Array) -> UInt8Array:
+    height, width = crop.shape[0] // 2, crop.shape[1] // 2
+    half: Any = cv2.resize(crop[: 2 * height, : 2 * width], (width, height), interpolation=cv2.INTER_AREA)
+    return np.asarray(half, dtype=np.uint8)
 
 
 def _blur(view: UInt8Array, kernel: npt.NDArray[np.float32]) -> None:

@@ -179,37 +179,59 @@ def halved(image: np.ndarray) -> np.ndarray:
     return ((blocks.sum(axis=(1, 3)) + 2) // 4).astype(np.uint8)
 
 
+def linear(image: np.ndarray, pixels: int) -> np.ndarray:
+    """A linear resize in floating point, sampled at the centres of the output's pixels: float64 [P, P, 3]."""
+    for axis in (0, 1):
+        where = ((np.arange(pixels) + 0.5) * image.shape[axis] / pixels - 0.5).clip(0, image.shape[axis] - 1)
+        low = np.floor(where).astype(int)
+        high = np.minimum(low + 1, image.shape[axis] - 1)
+        share = (where - low).reshape(-1, *(1,) * (2 - axis))
+        image = np.take(image, low, axis) * (1 - share) + np.take(image, high, axis) * share
+    return image
+
+
 @pytest.mark.parametrize("levels", [0, 1, 2, 3])
-@pytest.mark.parametrize("odd", [0, 1])
-def test_boxes_of_whole_ratios_are_exact_means(levels, odd):
+def test_boxes_of_whole_ratios_are_exact_means(levels):
     side = 32 * 2**levels
     image = np.random.default_rng(levels).integers(0, 256, (side + 40, side + 60, 3), dtype=np.uint8)
-    odd = min(odd, 2**levels - 1)  # a rest that halving leaves out
-    found = replay(image, box_record(17, 23, side + odd, side + odd), 32)[0]
+    found = replay(image, box_record(17, 23, side, side), 32)[0]
     expected = image[17 : 17 + side, 23 : 23 + side]
     for _ in range(levels):
         expected = halved(expected)
     np.testing.assert_array_equal(found.transpose(1, 2, 0), expected)
 
 
-def test_the_level_follows_the_short_side():
-    """A box of 64 x 200 at 32 px is halved once, not twice: 32 x 100, then 100 to 32 linearly."""
-    image = np.random.default_rng(0).integers(0, 256, (64, 200, 3), dtype=np.uint8)
-    found = replay(image, box_record(0, 0, 64, 200), 32)[0].transpose(1, 2, 0).astype(float)
-    once = halved(image).astype(float)
-    where = (np.arange(32) + 0.5) * 100 / 32 - 0.5
-    low = np.floor(where).astype(int)
-    expected = once[:, low] + (where - low)[:, None] * (once[:, low + 1] - once[:, low])
-    assert np.abs(found - expected).max() <= 1
+@pytest.mark.parametrize(
+    ("height", "width", "halvings", "doubled"),
+    [
+        (20, 30, 0, False),
+        (38, 38, 0, False),  # 1.2 times 32 is 38.4
+        (20, 39, 0, True),
+        (64, 200, 0, True),
+        (127, 300, 0, True),
+        (128, 128, 1, True),
+        (131, 255, 1, True),  # an odd row and column are left out
+        (257, 600, 2, True),
+    ],
+)
+def test_a_box_is_halved_resized_and_halved_again(height, width, halvings, doubled):
+    image = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    found = replay(image, box_record(0, 0, height, width), 32)[0].transpose(1, 2, 0).astype(float)
+    for _ in range(halvings):
+        image = halved(image)
+    expected = linear(image, 64 if doubled else 32)
+    if doubled:
+        expected = expected.reshape(32, 2, 32, 2, 3).mean(axis=(1, 3))
+    assert np.abs(found - expected).max() <= 1.25  # rounded once or twice
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
     return float(10 * np.log10(255**2 / max(1e-9, np.mean((a.astype(float) - b.astype(float)) ** 2))))
 
 
-@pytest.mark.parametrize(("pixels", "floor"), [(224, 56), (96, 47), (64, 41.5)])
+@pytest.mark.parametrize(("pixels", "floor"), [(224, 56), (96, 55), (64, 47.5)])
 def test_geometry_is_near_an_antialiased_resize(smooth, pixels, floor):
-    """Measured at least: 57.5, 48.3 and 42.7 dB. Sharper pictures give less: 34 dB on photographs at 224 px."""
+    """Measured at least: 57.6, 56.8 and 48.8 dB. Sharper pictures give less: 34 dB on photographs at 224 px."""
     scores = []
     for seed in range(3):
         image = smooth(seed, 375, 500)
