@@ -46,7 +46,9 @@ def score(run: str, images: str, val: str) -> None:
         "labels": split.labels, "num_classes": len(split.classes),
     }  # fmt: skip
     both = [knn.evaluate_features(k=20, **common), logreg.evaluate(progress=False, **common)]
-    np.save(Path(run, "correct.npy"), np.stack([result["correct"] for result in both]))
+    whole = Path(run, "new.npy")  # the other name appears when all is written
+    np.save(whole, np.stack([result["correct"] for result in both]))
+    whole.replace(Path(run, "correct.npy"))
 
 
 def as_arm(arm: str, *command: object) -> None:
