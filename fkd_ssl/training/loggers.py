@@ -1,5 +1,6 @@
 """Loggers by name: where the lines of metrics.csv go beside the file itself."""
 
+import os
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -12,7 +13,12 @@ from fkd_ssl.errors import RequestError
 _LOGGERS: dict[str, Callable[[Path], Logger]] = {
     "tensorboard": lambda folder: lightning.TensorBoardLogger(folder, name="", version="tensorboard"),
     "wandb": lambda folder: lightning.WandbLogger(name=folder.name, save_dir=folder),
-    "mlflow": lambda folder: lightning.MLFlowLogger(run_name=folder.name, save_dir=str(folder / "mlruns")),
+    # a database, as MLflow refuses folders now, unless the user's environment names a server
+    "mlflow": lambda folder: lightning.MLFlowLogger(
+        run_name=folder.name,
+        tracking_uri=os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder.resolve()}/mlflow.db",
+        artifact_location=None if "MLFLOW_TRACKING_URI" in os.environ else str(folder.resolve() / "mlartifacts"),
+    ),
 }
 
 
