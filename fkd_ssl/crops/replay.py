@@ -82,7 +82,7 @@ def resize_plan(height: int, width: int, pixels: int) -> tuple[int, bool]:
 
 def _resize(view: UInt8Array, crop: UInt8Array) -> None:
     pixels = view.shape[0]
-    halvings, doubled = resize_plan(*crop.shape[:2], pixels)
+    halvings, doubled = resize_plan(crop.shape[0], crop.shape[1], pixels)
     for _ in range(halvings):
         crop = _half(crop)
     if doubled:

@@ -151,7 +151,7 @@ class Recording:
         codes = np.zeros(length, dtype=np.uint8)
         with os.fdopen(os.dup(self._file), "rb", buffering=0) as file:
             file.seek(begin)
-            view, done = memoryview(codes), 0
+            view, done = memoryview(codes.data), 0
             while done < length and (count := file.readinto(view[done:])):
                 done += count
         by_row = codes.reshape(blocks, rows, self._block, size).transpose(1, 0, 2, 3)

@@ -36,7 +36,7 @@ class KeptTargets(OnlineTargets):
         given = [_of_all(tensor) for tensor in (batch["places"], *targets)]
         if self.recordings:
             self._given = [_on_the_way(tensor) for tensor in given]
-            self._ready = torch.cuda.Event() if targets[0].is_cuda else None
+            self._ready = torch.cuda.Event() if targets[0].is_cuda else None  # type: ignore[no-untyped-call]
             if self._ready is not None:
                 self._ready.record()
         return targets
