@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -238,7 +238,7 @@ def _check_codes(column: Column, shard: int, report: Report) -> None:
         return
     try:
         sidecar = column.sidecar(shard)
-        crops = int(column.counts(shard).max()) if "crops" in sidecar else m.crops_per_image
+        crops = max(_lengths(column, shard))
         files.map_npy(path, np.dtype(np.uint8), (len(m.shard_rows(shard)), crops, column.meta.code_size))
         digest = files.sha256_file(path)
     except StoreError as error:
@@ -249,6 +249,13 @@ def _check_codes(column: Column, shard: int, report: Report) -> None:
         report.add(_again(f"{path}: altered: its sha256 is not its sidecar's", path, shard), damage)
     elif sidecar.get("column") != column.digest:
         report.add(_again(f"{path}: written for another meta.json than this column's", path, shard), damage)
+
+
+def _lengths(column: Column, shard: int) -> list[int]:
+    """Of how many first crops each row of a shard has codes."""
+    if "crops" in column.sidecar(shard):  # recorded in part
+        return cast("list[int]", column.counts(shard).tolist())
+    return [column.store.crops_per_image] * len(column.store.manifest.shard_rows(shard))
 
 
 def _positions(store: Store, images: ImageSet) -> dict[str, int]:
@@ -293,13 +300,16 @@ def _check_targets(
     """Compares a sample of the targets in these shards with what the teacher says now."""
     store = column.store
     where = _positions(store, images)
-    rows = [row for row in column.rows.tolist() if row // store.manifest.rows_per_shard in shards and row not in changed]
-    lengths = column.lengths(np.arange(store.manifest.count))
+    lengths: dict[int, int] = {}  # of these shards only: the others may be damaged
+    for shard in sorted(shards):
+        lengths.update(zip(store.manifest.shard_rows(shard), _lengths(column, shard), strict=True))
+    left_out = changed.union(*(store.skipped(shard) for shard in shards))
+    rows = [row for row, length in lengths.items() if length and row not in left_out]
     order = [rows[k] for k in layout.in_hash_order([store.paths[row] for row in rows], "verify")[:sample]]
     cosines = []
     for k, row in enumerate(tqdm(order, desc="verify targets", unit="crop")):
         file = images.file(where[store.paths[row]])
-        index = np.array([k % int(lengths[row])])
+        index = np.array([k % lengths[row]])
         pixels = decode(read_bytes(file), file)
         crop = replay(pixels, np.asarray(store.crops(row, index)), column.meta.pixels)
         try:
