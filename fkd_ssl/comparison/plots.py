@@ -91,7 +91,7 @@ def _curves(axes: Sequence[Any], results: dict[str, Any], column: str, folder: P
         metrics = read_metrics(folder / "runs" / run_name(name, arm["seed"]) / "metrics.csv")
         lines = [line for line in metrics if line[column] is not None]
         values = [line[column] for line in lines]
-        style |= {"marker": "o", "markersize": 3} if column in _PROBES else {}
+        style |= {"marker": "o", "markersize": 3} if column in _PROBES or len(lines) < 3 else {}
         axes[0].plot([line["seconds"] for line in lines], values, label=label, **style)
         axes[1].plot([line["epoch"] for line in lines], values, label=label, **style)
         if name == first:

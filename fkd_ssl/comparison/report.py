@@ -15,7 +15,12 @@ from fkd_ssl.comparison.config import CompareConfig
 from fkd_ssl.errors import FkdError
 
 PROBE_NAMES = {"knn_top1": "kNN", "linear_top1": "linear probe"}
+TITLE = "Stored against online distillation"
 SHEET = "sheet.png"
+SHEET_CAPTION = (
+    "An image with the boxes of its first stored crops, these crops, and the crops of other images that are nearest to each "
+    "for the teacher, by the cosine of their stored targets"
+)
 _COLUMNS = (
     "arm", "kNN top-1", "linear top-1", "mAP@R", "training seconds", "seconds an epoch", "waiting for data", "teacher forwards",
     "peak memory",
@@ -29,30 +34,22 @@ def write(results: dict[str, Any], folder: Path) -> str:
     table, findings = _table(results), _findings(results)
     drawn = plots.draw_all(results, folder)
     text = "\n".join([*_markdown(table), "", what(results), "", *(f"- {line}" for line in findings)])
-    shown = {"title": "Stored against online distillation", "what": what(results), "findings": findings, "table": table}
-    shown |= {"config": {k: v for k, v in results["config"].items() if v not in (None, "")}, "versions": results["versions"]}
-    shown |= {
-        "commands": _commands(results),
-        "caption": (folder / f"{SHEET}.txt").read_text() if _sheet(results, folder) else "",
-    }
-    sheet = (folder / SHEET).read_bytes() if shown["caption"] else b""
+    config = {k: v for k, v in results["config"].items() if v not in (None, "") and k != "json"}
+    sheet, commands = _sheet(results, folder), _commands(results)
     page = [
-        f"# {shown['title']}", "", text, "",
+        f"# {TITLE}", "", text, "",
         *(line for plot in drawn for line in (f"![{plot.caption}]({plot.name}.png)", "")),
-        *([f"![{shown['caption']}]({SHEET})", ""] if sheet else []),
-        "## What was run", "", "```bash", *shown["commands"], "```", "",
-        *(f"- `{key}`: {value}" for key, value in shown["config"].items()),
+        *([f"![{SHEET_CAPTION}]({SHEET})", ""] if sheet else []),
+        "## What was run", "", "```bash", *commands, "```", "",
+        *(f"- `{key}`: {value}" for key, value in config.items()),
         *(f"- {name} {version}" for name, version in results["versions"].items()), "",
     ]  # fmt: skip
     files.replace(folder / "report.md", "\n".join(page).encode())
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("fkd_ssl.comparison", "."),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-    )
+    loader = jinja2.PackageLoader("fkd_ssl.comparison", ".")
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     html = environment.get_template("report.html.jinja").render(
-        **shown, plots=drawn, sheet=base64.b64encode(sheet).decode()
+        title=TITLE, what=what(results), table=table, findings=findings, plots=drawn, commands=commands, config=config,
+        versions=results["versions"], sheet=base64.b64encode(sheet).decode(), caption=SHEET_CAPTION,
     )  # fmt: skip
     files.replace(folder / "report.html", html.encode())
     return text
@@ -192,27 +189,24 @@ def _commands(results: dict[str, Any]) -> list[str]:
     ]
 
 
-def _sheet(results: dict[str, Any], folder: Path) -> bool:
-    """Draws an image with its stored crops and their neighbours once; whether there is one."""
+def _sheet(results: dict[str, Any], folder: Path) -> bytes:
+    """An image with its stored crops and their neighbours as PNG, drawn once; empty where store or images have gone."""
     if (folder / SHEET).exists():
-        return True
+        return (folder / SHEET).read_bytes()
     if not (folder / "store").is_dir():
-        return False
+        return b""
     from fkd_ssl.commands import show
     from fkd_ssl.store import open_store
 
     store = open_store(folder / "store")
     column = store.column(store.teachers[0])
-    image = store.paths[int(column.rows[len(column.rows) // 2])]
-    others = len(column.rows) - 1
     asked = show.Config(
-        store=str(store.folder), images=results["config"]["images"], image=image, teacher=column.name,
-        crops=min(4, store.crops_per_image), neighbours=min(5, others),
+        store=str(store.folder), images=results["config"]["images"], image=store.paths[int(column.rows[len(column.rows) // 2])],
+        teacher=column.name, crops=min(4, store.crops_per_image), neighbours=min(5, len(column.rows) - 1),
     )  # fmt: skip
     try:
-        picture, caption = show.sheet_of(asked, store)
-    except FkdError:  # the images have gone since; the report needs no sheet
-        return False
-    files.replace(folder / f"{SHEET}.txt", caption.encode())
+        picture, _ = show.sheet_of(asked, store)
+    except FkdError:
+        return b""
     files.replace(folder / SHEET, picture)
-    return True
+    return picture
