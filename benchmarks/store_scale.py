@@ -32,7 +32,7 @@ from fkd_ssl.data import StoredCrops, start_worker
 from fkd_ssl.images import ImageSet
 from fkd_ssl.store import manifest as layout
 from fkd_ssl.store import open_store
-from fkd_ssl.store.codecs import Codec
+from fkd_ssl.store.codecs import train_codec
 from fkd_ssl.store.reader import ColumnMeta
 
 DIM = 128
@@ -75,7 +75,7 @@ def make(folder: Path, images: ImageSet, crops: int) -> None:
     )  # fmt: skip
     generator = np.random.default_rng(0)
     sample = generator.normal(size=(4096, DIM)).astype(np.float32)
-    codec = Codec.train("SQ8", sample / np.linalg.norm(sample, axis=1, keepdims=True))
+    codec = train_codec("SQ8", sample / np.linalg.norm(sample, axis=1, keepdims=True))
     meta = ColumnMeta(
         kind="embedding", dim=DIM, codec="SQ8", code_size=DIM, fidelity={"cosine_mean": 1.0, "cosine_min": 1.0, "sample": 1},
         teacher={"name": COLUMN, "network": "none", "licence": "none", "source": None, "checkpoint_sha256": None},

@@ -6,6 +6,9 @@ from torch import Tensor, nn
 
 from fkd_ssl.errors import RequestError, did_you_mean
 
+PROBABILITIES = "probabilities"
+"""What stands in a layer's place for the softmax of a whole classifier."""
+
 
 class AtLayer(nn.Module):
     """A network up to one of its layers: [B, 3, H, W] to [B, F]; what comes after the layer is not run.

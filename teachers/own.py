@@ -18,7 +18,8 @@ def load_own(name: str, checkpoint: str | Path | None, precision: Precision) -> 
     """What the function of `module:function` returns; the current folder is on the path.
 
     It is called without arguments, or with `checkpoint=` if one is given, and returns a Teacher, or an nn.Module that maps
-    ImageNet-normalised floats [B, 3, H, W] to [B, D], whose `pixels`, if it has them, are its native size.
+    ImageNet-normalised floats [B, 3, H, W] to [B, D], whose `pixels`, if it has them, are its native size, and whose `kind`, if
+    it has one, says `distribution` where these are a classifier's logits.
 
     Raises:
         RequestError: There is no such module or function, or it takes no checkpoint and one is given.
@@ -74,6 +75,7 @@ def load_own(name: str, checkpoint: str | Path | None, precision: Precision) -> 
         source=name,
         checkpoint=None if checkpoint is None else Path(checkpoint).name,
         precision=precision,
+        kind=getattr(made, "kind", "embedding"),
     )
     # after the first forward, which makes lazy layers; so that a changed function is another teacher
     teacher.checkpoint_sha256 = digest or _digest(made, name)

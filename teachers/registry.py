@@ -31,10 +31,10 @@ def load_teacher(name: str, *, checkpoint: str | Path | None = None, precision: 
 
     Args:
         name: A family (`mocov2`, `swav`, `lightly`, `transformers`: the architecture is read off the checkpoint), a preset of
-            `PRESETS`, a network of a library as `torchvision/NAME` or `timm/NAME`, its pooled features or with `@LAYER` those
-            of a layer, or `module:function` of one's own. The function is called without arguments, or with `checkpoint=`
-            if one is given; it returns a Teacher, or an nn.Module that maps ImageNet-normalised floats [B, 3, H, W] to
-            [B, D].
+            `PRESETS`, a network of a library as `torchvision/NAME` or `timm/NAME`, its pooled features, with `@LAYER` those of
+            a layer, or with `@probabilities` its class probabilities; or `module:function` of one's own. The function is called
+            without arguments, or with `checkpoint=` if one is given; it returns a Teacher, or an nn.Module that maps
+            ImageNet-normalised floats [B, 3, H, W] to [B, D].
         checkpoint: File of weights; `transformers` takes a folder. A preset is looked for in the cache folder without it.
             For a library `pretrained` lets it download its own weights.
         precision: Arithmetic of the forward.

@@ -2,7 +2,7 @@
 
 import re
 from contextlib import AbstractContextManager
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +14,7 @@ from fkd_ssl.errors import FkdError, RequestError
 from fkd_ssl.teachers.presets import IMAGENET_MEAN, IMAGENET_STD, Rgb
 
 Precision = Literal["fp32", "bf16", "fp16"]
+Kind = Literal["embedding", "distribution"]
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -47,12 +48,10 @@ class Teacher(nn.Module):
         precision: fp32, or bf16 and fp16 by autocast. fp32 on a GPU is what PyTorch's own switches make of it: by default
             its convolutions use TF32.
         arrays: What a store keeps beside the targets, for instance `prototypes` float32 [K, D].
-
-    Attributes:
-        kind: `embedding`: targets are L2-normalised vectors.
+        kind: `embedding`: targets are L2-normalised vectors; `distribution`: class probabilities, the softmax of what the head
+            gives.
     """
 
-    kind = "embedding"
     _mean: Tensor
     _std: Tensor
 
@@ -74,10 +73,14 @@ class Teacher(nn.Module):
         checkpoint_sha256: str | None = None,
         precision: Precision = "fp32",
         arrays: dict[str, npt.NDArray[np.float32]] | None = None,
+        kind: Kind = "embedding",
     ) -> None:
         if precision not in ("fp32", *_AUTOCAST):
             raise RequestError(f"precision {precision!r}: expected fp32, {' or '.join(_AUTOCAST)}")
+        if kind not in get_args(Kind):
+            raise RequestError(f"teacher {name}: kind {kind!r}: expected {' or '.join(get_args(Kind))}")
         super().__init__()
+        self.kind: Kind = kind
         self.backbone = backbone
         self.head = head
         self.name = name
@@ -107,7 +110,7 @@ class Teacher(nn.Module):
 
     @torch.inference_mode()
     def embed(self, images: Tensor) -> Tensor:
-        """Targets float32 [B, D], L2-normalised, of crops uint8 [B, 3, H, W]; nothing is resized.
+        """Targets float32 [B, D] of crops uint8 [B, 3, H, W]: L2-normalised, or probabilities; nothing is resized.
 
         Raises:
             FkdError: The network gives something other than finite [B, D].
@@ -117,7 +120,7 @@ class Teacher(nn.Module):
             embedding = self._checked(self._run(self.head, features, images), images)
         if embedding.shape[1] != self.dim:
             raise FkdError(f"teacher {self.name}: gave D = {embedding.shape[1]}, expected {self.dim}")
-        return F.normalize(embedding.float(), dim=1)
+        return embedding.float().softmax(dim=1) if self.kind == "distribution" else F.normalize(embedding.float(), dim=1)
 
     @torch.inference_mode()
     def features(self, images: Tensor) -> Tensor:

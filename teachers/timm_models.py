@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fkd_ssl.errors import CheckpointError, FkdError, RequestError, did_you_mean
 from fkd_ssl.teachers import checkpoint as files
-from fkd_ssl.teachers.layers import AtLayer
+from fkd_ssl.teachers.layers import PROBABILITIES, AtLayer
 from fkd_ssl.teachers.teacher import Precision, Teacher
 from fkd_ssl.teachers.torchvision_models import PRETRAINED
 from fkd_ssl.teachers.wrap import wrap
@@ -22,7 +22,8 @@ def load_timm(model: str, layer: str | None, checkpoint: str | Path | None, *, p
 
     Args:
         model: A name of timm's, with or without the tag of its weights.
-        layer: Of `named_modules`; None for timm's own pooled features (`num_classes=0`).
+        layer: Of `named_modules`; None for timm's own pooled features (`num_classes=0`), `probabilities` for the softmax of its
+            logits.
         checkpoint: A state_dict in timm's layout or in one that timm itself converts (as DINOv2's own), or `pretrained`:
             timm then downloads the weights of the tag and reads them without unpickling anything.
         precision: Arithmetic of the forward.
@@ -41,7 +42,8 @@ def load_timm(model: str, layer: str | None, checkpoint: str | Path | None, *, p
     if not timm.is_model(model):
         names = timm.list_models()
         raise RequestError(f"teacher {spec}: timm has no such model{did_you_mean(model.partition('.')[0], names)}")
-    network = _build(timm, model, spec)
+    classes = layer == PROBABILITIES
+    network = _build(timm, model, spec, classes=classes)
     own = str(checkpoint) == PRETRAINED
     config, about = resolve_model_data_config(network), network.pretrained_cfg
     pixels = int(config["input_size"][-1])
@@ -53,7 +55,7 @@ def load_timm(model: str, layer: str | None, checkpoint: str | Path | None, *, p
         )
     licence = about.get("license") or "not stated"
     if own:
-        network = _build(timm, model, spec, pretrained=True)
+        network = _build(timm, model, spec, classes=classes, pretrained=True)
         name, digest = PRETRAINED, files.weights_digest(network)
     else:
         saved, digest = files.read(checkpoint)
@@ -61,7 +63,7 @@ def load_timm(model: str, layer: str | None, checkpoint: str | Path | None, *, p
         weights = _converted(network, files.weights_of(saved, str(checkpoint)), about.get("classifier"), str(checkpoint))
         files.load_into(network, weights, f"{checkpoint}: not the state_dict of {spec}")
     return wrap(
-        network if layer is None else AtLayer(network, layer, spec),
+        network if layer is None or classes else AtLayer(network, layer, spec),
         name=model if layer is None else f"{model}-{layer}",
         network=f"{model} of timm, {layer or 'pooled features'}; "
         f"{'trained on' if own else 'timm prepares'} {config['interpolation']} {pixels} px",
@@ -74,11 +76,12 @@ def load_timm(model: str, layer: str | None, checkpoint: str | Path | None, *, p
         checkpoint=name,
         checkpoint_sha256=digest,
         precision=precision,
+        kind="distribution" if classes else "embedding",
     )
 
 
-def _build(timm: Any, model: str, spec: str, *, pretrained: bool = False) -> Any:
-    options: dict[str, Any] = {"pretrained": pretrained, "num_classes": 0}
+def _build(timm: Any, model: str, spec: str, *, classes: bool, pretrained: bool = False) -> Any:
+    options: dict[str, Any] = {"pretrained": pretrained, **({} if classes else {"num_classes": 0})}
     try:
         with torch.random.fork_rng(devices=[]):
             try:

@@ -8,8 +8,8 @@ from torch import nn
 
 from fkd_ssl.errors import FkdError, RequestError, did_you_mean
 from fkd_ssl.teachers import checkpoint as files
-from fkd_ssl.teachers.layers import AtLayer
-from fkd_ssl.teachers.teacher import Precision, Teacher
+from fkd_ssl.teachers.layers import PROBABILITIES, AtLayer
+from fkd_ssl.teachers.teacher import Kind, Precision, Teacher
 from fkd_ssl.teachers.wrap import wrap
 
 PRETRAINED = "pretrained"
@@ -21,7 +21,7 @@ def load_torchvision(model: str, layer: str | None, checkpoint: str | Path | Non
 
     Args:
         model: A name that torchvision.models.list_models gives.
-        layer: Of `named_modules`; None for what its last linear layer is given.
+        layer: Of `named_modules`; None for what its last linear layer is given, `probabilities` for the softmax of its logits.
         checkpoint: A state_dict of the whole classifier, or `pretrained`: torchvision then downloads its default weights,
             checks their hash and reads them without unpickling anything.
         precision: Arithmetic of the forward.
@@ -53,12 +53,13 @@ def load_torchvision(model: str, layer: str | None, checkpoint: str | Path | Non
         network = models.get_model(model, weights=None, **extra)
     name, digest = load_weights(network, checkpoint, spec, lambda: _download(weights, spec))
     source = f"{spec} ({type(weights).__name__}.{weights.name})" if checkpoint == PRETRAINED else spec
+    kind: Kind = "distribution" if layer == PROBABILITIES else "embedding"
     if layer is None:
         last = next((key for key, part in reversed(list(network.named_modules())) if isinstance(part, nn.Linear)), None)
         if last is None:
             raise RequestError(f"teacher {spec}: its classifier is no linear layer: name the layer, {spec}@LAYER")
         network.set_submodule(last, nn.Identity())
-    else:
+    elif layer != PROBABILITIES:
         network = AtLayer(network, layer, spec)
     return wrap(
         network,
@@ -72,6 +73,7 @@ def load_torchvision(model: str, layer: str | None, checkpoint: str | Path | Non
         checkpoint=name,
         checkpoint_sha256=digest,
         precision=precision,
+        kind=kind,
     )
 
 

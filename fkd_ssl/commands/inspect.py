@@ -53,6 +53,7 @@ def describe(folder: str) -> dict[str, Any]:
 def run(config: Config) -> int:
     """Describes the store."""
     from fkd_ssl.commands import console
+    from fkd_ssl.store.columns import in_words
     from fkd_ssl.store.precompute import gigabytes
 
     about = describe(config.store)
@@ -73,12 +74,12 @@ def run(config: Config) -> int:
         fidelity, teacher = column["fidelity"], column["teacher"]
         lines += [
             f"teacher {name}: {teacher['network']}, D = {column['dim']}, seen at {column['pixels']} px, {column['precision']}",
-            f"  codec {column['codec']}: {column['bytes_per_crop']} bytes a crop with its record; cosine "
-            f"{fidelity['cosine_mean']:.5f} mean, {fidelity['cosine_min']:.5f} least of {fidelity['sample']}",
+            f"  codec {column['codec']}: {column['bytes_per_crop']} bytes a crop with its record; {in_words(fidelity)} of "
+            f"{fidelity['sample']}",
             f"  licence {teacher['licence']}; checkpoint sha256 {str(teacher['checkpoint_sha256'])[:16]}",
         ]
         if "source_codec" in fidelity:
-            lines.append(f"  recoded from {fidelity['source_codec']}: these cosines are bounds")
+            lines.append(f"  recoded from {fidelity['source_codec']}: these are bounds")
         if column["in_part"]:
             lines.append(f"  {column['in_part']}")
         elif column["missing_shards"]:

@@ -37,8 +37,8 @@ class Config:
     """C, crops stored per image."""
     recipe: str = "mocov2"
     """What crops are drawn from."""
-    codec: str = "SQ8"
-    """The codec that you think of; the table shows others."""
+    codec: str | None = None
+    """The codec that you think of; the table shows others. The usual one by default, as precompute has it."""
     pixels: int | None = None
     """Side of the crops, teacher's and student's; the teacher's native size by default."""
     limit: int | None = None
@@ -137,7 +137,8 @@ def run(config: Config) -> int:
     from fkd_ssl.crops import CROP_DTYPE
     from fkd_ssl.errors import RequestError
     from fkd_ssl.images import scan
-    from fkd_ssl.store.codecs import code_size
+    from fkd_ssl.store.codecs import DEFAULTS, check_kind, code_size
+    from fkd_ssl.store.label_codecs import LABELS
     from fkd_ssl.store.manifest import limit_images
     from fkd_ssl.students import check_student
 
@@ -151,12 +152,14 @@ def run(config: Config) -> int:
     check_student(config.student, pixels)
     targets = len(images) * config.crops
     own = sum(len(path.encode()) + 80 for path in images.paths)  # its line, its size, its checksum
-    sizes = {config.codec: code_size(config.codec, teacher.dim)}
-    for codec in CODECS:
+    chosen = config.codec or DEFAULTS[teacher.kind]
+    check_kind(teacher.kind, chosen, teacher.name)
+    sizes = {chosen: code_size(chosen, teacher.dim)}
+    for codec in CODECS if teacher.kind == "embedding" else LABELS:
         try:
             sizes[codec] = code_size(codec, teacher.dim)
         except RequestError:
-            continue  # its parts do not divide D
+            continue  # its parts do not divide D, or it keeps all classes
     codecs: dict[str, dict[str, Any]] = {
         codec: {
             "bytes_per_crop": size + CROP_DTYPE.itemsize,
@@ -177,7 +180,7 @@ def run(config: Config) -> int:
     about: dict[str, Any] = {
         "images": len(images), "crops": config.crops, "targets": targets, "dim": teacher.dim, "pixels": pixels,
         "teacher": teacher.network, "student": config.student, "device": str(resolve.device()),
-        "codec": config.codec, "codecs": codecs, "free_bytes": free, "fits": codecs[config.codec]["bytes"] < free,
+        "codec": chosen, "codecs": codecs, "free_bytes": free, "fits": codecs[chosen]["bytes"] < free,
         "teacher_crops_per_second": 1 / costs.forward, "measured": asdict(costs), **asdict(found),
     }  # fmt: skip
     if config.json:

@@ -31,7 +31,8 @@ class Config:
     """Folder of the store; a store that is there gets another column, or is continued."""
     teacher: str
     """A family (mocov2, swav, lightly, transformers), a preset (fkd-ssl teachers lists them), torchvision/NAME or timm/NAME
-    (with @LAYER for a layer's features), or module:function of your own; several with commas between them."""
+    (with @LAYER for a layer's features, @probabilities for class probabilities), or module:function of your own; several with
+    commas between them."""
     checkpoint: str | None = None
     """The teacher's weights; a library's teacher takes the word pretrained and downloads its own, a preset needs none once
     it was fetched. With several teachers one each, with commas between them."""
@@ -41,8 +42,9 @@ class Config:
     """What crops are drawn from: mocov2, s2bnn, swav or fkd."""
     min_scale: float | None = None
     """Least share of the image that a crop covers, if not the recipe's."""
-    codec: str = "SQ8"
-    """faiss codec of the targets: SQ8 (D bytes), SQ4 (D/2), OPQ16,PQ16x8 (16), SQfp16, Flat (exact), ..."""
+    codec: str | None = None
+    """Of embeddings SQ8 (D bytes, usual), SQ4 (D/2), OPQ16,PQ16x8 (16), Flat (exact), ...; of class probabilities
+    marginal_smoothing_k5 (20 bytes, usual), hard, smoothing, marginal_renorm_k5, full, ..."""
     pixels: int | None = None
     """Side of the crops that the teacher sees; its native size by default."""
     seed: int = 0

@@ -31,6 +31,7 @@ def run(config: Config) -> int:
     """Recodes and says what that costs."""
     from fkd_ssl.commands import console
     from fkd_ssl.store import open_store
+    from fkd_ssl.store.columns import in_words
     from fkd_ssl.store.recode import recode
 
     store = open_store(config.store)
@@ -42,13 +43,10 @@ def run(config: Config) -> int:
         console.show_json({"store": str(column.store.folder), "column": column.name, **sizes, "fidelity": f})
         return 0
     if source.meta.codec != "Flat":
-        console.say(
-            f"note: {source.meta.codec} had lost something already (cosine {f['source_cosine_mean']:.5f} mean), which is not "
-            "found again"
-        )
+        lost = in_words({key.removeprefix("source_"): value for key, value in f.items() if key.startswith("source_")})
+        console.say(f"note: {source.meta.codec} had lost something already ({lost}), which is not found again")
     console.show(
         f"{column.folder}: {source.name} from {source.meta.codec} ({source.meta.code_size} bytes) to {column.meta.codec} "
-        f"({column.meta.code_size} bytes); cosine to the teacher at least {f['cosine_mean']:.5f} mean, {f['cosine_min']:.5f} "
-        f"least (the recoding by itself {f['recoded_cosine_mean']:.5f} mean, measured on {f['sample']} targets)"
+        f"({column.meta.code_size} bytes); at worst {in_words(f)} (measured on {f['sample']} targets)"
     )
     return 0

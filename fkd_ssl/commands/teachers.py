@@ -65,8 +65,9 @@ def _list(config: Config) -> int:
         "Download: fkd-ssl teachers fetch NAME; --teacher NAME then finds it. A file from elsewhere: --checkpoint FILE.\n\n"
         "Families: --teacher mocov2 or swav takes any checkpoint in that layout (fkd-ssl pretrain makes one), lightly a\n"
         "  LightningModule's with a ResNet as backbone.*, transformers a folder that save_pretrained wrote.\n"
-        "Libraries: --teacher torchvision/NAME or timm/NAME, perhaps with @LAYER: their networks and preprocessing. A slash,\n"
-        "  since a colon is your own. --checkpoint FILE gives the weights; --checkpoint pretrained lets them be downloaded.\n"
+        "Libraries: --teacher torchvision/NAME or timm/NAME, perhaps with @LAYER or @probabilities: their networks and\n"
+        "  preprocessing. A slash, since a colon is your own. --checkpoint FILE gives the weights; --checkpoint pretrained\n"
+        "  lets them be downloaded.\n"
         "Your own: --teacher module:function, a function that returns a network of ImageNet-normalised floats to [B, D].\n"
         "docs/teachers.md explains all of them."
     )

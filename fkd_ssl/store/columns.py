@@ -10,14 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from fkd_ssl import files
 from fkd_ssl.crops import probe_digest
 from fkd_ssl.errors import ImageError, RequestError
 from fkd_ssl.store import manifest as layout
 from fkd_ssl.store import work
-from fkd_ssl.store.codecs import Codec, Float32Array, code_size, sample_size, smallest_sample
+from fkd_ssl.store.codecs import Codec, Float32Array, check_kind, code_size, kind_of, sample_size, smallest_sample, train_codec
 from fkd_ssl.store.reader import Column, Store
 from fkd_ssl.store.rows import Row, RowReader, Teacher
 from fkd_ssl.store.sweep import Lane, sweep
@@ -40,6 +39,9 @@ class Request:
     """Crops in one forward."""
     device: str | None = None
     """Where the crops are made, in torch's terms; None for this process's usual path."""
+
+    def __post_init__(self) -> None:
+        check_kind(self.teacher.kind, self.codec, self.teacher.name)
 
     def meta(self) -> dict[str, Any]:
         """What meta.json must say of it: all but what is measured."""
@@ -96,11 +98,7 @@ def open_or_train(
         work.clear(_sample_file(store, request))
     columns = [_check(store, request) for request in requests]
     for column in columns:
-        f = column.meta.fidelity
-        log(
-            f"codec {column.meta.codec}: cosine to the teacher's own targets {f['cosine_mean']:.5f} mean, "
-            f"{f['cosine_min']:.5f} least"
-        )
+        log(f"codec {column.meta.codec}: {in_words(column.meta.fidelity)}")
     return columns
 
 
@@ -119,9 +117,9 @@ def fit(spec: str, sample: Float32Array) -> tuple[Codec, dict[str, Any]]:
     """
     check_sample(spec, len(sample))
     held_out = max(1, len(sample) // FIDELITY_SHARE)
-    codec = Codec.train(spec, sample[: _trained_on(len(sample))])
+    codec = train_codec(spec, sample[: _trained_on(len(sample))])
     fidelity = measure(codec, sample[-held_out:])
-    if not fidelity["cosine_mean"] >= LEAST_COSINE:
+    if kind_of(spec) == "embedding" and not fidelity["cosine_mean"] >= LEAST_COSINE:
         larger = [other for other in ("SQ8", "SQfp16", "Flat") if code_size(other, codec.dim) > codec.code_size]
         raise RequestError(
             f"codec {spec}: trained on {_trained_on(len(sample))} targets it leaves cosine {fidelity['cosine_mean']:.3f} in "
@@ -152,9 +150,27 @@ def sample_targets(codec: str, targets: int) -> int:
 
 
 def measure(codec: Codec, targets: Float32Array) -> dict[str, Any]:
-    """Cosine of decoded to original targets: `cosine_mean`, `cosine_min`, `sample`."""
-    cosines = _cosines(codec, targets)
-    return {"cosine_mean": float(cosines.mean()), "cosine_min": float(cosines.min()), "sample": len(targets)}
+    """Cosine of decoded to original targets: `cosine_mean`, `cosine_min`, `sample`.
+
+    Of class probabilities also `total_variation_mean` and `total_variation_max`, half the sum of absolute differences.
+    """
+    decoded, exact = codec.decode(codec.encode(targets)).astype(np.float64), targets.astype(np.float64)
+    norms = np.linalg.norm(decoded, axis=1) * np.linalg.norm(exact, axis=1)
+    cosines = (decoded * exact).sum(axis=1) / np.maximum(norms, 1e-12)
+    found = {"cosine_mean": float(cosines.mean()), "cosine_min": float(cosines.min()), "sample": len(targets)}
+    if kind_of(codec.spec) == "distribution":
+        variations = np.abs(decoded - exact).sum(axis=1) / 2
+        found |= {"total_variation_mean": float(variations.mean()), "total_variation_max": float(variations.max())}
+    return found
+
+
+def in_words(fidelity: dict[str, Any]) -> str:
+    """What a codec leaves of the teacher's targets."""
+    f = fidelity
+    if "total_variation_mean" in f:
+        mean, most = f["total_variation_mean"], f["total_variation_max"]
+        return f"total variation to the teacher's own targets {mean:.4f} mean, {most:.4f} most"
+    return f"cosine to the teacher's own targets {f['cosine_mean']:.5f} mean, {f['cosine_min']:.5f} least"
 
 
 def sample_rows(store: Store, codec: str) -> tuple[list[int], int, int]:
@@ -252,14 +268,6 @@ def _check(store: Store, request: Request) -> Column:
                 f"{column.folder}: this column's {key} is {found[key]}, not {value}; give the same, or --name another column"
             )
     return column
-
-
-def _cosines(codec: Codec, targets: Float32Array) -> npt.NDArray[np.float64]:
-    decoded = codec.decode(codec.encode(targets)).astype(np.float64)
-    exact = targets.astype(np.float64)
-    norms = np.linalg.norm(decoded, axis=1) * np.linalg.norm(exact, axis=1)
-    cosines: npt.NDArray[np.float64] = (decoded * exact).sum(axis=1) / np.maximum(norms, 1e-12)
-    return cosines
 
 
 def publish_column(target: Path, meta: dict[str, Any], arrays: dict[str, Float32Array]) -> None:

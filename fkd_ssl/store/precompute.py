@@ -23,7 +23,7 @@ from fkd_ssl.images import ImageSet
 from fkd_ssl.progress import hidden
 from fkd_ssl.store import advice, work
 from fkd_ssl.store import manifest as layout
-from fkd_ssl.store.codecs import Float32Array, code_size
+from fkd_ssl.store.codecs import DEFAULTS, Float32Array, code_size
 from fkd_ssl.store.columns import Request, check_sample, open_or_train, sample_targets
 from fkd_ssl.store.reader import Column, Store
 from fkd_ssl.store.recording import publish_left
@@ -70,7 +70,7 @@ def precompute(
     *,
     crops: int = 400,
     recipe: Recipe,
-    codec: str = "SQ8",
+    codec: str | None = None,
     pixels: int | Sequence[int],
     seed: int = 0,
     limit: int | None = None,
@@ -94,7 +94,8 @@ def precompute(
         teacher: The frozen network, or several.
         crops: C, crops stored per image; fixed when the store is made.
         recipe: What crops are drawn from; likewise.
-        codec: faiss factory string, of each column.
+        codec: faiss factory string, or of class probabilities a name of FKD's, of each column; None for what is usual: SQ8, and
+            marginal_smoothing_k5.
         pixels: Side of the crops that the teacher sees; one for all, or one for each.
         seed: Of the crops' draw.
         limit: Only the first so many images in hash order.
@@ -166,7 +167,7 @@ def prepare(
     *,
     crops: int,
     recipe: Recipe,
-    codec: str,
+    codec: str | None,
     pixels: int,
     seed: int,
     chunk_size: int,
@@ -199,7 +200,7 @@ def prepare(
 
 
 def _requests(
-    teacher: Teacher | Sequence[Teacher], codec: str, pixels: int | Sequence[int], chunk_size: int,
+    teacher: Teacher | Sequence[Teacher], codec: str | None, pixels: int | Sequence[int], chunk_size: int,
     name: str | Sequence[str] | None, device: str | None,
 ) -> list[Request]:  # fmt: skip
     """The columns that are asked for; raises RequestError where one cannot be."""
@@ -219,7 +220,14 @@ def _requests(
                 f"teacher {each.name}: an array named {strange[0]!r} cannot be stored; letters, digits, '.', '_' and '-' only"
             )
     return [
-        Request(name=layout.checked_name(n), teacher=t, codec=codec, pixels=side, chunk_size=chunk_size, device=device)
+        Request(
+            name=layout.checked_name(n),
+            teacher=t,
+            codec=codec or DEFAULTS[t.kind],
+            pixels=side,
+            chunk_size=chunk_size,
+            device=device,
+        )
         for n, t, side in zip(names, teachers, sides, strict=True)
     ]
 

@@ -14,7 +14,7 @@ from fkd_ssl import files
 from fkd_ssl.crops import CROP_DTYPE, Records
 from fkd_ssl.errors import StoreError
 from fkd_ssl.store import manifest as layout
-from fkd_ssl.store.codecs import Codec, Float32Array, UInt8Array, parameter_shapes
+from fkd_ssl.store.codecs import Float32Array, Kind, UInt8Array, kind_of, load_codec, parameter_shapes
 from fkd_ssl.store.shards import Index, ShardFiles
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -34,12 +34,12 @@ _CROPS_SIDECAR = re.compile(
 class ColumnMeta:
     """meta.json of a column: whose targets these are and how they are encoded."""
 
-    kind: str
-    """`embedding`: L2-normalised vectors."""
+    kind: Kind
+    """`embedding`: L2-normalised vectors; `distribution`: class probabilities."""
     dim: int
     """D."""
     codec: str
-    """faiss factory string."""
+    """faiss factory string, or one of FKD's names for class probabilities."""
     code_size: int
     """Bytes of one code."""
     fidelity: dict[str, Any]
@@ -79,8 +79,8 @@ def read_meta(path: Path) -> tuple[ColumnMeta, str]:
 
 def _check_meta(meta: ColumnMeta, path: Path) -> None:
     """Raises StoreError where a value is none that `precompute` writes."""
-    if meta.kind != "embedding":
-        raise StoreError(f"{path}: a kind {meta.kind!r} that this version does not read")
+    if meta.kind not in get_args(Kind) or (isinstance(meta.codec, str) and kind_of(meta.codec) != meta.kind):
+        raise StoreError(f"{path}: a kind {meta.kind!r} that this version does not read in codec {meta.codec!r}")
     if meta.precision not in get_args(Precision):
         raise StoreError(f"{path}: precision {meta.precision!r} is unknown; the file is damaged or newer")
     if type(meta.dim) is not int or not 0 < meta.dim <= _MAX_DIM:
@@ -129,7 +129,7 @@ class Column:
         own = {name for name in meta.arrays if not name.startswith(_TEACHERS)}
         if own != set(shapes):
             raise StoreError(f"{path}: codec {meta.codec}: has arrays {sorted(own)}, expected {sorted(shapes)}")
-        self.codec = Codec.load(meta.codec, meta.dim, {name: self._array(name, shape) for name, shape in shapes.items()})
+        self.codec = load_codec(meta.codec, meta.dim, {name: self._array(name, shape) for name, shape in shapes.items()})
         if self.codec.code_size != meta.code_size:
             raise StoreError(f"{path}: code size {meta.code_size}, {meta.codec} has another")
         self._files = ShardFiles(self._finished, np.dtype(np.uint8), (meta.code_size,))

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from fkd_ssl import files
 from fkd_ssl.errors import RequestError, StoreError
 from fkd_ssl.store import manifest as layout
-from fkd_ssl.store.codecs import Float32Array, code_size
+from fkd_ssl.store.codecs import Float32Array, check_kind, code_size
 from fkd_ssl.store.columns import check_sample, fit, sample_rows
 from fkd_ssl.store.reader import Column, Store
 from fkd_ssl.store.subset import Part, whole_folder
@@ -41,6 +41,7 @@ def recode(
     """
     source = store.column(name)
     code_size(codec, source.meta.dim)
+    check_kind(source.meta.kind, codec, source.name)
     if to is None:
         to = source.name if out is not None else f"{source.name}-{codec.replace(',', '-')}"
     to = layout.checked_name(to)
@@ -137,6 +138,8 @@ def _train(source: Column, codec: str) -> tuple[dict[str, Any], dict[str, Float3
     fidelity: dict[str, Any] = {"sample": own["sample"], "source_codec": source.meta.codec, "source_column": source.digest}
     for key in ("cosine_mean", "cosine_min"):
         fidelity |= {key: combined(before[key], own[key]), f"source_{key}": before[key], f"recoded_{key}": own[key]}
+    for key in own.keys() & {"total_variation_mean", "total_variation_max"}:  # distances: they add up at most
+        fidelity |= {key: min(1.0, before[key] + own[key]), f"source_{key}": before[key], f"recoded_{key}": own[key]}
     meta = {**asdict(source.meta), "codec": codec, "code_size": trained.code_size, "fidelity": fidelity}
     del meta["arrays"]
     extra = {array: source.array(array) for array in source.meta.arrays if array.startswith("teacher-")}

@@ -18,7 +18,7 @@ from fkd_ssl.crops.records import neutral
 from fkd_ssl.errors import FkdError, ImageError, StoreError
 from fkd_ssl.images import ImageSet, decode, read_bytes
 from fkd_ssl.store import manifest as layout
-from fkd_ssl.store.codecs import Float32Array
+from fkd_ssl.store.codecs import Float32Array, Kind
 from fkd_ssl.store.reader import Store
 
 
@@ -26,7 +26,7 @@ class Teacher(Protocol):
     """What precompute asks of a teacher; fkd_ssl.teachers.Teacher is one."""
 
     name: str
-    kind: str
+    kind: Kind
     dim: int
     network: str
     licence: str

@@ -9,7 +9,7 @@ from fkd_ssl import files
 from fkd_ssl.crops import CROP_DTYPE, RECIPES, draw, image_key, probe_digest
 from fkd_ssl.crops.records import neutral
 from fkd_ssl.store import manifest as layout
-from fkd_ssl.store.codecs import Codec, parameter_shapes
+from fkd_ssl.store.codecs import Codec, load_codec, parameter_shapes
 
 DIM, CROPS, ROWS_PER_SHARD = 16, 3, 4
 PATHS = ["a/1.jpg", "a/2.jpg", "b/3.jpg", "b/ä.jpg", "c/5.jpg", "c/6.jpg"]
@@ -41,7 +41,7 @@ def random_codec(spec: str) -> Codec:
         elif name == "ranges":
             values = np.stack([-0.6 - abs(values[0]), 1.2 + 2 * abs(values[0])])
         arrays[name] = np.ascontiguousarray(values, dtype=np.float32)
-    return Codec.load(spec, DIM, arrays)
+    return load_codec(spec, DIM, arrays)
 
 
 def make(folder: Path, specs: tuple[str, ...] = SPECS) -> dict[str, npt.NDArray[np.float32]]:

@@ -1,0 +1,119 @@
+"""Codecs of class probabilities: FKD's label quantisation, as fixed records.
+
+Shen and Xing, "A Fast Knowledge Distillation Framework for Visual Recognition", ECCV 2022 (arXiv 2112.01528), section 3.2, with
+the names of its code. Class numbers are uint16, or uint32 for more than 65,536 classes; probabilities float16.
+
+Legend: `K` classes, `k` of them kept.
+"""
+
+import re
+
+import numpy as np
+import numpy.typing as npt
+
+from fkd_ssl.errors import RequestError, StoreError
+
+Float32Array = npt.NDArray[np.float32]
+UInt8Array = npt.NDArray[np.uint8]
+
+_SPEC = re.compile(r"hard|smoothing|full|marginal_(?:smoothing|renorm)_k([1-9]\d{0,3})")
+LABELS = ("hard", "smoothing", "marginal_smoothing_k5", "marginal_smoothing_k10", "marginal_renorm_k5", "full")
+"""FKD's; `k` may be any number."""
+_DAMAGED = "a file of the store is damaged; run fkd-ssl verify"
+_SLACK = 2e-3  # float16 rounds each of the k values by at most 2^-12
+
+
+class LabelCodec:
+    """A codec between probabilities float32 [n, K] and uint8 [n, code_size]; there is nothing to train.
+
+    - `hard`: the most probable class.
+    - `smoothing`: that class and its probability; the rest is spread evenly over the others.
+    - `marginal_smoothing_kN`: the N most probable and their probabilities; the rest is spread evenly over the others.
+    - `marginal_renorm_kN`: the same, brought to a sum of 1; the others have nothing.
+    - `full`: all K.
+
+    Attributes:
+        spec: One of these names.
+        dim: K.
+        code_size: Bytes of one code.
+
+    Raises:
+        RequestError: The name is unknown, or keeps as many classes as there are.
+    """
+
+    def __init__(self, spec: str, dim: int) -> None:
+        match = _SPEC.fullmatch(spec)
+        if match is None:
+            raise RequestError(f"codec {spec!r} is none of those of class probabilities: {', '.join(LABELS)} (k of any number)")
+        self.spec = spec
+        self.dim = dim
+        self._kept = dim if spec == "full" else int(match[1] or 1)
+        if spec != "full" and self._kept >= dim:
+            raise RequestError(f"codec {spec}: keeps {self._kept} of {dim} classes; choose full, or a smaller k")
+        self._ids = np.dtype("<u2" if dim <= 2**16 else "<u4")
+        record: list[tuple[str, np.dtype[np.generic], tuple[int]]] = []
+        if spec != "full":
+            record.append(("classes", self._ids, (self._kept,)))
+        if spec != "hard":
+            record.append(("values", np.dtype("<f2"), (self._kept,)))
+        self._record = np.dtype(record)
+        self.code_size = self._record.itemsize
+
+    def arrays(self) -> dict[str, Float32Array]:
+        """Parameters; there are none."""
+        return {}
+
+    def encode(self, targets: Float32Array) -> UInt8Array:
+        """Codes uint8 [n, code_size] of probabilities float32 [n, K].
+
+        Raises:
+            RequestError: Rows are no probabilities: not finite, negative, or of another sum than 1.
+        """
+        if not (np.isfinite(targets).all() and (targets >= 0).all() and (np.abs(targets.sum(axis=1) - 1) < _SLACK).all()):
+            raise RequestError(
+                f"codec {self.spec}: targets that are no class probabilities (finite, not negative, each row with a sum of 1)"
+            )
+        records = np.zeros(len(targets), dtype=self._record)
+        if self.spec == "full":
+            records["values"] = targets
+        else:
+            classes = _largest(targets, self._kept)
+            records["classes"] = classes
+            if self.spec != "hard":
+                records["values"] = np.take_along_axis(targets, classes, axis=1)
+        return records.view(np.uint8).reshape(len(targets), self.code_size)
+
+    def decode(self, codes: UInt8Array) -> Float32Array:
+        """Probabilities float32 [n, K], each row with a sum of 1, of codes uint8 [n, code_size].
+
+        Raises:
+            StoreError: A code names a class that there is not or one twice, or holds no probabilities.
+        """
+        records = np.ascontiguousarray(codes).view(self._record).reshape(len(codes))
+        if self.spec == "full":
+            probabilities = records["values"].astype(np.float32)
+        else:
+            classes = records["classes"].astype(np.int64)
+            values = np.ones((len(codes), 1), np.float32) if self.spec == "hard" else records["values"].astype(np.float32)
+            ordered = np.sort(classes, axis=1)
+            if (classes >= self.dim).any() or (ordered[:, 1:] == ordered[:, :-1]).any():
+                raise StoreError(f"codec {self.spec}: a code names impossible classes: {_DAMAGED}")
+            rest = np.zeros((len(codes), 1), np.float32)
+            if "smoothing" in self.spec:
+                rest = np.maximum(0, 1 - values.sum(axis=1, keepdims=True)) / np.float32(self.dim - self._kept)
+            probabilities = np.repeat(rest, self.dim, axis=1)
+            np.put_along_axis(probabilities, classes, values, axis=1)
+        sums = probabilities.sum(axis=1, keepdims=True, dtype=np.float64)
+        if not (np.isfinite(sums).all() and (sums > 0).all() and (probabilities >= 0).all()):
+            raise StoreError(f"codec {self.spec}: a code that holds no probabilities: {_DAMAGED}")
+        return (probabilities / sums).astype(np.float32)
+
+
+def is_label(spec: str) -> bool:
+    """Whether a codec's name is one of class probabilities."""
+    return _SPEC.fullmatch(spec) is not None
+
+
+def _largest(targets: Float32Array, k: int) -> npt.NDArray[np.int64]:
+    """The classes of the k largest of each row, largest first; of equal ones the first: int64 [n, k]."""
+    return np.argsort(-targets, axis=1, kind="stable")[:, :k]

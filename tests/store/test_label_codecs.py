@@ -1,0 +1,136 @@
+"""FKD's label quantisation against its own code written out, and what is refused."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from fkd_ssl.errors import RequestError, StoreError
+from fkd_ssl.store.codecs import check_kind, code_size, load_codec, parameter_shapes, train_codec
+from fkd_ssl.store.label_codecs import LABELS, LabelCodec
+
+K = 40
+
+
+def probabilities(count: int, classes: int = K, seed: int = 0) -> np.ndarray[Any, np.dtype[np.float32]]:
+    logits = np.random.default_rng(seed).normal(0, 3, (count, classes))
+    exact = np.exp(logits - logits.max(axis=1, keepdims=True))
+    return np.float32(exact / exact.sum(axis=1, keepdims=True))
+
+
+def recovered(name: str, p: torch.Tensor) -> torch.Tensor:
+    """What FKD's training makes of its stored labels (its `Recover_soft_label`), in words of the paper's section 3.2."""
+    p = p.double()
+    if name == "full":
+        return p
+    k = {"hard": 1, "smoothing": 1}.get(name) or int(name.rpartition("_k")[2])
+    value, index = p.topk(k, dim=1)
+    if name == "hard":
+        return torch.zeros_like(p).scatter_(1, index, 1.0)
+    if name.startswith("marginal_renorm"):
+        return F.normalize(torch.zeros_like(p).scatter_(1, index, value), p=1.0, dim=1)
+    minor = (1 - value.sum(dim=1, keepdim=True)) / (p.shape[1] - k)
+    return minor.expand_as(p).clone().scatter_(1, index, value)
+
+
+@pytest.mark.parametrize("name", [*LABELS, "marginal_smoothing_k3", "marginal_renorm_k39"])
+def test_decoding_is_what_fkd_recovers(name: str) -> None:
+    p = probabilities(50)
+    codec = train_codec(name, p)
+    codes = codec.encode(p)
+    assert (codes.dtype, codes.shape) == (np.uint8, (50, codec.code_size))
+    decoded = codec.decode(codes)
+    assert decoded.dtype == np.float32
+    np.testing.assert_allclose(decoded.sum(axis=1, dtype=np.float64), 1, atol=1e-6)
+    expected = recovered(name, torch.from_numpy(p)).numpy()
+    np.testing.assert_allclose(decoded, expected, rtol=2e-3, atol=2e-5)  # float16's 11 bits, and what they do to the rest
+    again = load_codec(name, K, {})
+    assert (again.decode(codes) == decoded).all()
+    assert parameter_shapes(name, K) == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "size"),
+    [
+        ("hard", 1000, 2), ("smoothing", 1000, 4), ("marginal_smoothing_k5", 1000, 20), ("marginal_smoothing_k10", 1000, 40),
+        ("marginal_renorm_k5", 21841, 20), ("marginal_renorm_k5", 65536, 20), ("marginal_renorm_k5", 65537, 30), ("full", 1000, 2000),
+    ],
+)  # fmt: skip
+def test_bytes_of_a_crop(name: str, classes: int, size: int) -> None:
+    assert code_size(name, classes) == size
+
+
+def test_the_last_class_of_many() -> None:
+    for classes in (65536, 65537):
+        p = np.zeros((2, classes), dtype=np.float32)
+        p[0, -1], p[1, 0] = 1, 1
+        codec = LabelCodec("marginal_smoothing_k5", classes)
+        assert codec.decode(codec.encode(p)).argmax(axis=1).tolist() == [classes - 1, 0]
+
+
+def test_equal_probabilities_are_kept_in_the_order_of_the_classes() -> None:
+    p = np.full((1, 8), 0.125, dtype=np.float32)
+    assert LabelCodec("hard", 8).decode(LabelCodec("hard", 8).encode(p)).argmax() == 0
+    np.testing.assert_allclose(LabelCodec("marginal_smoothing_k3", 8).decode(LabelCodec("marginal_smoothing_k3", 8).encode(p)), p)
+
+
+@pytest.mark.parametrize(
+    "p", [np.float32([[0.5, 0.6]]), np.float32([[1.5, -0.5]]), np.float32([[np.nan, 1]]), np.float32([[0, 0]])]
+)
+def test_what_are_no_probabilities_are_not_stored(p: Any) -> None:
+    with pytest.raises(RequestError, match="no class probabilities"):
+        LabelCodec("full", 2).encode(p)
+
+
+@pytest.mark.parametrize(
+    ("name", "records", "said"),
+    [
+        ("hard", [(8,)], "impossible classes"),
+        ("marginal_smoothing_k2", [([1, 1], [0.5, 0.2])], "impossible classes"),
+        ("marginal_smoothing_k2", [([1, 2], [np.nan, 0.2])], "no probabilities"),
+        ("marginal_smoothing_k2", [([1, 2], [-0.5, 0.2])], "no probabilities"),
+        ("marginal_renorm_k2", [([1, 2], [0, 0])], "no probabilities"),
+        ("full", [(np.zeros(8),)], "no probabilities"),
+        ("full", [(np.full(8, np.inf),)], "no probabilities"),
+    ],
+)
+def test_impossible_codes_of_a_stranger(name: str, records: Any, said: str) -> None:
+    codec = LabelCodec(name, 8)
+    codes = np.array(records, dtype=codec._record).view(np.uint8).reshape(1, -1)
+    with pytest.raises(StoreError, match=said):
+        codec.decode(codes)
+
+
+def test_any_bytes_decode_or_are_refused() -> None:
+    generator = np.random.default_rng(0)
+    for name in LABELS:
+        codec = LabelCodec(name, 12)
+        for _ in range(200):
+            with np.errstate(all="ignore"):
+                try:
+                    decoded = codec.decode(generator.integers(0, 256, (1, codec.code_size), dtype=np.uint8))
+                except StoreError:
+                    continue
+            assert np.isfinite(decoded).all()
+            assert decoded.sum() == pytest.approx(1, abs=1e-5)
+
+
+def test_nothing_decodes_to_nothing() -> None:
+    assert LabelCodec("full", 5).decode(np.zeros((0, 10), np.uint8)).shape == (0, 5)
+    assert LabelCodec("marginal_renorm_k2", 5).encode(np.zeros((0, 5), np.float32)).shape == (0, 8)
+
+
+def test_names() -> None:
+    for name, said in {"marginal_smoothing_k0": "none of those", "soft": "none of those", "marginal_renorm_k8": "keeps 8 of 8"}.items():
+        with pytest.raises(RequestError, match=said):
+            LabelCodec(name, 8)
+    with pytest.raises(RequestError, match=r"the targets of r50 are class probabilities, whose codecs are, for instance, hard"):
+        check_kind("distribution", "SQ8", "r50")
+    with pytest.raises(RequestError, match="the targets of moco are embeddings"):
+        check_kind("embedding", "hard", "moco")
+    with pytest.raises(StoreError, match="has arrays"):
+        load_codec("hard", 8, {"ranges": np.zeros(2)})
+    with pytest.raises(StoreError, match="keeps 8 of 8"):
+        parameter_shapes("marginal_renorm_k8", 8)
