@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fkd_ssl.errors import FkdError, RequestError
+from fkd_ssl.kinds import Kind
 from fkd_ssl.teachers.presets import IMAGENET_MEAN, IMAGENET_STD, Rgb
 
 Precision = Literal["fp32", "bf16", "fp16"]
-Kind = Literal["embedding", "distribution"]
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from fkd_ssl.errors import FkdError, RequestError, did_you_mean
+from fkd_ssl.kinds import Kind
 from fkd_ssl.teachers import checkpoint as files
 from fkd_ssl.teachers.layers import PROBABILITIES, AtLayer
-from fkd_ssl.teachers.teacher import Kind, Precision, Teacher
+from fkd_ssl.teachers.teacher import Precision, Teacher
 from fkd_ssl.teachers.wrap import wrap
 
 PRETRAINED = "pretrained"

@@ -17,6 +17,7 @@ from fkd_ssl.objectives import (
     PrototypeCE,
     QueueKL,
     Relational,
+    SoftCE,
     TargetInfo,
     Weighted,
     make_objective,
@@ -24,6 +25,7 @@ from fkd_ssl.objectives import (
 
 Array = npt.NDArray[np.float64]
 SUM = "feature_kl+0.5*relational+2*queue_kl"
+OF_EMBEDDINGS = [name for name in OBJECTIVES if name != "soft_ce"]
 
 
 def make(name: str, dim: int = 12) -> Objective:
@@ -84,14 +86,14 @@ def test_cosine_is_zero_for_equals_and_four_for_opposites() -> None:
     assert Cosine()(-target, target).item() == pytest.approx(4, abs=1e-12)
 
 
-@pytest.mark.parametrize("name", [*OBJECTIVES, SUM])
+@pytest.mark.parametrize("name", [*OF_EMBEDDINGS, SUM])
 def test_gradcheck(name: str) -> None:
     student, target = pair(3, 6)
     objective = make(name, 6)
     assert torch.autograd.gradcheck(lambda s: objective(s, target), (student.requires_grad_(),))
 
 
-@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "relational"])
+@pytest.mark.parametrize("name", [name for name in OF_EMBEDDINGS if name != "relational"])
 def test_the_value_is_a_mean_over_the_batch(name: str) -> None:
     student, target = pair(4)
     objective = make(name)
@@ -99,7 +101,7 @@ def test_the_value_is_a_mean_over_the_batch(name: str) -> None:
     assert objective(student, target).item() == pytest.approx(sum(rows) / 4, rel=1e-12)
 
 
-@pytest.mark.parametrize("name", [name for name in OBJECTIVES if name != "queue_kl"])
+@pytest.mark.parametrize("name", [name for name in OF_EMBEDDINGS if name != "queue_kl"])
 def test_floor_is_the_least_value_and_is_reached_at_the_target(name: str) -> None:
     objective = make(name)
     for seed in range(5):
@@ -127,7 +129,7 @@ def test_feature_kl_has_the_gradient_of_the_kl_divergence() -> None:
     assert theirs.abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("name", [*OBJECTIVES, SUM])
+@pytest.mark.parametrize("name", [*OF_EMBEDDINGS, SUM])
 def test_bfloat16_is_near(name: str) -> None:
     student, target = pair(64, 128)
     objective = make(name, 128)
@@ -135,7 +137,7 @@ def test_bfloat16_is_near(name: str) -> None:
     assert objective(student.bfloat16(), target.bfloat16()).item() == pytest.approx(expected, rel=1e-2)
 
 
-@pytest.mark.parametrize("name", [*OBJECTIVES, SUM])
+@pytest.mark.parametrize("name", [*OF_EMBEDDINGS, SUM])
 def test_autocast_is_near(name: str) -> None:
     student, target = pair(64, 128)
     objective: Callable[..., torch.Tensor] = make(name, 128)
@@ -374,3 +376,54 @@ def test_settings_arrive() -> None:
     objective = make_objective("queue_kl", 0.07, teacher_temperature=0.07, queue=9, about=TargetInfo(name="t", dim=4))
     assert isinstance(objective, QueueKL)
     assert (objective.temperature, objective.teacher_temperature, objective.queue.shape) == (0.07, 0.07, (9, 4))
+
+
+def classes(batch: int = 5, count: int = 12, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """A student's logits and a teacher's probabilities, some of them 0, float64 [B, K]."""
+    generator = torch.Generator().manual_seed(seed)
+    student, teacher = 3 * torch.randn(2, batch, count, dtype=torch.float64, generator=generator)
+    target = teacher.softmax(dim=1)
+    target[0, :3] = 0
+    return student, target / target.sum(dim=1, keepdim=True)
+
+
+@pytest.mark.parametrize(("temperature", "teacher_temperature"), [(1.0, None), (4.0, None), (2.0, 1.0), (1.0, 3.0)])
+def test_soft_ce_is_the_cross_entropy_of_the_classes(temperature: float, teacher_temperature: float | None) -> None:
+    student, target = classes()
+    sharpened = target.numpy() ** (1 / (teacher_temperature or temperature))
+    sharpened /= sharpened.sum(axis=1, keepdims=True)
+    rows = [-(p * np.log(softmax(s / temperature))).sum() for p, s in zip(sharpened, student.numpy(), strict=True)]
+    objective = SoftCE(temperature, teacher_temperature)
+    assert objective(student, target).item() == pytest.approx(np.mean(rows), rel=1e-12)
+    entropy = np.mean([-sum(p * np.log(p) for p in row if p > 0) for row in sharpened])
+    assert objective.floor(target).item() == pytest.approx(entropy, rel=1e-12)
+
+
+def test_soft_ce_at_a_temperature_is_that_of_the_teachers_logits() -> None:
+    student, _ = classes()
+    logits = torch.randn(5, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+    expected = -((logits / 4).softmax(dim=1) * (student / 4).log_softmax(dim=1)).sum(dim=1).mean()
+    torch.testing.assert_close(SoftCE(4.0)(student, logits.softmax(dim=1)), expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 4.0])
+def test_soft_ce_gradients_floor_and_bfloat16(temperature: float) -> None:
+    student, target = classes(4, 6)
+    objective = SoftCE(temperature)
+    assert torch.autograd.gradcheck(lambda s: objective(s, target), (student.requires_grad_(),))
+    target = classes(4, 6)[1].clamp_min(1e-9)
+    target /= target.sum(dim=1, keepdim=True)
+    assert objective(target.log(), target).item() == pytest.approx(objective.floor(target).item(), rel=1e-9)
+    student, target = classes(64, 1000)
+    near = objective(student.bfloat16(), target.float())
+    assert near.dtype == torch.float32
+    assert near.item() == pytest.approx(objective(student, target).item(), rel=1e-2)
+
+
+def test_an_objective_is_for_one_kind_of_targets() -> None:
+    about = TargetInfo(name="r50", dim=10, kind="distribution")
+    assert isinstance(make_objective("soft_ce", 2.0, about=about, teacher_temperature=1.0), SoftCE)
+    with pytest.raises(RequestError, match="the targets of 'r50' are class probabilities: choose --objective soft_ce and --head"):
+        make_objective("feature_kl", about=about)
+    with pytest.raises(RequestError, match="objective soft_ce: the targets of 'moco' are embeddings"):
+        make_objective("feature_kl+soft_ce", about=TargetInfo(name="moco", dim=10))

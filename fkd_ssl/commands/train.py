@@ -36,7 +36,7 @@ def run(config: Config) -> int:
     from fkd_ssl.images import scan
     from fkd_ssl.objectives import TargetInfo
     from fkd_ssl.store import open_store
-    from fkd_ssl.students import Student, check_student, measure
+    from fkd_ssl.students import CLASSIFIER, Student, check_student, measure
     from fkd_ssl.training.engine import check_batch, objective_of, train
     from fkd_ssl.training.loggers import check_logger, make_logger
 
@@ -78,12 +78,14 @@ def run(config: Config) -> int:
                 console.say(f"warning: --{name} is ignored: stored targets need no teacher")
         data = StoredCrops(store, images, teacher=config.teachers or None, **boxes, **common)
         _check_store(config, store, data.columns)
-        targets = [TargetInfo(name=c.name, dim=c.meta.dim, arrays=c.teacher_arrays()) for c in data.columns]
+        targets = [TargetInfo(name=c.name, dim=c.meta.dim, arrays=c.teacher_arrays(), kind=c.meta.kind) for c in data.columns]
         embeds = None
     else:
         names = zip(config.teachers, checkpoints_of(config.teacher, config.checkpoint), strict=True)
         teachers = [resolve.teacher_of(name, checkpoint) for name, checkpoint in names]
-        targets = [TargetInfo(name=teacher.name, dim=teacher.dim, arrays=teacher.arrays) for teacher in teachers]
+        targets = [
+            TargetInfo(name=teacher.name, dim=teacher.dim, arrays=teacher.arrays, kind=teacher.kind) for teacher in teachers
+        ]
         embeds = [teacher.embed for teacher in teachers]
         if store is not None:
             data = StoredCrops(store, images, with_targets=False, teacher_pixels=config.teacher_pixels, **boxes, **common)
@@ -122,6 +124,8 @@ def run(config: Config) -> int:
     if rank:
         return 0
     results |= {"student": {**student.made_of, **vars(size)}}
+    if config.head == CLASSIFIER and config.val is not None:
+        results |= _classified(config, folder)
     described = {**student.made_of, "size": size, "feature dimension": student.feature_dim}
     if config.init is not None:
         described["started from"] = Path(config.init).name
@@ -136,7 +140,8 @@ def run(config: Config) -> int:
     if results["unreadable_images"]:
         console.say(f"warning: {results['unreadable_images']} images could not be read and were skipped")
     knn = "" if results["knn_top1"] is None else f"; kNN {results['knn_top1']:.2f} %"
-    console.show(f"{config.out}: {results['steps']} steps in {results['train_seconds']:.0f} s{knn}")
+    own = f"; top-1 {results['top1']:.2f} %, top-5 {results['top5']:.2f} %" if "top1" in results else ""
+    console.show(f"{config.out}: {results['steps']} steps in {results['train_seconds']:.0f} s{own}{knn}")
     return 0
 
 
@@ -250,6 +255,24 @@ def _check_store(config: Config, store: "Store", columns: "list[Column]") -> Non
     if config.epochs > store.crops_per_image:
         uses = config.epochs / store.crops_per_image
         console.say(f"note: {store.crops_per_image} crops an image are stored, so each is used {uses:.1f} times")
+
+
+def _classified(config: Config, folder: Path) -> dict[str, float]:
+    """`top1` and `top5` of the student's own classes on the test images, where these are as many as the folders."""
+    from fkd_ssl.commands import console, resolve
+    from fkd_ssl.eval import classify
+    from fkd_ssl.images import scan
+
+    assert config.val is not None
+    student = resolve.student_of(str(folder))[0].to(resolve.device())
+    try:
+        found = classify.evaluate(
+            student, scan(config.val), pixels=config.pixels, classes=student.dims[0], workers=config.workers, progress=False
+        )
+    except RequestError as error:
+        console.say(f"note: no top-1 of the student's own classes: {error}")
+        return {}
+    return {key: found[key] for key in ("top1", "top5")}
 
 
 def _knn_score(config: Config, images: "ImageSet") -> "Callable[[Student], float]":

@@ -180,7 +180,7 @@ def _teachers(config: CompareConfig) -> list[Teacher]:
     if len({teacher.name for teacher in teachers}) != len(teachers):
         raise RequestError(f"teacher {config.teacher}: two of one name; give one of them as module:function of another name")
     for teacher in teachers:
-        about = TargetInfo(name=teacher.name, dim=teacher.dim, arrays=teacher.arrays)
+        about = TargetInfo(name=teacher.name, dim=teacher.dim, arrays=teacher.arrays, kind=teacher.kind)
         make_objective(config.objective, about=about, queue=config.queue)
     return teachers
 

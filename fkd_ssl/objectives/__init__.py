@@ -1,4 +1,4 @@
-"""Objectives: the loss between a student's output and a target, both [B, D] and L2-normalised."""
+"""Objectives: the loss between a student's output and a target, both [B, D]."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -10,12 +10,14 @@ import numpy.typing as npt
 import torch
 
 from fkd_ssl.errors import RequestError, did_you_mean
+from fkd_ssl.kinds import Kind
 from fkd_ssl.objectives.cosine import Cosine
 from fkd_ssl.objectives.feature_kl import FeatureKL
 from fkd_ssl.objectives.objective import Objective
 from fkd_ssl.objectives.prototype_ce import PrototypeCE
 from fkd_ssl.objectives.queue_kl import QueueKL
 from fkd_ssl.objectives.relational import Relational
+from fkd_ssl.objectives.soft_ce import SoftCE
 from fkd_ssl.objectives.weighted import Weighted
 
 
@@ -29,6 +31,8 @@ class TargetInfo:
     """D."""
     arrays: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
     """What the teacher has beside its embeddings, for instance `prototypes` float32 [K, D]."""
+    kind: Kind = "embedding"
+    """L2-normalised vectors, or class probabilities."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +57,7 @@ OBJECTIVES: dict[str, Callable[[Settings, TargetInfo | None], Objective]] = {
         torch.from_numpy(_array(about, "prototypes", "prototype_ce")), **_given(given, "prototype_ce", "temperature")
     ),
     "relational": lambda given, _: Relational(**_given(given, "relational", "temperature")),
+    "soft_ce": lambda given, _: SoftCE(**_given(given, "soft_ce", "temperature", "teacher_temperature")),
 }
 
 
@@ -88,14 +93,27 @@ def make_objective(
                 f"objective {one!r} is unknown; there are {', '.join(OBJECTIVES)}{did_you_mean(one, OBJECTIVES)}"
             )
     if len(terms) == 1 and "*" not in name:
-        return OBJECTIVES[name](given, about)
+        return _fitting(OBJECTIVES[name](given, about), name, about)
     for option in ("temperature", "teacher_temperature"):
         if (value := getattr(given, option)) is not None:
             raise RequestError(f"{option} {value}: {name} is a sum, each of whose objectives has its own; leave it out")
     if queue is not None and all(one != "queue_kl" for _, one in terms):
         raise RequestError(f"queue {queue}: {name} has none")
     parts = [OBJECTIVES[one](Settings(queue=queue) if one == "queue_kl" else Settings(), about) for _, one in terms]
+    for part, (_, one) in zip(parts, terms, strict=True):
+        _fitting(part, one, about)
     return Weighted(parts, [weight for weight, _ in terms])
+
+
+def _fitting(objective: Objective, name: str, about: TargetInfo | None) -> Objective:
+    """The objective; raises RequestError where it is for another kind of targets."""
+    if about is not None and about.kind != objective.kind:
+        what, fits = {
+            "embedding": ("embeddings", "feature_kl, for instance, and --head mocov2"),
+            "distribution": ("class probabilities", "soft_ce and --head classifier"),
+        }[about.kind]
+        raise RequestError(f"objective {name}: the targets of {about.name!r} are {what}: choose --objective {fits}")
+    return objective
 
 
 def _term(term: str, whole: str) -> tuple[float, str]:
@@ -147,6 +165,7 @@ __all__ = [
     "PrototypeCE",
     "QueueKL",
     "Relational",
+    "SoftCE",
     "TargetInfo",
     "Weighted",
     "make_objective",

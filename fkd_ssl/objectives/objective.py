@@ -1,13 +1,22 @@
 """What training asks of a loss."""
 
 from abc import abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from fkd_ssl.kinds import Kind
+
 
 class Objective(nn.Module):
-    """A loss between a student's outputs and their targets, both [B, D] and L2-normalised."""
+    """A loss between a student's outputs and their targets, both [B, D]: L2-normalised, or logits and class probabilities.
+
+    Attributes:
+        kind: Of the targets.
+    """
+
+    kind: ClassVar[Kind] = "embedding"
 
     @abstractmethod
     def forward(self, student: Tensor, target: Tensor) -> Tensor:

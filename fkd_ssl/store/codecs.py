@@ -4,18 +4,17 @@ Embeddings have faiss's factory strings, class probabilities FKD's names. Both k
 `encode` and `decode`.
 """
 
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from fkd_ssl.errors import RequestError, StoreError
+from fkd_ssl.kinds import Kind
 from fkd_ssl.store import faiss_codecs
 from fkd_ssl.store.faiss_codecs import FaissCodec
 from fkd_ssl.store.label_codecs import LABELS, LabelCodec, is_label
 
-Kind = Literal["embedding", "distribution"]
-"""Of a target: an L2-normalised vector, or class probabilities."""
 Float32Array = npt.NDArray[np.float32]
 UInt8Array = npt.NDArray[np.uint8]
 Codec = FaissCodec | LabelCodec

@@ -13,8 +13,9 @@ import numpy.typing as npt
 from fkd_ssl import files
 from fkd_ssl.crops import CROP_DTYPE, Records
 from fkd_ssl.errors import StoreError
+from fkd_ssl.kinds import Kind
 from fkd_ssl.store import manifest as layout
-from fkd_ssl.store.codecs import Float32Array, Kind, UInt8Array, kind_of, load_codec, parameter_shapes
+from fkd_ssl.store.codecs import Float32Array, UInt8Array, kind_of, load_codec, parameter_shapes
 from fkd_ssl.store.shards import Index, ShardFiles
 
 Precision = Literal["fp32", "bf16", "fp16"]

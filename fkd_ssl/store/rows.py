@@ -17,8 +17,9 @@ from fkd_ssl.crops import Records, draw, image_key, replay_into, unpack
 from fkd_ssl.crops.records import neutral
 from fkd_ssl.errors import FkdError, ImageError, StoreError
 from fkd_ssl.images import ImageSet, decode, read_bytes
+from fkd_ssl.kinds import Kind
 from fkd_ssl.store import manifest as layout
-from fkd_ssl.store.codecs import Float32Array, Kind
+from fkd_ssl.store.codecs import Float32Array
 from fkd_ssl.store.reader import Store
 
 

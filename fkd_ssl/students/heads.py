@@ -25,7 +25,13 @@ def simreg(features: int, dim: int) -> nn.Sequential:
     )  # fmt: skip
 
 
-HEADS: dict[str, Callable[[int, int], nn.Sequential]] = {"mocov2": mocov2, "simreg": simreg}
+def classifier(features: int, dim: int) -> nn.Sequential:
+    """One linear layer to the logits of K classes, which stay as long as they are."""
+    return nn.Sequential(nn.Linear(features, dim))
+
+
+CLASSIFIER = "classifier"
+HEADS: dict[str, Callable[[int, int], nn.Sequential]] = {"mocov2": mocov2, "simreg": simreg, CLASSIFIER: classifier}
 
 
 def make_head(name: str, features: int, dim: int) -> nn.Sequential:

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from fkd_ssl.errors import RequestError
 from fkd_ssl.students.backbones import make_backbone
-from fkd_ssl.students.heads import make_head
+from fkd_ssl.students.heads import CLASSIFIER, make_head
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -77,13 +77,16 @@ class Student(nn.Module):
         return [int(head[-1].out_features) for head in (self.head, *self.more_heads)]
 
     def forward(self, images: Tensor) -> Tensor:
-        """L2-normalised embeddings [B, D] of uint8 [B, 3, H, W], by the first head."""
-        return F.normalize(self.head(self.features(images)), dim=1)
+        """L2-normalised embeddings [B, D], or a classifier's logits [B, K], of uint8 [B, 3, H, W], by the first head."""
+        return self._output(self.head(self.features(images)))
 
     def embeddings(self, images: Tensor) -> list[Tensor]:
-        """L2-normalised embeddings [B, D] of uint8 [B, 3, H, W], one for each teacher."""
+        """What `forward` gives, for each teacher."""
         features = self.features(images)
-        return [F.normalize(head(features), dim=1) for head in (self.head, *self.more_heads)]
+        return [self._output(head(features)) for head in (self.head, *self.more_heads)]
+
+    def _output(self, projected: Tensor) -> Tensor:
+        return projected if self.made_of.get("head") == CLASSIFIER else F.normalize(projected, dim=1)
 
 
 def check_student(name: str, pixels: int, *, head: str = "mocov2", stem: str = "standard", width: float = 1.0) -> None:

@@ -39,7 +39,7 @@ class TrainConfig:
     student: str = "resnet18"
     """A classifier of torchvision, timm/NAME, reactnet or reactnet_step1; its classifier is replaced by a projection head."""
     head: str = "mocov2"
-    """Projection head: mocov2 (2 layers) or simreg (4 layers with BatchNorm)."""
+    """Projection head: mocov2 (2 layers) or simreg (4 layers with BatchNorm); classifier (linear) for class probabilities."""
     stem: Literal["standard", "small"] = "standard"
     """small is for images of 32 or 64 px: the first convolution is 3 x 3 with stride 1, no max-pool."""
     width: float = 1.0
@@ -48,11 +48,12 @@ class TrainConfig:
     """Run, checkpoint or exported file whose weights the student starts from: reactnet starts from a reactnet_step1."""
     objective: str = "feature_kl"
     """feature_kl (S2-BNN's), cosine (SimReg's), queue_kl (SEED's), prototype_ce (SwAV's, from a SwAV teacher's prototypes),
-    relational (within the batch), or a sum as feature_kl+0.5*relational."""
+    relational (within the batch), or a sum as feature_kl+0.5*relational; soft_ce (FKD's) for class probabilities."""
     temperature: float | None = None
-    """Of the objective; the paper's by default (0.2 for feature_kl and queue_kl, 0.1 for prototype_ce, 0.04 for relational)."""
+    """Of the objective; the paper's by default (0.2 for feature_kl and queue_kl, 0.1 for prototype_ce, 0.04 for relational, 1
+    for soft_ce)."""
     teacher_temperature: float | None = None
-    """Of queue_kl's targets; SEED's 1e-4 by default."""
+    """Of queue_kl's targets, SEED's 1e-4 by default; of soft_ce's, the student's by default."""
     queue: int | None = None
     """Targets in queue_kl's queue; SEED's 65536 by default."""
     epochs: float = 100

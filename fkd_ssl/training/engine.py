@@ -14,7 +14,7 @@ from fkd_ssl.data import Crops, StoredCrops, start_worker, whole_batch
 from fkd_ssl.errors import RequestError
 from fkd_ssl.objectives import Objective, TargetInfo, make_objective
 from fkd_ssl.store.recording import Recording
-from fkd_ssl.students import Student
+from fkd_ssl.students import CLASSIFIER, Student
 from fkd_ssl.training.config import TrainConfig
 from fkd_ssl.training.distiller import Distiller, OnlineTargets, Targets, stored_targets
 from fkd_ssl.training.fit import fit, step_of
@@ -26,7 +26,11 @@ from fkd_ssl.training.sampler import PassSampler
 
 
 def objective_of(config: TrainConfig, about: TargetInfo) -> Objective:
-    """The config's objective for one teacher's targets; raises as make_objective."""
+    """The config's objective for one teacher's targets; raises as make_objective, and where the head is for other ones."""
+    if (config.head == CLASSIFIER) != (about.kind == "distribution"):
+        what, head = ("class probabilities", CLASSIFIER) if about.kind == "distribution" else ("embeddings", "mocov2 or simreg")
+        objective = "--objective soft_ce and " if (about.kind == "distribution") and config.objective != "soft_ce" else ""
+        raise RequestError(f"head {config.head}: the targets of {about.name!r} are {what}: choose {objective}--head {head}")
     return make_objective(
         config.objective,
         config.temperature,

@@ -55,7 +55,8 @@ def test_decoding_is_what_fkd_recovers(name: str) -> None:
     ("name", "classes", "size"),
     [
         ("hard", 1000, 2), ("smoothing", 1000, 4), ("marginal_smoothing_k5", 1000, 20), ("marginal_smoothing_k10", 1000, 40),
-        ("marginal_renorm_k5", 21841, 20), ("marginal_renorm_k5", 65536, 20), ("marginal_renorm_k5", 65537, 30), ("full", 1000, 2000),
+        ("marginal_renorm_k5", 21841, 20), ("marginal_renorm_k5", 65536, 20), ("marginal_renorm_k5", 65537, 30),
+        ("full", 1000, 2000),
     ],
 )  # fmt: skip
 def test_bytes_of_a_crop(name: str, classes: int, size: int) -> None:
@@ -73,7 +74,9 @@ def test_the_last_class_of_many() -> None:
 def test_equal_probabilities_are_kept_in_the_order_of_the_classes() -> None:
     p = np.full((1, 8), 0.125, dtype=np.float32)
     assert LabelCodec("hard", 8).decode(LabelCodec("hard", 8).encode(p)).argmax() == 0
-    np.testing.assert_allclose(LabelCodec("marginal_smoothing_k3", 8).decode(LabelCodec("marginal_smoothing_k3", 8).encode(p)), p)
+    np.testing.assert_allclose(
+        LabelCodec("marginal_smoothing_k3", 8).decode(LabelCodec("marginal_smoothing_k3", 8).encode(p)), p
+    )
 
 
 @pytest.mark.parametrize(
@@ -123,7 +126,11 @@ def test_nothing_decodes_to_nothing() -> None:
 
 
 def test_names() -> None:
-    for name, said in {"marginal_smoothing_k0": "none of those", "soft": "none of those", "marginal_renorm_k8": "keeps 8 of 8"}.items():
+    for name, said in {
+        "marginal_smoothing_k0": "none of those",
+        "soft": "none of those",
+        "marginal_renorm_k8": "keeps 8 of 8",
+    }.items():
         with pytest.raises(RequestError, match=said):
             LabelCodec(name, 8)
     with pytest.raises(RequestError, match=r"the targets of r50 are class probabilities, whose codecs are, for instance, hard"):

@@ -1,0 +1,45 @@
+"""Accuracy of a classifier's own classes: top-1 and top-5."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from fkd_ssl.errors import RequestError
+from fkd_ssl.eval.features import extract
+from fkd_ssl.images import ImageSet
+
+
+def evaluate(
+    model: Callable[[Tensor], Tensor], images: ImageSet, *, pixels: int, classes: int, workers: int = 2, progress: bool = True
+) -> dict[str, Any]:
+    """Accuracy of a classifier on labelled images, whose class folders in sorted order are its classes, as ImageNet's are.
+
+    Args:
+        model: uint8 [B, 3, P, P] to logits or probabilities [B, K].
+        images: Labelled.
+        pixels: P, the side of the centre crop.
+        classes: K.
+        workers: Processes that decode; 0 decodes in this one.
+        progress: Show a bar on standard error.
+
+    Returns:
+        `top1` and `top5` in percent; `correct` bool [n], whether the most probable class is right.
+
+    Raises:
+        RequestError: There are images without a class, or another number of class folders than K.
+        ImageError: An image cannot be read.
+    """
+    if (images.labels < 0).any():
+        raise RequestError(f"{images.root}: images lie outside any class folder")
+    if len(images.classes) != classes:
+        raise RequestError(
+            f"{images.root}: {len(images.classes)} class folders, and the classifier has {classes} classes: which is which "
+            "cannot be told"
+        )
+    scores, labels = extract(model, images, pixels=pixels, workers=workers, progress=progress, desc="classify")
+    depth = min(5, classes)
+    best = np.argsort(-scores, axis=1, kind="stable")[:, :depth]
+    hit = best == labels[:, None]
+    return {"top1": 100 * float(hit[:, 0].mean()), "top5": 100 * float(hit.any(axis=1).mean()), "correct": hit[:, 0]}

@@ -1,0 +1,43 @@
+"""Cross-entropy of class probabilities: FKD's loss, and Hinton's with a temperature."""
+
+import torch
+from torch import Tensor
+
+from fkd_ssl.objectives.objective import Objective
+
+
+class SoftCE(Objective):
+    """Cross-entropy between the teacher's probabilities at a temperature and softmax(student / T), over K classes.
+
+    FKD (Shen and Xing, ECCV 2022, arXiv 2112.01528, eq. 2) has T = 1. With another T (Hinton et al., arXiv 1503.02531, section
+    2) the stored probabilities p become p^(1/T) / sum p^(1/T), which is the softmax of the teacher's logits at that T as far as
+    the codec has kept them. There is no factor T^2 here.
+
+    Args:
+        temperature: T of the student.
+        teacher_temperature: Of the teacher; the student's by default.
+    """
+
+    kind = "distribution"
+
+    def __init__(self, temperature: float = 1.0, teacher_temperature: float | None = None) -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.teacher_temperature = temperature if teacher_temperature is None else teacher_temperature
+
+    def forward(self, student: Tensor, target: Tensor) -> Tensor:
+        """The mean cross-entropy in nats, a scalar, of student logits [B, K] and target probabilities [B, K]."""
+        with torch.autocast(student.device.type, enabled=False):
+            exact = student if student.dtype == torch.float64 else student.float()
+            return -(self._target(target) * torch.log_softmax(exact / self.temperature, dim=1)).sum(dim=1).mean()
+
+    def floor(self, target: Tensor) -> Tensor:
+        """The targets' mean entropy in nats."""
+        p = self._target(target)
+        return -torch.special.xlogy(p, p).sum(dim=1).mean()
+
+    def _target(self, target: Tensor) -> Tensor:
+        target = target if target.dtype == torch.float64 else target.float()
+        if self.teacher_temperature == 1:
+            return target
+        return (target.log() / self.teacher_temperature).softmax(dim=1)  # log 0 is -inf, whose softmax is 0
