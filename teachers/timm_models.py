@@ -44,6 +44,8 @@ def load_timm(model: str, layer: str | None, checkpoint: str | Path | None, *, p
         raise RequestError(f"teacher {spec}: timm has no such model{did_you_mean(model.partition('.')[0], names)}")
     classes = layer == PROBABILITIES
     network = _build(timm, model, spec, classes=classes)
+    if classes and not getattr(network, "num_classes", 0):
+        raise RequestError(f"teacher {spec}@{PROBABILITIES}: timm's {model} has no classifier; leave @{PROBABILITIES} out")
     own = str(checkpoint) == PRETRAINED
     config, about = resolve_model_data_config(network), network.pretrained_cfg
     pixels = int(config["input_size"][-1])

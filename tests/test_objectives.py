@@ -423,7 +423,7 @@ def test_soft_ce_gradients_floor_and_bfloat16(temperature: float) -> None:
 def test_an_objective_is_for_one_kind_of_targets() -> None:
     about = TargetInfo(name="r50", dim=10, kind="distribution")
     assert isinstance(make_objective("soft_ce", 2.0, about=about, teacher_temperature=1.0), SoftCE)
-    with pytest.raises(RequestError, match="the targets of 'r50' are class probabilities: choose --objective soft_ce and --head"):
+    with pytest.raises(RequestError, match="targets of 'r50' are class probabilities: choose --objective soft_ce and --head"):
         make_objective("feature_kl", about=about)
     with pytest.raises(RequestError, match="objective soft_ce: the targets of 'moco' are embeddings"):
         make_objective("feature_kl+soft_ce", about=TargetInfo(name="moco", dim=10))

@@ -137,7 +137,7 @@ def run(config: Config) -> int:
     from fkd_ssl.crops import CROP_DTYPE
     from fkd_ssl.errors import RequestError
     from fkd_ssl.images import scan
-    from fkd_ssl.store.codecs import DEFAULTS, check_kind, code_size
+    from fkd_ssl.store.codecs import check_kind, code_size, usual_codec
     from fkd_ssl.store.label_codecs import LABELS
     from fkd_ssl.store.manifest import limit_images
     from fkd_ssl.students import check_student
@@ -152,7 +152,7 @@ def run(config: Config) -> int:
     check_student(config.student, pixels)
     targets = len(images) * config.crops
     own = sum(len(path.encode()) + 80 for path in images.paths)  # its line, its size, its checksum
-    chosen = config.codec or DEFAULTS[teacher.kind]
+    chosen = config.codec or usual_codec(teacher.kind, teacher.dim)
     check_kind(teacher.kind, chosen, teacher.name)
     sizes = {chosen: code_size(chosen, teacher.dim)}
     for codec in CODECS if teacher.kind == "embedding" else LABELS:
@@ -199,7 +199,7 @@ def describe(config: Config, about: dict[str, Any]) -> str:
     rows = [["codec", "bytes a crop", "store", ""]]
     for codec, size in about["codecs"].items():
         note = "too few targets" if size["refused"] else "" if size["bytes"] < about["free_bytes"] else "does not fit"
-        chosen = "  <- --codec" if codec == config.codec else ""
+        chosen = "  <- --codec" if codec == about["codec"] else ""
         rows.append([codec, str(size["bytes_per_crop"]), gigabytes(size["bytes"]), f"{note}{chosen}"])
     lines = [
         f"{about['images']:,} images x {about['crops']} crops = {about['targets']:,} targets, D = {about['dim']}, at "
@@ -225,7 +225,7 @@ def describe(config: Config, about: dict[str, Any]) -> str:
                 f"note: {config.epochs:g} epochs read {config.epochs:g} crops of an image; --crops {config.crops} serve "
                 "longer trainings, and cost in proportion"
             )
-    if refused := about["codecs"][config.codec]["refused"]:
+    if refused := about["codecs"][about["codec"]]["refused"]:
         lines.append(f"precompute will refuse this: {refused}")
     return "\n".join(lines)
 

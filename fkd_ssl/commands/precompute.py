@@ -9,7 +9,7 @@ read and decode each image once.
 
 import contextlib
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -63,6 +63,8 @@ class Config:
     """Threads that read and replay beside the teacher; the number of processors, at most 16, by default."""
     device_crops: bool = False
     """Threads only decode, and the GPU makes the crops: for few processors beside a fast GPU. The pixels are the same."""
+    evaluate: str | None = None
+    """Folder of labelled test images on which a classifier's accuracy is said first."""
     shards: str | None = None
     """Only this share of the shards, i/n with i from 0: for n jobs, of which each takes one; any other n may follow."""
     runner: Literal["here", "ray"] = "here"
@@ -151,6 +153,8 @@ def write(
     for teacher, side in zip(teachers, sides, strict=True):
         if side != teacher.pixels:  # one that cannot take it says so now, not after the store is begun
             teacher.embed(torch.zeros(2, 3, side, side, dtype=torch.uint8))
+    if config.evaluate is not None and not resolve.rank()[0] and (share is None or not share.index):
+        _evaluate(config, config.evaluate, teachers, log)
     if config.device_crops and resolve.device().type == "cpu":
         log("warning: --device_crops: there is no CUDA GPU, so this process makes the crops, slowly")
     return precompute(
@@ -172,6 +176,25 @@ def write(
         progress=progress,
         log=log,
     )
+
+
+def _evaluate(config: Config, folder: str, teachers: "Sequence[Teacher]", log: Callable[[str], None]) -> None:
+    """Says how good the classifiers among the teachers are, before their labels are made, as FKD's instructions ask."""
+    from fkd_ssl.commands import resolve
+    from fkd_ssl.eval import classify
+    from fkd_ssl.images import scan
+
+    val = scan(folder)
+    if all(teacher.kind != "distribution" for teacher in teachers):
+        raise RequestError(
+            f"--evaluate {folder}: no teacher gives class probabilities; fkd-ssl knn and linear score embeddings"
+        )
+    for teacher in teachers:
+        if teacher.kind == "distribution":
+            side = resolve.pixels_of(config.pixels, teacher.pixels)
+            found = classify.evaluate(teacher.embed, val, pixels=side, classes=teacher.dim, workers=0)
+            scores = f"top-1 {found['top1']:.2f} %, top-5 {found['top5']:.2f} %"
+            log(f"teacher {teacher.name}: {scores} of {len(val):,} images at {side} px")
 
 
 def load_all(config: Config) -> "tuple[ImageSet, list[Teacher]]":

@@ -1,7 +1,7 @@
 """What a user should hear before a store is written that is larger than it need be."""
 
 from fkd_ssl.crops import CROP_DTYPE
-from fkd_ssl.store.codecs import DEFAULTS, code_size
+from fkd_ssl.store.codecs import code_size, usual_codec
 from fkd_ssl.store.label_codecs import is_label
 
 LARGE = 512  # bytes of a code: four times a 128-d target's in SQ8
@@ -23,10 +23,11 @@ def on_size(dim: int, codec: str, crops: int) -> str | None:
     if size <= LARGE or dim <= 256:
         return None
     if is_label(codec):
-        smaller = code_size(DEFAULTS["distribution"], dim)
+        usual = usual_codec("distribution", dim)
+        smaller = code_size(usual, dim)
         return (
             f"note: {dim} class probabilities take {size} bytes a crop in {codec}, "
-            f"{_size(crops * (size + CROP_DTYPE.itemsize))} in all; --codec {DEFAULTS['distribution']} takes {smaller} bytes, "
+            f"{_size(crops * (size + CROP_DTYPE.itemsize))} in all; --codec {usual} takes {smaller} bytes, "
             f"{_size(crops * (smaller + CROP_DTYPE.itemsize))} in all"
         )
     smaller = code_size(_SMALLER[0], dim)

@@ -19,8 +19,15 @@ Float32Array = npt.NDArray[np.float32]
 UInt8Array = npt.NDArray[np.uint8]
 Codec = FaissCodec | LabelCodec
 
-DEFAULTS: dict[Kind, str] = {"embedding": "SQ8", "distribution": "marginal_smoothing_k5"}
+_FEW = 10  # classes: all of them take no more bytes than five and their numbers
 _LABEL_SAMPLE = 512  # nothing is trained: fidelity is all that these targets are for
+
+
+def usual_codec(kind: Kind, dim: int) -> str:
+    """The codec where none is asked for."""
+    if kind == "embedding":
+        return "SQ8"
+    return "full" if dim <= _FEW else "marginal_smoothing_k5"
 
 
 def kind_of(spec: str) -> Kind:

@@ -23,7 +23,7 @@ from fkd_ssl.images import ImageSet
 from fkd_ssl.progress import hidden
 from fkd_ssl.store import advice, work
 from fkd_ssl.store import manifest as layout
-from fkd_ssl.store.codecs import DEFAULTS, Float32Array, code_size
+from fkd_ssl.store.codecs import Float32Array, code_size, usual_codec
 from fkd_ssl.store.columns import Request, check_sample, open_or_train, sample_targets
 from fkd_ssl.store.reader import Column, Store
 from fkd_ssl.store.recording import publish_left
@@ -95,7 +95,7 @@ def precompute(
         crops: C, crops stored per image; fixed when the store is made.
         recipe: What crops are drawn from; likewise.
         codec: faiss factory string, or of class probabilities a name of FKD's, of each column; None for what is usual: SQ8, and
-            marginal_smoothing_k5.
+            marginal_smoothing_k5 (full up to 10 classes).
         pixels: Side of the crops that the teacher sees; one for all, or one for each.
         seed: Of the crops' draw.
         limit: Only the first so many images in hash order.
@@ -223,7 +223,7 @@ def _requests(
         Request(
             name=layout.checked_name(n),
             teacher=t,
-            codec=codec or DEFAULTS[t.kind],
+            codec=codec or usual_codec(t.kind, t.dim),
             pixels=side,
             chunk_size=chunk_size,
             device=device,

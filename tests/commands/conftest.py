@@ -49,6 +49,27 @@ def prototyped(checkpoint=None):
         arrays={"prototypes": prototypes},
     )
 
+class Classifier(nn.Module):
+    """Logits of the three colours, which it tells well."""
+
+    pixels, kind = 32, "distribution"
+
+    def __init__(self, sharpness=4.0):
+        super().__init__()
+        self.colours = nn.Parameter(torch.tensor([[60., 90., 190.], [70., 170., 80.], [190., 80., 60.]]) / 255)
+        self.sharpness = sharpness
+
+    def forward(self, pixels):
+        mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+        colour = pixels.mean(dim=(2, 3)) * std + mean
+        return -self.sharpness * torch.cdist(colour, self.colours)
+
+def classes():
+    return Classifier()
+
+def sharper():
+    return Classifier(12.0)
+
 def broken():
     raise ValueError("my own mistake")
 '''

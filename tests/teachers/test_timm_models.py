@@ -193,3 +193,19 @@ def test_a_classifier_with_a_batchnorm_of_its_own_is_left_out_whole(tmp_path: Pa
     name = "levit_128s.fb_dist_in1k"
     saved(name, tmp_path / "w.pth")
     assert load_teacher(f"timm/{name}", checkpoint=tmp_path / "w.pth").dim == 384
+
+
+@pytest.mark.parametrize("name", ["resnet18.a1_in1k", SMALL])
+def test_probabilities_are_the_softmax_of_the_whole_classifier(name: str, tmp_path: Path) -> None:
+    network = saved(name, tmp_path / "w.pth")
+    teacher = load_teacher(f"timm/{name}@probabilities", checkpoint=tmp_path / "w.pth")
+    assert (teacher.kind, teacher.dim) == ("distribution", 1000)
+    images = pixels(teacher.pixels)
+    with torch.inference_mode():
+        expected = network(normalised(images, timm.data.resolve_model_data_config(network))).softmax(dim=1)
+    torch.testing.assert_close(teacher.embed(images), expected, rtol=1e-4, atol=1e-7)
+
+
+def test_a_network_without_a_classifier_has_no_probabilities(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="has no classifier; leave @probabilities out"):
+        load_teacher(f"timm/{DINO}@probabilities", checkpoint=tmp_path / "none")

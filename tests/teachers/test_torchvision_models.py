@@ -131,3 +131,14 @@ def test_another_networks_weights_are_refused(tmp_path: Path) -> None:
         CheckpointError, match=r"not the state_dict of torchvision/resnet18: .*unexpected \(layer1\.2\.conv1\.w"
     ):
         load_teacher("torchvision/resnet18", checkpoint=tmp_path / "w.pth")
+
+
+@pytest.mark.parametrize("name", ["resnet18", "squeezenet1_1", "vit_b_32"])
+def test_probabilities_are_the_softmax_of_the_whole_classifier(name: str, images: Tensor, tmp_path: Path) -> None:
+    network = saved(name, tmp_path / "w.pth")
+    teacher = load_teacher(f"torchvision/{name}@probabilities", checkpoint=tmp_path / "w.pth")
+    assert (teacher.kind, teacher.dim, teacher.name) == ("distribution", 1000, f"{name}-probabilities")
+    preset = models.get_model_weights(name).DEFAULT.transforms()
+    with torch.inference_mode():
+        expected = network(normalised(images, preset.mean, preset.std)).softmax(dim=1)
+    torch.testing.assert_close(teacher.embed(images), expected, rtol=1e-4, atol=1e-7)

@@ -1,0 +1,107 @@
+"""Class probabilities through the command line: stored, checked, recoded, trained on."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fkd_ssl.data import StoredCrops
+from fkd_ssl.store import open_store
+
+STORE = "precompute --images train --store labels --teacher own_teacher:classes --recipe fkd --crops 4"
+TRAIN = (
+    "train --images train --store labels --student squeezenet1_1 --batch_size 18 --crops_per_image 2 --pixels 32 --workers 0 "
+    "--log_every 1"
+)
+
+
+@pytest.fixture
+def labels(work: Path, call: Any) -> Path:
+    """A store of class probabilities."""
+    answer = call(f"{STORE} --evaluate val")
+    assert answer.status == 0, answer.err
+    assert "teacher classes: top-1 100.00 %, top-5 100.00 % of 12 images at 32 px" in answer.err
+    assert "codec full: total variation to the teacher's own targets 0.000" in answer.err
+    return work / "labels"
+
+
+def test_probabilities_are_stored_and_read(labels: Path, call: Any, work: Path) -> None:
+    about = json.loads(call("inspect labels --json").out)["teachers"]["classes"]
+    assert (about["codec"], about["dim"], about["kind"]) == ("full", 3, "distribution")
+    assert "total variation to the teacher's own targets 0.000" in call("inspect labels").out
+    data = StoredCrops(open_store(labels), work / "train", crops_per_image=4, pixels=32)
+    batch = data.__getitems__(list(range(len(data)))).batch
+    np.testing.assert_allclose(batch["targets"].sum(dim=1), 1, atol=1e-6)
+    right = batch["targets"].argmax(dim=1).reshape(-1, 4) == batch["labels"].reshape(-1, 1)
+    assert right.float().mean() > 0.9
+    assert call("verify labels --images train --teacher own_teacher:classes").status == 0
+    answer = call("verify labels --images train --teacher own_teacher:sharper --name classes")
+    assert answer.status == 1
+    assert "not what this teacher says" in answer.out or "cosine" in answer.out
+
+
+def test_other_codecs(labels: Path, call: Any) -> None:
+    answer = call("recode labels --codec hard")
+    assert answer.status == 0
+    assert "from full (6 bytes) to hard (2 bytes); at worst total variation to the teacher's own targets" in answer.out
+    fidelity = json.loads(call("inspect labels --json").out)["teachers"]["classes-hard"]["fidelity"]
+    total = fidelity["source_total_variation_mean"] + fidelity["recoded_total_variation_mean"]
+    assert fidelity["total_variation_mean"] == pytest.approx(min(1, total))
+    for codec, said in {
+        "SQ8": "are class probabilities, whose codecs are",
+        "marginal_renorm_k3": "keeps 3 of 3 classes",
+    }.items():
+        answer = call(f"recode labels --name classes --codec {codec}")
+        assert answer.status == 2
+        assert said in answer.err
+        assert call(f"{STORE} --codec {codec} --name other").status == 2
+    assert "the targets of make are embeddings" in call("recode store --codec hard").err
+
+
+def test_plan_has_fkds_codecs(work: Path, call: Any) -> None:
+    answer = call("plan --images train --teacher own_teacher:classes --crops 4 --student squeezenet1_1 --seconds 0.1")
+    assert answer.status == 0, answer.err
+    assert {"hard", "smoothing", "full"} <= {line.split()[0] for line in answer.out.splitlines() if line.split()}
+    assert "SQ8" not in answer.out
+
+
+@pytest.mark.parametrize("source", ["stored", "online"])
+def test_a_classifier_is_trained(labels: Path, call: Any, work: Path, source: str) -> None:
+    line = (
+        TRAIN if source == "stored" else f"{TRAIN.replace('--store labels', '--targets online')} --teacher own_teacher:classes"
+    )
+    line += " --objective soft_ce --head classifier --epochs 40 --lr 3e-3 --val val --knn_every 40 --knn_k 5 --out run"
+    answer = call(line)
+    assert answer.status == 0, answer.err
+    results = json.loads((work / "run/results.json").read_text())
+    assert results["top1"] >= 75
+    assert results["top5"] == 100
+    assert f"top-1 {results['top1']:.2f} %, top-5 100.00 %" in answer.out
+    assert call("knn --model run --train train --val val --workers 0 --k 3").status == 0
+    assert call("export --model run --out net.safetensors").status == 0
+
+
+def test_loss_and_head_must_fit(labels: Path, call: Any, work: Path) -> None:
+    for more, said in {
+        "": "head mocov2: the targets of 'classes' are class probabilities: choose --objective soft_ce and --head classifier",
+        "--objective soft_ce": "choose --head classifier",
+        "--head classifier": "objective feature_kl: the targets of 'classes' are class probabilities",
+    }.items():
+        answer = call(f"{TRAIN} --epochs 2 --out run {more}")
+        assert answer.status == 2
+        assert said in answer.err
+    answer = call(f"{TRAIN.replace('labels', 'store')} --epochs 2 --out run --objective soft_ce --head classifier")
+    assert "head classifier: the targets of 'make' are embeddings" in answer.err
+    assert not (work / "run").exists()
+
+
+def test_accuracy_needs_as_many_folders_as_classes(work: Path, call: Any) -> None:
+    (work / "val/ash").rename(work / "ash")
+    answer = call(f"{STORE} --evaluate val")
+    assert answer.status == 2
+    assert "val: 2 class folders, and the classifier has 3 classes" in answer.err
+    assert not (work / "labels").exists()
+    answer = call("precompute --images train --store new --teacher own_teacher:make --crops 4 --evaluate train")
+    assert (answer.status, "no teacher gives class probabilities" in answer.err) == (2, True)
