@@ -1,7 +1,7 @@
 """Codecs of class probabilities: FKD's label quantisation, as fixed records.
 
 Shen and Xing, "A Fast Knowledge Distillation Framework for Visual Recognition", ECCV 2022 (arXiv 2112.01528), section 3.2, with
-the names of its code. Class numbers are uint16, or uint32 for more than 65,536 classes; probabilities float16.
+the names of its code. Class numbers are uint16, probabilities float16.
 
 Legend: `K` classes, `k` of them kept.
 """
@@ -19,6 +19,7 @@ UInt8Array = npt.NDArray[np.uint8]
 _SPEC = re.compile(r"hard|smoothing|full|marginal_(?:smoothing|renorm)_k([1-9]\d{0,3})")
 LABELS = ("hard", "smoothing", "marginal_smoothing_k5", "marginal_smoothing_k10", "marginal_renorm_k5", "full")
 """FKD's; `k` may be any number."""
+_MOST = 2**16  # classes
 _DAMAGED = "a file of the store is damaged; run fkd-ssl verify"
 _SLACK = 2e-3  # float16 rounds each of the k values by at most 2^-12
 
@@ -38,7 +39,7 @@ class LabelCodec:
         code_size: Bytes of one code.
 
     Raises:
-        RequestError: The name is unknown, or keeps as many classes as there are.
+        RequestError: The name is unknown, keeps as many classes as there are, or there are over 65,536.
     """
 
     def __init__(self, spec: str, dim: int) -> None:
@@ -50,10 +51,11 @@ class LabelCodec:
         self._kept = dim if spec == "full" else int(match[1] or 1)
         if spec != "full" and self._kept >= dim:
             raise RequestError(f"codec {spec}: keeps {self._kept} of {dim} classes; choose full, or a smaller k")
-        self._ids = np.dtype("<u2" if dim <= 2**16 else "<u4")
+        if dim > _MOST:
+            raise RequestError(f"codec {spec}: {dim} classes, over {_MOST}")
         record: list[tuple[str, np.dtype[np.generic], tuple[int]]] = []
         if spec != "full":
-            record.append(("classes", self._ids, (self._kept,)))
+            record.append(("classes", np.dtype("<u2"), (self._kept,)))
         if spec != "hard":
             record.append(("values", np.dtype("<f2"), (self._kept,)))
         self._record = np.dtype(record)

@@ -9,13 +9,13 @@ from fkd_ssl import files
 from fkd_ssl.crops import CROP_DTYPE, RECIPES, draw, image_key, probe_digest
 from fkd_ssl.crops.records import neutral
 from fkd_ssl.store import manifest as layout
-from fkd_ssl.store.codecs import Codec, load_codec, parameter_shapes
+from fkd_ssl.store.codecs import Codec, kind_of, load_codec, parameter_shapes
 
 DIM, CROPS, ROWS_PER_SHARD = 16, 3, 4
 PATHS = ["a/1.jpg", "a/2.jpg", "b/3.jpg", "b/ä.jpg", "c/5.jpg", "c/6.jpg"]
 SKIPPED = 4
 SPECS = ("Flat", "SQfp16", "SQbf16", "SQ8", "SQ6", "SQ4", "PQ4x8", "PQ4x4", "PQ2x10", "OPQ4_8,PQ4x4", "PCA8,SQ4", "PCAR8,SQ8",
-         "RR16,SQ6")  # fmt: skip
+         "RR16,SQ6", "hard", "smoothing", "marginal_smoothing_k5", "marginal_renorm_k3", "full")  # fmt: skip
 
 
 def name_of(spec: str) -> str:
@@ -28,6 +28,12 @@ def targets(count: int, seed: int = 0) -> npt.NDArray[np.float32]:
     values = generator.normal(size=(count, DIM)) * 0.8 ** np.arange(DIM)
     values = values @ np.linalg.qr(np.random.default_rng(9).normal(size=(DIM, DIM)))[0]
     return (values / np.linalg.norm(values, axis=1, keepdims=True)).astype(np.float32)
+
+
+def probabilities(count: int, seed: int = 0) -> npt.NDArray[np.float32]:
+    """Class probabilities float32 [count, DIM]."""
+    powers = np.exp(3 * np.random.default_rng(seed).normal(size=(count, DIM)))
+    return (powers / powers.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
 def random_codec(spec: str) -> Codec:
@@ -76,14 +82,15 @@ def make(folder: Path, specs: tuple[str, ...] = SPECS) -> dict[str, npt.NDArray[
         if spec == "SQ8":
             arrays["teacher-prototypes"] = files.write_npy(column / "teacher-prototypes.npy", targets(5))
         meta = {
-            "kind": "embedding", "dim": DIM, "codec": spec, "code_size": codec.code_size, "pixels": 64, "precision": "fp32",
+            "kind": kind_of(spec), "dim": DIM, "codec": spec, "code_size": codec.code_size, "pixels": 64, "precision": "fp32",
             "fidelity": {"cosine_mean": 0.99, "cosine_min": 0.9, "sample": 100}, "chunk_size": 16,
             "teacher": {"name": "t", "network": "n", "licence": "l", "source": None, "checkpoint_sha256": None},
             "preprocessing": {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]},
             "probe_digest": probe_digest(), "arrays": arrays,
         }  # fmt: skip
         files.write_json(column / "meta.json", meta)
-        exact = targets(len(PATHS) * CROPS, seed=number + 1).reshape(len(PATHS), CROPS, DIM)
+        some = probabilities if kind_of(spec) == "distribution" else targets
+        exact = some(len(PATHS) * CROPS, seed=number + 1).reshape(len(PATHS), CROPS, DIM)
         for shard in range(manifest.shards):
             rows = manifest.shard_rows(shard)
             codes = codec.encode(exact[rows.start : rows.stop].reshape(-1, DIM)).reshape(len(rows), CROPS, -1)

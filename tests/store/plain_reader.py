@@ -12,6 +12,7 @@ RECORD = np.dtype(
     [("top", "<u2"), ("left", "<u2"), ("height", "<u2"), ("width", "<u2"), ("flags", "u1"), ("order", "u1"),
      ("brightness", "<f2"), ("contrast", "<f2"), ("saturation", "<f2"), ("hue", "<f2"), ("sigma", "<f2")]
 )  # fmt: skip
+LABEL = re.compile(r"hard|smoothing|full|marginal_(?:smoothing|renorm)_k([1-9]\d*)")
 SPEC = re.compile(r"(?:(OPQ|PCAR?|RR)(\d+)(?:_(\d+))?,)?(?:(Flat|SQ8|SQ6|SQ4|SQfp16|SQbf16)|PQ(\d+)(?:x(\d+))?)")
 
 
@@ -51,8 +52,26 @@ def bits(codes: np.ndarray, width: int, count: int) -> np.ndarray:
     return (stream.astype(np.int64) << np.arange(width)).sum(axis=-1)
 
 
+def probabilities(spec: str, dim: int, k: int, codes: np.ndarray) -> np.ndarray:
+    """Class probabilities float32 [n, K] of codes uint8 [n, code size]."""
+    classes = codes[:, : 2 * k].copy().view("<u2").astype(int)
+    values = codes[:, 2 * k :].copy().view("<f2").astype(float)
+    if spec == "full":
+        classes, values = np.arange(dim)[None].repeat(len(codes), axis=0), codes.copy().view("<f2").astype(float)
+    elif spec == "hard":
+        values = np.ones((len(codes), 1))
+    p = np.zeros((len(codes), dim))
+    if "smoothing" in spec:
+        p += np.maximum(0, 1 - values.sum(axis=1, keepdims=True)) / (dim - k)
+    for row in range(len(codes)):
+        p[row, classes[row]] = values[row]
+    return (p / p.sum(axis=1, keepdims=True)).astype(np.float32)
+
+
 def decode(spec: str, dim: int, arrays: dict[str, np.ndarray], codes: np.ndarray) -> np.ndarray:
     """Targets float32 [n, D] of codes uint8 [n, code size]."""
+    if label := LABEL.fullmatch(spec):
+        return probabilities(spec, dim, dim if spec == "full" else int(label[1] or 1), codes)
     match = SPEC.fullmatch(spec)
     assert match is not None
     pre, a, b, scalar, parts, width = match.groups()

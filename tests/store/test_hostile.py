@@ -26,7 +26,8 @@ from tqdm import tqdm
 from fkd_ssl import files
 from fkd_ssl.commands import inspect
 from fkd_ssl.errors import RequestError, StoreError
-from fkd_ssl.store import codecs, open_store
+from fkd_ssl.store import faiss_codecs, open_store
+from fkd_ssl.store.label_codecs import is_label
 from fkd_ssl.store.recode import recode
 from fkd_ssl.store.subset import subset
 from fkd_ssl.store.verify import verify
@@ -40,7 +41,7 @@ spec.loader.exec_module(made)
 EXAMPLES = int(os.environ.get("FKD_SSL_FUZZ", "300"))
 LARGEST = 2**25  # bytes of a file that a test reads
 ROOM = 2**30  # bytes of address space that a hostile store may take
-SPECS = ("Flat", "SQfp16", "SQ8", "PQ4x4", "OPQ4_8,PQ4x4", "PCA8,SQ4")
+SPECS = ("Flat", "SQfp16", "SQ8", "PQ4x4", "OPQ4_8,PQ4x4", "PCA8,SQ4", "hard", "marginal_smoothing_k5", "full")
 NAMES = [made.name_of(spec) for spec in SPECS]
 RUNS = {"pickle.find_class", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "socket.connect",
         "ctypes.dlopen", "marshal.loads", "os.remove", "os.rename", "os.mkdir", "os.truncate"}  # fmt: skip
@@ -120,7 +121,7 @@ def read(folder: Path) -> dict[str, Any]:
                 decoded = store.targets(name, row, np.array([1, 0]))
                 assert decoded.shape == (2, column.meta.dim)
                 assert np.isfinite(decoded).all()
-                norms = np.linalg.norm(decoded, axis=1)
+                norms = decoded.sum(axis=1) if column.meta.kind == "distribution" else np.linalg.norm(decoded, axis=1)
                 assert column.meta.codec == "Flat" or (np.isclose(norms, 1, atol=1e-4) | (norms == 0)).all()
                 said[name].append(decoded)
         assert inspect.run(inspect.Config(store=str(folder))) == 0
@@ -414,11 +415,15 @@ def test_a_part_of_every_store_is_refused_or_right(original: Path, data: Any) ->
         warnings.catch_warnings(),
     ):
         warnings.simplefilter("ignore")
-        patch.setattr(codecs, "threadpool_limits", lambda _: contextlib.nullcontext())  # it looks at the process's libraries
+        patch.setattr(
+            faiss_codecs, "threadpool_limits", lambda _: contextlib.nullcontext()
+        )  # it looks at the process's libraries
         with contextlib.suppress(StoreError, RequestError):
             done.append(subset(open_store(folder), out / "part", crops=2))
         with contextlib.suppress(StoreError, RequestError):
-            done.append(recode(open_store(folder), "SQ6", name=name, out=out / "small").store)
+            done.append(
+                recode(open_store(folder), "smoothing" if is_label(name) else "SQ6", name=name, out=out / "small").store
+            )
     for store in done:
         with contextlib.suppress(StoreError), guarded(store.folder):
             read(store.folder)
