@@ -25,6 +25,7 @@ author = "the authors of fkd_ssl"
 release = version = __version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 exclude_patterns = ["results/*.json"]
+smartquotes = False
 default_role = "literal"  # in docstrings `x` is code, as in Markdown
 myst_heading_anchors = 4
 napoleon_google_docstring, napoleon_numpy_docstring = True, False
@@ -92,7 +93,7 @@ def describe(verb: str, what: str) -> list[str]:
     lines = [f"## {verb}", "", inspect.cleandoc(command.__doc__ or what), "", "| option | type | default | |", "|---|---|---|---|"]
     for field in dataclasses.fields(command.Config):
         name = field.name if field.name in positionals else f"--{field.name}"
-        kind = inspect.formatannotation(field.type).replace("|", "\\|")
+        kind = inspect.formatannotation(field.type).removesuffix(" | None").replace("|", "\\|")
         default = "needed" if field.default is dataclasses.MISSING else f"`{shown(field.default)}`" if shown(field.default) else ""
         lines.append(f"| `{name}` | {kind} | {default} | {' '.join(helps[field.name].split()).replace('|', chr(92) + '|')} |")
     return [*lines, ""]

@@ -19,6 +19,7 @@ import runpy
 import shutil
 import subprocess
 import sys
+import textwrap
 import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -41,7 +42,8 @@ PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "ex
 COLOURS = {"ash": (60, 90, 190), "birch": (70, 170, 80), "cedar": (190, 80, 60)}
 IMAGES = {"imagenet/train": 8, "imagenet/val": 4, "imagenette/train": 8, "imagenette/val": 4, "photos": 8, "pictures": 8}
 FENCE = re.compile(
-    r"^(?:<!-- parsed only: (?P<why>[^>]+) -->\n)?(?P<fence>```+)(?P<language>[^`\n]*)\n(?P<text>.*?)^(?P=fence)$",
+    r"^(?P<indent> *)(?:<!-- parsed only: (?P<why>[^>]+) -->\n *)?"
+    r"(?P<fence>```+)(?P<language>[^`\n]*)\n(?P<text>.*?)^(?P=indent)(?P=fence)$",
     re.MULTILINE | re.DOTALL,
 )
 SMALL = {
@@ -88,7 +90,7 @@ def blocks_of(page: Path) -> list[Block]:
     return [
         Block(
             page=str(page.relative_to(ROOT)), line=text.count("\n", 0, found.start("fence")) + 1,
-            language=found["language"].strip(), text=found["text"], why=found["why"],
+            language=found["language"].strip(), text=textwrap.dedent(found["text"]), why=found["why"],
         )
         for found in FENCE.finditer(text)
         if not found["language"].startswith("{")
@@ -173,7 +175,7 @@ def pages(*languages: str) -> list[Any]:
 def standins(folder: Path) -> str:
     """A PATH of programs that note their arguments in $CALLS and do nothing; srun starts what it is given."""
     for name in STANDINS:
-        (folder / name).write_text('#!/bin/sh\n{ printf \'%s\\0\' "${0##*/}" "$@"; printf \'\\1\'; } >> "$CALLS"\n')
+        (folder / name).write_text('#!/bin/sh\nprintf \'%s\\0\' "${0##*/}" "$@" "$(printf \'\\1\')" >> "$CALLS"\n')
     (folder / "srun").write_text('#!/bin/sh\nwhile case "$1" in -*) true;; *) false;; esac; do shift; done\nexec "$@"\n')
     for path in folder.iterdir():
         path.chmod(0o755)
@@ -193,8 +195,7 @@ def calls_of(tmp_path_factory: pytest.TempPathFactory) -> Any:
         assert bash is not None
         done = subprocess.run([bash, "-euc", block.text], cwd=folder, env=env, capture_output=True, text=True, check=False)
         assert done.returncode == 0, f"{block}: {done.stderr}"
-        found = [call.split(b"\0")[:-1] for call in log.read_bytes().split(b"\1")[:-1]]
-        return [[word.decode() for word in call] for call in found]
+        return [call.split("\0")[:-1] for call in log.read_text().split("\1\0")[:-1]]
 
     return calls
 
@@ -251,6 +252,7 @@ def parse_script(script: Path, options: list[str]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(argparse.ArgumentParser, "parse_args", stop)
         patch.setattr(sys, "argv", [str(script), *options])
+        patch.syspath_prepend(str((ROOT / script).parent))  # scripts import their neighbours
         with pytest.raises(ParsedError):
             runpy.run_path(str(ROOT / script), run_name="__main__")
 
