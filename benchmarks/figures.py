@@ -51,7 +51,9 @@ def speed(axes: Axes) -> None:
     rows = table(DOCS / "data.md", first="teacher", bare="bare", stored="stored, of bare", online="online")
     for k, row in enumerate(rows):
         shares = (number(row["stored, of bare"]), number(row["online"]) / number(row["bare"]))
-        for share, colour, label, up in zip(shares, (STORED, ONLINE), ("stored targets", "online targets"), (0.2, -0.2), strict=True):
+        for share, colour, label, up in zip(
+            shares, (STORED, ONLINE), ("stored targets", "online targets"), (0.2, -0.2), strict=True
+        ):
             axes.barh(-k + up, share, height=0.36, color=colour, label=label if k == 0 else None)
             axes.text(share + 0.02, -k + up, f"{share:.2f}", va="center", color=GREY)
     names = [f"{row['teacher'].split(', random')[0]}\n→ {row['student']}" for row in rows]
@@ -63,7 +65,11 @@ def speed(axes: Axes) -> None:
 
 def accuracy(axes: Axes) -> None:
     rows = {row["arm"]: row["kNN top-1"] for row in table(DOCS / "results/imagenette.md", first="arm", knn="kNN top-1")}
-    arms = [("untrained", "student, untrained", GREY), ("online", "student, online", ONLINE), ("stored", "student, stored", STORED)]
+    arms = [
+        ("untrained", "student, untrained", GREY),
+        ("online", "student, online", ONLINE),
+        ("stored", "student, stored", STORED),
+    ]
     arms.append(("teacher", "teacher", "#5b7fb5"))
     for k, (arm, _, colour) in enumerate(arms):
         value, error = number(rows[arm]), deviation(rows[arm])

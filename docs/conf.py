@@ -16,7 +16,12 @@ from fkd_ssl import __version__, cli
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-ELSEWHERE = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md", "examples/README.md": "examples.md"}
+ELSEWHERE = {
+    "README.md": "index.md",
+    "CHANGELOG.md": "changelog.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "examples/README.md": "examples.md",
+}
 """Pages that lie outside this folder for those who read the repository, and the pages here that include them."""
 LINK = re.compile(r"(?P<text>!?\[[^\]]*\])\((?!https?:|#|mailto:)(?P<path>[^)#\s]+)(?P<anchor>#[^)\s]+)?\)")
 
@@ -90,18 +95,27 @@ def describe(verb: str, what: str) -> list[str]:
     command = importlib.import_module(f"fkd_ssl.commands.{verb}")
     helps = cli._field_helps(command.Config)
     positionals = getattr(command, "POSITIONALS", ())
-    lines = [f"## {verb}", "", inspect.cleandoc(command.__doc__ or what), "", "| option | type | default | |", "|---|---|---|---|"]
+    lines = [
+        f"## {verb}",
+        "",
+        inspect.cleandoc(command.__doc__ or what),
+        "",
+        "| option | type | default | |",
+        "|---|---|---|---|",
+    ]
     for field in dataclasses.fields(command.Config):
         name = field.name if field.name in positionals else f"--{field.name}"
         kind = inspect.formatannotation(field.type).removesuffix(" | None").replace("|", "\\|")
-        default = "needed" if field.default is dataclasses.MISSING else f"`{shown(field.default)}`" if shown(field.default) else ""
-        lines.append(f"| `{name}` | {kind} | {default} | {' '.join(helps[field.name].split()).replace('|', chr(92) + '|')} |")
+        said = " ".join(helps[field.name].split()).replace("|", "\\|")
+        lines.append(f"| `{name}` | {kind} | {shown(field.default)} | {said} |")
     return [*lines, ""]
 
 
 def shown(default: Any) -> str:
     """A default value as one would type it; nothing where there is none, or of a switch."""
-    return "" if default is None or default is False else str(default)
+    if default is dataclasses.MISSING:
+        return "needed"
+    return "" if default is None or default is False else f"`{default}`"
 
 
 def setup(app: Sphinx) -> None:

@@ -218,10 +218,11 @@ def check(call: Call) -> None:
     """Parses a call with the parser that it would meet."""
     if found := inner(call):
         verb, *options = found
-        if verb.startswith("-"):
+        if verb == "--help":
             return
         assert verb in cli.VERBS, f"no verb {verb}"
-        cli.parse(verb, importlib.import_module(f"fkd_ssl.commands.{verb}"), options)
+        if options != ["--help"]:
+            cli.parse(verb, importlib.import_module(f"fkd_ssl.commands.{verb}"), options)
     elif call[0] in ("python", "torchrun"):
         script = next(word for word in call if word.endswith(".py"))
         parse_script(Path(script), call[call.index(script) + 1 :])
@@ -318,9 +319,9 @@ def run_python(block: Any, names: dict[str, Any], folder: Path) -> None:
 def run(call: Call) -> int:
     """The exit status of a call at small size; 0 where it is not one that runs here."""
     options = inner(call)
-    if options and call[0] != "torchrun":
+    if options and call[0] != "torchrun" and "--help" not in options:
         verb = options[0]
-        if verb in cli.VERBS and " ".join(options[:2]) not in PARSED_ONLY:
+        if " ".join(options[:2]) not in PARSED_ONLY:
             return cli.main([*options, *SMALL.get(verb, "").split(), *small_teacher(options)])
     elif call[0] == "python" and call[1] in SCRIPTS:
         done = subprocess.run([sys.executable, *call[1:], *SCRIPTS[call[1]].split()], check=False)
