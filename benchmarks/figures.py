@@ -17,7 +17,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 
 DOCS = Path(__file__).parents[1] / "docs"
-GREY, STORED, ONLINE = "#7d8794", "#2e8b57", "#d08a2e"
+GREY, STORED, ONLINE, TEACHER = "#7d8794", "#2e8b57", "#d08a2e", "#5b7fb5"
 STYLE = {
     "svg.hashsalt": "fkd_ssl", "text.color": GREY, "axes.labelcolor": GREY, "xtick.color": GREY, "ytick.color": GREY,
     "axes.edgecolor": GREY, "font.size": 10, "axes.spines.top": False, "axes.spines.right": False,
@@ -47,35 +47,55 @@ def deviation(cell: str) -> float:
     return float(cell.split("±")[1]) if "±" in cell else 0.0
 
 
-def speed(axes: Axes) -> None:
+def speeds() -> list[tuple[str, float, float]]:
+    """Of each pair its name, and the speeds of stored and online training over the bare student's."""
     rows = table(DOCS / "data.md", first="teacher", bare="bare", stored="stored, of bare", online="online")
-    for k, row in enumerate(rows):
-        shares = (number(row["stored, of bare"]), number(row["online"]) / number(row["bare"]))
-        for share, colour, label, up in zip(
-            shares, (STORED, ONLINE), ("stored targets", "online targets"), (0.2, -0.2), strict=True
-        ):
-            axes.barh(-k + up, share, height=0.36, color=colour, label=label if k == 0 else None)
-            axes.text(share + 0.02, -k + up, f"{share:.2f}", va="center", color=GREY)
-    names = [f"{row['teacher'].split(', random')[0]}\n→ {row['student']}" for row in rows]
-    axes.set_yticks([-k for k in range(len(rows))], names)
+    return [
+        (
+            f"{row['teacher'].split(', random')[0]}\n→ {row['student']}",
+            number(row["stored, of bare"]),
+            number(row["online"]) / number(row["bare"]),
+        )
+        for row in rows
+    ]
+
+
+def accuracies() -> list[tuple[str, str, float, float]]:
+    """Of each arm its name, its colour, kNN top-1 and the deviation."""
+    cells = {row["arm"]: row["kNN top-1"] for row in table(DOCS / "results/imagenette.md", first="arm", knn="kNN top-1")}
+    colours = {"untrained": GREY, "online": ONLINE, "stored": STORED, "teacher": TEACHER}
+    return [
+        (arm if arm == "teacher" else f"student, {arm}", colour, number(cells[arm]), deviation(cells[arm]))
+        for arm, colour in colours.items()
+    ]
+
+
+def drawn() -> str:
+    """The numbers of the figure: they are in the file too, so that a test sees whether it is older than the tables."""
+    numbers = [value for _, *pair in speeds() for value in pair]
+    numbers += [value for _, _, *pair in accuracies() for value in pair]
+    return " ".join(f"{value:.2f}" for value in numbers)
+
+
+def draw_speeds(axes: Axes) -> None:
+    names, stored, online = zip(*speeds(), strict=True)
+    for label, colour, up, values in (("stored targets", STORED, 0.2, stored), ("online targets", ONLINE, -0.2, online)):
+        places = [up - k for k in range(len(names))]
+        axes.barh(places, values, height=0.36, color=colour, label=label)
+        for place, value in zip(places, values, strict=True):
+            axes.text(value + 0.02, place, f"{value:.2f}", va="center", color=GREY)
+    axes.set_yticks([-k for k in range(len(names))], names)
     axes.set_xlim(0, 1.25)
     axes.set_title("Training speed, of the bare student's", loc="left", fontsize=11)
     axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.4, -0.1), ncols=2)
 
 
-def accuracy(axes: Axes) -> None:
-    rows = {row["arm"]: row["kNN top-1"] for row in table(DOCS / "results/imagenette.md", first="arm", knn="kNN top-1")}
-    arms = [
-        ("untrained", "student, untrained", GREY),
-        ("online", "student, online", ONLINE),
-        ("stored", "student, stored", STORED),
-    ]
-    arms.append(("teacher", "teacher", "#5b7fb5"))
-    for k, (arm, _, colour) in enumerate(arms):
-        value, error = number(rows[arm]), deviation(rows[arm])
+def draw_accuracies(axes: Axes) -> None:
+    arms = accuracies()
+    for k, (_, colour, value, error) in enumerate(arms):
         axes.barh(-k, value, height=0.6, color=colour, xerr=error or None, ecolor=GREY)
         axes.text(value + error + 1, -k, f"{value:.1f}", va="center", color=GREY)
-    axes.set_yticks([-k for k in range(len(arms))], [name for _, name, _ in arms])
+    axes.set_yticks([-k for k in range(len(arms))], [name for name, *_ in arms])
     axes.set_xlim(0, 65)
     axes.set_title("kNN top-1, Imagenette at 64 px, %", loc="left", fontsize=11)
 
@@ -86,10 +106,10 @@ def main() -> None:
     args = parser.parse_args()
     with mpl.rc_context(STYLE):
         figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.1), layout="constrained", width_ratios=(1.15, 1))
-        speed(left)
-        accuracy(right)
+        draw_speeds(left)
+        draw_accuracies(right)
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(args.out, transparent=True, metadata={"Date": None})
+        figure.savefig(args.out, transparent=True, metadata={"Date": None, "Description": drawn()})
     print(args.out)
 
 

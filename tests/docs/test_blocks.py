@@ -58,10 +58,24 @@ SMALL = {
     "retrieve": "--pixels 32 --workers 0",
 }
 """Added to a verb's call where it runs; of an option given twice the last one counts."""
-SCRIPTS: dict[str, str] = {}
+SCRIPTS = {
+    "benchmarks/store_sizes.py": "",
+    "benchmarks/imagenet.py": "",
+    "benchmarks/figures.py": "",
+    "benchmarks/store_scale.py": "--images 3000 --crops 4 --workers 1 --reads 50",
+    "benchmarks/geometry.py": "--limit 3 --pixels 32",
+    "benchmarks/device_crops.py": "--limit 2 --pixels 32 --crops_per_image 2 --rounds 1",
+    "benchmarks/epochs_memory.py": "--passes 2 --pixels 32 --workers 1",
+    "benchmarks/pixels_knn.py": "--pixels 32",
+    "benchmarks/knn.py": "--sizes 200x50 --repeats 1 --contenders ours lightly",
+}
 """Likewise for the scripts that are quick enough to run here; the others are parsed."""
-PARSED_ONLY = {"teachers fetch": "downloads"}
-"""Verbs that are never run."""
+PARSED_ONLY = {
+    "teachers fetch": "downloads",
+    "compare": "minutes; tests/commands/test_whole_line.py runs one",
+    "demo": "minutes; .ci/run runs it",
+}
+"""Verbs that are parsed and not run here, and why."""
 LANGUAGES = {"bash", "python", "yaml", "text", "bibtex"}
 STANDINS = ("fkd-ssl", "python", "torchrun", "pip", "make", "pytest", "ray", "sbatch", "bash")
 SLURM = {"SLURM_ARRAY_TASK_ID": "0", "SLURM_NNODES": "2", "SLURM_JOB_ID": "1", "SLURM_NODELIST": "a,b"}
@@ -98,7 +112,7 @@ def blocks_of(page: Path) -> list[Block]:
 
 
 def given_to(page: Path) -> list[str]:
-    """What a page takes for granted beside images and checkpoints: `<!-- given: store runs/resnet18 -->`."""
+    """What a page takes for granted beside images and checkpoints: `<!-- given: runs/resnet18 store=another_name -->`."""
     return [name for line in re.findall(r"<!-- given: ([^>]+) -->", page.read_text()) for name in line.split()]
 
 
@@ -127,7 +141,7 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What pages may be given: image folders, `teacher.pth.tar`, `store`, `runs/resnet18`; to be copied."""
     folder = tmp_path_factory.mktemp("stock")
     for name, per_class in IMAGES.items():
-        write_images(folder / name, per_class, seed=len(name))
+        write_images(folder / name, per_class, seed=name.endswith("val"))
     write_checkpoint(folder / "teacher.pth.tar")
     lines = (
         "precompute --images imagenet/train --store store --teacher mocov2 --checkpoint teacher.pth.tar --crops 4 --pixels 32",
@@ -150,7 +164,8 @@ def place(stock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     def make(page: Path) -> Path:
         folder.mkdir()
         for name in (*IMAGES, *given_to(page)):
-            shutil.copytree(stock / name, folder / name, dirs_exist_ok=True)
+            what, _, other = name.partition("=")
+            shutil.copytree(stock / what, folder / (other or what), dirs_exist_ok=True)
         for name in {"teacher.pth.tar", *re.findall(r"[\w./-]+\.pth\.tar", page.read_text())}:
             (folder / Path(name).name).symlink_to(stock / "teacher.pth.tar")
         for name in ("configs", "benchmarks", "examples", "tests"):
@@ -184,17 +199,23 @@ def standins(folder: Path) -> str:
 
 @pytest.fixture
 def calls_of(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """calls_of(block) -> the calls of a bash block, as bash understands it."""
+    """calls_of(block, folder) -> the calls of a bash block, as bash understands it.
+
+    Where the block only is parsed, a file that it reads may be missing, but nothing else may be wrong.
+    """
     path = standins(tmp_path_factory.mktemp("bin"))
 
-    def calls(block: Any, folder: Path) -> list[Call]:
+    def calls(block: Any, folder: Path, *, runs: bool) -> list[Call]:
         log = folder / ".calls"
         log.write_bytes(b"")
         env = {**os.environ, **SLURM, "PATH": path, "CALLS": str(log)}
         bash = shutil.which("bash")
         assert bash is not None
-        done = subprocess.run([bash, "-euc", block.text], cwd=folder, env=env, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, f"{block}: {done.stderr}"
+        done = subprocess.run(
+            [bash, "-euc" if runs else "-uc", block.text], cwd=folder, env=env, capture_output=True, text=True, check=False
+        )
+        wrong = done.returncode if runs else re.search("syntax error|unbound variable|command not found", done.stderr)
+        assert not wrong, f"{block}: {done.stderr}"
         return [call.split("\0")[:-1] for call in log.read_text().split("\1\0")[:-1]]
 
     return calls
@@ -280,7 +301,7 @@ def test_it_parses(page: Path, calls_of: Any, tmp_path: Path, monkeypatch: pytes
             if block.language == "python":
                 compile(block.text, str(block), "exec")
             elif block.language == "bash":
-                for call in calls_of(block, tmp_path):
+                for call in calls_of(block, tmp_path, runs=False):
                     check(call)
         except Exception as error:
             raise AssertionError(f"{block}: {error}") from error
@@ -299,7 +320,7 @@ def test_it_runs(page: Path, place: Any, calls_of: Any, capfd: pytest.CaptureFix
         if block.language == "python":
             run_python(block, names, folder)
         elif block.language == "bash" and not block.why:
-            for call in calls_of(block, folder):
+            for call in calls_of(block, folder, runs=True):
                 capfd.readouterr()
                 status = run(call)
                 assert status == 0, f"{block}: {' '.join(call)}: {capfd.readouterr().err}"
@@ -321,8 +342,11 @@ def run(call: Call) -> int:
     options = inner(call)
     if options and call[0] != "torchrun" and "--help" not in options:
         verb = options[0]
-        if " ".join(options[:2]) not in PARSED_ONLY:
-            return cli.main([*options, *SMALL.get(verb, "").split(), *small_teacher(options)])
+        if not {verb, " ".join(options[:2])} & set(PARSED_ONLY):
+            try:
+                return cli.main([*options, *SMALL.get(verb, "").split(), *small_teacher(options)])
+            except SystemExit as stop:
+                return int(stop.code or 0)
     elif call[0] == "python" and call[1] in SCRIPTS:
         done = subprocess.run([sys.executable, *call[1:], *SCRIPTS[call[1]].split()], check=False)
         return done.returncode
