@@ -35,6 +35,7 @@ from torch import nn
 from torchvision import models
 
 from fkd_ssl import cli
+from fkd_ssl.eval import sweep
 from fkd_ssl.teachers import PRESETS
 
 ROOT = Path(__file__).parents[2]
@@ -52,6 +53,7 @@ SMALL = {
     "train": "--epochs 2 --pixels 32 --batch_size 8 --workers 0",
     "pretrain": "--epochs 1 --pixels 32 --batch_size 8 --workers 0",
     "subset": "--crops 2",
+    "show": "--crops 4",
     "knn": "--pixels 32 --workers 0",
     "linear": "--pixels 32 --workers 0",
     "features": "--pixels 32 --workers 0",
@@ -65,9 +67,7 @@ SCRIPTS = {
     "benchmarks/store_scale.py": "--images 3000 --crops 4 --workers 1 --reads 50",
     "benchmarks/geometry.py": "--limit 3 --pixels 32",
     "benchmarks/device_crops.py": "--limit 2 --pixels 32 --crops_per_image 2 --rounds 1",
-    "benchmarks/epochs_memory.py": "--passes 2 --pixels 32 --workers 1",
-    "benchmarks/pixels_knn.py": "--pixels 32",
-    "benchmarks/knn.py": "--sizes 200x50 --repeats 1 --contenders ours lightly",
+    "benchmarks/epochs_memory.py": "--passes 6 --pixels 32 --workers 1",
 }
 """Likewise for the scripts that are quick enough to run here; the others are parsed."""
 PARSED_ONLY = {
@@ -314,6 +314,7 @@ def test_it_runs(page: Path, place: Any, calls_of: Any, capfd: pytest.CaptureFix
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(sweep, "LEAST_STEPS", 10)
     folder = place(page)
     names: dict[str, Any] = {"__name__": "page"}
     for block in blocks_of(page):
@@ -323,7 +324,8 @@ def test_it_runs(page: Path, place: Any, calls_of: Any, capfd: pytest.CaptureFix
             for call in calls_of(block, folder, runs=True):
                 capfd.readouterr()
                 status = run(call)
-                assert status == 0, f"{block}: {' '.join(call)}: {capfd.readouterr().err}"
+                said = capfd.readouterr()
+                assert status == 0, f"{block}: {' '.join(call)}: {said.out}{said.err}"
 
 
 def run_python(block: Any, names: dict[str, Any], folder: Path) -> None:
