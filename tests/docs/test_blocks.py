@@ -62,12 +62,11 @@ SMALL = {
 """Added to a verb's call where it runs; of an option given twice the last one counts."""
 SCRIPTS = {
     "benchmarks/store_sizes.py": "",
-    "benchmarks/imagenet.py": "",
+    "benchmarks/imagenet.py": "--images 3000",
     "benchmarks/figures.py": "",
     "benchmarks/store_scale.py": "--images 3000 --crops 4 --workers 1 --reads 50",
     "benchmarks/geometry.py": "--limit 3 --pixels 32",
     "benchmarks/device_crops.py": "--limit 2 --pixels 32 --crops_per_image 2 --rounds 1",
-    "benchmarks/epochs_memory.py": "--passes 6 --pixels 32 --workers 1",
 }
 """Likewise for the scripts that are quick enough to run here; the others are parsed."""
 PARSED_ONLY = {
