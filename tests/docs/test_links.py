@@ -1,4 +1,4 @@
-"""Every page can be reached, every link and anchor is there, and the front page's figure is of today's tables."""
+"""Every page can be reached, every link and anchor is there, and the front page's figures are those of the pages' tables."""
 
 import re
 import runpy
@@ -66,7 +66,32 @@ def test_every_benchmark_is_listed() -> None:
     assert [script.name for script in (ROOT / "benchmarks").glob("*.py") if f"`{script.name}`" not in page] == []
 
 
-def test_the_figure_is_of_the_tables() -> None:
+@pytest.fixture(scope="module")
+def figures() -> dict[str, Any]:
+    """The names of benchmarks/figures.py, which reads the pages' tables."""
+    return runpy.run_path(str(ROOT / "benchmarks/figures.py"))
+
+
+def test_the_figure_is_of_the_tables(figures: dict[str, Any]) -> None:
     """Else: python benchmarks/figures.py --out docs/results/summary.svg."""
-    figures: dict[str, Any] = runpy.run_path(str(ROOT / "benchmarks/figures.py"))
     assert figures["drawn"]() in (DOCS / "results/summary.svg").read_text()
+
+
+def rounded(cell: str) -> str:
+    """A cell of a page of results as README has it: one digit behind the point."""
+    return " ± ".join(f"{float(part):.1f}" for part in cell.split(" ± "))
+
+
+@pytest.mark.parametrize(
+    ("page", "key", "ours"),
+    [("results/imagenette.md", "arm", ""), ("results/students.md", "objective", "objective, 2 seeds")],
+)
+def test_the_front_page_has_the_tables_numbers(figures: dict[str, Any], page: str, key: str, ours: str) -> None:
+    columns = {"knn": "kNN top-1", "linear": "linear top-1"}
+
+    def scores(page: Path, first: str) -> dict[str, list[str]]:
+        rows = figures["table"](page, first=first, **columns)
+        names = [row[first].removeprefix("student, ").split(" (")[0] for row in rows]
+        return {name: [rounded(row[column]) for column in columns.values()] for name, row in zip(names, rows, strict=True)}
+
+    assert scores(ROOT / "README.md", ours) == scores(DOCS / page, key)
