@@ -26,7 +26,8 @@ ELSEWHERE = {
 LINK = re.compile(r"(?P<text>!?\[[^\]]*\])\((?!https?:|#|mailto:)(?P<path>[^)#\s]+)(?P<anchor>#[^)\s]+)?\)")
 
 project = "fkd_ssl"
-author = "the authors of fkd_ssl"
+author = "The fkd_ssl developers"
+project_copyright = f"2026, {author}"
 release = version = __version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_copybutton"]
 exclude_patterns = ["results/*.json"]
