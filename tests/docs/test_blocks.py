@@ -34,6 +34,7 @@ from torch import nn
 from torchvision import models
 
 from fkd_ssl import cli
+from fkd_ssl.errors import RequestError
 from fkd_ssl.eval import sweep
 from fkd_ssl.teachers import PRESETS
 
@@ -296,6 +297,26 @@ def test_it_parses(page: Path, calls_of: Any, tmp_path: Path, monkeypatch: pytes
                     check(call)
         except Exception as error:
             raise AssertionError(f"{block}: {error}") from error
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "fkd-ssl trian --images x",
+        "fkd-ssl train --imagse x",
+        "torchrun --nproc-per-node 2 -m fkd_ssl train --imagse x",
+        "torchrun --nprocs 2 -m fkd_ssl train --images x --out y --store z",
+        "python benchmarks/geometry.py --images x --limits 3",
+        "python benchmarks/nothing.py --images x",
+        "make tests",
+        "pip install .[nothing]",
+        "pytest tests/nothing.py",
+        "conda install x",
+    ],
+)
+def test_what_is_wrong_is_noticed(line: str) -> None:
+    with pytest.raises((RequestError, AssertionError, SystemExit, FileNotFoundError)):
+        check(line.split())
 
 
 @pytest.mark.slow
