@@ -9,5 +9,5 @@ setup(
         "fkd_ssl.eval",
     ],
     package_dir={"fkd_ssl": "fkd_ssl", "fkd_ssl.teachers": "teachers", "fkd_ssl.eval": "eval"},
-    package_data={"fkd_ssl": ["py.typed", "crops/probe.jpg"]},
+    package_data={"fkd_ssl": ["py.typed", "comparison/report.html.jinja", "crops/probe.jpg"]},
 )

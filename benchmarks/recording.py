@@ -3,8 +3,9 @@
     python benchmarks/recording.py --images DIR --teacher mocov2 --checkpoint FILE --pixels 64 --out DIR --repeats 3
 
 Both are whole commands, in turn, from start to results.json: recording's time has the planning of the store, its codec and its
-publication in it. Prints a JSON object: seconds of each, the ratio of the least, and what the store would have cost by
-precompute, which the recording spares.
+publication in it. Prints a JSON object: seconds of each, the ratio of the least, the seconds around the training's own (which
+do not grow with its length), the ratio of the least seconds in training, and what the store would have cost by precompute,
+which the recording spares.
 """
 
 import argparse
@@ -14,6 +15,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+import numpy as np
 
 
 def seconds(*command: str | float | Path) -> float:
@@ -51,9 +54,15 @@ def main() -> None:
     precompute = seconds("precompute", *teacher, "--crops", crops, "--store", args.out / "precomputed")
     subprocess.run([sys.executable, "-m", "fkd_ssl", "verify", args.out / "store0"], check=True, stdout=subprocess.DEVNULL)
     least = {name: min(values) for name, values in taken.items()}
+    own = {
+        name: [json.loads((args.out / f"{name}{k}" / "results.json").read_text())["train_seconds"] for k in range(args.repeats)]
+        for name in taken
+    }
     result = {
         "seconds": {name: [round(value, 1) for value in values] for name, values in taken.items()},
         "recorded_over_online": round(least["recorded"] / least["online"], 4),
+        "around_training": {name: round(min(np.subtract(taken[name], own[name])), 1) for name in taken},
+        "training_over_online": round(min(own["recorded"]) / min(own["online"]), 4),
         "precompute_over_online": round(precompute / least["online"], 4),
         "epochs": args.epochs,
         "crops": crops,

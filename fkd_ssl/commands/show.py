@@ -50,20 +50,32 @@ def run(config: Config) -> int:
     """Draws the sheet."""
     from pathlib import Path
 
-    from tqdm import tqdm
-
-    from fkd_ssl import files, sheet
+    from fkd_ssl import files
     from fkd_ssl.commands import console
-    from fkd_ssl.crops import replay
-    from fkd_ssl.images import read_image
-    from fkd_ssl.progress import hidden
     from fkd_ssl.store import open_store
-    from fkd_ssl.store.nearest import nearest
 
     out = Path(config.out)
     if out.exists():
         raise RequestError(f"{out}: is there already; choose another --out")
-    store = open_store(config.store)
+    picture, title = sheet_of(config, open_store(config.store))
+    with files.publish(out) as file:
+        file.write(picture)
+    console.show(f"{out}: {title}")
+    return 0
+
+
+def sheet_of(config: Config, store: "Store") -> tuple[bytes, str]:
+    """The sheet as PNG, and what it shows."""
+    from pathlib import Path
+
+    from tqdm import tqdm
+
+    from fkd_ssl import sheet
+    from fkd_ssl.crops import replay
+    from fkd_ssl.images import read_image
+    from fkd_ssl.progress import hidden
+    from fkd_ssl.store.nearest import nearest
+
     if config.crops > store.crops_per_image:
         raise RequestError(f"crops {config.crops}: {store.folder} holds {store.crops_per_image} crops of each image")
     row = _row(store, config.image)
@@ -84,10 +96,7 @@ def run(config: Config) -> int:
         for line, neighbours in zip(near, found, strict=False):  # a training may have recorded fewer crops than are shown
             line += [_picture(store, config, neighbour) for neighbour in neighbours]
         title += f", and the nearest of {len(column.rows) - 1:,} other images to {column.name}"
-    with files.publish(out) as file:
-        file.write(sheet.draw(image, records, crops, near, title))
-    console.show(f"{out}: {title}")
-    return 0
+    return sheet.draw(image, records, crops, near, title), title
 
 
 def _row(store: "Store", image: str) -> int:

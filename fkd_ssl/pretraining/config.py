@@ -20,6 +20,7 @@ METHODS: dict[str, dict[str, float]] = {
         "small_crops": 6,
     },
 }
+RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2", "wide_resnet101_2")
 _OF_A_METHOD = sorted({name for own in METHODS.values() for name in own})
 _FROM_ZERO = ("weight_decay", "workers", "queue_epoch", "frozen_epochs", "small_crops")
 
@@ -36,19 +37,17 @@ class PretrainConfig:
     images: str
     """Folder of images; class folders are not needed."""
     out: str
-    """Run folder: checkpoint.pth.tar in the method's own layout, config.yaml, metrics.csv, results.json."""
+    """Run folder: checkpoint.pth.tar in the method's own layout (or student.safetensors), config.yaml, metrics.csv,
+    results.json."""
     method: Literal["mocov2", "swav"] = "mocov2"
     """How it is trained; also the --teacher that loads it."""
-    arch: Literal[
-        "resnet18",
-        "resnet34",
-        "resnet50",
-        "resnet101",
-        "resnet152",
-        "wide_resnet50_2",
-        "wide_resnet101_2",
-    ] = "resnet18"
-    """One of torchvision's ResNets."""
+    arch: str = "resnet18"
+    """A ResNet of torchvision's, whose checkpoint is a teacher. MoCo also trains any student that train knows, without a
+    teacher: its backbone is then what is written, as export writes it."""
+    stem: Literal["standard", "small"] = "standard"
+    """Of such a student, as train takes it."""
+    width: float = 1.0
+    """Likewise."""
     dim: int = 128
     """D of its embeddings, and so of the targets."""
     epochs: int = 200
@@ -96,6 +95,10 @@ class PretrainConfig:
                 raise RequestError(f"{name} {getattr(self, name)}: {self.method} has none; it belongs to {others}")
             if name in own and getattr(self, name) is None:
                 object.__setattr__(self, name, own[name])  # so that config.yaml says what was run
+        if self.method == "swav" and not self.is_teacher:
+            raise RequestError(
+                f"arch {self.arch!r}: swav trains teachers, of the standard stem and width: {', '.join(RESNETS)}"
+            )
         for name in ("dim", "epochs", "batch_size", "pixels", "log_every", "workers", *own):
             least_is_zero = name in _FROM_ZERO or (self.method, name) == ("swav", "queue")
             if getattr(self, name) < 0 or (getattr(self, name) == 0 and not least_is_zero):
@@ -106,3 +109,8 @@ class PretrainConfig:
             raise RequestError(f"batch_size {self.batch_size}: BatchNorm needs at least 2")
         if self.momentum is not None and self.momentum >= 1:
             raise RequestError(f"momentum {self.momentum}: must lie in 0 to 1, and below 1 or the keys never change")
+
+    @property
+    def is_teacher(self) -> bool:
+        """Whether the method's own layout has such a network."""
+        return self.arch in RESNETS and (self.stem, self.width) == ("standard", 1.0)

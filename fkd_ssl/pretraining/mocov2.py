@@ -9,6 +9,7 @@ positive away; in one process a shuffled batch has the same statistics, and noth
 """
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -24,7 +25,7 @@ from fkd_ssl.data import Batch, FreshCrops, whole_batch
 from fkd_ssl.images import ImageSet
 from fkd_ssl.pretraining.config import PretrainConfig
 from fkd_ssl.pretraining.method import Method
-from fkd_ssl.students import MEAN, STD
+from fkd_ssl.students import MEAN, STD, Student, make_backbone, make_head
 
 
 class MoCo(Method):
@@ -33,7 +34,7 @@ class MoCo(Method):
     def __init__(self, config: PretrainConfig, count: int) -> None:
         super().__init__(config, count, mean=MEAN, std=STD)
         assert config.temperature is not None  # by PretrainConfig
-        self.encoder_q = make_encoder(config.arch, config.dim)
+        self.encoder_q = make_encoder(config)
         self.encoder_k = copy.deepcopy(self.encoder_q)
         deactivate_requires_grad(self.encoder_k)
         self.loss = NTXentLoss(temperature=config.temperature, memory_bank_size=(self.queue, config.dim))
@@ -74,6 +75,12 @@ class MoCo(Method):
         self.loss.memory_bank.bank.copy_(checkpoint["queue"]["bank"])
         self.loss.memory_bank.bank_ptr.copy_(checkpoint["queue"]["ptr"])
 
+    def student(self) -> Student:
+        """The backbone that was trained, in eval mode, where it is no teacher's; the head is another, untrained one."""
+        student = Student(self.config.arch, self.config.dim, stem=self.config.stem, width=self.config.width)
+        student.backbone.load_state_dict(self.encoder_q.get_submodule("backbone").state_dict())
+        return student.eval()
+
     def teacher_state(self) -> dict[str, Tensor]:
         """The `state_dict` of MoCo's own checkpoints; its queue is [D, K]."""
         bank = self.loss.memory_bank
@@ -86,13 +93,15 @@ class MoCo(Method):
         return {key: value.detach().cpu().contiguous() for key, value in state.items()}
 
 
-def make_encoder(arch: str, dim: int) -> nn.Module:
-    """A torchvision ResNet whose `fc` is MoCo v2's head: Linear, ReLU, Linear under the keys fc.0 and fc.2."""
+def make_encoder(config: PretrainConfig) -> nn.Module:
+    """A backbone and MoCo v2's head: of a teacher as its layout has them, a ResNet whose `fc` is Linear, ReLU, Linear."""
+    if not config.is_teacher:
+        backbone, features = make_backbone(config.arch, stem=config.stem, width=config.width)
+        return nn.Sequential(OrderedDict(backbone=backbone, head=make_head("mocov2", features, config.dim)))
     from torchvision import models
 
-    network: Any = models.get_model(arch, weights=None)
+    network: Any = models.get_model(config.arch, weights=None)
     features = network.fc.in_features
-    assert isinstance(features, int)
-    network.fc = MoCoProjectionHead(features, features, dim).layers
+    network.fc = MoCoProjectionHead(features, features, config.dim).layers
     encoder: nn.Module = network
     return encoder

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -54,11 +55,13 @@ def test_compare(work: Path, call: Any) -> None:
     assert arms["teacher"]["train_seconds"] is None
     assert arms["teacher"]["knn_top1"] > 80
     assert results["precompute_seconds"] > 0
-    assert results["store_bytes"] == sum(path.stat().st_size for path in (work / "cmp/store").rglob("*") if path.is_file())
+    assert results["stores"]["stored"]["bytes"] == sum(
+        path.stat().st_size for path in (work / "cmp/store").rglob("*") if path.is_file()
+    )
     saved = arms["online"]["train_seconds"] - arms["stored"]["train_seconds"]
     assert results["break_even_students"] == (math.ceil(results["precompute_seconds"] / saved) if saved > 0 else None)
     assert results["crops"] == 2
-    for name in ("config.yaml", "report.md", "loss.png", "knn.png"):
+    for name in ("config.yaml", "report.md", "report.html", "loss.png", "knn.png", "sheet.png"):
         assert (work / "cmp" / name).stat().st_size > 0
     page = (work / "cmp/report.md").read_text()
     assert ("so it never pays" if saved <= 0 else "it has paid for itself after") in page
@@ -96,11 +99,15 @@ def test_compare_two_teachers(work: Path, call: Any) -> None:
     assert [arm["name"] for arm in results["arms"]] == ["teacher:make", "teacher:other", "untrained", *trained]
     forwards = {arm["name"]: arm["teacher_forwards"] for arm in results["arms"]}
     assert [forwards[name] for name in trained] == [0, 0, 0, 36, 36, 72]
-    assert set(results["gains"]) == {"stored:make", "stored:other"}
-    assert set(results["differences"]) == {"knn_top1", "linear_top1"}
+    pairs = [
+        ("stored:make+other", "online:make+other"),
+        ("stored:make+other", "stored:make"),
+        ("stored:make+other", "stored:other"),
+    ]
+    assert [(pair["arm"], pair["minus"]) for pair in results["differences"]] == pairs
     arms = {arm["name"]: arm for arm in results["arms"]}
     gain = arms["stored:make+other"]["knn_top1"] - arms["stored:make"]["knn_top1"]
-    assert results["gains"]["stored:make"]["knn_top1"]["difference"] == pytest.approx(gain, abs=1e-6)
+    assert results["differences"][1]["knn_top1"]["difference"] == pytest.approx(gain, abs=1e-6)
     configs = {
         run: json.loads((work / f"cmp/runs/{run}-seed0/results.json").read_text())["config"]
         for run in ("stored-make", "stored-make+other", "online-other")
@@ -110,6 +117,87 @@ def test_compare_two_teachers(work: Path, call: Any) -> None:
     assert "stored:make+other minus stored:make:" in out
     again = call(f"{line} --json")
     assert json.loads(again.out) == results
+
+
+@pytest.mark.slow
+def test_compare_further_arms_and_seeds(work: Path, call: Any) -> None:
+    line = (
+        "compare --images train --val val --teacher own_teacher:make --student squeezenet1_1 --epochs 4 --out cmp "
+        "--batch_size 18 --crops_per_image 2 --pixels 32 --workers 0 --knn_every 2 --knn_k 5 --codec SQ8 --alone_momentum 0.9"
+    )
+    assert call(line).status == 0
+    before = {path: path.stat().st_mtime_ns for path in (work / "cmp").rglob("*") if path.parent.parent.name in ("runs", "cmp")}
+    further = ["online:stored_crops", "alone", "stored:C=2", "stored:SQ4"]
+    status, out, err = call(line, further_arms=" ".join(further))
+    assert status == 0, err
+    assert {path: path.stat().st_mtime_ns for path in before if "/runs/" in str(path)} == {
+        path: stamp for path, stamp in before.items() if "/runs/" in str(path)
+    }
+    results = json.loads((work / "cmp/results.json").read_text())
+    arms = {arm["name"]: arm for arm in results["arms"]}
+    assert list(arms) == [
+        "teacher",
+        "untrained",
+        "stored",
+        "online",
+        "online:stored_crops",
+        "stored:C=2",
+        "stored:SQ4",
+        "alone",
+    ]
+    assert [(pair["arm"], pair["minus"]) for pair in results["differences"]] == [
+        ("stored", "online"), ("online:stored_crops", "online"), ("stored", "alone"), ("stored:C=2", "stored"),
+        ("stored:SQ4", "stored"),
+    ]  # fmt: skip
+    assert (arms["online:stored_crops"]["teacher_forwards"], arms["alone"]["teacher_forwards"]) == (72, 0)
+    assert {name: store["crops"] for name, store in results["stores"].items()} == {
+        "stored": 4,
+        "stored:C=2": 2,
+        "stored:SQ4": 4,
+    }
+    assert results["stores"]["stored:SQ4"]["bytes"] < results["stores"]["stored"]["bytes"]
+    note = json.loads((work / "cmp/alone.json").read_text())
+    assert note["seconds"] == pytest.approx(results["precompute_seconds"] + arms["stored"]["train_seconds"])
+    assert note["epochs"] == arms["alone"]["epochs"] == max(1, round(note["seconds"] / note["epoch_seconds"]))
+    configs = {
+        run: json.loads((work / f"cmp/runs/{run}-seed0/results.json").read_text())["config"]
+        for run in ("online-stored_crops", "stored-C=2", "stored-SQ4")
+    }
+    assert [config["store"] for config in configs.values()] == ["cmp/store", "cmp/store-C=2", "cmp/store-SQ4"]
+    page = (work / "cmp/report.html").read_text()
+    assert page.count("<svg ") == 3
+    assert "<script" not in page
+    assert not re.search(r'(?:src|href)="(?!data:|#)', page)
+    assert all(name in out for name in further)
+
+    assert call(f"{line} --seeds 2", further_arms="alone").status == 0
+    results = json.loads((work / "cmp/results.json").read_text())
+    assert [(arm["name"], arm["seed"]) for arm in results["arms"]][1:] == [
+        (name, seed) for seed in (0, 1) for name in ("untrained", "stored", "online", "alone")
+    ]
+    assert "±" in (work / "cmp/report.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("further", "said"),
+    [
+        ("online:storedcrops", "further_arms 'online:storedcrops': is unknown; did you mean online:stored_crops?"),
+        ("stored:C=4", "expected 2 (--crops_per_image) to 3 crops"),
+        ("stored:C=1", "expected 2 (--crops_per_image) to 3 crops"),
+        ("stored:SQ8", "the store has that codec"),
+        ("stored:SQ9", "'SQ9' is none of those accepted"),
+        ("alone alone", "there is such an arm already"),
+    ],
+)
+def test_compare_refuses_further_arms_early(work: Path, call: Any, further: str, said: str) -> None:
+    line = (
+        "compare --images train --val val --teacher own_teacher:make --student squeezenet1_1 --epochs 4 --crops_per_image 2 "
+        "--batch_size 16 --out cmp"
+    )
+    answer = call(line, further_arms=further)
+    assert (answer.status, answer.out) == (2, "")
+    assert said in answer.err
+    assert not (work / "cmp").exists()
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fkd_ssl.errors import RequestError
 from fkd_ssl.pretraining.engine import pretrain
 from fkd_ssl.pretraining.mocov2 import MoCo
-from fkd_ssl.pretraining.progress import METRICS
+from fkd_ssl.pretraining.progress import LAST, METRICS
+from fkd_ssl.students import Student, load_student
 from fkd_ssl.teachers import load_teacher
 
 
@@ -78,3 +80,30 @@ def test_the_loss_falls_below_chance(folder: Path, make_config: Any) -> None:
     path = pretrain(dataclasses.replace(make_config("long", **asked), images=str(folder / "more")))
     losses = [float(line["loss"]) for line in csv.DictReader((path.parent / METRICS).open(newline=""))]
     assert losses[-1] < math.log(1 + 16) - 0.2  # embeddings that are all alike give ln(1 + K)
+
+
+def test_a_small_network_is_trained_without_a_teacher(folder: Path, make_config: Any) -> None:
+    config = make_config("alone", arch="shufflenet_v2_x0_5", stem="small", epochs=1)
+    path = pretrain(config)
+    student, pixels = load_student(path)
+    assert (student.made_of, pixels) == ({"name": "shufflenet_v2_x0_5", "stem": "small"}, 16)
+    torch.manual_seed(0)
+    module = MoCo(config, 16)  # what the training started from
+    torch.manual_seed(0)
+    start = Student("shufflenet_v2_x0_5", 32, stem="small")
+    for key, value in start.backbone.state_dict().items():
+        torch.testing.assert_close(module.encoder_q.get_submodule("backbone").state_dict()[key], value, rtol=0, atol=0)
+    trained = student.backbone.state_dict()
+    assert not torch.equal(trained["conv1.0.weight"], start.backbone.state_dict()["conv1.0.weight"])
+    last = torch.load(folder / "alone" / LAST, weights_only=True)["state_dict"]
+    for key, value in trained.items():
+        torch.testing.assert_close(value, last[f"encoder_q.backbone.{key}"], rtol=0, atol=0)
+    assert pretrain(config) == path
+
+
+def test_only_mocov2_trains_students(make_config: Any) -> None:
+    with pytest.raises(RequestError, match=r"arch 'shufflenet_v2_x0_5': swav trains teachers"):
+        make_config(method="swav", arch="shufflenet_v2_x0_5")
+    with pytest.raises(RequestError, match=r"no backbone|unknown|resnet19"):
+        pretrain(make_config("nothing", arch="resnet19"))
+    assert not Path(make_config("nothing").out).exists()

@@ -1,11 +1,13 @@
 """The report of a comparison, from made-up results."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from fkd_ssl import report
+from fkd_ssl.comparison import report
+from fkd_ssl.eval import stats
 
 METRICS = (
     "step,epoch,crops,seconds,loss,kl,lr,wait,knn_top1\n"
@@ -16,10 +18,20 @@ METRICS = (
 
 
 def arm(name: str, seed: int | None, knn: float, linear: float, seconds: float | None = None) -> dict[str, Any]:
-    trained = {"train_seconds": seconds, "teacher_forwards": 0, "peak_memory_bytes": 5e8, "epochs": 2, "data_wait": 0.1}
+    trained: dict[str, Any] = {
+        "train_seconds": seconds, "teacher_forwards": 0, "peak_memory_bytes": 5e8, "epochs": 2, "data_wait": 0.1,
+        "energy_joules": None,
+    }  # fmt: skip
     if seconds is None:
-        trained = dict.fromkeys(trained)  # type: ignore[assignment]
-    return {"name": name, "seed": seed, "knn_top1": knn, "linear_top1": linear, **trained}
+        trained = dict.fromkeys(trained)
+    return {"name": name, "seed": seed, "knn_top1": knn, "linear_top1": linear, "map_at_r": 30.0, **trained}
+
+
+def pair(one: str, other: str, knn: tuple[float, float, float], linear: tuple[float, float, float]) -> dict[str, Any]:
+    found: dict[str, Any] = {"arm": one, "minus": other}
+    for probe, (value, low, high) in (("knn_top1", knn), ("linear_top1", linear)):
+        found[probe] = {"difference": value, "low": low, "high": high, "equal": stats.equal(low, high)}
+    return found
 
 
 def make_results(folder: Path, *, seeds: int = 1, break_even: int | None = 2) -> dict[str, Any]:
@@ -36,13 +48,13 @@ def make_results(folder: Path, *, seeds: int = 1, break_even: int | None = 2) ->
         "val_images": 300,
         "crops": 2,
         "arms": arms,
-        "differences": {
-            "knn_top1": {"difference": -1.0, "low": -2.5, "high": 0.5, "equal": False},
-            "linear_top1": {"difference": 1.0, "low": -0.5, "high": 1.25, "equal": True},
-        },
+        "differences": [pair("stored", "online", (-1.0, -2.5, 0.5), (1.0, -0.5, 1.25))],
         "precompute_seconds": 90,
-        "store_bytes": 360000,
+        "precompute_joules": None,
+        "stores": {"stored": {"bytes": 360000, "crops": 2, "seconds": 90}},
         "break_even_students": break_even,
+        "break_even_epochs": None if break_even is None else 1.5,
+        "reached": {"knn_top1": 28.5, "seconds": {"stored": 2.0, "online": 4.0}},
         "versions": {"torch": "2.99"},
     }
 
@@ -52,7 +64,7 @@ def test_the_table_has_a_line_for_every_arm(tmp_path: Path) -> None:
     lines = {line.split(" | ")[0].removeprefix("| "): line for line in text.splitlines() if line.startswith("| ")}
     assert list(lines) == ["arm", "teacher", "online", "stored", "untrained"]
     assert lines["teacher"].split(" | ")[1:3] == ["80.00", "85.00"]
-    assert lines["stored"] == "| stored | 60.00 | 70.00 | 40 | 20.00 | 10 % | 0 | 500 MB |"
+    assert lines["stored"] == "| stored | 60.00 | 70.00 | 30.00 | 40 | 20.00 | 10% | 0 | 500 MB |"
     assert all(line.count("|") == lines["arm"].count("|") for line in lines.values())
 
 
@@ -63,14 +75,18 @@ def test_the_summary_says_what_was_found(tmp_path: Path) -> None:
     assert "-0.50 to +1.25: equal within 1.5 points" in text
     assert "takes 0.40 of online's time (2.50 times as fast)" in text
     assert "2 crops an image took 90 s and 0.4 MB (150 bytes a crop)" in text
+    assert (
+        "within 1.5 points of online's last (28.50 %) after 2 s (92 s with the precomputing before it); online itself 4 s"
+        in text
+    )
 
 
 @pytest.mark.parametrize(
     ("break_even", "sentence"),
     [
         (None, "online was not slower here, so it never pays."),
-        (1, "it has paid for itself after 1 student."),
-        (3, "it has paid for itself after 3 students."),
+        (1, "it has paid for itself after 1 student, or 2 epochs of students in all."),
+        (3, "it has paid for itself after 3 students, or 2 epochs of students in all."),
     ],
 )
 def test_the_break_even_is_put_into_words(tmp_path: Path, break_even: int | None, sentence: str) -> None:
@@ -79,7 +95,7 @@ def test_the_break_even_is_put_into_words(tmp_path: Path, break_even: int | None
 
 def test_several_seeds_show_mean_and_deviation(tmp_path: Path) -> None:
     text = report.write(make_results(tmp_path, seeds=2), tmp_path)
-    assert "| untrained | 10.50 ± 0.71 | 20.00 ± 0.00 |" in text
+    assert "| untrained | 10.50 ± 0.71 | 20.00 ± 0.00 | 30.00 ± 0.00 |" in text
     assert "2 seeds" in text
 
 
@@ -95,12 +111,53 @@ def test_page_and_plots_are_written(tmp_path: Path) -> None:
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_page_for_browsers_is_one_file(tmp_path: Path) -> None:
+    results = make_results(tmp_path)
+    results["config"]["images"] = "<script>alert(1)</script>"
+    report.write(results, tmp_path)
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("<svg ") == 2
+    assert "currentColor" in page
+    assert "&lt;script&gt;alert(1)" in page
+    assert "<script" not in page
+    assert not re.search(r'(?:src|href)="(?!data:|#)|url\((?!#)', page)
+    ids = re.findall(r' id="([^"]+)"', page)
+    clips = [name for name in ids if re.fullmatch("p[0-9a-f]{10}", name)]
+    assert len(set(clips)) == len(clips) > 1
+
+
+def test_energy_has_a_column_where_the_machine_tells(tmp_path: Path) -> None:
+    results = make_results(tmp_path)
+    assert "energy" not in report.write(results, tmp_path)
+    for line in results["arms"]:
+        line["energy_joules"] = None if line["train_seconds"] is None else 5000.0
+    results["precompute_joules"] = 12000.0
+    text = report.write(results, tmp_path)
+    assert "| 500 MB | 5 kJ |" in text
+    assert "took 90 s, 12 kJ and" in text
+
+
+def test_stores_of_several_sizes_are_drawn(tmp_path: Path) -> None:
+    results = make_results(tmp_path)
+    results["arms"].append(arm("stored:C=1", 0, 50, 60, 41))
+    (tmp_path / "runs/stored-C=1-seed0").mkdir()
+    (tmp_path / "runs/stored-C=1-seed0/metrics.csv").write_text(METRICS)
+    results["stores"]["stored:C=1"] = {"bytes": 180000, "crops": 1, "seconds": 45}
+    results["differences"].append(pair("stored:C=1", "stored", (-10.0, -12.0, -8.0), (-1.0, -2.0, 0.5)))
+    text = report.write(results, tmp_path)
+    assert "kNN, stored:C=1 minus stored: -10.00 points, 90 % paired-bootstrap interval -12.00 to -8.00.\n" in text
+    assert "The store of stored:C=1: 0.2 MB (150 bytes a crop)." in text
+    assert (tmp_path / "stores.png").read_bytes().startswith(b"\x89PNG")
+    assert "(stores.png)" in (tmp_path / "report.md").read_text()
+
+
 def test_writing_twice_gives_the_same_page(tmp_path: Path) -> None:
     results = make_results(tmp_path)
+    names = ("report.md", "report.html")
     report.write(results, tmp_path)
-    first = (tmp_path / "report.md").read_bytes()
+    first = [(tmp_path / name).read_bytes() for name in names]
     report.write(results, tmp_path)
-    assert (tmp_path / "report.md").read_bytes() == first
+    assert [(tmp_path / name).read_bytes() for name in names] == first
 
 
 def test_two_teachers_have_a_line_for_each_arm_and_what_both_give_over_one(tmp_path: Path) -> None:
@@ -112,13 +169,21 @@ def test_two_teachers_have_a_line_for_each_arm_and_what_both_give_over_one(tmp_p
             run = tmp_path / "runs" / f"{kind}-{names}-seed0"
             run.mkdir(parents=True)
             (run / "metrics.csv").write_text(METRICS)
-    gain = {"difference": 2.0, "low": -1.0, "high": 5.0, "equal": False}
-    results["gains"] = {f"stored:{name}": {"knn_top1": gain, "linear_top1": gain} for name in "AB"}
+    gain = (2.0, -1.0, 5.0)
+    results["differences"] = [
+        pair("stored:A+B", "online:A+B", (-1.0, -2.5, 0.5), (1.0, -0.5, 1.25)),
+        *(pair("stored:A+B", f"stored:{name}", gain, gain) for name in "AB"),
+    ]
+    results["stores"] = {f"stored:{name}": {"bytes": 360000, "crops": 2, "seconds": 90} for name in ("A", "B", "A+B")}
+    results["reached"]["seconds"] = {"stored:A+B": None, "online:A+B": 4.0}
     text = report.write(results, tmp_path)
     lines = [line.split(" | ")[0].removeprefix("| ") for line in text.splitlines() if line.startswith("| ")]
     trained = [f"{kind}:{names}" for kind in ("online", "stored") for names in ("A", "B", "A+B")]
     assert lines == ["arm", "teacher:A", "teacher:B", *trained, "untrained"]
     assert "kNN, stored:A+B minus online:A+B: -1.00 points" in text
-    assert "kNN, stored:A+B minus stored:B: +2.00 points, 90 % paired-bootstrap interval -1.00 to +5.00." in text
+    assert (
+        "kNN, stored:A+B minus stored:B: +2.00 points, 90 % paired-bootstrap interval -1.00 to +5.00: not shown equal" in text
+    )
+    assert "Not every training on stored targets reached kNN within 1.5 points" in text
     assert f"takes {42 / 102:.2f} of online's time" in text
     assert (tmp_path / "knn.png").read_bytes().startswith(b"\x89PNG")

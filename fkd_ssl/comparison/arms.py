@@ -1,0 +1,115 @@
+"""The arms of a comparison: what each is called, and the training that it is."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from fkd_ssl.comparison.config import CompareConfig
+from fkd_ssl.errors import RequestError, did_you_mean
+from fkd_ssl.training.config import TrainConfig, checkpoints_of, split
+
+Kind = Literal["stored", "online", "alone"]
+ON_STORED = "stored_crops"
+_FURTHER = (f"online:{ON_STORED}", "alone")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One way to train the student.
+
+    Attributes:
+        kind: Where its targets come from; `alone` has none.
+        detail: What tells it from others of its kind; empty where there is nothing to tell.
+        chosen: Which of the teachers it is trained from.
+        crops: Stored crops an image that it may use, where that is not all.
+        codec: Of its targets, where that is not the store's.
+        on_stored: The teacher runs online on the store's crops.
+    """
+
+    kind: Kind
+    detail: str = ""
+    chosen: tuple[int, ...] = (0,)
+    crops: int | None = None
+    codec: str | None = None
+    on_stored: bool = False
+
+    @property
+    def name(self) -> str:
+        """As tables have it: the kind, and what tells it from others."""
+        return f"{self.kind}:{self.detail}" if self.detail else self.kind
+
+    @property
+    def store(self) -> str:
+        """The folder of its store in the comparison's."""
+        return "store" if self.crops is None and self.codec is None else f"store-{self.detail.replace(',', '-')}"
+
+
+def run_name(arm: str, seed: int) -> str:
+    """The folder of an arm's run in a comparison's `runs`."""
+    return f"{re.sub('[:,]', '-', arm)}-seed{seed}"
+
+
+def arms_of(config: CompareConfig, columns: Sequence[str]) -> list[Arm]:
+    """The arms of a comparison; the last of `stored` and of `online`, of several teachers, is trained from all of them.
+
+    Raises:
+        RequestError: A further arm is unknown, named twice, or no other than one that there is.
+    """
+    sets: list[tuple[int, ...]] = [(0,)] if len(columns) == 1 else [(0,), (1,), (0, 1)]
+    details = ["" if len(columns) == 1 else "+".join(columns[k] for k in chosen) for chosen in sets]
+    kinds: tuple[Kind, Kind] = ("stored", "online")
+    arms = [Arm(kind=kind, detail=d, chosen=chosen) for kind in kinds for d, chosen in zip(details, sets, strict=True)]
+    for word in config.further_arms.split():
+        arm = _further(word, config, sets[-1])
+        if arm.name in [other.name for other in arms]:
+            raise RequestError(f"further_arms {word!r}: there is such an arm already")
+        arms.append(arm)
+    return arms
+
+
+def _further(word: str, config: CompareConfig, chosen: tuple[int, ...]) -> Arm:
+    """The arm that a word of `further_arms` names."""
+    kind, _, detail = word.partition(":")
+    if word == "alone":
+        return Arm(kind="alone", chosen=())
+    if word == _FURTHER[0]:
+        return Arm(kind="online", detail=detail, chosen=chosen, on_stored=True)
+    if kind != "stored" or not detail:
+        raise RequestError(
+            f"further_arms {word!r}: is unknown{did_you_mean(word, _FURTHER)}; there are {', '.join(_FURTHER)}, "
+            "stored:C=NUMBER and stored:CODEC"
+        )
+    if match := re.fullmatch(r"C=(\d+)", detail):
+        crops = int(match[1])
+        if not config.crops_per_image <= crops < config.stored_crops:
+            raise RequestError(
+                f"further_arms {word!r}: expected {config.crops_per_image} (--crops_per_image) to {config.stored_crops - 1} "
+                f"crops, fewer than the {config.stored_crops} of the store"
+            )
+        return Arm(kind="stored", detail=detail, chosen=chosen, crops=crops)
+    if len(chosen) > 1:
+        raise RequestError(f"further_arms {word!r}: codecs are compared for one teacher")
+    if detail == config.codec:
+        raise RequestError(f"further_arms {word!r}: the store has that codec")
+    return Arm(kind="stored", detail=detail, chosen=chosen, codec=detail)
+
+
+def training(arm: Arm, config: CompareConfig, seed: int, columns: Sequence[str]) -> TrainConfig:
+    """The training of an arm that has teachers, whose targets are in `columns`."""
+    own = {"out", "teacher", "teacher_weights", "checkpoint", "crops", "codec"}
+    shared = {f.name for f in fields(TrainConfig)} & {f.name for f in fields(CompareConfig)} - own
+    where: dict[str, Any] = {
+        "targets": arm.kind,
+        "teacher_weights": config.teacher_weights if len(arm.chosen) > 1 else None,
+        "store": str(Path(config.out) / arm.store) if arm.kind == "stored" or arm.on_stored else None,
+    }
+    if arm.kind == "stored":
+        where["teacher"] = ",".join(columns[k] for k in arm.chosen) if len(columns) > 1 else None
+    else:
+        files = [checkpoints_of(config.teacher, config.checkpoint)[k] for k in arm.chosen]
+        where["teacher"] = ",".join(split(config.teacher)[k] for k in arm.chosen)
+        where["checkpoint"] = ",".join(file or "" for file in files) if any(files) else None
+    out = str(Path(config.out) / "runs" / run_name(arm.name, seed))
+    return TrainConfig(out=out, seed=seed, **{key: getattr(config, key) for key in shared}, **where)

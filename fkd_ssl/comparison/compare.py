@@ -1,0 +1,290 @@
+"""Trains and scores the arms of a comparison, each once; what is there is not made again."""
+
+import math
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fkd_ssl import files, runs
+from fkd_ssl.commands import resolve
+from fkd_ssl.comparison.arms import Arm, arms_of, run_name, training
+from fkd_ssl.comparison.config import CompareConfig
+from fkd_ssl.comparison.scorer import PROBES, Scorer
+from fkd_ssl.energy import Meter
+from fkd_ssl.errors import FkdError, RequestError
+from fkd_ssl.eval import stats
+from fkd_ssl.eval.features import match_classes
+from fkd_ssl.images import ImageSet, scan
+from fkd_ssl.objectives import TargetInfo, make_objective
+from fkd_ssl.pretraining.config import PretrainConfig
+from fkd_ssl.pretraining.engine import check_pretraining, weights_of
+from fkd_ssl.store.codecs import code_size
+from fkd_ssl.store.precompute import precompute
+from fkd_ssl.store.reader import Store
+from fkd_ssl.store.recode import recode
+from fkd_ssl.store.subset import subset
+from fkd_ssl.students import check_student
+from fkd_ssl.teachers import Teacher
+from fkd_ssl.training.config import TrainConfig, checkpoints_of, split
+from fkd_ssl.training.engine import check_batch
+from fkd_ssl.training.recorder import read_metrics
+
+Log = Callable[[str], None]
+# what only a trained arm has
+_TRAINED = ("train_seconds", "teacher_forwards", "peak_memory_bytes", "epochs", "data_wait", "energy_joules")
+_UNTRAINED: dict[str, Any] = dict.fromkeys(_TRAINED)
+
+
+def compare(config: CompareConfig, log: Log = lambda message: None) -> dict[str, Any]:
+    """Runs what is missing of a comparison.
+
+    Args:
+        config: What is compared; `out` may hold the same comparison of other seeds and further arms.
+        log: Takes lines for the user.
+
+    Returns:
+        What its results.json says.
+
+    Raises:
+        RequestError: Something asked for cannot be; this is found before anything is written.
+        FkdError: An arm's training failed; called again, it continues.
+    """
+    images, val = scan(config.images), scan(config.val)
+    match_classes(images, val)
+    resolve.recipe_of(config.recipe)
+    check_student(config.student, config.pixels, head=config.head, stem=config.stem, width=config.width)
+    teachers = _teachers(config)
+    columns = [teacher.name for teacher in teachers]
+    arms = arms_of(config, columns)
+    for codec in {config.codec, *(arm.codec for arm in arms if arm.codec is not None)}:
+        for teacher in teachers:
+            code_size(codec, teacher.dim)
+    for arm in arms:
+        if arm.kind == "alone":
+            check_pretraining(_alone(config, "alone", seed=0, epochs=1), images)
+    check_batch(training(arms[0], config, 0, columns), len(images))
+
+    folder, _ = runs.open_run(config.out, config)
+    files.replace(folder / runs.CONFIG, runs.to_yaml(config).encode())  # perhaps other seeds and further arms
+    scorer = Scorer(config, folder / "scores", images, val)
+    lines: list[dict[str, Any]] = []
+    made: list[dict[str, Any] | None] = []
+    for teacher in teachers:
+        name = "teacher" if len(teachers) == 1 else f"teacher:{teacher.name}"
+        lines.append({"name": name, "seed": None, **scorer.score(name.replace(":", "-"), teacher.features), **_UNTRAINED})
+        took = folder / ("precompute.json" if len(teachers) == 1 else f"precompute-{teacher.name}.json")
+        made.append(_precompute(config, folder, images, teacher, took, log))
+    dim = teachers[0].dim
+    del teachers, teacher  # the trainings are processes of their own, and need the memory
+    whole = [cost for cost in made if cost is not None]
+    cost = {key: _sum([one[key] for one in whole]) for key in ("seconds", "joules")} if len(whole) == len(made) else {}
+    stores = {arm.name: _store(arm, folder, columns, cost, log) for arm in arms if arm.kind == "stored"}
+    for seed in range(config.seeds):
+        scores = scorer.score_untrained(run_name("untrained", seed), seed, dim)
+        lines.append({"name": "untrained", "seed": seed, **scores, **_UNTRAINED})
+        for arm in sorted(arms, key=lambda arm: arm.kind == "alone"):  # last: it gets the time that stored took
+            run = folder / "runs" / run_name(arm.name, seed)
+            log(f"== {arm.name}, seed {seed}: {run}")
+            if arm.kind == "alone":
+                trained, model = _train_alone(config, folder, seed, lines, cost, log)
+            else:
+                trained, model = _train(training(arm, config, seed, columns), run, log), resolve.model_of(str(run))
+            lines.append({"name": arm.name, "seed": seed, **scorer.score(run.name, model.features), **trained})
+    runs.finish(folder, _results(config, len(images), len(val), arms, lines, cost, stores, scorer))
+    return runs.read_results(folder)
+
+
+def done(config: CompareConfig) -> bool:
+    """Whether `out` holds just this comparison, with these seeds and further arms; raises RequestError as `runs.peek`."""
+    if runs.peek(config.out, config) != "done":
+        return False
+    found = runs.read_results(Path(config.out))["config"]
+    return all(found.get(key) == getattr(config, key) for key in ("further_arms", "seeds"))
+
+
+def _results(
+    config: CompareConfig,
+    images: int,
+    val: int,
+    arms: Sequence[Arm],
+    lines: Sequence[dict[str, Any]],
+    cost: dict[str, Any],
+    stores: dict[str, dict[str, Any]],
+    scorer: Scorer,
+) -> dict[str, Any]:
+    def difference(one: str, other: str) -> dict[str, Any]:
+        """Of two arms in each probe, with its interval."""
+        found: dict[str, Any] = {"arm": one, "minus": other}
+        for probe in PROBES:
+            a, b = (
+                np.stack([scorer.correct(run_name(name, seed), probe) for seed in range(config.seeds)]) for name in (one, other)
+            )
+            value, low, high = stats.paired_bootstrap(a, b)
+            found[probe] = {"difference": value, "low": low, "high": high, "equal": stats.equal(low, high)}
+        return found
+
+    def seconds(name: str) -> float:
+        return statistics.mean(line["train_seconds"] for line in lines if line["name"] == name)
+
+    plain = [arm for arm in arms if not (arm.on_stored or arm.crops or arm.codec)]
+    stored, online = ([arm.name for arm in plain if arm.kind == kind] for kind in ("stored", "online"))
+    pairs = [(stored[-1], online[-1])]
+    pairs += [(stored[-1], single) for single in stored[:-1]]
+    pairs += [(arm.name, online[-1]) for arm in arms if arm.on_stored]
+    pairs += [(stored[-1], arm.name) for arm in arms if arm.kind == "alone"]
+    pairs += [(arm.name, stored[-1]) for arm in arms if arm.crops or arm.codec]
+    saved, taken = seconds(online[-1]) - seconds(stored[-1]), cost.get("seconds")
+    pays = saved > 0 and taken is not None
+    return {
+        "config": config.__dict__,
+        "images": images,
+        "val_images": val,
+        "crops": config.stored_crops,
+        "arms": list(lines),
+        "differences": [difference(*pair) for pair in pairs],
+        "precompute_seconds": taken,
+        "precompute_joules": cost.get("joules"),
+        "stores": stores,
+        "break_even_students": math.ceil(taken / saved) if pays else None,
+        "break_even_epochs": taken / saved * config.epochs if pays else None,
+        "reached": _reached(config, online[-1], [arm.name for arm in arms if arm.kind != "alone"]),
+    }
+
+
+def _reached(config: CompareConfig, online: str, names: Sequence[str]) -> dict[str, Any]:
+    """How long each arm trained until its kNN was within the margin of online's last one: means over seeds, None for never."""
+    curves: dict[str, list[list[tuple[float, float]]]] = {name: [] for name in names}
+    for name in names:
+        for seed in range(config.seeds):
+            metrics = read_metrics(Path(config.out) / "runs" / run_name(name, seed) / "metrics.csv")
+            curves[name].append(
+                [(line["seconds"] or 0.0, line["knn_top1"]) for line in metrics if line["knn_top1"] is not None]
+            )
+    goal = statistics.mean(curve[-1][1] for curve in curves[online]) - stats.MARGIN
+    first = {name: [next((s for s, top1 in curve if top1 >= goal), None) for curve in curves[name]] for name in names}
+    return {
+        "knn_top1": goal,
+        "seconds": {name: None if None in times else statistics.mean(t for t in times if t) for name, times in first.items()},
+    }
+
+
+def _teachers(config: CompareConfig) -> list[Teacher]:
+    """The teachers on this machine's device; raises RequestError where two have one name, or one lacks what a loss needs."""
+    checkpoints = checkpoints_of(config.teacher, config.checkpoint)
+    teachers = [resolve.teacher_of(name, file) for name, file in zip(split(config.teacher), checkpoints, strict=True)]
+    if len({teacher.name for teacher in teachers}) != len(teachers):
+        raise RequestError(f"teacher {config.teacher}: two of one name; give one of them as module:function of another name")
+    for teacher in teachers:
+        about = TargetInfo(name=teacher.name, dim=teacher.dim, arrays=teacher.arrays)
+        make_objective(config.objective, about=about, queue=config.queue)
+    return teachers
+
+
+def _precompute(
+    config: CompareConfig, folder: Path, images: ImageSet, teacher: Teacher, took: Path, log: Log
+) -> dict[str, Any] | None:
+    """Makes a column of the comparison's store; returns `seconds` and `joules` of all of it, also when this call made a part.
+
+    They are kept in `took`. None where the column was finished by a call that was killed before it could note them.
+    """
+    meter = Meter()
+    summary = precompute(
+        images,
+        folder / "store",
+        teacher,
+        crops=config.stored_crops,
+        recipe=resolve.recipe_of(config.recipe),
+        codec=config.codec,
+        pixels=config.pixels,
+        threads=min(16, resolve.cpu_threads()),
+        log=log,
+    )
+    if summary.busy:
+        raise FkdError(f"{folder / 'store'}: another process is writing it; run the same compare again when that has ended")
+    if not took.exists() and summary.crops:
+        share, joules = len(images) * config.stored_crops / summary.crops, meter.read()
+        files.write_json(took, {"seconds": summary.seconds * share, "joules": None if joules is None else joules * share})
+    return files.read_json(took) if took.exists() else None
+
+
+def _store(arm: Arm, folder: Path, columns: Sequence[str], cost: dict[str, Any], log: Log) -> dict[str, Any]:
+    """Makes the store of an arm that needs one of its own; returns its `bytes`, and the `crops` an image that it holds.
+
+    `seconds` is what precomputing so many crops takes.
+    """
+    out = folder / arm.store
+    store = Store(folder / "store")
+    if arm.crops is not None:
+        log(f"{out}: the first {arm.crops} crops of {store.folder}")
+        store = subset(store, out, crops=arm.crops)
+    elif arm.codec is not None:
+        log(f"{out}: {store.folder} in {arm.codec}")
+        store = recode(store, arm.codec, name=columns[0], out=out).store
+    c = store.crops_per_image
+    whole = cost.get("seconds")
+    seconds = None if whole is None else whole * c / Store(folder / "store").crops_per_image
+    used = [column for k, column in enumerate(columns) if k in arm.chosen]
+    unused = sum(files.total_bytes(store.column(name).folder) for name in store.teachers if name not in used)
+    return {"bytes": files.total_bytes(store.folder) - unused, "crops": c, "seconds": seconds}
+
+
+def _train(config: TrainConfig, run: Path, log: Log) -> dict[str, Any]:
+    """Trains an arm in a process of its own, so that its memory and its clock are its own."""
+    results = _run_of("train", config, run, log)
+    return {key: results[key] for key in _TRAINED}
+
+
+def _train_alone(
+    config: CompareConfig, folder: Path, seed: int, lines: Sequence[dict[str, Any]], cost: dict[str, Any], log: Log
+) -> tuple[dict[str, Any], resolve.Model]:
+    """Trains the student without a teacher, for the time that the first stored one took with its precomputing."""
+    note = folder / "alone.json"
+    if not note.exists():
+        name = "alone-timed"
+        of_epoch = _run_of("pretrain", _alone(config, name, seed=0, epochs=1), folder / "runs" / name, log)["train_seconds"]
+        stored = next(line["train_seconds"] for line in lines if line["name"].startswith("stored"))
+        seconds = stored + (cost.get("seconds") or 0.0)
+        epochs = max(1, round(seconds / of_epoch))
+        files.write_json(note, {"seconds": seconds, "epoch_seconds": of_epoch, "epochs": epochs})
+    epochs = int(files.read_json(note)["epochs"])
+    run = folder / "runs" / run_name("alone", seed)
+    pretraining = _alone(config, run.name, seed=seed, epochs=epochs)
+    results = _run_of("pretrain", pretraining, run, log)
+    trained = {**_UNTRAINED, **{key: results[key] for key in ("train_seconds", "peak_memory_bytes")}}
+    weights = str(run / weights_of(pretraining))
+    network = ("teacher:mocov2", weights) if pretraining.is_teacher else (weights, None)
+    return {**trained, "teacher_forwards": 0, "epochs": epochs}, resolve.model_of(*network)
+
+
+def _alone(config: CompareConfig, name: str, *, seed: int, epochs: int) -> PretrainConfig:
+    """The training of the student without a teacher."""
+    return PretrainConfig(
+        images=config.images, out=str(Path(config.out) / "runs" / name), arch=config.student, stem=config.stem,
+        width=config.width, epochs=epochs, batch_size=config.batch_size, pixels=config.pixels, lr=config.alone_lr,
+        momentum=config.alone_momentum, seed=seed, workers=config.workers,
+    )  # fmt: skip
+
+
+def _run_of(verb: str, config: Any, run: Path, log: Log) -> dict[str, Any]:
+    """The results of a run of a verb, which is started as a process, or gone on with, unless it is done."""
+    if runs.peek(run, config) != "done":
+        run.parent.mkdir(exist_ok=True)
+        file = run.parent / f"{run.name}.yaml"
+        files.replace(file, runs.to_yaml(config).encode())
+        command = [sys.executable, "-P", "-m", "fkd_ssl", verb, "--config", str(file)]
+        ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)  # noqa: S603
+        if ended.returncode:
+            raise FkdError(f"{run}: training ended with status {ended.returncode}; the same compare continues it")
+        log(ended.stdout.strip())
+    return runs.read_results(run)
+
+
+def _sum(values: Sequence[float | None]) -> float | None:
+    """None where one of them is."""
+    known = [value for value in values if value is not None]
+    return sum(known) if len(known) == len(values) else None

@@ -1,0 +1,212 @@
+"""The report of a comparison: report.html, which is one file without a network, report.md, and the plots as PNGs."""
+
+import base64
+import dataclasses
+import shlex
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fkd_ssl import files
+from fkd_ssl.comparison import plots
+from fkd_ssl.comparison.arms import run_name
+from fkd_ssl.comparison.config import CompareConfig
+from fkd_ssl.errors import FkdError
+
+PROBE_NAMES = {"knn_top1": "kNN", "linear_top1": "linear probe"}
+TITLE = "Stored against online distillation"
+SHEET = "sheet.png"
+SHEET_CAPTION = (
+    "An image with the boxes of its first stored crops, these crops, and the crops of other images that are nearest to each "
+    "for the teacher, by the cosine of their stored targets"
+)
+_COLUMNS = (
+    "arm", "kNN top-1", "linear top-1", "mAP@R", "training seconds", "seconds an epoch", "waiting for data", "teacher forwards",
+    "peak memory",
+)  # fmt: skip
+
+
+def write(results: dict[str, Any], folder: Path) -> str:
+    """Writes report.html, report.md and plots beside a comparison's results.json; returns table and findings as text."""
+    import jinja2
+
+    table, findings = _table(results), _findings(results)
+    drawn = plots.draw_all(results, folder)
+    text = "\n".join([*_markdown(table), "", what(results), "", *(f"- {line}" for line in findings)])
+    config = {k: v for k, v in results["config"].items() if v not in (None, "") and k != "json"}
+    sheet, commands = _sheet(results, folder), _commands(results)
+    page = [
+        f"# {TITLE}", "", text, "",
+        *(line for plot in drawn for line in (f"![{plot.caption}]({plot.name}.png)", "")),
+        *([f"![{SHEET_CAPTION}]({SHEET})", ""] if sheet else []),
+        "## What was run", "", "```bash", *commands, "```", "",
+        *(f"- `{key}`: {value}" for key, value in config.items()),
+        *(f"- {name} {version}" for name, version in results["versions"].items()), "",
+    ]  # fmt: skip
+    files.replace(folder / "report.md", "\n".join(page).encode())
+    loader = jinja2.PackageLoader("fkd_ssl.comparison", ".")
+    environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    html = environment.get_template("report.html.jinja").render(
+        title=TITLE, what=what(results), table=table, findings=findings, plots=drawn, commands=commands, config=config,
+        versions=results["versions"], sheet=base64.b64encode(sheet).decode(), caption=SHEET_CAPTION,
+    )  # fmt: skip
+    files.replace(folder / "report.html", html.encode())
+    return text
+
+
+def what(results: dict[str, Any]) -> str:
+    """What was compared, in a sentence."""
+    config = results["config"]
+    seeds = f"{config['seeds']} seed{'s' if config['seeds'] > 1 else ''}"
+    return (
+        f"{config['student']}, {config['epochs']:g} epochs of one crop of {results['images']:,} images at "
+        f"{config['pixels']} px, {seeds}, {results['val_images']:,} test images."
+    )
+
+
+def names_of(results: dict[str, Any], kind: str) -> list[str]:
+    """The arms of one kind: `stored`, or of several teachers `stored:A`, `stored:B`, `stored:A+B`; then further ones."""
+    names = dict.fromkeys(arm["name"] for arm in results["arms"])
+    return [name for name in names if name.partition(":")[0] == kind]
+
+
+def headline(results: dict[str, Any]) -> tuple[str, str]:
+    """The arms that stand for stored and for online; of two teachers those of both."""
+    first = results["differences"][0]
+    return first["arm"], first["minus"]
+
+
+def _table(results: dict[str, Any]) -> list[list[str]]:
+    """A header, and a row an arm: the mean over seeds, and the deviation where there are several."""
+    rows = [list(_COLUMNS)]
+    energy = any(arm["energy_joules"] is not None for arm in results["arms"])
+    if energy:
+        rows[0].append("energy")
+    for name in [name for kind in ("teacher", "online", "stored", "alone", "untrained") for name in names_of(results, kind)]:
+        arms = [arm for arm in results["arms"] if arm["name"] == name]
+        cells = [name, *(_mean(arms, key, "{:.2f}") for key in ("knn_top1", "linear_top1", "map_at_r"))]
+        cells += [_mean(arms, "train_seconds", "{:.0f}"), _per_epoch(arms), _mean(arms, "data_wait", "{:.0%}")]
+        forwards = arms[0]["teacher_forwards"]
+        cells += ["" if forwards is None else f"{forwards:,}", _mean(arms, "peak_memory_bytes", "{:.0f} MB", 1e-6)]
+        rows.append(cells + ([_mean(arms, "energy_joules", "{:.0f} kJ", 1e-3)] if energy else []))
+    return rows
+
+
+def _mean(arms: Sequence[dict[str, Any]], key: str, form: str, factor: float = 1) -> str:
+    values = [arm[key] for arm in arms]
+    if None in values:
+        return ""
+    mean = form.format(factor * statistics.mean(values))
+    return mean if len(values) == 1 else f"{mean} ± {form.format(factor * statistics.stdev(values))}"
+
+
+def _per_epoch(arms: Sequence[dict[str, Any]]) -> str:
+    if arms[0]["train_seconds"] is None:
+        return ""
+    return _mean([{"seconds": arm["train_seconds"] / arm["epochs"]} for arm in arms], "seconds", "{:.2f}")
+
+
+def _markdown(table: Sequence[Sequence[str]]) -> list[str]:
+    head, *rows = (f"| {' | '.join(row)} |" for row in table)
+    return [head, f"|{'---|' * len(table[0])}", *rows]
+
+
+def _findings(results: dict[str, Any]) -> list[str]:
+    """What the comparison shows, a sentence each; no difference without its interval."""
+    lines = []
+    for pair in results["differences"]:
+        for probe, name in PROBE_NAMES.items():
+            d = pair[probe]
+            verdict = "equal within 1.5 points" if d["equal"] else "not shown equal within 1.5 points"
+            lines.append(
+                f"{name}, {pair['arm']} minus {pair['minus']}: {d['difference']:+.2f} points, 90 % paired-bootstrap interval "
+                f"{d['low']:+.2f} to {d['high']:+.2f}{'' if d['low'] > 1.5 or d['high'] < -1.5 else f': {verdict}'}."
+            )
+    stored, online = headline(results)
+    seconds = {
+        name: statistics.mean(arm["train_seconds"] for arm in results["arms"] if arm["name"] == name)
+        for name in (stored, online)
+    }
+    lines.append(
+        f"Training on stored targets takes {seconds[stored] / seconds[online]:.2f} of online's time "
+        f"({seconds[online] / seconds[stored]:.2f} times as fast)."
+    )
+    lines.append(_cost(results, stored))
+    for name, store in results["stores"].items():
+        if name not in (stored, *(pair["minus"] for pair in results["differences"][:3])):
+            lines.append(f"The store of {name}: {_size(results, store)}.")
+    lines.append(_reached(results, stored, online))
+    if names_of(results, "alone"):
+        lines.append(
+            "The arm alone has no teacher: MoCo v2 (lightly's parts) for as many epochs as take the time of precomputing and "
+            "of training on stored targets."
+        )
+    return lines
+
+
+def _cost(results: dict[str, Any], stored: str) -> str:
+    taken, joules = results["precompute_seconds"], results["precompute_joules"]
+    store = f"The store of {results['crops']} crops an image took {'?' if taken is None else f'{taken:.0f}'} s"
+    store += "" if joules is None else f", {joules / 1000:.0f} kJ"
+    store += f" and {_size(results, results['stores'][stored])}"
+    students, epochs = results["break_even_students"], results["break_even_epochs"]
+    if taken is None:
+        return f"{store}; it was finished by a run that was killed before it noted its time: no break-even."
+    if students is None:
+        return f"{store}; online was not slower here, so it never pays."
+    return (
+        f"{store}; it has paid for itself after {students} student{'s' if students > 1 else ''}, or {epochs:.0f} epochs of "
+        "students in all."
+    )
+
+
+def _size(results: dict[str, Any], store: dict[str, Any]) -> str:
+    crops = results["images"] * store["crops"]
+    return f"{store['bytes'] / 1e6:.1f} MB ({store['bytes'] / crops:.0f} bytes a crop)"
+
+
+def _reached(results: dict[str, Any], stored: str, online: str) -> str:
+    reached, taken = results["reached"], results["precompute_seconds"]
+    at = reached["seconds"]
+    goal = f"kNN within 1.5 points of online's last ({reached['knn_top1']:.2f} %)"
+    if at[stored] is None:
+        return f"Not every training on stored targets reached {goal}."
+    own = "" if at[online] is None else f"; online itself {at[online]:.0f} s"
+    first = "" if taken is None else f" ({at[stored] + taken:.0f} s with the precomputing before it)"
+    return f"Training on stored targets reached {goal} after {at[stored]:.0f} s{first}{own}."
+
+
+def _commands(results: dict[str, Any]) -> list[str]:
+    """The command of the comparison, and those of its trainings."""
+    config, usual = results["config"], {f.name: f.default for f in dataclasses.fields(CompareConfig)}
+    options = [f"--{k} {shlex.quote(str(v))}" for k, v in config.items() if k in usual and v != usual[k]]
+    runs = dict.fromkeys((arm["name"], arm["seed"]) for arm in results["arms"] if arm["train_seconds"] is not None)
+    of_runs = [(("pretrain" if name == "alone" else "train"), run_name(name, seed)) for name, seed in runs]
+    return [
+        f"fkd-ssl compare {' '.join(options)}",
+        *(f"fkd-ssl {verb} --config {shlex.quote(config.get('out', ''))}/runs/{run}.yaml" for verb, run in of_runs),
+    ]
+
+
+def _sheet(results: dict[str, Any], folder: Path) -> bytes:
+    """An image with its stored crops and their neighbours as PNG, drawn once; empty where store or images have gone."""
+    if (folder / SHEET).exists():
+        return (folder / SHEET).read_bytes()
+    if not (folder / "store").is_dir():
+        return b""
+    from fkd_ssl.commands import show
+    from fkd_ssl.store import open_store
+
+    store = open_store(folder / "store")
+    column = store.column(store.teachers[0])
+    asked = show.Config(
+        store=str(store.folder), images=results["config"]["images"], image=store.paths[int(column.rows[len(column.rows) // 2])],
+        teacher=column.name, crops=min(4, store.crops_per_image), neighbours=min(5, len(column.rows) - 1),
+    )  # fmt: skip
+    try:
+        picture, _ = show.sheet_of(asked, store)
+    except FkdError:
+        return b""
+    files.replace(folder / SHEET, picture)
+    return picture

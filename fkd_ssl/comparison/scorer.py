@@ -1,0 +1,79 @@
+"""kNN, linear probe and retrieval of a comparison's models; what has been scored is kept."""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from fkd_ssl import files
+from fkd_ssl.commands import resolve
+from fkd_ssl.comparison.config import CompareConfig
+from fkd_ssl.eval import knn, logreg, retrieval
+from fkd_ssl.eval.features import extract_split
+from fkd_ssl.images import ImageSet
+from fkd_ssl.students import Student
+
+PROBES = ("knn_top1", "linear_top1")
+"""The scores of which the correctness of every test image is kept."""
+
+
+class Scorer:
+    """Scores backbone features of a comparison's images.
+
+    Args:
+        config: Of the comparison.
+        folder: Where scores are kept.
+        images: Training images.
+        val: Test images.
+    """
+
+    def __init__(self, config: CompareConfig, folder: Path, images: ImageSet, val: ImageSet) -> None:
+        self.config = config
+        self.folder = folder
+        self.images = images
+        self.val = val
+        folder.mkdir(exist_ok=True)
+
+    def score(self, name: str, features: Callable[[Tensor], Tensor]) -> dict[str, Any]:
+        """`knn_top1`, `linear_top1` and `map_at_r` (test images sought among the training images) in percent."""
+        path = self.folder / f"{name}.json"
+        if path.exists():
+            return files.read_json(path)
+        split = extract_split(
+            features, self.images, self.val, pixels=self.config.pixels, workers=self.config.workers, progress=False
+        )
+        common: dict[str, Any] = {
+            "train_features": split.train_features,
+            "train_labels": split.train_labels,
+            "features": split.features,
+            "labels": split.labels,
+            "num_classes": len(split.classes),
+        }
+        neighbours = knn.evaluate_features(k=self.config.knn_k, **common)
+        probe = logreg.evaluate(progress=False, **common)
+        found = retrieval.evaluate(
+            gallery=split.train_features, gallery_labels=split.train_labels, queries=split.features, labels=split.labels
+        )
+        scores = {"knn_top1": neighbours["top1"], "linear_top1": probe["top1"], "map_at_r": found["map_at_r"]}
+        buffer = io.BytesIO()
+        np.save(buffer, np.stack([neighbours["correct"], probe["correct"]]))
+        files.replace(self.folder / f"{name}.npy", buffer.getvalue())
+        files.write_json(path, scores)
+        return scores
+
+    def score_untrained(self, name: str, seed: int, dim: int) -> dict[str, Any]:
+        """The scores of the student as training starts from it."""
+        torch.manual_seed(seed)
+        c = self.config
+        student = Student(c.student, dim, head=c.head, stem=c.stem, width=c.width)
+        return self.score(name, student.eval().to(resolve.device()).features)
+
+    def correct(self, name: str, probe: str) -> npt.NDArray[np.bool_]:
+        """Correctness of every test image: bool [n]."""
+        array: npt.NDArray[np.bool_] = np.load(self.folder / f"{name}.npy", allow_pickle=False)
+        return array[PROBES.index(probe)]

@@ -1,0 +1,49 @@
+"""The arms that a comparison has."""
+
+from typing import Any
+
+import pytest
+
+from fkd_ssl.comparison.arms import arms_of, run_name, training
+from fkd_ssl.comparison.config import CompareConfig
+from fkd_ssl.errors import RequestError
+
+
+def config(**changes: Any) -> CompareConfig:
+    options: dict[str, Any] = {"images": "i", "val": "v", "teacher": "mocov2", "checkpoint": "f", "out": "o", "epochs": 30}
+    return CompareConfig(**options | changes)
+
+
+def test_one_teacher() -> None:
+    arms = arms_of(config(further_arms="alone stored:OPQ16,PQ16x8  stored:C=4 online:stored_crops"), ["mocov2"])
+    names = ["stored", "online", "alone", "stored:OPQ16,PQ16x8", "stored:C=4", "online:stored_crops"]
+    assert [arm.name for arm in arms] == names
+    stores = ["store", "store", "store", "store-OPQ16-PQ16x8", "store-C=4", "store"]
+    assert [arm.store for arm in arms] == stores
+    assert run_name(arms[3].name, 2) == "stored-OPQ16-PQ16x8-seed2"
+
+
+def test_what_an_arm_trains_on() -> None:
+    asked = config(further_arms="stored:C=4 online:stored_crops", lr=0.5, batch_size=64)
+    trainings = {arm.name: training(arm, asked, 3, ["mocov2"]) for arm in arms_of(asked, ["mocov2"])}
+    found = {name: (t.targets, t.store, t.teacher, t.checkpoint) for name, t in trainings.items()}
+    assert found == {
+        "stored": ("stored", "o/store", None, None),
+        "online": ("online", None, "mocov2", "f"),
+        "stored:C=4": ("stored", "o/store-C=4", None, None),
+        "online:stored_crops": ("online", "o/store", "mocov2", "f"),
+    }
+    assert {(t.lr, t.batch_size, t.epochs, t.seed) for t in trainings.values()} == {(0.5, 64, 30, 3)}
+    assert trainings["online"].out == "o/runs/online-seed3"
+
+
+def test_two_teachers() -> None:
+    two = {"teacher": "mocov2,swav", "checkpoint": "f,g", "teacher_weights": "2,1", "further_arms": "stored:C=4 alone"}
+    arms = arms_of(config(**two), ["A", "B"])
+    kinds = [f"{kind}:{names}" for kind in ("stored", "online") for names in ("A", "B", "A+B")]
+    assert [arm.name for arm in arms] == [*kinds, "stored:C=4", "alone"]
+    first, both, online = (training(arms[k], config(**two), 0, ["A", "B"]) for k in (0, 2, 4))
+    assert (first.teacher, first.teacher_weights, both.teacher, both.teacher_weights) == ("A", None, "A,B", "2,1")
+    assert (online.teacher, online.checkpoint) == ("swav", "g")
+    with pytest.raises(RequestError, match="codecs are compared for one teacher"):
+        arms_of(config(**two | {"further_arms": "stored:SQ4"}), ["A", "B"])
