@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check format clean
+.PHONY: demo test check docs linkcheck format clean
 
 # torch and torchvision are installed plainly and together: a CPU-only torch cannot load the registry's torchvision
 $(VENV)/.installed: pyproject.toml setup.py
@@ -26,6 +26,15 @@ check: $(VENV)/.installed
 	rm -rf build dist
 	$(BIN)/python -m build --wheel --outdir dist . >/dev/null
 	$(BIN)/python tests/check_wheel.py dist
+	$(MAKE) docs
+
+# the site, in build/site/index.html; a warning is an error: a link or an anchor that is not there, a page in no table of contents
+docs: $(VENV)/.installed
+	$(BIN)/python -m sphinx -E -W --keep-going -q -b html docs build/site
+
+# the addresses of other sites; needs a network, so it is no part of check
+linkcheck: $(VENV)/.installed
+	$(BIN)/python -m sphinx -E -q -b linkcheck docs build/linkcheck
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .

@@ -1,0 +1,117 @@
+"""Draws the figure of README from the tables of docs/, so that no figure in it is typed by hand.
+
+    python benchmarks/figures.py --out docs/results/summary.svg
+
+Left: how fast a student trains with stored and with online targets, as a share of the bare student with its data in memory
+(docs/data.md, `benchmarks/training_speed.py`). Right: kNN accuracy of the students and their teacher
+(docs/results/imagenette.md, `fkd-ssl compare`). The greys are legible on a white and on a black page.
+"""
+
+import argparse
+from pathlib import Path
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+
+DOCS = Path(__file__).parents[1] / "docs"
+GREY, STORED, ONLINE, TEACHER = "#7d8794", "#2e8b57", "#d08a2e", "#5b7fb5"
+STYLE = {
+    "svg.hashsalt": "fkd_ssl", "text.color": GREY, "axes.labelcolor": GREY, "xtick.color": GREY, "ytick.color": GREY,
+    "axes.edgecolor": GREY, "font.size": 10, "axes.spines.top": False, "axes.spines.right": False,
+}  # fmt: skip
+
+Row = dict[str, str]
+
+
+def table(page: Path, *, first: str, **others: str) -> list[Row]:
+    """The rows of the table of a page whose first column is called `first` and which has the columns `others`."""
+    found: list[list[str]] = []
+    for line in [*page.read_text().splitlines(), ""]:
+        if line.startswith("|"):
+            found.append([cell.strip() for cell in line.strip("|").split("|")])
+            continue
+        if found and found[0][0] == first and set(others.values()) <= set(found[0]):
+            return [dict(zip(found[0], row, strict=True)) for row in found[2:]]
+        found = []
+    raise SystemExit(f"{page}: no table of {first}, {', '.join(others.values())}")
+
+
+def number(cell: str) -> float:
+    return float(cell.replace(",", "").replace("*", "").split("±")[0])
+
+
+def deviation(cell: str) -> float:
+    return float(cell.split("±")[1]) if "±" in cell else 0.0
+
+
+def speeds() -> list[tuple[str, float, float]]:
+    """Of each pair its name, and the speeds of stored and online training over the bare student's."""
+    rows = table(DOCS / "data.md", first="teacher", bare="bare", stored="stored, of bare", online="online")
+    return [
+        (
+            f"{row['teacher'].split(', random')[0]}\n→ {row['student']}",
+            number(row["stored, of bare"]),
+            number(row["online"]) / number(row["bare"]),
+        )
+        for row in rows
+    ]
+
+
+def accuracies() -> list[tuple[str, str, float, float]]:
+    """Of each arm its name, its colour, kNN top-1 and the deviation."""
+    cells = {row["arm"]: row["kNN top-1"] for row in table(DOCS / "results/imagenette.md", first="arm", knn="kNN top-1")}
+    colours = {"untrained": GREY, "online": ONLINE, "stored": STORED, "teacher": TEACHER}
+    return [
+        (arm if arm == "teacher" else f"student, {arm}", colour, number(cells[arm]), deviation(cells[arm]))
+        for arm, colour in colours.items()
+    ]
+
+
+def drawn() -> str:
+    """The numbers of the figure: they are in the file too, so that a test sees whether it is older than the tables."""
+    numbers = [value for _, *pair in speeds() for value in pair]
+    numbers += [value for _, _, *pair in accuracies() for value in pair]
+    return " ".join(f"{value:.2f}" for value in numbers)
+
+
+def draw_speeds(axes: Axes) -> None:
+    names, stored, online = zip(*speeds(), strict=True)
+    for label, colour, up, values in (("stored targets", STORED, 0.2, stored), ("online targets", ONLINE, -0.2, online)):
+        places = [up - k for k in range(len(names))]
+        axes.barh(places, values, height=0.36, color=colour, label=label)
+        for place, value in zip(places, values, strict=True):
+            axes.text(value + 0.02, place, f"{value:.2f}", va="center", color=GREY)
+    axes.set_yticks([-k for k in range(len(names))], names)
+    axes.set_xlim(0, 1.25)
+    axes.set_title("Training speed, of the bare student's", loc="left", fontsize=11)
+    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.4, -0.1), ncols=2)
+
+
+def draw_accuracies(axes: Axes) -> None:
+    arms = accuracies()
+    for k, (_, colour, value, error) in enumerate(arms):
+        axes.barh(-k, value, height=0.6, color=colour, xerr=error or None, ecolor=GREY)
+        axes.text(value + error + 1, -k, f"{value:.1f}", va="center", color=GREY)
+    axes.set_yticks([-k for k in range(len(arms))], [name for name, *_ in arms])
+    axes.set_xlim(0, 65)
+    axes.set_title("kNN top-1, Imagenette at 64 px, %", loc="left", fontsize=11)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="an SVG")
+    args = parser.parse_args()
+    with mpl.rc_context(STYLE):
+        figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.1), layout="constrained", width_ratios=(1.15, 1))
+        draw_speeds(left)
+        draw_accuracies(right)
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(args.out, transparent=True, metadata={"Date": None, "Description": drawn()})
+    print(args.out)
+
+
+if __name__ == "__main__":
+    main()
