@@ -425,7 +425,7 @@ class _Before:
         self._shard = shard
         m = column.store.manifest
         self._shape = (len(m.shard_rows(shard)), m.crops_per_image, column.meta.code_size)
-        self.counts = column.prefixes.get(shard, np.zeros(self._shape[0], dtype=np.int64))
+        self.counts = column.counts(shard) if shard in column.prefixes else np.zeros(self._shape[0], dtype=np.int64)
         self._ends = np.cumsum(m.crops_per_image - self.counts)
         self.owner = column.digest if shard not in column.prefixes else f"{column.digest} {column.sidecar(shard)['file']}"
 

@@ -133,6 +133,7 @@ class Column:
         if self.codec.code_size != meta.code_size:
             raise StoreError(f"{path}: code size {meta.code_size}, {meta.codec} has another")
         self._files = ShardFiles(self._finished, np.dtype(np.uint8), (meta.code_size,))
+        self._counts: dict[int, npt.NDArray[np.int64]] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (Store.column, (self.store, self.name))
@@ -166,19 +167,21 @@ class Column:
         return [s for s in range(self.store.manifest.shards) if f"codes-{s:05d}.json" not in there or s not in crops]
 
     @cached_property
-    def prefixes(self) -> dict[int, npt.NDArray[np.int64]]:
-        """Of how many first crops each row of a missing shard has codes: int64 [rows], of shards that were recorded in part."""
+    def prefixes(self) -> set[int]:
+        """Missing shards that were recorded in part; `counts` says how much of each."""
         there = set(os.listdir(self.folder))  # noqa: PTH208  (names, by the thousand)
-        return {s: self.counts(s) for s in self.missing_shards if f"prefix-{s:05d}.json" in there and self.store.has_crops(s)}
+        return {s for s in self.missing_shards if f"prefix-{s:05d}.json" in there and self.store.has_crops(s)}
 
     def counts(self, shard: int) -> npt.NDArray[np.int64]:
         """Of how many first crops each row of a shard that was recorded in part has codes: int64 [rows]."""
-        path = layout.prefix_file(self.store.folder, self.name, shard).with_suffix(".json")
-        rows, crops = len(self.store.manifest.shard_rows(shard)), files.read_json(path).get("crops")
-        most = self.store.crops_per_image
-        if not isinstance(crops, list) or len(crops) != rows or not all(type(n) is int and 0 <= n <= most for n in crops):
-            raise StoreError(f"{path}: expected {rows} numbers of crops from 0 to {most}; the file is damaged")
-        return np.array(crops, dtype=np.int64)
+        if shard not in self._counts:
+            path = layout.prefix_file(self.store.folder, self.name, shard).with_suffix(".json")
+            rows, crops = len(self.store.manifest.shard_rows(shard)), files.read_json(path).get("crops")
+            most = self.store.crops_per_image
+            if not isinstance(crops, list) or len(crops) != rows or not all(type(n) is int and 0 <= n <= most for n in crops):
+                raise StoreError(f"{path}: expected {rows} numbers of crops from 0 to {most}; the file is damaged")
+            self._counts[shard] = np.array(crops, dtype=np.int64)
+        return self._counts[shard]
 
     @cached_property
     def rows(self) -> npt.NDArray[np.int64]:
@@ -191,7 +194,7 @@ class Column:
         of_all = np.full(m.count, m.crops_per_image)
         for shard in self.missing_shards:
             place = m.shard_rows(shard)
-            of_all[place.start : place.stop] = self.prefixes.get(shard, 0)
+            of_all[place.start : place.stop] = self.counts(shard) if shard in self.prefixes else 0
         return of_all[rows]
 
     def require_complete(self) -> None:
@@ -226,7 +229,7 @@ class Column:
         """Codes uint8 [m, code_size] of the crops `index` of a row, read-only."""
         shard, within = self.store.locate(row)
         if shard in self.prefixes:  # rows of its file are as long as the longest one's
-            index = np.arange(self.prefixes[shard][within])[index]
+            index = np.arange(self.counts(shard)[within])[index]
         return self._files.read(shard, within, index)
 
     def shard(self, shard: int) -> UInt8Array:

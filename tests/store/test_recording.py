@@ -299,6 +299,18 @@ def test_verify_finds_damage_in_a_part(tmp_path, begin, train, change):
     assert "shard 1" in report.problems[0]
 
 
+@pytest.mark.parametrize("name", ["prefix-00001.npy", "prefix-00001.json"])
+def test_verify_samples_the_sound_shards_beside_a_damaged_part(tmp_path, begin, train, image_folder, new_teacher, name):
+    train(begin(), 0, 24 + 9).publish()
+    path = tmp_path / "store/targets/tiny" / name
+    path.write_bytes(path.read_bytes()[:-2] + b"  ")
+    report = verify(open_store(tmp_path / "store"), images.scan(image_folder), new_teacher(), sample=24)
+    assert len(report.problems) == 1
+    assert "prefix-00001" in report.problems[0]
+    assert report.checked["crops"] == 14
+    assert report.cosine["min"] > 0.999
+
+
 def test_verify_notes_and_samples_a_part(tmp_path, begin, train, image_folder, new_teacher):
     train(begin(), 0, 24 + 9).publish()
     report = verify(open_store(tmp_path / "store"), images.scan(image_folder), new_teacher(), sample=24)
