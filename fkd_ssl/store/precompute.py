@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from fkd_ssl import files
 from fkd_ssl.crops import CROP_DTYPE, Recipe
-from fkd_ssl.errors import FkdError, RequestError
+from fkd_ssl.errors import FkdError, RequestError, StoreError
 from fkd_ssl.images import ImageSet
 from fkd_ssl.progress import hidden
 from fkd_ssl.store import advice, work
@@ -364,6 +364,7 @@ class _Writer:
                 progress = stack.enter_context(work.open_work(work.shard_file(codes), before.owner))
                 if progress is None or codes.with_suffix(".json").exists():
                     continue
+                before.check()
                 self._bar.update(progress.crops)
                 held.append((column, progress, before, progress.crops))
                 lanes.append(self._lane(request, column, progress, before))
@@ -428,6 +429,18 @@ class _Before:
         self.counts = column.counts(shard) if shard in column.prefixes else np.zeros(self._shape[0], dtype=np.int64)
         self._ends = np.cumsum(m.crops_per_image - self.counts)
         self.owner = column.digest if shard not in column.prefixes else f"{column.digest} {column.sidecar(shard)['file']}"
+
+    def check(self) -> None:
+        """Raises StoreError where it is damaged: published again, the damage would have a checksum of its own."""
+        if self._shard not in self._column.prefixes:
+            return
+        path = self._column.file(self._shard)
+        self._column.shard(self._shard)
+        if files.sha256_file(path) != self._column.sidecar(self._shard)["file"]:
+            raise StoreError(
+                f"{path}: altered: its sha256 is not its sidecar's; delete it and its .json and run the same precompute again: "
+                "the teacher is asked for these crops too"
+            )
 
     def where(self, crops: int) -> tuple[int, int]:
         """Position of the row where `crops` of the rest end, and how many of them are in that row."""
