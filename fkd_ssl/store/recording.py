@@ -51,15 +51,10 @@ class Recording:
                 f"--record {column.store.folder}: it plans {m.crops_per_image} crops an image, which is no multiple of "
                 f"crops_per_image {block}"
             )
-        if not is_recorded(column) and len(column.missing_shards) < m.shards:
+        if is_published(column):
             raise RequestError(
                 f"--record {column.store.folder}: it holds targets of {column.name} already: train on them with --targets "
-                "stored, or have them finished by fkd-ssl precompute"
-            )
-        if column.prefixes and not is_recorded(column):
-            raise RequestError(
-                f"--record {column.store.folder}: a training recorded a part of {column.name} there: fkd-ssl precompute "
-                "finishes it; or choose another store"
+                "stored, have them finished by fkd-ssl precompute, or choose another store"
             )
         self._file = os.open(column.folder / _WORK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
         if not locked(self._file):
@@ -117,7 +112,7 @@ class Recording:
         for shard in tqdm(shards, desc="store", unit="shard", disable=hidden(show=m.shards > 50)):
             self._publish(shard)
             os.ftruncate(self._file, shard * m.rows_per_shard * self._row_bytes)  # so a disk never holds both copies of all
-        for name in (_JOURNAL, _WORK):
+        for name in (_WORK, _JOURNAL):
             (self.column.folder / name).unlink(missing_ok=True)
         files.sync_folder(self.column.folder)
         self.column = Store(store.folder).column(self.column.name)
@@ -161,6 +156,12 @@ class Recording:
 def is_recorded(column: Column) -> bool:
     """Whether a training has begun to record a column and has not ended."""
     return (column.folder / _JOURNAL).exists()
+
+
+def is_published(column: Column) -> bool:
+    """Whether a column holds targets, and no training is recording it."""
+    some = bool(column.prefixes) or len(column.missing_shards) < column.store.manifest.shards
+    return some and not is_recorded(column)
 
 
 def publish_left(column: Column) -> bool:

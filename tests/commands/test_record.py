@@ -109,6 +109,34 @@ def test_a_killed_training_goes_on(work: Path, call: Any) -> None:
     assert files_of(work / "new") == files_of(work / "whole")
 
 
+@pytest.mark.parametrize("published", [1, 2])
+def test_a_run_that_was_killed_while_its_store_was_published_ends(
+    work: Path, call: Any, monkeypatch: pytest.MonkeyPatch, published: int
+) -> None:
+    """After the first of two teachers' targets, or after both, before the run knew that it was done."""
+    from fkd_ssl.store.recording import Recording
+
+    line = f"{LINE.replace('own_teacher:make', 'own_teacher:make,own_teacher:other')} --epochs 3 --crops 6"
+    assert call(f"{line} --record whole --out whole_run").status == 0
+    publish, done = Recording.publish, []
+
+    def killed(self: Recording) -> None:
+        publish(self)
+        done.append(self.column.name)
+        if len(done) == published:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Recording, "publish", killed)
+        assert call(f"{line} --record new --out run").status == 130
+    status, _, err = call(f"{line} --record new --out run")
+    assert status == 0
+    assert "targets/make: its targets are in the store, nothing is left to record: a training recorded 2 to 4 of 6" in err
+    assert (work / "run/results.json").exists()
+    assert files_of(work / "new") == files_of(work / "whole")
+    assert losses(work / "run") == losses(work / "whole_run")
+
+
 def test_a_part_is_finished_by_the_command_that_is_named(work: Path, call: Any) -> None:
     status, _, err = call(f"{LINE} --epochs 3 --crops 8 --record new --out first")
     assert status == 0
