@@ -26,7 +26,7 @@ from fkd_ssl.store import manifest as layout
 from fkd_ssl.store.codecs import Float32Array, code_size
 from fkd_ssl.store.columns import Request, check_sample, open_or_train, sample_targets
 from fkd_ssl.store.reader import Column, Store
-from fkd_ssl.store.recording import publish_left
+from fkd_ssl.store.recording import publish_left, recorded_bytes
 from fkd_ssl.store.rows import Row, RowReader, Teacher, image_checksums, publish_crops
 from fkd_ssl.store.sweep import Lane, sweep
 
@@ -284,9 +284,12 @@ def _announce(folder: Path, count: int, crops: int, requests: Sequence[Request])
     sizes = [code_size(request.codec, request.teacher.dim) for request in requests]
     needed = count * crops * (CROP_DTYPE.itemsize + sum(sizes))
     own = [*(folder / layout.CROPS).glob("*.npy")]
+    recorded = 0
     for request in requests:
-        own += (folder / layout.TARGETS / request.name).glob("codes-*.npy")
-    missing = needed - sum(path.stat().st_size for path in own)
+        column = folder / layout.TARGETS / request.name
+        own += [*column.glob("codes-*.npy"), *column.glob("prefix-*.npy")]
+        recorded += recorded_bytes(column)
+    missing = needed - recorded - sum(path.stat().st_size for path in own)
     disk = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     free = shutil.disk_usage(disk).free
     if missing > free:

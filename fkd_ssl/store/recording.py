@@ -46,7 +46,7 @@ class Recording:
         self.column = column
         self._block = block
         m = column.store.manifest
-        if m.crops_per_image % block:
+        if block < 1 or m.crops_per_image % block:
             raise RequestError(
                 f"--record {column.store.folder}: it plans {m.crops_per_image} crops an image, which is no multiple of "
                 f"crops_per_image {block}"
@@ -56,7 +56,7 @@ class Recording:
                 f"--record {column.store.folder}: it holds targets of {column.name} already: train on them with --targets "
                 "stored, have them finished by fkd-ssl precompute, or choose another store"
             )
-        self._file = os.open(column.folder / _WORK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+        self._file = files.plain_descriptor(column.folder / _WORK, os.O_RDWR | os.O_CREAT)
         if not locked(self._file):
             os.close(self._file)
             raise RequestError(f"{column.folder}: another process records this column now")
@@ -156,6 +156,12 @@ class Recording:
 def is_recorded(column: Column) -> bool:
     """Whether a training has begun to record a column and has not ended."""
     return (column.folder / _JOURNAL).exists()
+
+
+def recorded_bytes(folder: Path) -> int:
+    """What the recording of a column takes on the disk now; its file is sparse."""
+    path = folder / _WORK
+    return 512 * path.stat().st_blocks if path.exists() else 0
 
 
 def is_published(column: Column) -> bool:

@@ -1,7 +1,9 @@
 """What a training's teacher says becomes a column, complete or of first crops, whatever is killed; precompute finishes it."""
 
 import os
+import shutil
 import signal
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -186,6 +188,23 @@ def test_a_killed_training_goes_on(tmp_path, begin, train, tree):
     assert tree(tmp_path / "store") == tree(tmp_path / "other")
 
 
+def test_a_disk_that_the_recording_fills_is_no_reason_to_refuse(tmp_path, begin, train, finish, new_teacher, monkeypatch):
+    """What was recorded becomes the store: only the rest needs room."""
+    free = 0
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    with pytest.raises(FkdError, match="the disk has 0 bytes free"):
+        begin()
+    free = 10**6
+    recording = train(begin(), 0, 24 + 9)
+    recording.sync()
+    recording.close()
+    free = (24 * CROPS - 33 * BLOCK) * 16
+    recording = begin()
+    recording.publish()
+    recording.close()
+    assert finish(new_teacher()).crops == 24 * CROPS - 33 * BLOCK
+
+
 def test_a_kill_while_publishing(tmp_path, begin, train, tree, monkeypatch):
     train(begin("other"), 0, 24 * 3).publish()
     recording = train(begin(), 0, 24 * 3)
@@ -361,7 +380,7 @@ def test_a_part_of_a_part(tmp_path, begin, train, whole):
         recode(store, "SQ4")
 
 
-@pytest.mark.parametrize("values", ["no", {"block": 2}, {"block": 3}, {"counts": "AAAA"}, {"counts": "é"}])
+@pytest.mark.parametrize("values", ["no", {"block": 2}, {"block": 3}, {"block": 0}, {"counts": "AAAA"}, {"counts": "é"}])
 def test_a_strange_journal(tmp_path, begin, train, finish, new_teacher, values):
     recording = train(begin(), 0, 24)
     recording.sync()
@@ -379,6 +398,24 @@ def test_a_strange_journal(tmp_path, begin, train, finish, new_teacher, values):
         begin()
     with pytest.raises((StoreError, RequestError)):
         finish(new_teacher())
+
+
+def test_a_strangers_link_is_not_written_through(tmp_path, begin, train, finish, new_teacher):
+    """In the place of the file of a recording, or of a shard's progress: what it leads to would be cut."""
+    recording = train(begin(), 0, 24)
+    recording.sync()
+    recording.close()
+    (tmp_path / "mine").write_text("precious")
+    for name in (".record", ".work-codes-00000"):
+        path = tmp_path / "store/targets/tiny" / name
+        was = path.rename(tmp_path / "was") if path.exists() else None
+        path.symlink_to(tmp_path / "mine")
+        with pytest.raises(StoreError, match="a symbolic link"):
+            finish(new_teacher())
+        assert (tmp_path / "mine").read_text() == "precious"
+        path.unlink()
+        if was is not None:
+            was.rename(path)
 
 
 def test_a_killed_process_lets_go(tmp_path, begin, train):
