@@ -11,8 +11,8 @@ import pytest
 from fkd_ssl import files, images
 from fkd_ssl.crops import RECIPES
 from fkd_ssl.data import RecordedCrops, StoredCrops
-from fkd_ssl.errors import FkdError, RequestError, StoreError
-from fkd_ssl.store import manifest, open_store
+from fkd_ssl.errors import FkdError, ImageError, RequestError, StoreError
+from fkd_ssl.store import columns, manifest, open_store
 from fkd_ssl.store.precompute import precompute, prepare
 from fkd_ssl.store.recode import recode
 from fkd_ssl.store.recording import Recording, is_recorded, publish_left
@@ -288,6 +288,17 @@ def test_unreadable_images(tmp_path, begin, train, pictures):
     column.require_complete()
     assert 3 not in column.rows
     assert verify(column.store).problems == []
+
+
+def test_an_image_that_cannot_be_decoded_is_found_before_the_training(begin, pictures, monkeypatch):
+    """A store that counted it as readable could not be gone on with when the training comes to it."""
+    monkeypatch.setattr(columns, "sample_size", lambda codec: 8)
+    paths = images.scan(pictures).paths
+    last = paths[manifest.in_hash_order(paths, "codec 0")[-1]]  # no part of the codec's sample
+    (pictures / last).write_bytes((pictures / last).read_bytes()[:-400])
+    with pytest.raises(ImageError, match=f"{last}.*remove it or pass --on_unreadable skip"):
+        begin(images=pictures)
+    assert len(begin(images=pictures, skip_unreadable=True).column.store) == 23
 
 
 @pytest.mark.parametrize("change", ["flip", "shorten", "sidecar", "counts"])
