@@ -158,6 +158,8 @@ def create(
         RequestError: The folder holds something else.
         ImageError: A header cannot be read, unless `skip_unreadable`.
     """
+    if folder.exists() and not folder.is_dir():
+        raise RequestError(f"{folder}: is a file, no folder for a store; choose another name")
     there = {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")} if folder.is_dir() else set()
     foreign = there - {MANIFEST, IMAGES, SIZES, CROPS, TARGETS}  # the manifest, where another process was faster
     if foreign:

@@ -211,6 +211,11 @@ def test_a_resumed_run_whose_store_was_finished_meanwhile(work: Path, call: Any,
         ("--codec SQ9", "SQ9"),
         ("--codec PQ4x12", "needs at least"),
         ("--record train", "is not a store"),
+        ("--record own_teacher.py", "is a file"),
+        ("--record=", "an empty name for a store"),
+        ("--record run", "none in the other"),
+        ("--record run/new", "none in the other"),
+        ("--record new --out new/run", "none in the other"),
     ],
 )
 def test_what_is_refused_before_anything_is_written(work: Path, call: Any, options: str, said: str) -> None:
