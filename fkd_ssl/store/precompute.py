@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -176,7 +176,8 @@ def prepare(
 ) -> list[Column]:
     """Plans a store as `precompute` would, for teachers whose targets will be recorded: all of it but the codes.
 
-    Arguments and errors as of `precompute`.
+    Arguments and errors as of `precompute`; a column that is there keeps its chunk_size, which is that of a training's
+    batches on as many processes as began it.
 
     Returns:
         Each teacher's column, of a store that has all crops.
@@ -186,6 +187,10 @@ def prepare(
         images, Path(folder), requests, crops=crops, recipe=recipe, seed=seed, skip_unreadable=skip_unreadable, threads=threads,
         progress=True, log=log,
     )  # fmt: skip
+    requests = [
+        replace(request, chunk_size=store.column(request.name).meta.chunk_size) if request.name in store.teachers else request
+        for request in requests
+    ]
     reader = RowReader(store, images, skip_unreadable, ahead=threads + 1)
     with ThreadPoolExecutor(threads) as pool:
         open_or_train(store, requests, reader, pool, log)
