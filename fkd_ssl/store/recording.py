@@ -8,6 +8,7 @@ file of codes, or, where not all C crops of its images were used, of the first o
 import base64
 import fcntl
 import os
+import time
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -26,6 +27,7 @@ from fkd_ssl.store.reader import Column, Store
 from fkd_ssl.store.work import locked
 
 _WORK, _JOURNAL = ".record", ".record.json"
+_PATIENCE = 10.0  # seconds: processes that read images notice after 5 that their training was killed, and hold its lock so long
 
 
 class Recording:
@@ -56,11 +58,12 @@ class Recording:
                 f"--record {column.store.folder}: it holds targets of {column.name} already: train on them with --targets "
                 "stored, have them finished by fkd-ssl precompute, or choose another store"
             )
-        self._file = files.plain_descriptor(column.folder / _WORK, os.O_RDWR | os.O_CREAT)
-        if not locked(self._file):
+        self._file = _taken(column)
+        try:
+            self.counts = _read_journal(column, block)
+        except StoreError:
             os.close(self._file)
-            raise RequestError(f"{column.folder}: another process records this column now")
-        self.counts = _read_journal(column, block)
+            raise
         self._row_bytes = m.crops_per_image * column.meta.code_size
 
     def add(self, places: npt.NDArray[np.int64], targets: Float32Array) -> None:
@@ -192,6 +195,19 @@ def publish_left(column: Column) -> bool:
         finally:
             recording.close()
     return True
+
+
+def _taken(column: Column) -> int:
+    """A descriptor of the file of a column's recording, which no other process has; raises RequestError where one has it."""
+    path, end = column.folder / _WORK, time.monotonic() + _PATIENCE
+    while True:
+        file = files.plain_descriptor(path, os.O_RDWR | os.O_CREAT)
+        if locked(file) and path.exists() and os.path.samestat(path.stat(), os.fstat(file)):
+            return file
+        os.close(file)
+        if time.monotonic() > end:
+            raise RequestError(f"{column.folder}: another process records this column now; wait for it, or stop it")
+        time.sleep(0.1)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +13,7 @@ from fkd_ssl import files, images
 from fkd_ssl.crops import RECIPES
 from fkd_ssl.data import RecordedCrops, StoredCrops
 from fkd_ssl.errors import FkdError, ImageError, RequestError, StoreError
-from fkd_ssl.store import columns, manifest, open_store
+from fkd_ssl.store import columns, manifest, open_store, recording
 from fkd_ssl.store.precompute import precompute, prepare
 from fkd_ssl.store.recode import recode
 from fkd_ssl.store.recording import Recording, is_recorded, publish_left
@@ -27,6 +28,7 @@ ORDER = np.random.default_rng(0).permutation(24)
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
     monkeypatch.setattr(manifest, "ROWS_PER_SHARD", 10)
+    monkeypatch.setattr(recording, "_PATIENCE", 0.0)
 
 
 @pytest.fixture
@@ -427,6 +429,19 @@ def test_a_strangers_link_is_not_written_through(tmp_path, begin, train, finish,
         path.unlink()
         if was is not None:
             was.rename(path)
+
+
+def test_readers_that_outlive_a_killed_training_are_waited_for(begin, monkeypatch):
+    """They are forks of it, and hold its lock until they notice."""
+    monkeypatch.setattr(recording, "_PATIENCE", 30.0)
+    held = begin()
+    child = os.fork()
+    if not child:
+        time.sleep(1)
+        os._exit(0)
+    held.close()
+    begin().close()
+    os.waitpid(child, 0)
 
 
 def test_a_killed_process_lets_go(tmp_path, begin, train):
