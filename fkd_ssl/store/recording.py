@@ -6,6 +6,7 @@ file of codes, or, where not all C crops of its images were used, of the first o
 """
 
 import base64
+import errno
 import fcntl
 import os
 import time
@@ -88,7 +89,7 @@ class Recording:
                 )
             shard, within = self.column.store.locate(row)
             blocks_before = first // self._block * len(m.shard_rows(shard)) + within
-            os.pwrite(self._file, code.data, shard * m.rows_per_shard * self._row_bytes + blocks_before * unit)
+            self._write(code, shard * m.rows_per_shard * self._row_bytes + blocks_before * unit)
             self.counts[row] = max(self.counts[row], first + self._block)
 
     def sync(self) -> None:
@@ -124,6 +125,15 @@ class Recording:
         """Lets another process have the column."""
         os.close(self._file)
 
+    def _write(self, code: UInt8Array, place: int) -> None:
+        """Writes a block; raises OSError, with the file's name, where the disk is full or fails."""
+        try:
+            full = errno.ENOSPC if os.pwrite(self._file, code.data, place) < code.nbytes else 0
+        except OSError as error:
+            full = error.errno or errno.EIO
+        if full:
+            raise OSError(full, os.strerror(full), str(self.column.folder / _WORK))
+
     def _publish(self, shard: int) -> None:
         store, m = self.column.store, self.column.store.manifest
         rows = m.shard_rows(shard)
@@ -142,7 +152,7 @@ class Recording:
         files.write_json(path.with_suffix(".json"), values if path == whole else {**values, "crops": counts.tolist()})
 
     def _codes(self, shard: int, crops: int) -> UInt8Array:
-        """The first codes of each row of a shard: uint8 [rows, crops, code size]."""
+        """The first codes of each row of a shard: uint8 [rows, crops, code size]; StoreError where some are gone."""
         m, size = self.column.store.manifest, self.column.meta.code_size
         rows, blocks = len(m.shard_rows(shard)), -(-crops // self._block)
         length, begin = blocks * rows * self._block * size, shard * m.rows_per_shard * self._row_bytes
@@ -152,6 +162,12 @@ class Recording:
             view, done = memoryview(codes.data), 0
             while done < length and (count := file.readinto(view[done:])):
                 done += count
+        last = -(-self.counts[m.shard_rows(shard)] // self._block) - 1  # block of each row
+        if done < np.where(last < 0, 0, last * rows + np.arange(rows) + 1).max() * self._block * size:
+            raise StoreError(
+                f"{self.column.folder / _WORK}: shorter than {_JOURNAL} counts: restore it from a copy, or delete both, and what "
+                "was recorded is lost"
+            )
         by_row = codes.reshape(blocks, rows, self._block, size).transpose(1, 0, 2, 3)
         return by_row.reshape(rows, blocks * self._block, size)[:, :crops].copy()
 
@@ -168,8 +184,9 @@ def recorded_bytes(folder: Path) -> int:
 
 
 def is_published(column: Column) -> bool:
-    """Whether a column holds targets, and no training is recording it."""
-    some = bool(column.prefixes) or len(column.missing_shards) < column.store.manifest.shards
+    """Whether a column holds targets, or precompute has begun them, and no training is recording it."""
+    begun = column.prefixes or any(column.folder.glob(".work-codes-*"))
+    some = bool(begun) or len(column.missing_shards) < column.store.manifest.shards
     return some and not is_recorded(column)
 
 
@@ -179,12 +196,15 @@ def publish_left(column: Column) -> bool:
     Raises:
         RequestError: The training is still running.
     """
-    if not is_recorded(column):
+    journal, work = column.folder / _JOURNAL, column.folder / _WORK
+    if not journal.exists() and not work.exists():
         return False
-    journal = column.folder / _JOURNAL
     with _alone(column.folder):
-        if not journal.exists():  # another process did it meanwhile
-            return True
+        if not journal.exists():  # another process did it meanwhile, or a training is before its first checkpoint
+            if work.exists():
+                os.close(_taken(column))
+                work.unlink()
+            return False
         try:
             block = int(files.read_json(journal)["block"])
         except (KeyError, TypeError, ValueError) as error:

@@ -239,6 +239,28 @@ def test_precompute_takes_what_a_training_left(tmp_path, begin, train, finish, n
     assert not publish_left(open_store(tmp_path / "store").column())
 
 
+def test_precompute_leaves_a_training_alone_that_made_no_checkpoint_yet(tmp_path, begin, train, finish, new_teacher):
+    recording = train(begin(), 0, 4)
+    with pytest.raises(RequestError, match="another process records"):
+        finish(new_teacher())
+    recording.close()
+    assert finish(new_teacher()).crops == 24 * CROPS  # nothing counts on what it gave
+    assert not list((tmp_path / "store/targets/tiny").glob(".*"))
+
+
+def test_a_column_that_precompute_began_is_not_recorded(begin, finish, new_teacher):
+    class Dies(type(new_teacher())):
+        def embed(self, crops):
+            if self.calls == 20:
+                raise KeyboardInterrupt
+            return super().embed(crops)
+
+    with pytest.raises(KeyboardInterrupt):
+        finish(Dies())
+    with pytest.raises(RequestError, match="holds targets of tiny already"):
+        begin()
+
+
 def test_no_two_record_one_column(begin):
     recording = begin()
     with pytest.raises(RequestError, match="another process records"):
@@ -364,14 +386,26 @@ def test_precompute_does_not_publish_damage(tmp_path, begin, train, finish, new_
     assert verify(open_store(tmp_path / "store")).problems == []
 
 
-def test_repair_leaves_the_rest_to_precompute(tmp_path, begin, train, image_folder, new_teacher, finish):
+def test_repair_makes_crops_of_a_part_again(tmp_path, begin, train, image_folder, tree):
+    train(begin(), 0, 24 + 9).publish()
+    before = tree(tmp_path / "store")
+    for damaged in ("00001.npy", "00001.json"):
+        (tmp_path / "store/crops" / damaged).write_text("damaged")
+    store = open_store(tmp_path / "store")
+    repair(store, verify(store).damage, images.scan(image_folder))
+    assert tree(tmp_path / "store") == before
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".json"])
+def test_repair_leaves_the_rest_to_precompute(tmp_path, begin, train, image_folder, new_teacher, finish, suffix):
     train(begin(), 0, 24 + 9).publish()
     path = tmp_path / "store/targets/tiny/prefix-00001.npy"
-    path.write_bytes(path.read_bytes()[:-1])
+    damaged = path.with_suffix(suffix)
+    damaged.write_bytes(damaged.read_bytes()[:-1])
     said = []
     store = open_store(tmp_path / "store")
     repair(store, verify(store).damage, images.scan(image_folder), new_teacher(), log=said.append)
-    assert "precompute into this store finishes it" in said[0]
+    assert "delete the damaged files, and precompute into this store makes those crops" in said[0]
     for name in ("npy", "json"):
         path.with_suffix(f".{name}").unlink()
     assert finish(new_teacher()).crops > 0
@@ -411,6 +445,28 @@ def test_a_strange_journal(tmp_path, begin, train, finish, new_teacher, values):
         begin()
     with pytest.raises((StoreError, RequestError)):
         finish(new_teacher())
+
+
+def test_a_file_that_was_cut_is_not_published_as_zeros(tmp_path, begin, train, finish, new_teacher):
+    recording = train(begin(), 0, 24 + 9)
+    recording.sync()
+    recording.close()
+    path = tmp_path / "store/targets/tiny/.record"
+    os.truncate(path, path.stat().st_size - 1)
+    for _ in range(2):
+        with pytest.raises(StoreError, match=r"shorter than .record.json"):
+            finish(new_teacher())
+        path.unlink(missing_ok=True)
+    (path.parent / ".record.json").unlink()
+    assert finish(new_teacher()).crops == 24 * CROPS
+
+
+def test_a_full_disk_is_named(tmp_path, begin, train, monkeypatch):
+    recording = begin()
+    monkeypatch.setattr(os, "pwrite", lambda *_: 3)
+    with pytest.raises(OSError, match=r"No space left on device.*targets/tiny/\.record"):
+        train(recording, 0, 4)
+    assert recording.counts.sum() == 0
 
 
 def test_a_strangers_link_is_not_written_through(tmp_path, begin, train, finish, new_teacher):
