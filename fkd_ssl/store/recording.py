@@ -165,8 +165,8 @@ class Recording:
         last = -(-self.counts[m.shard_rows(shard)] // self._block) - 1  # block of each row
         if done < np.where(last < 0, 0, last * rows + np.arange(rows) + 1).max() * self._block * size:
             raise StoreError(
-                f"{self.column.folder / _WORK}: shorter than {_JOURNAL} counts: restore it from a copy, or delete both, and what "
-                "was recorded is lost"
+                f"{self.column.folder / _WORK}: shorter than {_JOURNAL} counts: restore it from a copy, or delete both, and "
+                "what was recorded is lost"
             )
         by_row = codes.reshape(blocks, rows, self._block, size).transpose(1, 0, 2, 3)
         return by_row.reshape(rows, blocks * self._block, size)[:, :crops].copy()
