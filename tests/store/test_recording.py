@@ -325,6 +325,19 @@ def test_an_image_that_cannot_be_decoded_is_found_before_the_training(begin, pic
     assert len(begin(images=pictures, skip_unreadable=True).column.store) == 23
 
 
+def test_an_image_that_changed_is_not_recorded(begin, pictures):
+    """Its size is the same, and the store would say that the teacher saw another."""
+    recording = begin(images=pictures)
+    data = RecordedCrops(recording.column.store, pictures, with_targets=False, crops_per_image=BLOCK, pixels=32)
+    assert len(data[0, 3]["images"]) == BLOCK
+    path = pictures / "ash/003.jpg"
+    changed = bytearray(path.read_bytes())
+    changed[-20] ^= 1
+    path.write_bytes(changed)
+    with pytest.raises(ImageError, match=r"ash/003.jpg: changed since the store's crops were made"):
+        data[0, 3]
+
+
 @pytest.mark.parametrize("change", ["flip", "shorten", "sidecar", "counts"])
 def test_verify_finds_damage_in_a_part(tmp_path, begin, train, change):
     train(begin(), 0, 24 + 9).publish()
