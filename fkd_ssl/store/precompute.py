@@ -272,14 +272,14 @@ def _open_or_create(
         ("recipe", m.recipe, recipe),
     ):
         if here != asked:
-            raise RequestError(f"{folder}: this store's {what} is {here}, not {asked}; choose another --store")
+            raise RequestError(f"{folder}: this store's {what} is {here}, not {asked}; give the same, or choose another folder")
     if files.sha256("".join(f"{path}\n" for path in images.paths).encode()) != m.images_sha256:
         stored, given = set(store.paths), set(images.paths)
         first = sorted(stored ^ given)[0]
         where = f"{images.root} lacks" if first in stored else "the store lacks"
         raise RequestError(
             f"{folder}: a store of other images: it lists {m.count}, {images.root} (with --limit, if any) gives "
-            f"{len(images)}; {where} {first!r}. Choose another --store or give the same images"
+            f"{len(images)}; {where} {first!r}. Give the same images, or choose another folder"
         )
     return store
 

@@ -210,7 +210,7 @@ class Column:
             total = self.store.manifest.shards
             raise StoreError(
                 f"{self.folder}: {len(absent)} of {total} shards are missing (the first is {absent[0]}): run the same fkd-ssl "
-                "precompute again to finish them"
+                "precompute again, or the training that recorded it, to finish them"
             )
 
     @property
