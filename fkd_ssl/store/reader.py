@@ -217,12 +217,12 @@ class Column:
     def in_part(self) -> str:
         """How much of it a training recorded, where that is not all, in words."""
         lengths = self.lengths(self.store.rows)
-        total = self.store.crops_per_image
-        least, most = int(lengths.min(initial=total)), int(lengths.max(initial=0))
+        total, none = self.store.crops_per_image, int((lengths == 0).sum())
+        least, most = int(lengths[lengths > 0].min(initial=total)), int(lengths.max(initial=0))
         some = f"{least}" if least == most else f"{least} to {most}"
         return (
-            f"a training recorded {some} of {total} crops of an image: students can "
-            "train on them; precompute into this store finishes it, subset --crops copies what all images have"
+            f"a training recorded {some} of {total} crops of an image{f', and none of {none:,} images' if none else ''}: students "
+            f"can train on them; precompute into this store finishes it{'' if none else ', subset --crops copies what all have'}"
         )
 
     def codes(self, row: int, index: Index) -> UInt8Array:

@@ -132,6 +132,7 @@ def test_images_that_no_batch_had_are_left_out(tmp_path, begin, train, image_fol
     train(begin(), 0, 9).publish()
     store = open_store(tmp_path / "store")
     assert sorted(ORDER[:9].tolist()) == store.column().rows.tolist()
+    assert "recorded 2 of 6 crops of an image, and none of 15 images: students can" in store.column().in_part
     assert len(StoredCrops(store, image_folder, crops_per_image=2, pixels=32)) == 9
     report = verify(store)
     assert [problem for problem in report.problems if "missing" not in problem] == []
