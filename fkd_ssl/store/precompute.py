@@ -4,6 +4,7 @@ A shard is a pure function of images, recipe, seed, teacher and codec. Its crops
 fixed size; a chunk is what a teacher runs on and what a killed run resumes from.
 """
 
+import random
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -197,8 +198,12 @@ def prepare(
         there = store.shards_with_crops()
         absent = [shard for shard in range(store.manifest.shards) if shard not in there]
         with tqdm(total=_rows(store, absent), desc="crops", unit="img", disable=hidden(show=bool(absent))) as bar:
-            for shard in absent:
-                publish_crops(reader, shard, image_checksums(reader, store.manifest.shard_rows(shard), pool, bar))
+            for shard in random.sample(absent, len(absent)):  # processes of one training share them out by chance
+                rows = store.manifest.shard_rows(shard)
+                if store.has_crops(shard):
+                    bar.update(len(rows))
+                else:
+                    publish_crops(reader, shard, image_checksums(reader, rows, pool, bar))
     store = Store(store.folder)
     return [store.column(request.name) for request in requests]
 

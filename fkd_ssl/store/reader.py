@@ -220,9 +220,11 @@ class Column:
         total, none = self.store.crops_per_image, int((lengths == 0).sum())
         least, most = int(lengths[lengths > 0].min(initial=total)), int(lengths.max(initial=0))
         some = f"{least}" if least == most else f"{least} to {most}"
+        without = f", and none of {none:,} images" if none else ""
+        copied = "" if none else ", subset --crops copies what all images have"
         return (
-            f"a training recorded {some} of {total} crops of an image{f', and none of {none:,} images' if none else ''}: students "
-            f"can train on them; precompute into this store finishes it{'' if none else ', subset --crops copies what all have'}"
+            f"a training recorded {some} of {total} crops of an image{without}: students can train on them; precompute into "
+            f"this store finishes it{copied}"
         )
 
     def codes(self, row: int, index: Index) -> UInt8Array:

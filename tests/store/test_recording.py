@@ -14,6 +14,7 @@ from fkd_ssl.crops import RECIPES
 from fkd_ssl.data import RecordedCrops, StoredCrops
 from fkd_ssl.errors import FkdError, ImageError, RequestError, StoreError
 from fkd_ssl.store import columns, manifest, open_store, recording
+from fkd_ssl.store import precompute as precompute_module
 from fkd_ssl.store.precompute import precompute, prepare
 from fkd_ssl.store.recode import recode
 from fkd_ssl.store.recording import Recording, is_recorded, publish_left
@@ -324,6 +325,20 @@ def test_an_image_that_cannot_be_decoded_is_found_before_the_training(begin, pic
     with pytest.raises(ImageError, match=f"{last}.*remove it or pass --on_unreadable skip"):
         begin(images=pictures)
     assert len(begin(images=pictures, skip_unreadable=True).column.store) == 23
+
+
+def test_processes_that_plan_one_store_share_its_images(begin, monkeypatch):
+    checksums, read = precompute_module.image_checksums, []
+
+    def meanwhile(reader, rows, pool, bar):
+        read.append(rows)
+        if len(read) == 1:
+            begin().close()  # another process, which is faster
+        return checksums(reader, rows, pool, bar)
+
+    monkeypatch.setattr(precompute_module, "image_checksums", meanwhile)
+    begin()
+    assert len(read) == 1 + 3
 
 
 def test_an_image_that_changed_is_not_recorded(begin, pictures):
