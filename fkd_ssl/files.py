@@ -48,11 +48,11 @@ def open_plain(path: Path) -> Iterator[io.BufferedReader]:
         raise StoreError(f"{path}: cannot be read: {error.strerror}") from error
 
 
-def plain_descriptor(path: Path) -> int:
-    """A descriptor of a plain file, for reading: the caller closes it. Raises StoreError or OSError as `open_plain` does."""
+def plain_descriptor(path: Path, flags: int = os.O_RDONLY) -> int:
+    """A descriptor of a plain file, which the caller closes. Raises StoreError or OSError as `open_plain` does."""
     try:
         # a pipe without a writer would make the opening wait for ever
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.EMLINK):  # Linux and macOS; FreeBSD
             raise StoreError(f"{path}: a symbolic link; links inside a store are not followed: put the file there") from error

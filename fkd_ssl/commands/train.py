@@ -70,7 +70,7 @@ def run(config: Config) -> int:
         console.say("warning: --device_crops: there is no CUDA GPU, so this process makes the crops, slowly")
     data: Crops
     teachers: list[Teacher] = []
-    recordings: list[Recording] | None = None
+    recordings: list[Recording | None] | None = None
     if config.targets == "stored":
         assert store is not None  # by TrainConfig
         for name in ("checkpoint", "teacher_pixels"):
@@ -117,10 +117,11 @@ def run(config: Config) -> int:
         results = train(
             config, data, folder, targets=targets, embeds=embeds, recordings=recordings, score=score, init=init, logger=logger
         )
-        _publish(config, recordings or [])
+        _publish(config, [recording for recording in recordings or [] if recording is not None])
     finally:
         for recording in recordings or []:
-            recording.close()
+            if recording is not None:
+                recording.close()
     if rank:
         return 0
     results |= {"student": {**student.made_of, **vars(size)}}
@@ -147,15 +148,15 @@ def run(config: Config) -> int:
 
 def _recorded(
     config: Config, images: "ImageSet", teachers: "list[Teacher]", world: int, *, resumes: bool
-) -> "tuple[Crops, list[Recording] | None]":
+) -> "tuple[Crops, list[Recording | None] | None]":
     """The crops of the store that is recorded, planned now if it is new, and what records each teacher's targets.
 
-    None records where the store has all targets already, as when a resumed run's were finished by precompute.
+    None records what a resumed run has published already, or precompute for it.
     """
     from fkd_ssl.commands import console, resolve
     from fkd_ssl.data import RecordedCrops
     from fkd_ssl.store.precompute import prepare
-    from fkd_ssl.store.recording import Recording, is_recorded
+    from fkd_ssl.store.recording import Recording, is_published
 
     assert config.record is not None
     columns = prepare(
@@ -177,12 +178,15 @@ def _recorded(
         columns[0].store, images, with_targets=False, crops_per_image=config.crops_per_image, pixels=config.pixels,
         teacher_pixels=config.teacher_pixels, decode_only=config.device_crops,
     )  # fmt: skip
-    if resumes and not any(c.missing_shards or is_recorded(c) for c in columns):
-        console.say(f"note: {config.record} holds all targets already: nothing is left to record")
+    there = [column for column in columns if resumes and is_published(column)]
+    for column in there:
+        how = f": {column.in_part}" if column.prefixes else ""
+        console.say(f"note: {column.folder}: its targets are in the store, nothing is left to record{how}")
+    if len(there) == len(columns):
         return data, None
     if resolve.rank()[0]:
         return data, []
-    return data, [Recording(column, config.crops_per_image) for column in columns]
+    return data, [None if column in there else Recording(column, config.crops_per_image) for column in columns]
 
 
 def _publish(config: Config, recordings: "list[Recording]") -> None:

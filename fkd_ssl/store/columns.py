@@ -265,7 +265,8 @@ def _check(store: Store, request: Request) -> Column:
     for key, value in request.meta().items():
         if found[key] != value:
             raise RequestError(
-                f"{column.folder}: this column's {key} is {found[key]}, not {value}; give the same, or --name another column"
+                f"{column.folder}: this column's {key} is {found[key]}, not {value}; give the same, or have precompute --name "
+                "another column"
             )
     return column
 

@@ -158,10 +158,12 @@ def create(
         RequestError: The folder holds something else.
         ImageError: A header cannot be read, unless `skip_unreadable`.
     """
+    if folder.exists() and not folder.is_dir():
+        raise RequestError(f"{folder}: is a file, no folder for a store; choose another name")
     there = {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")} if folder.is_dir() else set()
     foreign = there - {MANIFEST, IMAGES, SIZES, CROPS, TARGETS}  # the manifest, where another process was faster
     if foreign:
-        raise RequestError(f"{folder}: exists and is not a store (it holds {sorted(foreign)[0]!r}); choose another --store")
+        raise RequestError(f"{folder}: exists and is not a store (it holds {sorted(foreign)[0]!r}); choose another folder")
     lines = "".join(f"{path}\n" for path in images.paths).encode()
     if unsafe(lines):
         raise RequestError(f"{images.root}: a name with '\\', or one like a drive, cannot be stored; rename it")

@@ -4,12 +4,13 @@ A shard is a pure function of images, recipe, seed, teacher and codec. Its crops
 fixed size; a chunk is what a teacher runs on and what a killed run resumes from.
 """
 
+import random
 import shutil
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from tqdm import tqdm
 
 from fkd_ssl import files
 from fkd_ssl.crops import CROP_DTYPE, Recipe
-from fkd_ssl.errors import FkdError, RequestError
+from fkd_ssl.errors import FkdError, RequestError, StoreError
 from fkd_ssl.images import ImageSet
 from fkd_ssl.progress import hidden
 from fkd_ssl.store import advice, work
@@ -26,7 +27,7 @@ from fkd_ssl.store import manifest as layout
 from fkd_ssl.store.codecs import Float32Array, code_size, usual_codec
 from fkd_ssl.store.columns import Request, check_sample, open_or_train, sample_targets
 from fkd_ssl.store.reader import Column, Store
-from fkd_ssl.store.recording import publish_left
+from fkd_ssl.store.recording import publish_left, recorded_bytes
 from fkd_ssl.store.rows import Row, RowReader, Teacher, image_checksums, publish_crops
 from fkd_ssl.store.sweep import Lane, sweep
 
@@ -177,7 +178,8 @@ def prepare(
 ) -> list[Column]:
     """Plans a store as `precompute` would, for teachers whose targets will be recorded: all of it but the codes.
 
-    Arguments and errors as of `precompute`.
+    Arguments and errors as of `precompute`; a column that is there keeps its chunk_size, which is that of a training's
+    batches on as many processes as began it.
 
     Returns:
         Each teacher's column, of a store that has all crops.
@@ -187,14 +189,22 @@ def prepare(
         images, Path(folder), requests, crops=crops, recipe=recipe, seed=seed, skip_unreadable=skip_unreadable, threads=threads,
         progress=True, log=log,
     )  # fmt: skip
+    requests = [
+        replace(request, chunk_size=store.column(request.name).meta.chunk_size) if request.name in store.teachers else request
+        for request in requests
+    ]
     reader = RowReader(store, images, skip_unreadable, ahead=threads + 1)
     with ThreadPoolExecutor(threads) as pool:
         open_or_train(store, requests, reader, pool, log)
         there = store.shards_with_crops()
         absent = [shard for shard in range(store.manifest.shards) if shard not in there]
         with tqdm(total=_rows(store, absent), desc="crops", unit="img", disable=hidden(show=bool(absent))) as bar:
-            for shard in absent:
-                publish_crops(reader, shard, image_checksums(reader, store.manifest.shard_rows(shard), pool, bar))
+            for shard in random.sample(absent, len(absent)):  # processes of one training share them out by chance
+                rows = store.manifest.shard_rows(shard)
+                if store.has_crops(shard):
+                    bar.update(len(rows))
+                else:
+                    publish_crops(reader, shard, image_checksums(reader, rows, pool, bar))
     store = Store(store.folder)
     return [store.column(request.name) for request in requests]
 
@@ -275,14 +285,14 @@ def _open_or_create(
         ("recipe", m.recipe, recipe),
     ):
         if here != asked:
-            raise RequestError(f"{folder}: this store's {what} is {here}, not {asked}; choose another --store")
+            raise RequestError(f"{folder}: this store's {what} is {here}, not {asked}; give the same, or choose another folder")
     if files.sha256("".join(f"{path}\n" for path in images.paths).encode()) != m.images_sha256:
         stored, given = set(store.paths), set(images.paths)
         first = sorted(stored ^ given)[0]
         where = f"{images.root} lacks" if first in stored else "the store lacks"
         raise RequestError(
             f"{folder}: a store of other images: it lists {m.count}, {images.root} (with --limit, if any) gives "
-            f"{len(images)}; {where} {first!r}. Choose another --store or give the same images"
+            f"{len(images)}; {where} {first!r}. Give the same images, or choose another folder"
         )
     return store
 
@@ -292,9 +302,12 @@ def _announce(folder: Path, count: int, crops: int, requests: Sequence[Request])
     sizes = [code_size(request.codec, request.teacher.dim) for request in requests]
     needed = count * crops * (CROP_DTYPE.itemsize + sum(sizes))
     own = [*(folder / layout.CROPS).glob("*.npy")]
+    recorded = 0
     for request in requests:
-        own += (folder / layout.TARGETS / request.name).glob("codes-*.npy")
-    missing = needed - sum(path.stat().st_size for path in own)
+        column = folder / layout.TARGETS / request.name
+        own += [*column.glob("codes-*.npy"), *column.glob("prefix-*.npy")]
+        recorded += recorded_bytes(column)
+    missing = needed - recorded - sum(path.stat().st_size for path in own)
     disk = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     free = shutil.disk_usage(disk).free
     if missing > free:
@@ -372,6 +385,7 @@ class _Writer:
                 progress = stack.enter_context(work.open_work(work.shard_file(codes), before.owner))
                 if progress is None or codes.with_suffix(".json").exists():
                     continue
+                before.check()
                 self._bar.update(progress.crops)
                 held.append((column, progress, before, progress.crops))
                 lanes.append(self._lane(request, column, progress, before))
@@ -433,9 +447,21 @@ class _Before:
         self._shard = shard
         m = column.store.manifest
         self._shape = (len(m.shard_rows(shard)), m.crops_per_image, column.meta.code_size)
-        self.counts = column.prefixes.get(shard, np.zeros(self._shape[0], dtype=np.int64))
+        self.counts = column.counts(shard) if shard in column.prefixes else np.zeros(self._shape[0], dtype=np.int64)
         self._ends = np.cumsum(m.crops_per_image - self.counts)
         self.owner = column.digest if shard not in column.prefixes else f"{column.digest} {column.sidecar(shard)['file']}"
+
+    def check(self) -> None:
+        """Raises StoreError where it is damaged: published again, the damage would have a checksum of its own."""
+        if self._shard not in self._column.prefixes:
+            return
+        path = self._column.file(self._shard)
+        self._column.shard(self._shard)
+        if files.sha256_file(path) != self._column.sidecar(self._shard)["file"]:
+            raise StoreError(
+                f"{path}: altered: its sha256 is not its sidecar's; delete it and its .json and run the same precompute again: "
+                "the teacher is asked for these crops too"
+            )
 
     def where(self, crops: int) -> tuple[int, int]:
         """Position of the row where `crops` of the rest end, and how many of them are in that row."""

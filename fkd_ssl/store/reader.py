@@ -134,6 +134,7 @@ class Column:
         if self.codec.code_size != meta.code_size:
             raise StoreError(f"{path}: code size {meta.code_size}, {meta.codec} has another")
         self._files = ShardFiles(self._finished, np.dtype(np.uint8), (meta.code_size,))
+        self._counts: dict[int, npt.NDArray[np.int64]] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (Store.column, (self.store, self.name))
@@ -167,19 +168,21 @@ class Column:
         return [s for s in range(self.store.manifest.shards) if f"codes-{s:05d}.json" not in there or s not in crops]
 
     @cached_property
-    def prefixes(self) -> dict[int, npt.NDArray[np.int64]]:
-        """Of how many first crops each row of a missing shard has codes: int64 [rows], of shards that were recorded in part."""
+    def prefixes(self) -> set[int]:
+        """Missing shards that were recorded in part; `counts` says how much of each."""
         there = set(os.listdir(self.folder))  # noqa: PTH208  (names, by the thousand)
-        return {s: self.counts(s) for s in self.missing_shards if f"prefix-{s:05d}.json" in there and self.store.has_crops(s)}
+        return {s for s in self.missing_shards if f"prefix-{s:05d}.json" in there and self.store.has_crops(s)}
 
     def counts(self, shard: int) -> npt.NDArray[np.int64]:
         """Of how many first crops each row of a shard that was recorded in part has codes: int64 [rows]."""
-        path = layout.prefix_file(self.store.folder, self.name, shard).with_suffix(".json")
-        rows, crops = len(self.store.manifest.shard_rows(shard)), files.read_json(path).get("crops")
-        most = self.store.crops_per_image
-        if not isinstance(crops, list) or len(crops) != rows or not all(type(n) is int and 0 <= n <= most for n in crops):
-            raise StoreError(f"{path}: expected {rows} numbers of crops from 0 to {most}; the file is damaged")
-        return np.array(crops, dtype=np.int64)
+        if shard not in self._counts:
+            path = layout.prefix_file(self.store.folder, self.name, shard).with_suffix(".json")
+            rows, crops = len(self.store.manifest.shard_rows(shard)), files.read_json(path).get("crops")
+            most = self.store.crops_per_image
+            if not isinstance(crops, list) or len(crops) != rows or not all(type(n) is int and 0 <= n <= most for n in crops):
+                raise StoreError(f"{path}: expected {rows} numbers of crops from 0 to {most}; the file is damaged")
+            self._counts[shard] = np.array(crops, dtype=np.int64)
+        return self._counts[shard]
 
     @cached_property
     def rows(self) -> npt.NDArray[np.int64]:
@@ -192,7 +195,7 @@ class Column:
         of_all = np.full(m.count, m.crops_per_image)
         for shard in self.missing_shards:
             place = m.shard_rows(shard)
-            of_all[place.start : place.stop] = self.prefixes.get(shard, 0)
+            of_all[place.start : place.stop] = self.counts(shard) if shard in self.prefixes else 0
         return of_all[rows]
 
     def require_complete(self) -> None:
@@ -208,26 +211,28 @@ class Column:
             total = self.store.manifest.shards
             raise StoreError(
                 f"{self.folder}: {len(absent)} of {total} shards are missing (the first is {absent[0]}): run the same fkd-ssl "
-                "precompute again to finish them"
+                "precompute again, or the training that recorded it, to finish them"
             )
 
     @property
     def in_part(self) -> str:
         """How much of it a training recorded, where that is not all, in words."""
         lengths = self.lengths(self.store.rows)
-        total = self.store.crops_per_image
-        least, most = int(lengths.min(initial=total)), int(lengths.max(initial=0))
+        total, none = self.store.crops_per_image, int((lengths == 0).sum())
+        least, most = int(lengths[lengths > 0].min(initial=total)), int(lengths.max(initial=0))
         some = f"{least}" if least == most else f"{least} to {most}"
+        without = f", and none of {none:,} images" if none else ""
+        copied = "" if none else ", subset --crops copies what all images have"
         return (
-            f"a training recorded {some} of {total} crops of an image: students can "
-            "train on them; precompute into this store finishes it, subset --crops copies what all images have"
+            f"a training recorded {some} of {total} crops of an image{without}: students can train on them; precompute into "
+            f"this store finishes it{copied}"
         )
 
     def codes(self, row: int, index: Index) -> UInt8Array:
         """Codes uint8 [m, code_size] of the crops `index` of a row, read-only."""
         shard, within = self.store.locate(row)
         if shard in self.prefixes:  # rows of its file are as long as the longest one's
-            index = np.arange(self.prefixes[shard][within])[index]
+            index = np.arange(self.counts(shard)[within])[index]
         return self._files.read(shard, within, index)
 
     def shard(self, shard: int) -> UInt8Array:

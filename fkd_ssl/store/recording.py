@@ -6,8 +6,10 @@ file of codes, or, where not all C crops of its images were used, of the first o
 """
 
 import base64
+import errno
 import fcntl
 import os
+import time
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -26,6 +28,7 @@ from fkd_ssl.store.reader import Column, Store
 from fkd_ssl.store.work import locked
 
 _WORK, _JOURNAL = ".record", ".record.json"
+_PATIENCE = 10.0  # seconds: processes that read images notice after 5 that their training was killed, and hold its lock so long
 
 
 class Recording:
@@ -46,26 +49,22 @@ class Recording:
         self.column = column
         self._block = block
         m = column.store.manifest
-        if m.crops_per_image % block:
+        if block < 1 or m.crops_per_image % block:
             raise RequestError(
                 f"--record {column.store.folder}: it plans {m.crops_per_image} crops an image, which is no multiple of "
                 f"crops_per_image {block}"
             )
-        if not is_recorded(column) and len(column.missing_shards) < m.shards:
+        if is_published(column):
             raise RequestError(
                 f"--record {column.store.folder}: it holds targets of {column.name} already: train on them with --targets "
-                "stored, or have them finished by fkd-ssl precompute"
+                "stored, have them finished by fkd-ssl precompute, or choose another store"
             )
-        if column.prefixes and not is_recorded(column):
-            raise RequestError(
-                f"--record {column.store.folder}: a training recorded a part of {column.name} there: fkd-ssl precompute "
-                "finishes it; or choose another store"
-            )
-        self._file = os.open(column.folder / _WORK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        if not locked(self._file):
+        self._file = _taken(column)
+        try:
+            self.counts = _read_journal(column, block)
+        except StoreError:
             os.close(self._file)
-            raise RequestError(f"{column.folder}: another process records this column now")
-        self.counts = _read_journal(column, block)
+            raise
         self._row_bytes = m.crops_per_image * column.meta.code_size
 
     def add(self, places: npt.NDArray[np.int64], targets: Float32Array) -> None:
@@ -90,7 +89,7 @@ class Recording:
                 )
             shard, within = self.column.store.locate(row)
             blocks_before = first // self._block * len(m.shard_rows(shard)) + within
-            os.pwrite(self._file, code.data, shard * m.rows_per_shard * self._row_bytes + blocks_before * unit)
+            self._write(code, shard * m.rows_per_shard * self._row_bytes + blocks_before * unit)
             self.counts[row] = max(self.counts[row], first + self._block)
 
     def sync(self) -> None:
@@ -117,7 +116,7 @@ class Recording:
         for shard in tqdm(shards, desc="store", unit="shard", disable=hidden(show=m.shards > 50)):
             self._publish(shard)
             os.ftruncate(self._file, shard * m.rows_per_shard * self._row_bytes)  # so a disk never holds both copies of all
-        for name in (_JOURNAL, _WORK):
+        for name in (_WORK, _JOURNAL):
             (self.column.folder / name).unlink(missing_ok=True)
         files.sync_folder(self.column.folder)
         self.column = Store(store.folder).column(self.column.name)
@@ -125,6 +124,15 @@ class Recording:
     def close(self) -> None:
         """Lets another process have the column."""
         os.close(self._file)
+
+    def _write(self, code: UInt8Array, place: int) -> None:
+        """Writes a block; raises OSError, with the file's name, where the disk is full or fails."""
+        try:
+            full = errno.ENOSPC if os.pwrite(self._file, code.data, place) < code.nbytes else 0
+        except OSError as error:
+            full = error.errno or errno.EIO
+        if full:
+            raise OSError(full, os.strerror(full), str(self.column.folder / _WORK))
 
     def _publish(self, shard: int) -> None:
         store, m = self.column.store, self.column.store.manifest
@@ -144,7 +152,7 @@ class Recording:
         files.write_json(path.with_suffix(".json"), values if path == whole else {**values, "crops": counts.tolist()})
 
     def _codes(self, shard: int, crops: int) -> UInt8Array:
-        """The first codes of each row of a shard: uint8 [rows, crops, code size]."""
+        """The first codes of each row of a shard: uint8 [rows, crops, code size]; StoreError where some are gone."""
         m, size = self.column.store.manifest, self.column.meta.code_size
         rows, blocks = len(m.shard_rows(shard)), -(-crops // self._block)
         length, begin = blocks * rows * self._block * size, shard * m.rows_per_shard * self._row_bytes
@@ -154,6 +162,12 @@ class Recording:
             view, done = memoryview(codes.data), 0
             while done < length and (count := file.readinto(view[done:])):
                 done += count
+        last = -(-self.counts[m.shard_rows(shard)] // self._block) - 1  # block of each row
+        if done < np.where(last < 0, 0, last * rows + np.arange(rows) + 1).max() * self._block * size:
+            raise StoreError(
+                f"{self.column.folder / _WORK}: shorter than {_JOURNAL} counts: restore it from a copy, or delete both, and "
+                "what was recorded is lost"
+            )
         by_row = codes.reshape(blocks, rows, self._block, size).transpose(1, 0, 2, 3)
         return by_row.reshape(rows, blocks * self._block, size)[:, :crops].copy()
 
@@ -163,18 +177,34 @@ def is_recorded(column: Column) -> bool:
     return (column.folder / _JOURNAL).exists()
 
 
+def recorded_bytes(folder: Path) -> int:
+    """What the recording of a column takes on the disk now; its file is sparse."""
+    path = folder / _WORK
+    return 512 * path.stat().st_blocks if path.exists() else 0
+
+
+def is_published(column: Column) -> bool:
+    """Whether a column holds targets, or precompute has begun them, and no training is recording it."""
+    begun = column.prefixes or any(column.folder.glob(".work-codes-*"))
+    some = bool(begun) or len(column.missing_shards) < column.store.manifest.shards
+    return some and not is_recorded(column)
+
+
 def publish_left(column: Column) -> bool:
     """Publishes what a training recorded that was stopped and not gone on with; returns whether there was such a recording.
 
     Raises:
         RequestError: The training is still running.
     """
-    if not is_recorded(column):
+    journal, work = column.folder / _JOURNAL, column.folder / _WORK
+    if not journal.exists() and not work.exists():
         return False
-    journal = column.folder / _JOURNAL
     with _alone(column.folder):
-        if not journal.exists():  # another process did it meanwhile
-            return True
+        if not journal.exists():  # another process did it meanwhile, or a training is before its first checkpoint
+            if work.exists():
+                os.close(_taken(column))
+                work.unlink()
+            return False
         try:
             block = int(files.read_json(journal)["block"])
         except (KeyError, TypeError, ValueError) as error:
@@ -185,6 +215,19 @@ def publish_left(column: Column) -> bool:
         finally:
             recording.close()
     return True
+
+
+def _taken(column: Column) -> int:
+    """A descriptor of the file of a column's recording, which no other process has; raises RequestError where one has it."""
+    path, end = column.folder / _WORK, time.monotonic() + _PATIENCE
+    while True:
+        file = files.plain_descriptor(path, os.O_RDWR | os.O_CREAT)
+        if locked(file) and path.exists() and os.path.samestat(path.stat(), os.fstat(file)):
+            return file
+        os.close(file)
+        if time.monotonic() > end:
+            raise RequestError(f"{column.folder}: another process records this column now; wait for it, or stop it")
+        time.sleep(0.1)
 
 
 @contextmanager

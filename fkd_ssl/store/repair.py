@@ -87,7 +87,7 @@ def repair(
         reader = RowReader(store, own, skip_unreadable=True, ahead=threads + 1)
         for shard in crops:
             path = layout.crops_file(store.folder, shard)
-            if not any(store.folder.glob(f"{layout.TARGETS}/*/codes-{shard:05d}.json")):
+            if not any(store.folder.glob(f"{layout.TARGETS}/*/*-{shard:05d}.json")):  # of codes, or of a prefix
                 continue  # never finished: precompute makes them with the codes
             _remove(path)
             publish_crops(reader, shard, image_checksums(reader, store.manifest.shard_rows(shard), pool))
@@ -166,7 +166,10 @@ def _recompute(
         return
     column = Store(store.folder).column(name)  # its codec may have been damaged when it was opened
     if any(shard not in shards for shard in column.prefixes):
-        log(f"{column.folder}: {column.in_part}; delete what is damaged first, it makes that again too")
+        log(
+            f"{column.folder}: a training recorded a part of it, which is not made again as a part: delete the damaged files, "
+            "and precompute into this store makes those crops with the rest"
+        )
         return
     m, was = store.manifest, {}
     for shard in shards:

@@ -120,8 +120,6 @@ class RowReader:
         changed = f"{path}: changed since the store was made ({size['width']} x {size['height']} pixels then)"
         if len(data) != size["bytes"]:
             raise ImageError(changed)
-        if not wanted and not self.skip_unreadable:  # its checksum is all that is asked for
-            return Row(views={}, checksum=checksum)
         try:
             pixels = decode(data, path)
         except ImageError as error:

@@ -122,7 +122,7 @@ def open_work(path: Path, owner: str) -> Iterator[Progress | None]:
         owner: What the work belongs to: progress of another owner does not count.
     """
     journal = _journal(path)
-    with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b") as file:
+    with os.fdopen(files.plain_descriptor(path, os.O_RDWR | os.O_CREAT), "r+b") as file:
         if not locked(file):
             yield None
             return

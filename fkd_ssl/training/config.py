@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, Literal
 
 from fkd_ssl.errors import RequestError
@@ -144,8 +145,8 @@ class TrainConfig:
             raise RequestError("targets stored: --store is needed; make one with fkd-ssl precompute")
         if self.targets == "online" and not self.teacher:
             raise RequestError("targets online: --teacher is needed, for instance mocov2 with --checkpoint FILE")
-        if self.record:
-            self._check_record()
+        if self.record is not None:
+            self._check_record(self.record)
         elif self.crops is not None:
             raise RequestError(f"crops {self.crops}: it is for --record; a store has its own number of crops")
         if self.warmup_epochs >= self.epochs:
@@ -162,7 +163,9 @@ class TrainConfig:
         m = self.crops_per_image
         return -(-math.ceil(self.epochs) // m) * m if self.crops is None else self.crops
 
-    def _check_record(self) -> None:
+    def _check_record(self, record: str) -> None:
+        if not record:
+            raise RequestError("record: an empty name for a store; leave it out to record nothing")
         if self.targets != "online" or self.store:
             raise RequestError(
                 f"record {self.record}: needs --targets online, and no --store: the crops are those of the recorded store"
@@ -171,6 +174,11 @@ class TrainConfig:
             raise RequestError("record: single_crop_epochs would leave gaps in the crops of a store; leave one of them out")
         if self.scale_boxes:
             raise RequestError("record: scale_boxes would store targets of other crops than the store's; leave it out")
+        store, run = Path(record).resolve(), Path(self.out).resolve()
+        if store == run or store in run.parents or run in store.parents:
+            raise RequestError(
+                f"record {record}, out {self.out}: a store and a run are folders of their own, none in the other"
+            )
         if self.recorded_crops < 1 or self.recorded_crops % self.crops_per_image:
             raise RequestError(
                 f"crops {self.crops}: must be a multiple of crops_per_image {self.crops_per_image}: they are recorded together"

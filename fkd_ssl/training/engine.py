@@ -78,7 +78,7 @@ def train(
     *,
     targets: Sequence[TargetInfo],
     embeds: Sequence[Callable[[Tensor], Tensor]] | None = None,
-    recordings: Sequence[Recording] | None = None,
+    recordings: Sequence[Recording | None] | None = None,
     score: Score | None = None,
     init: Student | None = None,
     logger: Logger | None = None,
@@ -91,8 +91,8 @@ def train(
         folder: The run's folder.
         targets: What is known of each teacher's targets, in the order of the data's.
         embeds: The online teachers in the same order, uint8 [B, 3, H, W] to [B, D]; None reads the targets from the batches.
-        recordings: Of each online teacher, where their targets are kept: `data` is RecordedCrops. Empty in processes but the
-            first.
+        recordings: Of each online teacher, where their targets are kept: `data` is RecordedCrops. None for one whose targets
+            are in the store already; empty in processes but the first.
         score: kNN accuracy in percent of a student in eval mode.
         init: Whose weights the student starts from.
         logger: Takes the lines of metrics.csv too.

@@ -19,11 +19,11 @@ class KeptTargets(OnlineTargets):
     A batch is written when the next one is given: by then a GPU has them ready and nothing waits.
 
     Args:
-        recordings: Of each teacher; none in processes but the first.
+        recordings: Of each teacher, None where its targets are in the store already; empty in processes but the first.
         embeds: The teachers.
     """
 
-    def __init__(self, recordings: Sequence[Recording], *embeds: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, recordings: Sequence[Recording | None], *embeds: Callable[[Tensor], Tensor]) -> None:
         super().__init__(*embeds)
         self.recordings = recordings
         self._given: list[Tensor] = []
@@ -50,7 +50,8 @@ class KeptTargets(OnlineTargets):
         places, *targets = (tensor.numpy() for tensor in self._given)
         self._given = []
         for recording, of_teacher in zip(self.recordings, targets, strict=True):
-            recording.add(places, np.ascontiguousarray(of_teacher, dtype=np.float32))
+            if recording is not None:
+                recording.add(places, np.ascontiguousarray(of_teacher, dtype=np.float32))
 
 
 class Keeper(pl.Callback):
@@ -62,13 +63,13 @@ class Keeper(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuses a store that does not hold what this run recorded before."""
-        for recording in self.targets.recordings:
+        for recording in filter(None, self.targets.recordings):
             recording.require(trainer.global_step * self.crops_per_step)
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Writes and syncs all that was given so far."""
         self.targets.write()
-        for recording in self.targets.recordings:
+        for recording in filter(None, self.targets.recordings):
             recording.sync()
 
 

@@ -109,6 +109,34 @@ def test_a_killed_training_goes_on(work: Path, call: Any) -> None:
     assert files_of(work / "new") == files_of(work / "whole")
 
 
+@pytest.mark.parametrize("published", [1, 2])
+def test_a_run_that_was_killed_while_its_store_was_published_ends(
+    work: Path, call: Any, monkeypatch: pytest.MonkeyPatch, published: int
+) -> None:
+    """After the first of two teachers' targets, or after both, before the run knew that it was done."""
+    from fkd_ssl.store.recording import Recording
+
+    line = f"{LINE.replace('own_teacher:make', 'own_teacher:make,own_teacher:other')} --epochs 3 --crops 6"
+    assert call(f"{line} --record whole --out whole_run").status == 0
+    publish, done = Recording.publish, []
+
+    def killed(self: Recording) -> None:
+        publish(self)
+        done.append(self.column.name)
+        if len(done) == published:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Recording, "publish", killed)
+        assert call(f"{line} --record new --out run").status == 130
+    status, _, err = call(f"{line} --record new --out run")
+    assert status == 0
+    assert "targets/make: its targets are in the store, nothing is left to record: a training recorded 2 to 4 of 6" in err
+    assert (work / "run/results.json").exists()
+    assert files_of(work / "new") == files_of(work / "whole")
+    assert losses(work / "run") == losses(work / "whole_run")
+
+
 def test_a_part_is_finished_by_the_command_that_is_named(work: Path, call: Any) -> None:
     status, _, err = call(f"{LINE} --epochs 3 --crops 8 --record new --out first")
     assert status == 0
@@ -141,10 +169,22 @@ def test_another_column_over_the_same_crops(work: Path, call: Any) -> None:
     assert open_store("store").teachers == ["make", "other"]
     status, _, err = call(f"{line} --record store --out second")
     assert status == 2
-    assert "chunk_size is 16, not 18" in err
-    status, _, err = call(f"{LINE} --epochs 4 --codec Flat --batch_size 16 --record store --out second")
-    assert status == 2
     assert "it holds targets of make already" in err
+
+
+def test_another_batch_size_after_a_start_that_recorded_nothing(work: Path, call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too large a batch for the memory, say: the store that was planned is taken, though its chunks are of the first size."""
+    from fkd_ssl.training.sampler import PassSampler
+
+    def fails(self: PassSampler, step: int) -> Any:
+        raise MemoryError
+
+    line = f"{LINE} --epochs 4 --record new"
+    with monkeypatch.context() as patch:
+        patch.setattr(PassSampler, "batch", fails)
+        assert call(f"{line} --out first").status == 1
+    assert call(f"{line} --batch_size 6 --out second").status == 0
+    assert call("verify new --images train --teacher own_teacher:make").status == 0
 
 
 def test_a_resumed_run_whose_store_was_finished_meanwhile(work: Path, call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,6 +223,11 @@ def test_a_resumed_run_whose_store_was_finished_meanwhile(work: Path, call: Any,
         ("--codec SQ9", "SQ9"),
         ("--codec PQ4x12", "needs at least"),
         ("--record train", "is not a store"),
+        ("--record own_teacher.py", "is a file"),
+        ("--record=", "an empty name for a store"),
+        ("--record run", "none in the other"),
+        ("--record run/new", "none in the other"),
+        ("--record new --out new/run", "none in the other"),
     ],
 )
 def test_what_is_refused_before_anything_is_written(work: Path, call: Any, options: str, said: str) -> None:

@@ -176,7 +176,7 @@ def test_columns_do_not_depend_on_their_order(tmp_path, make_store, tree, new_te
 
 def test_a_column_has_the_name_that_it_is_given(tmp_path, make_store, new_teacher):
     make_store(tmp_path / "store")
-    with pytest.raises(RequestError, match=r"this column's teacher is .*or --name another column"):
+    with pytest.raises(RequestError, match=r"this column's teacher is .*or have precompute --name another column"):
         make_store(tmp_path / "store", teacher=new_teacher(seed=5))
     store = make_store(tmp_path / "store", teacher=new_teacher(seed=5), name="tiny-5")
     assert store.teachers == ["tiny", "tiny-5"]
@@ -236,11 +236,11 @@ def test_a_limit_below_one_is_refused(tmp_path, make_store, limit):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"seed": 1}, "this store's seed is 0, not 1; choose another --store"),
-        ({"crops": 5}, "this store's crops per image is 4, not 5; choose another --store"),
+        ({"seed": 1}, "this store's seed is 0, not 1; give the same, or choose another folder"),
+        ({"crops": 5}, "this store's crops per image is 4, not 5; give the same, or choose another folder"),
         ({"recipe": RECIPES["swav"]}, "this store's recipe is Recipe.*mocov2.*not Recipe.*swav"),
         ({"limit": 20}, r"a store of other images: it lists 24, .* gives 20; .*train lacks '.*\.jpg'"),
-        ({"chunk_size": 8}, "this column's chunk_size is 16, not 8; give the same, or --name another column"),
+        ({"chunk_size": 8}, "this column's chunk_size is 16, not 8; give the same, or have precompute --name another column"),
         ({"codec": "SQ4"}, "this column's codec is SQ8, not SQ4"),
         ({"pixels": 48}, "this column's pixels is 32, not 48"),
     ],
@@ -290,9 +290,7 @@ def test_a_codec_with_enough_data_goes_on_where_a_part_has_less(tmp_path, make_s
 def test_a_folder_of_other_things_is_refused_and_left(tmp_path, make_store, tree):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("chapter 1")
-    with pytest.raises(
-        RequestError, match=r"mine: exists and is not a store \(it holds 'thesis.tex'\); choose another --store"
-    ):
+    with pytest.raises(RequestError, match=r"mine: exists and is not a store \(it holds 'thesis.tex'\); choose another folder"):
         make_store(tmp_path / "mine")
     assert tree(tmp_path / "mine") == {"thesis.tex": b"chapter 1"}
 

@@ -1,7 +1,10 @@
 """What a training's teacher says becomes a column, complete or of first crops, whatever is killed; precompute finishes it."""
 
 import os
+import shutil
 import signal
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,8 +12,9 @@ import pytest
 from fkd_ssl import files, images
 from fkd_ssl.crops import RECIPES
 from fkd_ssl.data import RecordedCrops, StoredCrops
-from fkd_ssl.errors import FkdError, RequestError, StoreError
-from fkd_ssl.store import manifest, open_store
+from fkd_ssl.errors import FkdError, ImageError, RequestError, StoreError
+from fkd_ssl.store import columns, manifest, open_store, recording
+from fkd_ssl.store import precompute as precompute_module
 from fkd_ssl.store.precompute import precompute, prepare
 from fkd_ssl.store.recode import recode
 from fkd_ssl.store.recording import Recording, is_recorded, publish_left
@@ -25,6 +29,7 @@ ORDER = np.random.default_rng(0).permutation(24)
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
     monkeypatch.setattr(manifest, "ROWS_PER_SHARD", 10)
+    monkeypatch.setattr(recording, "_PATIENCE", 0.0)
 
 
 @pytest.fixture
@@ -128,6 +133,7 @@ def test_images_that_no_batch_had_are_left_out(tmp_path, begin, train, image_fol
     train(begin(), 0, 9).publish()
     store = open_store(tmp_path / "store")
     assert sorted(ORDER[:9].tolist()) == store.column().rows.tolist()
+    assert "recorded 2 of 6 crops of an image, and none of 15 images: students can" in store.column().in_part
     assert len(StoredCrops(store, image_folder, crops_per_image=2, pixels=32)) == 9
     report = verify(store)
     assert [problem for problem in report.problems if "missing" not in problem] == []
@@ -186,6 +192,23 @@ def test_a_killed_training_goes_on(tmp_path, begin, train, tree):
     assert tree(tmp_path / "store") == tree(tmp_path / "other")
 
 
+def test_a_disk_that_the_recording_fills_is_no_reason_to_refuse(tmp_path, begin, train, finish, new_teacher, monkeypatch):
+    """What was recorded becomes the store: only the rest needs room."""
+    free = 0
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    with pytest.raises(FkdError, match="the disk has 0 bytes free"):
+        begin()
+    free = 10**6
+    recording = train(begin(), 0, 24 + 9)
+    recording.sync()
+    recording.close()
+    free = (24 * CROPS - 33 * BLOCK) * 16
+    recording = begin()
+    recording.publish()
+    recording.close()
+    assert finish(new_teacher()).crops == 24 * CROPS - 33 * BLOCK
+
+
 def test_a_kill_while_publishing(tmp_path, begin, train, tree, monkeypatch):
     train(begin("other"), 0, 24 * 3).publish()
     recording = train(begin(), 0, 24 * 3)
@@ -218,6 +241,28 @@ def test_precompute_takes_what_a_training_left(tmp_path, begin, train, finish, n
     assert not publish_left(open_store(tmp_path / "store").column())
 
 
+def test_precompute_leaves_a_training_alone_that_made_no_checkpoint_yet(tmp_path, begin, train, finish, new_teacher):
+    recording = train(begin(), 0, 4)
+    with pytest.raises(RequestError, match="another process records"):
+        finish(new_teacher())
+    recording.close()
+    assert finish(new_teacher()).crops == 24 * CROPS  # nothing counts on what it gave
+    assert not list((tmp_path / "store/targets/tiny").glob(".*"))
+
+
+def test_a_column_that_precompute_began_is_not_recorded(begin, finish, new_teacher):
+    class Dies(type(new_teacher())):
+        def embed(self, crops):
+            if self.calls == 20:
+                raise KeyboardInterrupt
+            return super().embed(crops)
+
+    with pytest.raises(KeyboardInterrupt):
+        finish(Dies())
+    with pytest.raises(RequestError, match="holds targets of tiny already"):
+        begin()
+
+
 def test_no_two_record_one_column(begin):
     recording = begin()
     with pytest.raises(RequestError, match="another process records"):
@@ -227,11 +272,10 @@ def test_no_two_record_one_column(begin):
 
 def test_a_column_that_holds_targets_is_not_recorded(tmp_path, begin, train, finish, new_teacher):
     train(begin(), 0, 24 + 9).publish()
-    with pytest.raises(RequestError, match="a training recorded a part"):
-        begin()
-    finish(new_teacher())
-    with pytest.raises(RequestError, match="holds targets of tiny already"):
-        begin()
+    for _ in range(2):
+        with pytest.raises(RequestError, match="holds targets of tiny already"):
+            begin()
+        finish(new_teacher())
 
 
 def test_blocks_must_divide_the_crops(begin):
@@ -272,6 +316,44 @@ def test_unreadable_images(tmp_path, begin, train, pictures):
     assert verify(column.store).problems == []
 
 
+def test_an_image_that_cannot_be_decoded_is_found_before_the_training(begin, pictures, monkeypatch):
+    """A store that counted it as readable could not be gone on with when the training comes to it."""
+    monkeypatch.setattr(columns, "sample_size", lambda codec: 8)
+    paths = images.scan(pictures).paths
+    last = paths[manifest.in_hash_order(paths, "codec 0")[-1]]  # no part of the codec's sample
+    (pictures / last).write_bytes((pictures / last).read_bytes()[:-400])
+    with pytest.raises(ImageError, match=f"{last}.*remove it or pass --on_unreadable skip"):
+        begin(images=pictures)
+    assert len(begin(images=pictures, skip_unreadable=True).column.store) == 23
+
+
+def test_processes_that_plan_one_store_share_its_images(begin, monkeypatch):
+    checksums, read = precompute_module.image_checksums, []
+
+    def meanwhile(reader, rows, pool, bar):
+        read.append(rows)
+        if len(read) == 1:
+            begin().close()  # another process, which is faster
+        return checksums(reader, rows, pool, bar)
+
+    monkeypatch.setattr(precompute_module, "image_checksums", meanwhile)
+    begin()
+    assert len(read) == 1 + 3
+
+
+def test_an_image_that_changed_is_not_recorded(begin, pictures):
+    """Its size is the same, and the store would say that the teacher saw another."""
+    recording = begin(images=pictures)
+    data = RecordedCrops(recording.column.store, pictures, with_targets=False, crops_per_image=BLOCK, pixels=32)
+    assert len(data[0, 3]["images"]) == BLOCK
+    path = pictures / "ash/003.jpg"
+    changed = bytearray(path.read_bytes())
+    changed[-20] ^= 1
+    path.write_bytes(changed)
+    with pytest.raises(ImageError, match=r"ash/003.jpg: changed since the store's crops were made"):
+        data[0, 3]
+
+
 @pytest.mark.parametrize("change", ["flip", "shorten", "sidecar", "counts"])
 def test_verify_finds_damage_in_a_part(tmp_path, begin, train, change):
     train(begin(), 0, 24 + 9).publish()
@@ -299,6 +381,18 @@ def test_verify_finds_damage_in_a_part(tmp_path, begin, train, change):
     assert "shard 1" in report.problems[0]
 
 
+@pytest.mark.parametrize("name", ["prefix-00001.npy", "prefix-00001.json"])
+def test_verify_samples_the_sound_shards_beside_a_damaged_part(tmp_path, begin, train, image_folder, new_teacher, name):
+    train(begin(), 0, 24 + 9).publish()
+    path = tmp_path / "store/targets/tiny" / name
+    path.write_bytes(path.read_bytes()[:-2] + b"  ")
+    report = verify(open_store(tmp_path / "store"), images.scan(image_folder), new_teacher(), sample=24)
+    assert len(report.problems) == 1
+    assert "prefix-00001" in report.problems[0]
+    assert report.checked["crops"] == 14
+    assert report.cosine["min"] > 0.999
+
+
 def test_verify_notes_and_samples_a_part(tmp_path, begin, train, image_folder, new_teacher):
     train(begin(), 0, 24 + 9).publish()
     report = verify(open_store(tmp_path / "store"), images.scan(image_folder), new_teacher(), sample=24)
@@ -307,14 +401,40 @@ def test_verify_notes_and_samples_a_part(tmp_path, begin, train, image_folder, n
     assert report.cosine["min"] > 0.999
 
 
-def test_repair_leaves_the_rest_to_precompute(tmp_path, begin, train, image_folder, new_teacher, finish):
+def test_precompute_does_not_publish_damage(tmp_path, begin, train, finish, new_teacher):
     train(begin(), 0, 24 + 9).publish()
     path = tmp_path / "store/targets/tiny/prefix-00001.npy"
-    path.write_bytes(path.read_bytes()[:-1])
+    data = bytearray(path.read_bytes())
+    data[200] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(StoreError, match=r"prefix-00001\.npy: altered"):
+        finish(new_teacher())
+    for name in ("npy", "json"):
+        path.with_suffix(f".{name}").unlink()
+    finish(new_teacher())
+    assert verify(open_store(tmp_path / "store")).problems == []
+
+
+def test_repair_makes_crops_of_a_part_again(tmp_path, begin, train, image_folder, tree):
+    train(begin(), 0, 24 + 9).publish()
+    before = tree(tmp_path / "store")
+    for damaged in ("00001.npy", "00001.json"):
+        (tmp_path / "store/crops" / damaged).write_text("damaged")
+    store = open_store(tmp_path / "store")
+    repair(store, verify(store).damage, images.scan(image_folder))
+    assert tree(tmp_path / "store") == before
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".json"])
+def test_repair_leaves_the_rest_to_precompute(tmp_path, begin, train, image_folder, new_teacher, finish, suffix):
+    train(begin(), 0, 24 + 9).publish()
+    path = tmp_path / "store/targets/tiny/prefix-00001.npy"
+    damaged = path.with_suffix(suffix)
+    damaged.write_bytes(damaged.read_bytes()[:-1])
     said = []
     store = open_store(tmp_path / "store")
     repair(store, verify(store).damage, images.scan(image_folder), new_teacher(), log=said.append)
-    assert "precompute into this store finishes it" in said[0]
+    assert "delete the damaged files, and precompute into this store makes those crops" in said[0]
     for name in ("npy", "json"):
         path.with_suffix(f".{name}").unlink()
     assert finish(new_teacher()).crops > 0
@@ -336,7 +456,7 @@ def test_a_part_of_a_part(tmp_path, begin, train, whole):
         recode(store, "SQ4")
 
 
-@pytest.mark.parametrize("values", ["no", {"block": 2}, {"block": 3}, {"counts": "AAAA"}, {"counts": "é"}])
+@pytest.mark.parametrize("values", ["no", {"block": 2}, {"block": 3}, {"block": 0}, {"counts": "AAAA"}, {"counts": "é"}])
 def test_a_strange_journal(tmp_path, begin, train, finish, new_teacher, values):
     recording = train(begin(), 0, 24)
     recording.sync()
@@ -354,6 +474,59 @@ def test_a_strange_journal(tmp_path, begin, train, finish, new_teacher, values):
         begin()
     with pytest.raises((StoreError, RequestError)):
         finish(new_teacher())
+
+
+def test_a_file_that_was_cut_is_not_published_as_zeros(tmp_path, begin, train, finish, new_teacher):
+    recording = train(begin(), 0, 24 + 9)
+    recording.sync()
+    recording.close()
+    path = tmp_path / "store/targets/tiny/.record"
+    os.truncate(path, path.stat().st_size - 1)
+    for _ in range(2):
+        with pytest.raises(StoreError, match=r"shorter than .record.json"):
+            finish(new_teacher())
+        path.unlink(missing_ok=True)
+    (path.parent / ".record.json").unlink()
+    assert finish(new_teacher()).crops == 24 * CROPS
+
+
+def test_a_full_disk_is_named(tmp_path, begin, train, monkeypatch):
+    recording = begin()
+    monkeypatch.setattr(os, "pwrite", lambda *_: 3)
+    with pytest.raises(OSError, match=r"No space left on device.*targets/tiny/\.record"):
+        train(recording, 0, 4)
+    assert recording.counts.sum() == 0
+
+
+def test_a_strangers_link_is_not_written_through(tmp_path, begin, train, finish, new_teacher):
+    """In the place of the file of a recording, or of a shard's progress: what it leads to would be cut."""
+    recording = train(begin(), 0, 24)
+    recording.sync()
+    recording.close()
+    (tmp_path / "mine").write_text("precious")
+    for name in (".record", ".work-codes-00000"):
+        path = tmp_path / "store/targets/tiny" / name
+        was = path.rename(tmp_path / "was") if path.exists() else None
+        path.symlink_to(tmp_path / "mine")
+        with pytest.raises(StoreError, match="a symbolic link"):
+            finish(new_teacher())
+        assert (tmp_path / "mine").read_text() == "precious"
+        path.unlink()
+        if was is not None:
+            was.rename(path)
+
+
+def test_readers_that_outlive_a_killed_training_are_waited_for(begin, monkeypatch):
+    """They are forks of it, and hold its lock until they notice."""
+    monkeypatch.setattr(recording, "_PATIENCE", 30.0)
+    held = begin()
+    child = os.fork()
+    if not child:
+        time.sleep(1)
+        os._exit(0)
+    held.close()
+    begin().close()
+    os.waitpid(child, 0)
 
 
 def test_a_killed_process_lets_go(tmp_path, begin, train):
