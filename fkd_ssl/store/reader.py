@@ -31,6 +31,10 @@ _CROPS_SIDECAR = re.compile(
 )
 
 
+_FIDELITY = ("cosine_mean", "cosine_min", "sample")
+_FIDELITY_OF = {"distribution": ("total_variation_mean", "total_variation_max")}
+
+
 @dataclass(frozen=True, kw_only=True)
 class ColumnMeta:
     """meta.json of a column: whose targets these are and how they are encoded."""
@@ -94,7 +98,7 @@ def _check_meta(meta: ColumnMeta, path: Path) -> None:
         "chunk_size": type(meta.chunk_size) is int and 0 < meta.chunk_size <= 2**16,
         "probe_digest": isinstance(meta.probe_digest, str),
         "fidelity": isinstance(fidelity, dict)
-        and all(isinstance(fidelity.get(key), (int, float)) for key in ("cosine_mean", "cosine_min", "sample"))
+        and all(isinstance(fidelity.get(key), (int, float)) for key in (*_FIDELITY, *_FIDELITY_OF.get(meta.kind, ())))
         and all(abs(value) <= _MAX_NUMBER for value in fidelity.values() if isinstance(value, (int, float))),
         "teacher": isinstance(about, dict)
         and all(isinstance(about.get(key), str) for key in ("name", "network", "licence"))

@@ -47,7 +47,7 @@ class Recorder(pl.Callback):
         self.unreadable: set[str] = set()
         self._sums = torch.zeros(2)
         self._count = 0
-        self._mark = self._lr = 0.0
+        self._mark = self._ended = self._lr = 0.0
         self._meter, self._joules_before = Meter(), 0.0
         self._file: Any = None
         self._bar: Any = None
@@ -96,9 +96,9 @@ class Recorder(pl.Callback):
         self._file = self.path.open("a")
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
-        """Takes the time since the last step's end as waiting for data, and the learning rate before the schedule's step."""
+        """Takes the time since the last batch's end as waiting for data, and the learning rate before the schedule's step."""
         self._lr = trainer.optimizers[0].param_groups[0]["lr"]
-        self.waited += time.perf_counter() - self._mark
+        self.waited += time.perf_counter() - self._ended
         for message in batch["unreadable"]:
             if message not in self.unreadable:
                 self.unreadable.add(message)
@@ -111,6 +111,7 @@ class Recorder(pl.Callback):
         assert isinstance(pl_module, Distiller)
         self._sums += torch.stack([pl_module.last_loss, pl_module.last_floor])
         self._count += 1
+        self._ended = time.perf_counter()
         if not step_ends(trainer, batch_idx):
             return
         step = trainer.global_step
@@ -142,7 +143,7 @@ class Recorder(pl.Callback):
 
     def restart_clock(self) -> None:
         """Leaves the time since the last step's end out of the training's."""
-        self._mark = time.perf_counter()
+        self._mark = self._ended = time.perf_counter()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Closes the bar and the file; the processes tell each other what they could not read."""
@@ -167,7 +168,7 @@ class Recorder(pl.Callback):
     def _tick(self) -> None:
         now = time.perf_counter()
         self.seconds += now - self._mark
-        self._mark = now
+        self._mark = self._ended = now
 
     def _append(self, step: int, **values: float) -> None:
         if self._file is None:  # not the first process

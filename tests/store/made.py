@@ -14,6 +14,7 @@ from fkd_ssl.store.codecs import Codec, kind_of, load_codec, parameter_shapes
 DIM, CROPS, ROWS_PER_SHARD = 16, 3, 4
 PATHS = ["a/1.jpg", "a/2.jpg", "b/3.jpg", "b/ä.jpg", "c/5.jpg", "c/6.jpg"]
 SKIPPED = 4
+FIDELITY = {"distribution": {"total_variation_mean": 0.1, "total_variation_max": 0.2}}
 SPECS = ("Flat", "SQfp16", "SQbf16", "SQ8", "SQ6", "SQ4", "PQ4x8", "PQ4x4", "PQ2x10", "OPQ4_8,PQ4x4", "PCA8,SQ4", "PCAR8,SQ8",
          "RR16,SQ6", "hard", "smoothing", "marginal_smoothing_k5", "marginal_renorm_k3", "full")  # fmt: skip
 
@@ -83,7 +84,7 @@ def make(folder: Path, specs: tuple[str, ...] = SPECS) -> dict[str, npt.NDArray[
             arrays["teacher-prototypes"] = files.write_npy(column / "teacher-prototypes.npy", targets(5))
         meta = {
             "kind": kind_of(spec), "dim": DIM, "codec": spec, "code_size": codec.code_size, "pixels": 64, "precision": "fp32",
-            "fidelity": {"cosine_mean": 0.99, "cosine_min": 0.9, "sample": 100}, "chunk_size": 16,
+            "fidelity": {"cosine_mean": 0.99, "cosine_min": 0.9, "sample": 100, **FIDELITY.get(kind_of(spec), {})}, "chunk_size": 16,
             "teacher": {"name": "t", "network": "n", "licence": "l", "source": None, "checkpoint_sha256": None},
             "preprocessing": {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]},
             "probe_digest": probe_digest(), "arrays": arrays,

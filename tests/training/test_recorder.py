@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from fkd_ssl.training.distiller import Distiller
 from fkd_ssl.training.recorder import Recorder, peak_memory, read_metrics
 
 
@@ -74,3 +75,22 @@ def test_the_peak_is_this_process_s_own() -> None:
 def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"metrics\.csv"):
         read_metrics(tmp_path / "metrics.csv")
+
+
+def test_waiting_is_counted_once_where_a_step_has_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("fkd_ssl.training.recorder.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    one = recorder(tmp_path)
+    start(one, 0)
+    module = Distiller.__new__(Distiller)
+    torch.nn.Module.__init__(module)
+    module.last_loss = module.last_floor = torch.zeros(())
+    optimizer = SimpleNamespace(param_groups=[{"lr": 0.1}])
+    trainer: Any = SimpleNamespace(global_step=0, max_steps=9, accumulate_grad_batches=2, optimizers=[optimizer])
+    for batch in range(2):  # one step of two parts: a second of waiting and two of work each
+        now[0] += 1
+        one.on_train_batch_start(trainer, module, {"unreadable": []}, batch)
+        now[0] += 2
+        trainer.global_step = batch  # of Lightning's steps: the second part ends the first
+        one.on_train_batch_end(trainer, module, None, None, batch)
+    assert (one.waited, one.seconds) == (2.0, 6.0)
