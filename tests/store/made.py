@@ -84,7 +84,8 @@ def make(folder: Path, specs: tuple[str, ...] = SPECS) -> dict[str, npt.NDArray[
             arrays["teacher-prototypes"] = files.write_npy(column / "teacher-prototypes.npy", targets(5))
         meta = {
             "kind": kind_of(spec), "dim": DIM, "codec": spec, "code_size": codec.code_size, "pixels": 64, "precision": "fp32",
-            "fidelity": {"cosine_mean": 0.99, "cosine_min": 0.9, "sample": 100, **FIDELITY.get(kind_of(spec), {})}, "chunk_size": 16,
+            "fidelity": {"cosine_mean": 0.99, "cosine_min": 0.9, "sample": 100, **FIDELITY.get(kind_of(spec), {})},
+            "chunk_size": 16,
             "teacher": {"name": "t", "network": "n", "licence": "l", "source": None, "checkpoint_sha256": None},
             "preprocessing": {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]},
             "probe_digest": probe_digest(), "arrays": arrays,
