@@ -1,7 +1,6 @@
 """The site: Sphinx, MyST and furo over the Markdown pages of this folder and the docstrings of the package. `make docs`."""
 
 import dataclasses
-import importlib
 import inspect
 import os
 import re
@@ -93,7 +92,7 @@ class Verbs(SphinxDirective):
 
 def describe(verb: str, what: str) -> list[str]:
     """The section of one verb, in Markdown."""
-    command = importlib.import_module(f"fkd_ssl.commands.{verb}")
+    command = cli.command_of(verb)
     helps = cli._field_helps(command.Config)
     positionals = getattr(command, "POSITIONALS", ())
     lines = [

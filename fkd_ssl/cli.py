@@ -29,6 +29,8 @@ VERBS = {
     "verify": "check a store: every file, its images, a sample of its targets; repair it",
     "subset": "the first crops, some teachers or some images of a store, as a store",
     "recode": "a teacher's stored targets in another codec, without the teacher",
+    "import-fkd": "a store of FKD's published label files",
+    "export-fkd": "FKD's label files of a store's class probabilities",
     "train": "distil a student from stored targets, or online",
     "export": "a student's backbone for torchvision or timm, as safetensors",
     "features": "features of images by a model, computed once and kept for knn, linear and retrieve",
@@ -54,7 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if verb not in VERBS:
             raise RequestError(f"no verb {verb!r}{did_you_mean(verb, VERBS)}; fkd-ssl --help lists them")
-        command = importlib.import_module(f"fkd_ssl.commands.{verb}")
+        command = command_of(verb)
         status: int = command.run(parse(verb, command, args[1:]))
     except FkdError as error:
         return _fail(verb, _message(error), error.exit_status)
@@ -79,6 +81,11 @@ def main(argv: list[str] | None = None) -> int:
             raise
         return _fail(verb, "out of memory: choose a smaller --batch_size, --chunk_size or --pixels", 1)
     return status
+
+
+def command_of(verb: str) -> ModuleType:
+    """The module of a verb."""
+    return importlib.import_module(f"fkd_ssl.commands.{verb.replace('-', '_')}")
 
 
 def parse(verb: str, command: ModuleType, args: list[str]) -> Any:

@@ -1,6 +1,5 @@
 """Every config of configs/ is what its first line says: a command line that the parser takes, for a student that there is."""
 
-import importlib
 import re
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ def parsed(path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     program, verb, *args = comment.removeprefix("# ").split()
     assert program == "fkd-ssl"
     assert args[:2] == ["--config", str(path.relative_to(ROOT))]
-    return cli.parse(verb, importlib.import_module(f"fkd_ssl.commands.{verb}"), args)
+    return cli.parse(verb, cli.command_of(verb), args)
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")

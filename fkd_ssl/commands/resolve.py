@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from fkd_ssl.crops import RECIPES, Recipe
+from fkd_ssl.crops import IMPORTED, RECIPES, Recipe
 from fkd_ssl.errors import RequestError, did_you_mean
 from fkd_ssl.files import sha256
 from fkd_ssl.students import Student, load_student
@@ -68,6 +68,8 @@ def pixels_of(asked: int | None, default: int) -> int:
 
 def recipe_of(name: str, min_scale: float | None = None) -> Recipe:
     """A recipe by name, perhaps with another least scale; raises RequestError where there is none of that name."""
+    if name == IMPORTED.name:  # a store's that import-fkd made
+        return IMPORTED
     if name not in RECIPES:
         raise RequestError(f"--recipe {name!r} is unknown; there are {', '.join(RECIPES)}{did_you_mean(name, RECIPES)}")
     recipe = RECIPES[name]

@@ -1,12 +1,13 @@
 """Crops: records, recipes and replay."""
 
 from fkd_ssl.crops.probe import probe_digest
-from fkd_ssl.crops.recipes import RECIPES, Recipe, draw, image_key
+from fkd_ssl.crops.recipes import IMPORTED, RECIPES, Recipe, draw, image_key
 from fkd_ssl.crops.records import CROP_DTYPE, Records, box_record, centre, unpack, well_formed
 from fkd_ssl.crops.replay import replay, replay_into
 
 __all__ = [
     "CROP_DTYPE",
+    "IMPORTED",
     "RECIPES",
     "Recipe",
     "Records",

@@ -92,6 +92,8 @@ RECIPES: dict[str, Recipe] = {
     )
 }
 """MoCo v2 (arXiv 2003.04297), S2-BNN (2102.08946), SwAV's global crops (2006.09882), FKD (2112.01528)."""
+IMPORTED = Recipe(name="imported", scale=(0.08, 1.0))
+"""Of a store whose crops came from elsewhere: they are read and never drawn."""
 
 
 def image_key(seed: int, path: str) -> bytes:

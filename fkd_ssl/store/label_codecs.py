@@ -37,6 +37,7 @@ class LabelCodec:
         spec: One of these names.
         dim: K.
         code_size: Bytes of one code.
+        kept: k, or K of full.
 
     Raises:
         RequestError: The name is unknown, keeps as many classes as there are, or there are over 65,536.
@@ -48,16 +49,16 @@ class LabelCodec:
             raise RequestError(f"codec {spec!r} is none of those of class probabilities: {', '.join(LABELS)} (k of any number)")
         self.spec = spec
         self.dim = dim
-        self._kept = dim if spec == "full" else int(match[1] or 1)
-        if spec != "full" and self._kept >= dim:
-            raise RequestError(f"codec {spec}: keeps {self._kept} of {dim} classes; choose full, or a smaller k")
+        self.kept = dim if spec == "full" else int(match[1] or 1)
+        if spec != "full" and self.kept >= dim:
+            raise RequestError(f"codec {spec}: keeps {self.kept} of {dim} classes; choose full, or a smaller k")
         if dim > _MOST:
             raise RequestError(f"codec {spec}: {dim} classes, over {_MOST}")
         record: list[tuple[str, np.dtype[np.generic], tuple[int]]] = []
         if spec != "full":
-            record.append(("classes", np.dtype("<u2"), (self._kept,)))
+            record.append(("classes", np.dtype("<u2"), (self.kept,)))
         if spec != "hard":
-            record.append(("values", np.dtype("<f2"), (self._kept,)))
+            record.append(("values", np.dtype("<f2"), (self.kept,)))
         self._record = np.dtype(record)
         self.code_size = self._record.itemsize
 
@@ -75,15 +76,25 @@ class LabelCodec:
             raise RequestError(
                 f"codec {self.spec}: targets that are no class probabilities (finite, not negative, each row with a sum of 1)"
             )
-        records = np.zeros(len(targets), dtype=self._record)
         if self.spec == "full":
-            records["values"] = targets
-        else:
-            classes = _largest(targets, self._kept)
+            return self.pack(None, targets)
+        classes = _largest(targets, self.kept)
+        return self.pack(classes, np.take_along_axis(targets, classes, axis=1))
+
+    def pack(self, classes: npt.NDArray[np.int64] | None, values: Float32Array) -> UInt8Array:
+        """Codes of class numbers [n, k] (none of `full`) and their probabilities [n, k], which `hard` does not keep."""
+        records = np.zeros(len(values), dtype=self._record)
+        if classes is not None:
             records["classes"] = classes
-            if self.spec != "hard":
-                records["values"] = np.take_along_axis(targets, classes, axis=1)
-        return records.view(np.uint8).reshape(len(targets), self.code_size)
+        if self.spec != "hard":
+            records["values"] = values
+        return records.view(np.uint8).reshape(len(values), self.code_size)
+
+    def unpack(self, codes: UInt8Array) -> tuple[npt.NDArray[np.int64], Float32Array]:
+        """Class numbers int64 [n, k] and their probabilities float32 [n, k] of codes, but of `full`'s."""
+        records = np.ascontiguousarray(codes).view(self._record).reshape(len(codes))
+        classes = records["classes"].astype(np.int64)
+        return classes, np.ones_like(classes, np.float32) if self.spec == "hard" else records["values"].astype(np.float32)
 
     def decode(self, codes: UInt8Array) -> Float32Array:
         """Probabilities float32 [n, K], each row with a sum of 1, of codes uint8 [n, code_size].
@@ -91,18 +102,17 @@ class LabelCodec:
         Raises:
             StoreError: A code names a class that there is not or one twice, or holds no probabilities.
         """
-        records = np.ascontiguousarray(codes).view(self._record).reshape(len(codes))
         if self.spec == "full":
+            records = np.ascontiguousarray(codes).view(self._record).reshape(len(codes))
             probabilities = records["values"].astype(np.float32)
         else:
-            classes = records["classes"].astype(np.int64)
-            values = np.ones((len(codes), 1), np.float32) if self.spec == "hard" else records["values"].astype(np.float32)
+            classes, values = self.unpack(codes)
             ordered = np.sort(classes, axis=1)
             if (classes >= self.dim).any() or (ordered[:, 1:] == ordered[:, :-1]).any():
                 raise StoreError(f"codec {self.spec}: a code names impossible classes: {_DAMAGED}")
             rest = np.zeros((len(codes), 1), np.float32)
             if "smoothing" in self.spec:
-                rest = np.maximum(0, 1 - values.sum(axis=1, keepdims=True)) / np.float32(self.dim - self._kept)
+                rest = np.maximum(0, 1 - values.sum(axis=1, keepdims=True)) / np.float32(self.dim - self.kept)
             probabilities = np.repeat(rest, self.dim, axis=1)
             np.put_along_axis(probabilities, classes, values, axis=1)
         sums = probabilities.sum(axis=1, keepdims=True, dtype=np.float64)

@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from fkd_ssl import files
-from fkd_ssl.crops import CROP_DTYPE, Recipe
+from fkd_ssl.crops import CROP_DTYPE, IMPORTED, Recipe
 from fkd_ssl.errors import FkdError, RequestError, StoreError
 from fkd_ssl.images import ImageSet
 from fkd_ssl.progress import hidden
@@ -275,6 +275,8 @@ def _open_or_create(
     folder: Path, images: ImageSet, *, seed: int, recipe: Recipe, crops: int, skip_unreadable: bool, progress: bool
 ) -> Store:
     if not (folder / layout.MANIFEST).exists():
+        if recipe == IMPORTED:
+            raise RequestError(f"recipe {recipe.name}: is that of a store made by import-fkd, and {folder} is none")
         layout.create(folder, images, seed=seed, recipe=recipe, crops=crops, skip_unreadable=skip_unreadable, progress=progress)
         return Store(folder)
     store = Store(folder)

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from fkd_ssl import files
-from fkd_ssl.crops import Records, draw, image_key, replay_into, unpack
+from fkd_ssl.crops import IMPORTED, Records, draw, image_key, replay_into, unpack
 from fkd_ssl.crops.records import neutral
 from fkd_ssl.errors import FkdError, ImageError, StoreError
 from fkd_ssl.images import ImageSet, decode, read_bytes
@@ -85,10 +85,15 @@ class RowReader:
         self.ahead = ahead  # images held in memory before the teacher has seen them
 
     def records(self, row: int, count: int) -> Records:
-        """The first crops of a row, drawn anew; neutral empty ones where even the image's header was unreadable."""
+        """The first crops of a row, drawn anew unless they came from elsewhere.
+
+        Neutral empty ones where even the image's header was unreadable.
+        """
         m, size = self.store.manifest, self.store.sizes[row]
         if not size["width"]:
             return neutral(count)
+        if m.recipe == IMPORTED:
+            return np.asarray(self.store.crops(row, slice(0, count)))
         key = image_key(m.seed, self.store.paths[row])
         return draw(m.recipe, key, int(size["height"]), int(size["width"]), 0, count)
 

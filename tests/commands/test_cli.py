@@ -18,11 +18,11 @@ import yaml
 from fkd_ssl import __version__, cli
 
 GOLDEN = Path(__file__).parent / "options.json"
-VERBS = [verb for verb in cli.VERBS if importlib.util.find_spec(f"fkd_ssl.commands.{verb}")]
+VERBS = [verb for verb in cli.VERBS if importlib.util.find_spec(f"fkd_ssl.commands.{verb.replace('-', '_')}")]
 
 
 def options_of(verb: str) -> dict[str, dict[str, Any]]:
-    config = importlib.import_module(f"fkd_ssl.commands.{verb}").Config
+    config = cli.command_of(verb).Config
     return {
         f.name: {"type": inspect.formatannotation(f.type), "default": "(required)" if f.default is MISSING else f.default}
         for f in fields(config)
@@ -42,14 +42,14 @@ def test_every_verb_explains_every_option(verb: str, call: Any) -> None:
     status, out, err = call(f"{verb} --help")
     assert (status, err) == (0, "")
     assert f"usage: fkd-ssl {verb}" in out
-    positionals = getattr(importlib.import_module(f"fkd_ssl.commands.{verb}"), "POSITIONALS", ())
+    positionals = getattr(cli.command_of(verb), "POSITIONALS", ())
     for name in options_of(verb):
         assert (name if name in positionals else f"--{name}") in out
 
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_option_has_a_help(verb: str) -> None:
-    config = importlib.import_module(f"fkd_ssl.commands.{verb}").Config
+    config = cli.command_of(verb).Config
     assert all(cli._field_helps(config)[name] for name in options_of(verb))
 
 

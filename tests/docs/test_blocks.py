@@ -242,7 +242,7 @@ def check(call: Call) -> None:
             return
         assert verb in cli.VERBS, f"no verb {verb}"
         if options != ["--help"]:
-            cli.parse(verb, importlib.import_module(f"fkd_ssl.commands.{verb}"), options)
+            cli.parse(verb, cli.command_of(verb), options)
     elif call[0] in ("python", "torchrun"):
         script = next(word for word in call if word.endswith(".py"))
         parse_script(Path(script), call[call.index(script) + 1 :])

@@ -1,0 +1,162 @@
+"""Stores of FKD's published label files, and such files of a store."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from fkd_ssl import files
+from fkd_ssl.crops import IMPORTED, Records, probe_digest
+from fkd_ssl.errors import ImageError, RequestError, StoreError
+from fkd_ssl.images import ImageSet, read_bytes
+from fkd_ssl.store import fkd_files
+from fkd_ssl.store import manifest as layout
+from fkd_ssl.store.columns import publish_column
+from fkd_ssl.store.label_codecs import LabelCodec, UInt8Array
+from fkd_ssl.store.reader import Column, Store
+from fkd_ssl.store.subset import whole_folder
+
+_LISTED = 10
+
+
+def import_fkd(
+    labels: str | Path, images: ImageSet, out: str | Path, *, classes: int, codec: str | None = None, name: str = "fkd",
+    pixels: int = 224, threads: int = 2, log: Callable[[str], None] = lambda message: None,
+) -> Store:  # fmt: skip
+    """A store of published label files: their boxes and flips as crops, their labels as a column.
+
+    It appears when it is whole; a killed call continues. Labels are kept as they are, but for float16.
+
+    Args:
+        labels: Folder of label files, as images lie in theirs, perhaps below `train` or `imagenet/train`.
+        images: The images that they were made of.
+        out: The new store.
+        classes: K.
+        codec: How the labels are meant; by their shape by default, where five classes mean marginal_smoothing_k5 and not
+            marginal_renorm_k5.
+        name: Of the column.
+        pixels: Side of the crops that the labels' teacher saw.
+        threads: That read images and labels.
+        log: Takes lines for the user.
+
+    Raises:
+        RequestError: There are no labels of these images, or `out` is something else.
+        StoreError: Label files are missing or damaged; the message lists them.
+    """
+    out = Path(out).resolve()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RequestError(f"{out}: exists; choose another --store")
+    folder = fkd_files.find(Path(labels), images.paths)
+    paths = [folder / fkd_files.stem(path) for path in images.paths]
+    first = next(fkd_files.read(path) for path in paths if path.is_file())
+    kept = LabelCodec(codec or first.codec(), classes)
+    log(f"{len(images):,} images x {len(first)} crops, {kept.spec} of {classes} classes: {kept.code_size} + 20 bytes a crop")
+    with whole_folder(out) as new, ThreadPoolExecutor(threads) as pool:
+        if not (new / layout.MANIFEST).exists():
+            layout.create(new, images, seed=0, recipe=IMPORTED, crops=len(first), skip_unreadable=False)
+        store = Store(new)
+        column = new / layout.TARGETS / layout.checked_name(name)
+        if not column.exists():
+            publish_column(column, _meta(kept, Path(labels).name, pixels), {})
+        digest = store.column(name).digest
+        wrong: list[str] = []
+        with tqdm(total=len(images), unit="img", desc="labels") as bar:
+            for shard in range(store.manifest.shards):
+                rows = store.manifest.shard_rows(shard)
+                if layout.codes_file(new, name, shard).with_suffix(".json").exists():
+                    bar.update(len(rows))
+                    continue
+                made = []
+                for row, found in zip(rows, pool.map(partial(_row, store, images, paths, kept, len(first)), rows), strict=True):
+                    bar.update(1)
+                    if isinstance(found, str):
+                        wrong.append(f"row {row}: {found}")
+                    else:
+                        made.append(found)
+                if not wrong:
+                    _publish(store, name, shard, digest, made)
+        if wrong:
+            some = "\n  ".join(wrong[:_LISTED])
+            more = f"\n  and {len(wrong) - _LISTED} more" if len(wrong) > _LISTED else ""
+            raise StoreError(f"{labels}: {len(wrong)} label files cannot be used:\n  {some}{more}")
+    return Store(out)
+
+
+def export_fkd(column: Column, out: str | Path, *, fp16: bool = False) -> int:
+    """Writes FKD's label files of a column; returns how many. Files that are there are left as they are.
+
+    Raises:
+        RequestError: Its targets are embeddings, its crops do more than cut and flip, or float16 cannot hold its class numbers.
+        StoreError: It is not finished, or damaged.
+    """
+    store, codec = column.store, column.codec
+    if not isinstance(codec, LabelCodec):
+        raise RequestError(f"{column.folder}: its targets are embeddings; FKD's files hold class probabilities")
+    if fp16 and codec.spec != "full" and codec.dim > fkd_files.LARGEST_EXACT:
+        raise RequestError(f"--fp16: float16 is exact up to {fkd_files.LARGEST_EXACT}, and there are {codec.dim} classes")
+    m = store.manifest.recipe
+    if m.jitter or m.grey or m.blur:
+        raise RequestError(f"{store.folder}: crops of the recipe {m.name} change colours, which FKD's files cannot say")
+    column.require_complete()
+    written = 0
+    for row in tqdm(store.rows.tolist(), unit="img", desc="files"):
+        path = Path(out) / fkd_files.stem(store.paths[row])
+        if path.exists():
+            continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        size = store.sizes[row]
+        everything = slice(0, store.crops_per_image)
+        records, codes = np.asarray(store.crops(row, everything)), column.codes(row, everything)
+        labels = fkd_files.unpacked(codec, codes)
+        fkd_files.write(path, records, int(size["height"]), int(size["width"]), labels, fp16=fp16)
+        written += 1
+    return written
+
+
+def _row(
+    store: Store, images: ImageSet, paths: list[Path], codec: LabelCodec, crops: int, row: int
+) -> tuple[str, Records, UInt8Array] | str:
+    """An image's checksum, records and codes; or what is wrong with its label file."""
+    size = store.sizes[row]
+    try:
+        labels = fkd_files.read(paths[row])
+        if len(labels) != crops:
+            return f"{paths[row]}: {len(labels)} crops, the first file has {crops}"
+        records = labels.records(int(size["height"]), int(size["width"]))
+        return files.sha256(read_bytes(images.file(row))), records, labels.codes(codec)
+    except (StoreError, ImageError) as error:
+        return str(error) if str(paths[row]) in str(error) else f"{paths[row]}: {error}"
+
+
+def _publish(store: Store, name: str, shard: int, column: str, made: list[tuple[str, Records, UInt8Array]]) -> None:
+    crops, codes = layout.crops_file(store.folder, shard), layout.codes_file(store.folder, name, shard)
+    digest = files.write_npy(crops, np.stack([records for _, records, _ in made]))
+    images = [checksum for checksum, _, _ in made]
+    files.write_json(crops.with_suffix(".json"), {"file": digest, "images": images, "skipped": []})
+    digest = files.write_npy(codes, np.stack([code for _, _, code in made]))
+    files.write_json(codes.with_suffix(".json"), {"file": digest, "column": column})
+
+
+def _meta(codec: LabelCodec, folder: str, pixels: int) -> dict[str, Any]:
+    """meta.json of imported labels: nothing is lost of the files, and of their teacher nothing is known."""
+    exact = {"cosine_mean": 1.0, "cosine_min": 1.0, "sample": 0, "total_variation_mean": 0.0, "total_variation_max": 0.0}
+    return {
+        "kind": "distribution",
+        "dim": codec.dim,
+        "codec": codec.spec,
+        "code_size": codec.code_size,
+        "fidelity": exact,
+        "teacher": {
+            "name": "fkd", "network": f"not known: imported from {folder}", "licence": "not stated", "source": None,
+            "checkpoint_sha256": None,
+        },
+        "preprocessing": {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]},
+        "pixels": pixels,
+        "precision": "fp32",
+        "chunk_size": 1,
+        "probe_digest": probe_digest(),
+    }  # fmt: skip

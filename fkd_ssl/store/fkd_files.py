@@ -1,0 +1,187 @@
+"""FKD's published label files, read without executing anything, and written: one of torch's pickles an image.
+
+Each holds `[boxes, flips, labels]`.
+
+Shen and Xing, ECCV 2022 (arXiv 2112.01528), and Fast MEAL V2, whose files are made by the same script. Legend: `C` crops, `K`
+classes, `k` of them kept.
+
+- boxes float32 or float16 [C, 4]: top, left, height and width as fractions of the image's sides;
+- flips bool [C];
+- labels: class numbers [C] (hard), class and probability [C, 2] (smoothing), classes and probabilities [C, 2, k] (marginal),
+  all probabilities [C, K] (full).
+"""
+
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch.serialization import safe_globals
+
+from fkd_ssl import files
+from fkd_ssl.crops import Records
+from fkd_ssl.crops.records import FLIP, neutral
+from fkd_ssl.errors import RequestError, StoreError
+from fkd_ssl.store.label_codecs import LabelCodec, UInt8Array
+
+_MOST_BYTES = 2**28  # of a file: 500 crops of 21,841 classes in fp32 are 44 MB
+_DTYPES = ("BoolDType", "Float16DType", "Float32DType", "Float64DType", "Int32DType", "Int64DType")
+_rebuild = np._core.multiarray._reconstruct  # type: ignore[attr-defined]
+# all that such a file may name beside tensors; NumPy called its own module otherwise before version 2
+_ADMITTED: list[Any] = [
+    *((_rebuild, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
+    np.ndarray,
+    np.dtype,
+    *(getattr(np.dtypes, name) for name in _DTYPES),
+]
+_ADMITTING = threading.Lock()  # the list is torch's own, and all threads'
+LARGEST_EXACT = 2048  # whole numbers up to here are exact in float16
+_PLACES = ("", "train", "imagenet", "imagenet/train")  # below the folder of labels, as the authors' scripts lay files out
+
+
+class Labels:
+    """What a file says of an image's crops.
+
+    Attributes:
+        boxes: Fractions float64 [C, 4] of top, left, height, width.
+        flips: bool [C].
+        labels: As the file has them: [C], [C, 2], [C, 2, k] or [C, K].
+    """
+
+    def __init__(self, boxes: npt.NDArray[Any], flips: npt.NDArray[Any], labels: npt.NDArray[Any]) -> None:
+        self.boxes = boxes.astype(np.float64)
+        self.flips = flips.astype(bool)
+        self.labels = labels
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+    def records(self, height: int, width: int) -> Records:
+        """Crop records [C] of an image of these sides, of the very boxes that FKD's code cuts.
+
+        It passes fractions times sides to torchvision's `resized_crop`, and Pillow rounds the box's four edges, halves to even.
+        What that leaves outside the image is cut off.
+
+        Raises:
+            StoreError: A box has no area inside the image.
+        """
+        top, left, high, wide = (self.boxes * [height, width, height, width]).T
+        edges = [np.rint(edge) for edge in (top, left, top + high, left + wide)]
+        y0, y1 = (edge.clip(0, height) for edge in (edges[0], edges[2]))
+        x0, x1 = (edge.clip(0, width) for edge in (edges[1], edges[3]))
+        if (y1 <= y0).any() or (x1 <= x0).any():
+            raise StoreError("a box lies outside the image, or has no area")
+        records = neutral(len(self))
+        for name, values in (("top", y0), ("left", x0), ("height", y1 - y0), ("width", x1 - x0)):
+            records[name] = values.astype(np.int64)
+        records["flags"] = np.where(self.flips, FLIP, 0)
+        return records
+
+    def codec(self) -> str:
+        """The codec that keeps labels of this shape."""
+        if self.labels.ndim == 3:
+            return f"marginal_smoothing_k{self.labels.shape[2]}"
+        if self.labels.ndim == 1:
+            return "hard"
+        return "smoothing" if self.labels.shape[1] == 2 else "full"
+
+    def codes(self, codec: LabelCodec) -> UInt8Array:
+        """Their codes uint8 [C, code_size]; raises StoreError where they are no labels of that codec's number of classes."""
+        if codec.spec == "full":
+            if self.labels.ndim != 2 or self.labels.shape[1] != codec.dim:
+                raise StoreError(f"labels {list(self.labels.shape)}, expected [C, {codec.dim}]")
+            try:
+                return codec.encode(np.float32(self.labels))
+            except RequestError as error:
+                raise StoreError(str(error)) from error
+        labels = self.labels.reshape(len(self), -1, codec.kept if self.labels.ndim == 3 else 1)
+        classes, values = labels[:, 0], labels[:, 1] if labels.shape[1] > 1 else np.ones_like(labels[:, 0])
+        if labels.shape[2] != codec.kept or not np.isfinite(labels).all() or (classes != np.rint(classes)).any():
+            raise StoreError(f"labels {list(self.labels.shape)} that are none of {codec.spec}")
+        if self.labels.dtype == np.float16 and codec.dim > LARGEST_EXACT:
+            raise StoreError(f"class numbers in float16, which is exact up to {LARGEST_EXACT}, of {codec.dim} classes")
+        if (classes < 0).any() or (classes >= codec.dim).any() or (values < 0).any() or (values.sum(axis=1) > 1.01).any():
+            raise StoreError(f"labels that are no probabilities of {codec.dim} classes")
+        codes = codec.pack(classes.astype(np.int64), values.astype(np.float32))
+        codec.decode(codes)  # which refuses a class that is named twice
+        return codes
+
+
+def read(path: Path) -> Labels:
+    """A label file.
+
+    Raises:
+        StoreError: It is missing, too large, names anything but arrays and tensors, or holds something else.
+    """
+    try:
+        if path.stat().st_size > _MOST_BYTES:
+            raise StoreError(f"{path}: over {_MOST_BYTES} bytes, no label file of FKD's")
+        with _ADMITTING, safe_globals(_ADMITTED):
+            parts = torch.load(path, map_location="cpu", weights_only=True)
+        boxes, flips, labels = (np.asarray(part) for part in parts)
+    except OSError as error:
+        raise StoreError(f"{path}: {error.strerror or error}") from error
+    except StoreError:
+        raise
+    except Exception as error:  # whatever a foreign file makes torch raise
+        reason = next((line for line in str(error).splitlines() if "Unsupported" in line or "not an allowed" in line), "")
+        raise StoreError(f"{path}: no label file of FKD's ({reason or type(error).__name__})") from error
+    count = len(boxes) if boxes.ndim else 0
+    right = (
+        boxes.shape == (count, 4) and flips.shape == (count,) and labels.ndim in (1, 2, 3) and len(labels) == count > 0
+        and boxes.dtype.kind == "f" and flips.dtype.kind in "biu" and labels.dtype.kind in "fiu"
+        and np.isfinite(boxes.astype(np.float64)).all()
+        and (labels.ndim < 3 or labels.shape[1] == 2)
+    )  # fmt: skip
+    if not right:
+        shapes = ", ".join(f"{part.dtype} {list(part.shape)}" for part in (boxes, flips, labels))
+        raise StoreError(f"{path}: holds {shapes}; expected boxes [C, 4], flips [C] and labels")
+    return Labels(boxes, flips, labels)
+
+
+def write(path: Path, records: Records, height: int, width: int, labels: npt.NDArray[Any], *, fp16: bool) -> None:
+    """Writes a label file; one that is there is not overwritten."""
+    sides = np.array([height, width, height, width], dtype=np.float64)
+    boxes = np.stack([records[name] for name in ("top", "left", "height", "width")], axis=1) / sides
+    flips = (records["flags"] & FLIP) != 0
+    parts = [
+        boxes.astype(np.float16 if fp16 else np.float32),
+        flips,
+        labels.astype(np.float16) if fp16 else torch.from_numpy(labels),
+    ]
+    with files.publish(path) as file:
+        torch.save(parts, file)
+
+
+def unpacked(codec: LabelCodec, codes: UInt8Array) -> npt.NDArray[Any]:
+    """The labels of codes as FKD's files have them."""
+    if codec.spec == "full":
+        return codec.decode(codes)
+    classes, values = codec.unpack(codes)
+    if codec.spec == "hard":
+        return classes[:, 0]
+    both = np.stack([classes.astype(np.float32), values], axis=1)
+    return both[:, :, 0] if codec.spec == "smoothing" else both
+
+
+def stem(path: str) -> str:
+    """The label file of an image in its layout: FKD cuts a file's name at its first dot."""
+    folder, slash, name = path.rpartition("/")
+    return f"{folder}{slash}{name.split('.')[0]}.tar"
+
+
+def find(folder: Path, paths: Sequence[str]) -> Path:
+    """The folder below which label files lie as images do, `folder` or one in it.
+
+    Raises:
+        RequestError: No file of these images is there.
+    """
+    for place in _PLACES:
+        if any((folder / place / stem(path)).is_file() for path in paths[:100]):
+            return folder / place
+    raise RequestError(
+        f"{folder}: holds no label file of these images: looked for {stem(paths[0])!r} there, in {', '.join(_PLACES[1:])}"
+    )

@@ -1,0 +1,210 @@
+"""FKD's published label files: read as its code reads them, without executing anything; imported, trained on, written."""
+
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms import functional as tf
+
+from fkd_ssl.crops import IMPORTED
+from fkd_ssl.data import StoredCrops
+from fkd_ssl.errors import RequestError, StoreError
+from fkd_ssl.images import scan
+from fkd_ssl.store import fkd_files, open_store
+from fkd_ssl.store.fkd_exchange import export_fkd, import_fkd
+from fkd_ssl.store.label_codecs import LabelCodec
+from fkd_ssl.store.precompute import precompute
+from fkd_ssl.store.verify import verify
+
+C, K = 6, 20
+
+
+def published(folder: Path, images: Path, *, kind: str = "marginal_smoothing_k5", fp16: bool = False) -> dict[str, list[Any]]:
+    """Writes files as the authors' script does, with their fractions; returns boxes in pixels, flips and labels by image."""
+    torch.manual_seed(0)
+    made = {}
+    for path in scan(images).paths:
+        with Image.open(images / path) as picture:
+            width, height = picture.size
+            boxes = [RandomResizedCrop.get_params(picture, [0.08, 0.936], [3 / 4, 4 / 3]) for _ in range(C)]
+        fractions = torch.stack([torch.FloatTensor([i / height, j / width, h / height, w / width]) for i, j, h, w in boxes])
+        flips = torch.rand(C) < 0.5
+        p = torch.randn(C, K).mul(3).softmax(dim=1)
+        top, index = p.sort(dim=1, descending=True)
+        labels: Any = {
+            "hard": index[:, 0],
+            "smoothing": torch.stack([index[:, 0].float(), top[:, 0]], dim=1),
+            "marginal_smoothing_k5": torch.stack([index[:, :5].float(), top[:, :5]], dim=1),
+            "full": p,
+        }[kind]
+        state = [fractions.numpy(), flips.numpy(), labels]
+        if fp16:
+            state = [np.float16(fractions.numpy()), flips.numpy(), np.float16(labels.numpy())]
+        file = folder / fkd_files.stem(path)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        torch.save(state, file)
+        made[path] = [fractions, flips, labels, p]
+    return made
+
+
+@pytest.fixture
+def images(image_folder: Path) -> Path:
+    return image_folder
+
+
+def fkds_crop(picture: Image.Image, fractions: Any, flip: bool, side: int) -> Image.Image:
+    """What RandomResizedCrop_FKD and RandomHorizontalFlip_FKD do, but for the resize: the box alone."""
+    i, j = fractions[0].item() * picture.size[1], fractions[1].item() * picture.size[0]
+    h, w = fractions[2].item() * picture.size[1], fractions[3].item() * picture.size[0]
+    cut = tf.crop(picture, i, j, h, w)
+    return tf.hflip(cut) if flip else cut
+
+
+@pytest.mark.parametrize("fp16", [False, True])
+def test_boxes_are_fkds_to_the_pixel(images: Path, tmp_path: Path, fp16: bool) -> None:
+    made = published(tmp_path / "labels", images, fp16=fp16)
+    for path in list(made)[:6]:
+        labels = fkd_files.read(tmp_path / "labels" / fkd_files.stem(path))
+        with Image.open(images / path) as file:
+            picture = file.convert("RGB")
+        records = labels.records(picture.height, picture.width)
+        for record, fractions, flip in zip(records, labels.boxes, labels.flips, strict=True):
+            expected = np.asarray(fkds_crop(picture, fractions, bool(flip), 0))
+            y, x, h, w = (int(record[name]) for name in ("top", "left", "height", "width"))
+            ours = np.asarray(picture)[y : y + h, x : x + w]
+            ours = ours[:, ::-1] if record["flags"] & 1 else ours
+            assert expected[: ours.shape[0], : ours.shape[1]].shape == ours.shape
+            np.testing.assert_array_equal(ours, expected[: ours.shape[0], : ours.shape[1]])
+
+
+@pytest.mark.parametrize(
+    ("kind", "fp16", "place"),
+    [
+        ("hard", False, ""), ("smoothing", False, "train"), ("marginal_smoothing_k5", False, "imagenet/train"),
+        ("marginal_smoothing_k5", True, "imagenet"), ("full", True, ""),
+    ],
+)  # fmt: skip
+def test_a_store_of_label_files(images: Path, tmp_path: Path, kind: str, fp16: bool, place: str) -> None:
+    made = published(tmp_path / "labels" / place, images, kind=kind, fp16=fp16)
+    store = import_fkd(tmp_path / "labels", scan(images), tmp_path / "store", classes=K)
+    assert (store.crops_per_image, store.manifest.recipe, store.column().meta.codec) == (C, IMPORTED, kind)
+    assert verify(store, scan(images)).problems == []
+    codec = LabelCodec(kind, K)
+    for row, path in enumerate(store.paths):
+        expected = codec.decode(codec.encode(made[path][3].numpy()))
+        np.testing.assert_allclose(store.targets("fkd", row, slice(0, C)), expected, atol=2e-3)
+        assert ((store.crops(row, slice(0, C))["flags"] != 0) == made[path][1].numpy()).all()
+    batch = StoredCrops(store, images, crops_per_image=3, pixels=32).__getitems__([0, 1]).batch
+    assert (batch["images"].shape, batch["targets"].shape) == ((6, 3, 32, 32), (6, K))
+
+
+def test_renormalised_labels_are_said(images: Path, tmp_path: Path) -> None:
+    made = published(tmp_path / "labels", images)
+    store = import_fkd(tmp_path / "labels", scan(images), tmp_path / "store", classes=K, codec="marginal_renorm_k5")
+    path = store.paths[3]
+    index, value = made[path][2][:, 0].long(), made[path][2][:, 1]
+    expected = torch.nn.functional.normalize(torch.zeros(C, K).scatter_(1, index, value), p=1.0, dim=1)
+    np.testing.assert_allclose(store.targets("fkd", 3, slice(0, C)), expected, atol=2e-3)
+
+
+@pytest.mark.parametrize("kind", ["hard", "smoothing", "marginal_smoothing_k5", "full"])
+def test_there_and_back(images: Path, tmp_path: Path, kind: str) -> None:
+    published(tmp_path / "labels", images, kind=kind)
+    store = import_fkd(tmp_path / "labels", scan(images), tmp_path / "store", classes=K)
+    assert export_fkd(store.column(), tmp_path / "out") == len(store)
+    assert export_fkd(store.column(), tmp_path / "out") == 0
+    again = import_fkd(tmp_path / "out", scan(images), tmp_path / "again", classes=K)
+    for row in range(len(store)):
+        assert (np.asarray(again.crops(row, slice(0, C))) == np.asarray(store.crops(row, slice(0, C)))).all()
+        np.testing.assert_allclose(again.targets("fkd", row, slice(0, C)), store.targets("fkd", row, slice(0, C)), atol=2e-3)
+
+
+def test_another_teacher_sees_the_imported_crops(images: Path, tmp_path: Path, tiny_teacher: Any) -> None:
+    published(tmp_path / "labels", images)
+    store = import_fkd(tmp_path / "labels", scan(images), tmp_path / "store", classes=K)
+    records = np.asarray(store.crops(2, slice(0, C)))
+    found = scan(images)
+    precompute(found, store.folder, tiny_teacher, crops=C, recipe=IMPORTED, pixels=32, codec="Flat", progress=False)
+    store = open_store(store.folder)
+    assert store.teachers == ["fkd", "tiny"]
+    assert (np.asarray(store.crops(2, slice(0, C))) == records).all()
+    from fkd_ssl.crops import replay
+    from fkd_ssl.images import read_image
+
+    crops = torch.from_numpy(replay(read_image(images / store.paths[2]), records, 32))
+    np.testing.assert_allclose(store.targets("tiny", 2, slice(0, C)), tiny_teacher.embed(crops).numpy(), atol=1e-5)
+    with pytest.raises(RequestError, match="recipe imported: is that of a store made by import-fkd"):
+        precompute(found, tmp_path / "new", tiny_teacher, crops=C, recipe=IMPORTED, pixels=32)
+
+
+class Evil:
+    def __reduce__(self) -> Any:
+        return exec, ("raise SystemExit('executed')",)
+
+
+def saved(*parts: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(list(parts), buffer)
+    return buffer.getvalue()
+
+
+BOXES, FLIPS, LABELS = np.full((C, 4), 0.5, np.float32), np.zeros(C, bool), np.zeros((C, 2, 5), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (saved(Evil(), FLIPS, LABELS), "no label file of FKD's"),
+        (pickle.dumps([Evil()]), "no label file of FKD's"),
+        (b"", "no label file of FKD's"),
+        (saved(BOXES, FLIPS), "no label file of FKD's"),
+        (saved(BOXES[:, :3], FLIPS, LABELS), "expected boxes"),
+        (saved(BOXES, FLIPS[:2], LABELS), "expected boxes"),
+        (saved(BOXES * np.nan, FLIPS, LABELS), "expected boxes"),
+        (saved(np.array([[None] * 4] * C), FLIPS, LABELS), "no label file of FKD's|expected boxes"),
+    ],
+)
+def test_what_is_no_label_file(tmp_path: Path, content: bytes, said: str) -> None:
+    (tmp_path / "a.tar").write_bytes(content)
+    with pytest.raises(StoreError, match=said):
+        fkd_files.read(tmp_path / "a.tar")
+
+
+def test_damaged_and_missing_files_are_listed_and_nothing_appears(images: Path, tmp_path: Path) -> None:
+    published(tmp_path / "labels", images)
+    files = sorted((tmp_path / "labels").rglob("*.tar"))
+    files[1].unlink()
+    files[2].write_bytes(files[2].read_bytes()[:-100])
+    torch.save([BOXES[:3], FLIPS[:3], LABELS[:3]], files[3])
+    bad = LABELS.copy()
+    bad[:, 0] = [0, 1, 2, 3, K]
+    torch.save([BOXES, FLIPS, bad], files[4])
+    torch.save([BOXES + 0.9, FLIPS, LABELS], files[5])
+    with pytest.raises(StoreError) as caught:
+        import_fkd(tmp_path / "labels", scan(images), tmp_path / "store", classes=K)
+    said = str(caught.value)
+    assert "5 label files cannot be used" in said
+    for file, what in zip(
+        files[1:6], ("No such file", "no label file", "3 crops", f"probabilities of {K}", "a box"), strict=True
+    ):
+        assert any(str(file) in line and what in line for line in said.splitlines()), (file, what, said)
+    assert not (tmp_path / "store").exists()
+    published(tmp_path / "labels", images)  # mended: the same call goes on
+    assert len(import_fkd(tmp_path / "labels", scan(images), tmp_path / "store", classes=K)) == len(files)
+
+
+def test_what_is_refused(images: Path, tmp_path: Path, make_store: Any) -> None:
+    with pytest.raises(RequestError, match="holds no label file of these images"):
+        import_fkd(tmp_path, scan(images), tmp_path / "store", classes=K)
+    published(tmp_path / "labels", images)
+    with pytest.raises(RequestError, match="exists; choose another"):
+        import_fkd(tmp_path / "labels", scan(images), tmp_path / "labels", classes=K)
+    published(tmp_path / "half", images, fp16=True)
+    with pytest.raises(StoreError, match="float16, which is exact up to 2048, of 3000 classes"):
+        import_fkd(tmp_path / "half", scan(images), tmp_path / "store", classes=3000)
