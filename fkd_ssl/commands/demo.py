@@ -24,6 +24,7 @@ def run(config: Config) -> int:
     from typing import Any
 
     from fkd_ssl.commands import compare, console
+    from fkd_ssl.comparison.config import CompareConfig
     from fkd_ssl.glyphs import make_glyphs
     from fkd_ssl.pretraining.config import PretrainConfig
     from fkd_ssl.pretraining.engine import pretrain
@@ -48,7 +49,7 @@ def run(config: Config) -> int:
         log=console.say,
     )
     console.say("3/3 stored against online: a store of the teacher's targets, two students, their scores")
-    comparison = compare.Config(
+    comparison = CompareConfig(
         images=str(images / "train"),
         val=str(images / "val"),
         teacher="mocov2",

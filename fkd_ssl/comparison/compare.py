@@ -129,7 +129,7 @@ def _results(
         return found
 
     def seconds(name: str) -> float:
-        return statistics.mean(line["train_seconds"] for line in lines if line["name"] == name)
+        return float(statistics.mean(line["train_seconds"] for line in lines if line["name"] == name))
 
     plain = [arm for arm in arms if not (arm.on_stored or arm.crops or arm.codec)]
     stored, online = ([arm.name for arm in plain if arm.kind == kind] for kind in ("stored", "online"))
@@ -139,7 +139,7 @@ def _results(
     pairs += [(stored[-1], arm.name) for arm in arms if arm.kind == "alone"]
     pairs += [(arm.name, stored[-1]) for arm in arms if arm.crops or arm.codec]
     saved, taken = seconds(online[-1]) - seconds(stored[-1]), cost.get("seconds")
-    pays = saved > 0 and taken is not None
+    students = None if taken is None or saved <= 0 else taken / saved
     return {
         "config": config.__dict__,
         "images": images,
@@ -150,8 +150,8 @@ def _results(
         "precompute_seconds": taken,
         "precompute_joules": cost.get("joules"),
         "stores": stores,
-        "break_even_students": math.ceil(taken / saved) if pays else None,
-        "break_even_epochs": taken / saved * config.epochs if pays else None,
+        "break_even_students": None if students is None else math.ceil(students),
+        "break_even_epochs": None if students is None else students * config.epochs,
         "reached": _reached(config, online[-1], [arm.name for arm in arms if arm.kind != "alone"]),
     }
 

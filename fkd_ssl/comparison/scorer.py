@@ -75,5 +75,5 @@ class Scorer:
 
     def correct(self, name: str, probe: str) -> npt.NDArray[np.bool_]:
         """Correctness of every test image: bool [n]."""
-        array: npt.NDArray[np.bool_] = np.load(self.folder / f"{name}.npy", allow_pickle=False)
-        return array[PROBES.index(probe)]
+        array: npt.NDArray[np.bool_] = np.load(self.folder / f"{name}.npy", allow_pickle=False)[PROBES.index(probe)]
+        return array

@@ -29,12 +29,14 @@ class SoftCE(Objective):
         """The mean cross-entropy in nats, a scalar, of student logits [B, K] and target probabilities [B, K]."""
         with torch.autocast(student.device.type, enabled=False):
             exact = student if student.dtype == torch.float64 else student.float()
-            return -(self._target(target) * torch.log_softmax(exact / self.temperature, dim=1)).sum(dim=1).mean()
+            loss: Tensor = -(self._target(target) * torch.log_softmax(exact / self.temperature, dim=1)).sum(dim=1).mean()
+        return loss
 
     def floor(self, target: Tensor) -> Tensor:
         """The targets' mean entropy in nats."""
         p = self._target(target)
-        return -torch.special.xlogy(p, p).sum(dim=1).mean()
+        entropy: Tensor = -torch.special.xlogy(p, p).sum(dim=1).mean()
+        return entropy
 
     def _target(self, target: Tensor) -> Tensor:
         target = target if target.dtype == torch.float64 else target.float()

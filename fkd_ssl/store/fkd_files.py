@@ -94,7 +94,7 @@ class Labels:
             if self.labels.ndim != 2 or self.labels.shape[1] != codec.dim:
                 raise StoreError(f"labels {list(self.labels.shape)}, expected [C, {codec.dim}]")
             try:
-                return codec.encode(np.float32(self.labels))
+                return codec.encode(self.labels.astype(np.float32))
             except RequestError as error:
                 raise StoreError(str(error)) from error
         labels = self.labels.reshape(len(self), -1, codec.kept if self.labels.ndim == 3 else 1)

@@ -118,7 +118,8 @@ class LabelCodec:
         sums = probabilities.sum(axis=1, keepdims=True, dtype=np.float64)
         if not (np.isfinite(sums).all() and (sums > 0).all() and (probabilities >= 0).all()):
             raise StoreError(f"codec {self.spec}: a code that holds no probabilities: {_DAMAGED}")
-        return (probabilities / sums).astype(np.float32)
+        normalised: Float32Array = (probabilities / sums).astype(np.float32)
+        return normalised
 
 
 def is_label(spec: str) -> bool:
