@@ -115,9 +115,14 @@ def _fill(source: Column, codec: str, store: Store, to: str) -> None:
         if path.with_suffix(".json").exists():
             continue
         codes = source.shard(shard)
-        flat = codes.reshape(-1, source.meta.code_size)
+        read = np.ones(len(codes), dtype=bool)  # what was skipped as unreadable has codes that need mean nothing
+        read[np.array(source.store.skipped(shard), dtype=np.int64) - store.manifest.shard_rows(shard).start] = False
+        flat = codes[read].reshape(-1, source.meta.code_size)
+        made = np.zeros((*codes.shape[:2], column.meta.code_size), dtype=np.uint8)
         parts = [column.codec.encode(source.codec.decode(flat[k : k + _BLOCK])) for k in range(0, len(flat), _BLOCK)]
-        digest = files.write_npy(path, np.concatenate(parts).reshape(*codes.shape[:2], -1))
+        if parts:
+            made[read] = np.concatenate(parts).reshape(-1, *made.shape[1:])
+        digest = files.write_npy(path, made)
         files.write_json(path.with_suffix(".json"), {"file": digest, "column": column.digest})
 
 

@@ -1,10 +1,13 @@
 """A column in another codec, without the teacher."""
 
+import importlib.util
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
-from fkd_ssl import images
+from fkd_ssl import files, images
 from fkd_ssl.crops import replay
 from fkd_ssl.errors import RequestError, StoreError
 from fkd_ssl.store import manifest, open_store
@@ -237,3 +240,26 @@ def test_a_damaged_or_unfinished_source_is_refused(source, tree):
     with pytest.raises(StoreError, match="1 of 5 shards are missing"):
         recode(open_store(source.folder), "SQ4")
     assert open_store(source.folder).teachers == ["tiny"]
+
+
+@pytest.mark.parametrize("spec", ["full", "marginal_renorm_k3"])
+def test_codes_of_a_skipped_image_are_not_decoded(tmp_path, spec):
+    """A training that records leaves them zero, which is no code of class probabilities."""
+    spec_of = importlib.util.spec_from_file_location("made", Path(__file__).parent / "made.py")
+    made = importlib.util.module_from_spec(spec_of)
+    spec_of.loader.exec_module(made)
+    made.make(tmp_path / "store", (spec,))
+    store = open_store(tmp_path / "store")
+    shard, within = store.locate(made.SKIPPED)
+    path = manifest.codes_file(store.folder, spec, shard)
+    codes = np.load(path)
+    codes[within] = 0
+    values = files.read_json(path.with_suffix(".json"))
+    for old in (path, path.with_suffix(".json")):
+        old.unlink()
+    files.write_json(path.with_suffix(".json"), {**values, "file": files.write_npy(path, codes)})
+    column = recode(open_store(store.folder), "hard")
+    rows = [row for row in range(len(made.PATHS)) if row != made.SKIPPED]
+    for row in rows:
+        exact = store.targets(spec, row, slice(None)).argmax(axis=1)
+        assert (column.store.targets(column.name, row, slice(None)).argmax(axis=1) == exact).all()
