@@ -101,7 +101,7 @@ def cached(
                 _assemble(entry, parts, images)
     done = files.read_json(entry / "done.json")
     return (
-        files.map_npy(entry / "features.npy", np.dtype(np.float32), (len(images), int(done["dim"])), mode="c"),
+        files.map_npy(entry / "features.npy", np.dtype(np.float32), (len(images), int(done["dim"]))),
         images.labels.copy(),
         entry,
     )

@@ -87,7 +87,7 @@ def evaluate(
         data, (mean, scale) = standardised(train, None)
         weights = fit(data, torch.from_numpy(known), classes, best["C"])
         bar.update()
-    scores = _logits((torch.from_numpy(wanted) - mean) / scale, weights)
+    scores = _logits(torch.from_numpy((wanted - mean.numpy()) / scale.numpy()), weights)
     rank = ranks(scores.numpy(), truth)
     notes = few_classes(classes)
     if len(sweep) > 1 and best["C"] in (sweep[0]["C"], sweep[-1]["C"]):

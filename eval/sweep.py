@@ -97,7 +97,7 @@ def evaluate(
         best = max(fine, key=lambda row: (row["top1"], -row["loss"]))
         data, (mean, scale) = standardised(train, None)
         weight, bias = fit(data, torch.from_numpy(known), classes, [best["lr"]], steps, seed=seed, device=device, bar=bar)
-    scores = ((torch.from_numpy(wanted) - mean) / scale).to(weight.device) @ weight[0].T + bias[0]
+    scores = torch.from_numpy((wanted - mean.numpy()) / scale.numpy()).to(weight.device) @ weight[0].T + bias[0]
     rank = ranks(scores.cpu().numpy(), truth)
     notes = few_classes(classes)
     if len(sweep) > 1 and best["lr"] in (sweep[0]["lr"], sweep[-1]["lr"]):

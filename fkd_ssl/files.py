@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -241,16 +241,13 @@ def write_npy(path: Path, array: npt.NDArray[Any]) -> str:
     return sha256(data)
 
 
-def map_npy(
-    path: Path, dtype: np.dtype[Any], shape: tuple[int | None, ...] | None, *, mode: Literal["r", "c"] = "r"
-) -> npt.NDArray[Any]:
-    """A memory map of a .npy file, which is never written to.
+def map_npy(path: Path, dtype: np.dtype[Any], shape: tuple[int | None, ...] | None) -> npt.NDArray[Any]:
+    """A read-only memory map of a .npy file.
 
     Args:
         path: The file.
         dtype: The dtype that it must have.
         shape: The shape that it must have; None stands for any length, or for any shape.
-        mode: `r` is read-only; with `c` what is written stays in memory, as torch.from_numpy wants it.
 
     Raises:
         StoreError: The file is missing, or its header or size is not that of such an array. Nothing is unpickled.
@@ -259,7 +256,7 @@ def map_npy(
         offset, found = npy_body(file, path, dtype, shape)
         if not math.prod(found):
             return np.zeros(found, dtype=dtype)
-        return np.memmap(file, dtype=dtype, mode=mode, offset=offset, shape=found)
+        return np.memmap(file, dtype=dtype, mode="r", offset=offset, shape=found)
 
 
 def npy_body(

@@ -183,9 +183,12 @@ class TestRecode:
         before = contents(work / "store")
         status, out, err = call("recode store --codec SQ8")
         assert (status, "had lost" in err) == (0, False)
-        assert "store/targets/make-SQ8: make from Flat (64 bytes) to SQ8 (16 bytes); cosine to the teacher at least" in out
+        assert (
+            "store/targets/make-SQ8: make from Flat (64 bytes) to SQ8 (16 bytes); at worst cosine to the teacher's own targets"
+            in out
+        )
         assert {name: data for name, data in contents(work / "store").items() if name in before} == before
-        assert "recoded from Flat: these cosines are bounds" in call("inspect store").out
+        assert "recoded from Flat: these are bounds" in call("inspect store").out
         status, out, err = call("recode store --codec SQ4 --name make-SQ8 --to small --json")
         assert json.loads(out)["fidelity"]["source_codec"] == "SQ8"
         assert call("verify store --images train --teacher own_teacher:make --name small").status == 0

@@ -120,5 +120,7 @@ class TestSize:
 def test_a_student_that_cannot_take_such_crops_is_refused() -> None:
     with pytest.raises(RequestError, match=r"student 'vit_b_32': cannot take crops of 64 px"):
         check_student("vit_b_32", 64)
-    with pytest.raises(RequestError, match=r"head 'simreq' is unknown; there are mocov2, simreg; did you mean simreg"):
+    with pytest.raises(
+        RequestError, match=r"head 'simreq' is unknown; there are mocov2, simreg, classifier; did you mean simreg"
+    ):
         check_student("squeezenet1_1", 64, head="simreq")
