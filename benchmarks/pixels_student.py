@@ -41,11 +41,7 @@ def score(run: str, images: str, val: str) -> None:
 
     model = resolve.model_of(run)
     split = extract_split(model.features, scan(images), scan(val), pixels=model.pixels, workers=1, progress=False)
-    common: dict[str, Any] = {
-        "train_features": split.train_features, "train_labels": split.train_labels, "features": split.features,
-        "labels": split.labels, "num_classes": len(split.classes),
-    }  # fmt: skip
-    both = [knn.evaluate_features(k=20, **common), logreg.evaluate(progress=False, **common)]
+    both = [knn.evaluate_features(k=20, **split.common), logreg.evaluate(progress=False, **split.common)]
     whole = Path(run, "new.npy")  # the other name appears when all is written
     np.save(whole, np.stack([result["correct"] for result in both]))
     whole.replace(Path(run, "correct.npy"))

@@ -130,11 +130,7 @@ def scores(args: argparse.Namespace, run: Path) -> Any:
         plain = run / "backbone.pth"
         features = PlainFeatures(args.student, plain).eval() if plain.exists() else resolve.model_of(str(run)).features
         split = extract_split(features, scan(args.images), scan(args.val), pixels=args.pixels, workers=1, progress=False)
-        common: dict[str, Any] = {
-            "train_features": split.train_features, "train_labels": split.train_labels, "features": split.features,
-            "labels": split.labels, "num_classes": len(split.classes),
-        }  # fmt: skip
-        both = [knn.evaluate_features(k=20, **common), logreg.evaluate(progress=False, **common)]
+        both = [knn.evaluate_features(k=20, **split.common), logreg.evaluate(progress=False, **split.common)]
         np.save(kept, np.stack([result["correct"] for result in both]))
     return np.load(kept, allow_pickle=False)
 

@@ -14,7 +14,6 @@ import statistics
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 CONFIGS = Path(__file__).parent.parent / "configs" / "imagenette"
 # the config's learning rate is B's, chosen by kNN among training images, and both teachers' too; A's by learning_rate.py
@@ -104,16 +103,9 @@ def score(name: str, checkpoint: Path | None, images: Path, val: Path, folder: P
         else:
             features = model_of(name, None if checkpoint is None else str(checkpoint)).features
         split = extract_split(features, scan(images), scan(val), pixels=64, workers=1, progress=False)
-        common: dict[str, Any] = {
-            "train_features": split.train_features,
-            "train_labels": split.train_labels,
-            "features": split.features,
-            "labels": split.labels,
-            "num_classes": len(split.classes),
-        }
         top1 = {
-            "knn": knn.evaluate_features(k=20, **common)["top1"],
-            "linear": logreg.evaluate(progress=False, **common)["top1"],
+            "knn": knn.evaluate_features(k=20, **split.common)["top1"],
+            "linear": logreg.evaluate(progress=False, **split.common)["top1"],
         }
         kept.write_text(json.dumps(top1) + "\n")
     scores: dict[str, float] = json.loads(kept.read_text())

@@ -46,6 +46,17 @@ class Split:
     classes: list[str]
     """The training set's class folders."""
 
+    @property
+    def common(self) -> dict[str, Any]:
+        """What knn.evaluate_features, logreg.evaluate and sweep.evaluate take of it, as keyword arguments."""
+        return {
+            "train_features": self.train_features,
+            "train_labels": self.train_labels,
+            "features": self.features,
+            "labels": self.labels,
+            "num_classes": len(self.classes),
+        }
+
 
 def extract(
     model: Model,

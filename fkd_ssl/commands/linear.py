@@ -7,7 +7,7 @@ FEATURES.npy,LABELS.npy that came from elsewhere.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 from fkd_ssl.errors import RequestError
 
@@ -70,15 +70,7 @@ def run(config: Config) -> int:
         return 0
     if config.protocol in ON_FEATURES:
         split, about = sources.split_of(config, config.train, config.val)
-        common: dict[str, Any] = {
-            "train_features": split.train_features,
-            "train_labels": split.train_labels,
-            "features": split.features,
-            "labels": split.labels,
-            "num_classes": len(split.classes),
-            "names": split.classes,
-            "seed": config.seed,
-        }
+        common = {**split.common, "names": split.classes, "seed": config.seed}
         if config.protocol == "sweep":
             result = sweep.evaluate(**common, device=sources.search_device())
         else:

@@ -20,10 +20,10 @@ from fkd_ssl.errors import FkdError, RequestError
 from fkd_ssl.eval import stats
 from fkd_ssl.eval.features import match_classes
 from fkd_ssl.images import ImageSet, scan
-from fkd_ssl.objectives import TargetInfo, make_objective
+from fkd_ssl.objectives import TargetInfo
 from fkd_ssl.pretraining.config import PretrainConfig
 from fkd_ssl.pretraining.engine import check_pretraining, weights_of
-from fkd_ssl.store.codecs import code_size
+from fkd_ssl.store.codecs import check_kind, code_size
 from fkd_ssl.store.precompute import precompute
 from fkd_ssl.store.reader import Store
 from fkd_ssl.store.recode import recode
@@ -31,7 +31,7 @@ from fkd_ssl.store.subset import subset
 from fkd_ssl.students import check_student
 from fkd_ssl.teachers import Teacher
 from fkd_ssl.training.config import TrainConfig, checkpoints_of, split
-from fkd_ssl.training.engine import check_batch
+from fkd_ssl.training.engine import check_batch, objective_of
 from fkd_ssl.training.recorder import read_metrics
 
 Log = Callable[[str], None]
@@ -61,13 +61,16 @@ def compare(config: CompareConfig, log: Log = lambda message: None) -> dict[str,
     teachers = _teachers(config)
     columns = [teacher.name for teacher in teachers]
     arms = arms_of(config, columns)
-    for codec in {config.codec, *(arm.codec for arm in arms if arm.codec is not None)}:
-        for teacher in teachers:
+    plain = training(arms[0], config, 0, columns)
+    for teacher in teachers:
+        objective_of(plain, TargetInfo(name=teacher.name, dim=teacher.dim, arrays=teacher.arrays, kind=teacher.kind))
+        for codec in {config.codec, *(arm.codec for arm in arms if arm.codec is not None)}:
             code_size(codec, teacher.dim)
+            check_kind(teacher.kind, codec, teacher.name)
     for arm in arms:
         if arm.kind == "alone":
             check_pretraining(_alone(config, "alone", seed=0, epochs=1), images)
-    check_batch(training(arms[0], config, 0, columns), len(images))
+    check_batch(plain, len(images))
 
     folder, _ = runs.open_run(config.out, config)
     files.replace(folder / runs.CONFIG, runs.to_yaml(config).encode())  # perhaps other seeds and further arms
@@ -174,14 +177,11 @@ def _reached(config: CompareConfig, online: str, names: Sequence[str]) -> dict[s
 
 
 def _teachers(config: CompareConfig) -> list[Teacher]:
-    """The teachers on this machine's device; raises RequestError where two have one name, or one lacks what a loss needs."""
+    """The teachers on this machine's device; raises RequestError where two have one name."""
     checkpoints = checkpoints_of(config.teacher, config.checkpoint)
     teachers = [resolve.teacher_of(name, file) for name, file in zip(split(config.teacher), checkpoints, strict=True)]
     if len({teacher.name for teacher in teachers}) != len(teachers):
         raise RequestError(f"teacher {config.teacher}: two of one name; give one of them as module:function of another name")
-    for teacher in teachers:
-        about = TargetInfo(name=teacher.name, dim=teacher.dim, arrays=teacher.arrays, kind=teacher.kind)
-        make_objective(config.objective, about=about, queue=config.queue)
     return teachers
 
 

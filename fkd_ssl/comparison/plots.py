@@ -70,8 +70,7 @@ def _draw(folder: Path, name: str, caption: str, draw: Any, results: dict[str, A
     files.replace(folder / f"{name}.png", png.getvalue())
     element = svg.getvalue()[svg.getvalue().index("<svg") :]
     element = re.sub(r"<metadata>.*?</metadata>", "", element, flags=re.DOTALL).replace(_INK, "currentColor")
-    element = re.sub(r'(<svg [^>]*?)width="[^"]*" height="[^"]*"|(<svg [^>]*?)height="[^"]*"', r"\1\2", element, count=1)
-    element = re.sub(r'(<svg [^>]*?) width="[^"]*"', r"\1", element, count=1)
+    element = re.sub(r' (?:width|height)="[^"]*"', "", element, count=2)  # its own: the page says how wide it is
     return Plot(name=name, caption=caption, svg=element)
 
 

@@ -47,15 +47,8 @@ class Scorer:
         split = extract_split(
             features, self.images, self.val, pixels=self.config.pixels, workers=self.config.workers, progress=False
         )
-        common: dict[str, Any] = {
-            "train_features": split.train_features,
-            "train_labels": split.train_labels,
-            "features": split.features,
-            "labels": split.labels,
-            "num_classes": len(split.classes),
-        }
-        neighbours = knn.evaluate_features(k=self.config.knn_k, **common)
-        probe = logreg.evaluate(progress=False, **common)
+        neighbours = knn.evaluate_features(k=self.config.knn_k, **split.common)
+        probe = logreg.evaluate(progress=False, **split.common)
         found = retrieval.evaluate(
             gallery=split.train_features, gallery_labels=split.train_labels, queries=split.features, labels=split.labels
         )

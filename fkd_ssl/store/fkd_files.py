@@ -29,7 +29,7 @@ from fkd_ssl.store.label_codecs import LabelCodec, UInt8Array
 
 _MOST_BYTES = 2**28  # of a file: 500 crops of 21,841 classes in fp32 are 44 MB
 _DTYPES = ("BoolDType", "Float16DType", "Float32DType", "Float64DType", "Int32DType", "Int64DType")
-_rebuild = np._core.multiarray._reconstruct  # type: ignore[attr-defined]
+_rebuild: Any = np.zeros(0).__reduce__()[0]  # NumPy's own function, wherever this version keeps it
 # all that such a file may name beside tensors; NumPy called its own module otherwise before version 2
 _ADMITTED: list[Any] = [
     *((_rebuild, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
