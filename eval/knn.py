@@ -273,11 +273,7 @@ def evaluate(
     check_search(_several(k), _several(temperature))
     split = features_.extract_split(model, train, val, pixels=pixels, batch_size=batch_size, workers=workers, progress=progress)
     result = evaluate_features(
-        train_features=split.train_features,
-        train_labels=split.train_labels,
-        features=split.features,
-        labels=split.labels,
-        num_classes=len(split.classes),
+        **split.common,
         names=split.classes,
         k=k,
         temperature=temperature,
