@@ -29,10 +29,12 @@ def write(
         f"{results['crops_seen']:,} crops of {results['images']:,} images at {config['pixels']} px)"
     )
     settings = {key: value for key, value in config.items() if key in _SETTINGS and value not in (None, False)}
+    source = f"distilled from {' and '.join(str(t['name']) for t in teachers)}" if teachers else "trained on labels"
+    labels = "without" if teachers and config["calibrate_below"] is None else "with"
     lines = [
-        f"# {student['name']}, distilled from {' and '.join(str(t['name']) for t in teachers)}",
+        f"# {student['name']}, {source}",
         "",
-        f"Trained without labels by `fkd-ssl train` on {config['targets']} targets: {steps}.",
+        f"Trained {labels} labels by `fkd-ssl train` on {config['targets']} targets: {steps}.",
         "",
         "| student | |",
         "|---|---|",
@@ -42,8 +44,7 @@ def write(
             for teacher in teachers
             for line in ("", f"| teacher {teacher['name']} | |", "|---|---|", *(_row(teacher, key) for key in _TEACHER))
         ),
-        "",
-        "The licence of the teacher's weights may bind the student's too.",
+        *(["", "The licence of the teacher's weights may bind the student's too."] if teachers else []),
         "",
         "| crops | |",
         "|---|---|",
@@ -73,8 +74,9 @@ def write(
 
 _TEACHER = ("network", "licence", "source", "checkpoint_sha256")
 _SETTINGS = (
-    "objective", "temperature", "teacher_temperature", "queue", "teacher_weights", "crops_per_image", "single_crop_epochs",
-    "optimizer", "lr", "weight_decay", "warmup_epochs", "clip", "ema", "precision", "seed",
+    "objective", "temperature", "teacher_temperature", "queue", "teacher_weights", "label_smoothing", "calibrate_below",
+    "mixup", "cutmix", "crops_per_image", "single_crop_epochs", "optimizer", "lr", "weight_decay", "warmup_epochs", "lr_drops",
+    "clip", "ema", "precision", "seed",
 )  # fmt: skip
 
 
@@ -85,6 +87,7 @@ def _row(values: Mapping[str, Any], key: str) -> str:
 def _scores(config: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str, str]:
     if results["knn_top1"] is None:
         return {"none yet": "`fkd-ssl knn` and `fkd-ssl linear` score it"}
-    scores = {f"kNN-{config['knn_k']} top-1, at the end": f"{results['knn_top1']:.2f} %"}
+    own = {f"{key} of its own classes": f"{results[key]:.2f} %" for key in ("top1", "top5") if key in results}
+    scores = own | {f"kNN-{config['knn_k']} top-1, at the end": f"{results['knn_top1']:.2f} %"}
     best = results["knn_best"]
     return {**scores, "the best on the way": f"{best['top1']:.2f} % at step {best['step']}"}

@@ -12,6 +12,7 @@ from fkd_ssl.errors import RequestError
 from fkd_ssl.objectives import (
     OBJECTIVES,
     Cosine,
+    Discriminator,
     FeatureKL,
     Objective,
     PrototypeCE,
@@ -25,7 +26,7 @@ from fkd_ssl.objectives import (
 
 Array = npt.NDArray[np.float64]
 SUM = "feature_kl+0.5*relational+2*queue_kl"
-OF_EMBEDDINGS = [name for name in OBJECTIVES if name != "soft_ce"]
+OF_EMBEDDINGS = [name for name in OBJECTIVES if name not in ("soft_ce", "discriminator")]
 
 
 def make(name: str, dim: int = 12) -> Objective:
@@ -427,3 +428,56 @@ def test_an_objective_is_for_one_kind_of_targets() -> None:
         make_objective("feature_kl", about=about)
     with pytest.raises(RequestError, match="objective soft_ce: the targets of 'moco' are embeddings"):
         make_objective("feature_kl+soft_ce", about=TargetInfo(name="moco", dim=10))
+
+
+class TestDiscriminator:
+    """MEAL V2's, against the layers and the logistic loss written out."""
+
+    def test_it_is_the_cross_entropy_of_telling_them_apart(self) -> None:
+        student, target = classes(5, 32)
+        objective = Discriminator(32).double()
+        weights = [p.detach().numpy() for p in objective.parameters()]
+
+        def judged(row: Array) -> float:
+            for k in (0, 2, 4):
+                row = weights[k] @ row + weights[k + 1]
+                row = np.maximum(row, 0) if k < 4 else row
+            return 1 / (1 + np.exp(-row.item()))
+
+        teachers = [-np.log(judged(row)) for row in target.numpy()]
+        students = [-np.log(1 - judged(softmax(row))) for row in student.numpy()]
+        assert objective(student, target).item() == pytest.approx(np.mean(teachers + students), rel=1e-12)
+        assert objective.floor(target).item() == 0
+
+    def test_the_student_raises_what_the_discriminator_lowers(self) -> None:
+        student, target = classes(64, 10)
+        student.requires_grad_()
+        objective = Discriminator(10).double()
+        loss = objective(student, target)
+        gradient, *own = torch.autograd.grad(loss, [student, *objective.parameters()])
+        with torch.no_grad():
+            assert objective(student - 0.1 * gradient / gradient.norm(), target) > loss
+            for p, g in zip(objective.parameters(), own, strict=True):
+                p -= 1e-2 * g
+            assert objective(student, target) < loss
+
+    def test_making_it_leaves_the_students_initial_weights(self) -> None:
+        torch.manual_seed(0)
+        expected = torch.rand(3)
+        torch.manual_seed(0)
+        make_objective("soft_ce+discriminator", about=TargetInfo(name="r50", dim=10, kind="distribution"))
+        assert torch.equal(torch.rand(3), expected)
+
+    def test_bfloat16_and_autocast_are_near(self) -> None:
+        student, target = classes(64, 128)
+        objective = Discriminator(128)
+        expected = objective(student, target).item()
+        assert objective(student.bfloat16(), target).item() == pytest.approx(expected, rel=1e-2)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert objective(student.float(), target.float()).item() == pytest.approx(expected, rel=1e-2)
+
+    def test_it_needs_the_number_of_classes_and_takes_no_temperature(self) -> None:
+        with pytest.raises(RequestError, match="objective discriminator: needs to know the targets' dimension"):
+            make_objective("discriminator")
+        with pytest.raises(RequestError, match=r"temperature 2.0: discriminator has none"):
+            make_objective("discriminator", 2.0, about=TargetInfo(name="r50", dim=10, kind="distribution"))

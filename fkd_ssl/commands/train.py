@@ -1,6 +1,6 @@
-"""Distils a student: from the targets of a store, or online from the teacher itself.
+"""Distils a student: from the targets of a store, or online from the teacher itself, or from the images' labels.
 
-Both are one training that differs in where targets come from. The run folder holds config.yaml, metrics.csv, checkpoints/,
+All are one training that differs in where targets come from. The run folder holds config.yaml, metrics.csv, checkpoints/,
 results.json and a README.md; the same options continue a killed run. Several processes: --devices, or torchrun. With
 --targets online --record STORE what the teacher says is kept: the next student trains on it without the teacher.
 """
@@ -80,6 +80,9 @@ def run(config: Config) -> int:
         _check_store(config, store, data.columns)
         targets = [TargetInfo(name=c.name, dim=c.meta.dim, arrays=c.teacher_arrays(), kind=c.meta.kind) for c in data.columns]
         embeds = None
+    elif config.targets == "labels":
+        targets = [TargetInfo(name="labels", dim=_classes(images), kind="distribution")]
+        embeds = None
     else:
         names = zip(config.teachers, checkpoints_of(config.teacher, config.checkpoint), strict=True)
         teachers = [resolve.teacher_of(name, checkpoint) for name, checkpoint in names]
@@ -87,6 +90,7 @@ def run(config: Config) -> int:
             TargetInfo(name=teacher.name, dim=teacher.dim, arrays=teacher.arrays, kind=teacher.kind) for teacher in teachers
         ]
         embeds = [teacher.embed for teacher in teachers]
+    if config.targets != "stored":
         if store is not None:
             data = StoredCrops(store, images, with_targets=False, teacher_pixels=config.teacher_pixels, **boxes, **common)
         elif config.record is None:
@@ -96,6 +100,11 @@ def run(config: Config) -> int:
     check_batch(config, len(images) if config.record else len(data), world=max(world, config.devices))
     for about in targets:
         objective_of(config, about)
+        if config.calibrate_below is not None and _classes(images) != about.dim:
+            raise RequestError(
+                f"calibrate_below: {images.root} has {len(images.classes)} class folders, and {about.name!r} has {about.dim} "
+                "classes: which is which cannot be told"
+            )
     student = Student(config.student, *(about.dim for about in targets), **shape)
     if config.logger is not None:
         check_logger(config.logger)
@@ -144,6 +153,18 @@ def run(config: Config) -> int:
     own = f"; top-1 {results['top1']:.2f} %, top-5 {results['top5']:.2f} %" if "top1" in results else ""
     console.show(f"{config.out}: {results['steps']} steps in {results['train_seconds']:.0f} s{own}{knn}")
     return 0
+
+
+def _classes(images: "ImageSet") -> int:
+    """How many classes the images are of; raises RequestError where that cannot be told, or it is one."""
+    if (images.labels < 0).any():
+        outside = images.paths[int((images.labels < 0).argmax())]
+        raise RequestError(f"{images.root}: {outside!r} lies outside any class folder, and its class is needed")
+    if len(images.classes) < 2:
+        raise RequestError(
+            f"{images.root}: there is one class only, {images.classes[0]!r}; expected a folder for each of several"
+        )
+    return len(images.classes)
 
 
 def _recorded(

@@ -12,6 +12,7 @@ import torch
 from fkd_ssl.errors import RequestError, did_you_mean
 from fkd_ssl.kinds import Kind
 from fkd_ssl.objectives.cosine import Cosine
+from fkd_ssl.objectives.discriminator import Discriminator
 from fkd_ssl.objectives.feature_kl import FeatureKL
 from fkd_ssl.objectives.objective import Objective
 from fkd_ssl.objectives.prototype_ce import PrototypeCE
@@ -51,13 +52,14 @@ OBJECTIVES: dict[str, Callable[[Settings, TargetInfo | None], Objective]] = {
     "feature_kl": lambda given, _: FeatureKL(**_given(given, "feature_kl", "temperature")),
     "cosine": lambda given, _: Cosine(**_given(given, "cosine")),
     "queue_kl": lambda given, about: QueueKL(
-        _dim(about), **_given(given, "queue_kl", "temperature", "teacher_temperature", size="queue")
+        _dim(about, "queue_kl"), **_given(given, "queue_kl", "temperature", "teacher_temperature", size="queue")
     ),
     "prototype_ce": lambda given, about: PrototypeCE(
         torch.from_numpy(_array(about, "prototypes", "prototype_ce")), **_given(given, "prototype_ce", "temperature")
     ),
     "relational": lambda given, _: Relational(**_given(given, "relational", "temperature")),
     "soft_ce": lambda given, _: SoftCE(**_given(given, "soft_ce", "temperature", "teacher_temperature")),
+    "discriminator": lambda given, about: Discriminator(_dim(about, "discriminator"), **_given(given, "discriminator")),
 }
 
 
@@ -138,9 +140,11 @@ def _given(settings: Settings, objective: str, *allowed: str, **renamed: str) ->
     return {names[option]: value for option, value in said.items()}
 
 
-def _dim(about: TargetInfo | None) -> int:
+def _dim(about: TargetInfo | None, objective: str) -> int:
     if about is None:
-        raise RequestError("objective queue_kl: needs to know the targets' dimension; pass about=TargetInfo(name=..., dim=...)")
+        raise RequestError(
+            f"objective {objective}: needs to know the targets' dimension; pass about=TargetInfo(name=..., dim=...)"
+        )
     return about.dim
 
 
@@ -160,6 +164,7 @@ def _array(about: TargetInfo | None, array: str, objective: str) -> npt.NDArray[
 __all__ = [
     "OBJECTIVES",
     "Cosine",
+    "Discriminator",
     "FeatureKL",
     "Objective",
     "PrototypeCE",

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -19,10 +20,10 @@ class TrainConfig:
     """Folder of images; class folders are needed only for kNN."""
     out: str
     """Run folder: config.yaml, metrics.csv, results.json, checkpoints/. The same config resumes it."""
-    targets: Literal["stored", "online"] = "stored"
-    """Read the teacher's targets from --store, or run the teacher on every batch."""
+    targets: Literal["stored", "online", "labels"] = "stored"
+    """Read the teacher's targets from --store, or run the teacher on every batch; labels are the images' own class folders."""
     store: str | None = None
-    """Store made by precompute. With --targets online its crops are used and the teacher runs on them."""
+    """Store made by precompute. With --targets online its crops are used and the teacher runs on them; likewise labels."""
     record: str | None = None
     """With --targets online: a store that the teacher's targets go into, for students to come; it costs next to nothing."""
     crops: int | None = None
@@ -49,7 +50,8 @@ class TrainConfig:
     """Run, checkpoint or exported file whose weights the student starts from: reactnet starts from a reactnet_step1."""
     objective: str = "feature_kl"
     """feature_kl (S2-BNN's), cosine (SimReg's), queue_kl (SEED's), prototype_ce (SwAV's, from a SwAV teacher's prototypes),
-    relational (within the batch), or a sum as feature_kl+0.5*relational; soft_ce (FKD's) for class probabilities."""
+    relational (within the batch), or a sum as feature_kl+0.5*relational; for class probabilities soft_ce (FKD's), or
+    soft_ce+discriminator (MEAL V2's)."""
     temperature: float | None = None
     """Of the objective; the paper's by default (0.2 for feature_kl and queue_kl, 0.1 for prototype_ce, 0.04 for relational, 1
     for soft_ce)."""
@@ -57,6 +59,14 @@ class TrainConfig:
     """Of queue_kl's targets, SEED's 1e-4 by default; of soft_ce's, the student's by default."""
     queue: int | None = None
     """Targets in queue_kl's queue; SEED's 65536 by default."""
+    label_smoothing: float = 0.0
+    """Of --targets labels, and of the labels that --calibrate_below puts in: this share is spread over all classes."""
+    calibrate_below: float | None = None
+    """Crops whose greatest class probability is less than this get their image's label for a target, as in FerKD."""
+    mixup: float = 0.0
+    """Mix crops of a batch and their class probabilities; the Beta distribution's parameter, FKD's 0.8 for instance."""
+    cutmix: float = 0.0
+    """Set a part of another crop in, likewise; FKD's is 1. With both, every second batch by chance."""
     epochs: float = 100
     """One epoch is one crop of every image, so the amount of training does not depend on crops_per_image."""
     crops_per_image: int = 4
@@ -79,6 +89,8 @@ class TrainConfig:
     """Of sgd and lars."""
     warmup_epochs: float = 0.0
     """Linear warm-up; a cosine to zero follows."""
+    lr_drops: str | None = None
+    """Instead of the cosine: epochs after which the learning rate is a tenth of what it was, as 120,240."""
     accumulate: int = 1
     """Parts that a batch is run in, where it does not fit the memory: their gradients are added up to one step."""
     clip: float | None = None
@@ -124,7 +136,7 @@ class TrainConfig:
         for name in positive:
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise RequestError(f"{name} {getattr(self, name)}: must be positive")
-        for name in ("weight_decay", "warmup_epochs", "workers", "momentum", "single_crop_epochs"):
+        for name in ("weight_decay", "warmup_epochs", "workers", "momentum", "single_crop_epochs", "mixup", "cutmix"):
             if getattr(self, name) < 0:
                 raise RequestError(f"{name} {getattr(self, name)}: must not be negative")
         if self.pixels > 4096 or (self.teacher_pixels is not None and not 1 <= self.teacher_pixels <= 4096):
@@ -141,6 +153,7 @@ class TrainConfig:
             )
         if self.ema is not None and not 0 < self.ema < 1:
             raise RequestError(f"ema {self.ema}: must lie between 0 and 1; 0.999 averages about the last thousand steps")
+        self._check_labels()
         if self.targets == "stored" and not self.store:
             raise RequestError("targets stored: --store is needed; make one with fkd-ssl precompute")
         if self.targets == "online" and not self.teacher:
@@ -151,11 +164,36 @@ class TrainConfig:
             raise RequestError(f"crops {self.crops}: it is for --record; a store has its own number of crops")
         if self.warmup_epochs >= self.epochs:
             raise RequestError(f"warmup_epochs {self.warmup_epochs}: must be fewer than epochs {self.epochs}")
+        if self.drops and self.drops[-1] >= self.epochs:
+            raise RequestError(f"lr_drops {self.lr_drops}: the last one must come before epochs {self.epochs:g}")
         if self.single_crop_epochs > self.epochs:
             raise RequestError(f"single_crop_epochs {self.single_crop_epochs}: must be at most epochs {self.epochs}")
         self.weights(len(self.teachers) or 1)
         if self.targets == "online":
             checkpoints_of(self.teacher, self.checkpoint)
+
+    def _check_labels(self) -> None:
+        if not 0 <= self.label_smoothing < 1:
+            raise RequestError(f"label_smoothing {self.label_smoothing}: must lie in 0 to 1, below 1")
+        if self.label_smoothing and self.targets != "labels" and self.calibrate_below is None:
+            raise RequestError(f"label_smoothing {self.label_smoothing}: is for --targets labels, or --calibrate_below")
+        if self.calibrate_below is not None and not 0 < self.calibrate_below <= 1:
+            raise RequestError(f"calibrate_below {self.calibrate_below}: a probability, must lie in 0 to 1")
+        if self.targets == "labels":
+            for name in ("teacher", "checkpoint", "teacher_pixels", "calibrate_below"):
+                if getattr(self, name) is not None:
+                    raise RequestError(f"{name} {getattr(self, name)}: --targets labels has no teacher; leave it out")
+
+    @property
+    def drops(self) -> list[float]:
+        """Epochs of `lr_drops`."""
+        try:
+            drops = [float(epoch) for epoch in split(self.lr_drops)]
+        except ValueError:
+            drops = [-1.0]
+        if not all(a < b for a, b in pairwise([0, *drops, math.inf])):
+            raise RequestError(f"lr_drops {self.lr_drops!r}: expected epochs in their order, as 120,240")
+        return drops
 
     @property
     def recorded_crops(self) -> int:

@@ -3,7 +3,7 @@
 import copy
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytorch_lightning as pl
@@ -16,33 +16,8 @@ from fkd_ssl.errors import FkdError
 from fkd_ssl.objectives import Objective
 from fkd_ssl.students import STUDENT_KEY, Student
 from fkd_ssl.training.config import TrainConfig
-
-Targets = Callable[[Batch], list[Tensor]]
-
-
-def stored_targets(batch: Batch) -> list[Tensor]:
-    """Each teacher's targets [B M, D] that the batch brought from its store."""
-    targets: Tensor | dict[str, Tensor] = batch["targets"]
-    return list(targets.values()) if isinstance(targets, dict) else [targets]
-
-
-class OnlineTargets:
-    """Each teacher's targets [B M, D], given now.
-
-    Attributes:
-        forwards: Crops that the teachers have seen, all together.
-    """
-
-    def __init__(self, *embeds: Callable[[Tensor], Tensor]) -> None:
-        self.embeds = embeds
-        self.forwards = 0
-
-    def __call__(self, batch: Batch) -> list[Tensor]:
-        """Targets of a batch's crops."""
-        images: Tensor = batch["teacher_images"] if "teacher_images" in batch else batch["images"]
-        self.forwards += len(images) * len(self.embeds)
-        # cloned out of inference mode, so that autograd may keep it
-        return [embed(images).to(batch["images"].device).clone() for embed in self.embeds]
+from fkd_ssl.training.mixing import Mixing
+from fkd_ssl.training.targets import Targets
 
 
 class Distiller(pl.LightningModule):
@@ -66,6 +41,7 @@ class Distiller(pl.LightningModule):
         # registered, so that what an objective holds moves to the student's device
         self.parts = nn.ModuleList(part for part in objectives if isinstance(part, nn.Module))
         self.targets = targets
+        self.mixing = Mixing(config.mixup, config.cutmix) if config.mixup or config.cutmix else None
         self.config = config
         self.steps = steps
         self.last_loss = self.last_floor = torch.zeros(())
@@ -81,7 +57,7 @@ class Distiller(pl.LightningModule):
         return self.student if self.average is None else self.average
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Stochastic depth and dropout draw from seed, step and process alone, so that a resumed training draws the same."""
+        """Stochastic depth, dropout and mixing draw from seed, step and process alone: a resumed training draws the same."""
         text = f"{self.config.seed} {batch_idx} {self.global_rank}"
         torch.manual_seed(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little"))
 
@@ -91,8 +67,10 @@ class Distiller(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The objective's value on a batch; with several teachers the weighted sum (SimReg, arXiv 2201.05131)."""
-        targets = self.targets(batch)
-        heads = list(zip(self.weights, self.objectives, self.student.embeddings(batch["images"]), targets, strict=True))
+        images, targets = batch["images"], self.targets(batch)
+        if self.mixing is not None:
+            images, targets = self.mixing(images, targets)
+        heads = list(zip(self.weights, self.objectives, self.student.embeddings(images), targets, strict=True))
         loss = torch.stack([weight * objective(output, target) for weight, objective, output, target in heads]).sum()
         floor = torch.stack([weight * objective.floor(target) for weight, objective, _, target in heads]).sum()
         self._seen.append(targets)
@@ -131,10 +109,14 @@ class Distiller(pl.LightningModule):
         }
 
     def configure_optimizers(self) -> Any:
-        """The optimiser, and a linear warm-up with a cosine to zero after it, by steps."""
-        optimizer = make_optimizer(self.student, self.config)
-        warmup = round(self.config.warmup_epochs / self.config.epochs * self.steps)
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine(step, self.steps, warmup))
+        """The optimiser, and a linear warm-up with a cosine to zero or drops after it, by steps."""
+        optimizer = make_optimizer(nn.ModuleList([self.student, self.parts]), self.config)
+        warmup, *drops = (
+            round(epochs / self.config.epochs * self.steps) for epochs in (self.config.warmup_epochs, *self.config.drops)
+        )
+        schedule = torch.optim.lr_scheduler.LambdaLR(
+            optimizer, lambda step: dropping(step, drops, warmup) if drops else cosine(step, self.steps, warmup)
+        )
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
@@ -159,6 +141,13 @@ def cosine(step: int, steps: int, warmup: int) -> float:
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
+
+
+def dropping(step: int, drops: Sequence[int], warmup: int) -> float:
+    """The learning rate's factor at a step: linear up to 1 over `warmup` steps, a tenth after each of the steps `drops`."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return float(0.1 ** sum(step >= drop for drop in drops))
 
 
 def make_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:

@@ -16,21 +16,25 @@ from fkd_ssl.objectives import Objective, TargetInfo, make_objective
 from fkd_ssl.store.recording import Recording
 from fkd_ssl.students import CLASSIFIER, Student
 from fkd_ssl.training.config import TrainConfig
-from fkd_ssl.training.distiller import Distiller, OnlineTargets, Targets, stored_targets
+from fkd_ssl.training.distiller import Distiller
 from fkd_ssl.training.fit import fit, step_of
 from fkd_ssl.training.keeping import Keeper, KeptTargets
 from fkd_ssl.training.last_single import LastSingle
 from fkd_ssl.training.monitor import LAST, Monitor, Score
 from fkd_ssl.training.recorder import Recorder, peak_memory
 from fkd_ssl.training.sampler import PassSampler
+from fkd_ssl.training.targets import Calibrated, LabelTargets, OnlineTargets, Targets, stored_targets
 
 
 def objective_of(config: TrainConfig, about: TargetInfo) -> Objective:
     """The config's objective for one teacher's targets; raises as make_objective, and where the head is for other ones."""
     if (config.head == CLASSIFIER) != (about.kind == "distribution"):
         what, head = ("class probabilities", CLASSIFIER) if about.kind == "distribution" else ("embeddings", "mocov2 or simreg")
-        objective = "--objective soft_ce and " if (about.kind == "distribution") and config.objective != "soft_ce" else ""
+        objective = "--objective soft_ce and " if (about.kind == "distribution") and "soft_ce" not in config.objective else ""
         raise RequestError(f"head {config.head}: the targets of {about.name!r} are {what}: choose {objective}--head {head}")
+    for option, value in (("mixup", config.mixup), ("cutmix", config.cutmix), ("calibrate_below", config.calibrate_below)):
+        if value and about.kind != "distribution":
+            raise RequestError(f"{option} {value}: the targets of {about.name!r} are embeddings; it is for class probabilities")
     return make_objective(
         config.objective,
         config.temperature,
@@ -119,6 +123,10 @@ def train(
     if embeds is not None and recordings is not None:
         source = KeptTargets(recordings, *embeds)
         keepers = [Keeper(source, config.batch_size)]
+    if config.targets == "labels":
+        source = LabelTargets(targets[0].dim, config.label_smoothing)
+    elif config.calibrate_below:
+        source = Calibrated(source, config.calibrate_below, LabelTargets(targets[0].dim, config.label_smoothing))
     module = Distiller(student, objectives, source, config, steps)
     single = single_steps(config, len(data))
     sampler = PassSampler(

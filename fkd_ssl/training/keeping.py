@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fkd_ssl.data import Batch
 from fkd_ssl.store.recording import Recording
-from fkd_ssl.training.distiller import OnlineTargets
+from fkd_ssl.training.targets import OnlineTargets
 
 
 class KeptTargets(OnlineTargets):

@@ -9,6 +9,7 @@ import pytest
 
 from fkd_ssl.data import StoredCrops
 from fkd_ssl.store import open_store
+from fkd_ssl.training.recorder import read_metrics
 
 STORE = "precompute --images train --store labels --teacher own_teacher:classes --recipe fkd --crops 4"
 TRAIN = (
@@ -105,3 +106,54 @@ def test_accuracy_needs_as_many_folders_as_classes(work: Path, call: Any) -> Non
     assert not (work / "labels").exists()
     answer = call("precompute --images train --store new --teacher own_teacher:make --crops 4 --evaluate train")
     assert (answer.status, "no teacher gives class probabilities" in answer.err) == (2, True)
+
+
+LABELS = (
+    "train --images train --targets labels --recipe fkd --student squeezenet1_1 --batch_size 18 --crops_per_image 2 "
+    "--pixels 32 --workers 0 --log_every 1 --objective soft_ce --head classifier --epochs 40 --lr 3e-3"
+)
+
+
+def test_plain_training_with_labels(call: Any, work: Path) -> None:
+    answer = call(f"{LABELS} --label_smoothing 0.1 --val val --knn_every 40 --knn_k 5 --out run")
+    assert answer.status == 0, answer.err
+    results = json.loads((work / "run/results.json").read_text())
+    assert results["top1"] >= 75
+    assert results["teacher_forwards"] == 0
+    card = (work / "run/README.md").read_text()
+    assert card.startswith("# squeezenet1_1, trained on labels\n\nTrained with labels by `fkd-ssl train` on labels targets")
+    assert "licence" not in card
+    assert f"| top1 of its own classes | {results['top1']:.2f} % |" in card
+    assert "| label_smoothing | 0.1 |" in card
+    assert call(f"{LABELS} --epochs 1 --mixup 0.8 --cutmix 1 --lr_drops 0.5 --store store --out stored").status == 0
+
+
+def test_labels_need_classes(call: Any, work: Path) -> None:
+    loose = next((work / "train/ash").iterdir())
+    loose.rename(work / "train" / loose.name)
+    answer = call(f"{LABELS} --out run")
+    assert answer.status == 2
+    assert f"train: '{loose.name}' lies outside any class folder, and its class is needed" in answer.err
+    answer = call(LABELS.replace("--images train", "--images train/birch") + " --out run")
+    assert answer.status == 2
+    assert not (work / "run").exists()
+
+
+def test_doubtful_targets_are_calibrated(labels: Path, call: Any, work: Path) -> None:
+    line = f"{TRAIN} --objective soft_ce --head classifier --epochs 2"
+    assert call(f"{line} --out plain").status == 0
+    assert call(f"{line} --calibrate_below 1 --out run").status == 0  # no crop is as sure as that
+    assert call(f"{line.replace('--store labels', '--store labels --targets labels')} --out classes").status == 0
+    losses = [read_metrics(work / name / "metrics.csv")[0]["loss"] for name in ("plain", "run", "classes")]
+    assert losses[0] != losses[1] == losses[2]
+    (work / "train/ash").rename(work / "train/birch/ash")
+    answer = call(f"{line} --calibrate_below 0.5 --on_unreadable skip --out other")
+    assert answer.status == 2
+    assert "train has 2 class folders, and 'classes' has 3 classes: which is which cannot be told" in answer.err
+
+
+def test_embeddings_are_not_mixed(call: Any, work: Path, train_line: str) -> None:
+    for option in ("mixup", "cutmix", "calibrate_below"):
+        answer = call(f"{train_line} --{option} 0.5 --out mixed")
+        assert answer.status == 2
+        assert f"{option} 0.5: the targets of 'make' are embeddings; it is for class probabilities" in answer.err

@@ -25,7 +25,7 @@ def test_these_must_be_positive(name: str, value: int) -> None:
         make(**{name: value})
 
 
-@pytest.mark.parametrize("name", ["weight_decay", "warmup_epochs", "workers", "momentum"])
+@pytest.mark.parametrize("name", ["weight_decay", "warmup_epochs", "workers", "momentum", "mixup", "cutmix"])
 def test_these_must_not_be_negative(name: str) -> None:
     with pytest.raises(RequestError, match=rf"^{name} -1: must not be negative"):
         make(**{name: -1})
@@ -38,6 +38,17 @@ def test_these_must_not_be_negative(name: str) -> None:
         ({"store": None}, r"targets stored: --store is needed; make one with fkd-ssl precompute"),
         ({"targets": "online"}, r"targets online: --teacher is needed"),
         ({"epochs": 2, "warmup_epochs": 2}, r"warmup_epochs 2: must be fewer than epochs 2"),
+        ({"lr_drops": "30,20"}, r"lr_drops '30,20': expected epochs in their order, as 120,240"),
+        ({"lr_drops": "30,x"}, r"lr_drops '30,x': expected epochs"),
+        ({"lr_drops": "0,30"}, r"lr_drops '0,30': expected epochs"),
+        ({"lr_drops": "nan"}, r"lr_drops 'nan': expected epochs"),
+        ({"lr_drops": "30,100"}, r"lr_drops 30,100: the last one must come before epochs 100"),
+        ({"label_smoothing": 0.1}, r"label_smoothing 0.1: is for --targets labels, or --calibrate_below"),
+        ({"label_smoothing": 1.0, "targets": "labels"}, r"label_smoothing 1.0: must lie in 0 to 1"),
+        ({"calibrate_below": 0.0}, r"calibrate_below 0.0: a probability, must lie in 0 to 1"),
+        ({"targets": "labels", "calibrate_below": 0.5}, r"calibrate_below 0.5: --targets labels has no teacher; leave it out"),
+        ({"targets": "labels", "teacher": "a"}, r"teacher a: --targets labels has no teacher; leave it out"),
+        ({"targets": "labels", "record": "new", "store": None}, r"record new: needs --targets online"),
         ({"teacher": "a", "teacher_weights": "1"}, r"teacher_weights '1': there is one teacher; name several"),
         ({"teacher_weights": "1"}, r"teacher_weights '1': there is one teacher"),
         ({"teacher": "a,,b"}, r"'a,,b': has an empty part; write A,B"),

@@ -10,7 +10,8 @@ import torch
 from fkd_ssl.objectives import FeatureKL
 from fkd_ssl.students import Student
 from fkd_ssl.training.config import TrainConfig
-from fkd_ssl.training.distiller import Distiller, OnlineTargets, cosine, make_optimizer, stored_targets
+from fkd_ssl.training.distiller import Distiller, cosine, dropping, make_optimizer
+from fkd_ssl.training.targets import OnlineTargets, stored_targets
 
 OPTIMIZERS = {"adam": "Adam", "adamw": "AdamW", "sgd": "SGD", "lars": "LARS"}
 
@@ -37,6 +38,14 @@ class TestCosine:
 
     def test_a_warm_up_of_all_steps_does_not_divide_by_zero(self) -> None:
         assert cosine(10, 10, 10) == 1
+
+
+class TestDropping:
+    def test_a_tenth_after_each_drop(self) -> None:
+        assert [dropping(step, [3, 5], 0) for step in (0, 2, 3, 4, 5, 90)] == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
+
+    def test_warm_up_comes_first(self) -> None:
+        assert [dropping(step, [3], 2) for step in range(4)] == pytest.approx([0.5, 1, 1, 0.1])
 
 
 class TestOptimizer:

@@ -14,6 +14,7 @@ from torch import nn
 
 from fkd_ssl.data import FreshCrops
 from fkd_ssl.errors import FkdError, RequestError
+from fkd_ssl.objectives import TargetInfo
 from fkd_ssl.students import Student, load_student
 from fkd_ssl.training import loggers
 from fkd_ssl.training.config import TrainConfig
@@ -88,6 +89,39 @@ class TestResume:
         assert equal(run.weights, whole.weights)
         for column in ("step", "loss", "kl", "lr", "crops"):
             assert run.column(column) == whole.column(column)
+
+    @pytest.mark.parametrize("after", [1, 8, 13])
+    def test_labels_mixing_a_discriminator_and_drops(self, make_run: Any, after: int) -> None:
+        options = {
+            "targets": "labels", "objective": "soft_ce+0.1*discriminator", "head": "classifier", "label_smoothing": 0.1,
+            "mixup": 0.8, "cutmix": 1.0, "accumulate": 2, "lr_drops": "2,4",
+        }  # fmt: skip
+        about = [TargetInfo(name="labels", dim=3, kind="distribution")]
+        whole = make_run("whole", **options).train(targets=about)
+        first = whole.config.lr
+        assert whole.column("lr") == pytest.approx([first] * 3 + [first / 10] * 3 + [first / 100] * 3)
+        initial = Student("squeezenet1_1", 3, head="classifier").state_dict()
+        judge = {key for key in whole.weights if key.startswith("parts")}
+        assert judge
+        assert len(whole.weights) == len(initial) + len(judge)
+        run = make_run("run", **options)
+        data = run.data
+        run.data = dying(data, after)
+        with pytest.raises(KilledError):
+            run.train(targets=about)
+        run.data = data
+        run.train(targets=about)
+        assert equal(run.weights, whole.weights)
+        assert run.column("loss") == whole.column("loss")
+        plain = make_run("plain", **{**options, "mixup": 0.0, "cutmix": 0.0}).train(targets=about)
+        assert plain.column("loss") != whole.column("loss")
+
+    def test_a_discriminator_learns_with_the_student(self, make_run: Any) -> None:
+        options = {"targets": "labels", "objective": "discriminator", "head": "classifier"}
+        about = [TargetInfo(name="labels", dim=3, kind="distribution")]
+        one, more = (make_run(f"{n}", epochs=n, **options).train(targets=about) for n in (1, 6))
+        key = next(key for key in one.weights if key.startswith("parts"))
+        assert not torch.equal(one.weights[key], more.weights[key])
 
     def test_what_is_drawn_in_a_step_too(self, make_run: Any) -> None:
         """RegNet and EfficientNet have stochastic depth and dropout; here a dropout in the head."""

@@ -1,0 +1,47 @@
+"""Mixup and CutMix: crops of a batch in pairs, and their class probabilities with them."""
+
+import torch
+from torch import Tensor
+
+
+class Mixing:
+    """Mixes each crop of a batch with another one, whatever images they are of.
+
+    Mixup (Zhang et al., ICLR 2018, arXiv 1710.09412, eq. 1) adds pixels, CutMix (Yun et al., ICCV 2019, arXiv 1905.04899, eq. 1
+    and 2) sets a rectangle in; where both are asked for, chance decides for each batch. The share of the first crop is one for
+    the batch, from Beta(a, a), as in both papers' code. Chance is torch's generator.
+
+    Args:
+        mixup: a of mixup; 0 for none.
+        cutmix: a of CutMix; 0 for none.
+    """
+
+    def __init__(self, mixup: float, cutmix: float) -> None:
+        self.mixup = mixup
+        self.cutmix = cutmix
+
+    def __call__(self, images: Tensor, targets: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Mixed crops [B M, 3, P, P], float32 by mixup and uint8 by CutMix, and each teacher's targets [B M, K]."""
+        other = torch.randperm(len(images)).to(images.device)
+        if self.mixup and (not self.cutmix or torch.rand(()) < 0.5):
+            share = _beta(self.mixup)
+            images = torch.lerp(images[other].float(), images.float(), share)
+        else:
+            top, bottom, left, right = rectangle(images.shape[2], images.shape[3], _beta(self.cutmix))
+            share = 1 - (bottom - top) * (right - left) / (images.shape[2] * images.shape[3])
+            mixed = images.clone(memory_format=torch.preserve_format)
+            mixed[:, :, top:bottom, left:right] = images[other, :, top:bottom, left:right]
+            images = mixed
+        return images, [torch.lerp(target[other], target, share) for target in targets]
+
+
+def rectangle(height: int, width: int, share: float) -> tuple[int, int, int, int]:
+    """Top, bottom, left and right of what is set in: 1 - share of the area around a point drawn evenly, cut at the edges."""
+    side = (1 - share) ** 0.5
+    half_height, half_width = int(height * side) // 2, int(width * side) // 2
+    y, x = int(torch.randint(height, ())), int(torch.randint(width, ()))
+    return max(0, y - half_height), min(height, y + half_height), max(0, x - half_width), min(width, x + half_width)
+
+
+def _beta(a: float) -> float:
+    return float(torch.distributions.Beta(a, a).sample())  # type: ignore[no-untyped-call]
