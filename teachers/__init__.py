@@ -1,7 +1,8 @@
 """Frozen teachers: MoCo's and SwAV's checkpoints, and one's own networks."""
 
+from fkd_ssl.teachers.ensemble import Ensemble
 from fkd_ssl.teachers.presets import PRESETS, Preset
 from fkd_ssl.teachers.registry import FAMILIES, load_teacher
 from fkd_ssl.teachers.teacher import Teacher
 
-__all__ = ["FAMILIES", "PRESETS", "Preset", "Teacher", "load_teacher"]
+__all__ = ["FAMILIES", "PRESETS", "Ensemble", "Preset", "Teacher", "load_teacher"]

@@ -34,7 +34,7 @@ def load_teacher(name: str, *, checkpoint: str | Path | None = None, precision: 
             `PRESETS`, a network of a library as `torchvision/NAME` or `timm/NAME`, its pooled features, with `@LAYER` those of
             a layer, or with `@probabilities` its class probabilities; or `module:function` of one's own. The function is called
             without arguments, or with `checkpoint=` if one is given; it returns a Teacher, or an nn.Module that maps
-            ImageNet-normalised floats [B, 3, H, W] to [B, D].
+            ImageNet-normalised floats [B, 3, H, W] to [B, D]. Several classifiers' mean: Ensemble.
         checkpoint: File of weights; `transformers` takes a folder. A preset is looked for in the cache folder without it.
             For a library `pretrained` lets it download its own weights.
         precision: Arithmetic of the forward.

@@ -31,11 +31,11 @@ class Config:
     """Folder of the store; a store that is there gets another column, or is continued."""
     teacher: str
     """A family (mocov2, swav, lightly, transformers), a preset (fkd-ssl teachers lists them), torchvision/NAME or timm/NAME
-    (with @LAYER for a layer's features, @probabilities for class probabilities), or module:function of your own; several with
-    commas between them."""
+    (with @LAYER for a layer's features, @probabilities for class probabilities), run (its checkpoint is a run of train), or
+    module:function of your own; several with commas between them. A+B is the mean of two classifiers' probabilities."""
     checkpoint: str | None = None
     """The teacher's weights; a library's teacher takes the word pretrained and downloads its own, a preset needs none once
-    it was fetched. With several teachers one each, with commas between them."""
+    it was fetched. With several teachers one each, with commas between them; of A+B F+G."""
     crops: int = 400
     """C, crops stored per image; more than the epochs that you train for are never read."""
     recipe: str = "mocov2"

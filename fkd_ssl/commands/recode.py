@@ -16,9 +16,9 @@ class Config:
     store: str
     """Folder of the store."""
     codec: str
-    """faiss codec of the new column: SQ4, OPQ16,PQ16x8, ..."""
+    """Codec of the new column: SQ4, OPQ16,PQ16x8, ...; of class probabilities hard, marginal_smoothing_k5, ..."""
     name: str | None = None
-    """The column to recode, if there are several."""
+    """The column to recode, if there are several; A,B is the mean of two teachers' class probabilities."""
     to: str | None = None
     """Name of the new column; the old one's with the codec's behind it by default."""
     out: str | None = None
@@ -33,20 +33,22 @@ def run(config: Config) -> int:
     from fkd_ssl.store import open_store
     from fkd_ssl.store.columns import in_words
     from fkd_ssl.store.recode import recode
+    from fkd_ssl.training.config import split
 
     store = open_store(config.store)
-    source = store.column(config.name)
-    column = recode(store, config.codec, name=config.name, to=config.to, out=config.out)
+    sources = [store.column(name) for name in split(config.name) or [None]]
+    column = recode(store, config.codec, name=[source.name for source in sources], to=config.to, out=config.out)
     f = column.meta.fidelity
     if config.json:
-        sizes = {"source_code_size": source.meta.code_size, "code_size": column.meta.code_size}
+        sizes = {"source_code_size": sum(source.meta.code_size for source in sources), "code_size": column.meta.code_size}
         console.show_json({"store": str(column.store.folder), "column": column.name, **sizes, "fidelity": f})
         return 0
-    if source.meta.codec != "Flat":
+    codecs = " and ".join(f"{source.meta.codec} ({source.meta.code_size} bytes)" for source in sources)
+    if any(source.meta.codec != "Flat" for source in sources):
         lost = in_words({key.removeprefix("source_"): value for key, value in f.items() if key.startswith("source_")})
-        console.say(f"note: {source.meta.codec} had lost something already ({lost}), which is not found again")
+        console.say(f"note: {f['source_codec']} had lost something already ({lost}), which is not found again")
     console.show(
-        f"{column.folder}: {source.name} from {source.meta.codec} ({source.meta.code_size} bytes) to {column.meta.codec} "
+        f"{column.folder}: {' and '.join(source.name for source in sources)} from {codecs} to {column.meta.codec} "
         f"({column.meta.code_size} bytes); at worst {in_words(f)} (measured on {f['sample']} targets)"
     )
     return 0

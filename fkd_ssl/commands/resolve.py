@@ -1,6 +1,7 @@
 """From names on the command line to networks."""
 
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +12,15 @@ from torch import Tensor, nn
 from fkd_ssl.crops import IMPORTED, RECIPES, Recipe
 from fkd_ssl.errors import RequestError, did_you_mean
 from fkd_ssl.files import sha256
-from fkd_ssl.students import Student, load_student
-from fkd_ssl.teachers import Teacher, load_teacher
+from fkd_ssl.students import CLASSIFIER, EXPORTED, MEAN, STD, Student, load_student
+from fkd_ssl.teachers import Ensemble, Teacher, load_teacher
 from fkd_ssl.teachers.checkpoint import weights_digest
 from fkd_ssl.teachers.registry import LIBRARIES
 from fkd_ssl.teachers.teacher import Precision
 from fkd_ssl.training.monitor import LAST
+
+RUN = "run"
+"""The teacher that is a student of `fkd-ssl train`, with its head."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,9 +83,48 @@ def recipe_of(name: str, min_scale: float | None = None) -> Recipe:
 
 
 def teacher_of(name: str, checkpoint: str | None, precision: Precision = "fp32") -> Teacher:
-    """A teacher on the device that this machine has; raises as fkd_ssl.teachers.load_teacher."""
-    teacher = load_teacher(name, checkpoint=checkpoint, precision=precision)
-    return teacher.to(device())
+    """A teacher on the device that this machine has: `run`, what fkd_ssl.teachers.load_teacher gives, or A+B of such.
+
+    Raises:
+        RequestError: As load_teacher, or A+B has not F+G for its checkpoints.
+    """
+    names = [part.strip() for part in name.split("+")]
+    if len(names) == 1:
+        return _one_teacher(name, checkpoint, precision).to(device())
+    files = [None] * len(names) if checkpoint is None else [part.strip() or None for part in checkpoint.split("+")]
+    if "" in names or len(files) != len(names):
+        raise RequestError(
+            f"teacher {name}, checkpoint {checkpoint}: expected A+B, and a checkpoint for each, F+G, with nothing for one that "
+            "needs none"
+        )
+    return Ensemble([_one_teacher(one, file, precision) for one, file in zip(names, files, strict=True)]).to(device())
+
+
+def _one_teacher(name: str, checkpoint: str | None, precision: Precision) -> Teacher:
+    if name != RUN:
+        return load_teacher(name, checkpoint=checkpoint, precision=precision)
+    if checkpoint is None:
+        raise RequestError(f"teacher {RUN}: --checkpoint is needed: a run folder of fkd-ssl train, or a .ckpt of one")
+    path = Path(checkpoint)
+    if path.suffix == EXPORTED:
+        raise RequestError(f"teacher {RUN}: {checkpoint} is an export, which has no head; give the run itself")
+    student, pixels = student_of(checkpoint, "--checkpoint")
+    return Teacher(
+        student.backbone,
+        student.head,
+        name=re.sub(r"[^A-Za-z0-9._-]", "-", path.stem if path.is_file() else path.resolve().name),
+        dim=student.dims[0],
+        feature_dim=student.feature_dim,
+        network=", ".join(f"{key} {value}" for key, value in student.made_of.items()),
+        pixels=pixels,
+        mean=MEAN,
+        std=STD,
+        source="fkd-ssl train",
+        checkpoint=path.name,
+        checkpoint_sha256=weights_digest(student),
+        precision=precision,
+        kind="distribution" if student.made_of.get("head") == CLASSIFIER else "embedding",
+    )
 
 
 def model_of(spec: str, checkpoint: str | None = None) -> Model:

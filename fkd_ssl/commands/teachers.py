@@ -68,6 +68,8 @@ def _list(config: Config) -> int:
         "Libraries: --teacher torchvision/NAME or timm/NAME, perhaps with @LAYER or @probabilities: their networks and\n"
         "  preprocessing. A slash, since a colon is your own. --checkpoint FILE gives the weights; --checkpoint pretrained\n"
         "  lets them be downloaded.\n"
+        "Runs: --teacher run --checkpoint RUN is a student of fkd-ssl train, with its head.\n"
+        "Ensembles: --teacher A+B --checkpoint F+G is the mean of two classifiers' probabilities.\n"
         "Your own: --teacher module:function, a function that returns a network of ImageNet-normalised floats to [B, D].\n"
         "docs/teachers.md explains all of them."
     )

@@ -1,6 +1,9 @@
-"""Recode: a column's targets in another codec, from their codes; the teacher is not needed."""
+"""Recode: a column's targets in another codec, or the mean of several columns, from their codes; no teacher is needed."""
 
+import hashlib
 import math
+import statistics
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -11,17 +14,25 @@ from tqdm import tqdm
 from fkd_ssl import files
 from fkd_ssl.errors import RequestError, StoreError
 from fkd_ssl.store import manifest as layout
-from fkd_ssl.store.codecs import Float32Array, check_kind, code_size
+from fkd_ssl.store.codecs import Float32Array, UInt8Array, check_kind, code_size
 from fkd_ssl.store.columns import check_sample, fit, sample_rows
 from fkd_ssl.store.reader import Column, Store
 from fkd_ssl.store.subset import Part, whole_folder
 from fkd_ssl.store.verify import check_files
 
 _BLOCK = 65536  # crops that are decoded at once
+_DISTANCES = {"total_variation_mean", "total_variation_max"}
+_MEASURES = {"cosine_mean", "cosine_min", *_DISTANCES}
+_AS_THEY_ARE = {"mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]}
 
 
 def recode(
-    store: Store, codec: str, *, name: str | None = None, to: str | None = None, out: str | Path | None = None
+    store: Store,
+    codec: str,
+    *,
+    name: str | Sequence[str] | None = None,
+    to: str | None = None,
+    out: str | Path | None = None,
 ) -> Column:
     """Writes the targets of a column in another codec, as another column of the store or into a store of its own.
 
@@ -30,28 +41,31 @@ def recode(
 
     Args:
         store: The store.
-        codec: faiss factory string.
-        name: The column to recode; the only one by default.
+        codec: faiss factory string, or of class probabilities one of FKD's names.
+        name: The column to recode; the only one by default. Of several with class probabilities, the mean (MEAL V2, arXiv
+            2009.08453, section 3).
         to: Name of the new column; by default the old one's with the codec's behind it, or the old one's in another store.
         out: A new store for it, with the same crops; by default the column goes into the same store.
 
     Raises:
-        RequestError: The codec does not fit, or the place is taken by something else.
-        StoreError: The source is damaged or not finished.
+        RequestError: The codec does not fit, the columns have no mean, or the place is taken by something else.
+        StoreError: A source is damaged or not finished.
     """
-    source = store.column(name)
+    names = [name] if name is None or isinstance(name, str) else [*name]
+    source = Source([store.column(each) for each in names])
     code_size(codec, source.meta.dim)
     check_kind(source.meta.kind, codec, source.name)
     if to is None:
         to = source.name if out is not None else f"{source.name}-{codec.replace(',', '-')}"
     to = layout.checked_name(to)
-    source.require_complete()
+    for column in source.columns:
+        column.require_complete()
     if out is None:
         target = store.folder / layout.TARGETS / to
         if target.exists():
             return _same(store, source, codec, to)
         check_sample(codec, _sample(source, codec)[2])
-        check_files(store, source)
+        _check_files(source)
         with whole_folder(target) as folder:
             _fill(source, codec, store, folder.name)
         return Store(store.folder).column(to)
@@ -59,11 +73,72 @@ def recode(
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         return _same(Store(out), source, codec, to)
     check_sample(codec, _sample(source, codec)[2])
-    check_files(store, source)
+    _check_files(source)
     with whole_folder(out) as folder:
         Part(store, teachers=[]).write(folder, beside=to)
         _fill(source, codec, Store(folder), to)
     return Store(out).column(to)
+
+
+class Source:
+    """What is recoded: a column, or the mean of several.
+
+    Attributes:
+        columns: Of one store.
+        meta: The new column's, but for its codec and fidelity.
+        name: Of the column, or the names of all.
+        digest: What tells the sources from others.
+        lost: What their codecs have lost of the targets, or of their mean, at worst.
+    """
+
+    def __init__(self, columns: Sequence[Column]) -> None:
+        self.columns = columns
+        first = columns[0]
+        self.store = first.store
+        self.meta, self.name, self.digest = first.meta, first.name, first.digest
+        self.lost: dict[str, float] = {key: value for key, value in first.meta.fidelity.items() if key in _MEASURES}
+        if len(columns) > 1:
+            self._mean(columns)
+
+    def _mean(self, columns: Sequence[Column]) -> None:
+        first, *others = metas = [column.meta for column in columns]
+        names = [column.name for column in columns]
+        if len(set(names)) < len(names):
+            raise RequestError(f"name {','.join(names)}: a column is named twice")
+        for name, meta in zip(names, metas, strict=True):
+            if (meta.kind, meta.dim) != ("distribution", first.dim):
+                what = f"{meta.dim} classes" if meta.kind == "distribution" else "embeddings"
+                raise RequestError(
+                    f"name {','.join(names)}: {name} has {what}; a mean is taken of class probabilities of the same "
+                    f"{first.dim if first.kind == 'distribution' else ''} classes"
+                )
+        self.name = "-and-".join(names)
+        self.digest = hashlib.sha256(" ".join(column.digest for column in columns).encode()).hexdigest()
+        about = {
+            key: [str(meta.teacher.get(key) or "not stated") for meta in metas] for key in ("network", "licence", "source")
+        }
+        teacher = {
+            "name": self.name,
+            "network": f"mean probabilities of: {'; '.join(about['network'])}",
+            "licence": "; ".join(dict.fromkeys(about["licence"])),
+            "source": " + ".join(about["source"]),
+            "checkpoint_sha256": None,
+        }
+        alike = all(other.preprocessing == first.preprocessing for other in others)
+        codec = " + ".join(meta.codec for meta in metas)
+        self.meta = replace(
+            first, codec=codec, teacher=teacher, preprocessing=first.preprocessing if alike else _AS_THEY_ARE, arrays={}
+        )
+        # distances of means are at most means of distances; an angle is bound by them and the least length, 1 / sqrt(K)
+        self.lost = {key: statistics.mean(meta.fidelity[key] for meta in metas) for key in _DISTANCES}
+        for key, of in (("cosine_mean", "total_variation_mean"), ("cosine_min", "total_variation_max")):
+            sine = min(1.0, 2 * self.lost[of] * math.sqrt(first.dim))
+            self.lost[key] = math.sqrt(1 - sine * sine)
+
+    def decode(self, codes: Sequence[UInt8Array]) -> Float32Array:
+        """Targets float32 [n, D] of each column's codes [n, code_size]."""
+        decoded = [column.codec.decode(part) for column, part in zip(self.columns, codes, strict=True)]
+        return decoded[0] if len(decoded) == 1 else np.mean(decoded, axis=0, dtype=np.float32)
 
 
 def combined(first: float, second: float) -> float:
@@ -75,7 +150,12 @@ def combined(first: float, second: float) -> float:
     return max(-1.0, 1 - (math.sqrt(max(0.0, 1 - first)) + math.sqrt(max(0.0, 1 - second))) ** 2)
 
 
-def _same(store: Store, source: Column, codec: str, to: str) -> Column:
+def _check_files(source: Source) -> None:
+    for column in source.columns:
+        check_files(source.store, column)
+
+
+def _same(store: Store, source: Source, codec: str, to: str) -> Column:
     """The column that is there, if it is the one asked for."""
     try:
         there = store.column(to)
@@ -88,7 +168,7 @@ def _same(store: Store, source: Column, codec: str, to: str) -> Column:
     )
 
 
-def _is_of(column: Column, source: Column, codec: str) -> bool:
+def _is_of(column: Column, source: Source, codec: str) -> bool:
     """Whether a column is what `recode` makes of the source."""
     meta, f = column.meta, column.meta.fidelity
     same = meta == replace(source.meta, codec=codec, code_size=meta.code_size, fidelity=f, arrays=meta.arrays)
@@ -96,7 +176,7 @@ def _is_of(column: Column, source: Column, codec: str) -> bool:
     return same and f.get("source_codec") == source.meta.codec and f.get("source_column", source.digest) == source.digest
 
 
-def _fill(source: Column, codec: str, store: Store, to: str) -> None:
+def _fill(source: Source, codec: str, store: Store, to: str) -> None:
     """Fills the column `to` of a store that has the source's crops."""
     folder = store.folder / layout.TARGETS / to
     if not (folder / "meta.json").exists():
@@ -114,19 +194,22 @@ def _fill(source: Column, codec: str, store: Store, to: str) -> None:
         path = layout.codes_file(store.folder, to, shard)
         if path.with_suffix(".json").exists():
             continue
-        codes = source.shard(shard)
-        read = np.ones(len(codes), dtype=bool)  # what was skipped as unreadable has codes that need mean nothing
+        codes = [one.shard(shard) for one in source.columns]
+        read = np.ones(len(codes[0]), dtype=bool)  # what was skipped as unreadable has codes that need mean nothing
         read[np.array(source.store.skipped(shard), dtype=np.int64) - store.manifest.shard_rows(shard).start] = False
-        flat = codes[read].reshape(-1, source.meta.code_size)
-        made = np.zeros((*codes.shape[:2], column.meta.code_size), dtype=np.uint8)
-        parts = [column.codec.encode(source.codec.decode(flat[k : k + _BLOCK])) for k in range(0, len(flat), _BLOCK)]
+        flat = [of_one[read].reshape(-1, of_one.shape[-1]) for of_one in codes]
+        made = np.zeros((*codes[0].shape[:2], column.meta.code_size), dtype=np.uint8)
+        parts = [
+            column.codec.encode(source.decode([of_one[k : k + _BLOCK] for of_one in flat]))
+            for k in range(0, len(flat[0]), _BLOCK)
+        ]
         if parts:
             made[read] = np.concatenate(parts).reshape(-1, *made.shape[1:])
         digest = files.write_npy(path, made)
         files.write_json(path.with_suffix(".json"), {"file": digest, "column": column.digest})
 
 
-def _sample(source: Column, codec: str) -> tuple[list[int], int, int]:
+def _sample(source: Source, codec: str) -> tuple[list[int], int, int]:
     """As `sample_rows`, without images that were skipped."""
     order, per_image, size = sample_rows(source.store, codec)
     readable = set(source.store.rows.tolist())
@@ -134,18 +217,18 @@ def _sample(source: Column, codec: str) -> tuple[list[int], int, int]:
     return rows, per_image, min(size, len(rows) * per_image)
 
 
-def _train(source: Column, codec: str) -> tuple[dict[str, Any], dict[str, Float32Array]]:
+def _train(source: Source, codec: str) -> tuple[dict[str, Any], dict[str, Float32Array]]:
     """meta.json of the recoded column, without its arrays' checksums, and its arrays."""
     rows, per_image, size = _sample(source, codec)
-    sample = source.codec.decode(np.concatenate([source.codes(row, slice(per_image)) for row in rows])[:size])
-    trained, own = fit(codec, sample)
-    before = source.meta.fidelity
+    codes = [np.concatenate([one.codes(row, slice(per_image)) for row in rows])[:size] for one in source.columns]
+    trained, own = fit(codec, source.decode(codes))
+    before = source.lost
     fidelity: dict[str, Any] = {"sample": own["sample"], "source_codec": source.meta.codec, "source_column": source.digest}
     for key in ("cosine_mean", "cosine_min"):
         fidelity |= {key: combined(before[key], own[key]), f"source_{key}": before[key], f"recoded_{key}": own[key]}
-    for key in own.keys() & {"total_variation_mean", "total_variation_max"}:  # distances: they add up at most
+    for key in own.keys() & _DISTANCES:  # they add up at most
         fidelity |= {key: min(1.0, before[key] + own[key]), f"source_{key}": before[key], f"recoded_{key}": own[key]}
     meta = {**asdict(source.meta), "codec": codec, "code_size": trained.code_size, "fidelity": fidelity}
     del meta["arrays"]
-    extra = {array: source.array(array) for array in source.meta.arrays if array.startswith("teacher-")}
+    extra = {array: source.columns[0].array(array) for array in source.meta.arrays if array.startswith("teacher-")}
     return meta, {**trained.arrays(), **extra}

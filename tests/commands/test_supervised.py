@@ -157,3 +157,51 @@ def test_embeddings_are_not_mixed(call: Any, work: Path, train_line: str) -> Non
         answer = call(f"{train_line} --{option} 0.5 --out mixed")
         assert answer.status == 2
         assert f"{option} 0.5: the targets of 'make' are embeddings; it is for class probabilities" in answer.err
+
+
+class TestTeachers:
+    @pytest.fixture
+    def trained(self, call: Any, work: Path) -> Path:
+        """A run of plain training."""
+        assert call(f"{LABELS} --out runs/teacher").status == 0
+        return work / "runs/teacher"
+
+    def test_a_run_is_a_teacher(self, trained: Path, call: Any, work: Path) -> None:
+        line = "precompute --images train --store new --teacher run --checkpoint runs/teacher --recipe fkd --crops 4"
+        answer = call(f"{line} --evaluate val")
+        assert answer.status == 0, answer.err
+        assert "teacher teacher: top-1 " in answer.err
+        about = json.loads(call("inspect new --json").out)["teachers"]["teacher"]
+        assert (about["kind"], about["dim"]) == ("distribution", 3)
+        assert call("verify new --images train --teacher run --checkpoint runs/teacher/checkpoints/last.ckpt").status == 0
+        assert call(f"{line.replace('runs/teacher', 'runs/other')}").status == 2
+        assert call("export --model runs/teacher --out net.safetensors").status == 0
+        for checkpoint, said in {
+            "": "teacher run: --checkpoint is needed: a run folder of fkd-ssl train",
+            "--checkpoint net.safetensors": "net.safetensors is an export, which has no head; give the run itself",
+        }.items():
+            answer = call(f"precompute --images train --store other --teacher run {checkpoint}")
+            assert answer.status == 2
+            assert said in answer.err
+
+    def test_an_ensemble_in_one_pass_or_from_columns(self, trained: Path, call: Any, work: Path) -> None:
+        two = "run{0}own_teacher:classes --checkpoint runs/teacher{0}"
+        line = "precompute --images train --recipe fkd --crops 4 --codec full --store"
+        answer = call(f"{line} one --teacher {two.format('+')}")
+        assert answer.status == 0, answer.err
+        assert call(f"{line} two --teacher {two.format(',')}").status == 0
+        answer = call("recode two --name teacher,classes --codec full --to both")
+        assert answer.status == 0, answer.err
+        assert "teacher and classes from full (6 bytes) and full (6 bytes) to full (6 bytes)" in answer.out
+        assert "note: full + full had lost something already (total variation" in answer.err
+        one, both = open_store(work / "one"), open_store(work / "two")
+        for row in range(len(one.paths)):
+            np.testing.assert_allclose(
+                one.targets("teacher-and-classes", row, slice(None)), both.targets("both", row, slice(None)), atol=1e-3
+            )
+        answer = call(f"verify two --images train --name both --teacher {two.format('+')}")
+        assert answer.status == 0, answer.out
+        answer = call(f"{line} other --teacher run+own_teacher:classes --checkpoint runs/teacher")
+        assert answer.status == 2
+        assert "expected A+B, and a checkpoint for each, F+G, with nothing for one that needs none" in answer.err
+        assert call(f"{line} other --teacher own_teacher:make+own_teacher:classes").status == 2

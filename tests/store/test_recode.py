@@ -15,6 +15,7 @@ from fkd_ssl.store import recode as recodes
 from fkd_ssl.store.recode import combined, recode
 from fkd_ssl.store.subset import subset
 from fkd_ssl.store.verify import verify
+from fkd_ssl.teachers import Ensemble, Teacher
 
 
 @pytest.fixture(autouse=True)
@@ -263,3 +264,74 @@ def test_codes_of_a_skipped_image_are_not_decoded(tmp_path, spec):
     for row in rows:
         exact = store.targets(spec, row, slice(None)).argmax(axis=1)
         assert (column.store.targets(column.name, row, slice(None)).argmax(axis=1) == exact).all()
+
+
+class TestMean:
+    """The mean of several teachers' class probabilities, from columns that are there."""
+
+    K = 7
+
+    @pytest.fixture
+    def two(self, tmp_path, make_store, image_folder):
+        for name, seed in (("a", 0), ("b", 1)):
+            make_store(tmp_path / "two", crops=4, teacher=self.classifier(name, seed), codec="full", name=name)
+        return open_store(tmp_path / "two")
+
+    def classifier(self, name, seed, classes=K):
+        torch.manual_seed(seed)
+        layers = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten(), torch.nn.Linear(12, classes))
+        return Teacher(
+            layers, torch.nn.Identity(), name=name, dim=classes, network=f"net {name}", pixels=32, kind="distribution",
+            licence=f"licence {name}", source=f"source {name}",
+        )  # fmt: skip
+
+    @pytest.mark.parametrize("codec", ["full", "marginal_smoothing_k3", "hard"])
+    def test_it_is_what_an_ensemble_would_have_stored(self, two, codec, tmp_path, make_store, image_folder):
+        column = recode(two, codec, name=["a", "b"])
+        assert column.name == f"a-and-b-{codec}"
+        ensemble = Ensemble([self.classifier("a", 0), self.classifier("b", 1)])
+        direct = make_store(tmp_path / "direct", crops=4, teacher=ensemble, codec=codec)
+        ours, theirs = decoded(column.store, column.name), decoded(direct, "a-and-b")
+        np.testing.assert_allclose(ours, theirs, atol=1e-3)  # two roundings to float16
+        exact = said_now(two, image_folder, ensemble)
+        distances = np.abs(ours - exact).sum(axis=2) / 2
+        f = column.meta.fidelity
+        assert distances.mean() <= f["total_variation_mean"] * 1.2  # measured on a part of them
+        assert f["source_codec"] == "full + full"
+        assert (
+            column.meta.teacher["network"] == direct.column().meta.teacher["network"] == "mean probabilities of: net a; net b"
+        )
+        assert column.meta.teacher["licence"] == "licence a; licence b"
+        assert verify(column.store, images.scan(image_folder), ensemble, name=column.name).problems == []
+
+    def test_a_second_call_finds_it_and_another_order_is_another_mean(self, two, tree):
+        recode(two, "full", name=["a", "b"], to="mean")
+        before = tree(two.folder)
+        recode(two, "full", name=["a", "b"], to="mean")
+        assert tree(two.folder) == before
+        with pytest.raises(RequestError, match="holds something else than b-and-a in full as 'mean'"):
+            recode(two, "full", name=["b", "a"], to="mean")
+        with pytest.raises(RequestError, match="holds something else than a in full as 'mean'"):
+            recode(two, "full", name="a", to="mean")
+
+    def test_into_a_store_of_its_own(self, two, tmp_path):
+        column = recode(two, "full", name=["a", "b"], out=tmp_path / "mean")
+        assert column.store.teachers == ["a-and-b"]
+        expected = (decoded(two, "a") + decoded(two, "b")) / 2
+        np.testing.assert_allclose(decoded(column.store, "a-and-b"), expected, atol=5e-4)
+
+    def test_what_has_no_mean_is_refused(self, two, tmp_path, make_store, tiny_teacher, tree):
+        folder = tmp_path / "two"
+        make_store(folder, crops=4, teacher=self.classifier("c", 2, classes=9), codec="full", name="c")
+        make_store(folder, crops=4, teacher=tiny_teacher, codec="Flat", name="d")
+        before = tree(folder)
+        store = open_store(folder)
+        for names, message in (
+            (["a", "c"], "name a,c: c has 9 classes; a mean is taken of class probabilities of the same 7 classes"),
+            (["a", "d"], "name a,d: d has embeddings; a mean is taken of class probabilities"),
+            (["d", "a"], "name d,a: d has embeddings; a mean is taken of class probabilities"),
+            (["a", "a"], "name a,a: a column is named twice"),
+        ):
+            with pytest.raises(RequestError, match=message):
+                recode(store, "full", name=names, to="mean")
+        assert tree(folder) == before

@@ -1,0 +1,75 @@
+"""Several classifiers as one teacher: the mean of their class probabilities."""
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fkd_ssl.errors import RequestError
+from fkd_ssl.teachers.teacher import Teacher
+
+
+class Ensemble(Teacher):
+    """The mean of several classifiers' probabilities over the same crops.
+
+    MEAL V2 (Shen and Savvides, arXiv 2009.08453, section 3), and so Fast MEAL V2 in FKD. Each member has its own mean and
+    std. Its features are all members', one behind the other.
+
+    Args:
+        members: With class probabilities of the same classes.
+
+    Raises:
+        RequestError: One gives embeddings, or another number of classes, or has another native size.
+    """
+
+    def __init__(self, members: Sequence[Teacher]) -> None:
+        first = members[0]
+        names = " + ".join(member.name for member in members)
+        for member in members:
+            if member.kind != "distribution":
+                raise RequestError(
+                    f"teacher {names}: {member.name} gives embeddings, of which there is no mean; name several teachers with "
+                    "commas between them, for a column each"
+                )
+            if member.dim != first.dim:
+                raise RequestError(
+                    f"teacher {names}: {first.dim} and {member.dim} classes, of {first.name} and of {member.name}; the members "
+                    "of an ensemble need the same"
+                )
+            if member.pixels != first.pixels:
+                raise RequestError(
+                    f"teacher {names}: {first.name} sees {first.pixels} px and {member.name} {member.pixels} px; store a "
+                    "column of each with --codec full (--teacher A,B), and average them: fkd-ssl recode --name A,B"
+                )
+        digests = [member.checkpoint_sha256 for member in members]
+        known = None if None in digests else hashlib.sha256(" ".join(map(str, digests)).encode()).hexdigest()
+        alike = all((member.mean, member.std) == (first.mean, first.std) for member in members)
+        super().__init__(
+            nn.ModuleList(members),
+            nn.Identity(),
+            name="-and-".join(member.name for member in members),
+            dim=first.dim,
+            feature_dim=sum(member.feature_dim for member in members),
+            network=f"mean probabilities of: {'; '.join(member.network for member in members)}",
+            pixels=first.pixels,
+            mean=first.mean if alike else (0, 0, 0),  # crops come as they are
+            std=first.std if alike else (1, 1, 1),
+            licence="; ".join(dict.fromkeys(member.licence for member in members)),
+            source=" + ".join(str(member.source) for member in members),
+            checkpoint=None if known is None else " + ".join(str(member.checkpoint) for member in members),
+            checkpoint_sha256=known,
+            precision=first.precision,
+            kind="distribution",
+        )
+        self.members = list(members)
+
+    @torch.inference_mode()
+    def embed(self, images: Tensor) -> Tensor:
+        """Mean probabilities float32 [B, K] of crops uint8 [B, 3, H, W]."""
+        return torch.stack([member.embed(images) for member in self.members]).mean(dim=0)
+
+    @torch.inference_mode()
+    def features(self, images: Tensor) -> Tensor:
+        """Backbone features of all members float32 [B, F] of uint8 [B, 3, H, W]."""
+        return torch.cat([member.features(images) for member in self.members], dim=1)
