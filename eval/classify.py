@@ -28,9 +28,19 @@ def evaluate(
         `top1` and `top5` in percent; `correct` bool [n], whether the most probable class is right.
 
     Raises:
-        RequestError: There are images without a class, or another number of class folders than K.
+        RequestError: As check_classes.
         ImageError: An image cannot be read.
     """
+    check_classes(images, classes)
+    scores, labels = extract(model, images, pixels=pixels, workers=workers, progress=progress, desc="classify")
+    depth = min(5, classes)
+    best = np.argsort(-scores, axis=1, kind="stable")[:, :depth]
+    hit = best == labels[:, None]
+    return {"top1": 100 * float(hit[:, 0].mean()), "top5": 100 * float(hit.any(axis=1).mean()), "correct": hit[:, 0]}
+
+
+def check_classes(images: ImageSet, classes: int) -> None:
+    """Raises RequestError where there are images without a class, or another number of class folders than `classes`."""
     if (images.labels < 0).any():
         raise RequestError(f"{images.root}: images lie outside any class folder")
     if len(images.classes) != classes:
@@ -38,8 +48,3 @@ def evaluate(
             f"{images.root}: {len(images.classes)} class folders, and the classifier has {classes} classes: which is which "
             "cannot be told"
         )
-    scores, labels = extract(model, images, pixels=pixels, workers=workers, progress=progress, desc="classify")
-    depth = min(5, classes)
-    best = np.argsort(-scores, axis=1, kind="stable")[:, :depth]
-    hit = best == labels[:, None]
-    return {"top1": 100 * float(hit[:, 0].mean()), "top5": 100 * float(hit.any(axis=1).mean()), "correct": hit[:, 0]}

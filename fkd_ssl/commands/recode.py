@@ -36,7 +36,7 @@ def run(config: Config) -> int:
     from fkd_ssl.training.config import split
 
     store = open_store(config.store)
-    sources = [store.column(name) for name in split(config.name) or [None]]
+    sources = [store.column(name) for name in (split(config.name) or (None,))]
     column = recode(store, config.codec, name=[source.name for source in sources], to=config.to, out=config.out)
     f = column.meta.fidelity
     if config.json:

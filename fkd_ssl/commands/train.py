@@ -33,6 +33,7 @@ def run(config: Config) -> int:
     from fkd_ssl import card, runs
     from fkd_ssl.commands import console, resolve
     from fkd_ssl.data import Crops, FreshCrops, StoredCrops
+    from fkd_ssl.eval.classify import check_classes
     from fkd_ssl.images import scan
     from fkd_ssl.objectives import TargetInfo
     from fkd_ssl.store import open_store
@@ -100,11 +101,8 @@ def run(config: Config) -> int:
     check_batch(config, len(images) if config.record else len(data), world=max(world, config.devices))
     for about in targets:
         objective_of(config, about)
-        if config.calibrate_below is not None and _classes(images) != about.dim:
-            raise RequestError(
-                f"calibrate_below: {images.root} has {len(images.classes)} class folders, and {about.name!r} has {about.dim} "
-                "classes: which is which cannot be told"
-            )
+        if config.calibrate_below is not None:
+            check_classes(images, about.dim)
     student = Student(config.student, *(about.dim for about in targets), **shape)
     if config.logger is not None:
         check_logger(config.logger)
@@ -156,10 +154,10 @@ def run(config: Config) -> int:
 
 
 def _classes(images: "ImageSet") -> int:
-    """How many classes the images are of; raises RequestError where that cannot be told, or it is one."""
-    if (images.labels < 0).any():
-        outside = images.paths[int((images.labels < 0).argmax())]
-        raise RequestError(f"{images.root}: {outside!r} lies outside any class folder, and its class is needed")
+    """How many classes the images are of; raises RequestError where one has none, or all have one."""
+    from fkd_ssl.eval.classify import check_classes
+
+    check_classes(images, len(images.classes))
     if len(images.classes) < 2:
         raise RequestError(
             f"{images.root}: there is one class only, {images.classes[0]!r}; expected a folder for each of several"

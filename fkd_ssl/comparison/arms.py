@@ -8,11 +8,12 @@ from typing import Any, Literal
 
 from fkd_ssl.comparison.config import CompareConfig
 from fkd_ssl.errors import RequestError, did_you_mean
+from fkd_ssl.students.heads import CLASSIFIER
 from fkd_ssl.training.config import TrainConfig, checkpoints_of, split
 
-Kind = Literal["stored", "online", "alone"]
+Kind = Literal["stored", "online", "alone", "labels"]
 ON_STORED = "stored_crops"
-_FURTHER = (f"online:{ON_STORED}", "alone")
+_FURTHER = (f"online:{ON_STORED}", "alone", "labels")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,7 +21,7 @@ class Arm:
     """One way to train the student.
 
     Attributes:
-        kind: Where its targets come from; `alone` has none.
+        kind: Where its targets come from; `alone` has none, those of `labels` are the images' classes.
         detail: What tells it from others of its kind; empty where there is nothing to tell.
         chosen: Which of the teachers it is trained from.
         crops: Stored crops an image that it may use, where that is not all.
@@ -74,6 +75,10 @@ def _further(word: str, config: CompareConfig, chosen: tuple[int, ...]) -> Arm:
     kind, _, detail = word.partition(":")
     if word == "alone":
         return Arm(kind="alone", chosen=())
+    if word == "labels":
+        if config.head != CLASSIFIER:
+            raise RequestError(f"further_arms {word!r}: trains a classifier, and needs --head {CLASSIFIER}")
+        return Arm(kind="labels", chosen=())
     if word == _FURTHER[0]:
         return Arm(kind="online", detail=detail, chosen=chosen, on_stored=True)
     if kind != "stored" or not detail:
@@ -91,13 +96,11 @@ def _further(word: str, config: CompareConfig, chosen: tuple[int, ...]) -> Arm:
         return Arm(kind="stored", detail=detail, chosen=chosen, crops=crops)
     if len(chosen) > 1:
         raise RequestError(f"further_arms {word!r}: codecs are compared for one teacher")
-    if detail == config.codec:
-        raise RequestError(f"further_arms {word!r}: the store has that codec")
     return Arm(kind="stored", detail=detail, chosen=chosen, codec=detail)
 
 
 def training(arm: Arm, config: CompareConfig, seed: int, columns: Sequence[str]) -> TrainConfig:
-    """The training of an arm that has teachers, whose targets are in `columns`."""
+    """The training of an arm that has teachers, whose targets are in `columns`, or labels."""
     own = {"out", "teacher", "teacher_weights", "checkpoint", "crops", "codec"}
     shared = {f.name for f in fields(TrainConfig)} & {f.name for f in fields(CompareConfig)} - own
     where: dict[str, Any] = {
@@ -107,7 +110,7 @@ def training(arm: Arm, config: CompareConfig, seed: int, columns: Sequence[str])
     }
     if arm.kind == "stored":
         where["teacher"] = ",".join(columns[k] for k in arm.chosen) if len(columns) > 1 else None
-    else:
+    elif arm.kind == "online":
         files = [checkpoints_of(config.teacher, config.checkpoint)[k] for k in arm.chosen]
         where["teacher"] = ",".join(split(config.teacher)[k] for k in arm.chosen)
         where["checkpoint"] = ",".join(file or "" for file in files) if any(files) else None

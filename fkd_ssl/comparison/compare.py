@@ -18,17 +18,18 @@ from fkd_ssl.comparison.scorer import PROBES, Scorer
 from fkd_ssl.energy import Meter
 from fkd_ssl.errors import FkdError, RequestError
 from fkd_ssl.eval import stats
+from fkd_ssl.eval.classify import check_classes
 from fkd_ssl.eval.features import match_classes
 from fkd_ssl.images import ImageSet, scan
 from fkd_ssl.objectives import TargetInfo
 from fkd_ssl.pretraining.config import PretrainConfig
 from fkd_ssl.pretraining.engine import check_pretraining, weights_of
-from fkd_ssl.store.codecs import check_kind, code_size
+from fkd_ssl.store.codecs import check_kind, code_size, usual_codec
 from fkd_ssl.store.precompute import precompute
 from fkd_ssl.store.reader import Store
 from fkd_ssl.store.recode import recode
 from fkd_ssl.store.subset import subset
-from fkd_ssl.students import check_student
+from fkd_ssl.students import CLASSIFIER, check_student
 from fkd_ssl.teachers import Teacher
 from fkd_ssl.training.config import TrainConfig, checkpoints_of, split
 from fkd_ssl.training.engine import check_batch, objective_of
@@ -64,9 +65,14 @@ def compare(config: CompareConfig, log: Log = lambda message: None) -> dict[str,
     plain = training(arms[0], config, 0, columns)
     for teacher in teachers:
         objective_of(plain, TargetInfo(name=teacher.name, dim=teacher.dim, arrays=teacher.arrays, kind=teacher.kind))
-        for codec in {config.codec, *(arm.codec for arm in arms if arm.codec is not None)}:
+        own = config.codec or usual_codec(teacher.kind, teacher.dim)
+        for codec in (own, *(arm.codec for arm in arms if arm.codec is not None)):
             code_size(codec, teacher.dim)
             check_kind(teacher.kind, codec, teacher.name)
+        if own in [arm.codec for arm in arms]:
+            raise RequestError(f"further_arms 'stored:{own}': the store has that codec")
+        if config.head == CLASSIFIER:
+            check_classes(val, teacher.dim)
     for arm in arms:
         if arm.kind == "alone":
             check_pretraining(_alone(config, "alone", seed=0, epochs=1), images)
@@ -79,7 +85,8 @@ def compare(config: CompareConfig, log: Log = lambda message: None) -> dict[str,
     made: list[dict[str, Any] | None] = []
     for teacher in teachers:
         name = "teacher" if len(teachers) == 1 else f"teacher:{teacher.name}"
-        lines.append({"name": name, "seed": None, **scorer.score(name.replace(":", "-"), teacher.features), **_UNTRAINED})
+        scores = scorer.score(name.replace(":", "-"), teacher.features, classify=teacher.embed)
+        lines.append({"name": name, "seed": None, **scores, **_UNTRAINED})
         took = folder / ("precompute.json" if len(teachers) == 1 else f"precompute-{teacher.name}.json")
         made.append(_precompute(config, folder, images, teacher, took, log))
     dim = teachers[0].dim
@@ -97,7 +104,8 @@ def compare(config: CompareConfig, log: Log = lambda message: None) -> dict[str,
                 trained, model = _train_alone(config, folder, seed, lines, cost, log)
             else:
                 trained, model = _train(training(arm, config, seed, columns), run, log), resolve.model_of(str(run))
-            lines.append({"name": arm.name, "seed": seed, **scorer.score(run.name, model.features), **trained})
+            scores = scorer.score(run.name, model.features, classify=None if arm.kind == "alone" else model.network)
+            lines.append({"name": arm.name, "seed": seed, **scores, **trained})
     runs.finish(folder, _results(config, len(images), len(val), arms, lines, cost, stores, scorer))
     return runs.read_results(folder)
 
@@ -123,7 +131,7 @@ def _results(
     def difference(one: str, other: str) -> dict[str, Any]:
         """Of two arms in each probe, with its interval."""
         found: dict[str, Any] = {"arm": one, "minus": other}
-        for probe in PROBES:
+        for probe in scorer.probes if "alone" not in (one, other) else PROBES:
             a, b = (
                 np.stack([scorer.correct(run_name(name, seed), probe) for seed in range(config.seeds)]) for name in (one, other)
             )
@@ -139,7 +147,7 @@ def _results(
     pairs = [(stored[-1], online[-1])]
     pairs += [(stored[-1], single) for single in stored[:-1]]
     pairs += [(arm.name, online[-1]) for arm in arms if arm.on_stored]
-    pairs += [(stored[-1], arm.name) for arm in arms if arm.kind == "alone"]
+    pairs += [(stored[-1], arm.name) for arm in arms if arm.kind in ("alone", "labels")]
     pairs += [(arm.name, stored[-1]) for arm in arms if arm.crops or arm.codec]
     saved, taken = seconds(online[-1]) - seconds(stored[-1]), cost.get("seconds")
     students = None if taken is None or saved <= 0 else taken / saved

@@ -13,7 +13,7 @@ class CompareConfig:
     """Options of compare."""
 
     images: str
-    """Folder of training images in class folders; the labels are used by the probes alone."""
+    """Folder of training images in class folders; the labels are used by the probes, and by the arm labels, alone."""
     val: str
     """Folder of test images in class folders."""
     teacher: str
@@ -28,11 +28,11 @@ class CompareConfig:
     further_arms: str = ""
     """Beside stored and online, with blanks between them: online:stored_crops (the teacher runs on the store's crops),
     alone (no teacher: MoCo v2, for as long as stored takes with its precomputing), stored:C=4 (only the first 4 crops),
-    stored:SQ4 (that codec)."""
+    stored:SQ4 (that codec); of a classifier also labels (plain training, no teacher)."""
     student: str = "resnet18"
     """As train takes it."""
     head: str = "mocov2"
-    """Projection head: mocov2 or simreg."""
+    """Projection head: mocov2 or simreg; classifier for class probabilities."""
     stem: Literal["standard", "small"] = "standard"
     """small for images of 32 or 64 px."""
     width: float = 1.0
@@ -43,8 +43,8 @@ class CompareConfig:
     """Repetitions, with seeds 0, 1, ...; more of them can be asked for later."""
     crops: int | None = None
     """C, stored crops per image; as many as epochs by default, since more are never read."""
-    codec: str = "SQ8"
-    """Of the store."""
+    codec: str | None = None
+    """Of the store, as precompute takes it."""
     recipe: str = "mocov2"
     """What crops are drawn from, in all arms with a teacher."""
     pixels: int = 224

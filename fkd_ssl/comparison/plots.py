@@ -13,7 +13,10 @@ from fkd_ssl.comparison.arms import run_name
 from fkd_ssl.training.recorder import read_metrics
 
 _LINES = ("-", "--", "-.", (0, (3, 1, 1, 1, 1, 1)))  # of several arms of one kind
-_COLOURS = {"stored": "#1a9a6c", "online": "#d1603d", "alone": "#7a5fc7", "teacher": "#5b7fb8", "untrained": "#9a9a9a"}
+_COLOURS = {
+    "stored": "#1a9a6c", "online": "#d1603d", "alone": "#7a5fc7", "labels": "#b5892a", "teacher": "#5b7fb8",
+    "untrained": "#9a9a9a",
+}  # fmt: skip
 _INK = "#101213"  # in SVG it becomes the page's own
 _PROBES = {"knn_top1": "kNN top-1, %", "linear_top1": "linear top-1, %"}
 

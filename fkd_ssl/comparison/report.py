@@ -14,7 +14,7 @@ from fkd_ssl.comparison.arms import run_name
 from fkd_ssl.comparison.config import CompareConfig
 from fkd_ssl.errors import FkdError
 
-PROBE_NAMES = {"knn_top1": "kNN", "linear_top1": "linear probe"}
+PROBE_NAMES = {"knn_top1": "kNN", "linear_top1": "linear probe", "top1": "top-1 of its own classes"}
 TITLE = "Stored against online distillation"
 SHEET = "sheet.png"
 SHEET_CAPTION = (
@@ -83,9 +83,14 @@ def _table(results: dict[str, Any]) -> list[list[str]]:
     energy = any(arm["energy_joules"] is not None for arm in results["arms"])
     if energy:
         rows[0].append("energy")
-    for name in [name for kind in ("teacher", "online", "stored", "alone", "untrained") for name in names_of(results, kind)]:
+    own = any("top1" in arm for arm in results["arms"])
+    if own:
+        rows[0].insert(1, "top-1")
+    kinds = ("teacher", "online", "stored", "labels", "alone", "untrained")
+    for name in [name for kind in kinds for name in names_of(results, kind)]:
         arms = [arm for arm in results["arms"] if arm["name"] == name]
-        cells = [name, *(_mean(arms, key, "{:.2f}") for key in ("knn_top1", "linear_top1", "map_at_r"))]
+        scores = (*(["top1"] if own else []), "knn_top1", "linear_top1", "map_at_r")
+        cells = [name, *(_mean(arms, key, "{:.2f}") for key in scores)]
         cells += [_mean(arms, "train_seconds", "{:.0f}"), _per_epoch(arms), _mean(arms, "data_wait", "{:.0%}")]
         forwards = arms[0]["teacher_forwards"]
         cells += ["" if forwards is None else f"{forwards:,}", _mean(arms, "peak_memory_bytes", "{:.0f} MB", 1e-6)]
@@ -94,7 +99,7 @@ def _table(results: dict[str, Any]) -> list[list[str]]:
 
 
 def _mean(arms: Sequence[dict[str, Any]], key: str, form: str, factor: float = 1) -> str:
-    values = [arm[key] for arm in arms]
+    values = [arm.get(key) for arm in arms]
     if None in values:
         return ""
     mean = form.format(factor * statistics.mean(values))
@@ -117,6 +122,8 @@ def _findings(results: dict[str, Any]) -> list[str]:
     lines = []
     for pair in results["differences"]:
         for probe, name in PROBE_NAMES.items():
+            if probe not in pair:
+                continue
             d = pair[probe]
             verdict = "equal within 1.5 points" if d["equal"] else "not shown equal within 1.5 points"
             lines.append(

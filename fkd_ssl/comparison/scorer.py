@@ -14,12 +14,15 @@ from fkd_ssl import files
 from fkd_ssl.commands import resolve
 from fkd_ssl.comparison.config import CompareConfig
 from fkd_ssl.eval import knn, logreg, retrieval
+from fkd_ssl.eval.classify import evaluate
 from fkd_ssl.eval.features import extract_split
 from fkd_ssl.images import ImageSet
-from fkd_ssl.students import Student
+from fkd_ssl.students import CLASSIFIER, Student
 
 PROBES = ("knn_top1", "linear_top1")
 """The scores of which the correctness of every test image is kept."""
+OWN = "top1"
+"""Likewise, of a classifier's own classes."""
 
 
 class Scorer:
@@ -37,10 +40,21 @@ class Scorer:
         self.folder = folder
         self.images = images
         self.val = val
+        self.classes = len(val.classes) if config.head == CLASSIFIER else 0
         folder.mkdir(exist_ok=True)
 
-    def score(self, name: str, features: Callable[[Tensor], Tensor]) -> dict[str, Any]:
-        """`knn_top1`, `linear_top1` and `map_at_r` (test images sought among the training images) in percent."""
+    @property
+    def probes(self) -> tuple[str, ...]:
+        """The scores that students of a teacher have."""
+        return (*PROBES, OWN) if self.classes else PROBES
+
+    def score(
+        self, name: str, features: Callable[[Tensor], Tensor], *, classify: Callable[[Tensor], Tensor] | None = None
+    ) -> dict[str, Any]:
+        """`knn_top1`, `linear_top1` and `map_at_r` (test images sought among the training images) in percent.
+
+        Of classifiers also `top1`, by what `classify` gives.
+        """
         path = self.folder / f"{name}.json"
         if path.exists():
             return files.read_json(path)
@@ -52,9 +66,15 @@ class Scorer:
         found = retrieval.evaluate(
             gallery=split.train_features, gallery_labels=split.train_labels, queries=split.features, labels=split.labels
         )
-        scores = {"knn_top1": neighbours["top1"], "linear_top1": probe["top1"], "map_at_r": found["map_at_r"]}
+        scores: dict[str, Any] = {"knn_top1": neighbours["top1"], "linear_top1": probe["top1"], "map_at_r": found["map_at_r"]}
+        correct = [neighbours["correct"], probe["correct"]]
+        if self.classes and classify is not None:
+            pixels, workers = self.config.pixels, self.config.workers
+            own = evaluate(classify, self.val, pixels=pixels, classes=self.classes, workers=workers, progress=False)
+            scores[OWN] = own["top1"]
+            correct.append(own["correct"])
         buffer = io.BytesIO()
-        np.save(buffer, np.stack([neighbours["correct"], probe["correct"]]))
+        np.save(buffer, np.stack(correct))
         files.replace(self.folder / f"{name}.npy", buffer.getvalue())
         files.write_json(path, scores)
         return scores
@@ -64,9 +84,10 @@ class Scorer:
         torch.manual_seed(seed)
         c = self.config
         student = Student(c.student, dim, head=c.head, stem=c.stem, width=c.width)
-        return self.score(name, student.eval().to(resolve.device()).features)
+        student = student.eval().to(resolve.device())
+        return self.score(name, student.features, classify=student)
 
     def correct(self, name: str, probe: str) -> npt.NDArray[np.bool_]:
         """Correctness of every test image: bool [n]."""
-        array: npt.NDArray[np.bool_] = np.load(self.folder / f"{name}.npy", allow_pickle=False)[PROBES.index(probe)]
+        array: npt.NDArray[np.bool_] = np.load(self.folder / f"{name}.npy", allow_pickle=False)[self.probes.index(probe)]
         return array

@@ -56,4 +56,4 @@ class _Turned(torch.autograd.Function):
 
 
 def _turned(values: Tensor) -> Tensor:
-    return _Turned.apply(values)  # type: ignore[no-any-return,no-untyped-call]
+    return _Turned.apply(values)  # type: ignore[no-any-return]

@@ -28,8 +28,8 @@ class TrainConfig:
     """With --targets online: a store that the teacher's targets go into, for students to come; it costs next to nothing."""
     crops: int | None = None
     """C of a new store that is recorded; by default the epochs, so that it is complete when training ends."""
-    codec: str = "SQ8"
-    """faiss codec of recorded targets, as precompute takes it."""
+    codec: str | None = None
+    """Of recorded targets, as precompute takes it: SQ8, or for class probabilities marginal_smoothing_k5, by default."""
     teacher: str | None = None
     """Stored: the column, if there are several. Online: as precompute takes it. A,B for two."""
     teacher_weights: str | None = None

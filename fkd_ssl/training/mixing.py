@@ -44,4 +44,4 @@ def rectangle(height: int, width: int, share: float) -> tuple[int, int, int, int
 
 
 def _beta(a: float) -> float:
-    return float(torch.distributions.Beta(a, a).sample())  # type: ignore[no-untyped-call]
+    return float(torch.distributions.Beta(a, a).sample())

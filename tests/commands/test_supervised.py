@@ -133,7 +133,7 @@ def test_labels_need_classes(call: Any, work: Path) -> None:
     loose.rename(work / "train" / loose.name)
     answer = call(f"{LABELS} --out run")
     assert answer.status == 2
-    assert f"train: '{loose.name}' lies outside any class folder, and its class is needed" in answer.err
+    assert "train: images lie outside any class folder" in answer.err
     answer = call(LABELS.replace("--images train", "--images train/birch") + " --out run")
     assert answer.status == 2
     assert not (work / "run").exists()
@@ -149,7 +149,7 @@ def test_doubtful_targets_are_calibrated(labels: Path, call: Any, work: Path) ->
     (work / "train/ash").rename(work / "train/birch/ash")
     answer = call(f"{line} --calibrate_below 0.5 --on_unreadable skip --out other")
     assert answer.status == 2
-    assert "train has 2 class folders, and 'classes' has 3 classes: which is which cannot be told" in answer.err
+    assert "train: 2 class folders, and the classifier has 3 classes: which is which cannot be told" in answer.err
 
 
 def test_embeddings_are_not_mixed(call: Any, work: Path, train_line: str) -> None:

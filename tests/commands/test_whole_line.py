@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +179,31 @@ def test_compare_further_arms_and_seeds(work: Path, call: Any) -> None:
     assert "±" in (work / "cmp/report.md").read_text()
 
 
+@pytest.mark.slow
+def test_compare_classifiers(work: Path, call: Any) -> None:
+    line = (
+        "compare --images train --val val --teacher own_teacher:classes --student squeezenet1_1 --epochs 4 --out cmp "
+        "--head classifier --objective soft_ce --recipe fkd --lr 3e-3 "
+        "--batch_size 18 --crops_per_image 2 --pixels 32 --workers 0 --knn_every 2 --knn_k 5"
+    )
+    status, out, err = call(line, further_arms="labels stored:hard alone")
+    assert status == 0, err
+    results = json.loads((work / "cmp/results.json").read_text())
+    arms = {arm["name"]: arm for arm in results["arms"]}
+    assert {name for name, arm in arms.items() if "top1" in arm} == {*arms} - {"alone"}
+    assert arms["teacher"]["top1"] == 100
+    assert arms["labels"]["teacher_forwards"] == 0
+    own = json.loads((work / "cmp/runs/labels-seed0/results.json").read_text())
+    assert (own["top1"], own["config"]["targets"]) == (arms["labels"]["top1"], "labels")
+    pairs = {(pair["arm"], pair["minus"]): pair for pair in results["differences"]}
+    assert pairs["stored", "labels"]["top1"]["difference"] == pytest.approx(arms["stored"]["top1"] - arms["labels"]["top1"])
+    assert "top1" not in pairs["stored", "alone"]
+    header = out.splitlines()[0].split(" | ")
+    assert header[:3] == ["| arm", "top-1", "kNN top-1"]
+    assert "top-1 of its own classes, stored minus labels:" in out
+    assert [line.split(" | ")[1] for line in out.splitlines() if line.startswith("| alone")] == [""]
+
+
 @pytest.mark.parametrize(
     ("further", "said"),
     [
@@ -212,6 +238,7 @@ def test_compare_refuses_further_arms_early(work: Path, call: Any, further: str,
         ("--teacher own_teacher:make,own_teacher:make", 2, "two of one name"),
         ("--teacher own_teacher:classes", 2, "the targets of 'classes' are class probabilities: choose --objective soft_ce"),
         ("--teacher own_teacher:classes --objective soft_ce --head classifier --codec SQ8", 2, "whose codecs are"),
+        ("--teacher own_teacher:classes --objective soft_ce --head classifier --val val2", 2, "val2: 2 class folders, and"),
         ("--teacher_weights 2", 2, "teacher_weights '2': there is one teacher"),
         ("--teacher a,b,c", 2, "compare takes one or two teachers"),
         ("--teacher mocov2,swav --checkpoint F", 2, "checkpoint 'F': 1 for 2 teachers"),
@@ -224,6 +251,8 @@ def test_compare_refuses_early(work: Path, call: Any, change: str, status: int, 
         "compare --images train --val val --teacher own_teacher:make --student squeezenet1_1 --epochs 4 --batch_size 16 "
         "--out cmp"
     )
+    for name in ("ash", "birch"):
+        shutil.copytree(work / "val" / name, work / "val2" / name)
     answer = call(f"{line} {change}")
     assert (answer.status, answer.out) == (status, "")
     assert said in answer.err

@@ -37,6 +37,17 @@ def test_what_an_arm_trains_on() -> None:
     assert trainings["online"].out == "o/runs/online-seed3"
 
 
+def test_labels() -> None:
+    asked = config(further_arms="labels", head="classifier", objective="soft_ce")
+    arms = arms_of(asked, ["r18"])
+    assert [arm.name for arm in arms] == ["stored", "online", "labels"]
+    plain = training(arms[2], asked, 1, ["r18"])
+    assert (plain.targets, plain.store, plain.teacher, plain.checkpoint) == ("labels", None, None, None)
+    assert (plain.head, plain.objective) == ("classifier", "soft_ce")
+    with pytest.raises(RequestError, match="further_arms 'labels': trains a classifier, and needs --head classifier"):
+        arms_of(config(further_arms="labels"), ["r18"])
+
+
 def test_two_teachers() -> None:
     two = {"teacher": "mocov2,swav", "checkpoint": "f,g", "teacher_weights": "2,1", "further_arms": "stored:C=4 alone"}
     arms = arms_of(config(**two), ["A", "B"])
