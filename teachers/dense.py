@@ -25,9 +25,9 @@ class DenseTeacher:
     """Logits of a classifier at each place: a callable of uint8 [B, 3, P, P] that gives float32 [B, K, h, w].
 
     For networks that end in global average pooling of [B, F, h, w] and one linear layer, perhaps with flattening and dropout
-    between them: ResNet, RegNet, DenseNet, EfficientNet, MobileNetV2, and so on. The network is watched while it runs, so it may
-    be written in any way. That the mean over places is the network's own answer is checked in every call: what has anything
-    else behind its pooling (ConvNeXt's norm, MobileNetV3's second layer) is refused, as is a transformer.
+    between them: ResNet, RegNet, DenseNet, EfficientNet, MobileNetV2, and so on. The network is watched while it runs, so it
+    may be written in any way. That the mean over places is the network's own answer is checked in every call: what has anything
+    else behind its pooling (ConvNeXt's norm, MobileNetV3's second layer) is refused, as is a vision transformer.
 
     The forward has the teacher's normalisation and precision; the linear layer at each place is in fp32 whatever that is.
 
@@ -49,8 +49,8 @@ class DenseTeacher:
     def __init__(self, teacher: Teacher, *, pixels: int | None = None) -> None:
         if teacher.kind != "distribution":
             raise RequestError(
-                f"teacher {teacher.name}: gives embeddings; label maps need a classifier's logits: torchvision/NAME@probabilities, "
-                "timm/NAME@probabilities, or a module of your own whose kind is 'distribution'"
+                f"teacher {teacher.name}: gives embeddings; label maps need a classifier's logits: "
+                "torchvision/NAME@probabilities, timm/NAME@probabilities, or a module of your own whose kind is 'distribution'"
             )
         self.teacher = teacher
         self.pixels = teacher.pixels if pixels is None else pixels
