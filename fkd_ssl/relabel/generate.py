@@ -184,6 +184,8 @@ def _lines(images: ImageSet) -> bytes:
 
 def _check(folder: Path, wanted: layout.Manifest, images: ImageSet) -> None:
     """Raises RequestError where the folder's maps are not those that are asked for."""
+    if files.read_json(folder / layout.MANIFEST).get("format") != layout.FORMAT:
+        raise RequestError(f"{folder}: exists and holds no label maps (its manifest is another's); choose another --out")
     here = layout.read_manifest(folder)
     if here.images_sha256 != wanted.images_sha256:
         listed, given = set(layout.read_images(folder, here)[0]), set(images.paths)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from fkd_ssl import files
 from fkd_ssl.crops import box_record, replay
 from fkd_ssl.errors import FkdError, ImageError, RequestError, StoreError
 from fkd_ssl.images import ImageSet, scan
@@ -165,6 +166,10 @@ def test_somebody_elses_folder_is_left_alone(images: ImageSet, tmp_path: Path, n
     with pytest.raises(RequestError, match="is a file, no folder for label maps"):
         make(images, tmp_path / "thesis.tex", new_dense())
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+    (tmp_path / "store").mkdir()
+    files.write_json(tmp_path / "store/manifest.json", {"format": "fkd_ssl store", "version": 1})
+    with pytest.raises(RequestError, match=r"holds no label maps .its manifest is another's.; choose another --out"):
+        make(images, tmp_path / "store", new_dense())
 
 
 @pytest.mark.parametrize(
