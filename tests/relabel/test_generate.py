@@ -1,6 +1,8 @@
 """Making label maps: what is in them, killed and continued, and what is refused."""
 
 import json
+import multiprocessing
+import os
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
@@ -99,6 +101,33 @@ def test_a_killed_job_continues(
     make(images, tmp_path / "maps", again)
     assert again.calls == dense.calls - calls
     assert tree(tmp_path / "maps") == tree(whole)
+
+
+@pytest.mark.parametrize("journals", ["always", "never"])
+def test_a_process_that_dies_at_once_continues(
+    images: ImageSet, tmp_path: Path, new_dense: NewDense, monkeypatch: Any, maps_folder: Path, journals: str
+) -> None:
+    """Without a chance to save anything: what a journal counted is kept, the rest is done again."""
+    monkeypatch.setattr(work, "SECONDS_BETWEEN_JOURNALS", -1 if journals == "always" else 1000)
+    process = multiprocessing.get_context("fork").Process(target=_make_and_die, args=(images, tmp_path / "maps", new_dense()))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 9
+    again = new_dense()
+    make(images, tmp_path / "maps", again)
+    assert again.calls == (2 if journals == "always" else 4)
+    assert tree(tmp_path / "maps") == tree(maps_folder)
+
+
+def _make_and_die(images: ImageSet, folder: Path, dense: Any) -> None:
+    def mortal(batch: torch.Tensor) -> torch.Tensor:
+        if dense.calls == 2:
+            os._exit(9)
+        found: torch.Tensor = dense(batch)
+        return found
+
+    mortal.__dict__.update(teacher=dense.teacher, pixels=dense.pixels, height=dense.height, width=dense.width)
+    make(images, folder, mortal)
 
 
 def test_a_kill_between_a_file_and_its_sidecar(
