@@ -31,6 +31,7 @@ VERBS = {
     "recode": "a teacher's stored targets in another codec, without the teacher",
     "import-fkd": "a store of FKD's published label files",
     "export-fkd": "FKD's label files of a store's class probabilities",
+    "label-maps": "ReLabel's maps: a classifier's logits at each place of every image",
     "train": "distil a student from stored targets, or online",
     "export": "a student's backbone for torchvision or timm, as safetensors",
     "features": "features of images by a model, computed once and kept for knn, linear and retrieve",

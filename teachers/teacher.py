@@ -115,12 +115,22 @@ class Teacher(nn.Module):
         Raises:
             FkdError: The network gives something other than finite [B, D].
         """
+        embedding = self.output(images)
+        return embedding.float().softmax(dim=1) if self.kind == "distribution" else F.normalize(embedding.float(), dim=1)
+
+    @torch.inference_mode()
+    def output(self, images: Tensor) -> Tensor:
+        """What `embed` makes targets of: embeddings of any length or logits [B, D], in the precision of the forward.
+
+        Raises:
+            FkdError: As `embed`.
+        """
         with self._autocast():
             features = self._checked(self._run(self.backbone, self._prepare(images), images), images)
-            embedding = self._checked(self._run(self.head, features, images), images)
-        if embedding.shape[1] != self.dim:
-            raise FkdError(f"teacher {self.name}: gave D = {embedding.shape[1]}, expected {self.dim}")
-        return embedding.float().softmax(dim=1) if self.kind == "distribution" else F.normalize(embedding.float(), dim=1)
+            output = self._checked(self._run(self.head, features, images), images)
+        if output.shape[1] != self.dim:
+            raise FkdError(f"teacher {self.name}: gave D = {output.shape[1]}, expected {self.dim}")
+        return output
 
     @torch.inference_mode()
     def features(self, images: Tensor) -> Tensor:

@@ -4,10 +4,11 @@ from fkd_ssl.data.crops import Crops
 from fkd_ssl.data.fresh import FreshCrops
 from fkd_ssl.data.pixels import Batch, made_here
 from fkd_ssl.data.recorded import RecordedCrops
+from fkd_ssl.data.relabelled import RelabelledCrops
 from fkd_ssl.data.samples import Samples, start_worker, whole_batch
 from fkd_ssl.data.stored import StoredCrops, scaled
 
 __all__ = [
-    "Batch", "Crops", "FreshCrops", "RecordedCrops", "Samples", "StoredCrops", "made_here", "scaled", "start_worker",
-    "whole_batch",
+    "Batch", "Crops", "FreshCrops", "RecordedCrops", "RelabelledCrops", "Samples", "StoredCrops", "made_here", "scaled",
+    "start_worker", "whole_batch",
 ]  # fmt: skip

@@ -1,0 +1,69 @@
+"""Crops drawn anew, with the targets that ReLabel's label maps have for them."""
+
+import torch
+
+from fkd_ssl.crops import Recipe, Records
+from fkd_ssl.data.fresh import FreshCrops
+from fkd_ssl.data.pixels import Batch
+from fkd_ssl.errors import ImageError
+from fkd_ssl.images import ImageSet, UInt8Array, decode, read_bytes
+from fkd_ssl.relabel.maps import LabelMaps
+
+
+class RelabelledCrops(FreshCrops):
+    """Crops drawn anew in every pass; a batch's `targets` float32 [B M, K] are read off the images' label maps by their boxes.
+
+    Yun et al., "Re-labeling ImageNet", CVPR 2021 (arXiv 2101.05022).
+
+    Args:
+        images: The image set; the maps may be of more images.
+        maps: Their label maps.
+        recipe: What crops are drawn from.
+        crops_per_image: M.
+        pixels: P, the side of the crops.
+        seed: Of the draw, as in FreshCrops: the crops are the same.
+        teacher_pixels: Side at which the crops are made once more.
+        skip_unreadable: As in StoredCrops.
+        decode_only: As in StoredCrops.
+
+    Raises:
+        StoreError: An image has no label map; the message names the first.
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        maps: LabelMaps,
+        recipe: Recipe,
+        *,
+        crops_per_image: int = 4,
+        pixels: int = 224,
+        seed: int = 0,
+        teacher_pixels: int | None = None,
+        skip_unreadable: bool = False,
+        decode_only: bool = False,
+    ) -> None:
+        self.maps = maps
+        self._rows = maps.rows(images)
+        super().__init__(
+            images, recipe, crops_per_image=crops_per_image, pixels=pixels, seed=seed, teacher_pixels=teacher_pixels,
+            skip_unreadable=skip_unreadable, decode_only=decode_only,
+        )  # fmt: skip
+
+    def _read(self, i: int, path: str) -> UInt8Array:
+        data, size = read_bytes(path), self.maps.sizes[self._rows[i]]
+        image = decode(data, path) if len(data) == size["bytes"] else None
+        if image is None or image.shape[:2] != (size["height"], size["width"]):
+            raise ImageError(
+                f"{path}: changed since its label map was made: {len(data)} bytes now, {size['bytes']} then ({size['width']} x "
+                f"{size['height']} pixels); restore it, or make label maps of these images"
+            )
+        return image
+
+    def _drawn(self, pass_: int, i: int) -> Records:
+        """The records that a pass draws of an image, whose size the maps know."""
+        size = self.maps.sizes[self._rows[i]]
+        return self._records(pass_, i, int(size["height"]), int(size["width"]))
+
+    def _more(self, pairs: list[tuple[int, int]]) -> Batch:
+        return {"targets": torch.cat([self.maps.targets(int(self._rows[i]), self._drawn(pass_, i)) for pass_, i in pairs])}

@@ -1,0 +1,284 @@
+"""Makes label maps: a classifier sees every whole image once. The authors of ReLabel published theirs, and not what made them.
+
+A shard is a pure function of images, teacher and batch size; its images, in order, are cut into batches of a fixed size, which
+are what the teacher runs on and what a killed run resumes from.
+"""
+
+import shutil
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from tqdm import tqdm
+
+from fkd_ssl import files
+from fkd_ssl.crops import box_record, probe_digest, replay
+from fkd_ssl.errors import FkdError, ImageError, RequestError
+from fkd_ssl.images import ImageSet, UInt8Array, decode, read_bytes, read_size
+from fkd_ssl.progress import hidden
+from fkd_ssl.relabel import layout
+from fkd_ssl.store import work
+from fkd_ssl.store.manifest import SIZE_DTYPE, unsafe
+from fkd_ssl.store.precompute import gigabytes
+
+_LATER = "-"  # a checksum that is not known yet
+
+
+class About(Protocol):
+    """What a manifest says of a teacher; fkd_ssl.teachers.Teacher has it."""
+
+    name: str
+    network: str
+    licence: str
+    source: str | None
+    checkpoint: str | None
+    checkpoint_sha256: str | None
+    dim: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    @property
+    def precision(self) -> str:
+        """Arithmetic of its forward."""
+
+
+class Dense(Protocol):
+    """What makes the maps; fkd_ssl.teachers.dense.DenseTeacher is one."""
+
+    pixels: int
+    height: int
+    width: int
+
+    @property
+    def teacher(self) -> About:
+        """Whose logits these are."""
+
+    def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits float32 [B, K, h, w] of uint8 [B, 3, P, P]."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Made:
+    """What a call of `generate` did."""
+
+    images: int
+    """Of the folder."""
+    made: int
+    """Images that the teacher saw in this call."""
+    busy: list[int]
+    """Shards left to another process that is writing them now."""
+    seconds: float
+    """Wall-clock of this call."""
+    bytes: int
+    """Of all files of the folder."""
+
+
+def generate(
+    images: ImageSet,
+    folder: str | Path,
+    dense: Dense,
+    *,
+    k: int = 5,
+    batch_size: int = 64,
+    threads: int = 2,
+    progress: bool = True,
+    log: Callable[[str], None] = lambda message: None,
+) -> Made:
+    """Writes the label maps of every image into `folder`; the same call continues one that was killed.
+
+    Args:
+        images: The image set.
+        folder: Of the maps; made if it does not exist.
+        dense: A classifier that gives logits at each place.
+        k: Logits kept at each place; the authors keep 5.
+        batch_size: Images in one forward; fixed for a folder, since another gives other last bits.
+        threads: That read, decode and resize beside the teacher.
+        progress: Whether to show a bar.
+        log: Takes lines for the user.
+
+    Raises:
+        RequestError: The folder holds something else, or maps that were made otherwise, or a setting is impossible.
+        ImageError: An image cannot be read, or has changed since the maps were begun.
+        FkdError: The disk cannot hold the maps, or the teacher fails.
+    """
+    started = time.perf_counter()
+    folder = Path(folder)
+    wanted = _wanted(images, dense, k=k, batch_size=batch_size)
+    if threads < 1:
+        raise RequestError(f"threads {threads}: must be at least 1")
+    if folder.exists() and not folder.is_dir():
+        raise RequestError(f"{folder}: is a file, no folder for label maps; choose another name")
+    if (folder / layout.MANIFEST).exists():
+        _check(folder, wanted, images)
+        log(_announce(folder, wanted))
+    else:
+        _create(folder, images, wanted, progress=progress, log=log)
+    manifest = layout.read_manifest(folder)
+    _, sizes = layout.read_images(folder, manifest)
+    for place in (folder, folder / layout.MAPS):
+        files.sweep(place)
+    missing = layout.missing_shards(folder, manifest)
+    done = manifest.count - sum(len(manifest.rows(shard)) for shard in missing)
+    made = 0
+    bar = tqdm(total=manifest.count, initial=done, unit="img", desc="label-maps", smoothing=0.05, disable=hidden(show=progress))
+    with ThreadPoolExecutor(threads) as pool, bar:
+        for shard in missing:
+            path = layout.maps_file(folder, shard)
+            with work.open_work(work.shard_file(path), manifest.digest) as rows:
+                if rows is None or path.with_suffix(".json").exists():  # another process is at it, or was faster
+                    continue
+                bar.update(rows.crops)
+                left = manifest.rows(shard)[rows.crops :]
+                for views in _views(images, sizes, left, manifest, pool):
+                    rows.add(_sparse(dense, views, manifest))
+                    bar.update(len(views))
+                made += len(left)
+                digest = rows.publish(path, files.npy_header(manifest.dtype, (len(manifest.rows(shard)),)))
+                files.write_json(path.with_suffix(".json"), {"file": digest, "maps": manifest.digest})
+    unfinished = layout.missing_shards(folder, manifest)
+    for shard in range(manifest.shards):  # what a process left that was killed before it could remove it
+        if shard not in unfinished:
+            work.clear(work.shard_file(layout.maps_file(folder, shard)))
+    return Made(
+        images=manifest.count,
+        made=made,
+        busy=unfinished,
+        seconds=time.perf_counter() - started,
+        bytes=files.total_bytes(folder),
+    )
+
+
+def _wanted(images: ImageSet, dense: Dense, *, k: int, batch_size: int) -> layout.Manifest:
+    """The manifest that is asked for, but for the images' sizes."""
+    teacher = dense.teacher
+    if not 1 <= k <= teacher.dim:
+        raise RequestError(f"k {k}: teacher {teacher.name} has {teacher.dim} classes; k must lie in 1 to {teacher.dim}")
+    if not 1 <= batch_size <= 2**16:
+        raise RequestError(f"batch_size {batch_size}: must lie in 1 to {2**16}")
+    if teacher.dim > layout.MOST_CLASSES:
+        raise RequestError(f"teacher {teacher.name}: {teacher.dim} classes, over {layout.MOST_CLASSES}")
+    lines = _lines(images)
+    if unsafe(lines):
+        raise RequestError(f"{images.root}: a name with '\\', or one like a drive, cannot be stored; rename it")
+    return layout.Manifest(
+        teacher={
+            **{name: getattr(teacher, name) for name in ("name", "network", "licence", "source", "checkpoint")},
+            "checkpoint_sha256": teacher.checkpoint_sha256, "mean": list(teacher.mean), "std": list(teacher.std),
+        },
+        pixels=dense.pixels, precision=teacher.precision, batch_size=batch_size, probe_digest=probe_digest(),
+        classes=teacher.dim, k=k, height=dense.height, width=dense.width, rows_per_shard=layout.ROWS_PER_SHARD,
+        count=len(images), images_sha256=files.sha256(lines), sizes_sha256=_LATER,
+    )  # fmt: skip
+
+
+def _lines(images: ImageSet) -> bytes:
+    return "".join(f"{path}\n" for path in images.paths).encode()
+
+
+def _check(folder: Path, wanted: layout.Manifest, images: ImageSet) -> None:
+    """Raises RequestError where the folder's maps are not those that are asked for."""
+    if files.read_json(folder / layout.MANIFEST).get("format") != layout.FORMAT:
+        raise RequestError(f"{folder}: exists and holds no label maps (its manifest is another's); choose another --out")
+    here = layout.read_manifest(folder)
+    if here.images_sha256 != wanted.images_sha256:
+        listed, given = set(layout.read_images(folder, here)[0]), set(images.paths)
+        first = sorted(listed ^ given)[0]
+        where = f"{images.root} lacks" if first in listed else "they lack"
+        raise RequestError(
+            f"{folder}: label maps of other images: {here.count}, and {images.root} has {len(images)}; {where} {first!r}. Give "
+            "the same images, or choose another --out"
+        )
+    same = replace(wanted, sizes_sha256=here.sizes_sha256, rows_per_shard=here.rows_per_shard)
+    for key, value in same.__dict__.items():
+        if (found := getattr(here, key)) != value:
+            raise RequestError(
+                f"{folder}: label maps whose {key} is {found}, not {value}; give the same, or choose another --out"
+            )
+
+
+def _announce(folder: Path, wanted: layout.Manifest) -> str:
+    """What will be written, in words; raises FkdError where the disk cannot hold it."""
+    each = wanted.dtype.itemsize
+    there = sum(path.stat().st_size for path in (folder / layout.MAPS).glob("*.npy"))
+    left = max(0, wanted.count * each - there)
+    disk = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    free = shutil.disk_usage(disk).free
+    if left > free:
+        raise FkdError(
+            f"{folder}: needs {gigabytes(left)} more and the disk has {gigabytes(free)} free: free some, or choose a smaller "
+            "--k or --pixels"
+        )
+    return (
+        f"{wanted.count:,} images, {wanted.k} of {wanted.classes:,} logits at each of {wanted.height} x {wanted.width} places: "
+        f"{each:,} bytes an image, {gigabytes(wanted.count * each)} in all; {gigabytes(free)} free on the disk"
+    )
+
+
+def _create(folder: Path, images: ImageSet, wanted: layout.Manifest, *, progress: bool, log: Callable[[str], None]) -> None:
+    """Lists the images and their sizes into a new folder, the manifest last."""
+    there = {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")} if folder.is_dir() else set()
+    if foreign := there - {layout.MANIFEST, layout.IMAGES, layout.SIZES, layout.MAPS}:
+        raise RequestError(f"{folder}: exists and holds no label maps (it holds {sorted(foreign)[0]!r}); choose another --out")
+    log(_announce(folder, wanted))
+    sizes = np.zeros(len(images), dtype=SIZE_DTYPE)
+    bar = tqdm(range(len(images)), desc="image headers", unit="img", disable=hidden(show=progress and len(images) >= 2000))
+    for row in bar:
+        try:
+            sizes[row] = (images.file(row).stat().st_size, *read_size(images.file(row)))
+        except ImageError as error:
+            raise ImageError(f"{error}; mend or remove it") from error
+    (folder / layout.MAPS).mkdir(parents=True, exist_ok=True)
+    with files.publish(folder / layout.IMAGES) as file:
+        file.write(_lines(images))
+    replace(wanted, sizes_sha256=files.write_npy(folder / layout.SIZES, sizes)).write(folder)
+
+
+def _views(
+    images: ImageSet, sizes: npt.NDArray[np.void], rows: range, manifest: layout.Manifest, pool: ThreadPoolExecutor
+) -> Iterator[UInt8Array]:
+    """Batches of whole images uint8 [n, 3, P, P]; the next one is read while the teacher is at this one."""
+    waiting: deque[list[Future[UInt8Array]]] = deque()
+    try:
+        for first in range(0, len(rows), manifest.batch_size):
+            batch = rows[first : first + manifest.batch_size]
+            waiting.append([pool.submit(_whole, images, row, sizes[row], manifest.pixels) for row in batch])
+            if len(waiting) > 1:
+                yield np.stack([future.result() for future in waiting.popleft()])
+        while waiting:
+            yield np.stack([future.result() for future in waiting.popleft()])
+    finally:
+        for future in (future for batch in waiting for future in batch):
+            future.cancel()
+
+
+def _whole(images: ImageSet, row: int, size: np.void, pixels: int) -> UInt8Array:
+    """A whole image squashed to a square: uint8 [3, P, P]."""
+    path, height, width = images.file(row), int(size["height"]), int(size["width"])
+    data = read_bytes(path)
+    image = decode(data, path) if len(data) == size["bytes"] else None
+    if image is None or image.shape[:2] != (height, width):
+        raise ImageError(
+            f"{path}: changed since the label maps were begun ({width} x {height} pixels, {size['bytes']} bytes then); restore "
+            "it, or choose another --out"
+        )
+    view: UInt8Array = replay(image, box_record(0, 0, height, width), pixels)[0]
+    return view
+
+
+def _sparse(dense: Dense, views: UInt8Array, manifest: layout.Manifest) -> npt.NDArray[Any]:
+    """The maps [n] of a batch; the teacher always runs on `batch_size` images, the rest black."""
+    batch = np.zeros((manifest.batch_size, *views.shape[1:]), dtype=np.uint8)
+    batch[: len(views)] = views
+    found = dense(torch.from_numpy(batch))[: len(views)].topk(manifest.k, dim=1)
+    maps = np.zeros(len(views), dtype=manifest.dtype)
+    maps["classes"], maps["logits"] = found.indices.cpu().numpy(), found.values.half().cpu().numpy()
+    if not np.isfinite(maps["logits"]).all():
+        raise FkdError(f"teacher {dense.teacher.name}: gave logits that float16 cannot hold, of over 65,504 or not finite")
+    return maps

@@ -1,0 +1,145 @@
+"""The folder of label maps: written once, never rewritten.
+
+FOLDER/ holds `images.txt` (paths, a line each), `images.npy` (bytes, width and height of each), `manifest.json`, the last file
+of a new folder, and `maps/NNNNN.npy`, an array [rows] of records of `classes` uint16 [k, h, w] and `logits` float16 [k, h, w],
+the largest first, each with a sidecar NNNNN.json of its sha256. numpy.load reads every array without pickle.
+
+Legend: `K` classes, `k` of them kept at each of `h` x `w` places.
+"""
+
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fkd_ssl import files
+from fkd_ssl.errors import StoreError
+from fkd_ssl.store.manifest import SIZE_DTYPE, Paths, unsafe
+
+FORMAT = "fkd_ssl label maps"
+VERSION = 1
+ROWS_PER_SHARD = 16384  # few files, since each that is mapped stays open
+MOST_CLASSES = 2**16
+_MAX_LIST = 2**31  # bytes of images.txt, which is held in memory
+
+MANIFEST, IMAGES, SIZES, MAPS = "manifest.json", "images.txt", "images.npy", "maps"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What label maps are made of.
+
+    Attributes:
+        teacher: `name`, `network`, `licence`, `source`, `checkpoint`, `checkpoint_sha256`, `mean` and `std`.
+        pixels: Side of what the teacher saw: the whole image, squashed to a square.
+        precision: Of its forward.
+        batch_size: Images in one forward.
+        probe_digest: Of the pixels that replay makes.
+        classes: K.
+        k: Logits kept at each place.
+        height: h.
+        width: w.
+        rows_per_shard: Images in every shard but the last.
+        count: N, images.
+        images_sha256: Of images.txt.
+        sizes_sha256: Of images.npy.
+    """
+
+    teacher: dict[str, Any]
+    pixels: int
+    precision: str
+    batch_size: int
+    probe_digest: str
+    classes: int
+    k: int
+    height: int
+    width: int
+    rows_per_shard: int
+    count: int
+    images_sha256: str
+    sizes_sha256: str
+
+    @property
+    def shards(self) -> int:
+        """Number of shards."""
+        return -(-self.count // self.rows_per_shard)
+
+    @property
+    def dtype(self) -> np.dtype[np.void]:
+        """Of an image's map."""
+        shape = (self.k, self.height, self.width)
+        return np.dtype([("classes", "<u2", shape), ("logits", "<f2", shape)])
+
+    @property
+    def digest(self) -> str:
+        """Hex sha256 of all of it."""
+        return files.sha256(files.canonical(asdict(self)))
+
+    def rows(self, shard: int) -> range:
+        """The rows of a shard."""
+        first = shard * self.rows_per_shard
+        return range(first, min(first + self.rows_per_shard, self.count))
+
+    def write(self, folder: Path) -> None:
+        """Publishes manifest.json."""
+        files.write_json(folder / MANIFEST, {"format": FORMAT, "version": VERSION, **asdict(self)})
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of label maps; raises StoreError where there is none that this version reads."""
+    path = folder / MANIFEST
+    if not os.path.lexists(path):
+        what = "no such folder" if not folder.is_dir() else f"no {MANIFEST} in it"
+        raise StoreError(f"{folder}: no label maps ({what}); make them with fkd-ssl label-maps")
+    values = files.read_json(path)
+    if values.pop("format", None) != FORMAT:
+        raise StoreError(f"{path}: not the manifest of label maps; make them with fkd-ssl label-maps")
+    version = values.pop("version", None)
+    if version != VERSION:
+        raise StoreError(f"{path}: format {version!r}; this version of fkd_ssl reads {VERSION}: update fkd_ssl")
+    try:
+        manifest = Manifest(**values)
+    except TypeError as error:
+        raise StoreError(f"{path}: keys are missing or unknown: {error}") from error
+    most = {
+        "classes": MOST_CLASSES, "k": MOST_CLASSES, "height": 4096, "width": 4096, "rows_per_shard": 2**31, "count": 2**31,
+        "pixels": 4096, "batch_size": 2**16,
+    }  # fmt: skip
+    numbers = {name: values[name] for name in most}
+    fits = all(type(n) is int and 0 < n <= most[name] for name, n in numbers.items()) and manifest.k <= manifest.classes
+    if not fits or not isinstance(manifest.teacher, dict):
+        raise StoreError(f"{path}: impossible numbers {numbers}, or no teacher; the file is damaged")
+    return manifest
+
+
+def read_images(folder: Path, manifest: Manifest) -> tuple[Paths, npt.NDArray[np.void]]:
+    """Paths and sizes of the rows; raises StoreError where they differ from what the manifest says."""
+    data = files.read_plain(folder / IMAGES, _MAX_LIST)
+    if files.sha256(data) != manifest.images_sha256:
+        raise StoreError(f"{folder / IMAGES}: altered: its sha256 is not the manifest's; restore it from a copy")
+    paths = Paths(data)
+    try:
+        data.decode()
+    except UnicodeDecodeError as error:
+        raise StoreError(f"{folder / IMAGES}: not UTF-8 ({error.reason}); the file is damaged") from error
+    if len(paths) != manifest.count or not data.endswith(b"\n") or unsafe(data):
+        raise StoreError(
+            f"{folder / IMAGES}: expected {manifest.count} relative paths, and none that leads out of its folder; it is damaged"
+        )
+    sizes = files.map_npy(folder / SIZES, SIZE_DTYPE, (manifest.count,))
+    if files.sha256_file(folder / SIZES) != manifest.sizes_sha256:
+        raise StoreError(f"{folder / SIZES}: altered: its sha256 is not the manifest's; restore it from a copy")
+    return paths, sizes
+
+
+def maps_file(folder: Path, shard: int) -> Path:
+    """Maps of a shard; its sidecar has the suffix .json."""
+    return files.own_folder(folder / MAPS) / f"{shard:05d}.npy"
+
+
+def missing_shards(folder: Path, manifest: Manifest) -> list[int]:
+    """Shards that are not finished."""
+    return [s for s in range(manifest.shards) if not maps_file(folder, s).with_suffix(".json").exists()]

@@ -1,0 +1,119 @@
+"""A classifier's logits at each place, before global average pooling: what ReLabel's label maps are made of.
+
+Yun et al., "Re-labeling ImageNet", CVPR 2021 (arXiv 2101.05022), section 3.1. Where a network ends in global average pooling
+and one linear layer, the mean over places and the layer can be exchanged, so that the layer gives logits at each place whose
+mean is what the network says of the image.
+
+Legend: `B` images, `P` their side, `F` features, `K` classes, `h`, `w` places.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from fkd_ssl.errors import RequestError
+from fkd_ssl.teachers.teacher import Teacher
+
+TOLERANCE = {"fp32": 1e-3, "fp16": 2e-2, "bf16": 5e-2}
+"""Of the mean over places to the network's own logits, as a share of the largest of these, by the forward's precision."""
+
+
+class DenseTeacher:
+    """Logits of a classifier at each place: a callable of uint8 [B, 3, P, P] that gives float32 [B, K, h, w].
+
+    For networks that end in global average pooling of [B, F, h, w] and one linear layer, perhaps with flattening and dropout
+    between them: ResNet, RegNet, DenseNet, EfficientNet, MobileNetV2, and so on. The network is watched while it runs, so it
+    may be written in any way. That the mean over places is the network's own answer is checked in every call: what has anything
+    else behind its pooling (ConvNeXt's norm, MobileNetV3's second layer) is refused, as is a vision transformer.
+
+    The forward has the teacher's normalisation and precision; the linear layer at each place is in fp32 whatever that is.
+
+    Args:
+        teacher: Of the kind `distribution`.
+        pixels: P; the teacher's native size by default.
+
+    Attributes:
+        teacher: The teacher.
+        pixels: P.
+        height: h.
+        width: w.
+
+    Raises:
+        RequestError: The teacher gives no class probabilities, or its network is another one at this size.
+        FkdError: The network fails on images of this size.
+    """
+
+    def __init__(self, teacher: Teacher, *, pixels: int | None = None) -> None:
+        if teacher.kind != "distribution":
+            raise RequestError(
+                f"teacher {teacher.name}: gives embeddings; label maps need a classifier's logits: "
+                "torchvision/NAME@probabilities, timm/NAME@probabilities, or a module of your own whose kind is 'distribution'"
+            )
+        self.teacher = teacher
+        self.pixels = teacher.pixels if pixels is None else pixels
+        noise = torch.randint(
+            0, 256, (2, 3, self.pixels, self.pixels), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+        )
+        self.height, self.width = self(noise).shape[2:]
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Logits float32 [B, K, h, w] of images uint8 [B, 3, P, P].
+
+        Raises:
+            RequestError: The mean over places is not what the network says.
+            FkdError: The network fails, or gives other than finite logits.
+        """
+        with _Watch() as watch:
+            logits = self.teacher.output(images)
+        found, last = watch.pooled, watch.linear
+        if last is None or last[0].shape[0] != self.teacher.dim:
+            raise self._refusal("its logits come from no linear layer")
+        weight, bias = last
+        if found is None or found.shape[:2] != (len(images), weight.shape[1]):
+            raise self._refusal("its last linear layer is not given the mean of a map of places")
+        dense = F.linear(found.permute(0, 2, 3, 1).float(), weight.float(), None if bias is None else bias.float())
+        off = (dense.mean(dim=(1, 2)) - logits.float()).abs().max().item()
+        if not off <= TOLERANCE[self.teacher.precision] * logits.float().abs().max().item():
+            raise self._refusal(f"the mean of its logits over places is up to {off:.3g} off what it says of the image")
+        return dense.permute(0, 3, 1, 2)
+
+    def _refusal(self, why: str) -> RequestError:
+        advice = "" if self.teacher.precision == "fp32" else "; if it is such a network, try --precision fp32"
+        return RequestError(
+            f"teacher {self.teacher.name}: {why}: label maps need a network that ends in global average pooling over several "
+            f"places and one linear layer, as ResNet does, and images ({self.pixels} px here) large enough for several{advice}"
+        )
+
+
+class _Watch(TorchFunctionMode):
+    """Notes the last linear layer of vectors that a network runs, and the last map that it pools to one value a channel.
+
+    Attributes:
+        pooled: The map [B, F, h, w], of several places; None if there was none.
+        linear: Weight [K, F] and bias [K] or None.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pooled: Tensor | None = None
+        self.linear: tuple[Tensor, Tensor | None] | None = None
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        output = function(*args, **kwargs)
+        given = args[0] if args else None
+        if isinstance(output, Tensor) and isinstance(given, Tensor):
+            if function is F.linear and given.ndim == 2:
+                self.linear = _parameters(*args[1:], **kwargs)
+            elif given.ndim == 4 and output.numel() < given.numel() == output.numel() * given.shape[2] * given.shape[3]:
+                self.pooled = given
+        return output
+
+
+def _parameters(weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """The arguments of torch.nn.functional.linear, however they were given."""
+    return weight, bias
