@@ -70,6 +70,11 @@ class Ensemble(Teacher):
         return torch.stack([member.embed(images) for member in self.members]).mean(dim=0)
 
     @torch.inference_mode()
+    def output(self, images: Tensor) -> Tensor:
+        """Their logarithms [B, K], which are logits whose softmax they are."""
+        return self.embed(images).log()
+
+    @torch.inference_mode()
     def features(self, images: Tensor) -> Tensor:
         """Backbone features of all members float32 [B, F] of uint8 [B, 3, H, W]."""
         return torch.cat([member.features(images) for member in self.members], dim=1)

@@ -1,4 +1,4 @@
-"""Distils a student: from the targets of a store, or online from the teacher itself, or from the images' labels.
+"""Distils a student: from a store's targets, or online from the teacher itself, from the images' labels, or from ReLabel's.
 
 All are one training that differs in where targets come from. The run folder holds config.yaml, metrics.csv, checkpoints/,
 results.json and a README.md; the same options continue a killed run. Several processes: --devices, or torchrun. With
@@ -30,12 +30,13 @@ def run(config: Config) -> int:
     """Trains and says how it went."""
     import torch
 
-    from fkd_ssl import card, runs
+    from fkd_ssl import card, files, runs
     from fkd_ssl.commands import console, resolve
-    from fkd_ssl.data import Crops, FreshCrops, StoredCrops
+    from fkd_ssl.data import Crops, FreshCrops, RelabelledCrops, StoredCrops
     from fkd_ssl.eval.classify import check_classes
     from fkd_ssl.images import scan
     from fkd_ssl.objectives import TargetInfo
+    from fkd_ssl.relabel import LabelMaps
     from fkd_ssl.store import open_store
     from fkd_ssl.students import CLASSIFIER, Student, check_student, measure
     from fkd_ssl.training.engine import check_batch, objective_of, train
@@ -84,6 +85,14 @@ def run(config: Config) -> int:
     elif config.targets == "labels":
         targets = [TargetInfo(name="labels", dim=_classes(images), kind="distribution")]
         embeds = None
+    elif config.targets == "relabel":
+        assert config.label_maps is not None  # by TrainConfig
+        maps = LabelMaps(config.label_maps)
+        targets = [TargetInfo(name=maps.manifest.teacher["name"], dim=maps.classes, kind="distribution")]
+        data = RelabelledCrops(images, maps, resolve.recipe_of(config.recipe), **common)
+        if files.total_bytes(maps.folder) < 10**9:
+            maps.verify()
+        embeds = None
     else:
         names = zip(config.teachers, checkpoints_of(config.teacher, config.checkpoint), strict=True)
         teachers = [resolve.teacher_of(name, checkpoint) for name, checkpoint in names]
@@ -91,7 +100,7 @@ def run(config: Config) -> int:
             TargetInfo(name=teacher.name, dim=teacher.dim, arrays=teacher.arrays, kind=teacher.kind) for teacher in teachers
         ]
         embeds = [teacher.embed for teacher in teachers]
-    if config.targets != "stored":
+    if config.targets in ("online", "labels"):
         if store is not None:
             data = StoredCrops(store, images, with_targets=False, teacher_pixels=config.teacher_pixels, **boxes, **common)
         elif config.record is None:
@@ -236,10 +245,11 @@ def _publish(config: Config, recordings: "list[Recording]") -> None:
 def _sources(config: Config, data: "Crops", teachers: "list[Teacher]") -> dict[str, Any]:
     """What a run's card says of its teachers, its store and its crops."""
     from fkd_ssl.commands import resolve
-    from fkd_ssl.data import StoredCrops
+    from fkd_ssl.data import RelabelledCrops, StoredCrops
 
     if not isinstance(data, StoredCrops):
-        return {"teachers": [vars(t) for t in teachers], "store": None, "recipe": _recipe(resolve.recipe_of(config.recipe))}
+        known = [data.maps.manifest.teacher] if isinstance(data, RelabelledCrops) else [vars(t) for t in teachers]
+        return {"teachers": known, "store": None, "recipe": _recipe(resolve.recipe_of(config.recipe))}
     manifest = data.store.manifest
     store = {
         "store": data.store.folder.name,

@@ -11,9 +11,11 @@ from fkd_ssl.errors import RequestError, did_you_mean
 from fkd_ssl.students.heads import CLASSIFIER
 from fkd_ssl.training.config import TrainConfig, checkpoints_of, split
 
-Kind = Literal["stored", "online", "alone", "labels"]
+Kind = Literal["stored", "online", "alone", "labels", "relabel"]
 ON_STORED = "stored_crops"
-_FURTHER = (f"online:{ON_STORED}", "alone", "labels")
+MAPS = "label-maps"
+"""The folder of the arm relabel's label maps in the comparison's."""
+_FURTHER = (f"online:{ON_STORED}", "alone", "labels", "relabel")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +23,7 @@ class Arm:
     """One way to train the student.
 
     Attributes:
-        kind: Where its targets come from; `alone` has none, those of `labels` are the images' classes.
+        kind: Where its targets come from; `alone` has none, those of `labels` are the images' classes, of `relabel` label maps.
         detail: What tells it from others of its kind; empty where there is nothing to tell.
         chosen: Which of the teachers it is trained from.
         crops: Stored crops an image that it may use, where that is not all.
@@ -75,10 +77,12 @@ def _further(word: str, config: CompareConfig, chosen: tuple[int, ...]) -> Arm:
     kind, _, detail = word.partition(":")
     if word == "alone":
         return Arm(kind="alone", chosen=())
-    if word == "labels":
+    if word == "labels" or word == "relabel":
         if config.head != CLASSIFIER:
             raise RequestError(f"further_arms {word!r}: trains a classifier, and needs --head {CLASSIFIER}")
-        return Arm(kind="labels", chosen=())
+        if word == "relabel" and len(chosen) > 1:
+            raise RequestError(f"further_arms {word!r}: label maps are one teacher's")
+        return Arm(kind=word, chosen=())
     if word == _FURTHER[0]:
         return Arm(kind="online", detail=detail, chosen=chosen, on_stored=True)
     if kind != "stored" or not detail:
@@ -107,6 +111,7 @@ def training(arm: Arm, config: CompareConfig, seed: int, columns: Sequence[str])
         "targets": arm.kind,
         "teacher_weights": config.teacher_weights if len(arm.chosen) > 1 else None,
         "store": str(Path(config.out) / arm.store) if arm.kind == "stored" or arm.on_stored else None,
+        "label_maps": str(Path(config.out) / MAPS) if arm.kind == "relabel" else None,
     }
     if arm.kind == "stored":
         where["teacher"] = ",".join(columns[k] for k in arm.chosen) if len(columns) > 1 else None

@@ -12,7 +12,7 @@ import numpy as np
 
 from fkd_ssl import files, runs
 from fkd_ssl.commands import resolve
-from fkd_ssl.comparison.arms import Arm, arms_of, run_name, training
+from fkd_ssl.comparison.arms import MAPS, Arm, arms_of, run_name, training
 from fkd_ssl.comparison.config import CompareConfig
 from fkd_ssl.comparison.scorer import PROBES, Scorer
 from fkd_ssl.energy import Meter
@@ -24,6 +24,7 @@ from fkd_ssl.images import ImageSet, scan
 from fkd_ssl.objectives import TargetInfo
 from fkd_ssl.pretraining.config import PretrainConfig
 from fkd_ssl.pretraining.engine import check_pretraining, weights_of
+from fkd_ssl.relabel import generate
 from fkd_ssl.store.codecs import check_kind, code_size, usual_codec
 from fkd_ssl.store.precompute import precompute
 from fkd_ssl.store.reader import Store
@@ -31,6 +32,7 @@ from fkd_ssl.store.recode import recode
 from fkd_ssl.store.subset import subset
 from fkd_ssl.students import CLASSIFIER, check_student
 from fkd_ssl.teachers import Teacher
+from fkd_ssl.teachers.dense import DenseTeacher
 from fkd_ssl.training.config import TrainConfig, checkpoints_of, split
 from fkd_ssl.training.engine import check_batch, objective_of
 from fkd_ssl.training.recorder import read_metrics
@@ -77,6 +79,8 @@ def compare(config: CompareConfig, log: Log = lambda message: None) -> dict[str,
         if arm.kind == "alone":
             check_pretraining(_alone(config, "alone", seed=0, epochs=1), images)
     check_batch(plain, len(images))
+    # before anything is written: not every network can make maps
+    dense = DenseTeacher(teachers[0], pixels=config.pixels) if any(arm.kind == "relabel" for arm in arms) else None
 
     folder, _ = runs.open_run(config.out, config)
     files.replace(folder / runs.CONFIG, runs.to_yaml(config).encode())  # perhaps other seeds and further arms
@@ -89,11 +93,14 @@ def compare(config: CompareConfig, log: Log = lambda message: None) -> dict[str,
         lines.append({"name": name, "seed": None, **scores, **_UNTRAINED})
         took = folder / ("precompute.json" if len(teachers) == 1 else f"precompute-{teacher.name}.json")
         made.append(_precompute(config, folder, images, teacher, took, log))
+    maps = _label_maps(folder, images, dense, log) if dense is not None else None
     dim = teachers[0].dim
-    del teachers, teacher  # the trainings are processes of their own, and need the memory
+    del teachers, teacher, dense  # the trainings are processes of their own, and need the memory
     whole = [cost for cost in made if cost is not None]
     cost = {key: _sum([one[key] for one in whole]) for key in ("seconds", "joules")} if len(whole) == len(made) else {}
     stores = {arm.name: _store(arm, folder, columns, cost, log) for arm in arms if arm.kind == "stored"}
+    if maps is not None:
+        stores["relabel"] = maps
     for seed in range(config.seeds):
         scores = scorer.score_untrained(run_name("untrained", seed), seed, dim)
         lines.append({"name": "untrained", "seed": seed, **scores, **_UNTRAINED})
@@ -147,7 +154,7 @@ def _results(
     pairs = [(stored[-1], online[-1])]
     pairs += [(stored[-1], single) for single in stored[:-1]]
     pairs += [(arm.name, online[-1]) for arm in arms if arm.on_stored]
-    pairs += [(stored[-1], arm.name) for arm in arms if arm.kind in ("alone", "labels")]
+    pairs += [(stored[-1], arm.name) for arm in arms if arm.kind in ("alone", "labels", "relabel")]
     pairs += [(arm.name, stored[-1]) for arm in arms if arm.crops or arm.codec]
     saved, taken = seconds(online[-1]) - seconds(stored[-1]), cost.get("seconds")
     students = None if taken is None or saved <= 0 else taken / saved
@@ -239,6 +246,18 @@ def _store(arm: Arm, folder: Path, columns: Sequence[str], cost: dict[str, Any],
     used = [column for k, column in enumerate(columns) if k in arm.chosen]
     unused = sum(files.total_bytes(store.column(name).folder) for name in store.teachers if name not in used)
     return {"bytes": files.total_bytes(store.folder) - unused, "crops": c, "seconds": seconds}
+
+
+def _label_maps(folder: Path, images: ImageSet, dense: DenseTeacher, log: Log) -> dict[str, Any]:
+    """Makes the label maps of the arm relabel; as `_store`, with None for `crops`, since they serve any."""
+    took = folder / "label-maps.json"
+    made = generate(images, folder / MAPS, dense, k=min(5, dense.teacher.dim), threads=min(16, resolve.cpu_threads()), log=log)
+    if made.busy:
+        raise FkdError(f"{folder / MAPS}: another process is writing it; run the same compare again when that has ended")
+    if not took.exists() and made.made:
+        files.write_json(took, {"seconds": made.seconds * made.images / made.made})
+    seconds = files.read_json(took)["seconds"] if took.exists() else None
+    return {"bytes": made.bytes, "crops": None, "seconds": seconds}
 
 
 def _train(config: TrainConfig, run: Path, log: Log) -> dict[str, Any]:

@@ -28,7 +28,8 @@ class CompareConfig:
     further_arms: str = ""
     """Beside stored and online, with blanks between them: online:stored_crops (the teacher runs on the store's crops),
     alone (no teacher: MoCo v2, for as long as stored takes with its precomputing), stored:C=4 (only the first 4 crops),
-    stored:SQ4 (that codec); of a classifier also labels (plain training, no teacher)."""
+    stored:SQ4 (that codec); of a classifier also labels (plain training, no teacher) and
+    relabel (ReLabel's maps)."""
     student: str = "resnet18"
     """As train takes it."""
     head: str = "mocov2"

@@ -14,8 +14,8 @@ from fkd_ssl.training.recorder import read_metrics
 
 _LINES = ("-", "--", "-.", (0, (3, 1, 1, 1, 1, 1)))  # of several arms of one kind
 _COLOURS = {
-    "stored": "#1a9a6c", "online": "#d1603d", "alone": "#7a5fc7", "labels": "#b5892a", "teacher": "#5b7fb8",
-    "untrained": "#9a9a9a",
+    "stored": "#1a9a6c", "online": "#d1603d", "alone": "#7a5fc7", "labels": "#b5892a", "relabel": "#b0457f",
+    "teacher": "#5b7fb8", "untrained": "#9a9a9a",
 }  # fmt: skip
 _INK = "#101213"  # in SVG it becomes the page's own
 _PROBES = {"knn_top1": "kNN top-1, %", "linear_top1": "linear top-1, %"}
@@ -45,6 +45,7 @@ def draw_all(results: dict[str, Any], folder: Path) -> list[Plot]:
         ),
     ]
     stores = [name for name in results["stores"] if (name, 0) in {(arm["name"], arm["seed"]) for arm in results["arms"]}]
+    stores = [name for name in stores if results["stores"][name]["crops"] is not None]
     if len({results["stores"][name]["bytes"] for name in stores}) > 1:
         caption = "Accuracy against stored crops and against bytes on disk; the bars are deviations over seeds"
         plots.append(_draw(folder, "stores", caption, _stores, results, stores))

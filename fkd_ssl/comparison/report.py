@@ -86,7 +86,7 @@ def _table(results: dict[str, Any]) -> list[list[str]]:
     own = any("top1" in arm for arm in results["arms"])
     if own:
         rows[0].insert(1, "top-1")
-    kinds = ("teacher", "online", "stored", "labels", "alone", "untrained")
+    kinds = ("teacher", "online", "stored", "relabel", "labels", "alone", "untrained")
     for name in [name for kind in kinds for name in names_of(results, kind)]:
         arms = [arm for arm in results["arms"] if arm["name"] == name]
         scores = (*(["top1"] if own else []), "knn_top1", "linear_top1", "map_at_r")
@@ -141,7 +141,11 @@ def _findings(results: dict[str, Any]) -> list[str]:
     )
     lines.append(_cost(results, stored))
     for name, store in results["stores"].items():
-        if name not in (stored, *(pair["minus"] for pair in results["differences"][:3])):
+        if store["crops"] is None:
+            took = "" if store["seconds"] is None else f", made in {store['seconds']:.0f} s"
+            each = store["bytes"] / results["images"]
+            lines.append(f"The label maps of {name}: {store['bytes'] / 1e6:.1f} MB ({each:.0f} bytes an image){took}.")
+        elif name not in (stored, *(pair["minus"] for pair in results["differences"][:3])):
             lines.append(f"The store of {name}: {_size(results, store)}.")
     lines.append(_reached(results, stored, online))
     if names_of(results, "alone"):

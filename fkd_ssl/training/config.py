@@ -20,12 +20,15 @@ class TrainConfig:
     """Folder of images; class folders are needed only for kNN."""
     out: str
     """Run folder: config.yaml, metrics.csv, results.json, checkpoints/. The same config resumes it."""
-    targets: Literal["stored", "online", "labels"] = "stored"
-    """Read the teacher's targets from --store, or run the teacher on every batch; labels are the images' own class folders."""
+    targets: Literal["stored", "online", "labels", "relabel"] = "stored"
+    """Read the teacher's targets from --store, or run the teacher on every batch; labels are the images' own class folders, and
+    relabel reads ReLabel's --label_maps."""
     store: str | None = None
     """Store made by precompute. With --targets online its crops are used and the teacher runs on them; likewise labels."""
     record: str | None = None
     """With --targets online: a store that the teacher's targets go into, for students to come; it costs next to nothing."""
+    label_maps: str | None = None
+    """With --targets relabel: the folder that fkd-ssl label-maps made."""
     crops: int | None = None
     """C of a new store that is recorded; by default the epochs, so that it is complete when training ends."""
     codec: str | None = None
@@ -179,10 +182,19 @@ class TrainConfig:
             raise RequestError(f"label_smoothing {self.label_smoothing}: is for --targets labels, or --calibrate_below")
         if self.calibrate_below is not None and not 0 < self.calibrate_below <= 1:
             raise RequestError(f"calibrate_below {self.calibrate_below}: a probability, must lie in 0 to 1")
-        if self.targets == "labels":
-            for name in ("teacher", "checkpoint", "teacher_pixels", "calibrate_below"):
-                if getattr(self, name) is not None:
-                    raise RequestError(f"{name} {getattr(self, name)}: --targets labels has no teacher; leave it out")
+        if (self.targets == "relabel") != (self.label_maps is not None):
+            raise RequestError(
+                "targets relabel: --label_maps is needed; make them with fkd-ssl label-maps"
+                if self.label_maps is None
+                else f"label_maps {self.label_maps}: they are for --targets relabel"
+            )
+        unused = {
+            "labels": ("teacher", "checkpoint", "teacher_pixels", "calibrate_below"),
+            "relabel": ("teacher", "checkpoint", "teacher_pixels", "store"),
+        }
+        for name in unused.get(self.targets, ()):
+            if getattr(self, name) is not None:
+                raise RequestError(f"{name} {getattr(self, name)}: --targets {self.targets} has none; leave it out")
 
     @property
     def drops(self) -> list[float]:

@@ -205,3 +205,32 @@ class TestTeachers:
         assert answer.status == 2
         assert "expected A+B, and a checkpoint for each, F+G, with nothing for one that needs none" in answer.err
         assert call(f"{line} other --teacher own_teacher:make+own_teacher:classes").status == 2
+
+
+class TestRelabel:
+    LINE = LABELS.replace("--targets labels", "--targets relabel --label_maps maps")
+
+    def test_a_student_is_trained_on_label_maps(self, call: Any, work: Path) -> None:
+        answer = call("label-maps --images train --out maps --teacher own_teacher:pooled --k 3")
+        assert answer.status == 0, answer.err
+        answer = call(f"{self.LINE} --val val --knn_every 40 --knn_k 5 --out run")
+        assert answer.status == 0, answer.err
+        results = json.loads((work / "run/results.json").read_text())
+        assert results["top1"] >= 75
+        assert results["teacher_forwards"] == 0
+        card = (work / "run/README.md").read_text()
+        assert card.startswith("# squeezenet1_1, distilled from pooled\n\nTrained without labels by `fkd-ssl train` on relabel")
+        assert "| teacher pooled | |" in card
+        assert call(f"{self.LINE} --epochs 1 --mixup 0.8 --calibrate_below 0.5 --device_crops --out mixed").status == 0
+        (work / "train/ash/new.png").write_bytes(next((work / "train/ash").iterdir()).read_bytes())
+        answer = call(f"{self.LINE} --out other")
+        assert answer.status == 1
+        assert "maps: has no label maps of 1 of the 19 images of train, for instance 'ash/new.png'" in answer.err
+
+    def test_maps_must_be_there_and_be_of_the_right_kind(self, call: Any, work: Path) -> None:
+        answer = call(f"{self.LINE} --out run")
+        assert answer.status == 1
+        assert "maps" in answer.err
+        answer = call(f"{self.LINE.replace('--label_maps maps', '')} --out run")
+        assert (answer.status, "--label_maps is needed" in answer.err) == (2, True)
+        assert not (work / "run").exists()

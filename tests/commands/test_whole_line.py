@@ -182,16 +182,18 @@ def test_compare_further_arms_and_seeds(work: Path, call: Any) -> None:
 @pytest.mark.slow
 def test_compare_classifiers(work: Path, call: Any) -> None:
     line = (
-        "compare --images train --val val --teacher own_teacher:classes --student squeezenet1_1 --epochs 4 --out cmp "
+        "compare --images train --val val --teacher own_teacher:pooled --student squeezenet1_1 --epochs 4 --out cmp "
         "--head classifier --objective soft_ce --recipe fkd --lr 3e-3 "
         "--batch_size 18 --crops_per_image 2 --pixels 32 --workers 0 --knn_every 2 --knn_k 5"
     )
-    status, out, err = call(line, further_arms="labels stored:hard alone")
+    status, out, err = call(line, further_arms="labels relabel stored:hard alone")
     assert status == 0, err
     results = json.loads((work / "cmp/results.json").read_text())
     arms = {arm["name"]: arm for arm in results["arms"]}
     assert {name for name, arm in arms.items() if "top1" in arm} == {*arms} - {"alone"}
     assert arms["teacher"]["top1"] == 100
+    assert results["stores"]["relabel"]["crops"] is None
+    assert f"The label maps of relabel: {results['stores']['relabel']['bytes'] / 1e6:.1f} MB" in out
     assert arms["labels"]["teacher_forwards"] == 0
     own = json.loads((work / "cmp/runs/labels-seed0/results.json").read_text())
     assert (own["top1"], own["config"]["targets"]) == (arms["labels"]["top1"], "labels")
@@ -239,6 +241,11 @@ def test_compare_refuses_further_arms_early(work: Path, call: Any, further: str,
         ("--teacher own_teacher:classes", 2, "the targets of 'classes' are class probabilities: choose --objective soft_ce"),
         ("--teacher own_teacher:classes --objective soft_ce --head classifier --codec SQ8", 2, "whose codecs are"),
         ("--teacher own_teacher:classes --objective soft_ce --head classifier --val val2", 2, "val2: 2 class folders, and"),
+        (
+            "--teacher own_teacher:classes --objective soft_ce --head classifier --further_arms relabel",
+            2,
+            "label maps need a network that ends in global average pooling",
+        ),
         ("--teacher_weights 2", 2, "teacher_weights '2': there is one teacher"),
         ("--teacher a,b,c", 2, "compare takes one or two teachers"),
         ("--teacher mocov2,swav --checkpoint F", 2, "checkpoint 'F': 1 for 2 teachers"),

@@ -48,6 +48,18 @@ def test_labels() -> None:
         arms_of(config(further_arms="labels"), ["r18"])
 
 
+def test_relabel() -> None:
+    asked = config(further_arms="relabel", head="classifier", objective="soft_ce")
+    arms = arms_of(asked, ["r18"])
+    assert [arm.name for arm in arms] == ["stored", "online", "relabel"]
+    found = training(arms[2], asked, 1, ["r18"])
+    assert (found.targets, found.store, found.label_maps, found.teacher) == ("relabel", None, "o/label-maps", None)
+    with pytest.raises(RequestError, match="further_arms 'relabel': trains a classifier, and needs --head classifier"):
+        arms_of(config(further_arms="relabel"), ["r18"])
+    with pytest.raises(RequestError, match="further_arms 'relabel': label maps are one teacher's"):
+        arms_of(config(further_arms="relabel", teacher="a,b", checkpoint="f,g", head="classifier"), ["a", "b"])
+
+
 def test_two_teachers() -> None:
     two = {"teacher": "mocov2,swav", "checkpoint": "f,g", "teacher_weights": "2,1", "further_arms": "stored:C=4 alone"}
     arms = arms_of(config(**two), ["A", "B"])

@@ -8,6 +8,7 @@ from torch import nn
 
 from fkd_ssl.errors import RequestError
 from fkd_ssl.teachers import Ensemble, Teacher
+from fkd_ssl.teachers.dense import DenseTeacher
 
 
 def classifier(name: str, seed: int, **about: Any) -> Teacher:
@@ -63,3 +64,8 @@ def test_what_members_have_in_common_it_has() -> None:
 def test_what_has_no_mean_is_refused(about: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=message):
         Ensemble([classifier("a", 0), classifier("b", 1, **about)])
+
+
+def test_it_has_no_logits_at_each_place() -> None:
+    with pytest.raises(RequestError, match=r"teacher a-and-b: .* label maps need a network that ends in global average"):
+        DenseTeacher(Ensemble([classifier("a", 0), classifier("b", 1)]))
