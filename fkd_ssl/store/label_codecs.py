@@ -129,4 +129,9 @@ def is_label(spec: str) -> bool:
 
 def _largest(targets: Float32Array, k: int) -> npt.NDArray[np.int64]:
     """The classes of the k largest of each row, largest first; of equal ones the first: int64 [n, k]."""
-    return np.argsort(-targets, axis=1, kind="stable")[:, :k]
+    last = targets.shape[1] - 1
+    # not negative, so their bits order them as they are; + 0 makes 0 of -0. To sort 21,841 of them takes a teacher's time
+    keys = (targets + np.float32(0)).view(np.uint32).astype(np.uint64) << np.uint64(32)
+    keys |= np.arange(last, -1, -1, dtype=np.uint64)
+    kept = np.sort(np.partition(keys, last + 1 - k, axis=1)[:, last + 1 - k :], axis=1)[:, ::-1]
+    return last - (kept & np.uint64(2**32 - 1)).astype(np.int64)

@@ -80,6 +80,18 @@ def test_equal_probabilities_are_kept_in_the_order_of_the_classes() -> None:
     )
 
 
+def test_the_kept_classes_are_those_of_a_stable_sort() -> None:
+    generator = np.random.default_rng(0)
+    for classes, k in ((3, 1), (8, 3), (40, 39), (1000, 5)):
+        p = np.float32(generator.dirichlet(np.full(classes, 0.1), 200))
+        p[::2] = np.floor(p[::2] * 8) / 8  # many are equal
+        p[::2, -1] += 1 - p[::2].sum(axis=1)
+        p[0] = -0.0
+        p[0, -1] = 1
+        kept, _ = LabelCodec(f"marginal_renorm_k{k}", classes).unpack(LabelCodec(f"marginal_renorm_k{k}", classes).encode(p))
+        assert (kept == np.argsort(-p, axis=1, kind="stable")[:, :k]).all()
+
+
 @pytest.mark.parametrize(
     "p", [np.float32([[0.5, 0.6]]), np.float32([[1.5, -0.5]]), np.float32([[np.nan, 1]]), np.float32([[0, 0]])]
 )
