@@ -1,5 +1,6 @@
 """Stores of FKD's published label files, and such files of a store."""
 
+import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
@@ -57,13 +58,16 @@ def import_fkd(
     first = _first(paths)
     kept = LabelCodec(codec or first.codec(), classes)
     log(f"{len(images):,} images x {len(first)} crops, {kept.spec} of {classes} classes: {kept.code_size} + 20 bytes a crop")
+    layout.checked_name(name)
     with whole_folder(out) as new, ThreadPoolExecutor(threads) as pool:
+        if not any(new.glob(f"{layout.CROPS}/*.json")):  # nothing to go on with, and perhaps begun with wrong options
+            for left in new.iterdir():
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
         if not (new / layout.MANIFEST).exists():
             layout.create(new, images, seed=0, recipe=IMPORTED, crops=len(first), skip_unreadable=False)
         store, meta = Store(new), _meta(kept, Path(labels).name, pixels)
-        column = new / layout.TARGETS / layout.checked_name(name)
         if not store.teachers:
-            publish_column(column, meta, {})
+            publish_column(new / layout.TARGETS / name, meta, {})
         same = store.paths.same_as(images.paths) and (store.crops_per_image, store.teachers) == (len(first), [name])
         if not same or asdict(store.column(name).meta) != {**meta, "arrays": {}}:
             raise RequestError(_other(new))

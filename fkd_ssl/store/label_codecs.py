@@ -40,7 +40,7 @@ class LabelCodec:
         kept: k, or K of full.
 
     Raises:
-        RequestError: The name is unknown, keeps as many classes as there are, or there are over 65,536.
+        RequestError: The name is unknown, keeps as many classes as there are, or these are not 2 to 65,536.
     """
 
     def __init__(self, spec: str, dim: int) -> None:
@@ -52,8 +52,8 @@ class LabelCodec:
         self.kept = dim if spec == "full" else int(match[1] or 1)
         if spec != "full" and self.kept >= dim:
             raise RequestError(f"codec {spec}: keeps {self.kept} of {dim} classes; choose full, or a smaller k")
-        if dim > _MOST:
-            raise RequestError(f"codec {spec}: {dim} classes, over {_MOST}")
+        if not 2 <= dim <= _MOST:
+            raise RequestError(f"codec {spec}: {dim} classes, expected 2 to {_MOST}")
         record: list[tuple[str, np.dtype[np.generic], tuple[int]]] = []
         if spec != "full":
             record.append(("classes", np.dtype("<u2"), (self.kept,)))

@@ -270,6 +270,13 @@ def test_what_is_refused(images: Path, tmp_path: Path, make_store: Any) -> None:
         import_fkd(tmp_path / "half", scan(images), tmp_path / "store", classes=3000)
 
 
+def test_wrong_options_leave_nothing_in_the_way(images: Path, tmp_path: Path) -> None:
+    published(tmp_path / "labels", images)
+    with pytest.raises(StoreError, match="no probabilities of 6 classes"):
+        import_fkd(tmp_path / "labels", scan(images), tmp_path / "store", classes=6)
+    assert import_fkd(tmp_path / "labels", scan(images), tmp_path / "store", classes=K).column().meta.dim == K
+
+
 def test_none_can_be_read(images: Path, tmp_path: Path) -> None:
     published(tmp_path / "labels", images)
     files = sorted((tmp_path / "labels").rglob("*.tar"))

@@ -68,8 +68,10 @@ def test_the_last_class_of_many() -> None:
     p[0, -1], p[1, 0] = 1, 1
     codec = LabelCodec("marginal_smoothing_k5", 65536)
     assert codec.decode(codec.encode(p)).argmax(axis=1).tolist() == [65535, 0]
-    with pytest.raises(RequestError, match="65537 classes, over 65536"):
+    with pytest.raises(RequestError, match="65537 classes, expected 2 to 65536"):
         LabelCodec("hard", 65537)
+    with pytest.raises(RequestError, match="1 classes, expected 2 to 65536"):  # a softmax of one logit says nothing
+        LabelCodec("full", 1)
 
 
 def test_equal_probabilities_are_kept_in_the_order_of_the_classes() -> None:
