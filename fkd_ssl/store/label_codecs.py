@@ -134,4 +134,5 @@ def _largest(targets: Float32Array, k: int) -> npt.NDArray[np.int64]:
     keys = (targets + np.float32(0)).view(np.uint32).astype(np.uint64) << np.uint64(32)
     keys |= np.arange(last, -1, -1, dtype=np.uint64)
     kept = np.sort(np.partition(keys, last + 1 - k, axis=1)[:, last + 1 - k :], axis=1)[:, ::-1]
-    return last - (kept & np.uint64(2**32 - 1)).astype(np.int64)
+    classes: npt.NDArray[np.int64] = last - (kept & np.uint64(2**32 - 1)).astype(np.int64)
+    return classes

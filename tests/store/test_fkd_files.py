@@ -270,6 +270,14 @@ def test_what_is_refused(images: Path, tmp_path: Path, make_store: Any) -> None:
         import_fkd(tmp_path / "half", scan(images), tmp_path / "store", classes=3000)
 
 
+def test_a_class_without_labels_does_not_hide_the_others(tmp_path: Path) -> None:
+    paths = [f"{folder}/{number:03d}.jpg" for folder in "ab" for number in range(300)]
+    for path in paths[300:]:
+        (tmp_path / fkd_files.stem(path)).parent.mkdir(exist_ok=True)
+        (tmp_path / fkd_files.stem(path)).touch()
+    assert fkd_files.find(tmp_path, paths) == tmp_path
+
+
 def test_wrong_options_leave_nothing_in_the_way(images: Path, tmp_path: Path) -> None:
     published(tmp_path / "labels", images)
     with pytest.raises(StoreError, match="no probabilities of 6 classes"):
