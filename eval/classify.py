@@ -33,10 +33,10 @@ def evaluate(
     """
     check_classes(images, classes)
     scores, labels = extract(model, images, pixels=pixels, workers=workers, progress=progress, desc="classify")
-    depth = min(5, classes)
-    best = np.argsort(-scores, axis=1, kind="stable")[:, :depth]
-    hit = best == labels[:, None]
-    return {"top1": 100 * float(hit[:, 0].mean()), "top5": 100 * float(hit.any(axis=1).mean()), "correct": hit[:, 0]}
+    own = np.take_along_axis(scores, labels[:, None], axis=1)
+    # classes before the right one: of equal scores the first counts; to sort them all would take gigabytes
+    before = (scores > own).sum(axis=1) + ((scores == own) & (np.arange(classes) < labels[:, None])).sum(axis=1)
+    return {"top1": 100 * float((before < 1).mean()), "top5": 100 * float((before < 5).mean()), "correct": before < 1}
 
 
 def check_classes(images: ImageSet, classes: int) -> None:

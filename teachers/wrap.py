@@ -21,7 +21,7 @@ def wrap(module: nn.Module, *, name: str, source: str, pixels: int, probe: int |
         **about: As Teacher takes it.
 
     Raises:
-        FkdError: The module does not take [2, 3, probe, probe] floats to one tensor [2, D].
+        FkdError: The module does not take [2, 3, probe, probe] floats to one tensor [2, D], or gives probabilities for logits.
     """
     module.eval()
     side = probe or pixels
@@ -34,6 +34,8 @@ def wrap(module: nn.Module, *, name: str, source: str, pixels: int, probe: int |
             f"teacher {source}: fails on [2, 3, {side}, {side}] floats: {type(error).__name__}: {error}; it must map "
             "them to [2, D]"
         ) from error
+    if dim and about.get("kind") == "distribution" and (output >= 0).all() and ((output.sum(dim=1) - 1).abs() < 1e-3).all():
+        raise FkdError(f"teacher {source}: gives probabilities, expected logits: leave its own softmax out")
     if not dim:
         found = list(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
         raise FkdError(f"teacher {source}: gives {found} for [2, 3, {side}, {side}] floats, expected one tensor [2, D]")

@@ -161,7 +161,7 @@ def test_an_unknown_objective_is_refused_with_the_list() -> None:
         make_objective("mse")
 
 
-@pytest.mark.parametrize("temperature", [0.0, -0.2])
+@pytest.mark.parametrize("temperature", [0.0, -0.2, float("nan"), float("inf")])
 def test_a_temperature_must_be_positive(temperature: float) -> None:
     with pytest.raises(RequestError, match=r"temperature .*must be positive"):
         make_objective("feature_kl", temperature)

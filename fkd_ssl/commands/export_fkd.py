@@ -1,6 +1,7 @@
 """Writes FKD's label files of a store's class probabilities, one an image, for its authors' training code.
 
-The crops must be boxes and flips alone (recipe fkd, or imported). Files that are there are left as they are.
+The crops must be boxes and flips alone (recipe fkd, or imported). A killed run continues; files of other labels that are there
+are not overwritten.
 """
 
 from dataclasses import dataclass

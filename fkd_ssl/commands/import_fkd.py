@@ -40,7 +40,7 @@ def run(config: Config) -> int:
     images = scan(config.images)
     classes = config.classes if config.classes is not None else len(images.classes)
     if classes < 2:
-        raise RequestError(f"{config.images}: {classes} class folders; say --classes")
+        raise RequestError(f"{classes} classes, and {config.images} has {len(images.classes)} class folders; say --classes")
     store = import_fkd(
         config.labels, images, config.store, classes=classes, codec=config.codec, name=config.name,
         pixels=resolve.pixels_of(config.pixels, 224), threads=min(16, resolve.cpu_threads()), log=console.say,

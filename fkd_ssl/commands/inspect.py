@@ -72,10 +72,11 @@ def run(config: Config) -> int:
         lines.append("NOT FINISHED: there are no teacher's targets; fkd-ssl precompute writes them")
     for name, column in about["teachers"].items():
         fidelity, teacher = column["fidelity"], column["teacher"]
+        measured = f" of {fidelity['sample']}" if fidelity["sample"] else ""
         lines += [
             f"teacher {name}: {teacher['network']}, D = {column['dim']}, seen at {column['pixels']} px, {column['precision']}",
-            f"  codec {column['codec']}: {column['bytes_per_crop']} bytes a crop with its record; {in_words(fidelity)} of "
-            f"{fidelity['sample']}",
+            f"  codec {column['codec']}: {column['bytes_per_crop']} bytes a crop with its record; {in_words(fidelity)}"
+            f"{measured}",
             f"  licence {teacher['licence']}; checkpoint sha256 {str(teacher['checkpoint_sha256'])[:16]}",
         ]
         if "source_codec" in fidelity:

@@ -84,6 +84,11 @@ def run(config: Config) -> int:
 
         if world > 1 or config.shards is not None:
             raise RequestError("--runner ray hands out the shards itself: leave out --shards and torchrun")
+        if config.evaluate is not None:
+            raise RequestError(
+                "--evaluate: is said by this process, and with --runner ray it has no teacher: leave it out, or run this once "
+                "without --runner and with --shards 0/1000"
+            )
         with contextlib.redirect_stdout(sys.stderr):  # where Ray tells of workers that died
             summary = on_ray.precompute(config, log=console.say)
     elif config.shards is not None:

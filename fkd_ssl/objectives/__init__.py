@@ -86,8 +86,8 @@ def make_objective(
     """
     given = Settings(temperature=temperature, teacher_temperature=teacher_temperature, queue=queue)
     for option, value in vars(given).items():
-        if value is not None and value <= 0:
-            raise RequestError(f"{option} {value}: must be positive")
+        if value is not None and not 0 < value < math.inf:
+            raise RequestError(f"{option} {value}: must be positive and finite")
     terms = [_term(term, name) for term in name.split("+")]
     for _, one in terms:
         if one not in OBJECTIVES:

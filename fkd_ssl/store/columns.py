@@ -167,6 +167,8 @@ def measure(codec: Codec, targets: Float32Array) -> dict[str, Any]:
 def in_words(fidelity: dict[str, Any]) -> str:
     """What a codec leaves of the teacher's targets."""
     f = fidelity
+    if not f.get("sample", 1):
+        return "what it leaves of the teacher's own targets is not known"
     if "total_variation_mean" in f:
         mean, most = f["total_variation_mean"], f["total_variation_max"]
         return f"total variation to the teacher's own targets {mean:.4f} mean, {most:.4f} most"

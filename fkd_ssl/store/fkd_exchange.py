@@ -1,7 +1,9 @@
 """Stores of FKD's published label files, and such files of a store."""
 
+import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -44,30 +46,39 @@ def import_fkd(
         log: Takes lines for the user.
 
     Raises:
-        RequestError: There are no labels of these images, or `out` is something else.
+        RequestError: There are no labels of these images, two images have one file of labels, or `out` is something else.
         StoreError: Label files are missing or damaged; the message lists them.
     """
     out = Path(out).resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RequestError(f"{out}: exists; choose another --store")
+    fkd_files.check_names(images.paths)
     folder = fkd_files.find(Path(labels), images.paths)
     paths = [folder / fkd_files.stem(path) for path in images.paths]
-    first = next(fkd_files.read(path) for path in paths if path.is_file())
+    first = _first(paths)
     kept = LabelCodec(codec or first.codec(), classes)
     log(f"{len(images):,} images x {len(first)} crops, {kept.spec} of {classes} classes: {kept.code_size} + 20 bytes a crop")
+    layout.checked_name(name)
     with whole_folder(out) as new, ThreadPoolExecutor(threads) as pool:
+        if not any(new.glob(f"{layout.CROPS}/*.json")):  # nothing to go on with, and perhaps begun with wrong options
+            for left in new.iterdir():
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
         if not (new / layout.MANIFEST).exists():
             layout.create(new, images, seed=0, recipe=IMPORTED, crops=len(first), skip_unreadable=False)
-        store = Store(new)
-        column = new / layout.TARGETS / layout.checked_name(name)
-        if not column.exists():
-            publish_column(column, _meta(kept, Path(labels).name, pixels), {})
+        store, meta = Store(new), _meta(kept, Path(labels).name, pixels)
+        if not store.teachers:
+            publish_column(new / layout.TARGETS / name, meta, {})
+        same = store.paths.same_as(images.paths) and (store.crops_per_image, store.teachers) == (len(first), [name])
+        if not same or asdict(store.column(name).meta) != {**meta, "arrays": {}}:
+            raise RequestError(_other(new))
         digest = store.column(name).digest
         wrong: list[str] = []
         with tqdm(total=len(images), unit="img", desc="labels") as bar:
             for shard in range(store.manifest.shards):
                 rows = store.manifest.shard_rows(shard)
                 if layout.codes_file(new, name, shard).with_suffix(".json").exists():
+                    if not _is_of(store.column(name), rows[0], _row(store, images, paths, kept, len(first), rows[0])):
+                        raise RequestError(_other(new))
                     bar.update(len(rows))
                     continue
                 made = []
@@ -87,11 +98,12 @@ def import_fkd(
 
 
 def export_fkd(column: Column, out: str | Path, *, fp16: bool = False) -> int:
-    """Writes FKD's label files of a column; returns how many. Files that are there are left as they are.
+    """Writes FKD's label files of a column; returns how many were not there yet.
 
     Raises:
-        RequestError: Its targets are embeddings, its crops do more than cut and flip, or float16 cannot hold its class numbers.
-        StoreError: It is not finished, or damaged.
+        RequestError: Its targets are embeddings, its crops do more than cut and flip, float16 cannot hold its class numbers,
+            or two images have one file of labels.
+        StoreError: It is not finished, or damaged, or there are files of other labels.
     """
     store, codec = column.store, column.codec
     if not isinstance(codec, LabelCodec):
@@ -102,19 +114,45 @@ def export_fkd(column: Column, out: str | Path, *, fp16: bool = False) -> int:
     if m.jitter or m.grey or m.blur:
         raise RequestError(f"{store.folder}: crops of the recipe {m.name} change colours, which FKD's files cannot say")
     column.require_complete()
+    fkd_files.check_names(store.paths[row] for row in store.rows.tolist())
     written = 0
     for row in tqdm(store.rows.tolist(), unit="img", desc="files"):
         path = Path(out) / fkd_files.stem(store.paths[row])
-        if path.exists():
-            continue
         path.parent.mkdir(parents=True, exist_ok=True)
         size = store.sizes[row]
         everything = slice(0, store.crops_per_image)
         records, codes = np.asarray(store.crops(row, everything)), column.codes(row, everything)
         labels = fkd_files.unpacked(codec, codes)
-        fkd_files.write(path, records, int(size["height"]), int(size["width"]), labels, fp16=fp16)
-        written += 1
+        written += fkd_files.write(path, records, int(size["height"]), int(size["width"]), labels, fp16=fp16)
     return written
+
+
+def _first(paths: list[Path]) -> fkd_files.Labels:
+    """The first file that can be read: the others are listed, and not it alone."""
+    wrong: StoreError | None = None
+    for path in paths:
+        try:
+            return fkd_files.read(path)
+        except StoreError as error:
+            wrong = wrong or error
+    raise StoreError(f"{wrong}; nor can any other label file of these images be read")
+
+
+def _other(folder: Path) -> str:
+    return f"{folder}: something else was begun here and not finished; delete this folder, or choose another --store"
+
+
+def _is_of(column: Column, row: int, found: tuple[str, Records, UInt8Array] | str) -> bool:
+    """Whether a row that is done was made of this image and this label file."""
+    if isinstance(found, str):
+        return False
+    checksum, records, codes = found
+    shard, within = column.store.locate(row)
+    same = column.store.crops_sidecar(shard)["images"][within] == checksum
+    return same and all(
+        np.array_equal(there, new)
+        for there, new in ((column.store.crops(row, slice(None)), records), (column.codes(row, slice(None)), codes))
+    )
 
 
 def _row(

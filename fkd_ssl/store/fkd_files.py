@@ -11,8 +11,12 @@ classes, `k` of them kept.
   all probabilities [C, K] (full).
 """
 
+import io
+import stat
 import threading
-from collections.abc import Sequence
+import zipfile
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +42,8 @@ _ADMITTED: list[Any] = [
     *(getattr(np.dtypes, name) for name in _DTYPES),
 ]
 _ADMITTING = threading.Lock()  # the list is torch's own, and all threads'
+_OFF = 1e-2  # of a sum of probabilities
+_OUTSIDE = 1e-3  # of the image's side: what float16 makes of a box that ends with it
 LARGEST_EXACT = 2048  # whole numbers up to here are exact in float16
 _PLACES = ("", "train", "imagenet", "imagenet/train")  # below the folder of labels, as the authors' scripts lay files out
 
@@ -66,14 +72,16 @@ class Labels:
         What that leaves outside the image is cut off.
 
         Raises:
-            StoreError: A box has no area inside the image.
+            StoreError: A box lies outside the image by more than float16's rounding, or has no area inside it.
         """
+        if self.boxes.min() < -_OUTSIDE or (self.boxes[:, :2] + self.boxes[:, 2:]).max() > 1 + _OUTSIDE:
+            raise StoreError("a box lies outside the image")
         top, left, high, wide = (self.boxes * [height, width, height, width]).T
         edges = [np.rint(edge) for edge in (top, left, top + high, left + wide)]
         y0, y1 = (edge.clip(0, height) for edge in (edges[0], edges[2]))
         x0, x1 = (edge.clip(0, width) for edge in (edges[1], edges[3]))
         if (y1 <= y0).any() or (x1 <= x0).any():
-            raise StoreError("a box lies outside the image, or has no area")
+            raise StoreError("a box has no area inside the image")
         records = neutral(len(self))
         for name, values in (("top", y0), ("left", x0), ("height", y1 - y0), ("width", x1 - x0)):
             records[name] = values.astype(np.int64)
@@ -90,21 +98,26 @@ class Labels:
 
     def codes(self, codec: LabelCodec) -> UInt8Array:
         """Their codes uint8 [C, code_size]; raises StoreError where they are no labels of that codec's number of classes."""
+        of_a_crop = {"hard": (), "smoothing": (2,), "full": (codec.dim,)}.get(codec.spec, (2, codec.kept))
+        if self.labels.shape[1:] != of_a_crop:
+            expected = ", ".join(map(str, ("C", *of_a_crop)))
+            raise StoreError(f"labels {list(self.labels.shape)}, expected [{expected}] of {codec.spec}, {codec.dim} classes")
         if codec.spec == "full":
-            if self.labels.ndim != 2 or self.labels.shape[1] != codec.dim:
-                raise StoreError(f"labels {list(self.labels.shape)}, expected [C, {codec.dim}]")
             try:
                 return codec.encode(self.labels.astype(np.float32))
             except RequestError as error:
                 raise StoreError(str(error)) from error
-        labels = self.labels.reshape(len(self), -1, codec.kept if self.labels.ndim == 3 else 1)
+        labels = self.labels.reshape(len(self), -1, codec.kept).astype(np.float64)
         classes, values = labels[:, 0], labels[:, 1] if labels.shape[1] > 1 else np.ones_like(labels[:, 0])
-        if labels.shape[2] != codec.kept or not np.isfinite(labels).all() or (classes != np.rint(classes)).any():
+        if not np.isfinite(labels).all() or (classes != np.rint(classes)).any():
             raise StoreError(f"labels {list(self.labels.shape)} that are none of {codec.spec}")
         if self.labels.dtype == np.float16 and codec.dim > LARGEST_EXACT:
             raise StoreError(f"class numbers in float16, which is exact up to {LARGEST_EXACT}, of {codec.dim} classes")
-        if (classes < 0).any() or (classes >= codec.dim).any() or (values < 0).any() or (values.sum(axis=1) > 1.01).any():
+        if (classes < 0).any() or (classes >= codec.dim).any() or (values < 0).any() or (values.sum(axis=1) > 1 + _OFF).any():
             raise StoreError(f"labels that are no probabilities of {codec.dim} classes")
+        rest = (1 - values.sum(axis=1, keepdims=True)) / (codec.dim - codec.kept)
+        if (1.01 * values + _OFF / (codec.dim - codec.kept) < rest).any():
+            raise StoreError(f"labels whose classes are not the most probable of {codec.dim}")
         codes = codec.pack(classes.astype(np.int64), values.astype(np.float32))
         codec.decode(codes)  # which refuses a class that is named twice
         return codes
@@ -114,14 +127,26 @@ def read(path: Path) -> Labels:
     """A label file.
 
     Raises:
-        StoreError: It is missing, too large, names anything but arrays and tensors, or holds something else.
+        StoreError: It is missing, no plain file, too large, names anything but arrays and tensors, or holds something else.
     """
+    too_large = StoreError(f"{path}: over {_MOST_BYTES} bytes, no label file of FKD's")
     try:
-        if path.stat().st_size > _MOST_BYTES:
-            raise StoreError(f"{path}: over {_MOST_BYTES} bytes, no label file of FKD's")
+        about = path.stat()
+        if not stat.S_ISREG(about.st_mode):  # to open a pipe would wait for ever
+            raise StoreError(f"{path}: no plain file")
+        if about.st_size > _MOST_BYTES:
+            raise too_large
+        file = io.BytesIO(path.read_bytes())
+        if zipfile.is_zipfile(file) and sum(entry.file_size for entry in zipfile.ZipFile(file).infolist()) > _MOST_BYTES:
+            raise too_large
+        file.seek(0)
         with _ADMITTING, safe_globals(_ADMITTED):
-            parts = torch.load(path, map_location="cpu", weights_only=True)
+            parts = torch.load(file, map_location="cpu", weights_only=True)
+        if not all(isinstance(part, np.ndarray | torch.Tensor) for part in parts):  # a list can hold itself many times
+            raise TypeError
         boxes, flips, labels = (np.asarray(part) for part in parts)
+        if boxes.nbytes + flips.nbytes + labels.nbytes > _MOST_BYTES:  # which a view of one number can say
+            raise too_large
     except OSError as error:
         raise StoreError(f"{path}: {error.strerror or error}") from error
     except StoreError:
@@ -134,7 +159,7 @@ def read(path: Path) -> Labels:
         boxes.shape == (count, 4) and flips.shape == (count,) and labels.ndim in (1, 2, 3) and len(labels) == count > 0
         and boxes.dtype.kind == "f" and flips.dtype.kind in "biu" and labels.dtype.kind in "fiu"
         and np.isfinite(boxes.astype(np.float64)).all()
-        and (labels.ndim < 3 or labels.shape[1] == 2)
+        and (labels.ndim < 3 or labels.shape[1] == 2) and np.isin(flips, (0, 1)).all()
     )  # fmt: skip
     if not right:
         shapes = ", ".join(f"{part.dtype} {list(part.shape)}" for part in (boxes, flips, labels))
@@ -142,8 +167,8 @@ def read(path: Path) -> Labels:
     return Labels(boxes, flips, labels)
 
 
-def write(path: Path, records: Records, height: int, width: int, labels: npt.NDArray[Any], *, fp16: bool) -> None:
-    """Writes a label file; one that is there is not overwritten."""
+def write(path: Path, records: Records, height: int, width: int, labels: npt.NDArray[Any], *, fp16: bool) -> bool:
+    """Writes a label file; returns whether it was not there. Raises StoreError where there is another."""
     sides = np.array([height, width, height, width], dtype=np.float64)
     boxes = np.stack([records[name] for name in ("top", "left", "height", "width")], axis=1) / sides
     flips = (records["flags"] & FLIP) != 0
@@ -152,8 +177,15 @@ def write(path: Path, records: Records, height: int, width: int, labels: npt.NDA
         flips,
         labels.astype(np.float16) if fp16 else torch.from_numpy(labels),
     ]
+    made = io.BytesIO()
+    torch.save(parts, made)
+    if path.exists():
+        if path.read_bytes() != made.getvalue():
+            raise StoreError(f"{path}: exists and holds other labels; choose another --out, or delete it")
+        return False
     with files.publish(path) as file:
-        torch.save(parts, file)
+        file.write(made.getvalue())
+    return True
 
 
 def unpacked(codec: LabelCodec, codes: UInt8Array) -> npt.NDArray[Any]:
@@ -173,6 +205,13 @@ def stem(path: str) -> str:
     return f"{folder}{slash}{name.split('.')[0]}.tar"
 
 
+def check_names(paths: Iterable[str]) -> None:
+    """Raises RequestError where two of these sorted images have one label file."""
+    for one, other in pairwise(paths):
+        if stem(one) == stem(other):
+            raise RequestError(f"{one!r} and {other!r}: the label file of both is {stem(one)!r}; rename one of them")
+
+
 def find(folder: Path, paths: Sequence[str]) -> Path:
     """The folder below which label files lie as images do, `folder` or one in it.
 
@@ -180,7 +219,7 @@ def find(folder: Path, paths: Sequence[str]) -> Path:
         RequestError: No file of these images is there.
     """
     for place in _PLACES:
-        if any((folder / place / stem(path)).is_file() for path in paths[:100]):
+        if any((folder / place / stem(path)).is_file() for path in paths[:: -(-len(paths) // 100)]):
             return folder / place
     raise RequestError(
         f"{folder}: holds no label file of these images: looked for {stem(paths[0])!r} there, in {', '.join(_PLACES[1:])}"

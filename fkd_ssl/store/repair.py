@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from fkd_ssl import files
+from fkd_ssl.crops import IMPORTED
 from fkd_ssl.errors import ImageError, RequestError, StoreError
 from fkd_ssl.images import ImageSet, read_size
 from fkd_ssl.store import manifest as layout
@@ -71,8 +72,11 @@ def repair(
         log: Takes a line for each thing done or not done.
     """
     own = None if images is None else _own_images(store, images)
-    mended = [d for d in damage if d.kind == "crops" and d.shard is not None and _redraw(store, d.shard, log)]
-    crops = [d.shard for d in damage if d.kind == "crops" and d.shard is not None and d not in mended]
+    crops = [d.shard for d in damage if d.kind == "crops" and d.shard is not None]
+    if crops and store.manifest.recipe == IMPORTED:  # their files are all that tells of them
+        log(f"crops of {len(crops)} shards: were imported and cannot be drawn again: restore them from a copy, or import again")
+        crops = []
+    crops = [shard for shard in crops if not _redraw(store, shard, log)]
     if crops and own is None:
         log(f"crops of {len(crops)} shards: --images is needed to make them again")
     columns = {d.column for d in damage if d.column is not None}

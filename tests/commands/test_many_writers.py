@@ -90,6 +90,11 @@ class TestShards:
         assert status == 2
         assert said in err
 
+    def test_ray_says_no_accuracy(self, workplace: Path, call: Any) -> None:
+        status, _, err = call(f"{LINE} --store new --runner ray --evaluate val")
+        assert status == 2
+        assert "--evaluate: is said by this process, and with --runner ray it has no teacher" in err
+
     def test_a_rank_that_is_not_the_first_says_nothing(
         self, workplace: Path, call: Any, monkeypatch: pytest.MonkeyPatch
     ) -> None:

@@ -1,7 +1,10 @@
 """FKD's published label files: read as its code reads them, without executing anything; imported, trained on, written."""
 
 import io
+import os
 import pickle
+import shutil
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +19,13 @@ from fkd_ssl.crops import IMPORTED
 from fkd_ssl.data import StoredCrops
 from fkd_ssl.errors import RequestError, StoreError
 from fkd_ssl.images import scan
-from fkd_ssl.store import fkd_files, open_store
+from fkd_ssl.store import fkd_exchange, fkd_files, open_store
+from fkd_ssl.store import manifest as layout
+from fkd_ssl.store.columns import in_words
 from fkd_ssl.store.fkd_exchange import export_fkd, import_fkd
 from fkd_ssl.store.label_codecs import LabelCodec
 from fkd_ssl.store.precompute import precompute
+from fkd_ssl.store.repair import repair
 from fkd_ssl.store.verify import verify
 
 C, K = 6, 20
@@ -168,6 +174,9 @@ BOXES, FLIPS, LABELS = np.full((C, 4), 0.5, np.float32), np.zeros(C, bool), np.z
         (saved(BOXES, FLIPS[:2], LABELS), "expected boxes"),
         (saved(BOXES * np.nan, FLIPS, LABELS), "expected boxes"),
         (saved(np.array([[None] * 4] * C), FLIPS, LABELS), "no label file of FKD's|expected boxes"),
+        (saved(BOXES, np.full(C, 2), LABELS), "expected boxes"),
+        (saved([[0.5] * 4] * C, FLIPS, LABELS), "no label file of FKD's"),
+        (saved(torch.zeros(1).as_strided((10**9, 4), (0, 0)), FLIPS, LABELS), "over 268435456 bytes"),
     ],
 )
 def test_what_is_no_label_file(tmp_path: Path, content: bytes, said: str) -> None:
@@ -176,23 +185,74 @@ def test_what_is_no_label_file(tmp_path: Path, content: bytes, said: str) -> Non
         fkd_files.read(tmp_path / "a.tar")
 
 
+def test_what_would_fill_the_memory_or_wait_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = saved(BOXES, FLIPS, torch.zeros(C, 2, 50_000))
+    monkeypatch.setattr(fkd_files, "_MOST_BYTES", len(whole) // 2)
+    with zipfile.ZipFile(io.BytesIO(whole)) as entries, zipfile.ZipFile(tmp_path / "a.tar", "w", zipfile.ZIP_DEFLATED) as small:
+        for name in entries.namelist():
+            small.writestr(name, entries.read(name))
+    assert (tmp_path / "a.tar").stat().st_size < len(whole) // 100
+    with pytest.raises(StoreError, match=r"a\.tar: over \d+ bytes"):
+        fkd_files.read(tmp_path / "a.tar")
+    os.mkfifo(tmp_path / "b.tar")
+    os.close(os.open(tmp_path / "b.tar", os.O_RDWR))
+    with pytest.raises(StoreError, match=r"b\.tar: no plain file"):
+        fkd_files.read(tmp_path / "b.tar")
+
+
+CLASSES = np.tile(np.float32([4, 1, 2, 3, 0]), (C, 1))
+VALUES = np.tile(np.float32([0.5, 0.2, 0.1, 0.05, 0.01]), (C, 1))
+FIVE = np.stack([CLASSES, VALUES], axis=1)
+
+
+@pytest.mark.parametrize(
+    ("labels", "spec", "said"),
+    [
+        (FIVE, "marginal_smoothing_k3", r"labels \[6, 2, 5\], expected \[C, 2, 3\] of marginal_smoothing_k3, 20 classes"),
+        (FIVE, "smoothing", r"expected \[C, 2\]"),
+        (FIVE, "hard", r"expected \[C\]"),
+        (np.eye(20, dtype=np.float32)[[7] * C], "hard", r"expected \[C\]"),
+        (np.eye(20, dtype=np.float32)[[7] * C], "smoothing", r"expected \[C, 2\]"),
+        (FIVE[:, :, 0], "full", r"expected \[C, 20\]"),
+        (np.stack([CLASSES, 0 * VALUES], axis=1), "marginal_smoothing_k5", "not the most probable of 20"),
+        (np.float32([[3, 0.01]] * C), "smoothing", "not the most probable of 20"),
+        (FIVE + 100, "marginal_smoothing_k5", "no probabilities of 20 classes"),
+    ],
+)
+def test_labels_of_another_kind(labels: Any, spec: str, said: str) -> None:
+    with pytest.raises(StoreError, match=said):
+        fkd_files.Labels(BOXES, FLIPS, labels).codes(LabelCodec(spec, 20))
+
+
+@pytest.mark.parametrize(
+    ("box", "said"),
+    [
+        ([0.5, 0.5, 10, 10], "lies outside the image"), ([-0.2, 0, 0.9, 1], "lies outside the image"),
+        ([0.5, 0.5, 0.51, 0.4], "lies outside the image"), ([0.5, 0.5, 0.001, 0.5], "no area inside the image"),
+    ],
+)  # fmt: skip
+def test_boxes_of_no_image(box: Any, said: str) -> None:
+    with pytest.raises(StoreError, match=said):
+        fkd_files.Labels(np.float32([box]), FLIPS[:1], LABELS[:1]).records(100, 100)
+
+
 def test_damaged_and_missing_files_are_listed_and_nothing_appears(images: Path, tmp_path: Path) -> None:
     published(tmp_path / "labels", images)
     files = sorted((tmp_path / "labels").rglob("*.tar"))
+    files[0].write_bytes(b"")
     files[1].unlink()
     files[2].write_bytes(files[2].read_bytes()[:-100])
-    torch.save([BOXES[:3], FLIPS[:3], LABELS[:3]], files[3])
+    torch.save([BOXES[:3], FLIPS[:3], LABELS[:3]], files[4])
     bad = LABELS.copy()
     bad[:, 0] = [0, 1, 2, 3, K]
-    torch.save([BOXES, FLIPS, bad], files[4])
-    torch.save([BOXES + 0.9, FLIPS, LABELS], files[5])
+    torch.save([BOXES, FLIPS, bad], files[5])
+    torch.save([BOXES + 0.9, FLIPS, LABELS], files[6])
     with pytest.raises(StoreError) as caught:
         import_fkd(tmp_path / "labels", scan(images), tmp_path / "store", classes=K)
     said = str(caught.value)
-    assert "5 label files cannot be used" in said
-    for file, what in zip(
-        files[1:6], ("No such file", "no label file", "3 crops", f"probabilities of {K}", "a box"), strict=True
-    ):
+    assert "6 label files cannot be used" in said
+    whats = ("no label file", "No such file", "no label file", "3 crops", f"probabilities of {K}", "a box")
+    for file, what in zip(files[:3] + files[4:7], whats, strict=True):
         assert any(str(file) in line and what in line for line in said.splitlines()), (file, what, said)
     assert not (tmp_path / "store").exists()
     published(tmp_path / "labels", images)  # mended: the same call goes on
@@ -208,3 +268,112 @@ def test_what_is_refused(images: Path, tmp_path: Path, make_store: Any) -> None:
     published(tmp_path / "half", images, fp16=True)
     with pytest.raises(StoreError, match="float16, which is exact up to 2048, of 3000 classes"):
         import_fkd(tmp_path / "half", scan(images), tmp_path / "store", classes=3000)
+
+
+def test_a_class_without_labels_does_not_hide_the_others(tmp_path: Path) -> None:
+    paths = [f"{folder}/{number:03d}.jpg" for folder in "ab" for number in range(300)]
+    for path in paths[300:]:
+        (tmp_path / fkd_files.stem(path)).parent.mkdir(exist_ok=True)
+        (tmp_path / fkd_files.stem(path)).touch()
+    assert fkd_files.find(tmp_path, paths) == tmp_path
+
+
+def test_wrong_options_leave_nothing_in_the_way(images: Path, tmp_path: Path) -> None:
+    published(tmp_path / "labels", images)
+    with pytest.raises(StoreError, match="no probabilities of 6 classes"):
+        import_fkd(tmp_path / "labels", scan(images), tmp_path / "store", classes=6)
+    assert import_fkd(tmp_path / "labels", scan(images), tmp_path / "store", classes=K).column().meta.dim == K
+
+
+def test_none_can_be_read(images: Path, tmp_path: Path) -> None:
+    published(tmp_path / "labels", images)
+    files = sorted((tmp_path / "labels").rglob("*.tar"))
+    for file in files:
+        file.write_bytes(b"")
+    with pytest.raises(StoreError, match=rf"{files[0]}: no label file of FKD's .*nor can any other"):
+        import_fkd(tmp_path / "labels", scan(images), tmp_path / "store", classes=K)
+
+
+def test_two_images_with_one_file_of_labels(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    published(tmp_path / "labels", images)
+    pictures = Path(shutil.copytree(images, tmp_path / "pictures"))
+    first = scan(pictures).paths[0]
+    twin = f"{first.partition('.')[0]}.left.jpg"
+    shutil.copy(pictures / first, pictures / twin)
+    said = f"the label file of both is '{fkd_files.stem(first)}'; rename one of them"
+    with pytest.raises(RequestError, match=said):
+        import_fkd(tmp_path / "labels", scan(pictures), tmp_path / "store", classes=K)
+    with monkeypatch.context() as patch:
+        patch.setattr(fkd_files, "check_names", lambda paths: None)
+        store = import_fkd(tmp_path / "labels", scan(pictures), tmp_path / "store", classes=K)
+    with pytest.raises(RequestError, match=said):
+        export_fkd(store.column(), tmp_path / "out")
+
+
+def test_export_keeps_files_of_other_labels(images: Path, tmp_path: Path) -> None:
+    published(tmp_path / "labels", images)
+    store = import_fkd(tmp_path / "labels", scan(images), tmp_path / "store", classes=K)
+    first = tmp_path / "out" / fkd_files.stem(store.paths[0])
+    export_fkd(store.column(), tmp_path / "out")
+    before = first.read_bytes()
+    with pytest.raises(StoreError, match=rf"{first}: exists and holds other labels"):
+        export_fkd(store.column(), tmp_path / "out", fp16=True)
+    assert first.read_bytes() == before
+
+
+def test_a_killed_import_goes_on_with_the_same_only(
+    images: Path, tmp_path: Path, tree: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    published(tmp_path / "a/labels", images)
+    published(tmp_path / "b/labels", images)
+    for file in (tmp_path / "b/labels").rglob("*.tar"):  # other labels below a folder of the same name
+        boxes, flips, labels = fkd_files.read(file).boxes, fkd_files.read(file).flips, fkd_files.read(file).labels
+        torch.save([boxes.astype(np.float32), ~flips, labels], file)
+    monkeypatch.setattr(layout, "ROWS_PER_SHARD", 4)
+    whole = import_fkd(tmp_path / "a/labels", scan(images), tmp_path / "whole", classes=K)
+    publish, made = fkd_exchange._publish, []
+
+    def killed(*args: Any) -> None:
+        if made:
+            raise KeyboardInterrupt
+        made.append(args)
+        publish(*args)
+
+    monkeypatch.setattr(fkd_exchange, "_publish", killed)
+    with pytest.raises(KeyboardInterrupt):
+        import_fkd(tmp_path / "a/labels", scan(images), tmp_path / "store", classes=K)
+    monkeypatch.setattr(fkd_exchange, "_publish", publish)
+    fewer = scan(images).subset(range(1, 8))
+    for labels, found, options in (
+        ("b", scan(images), {}), ("a", fewer, {}), ("a", scan(images), {"classes": K + 1}),
+        ("a", scan(images), {"name": "other"}), ("a", scan(images), {"codec": "marginal_renorm_k5"}),
+    ):  # fmt: skip
+        with pytest.raises(RequestError, match="something else was begun here and not finished"):
+            import_fkd(tmp_path / labels / "labels", found, tmp_path / "store", **{"classes": K, **options})
+    import_fkd(tmp_path / "a/labels", scan(images), tmp_path / "store", classes=K)
+    assert tree(tmp_path / "store") == tree(whole.folder)
+
+
+@pytest.mark.parametrize("damage", ["altered", "missing", "sidecar"])
+def test_imported_crops_are_not_made_again(images: Path, tmp_path: Path, damage: str) -> None:
+    published(tmp_path / "labels", images)
+    store = import_fkd(tmp_path / "labels", scan(images), tmp_path / "store", classes=K)
+    path = layout.crops_file(store.folder, 0)
+    if damage == "altered":
+        path.write_bytes(path.read_bytes()[:-21] + bytes([9]) + path.read_bytes()[-20:])
+    elif damage == "missing":
+        path.unlink()
+    else:
+        path.with_suffix(".json").write_text("{}")
+    store = open_store(store.folder)
+    found, said = verify(store, scan(images)), []
+    assert found.problems
+    repair(store, found.damage, scan(images), log=said.append)
+    assert any("were imported and cannot be drawn again" in line for line in said)
+    assert verify(open_store(store.folder), scan(images)).problems == found.problems
+
+
+def test_what_imported_labels_leave_of_their_teachers_is_not_known(images: Path, tmp_path: Path) -> None:
+    published(tmp_path / "labels", images)
+    store = import_fkd(tmp_path / "labels", scan(images), tmp_path / "store", classes=K)
+    assert in_words(store.column().meta.fidelity) == "what it leaves of the teacher's own targets is not known"

@@ -68,8 +68,10 @@ def test_the_last_class_of_many() -> None:
     p[0, -1], p[1, 0] = 1, 1
     codec = LabelCodec("marginal_smoothing_k5", 65536)
     assert codec.decode(codec.encode(p)).argmax(axis=1).tolist() == [65535, 0]
-    with pytest.raises(RequestError, match="65537 classes, over 65536"):
+    with pytest.raises(RequestError, match="65537 classes, expected 2 to 65536"):
         LabelCodec("hard", 65537)
+    with pytest.raises(RequestError, match="1 classes, expected 2 to 65536"):  # a softmax of one logit says nothing
+        LabelCodec("full", 1)
 
 
 def test_equal_probabilities_are_kept_in_the_order_of_the_classes() -> None:
@@ -78,6 +80,18 @@ def test_equal_probabilities_are_kept_in_the_order_of_the_classes() -> None:
     np.testing.assert_allclose(
         LabelCodec("marginal_smoothing_k3", 8).decode(LabelCodec("marginal_smoothing_k3", 8).encode(p)), p
     )
+
+
+def test_the_kept_classes_are_those_of_a_stable_sort() -> None:
+    generator = np.random.default_rng(0)
+    for classes, k in ((3, 1), (8, 3), (40, 39), (1000, 5)):
+        p = np.float32(generator.dirichlet(np.full(classes, 0.1), 200))
+        p[::2] = np.floor(p[::2] * 8) / 8  # many are equal
+        p[::2, -1] += 1 - p[::2].sum(axis=1)
+        p[0] = -0.0
+        p[0, -1] = 1
+        kept, _ = LabelCodec(f"marginal_renorm_k{k}", classes).unpack(LabelCodec(f"marginal_renorm_k{k}", classes).encode(p))
+        assert (kept == np.argsort(-p, axis=1, kind="stable")[:, :k]).all()
 
 
 @pytest.mark.parametrize(
