@@ -44,11 +44,12 @@ def run(config: Config) -> int:
         console.show_json({"store": str(column.store.folder), "column": column.name, **sizes, "fidelity": f})
         return 0
     codecs = " and ".join(f"{source.meta.codec} ({source.meta.code_size} bytes)" for source in sources)
-    if any(source.meta.codec != "Flat" for source in sources):
+    if f["sample"] and any(source.meta.codec != "Flat" for source in sources):
         lost = in_words({key.removeprefix("source_"): value for key, value in f.items() if key.startswith("source_")})
         console.say(f"note: {f['source_codec']} had lost something already ({lost}), which is not found again")
+    lost = f"at worst {in_words(f)} (measured on {f['sample']} targets)" if f["sample"] else in_words(f)
     console.show(
         f"{column.folder}: {' and '.join(source.name for source in sources)} from {codecs} to {column.meta.codec} "
-        f"({column.meta.code_size} bytes); at worst {in_words(f)} (measured on {f['sample']} targets)"
+        f"({column.meta.code_size} bytes); {lost}"
     )
     return 0

@@ -77,12 +77,12 @@ def _further(word: str, config: CompareConfig, chosen: tuple[int, ...]) -> Arm:
     kind, _, detail = word.partition(":")
     if word == "alone":
         return Arm(kind="alone", chosen=())
-    if word == "labels" or word == "relabel":
+    if word in ("labels", "relabel"):
         if config.head != CLASSIFIER:
             raise RequestError(f"further_arms {word!r}: trains a classifier, and needs --head {CLASSIFIER}")
         if word == "relabel" and len(chosen) > 1:
             raise RequestError(f"further_arms {word!r}: label maps are one teacher's")
-        return Arm(kind=word, chosen=())
+        return Arm(kind="labels" if word == "labels" else "relabel", chosen=())
     if word == _FURTHER[0]:
         return Arm(kind="online", detail=detail, chosen=chosen, on_stored=True)
     if kind != "stored" or not detail:

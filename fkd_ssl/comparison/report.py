@@ -99,9 +99,9 @@ def _table(results: dict[str, Any]) -> list[list[str]]:
 
 
 def _mean(arms: Sequence[dict[str, Any]], key: str, form: str, factor: float = 1) -> str:
-    values = [arm.get(key) for arm in arms]
-    if None in values:
+    if any(arm.get(key) is None for arm in arms):
         return ""
+    values = [arm[key] for arm in arms]
     mean = form.format(factor * statistics.mean(values))
     return mean if len(values) == 1 else f"{mean} ± {form.format(factor * statistics.stdev(values))}"
 

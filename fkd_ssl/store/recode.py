@@ -20,7 +20,7 @@ from fkd_ssl.store.reader import Column, Store
 from fkd_ssl.store.subset import Part, whole_folder
 from fkd_ssl.store.verify import check_files
 
-_BLOCK = 65536  # crops that are decoded at once
+_BLOCK = 2**23  # numbers that are decoded at once
 _DISTANCES = {"total_variation_mean", "total_variation_max"}
 _MEASURES = {"cosine_mean", "cosine_min", *_DISTANCES}
 _AS_THEY_ARE = {"mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]}
@@ -199,9 +199,10 @@ def _fill(source: Source, codec: str, store: Store, to: str) -> None:
         read[np.array(source.store.skipped(shard), dtype=np.int64) - store.manifest.shard_rows(shard).start] = False
         flat = [of_one[read].reshape(-1, of_one.shape[-1]) for of_one in codes]
         made = np.zeros((*codes[0].shape[:2], column.meta.code_size), dtype=np.uint8)
+        block = max(1, _BLOCK // source.meta.dim)
         parts = [
-            column.codec.encode(source.decode([of_one[k : k + _BLOCK] for of_one in flat]))
-            for k in range(0, len(flat[0]), _BLOCK)
+            column.codec.encode(source.decode([of_one[k : k + block] for of_one in flat]))
+            for k in range(0, len(flat[0]), block)
         ]
         if parts:
             made[read] = np.concatenate(parts).reshape(-1, *made.shape[1:])
@@ -223,7 +224,12 @@ def _train(source: Source, codec: str) -> tuple[dict[str, Any], dict[str, Float3
     codes = [np.concatenate([one.codes(row, slice(per_image)) for row in rows])[:size] for one in source.columns]
     trained, own = fit(codec, source.decode(codes))
     before = source.lost
-    fidelity: dict[str, Any] = {"sample": own["sample"], "source_codec": source.meta.codec, "source_column": source.digest}
+    known = all(one.meta.fidelity["sample"] for one in source.columns)  # not of labels that import-fkd brought
+    fidelity: dict[str, Any] = {
+        "sample": own["sample"] if known else 0,
+        "source_codec": source.meta.codec,
+        "source_column": source.digest,
+    }
     for key in ("cosine_mean", "cosine_min"):
         fidelity |= {key: combined(before[key], own[key]), f"source_{key}": before[key], f"recoded_{key}": own[key]}
     for key in own.keys() & _DISTANCES:  # they add up at most

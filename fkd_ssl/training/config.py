@@ -137,10 +137,10 @@ class TrainConfig:
             "devices", "clip", "temperature", "teacher_temperature", "queue",
         )  # fmt: skip
         for name in positive:
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
                 raise RequestError(f"{name} {getattr(self, name)}: must be positive")
         for name in ("weight_decay", "warmup_epochs", "workers", "momentum", "single_crop_epochs", "mixup", "cutmix"):
-            if getattr(self, name) < 0:
+            if not 0 <= getattr(self, name) < math.inf:
                 raise RequestError(f"{name} {getattr(self, name)}: must not be negative")
         if self.pixels > 4096 or (self.teacher_pixels is not None and not 1 <= self.teacher_pixels <= 4096):
             raise RequestError(f"pixels {self.pixels}, teacher_pixels {self.teacher_pixels}: must lie in 1 to 4096")

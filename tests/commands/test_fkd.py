@@ -18,6 +18,9 @@ def test_label_files_there_and_back(work: Path, call: Any) -> None:
         "train --images train --store again --student squeezenet1_1 --batch_size 18 --crops_per_image 2 --pixels 32 --workers 0"
     )
     assert call(f"{train} --epochs 2 --objective soft_ce --head classifier --out run").status == 0
+    answer = call("recode again --codec hard --to hard")
+    assert answer.out.endswith("to hard (2 bytes); what it leaves of the teacher's own targets is not known\n")
+    assert "had lost" not in answer.err
     more = "precompute --images train --store again --teacher own_teacher:make --crops 4 --pixels 32"
     answer = call(more)
     assert answer.status == 2
