@@ -4,7 +4,7 @@
 
 Left: how fast a student trains with stored and with online targets, as a share of the bare student with its data in memory
 (docs/data.md, `benchmarks/training_speed.py`). Right: kNN accuracy of the students and their teacher
-(docs/results/imagenette.md, `fkd-ssl compare`). The greys are legible on a white and on a black page.
+(docs/results/comparison.md, `fkd-ssl compare`). The greys are legible on a white and on a black page.
 """
 
 import argparse
@@ -62,7 +62,7 @@ def speeds() -> list[tuple[str, float, float]]:
 
 def accuracies() -> list[tuple[str, str, float, float]]:
     """Of each arm its name, its colour, kNN top-1 and the deviation."""
-    cells = {row["arm"]: row["kNN top-1"] for row in table(DOCS / "results/imagenette.md", first="arm", knn="kNN top-1")}
+    cells = {row["arm"]: row["kNN top-1"] for row in table(DOCS / "results/comparison.md", first="arm", knn="kNN top-1")}
     colours = {"untrained": GREY, "online": ONLINE, "stored": STORED, "teacher": TEACHER}
     return [
         (arm if arm == "teacher" else f"student, {arm}", colour, number(cells[arm]), deviation(cells[arm]))
