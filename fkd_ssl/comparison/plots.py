@@ -155,5 +155,9 @@ def _stores(axes: Sequence[Any], results: dict[str, Any], names: Sequence[str], 
             axis.axhline(score, color=_COLOURS["online"], linestyle=style, linewidth=1, label=name)
     axes[0].set(xscale="log", xlabel="stored crops an image", ylabel="top-1, %")
     axes[1].set(xscale="log", xlabel="megabytes on disk")
+    stores = [results["stores"][name] for name in names]
+    for axis, values in zip(axes, ({s["crops"] for s in stores}, {s["bytes"] / 1e6 for s in stores}), strict=True):
+        axis.set_xticks(sorted(values), [f"{value:.3g}" for value in sorted(values)])
+        axis.set_xticks([], minor=True)
     axes[1].sharey(axes[0])
     axes[0].legend(frameon=False, fontsize=8)
