@@ -93,7 +93,8 @@ class TrainConfig:
     warmup_epochs: float = 0.0
     """Linear warm-up; a cosine to zero follows."""
     lr_drops: str | None = None
-    """Instead of the cosine: epochs after which the learning rate is a tenth of what it was, as 120,240."""
+    """Instead of the cosine: epochs after which the learning rate is a tenth of what it was, as 120,240; in a YAML file one
+    alone needs quotes."""
     accumulate: int = 1
     """Parts that a batch is run in, where it does not fit the memory: their gradients are added up to one step."""
     clip: float | None = None
