@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fkd_ssl.commands.precompute import Config, load_all, write
+from fkd_ssl.commands.precompute import Config, load_all, teachers_of, write
 from fkd_ssl.errors import FkdError, RequestError
 
 if TYPE_CHECKING:
@@ -72,15 +72,21 @@ def precompute(config: Config, *, log: Callable[[str], None]) -> "Summary":
 
 def _absolute(config: Config) -> Config:
     """The config with paths that mean the same from any folder."""
-    files = None if config.checkpoint is None else [str(Path(f).absolute()) if f else "" for f in config.checkpoint.split(",")]
+    files = [_anywhere(teacher, file) for teacher, file in teachers_of(config)]
     return replace(
         config,
         images=str(Path(config.images).absolute()),
         store=str(Path(config.store).absolute()),
-        checkpoint=None if files is None else ",".join(files),
+        checkpoint=None if config.checkpoint is None else ",".join(files),
         threads=config.threads or 1,
         runner="here",
     )
+
+
+def _anywhere(teacher: str, checkpoint: str | None) -> str:
+    """A teacher's checkpoint likewise, or F+G of A+B; what is no path stays as it is."""
+    parts = (checkpoint or "").split("+") if "+" in teacher else [checkpoint or ""]
+    return "+".join(part if part.strip() in ("", "pretrained") else str(Path(part.strip()).absolute()) for part in parts)
 
 
 def _result(ray: Any, reference: Any) -> "Summary":

@@ -64,7 +64,8 @@ def run(config: Config) -> int:
         repair_lists(Path(config.store), images, note)
     store = open_store(config.store)
     name = config.name
-    usual = re.split("[:/]", config.teacher or "")[-1].replace("@", "-")  # what precompute names a column by default
+    # what precompute names a column by default; a run's, which is another name, must be said where there are several
+    usual = "-and-".join(re.split("[:/]", one)[-1].strip().replace("@", "-") for one in (config.teacher or "").split("+"))
     if name is None and usual in store.teachers:
         name = usual
     teacher = None

@@ -78,6 +78,8 @@ def compare(config: CompareConfig, log: Log = lambda message: None) -> dict[str,
     for arm in arms:
         if arm.kind == "alone":
             check_pretraining(_alone(config, "alone", seed=0, epochs=1), images)
+        if arm.kind == "labels":  # its classes are the folders of the images, and those of `val` are what it is scored by
+            check_classes(images, len(val.classes))
     check_batch(plain, len(images))
     # before anything is written: not every network can make maps
     dense = DenseTeacher(teachers[0], pixels=config.pixels) if any(arm.kind == "relabel" for arm in arms) else None

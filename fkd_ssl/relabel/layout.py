@@ -24,6 +24,8 @@ VERSION = 1
 ROWS_PER_SHARD = 16384  # few files, since each that is mapped stays open
 MOST_CLASSES = 2**16
 _MAX_LIST = 2**31  # bytes of images.txt, which is held in memory
+_MOST_BYTES = 2**31  # of an image's map: NumPy has no larger records
+_ABOUT = {"name", "network", "licence", "source", "checkpoint_sha256"}  # of a teacher
 
 MANIFEST, IMAGES, SIZES, MAPS = "manifest.json", "images.txt", "images.npy", "maps"
 
@@ -110,7 +112,9 @@ def read_manifest(folder: Path) -> Manifest:
     }  # fmt: skip
     numbers = {name: values[name] for name in most}
     fits = all(type(n) is int and 0 < n <= most[name] for name, n in numbers.items()) and manifest.k <= manifest.classes
-    if not fits or not isinstance(manifest.teacher, dict):
+    fits = fits and 4 * manifest.k * manifest.height * manifest.width < _MOST_BYTES
+    teacher = manifest.teacher
+    if not fits or not isinstance(teacher, dict) or not teacher.keys() >= _ABOUT or not isinstance(teacher["name"], str):
         raise StoreError(f"{path}: impossible numbers {numbers}, or no teacher; the file is damaged")
     return manifest
 

@@ -129,11 +129,12 @@ class Source:
         self.meta = replace(
             first, codec=codec, teacher=teacher, preprocessing=first.preprocessing if alike else _AS_THEY_ARE, arrays={}
         )
-        # distances of means are at most means of distances; an angle is bound by them and the least length, 1 / sqrt(K)
+        # distances of means are at most means of distances; an angle is bound by them and the least length, 1 / sqrt(K), and
+        # the mean cosine by a chord, since the cosine is concave in the sine
         self.lost = {key: statistics.mean(meta.fidelity[key] for meta in metas) for key in _DISTANCES}
-        for key, of in (("cosine_mean", "total_variation_mean"), ("cosine_min", "total_variation_max")):
-            sine = min(1.0, 2 * self.lost[of] * math.sqrt(first.dim))
-            self.lost[key] = math.sqrt(1 - sine * sine)
+        mean, most = (min(1.0, 2 * self.lost[f"total_variation_{of}"] * math.sqrt(first.dim)) for of in ("mean", "max"))
+        least = math.sqrt(1 - most * most)
+        self.lost |= {"cosine_mean": 1 - (1 - least) * mean / most if most else 1.0, "cosine_min": least}
 
     def decode(self, codes: Sequence[UInt8Array]) -> Float32Array:
         """Targets float32 [n, D] of each column's codes [n, code_size]."""

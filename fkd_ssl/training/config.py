@@ -93,7 +93,8 @@ class TrainConfig:
     warmup_epochs: float = 0.0
     """Linear warm-up; a cosine to zero follows."""
     lr_drops: str | None = None
-    """Instead of the cosine: epochs after which the learning rate is a tenth of what it was, as 120,240."""
+    """Instead of the cosine: epochs after which the learning rate is a tenth of what it was, as 120,240; in a YAML file one
+    alone needs quotes."""
     accumulate: int = 1
     """Parts that a batch is run in, where it does not fit the memory: their gradients are added up to one step."""
     clip: float | None = None
@@ -138,10 +139,10 @@ class TrainConfig:
         )  # fmt: skip
         for name in positive:
             if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
-                raise RequestError(f"{name} {getattr(self, name)}: must be positive")
+                raise RequestError(f"{name} {getattr(self, name)}: must be positive and finite")
         for name in ("weight_decay", "warmup_epochs", "workers", "momentum", "single_crop_epochs", "mixup", "cutmix"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise RequestError(f"{name} {getattr(self, name)}: must not be negative")
+                raise RequestError(f"{name} {getattr(self, name)}: must be at least 0, and finite")
         if self.pixels > 4096 or (self.teacher_pixels is not None and not 1 <= self.teacher_pixels <= 4096):
             raise RequestError(f"pixels {self.pixels}, teacher_pixels {self.teacher_pixels}: must lie in 1 to 4096")
         if self.batch_size < 2:

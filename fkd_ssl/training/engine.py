@@ -14,7 +14,7 @@ from fkd_ssl.data import Crops, StoredCrops, start_worker, whole_batch
 from fkd_ssl.errors import RequestError
 from fkd_ssl.objectives import Objective, TargetInfo, make_objective
 from fkd_ssl.store.recording import Recording
-from fkd_ssl.students import CLASSIFIER, Student
+from fkd_ssl.students import CLASSIFIER, STUDENT_KEY, Student
 from fkd_ssl.training.config import TrainConfig
 from fkd_ssl.training.distiller import Distiller
 from fkd_ssl.training.fit import fit, step_of
@@ -75,6 +75,18 @@ def check_batch(config: TrainConfig, images: int, *, world: int = 1) -> None:
         raise RequestError("sync_batchnorm: torch has it on GPUs only, and there is none")
 
 
+def check_dims(checkpoint: Path, student: Student) -> None:
+    """Raises RequestError where a checkpoint's student is for other targets, as of other classes or another teacher."""
+    saved = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)[STUDENT_KEY]["dim"]
+    dims = saved if isinstance(saved, list) else [saved]
+    if dims != student.dims:
+        was, now = (" and ".join(map(str, some)) for some in (dims, student.dims))
+        raise RequestError(
+            f"{checkpoint}: was trained on targets of D = {was}, and now they have D = {now}: give the same images and "
+            "teacher, or choose another --out"
+        )
+
+
 def train(
     config: TrainConfig,
     data: Crops,
@@ -105,7 +117,8 @@ def train(
         What results.json says of the training.
 
     Raises:
-        RequestError: A batch holds more images than there are, or the targets lack what the objective needs.
+        RequestError: A batch holds more images than there are, the targets lack what the objective needs, or they have another
+            dimension than those that the training was begun on.
         ImageError: An image cannot be read; the message names it.
         KeyboardInterrupt: The training was stopped; called again, it continues.
     """
@@ -156,6 +169,7 @@ def train(
     resumed = last.exists()
     if resumed:
         sampler.start = step_of(last)
+        check_dims(last, student)
         module.saved = f"the last good checkpoint is {last}, of step {sampler.start}"
     fit(
         module,

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 
-from fkd_ssl.commands import resolve
+from fkd_ssl.commands import on_ray, resolve
+from fkd_ssl.commands.precompute import Config
 from fkd_ssl.store import manifest
 
 LINE = "precompute --images train --teacher own_teacher:make --crops 4 --codec Flat --chunk_size 16"
@@ -147,6 +148,24 @@ class TestSeveralTeachers:
         )
         assert status == 2
         assert "none.pth" in err
+
+
+@pytest.mark.parametrize(
+    ("teacher", "checkpoint", "expected"),
+    [
+        ("a", None, None),
+        ("a", "runs/x+y", "{0}/runs/x+y"),
+        ("timm/a", "pretrained", "pretrained"),
+        ("a+b", "f+runs/g", "{0}/f+{0}/runs/g"),
+        ("a+b,c", "+g,h", "+{0}/g,{0}/h"),
+    ],
+)
+def test_ray_is_told_paths_that_mean_the_same_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, teacher: str, checkpoint: str | None, expected: str | None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = on_ray._absolute(Config(images="i", store="s", teacher=teacher, checkpoint=checkpoint))
+    assert config.checkpoint == (None if expected is None else expected.format(tmp_path))
 
 
 @pytest.mark.slow

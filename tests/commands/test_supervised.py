@@ -206,6 +206,13 @@ class TestTeachers:
         assert "expected A+B, and a checkpoint for each, F+G, with nothing for one that needs none" in answer.err
         assert call(f"{line} other --teacher own_teacher:make+own_teacher:classes").status == 2
 
+    def test_verify_finds_an_ensembles_column_by_its_members(self, call: Any, work: Path) -> None:
+        both = "own_teacher:sharper+own_teacher:classes"
+        line = f"precompute --images train --store two --recipe fkd --crops 4 --teacher own_teacher:classes,{both}"
+        assert call(line).status == 0
+        answer = call(f"verify two --images train --teacher {both}")  # and not by the last one's alone
+        assert answer.status == 0, answer.out
+
 
 class TestRelabel:
     LINE = LABELS.replace("--targets labels", "--targets relabel --label_maps maps")

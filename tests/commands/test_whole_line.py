@@ -246,6 +246,11 @@ def test_compare_refuses_further_arms_early(work: Path, call: Any, further: str,
             2,
             "label maps need a network that ends in global average pooling",
         ),
+        (
+            "--images train2 --teacher own_teacher:classes --objective soft_ce --head classifier --further_arms labels",
+            2,
+            "train2: 4 class folders, and the classifier has 3 classes",
+        ),
         ("--teacher_weights 2", 2, "teacher_weights '2': there is one teacher"),
         ("--teacher a,b,c", 2, "compare takes one or two teachers"),
         ("--teacher mocov2,swav --checkpoint F", 2, "checkpoint 'F': 1 for 2 teachers"),
@@ -260,6 +265,7 @@ def test_compare_refuses_early(work: Path, call: Any, change: str, status: int, 
     )
     for name in ("ash", "birch"):
         shutil.copytree(work / "val" / name, work / "val2" / name)
+    shutil.copytree(shutil.copytree(work / "train", work / "train2") / "ash", work / "train2/date")
     answer = call(f"{line} {change}")
     assert (answer.status, answer.out) == (status, "")
     assert said in answer.err

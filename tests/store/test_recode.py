@@ -1,7 +1,9 @@
 """A column in another codec, without the teacher."""
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -303,6 +305,18 @@ class TestMean:
         )
         assert column.meta.teacher["licence"] == "licence a; licence b"
         assert verify(column.store, images.scan(image_folder), ensemble, name=column.name).problems == []
+
+    def test_the_cosines_are_bounds_also_where_the_loss_is_in_few_crops(self, two):
+        """One target in 25 is (1, 0, ...) and was stored as (0.5, 0.5, 0, ...), the others are exact."""
+        cosine, distance = 1 / np.sqrt(2), 0.5
+        lost = {"total_variation_mean": distance / 25, "total_variation_max": distance}
+        columns = [
+            SimpleNamespace(name=name, digest=name, store=two, meta=replace(two.column(name).meta, fidelity=lost))
+            for name in ("a", "b")
+        ]
+        bound = recodes.Source(columns).lost
+        assert bound["cosine_min"] <= cosine
+        assert 0 < bound["cosine_mean"] <= (24 + cosine) / 25
 
     def test_a_second_call_finds_it_and_another_order_is_another_mean(self, two, tree):
         recode(two, "full", name=["a", "b"], to="mean")

@@ -280,6 +280,13 @@ class TestResume:
                 assert run.column(column) == whole.column(column), (steps, column)
             assert {key: value for key, value in run.results.items() if key not in ignored} == expected
 
+    def test_targets_of_another_dimension_are_refused(self, make_run: Any, tiny_teacher: Any) -> None:
+        run = make_run("run", targets="online", teacher="tiny")
+        with pytest.raises(KilledError):
+            run.train(embed=dies_after(3, tiny_teacher.embed))
+        with pytest.raises(RequestError, match=r"last.ckpt: was trained on targets of D = 16, and now they have D = 5: give"):
+            run.train(embed=tiny_teacher.embed, targets=[TargetInfo(name="tiny", dim=5)])
+
     def test_a_line_of_several_steps_survives(self, make_run: Any, tiny_teacher: Any) -> None:
         options = {"targets": "online", "teacher": "tiny", "log_every": 4}
         whole = make_run("whole", **options).train(embed=tiny_teacher.embed)
