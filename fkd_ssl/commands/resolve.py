@@ -109,10 +109,11 @@ def _one_teacher(name: str, checkpoint: str | None, precision: Precision) -> Tea
     if path.suffix == EXPORTED:
         raise RequestError(f"teacher {RUN}: {checkpoint} is an export, which has no head; give the run itself")
     student, pixels = student_of(checkpoint, "--checkpoint")
+    run = path.resolve().parents[1] if path.is_file() else path.resolve()  # RUN/checkpoints/last.ckpt
     return Teacher(
         student.backbone,
         student.head,
-        name=re.sub(r"[^A-Za-z0-9._-]", "-", path.stem if path.is_file() else path.resolve().name),
+        name=re.sub(r"[^A-Za-z0-9._-]", "-", run.name),
         dim=student.dims[0],
         feature_dim=student.feature_dim,
         network=", ".join(f"{key} {value}" for key, value in student.made_of.items()),
