@@ -125,7 +125,9 @@ def _findings(results: dict[str, Any]) -> list[str]:
             if probe not in pair:
                 continue
             d = pair[probe]
-            verdict = "equal within 1.5 points" if d["equal"] else "not shown equal within 1.5 points"
+            verdict = "not shown equal within 1.5 points"
+            if d["low"] >= -1.5:
+                verdict = "equal within 1.5 points" if d["equal"] else "not worse by 1.5 points, not shown equal"
             lines.append(
                 f"{name}, {pair['arm']} minus {pair['minus']}: {d['difference']:+.2f} points, 90 % paired-bootstrap interval "
                 f"{d['low']:+.2f} to {d['high']:+.2f}{'' if d['low'] > 1.5 or d['high'] < -1.5 else f': {verdict}'}."

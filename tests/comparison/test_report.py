@@ -81,6 +81,14 @@ def test_the_summary_says_what_was_found(tmp_path: Path) -> None:
     )
 
 
+def test_an_interval_that_ends_too_high_says_that_it_is_not_worse(tmp_path: Path) -> None:
+    results = make_results(tmp_path)
+    results["differences"] = [pair("stored", "online", (1.0, -0.5, 2.5), (1.0, -1.6, 1.4))]
+    text = report.write(results, tmp_path)
+    assert "interval -0.50 to +2.50: not worse by 1.5 points, not shown equal." in text
+    assert "interval -1.60 to +1.40: not shown equal within 1.5 points." in text
+
+
 @pytest.mark.parametrize(
     ("break_even", "sentence"),
     [
