@@ -25,7 +25,7 @@ from fkd_ssl.images import ImageSet, UInt8Array, decode, read_bytes, read_size
 from fkd_ssl.progress import hidden
 from fkd_ssl.relabel import layout
 from fkd_ssl.store import work
-from fkd_ssl.store.manifest import SIZE_DTYPE, unsafe
+from fkd_ssl.store.manifest import IMAGES, MANIFEST, SIZE_DTYPE, SIZES, read_images, unsafe
 from fkd_ssl.store.precompute import gigabytes
 
 _LATER = "-"  # a checksum that is not known yet
@@ -115,13 +115,13 @@ def generate(
         raise RequestError(f"threads {threads}: must be at least 1")
     if folder.exists() and not folder.is_dir():
         raise RequestError(f"{folder}: is a file, no folder for label maps; choose another name")
-    if (folder / layout.MANIFEST).exists():
+    if (folder / MANIFEST).exists():
         _check(folder, wanted, images)
         log(_announce(folder, wanted))
     else:
         _create(folder, images, wanted, progress=progress, log=log)
     manifest = layout.read_manifest(folder)
-    _, sizes = layout.read_images(folder, manifest)
+    _, sizes = read_images(folder, manifest)
     for place in (folder, folder / layout.MAPS):
         files.sweep(place)
     missing = layout.missing_shards(folder, manifest)
@@ -184,11 +184,11 @@ def _lines(images: ImageSet) -> bytes:
 
 def _check(folder: Path, wanted: layout.Manifest, images: ImageSet) -> None:
     """Raises RequestError where the folder's maps are not those that are asked for."""
-    if files.read_json(folder / layout.MANIFEST).get("format") != layout.FORMAT:
+    if files.read_json(folder / MANIFEST).get("format") != layout.FORMAT:
         raise RequestError(f"{folder}: exists and holds no label maps (its manifest is another's); choose another --out")
     here = layout.read_manifest(folder)
     if here.images_sha256 != wanted.images_sha256:
-        listed, given = set(layout.read_images(folder, here)[0]), set(images.paths)
+        listed, given = set(read_images(folder, here)[0]), set(images.paths)
         first = sorted(listed ^ given)[0]
         where = f"{images.root} lacks" if first in listed else "they lack"
         raise RequestError(
@@ -224,7 +224,7 @@ def _announce(folder: Path, wanted: layout.Manifest) -> str:
 def _create(folder: Path, images: ImageSet, wanted: layout.Manifest, *, progress: bool, log: Callable[[str], None]) -> None:
     """Lists the images and their sizes into a new folder, the manifest last."""
     there = {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")} if folder.is_dir() else set()
-    if foreign := there - {layout.MANIFEST, layout.IMAGES, layout.SIZES, layout.MAPS}:
+    if foreign := there - {*layout.LISTS, layout.MAPS}:
         raise RequestError(f"{folder}: exists and holds no label maps (it holds {sorted(foreign)[0]!r}); choose another --out")
     log(_announce(folder, wanted))
     sizes = np.zeros(len(images), dtype=SIZE_DTYPE)
@@ -235,9 +235,9 @@ def _create(folder: Path, images: ImageSet, wanted: layout.Manifest, *, progress
         except ImageError as error:
             raise ImageError(f"{error}; mend or remove it") from error
     (folder / layout.MAPS).mkdir(parents=True, exist_ok=True)
-    with files.publish(folder / layout.IMAGES) as file:
+    with files.publish(folder / IMAGES) as file:
         file.write(_lines(images))
-    replace(wanted, sizes_sha256=files.write_npy(folder / layout.SIZES, sizes)).write(folder)
+    replace(wanted, sizes_sha256=files.write_npy(folder / SIZES, sizes)).write(folder)
 
 
 def _views(

@@ -13,21 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from fkd_ssl import files
 from fkd_ssl.errors import StoreError
-from fkd_ssl.store.manifest import SIZE_DTYPE, Paths, unsafe
+from fkd_ssl.store.manifest import IMAGES, MANIFEST, SIZES
 
 FORMAT = "fkd_ssl label maps"
 VERSION = 1
 ROWS_PER_SHARD = 16384  # few files, since each that is mapped stays open
 MOST_CLASSES = 2**16
-_MAX_LIST = 2**31  # bytes of images.txt, which is held in memory
 _MOST_BYTES = 2**31  # of an image's map: NumPy has no larger records
 _ABOUT = {"name", "network", "licence", "source", "checkpoint_sha256"}  # of a teacher
 
-MANIFEST, IMAGES, SIZES, MAPS = "manifest.json", "images.txt", "images.npy", "maps"
+MAPS = "maps"
+LISTS = (MANIFEST, IMAGES, SIZES)
+"""Files of a folder beside its maps; those of images are as a store has them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,26 +117,6 @@ def read_manifest(folder: Path) -> Manifest:
     if not fits or not isinstance(teacher, dict) or not teacher.keys() >= _ABOUT or not isinstance(teacher["name"], str):
         raise StoreError(f"{path}: impossible numbers {numbers}, or no teacher; the file is damaged")
     return manifest
-
-
-def read_images(folder: Path, manifest: Manifest) -> tuple[Paths, npt.NDArray[np.void]]:
-    """Paths and sizes of the rows; raises StoreError where they differ from what the manifest says."""
-    data = files.read_plain(folder / IMAGES, _MAX_LIST)
-    if files.sha256(data) != manifest.images_sha256:
-        raise StoreError(f"{folder / IMAGES}: altered: its sha256 is not the manifest's; restore it from a copy")
-    paths = Paths(data)
-    try:
-        data.decode()
-    except UnicodeDecodeError as error:
-        raise StoreError(f"{folder / IMAGES}: not UTF-8 ({error.reason}); the file is damaged") from error
-    if len(paths) != manifest.count or not data.endswith(b"\n") or unsafe(data):
-        raise StoreError(
-            f"{folder / IMAGES}: expected {manifest.count} relative paths, and none that leads out of its folder; it is damaged"
-        )
-    sizes = files.map_npy(folder / SIZES, SIZE_DTYPE, (manifest.count,))
-    if files.sha256_file(folder / SIZES) != manifest.sizes_sha256:
-        raise StoreError(f"{folder / SIZES}: altered: its sha256 is not the manifest's; restore it from a copy")
-    return paths, sizes
 
 
 def maps_file(folder: Path, shard: int) -> Path:

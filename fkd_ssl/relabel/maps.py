@@ -20,6 +20,7 @@ from fkd_ssl.crops import Records, unpack
 from fkd_ssl.errors import StoreError
 from fkd_ssl.images import ImageSet
 from fkd_ssl.relabel import layout
+from fkd_ssl.store.manifest import read_images
 
 Float32Array = npt.NDArray[np.float32]
 Int64Array = npt.NDArray[np.int64]
@@ -44,7 +45,7 @@ class LabelMaps:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.manifest = layout.read_manifest(self.folder)
-        self.paths, self.sizes = layout.read_images(self.folder, self.manifest)
+        self.paths, self.sizes = read_images(self.folder, self.manifest)
         if missing := layout.missing_shards(self.folder, self.manifest):
             raise StoreError(
                 f"{self.folder}: {len(missing)} of {self.manifest.shards} shards are missing: run the same fkd-ssl label-maps "

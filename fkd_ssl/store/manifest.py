@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -120,8 +120,24 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def read_images(folder: Path, manifest: Manifest) -> tuple[Paths, npt.NDArray[np.void]]:
-    """Paths and sizes of a store's rows; raises StoreError where they differ from what the manifest says."""
+class Listed(Protocol):
+    """What a manifest says of its list of images: a store's, or that of label maps."""
+
+    @property
+    def count(self) -> int:
+        """N."""
+
+    @property
+    def images_sha256(self) -> str:
+        """Of images.txt."""
+
+    @property
+    def sizes_sha256(self) -> str:
+        """Of images.npy."""
+
+
+def read_images(folder: Path, manifest: Listed) -> tuple[Paths, npt.NDArray[np.void]]:
+    """Paths and sizes of a folder's rows; raises StoreError where they differ from what the manifest says."""
     data = files.read_plain(folder / IMAGES, _MAX_LIST)
     if files.sha256(data) != manifest.images_sha256:
         raise StoreError(f"{folder / IMAGES}: altered: its sha256 is not the manifest's; restore it from a copy")
