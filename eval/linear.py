@@ -16,23 +16,28 @@ into train mode.
 Legend: `B` images in a batch, `N` training images, `n` images to score, `D` feature dimension, `C` classes.
 """
 
+import hashlib
+import io
+import json
 import math
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from fkd_ssl import files
 from fkd_ssl.crops import RECIPES, draw, image_key
 from fkd_ssl.errors import FkdError, RequestError, did_you_mean
 from fkd_ssl.eval.features import Model, View, check_counts, checked, extract, frozen, load, match_classes, view
-from fkd_ssl.eval.scores import Int64Array, accuracy, few_classes, per_class, ranks
+from fkd_ssl.eval.scores import Float32Array, Int64Array, accuracy, few_classes, per_class, ranks
 from fkd_ssl.images import ImageSet
 from fkd_ssl.progress import hidden
 
@@ -40,6 +45,7 @@ RECIPE = RECIPES["fkd"]
 WEIGHT_DEVIATION = 0.01  # of the layer's initial weights in moco, swav and simsiam; the bias starts at 0
 DECAY = 0.1  # at each milestone
 TRUST = 0.001  # of LARS
+MOST_AT_ONCE = 256  # images that the model gets; a larger batch is made of their features
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,97 +138,103 @@ PROTOCOLS = {
 }
 
 
-def evaluate(
+def evaluate(*, protocol: str = "moco", **options: Any) -> dict[str, Any]:
+    """`evaluate_together` of one protocol: its result."""
+    return evaluate_together([protocol], **options)[protocol]
+
+
+def evaluate_together(
+    protocols: Sequence[str],
     *,
     model: Model,
     train: ImageSet,
     val: ImageSet,
     pixels: int,
-    protocol: str = "moco",
     epochs: int | None = None,
     batch_size: int | None = None,
     lr: float | None = None,
     seed: int = 0,
     workers: int = 2,
     progress: bool = True,
-) -> dict[str, Any]:
-    """Trains a linear probe on `train` and scores it on `val`; classes are matched by folder name.
+    kept: Mapping[str, Path] | None = None,
+    identity: str = "",
+) -> dict[str, dict[str, Any]]:
+    """Trains linear probes on `train` and scores them on `val`; classes are matched by folder name.
+
+    The images of an epoch, their order and their crops are drawn from the seed alone, so that several protocols learn from
+    one pass of images through the backbone, which is nearly all of the work, what each would learn from a pass of its own.
 
     The backbone is never changed: an `nn.Module` is in eval mode throughout, any other callable sees to that itself,
-    and no gradient is computed through it. The layer lives on the device that the features come on.
+    and no gradient is computed through it. The layers live on the device that the features come on.
 
     Args:
+        protocols: Names in PROTOCOLS.
         model: uint8 [B, 3, P, P] -> float [B, D].
-        train: The images that the layer learns from.
+        train: The images that the layers learn from.
         val: The images that are scored.
         pixels: P, of the random crops and of the evaluation crop.
-        protocol: Name in PROTOCOLS.
-        epochs: Instead of the protocol's; its milestones move in proportion.
-        batch_size: Instead of the protocol's; the learning rate of simsiam and simclr is published in proportion to it.
-        lr: Instead of the protocol's.
+        epochs: Instead of a protocol's; its milestones move in proportion.
+        batch_size: Instead of a protocol's; the learning rate of simsiam and simclr is published in proportion to it.
+        lr: Instead of a protocol's.
         seed: Of the initial weights, the order and the crops.
         workers: Processes that decode.
         progress: Show a bar on standard error.
+        kept: Of each protocol a file that holds its layer and all else after every epoch; where it is there, that
+            protocol continues after its last epoch and comes to what it would have come to.
+        identity: What tells model and images from others; a file of others is refused.
 
     Returns:
-        `top1`, `top5` in percent after the last epoch, the headline; `best_top1` and `best_epoch` (from 1), chosen on
-        `val` and so only to be printed beside it; `correct` bool [n] after the last epoch; `history`, each epoch's
+        Of each protocol: `top1`, `top5` in percent after the last epoch, the headline; `best_top1` and `best_epoch` (from 1),
+        chosen on `val` and so only to be printed beside it; `correct` bool [n] after the last epoch; `history`, each epoch's
         `epoch`, `lr`, `loss`, `train_top1` (of the random crops, while learning), `top1`; `protocol`, `source`,
         `epochs`, `batch_size`, `lr`, `momentum`, `weight_decay`, `seed`, `pixels`, `n_train`, `n_val`, `classes`,
         `feature_dim`; `per_class`, top-1 of each; `notes`, among them every departure from the protocol.
 
     Raises:
-        RequestError: An unknown protocol, an image without a class, a class that `train` lacks, or a wrong number.
+        RequestError: An unknown protocol, an image without a class, a class that `train` lacks, a wrong number, or a kept
+            file that is damaged or another training's.
         FkdError: Images or features that cannot be used, or a loss that is not finite.
     """
-    probe, notes = _settings(protocol, epochs=epochs, batch_size=batch_size, lr=lr)
+    chosen = {name: _settings(name, epochs=epochs, batch_size=batch_size, lr=lr) for name in protocols}
+    if not chosen:
+        raise RequestError("no linear protocol was asked for")
     labels = match_classes(train, val)
-    classes = len(train.classes)
-    features, _ = extract(
-        model,
-        val,
-        pixels=pixels,
-        batch_size=probe.batch_size,
-        workers=workers,
-        progress=progress,
-        desc="features of val",
-    )
-    if len(train) < probe.batch_size:
-        notes.append(f"a batch of {probe.batch_size} is all {len(train)} training images: one step an epoch")
-    layer = _layer(features.shape[1], classes, seed, small=probe.small_start)
-    history = []
-    rank = np.empty(0, dtype=np.int64)
-    with (
-        frozen(model),
-        tqdm(total=probe.epochs * len(train), unit="img", file=sys.stderr, disable=hidden(show=progress)) as bar,
-    ):
-        for row in _train(model, layer, train, probe, pixels=pixels, seed=seed, workers=workers, bar=bar):
-            rank = _ranks(layer, features, labels)
-            history.append({**row, "top1": 100.0 * float((rank < 1).mean())})
-            if progress:
-                bar.write(_line(history[-1], probe), file=sys.stderr)
-    best = max(history, key=lambda row: row["top1"])
-    return {
-        **accuracy(rank),
-        "best_top1": best["top1"],
-        "best_epoch": best["epoch"],
-        "history": history,
-        "protocol": probe.name,
-        "source": probe.source,
-        "epochs": probe.epochs,
-        "batch_size": probe.batch_size,
-        "lr": probe.lr,
-        "momentum": probe.momentum,
-        "weight_decay": probe.weight_decay,
-        "seed": seed,
-        "pixels": pixels,
-        "n_train": len(train),
-        "n_val": len(val),
-        "classes": classes,
-        "feature_dim": features.shape[1],
-        "per_class": per_class(rank, labels, train.classes),
-        "notes": [*few_classes(classes), *notes],
-    }
+    features, _ = extract(model, val, pixels=pixels, workers=workers, progress=progress, desc="features of val")
+    probes = []
+    for name, (protocol, _) in chosen.items():
+        file = None if kept is None else kept[name]
+        about = json.dumps([identity, asdict(protocol), seed, pixels, train.digest(), val.digest()])
+        probes.append(_Probe(protocol, features.shape[1], train, seed, file, hashlib.sha256(about.encode()).hexdigest()))
+    with frozen(model):
+        _train(model, probes, train, (features, labels), pixels=pixels, seed=seed, workers=workers, progress=progress)
+    results = {}
+    for probe, (protocol, notes) in zip(probes, chosen.values(), strict=True):
+        rank = probe.ranks(features, labels)
+        best = max(probe.history, key=lambda row: row["top1"])
+        if len(train) < protocol.batch_size:
+            notes.append(f"a batch of {protocol.batch_size} is all {len(train)} training images: one step an epoch")
+        results[protocol.name] = {
+            **accuracy(rank),
+            "best_top1": best["top1"],
+            "best_epoch": best["epoch"],
+            "history": probe.history,
+            "protocol": protocol.name,
+            "source": protocol.source,
+            "epochs": protocol.epochs,
+            "batch_size": protocol.batch_size,
+            "lr": protocol.lr,
+            "momentum": protocol.momentum,
+            "weight_decay": protocol.weight_decay,
+            "seed": seed,
+            "pixels": pixels,
+            "n_train": len(train),
+            "n_val": len(val),
+            "classes": len(train.classes),
+            "feature_dim": features.shape[1],
+            "per_class": per_class(rank, labels, train.classes),
+            "notes": [*few_classes(len(train.classes)), *notes],
+        }
+    return results
 
 
 def _settings(name: str, *, epochs: int | None, batch_size: int | None, lr: float | None) -> tuple[ProbeProtocol, list[str]]:
@@ -259,63 +271,167 @@ def _layer(dim: int, classes: int, seed: int, *, small: bool = True) -> nn.Linea
 
 def _train(
     model: Model,
-    layer: nn.Linear,
+    probes: Sequence["_Probe"],
     train: ImageSet,
-    probe: ProbeProtocol,
+    val: tuple[Float32Array, Int64Array],
     *,
     pixels: int,
     seed: int,
     workers: int,
-    bar: "tqdm[Any]",
-) -> Iterator[dict[str, Any]]:
-    """Trains `layer` and yields after every epoch what it was like."""
-    optimizer: torch.optim.SGD | None = None
+    progress: bool,
+) -> None:
+    """Trains every probe to its last epoch, on the same batches of features."""
+    probes = [probe for probe in probes if len(probe.history) < probe.protocol.epochs]
+    if not probes:
+        return
+    first, last = min(len(probe.history) for probe in probes), max(probe.protocol.epochs for probe in probes)
+    at_once = min(MOST_AT_ONCE, *(probe.protocol.batch_size for probe in probes))
     labels = torch.from_numpy(train.labels)
-    batches = load(_Drawn(train, pixels, seed), _Order(len(train), probe, seed), workers=workers)
-    steps, step = probe.epochs * math.ceil(len(train) / probe.batch_size), 0
-    for epoch in range(probe.epochs):
-        bar.set_description(f"{probe.name} epoch {epoch + 1}/{probe.epochs}")
-        loss_sum, hits, seen = 0.0, 0, 0
-        while seen < len(train):
-            views, indices = next(batches)
-            with torch.no_grad():
-                features = checked(model(views), train, indices)
-                features = features.clone()  # a model that runs in inference mode returns what autograd refuses
-            if features.shape[1] != layer.in_features:
-                raise FkdError(
-                    f"the model returned {layer.in_features} dimensions, then {features.shape[1]}: expected one size"
-                )
-            if optimizer is None:
-                layer.to(features.device)
-                optimizer = torch.optim.SGD(
-                    layer.parameters(),
-                    lr=probe.lr,
-                    momentum=probe.momentum,
-                    weight_decay=0.0 if probe.lars else probe.weight_decay,  # LARS scales it with the gradient
-                )
-            rate = optimizer.param_groups[0]["lr"] = probe.rate_at(step, steps)
-            step += 1
-            target = labels[indices].to(features.device)
-            with torch.enable_grad():
-                logits = layer(features)
-                loss = functional.cross_entropy(logits, target)
-                optimizer.zero_grad()
-                loss.backward()  # type: ignore[no-untyped-call]
-            if probe.lars:
-                scale_gradients(layer, probe.weight_decay)
-            optimizer.step()
-            value = loss.item()
-            if not math.isfinite(value):
-                raise FkdError(
-                    f"the probe diverged in epoch {epoch + 1}: loss {value}, learning rate {rate:g}, "
-                    f"features of mean length {features.norm(dim=1).mean().item():.3g}; give a lower lr"
-                )
-            loss_sum += value * len(target)
-            hits += int((logits.detach().argmax(dim=1) == target).sum())
-            seen += len(target)
-            bar.set_postfix(loss=f"{loss_sum / seen:.4f}", top1=f"{100 * hits / seen:.1f}", refresh=False)
-            bar.update(len(target))
-        yield {"epoch": epoch + 1, "lr": rate, "loss": loss_sum / seen, "train_top1": 100.0 * hits / seen}
+    batches = load(_Drawn(train, pixels, seed), _Order(len(train), range(first, last), at_once, seed), workers=workers)
+    names = ", ".join(probe.protocol.name for probe in probes)
+    total = last * len(train)
+    with tqdm(total=total, initial=first * len(train), unit="img", file=sys.stderr, disable=hidden(show=progress)) as bar:
+        for epoch in range(first, last):
+            learning = [probe for probe in probes if len(probe.history) == epoch < probe.protocol.epochs]
+            bar.set_description(f"{names} epoch {epoch + 1}/{last}")
+            seen = 0
+            while seen < len(train):
+                views, indices = next(batches)
+                with torch.no_grad():
+                    features = checked(model(views), train, indices)
+                    features = features.clone()  # a model that runs in inference mode returns what autograd refuses
+                target = labels[indices].to(features.device)
+                for probe in learning:
+                    probe.learn(features, target)
+                seen += len(indices)
+                bar.set_postfix(learning[0].so_far(), refresh=False)
+                bar.update(len(indices))
+            for probe in learning:
+                probe.end_epoch(*val)
+                if progress:
+                    bar.write(_line(probe.history[-1], probe.protocol), file=sys.stderr)
+
+
+class _Probe:
+    """A layer in training: its optimiser, the features that wait until they are a batch, and what its epochs were like."""
+
+    def __init__(self, protocol: ProbeProtocol, dim: int, train: ImageSet, seed: int, file: Path | None, identity: str) -> None:
+        self.protocol, self.file, self.identity = protocol, file, identity
+        self.layer = _layer(dim, len(train.classes), seed, small=protocol.small_start)
+        self.history: list[dict[str, Any]] = []
+        self.steps_an_epoch = math.ceil(len(train) / protocol.batch_size)
+        self._momentum: list[Tensor] | None = None
+        self._optimizer: torch.optim.SGD | None = None  # once the features' device is known
+        self._waiting: list[tuple[Tensor, Tensor]] = []
+        self._begin_epoch()
+        if file is not None and file.exists():
+            self._load(file)
+
+    def learn(self, features: Tensor, target: Tensor) -> None:
+        """Takes features float [B, D] and labels int64 [B], and a step for every batch that they fill up."""
+        if features.shape[1] != self.layer.in_features:
+            raise FkdError(
+                f"the model returned {self.layer.in_features} dimensions, then {features.shape[1]}: expected one size"
+            )
+        self._waiting.append((features, target))
+        size = self.protocol.batch_size
+        while sum(len(target) for _, target in self._waiting) >= size:
+            features, target = self._take()
+            self._step(features[:size], target[:size])
+            if len(target) > size:
+                self._waiting.append((features[size:], target[size:]))
+
+    def so_far(self) -> dict[str, str]:
+        """What the progress bar says of the epoch."""
+        return {"loss": f"{self._loss / max(self._seen, 1):.4f}", "top1": f"{100 * self._hits / max(self._seen, 1):.1f}"}
+
+    def end_epoch(self, features: Float32Array, labels: Int64Array) -> None:
+        """Takes the step of what still waits, scores the layer on validation features [n, D], and keeps all of it."""
+        if self._waiting:
+            self._step(*self._take())
+        assert self._optimizer is not None
+        row = {
+            "epoch": len(self.history) + 1,
+            "lr": self._optimizer.param_groups[0]["lr"],
+            "loss": self._loss / self._seen,
+            "train_top1": 100.0 * self._hits / self._seen,
+            "top1": 100.0 * float((self.ranks(features, labels) < 1).mean()),
+        }
+        self.history.append(row)
+        self._begin_epoch()
+        if self.file is not None:
+            momentum = [self._optimizer.state[part]["momentum_buffer"].cpu() for part in self.layer.parameters()]
+            buffer = io.BytesIO()
+            state = {key: value.cpu() for key, value in self.layer.state_dict().items()}
+            torch.save({"identity": self.identity, "layer": state, "momentum": momentum, "history": self.history}, buffer)
+            files.replace(self.file, buffer.getvalue())
+
+    @torch.no_grad()
+    def ranks(self, features: Float32Array, labels: Int64Array) -> Int64Array:
+        """The rank of each image's own class among the layer's answers, 0 the best; int64 [n]."""
+        rank = np.empty(len(labels), dtype=np.int64)
+        for start in range(0, len(labels), 4096):
+            rows = slice(start, start + 4096)
+            scores = self.layer(torch.from_numpy(features[rows]).to(self.layer.weight.device))
+            rank[rows] = ranks(scores.cpu().numpy(), labels[rows])
+        return rank
+
+    def _begin_epoch(self) -> None:
+        self._loss, self._hits, self._seen, self._steps = 0.0, 0, 0, 0
+
+    def _take(self) -> tuple[Tensor, Tensor]:
+        features, target = (torch.cat(parts) for parts in zip(*self._waiting, strict=True))
+        self._waiting.clear()
+        return features, target
+
+    def _start(self, device: torch.device) -> torch.optim.SGD:
+        self.layer.to(device)
+        optimizer = torch.optim.SGD(
+            self.layer.parameters(),
+            lr=self.protocol.lr,
+            momentum=self.protocol.momentum,
+            weight_decay=0.0 if self.protocol.lars else self.protocol.weight_decay,  # LARS scales it with the gradient
+        )
+        if self._momentum is not None:
+            for part, momentum in zip(self.layer.parameters(), self._momentum, strict=True):
+                optimizer.state[part]["momentum_buffer"] = momentum.to(device)
+        return optimizer
+
+    def _step(self, features: Tensor, target: Tensor) -> None:
+        if self._optimizer is None:
+            self._optimizer = self._start(features.device)
+        done = len(self.history) * self.steps_an_epoch + self._steps
+        rate = self.protocol.rate_at(done, self.protocol.epochs * self.steps_an_epoch)
+        self._optimizer.param_groups[0]["lr"] = rate
+        with torch.enable_grad():
+            logits = self.layer(features)
+            loss = functional.cross_entropy(logits, target)
+            self._optimizer.zero_grad()
+            loss.backward()  # type: ignore[no-untyped-call]
+        if self.protocol.lars:
+            scale_gradients(self.layer, self.protocol.weight_decay)
+        self._optimizer.step()
+        value = loss.item()
+        if not math.isfinite(value):
+            raise FkdError(
+                f"the probe {self.protocol.name} diverged in epoch {len(self.history) + 1}: loss {value}, learning rate "
+                f"{rate:g}, features of mean length {features.norm(dim=1).mean().item():.3g}; give a lower lr"
+            )
+        self._loss += value * len(target)
+        self._hits += int((logits.detach().argmax(dim=1) == target).sum())
+        self._seen += len(target)
+        self._steps += 1
+
+    def _load(self, file: Path) -> None:
+        try:
+            saved = torch.load(file, map_location="cpu", weights_only=True)
+            if saved["identity"] == self.identity:
+                self.layer.load_state_dict(saved["layer"])
+                self._momentum, self.history = list(saved["momentum"]), list(saved["history"])
+                return
+        except Exception as error:  # whatever a damaged file makes torch raise
+            raise RequestError(f"{file}: cannot be read: {error}; remove it to begin anew") from error
+        raise RequestError(f"{file}: of another model, other images or other settings; choose another --out, or remove it")
 
 
 @torch.no_grad()
@@ -332,16 +448,6 @@ def scale_gradients(layer: nn.Module, weight_decay: float = 0.0, *, epsilon: flo
             part.grad.add_(part, alpha=weight_decay).mul_(TRUST * length / (slope + weight_decay * length + epsilon))
 
 
-@torch.no_grad()
-def _ranks(layer: nn.Linear, features: Any, labels: Int64Array) -> Int64Array:
-    rank = np.empty(len(labels), dtype=np.int64)
-    for start in range(0, len(labels), 4096):
-        rows = slice(start, start + 4096)
-        scores = layer(torch.from_numpy(features[rows]).to(layer.weight.device))
-        rank[rows] = ranks(scores.cpu().numpy(), labels[rows])
-    return rank
-
-
 def _line(row: dict[str, Any], probe: ProbeProtocol) -> str:
     return (
         f"{probe.name} epoch {row['epoch']}/{probe.epochs}: lr {row['lr']:g}, loss {row['loss']:.4f}, "
@@ -350,17 +456,18 @@ def _line(row: dict[str, Any], probe: ProbeProtocol) -> str:
 
 
 class _Order:
-    """Batches of (epoch, image) through all epochs, each a fresh permutation; one loader serves the whole training."""
+    """Batches of (epoch, image), each epoch a fresh permutation; one loader serves the whole training."""
 
-    def __init__(self, images: int, probe: ProbeProtocol, seed: int) -> None:
-        self.images, self.probe, self.seed = images, probe, seed
+    def __init__(self, images: int, epochs: range, batch_size: int, seed: int) -> None:
+        self.images, self.epochs, self.batch_size, self.seed = images, epochs, batch_size, seed
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         generator = torch.Generator().manual_seed(self.seed)
-        for epoch in range(self.probe.epochs):
+        for epoch in range(self.epochs.stop):
             order = torch.randperm(self.images, generator=generator)
-            for start in range(0, self.images, self.probe.batch_size):
-                yield [(epoch, row) for row in order[start : start + self.probe.batch_size].tolist()]
+            if epoch in self.epochs:
+                for start in range(0, self.images, self.batch_size):
+                    yield [(epoch, row) for row in order[start : start + self.batch_size].tolist()]
 
 
 class _Drawn(Dataset[View]):

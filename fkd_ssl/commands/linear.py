@@ -1,16 +1,19 @@
 """Linear probe of a model's features.
 
 Trained on random crops, as published, with the backbone frozen in eval mode: moco (SGD, learning rate 30, 100 epochs), swav,
-simsiam (LARS, batch 4096), simclr (lightly's). On features extracted once, in seconds: sweep (DINOv2's 13 learning rates at
-once) and logreg (L-BFGS), what they choose being chosen on a held-out part of train. These two also take
-FEATURES.npy,LABELS.npy that came from elsewhere.
+simsiam (LARS, batch 4096), simclr (lightly's). Several of them, as moco,swav, learn from one pass over the crops, which is
+nearly all of the work. On features extracted once, in seconds: sweep (DINOv2's 13 learning rates at once) and logreg
+(L-BFGS), what they choose being chosen on a held-out part of train. These two also take FEATURES.npy,LABELS.npy that came
+from elsewhere. With --out a killed run continues after its last epoch.
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from pathlib import Path
+from typing import Any, ClassVar
 
-from fkd_ssl.errors import RequestError
+from fkd_ssl.errors import RequestError, did_you_mean
 
+ON_CROPS = ("moco", "swav", "simsiam", "simclr")
 ON_FEATURES = ("sweep", "logreg")
 
 
@@ -18,14 +21,16 @@ ON_FEATURES = ("sweep", "logreg")
 class Config:
     """Options of linear."""
 
+    FREE: ClassVar = ("workers", "features")
+
     model: str | None = None
     """A run folder, a .ckpt of one, teacher:NAME, torchvision/NAME, timm/NAME, or module:function; of files only a name."""
     train: str
     """Labelled images to train the probe on: a folder, NAME:SPLIT:ROOT, or FEATURES.npy,LABELS.npy."""
     val: str
     """Labelled images to test it on, likewise."""
-    protocol: Literal["moco", "swav", "simsiam", "simclr", "sweep", "logreg"] = "moco"
-    """Whose probe."""
+    protocol: str = "moco"
+    """Whose probe: moco, swav, simsiam, simclr, sweep or logreg; or several with commas between them."""
     pixels: int | None = None
     """Side of the crops; the model's own training size by default."""
     checkpoint: str | None = None
@@ -43,57 +48,108 @@ class Config:
     workers: int = 2
     """Processes that read images."""
     out: str | None = None
-    """Folder for results.json."""
+    """Folder for results.json, and for what a killed run continues from; of several protocols a folder of each in it."""
     json: bool = False
-    """Print one JSON object on standard output."""
+    """Print one JSON object on standard output, a line of each protocol."""
+
+    @property
+    def protocols(self) -> list[str]:
+        """The names in `protocol`."""
+        return self.protocol.split(",")
 
     def __post_init__(self) -> None:
-        crops = {"epochs": self.epochs, "batch_size": self.batch_size, "lr": self.lr}
-        for name, value in crops.items():
-            if self.protocol in ON_FEATURES and value is not None:
+        known = (*ON_CROPS, *ON_FEATURES)
+        for name in self.protocols:
+            if name not in known:
+                raise RequestError(
+                    f"--protocol {self.protocol}: no protocol {name!r} (known: {', '.join(known)}){did_you_mean(name, known)}"
+                )
+        if len(set(self.protocols)) < len(self.protocols):
+            raise RequestError(f"--protocol {self.protocol}: names one twice")
+        for name in ("epochs", "batch_size", "lr"):
+            if getattr(self, name) is not None and not set(self.protocols) & set(ON_CROPS):
                 raise RequestError(f"--{name} goes with --protocol moco or swav, simsiam, simclr; {self.protocol} sets its own")
-        if self.protocol not in ON_FEATURES and self.features is not None:
+        if self.features is not None and not set(self.protocols) & set(ON_FEATURES):
             raise RequestError(f"--features goes with --protocol sweep or logreg; {self.protocol} trains on random crops")
 
 
 def run(config: Config) -> int:
     """Scores the model."""
     from fkd_ssl.commands import results, sources
-    from fkd_ssl.eval import linear, logreg, sweep
 
-    if config.protocol not in ON_FEATURES and any(map(sources.is_files, (config.train, config.val))):
+    on_crops = [name for name in config.protocols if name in ON_CROPS]
+    if on_crops and any(map(sources.is_files, (config.train, config.val))):
         raise RequestError(
             f"--protocol {config.protocol} trains on random crops of images; features that are there already go with "
             "--protocol sweep or logreg"
         )
-    if results.show_finished(config):
-        return 0
-    if config.protocol in ON_FEATURES:
-        split, about = sources.split_of(config, config.train, config.val)
-        common = {**split.common, "names": split.classes, "seed": config.seed}
-        if config.protocol == "sweep":
-            result = sweep.evaluate(**common, device=sources.search_device())
+    parts = {name: _part(config, name) for name in config.protocols}
+    asked = {name: part for name, part in parts.items() if not results.show_finished(part)}
+    _on_crops({name: asked[name] for name in on_crops if name in asked})
+    _on_features({name: part for name, part in asked.items() if name in ON_FEATURES})
+    return 0
+
+
+def _part(config: Config, name: str) -> Config:
+    """The evaluation of one protocol of `config`, as it would be asked for by itself."""
+    if config.protocol == name:
+        return config
+    out = None if config.out is None else str(Path(config.out) / name)
+    if name in ON_CROPS:
+        return replace(config, protocol=name, out=out, features=None)
+    return replace(config, protocol=name, out=out, epochs=None, batch_size=None, lr=None)
+
+
+def _on_crops(parts: dict[str, Config]) -> None:
+    if not parts:
+        return
+    from fkd_ssl.commands import sources
+    from fkd_ssl.eval import linear
+
+    config = next(iter(parts.values()))
+    train, val = sources.images_of(config.train), sources.images_of(config.val)
+    model, pixels = sources.load_model(config)
+    kept = None if config.out is None else {name: Path(str(part.out)) / "probe.pt" for name, part in parts.items()}
+    results = linear.evaluate_together(
+        list(parts),
+        model=model.features,
+        train=train,
+        val=val,
+        pixels=pixels,
+        epochs=config.epochs,
+        batch_size=config.batch_size,
+        lr=config.lr,
+        seed=config.seed,
+        workers=config.workers,
+        kept=kept,
+        identity=model.identity,
+    )
+    data = {"train": sources.about_images(config.train, train), "val": sources.about_images(config.val, val)}
+    about = {**sources.about_model(model, pixels), "data": data}
+    for name, part in parts.items():
+        _show(part, pixels, about, results[name])
+
+
+def _on_features(parts: dict[str, Config]) -> None:
+    if not parts:
+        return
+    from fkd_ssl.commands import sources
+    from fkd_ssl.eval import logreg, sweep
+
+    config = next(iter(parts.values()))
+    split, about = sources.split_of(config, config.train, config.val)
+    pixels = (about["transform"] or {}).get("centre_crop")
+    common = {**split.common, "names": split.classes, "seed": config.seed}
+    for name, part in parts.items():
+        if name == "sweep":
+            _show(part, pixels, about, sweep.evaluate(**common, device=sources.search_device()))
         else:
-            result = logreg.evaluate(**common)
-        pixels = (about["transform"] or {}).get("centre_crop")
-    else:
-        train, val = sources.images_of(config.train), sources.images_of(config.val)
-        model, pixels = sources.load_model(config)
-        result = linear.evaluate(
-            model=model.features,
-            train=train,
-            val=val,
-            pixels=pixels,
-            protocol=config.protocol,
-            epochs=config.epochs,
-            batch_size=config.batch_size,
-            lr=config.lr,
-            seed=config.seed,
-            workers=config.workers,
-        )
-        data = {"train": sources.about_images(config.train, train), "val": sources.about_images(config.val, val)}
-        about = {**sources.about_model(model, pixels), "data": data}
+            _show(part, pixels, about, logreg.evaluate(**common))
+
+
+def _show(config: Config, pixels: int | None, about: dict[str, Any], result: dict[str, Any]) -> None:
+    from fkd_ssl.commands import results
+
     where = "" if pixels is None else f" at {pixels} px"
     title = f"{config.model or config.train}: linear probe ({config.protocol}){where}"
     results.show("linear", title, replace(config, pixels=pixels), config.protocol, about, result)
-    return 0

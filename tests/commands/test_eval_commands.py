@@ -55,6 +55,25 @@ def test_json_is_one_object(work: Path, call: Any, verb: str) -> None:
     assert result["protocol"]
 
 
+def test_several_protocols_are_several_results(work: Path, call: Any) -> None:
+    line = f"linear {TEACHER} {SETS} --protocol moco,logreg,swav --epochs 2 --batch_size 8 --out probes"
+    status, out, _ = call(line)
+    assert status == 0
+    assert sorted(line.split(": ")[1].split("(")[1].split(")")[0] for line in out.splitlines()) == ["logreg", "moco", "swav"]
+    found = {name: json.loads((work / "probes" / name / "results.json").read_text()) for name in ("moco", "logreg", "swav")}
+    assert [value["protocol"] for value in found.values()] == list(found)
+    assert {value["config"]["epochs"] for value in found.values()} == {2, None}
+    again = call(line + " --workers 1")
+    assert sorted(again.out.splitlines()) == sorted(out.splitlines())
+    assert again.err.count("this evaluation is done") == 3
+    alone = json.loads(call(f"linear {TEACHER} {SETS} --protocol swav --epochs 2 --batch_size 8 --json").out)
+    assert alone["history"] == found["swav"]["history"]
+    further = call(line.replace("swav", "swav,simsiam") + " --json")  # what is there already is not computed again
+    assert [json.loads(row)["protocol"] for row in further.out.splitlines()] == ["moco", "logreg", "swav", "simsiam"]
+    assert "simsiam epoch 2/2" in further.err
+    assert "moco epoch" not in further.err
+
+
 @pytest.mark.parametrize("verb", ["knn --k 5", "linear --protocol logreg", "linear --protocol sweep"])
 def test_colours_are_told_apart(work: Path, call: Any, verb: str) -> None:
     assert json.loads(call(f"{verb} {TEACHER} {SETS} --json").out)["top1"] > 80
@@ -94,7 +113,9 @@ def test_a_run_is_a_model_and_so_is_its_checkpoint(work: Path, call: Any, train_
         (f"knn {TEACHER} {SETS} --k 0", 2, "k"),
         (f"knn {TEACHER} --train train --val torn --workers 0", 1, "torn/ash/0.png: not a readable image"),
         (f"linear {TEACHER} {SETS} --protocol logreg --epochs 3", 2, "--epochs goes with --protocol moco or swav"),
-        (f"linear {TEACHER} {SETS} --protocol byol", 2, "--protocol"),
+        (f"linear {TEACHER} {SETS} --protocol moco,byol", 2, "--protocol moco,byol: no protocol 'byol' (known: moco, swav"),
+        (f"linear {TEACHER} {SETS} --protocol moco,", 2, "--protocol moco,: no protocol ''"),
+        (f"linear {TEACHER} {SETS} --protocol swav,swav", 2, "--protocol swav,swav: names one twice"),
         (f"linear {TEACHER} {SETS} --protocol sweep --lr 3", 2, "--lr goes with --protocol moco or swav"),
         (f"linear {TEACHER} {SETS} --features cache", 2, "--features goes with --protocol sweep or logreg; moco trains on"),
         (f"linear {TEACHER} {SETS} --protocol logreg --train one --val one", 2, "one class only; a probe needs two"),

@@ -243,3 +243,78 @@ def test_a_published_rate_in_proportion_follows_the_batch(make_set, backbone) ->
     assert run(backbone, train, val, epochs=1, protocol="simsiam", batch_size=64)["lr"] == pytest.approx(0.1 * 64 / 256)
     assert run(backbone, train, val, epochs=1, protocol="simsiam", batch_size=64, lr=0.3)["lr"] == 0.3
     assert run(backbone, train, val, epochs=1, protocol="moco", batch_size=64)["lr"] == 30.0
+
+
+def test_several_protocols_learn_from_one_pass_what_each_learns_alone(make_set, backbone) -> None:
+    train, val = make_set("train", per_class=5, seed=0), make_set("val", per_class=2, seed=1)
+    calls = []
+
+    def counted(pixels: torch.Tensor) -> torch.Tensor:
+        calls.append(len(pixels))
+        return backbone(pixels)
+
+    options = {"epochs": 4, "seed": 3, "pixels": 16, "workers": 0, "progress": False}
+    backbone.eval()
+    together = linear.evaluate_together(["moco", "swav", "simsiam"], model=counted, train=train, val=val, **options)
+    assert sum(calls) == 8 + 4 * 20
+    for name, result in together.items():
+        alone = run(backbone, train, val, protocol=name, **options)
+        for ours, theirs in zip(result["history"], alone["history"], strict=True):
+            assert ours == pytest.approx(theirs, rel=1e-4)
+        np.testing.assert_array_equal(result["correct"], alone["correct"])
+    assert len({tuple(row["loss"] for row in result["history"]) for result in together.values()}) == 3
+
+
+def test_batches_are_filled_from_what_the_model_gets_at_once(make_set, backbone, monkeypatch) -> None:
+    """20 images, read 3 at once, in batches of 7: the steps of an epoch are 7, 7 and 6 images, as read in one piece."""
+    train, val = make_set("train", per_class=5, seed=0), make_set("val", per_class=1, seed=1)
+    backbone.eval()
+    whole = run(backbone, train, val, epochs=3, batch_size=7, lr=1.0)
+    monkeypatch.setattr(linear, "MOST_AT_ONCE", 3)
+    parts = run(backbone, train, val, epochs=3, batch_size=7, lr=1.0)
+    for ours, theirs in zip(parts["history"], whole["history"], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+
+
+def test_a_killed_probe_continues_to_what_it_would_have_come_to(make_set, backbone, tmp_path) -> None:
+    train, val = make_set("train", per_class=3, seed=0), make_set("val", per_class=2, seed=1)
+    backbone.eval()
+    names, options = ["moco", "simsiam"], {"train": train, "val": val, "epochs": 5, "batch_size": 4, "lr": 1.0}
+    options |= {"pixels": 16, "workers": 0, "progress": False}
+    whole = linear.evaluate_together(names, model=backbone, **options)
+    kept = {name: tmp_path / f"{name}.pt" for name in names}
+    seen = []
+
+    def killed(pixels: torch.Tensor) -> torch.Tensor:
+        seen.append(len(pixels))
+        if sum(seen) > 8 + 2 * 12 + 4:  # val, two epochs, and a step of the third
+            raise KeyboardInterrupt
+        return backbone(pixels)
+
+    with pytest.raises(KeyboardInterrupt):
+        linear.evaluate_together(names, model=killed, kept=kept, **options)
+    (tmp_path / "simsiam.pt").unlink()  # one of them begins anew
+    seen = [-1000]
+    again = linear.evaluate_together(names, model=killed, kept=kept, **options)
+    assert sum(seen) == -1000 + 8 + 5 * 12
+    for name in names:
+        assert again[name]["history"] == whole[name]["history"]
+        np.testing.assert_array_equal(again[name]["correct"], whole[name]["correct"])
+    seen = [-1000]
+    done = linear.evaluate_together(names, model=killed, kept=kept, **options)
+    assert sum(seen) == -1000 + 8
+    assert done["moco"]["history"] == whole["moco"]["history"]
+
+
+def test_what_was_kept_of_another_training_is_refused_and_left_alone(make_set, backbone, tmp_path) -> None:
+    train, val = make_set("train", per_class=2, seed=0), make_set("val", per_class=1, seed=1)
+    kept = {"moco": tmp_path / "probe.pt"}
+    run(backbone, train, val, epochs=1, kept=kept, identity="a")
+    before = kept["moco"].read_bytes()
+    for change in ({"identity": "b"}, {"identity": "a", "epochs": 2}, {"identity": "a", "seed": 1}):
+        with pytest.raises(RequestError, match=r"probe\.pt: of another model, other images or other settings"):
+            run(backbone, train, val, kept=kept, **{"epochs": 1, **change})
+    assert kept["moco"].read_bytes() == before
+    kept["moco"].write_bytes(before[:200])
+    with pytest.raises(RequestError, match=r"probe\.pt: cannot be read: .*; remove it to begin anew"):
+        run(backbone, train, val, kept=kept, epochs=1, identity="a")
