@@ -1,6 +1,6 @@
 """A student's backbone as one file of safetensors, in the layout of torchvision or timm.
 
-The projection head stays behind. The file is what --model and --init take too.
+The projection head stays behind; a classifier's last layer comes along. The file is what --model and --init take too.
 """
 
 from dataclasses import dataclass

@@ -104,12 +104,17 @@ def _one_teacher(name: str, checkpoint: str | None, precision: Precision) -> Tea
     if name != RUN:
         return load_teacher(name, checkpoint=checkpoint, precision=precision)
     if checkpoint is None:
-        raise RequestError(f"teacher {RUN}: --checkpoint is needed: a run folder of fkd-ssl train, or a .ckpt of one")
+        raise RequestError(
+            f"teacher {RUN}: --checkpoint is needed: a run folder of fkd-ssl train, a .ckpt of one, or an exported classifier"
+        )
     path = Path(checkpoint)
-    if path.suffix == EXPORTED:
-        raise RequestError(f"teacher {RUN}: {checkpoint} is an export, which has no head; give the run itself")
     student, pixels = student_of(checkpoint, "--checkpoint")
-    run = path.resolve().parents[1] if path.is_file() else path.resolve()  # RUN/checkpoints/last.ckpt
+    if path.suffix == EXPORTED and student.made_of.get("head") != CLASSIFIER:
+        raise RequestError(f"teacher {RUN}: {checkpoint} is an export, which has no projection head; give the run itself")
+    if path.suffix == EXPORTED:
+        run = path.resolve().with_suffix("")
+    else:
+        run = path.resolve().parents[1] if path.is_file() else path.resolve()  # RUN/checkpoints/last.ckpt
     return Teacher(
         student.backbone,
         student.head,

@@ -1,9 +1,10 @@
 """Backbones by name: torchvision's classifiers, timm's networks, ReActNet."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fkd_ssl.errors import RequestError, did_you_mean
 from fkd_ssl.students.reactnet import ReActNet
@@ -51,6 +52,24 @@ def make_backbone(name: str, *, stem: str = "standard", width: float = 1.0) -> t
     return network, int(dim)
 
 
+def last_layer(name: str, classes: int, dim: int, backbone: Mapping[str, Tensor]) -> str | None:
+    """What a library calls the last layer of a network of `classes` whose backbone has these weights.
+
+    None where that is more than one linear layer on the backbone's features [B, dim], as MobileNetV3's of torchvision's is.
+    """
+    if name in REACTNETS:
+        return None
+    try:
+        whole = (
+            _whole_timm(name, num_classes=classes) if name.startswith(TIMM) else _whole_torchvision(name, num_classes=classes)
+        )
+    except (TypeError, RequestError):  # a network without such an option
+        return None
+    rest = {key: tuple(value.shape) for key, value in whole.state_dict().items() if key not in backbone}
+    last = next((key.removesuffix(".weight") for key in rest if key.endswith(".weight")), None)
+    return last if rest == {f"{last}.weight": (classes, dim), f"{last}.bias": (classes,)} else None
+
+
 def make_small(network: nn.Module, name: str) -> None:
     """Gives a network the stem for small images; raises RequestError where it begins with no convolution of 2 to 7 px."""
     path, first = next(((path, part) for path, part in network.named_modules() if isinstance(part, nn.Conv2d)), ("", None))
@@ -70,7 +89,7 @@ def _put(network: nn.Module, path: str, part: nn.Module) -> None:
     setattr(network.get_submodule(parent), last, part)
 
 
-def _torchvision(name: str, options: dict[str, Any]) -> nn.Module:
+def _whole_torchvision(name: str, **options: Any) -> nn.Module:
     from torchvision import models
 
     names = models.list_models(module=models)
@@ -79,6 +98,11 @@ def _torchvision(name: str, options: dict[str, Any]) -> nn.Module:
         raise RequestError(f"student {name!r}: torchvision has no such classifier{did_you_mean(name, known)}")
     extra = {"aux_logits": False} if name in ("googlenet", "inception_v3") else {}
     network: nn.Module = models.get_model(name, weights=None, **extra, **options)
+    return network
+
+
+def _torchvision(name: str, options: dict[str, Any]) -> nn.Module:
+    network = _whole_torchvision(name, **options)
     last = next((part for part in _CLASSIFIERS if hasattr(network, part)), None)
     if last is None:
         raise RequestError(f"student {name!r}: cannot tell its classifier from its backbone")
@@ -89,6 +113,10 @@ def _torchvision(name: str, options: dict[str, Any]) -> nn.Module:
 
 
 def _timm(name: str) -> nn.Module:
+    return _whole_timm(name, num_classes=0)
+
+
+def _whole_timm(name: str, **more: Any) -> nn.Module:
     try:
         import timm
     except ImportError as error:
@@ -96,7 +124,7 @@ def _timm(name: str) -> nn.Module:
     model = name.removeprefix(TIMM)
     if not timm.is_model(model):
         raise RequestError(f"student {name!r}: timm has no such model{did_you_mean(model, timm.list_models())}")
-    options: dict[str, Any] = {"pretrained": False, "num_classes": 0}
+    options: dict[str, Any] = {"pretrained": False, **more}
     try:
         try:  # so that a vision transformer takes other sizes than its own
             network: nn.Module = timm.create_model(model, **options, dynamic_img_size=True)

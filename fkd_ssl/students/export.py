@@ -1,4 +1,4 @@
-"""A student's backbone in the layout of a library, as safetensors."""
+"""A student's backbone, and a classifier's last layer, in the layout of a library, as safetensors."""
 
 import copy
 import json
@@ -11,20 +11,23 @@ from torch import Tensor, nn
 
 from fkd_ssl import files
 from fkd_ssl.errors import RequestError
-from fkd_ssl.students.backbones import REACTNETS, TIMM, make_backbone
-from fkd_ssl.students.saved import EXPORTED, STUDENT_KEY
+from fkd_ssl.students.backbones import REACTNETS, TIMM, last_layer, make_backbone
+from fkd_ssl.students.heads import CLASSIFIER
+from fkd_ssl.students.saved import EXPORTED, LAST_LAYER, STUDENT_KEY
 from fkd_ssl.students.student import Student
 
 Layout = Literal["torchvision", "timm"]
 _TWINS = {"mobilenet_v2": "mobilenetv2_100"}  # networks that timm calls otherwise
 _EXACT = 1e-6
+_OWN_LAST = "head.0"  # what the last layer is called where the library has no place for it
 
 
 def export(student: Student, path: Path, *, layout: Layout | None, pixels: int) -> str:
-    """Writes a backbone's weights, under the library's own names, without classifier and projection head.
+    """Writes a backbone's weights under the library's own names, without a projection head.
 
     Another library's layout is found by laying both networks' weights side by side, and is written only if its network then
-    gives the same features.
+    gives the same features. The last layer of a student of class probabilities is written too: as the library's own, where its
+    network ends in one linear layer on these features.
 
     Args:
         student: In eval mode.
@@ -42,11 +45,17 @@ def export(student: Student, path: Path, *, layout: Layout | None, pixels: int) 
     if path.suffix != EXPORTED:
         raise RequestError(f"out {path}: the file is one of safetensors; call it {path.with_suffix(EXPORTED)}")
     name, about = str(student.made_of["name"]), dict(student.made_of)
-    about.pop("head", None)
+    head = about.pop("head", None)
     own = library(name)
     weights = {key: value.detach().cpu().contiguous() for key, value in student.backbone.state_dict().items()}
     if layout is not None and layout != own:
         about["name"], weights = _translated(student, layout, weights)
+    if head == CLASSIFIER:
+        about |= {"head": head, "dim": student.dims[0]}
+        last = last_layer(str(about["name"]), student.dims[0], student.feature_dim, weights)
+        about[LAST_LAYER] = last or _OWN_LAST
+        for key, value in student.head[-1].state_dict().items():
+            weights[f"{about[LAST_LAYER]}.{key}"] = value.detach().cpu().contiguous()
     metadata = {STUDENT_KEY: json.dumps({**about, "pixels": pixels}, sort_keys=True)}
     with files.publish(path) as file:
         file.write(safetensors.torch.save(weights, metadata))
@@ -60,11 +69,18 @@ def library(name: str) -> str:
 
 def loading(made_of: dict[str, Any], path: Path) -> str:
     """The line of Python that loads an exported file of such a student into its library's network."""
-    name = str(made_of["name"])
-    if set(made_of) - {"name", "head"} or name in REACTNETS:  # another stem or width than the library's
+    name, classes = str(made_of["name"]), made_of.get("dim")
+    unusual = set(made_of) - {"name", "head", "dim", LAST_LAYER}  # another stem or width than the library's
+    foreign = made_of.get(LAST_LAYER) == _OWN_LAST  # a last layer that the library's network has not
+    if unusual or foreign or name in REACTNETS:
         return f'student, pixels = fkd_ssl.load_student("{path}")'
     if name.startswith(TIMM):
-        return f'model = timm.create_model("{name.removeprefix(TIMM)}", num_classes=0, checkpoint_path="{path}")'
+        return f'model = timm.create_model("{name.removeprefix(TIMM)}", num_classes={classes or 0}, checkpoint_path="{path}")'
+    if classes:
+        return (
+            f"model = torchvision.models.{name}(num_classes={classes}); "
+            f'model.load_state_dict(safetensors.torch.load_file("{path}"))'
+        )
     return (
         f'model = torchvision.models.{name}(); model.load_state_dict(safetensors.torch.load_file("{path}"), strict=False)'
         "  # all but the classifier"

@@ -175,10 +175,14 @@ class TestTeachers:
         assert (about["kind"], about["dim"]) == ("distribution", 3)
         assert call("verify new --images train --teacher run --checkpoint runs/teacher/checkpoints/last.ckpt").status == 0
         assert call(f"{line.replace('runs/teacher', 'runs/other')}").status == 2
-        assert call("export --model runs/teacher --out net.safetensors").status == 0
+        assert call("export --model runs/teacher --out teacher.safetensors").status == 0
+        assert call("verify new --images train --teacher run --checkpoint teacher.safetensors").status == 0
+        embedding = f"{TRAIN.replace('labels', 'store')} --objective feature_kl --head mocov2"
+        assert call(f"{embedding} --out runs/embedding").status == 0
+        assert call("export --model runs/embedding --out net.safetensors").status == 0
         for checkpoint, said in {
             "": "teacher run: --checkpoint is needed: a run folder of fkd-ssl train",
-            "--checkpoint net.safetensors": "net.safetensors is an export, which has no head; give the run itself",
+            "--checkpoint net.safetensors": "net.safetensors is an export, which has no projection head; give the run itself",
         }.items():
             answer = call(f"precompute --images train --store other --teacher run {checkpoint}")
             assert answer.status == 2

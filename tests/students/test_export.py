@@ -61,6 +61,53 @@ def test_timm_loads_it_with_one_line(name: str, theirs: str, tmp_path: Path) -> 
     assert same(one.backbone, model)
 
 
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [
+        ("resnet18", None),
+        ("mobilenet_v2", None),
+        ("efficientnet_b0", None),
+        ("densenet121", None),
+        ("vit_b_32", None),
+        ("timm/vit_tiny_patch16_224", None),
+        ("timm/convnext_atto", None),
+        ("resnet18", "timm"),
+        ("timm/resnet18", "torchvision"),
+    ],
+)
+def test_a_classifier_takes_its_last_layer_along(name: str, layout: Any, tmp_path: Path) -> None:
+    import timm
+    import torchvision
+
+    torch.manual_seed(0)
+    one = Student(name, 7, head="classifier").eval()
+    line = export(one, tmp_path / "f.safetensors", layout=layout, pixels=224)
+    assert "7" in line
+    names: dict[str, Any] = {"torchvision": torchvision, "timm": timm, "safetensors": __import__("safetensors.torch")}
+    exec(line, names)  # noqa: S102  (the very line that users are given)
+    images = torch.randn(2, 3, 224, 224)
+    again, _ = load_student(tmp_path / "f.safetensors")
+    with torch.no_grad():
+        expected = one.head(one.backbone(images))
+        for got in (names["model"].eval()(images), again.head(again.backbone(images))):
+            assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
+    assert again.made_of["head"] == "classifier"
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("mobilenet_v3_small", {}), ("squeezenet1_1", {}), ("resnet18", {"stem": "small"}), ("mobilenet_v2", {"width": 0.5})],
+)
+def test_a_classifier_that_its_library_cannot_hold_is_a_student(name: str, options: Any, tmp_path: Path) -> None:
+    one = student(name, head="classifier", **options)
+    line = export(one, tmp_path / "f.safetensors", layout=None, pixels=64)
+    assert line == f'student, pixels = fkd_ssl.load_student("{tmp_path}/f.safetensors")'
+    again, _ = load_student(tmp_path / "f.safetensors")
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    with torch.no_grad():
+        assert torch.equal(one.to(memory_format=torch.channels_last)(images), again(images))
+
+
 @pytest.mark.parametrize("layout", [None, "timm"])
 def test_it_is_a_student_again(layout: Any, tmp_path: Path) -> None:
     one = student("resnet18", stem="small", head="simreg")
