@@ -64,7 +64,9 @@ def import_fkd(
             for left in new.iterdir():
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
         if not (new / layout.MANIFEST).exists():
-            layout.create(new, images, seed=0, recipe=IMPORTED, crops=len(first), skip_unreadable=False)
+            layout.create(
+                new, images, seed=0, recipe=IMPORTED, crops=len(first), skip_unreadable=False, advice="mend or remove it",
+            )  # fmt: skip
         store, meta = Store(new), _meta(kept, Path(labels).name, pixels)
         if not store.teachers:
             publish_column(new / layout.TARGETS / name, meta, {})

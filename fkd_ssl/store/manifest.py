@@ -166,9 +166,10 @@ def unsafe(lines: bytes) -> bool:
 
 
 def create(
-    folder: Path, images: ImageSet, *, seed: int, recipe: Recipe, crops: int, skip_unreadable: bool, progress: bool = True
-) -> Manifest:
-    """Lists the images and their sizes into a new store, the manifest last.
+    folder: Path, images: ImageSet, *, seed: int, recipe: Recipe, crops: int, skip_unreadable: bool, progress: bool = True,
+    advice: str = "remove it or pass --on_unreadable skip",
+) -> Manifest:  # fmt: skip
+    """Lists the images and their sizes into a new store, the manifest last; `advice` ends the error of an unreadable one.
 
     Raises:
         RequestError: The folder holds something else.
@@ -191,7 +192,7 @@ def create(
             sizes[row] = (images.file(row).stat().st_size, *read_size(images.file(row)))
         except ImageError as error:
             if not skip_unreadable:
-                raise ImageError(f"{error}; remove it or pass --on_unreadable skip") from error
+                raise ImageError(f"{error}; {advice}") from error
     for name in (CROPS, TARGETS):
         (folder / name).mkdir(parents=True, exist_ok=True)
     with files.publish(folder / IMAGES) as file:

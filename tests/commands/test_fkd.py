@@ -44,3 +44,15 @@ def test_what_is_refused(work: Path, call: Any) -> None:
     answer = call("export-fkd labels --out files")
     assert answer.status == 2
     assert "crops of the recipe mocov2 change colours" in answer.err
+
+
+def test_an_image_that_cannot_be_read_is_named(work: Path, call: Any) -> None:
+    assert call("precompute --images train --store labels --teacher own_teacher:classes --recipe fkd --crops 2").status == 0
+    assert call("export-fkd labels --out files").status == 0
+    image = next((work / "train/ash").iterdir())
+    image.write_bytes(b"torn")
+    answer = call("import-fkd files --images train --store new")
+    assert answer.status == 1
+    assert f"train/ash/{image.name}: " in answer.err
+    assert answer.err.endswith("; mend or remove it\n")  # and no option that import-fkd does not have
+    assert not (work / "new").exists()

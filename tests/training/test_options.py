@@ -353,15 +353,32 @@ class TestLoggers:
         with pytest.raises(RequestError, match=rf"logger {name}: {name} is not installed: pip install 'fkd_ssl\[{name}\]'"):
             loggers.check_logger(name)
 
-    @pytest.mark.parametrize(("name", "kind"), [("wandb", "WandbLogger"), ("mlflow", "MLFlowLogger")])
-    def test_the_others_are_lightnings(self, name: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        from pytorch_lightning import loggers as lightning
+    def test_mlflow_gets_the_lines(self, make_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        mlflow = pytest.importorskip("mlflow")
+        monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        run = make_run("run", logger="mlflow")
+        run.folder.mkdir()
+        logger = loggers.make_logger("mlflow", run.folder)
+        run.train(logger=logger, score=lambda student: 12.5)
+        client = mlflow.MlflowClient(f"sqlite:///{run.folder}/mlflow.db")
+        (found,) = client.search_runs([logger.experiment_id])
+        assert (found.info.run_name, found.data.metrics["knn_top1"]) == ("run", 12.5)
+        losses = [(metric.step, metric.value) for metric in client.get_metric_history(found.info.run_id, "loss")]
+        own = [(line["step"], line["loss"]) for line in run.metrics if line["loss"] is not None]
+        assert losses == [(step, pytest.approx(loss)) for step, loss in own]
 
-        asked: dict[str, Any] = {}
-        monkeypatch.setattr(lightning, kind, lambda **options: asked.update(options))
-        loggers.make_logger(name, tmp_path / "run")
-        assert "run" in asked.values()
-        assert str(tmp_path / "run") in str(asked.get("save_dir") or asked["tracking_uri"])
+    def test_wandb_gets_the_lines(self, make_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        wandb = pytest.importorskip("wandb")
+        monkeypatch.setenv("WANDB_MODE", "offline")
+        run = make_run("run", logger="wandb")
+        run.folder.mkdir()
+        run.train(logger=loggers.make_logger("wandb", run.folder), score=lambda student: 12.5)
+        assert wandb.run.summary["knn_top1"] == 12.5
+        last = [line["loss"] for line in run.metrics if line["loss"] is not None][-1]
+        assert wandb.run.summary["loss"] == pytest.approx(last)
+        wandb.finish()
+        (log,) = run.folder.glob("wandb/offline-run-*/run-*.wandb")
+        assert b"knn_top1" in log.read_bytes()
 
 
 def test_sync_batchnorm_needs_gpus(make_run: Any) -> None:
