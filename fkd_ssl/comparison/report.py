@@ -117,6 +117,15 @@ def _markdown(table: Sequence[Sequence[str]]) -> list[str]:
     return [head, f"|{'---|' * len(table[0])}", *rows]
 
 
+def _verdict(difference: dict[str, Any]) -> str:
+    """What a difference's interval shows."""
+    if difference["equal"]:
+        return "equal within 1.5 points"
+    if difference["low"] > 0 or difference["high"] < 0:
+        return "better" if difference["low"] > 0 else "worse"
+    return "not worse by 1.5 points, not shown equal" if difference["low"] >= -1.5 else "not shown equal within 1.5 points"
+
+
 def _findings(results: dict[str, Any]) -> list[str]:
     """What the comparison shows, a sentence each; no difference without its interval."""
     lines = []
@@ -125,12 +134,9 @@ def _findings(results: dict[str, Any]) -> list[str]:
             if probe not in pair:
                 continue
             d = pair[probe]
-            verdict = "not shown equal within 1.5 points"
-            if d["low"] >= -1.5:
-                verdict = "equal within 1.5 points" if d["equal"] else "not worse by 1.5 points, not shown equal"
             lines.append(
                 f"{name}, {pair['arm']} minus {pair['minus']}: {d['difference']:+.2f} points, 90 % paired-bootstrap interval "
-                f"{d['low']:+.2f} to {d['high']:+.2f}{'' if d['low'] > 1.5 or d['high'] < -1.5 else f': {verdict}'}."
+                f"{d['low']:+.2f} to {d['high']:+.2f}: {_verdict(d)}."
             )
     stored, online = headline(results)
     seconds = {

@@ -89,6 +89,14 @@ def test_an_interval_that_ends_too_high_says_that_it_is_not_worse(tmp_path: Path
     assert "interval -1.60 to +1.40: not shown equal within 1.5 points." in text
 
 
+def test_an_interval_on_one_side_of_zero_says_which_is_better(tmp_path: Path) -> None:
+    results = make_results(tmp_path)
+    results["differences"] = [pair("stored", "online", (1.2, 0.1, 2.3), (-9.0, -9.5, -8.5))]
+    text = report.write(results, tmp_path)
+    assert "interval +0.10 to +2.30: better." in text
+    assert "interval -9.50 to -8.50: worse." in text
+
+
 @pytest.mark.parametrize(
     ("break_even", "sentence"),
     [
@@ -153,7 +161,7 @@ def test_stores_of_several_sizes_are_drawn(tmp_path: Path) -> None:
     results["stores"]["stored:C=1"] = {"bytes": 180000, "crops": 1, "seconds": 45}
     results["differences"].append(pair("stored:C=1", "stored", (-10.0, -12.0, -8.0), (-1.0, -2.0, 0.5)))
     text = report.write(results, tmp_path)
-    assert "kNN, stored:C=1 minus stored: -10.00 points, 90 % paired-bootstrap interval -12.00 to -8.00.\n" in text
+    assert "kNN, stored:C=1 minus stored: -10.00 points, 90 % paired-bootstrap interval -12.00 to -8.00: worse.\n" in text
     assert "The store of stored:C=1: 0.2 MB (150 bytes a crop)." in text
     assert (tmp_path / "stores.png").read_bytes().startswith(b"\x89PNG")
     assert "(stores.png)" in (tmp_path / "report.md").read_text()

@@ -1,0 +1,128 @@
+r"""Runs configs of configs/imagenette at their full length, each at the best of three learning rates for its student.
+
+    python benchmarks/configs.py configs/imagenette/seed_*.yaml --images imagenette/train --val imagenette/val --store store \
+        --teacher mocov2 --checkpoint mocov2_r18_imagenette.pth.tar --out runs/configs
+
+The rates are a third, one and three times the config's own, or those of --rates. Each trains the config for --rate_epochs on
+stored targets of nine tenths of the training images, and is scored by kNN on the other tenth; test images are never looked
+at. With the best, the config is trained as it stands, on --store or, where it says `targets: online`, with --teacher, and
+scored by kNN and by logistic regression on --val. --options are more of train's, such as --init of a second step.
+
+Prints a table, a row of each config. Killed, it continues with the same command; what is done is not done again.
+OUT/NAME/rates.json has the held-out scores.
+"""
+
+import argparse
+import json
+import math
+import shlex
+from pathlib import Path
+from typing import Any
+
+import yaml
+from learning_rate import fkd_ssl, split
+
+FACTORS = (1 / 3, 1.0, 3.0)
+
+
+def rounded(rate: float) -> float:
+    """To two digits, so that it can be written into a config."""
+    return float(f"{rate:.2g}")
+
+
+def done(folder: Path, *command: str | float | Path) -> dict[str, Any]:
+    """The results.json of a command, which is run where it is not there yet."""
+    if not (folder / "results.json").exists():
+        fkd_ssl(*command, "--out", folder)
+    results: dict[str, Any] = json.loads((folder / "results.json").read_text())
+    return results
+
+
+class Bench:
+    """What all configs have in common."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.fit, self.held_out = split(args.images, args.out)
+        self.weights = ["--teacher", args.teacher, *(["--checkpoint", args.checkpoint] if args.checkpoint else [])]
+
+    def rate(self, config: Path, values: dict[str, Any]) -> tuple[float, dict[str, float]]:
+        """The best learning rate, and the held-out kNN of each."""
+        crops, pixels = max(math.ceil(self.args.rate_epochs), values["crops_per_image"]), values["pixels"]
+        store = self.args.out / f"store-{pixels}px-{crops}"
+        fkd_ssl(
+            "precompute", "--images", self.fit, "--store", store, *self.weights, "--pixels", pixels, "--crops", crops,
+            *shlex.split(self.args.precompute),
+        )  # fmt: skip
+        scores = {}
+        for lr in self.args.rates or [rounded(values["lr"] * factor) for factor in FACTORS]:
+            command = ["train", "--config", config, "--targets", "stored", "--images", self.fit, "--store", store, "--lr", lr]
+            command += ["--val", self.held_out, "--knn_every", 1000, "--epochs", self.args.rate_epochs]
+            found = done(self.args.out / config.stem / f"rate-{lr:g}", *command, *shlex.split(self.args.options))
+            scores[f"{lr:g}"] = round(found["knn_top1"], 2)
+        best = max(scores, key=scores.__getitem__)
+        (self.args.out / config.stem / "rates.json").write_text(json.dumps({"held_out_knn_top1": scores, "best": best}))
+        return float(best), scores
+
+    def row(self, config: Path) -> list[str]:
+        """A config's row of the table."""
+        values = yaml.safe_load(config.read_text())
+        lr, scores = self.rate(config, values)
+        out, args = self.args.out / config.stem, self.args
+        more = self.weights if values.get("targets") == "online" else ["--store", args.store]
+        command = [
+            "train",
+            "--config",
+            config,
+            "--images",
+            args.images,
+            *more,
+            "--lr",
+            lr,
+            "--val",
+            args.val,
+            "--knn_every",
+            10,
+        ]
+        run = done(out / "run", *command, *shlex.split(args.options))
+        probe = done(
+            out / "logreg", "linear", "--protocol", "logreg", "--model", out / "run", "--train", args.images, "--val", args.val,
+            "--workers", 1,
+        )  # fmt: skip
+        student = run["student"]
+        return [
+            config.stem,
+            f"{student['parameters'] / 1e6:.1f}, {student['multiply_adds'] / 1e6:.0f}",
+            ", ".join(
+                f"**{rate}: {top1:.1f}**" if float(rate) == lr else f"{rate}: {top1:.1f}" for rate, top1 in scores.items()
+            ),
+            f"{run['epochs']:g}",
+            f"{run['knn_top1']:.2f}",
+            f"{probe['top1']:.2f}",
+            f"{run['train_seconds'] / 60:.0f}",
+        ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("configs", nargs="+", type=Path)
+    parser.add_argument("--images", required=True, type=Path)
+    parser.add_argument("--val", required=True, type=Path)
+    parser.add_argument("--store", type=Path, help="with the teacher's targets of all images, for configs of stored targets")
+    parser.add_argument("--teacher", required=True)
+    parser.add_argument("--checkpoint")
+    parser.add_argument("--rates", type=float, nargs="+")
+    parser.add_argument("--rate_epochs", type=float, default=5)
+    parser.add_argument("--options", default="", help="of train, in one word")
+    parser.add_argument("--precompute", default="", help="options of precompute for the store of the rates, in one word")
+    parser.add_argument("--out", required=True, type=Path)
+    args = parser.parse_args()
+    bench = Bench(args)
+    print("| config | M parameters, M multiply-adds | held-out kNN by learning rate | epochs | kNN | logreg | minutes |")
+    print("|---|---|---|---|---|---|---|", flush=True)
+    for config in args.configs:
+        print(f"| {' | '.join(bench.row(config))} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
