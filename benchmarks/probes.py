@@ -3,7 +3,8 @@
     python benchmarks/probes.py --images DIR --val DIR --model teacher:mocov2 --checkpoint FILE --pixels 64 --out DIR
 
 Every protocol runs as `fkd-ssl linear` in a process of its own, from image files to accuracy: the time of sweep and logreg
-includes the features of all images. The reference is the probe of --reference; differences to it are in top-1 points, with
+includes the features of all images. With --together those on crops share one pass, and each one's seconds are the whole
+pass's. The reference is the probe of --reference; differences to it are in top-1 points, with
 the paired bootstrap's 90 % interval. What is finished is not run again.
 """
 
@@ -17,24 +18,25 @@ from pathlib import Path
 from fkd_ssl.commands.results import read_correct
 from fkd_ssl.eval import stats
 
-PROTOCOLS = ("simclr", "moco", "swav", "simsiam", "sweep", "logreg")
+ON_FEATURES = ("sweep", "logreg")
+PROTOCOLS = ("simclr", "moco", "swav", "simsiam", *ON_FEATURES)
 
 
-def score(protocol: str, args: argparse.Namespace) -> dict[str, float]:
-    """`top1` and `seconds` of a protocol."""
-    out = args.out / protocol
+def score(protocols: list[str], out: Path, args: argparse.Namespace) -> float:
+    """Runs protocols in one process; returns its seconds."""
+    protocol = ",".join(protocols)
     took = args.out / f"{protocol}.seconds"
     command = [sys.executable, "-m", "fkd_ssl", "linear", "--protocol", protocol, "--model", args.model, "--train"]
     command += [args.images, "--val", args.val, "--workers", str(args.workers), "--out", str(out)]
     command += [] if args.checkpoint is None else ["--checkpoint", args.checkpoint]
     command += [] if args.pixels is None else ["--pixels", str(args.pixels)]
-    if args.epochs is not None and protocol not in ("sweep", "logreg"):
+    if args.epochs is not None and protocols[0] not in ON_FEATURES:
         command += ["--epochs", str(args.epochs)]
     started = time.perf_counter()
     subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
     if not took.exists():
         took.write_text(str(time.perf_counter() - started))
-    return {"top1": json.loads((out / "results.json").read_text())["top1"], "seconds": float(took.read_text())}
+    return float(took.read_text())
 
 
 def main() -> None:
@@ -47,19 +49,22 @@ def main() -> None:
     parser.add_argument("--protocols", nargs="+", default=list(PROTOCOLS), choices=PROTOCOLS)
     parser.add_argument("--reference", default="simclr", choices=PROTOCOLS, help="the 90-epoch probe")
     parser.add_argument("--epochs", type=int, help="of the probes on crops, for a trial")
+    parser.add_argument("--together", action="store_true")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--out", required=True, type=Path)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     names = list(dict.fromkeys([args.reference, *args.protocols]))
-    rows = {name: score(name, args) for name in names}
-    reference = rows[args.reference]
+    together = [name for name in names if args.together and name not in ON_FEATURES]
+    seconds = dict.fromkeys(together, score(together, args.out, args)) if len(together) > 1 else {}
+    seconds |= {name: score([name], args.out / name, args) for name in names if name not in seconds}
     print(f"| protocol | top-1 | minus {args.reference} (90 % interval) | seconds | times as fast as {args.reference} |")
     print("|---|---|---|---|---|")
-    for name, row in rows.items():
+    for name in names:
+        top1 = json.loads((args.out / name / "results.json").read_text())["top1"]
         gain, low, high = stats.paired_bootstrap(read_correct(args.out / name), read_correct(args.out / args.reference))
-        speed = reference["seconds"] / row["seconds"]
-        print(f"| {name} | {row['top1']:.2f} | {gain:+.2f} ({low:+.2f} to {high:+.2f}) | {row['seconds']:.1f} | {speed:.1f} |")
+        speed = seconds[args.reference] / seconds[name]
+        print(f"| {name} | {top1:.2f} | {gain:+.2f} ({low:+.2f} to {high:+.2f}) | {seconds[name]:.1f} | {speed:.1f} |")
 
 
 if __name__ == "__main__":

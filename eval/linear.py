@@ -45,6 +45,7 @@ RECIPE = RECIPES["fkd"]
 WEIGHT_DEVIATION = 0.01  # of the layer's initial weights in moco, swav and simsiam; the bias starts at 0
 DECAY = 0.1  # at each milestone
 TRUST = 0.001  # of LARS
+_SAMPLE, _NEAR = 16, 1e-2  # validation features that are kept with a layer, and how near they must come out again
 MOST_AT_ONCE = 256  # images that the model gets; a larger batch is made of their features
 
 
@@ -204,7 +205,8 @@ def evaluate_together(
     for name, (protocol, _) in chosen.items():
         file = None if kept is None else kept[name]
         about = json.dumps([identity, asdict(protocol), seed, pixels, train.digest(), val.digest()])
-        probes.append(_Probe(protocol, features.shape[1], train, seed, file, hashlib.sha256(about.encode()).hexdigest()))
+        digest = hashlib.sha256(about.encode()).hexdigest()
+        probes.append(_Probe(protocol, features, train, seed, file, digest))
     with frozen(model):
         _train(model, probes, train, (features, labels), pixels=pixels, seed=seed, workers=workers, progress=progress)
     results = {}
@@ -235,6 +237,12 @@ def evaluate_together(
             "notes": [*few_classes(len(train.classes)), *notes],
         }
     return results
+
+
+def check(protocols: Sequence[str], *, epochs: int | None, batch_size: int | None, lr: float | None) -> None:
+    """Raises RequestError where a protocol is unknown, or a number impossible."""
+    for name in protocols:
+        _settings(name, epochs=epochs, batch_size=batch_size, lr=lr)
 
 
 def _settings(name: str, *, epochs: int | None, batch_size: int | None, lr: float | None) -> tuple[ProbeProtocol, list[str]]:
@@ -281,18 +289,19 @@ def _train(
     progress: bool,
 ) -> None:
     """Trains every probe to its last epoch, on the same batches of features."""
-    probes = [probe for probe in probes if len(probe.history) < probe.protocol.epochs]
-    if not probes:
-        return
-    first, last = min(len(probe.history) for probe in probes), max(probe.protocol.epochs for probe in probes)
+    last = max(probe.protocol.epochs for probe in probes)
+    learning = {
+        epoch: learners
+        for epoch in range(last)
+        if (learners := [probe for probe in probes if len(probe.history) <= epoch < probe.protocol.epochs])
+    }
     at_once = min(MOST_AT_ONCE, *(probe.protocol.batch_size for probe in probes))
     labels = torch.from_numpy(train.labels)
-    batches = load(_Drawn(train, pixels, seed), _Order(len(train), range(first, last), at_once, seed), workers=workers)
+    batches = load(_Drawn(train, pixels, seed), _Order(len(train), list(learning), at_once, seed), workers=workers)
     names = ", ".join(probe.protocol.name for probe in probes)
-    total = last * len(train)
-    with tqdm(total=total, initial=first * len(train), unit="img", file=sys.stderr, disable=hidden(show=progress)) as bar:
-        for epoch in range(first, last):
-            learning = [probe for probe in probes if len(probe.history) == epoch < probe.protocol.epochs]
+    total, before = last * len(train), (last - len(learning)) * len(train)
+    with tqdm(total=total, initial=before, unit="img", file=sys.stderr, disable=hidden(show=progress)) as bar:
+        for epoch, learners in learning.items():
             bar.set_description(f"{names} epoch {epoch + 1}/{last}")
             seen = 0
             while seen < len(train):
@@ -301,23 +310,30 @@ def _train(
                     features = checked(model(views), train, indices)
                     features = features.clone()  # a model that runs in inference mode returns what autograd refuses
                 target = labels[indices].to(features.device)
-                for probe in learning:
+                for probe in learners:
                     probe.learn(features, target)
                 seen += len(indices)
-                bar.set_postfix(learning[0].so_far(), refresh=False)
+                bar.set_postfix(learners[0].so_far(), refresh=False)
                 bar.update(len(indices))
-            for probe in learning:
+            for probe in learners:
                 probe.end_epoch(*val)
                 if progress:
                     bar.write(_line(probe.history[-1], probe.protocol), file=sys.stderr)
 
 
 class _Probe:
-    """A layer in training: its optimiser, the features that wait until they are a batch, and what its epochs were like."""
+    """A layer in training: its optimiser, the features that wait until they are a batch, and what its epochs were like.
 
-    def __init__(self, protocol: ProbeProtocol, dim: int, train: ImageSet, seed: int, file: Path | None, identity: str) -> None:
+    Of features [n, D] of validation images a few are kept beside it: a function of the same name and weights that was rewritten
+    gives others.
+    """
+
+    def __init__(
+        self, protocol: ProbeProtocol, features: Float32Array, train: ImageSet, seed: int, file: Path | None, identity: str
+    ) -> None:
         self.protocol, self.file, self.identity = protocol, file, identity
-        self.layer = _layer(dim, len(train.classes), seed, small=protocol.small_start)
+        self.sample = torch.from_numpy(features[:_SAMPLE].copy())
+        self.layer = _layer(features.shape[1], len(train.classes), seed, small=protocol.small_start)
         self.history: list[dict[str, Any]] = []
         self.steps_an_epoch = math.ceil(len(train) / protocol.batch_size)
         self._momentum: list[Tensor] | None = None
@@ -360,10 +376,15 @@ class _Probe:
         self.history.append(row)
         self._begin_epoch()
         if self.file is not None:
-            momentum = [self._optimizer.state[part]["momentum_buffer"].cpu() for part in self.layer.parameters()]
+            kept = {
+                "identity": self.identity,
+                "sample": self.sample,
+                "layer": {key: value.cpu() for key, value in self.layer.state_dict().items()},
+                "momentum": [self._optimizer.state[part]["momentum_buffer"].cpu() for part in self.layer.parameters()],
+                "history": self.history,
+            }
             buffer = io.BytesIO()
-            state = {key: value.cpu() for key, value in self.layer.state_dict().items()}
-            torch.save({"identity": self.identity, "layer": state, "momentum": momentum, "history": self.history}, buffer)
+            torch.save(kept, buffer)
             files.replace(self.file, buffer.getvalue())
 
     @torch.no_grad()
@@ -373,6 +394,8 @@ class _Probe:
         for start in range(0, len(labels), 4096):
             rows = slice(start, start + 4096)
             scores = self.layer(torch.from_numpy(features[rows]).to(self.layer.weight.device))
+            if not scores.isfinite().all():
+                raise self._diverged("its last step left no finite answers")
             rank[rows] = ranks(scores.cpu().numpy(), labels[rows])
         return rank
 
@@ -413,25 +436,38 @@ class _Probe:
         self._optimizer.step()
         value = loss.item()
         if not math.isfinite(value):
-            raise FkdError(
-                f"the probe {self.protocol.name} diverged in epoch {len(self.history) + 1}: loss {value}, learning rate "
-                f"{rate:g}, features of mean length {features.norm(dim=1).mean().item():.3g}; give a lower lr"
+            raise self._diverged(
+                f"loss {value}, learning rate {rate:g}, features of mean length {features.norm(dim=1).mean().item():.3g}"
             )
         self._loss += value * len(target)
         self._hits += int((logits.detach().argmax(dim=1) == target).sum())
         self._seen += len(target)
         self._steps += 1
 
+    def _diverged(self, how: str) -> FkdError:
+        return FkdError(f"the probe {self.protocol.name} diverged in epoch {len(self.history) + 1}: {how}; give a lower lr")
+
     def _load(self, file: Path) -> None:
+        wrong = f"{file}: damaged; remove it to begin anew"
         try:
             saved = torch.load(file, map_location="cpu", weights_only=True)
-            if saved["identity"] == self.identity:
+            identity, sample, history = saved["identity"], saved["sample"], list(saved["history"])
+            momentum = [part.float() for part in saved["momentum"]]
+            keys = {"epoch", "lr", "loss", "train_top1", "top1"}
+            whole = 0 < len(history) <= self.protocol.epochs and all(row.keys() == keys for row in history)
+            if identity == self.identity and sample.shape == self.sample.shape and whole:
                 self.layer.load_state_dict(saved["layer"])
-                self._momentum, self.history = list(saved["momentum"]), list(saved["history"])
-                return
+                whole = [part.shape for part in momentum] == [part.shape for part in self.layer.parameters()]
         except Exception as error:  # whatever a damaged file makes torch raise
-            raise RequestError(f"{file}: cannot be read: {error}; remove it to begin anew") from error
-        raise RequestError(f"{file}: of another model, other images or other settings; choose another --out, or remove it")
+            raise RequestError(wrong) from error
+        near = sample.shape == self.sample.shape and torch.allclose(
+            sample, self.sample, rtol=_NEAR, atol=_NEAR * float(sample.abs().max())
+        )
+        if identity != self.identity or not near:
+            raise RequestError(f"{file}: of another model, other images or other settings; choose another --out, or remove it")
+        if not whole:
+            raise RequestError(wrong)
+        self._momentum, self.history = momentum, history
 
 
 @torch.no_grad()
@@ -458,12 +494,12 @@ def _line(row: dict[str, Any], probe: ProbeProtocol) -> str:
 class _Order:
     """Batches of (epoch, image), each epoch a fresh permutation; one loader serves the whole training."""
 
-    def __init__(self, images: int, epochs: range, batch_size: int, seed: int) -> None:
+    def __init__(self, images: int, epochs: Sequence[int], batch_size: int, seed: int) -> None:
         self.images, self.epochs, self.batch_size, self.seed = images, epochs, batch_size, seed
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         generator = torch.Generator().manual_seed(self.seed)
-        for epoch in range(self.epochs.stop):
+        for epoch in range(self.epochs[-1] + 1 if self.epochs else 0):
             order = torch.randperm(self.images, generator=generator)
             if epoch in self.epochs:
                 for start in range(0, self.images, self.batch_size):

@@ -83,7 +83,12 @@ def ranks(scores: npt.NDArray[np.floating[Any]], labels: Int64Array) -> Int64Arr
     """How many classes are ranked ahead of the true one: 0 is a top-1 hit; int64 [n] from scores [n, C].
 
     Of equal scores the class with the lower index is ahead, so that a result does not depend on a sort's whim.
+
+    Raises:
+        FkdError: A score is NaN, which would be ahead of none.
     """
+    if np.isnan(scores).any():
+        raise FkdError("scores are NaN: the probe diverged")
     own = scores[np.arange(len(labels)), labels][:, None]
     before = np.arange(scores.shape[1]) < labels[:, None]
     ahead: Int64Array = ((scores > own) | ((scores == own) & before)).sum(axis=1, dtype=np.int64)

@@ -26,8 +26,9 @@ def peek(out: str | Path, config: Any) -> State:
         RequestError: The folder holds another config's run, or files that are no run.
     """
     folder = Path(out)
-    if folder.exists() and not folder.is_dir():
-        raise RequestError(f"{folder}: is a file; --out must name a folder")
+    for place in (folder, *folder.parents):
+        if place.exists() and not place.is_dir():
+            raise RequestError(f"{place}: is a file; --out must name a folder")
     there = [path for path in folder.iterdir() if not path.name.startswith(files.TEMPORARY)] if folder.exists() else []
     if not there:
         return "new"

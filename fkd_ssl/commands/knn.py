@@ -75,6 +75,7 @@ def run(config: Config) -> int:
     if results.show_finished(config):
         return 0
     split, about = sources.split_of(config, config.train, config.val)
+    results.begin(config)
     common: dict[str, Any] = {
         "train_features": split.train_features,
         "train_labels": split.train_labels,

@@ -55,7 +55,7 @@ class Config:
     @property
     def protocols(self) -> list[str]:
         """The names in `protocol`."""
-        return self.protocol.split(",")
+        return [name.strip() for name in self.protocol.split(",")]
 
     def __post_init__(self) -> None:
         known = (*ON_CROPS, *ON_FEATURES)
@@ -75,7 +75,9 @@ class Config:
 
 def run(config: Config) -> int:
     """Scores the model."""
+    from fkd_ssl import runs
     from fkd_ssl.commands import results, sources
+    from fkd_ssl.eval import linear
 
     on_crops = [name for name in config.protocols if name in ON_CROPS]
     if on_crops and any(map(sources.is_files, (config.train, config.val))):
@@ -83,6 +85,11 @@ def run(config: Config) -> int:
             f"--protocol {config.protocol} trains on random crops of images; features that are there already go with "
             "--protocol sweep or logreg"
         )
+    if len(config.protocols) > 1 and config.out is not None and (Path(config.out) / runs.CONFIG).exists():
+        raise RequestError(
+            f"{config.out}: holds one evaluation, and several protocols need a folder each in it; choose another --out"
+        )
+    linear.check(on_crops, epochs=config.epochs, batch_size=config.batch_size, lr=config.lr)
     parts = {name: _part(config, name) for name in config.protocols}
     asked = {name: part for name, part in parts.items() if not results.show_finished(part)}
     _on_crops({name: asked[name] for name in on_crops if name in asked})
@@ -103,14 +110,18 @@ def _part(config: Config, name: str) -> Config:
 def _on_crops(parts: dict[str, Config]) -> None:
     if not parts:
         return
-    from fkd_ssl.commands import sources
+    from fkd_ssl.commands import results, sources
     from fkd_ssl.eval import linear
+    from fkd_ssl.eval.features import match_classes
 
     config = next(iter(parts.values()))
     train, val = sources.images_of(config.train), sources.images_of(config.val)
     model, pixels = sources.load_model(config)
+    match_classes(train, val)
+    for part in parts.values():
+        results.begin(part)
     kept = None if config.out is None else {name: Path(str(part.out)) / "probe.pt" for name, part in parts.items()}
-    results = linear.evaluate_together(
+    found = linear.evaluate_together(
         list(parts),
         model=model.features,
         train=train,
@@ -127,13 +138,13 @@ def _on_crops(parts: dict[str, Config]) -> None:
     data = {"train": sources.about_images(config.train, train), "val": sources.about_images(config.val, val)}
     about = {**sources.about_model(model, pixels), "data": data}
     for name, part in parts.items():
-        _show(part, pixels, about, results[name])
+        _show(part, pixels, about, found[name])
 
 
 def _on_features(parts: dict[str, Config]) -> None:
     if not parts:
         return
-    from fkd_ssl.commands import sources
+    from fkd_ssl.commands import results, sources
     from fkd_ssl.eval import logreg, sweep
 
     config = next(iter(parts.values()))
@@ -141,6 +152,7 @@ def _on_features(parts: dict[str, Config]) -> None:
     pixels = (about["transform"] or {}).get("centre_crop")
     common = {**split.common, "names": split.classes, "seed": config.seed}
     for name, part in parts.items():
+        results.begin(part)
         if name == "sweep":
             _show(part, pixels, about, sweep.evaluate(**common, device=sources.search_device()))
         else:

@@ -1,7 +1,8 @@
 """One table of many evaluations: results.json of knn, linear and retrieve, mean and deviation over seeds.
 
 Evaluations are of one row where model, protocol, images and size are the same. Of models that differ in a seed alone the
-name has it as seed0, seed-0 or seed_0: that part is put aside, and so is the --seed of an evaluation. With --baseline NAME
+name has it as seed0, seed-0 or seed_0: that part is put aside, and so is the --seed of an evaluation. A protocol that was
+departed from, as with --epochs, is another one. With --baseline NAME
 each row gets its difference to that model's under the same protocol, with the paired bootstrap's 90 % interval.
 """
 
@@ -71,20 +72,23 @@ def collect(folders: list[str]) -> list[tuple["Path", dict[str, Any]]]:
 
 def grouped(evaluations: list[tuple["Path", dict[str, Any]]]) -> list[dict[str, Any]]:
     """A row for each model, protocol, images and size: `seeds` and of each measure its mean and standard deviation."""
+    import json
     import re
     import statistics
 
-    groups: dict[tuple[Any, ...], list[tuple[Path, dict[str, Any]]]] = {}
+    groups: dict[tuple[Any, ...], dict[tuple[Any, ...], tuple[Path, dict[str, Any]]]] = {}
     for folder, results in evaluations:
         data = results["data"]
         name = (results["model"] or {}).get("name") or next(iter(data.values()))["source"]
         model = re.sub(r"[-_./]?seed[-_]?\d+", "", name)
         scored = data.get("val") or data.get("queries") or next(iter(data.values()))
         pixels = (results["transform"] or {}).get("centre_crop")
-        key = (model, results["kind"], results["protocol"], scored["source"], scored["images"], pixels)
-        groups.setdefault(key, []).append((folder, results))
+        key = (model, results["kind"], _protocol(results), scored["source"], scored["images"], pixels)
+        once = (json.dumps(results["model"], sort_keys=True), results.get("seed"))
+        groups.setdefault(key, {}).setdefault(once, (folder, results))  # an evaluation that was made twice is one
     rows = []
-    for (model, kind, protocol, source, images, pixels), members in groups.items():
+    for (model, kind, protocol, source, images, pixels), evaluated in groups.items():
+        members = list(evaluated.values())
         row = {"model": model, "kind": kind, "protocol": protocol, "data": source, "images": images, "pixels": pixels}
         row |= {"seeds": len(members), "folders": [folder for folder, _ in members]}
         for measure in ("top1", "top5", "map_at_r"):
@@ -93,6 +97,12 @@ def grouped(evaluations: list[tuple["Path", dict[str, Any]]]) -> list[dict[str, 
             row[f"{measure}_std"] = statistics.stdev(values) if len(values) > 1 else None
         rows.append(row)
     return rows
+
+
+def _protocol(results: dict[str, Any]) -> str:
+    """The protocol, with what departs from it."""
+    notes = [note.partition(": ")[2] for note in results.get("notes", []) if note.startswith("departs from")]
+    return f"{results['protocol']} ({', '.join(notes)})" if notes else results["protocol"]
 
 
 def compare(rows: list[dict[str, Any]], baseline: str) -> None:

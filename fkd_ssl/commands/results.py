@@ -16,14 +16,12 @@ CORRECT = "correct.npy"
 
 
 def show_finished(config: Any) -> bool:
-    """Whether `config.out` holds this evaluation already, which is then said and shown; else it is made ready.
+    """Whether `config.out` holds this evaluation already, which is then said and shown.
 
     Raises:
         RequestError: The folder holds something else.
     """
-    if config.out is None:
-        return False
-    if runs.open_run(config.out, _asked(config))[1] != "done":
+    if config.out is None or runs.peek(config.out, _asked(config)) != "done":
         return False
     found = runs.read_results(Path(config.out))
     console.say(f"{config.out}: this evaluation is done")
@@ -32,6 +30,16 @@ def show_finished(config: Any) -> bool:
     else:
         console.show(found["line"])
     return True
+
+
+def begin(config: Any) -> None:
+    """Makes `config.out` ready, once it is known that what is asked for can be done.
+
+    Raises:
+        RequestError: The folder holds something else.
+    """
+    if config.out is not None:
+        runs.open_run(config.out, _asked(config))
 
 
 def show(kind: str, title: str, config: Any, protocol: str, about: dict[str, Any], result: dict[str, Any]) -> None:

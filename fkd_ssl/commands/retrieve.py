@@ -73,6 +73,7 @@ def run(config: Config) -> int:
     if results.show_finished(config):
         return 0
     split, about = sources.split_of(config, config.gallery, config.queries)
+    results.begin(config)
     base, labels = split.train_features, split.train_labels
     queries = None if config.queries is None else split.features
     index = None if config.index == "exact" and config.saved is None else indexes.build(base, config.index)

@@ -12,6 +12,8 @@ from fkd_ssl.students.reactnet import ReActNet
 REACTNETS = {"reactnet": True, "reactnet_step1": False}
 """By name, whether the weights are binary too."""
 TIMM = "timm/"
+AUXILIARY = ("googlenet", "inception_v3")
+"""Those of torchvision's with further classifiers for training, which are left out."""
 _CLASSIFIERS = ("fc", "classifier", "heads", "head")  # what torchvision's families call their last layers
 _WIDTHS = ("mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large")  # those of torchvision's that can be narrower
 
@@ -70,6 +72,11 @@ def last_layer(name: str, classes: int, dim: int, backbone: Mapping[str, Tensor]
     return last if rest == {f"{last}.weight": (classes, dim), f"{last}.bias": (classes,)} else None
 
 
+def has_dynamic_size(name: str) -> bool:
+    """Whether a network of timm's has to be asked for other sizes of images than its own."""
+    return getattr(_timm(name), "dynamic_img_size", False) is True
+
+
 def make_small(network: nn.Module, name: str) -> None:
     """Gives a network the stem for small images; raises RequestError where it begins with no convolution of 2 to 7 px."""
     path, first = next(((path, part) for path, part in network.named_modules() if isinstance(part, nn.Conv2d)), ("", None))
@@ -96,7 +103,7 @@ def _whole_torchvision(name: str, **options: Any) -> nn.Module:
     if name not in names:
         known = [*names, *REACTNETS]
         raise RequestError(f"student {name!r}: torchvision has no such classifier{did_you_mean(name, known)}")
-    extra = {"aux_logits": False} if name in ("googlenet", "inception_v3") else {}
+    extra = {"aux_logits": False} if name in AUXILIARY else {}
     network: nn.Module = models.get_model(name, weights=None, **extra, **options)
     return network
 

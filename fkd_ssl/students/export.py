@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fkd_ssl import files
 from fkd_ssl.errors import RequestError
-from fkd_ssl.students.backbones import REACTNETS, TIMM, last_layer, make_backbone
+from fkd_ssl.students.backbones import AUXILIARY, REACTNETS, TIMM, has_dynamic_size, last_layer, make_backbone
 from fkd_ssl.students.heads import CLASSIFIER
 from fkd_ssl.students.saved import EXPORTED, LAST_LAYER, STUDENT_KEY
 from fkd_ssl.students.student import Student
@@ -72,13 +72,16 @@ def loading(made_of: dict[str, Any], path: Path) -> str:
     name, classes = str(made_of["name"]), made_of.get("dim")
     unusual = set(made_of) - {"name", "head", "dim", LAST_LAYER}  # another stem or width than the library's
     foreign = made_of.get(LAST_LAYER) == _OWN_LAST  # a last layer that the library's network has not
-    if unusual or foreign or name in REACTNETS:
+    if unusual or foreign or name in REACTNETS or name.startswith("mnasnet"):  # whose layers ask for a version that no file has
         return f'student, pixels = fkd_ssl.load_student("{path}")'
     if name.startswith(TIMM):
-        return f'model = timm.create_model("{name.removeprefix(TIMM)}", num_classes={classes or 0}, checkpoint_path="{path}")'
+        sizes = ", dynamic_img_size=True" if has_dynamic_size(name) else ""
+        theirs = name.removeprefix(TIMM)
+        return f'model = timm.create_model("{theirs}", num_classes={classes or 0}{sizes}, checkpoint_path="{path}")'
     if classes:
+        more = ", aux_logits=False, init_weights=False" if name in AUXILIARY else ""
         return (
-            f"model = torchvision.models.{name}(num_classes={classes}); "
+            f"model = torchvision.models.{name}(num_classes={classes}{more}); "
             f'model.load_state_dict(safetensors.torch.load_file("{path}"))'
         )
     return (

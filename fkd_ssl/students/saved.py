@@ -1,6 +1,7 @@
 """Students out of files: a checkpoint of a run, or what `fkd-ssl export` wrote."""
 
 import json
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ STUDENT_KEY = "fkd_ssl_student"
 LAST_LAYER = "last_layer"
 """What an exported classifier's last layer is called in its file, in that metadata."""
 EXPORTED = ".safetensors"
+_MOST_PIXELS, _MOST_DIM = 4096, 2**20
 
 
 def load_student(path: str | Path) -> tuple[Student, int]:
@@ -27,18 +29,29 @@ def load_student(path: str | Path) -> tuple[Student, int]:
     Raises:
         CheckpointError: The file is no checkpoint of fkd-ssl train and no file of fkd-ssl export.
     """
+    exported = Path(path).suffix == EXPORTED
     try:
-        about, weights = _exported(path) if Path(path).suffix == EXPORTED else _checkpoint(path)
+        about, weights = _exported(path) if exported else _checkpoint(path)
         dims = about["dim"] if isinstance(about["dim"], list) else [about["dim"]]
+        pixels = about["pixels"]
+        if not all(
+            type(n) is int and 1 <= n <= most for n, most in ((pixels, _MOST_PIXELS), *((dim, _MOST_DIM) for dim in dims))
+        ):
+            raise ValueError(f"pixels {pixels!r}, dim {about['dim']!r}")
         options = {key: about[key] for key in ("head", "stem", "width") if key in about}
-        student = Student(str(about["name"]), *map(int, dims), **options)
-        if Path(path).suffix == EXPORTED:
-            weights = {**{key: value for key, value in student.state_dict().items() if key.startswith("head.")}, **weights}
-        student.load_state_dict(weights)
+        student = Student(str(about["name"]), *dims, **options)
+        state = student.state_dict()
+        if exported:
+            weights = {**{key: value for key, value in state.items() if key.startswith("head.")}, **weights}
+        versioned = OrderedDict(weights)
+        versioned._metadata = state._metadata  # type: ignore[attr-defined]  # MNASNet's layers ask for their version
+        student.load_state_dict(versioned)
     except Exception as error:  # whatever a foreign file makes torch raise
+        what = "file of fkd-ssl export" if exported else "checkpoint of fkd-ssl train"
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path}: not a checkpoint of fkd-ssl train ({reason})") from error
-    return student.eval().to(memory_format=torch.channels_last), int(about["pixels"])
+        reason = f"no {error} in it" if isinstance(error, KeyError) else reason
+        raise CheckpointError(f"{path}: not a {what} ({reason})") from error
+    return student.eval().to(memory_format=torch.channels_last), pixels
 
 
 def _checkpoint(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -52,6 +65,8 @@ def _exported(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     with safe_open(path, framework="pt") as file:
         about = json.loads((file.metadata() or {})[STUDENT_KEY])
         weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    last = about.get(LAST_LAYER)
+    last, dim = about.get(LAST_LAYER), 1
     head = {} if last is None else {f"head.0.{part}": weights.pop(f"{last}.{part}") for part in ("weight", "bias")}
-    return {"dim": 1, **about}, {**{f"backbone.{key}": value for key, value in weights.items()}, **head}
+    if head:
+        dim = len(head["head.0.bias"])  # and not the metadata's, which may ask for any memory
+    return {**about, "dim": dim}, {**{f"backbone.{key}": value for key, value in weights.items()}, **head}

@@ -74,6 +74,30 @@ def test_several_protocols_are_several_results(work: Path, call: Any) -> None:
     assert "moco epoch" not in further.err
 
 
+def test_a_request_that_fails_leaves_no_folder(work: Path, call: Any) -> None:
+    for line, right in (
+        (f"linear {TEACHER} {SETS} --protocol moco,swav --epochs 0 --out out", "--epochs 1"),
+        (f"linear --model own_teacher:nothing {SETS} --protocol moco --epochs 1 --out one", TEACHER),
+        (f"knn --model own_teacher:nothing {SETS} --k 3 --out knn", TEACHER),
+    ):
+        out = line.split()[-1]
+        assert call(line).status != 0
+        assert not (work / out).exists()
+        wrong = "--epochs 0" if "--epochs 0" in line else "--model own_teacher:nothing"
+        assert call(line.replace(wrong, right)).status == 0
+    (work / "file").write_text("")
+    answer = call(f"linear {TEACHER} {SETS} --protocol moco,swav --epochs 1 --out file")
+    assert answer.status == 2
+    assert "file: is a file; --out must name a folder" in answer.err
+    answer = call(f"linear {TEACHER} {SETS} --protocol moco,swav --epochs 1 --out one")
+    assert answer.status == 2
+    assert "one: holds one evaluation, and several protocols need a folder each in it; choose another --out" in answer.err
+    answer = call(f"linear {TEACHER} {SETS} --protocol moco,simclr --epochs 2 --out out")  # moco is there, of one epoch
+    assert answer.status == 2
+    assert "holds a run of another config (epochs is 1 there, 2 here)" in answer.err
+    assert not (work / "out/simclr").exists()
+
+
 @pytest.mark.parametrize("verb", ["knn --k 5", "linear --protocol logreg", "linear --protocol sweep"])
 def test_colours_are_told_apart(work: Path, call: Any, verb: str) -> None:
     assert json.loads(call(f"{verb} {TEACHER} {SETS} --json").out)["top1"] > 80

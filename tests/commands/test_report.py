@@ -56,6 +56,15 @@ def test_mean_and_deviation_over_seeds(folders: dict[str, list[float]], call: An
     assert len(lines) == 5
 
 
+def test_what_departs_from_a_protocol_is_another_row(folders: dict[str, list[float]], call: Any, tmp_path: Path) -> None:
+    note = "departs from the moco protocol: epochs 1 instead of 100"
+    write(tmp_path / "r/short", model="base/seed_0", right=[1], notes=[note, "another"])
+    write(tmp_path / "r/short2", model="base/seed_0", right=[1], notes=[note])  # the same evaluation, made twice
+    rows = {row["protocol"]: row for row in json.loads(call("report r --json").out)["rows"] if row["model"] == "base"}
+    assert rows["moco"]["seeds"] == 3
+    assert rows["moco (epochs 1 instead of 100)"]["seeds"] == 1
+
+
 def test_csv_and_latex_are_the_same_cells(folders: dict[str, list[float]], call: Any) -> None:
     plain = [line.strip("| ").split(" | ") for line in call("report r").out.splitlines()]
     del plain[1]

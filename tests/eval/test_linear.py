@@ -1,4 +1,5 @@
 import hashlib
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -164,7 +165,7 @@ def test_wrong_requests_are_named(make_set, backbone) -> None:
     with pytest.raises(FkdError, match="returned a tuple of 1: expected one tensor"):
         run(lambda pixels: (pixels,), train, train)
     with pytest.raises(FkdError, match=r"diverged in epoch \d+: loss nan, learning rate 3e\+38, features of mean length"):
-        run(lambda pixels: pixels.flatten(1).float() * 1e4, train, train, lr=3e38, epochs=3)
+        run(lambda pixels: pixels.flatten(1).float() * 1e4, train, train, lr=3e38, epochs=3, batch_size=2)
 
 
 def test_a_backbone_whose_features_change_size_is_named(make_set) -> None:
@@ -316,5 +317,70 @@ def test_what_was_kept_of_another_training_is_refused_and_left_alone(make_set, b
             run(backbone, train, val, kept=kept, **{"epochs": 1, **change})
     assert kept["moco"].read_bytes() == before
     kept["moco"].write_bytes(before[:200])
-    with pytest.raises(RequestError, match=r"probe\.pt: cannot be read: .*; remove it to begin anew"):
+    with pytest.raises(RequestError, match=r"probe\.pt: damaged; remove it to begin anew"):
         run(backbone, train, val, kept=kept, epochs=1, identity="a")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"momentum": []},
+        {"momentum": [torch.zeros(2), torch.zeros(3)]},
+        {"history": [1, 2]},
+        {"history": []},
+        {"history": [dict.fromkeys(("epoch", "lr", "loss", "train_top1", "top1"), 1.0)] * 9},
+        {"layer": {}},
+        {"sample": None},
+    ],
+)
+def test_a_kept_probe_that_is_damaged_is_said_so(make_set, backbone, tmp_path, damage) -> None:
+    train, val = make_set("train", per_class=2, seed=0), make_set("val", per_class=1, seed=1)
+    kept = {"moco": tmp_path / "probe.pt"}
+    run(backbone, train, val, epochs=2, kept=kept)
+    torch.save({**torch.load(kept["moco"], weights_only=True), **damage}, kept["moco"])
+    with pytest.raises(RequestError, match=r"probe\.pt: damaged; remove it to begin anew"):
+        run(backbone, train, val, epochs=2, kept=kept)
+
+
+def test_a_function_that_was_rewritten_does_not_continue(make_set, backbone, tmp_path) -> None:
+    train, val = make_set("train", per_class=2, seed=0), make_set("val", per_class=1, seed=1)
+    kept = {"moco": tmp_path / "probe.pt"}
+    backbone.eval()
+    run(backbone, train, val, epochs=2, kept=kept)
+    with pytest.raises(RequestError, match=r"probe\.pt: of another model"):
+        run(lambda pixels: 3 * backbone(pixels), train, val, epochs=2, kept=kept)
+    run(lambda pixels: (1 + 1e-6) * backbone(pixels), train, val, epochs=2, kept=kept)  # last bits
+
+
+def test_protocols_of_other_lengths_continue_from_other_epochs(make_set, backbone, tmp_path, monkeypatch) -> None:
+    """One is done before the other goes on: where nobody learns, nothing is read."""
+    train, val = make_set("train", per_class=2, seed=0), make_set("val", per_class=1, seed=1)
+    backbone.eval()
+    for name, epochs in (("moco", 6), ("simclr", 3)):
+        monkeypatch.setitem(linear.PROTOCOLS, name, replace(linear.PROTOCOLS[name], epochs=epochs, milestones=(), lr=0.1))
+    whole = run(backbone, train, val)
+    kept = {name: tmp_path / name for name in ("moco", "simclr")}
+    seen: list[int] = []
+
+    def killed(pixels: torch.Tensor) -> torch.Tensor:
+        seen.append(len(pixels))
+        if sum(seen) > 4 + 5 * 8:
+            raise KeyboardInterrupt
+        return backbone(pixels)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(killed, train, val, kept=kept)
+    seen[:] = [-1000]
+    options = {"pixels": 16, "workers": 0, "progress": False}
+    both = linear.evaluate_together(["moco", "simclr"], model=killed, train=train, val=val, kept=kept, **options)
+    assert sum(seen) == -1000 + 4 + (3 + 1) * 8
+    assert both["moco"]["history"] == whole["history"]
+    assert len(both["simclr"]["history"]) == 3
+
+
+def test_a_probe_whose_last_step_breaks_it_is_no_result(make_set, backbone, tmp_path) -> None:
+    train, val = make_set("train", per_class=2, seed=0), make_set("val", per_class=1, seed=1)
+    kept = {"moco": tmp_path / "probe.pt"}
+    with pytest.raises(FkdError, match=r"the probe moco diverged in epoch 1: .*; give a lower lr"):
+        run(lambda pixels: pixels.flatten(1).float() * 1e4, train, val, lr=3e38, epochs=1, kept=kept)
+    assert not kept["moco"].exists()

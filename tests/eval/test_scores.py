@@ -55,3 +55,8 @@ def test_wrong_labels_are_refused() -> None:
 def test_few_classes_are_noted() -> None:
     assert scores.few_classes(6) == []
     assert "there are 5 classes" in scores.few_classes(5)[0]
+
+
+def test_scores_that_are_nan_are_no_hit() -> None:
+    with pytest.raises(FkdError, match="scores are NaN"):
+        scores.ranks(np.full((3, 5), np.nan, dtype=np.float32), np.array([0, 2, 4]))

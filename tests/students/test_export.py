@@ -1,15 +1,17 @@
 """Exported backbones: loaded with one line in each library, the same features, nothing overwritten."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fkd_ssl.errors import CheckpointError, RequestError, StoreError
-from fkd_ssl.students import Student, load_student
+from fkd_ssl.students import STUDENT_KEY, Student, load_student
 from fkd_ssl.students.export import export, library
 
 EXACT = 1e-6  # of the largest feature
@@ -69,6 +71,7 @@ def test_timm_loads_it_with_one_line(name: str, theirs: str, tmp_path: Path) -> 
         ("efficientnet_b0", None),
         ("densenet121", None),
         ("vit_b_32", None),
+        ("googlenet", None),
         ("timm/vit_tiny_patch16_224", None),
         ("timm/convnext_atto", None),
         ("resnet18", "timm"),
@@ -85,7 +88,7 @@ def test_a_classifier_takes_its_last_layer_along(name: str, layout: Any, tmp_pat
     assert "7" in line
     names: dict[str, Any] = {"torchvision": torchvision, "timm": timm, "safetensors": __import__("safetensors.torch")}
     exec(line, names)  # noqa: S102  (the very line that users are given)
-    images = torch.randn(2, 3, 224, 224)
+    images = torch.randn(2, 3, 224, 224) if name == "vit_b_32" else torch.randn(2, 3, 64, 64)
     again, _ = load_student(tmp_path / "f.safetensors")
     with torch.no_grad():
         expected = one.head(one.backbone(images))
@@ -96,7 +99,13 @@ def test_a_classifier_takes_its_last_layer_along(name: str, layout: Any, tmp_pat
 
 @pytest.mark.parametrize(
     ("name", "options"),
-    [("mobilenet_v3_small", {}), ("squeezenet1_1", {}), ("resnet18", {"stem": "small"}), ("mobilenet_v2", {"width": 0.5})],
+    [
+        ("mobilenet_v3_small", {}),
+        ("squeezenet1_1", {}),
+        ("mnasnet0_5", {}),
+        ("resnet18", {"stem": "small"}),
+        ("mobilenet_v2", {"width": 0.5}),
+    ],
 )
 def test_a_classifier_that_its_library_cannot_hold_is_a_student(name: str, options: Any, tmp_path: Path) -> None:
     one = student(name, head="classifier", **options)
@@ -169,5 +178,31 @@ def test_another_ending_is_refused(tmp_path: Path) -> None:
 
 def test_somebody_elses_file_is_no_student(tmp_path: Path) -> None:
     save_file({"weight": torch.zeros(3)}, tmp_path / "f.safetensors")
-    with pytest.raises(CheckpointError, match=r"f\.safetensors: not a checkpoint of fkd-ssl train"):
+    with pytest.raises(CheckpointError, match=r"f\.safetensors: not a file of fkd-ssl export \(no '"):
         load_student(tmp_path / "f.safetensors")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"pixels": None}, {"pixels": "64"}, {"pixels": -5}, {"pixels": 10**12}, {"pixels": True}, {"pixels": 1.5},
+        {"last_layer": "layer1"}, {"last_layer": 3}, {"name": 5}, {"head": []},
+    ],
+)  # fmt: skip
+def test_impossible_metadata_is_refused(change: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "f.safetensors"
+    export(Student("squeezenet1_1", 3, head="classifier").eval(), path, layout=None, pixels=64)
+    with safe_open(path, framework="pt") as file:
+        about = json.loads(file.metadata()[STUDENT_KEY])
+    save_file(load_file(path), path, {STUDENT_KEY: json.dumps({**about, **change})})
+    with pytest.raises(CheckpointError, match=r"f\.safetensors: not a file of fkd-ssl export \("):
+        load_student(path)
+
+
+def test_a_dimension_in_metadata_asks_for_no_memory(tmp_path: Path) -> None:
+    path = tmp_path / "f.safetensors"
+    export(Student("squeezenet1_1", 3, head="classifier").eval(), path, layout=None, pixels=64)
+    with safe_open(path, framework="pt") as file:
+        about = json.loads(file.metadata()[STUDENT_KEY])
+    save_file(load_file(path), path, {STUDENT_KEY: json.dumps({**about, "dim": 10**13})})
+    assert load_student(path)[0].dims == [3]
