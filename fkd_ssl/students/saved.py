@@ -38,6 +38,9 @@ def load_student(path: str | Path) -> tuple[Student, int]:
             type(n) is int and 1 <= n <= most for n, most in ((pixels, _MOST_PIXELS), *((dim, _MOST_DIM) for dim in dims))
         ):
             raise ValueError(f"pixels {pixels!r}, dim {about['dim']!r}")
+        heads = {len(value) for key, value in weights.items() if key.startswith(("head.", "more_heads.")) and value.ndim}
+        if not exported and not heads >= set(dims):  # before they ask for any memory
+            raise ValueError(f"dim {about['dim']!r}, and no head gives as many")
         options = {key: about[key] for key in ("head", "stem", "width") if key in about}
         student = Student(str(about["name"]), *dims, **options)
         state = student.state_dict()

@@ -206,3 +206,16 @@ def test_a_dimension_in_metadata_asks_for_no_memory(tmp_path: Path) -> None:
         about = json.loads(file.metadata()[STUDENT_KEY])
     save_file(load_file(path), path, {STUDENT_KEY: json.dumps({**about, "dim": 10**13})})
     assert load_student(path)[0].dims == [3]
+
+
+def test_a_dimension_in_a_checkpoint_asks_for_no_memory(tmp_path: Path) -> None:
+    one = Student("squeezenet1_1", 3, 5, head="classifier")
+    weights = {f"student.{key}": value for key, value in one.state_dict().items()}
+    about = {"name": "squeezenet1_1", "head": "classifier", "pixels": 64, "dim": [3, 5]}
+    torch.save({STUDENT_KEY: about, "state_dict": weights}, tmp_path / "last.ckpt")
+    assert load_student(tmp_path / "last.ckpt")[0].dims == [3, 5]
+    torch.save({STUDENT_KEY: {**about, "dim": [3, 2**20]}, "state_dict": weights}, tmp_path / "last.ckpt")
+    with pytest.raises(
+        CheckpointError, match=r"last\.ckpt: not a checkpoint of fkd-ssl train \(dim \[3, 1048576\], and no head"
+    ):
+        load_student(tmp_path / "last.ckpt")
