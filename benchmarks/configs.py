@@ -70,7 +70,8 @@ class Bench:
         lr, scores = self.rate(config, values)
         out, args = self.args.out / config.stem, self.args
         more = self.weights if values.get("targets") == "online" else ["--store", args.store]
-        command = ["train", "--config", config, "--images", args.images, *more, "--lr", lr, "--val", args.val, "--knn_every", 10]
+        command = ["train", "--config", config, "--images", args.images, *more, "--lr", lr]
+        command += ["--val", args.val, "--knn_every", 10]
         run = done(out / "run", *command, *shlex.split(args.options))
         probe = done(
             out / "logreg", "linear", "--protocol", "logreg", "--model", out / "run", "--train", args.images, "--val", args.val,

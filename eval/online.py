@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from fkd_ssl.errors import FkdError, RequestError
 from fkd_ssl.eval import knn
-from fkd_ssl.eval.linear import WEIGHT_DEVIATION
+from fkd_ssl.eval.probe import WEIGHT_DEVIATION
 
 Labels = Callable[[Any], Tensor]
 

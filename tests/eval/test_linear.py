@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from fkd_ssl import crops, images
 from fkd_ssl.errors import FkdError, RequestError
-from fkd_ssl.eval import features, linear
+from fkd_ssl.eval import features, linear, probe
 
 
 def digest(module: torch.nn.Module) -> str:
@@ -121,7 +121,7 @@ def test_moco_is_the_published_protocol() -> None:
     assert linear.RECIPE.scale == (0.08, 1.0)
     assert linear.RECIPE.ratio == (3 / 4, 4 / 3)
     assert (linear.RECIPE.flip, linear.RECIPE.jitter, linear.RECIPE.grey, linear.RECIPE.blur) == (0.5, 0.0, 0.0, 0.0)
-    layer = linear._layer(512, 400, seed=0)
+    layer = probe.initial_layer(512, 400, seed=0)
     assert float(layer.weight.detach().std()) == pytest.approx(0.01, rel=0.02)
     assert float(layer.weight.detach().mean()) == pytest.approx(0, abs=1e-4)
     assert not layer.bias.any()
@@ -178,7 +178,7 @@ def test_a_backbone_whose_features_change_size_is_named(make_set) -> None:
 def test_simsiam_is_the_published_protocol() -> None:
     simsiam = linear.PROTOCOLS["simsiam"]
     assert (simsiam.epochs, simsiam.batch_size, simsiam.lr, simsiam.momentum, simsiam.weight_decay) == (90, 4096, 1.6, 0.9, 0)
-    assert (simsiam.lars, linear.TRUST, simsiam.small_start) == (True, 0.001, True)
+    assert (simsiam.lars, probe.TRUST, simsiam.small_start) == (True, 0.001, True)
     expected = [1.6 * 0.5 * (1 + np.cos(np.pi * epoch / 90)) for epoch in range(90)]  # its adjust_learning_rate
     np.testing.assert_allclose([simsiam.rate_at(step, 90 * 7) for step in range(0, 90 * 7, 7)], expected)
     assert simsiam.rate_at(6, 90 * 7) == simsiam.rate_at(0, 90 * 7)
@@ -196,7 +196,7 @@ def test_simclr_is_lightlys_classifier() -> None:
         optimizer.step()
         schedule["scheduler"].step()
     assert (simclr.epochs, simclr.batch_size) == (90, 256)  # of its ImageNet benchmark
-    layer, plain = linear._layer(4096, 50, 0, small=False), torch.nn.Linear(4096, 50)
+    layer, plain = probe.initial_layer(4096, 50, 0, small=False), torch.nn.Linear(4096, 50)
     for ours, torchs in zip(layer.parameters(), plain.parameters(), strict=True):
         assert ours.detach().abs().max() <= 4096**-0.5
         assert ours.std().item() == pytest.approx(torchs.std().item(), rel=0.3)
@@ -206,7 +206,7 @@ def test_simclr_is_lightlys_classifier() -> None:
 def test_lars_is_apexs_without_clipping(weight_decay: float) -> None:
     """The published formula in numpy, over three steps of momentum SGD."""
     generator = np.random.default_rng(0)
-    layer = linear._layer(5, 3, 0)
+    layer = probe.initial_layer(5, 3, 0)
     optimizer = torch.optim.SGD(layer.parameters(), lr=1.6, momentum=0.9)
     values = [part.detach().double().numpy().copy() for part in layer.parameters()]
     speeds = [np.zeros_like(value) for value in values]
@@ -214,7 +214,7 @@ def test_lars_is_apexs_without_clipping(weight_decay: float) -> None:
         gradients = [generator.normal(size=value.shape) for value in values]
         for part, gradient in zip(layer.parameters(), gradients, strict=True):
             part.grad = torch.from_numpy(gradient).float()
-        linear.scale_gradients(layer, weight_decay)
+        probe.scale_gradients(layer, weight_decay)
         optimizer.step()
         for k, gradient in enumerate(gradients):
             length, slope = np.linalg.norm(values[k]), np.linalg.norm(gradient)
