@@ -3,10 +3,11 @@ r"""Runs configs of configs/imagenette at their full length, each at the best of
     python benchmarks/configs.py configs/imagenette/seed_*.yaml --images imagenette/train --val imagenette/val --store store \
         --teacher mocov2 --checkpoint mocov2_r18_imagenette.pth.tar --out runs/configs
 
-The rates are a third, one and three times the config's own, or those of --rates. Each trains the config for --rate_epochs on
-stored targets of nine tenths of the training images, and is scored by kNN on the other tenth; test images are never looked
-at. With the best, the config is trained as it stands, on --store or, where it says `targets: online`, with --teacher, and
-scored by kNN and by logistic regression on --val. --options are more of train's, such as --init of a second step.
+The rates are a third, one and three times the config's own, or those of --rates; a single one is taken as it is. Each trains
+the config for --rate_epochs on stored targets of nine tenths of the training images, and is scored by kNN on the other
+tenth; test images are never looked at. With the best, the config is trained as it stands, on --store or, where it says
+`targets: online`, with --teacher, and scored by kNN and by logistic regression on --val. --options are more of train's, such
+as --init of a second step.
 
 Prints a table, a row of each config. Killed, it continues with the same command; what is done is not done again.
 OUT/NAME/rates.json has the held-out scores.
@@ -30,6 +31,11 @@ def rounded(rate: float) -> float:
     return float(f"{rate:.2g}")
 
 
+def marked(cell: str, best: bool) -> str:
+    """A cell, bold where it is the best."""
+    return f"**{cell}**" if best else cell
+
+
 def done(folder: Path, *command: str | float | Path) -> dict[str, Any]:
     """The results.json of a command, which is run where it is not there yet."""
     if not (folder / "results.json").exists():
@@ -47,7 +53,10 @@ class Bench:
         self.weights = ["--teacher", args.teacher, *(["--checkpoint", args.checkpoint] if args.checkpoint else [])]
 
     def rate(self, config: Path, values: dict[str, Any]) -> tuple[float, dict[str, float]]:
-        """The best learning rate, and the held-out kNN of each."""
+        """The best learning rate, and the held-out kNN of each; where only one is given there is nothing to search."""
+        rates = self.args.rates or [rounded(values["lr"] * factor) for factor in FACTORS]
+        if len(rates) == 1:
+            return rates[0], {}
         crops, pixels = max(math.ceil(self.args.rate_epochs), values["crops_per_image"]), values["pixels"]
         store = self.args.out / f"store-{pixels}px-{crops}"
         fkd_ssl(
@@ -55,7 +64,7 @@ class Bench:
             *shlex.split(self.args.precompute),
         )  # fmt: skip
         scores = {}
-        for lr in self.args.rates or [rounded(values["lr"] * factor) for factor in FACTORS]:
+        for lr in rates:
             command = ["train", "--config", config, "--targets", "stored", "--images", self.fit, "--store", store, "--lr", lr]
             command += ["--val", self.held_out, "--knn_every", 1000, "--epochs", self.args.rate_epochs]
             found = done(self.args.out / config.stem / f"rate-{lr:g}", *command, *shlex.split(self.args.options))
@@ -81,9 +90,8 @@ class Bench:
         return [
             config.stem,
             f"{student['parameters'] / 1e6:.1f}, {student['multiply_adds'] / 1e6:.0f}",
-            ", ".join(
-                f"**{rate}: {top1:.1f}**" if float(rate) == lr else f"{rate}: {top1:.1f}" for rate, top1 in scores.items()
-            ),
+            ", ".join(marked(f"{rate}: {top1:.1f}", float(rate) == lr) for rate, top1 in scores.items())
+            or f"{lr:g}, the only one",
             f"{run['epochs']:g}",
             f"{run['knn_top1']:.2f}",
             f"{probe['top1']:.2f}",

@@ -24,6 +24,10 @@ class StoreError(FkdError):
     """A store that is missing, incomplete, foreign, newer, altered, or made from other images."""
 
 
+class ColumnError(StoreError, RequestError):
+    """A column that a store does not have: the name is at fault and not the store."""
+
+
 class CheckpointError(RequestError):
     """A checkpoint of another layout than the one asked for, or one that cannot be read without executing code."""
 

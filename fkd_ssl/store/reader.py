@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from fkd_ssl import files
 from fkd_ssl.crops import CROP_DTYPE, Records
-from fkd_ssl.errors import StoreError
+from fkd_ssl.errors import ColumnError, StoreError
 from fkd_ssl.kinds import Kind
 from fkd_ssl.store import manifest as layout
 from fkd_ssl.store.codecs import Float32Array, UInt8Array, kind_of, load_codec, parameter_shapes
@@ -377,20 +377,20 @@ class Store:
         """One teacher's targets; without a name the only one there is.
 
         Raises:
-            StoreError: There is no such column, or several and none was named.
+            ColumnError: There is no such column, or several and none was named; a StoreError and a RequestError.
         """
         if name in self._columns:
             return self._columns[name]
         there = self.teachers
         if name is None:
             if len(there) != 1:
-                raise StoreError(
+                raise ColumnError(
                     f"{self.folder}: holds targets of {there or 'no teacher'}; name one (train: --teacher, "
                     "verify: --name, in Python: teacher=)"
                 )
             name = there[0]
         if name not in there:
-            raise StoreError(f"{self.folder}: no targets of {name!r}; there are {there or 'none yet'}")
+            raise ColumnError(f"{self.folder}: no targets of {name!r}; there are {there or 'none yet'}")
         return self._columns.setdefault(name, Column(self, name))
 
     def targets(self, name: str, row: int, index: Index) -> Float32Array:

@@ -187,8 +187,8 @@ class TestSeveralTeachers:
     @pytest.mark.parametrize(
         ("options", "status", "said"),
         [
-            ("", 1, "holds targets of ['make', 'prototyped']; name one (train: --teacher"),
-            ("--teacher make,swav", 1, "no targets of 'swav'; there are ['make', 'prototyped']"),
+            ("", 2, "holds targets of ['make', 'prototyped']; name one (train: --teacher"),
+            ("--teacher make,swav", 2, "no targets of 'swav'; there are ['make', 'prototyped']"),
             ("--teacher make,make", 2, "a column is named twice"),
             ("--teacher make,", 2, "has an empty part"),
             ("--teacher make,prototyped --teacher_weights 1,2,3", 2, "expected a positive number for each of the 2 teachers"),
@@ -220,7 +220,7 @@ class TestRefused:
             (("--epochs 2", "--epochs 2 --objective cosine --temperature 0.1"), 2, "cosine has none"),
             (("--batch_size 18", "--batch_size 80"), 2, "40 images a batch, and there are 18; choose at most 36"),
             (("--crops_per_image 2", "--crops_per_image 6"), 2, "crops_per_image 6: store holds 4 crops of each image"),
-            (("--store store", "--store store --teacher swav"), 1, "no targets of 'swav'; there are ['make']"),
+            (("--store store", "--store store --teacher swav"), 2, "no targets of 'swav'; there are ['make']"),
             (("--store store", f"{ONLINE}:x"), 2, "own_teacher:make:x"),
             (("--store store", f"{ONLINE} --recipe nix"), 2, "--recipe 'nix' is unknown"),
             (("--epochs 2", "--epochs 2 --val nowhere"), 2, "nowhere: no such folder of images"),
