@@ -1,14 +1,11 @@
 """What a batch holds of its crops' pixels: the crops themselves, or decoded images for a device to crop."""
 
-import math
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.utils.data import get_worker_info
 
 from fkd_ssl.crops import Records, replay_into, unpack
+from fkd_ssl.data import memory
 from fkd_ssl.images import UInt8Array
 
 Batch = dict[str, Any]
@@ -20,7 +17,7 @@ class Replayed:
 
     def __init__(self, count: int, crops_per_image: int, sides: Sides) -> None:
         self._m = crops_per_image
-        self._views = {name: _new_bytes(count * crops_per_image, side, side, 3) for name, side in sides.items()}
+        self._views = {name: memory.new(count * crops_per_image, side, side, 3) for name, side in sides.items()}
         self._arrays: list[UInt8Array] = [views.numpy() for views in self._views.values()]
 
     def put(self, k: int, image: UInt8Array, records: Records) -> None:
@@ -64,7 +61,7 @@ class Decoded:
 
         images = [image for image in self._images if image is not None]
         records = [of_image for of_image in self._records if of_image is not None]
-        sources = _new_bytes(sum(image.size for image in images))
+        sources = memory.new(sum(image.size for image in images))
         np.concatenate([image.reshape(-1) for image in images], out=sources.numpy())
         shapes = [(image.shape[0], image.shape[1]) for image in images]
         plans = {name: plan(shapes, records, side) for name, side in self._sides.items()}
@@ -81,12 +78,3 @@ def made_here(batch: Batch) -> Batch:
     for name, side in batch["sides"].items():
         left[name] = replay_planned(batch["sources"], batch["plans"][name], side)
     return left
-
-
-def _new_bytes(*shape: int) -> Tensor:
-    """An empty uint8 tensor; in a worker in shared memory, where its parent reads it without a copy."""
-    if get_worker_info() is None:
-        return torch.from_numpy(np.empty(shape, dtype=np.uint8))  # NumPy asks for huge pages, which torch does not
-    # what torch's own default_collate does in a worker; there is no public name for it
-    storage: torch.UntypedStorage = torch.UntypedStorage._new_shared(math.prod(shape))  # type: ignore[no-untyped-call]
-    return torch.empty(0, dtype=torch.uint8).set_(storage).view(shape)

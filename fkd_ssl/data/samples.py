@@ -5,6 +5,7 @@ from typing import Any, overload
 
 from torch import Tensor
 
+from fkd_ssl.data import memory
 from fkd_ssl.data.pixels import Batch
 from fkd_ssl.errors import RequestError
 
@@ -44,8 +45,7 @@ def _rows_of(stacked: Targets, rows: slice) -> Targets:
 
 def whole_batch(samples: Any) -> Batch:
     """The collate function that keeps the batch as it was read: `images` [B M, 3, P, P], `targets` [B M, D]."""
-    batch: Batch = samples.batch
-    return batch
+    return {key: memory.to_send(value) for key, value in samples.batch.items()}
 
 
 def start_worker(worker: int) -> None:
