@@ -15,7 +15,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from fkd_ssl.crops import RECIPES, draw, replay
-from fkd_ssl.data import Batch, Crops, FreshCrops, StoredCrops, made_here, scaled, start_worker, whole_batch
+from fkd_ssl.data import Batch, Crops, FreshCrops, StoredCrops, made_here, memory, scaled, start_worker, whole_batch
 from fkd_ssl.errors import ImageError, RequestError, StoreError
 from fkd_ssl.images import ImageSet, read_image, scan
 from fkd_ssl.shrink import shrink
@@ -429,12 +429,15 @@ class TestWorkers:
         assert all(same(a, b) for a, b in pairs)
 
     def test_workers_write_into_shared_memory(self, images: ImageSet) -> None:
-        def collate(samples: Any) -> bool:
-            return bool(samples.batch["images"].is_shared())
+        """And send that, not the tensor, which would be copied into other shared memory."""
+
+        def collate(samples: Any) -> tuple[bool, bool]:
+            crops = samples.batch["images"]
+            return memory._loans[crops.data_ptr()].block.is_shared(), memory.to_send(crops) is crops
 
         for workers in (0, 1):
             loader: DataLoader[Any] = DataLoader(fresh(images), batch_size=8, num_workers=workers, collate_fn=collate)
-            assert list(loader) == [workers > 0] * 3
+            assert list(loader) == [(workers > 0, workers == 0)] * 3
 
     def test_an_error_in_a_worker_keeps_its_type_and_names_the_file(self, own_folder: Path) -> None:
         (own_folder / "birch/003.jpg").write_bytes(b"\xff\xd8\xff no picture")
