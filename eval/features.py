@@ -10,6 +10,7 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -67,6 +68,7 @@ def extract(
     workers: int = 2,
     progress: bool = True,
     desc: str = "features",
+    skip_unreadable: bool = False,
 ) -> tuple[Float32Array, Int64Array]:
     """Features of every image, in the set's order, and their labels (-1 for an image outside any class).
 
@@ -81,35 +83,58 @@ def extract(
         workers: Processes that decode; 0 decodes in this one.
         progress: Show a bar on standard error.
         desc: What the bar is called.
+        skip_unreadable: Leave out images that cannot be read.
 
     Returns:
         Features float32 [N, D] and labels int64 [N].
 
     Raises:
         RequestError: The set is empty, or a number is below its least sensible value.
-        ImageError: An image cannot be read.
+        ImageError: An image cannot be read, and is not left out, or none can.
         FkdError: The model returned no finite [B, D] tensor of floats.
     """
+    features, rows = _extracted(
+        model, images, pixels=pixels, batch_size=batch_size, workers=workers, progress=progress, desc=desc,
+        skip_unreadable=skip_unreadable,
+    )  # fmt: skip
+    return features, images.labels[rows]
+
+
+def _extracted(
+    model: Model,
+    images: ImageSet,
+    *,
+    pixels: int,
+    batch_size: int,
+    workers: int,
+    progress: bool,
+    desc: str,
+    skip_unreadable: bool,
+) -> tuple[Float32Array, Int64Array]:
+    """`extract`, with the numbers [N] of the images in the place of their labels."""
     check_counts(pixels=pixels, batch_size=batch_size)
     if len(images) == 0:
         raise RequestError(f"{images.root}: no images to evaluate")
     rows = [range(i, min(i + batch_size, len(images))) for i in range(0, len(images), batch_size)]
     features: Float32Array | None = None
+    read = np.zeros(len(images), dtype=bool)
     with (
         frozen(model),
         torch.inference_mode(),
         tqdm(total=len(images), desc=desc, unit="img", file=sys.stderr, disable=hidden(show=progress)) as bar,
     ):
-        for views, indices in load(_Centred(images, pixels), rows, workers=workers):
+        for views, indices in load(_Centred(images, pixels), rows, workers=workers, skip_unreadable=skip_unreadable):
             got = checked(model(views), images, indices)
             if features is None:
                 features = np.empty((len(images), got.shape[1]), dtype=np.float32)
             if got.shape[1] != features.shape[1]:
                 raise FkdError(f"the model returned {features.shape[1]} dimensions, then {got.shape[1]}: expected one size")
-            features[indices[0] : indices[-1] + 1] = got.cpu().numpy()
+            features[indices.numpy()] = got.cpu().numpy()
+            read[indices.numpy()] = True
             bar.update(len(views))
-    assert features is not None
-    return features, images.labels.copy()
+    if features is None:
+        raise ImageError(f"{images.root}: none of its {len(images)} images can be read")
+    return (features, np.arange(len(images))) if read.all() else (features[read], np.flatnonzero(read))
 
 
 def extract_split(
@@ -121,17 +146,21 @@ def extract_split(
     batch_size: int = 256,
     workers: int = 2,
     progress: bool = True,
+    skip_unreadable: bool = False,
 ) -> Split:
     """`extract` of both sets, with the classes matched first, so that a wrong pair of folders fails at once."""
     labels = match_classes(train, val)
-    options: dict[str, Any] = {"pixels": pixels, "batch_size": batch_size, "workers": workers, "progress": progress}
+    options: dict[str, Any] = {
+        "pixels": pixels, "batch_size": batch_size, "workers": workers, "progress": progress,
+        "skip_unreadable": skip_unreadable,
+    }  # fmt: skip
     train_features, train_labels = extract(model, train, desc="features of train", **options)
-    features, _ = extract(model, val, desc="features of val", **options)
+    features, rows = _extracted(model, val, desc="features of val", **options)
     return Split(
         train_features=train_features,
         train_labels=train_labels,
         features=features,
-        labels=labels,
+        labels=labels[rows],
         classes=train.classes,
     )
 
@@ -199,9 +228,12 @@ def checked(output: object, images: ImageSet, indices: torch.Tensor) -> torch.Te
 
 
 def load(
-    dataset: "Dataset[View]", batches: Iterable[Sequence[Any]], *, workers: int
+    dataset: "Dataset[View]", batches: Iterable[Sequence[Any]], *, workers: int, skip_unreadable: bool = False
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Batches of views uint8 [B, 3, P, P] with their images' indices int64 [B]; `batches` lists the dataset's keys."""
+    """Batches of views uint8 [B, 3, P, P] with their images' indices int64 [B]; `batches` lists the dataset's keys.
+
+    Raises ImageError for an image that cannot be read, unless these are left out.
+    """
     if workers < 0:
         raise RequestError(f"workers must not be negative, got {workers}")
     if isinstance(batches, list):
@@ -210,7 +242,7 @@ def load(
         dataset,
         batch_sampler=batches,  # type: ignore[arg-type]  # any iterable of key lists
         num_workers=workers,
-        collate_fn=_collate,
+        collate_fn=partial(_collate, skip_unreadable=skip_unreadable),
         pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),  # else the loader draws from the global one and changes a training around it
     )
@@ -218,7 +250,8 @@ def load(
     for batch in loader:
         if isinstance(batch, ImageError):  # carried by hand: the loader would wrap it in a traceback
             raise batch
-        yield batch
+        if len(batch[1]):
+            yield batch
 
 
 def view(images: ImageSet, index: int, pixels: int, cut: Callable[[int, int], Records]) -> View:
@@ -245,11 +278,12 @@ class _Centred(Dataset[View]):
         return view(self.images, index, self.pixels, lambda height, width: centre(height, width, self.pixels))
 
 
-def _collate(views: list[View]) -> Batch:
+def _collate(views: list[View], *, skip_unreadable: bool) -> Batch:
     pixels, indices = [], []
     for item in views:
-        if isinstance(item, ImageError):
+        if not isinstance(item, ImageError):
+            pixels.append(item[0])
+            indices.append(item[1])
+        elif not skip_unreadable:
             return item
-        pixels.append(item[0])
-        indices.append(item[1])
-    return torch.stack(pixels), torch.tensor(indices)
+    return torch.stack(pixels) if pixels else torch.empty(0), torch.tensor(indices)

@@ -243,6 +243,7 @@ def evaluate(
     batch_size: int = 256,
     workers: int = 2,
     progress: bool = True,
+    skip_unreadable: bool = False,
 ) -> dict[str, Any]:
     """Accuracy of kNN on `val` with `train` as the neighbours; classes are matched by folder name.
 
@@ -258,6 +259,7 @@ def evaluate(
         batch_size: Images the model gets at once.
         workers: Processes that decode.
         progress: Show a bar on standard error.
+        skip_unreadable: Leave out images that cannot be read; `n_train` and `n_val` count those that can.
 
     Returns:
         `top1`, `top5` in percent; `correct` bool [n]; `k`, `temperature`, `metric`, `n_train`, `n_val`, `classes`,
@@ -271,7 +273,10 @@ def evaluate(
         FkdError: Images or features that cannot be used.
     """
     check_search(_several(k), _several(temperature))
-    split = features_.extract_split(model, train, val, pixels=pixels, batch_size=batch_size, workers=workers, progress=progress)
+    split = features_.extract_split(
+        model, train, val, pixels=pixels, batch_size=batch_size, workers=workers, progress=progress,
+        skip_unreadable=skip_unreadable,
+    )  # fmt: skip
     result = evaluate_features(
         **split.common,
         names=split.classes,

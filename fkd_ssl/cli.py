@@ -138,7 +138,7 @@ def _help() -> str:
         f"fkd-ssl {__version__}: distil a self-supervised teacher into small models from stored crops and targets\n\n"
         f"{_USAGE}\n\n{verbs}\n\n"
         "The usual order: precompute a teacher's targets once, train any number of students on them, score them with\n"
-        "knn and linear. Every option can stand in a YAML file given as --config; --print_config shows the resolved one."
+        "knn and linear. Options can stand in a YAML file given as --config; --print_config shows the resolved one."
     )
 
 

@@ -180,7 +180,7 @@ def publish(path: Path) -> Iterator[BinaryIO]:
             temporary.unlink()
 
 
-def replace(path: Path, data: bytes) -> None:
+def replace(path: Path, data: bytes | memoryview) -> None:
     """Replaces a file that belongs to one process alone (progress, a report) in one step, synced."""
     temporary = path.with_name(f"{TEMPORARY}{path.name}-{secrets.token_hex(6)}")
     try:

@@ -43,6 +43,14 @@ def peek(out: str | Path, config: Any) -> State:
     return "done" if (folder / RESULTS).exists() else "resume"
 
 
+def config_of(out: str | Path) -> dict[str, Any]:
+    """What the config.yaml of the run folder `out` says; nothing where there is none, or none that can be read."""
+    try:
+        return _values((Path(out) / CONFIG).read_text(errors="replace"))
+    except OSError:
+        return {}
+
+
 def open_run(out: str | Path, config: Any) -> tuple[Path, State]:
     """Makes or re-opens the run folder `out`; returns it and what `peek` says of it, and raises as `peek` does."""
     folder, state = Path(out), peek(out, config)

@@ -154,6 +154,10 @@ def test_make_objective_passes_the_temperature_on() -> None:
     assert isinstance(make_objective("cosine"), Cosine)
 
 
+def test_blanks_around_a_name_do_not_matter() -> None:
+    assert type(make_objective(" cosine ")) is Cosine
+
+
 def test_an_unknown_objective_is_refused_with_the_list() -> None:
     with pytest.raises(
         RequestError, match=r"objective 'mse' is unknown; there are feature_kl, cosine, queue_kl, prototype_ce, rel"

@@ -30,7 +30,8 @@ class Config:
     images: str
     """Folder of images."""
     teacher: str
-    """A family (mocov2, swav), a preset (fkd-ssl teachers lists them), or module:function of your own."""
+    """As precompute takes it: a family (mocov2, swav, lightly, transformers), a preset (fkd-ssl teachers lists them),
+    torchvision/NAME, timm/NAME, run, or module:function of your own."""
     checkpoint: str | None = None
     """The teacher's weights."""
     crops: int = 400

@@ -1,11 +1,8 @@
 """Retrieval with a model's features: recall@1/5/10, mAP@R, precision@k; approximate indexes; the nearest images of one.
 
-    fkd-ssl retrieve --model RUN --gallery DIR --queries DIR               recall, mAP@R, precision by exact search
-    fkd-ssl retrieve --model RUN --gallery DIR --curve --out OUT           recall against queries per second of all indexes
-    fkd-ssl retrieve --model RUN --gallery DIR --index hnsw --saved IDX    keeps the index
-    fkd-ssl retrieve --model RUN --saved IDX --query IMAGE                 a contact sheet of the nearest images
-
-Without --queries each image of the gallery is sought among the others. --gallery and --queries also take
+--gallery DIR --queries DIR scores exact search; without --queries each image of the gallery is sought among the others.
+--curve --out OUT measures recall against queries per second of all indexes. --index hnsw --saved IDX keeps an index, and
+--saved IDX --query IMAGE draws a contact sheet of the images nearest to one. --gallery and --queries also take
 FEATURES.npy,LABELS.npy.
 """
 

@@ -106,7 +106,8 @@ def _row(store: "Store", image: str) -> int:
     names = list(store.paths)
     if image not in names:
         near = difflib.get_close_matches(image, names[:100_000], n=1, cutoff=0.5)
-        raise RequestError(f"image {image!r}: {store.folder} has no such image{f'; did you mean {near[0]}?' if near else ''}")
+        nearest = f"; did you mean {near[0]}?" if near else f"; {store.folder / 'images.txt'} lists them"
+        raise RequestError(f"image {image!r}: {store.folder} has no such image{nearest}")
     row = names.index(image)
     if row not in store.rows:
         raise RequestError(f"image {image!r}: its crops are not stored: it was skipped, or its shard is not finished")

@@ -5,11 +5,13 @@ results.json and a README.md; the same options continue a killed run. Several pr
 --targets online --record STORE what the teacher says is kept: the next student trains on it without the teacher.
 """
 
+import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fkd_ssl.errors import RequestError
+from fkd_ssl.errors import ImageError, RequestError
 from fkd_ssl.training.config import TrainConfig as Config
 from fkd_ssl.training.config import checkpoints_of
 
@@ -29,6 +31,7 @@ MUCH_WAITING = 0.2  # share of the training's time spent waiting for data from w
 def run(config: Config) -> int:
     """Trains and says how it went."""
     import torch
+    from torch.distributed import is_torchelastic_launched
 
     from fkd_ssl import card, files, runs
     from fkd_ssl.commands import console, resolve
@@ -43,8 +46,16 @@ def run(config: Config) -> int:
     from fkd_ssl.training.loggers import check_logger, make_logger
 
     rank, world = resolve.rank()
+    if not is_torchelastic_launched():  # otherwise its numbers are what counts
+        if int(os.environ.get("SLURM_PROCID", "0")):
+            raise RequestError(
+                "srun started this as one of several tasks, which know nothing of one another: have it start torchrun, one on "
+                "each machine, or one task with --devices"
+            )
+        world = max(world, config.devices)
     if rank:  # the first process speaks for all
         console.mute()
+    config = _as_meant(config)
     state = runs.peek(config.out, config)
     if state == "done":
         console.say(f"{config.out}: this run is done; results.json holds its results")
@@ -64,6 +75,8 @@ def run(config: Config) -> int:
     if config.scale_boxes:
         where = "ignored: there is no --store" if store is None else "the student's crops are not bit for bit the teacher's"
         console.say(f"warning: --scale_boxes: {where}")
+    if store is not None and config.targets != "stored" and config.recipe not in ("mocov2", store.manifest.recipe.name):
+        console.say(f"warning: --recipe {config.recipe} is ignored: the crops are those of --store")
     if config.device_crops and resolve.device().type == "cpu":
         if torch.backends.mps.is_available():
             raise RequestError(
@@ -107,7 +120,7 @@ def run(config: Config) -> int:
             recipe = resolve.recipe_of(config.recipe)
             data = FreshCrops(images, recipe, teacher_pixels=config.teacher_pixels, **common)
     # before anything is written: another batch size or objective is another config
-    check_batch(config, len(images) if config.record else len(data), world=max(world, config.devices))
+    check_batch(config, len(images) if config.record else len(data), world=world)
     for about in targets:
         objective_of(config, about)
         if config.calibrate_below is not None:
@@ -121,7 +134,7 @@ def run(config: Config) -> int:
     size = measure(student.backbone, config.pixels)
     score = None if config.val is None else _knn_score(config, images)
     if config.record is not None:
-        data, recordings = _recorded(config, images, teachers, max(world, config.devices), resumes=state == "resume")
+        data, recordings = _recorded(config, images, teachers, world, resumes=state == "resume")
     folder, state = (Path(config.out), "new") if rank else runs.open_run(config.out, config)
     logger = None if config.logger is None else make_logger(config.logger, folder)
     console.say(
@@ -160,6 +173,26 @@ def run(config: Config) -> int:
     own = f"; top-1 {results['top1']:.2f} %, top-5 {results['top5']:.2f} %" if "top1" in results else ""
     console.show(f"{config.out}: {results['steps']} steps in {results['train_seconds']:.0f} s{own}{knn}")
     return 0
+
+
+def _as_meant(config: Config) -> Config:
+    """With the column's name in it where only one can be meant, so that the run goes on when its store has got another one.
+
+    And with the precision that there is: Lightning takes bfloat16 on a CPU, which has no float16.
+    """
+    from fkd_ssl import runs
+    from fkd_ssl.commands import console, resolve
+    from fkd_ssl.store import open_store
+
+    if config.precision == "16-mixed" and resolve.device().type == "cpu":
+        console.say("warning: --precision 16-mixed is for GPUs: here it is bf16-mixed")
+        config = replace(config, precision="bf16-mixed")
+    if config.targets != "stored" or config.teacher is not None:
+        return config
+    begun = runs.config_of(config.out)
+    assert config.store is not None  # by TrainConfig
+    name = begun.get("teacher") if begun else open_store(config.store).column().name
+    return replace(config, teacher=name if isinstance(name, str) else None)
 
 
 def _classes(images: "ImageSet") -> int:
@@ -302,7 +335,7 @@ def _classified(config: Config, folder: Path) -> dict[str, float]:
         found = classify.evaluate(
             student, scan(config.val), pixels=config.pixels, classes=student.dims[0], workers=config.workers, progress=False
         )
-    except RequestError as error:
+    except (RequestError, ImageError) as error:
         console.say(f"note: no top-1 of the student's own classes: {error}")
         return {}
     return {key: found[key] for key in ("top1", "top5")}
@@ -320,7 +353,7 @@ def _knn_score(config: Config, images: "ImageSet") -> "Callable[[Student], float
     def score(student: "Student") -> float:
         result = knn.evaluate(
             model=student.features, train=images, val=val, pixels=config.pixels, k=config.knn_k, workers=config.workers,
-            progress=False,
+            progress=False, skip_unreadable=config.on_unreadable == "skip",
         )  # fmt: skip
         return float(result["top1"])
 

@@ -1,9 +1,11 @@
 """Batches as they come from a data set of crops, and what a DataLoader needs to keep them whole."""
 
+import signal
 from collections.abc import Sequence
 from typing import Any, overload
 
 from torch import Tensor
+from torch.utils.data import get_worker_info
 
 from fkd_ssl.data import memory
 from fkd_ssl.data.pixels import Batch
@@ -48,8 +50,17 @@ def whole_batch(samples: Any) -> Batch:
     return {key: memory.to_send(value) for key, value in samples.batch.items()}
 
 
+_GRACE = 60  # seconds
+
+
 def start_worker(worker: int) -> None:
-    """Start-up of a DataLoader's worker process: one thread for faiss."""
+    """Start-up of a DataLoader's worker process: one thread for faiss, and some time to live after a SIGTERM.
+
+    A cluster sends that to all processes of a job. The parent saves a checkpoint then, and needs its workers until the step
+    is done; if it does not end them, they end by themselves.
+    """
     import faiss
 
     faiss.omp_set_num_threads(1)
+    if get_worker_info() is not None:
+        signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_GRACE))

@@ -95,7 +95,7 @@ def make_objective(
                 f"objective {one!r} is unknown; there are {', '.join(OBJECTIVES)}{did_you_mean(one, OBJECTIVES)}"
             )
     if len(terms) == 1 and "*" not in name:
-        return _fitting(OBJECTIVES[name](given, about), name, about)
+        return _fitting(OBJECTIVES[terms[0][1]](given, about), terms[0][1], about)
     for option in ("temperature", "teacher_temperature"):
         if (value := getattr(given, option)) is not None:
             raise RequestError(f"{option} {value}: {name} is a sum, each of whose objectives has its own; leave it out")

@@ -385,8 +385,8 @@ class Store:
         if name is None:
             if len(there) != 1:
                 raise ColumnError(
-                    f"{self.folder}: holds targets of {there or 'no teacher'}; name one (train: --teacher, "
-                    "verify: --name, in Python: teacher=)"
+                    f"{self.folder}: holds targets of {there or 'no teacher'}; name one (train and show: --teacher, "
+                    "verify and recode: --name, in Python: teacher=)"
                 )
             name = there[0]
         if name not in there:

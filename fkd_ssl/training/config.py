@@ -130,7 +130,7 @@ class TrainConfig:
     logger: Literal["tensorboard", "wandb", "mlflow"] | None = None
     """Where the lines of metrics.csv go too; the package is an extra of that name."""
 
-    FREE: ClassVar = ("workers", "device_crops", "on_unreadable")
+    FREE: ClassVar = ("workers", "device_crops", "on_unreadable", "devices")
 
     def __post_init__(self) -> None:
         positive = (
@@ -145,8 +145,10 @@ class TrainConfig:
                 raise RequestError(f"{name} {getattr(self, name)}: must be at least 0, and finite")
         if self.pixels > 4096 or (self.teacher_pixels is not None and not 1 <= self.teacher_pixels <= 4096):
             raise RequestError(f"pixels {self.pixels}, teacher_pixels {self.teacher_pixels}: must lie in 1 to 4096")
-        if self.batch_size < 2:
-            raise RequestError(f"batch_size {self.batch_size}: BatchNorm needs at least 2 crops")
+        if self.optimizer == "lars" and not self.weight_decay:
+            raise RequestError(
+                "optimizer lars: lightly's scales only weights that have a weight_decay: give one, or --optimizer sgd"
+            )
         if self.batch_size % self.crops_per_image:
             raise RequestError(
                 f"batch_size {self.batch_size}: counts crops, and must be a multiple of crops_per_image {self.crops_per_image}"
@@ -166,6 +168,8 @@ class TrainConfig:
             self._check_record(self.record)
         elif self.crops is not None:
             raise RequestError(f"crops {self.crops}: it is for --record; a store has its own number of crops")
+        elif self.codec is not None:
+            raise RequestError(f"codec {self.codec}: it is for --record; a store's targets have their own codec")
         if self.warmup_epochs >= self.epochs:
             raise RequestError(f"warmup_epochs {self.warmup_epochs}: must be fewer than epochs {self.epochs}")
         if self.drops and self.drops[-1] >= self.epochs:

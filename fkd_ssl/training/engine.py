@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from pytorch_lightning.loggers import Logger
 from torch import Tensor
+from torch.distributed import is_torchelastic_launched
 from torch.utils.data import DataLoader
 
 from fkd_ssl.data import Crops, StoredCrops, start_worker, whole_batch
@@ -71,6 +72,12 @@ def check_batch(config: TrainConfig, images: int, *, world: int = 1) -> None:
             f"batch_size {config.batch_size}: {batch_images} images a batch, which {world} processes of {config.accumulate} "
             f"parts do not divide; choose a multiple of {world * config.accumulate * m}"
         )
+    if config.batch_size < 2 * world * config.accumulate:
+        raise RequestError(
+            f"batch_size {config.batch_size}: BatchNorm needs at least 2 crops in each of {world * config.accumulate} parts"
+        )
+    if torch.cuda.is_available() and not is_torchelastic_launched() and config.devices > torch.cuda.device_count():
+        raise RequestError(f"devices {config.devices}: this machine has {torch.cuda.device_count()} GPUs")
     if config.sync_batchnorm and not torch.cuda.is_available():
         raise RequestError("sync_batchnorm: torch has it on GPUs only, and there is none")
 

@@ -1,5 +1,6 @@
 """Lightning's Trainer as every training here uses it: by steps, with our own loader, bar, metrics and checkpoints."""
 
+import io
 import logging
 import os
 import signal
@@ -11,12 +12,31 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import Logger
+from pytorch_lightning.plugins import TorchCheckpointIO
+from pytorch_lightning.plugins.environments import LightningEnvironment
 from pytorch_lightning.strategies import DDPStrategy
 from torch.distributed import is_torchelastic_launched
 from torch.utils.data import DataLoader
 
+from fkd_ssl import files
 from fkd_ssl.errors import CheckpointError, RequestError
 from fkd_ssl.training.sampler import PassSampler
+
+
+class WholeCheckpoints(TorchCheckpointIO):
+    """Checkpoints that are whole or as they were before, also after a power cut.
+
+    Lightning's own way is by the system's temporary folder, from where a file is copied over the last good one if the run
+    lies on another disk.
+    """
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        """Writes beside the last one and takes its place."""
+        data = io.BytesIO()
+        torch.save(checkpoint, data)
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        files.replace(Path(path), data.getbuffer())
+        files.sync_folder(Path(path).parent)
 
 
 def fit(
@@ -57,7 +77,10 @@ def fit(
     sampler = loader.batch_sampler
     assert isinstance(sampler, PassSampler)
     nodes = 1
-    if is_torchelastic_launched():
+    plugins: list[Any] = [WholeCheckpoints()]
+    if not is_torchelastic_launched():  # nor does SLURM start the processes, or Lightning save and queue the job again
+        plugins.append(LightningEnvironment())
+    else:
         devices = int(os.environ["LOCAL_WORLD_SIZE"])
         nodes = int(os.environ["WORLD_SIZE"]) // devices
     with warnings.catch_warnings():
@@ -66,7 +89,7 @@ def fit(
         trainer = pl.Trainer(
             max_steps=steps,
             max_epochs=-1,
-            accelerator="auto",
+            accelerator="gpu" if torch.cuda.is_available() else "cpu",
             devices=devices,
             num_nodes=nodes,
             # the other processes wait while the first one scores
@@ -76,6 +99,7 @@ def fit(
             gradient_clip_val=clip,
             precision=precision,
             callbacks=callbacks,
+            plugins=plugins,
             logger=False if logger is None else logger,
             enable_checkpointing=False,
             enable_progress_bar=False,

@@ -74,14 +74,22 @@ class Monitor(pl.Callback):
         if save or due:
             pl_module.require_finite(step)  # no checkpoint of a diverged student
         if self.score is not None and (end or due):
-            self._score(trainer, pl_module)
+            try:
+                self._score(trainer, pl_module)
+            except BaseException:
+                if not end and trainer.world_size == 1:  # what was trained is not lost; the last step is scored anew
+                    self._save(trainer, pl_module)
+                raise
         if save:
-            self.recorder.sync(trainer)
-            trainer.save_checkpoint(self.folder / LAST)
-            pl_module.saved = f"the last good checkpoint is {self.folder / LAST}, of step {step}"
+            self._save(trainer, pl_module)
         self.recorder.restart_clock()  # neither scoring nor saving is training
         if stop and not end:
             raise KeyboardInterrupt
+
+    def _save(self, trainer: pl.Trainer, pl_module: Distiller) -> None:
+        self.recorder.sync(trainer)
+        trainer.save_checkpoint(self.folder / LAST)
+        pl_module.saved = f"the last good checkpoint is {self.folder / LAST}, of step {trainer.global_step}"
 
     def _score(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         assert isinstance(pl_module, Distiller)

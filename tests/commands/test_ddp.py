@@ -78,6 +78,22 @@ def test_a_sigterm_saves_first_and_the_training_continues(work: Path) -> None:
     assert losses(work / "run") == losses(work / "whole")
 
 
+def test_a_sigterm_to_all_processes_saves_first_too(work: Path) -> None:
+    """As clusters send it: the processes that read images hear it as well."""
+    line = f"{LINE} --epochs 400 --workers 1 --out run".replace("--workers 0 ", "")
+    env = {**os.environ, "TQDM_DISABLE": "1", "PYTHONPATH": "."}
+    options: dict[str, Any] = {"stderr": subprocess.PIPE, "text": True, "env": env, "start_new_session": True}
+    with subprocess.Popen([*PLAIN, *line.split()], **options) as process:
+        while process.poll() is None and not (work / "run/checkpoints/last.ckpt").exists():
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGTERM)
+        _, err = process.communicate(timeout=300)
+    assert process.returncode == 130, err
+    assert "stopped; the same command continues where it can" in err
+    stopped = torch.load(work / "run/checkpoints/last.ckpt", weights_only=True)["global_step"]
+    assert len(losses(work / "run")) == stopped
+
+
 def test_processes_that_do_not_divide_a_batch_are_refused(work: Path, call: Any) -> None:
     answer = call(f"{LINE} --out run --devices 5")
     assert (answer.status, answer.out) == (2, "")

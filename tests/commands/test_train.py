@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
 from fkd_ssl.energy import Meter
@@ -16,6 +17,22 @@ ONLINE = "--targets online --teacher own_teacher:make"
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def broken_off(call: Any, line: str, step: int) -> None:
+    """Runs `line` until a batch of step `step` is asked for."""
+    from fkd_ssl.training.sampler import PassSampler
+
+    batch = PassSampler.batch
+
+    def interrupted(self: PassSampler, at: int) -> Any:
+        if at == step:
+            raise KeyboardInterrupt
+        return batch(self, at)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PassSampler, "batch", interrupted)
+        assert call(line).status == 130
 
 
 def test_a_run_folder_is_complete(work: Path, call: Any, train_line: str) -> None:
@@ -113,6 +130,63 @@ def test_ctrl_c_and_the_same_command_again(work: Path, call: Any, train_line: st
     assert [line["loss"] for line in runs[0]] == [line["loss"] for line in runs[1]]
 
 
+def test_it_continues_when_the_store_has_got_another_column(work: Path, call: Any, train_line: str) -> None:
+    line = f"{train_line} --epochs 5 --out run"
+    broken_off(call, line, 3)
+    assert call("recode store --codec SQ8").status == 0
+    assert call(line).status == 0
+    assert yaml.safe_load((work / "run/config.yaml").read_text())["teacher"] == "make"
+    assert "this run is done" in call(line).err
+    assert "holds targets of ['make', 'make-SQ8']; name one" in call(f"{train_line} --out other").err
+
+
+def test_an_image_that_is_skipped_is_no_neighbour_either(work: Path, call: Any, train_line: str) -> None:
+    (work / "train/ash/0.png").write_bytes(b"no picture")
+    line = f"{train_line} {ONLINE} --out run --val val --knn_every 1".replace("--store store ", "")
+    status, _, err = call(line)
+    assert (status, "train/ash/0.png: not a readable image" in err) == (1, True)
+    assert call(f"{line} --on_unreadable skip").status == 0
+    results = json.loads((work / "run/results.json").read_text())
+    assert results["knn_top1"] is not None
+    assert results["unreadable_images"] > 0
+
+
+def test_what_was_trained_is_kept_where_a_score_fails(work: Path, call: Any, train_line: str) -> None:
+    line = f"{train_line} --epochs 6 --out run --val val --knn_every 2"
+    picture = (work / "val/ash/0.png").read_bytes()
+    (work / "val/ash/0.png").write_bytes(b"no picture")
+    status, _, err = call(line)
+    assert (status, "val/ash/0.png: not a readable image" in err) == (1, True)
+    assert torch.load(work / "run/checkpoints/last.ckpt", weights_only=True)["global_step"] == 2
+    (work / "val/ash/0.png").write_bytes(picture)
+    assert call(line).status == 0
+    assert [row["step"] for row in read_metrics(work / "run/metrics.csv") if row["loss"] is not None] == [1, 2, 3, 4, 5, 6]
+
+
+def test_float16_is_for_gpus(work: Path, call: Any, train_line: str) -> None:
+    line = f"{train_line} --out run --precision 16-mixed"
+    assert "warning: --precision 16-mixed is for GPUs: here it is bf16-mixed" in call(line).err
+    assert json.loads((work / "run/results.json").read_text())["config"]["precision"] == "bf16-mixed"
+    assert "this run is done" in call(line).err
+
+
+def test_tasks_of_srun_are_refused(work: Path, call: Any, train_line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for the first, which trains alone, whatever SLURM says of the job."""
+    for name, value in (("SLURM_NTASKS", "4"), ("SLURM_JOB_NAME", "fkd"), ("SLURM_LOCALID", "0"), ("SLURM_NODEID", "0")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    answer = call(f"{train_line} --out run")
+    assert (answer.status, "have it start torchrun" in answer.err) == (2, True)
+    assert not (work / "run").exists()
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    assert call(f"{train_line} --out run").status == 0
+
+
+def test_a_recipe_beside_a_store_is_ignored_with_a_warning(work: Path, call: Any, train_line: str) -> None:
+    answer = call(f"{train_line} --out run {ONLINE} --recipe swav")
+    assert "warning: --recipe swav is ignored: the crops are those of --store" in answer.err
+
+
 @pytest.mark.parametrize("name", ["thesis.tex", "config.yaml", "results.json", "metrics.csv"])
 def test_a_foreign_folder_is_left_alone(work: Path, call: Any, train_line: str, name: str) -> None:
     (work / "mine").mkdir()
@@ -187,7 +261,7 @@ class TestSeveralTeachers:
     @pytest.mark.parametrize(
         ("options", "status", "said"),
         [
-            ("", 2, "holds targets of ['make', 'prototyped']; name one (train: --teacher"),
+            ("", 2, "holds targets of ['make', 'prototyped']; name one (train and show: --teacher"),
             ("--teacher make,swav", 2, "no targets of 'swav'; there are ['make', 'prototyped']"),
             ("--teacher make,make", 2, "a column is named twice"),
             ("--teacher make,", 2, "has an empty part"),
@@ -224,6 +298,18 @@ class TestRefused:
             (("--store store", f"{ONLINE}:x"), 2, "own_teacher:make:x"),
             (("--store store", f"{ONLINE} --recipe nix"), 2, "--recipe 'nix' is unknown"),
             (("--epochs 2", "--epochs 2 --val nowhere"), 2, "nowhere: no such folder of images"),
+            (("--epochs 2", "--epochs 2 --codec SQ8"), 2, "codec SQ8: it is for --record"),
+            (("--epochs 2", "--epochs 2 --optimizer lars"), 2, "scales only weights that have a weight_decay"),
+            (
+                ("--batch_size 18", "--batch_size 18 --accumulate 9 --devices 2"),
+                2,
+                "which 2 processes of 9 parts do not divide",
+            ),
+            (
+                ("--batch_size 18 --crops_per_image 2", "--batch_size 2 --crops_per_image 1 --accumulate 2"),
+                2,
+                "BatchNorm needs at least 2 crops in each of 2 parts",
+            ),
         ],
     )
     def test_and_nothing_is_written(

@@ -137,6 +137,27 @@ def test_a_broken_image_is_named_without_a_traceback(make_set, workers: int) -> 
     assert "Traceback" not in str(error.value)
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_broken_images_can_be_left_out(make_set, workers: int) -> None:
+    options = {"pixels": 8, "batch_size": 2, "workers": workers, "progress": False}
+    found = make_set("train", per_class=2)
+    whole, labels = features.extract(flat, found, **options)
+    split = features.extract_split(flat, found, found, **options)
+    broken = [0, 2, 3]  # part of a batch, and all of one
+    for i in broken:
+        found.file(i).write_bytes(b"no picture")
+    left, left_labels = features.extract(flat, found, skip_unreadable=True, **options)
+    assert np.array_equal(left, np.delete(whole, broken, axis=0))
+    assert np.array_equal(left_labels, np.delete(labels, broken))
+    other = features.extract_split(flat, found, found, skip_unreadable=True, **options)
+    assert np.array_equal(other.features, left)
+    assert np.array_equal(other.labels, np.delete(split.labels, broken))
+    for i in range(len(found)):
+        found.file(i).write_bytes(b"no picture")
+    with pytest.raises(ImageError, match=rf"none of its {len(found)} images can be read"):
+        features.extract(flat, found, skip_unreadable=True, **options)
+
+
 def test_wrong_numbers_are_refused(make_set) -> None:
     found = make_set("train", per_class=1)
     with pytest.raises(RequestError, match="pixels must be at least 1, got 0"):

@@ -66,7 +66,7 @@ class TestOptimizer:
 
     @pytest.mark.parametrize("name", ["sgd", "lars"])
     def test_momentum_is_passed_on(self, name: str) -> None:
-        optimizer = make_optimizer(torch.nn.Linear(2, 2), make_config(optimizer=name, momentum=0.8))
+        optimizer = make_optimizer(torch.nn.Linear(2, 2), make_config(optimizer=name, momentum=0.8, weight_decay=1e-6))
         assert optimizer.param_groups[0]["momentum"] == 0.8
 
     def test_a_step_of_sgd_decays_the_weight_alone(self) -> None:

@@ -249,7 +249,8 @@ class TestResults:
 
 @pytest.mark.parametrize(("name", "lr"), [("adam", 1e-3), ("adamw", 1e-3), ("sgd", 0.02), ("lars", 0.2)])
 def test_every_optimizer_lowers_the_loss(make_run: Any, name: str, lr: float) -> None:
-    losses = make_run(optimizer=name, lr=lr, epochs=16, objective="cosine").train().column("loss")
+    decay = 1e-6 if name == "lars" else 0
+    losses = make_run(optimizer=name, lr=lr, epochs=16, objective="cosine", weight_decay=decay).train().column("loss")
     assert sum(losses[-5:]) < 0.97 * sum(losses[:5])
 
 

@@ -3,6 +3,9 @@
 import copy
 import os
 import signal
+import subprocess
+import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,7 @@ from fkd_ssl.training import loggers
 from fkd_ssl.training.config import TrainConfig
 from fkd_ssl.training.distiller import Distiller, update_average
 from fkd_ssl.training.engine import check_batch, single_steps
+from fkd_ssl.training.fit import WholeCheckpoints
 from fkd_ssl.training.last_single import LastSingle
 from fkd_ssl.training.sampler import PassSampler
 
@@ -145,6 +149,28 @@ class TestResume:
             with_dropout(run)
         run.data = data
         assert equal(with_dropout(run).weights, whole.weights)
+
+
+class TestCheckpoints:
+    def test_they_never_pass_through_another_folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """From a temporary folder on another disk a file would be copied over the last good one."""
+        monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+        WholeCheckpoints().save_checkpoint({"step": 1}, tmp_path / "new" / "last.ckpt")
+        assert torch.load(tmp_path / "new" / "last.ckpt", weights_only=True) == {"step": 1}
+        assert [path.name for path in (tmp_path / "new").iterdir()] == ["last.ckpt"]
+
+    def test_a_kill_while_one_is_written_leaves_the_last(self, tmp_path: Path) -> None:
+        script = (
+            "import os, sys, torch\n"
+            "from fkd_ssl.training.fit import WholeCheckpoints\n"
+            "WholeCheckpoints().save_checkpoint({'step': 1}, sys.argv[1])\n"
+            "sync = os.fsync\n"
+            "os.fsync = lambda number: os.kill(os.getpid(), 9)\n"
+            "WholeCheckpoints().save_checkpoint({'step': 2, 'weights': torch.zeros(10**6)}, sys.argv[1])\n"
+        )
+        done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "last.ckpt")], check=False)
+        assert done.returncode == -signal.SIGKILL
+        assert torch.load(tmp_path / "last.ckpt", weights_only=True) == {"step": 1}
 
 
 class TestSigterm:
