@@ -92,6 +92,7 @@ def test_a_finished_run_does_nothing(work: Path, call: Any, train_line: str) -> 
     status, out, err = call(f"{train_line} --out run")
     assert (status, out) == (0, "")
     assert "run: this run is done" in err
+    assert "run: this run is done" in call(f"{train_line} --out run --workers 1 --devices 3").err  # how it is run is free
     assert contents(work / "run") == before
 
 
