@@ -28,9 +28,9 @@ def test_what_an_arm_trains_on() -> None:
     trainings = {arm.name: training(arm, asked, 3, ["mocov2"]) for arm in arms_of(asked, ["mocov2"])}
     found = {name: (t.targets, t.store, t.teacher, t.checkpoint) for name, t in trainings.items()}
     assert found == {
-        "stored": ("stored", "o/store", None, None),
+        "stored": ("stored", "o/store", "mocov2", None),
         "online": ("online", None, "mocov2", "f"),
-        "stored:C=4": ("stored", "o/store-C=4", None, None),
+        "stored:C=4": ("stored", "o/store-C=4", "mocov2", None),
         "online:stored_crops": ("online", "o/store", "mocov2", "f"),
     }
     assert {(t.lr, t.batch_size, t.epochs, t.seed) for t in trainings.values()} == {(0.5, 64, 30, 3)}
