@@ -294,10 +294,10 @@ def main() -> None:
         plot(detailed, args.out / "breakdown.png")
     if several:
         lines += ["", "| workers | over the usual way | over no worker |", "|---|---|---|"]
-        for each_ in several:
-            rate = each_["crops_per_second"]
+        for row in several:
+            rate = row["crops_per_second"]
             lines.append(
-                f"| {each_['workers']} | {rate['ours'] / rate['usual']:.1f} | {rate['ours'] / rate['ours, no worker']:.2f} |"
+                f"| {row['workers']} | {rate['ours'] / rate['usual']:.1f} | {rate['ours'] / rate['ours, no worker']:.2f} |"
             )
     text = "\n".join(lines) + "\n"
     (args.out / "table.md").write_text(text)

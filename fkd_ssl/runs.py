@@ -34,7 +34,7 @@ def peek(out: str | Path, config: Any) -> State:
         return "new"
     if not (folder / CONFIG).exists():
         raise RequestError(f"{folder}: exists and is not a run of fkd-ssl; choose another --out")
-    found, wanted = _values((folder / CONFIG).read_text(errors="replace")), _values(to_yaml(config))
+    found, wanted = config_of(folder), _values(to_yaml(config))
     for key in getattr(config, "FREE", ()):
         found.pop(key, None)
         wanted.pop(key, None)
