@@ -194,11 +194,11 @@ def replace(path: Path, data: bytes | memoryview) -> None:
             temporary.unlink()
 
 
-def sweep(folder: Path) -> None:
-    """Removes what killed processes left in `folder` under our temporary names more than an hour ago."""
+def sweep(folder: Path, *, seconds: float = 3600) -> None:
+    """Removes what killed processes left in `folder` under our temporary names more than `seconds` ago."""
     for path in folder.glob(f"{TEMPORARY}*-{'[0-9a-f]' * 12}"):
         with suppress(OSError):
-            if time.time() - path.stat().st_mtime > 3600:
+            if time.time() - path.stat().st_mtime > seconds:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 

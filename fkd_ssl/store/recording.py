@@ -118,6 +118,7 @@ class Recording:
             os.ftruncate(self._file, shard * m.rows_per_shard * self._row_bytes)  # so a disk never holds both copies of all
         for name in (_WORK, _JOURNAL):
             (self.column.folder / name).unlink(missing_ok=True)
+        files.sweep(self.column.folder, seconds=0)  # of this process's forerunners, which were killed: nobody else writes here
         files.sync_folder(self.column.folder)
         self.column = Store(store.folder).column(self.column.name)
 

@@ -116,6 +116,10 @@ def fit(
         except SystemExit as stop:  # what Lightning makes of Ctrl-C; it also stops listening to further ones
             signal.signal(signal.SIGINT, signal.default_int_handler)
             raise KeyboardInterrupt from stop
+        finally:
+            # Lightning ends NCCL's threads; gloo's, where they still hold a tensor, abort a Python that is ending
+            if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
+                torch.distributed.destroy_process_group()
 
 
 def step_of(checkpoint: Path) -> int:

@@ -26,6 +26,26 @@ LINE = (
 # BatchNorm is over a process's own crops, so that a comparison with one process leaves SimReg's head out
 NO_NORM = LINE.replace("--head simreg ", "")
 
+THREADS = """
+import os, sys
+from pathlib import Path
+from fkd_ssl.cli import main
+from fkd_ssl.training.recorder import Recorder
+
+def note(when):
+    names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+    Path(f"gloo-{when}-{os.environ['RANK']}").write_text(str(any("gloo" in name for name in names)))
+
+def on_train_end(self, trainer, module):
+    note("during")
+    end(self, trainer, module)
+
+end, Recorder.on_train_end = Recorder.on_train_end, on_train_end
+status = main(sys.argv[1:])
+note("after")
+sys.exit(status)
+"""
+
 
 def run(command: list[str], line: str, **options: Any) -> subprocess.CompletedProcess[str]:
     env = {**os.environ, "TQDM_DISABLE": "1", "PYTHONPATH": "."}
@@ -57,6 +77,18 @@ def test_two_processes_are_one(work: Path, call: Any, start: list[str], options:
     queue = "parts.0.parts.1.queue"
     for row in weights[1][queue]:  # the same targets in each process's order
         assert (weights[0][queue] - row).abs().sum(dim=1).min() < 1e-6
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="only Linux names a process's threads")
+def test_no_thread_of_gloo_is_left(work: Path) -> None:
+    """One that still holds a tensor aborts a Python that is ending: the training is done, and the exit status is -6."""
+    (work / "start.py").write_text(THREADS)
+    done = run([*TORCHRUN[:-2], "start.py"], f"{LINE} --epochs 2 --out run")
+    assert done.returncode == 0, done.stderr
+    assert {path.name: path.read_text() for path in work.glob("gloo-*")} == {
+        **dict.fromkeys(("gloo-during-0", "gloo-during-1"), "True"),
+        **dict.fromkeys(("gloo-after-0", "gloo-after-1"), "False"),
+    }
 
 
 def test_a_sigterm_saves_first_and_the_training_continues(work: Path) -> None:

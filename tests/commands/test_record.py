@@ -85,6 +85,7 @@ def test_a_stopped_training_goes_on(work: Path, call: Any, monkeypatch: pytest.M
         refused = call("train --images train --store new --student squeezenet1_1 --pixels 32 --batch_size 16 --out none")
         assert refused.status == 1
         assert "run the same fkd-ssl precompute again" in refused.err
+    (work / f"new/targets/make/.tmp-.record.json-{'0' * 12}").touch()  # a kill while the journal was written
     assert call(f"{line} --record new --out run").status == 0
     assert losses(work / "run") == losses(work / "whole_run")
     assert files_of(work / "new") == files_of(work / "whole")
