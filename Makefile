@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test check docs linkcheck format clean
 
 # torch and torchvision are installed plainly and together: a CPU-only torch cannot load the registry's torchvision
-$(VENV)/.installed: pyproject.toml setup.py
+$(VENV)/.installed: pyproject.toml setup.py fkd_ssl/crops/_avx2.c
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed; pass PYTHON=python3.12, say" if sys.version_info < (3, 11) else 0)'
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip

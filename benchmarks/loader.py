@@ -13,6 +13,7 @@ Writes results.json, table.md, breakdown.png.
 """
 
 import argparse
+import importlib
 import io
 import json
 import os
@@ -43,10 +44,12 @@ from fkd_ssl.store.precompute import precompute
 from fkd_ssl.teachers import Teacher
 
 DIM = 128
+replays: Any = importlib.import_module("fkd_ssl.crops.replay")
 WORKS = {"box and flip": "fkd", "full recipe": "mocov2"}
 GROUP = 8  # images that are timed at once, and in one of our batches
 BATCH, PASSES = 64, 20  # of the loaders with workers: images in a batch, and passes, beside which their start is little
 Work = Callable[[int], Any]
+OPENCV = "resize by OpenCV"
 STAGES = ("read", "decode", "records", "resize", "flip", "colour", "blur", "targets", "collate and rest")
 
 
@@ -137,10 +140,23 @@ def breakdown(data: StoredCrops, rounds: int) -> dict[str, float]:
         "targets": lambda k: data._more([(0, i) for i in range(k * GROUP, min((k + 1) * GROUP, count))]),
         "all": batches(ours(data)),
     }
+    if replays._avx2 is not None:
+        works[OPENCV] = by_opencv(works[0])
     took = best(works, -(-count // GROUP), rounds, time.process_time)
     took["resize"], took["flip"], took["colour"], took["blur"] = took[0], *(took[k + 1] - took[k] for k in range(3))
     took["collate and rest"] = took["all"] - sum(took[stage] for stage in STAGES[:-1])
-    return {stage: round(1e3 * took[stage] / count, 4) for stage in STAGES}
+    return {stage: round(1e3 * took[stage] / count, 4) for stage in (*STAGES, OPENCV) if stage in took}
+
+
+def by_opencv(work: Work) -> Work:
+    """The work without what is compiled of replay."""
+
+    def slower(k: int) -> None:
+        compiled, replays._avx2 = replays._avx2, None
+        work(k)
+        replays._avx2 = compiled
+
+    return slower
 
 
 def reference(args: argparse.Namespace, pixels: int, crops: int, photometric: bool) -> float:
@@ -287,9 +303,10 @@ def main() -> None:
     ]
     detailed = [row for row in rows if "breakdown" in row]
     if detailed:
-        lines += ["", f"| px | work | {' | '.join(STAGES)} |", "|---" * (len(STAGES) + 2) + "|"]
+        stages = [stage for stage in (*STAGES, OPENCV) if stage in detailed[0]["breakdown"]]
+        lines += ["", f"| px | work | {' | '.join(stages)} |", "|---" * (len(stages) + 2) + "|"]
         for row in detailed:
-            cells = [str(row["pixels"]), row["work"], *(f"{row['breakdown'][stage]:.3f}" for stage in STAGES)]
+            cells = [str(row["pixels"]), row["work"], *(f"{row['breakdown'][stage]:.3f}" for stage in stages)]
             lines.append(f"| {' | '.join(cells)} |")
         plot(detailed, args.out / "breakdown.png")
     if several:

@@ -13,6 +13,11 @@ from fkd_ssl.crops.records import BLUR, FLIP, GREY, JITTER, SOLARIZE, Fields, Re
 from fkd_ssl.errors import ImageError
 from fkd_ssl.images import UInt8Array
 
+try:
+    from fkd_ssl.crops import _avx2
+except ImportError:  # another processor, or no compiler when the package was built: OpenCV makes the same pixels
+    _avx2 = None  # type: ignore[assignment]
+
 # Images are the parallelism, in threads or worker processes. OpenCV's own pool would gain nothing on crops of this size,
 # and a worker forked after the pool was started hangs in its first call that touches it: so it is never started.
 cv2.setNumThreads(0)
@@ -49,6 +54,7 @@ def replay(image: UInt8Array, records: Records, pixels: int) -> UInt8Array:
 
 def replay_into(views: UInt8Array, image: UInt8Array, records: Records) -> None:
     """`replay` into an existing C-contiguous array uint8 [M, P, P, 3]."""
+    image = np.ascontiguousarray(image)
     for view, record in zip(views, unpack(records, *image.shape[:2]), strict=True):
         try:
             _replay_one(view, image, record)
@@ -85,7 +91,9 @@ def _resize(view: UInt8Array, crop: UInt8Array) -> None:
     halvings, doubled = resize_plan(crop.shape[0], crop.shape[1], pixels)
     for _ in range(halvings):
         crop = _half(crop)
-    if doubled:
+    if _avx2 is not None and crop.shape[1] > 1:
+        _avx2.resize(view, crop, 1 + doubled)
+    elif doubled:
         fine: Any = cv2.resize(crop, (2 * pixels, 2 * pixels), interpolation=cv2.INTER_LINEAR)
         cv2.resize(fine, (pixels, pixels), dst=view, interpolation=cv2.INTER_AREA)
     else:
@@ -94,6 +102,10 @@ def _resize(view: UInt8Array, crop: UInt8Array) -> None:
 
 def _half(crop: UInt8Array) -> UInt8Array:
     height, width = crop.shape[0] // 2, crop.shape[1] // 2
+    if _avx2 is not None:
+        made = np.empty((height, width, 3), dtype=np.uint8)
+        _avx2.halve(made, crop)
+        return made
     half: Any = cv2.resize(crop[: 2 * height, : 2 * width], (width, height), interpolation=cv2.INTER_AREA)
     return np.asarray(half, dtype=np.uint8)
 
