@@ -1,7 +1,9 @@
 """Replay: a crop's pixels again, from the image and the crop's record. One code path for teacher and student."""
 
 import math
+from contextlib import suppress
 from functools import lru_cache
+from importlib import import_module
 from typing import Any
 
 import cv2
@@ -13,10 +15,9 @@ from fkd_ssl.crops.records import BLUR, FLIP, GREY, JITTER, SOLARIZE, Fields, Re
 from fkd_ssl.errors import ImageError
 from fkd_ssl.images import UInt8Array
 
-try:
-    from fkd_ssl.crops import _avx2
-except ImportError:  # another processor, or no compiler when the package was built: OpenCV makes the same pixels
-    _avx2 = None  # type: ignore[assignment]
+_avx2: Any = None
+with suppress(ImportError):  # another processor, or no compiler when the package was built: OpenCV makes the same pixels
+    _avx2 = import_module("fkd_ssl.crops._avx2")
 
 # Images are the parallelism, in threads or worker processes. OpenCV's own pool would gain nothing on crops of this size,
 # and a worker forked after the pool was started hangs in its first call that touches it: so it is never started.
@@ -103,7 +104,7 @@ def _resize(view: UInt8Array, crop: UInt8Array) -> None:
 def _half(crop: UInt8Array) -> UInt8Array:
     height, width = crop.shape[0] // 2, crop.shape[1] // 2
     if _avx2 is not None:
-        made = np.empty((height, width, 3), dtype=np.uint8)
+        made: UInt8Array = np.empty((height, width, 3), dtype=np.uint8)
         _avx2.halve(made, crop)
         return made
     half: Any = cv2.resize(crop[: 2 * height, : 2 * width], (width, height), interpolation=cv2.INTER_AREA)
