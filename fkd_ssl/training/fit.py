@@ -92,8 +92,9 @@ def fit(
             accelerator="gpu" if torch.cuda.is_available() else "cpu",
             devices=devices,
             num_nodes=nodes,
-            # the other processes wait while the first one scores
-            strategy="auto" if devices * nodes == 1 else DDPStrategy(timeout=timedelta(hours=2)),
+            # The other processes wait while the first one scores. Nothing is broadcast at each step: running means change no
+            # training, the first process's are saved, and queues are the same in all.
+            strategy="auto" if devices * nodes == 1 else DDPStrategy(timeout=timedelta(hours=2), broadcast_buffers=False),
             sync_batchnorm=sync_batchnorm,
             accumulate_grad_batches=sampler.parts,
             gradient_clip_val=clip,
