@@ -31,8 +31,8 @@ class Config:
     """The PNG; a file that is there is not overwritten."""
     teacher: str | None = None
     """Column whose neighbours are shown, if there are several."""
-    crops: int = 6
-    """Crops of the image, the first ones."""
+    crops: int | None = None
+    """Crops of the image, the first ones; 6 by default, or all where fewer are stored."""
     neighbours: int = 5
     """Of each crop, from other images; 0 for none."""
     among: int = 1
@@ -42,8 +42,9 @@ class Config:
 
     def __post_init__(self) -> None:
         for name, least, most in (("crops", 1, 24), ("neighbours", 0, 12), ("among", 1, 10**6), ("pixels", 8, 512)):
-            if not least <= getattr(self, name) <= most:
-                raise RequestError(f"{name} {getattr(self, name)}: must lie in {least} to {most}")
+            value = getattr(self, name)
+            if value is not None and not least <= value <= most:
+                raise RequestError(f"{name} {value}: must lie in {least} to {most}")
 
 
 def run(config: Config) -> int:
@@ -76,10 +77,11 @@ def sheet_of(config: Config, store: "Store") -> tuple[bytes, str]:
     from fkd_ssl.progress import hidden
     from fkd_ssl.store.nearest import nearest
 
-    if config.crops > store.crops_per_image:
-        raise RequestError(f"crops {config.crops}: {store.folder} holds {store.crops_per_image} crops of each image")
+    count = min(6, store.crops_per_image) if config.crops is None else config.crops
+    if count > store.crops_per_image:
+        raise RequestError(f"crops {count}: {store.folder} holds {store.crops_per_image} crops of each image")
     row = _row(store, config.image)
-    image, records = read_image(Path(config.images, config.image)), store.crops(row, slice(0, config.crops))
+    image, records = read_image(Path(config.images, config.image)), store.crops(row, slice(0, count))
     crops = [
         sheet.Picture(pixels=view.transpose(1, 2, 0), caption=sheet.describe(record))
         for view, record in zip(replay(image, records, config.pixels), records, strict=True)
@@ -90,7 +92,7 @@ def sheet_of(config: Config, store: "Store") -> tuple[bytes, str]:
         column = store.column(config.teacher)
         with tqdm(total=len(column.rows) - 1, unit="img", desc="neighbours", disable=hidden(show=True)) as bar:
             found = nearest(
-                column, store.targets(column.name, row, slice(0, config.crops)), count=config.neighbours, crops=config.among,
+                column, store.targets(column.name, row, slice(0, count)), count=config.neighbours, crops=config.among,
                 without=row, done=bar.update,
             )  # fmt: skip
         for line, neighbours in zip(near, found, strict=False):  # a training may have recorded fewer crops than are shown
