@@ -151,6 +151,17 @@ def _short(value: Any) -> str:
 
 
 @contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Gives what a full or failing disk raises the name of the file that was written: the system's error has none."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
 def publish(path: Path) -> Iterator[BinaryIO]:
     """A file to write that appears as `path` when the block ends well, whole and synced, or not at all.
 
@@ -159,7 +170,7 @@ def publish(path: Path) -> Iterator[BinaryIO]:
     """
     temporary = path.with_name(f"{TEMPORARY}{path.name}-{secrets.token_hex(6)}")
     try:
-        with temporary.open("xb") as file:
+        with _named(path), temporary.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -184,7 +195,7 @@ def replace(path: Path, data: bytes | memoryview) -> None:
     """Replaces a file that belongs to one process alone (progress, a report) in one step, synced."""
     temporary = path.with_name(f"{TEMPORARY}{path.name}-{secrets.token_hex(6)}")
     try:
-        with temporary.open("xb") as file:
+        with _named(path), temporary.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

@@ -158,6 +158,26 @@ def test_replace_replaces_whole_files(tmp_path):
     assert names(tmp_path) == ["a"]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="limits of a process are Unix's")
+@pytest.mark.parametrize("write", ["replace", "publish"])
+def test_a_full_disk_names_the_file_and_leaves_what_was_there(tmp_path, write):
+    """A limit of a file's size stands for the full disk: the system's error, which names no file."""
+    import resource
+
+    (tmp_path / "kept").write_bytes(b"one")
+    path = tmp_path / ("kept" if write == "replace" else "new")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        with pytest.raises(OSError, match="too large") as raised:
+            files.replace(path, b"x" * 5000) if write == "replace" else files.write_json(path, {"x": "x" * 5000})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert raised.value.filename == str(path)
+    assert names(tmp_path) == ["kept"]
+    assert (tmp_path / "kept").read_bytes() == b"one"
+
+
 def test_sha256(tmp_path):
     (tmp_path / "a").write_bytes(b"x" * 300_000)
     assert files.sha256_file(tmp_path / "a") == files.sha256(b"x" * 300_000) == hashlib.sha256(b"x" * 300_000).hexdigest()
