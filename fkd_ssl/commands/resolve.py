@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from fkd_ssl.teachers import Ensemble, Teacher, load_teacher
 from fkd_ssl.teachers.checkpoint import weights_digest
 from fkd_ssl.teachers.registry import LIBRARIES
 from fkd_ssl.teachers.teacher import Precision
+from fkd_ssl.training.config import checkpoints_of, split
 from fkd_ssl.training.monitor import LAST
 
 RUN = "run"
@@ -98,6 +100,24 @@ def teacher_of(name: str, checkpoint: str | None, precision: Precision = "fp32")
             "needs none"
         )
     return Ensemble([_one_teacher(one, file, precision) for one, file in zip(names, files, strict=True)]).to(device())
+
+
+def teachers_of(names: str, checkpoints: str | None) -> list[Teacher]:
+    """The teachers A,B with their checkpoints F,G; a second one of a name gets -2 behind it: two checkpoints of one family.
+
+    Raises:
+        RequestError: As teacher_of, or a teacher is named twice with one checkpoint.
+    """
+    asked = list(zip(split(names), checkpoints_of(names, checkpoints), strict=True))
+    if len(set(asked)) < len(asked):
+        raise RequestError(f"teacher {names}: one is named twice")
+    teachers = [teacher_of(name, file) for name, file in asked]
+    taken: Counter[str] = Counter()
+    for teacher in teachers:
+        taken[teacher.name] += 1
+        if taken[teacher.name] > 1:
+            teacher.name += f"-{taken[teacher.name]}"
+    return teachers
 
 
 def _one_teacher(name: str, checkpoint: str | None, precision: Precision) -> Teacher:

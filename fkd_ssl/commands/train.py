@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from fkd_ssl.errors import ImageError, RequestError
 from fkd_ssl.training.config import TrainConfig as Config
-from fkd_ssl.training.config import checkpoints_of
 
 if TYPE_CHECKING:
     from fkd_ssl.crops import Recipe
@@ -107,8 +106,8 @@ def run(config: Config) -> int:
             maps.verify()
         embeds = None
     else:
-        names = zip(config.teachers, checkpoints_of(config.teacher, config.checkpoint), strict=True)
-        teachers = [resolve.teacher_of(name, checkpoint) for name, checkpoint in names]
+        assert config.teacher is not None  # by TrainConfig
+        teachers = resolve.teachers_of(config.teacher, config.checkpoint)
         targets = [
             TargetInfo(name=teacher.name, dim=teacher.dim, arrays=teacher.arrays, kind=teacher.kind) for teacher in teachers
         ]

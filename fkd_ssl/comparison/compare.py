@@ -33,7 +33,7 @@ from fkd_ssl.store.subset import subset
 from fkd_ssl.students import CLASSIFIER, check_student
 from fkd_ssl.teachers import Teacher
 from fkd_ssl.teachers.dense import DenseTeacher
-from fkd_ssl.training.config import TrainConfig, checkpoints_of, split
+from fkd_ssl.training.config import TrainConfig
 from fkd_ssl.training.engine import check_batch, objective_of
 from fkd_ssl.training.recorder import read_metrics
 
@@ -61,7 +61,7 @@ def compare(config: CompareConfig, log: Log = lambda message: None) -> dict[str,
     match_classes(images, val)
     resolve.recipe_of(config.recipe)
     check_student(config.student, config.pixels, head=config.head, stem=config.stem, width=config.width)
-    teachers = _teachers(config)
+    teachers = resolve.teachers_of(config.teacher, config.checkpoint)
     columns = [teacher.name for teacher in teachers]
     arms = arms_of(config, columns)
     plain = training(arms[0], config, 0, columns)
@@ -191,15 +191,6 @@ def _reached(config: CompareConfig, online: str, names: Sequence[str]) -> dict[s
         "knn_top1": goal,
         "seconds": {name: None if None in times else statistics.mean(t for t in times if t) for name, times in first.items()},
     }
-
-
-def _teachers(config: CompareConfig) -> list[Teacher]:
-    """The teachers on this machine's device; raises RequestError where two have one name."""
-    checkpoints = checkpoints_of(config.teacher, config.checkpoint)
-    teachers = [resolve.teacher_of(name, file) for name, file in zip(split(config.teacher), checkpoints, strict=True)]
-    if len({teacher.name for teacher in teachers}) != len(teachers):
-        raise RequestError(f"teacher {config.teacher}: two of one name; give one of them as module:function of another name")
-    return teachers
 
 
 def _precompute(

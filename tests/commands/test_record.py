@@ -268,3 +268,13 @@ def test_two_processes_record_one_store(work: Path, call: Any) -> None:
     assert call("verify new --images train --teacher own_teacher:make --sample 18").status == 0
     assert call(f"{FINISH.replace('new', 'old')} --crops 6").status == 0
     assert np.abs(codes_of("new") - codes_of("old")).max() <= 1
+
+
+def test_two_teachers_of_one_name(work: Path, call: Any) -> None:
+    """Two checkpoints of one family, say: the second one's column is told apart."""
+    (work / "second.py").write_text((work / "own_teacher.py").read_text())
+    line = LINE.replace("own_teacher:make", "own_teacher:make,second:make")
+    assert call(f"{line} --epochs 2 --record new --out run").status == 0
+    assert set(json.loads(call("inspect new --json").out)["teachers"]) == {"make", "make-2"}
+    refused = call(f"{LINE.replace('own_teacher:make', 'own_teacher:make,own_teacher:make')} --epochs 2 --out other")
+    assert (refused.status, "one is named twice" in refused.err) == (2, True)
