@@ -14,6 +14,7 @@ AVX2 = Extension(
     ["fkd_ssl/crops/_avx2.c"],
     define_macros=[("Py_LIMITED_API", STABLE)],
     extra_compile_args=["-O2", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror=implicit-function-declaration"],
+    libraries=["m"],
     py_limited_api=True,
     optional=True,
 )

@@ -1,4 +1,4 @@
-/* Crops' geometry in one pass over their pixels, for x86-64 with AVX2: halving, and a linear resize with the halving after it.
+/* Crops' geometry for x86-64 with AVX2: a halving, and in one pass a linear resize and the halving after it.
  *
  * The integers are those of OpenCV's INTER_AREA (2 x 2) and INTER_LINEAR for uint8, so replay.py gives the same pixels with
  * either: a row is resized across in weights of 11 bits and kept in 16, two rows are blended, and the mean of 2 x 2 of
@@ -180,11 +180,11 @@ AVX2 static void halve(uint8_t *to, const Py_buffer *crop, Py_ssize_t height, Py
 
 /* Takes a view of uint8 [height, width, 3] whose pixels lie side by side; dense means that its rows do too. */
 static int take(PyObject *object, Py_buffer *view, int flags, int dense) {
-    if (PyObject_GetBuffer(object, view, flags | PyBUF_STRIDES)) {
+    if (PyObject_GetBuffer(object, view, flags | PyBUF_STRIDES | PyBUF_FORMAT)) {
         return -1;
     }
     const Py_ssize_t *shape = view->shape, *strides = view->strides;
-    int fits = view->itemsize == 1 && view->ndim == 3 && shape[2] == 3 && strides[2] == 1 && strides[1] == 3;
+    int fits = view->format != NULL && strcmp(view->format, "B") == 0 && view->ndim == 3 && shape[2] == 3 && strides[2] == 1 && strides[1] == 3;
     fits = fits && shape[0] >= 1 && shape[1] >= 1 && shape[0] < 1 << 24 && shape[1] < 1 << 24;
     if (!fits || (dense ? strides[0] != 3 * shape[1] : strides[0] < 3 * shape[1])) {
         PyBuffer_Release(view);

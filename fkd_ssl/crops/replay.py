@@ -46,7 +46,7 @@ def replay(image: UInt8Array, records: Records, pixels: int) -> UInt8Array:
         uint8 [M, 3, P, P], in channels-last memory.
 
     Raises:
-        ImageError: A box lies outside the image.
+        ImageError: The image is no uint8 [H, W, 3], or a box lies outside it.
     """
     views = np.empty((len(records), pixels, pixels, 3), dtype=np.uint8)
     replay_into(views, image, records)
@@ -55,6 +55,8 @@ def replay(image: UInt8Array, records: Records, pixels: int) -> UInt8Array:
 
 def replay_into(views: UInt8Array, image: UInt8Array, records: Records) -> None:
     """`replay` into an existing C-contiguous array uint8 [M, P, P, 3]."""
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise ImageError(f"an image of {image.dtype} {list(image.shape)}: expected uint8 [H, W, 3]")
     image = np.ascontiguousarray(image)
     for view, record in zip(views, unpack(records, *image.shape[:2]), strict=True):
         try:

@@ -116,9 +116,9 @@ class Recording:
         for shard in tqdm(shards, desc="store", unit="shard", disable=hidden(show=m.shards > 50)):
             self._publish(shard)
             os.ftruncate(self._file, shard * m.rows_per_shard * self._row_bytes)  # so a disk never holds both copies of all
+        files.sweep(self.column.folder, seconds=0)  # of this process's forerunners, which were killed: nobody else writes here
         for name in (_WORK, _JOURNAL):
             (self.column.folder / name).unlink(missing_ok=True)
-        files.sweep(self.column.folder, seconds=0)  # of this process's forerunners, which were killed: nobody else writes here
         files.sync_folder(self.column.folder)
         self.column = Store(store.folder).column(self.column.name)
 

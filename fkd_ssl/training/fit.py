@@ -112,15 +112,25 @@ def fit(
             sampler.share(trainer.global_rank, trainer.world_size)
         except ValueError as error:
             raise RequestError(f"batch_size: {error}; choose another --batch_size or number of processes") from error
+        ours = not torch.distributed.is_initialized()
         try:
             trainer.fit(module, loader, ckpt_path=last)
         except SystemExit as stop:  # what Lightning makes of Ctrl-C; it also stops listening to further ones
             signal.signal(signal.SIGINT, signal.default_int_handler)
+            if ours:
+                _end_gloo()
             raise KeyboardInterrupt from stop
-        finally:
-            # Lightning ends NCCL's threads; gloo's, where they still hold a tensor, abort a Python that is ending
-            if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
-                torch.distributed.destroy_process_group()
+        if ours:
+            _end_gloo()
+
+
+def _end_gloo() -> None:
+    """Ends the threads of gloo, which abort a Python that is ending while they hold a tensor; Lightning ends NCCL's.
+
+    Not for a training that failed: a collective that is on its way is waited for, and another process may never join it.
+    """
+    if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
+        torch.distributed.destroy_process_group()
 
 
 def step_of(checkpoint: Path) -> int:

@@ -258,6 +258,14 @@ def test_no_records_give_no_views(smooth):
     assert replay(smooth(0, 20, 20), box_record(0, 0, 5, 5)[:0], 64).shape == (0, 3, 64, 64)
 
 
+@pytest.mark.parametrize(
+    "change", [lambda i: i.astype(np.float32), lambda i: i > 127, lambda i: i[..., 0], lambda i: np.dstack([i, i[..., :1]])]
+)
+def test_other_images_are_refused(smooth, change):
+    with pytest.raises(ImageError, match=r"an image of \w+ \[40, 30.*\]: expected uint8 \[H, W, 3\]"):
+        replay(change(smooth(3, 40, 30)), records_of(40, 30), 32)
+
+
 def test_boxes_outside_the_image_are_refused(smooth):
     with pytest.raises(ImageError, match=r"crop of 21 x 20 at \(0, 0\) lies outside an image of 20 x 20 pixels"):
         replay(smooth(0, 20, 20), box_record(0, 0, 20, 21), 64)
