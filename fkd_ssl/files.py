@@ -151,7 +151,7 @@ def _short(value: Any) -> str:
 
 
 @contextmanager
-def _named(path: Path) -> Iterator[None]:
+def naming(path: Path) -> Iterator[None]:
     """Gives what a full or failing disk raises the name of the file that was written: the system's error has none."""
     try:
         yield
@@ -170,7 +170,7 @@ def publish(path: Path) -> Iterator[BinaryIO]:
     """
     temporary = path.with_name(f"{TEMPORARY}{path.name}-{secrets.token_hex(6)}")
     try:
-        with _named(path), temporary.open("xb") as file:
+        with naming(path), temporary.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -195,7 +195,7 @@ def replace(path: Path, data: bytes | memoryview) -> None:
     """Replaces a file that belongs to one process alone (progress, a report) in one step, synced."""
     temporary = path.with_name(f"{TEMPORARY}{path.name}-{secrets.token_hex(6)}")
     try:
-        with _named(path), temporary.open("xb") as file:
+        with naming(path), temporary.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

@@ -128,12 +128,9 @@ class Recording:
 
     def _write(self, code: UInt8Array, place: int) -> None:
         """Writes a block; raises OSError, with the file's name, where the disk is full or fails."""
-        try:
-            full = errno.ENOSPC if os.pwrite(self._file, code.data, place) < code.nbytes else 0
-        except OSError as error:
-            full = error.errno or errno.EIO
-        if full:
-            raise OSError(full, os.strerror(full), str(self.column.folder / _WORK))
+        with files.naming(self.column.folder / _WORK):
+            if os.pwrite(self._file, code.data, place) < code.nbytes:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _publish(self, shard: int) -> None:
         store, m = self.column.store, self.column.store.manifest

@@ -36,7 +36,8 @@ class Progress:
     def add(self, array: npt.NDArray[Any]) -> None:
         """Appends a chunk, an array of one row a crop; now and then all that was added is made safe."""
         data = array.tobytes()
-        self._file.write(data)
+        with files.naming(self._journal.with_suffix("")):
+            self._file.write(data)
         self._digest.update(data)
         self.crops += len(array)
         if time.monotonic() - self._written > SECONDS_BETWEEN_JOURNALS:
@@ -44,8 +45,9 @@ class Progress:
 
     def save(self) -> None:
         """Makes what was added survive a kill: the bytes are synced before the journal counts them."""
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with files.naming(self._journal.with_suffix("")):
+            self._file.flush()
+            os.fsync(self._file.fileno())
         values = {
             "bytes": self._file.tell(),
             "crops": self.crops,
@@ -122,7 +124,8 @@ def open_work(path: Path, owner: str) -> Iterator[Progress | None]:
         owner: What the work belongs to: progress of another owner does not count.
     """
     journal = _journal(path)
-    with os.fdopen(files.plain_descriptor(path, os.O_RDWR | os.O_CREAT), "r+b") as file:
+    file = os.fdopen(files.plain_descriptor(path, os.O_RDWR | os.O_CREAT), "r+b")
+    try:
         if not locked(file):
             yield None
             return
@@ -138,6 +141,9 @@ def open_work(path: Path, owner: str) -> Iterator[Progress | None]:
             raise
         path.unlink(missing_ok=True)
         journal.unlink(missing_ok=True)
+    finally:
+        with files.naming(path):  # it may have to write what is left in its buffer
+            file.close()
 
 
 def clear(path: Path) -> None:

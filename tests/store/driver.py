@@ -27,8 +27,9 @@ if "rows_per_shard" in options:
     manifest.ROWS_PER_SHARD = options.pop("rows_per_shard")
 if "journal_seconds" in options:
     work.SECONDS_BETWEEN_JOURNALS = options.pop("journal_seconds")
+before = resource.getrlimit(resource.RLIMIT_FSIZE)
 if "file_limit" in options:
-    resource.setrlimit(resource.RLIMIT_FSIZE, (options.pop("file_limit"),) * 2)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (options.pop("file_limit"), before[1]))
 report = options.pop("report", None)
 pause = options.pop("pause", 0.0)
 teacher = shared.TinyTeacher()
@@ -69,5 +70,6 @@ except OSError as error:
 except FkdError as error:
     result, status = {"error": str(error)}, 3
 if report:
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
     Path(report).write_text(json.dumps(result))
 os._exit(status)

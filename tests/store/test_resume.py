@@ -196,8 +196,8 @@ def test_a_full_disk_and_then_space(tmp_path, start, image_folder, tiny_teacher,
     if fails_at in ("codes", "crops"):  # the codec's sample, 9216 bytes, was seen before the disk filled up
         finish(start, tmp_path, image_folder, rows_per_shard=24, kill_at=("embed", 22))
     code, report = finish(start, tmp_path, image_folder, rows_per_shard=24, file_limit=limit, journal_seconds=0)
-    assert code == 3
-    assert report is None or report["errno"] == errno.EFBIG
+    assert (code, report["errno"]) == (3, errno.EFBIG)
+    assert f"{fails_at if '.' in fails_at else '.work-' if fails_at != 'crops' else 'crops/00000.npy'}" in report["error"]
     store = tmp_path / "store"
     there = {name for name in tree(store) if "/.work" not in name and ".tmp-" not in name}
     parts = ["images.txt", "images.npy", "targets/tiny/meta.json", "crops/00000.npy", "targets/tiny/codes-00000.npy"]
