@@ -178,17 +178,29 @@ AVX2 static void halve(uint8_t *to, const Py_buffer *crop, Py_ssize_t height, Py
     }
 }
 
-/* Takes a view of uint8 [height, width, 3] whose pixels lie side by side; dense means that its rows do too. */
-static int take(PyObject *object, Py_buffer *view, int flags, int dense) {
-    if (PyObject_GetBuffer(object, view, flags | PyBUF_STRIDES | PyBUF_FORMAT)) {
+/* Takes an array of uint8 [height, width, 3] whose pixels lie side by side; the rows of one that is written do too. */
+static int take_one(PyObject *object, Py_buffer *array, int written) {
+    if (PyObject_GetBuffer(object, array, PyBUF_STRIDES | PyBUF_FORMAT | (written ? PyBUF_WRITABLE : 0))) {
         return -1;
     }
-    const Py_ssize_t *shape = view->shape, *strides = view->strides;
-    int fits = view->format != NULL && strcmp(view->format, "B") == 0 && view->ndim == 3 && shape[2] == 3 && strides[2] == 1 && strides[1] == 3;
+    const Py_ssize_t *shape = array->shape, *strides = array->strides;
+    int fits = array->format != NULL && strcmp(array->format, "B") == 0 && array->ndim == 3 && shape[2] == 3;
+    fits = fits && strides[2] == 1 && strides[1] == 3;
     fits = fits && shape[0] >= 1 && shape[1] >= 1 && shape[0] < 1 << 24 && shape[1] < 1 << 24;
-    if (!fits || (dense ? strides[0] != 3 * shape[1] : strides[0] < 3 * shape[1])) {
-        PyBuffer_Release(view);
+    if (!fits || (written ? strides[0] != 3 * shape[1] : strides[0] < 3 * shape[1])) {
+        PyBuffer_Release(array);
         PyErr_SetString(PyExc_ValueError, "expected uint8 [height, width, 3], row after row");
+        return -1;
+    }
+    return 0;
+}
+
+static int take(PyObject *to, Py_buffer *view, PyObject *from, Py_buffer *crop) {
+    if (take_one(to, view, 1)) {
+        return -1;
+    }
+    if (take_one(from, crop, 0)) {
+        PyBuffer_Release(view);
         return -1;
     }
     return 0;
@@ -199,11 +211,7 @@ static PyObject *py_resize(PyObject *module, PyObject *arguments) {
     Py_buffer view, crop;
     int finer, failed = 0;
     (void)module;
-    if (!PyArg_ParseTuple(arguments, "OOi", &to, &from, &finer) || take(to, &view, PyBUF_WRITABLE, 1)) {
-        return NULL;
-    }
-    if (take(from, &crop, 0, 0)) {
-        PyBuffer_Release(&view);
+    if (!PyArg_ParseTuple(arguments, "OOi", &to, &from, &finer) || take(to, &view, from, &crop)) {
         return NULL;
     }
     const int fits = view.shape[0] == view.shape[1] && crop.shape[1] >= 2 && (finer == 1 || finer == 2);
@@ -225,11 +233,7 @@ static PyObject *py_halve(PyObject *module, PyObject *arguments) {
     PyObject *to, *from;
     Py_buffer view, crop;
     (void)module;
-    if (!PyArg_ParseTuple(arguments, "OO", &to, &from) || take(to, &view, PyBUF_WRITABLE, 1)) {
-        return NULL;
-    }
-    if (take(from, &crop, 0, 0)) {
-        PyBuffer_Release(&view);
+    if (!PyArg_ParseTuple(arguments, "OO", &to, &from) || take(to, &view, from, &crop)) {
         return NULL;
     }
     const int fits = view.shape[0] == crop.shape[0] / 2 && view.shape[1] == crop.shape[1] / 2;

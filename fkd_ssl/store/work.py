@@ -26,9 +26,10 @@ class Progress:
         checksums: sha256 of the image of each row that was read, the caller appends; at least those of all whole rows.
     """
 
-    def __init__(self, file: BinaryIO, journal: Path, owner: str) -> None:
+    def __init__(self, file: BinaryIO, path: Path, owner: str) -> None:
         self._file = file
-        self._journal = journal
+        self._path = path
+        self._journal = _journal(path)
         self._owner = owner
         self._written = time.monotonic()
         self.crops, self.checksums = self._resume()
@@ -36,7 +37,7 @@ class Progress:
     def add(self, array: npt.NDArray[Any]) -> None:
         """Appends a chunk, an array of one row a crop; now and then all that was added is made safe."""
         data = array.tobytes()
-        with files.naming(self._journal.with_suffix("")):
+        with files.naming(self._path):
             self._file.write(data)
         self._digest.update(data)
         self.crops += len(array)
@@ -45,7 +46,7 @@ class Progress:
 
     def save(self) -> None:
         """Makes what was added survive a kill: the bytes are synced before the journal counts them."""
-        with files.naming(self._journal.with_suffix("")):
+        with files.naming(self._path):
             self._file.flush()
             os.fsync(self._file.fileno())
         values = {
@@ -81,7 +82,7 @@ class Progress:
             yield piece
         if digest.digest() != self._digest.digest():  # on a file system without locks, or a failing disk
             raise StoreError(
-                f"{self._journal.with_suffix('')}: holds other bytes than were written to it: another process writes it "
+                f"{self._path}: holds other bytes than were written to it: another process writes it "
                 "too, or the disk fails; run the same command again"
             )
 
@@ -123,7 +124,6 @@ def open_work(path: Path, owner: str) -> Iterator[Progress | None]:
         path: The work file; its journal lies beside it.
         owner: What the work belongs to: progress of another owner does not count.
     """
-    journal = _journal(path)
     file = os.fdopen(files.plain_descriptor(path, os.O_RDWR | os.O_CREAT), "r+b")
     try:
         if not locked(file):
@@ -132,7 +132,7 @@ def open_work(path: Path, owner: str) -> Iterator[Progress | None]:
         if not path.exists() or not os.path.samestat(path.stat(), os.fstat(file.fileno())):
             yield None  # finished and removed by another process between our open and our lock
             return
-        progress = Progress(file, journal, owner)
+        progress = Progress(file, path, owner)
         try:
             yield progress
         except BaseException:
@@ -140,7 +140,7 @@ def open_work(path: Path, owner: str) -> Iterator[Progress | None]:
                 progress.save()
             raise
         path.unlink(missing_ok=True)
-        journal.unlink(missing_ok=True)
+        _journal(path).unlink(missing_ok=True)
     finally:
         with files.naming(path):  # it may have to write what is left in its buffer
             file.close()
