@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fkd_ssl import files
+from fkd_ssl.text import printable
 
 README = "README.md"
 
@@ -69,7 +70,7 @@ def write(
         f"For torchvision or timm: `fkd-ssl export --model {folder.name} --out student.safetensors`.",
         "",
     ]
-    files.replace(folder / README, "\n".join(lines).encode())
+    files.replace(folder / README, "\n".join(printable(line, one_line=True) for line in lines).encode())
 
 
 _TEACHER = ("network", "licence", "source", "checkpoint_sha256")

@@ -16,6 +16,7 @@ from typing import Any
 
 from fkd_ssl import __version__
 from fkd_ssl.errors import FkdError, RequestError, did_you_mean
+from fkd_ssl.text import printable
 
 VERBS = {
     "demo": "the whole job on an embedded image set, in minutes, nothing downloaded",
@@ -176,5 +177,6 @@ def _worker_died(how: str) -> str:
 
 
 def _fail(verb: str, message: str, status: int) -> int:
-    print(f"fkd-ssl {verb}: {message}", file=sys.stderr)  # noqa: T201
+    text = printable(f"fkd-ssl {verb}: {message}", encoding=sys.stderr.encoding)
+    print(text, file=sys.stderr)  # noqa: T201
     return status

@@ -24,8 +24,8 @@ class StoreError(FkdError):
     """A store that is missing, incomplete, foreign, newer, altered, or made from other images."""
 
 
-class ColumnError(StoreError, RequestError):
-    """A column that a store does not have: the name is at fault and not the store."""
+class NotFoundError(StoreError, RequestError):
+    """A store, a column of a store or label maps that the user named and that do not exist: the request is wrong."""
 
 
 class CheckpointError(RequestError):

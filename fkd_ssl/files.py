@@ -16,7 +16,7 @@ import shutil
 import stat
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from fkd_ssl.errors import StoreError
+from fkd_ssl.errors import RequestError, StoreError
 
 TEMPORARY = ".tmp-"
 _MAX_JSON = 8 * 2**20  # a shard's sidecar has 67 bytes an image; parsed, JSON takes up to 30 times its size
@@ -274,14 +274,8 @@ def npy_body(
     file: BinaryIO, path: Path, dtype: np.dtype[Any], shape: tuple[int | None, ...] | None
 ) -> tuple[int, tuple[int, ...]]:
     """Where the values of an open .npy file begin, and its shape; see `map_npy`. `path` is for messages."""
-    try:
-        if np.lib.format.read_magic(file) != (1, 0):
-            raise ValueError("not version 1.0 of the format")
-        with _ONE_AT_A_TIME:
-            found, fortran, kind = np.lib.format.read_array_header_1_0(file, max_header_size=MAX_HEADER)
-        offset = file.tell()
-    except Exception as error:  # NumPy's header reader raises many kinds of error on damaged text
-        raise StoreError(f"{path}: no .npy header ({_short(error)}); the file is damaged") from error
+    found, fortran, kind = _read_npy_header(file, path)
+    offset = file.tell()
     lengths = (None,) * len(found) if shape is None else shape
     fits = len(found) == len(lengths) and all(want in (None, n) and n >= 0 for want, n in zip(lengths, found, strict=True))
     if kind != dtype or fortran or not fits:
@@ -291,3 +285,55 @@ def npy_body(
     if size != expected:
         raise StoreError(f"{path}: {size} bytes, expected {expected}: truncated, or still being written")
     return offset, found
+
+
+def map_user_npy(path: Path) -> npt.NDArray[Any]:
+    """A read-only memory map of a .npy file of numbers from elsewhere: of any numeric dtype, shape and order.
+
+    The path is the user's own, so links are followed.
+
+    Raises:
+        RequestError: It is missing, is not a regular file, or is not a .npy file of numbers. Nothing is unpickled.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe must not wait for a writer
+    except OSError as error:
+        raise RequestError(f"{path}: cannot be read: {error.strerror}") from error
+    with os.fdopen(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode):
+            raise RequestError(f"{path}: not a regular file; give a .npy file")
+        try:
+            shape, fortran, dtype = _read_npy_header(file, path, ((1, 0), (2, 0)))
+        except StoreError as error:
+            raise RequestError(f"{path}: not a .npy file of numbers; save it with numpy.save") from error
+        if dtype.kind not in "fiu":
+            raise RequestError(f"{path}: holds {_short(dtype)}, expected numbers")
+        if not all(type(n) is int and n >= 0 for n in shape):
+            raise RequestError(f"{path}: not a .npy file of numbers: its shape is {_short(list(shape))}")
+        offset = file.tell()
+        if status.st_size < offset + math.prod(shape) * dtype.itemsize:
+            raise RequestError(f"{path}: {status.st_size} bytes, too short for {_short(dtype)} {_short(list(shape))}")
+        if not math.prod(shape):
+            return np.zeros(shape, dtype=dtype)
+        return np.memmap(file, dtype=dtype, mode="r", offset=offset, shape=shape, order="F" if fortran else "C")
+
+
+def _read_npy_header(
+    file: BinaryIO, path: Path, versions: Sequence[tuple[int, int]] = ((1, 0),)
+) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Shape, whether in Fortran's order, and dtype, as the header of an open .npy file says; `path` is for messages.
+
+    Raises:
+        StoreError: There is no header of these versions of the format.
+    """
+    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    try:
+        version = np.lib.format.read_magic(file)
+        if version not in versions:
+            raise ValueError(f"not version {' or '.join(f'{major}.{minor}' for major, minor in versions)} of the format")
+        with _ONE_AT_A_TIME:
+            found: tuple[tuple[int, ...], bool, np.dtype[Any]] = read[version](file, max_header_size=MAX_HEADER)
+    except Exception as error:  # NumPy's header reader raises many kinds of error on damaged text
+        raise StoreError(f"{path}: no .npy header ({_short(error)}); the file is damaged") from error
+    return found

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fkd_ssl import files
-from fkd_ssl.errors import StoreError
+from fkd_ssl.errors import RequestError, StoreError
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers(-(2**53), 2**53) | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -374,3 +374,47 @@ def test_total_bytes_leaves_out_what_is_being_written(tmp_path, monkeypatch):
 def test_any_shape_of_an_array(tmp_path):
     files.write_npy(tmp_path / "a.npy", np.zeros((2, 3, 4), dtype=np.float32))
     assert files.map_npy(tmp_path / "a.npy", np.dtype(np.float32), None).shape == (2, 3, 4)
+
+
+# .npy files that a user names
+
+
+@pytest.mark.parametrize("dtype", ["<f4", ">f4", "<f8", "<f2", "|u1", "<i8", ">u2"])
+@pytest.mark.parametrize("version", [(1, 0), (2, 0)])
+@pytest.mark.parametrize("order", ["C", "F"])
+def test_a_users_npy_is_what_numpy_saved(tmp_path, dtype, version, order):
+    array = np.arange(12).reshape(3, 4).astype(dtype, order=order)
+    with (tmp_path / "a.npy").open("wb") as file:
+        np.lib.format.write_array(file, array, version=version)
+    (tmp_path / "link.npy").symlink_to("a.npy")
+    np.testing.assert_array_equal(files.map_user_npy(tmp_path / "link.npy"), array)
+    np.save(tmp_path / "none.npy", array[:0])
+    assert files.map_user_npy(tmp_path / "none.npy").shape == (0, 4)
+
+
+def npy(shape: str, descr: str = "<f4") -> bytes:
+    header = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': {shape}, }}".ljust(450) + "\n"
+    return b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header.encode() + bytes(64)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"PK\x03\x04", "not a .npy file of numbers"),
+        (npy("(" * 200 + ")" * 200), "not a .npy file of numbers"),
+        (npy("(-2, 8)"), "its shape is [-2, 8]"),
+        (npy("(True, 16)"), "its shape is [True, 16]"),
+        (npy("(2, 1000000000000)"), "too short for float32 [2, 1000000000000]"),
+        (npy("(2, 8)", "|O"), "holds object, expected numbers"),
+        (npy("(2, 8)", "|b1"), "holds bool, expected numbers"),
+        (None, "not a regular file"),
+    ],
+)
+def test_other_files_of_a_user_are_refused(tmp_path, content, message):
+    path = tmp_path / "f.npy"
+    if content is None:
+        os.mkfifo(path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(RequestError, match=re.escape(message)):
+        files.map_user_npy(path)

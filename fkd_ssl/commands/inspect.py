@@ -55,6 +55,7 @@ def run(config: Config) -> int:
     from fkd_ssl.commands import console
     from fkd_ssl.store.columns import in_words
     from fkd_ssl.store.precompute import gigabytes
+    from fkd_ssl.text import printable
 
     about = describe(config.store)
     if config.json:
@@ -85,5 +86,5 @@ def run(config: Config) -> int:
             lines.append(f"  {column['in_part']}")
         elif column["missing_shards"]:
             lines.append(f"  NOT FINISHED: {len(column['missing_shards'])} of {about['shards']} shards are missing")
-    console.show("\n".join(lines))
+    console.show("\n".join(printable(line, one_line=True) for line in lines))
     return 0

@@ -9,7 +9,7 @@ FEATURES.npy,LABELS.npy.
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from fkd_ssl.errors import RequestError
+from fkd_ssl.errors import ImageError, RequestError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -189,7 +189,10 @@ def _show_nearest(config: Config) -> int:
     out, query = Path(config.sheet), Path(config.query)
     if out.exists():
         raise RequestError(f"{out}: exists; name another --sheet")
-    picture = read_image(query)
+    try:
+        picture = read_image(query)
+    except ImageError as error:  # the user named this file
+        raise RequestError(f"--query {error}") from error
     model, pixels = sources.load_model(config)
     if config.gallery is None:
         assert config.saved is not None

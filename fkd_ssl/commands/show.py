@@ -57,7 +57,9 @@ def run(config: Config) -> int:
 
     out = Path(config.out)
     if out.exists():
-        raise RequestError(f"{out}: is there already; choose another --out")
+        raise RequestError(f"{out}: exists; choose another --out")
+    if not Path(config.images).is_dir():
+        raise RequestError(f"{config.images}: no such folder of images")
     picture, title = sheet_of(config, open_store(config.store))
     with files.publish(out) as file:
         file.write(picture)

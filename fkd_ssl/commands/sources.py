@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from fkd_ssl import named_sets
+from fkd_ssl import files, named_sets
 from fkd_ssl.commands import resolve
 from fkd_ssl.errors import RequestError
 from fkd_ssl.eval import cache
@@ -55,22 +55,15 @@ def read_pair(spec: str) -> Source:
     """Features and labels that came from elsewhere, as FEATURES.npy,LABELS.npy.
 
     Raises:
-        RequestError: It is no pair of files, they are no .npy files of numbers, or do not fit together.
+        RequestError: These are not two .npy files of numbers, or they do not fit together.
         FkdError: A feature is not finite.
     """
     names = spec.split(",")
     if len(names) != 2:
         raise RequestError(f"{spec}: expected FEATURES.npy,LABELS.npy, two files with a comma between them")
-    arrays = []
-    for name in names:
-        try:
-            arrays.append(np.load(name, mmap_mode="r", allow_pickle=False))
-        except (OSError, ValueError, EOFError) as error:
-            raise RequestError(f"{name}: not a .npy file of numbers: {str(error).splitlines()[0]}") from error
-        if arrays[-1].dtype.kind not in "fiu":
-            raise RequestError(f"{name}: holds {arrays[-1].dtype}, expected numbers")
-    features = as_features(arrays[0], names[0])
-    labels = as_labels(arrays[1], len(features), names[1])
+    features, labels = (files.map_user_npy(Path(name)) for name in names)
+    features = as_features(features, names[0])
+    labels = as_labels(labels, len(features), names[1])
     return Source(features=features, labels=labels, images=None, about={"source": spec, "images": len(features)})
 
 

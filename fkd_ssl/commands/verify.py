@@ -43,7 +43,7 @@ class Config:
 def run(config: Config) -> int:
     """Verifies and lists the problems."""
     from fkd_ssl.commands import console, resolve
-    from fkd_ssl.errors import RequestError
+    from fkd_ssl.errors import NotFoundError, RequestError
     from fkd_ssl.images import scan
     from fkd_ssl.store import open_store
     from fkd_ssl.store.repair import repair, repair_lists
@@ -64,6 +64,8 @@ def run(config: Config) -> int:
         repair_lists(Path(config.store), images, note)
     store = open_store(config.store)
     name = config.name
+    if name is not None and name not in store.teachers:
+        raise NotFoundError(f"{store.folder}: no column {name!r}; there are {store.teachers or 'none yet'}")
     # what precompute names a column by default; a run's, which is another name, must be said where there are several
     usual = "-and-".join(re.split("[:/]", one)[-1].strip().replace("@", "-") for one in (config.teacher or "").split("+"))
     if name is None and usual in store.teachers:

@@ -13,6 +13,7 @@ from fkd_ssl.comparison import plots
 from fkd_ssl.comparison.arms import run_name
 from fkd_ssl.comparison.config import CompareConfig
 from fkd_ssl.errors import FkdError
+from fkd_ssl.text import printable
 
 PROBE_NAMES = {"knn_top1": "kNN", "linear_top1": "linear probe", "top1": "top-1 of its own classes"}
 TITLE = "Stored against online distillation"
@@ -44,14 +45,14 @@ def write(results: dict[str, Any], folder: Path) -> str:
         *(f"- `{key}`: {value}" for key, value in config.items()),
         *(f"- {name} {version}" for name, version in results["versions"].items()), "",
     ]  # fmt: skip
-    files.replace(folder / "report.md", "\n".join(page).encode())
+    files.replace(folder / "report.md", printable("\n".join(page)).encode())
     loader = jinja2.PackageLoader("fkd_ssl.comparison", ".")
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     html = environment.get_template("report.html.jinja").render(
         title=TITLE, what=what(results), table=table, findings=findings, plots=drawn, commands=commands, config=config,
         versions=results["versions"], sheet=base64.b64encode(sheet).decode(), caption=SHEET_CAPTION,
     )  # fmt: skip
-    files.replace(folder / "report.html", html.encode())
+    files.replace(folder / "report.html", printable(html).encode())
     return text
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from fkd_ssl import files
-from fkd_ssl.errors import StoreError
+from fkd_ssl.errors import NotFoundError, StoreError
 from fkd_ssl.store.manifest import IMAGES, MANIFEST, SIZES
 
 FORMAT = "fkd_ssl label maps"
@@ -91,11 +91,16 @@ class Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of label maps; raises StoreError where there is none that this version reads."""
+    """The manifest of label maps.
+
+    Raises:
+        NotFoundError: The folder is missing or does not hold label maps.
+        StoreError: This version does not read them, or they are damaged.
+    """
     path = folder / MANIFEST
     if not os.path.lexists(path):
         what = "no such folder" if not folder.is_dir() else f"no {MANIFEST} in it"
-        raise StoreError(f"{folder}: no label maps ({what}); make them with fkd-ssl label-maps")
+        raise NotFoundError(f"{folder}: no label maps ({what}); make them with fkd-ssl label-maps")
     values = files.read_json(path)
     if values.pop("format", None) != FORMAT:
         raise StoreError(f"{path}: not the manifest of label maps; make them with fkd-ssl label-maps")

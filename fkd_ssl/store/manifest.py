@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from fkd_ssl import files
 from fkd_ssl.crops import Recipe
-from fkd_ssl.errors import ImageError, RequestError, StoreError
+from fkd_ssl.errors import ImageError, NotFoundError, RequestError, StoreError
 from fkd_ssl.images import ImageSet, read_size
 from fkd_ssl.progress import hidden
 
@@ -95,11 +95,16 @@ class Paths:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a store; raises StoreError where there is none that this version reads."""
+    """The manifest of a store.
+
+    Raises:
+        NotFoundError: The folder is missing or is not a store.
+        StoreError: This version does not read it, or it is damaged.
+    """
     path = folder / MANIFEST
     if not os.path.lexists(path):
         what = "no such folder" if not folder.is_dir() else f"no {MANIFEST} in it"
-        raise StoreError(f"{folder}: not a store ({what}); make one with fkd-ssl precompute")
+        raise NotFoundError(f"{folder}: not a store ({what}); make one with fkd-ssl precompute")
     values = files.read_json(path)
     if values.pop("format", None) != FORMAT:
         raise StoreError(f"{path}: not the manifest of a store")

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +13,7 @@ import numpy.typing as npt
 
 from fkd_ssl import files
 from fkd_ssl.crops import CROP_DTYPE, Records
-from fkd_ssl.errors import ColumnError, StoreError
+from fkd_ssl.errors import NotFoundError, StoreError
 from fkd_ssl.kinds import Kind
 from fkd_ssl.store import manifest as layout
 from fkd_ssl.store.codecs import Float32Array, UInt8Array, kind_of, load_codec, parameter_shapes
@@ -115,6 +116,12 @@ def _check_meta(meta: ColumnMeta, path: Path) -> None:
 
 def _is_colour(value: Any) -> bool:
     return isinstance(value, list) and len(value) == 3 and all(isinstance(v, (int, float)) and abs(v) < 256 for v in value)
+
+
+def _check_digests(values: Iterable[Any], path: Path) -> None:
+    """Raises StoreError where a value of the sidecar `path` is not a hexadecimal sha256."""
+    if not all(isinstance(value, str) and _SHA256.fullmatch(value) for value in values):
+        raise StoreError(f"{path}: a checksum is missing or is not a hexadecimal sha256; the file is damaged")
 
 
 class Column:
@@ -261,8 +268,11 @@ class Column:
         return path, len(m.shard_rows(shard)), m.crops_per_image if whole else int(self.counts(shard).max())
 
     def sidecar(self, shard: int) -> dict[str, Any]:
-        """The sidecar of a shard's codes."""
-        return files.read_json(self.file(shard).with_suffix(".json"))
+        """The sidecar of a shard's codes: `file` and `column` (sha256 each), and `crops` if it was recorded in part."""
+        path = self.file(shard).with_suffix(".json")
+        values = files.read_json(path)
+        _check_digests([values.get("file"), values.get("column")], path)
+        return values
 
 
 class Store:
@@ -336,7 +346,8 @@ class Store:
         path = layout.crops_file(self.folder, shard).with_suffix(".json")
         values = files.read_json(path)
         rows = self.manifest.shard_rows(shard)
-        layout.string_list(values.get("images"), len(rows), path)
+        checksums = layout.string_list(values.get("images"), len(rows), path)
+        _check_digests([values.get("file"), *filter(None, checksums)], path)  # "" is an image that was skipped
         skipped = values.get("skipped")
         if not isinstance(skipped, list) or not all(type(row) is int and row in rows for row in skipped):
             raise StoreError(f"{path}: impossible list of skipped rows; the file is damaged")
@@ -377,20 +388,20 @@ class Store:
         """One teacher's targets; without a name the only one there is.
 
         Raises:
-            ColumnError: There is no such column, or several and none was named; a StoreError and a RequestError.
+            NotFoundError: There is no such column, or several and none was named.
         """
         if name in self._columns:
             return self._columns[name]
         there = self.teachers
         if name is None:
             if len(there) != 1:
-                raise ColumnError(
+                raise NotFoundError(
                     f"{self.folder}: holds targets of {there or 'no teacher'}; name one (train and show: --teacher, "
                     "verify and recode: --name, in Python: teacher=)"
                 )
             name = there[0]
         if name not in there:
-            raise ColumnError(f"{self.folder}: no targets of {name!r}; there are {there or 'none yet'}")
+            raise NotFoundError(f"{self.folder}: no targets of {name!r}; there are {there or 'none yet'}")
         return self._columns.setdefault(name, Column(self, name))
 
     def targets(self, name: str, row: int, index: Index) -> Float32Array:
@@ -400,5 +411,5 @@ class Store:
 
 
 def open_store(folder: str | Path) -> Store:
-    """Opens a store for reading; raises StoreError where it is none or is damaged."""
+    """Opens a store for reading; raises NotFoundError where there is none, StoreError where it is damaged."""
     return Store(folder)

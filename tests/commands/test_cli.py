@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import yaml
 
-from fkd_ssl import __version__, cli
+from fkd_ssl import __version__, cli, files
 
 GOLDEN = Path(__file__).parent / "options.json"
 VERBS = [verb for verb in cli.VERBS if importlib.util.find_spec(f"fkd_ssl.commands.{verb.replace('-', '_')}")]
@@ -206,3 +206,64 @@ class TestInterrupts:
         raising(ZeroDivisionError("a bug"))
         with pytest.raises(ZeroDivisionError, match="a bug"):
             cli.main(["teachers"])
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("inspect gone", "gone: not a store (no such folder)"),
+        ("inspect train", "train: not a store (no manifest.json in it)"),
+        ("verify gone", "gone: not a store"),
+        ("verify store --images gone", "gone: no such folder of images"),
+        ("verify store --name nobody", "store: no column 'nobody'; there are ['make']"),
+        ("subset gone --out x --crops 2", "gone: not a store"),
+        ("subset store --out x --teachers nobody", "nobody"),
+        ("recode gone --codec SQ8 --out x", "gone: not a store"),
+        ("recode store --name nobody --codec SQ8 --out x", "store: no targets of 'nobody'"),
+        ("export-fkd gone --out x", "gone: not a store"),
+        ("import-fkd gone --images train --store x", "gone: "),
+        ("label-maps --images gone --out x --teacher own_teacher:pooled", "gone: no such folder of images"),
+        ("show gone --images train --image ash/0.png", "gone: not a store"),
+        ("show store --images gone --image ash/0.png", "gone: no such folder of images"),
+        ("show store --images train --image gone.png", "image 'gone.png'"),
+        ("train --images train --targets stored --store gone --out x", "gone: not a store"),
+        ("train --images gone --targets stored --store store --out x", "gone: no such folder of images"),
+        ("train --images train --targets stored --store store --teacher nobody --out x", "store: no targets of 'nobody'"),
+        ("train --images train --targets relabel --label_maps gone --head classifier --out x", "gone: no label maps"),
+        ("export --model gone --out x.safetensors", "gone: no such run or checkpoint"),
+        ("knn --model own_teacher:make --train train --val gone", "gone: no such folder of images"),
+        ("retrieve --model own_teacher:make --gallery train --query own_teacher.py", "own_teacher.py: not a readable image"),
+        ("retrieve --model own_teacher:make --saved gone --query train/ash/0.png", "gone: no saved index"),
+        ("report gone", "gone: no such folder of results"),
+    ],
+)
+def test_what_the_user_names_and_does_not_exist_is_a_wrong_request(work: Path, call: Any, line: str, said: str) -> None:
+    answer = call(line)
+    assert (answer.status, answer.out) == (2, "")
+    assert said in answer.err
+    assert not (work / "x").exists()
+
+
+HOSTILE = "MIT\x1b]0;owned\x07\x1b[2J\x9b2J\u202eTIM\ud800\rlicence"
+SHOWN = r"MIT\x1b]0;owned\x07\x1b[2J\x9b2J\u202eTIM\ud800\rlicence"
+
+
+def test_a_strangers_words_control_no_terminal(work: Path, call: Any) -> None:
+    """A licence and a name with escapes, a change of direction and a lone surrogate: in a store's column, in errors."""
+    path = work / "store/targets/make/meta.json"
+    values = files.read_json(path)
+    values["teacher"] |= {"licence": HOSTILE, "network": f"{HOSTILE}\nteacher forged: D = 1"}
+    path.unlink()
+    files.write_json(path, values)
+    for sidecar in path.parent.glob("codes-*.json"):
+        own = {**files.read_json(sidecar), "column": files.sha256(files.canonical(values))}
+        sidecar.unlink()
+        files.write_json(sidecar, own)
+    answer = call("inspect store")
+    assert answer.status == 0
+    assert f"licence {SHOWN};" in answer.out
+    assert f"teacher make: {SHOWN}\\nteacher forged: D = 1, D = 16" in answer.out
+    assert json.loads(call("inspect store --json").out)["teachers"]["make"]["teacher"]["licence"] == HOSTILE
+    error = call("knn --train train --val val", model=HOSTILE).err
+    assert SHOWN in error
+    assert all(char.isprintable() or char == "\n" for char in answer.out + error)

@@ -1,6 +1,7 @@
 """knn and linear through the command line."""
 
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -160,8 +161,10 @@ def test_a_run_is_a_model_and_so_is_its_checkpoint(work: Path, call: Any, train_
         (f"knn {TEACHER} --train cifar10:train:. --val val", 2, "cifar10 does not lie there, or is damaged"),
         ("knn --train x.npy,y.npy --val val", 2, "give images for both or files of features for both"),
         ("knn --train x.npy --val x.npy,y.npy", 2, "x.npy: expected FEATURES.npy,LABELS.npy"),
-        ("knn --train gone.npy,y.npy --val x.npy,y.npy", 2, "gone.npy: not a .npy file of numbers"),
-        ("knn --train pickled.npy,y.npy --val x.npy,y.npy", 2, "pickled.npy: not a .npy file of numbers"),
+        ("knn --train gone.npy,y.npy --val x.npy,y.npy", 2, "gone.npy: cannot be read: No such file"),
+        ("knn --train pickled.npy,y.npy --val x.npy,y.npy", 2, "pickled.npy: holds object, expected numbers"),
+        ("knn --train archive.npy,y.npy --val x.npy,y.npy", 2, "archive.npy: not a .npy file of numbers"),
+        ("knn --train pipe.npy,y.npy --val x.npy,y.npy", 2, "pipe.npy: not a regular file"),
         ("knn --train x.npy,short.npy --val x.npy,y.npy", 2, "short.npy: expected one label for each of 9 features"),
         ("knn --train x.npy,y.npy --val nan.npy,y.npy", 1, "nan.npy: 9 of 9 rows hold NaN or infinity"),
         ("knn --train x.npy,y.npy --val x.npy,other.npy", 2, "labels: label 8, but there are 3 classes in the training"),
@@ -178,6 +181,9 @@ def test_what_is_refused(work: Path, call: Any, line: str, status: int, said: st
     for name, value in {**values, "none": np.full(9, -1), "words": np.full((9, 4), "a")}.items():
         np.save(work / f"{name}.npy", value)
     np.save(work / "pickled.npy", np.array([{}], dtype=object), allow_pickle=True)
+    np.savez(work / "archive", x=np.zeros(3))
+    (work / "archive.npz").rename(work / "archive.npy")
+    os.mkfifo(work / "pipe.npy")
     with (work / "own_teacher.py").open("a") as file:
         file.write(ODD)
     sys.modules.pop("own_teacher", None)

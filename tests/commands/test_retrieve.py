@@ -75,7 +75,7 @@ def test_a_saved_index_answers_a_picture(work: Path, call: Any, kind: str) -> No
     [
         (f"retrieve {TEACHER} --queries val", 2, "--gallery is needed, or --query IMAGE with the --saved index of one"),
         (f"retrieve {TEACHER} --gallery train --query q.png --curve", 2, "it does not go with --queries, --curve or --out"),
-        (f"retrieve {TEACHER} --gallery train --query gone.png", 1, "gone.png: cannot be read"),
+        (f"retrieve {TEACHER} --gallery train --query gone.png", 2, "gone.png: cannot be read"),
         (f"retrieve {TEACHER} --saved nowhere --query val/ash/0.png", 2, "nowhere: no saved index"),
         (f"retrieve {TEACHER} --gallery train --query val/ash/0.png --nearest 0", 2, "--nearest 0: must be at least 1"),
         (f"retrieve {TEACHER} --gallery one --index ivfpq", 2, "index ivfpq: 6 images in the gallery"),

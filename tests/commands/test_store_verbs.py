@@ -252,7 +252,7 @@ class TestShow:
             assert picture.width > 300
         before = Path("sheet.png").read_bytes()
         again = call(self.LINE)
-        assert (again.status, "sheet.png: is there already" in again.err) == (2, True)
+        assert (again.status, "sheet.png: exists" in again.err) == (2, True)
         assert Path("sheet.png").read_bytes() == before
 
     def test_without_neighbours_no_teacher_is_needed(self, work: Path, call: Any) -> None:

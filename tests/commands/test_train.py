@@ -288,7 +288,7 @@ class TestRefused:
         [
             (("--images train", "--images nowhere"), 2, "nowhere: no such folder of images"),
             (("--images train", "--images empty"), 2, "empty: no images in this folder"),
-            (("--store store", "--store nowhere"), 1, "nowhere: not a store (no such folder)"),
+            (("--store store", "--store nowhere"), 2, "nowhere: not a store (no such folder)"),
             (("--images train", "--images val"), 1, "val: lacks 6 of the 18 images of store, for instance 'ash/4.png'"),
             (("squeezenet1_1", "squezenet1_1"), 2, "did you mean squeezenet1_1"),
             (("--epochs 2", "--epochs 2 --objective mse"), 2, "objective 'mse' is unknown"),

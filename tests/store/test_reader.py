@@ -277,6 +277,8 @@ def test_a_shard_that_is_a_pickle_is_not_loaded(folder, tmp_path):
         ({"images": ["0"]}, "expected 5 strings; the file is damaged"),
         ({"images": [1, 2, 3, 4, 5]}, "expected 5 strings"),
         ({"images": ...}, "expected 5 strings"),
+        ({"file": ...}, "a checksum is missing or is not a hexadecimal sha256"),
+        ({"images": ["z" * 64, *["0" * 64] * 4]}, "a checksum is missing or is not a hexadecimal sha256"),
         ({"skipped": ...}, "impossible list of skipped rows"),
         ({"skipped": [3]}, "impossible list of skipped rows"),
         ({"skipped": ["7"]}, "impossible list of skipped rows"),
@@ -286,7 +288,15 @@ def test_a_shard_that_is_a_pickle_is_not_loaded(folder, tmp_path):
 def test_sidecars_that_cannot_be_are_refused(folder, changes, message):
     resign(folder / "crops" / "00001.json", **changes)
     with pytest.raises(StoreError, match=rf"00001\.json: {message}"):
-        len(open_store(folder))
+        open_store(folder).crops_sidecar(1)
+
+
+@pytest.mark.parametrize("changes", [{"file": ...}, {"file": 7}, {"file": "0" * 63}, {"column": ...}])
+def test_sidecars_of_codes_that_lack_a_checksum_are_refused(folder, changes):
+    resign(folder / "targets" / "tiny" / "codes-00001.json", **changes)
+    column = open_store(folder).column()
+    with pytest.raises(StoreError, match=r"codes-00001\.json: a checksum is missing or is not a hexadecimal sha256"):
+        column.sidecar(1)
 
 
 # columns
