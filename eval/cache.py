@@ -1,14 +1,15 @@
 """Features that are computed once: a folder of memory-mapped .npy files, keyed by model, images and transform.
 
-CACHE/KEY/ holds `about.json` (what the key is made of), `labels.npy` int64 [N], `features.npy` float32 [N, D], and
-`done.json`, written last; until then parts of 2048 images. Any number of processes fill one: each part is made by the process
-that holds its lock, which goes with the process, so whatever is killed continues and no image is computed twice or lost.
-The pair features.npy and labels.npy can be read with numpy alone.
+CACHE/KEY/ has `about.json` (what the key is made of), `labels.npy` int64 [N], `features.npy` float32 [N, D], and `done.json`
+(the sha256 of both arrays), written last; until then it has parts of 2048 images. Several processes can fill one entry: a part
+is computed by the process that has its lock, which ends with the process, so a killed one can be continued and no image is
+computed twice or lost. The pair features.npy and labels.npy can be read with numpy alone.
 
 Legend: `N` images, `D` feature dimension, `P` pixels.
 """
 
 import fcntl
+import hashlib
 import os
 import sys
 import time
@@ -31,7 +32,7 @@ from fkd_ssl.progress import hidden
 
 ROWS = 2048
 VERSION = 1
-_LEAST_COSINE = 0.999  # between a model's answers on two machines; another network's are far below
+_TOLERANCE = 0.01  # relative distance between a model's answers on two machines: TF32 and bfloat16 stay below it
 
 
 def transform_of(pixels: int) -> dict[str, Any]:
@@ -57,7 +58,7 @@ def cached(
         model: uint8 [B, 3, P, P] -> float [B, D].
         images: Of any sizes.
         folder: CACHE; made if it is missing.
-        identity: What tells this model from others, such as a digest of its weights and its structure.
+        identity: What tells this model from others, such as a digest of its weights, layers and preprocessing.
         pixels: P.
         batch_size: Images the model gets at once.
         workers: Processes that decode.
@@ -68,7 +69,7 @@ def cached(
         Features float32 [N, D], mapped and read-only, labels int64 [N], and the entry's folder.
 
     Raises:
-        StoreError: An entry is damaged, or was made by a model of the same identity that answers otherwise.
+        StoreError: An entry is damaged, or was made by a model of the same identity with other answers.
         RequestError, ImageError, FkdError: As `extract`.
     """
     about = {"version": VERSION, "model": identity, "images": images.digest(), "n": len(images), **transform_of(pixels)}
@@ -100,11 +101,11 @@ def cached(
             elif not (entry / "done.json").exists():
                 _assemble(entry, parts, images)
     done = files.read_json(entry / "done.json")
-    return (
-        files.map_npy(entry / "features.npy", np.dtype(np.float32), (len(images), int(done["dim"]))),
-        images.labels.copy(),
-        entry,
-    )
+    features = files.map_npy(entry / "features.npy", np.dtype(np.float32), (len(images), None))
+    for name in ("features", "labels"):
+        if files.sha256_file(entry / f"{name}.npy") != done.get(name):
+            raise StoreError(f"{entry / name}.npy: altered: its sha256 is not the one in done.json; delete the folder {entry}")
+    return features, images.labels.copy(), entry
 
 
 def _assemble(entry: Path, parts: list[Path], images: ImageSet) -> None:
@@ -117,20 +118,20 @@ def _assemble(entry: Path, parts: list[Path], images: ImageSet) -> None:
         dims = {array.shape[1] for array in arrays}
         if len(dims) != 1:
             raise FkdError(f"{entry}: parts of {sorted(dims)} dimensions: expected one size; delete the folder")
-        dim = dims.pop()
+        header, digest = files.npy_header(np.dtype(np.float32), (len(images), dims.pop())), hashlib.sha256()
         with files.publish(entry / "features.npy") as file:
-            file.write(files.npy_header(np.dtype(np.float32), (len(images), dim)))
-            for array in arrays:
-                file.write(np.ascontiguousarray(array).data)
-        files.write_npy(entry / "labels.npy", images.labels)
-        files.write_json(entry / "done.json", {"dim": dim})
+            for piece in (header, *(np.ascontiguousarray(array).data for array in arrays)):
+                digest.update(piece)
+                file.write(piece)
+        labels = files.write_npy(entry / "labels.npy", images.labels)
+        files.write_json(entry / "done.json", {"features": digest.hexdigest(), "labels": labels})
         for path in (*parts, *entry.glob(".lock-0*")):
             with suppress(FileNotFoundError):
                 path.unlink()
 
 
 def _same_answers(model: Model, entry: Path, images: ImageSet, pixels: int) -> None:
-    """Raises StoreError where the model answers noise otherwise than the one that made the entry.
+    """Raises StoreError where the model's answers to noise are not those of the model that made the entry.
 
     A function of the same name and weights may have been rewritten.
     """
@@ -142,13 +143,12 @@ def _same_answers(model: Model, entry: Path, images: ImageSet, pixels: int) -> N
         with suppress(StoreError):  # another process on another machine was first, and differs in the last bits
             files.write_npy(path, said)
     before = files.map_npy(path, np.dtype(np.float32), (2, None))
-    same = before.shape == said.shape
-    if same:
-        lengths = np.linalg.norm(before, axis=1) * np.linalg.norm(said, axis=1)
-        same = bool(((before * said).sum(axis=1) >= _LEAST_COSINE * lengths).all())
-    if not same:
+    if (
+        before.shape != said.shape
+        or (np.linalg.norm(before - said, axis=1) > _TOLERANCE * np.linalg.norm(before, axis=1)).any()
+    ):
         raise StoreError(
-            f"{entry}: its features are of a model with the same weights and layers that answers otherwise (was its code "
+            f"{entry}: its features were made by a model of the same weights and layers that gives other values (was its code "
             "changed?); delete the folder, or give another --features"
         )
 

@@ -169,7 +169,7 @@ def match_classes(train: ImageSet, val: ImageSet) -> Int64Array:
     """The labels of `val` as indices into `train.classes`, matched by folder name; int64 [n].
 
     Raises:
-        RequestError: An image lies outside any class folder, or `val` has a class that `train` has no picture of.
+        RequestError: An image is outside any class folder, `train` has one class only, or `val` has a class that `train` lacks.
     """
     for images in (train, val):
         if len(images) == 0:
@@ -180,6 +180,7 @@ def match_classes(train: ImageSet, val: ImageSet) -> Int64Array:
                 f"{images.root}: {len(outside)} of {len(images)} images lie outside any class folder "
                 f"(first {images.paths[outside[0]]!r}); a probe needs FOLDER/CLASS/IMAGE"
             )
+    require_two_classes(train)
     known = {train.classes[i]: int(i) for i in np.unique(train.labels)}
     present = {int(i): val.classes[i] for i in np.unique(val.labels)}
     missing = sorted(set(present.values()) - set(known))
@@ -187,13 +188,32 @@ def match_classes(train: ImageSet, val: ImageSet) -> Int64Array:
         names = ", ".join(map(repr, missing[:5])) + (", ..." if len(missing) > 5 else "")
         raise RequestError(
             f"{val.root}: {len(missing)} of its {len(present)} classes have no picture in {train.root}: {names}; "
-            "classes are matched by the name of their folder"
+            f"classes are matched by the name of their folder{_level_hint(val)}"
         )
     to_train = np.full(len(val.classes), -1, dtype=np.int64)
     for i, name in present.items():
         to_train[i] = known[name]
     labels: Int64Array = to_train[val.labels]
     return labels
+
+
+def require_two_classes(images: ImageSet) -> None:
+    """Raises RequestError where all images are in one class folder; with one class every score is 100 %."""
+    present = np.unique(images.labels)
+    if len(present) == 1:
+        name = images.classes[present[0]]
+        raise RequestError(
+            f"{images.root}: one class only, {name!r}; expected a folder for each of two or more classes{_level_hint(images)}"
+        )
+
+
+def _level_hint(images: ImageSet) -> str:
+    """The end of a message about classes: advice where the only class folder has folders and no images."""
+    folders = {tuple(path.split("/", 2)[:2]) for path in images.paths if path.count("/") > 1}
+    if len(images.classes) != 1 or len(folders) < 2 or any(path.count("/") < 2 for path in images.paths):
+        return ""
+    name = images.classes[0]
+    return f": {name!r} holds only folders; if these are the classes, give {images.root / name}"
 
 
 @contextlib.contextmanager

@@ -27,8 +27,10 @@ from fkd_ssl.eval.scores import (
     as_features,
     as_labels,
     compact,
+    feature_notes,
     per_class,
     ranks,
+    require_two_classes,
     same_dimension,
 )
 from fkd_ssl.eval.search import Metric
@@ -136,6 +138,7 @@ def evaluate_features(
         queries = as_features(features, "features")
         same_dimension(train, queries)
         wanted = as_labels(labels, len(queries), "labels", num_classes=num_classes)
+    require_two_classes(known, "train_labels")
     if num_classes is None:
         known, wanted, names = compact(known, wanted)
     classes = num_classes or len(names or ())
@@ -152,7 +155,8 @@ def evaluate_features(
                 # a class without a neighbour is not ranked: else the order of the folders would decide who fills the top 5
                 out[rows][part] = np.where(voted, ranks(votes, truth), classes)
     headline = (K if K in ks else ks[0], TEMPERATURE if TEMPERATURE in temperatures else temperatures[0])
-    notes = [f"k {one} was cut to the {used[one]} training images" for one in ks if used[one] < one]
+    notes = feature_notes(train, queries)
+    notes += [f"k {one} was cut to the {used[one]} training images" for one in ks if used[one] < one]
     if used[headline[0]] < 5:
         notes.append(f"top5 counts at most {used[headline[0]]} classes: k is {used[headline[0]]}")
     if queries is None and (alone := int((np.bincount(known) == 1).sum())):

@@ -32,7 +32,7 @@ from fkd_ssl.crops import RECIPES, draw, image_key
 from fkd_ssl.errors import RequestError, did_you_mean
 from fkd_ssl.eval.features import Model, View, checked, extract, frozen, load, match_classes, view
 from fkd_ssl.eval.probe import Probe, ProbeProtocol
-from fkd_ssl.eval.scores import Float32Array, Int64Array, accuracy, few_classes, per_class
+from fkd_ssl.eval.scores import Float32Array, Int64Array, accuracy, feature_notes, few_classes, per_class
 from fkd_ssl.images import ImageSet
 from fkd_ssl.progress import hidden
 
@@ -152,6 +152,9 @@ def evaluate_together(
         probes.append(Probe(protocol, features, train, seed, file, digest))
     with frozen(model):
         _train(model, probes, train, (features, labels), pixels=pixels, seed=seed, workers=workers, progress=progress)
+    suspicions = feature_notes(features, None)
+    if train.digest() == val.digest():
+        suspicions.append("val has the same images as train: the probe is scored on what it learned from; use other images")
     results = {}
     for probe, (protocol, notes) in zip(probes, chosen.values(), strict=True):
         rank = probe.ranks(features, labels)
@@ -177,7 +180,7 @@ def evaluate_together(
             "classes": len(train.classes),
             "feature_dim": features.shape[1],
             "per_class": per_class(rank, labels, train.classes),
-            "notes": [*few_classes(len(train.classes)), *notes],
+            "notes": [*few_classes(len(train.classes)), *suspicions, *notes],
         }
     return results
 

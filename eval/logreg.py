@@ -22,6 +22,7 @@ from fkd_ssl.eval.scores import (
     Int64Array,
     accuracy,
     as_probe,
+    feature_notes,
     few_classes,
     per_class,
     ranks,
@@ -89,7 +90,7 @@ def evaluate(
         bar.update()
     scores = _logits(torch.from_numpy((wanted - mean.numpy()) / scale.numpy()), weights)
     rank = ranks(scores.numpy(), truth)
-    notes = few_classes(classes)
+    notes = [*few_classes(classes), *feature_notes(train, wanted)]
     if len(sweep) > 1 and best["C"] in (sweep[0]["C"], sweep[-1]["C"]):
         notes.append(f"the chosen C {best['C']:g} is at the edge of the sweep")
     return {

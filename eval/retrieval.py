@@ -23,6 +23,8 @@ from fkd_ssl.eval.scores import (
     as_features,
     as_labels,
     compact,
+    feature_notes,
+    require_two_classes,
     same_dimension,
 )
 
@@ -71,6 +73,7 @@ def evaluate(
         wanted = as_features(queries, "queries")
         same_dimension(base, wanted)
         truth = as_labels(labels, len(wanted), "labels")
+    require_two_classes(known, "gallery_labels")
     known, truth, names = compact(known, truth)
     there = np.bincount(known)[truth] - (wanted is None)
     if not there.any():
@@ -88,7 +91,8 @@ def evaluate(
         at = np.cumsum(within, axis=1) / np.arange(1, k + 1)
         mean_precision[rows] = (at * within).sum(axis=1) / np.maximum(there[rows], 1)
     able = there > 0
-    notes = [] if able.all() else [f"{int((~able).sum())} images are alone in their class and are not sought"]
+    notes = feature_notes(base, wanted)
+    notes += [] if able.all() else [f"{int((~able).sum())} images are alone in their class and are not sought"]
     if most < max(DEPTHS):
         notes.append(f"precision@10 cannot be 100: {most} images can be found")
     return {

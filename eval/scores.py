@@ -16,6 +16,9 @@ Float32Array = npt.NDArray[np.float32]
 Int64Array = npt.NDArray[np.int64]
 BoolArray = npt.NDArray[np.bool_]
 
+_SAMPLE = 10_000  # features that are looked at
+_COLLAPSED = 1e-3  # variance of features of length 1; an untrained network's is above 0.01
+
 
 def as_features(values: Any, name: str) -> Float32Array:
     """Features as float32 [n, D]; `values` is an array or a tensor on any device, `name` is what messages call it.
@@ -73,6 +76,25 @@ def compact(known: Int64Array, wanted: Int64Array) -> tuple[Int64Array, Int64Arr
     return known.astype(np.int64), place.astype(np.int64), [str(label) for label in present]
 
 
+def require_two_classes(labels: Int64Array, name: str) -> None:
+    """Raises RequestError where all labels are the same: every score would be 100 %."""
+    if (labels == labels[0]).all():
+        raise RequestError(f"{name}: one class only; a score needs two or more classes to tell apart")
+
+
+def feature_notes(train: Float32Array, features: Float32Array | None) -> list[str]:
+    """What is suspicious about features [N, D] and those that are scored [n, D], if any; each a line for the user."""
+    notes = []
+    sample = train[:: max(1, len(train) // _SAMPLE)]
+    length = np.linalg.norm(sample, axis=1, keepdims=True)
+    centre = (sample / np.where(length > 0, length, 1)).mean(axis=0, dtype=np.float64)
+    if len(train) > 1 and 1 - centre @ centre < _COLLAPSED:
+        notes.append("the features are nearly constant (collapsed): the model hardly tells images apart")
+    if features is not None and train.shape == features.shape and np.array_equal(train, features):
+        notes.append("the features to score are the training features: every image finds itself; use other images")
+    return notes
+
+
 def same_dimension(train: Float32Array, features: Float32Array) -> None:
     """Raises RequestError where the features to score are not of the training features' dimension."""
     if train.shape[1] != features.shape[1]:
@@ -107,8 +129,7 @@ def as_probe(
     train, wanted = as_features(train_features, "train_features"), as_features(features, "features")
     same_dimension(train, wanted)
     known = as_labels(train_labels, len(train), "train_labels", num_classes=num_classes)
-    if len(np.unique(known)) < 2:
-        raise RequestError("train_labels: one class only; a probe needs two to tell apart")
+    require_two_classes(known, "train_labels")
     classes = int(known.max()) + 1 if num_classes is None else num_classes
     return train, known, wanted, as_labels(labels, len(wanted), "labels", num_classes=classes), classes
 

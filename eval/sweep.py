@@ -26,6 +26,7 @@ from fkd_ssl.eval.scores import (
     Int64Array,
     accuracy,
     as_probe,
+    feature_notes,
     few_classes,
     per_class,
     ranks,
@@ -99,7 +100,7 @@ def evaluate(
         weight, bias = fit(data, torch.from_numpy(known), classes, [best["lr"]], steps, seed=seed, device=device, bar=bar)
     scores = torch.from_numpy((wanted - mean.numpy()) / scale.numpy()).to(weight.device) @ weight[0].T + bias[0]
     rank = ranks(scores.cpu().numpy(), truth)
-    notes = few_classes(classes)
+    notes = [*few_classes(classes), *feature_notes(train, wanted)]
     if len(sweep) > 1 and best["lr"] in (sweep[0]["lr"], sweep[-1]["lr"]):
         notes.append(f"the chosen learning rate {best['lr']:g} is at the edge of the sweep")
     return {

@@ -56,8 +56,13 @@ def read(path: str | Path) -> tuple[dict[str, Any], str]:
 
 def weights_digest(network: nn.Module) -> str:
     """Hex sha256 of a network's parameters and buffers, names and values."""
+    return tensors_digest(network.state_dict())
+
+
+def tensors_digest(tensors: Mapping[str, Any]) -> str:
+    """Hex sha256 of named tensors, names and values."""
     sums = hashlib.sha256()
-    for name, value in sorted(network.state_dict().items()):
+    for name, value in sorted(tensors.items()):
         if not isinstance(value, Tensor):  # a module's extra state
             sums.update(f"{name} {value!r}".encode())
             continue

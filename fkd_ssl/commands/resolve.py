@@ -15,7 +15,7 @@ from fkd_ssl.errors import RequestError, did_you_mean
 from fkd_ssl.files import sha256
 from fkd_ssl.students import CLASSIFIER, EXPORTED, MEAN, STD, Student, load_student
 from fkd_ssl.teachers import Ensemble, Teacher, load_teacher
-from fkd_ssl.teachers.checkpoint import weights_digest
+from fkd_ssl.teachers.checkpoint import tensors_digest, weights_digest
 from fkd_ssl.teachers.registry import LIBRARIES
 from fkd_ssl.teachers.teacher import Precision
 from fkd_ssl.training.config import checkpoints_of, split
@@ -41,9 +41,11 @@ class Model:
 
     @property
     def identity(self) -> str:
-        """What tells its features from another model's: weights, layers and their settings, precision."""
+        """What tells its features from another model's: weights, mean and std, layers and their settings, precision."""
         precision = getattr(self.network, "precision", "fp32")
-        return sha256(f"{self.about['weights_sha256']} {precision}\n{self.network}".encode())
+        saved = self.network.state_dict()  # weights_sha256 is of these; mean and std are buffers that it lacks
+        buffers = {name: value for name, value in self.network.named_buffers() if name not in saved}
+        return sha256(f"{self.about['weights_sha256']} {tensors_digest(buffers)} {precision}\n{self.network}".encode())
 
 
 def device() -> torch.device:

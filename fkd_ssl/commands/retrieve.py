@@ -1,9 +1,8 @@
-"""Retrieval with a model's features: recall@1/5/10, mAP@R, precision@k; approximate indexes; the nearest images of one.
+"""Retrieval with a model's features: recall@1/5/10, precision@5/10 and mAP@R; approximate indexes; nearest images.
 
---gallery DIR --queries DIR scores exact search; without --queries each image of the gallery is sought among the others.
---curve --out OUT measures recall against queries per second of all indexes. --index hnsw --saved IDX keeps an index, and
---saved IDX --query IMAGE draws a contact sheet of the images nearest to one. --gallery and --queries also take
-FEATURES.npy,LABELS.npy.
+--gallery DIR --queries DIR scores exact search; without --queries each gallery image is searched for among the others.
+--curve --out OUT measures recall against queries per second of all indexes. --query IMAGE lists the gallery images nearest to
+one and draws a contact sheet. --gallery and --queries also take FEATURES.npy,LABELS.npy.
 """
 
 from dataclasses import dataclass, replace
@@ -21,22 +20,20 @@ class Config:
 
     model: str | None = None
     """A run folder, a .ckpt of one, teacher:NAME, torchvision/NAME, timm/NAME, or module:function; of files only a name."""
-    gallery: str | None = None
-    """Labelled images that are searched: a folder, NAME:SPLIT:ROOT, or FEATURES.npy,LABELS.npy."""
+    gallery: str
+    """Labelled images to search in: a folder, NAME:SPLIT:ROOT, or FEATURES.npy,LABELS.npy."""
     queries: str | None = None
-    """Labelled images that are sought, likewise; the gallery's own by default."""
+    """Labelled images to search for, likewise; the gallery's own by default."""
     index: Literal["exact", "hnsw", "ivfflat", "ivfpq"] = "exact"
-    """What searches."""
+    """Index to search with."""
     curve: bool = False
-    """Measure all indexes over their effort: a table, and in --out a plot."""
-    saved: str | None = None
-    """Folder of a saved index: written with --gallery, read without."""
+    """Measure all indexes at several efforts: a table, and with --out a plot."""
     query: str | None = None
-    """An image whose nearest are shown in --sheet."""
+    """An image file: list the gallery images nearest to it, and draw them in --sheet. Labels are not needed."""
     nearest: int = 10
-    """How many."""
+    """Number of images that --query lists."""
     sheet: str = "nearest.png"
-    """The contact sheet of --query."""
+    """Contact sheet of --query, a PNG."""
     pixels: int | None = None
     """Side of the centre crop; the model's own training size by default."""
     checkpoint: str | None = None
@@ -51,10 +48,8 @@ class Config:
     """Print one JSON object on standard output."""
 
     def __post_init__(self) -> None:
-        if self.gallery is None and (self.saved is None or self.query is None):
-            raise RequestError("--gallery is needed, or --query IMAGE with the --saved index of one")
-        if self.query is not None and (self.queries is not None or self.curve or self.out is not None):
-            raise RequestError("--query shows the nearest images of one; it does not go with --queries, --curve or --out")
+        if self.query is not None and (self.queries or self.curve or self.out or self.index != "exact"):
+            raise RequestError("--query lists the images nearest to one: remove --queries, --curve, --out and --index")
         if self.nearest < 1:
             raise RequestError(f"--nearest {self.nearest}: must be at least 1")
 
@@ -65,21 +60,20 @@ def run(config: Config) -> int:
     from fkd_ssl.eval import indexes, retrieval
 
     if config.query is not None:
-        return _show_nearest(config)
-    assert config.gallery is not None
+        return _show_nearest(config, config.query)
     if results.show_finished(config):
         return 0
     split, about = sources.split_of(config, config.gallery, config.queries)
     results.begin(config)
     base, labels = split.train_features, split.train_labels
     queries = None if config.queries is None else split.features
-    index = None if config.index == "exact" and config.saved is None else indexes.build(base, config.index)
+    index = None if config.index == "exact" else indexes.build(base, config.index)
     result = retrieval.evaluate(
         gallery=base,
         gallery_labels=labels,
         queries=queries,
         labels=None if queries is None else split.labels,
-        approximate=None if index is None or config.index == "exact" else index.search,
+        approximate=None if index is None else index.search,
         device=sources.search_device(),
     )
     if config.curve:
@@ -87,8 +81,6 @@ def run(config: Config) -> int:
     data = {{"train": "gallery", "val": "queries"}[name]: value for name, value in about["data"].items()}
     about = {**about, "data": data}
     pixels = (about["transform"] or {}).get("centre_crop")
-    if config.saved is not None and index is not None:
-        _save(config, index, split, about)
     _report(replace(config, pixels=pixels), about, result)
     return 0
 
@@ -156,77 +148,43 @@ def plot(rows: list[dict[str, Any]], path: "Path") -> None:
     files.replace(path, buffer.getvalue())
 
 
-def _save(config: Config, index: Any, split: Any, about: dict[str, Any]) -> None:
-    """Keeps the index, with where its images are; files of features have none."""
-    from pathlib import Path
-
-    from fkd_ssl.commands import console, sources
-    from fkd_ssl.eval import indexes
-
-    assert config.gallery is not None
-    assert config.saved is not None
-    names = [str(row) for row in range(len(split.train_labels))]
-    if not sources.is_files(config.gallery):
-        images = sources.images_of(config.gallery)
-        names = [str(images.file(row).resolve()) for row in range(len(images))]
-    indexes.save(index, Path(config.saved), labels=split.train_labels, images=names, about={**about, "classes": split.classes})
-    console.say(f"index: {config.saved}")
-
-
-def _show_nearest(config: Config) -> int:
-    """The images that are nearest to one, as a contact sheet."""
+def _show_nearest(config: Config, query: str) -> int:
+    """Lists the images nearest to one, and draws them as a contact sheet."""
     from pathlib import Path
 
     import numpy as np
 
     from fkd_ssl import sheet
     from fkd_ssl.commands import console, sources
-    from fkd_ssl.eval import indexes
+    from fkd_ssl.eval import search
     from fkd_ssl.eval.features import extract
     from fkd_ssl.images import ImageSet, read_image
 
-    assert config.query is not None
-    out, query = Path(config.sheet), Path(config.query)
+    out, path = Path(config.sheet), Path(query)
     if out.exists():
-        raise RequestError(f"{out}: exists; name another --sheet")
+        raise RequestError(f"{out}: exists; choose another --sheet")
     try:
-        picture = read_image(query)
+        picture = read_image(path)
     except ImageError as error:  # the user named this file
         raise RequestError(f"--query {error}") from error
+    if sources.is_files(config.gallery):
+        raise RequestError("--query shows images: give --gallery as images, not as files of features")
     model, pixels = sources.load_model(config)
-    if config.gallery is None:
-        assert config.saved is not None
-        index, labels, names, about = indexes.load(Path(config.saved))
-        made_by, side = (about.get("model") or {}).get("weights_sha256"), (about.get("transform") or {}).get("centre_crop")
-        if made_by != model.about["weights_sha256"]:
-            raise RequestError(f"{config.saved}: holds features of another model than --model {config.model}; build it again")
-        if side != pixels:
-            raise RequestError(f"{config.saved}: holds features at {side} px; pass --pixels {side}")
-        if not about["ours"]:
-            raise RequestError(
-                f"{config.saved}: was saved by another user or on another machine, or was changed: the pictures that it "
-                "names are not opened; give --gallery instead"
-            )
-        classes = list(about["classes"])
-    else:
-        split, _ = sources.split_of(config, config.gallery, None)
-        images = sources.images_of(config.gallery)
-        index, labels, classes = indexes.build(split.train_features, config.index), split.train_labels, split.classes
-        names = [str(images.file(row).resolve()) for row in range(len(images))]
-    one = ImageSet(
-        root=query.parent, paths=[query.name], labels=np.array([-1], dtype=np.int64), classes=[], on_disk=[query.name]
-    )
+    images = sources.images_of(config.gallery)
+    gallery = sources.features_of(model, pixels, config.gallery, images, config, "features of gallery").features
+    one = ImageSet(root=path.parent, paths=[path.name], labels=np.array([-1]), classes=[], on_disk=[path.name])
     feature, _ = extract(model.features, one, pixels=pixels, workers=0, progress=False)
-    similarity, at = index.search(feature, min(config.nearest, len(names)))
-    found = [(int(row), float(cosine)) for row, cosine in zip(at[0], similarity[0], strict=True) if row >= 0]
-    near = [{"image": names[row], "class": classes[labels[row]], "cosine": cosine} for row, cosine in found]
-    shown = [(read_image(item["image"]), f"{item['class']} {item['cosine']:.3f}") for item in near]
-    sheet.write_found(out, picture, f"query {query.name}", shown)
+    [(_, similarity, rows)] = search.nearest(gallery, feature, min(config.nearest, len(gallery)))
+    near, shown = [], []
+    for row, cosine in zip(rows[0].tolist(), similarity[0].tolist(), strict=True):
+        name = images.classes[images.labels[row]] if images.labels[row] >= 0 else ""
+        near.append({"image": images.paths[row], "class": name, "cosine": cosine})
+        shown.append((images.read(row), f"{name} {cosine:.3f}"))
+    sheet.write_found(out, picture, f"query {path.name}", shown)
     if config.json:
-        console.show_json({"kind": "retrieve", "query": str(query), "sheet": str(out), "nearest": near})
+        console.show_json({"kind": "retrieve", "query": query, "gallery": config.gallery, "sheet": str(out), "nearest": near})
     else:
-        console.show(
-            console.table([["cosine", "class", "image"], *([f"{i['cosine']:.3f}", i["class"], i["image"]] for i in near)])
-        )
+        rows_of_table = [[f"{item['cosine']:.3f}", item["class"], item["image"]] for item in near]
+        console.show(console.table([["cosine", "class", "image"], *rows_of_table]))
         console.say(f"contact sheet: {out}")
     return 0

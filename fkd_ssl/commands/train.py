@@ -197,12 +197,10 @@ def _as_meant(config: Config) -> Config:
 def _classes(images: "ImageSet") -> int:
     """How many classes the images are of; raises RequestError where one has none, or all have one."""
     from fkd_ssl.eval.classify import check_classes
+    from fkd_ssl.eval.features import require_two_classes
 
     check_classes(images, len(images.classes))
-    if len(images.classes) < 2:
-        raise RequestError(
-            f"{images.root}: there is one class only, {images.classes[0]!r}; expected a folder for each of several"
-        )
+    require_two_classes(images)
     return len(images.classes)
 
 

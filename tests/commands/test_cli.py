@@ -233,7 +233,7 @@ class TestInterrupts:
         ("export --model gone --out x.safetensors", "gone: no such run or checkpoint"),
         ("knn --model own_teacher:make --train train --val gone", "gone: no such folder of images"),
         ("retrieve --model own_teacher:make --gallery train --query own_teacher.py", "own_teacher.py: not a readable image"),
-        ("retrieve --model own_teacher:make --saved gone --query train/ash/0.png", "gone: no saved index"),
+        ("retrieve --model own_teacher:make --gallery gone --query train/ash/0.png", "gone: no such folder of images"),
         ("report gone", "gone: no such folder of results"),
     ],
 )

@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fkd_ssl.commands import resolve
+
 SETS = "--train train --val val --workers 0"
 ODD = """
 class Pair(Network):
@@ -143,8 +145,13 @@ def test_a_run_is_a_model_and_so_is_its_checkpoint(work: Path, call: Any, train_
         (f"linear {TEACHER} {SETS} --protocol swav,swav", 2, "--protocol swav,swav: names one twice"),
         (f"linear {TEACHER} {SETS} --protocol sweep --lr 3", 2, "--lr goes with --protocol moco or swav"),
         (f"linear {TEACHER} {SETS} --features cache", 2, "--features goes with --protocol sweep or logreg; moco trains on"),
-        (f"linear {TEACHER} {SETS} --protocol logreg --train one --val one", 2, "one class only; a probe needs two"),
-        (f"linear {TEACHER} {SETS} --protocol sweep --train one --val one", 2, "one class only; a probe needs two"),
+        (f"linear {TEACHER} --protocol logreg --train one --val one", 2, "one: one class only, 'ash'; expected a folder"),
+        (f"linear {TEACHER} --protocol moco --train one --val one", 2, "one: one class only, 'ash'; expected a folder"),
+        (f"knn {TEACHER} --train one --val one", 2, "one: one class only, 'ash'; expected a folder for each of two or more"),
+        (f"knn {TEACHER} --train deep --val val", 2, "'train' holds only folders; if these are the classes, give deep/train"),
+        ("knn --train x.npy,same.npy --val x.npy,same.npy", 2, "train_labels: one class only; a score needs two"),
+        ("linear --protocol sweep --train x.npy,same.npy --val x.npy,same.npy", 2, "one class only; a score needs two"),
+        ("retrieve --gallery x.npy,same.npy", 2, "gallery_labels: one class only; a score needs two"),
         (f"knn {TEACHER} --train train", 2, "--val is needed, or --leave_one_out"),
         (f"knn {TEACHER} {SETS} --leave_one_out", 2, "--val is needed, or --leave_one_out without it"),
         (f"knn {TEACHER} --train train --leave_one_out --shots 2", 2, "it does not go with --leave_one_out"),
@@ -177,7 +184,14 @@ def test_what_is_refused(work: Path, call: Any, line: str, status: int, said: st
     import torch
 
     rows = np.random.default_rng(0).normal(size=(9, 4)).astype(np.float32)
-    values = {"x": rows, "nan": rows * np.nan, "y": np.arange(9) % 3, "short": np.arange(8), "other": np.full(9, 8)}
+    values = {
+        "x": rows,
+        "nan": rows * np.nan,
+        "y": np.arange(9) % 3,
+        "short": np.arange(8),
+        "same": np.full(9, 1),
+        "other": np.full(9, 8),
+    }
     for name, value in {**values, "none": np.full(9, -1), "words": np.full((9, 4), "a")}.items():
         np.save(work / f"{name}.npy", value)
     np.save(work / "pickled.npy", np.array([{}], dtype=object), allow_pickle=True)
@@ -188,6 +202,7 @@ def test_what_is_refused(work: Path, call: Any, line: str, status: int, said: st
         file.write(ODD)
     sys.modules.pop("own_teacher", None)
     shutil.copytree(work / "train/ash", work / "one/ash")
+    shutil.copytree(work / "train", work / "deep/train")
     for name in ("empty", "flat", "odd/oak", "torn/ash"):
         (work / name).mkdir(parents=True)
     for name in ("flat", "odd/oak"):
@@ -281,3 +296,46 @@ def test_a_network_of_torchvision(work: Path, call: Any) -> None:
     result = json.loads(call(line).out)
     assert result["model"]["checkpoint"] == "weights.pth"
     assert "shufflenet_v2_x0_5" in result["model"]["network"]
+
+
+def test_the_same_images_twice_and_collapsed_features_get_a_note(work: Path, call: Any) -> None:
+    itself = "every image finds itself"
+    assert itself in call(f"knn {TEACHER} --train train --val train").err
+    assert itself not in call(f"knn {TEACHER} {SETS}").err
+    assert (
+        "the probe is scored on what it learned from"
+        in call(f"linear {TEACHER} --train train --val train --protocol moco --epochs 1 --workers 0").err
+    )
+    rows = np.random.default_rng(0).normal(size=(60, 8)).astype(np.float32)
+    collapsed = "the features are nearly constant (collapsed)"
+    for name, value, noted in (("spread", rows, False), ("constant", rows * 1e-3 + 1, True), ("close", rows * 0.2 + 1, False)):
+        np.save(work / f"{name}.npy", value)
+        np.save(work / "y.npy", np.arange(60) % 3)
+        for line in (f"knn --train {name}.npy,y.npy --leave_one_out", f"retrieve --gallery {name}.npy,y.npy"):
+            assert (collapsed in call(line).err) == noted
+        pair = f"{name}.npy,y.npy"
+        assert (collapsed in call(f"linear --protocol logreg --train {pair} --val {pair}").err) == noted
+
+
+def test_another_mean_or_std_is_another_model(work: Path) -> None:
+    """Both are buffers that no checkpoint has, so that the weights have the same digest."""
+    (work / "two_stds.py").write_text(
+        """
+from torch import nn
+from fkd_ssl.teachers import Teacher
+from own_teacher import Network
+
+def make(std):
+    return Teacher(Network(), nn.Identity(), name="t", dim=16, network="colours", pixels=32, std=(std, 0.224, 0.225))
+
+def imagenet():
+    return make(0.229)
+
+def swav():
+    return make(0.228)
+"""
+    )
+    first, second = (resolve.model_of(f"two_stds:{name}") for name in ("imagenet", "swav"))
+    assert first.about["weights_sha256"] == second.about["weights_sha256"]
+    assert first.identity != second.identity
+    assert first.identity == resolve.model_of("two_stds:imagenet").identity

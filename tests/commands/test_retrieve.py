@@ -5,15 +5,15 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 
+from fkd_ssl import named_sets
+from fkd_ssl.commands import sources
+from fkd_ssl.images import scan
+
 TEACHER = "--model own_teacher:make --workers 0"
-
-
-@pytest.fixture(autouse=True)
-def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "own"))
 
 
 def test_colours_are_found(work: Path, call: Any) -> None:
@@ -52,51 +52,58 @@ def test_the_curve_is_a_table_and_a_plot(work: Path, call: Any) -> None:
     assert len(json.loads((work / "scored/results.json").read_text())["curve"]) == len(lines) - 2
 
 
-@pytest.mark.parametrize("kind", ["exact", "hnsw"])
-def test_a_saved_index_answers_a_picture(work: Path, call: Any, kind: str) -> None:
-    assert call(f"retrieve {TEACHER} --gallery train --index {kind} --saved index").status == 0
-    line = f"retrieve {TEACHER} --saved index --query val/birch/0.png --nearest 7"
+def test_the_images_nearest_to_one(work: Path, call: Any) -> None:
+    line = f"retrieve {TEACHER} --gallery train --query val/birch/0.png --nearest 7"
     near = json.loads(call(f"{line} --json").out)["nearest"]
     assert len(near) == 7
     assert near[0]["class"] == "birch"
-    assert near[0]["image"].endswith(".png")
+    assert all((work / "train" / item["image"]).is_file() for item in near)
     assert [item["cosine"] for item in near] == sorted((item["cosine"] for item in near), reverse=True)
     with Image.open(work / "nearest.png") as sheet:
         assert (sheet.width, sheet.height) == (5 * 134 + 6, 3 * 150 + 6)
     again = call(line)
     assert (again.status, again.out) == (2, "")
-    assert "nearest.png: exists; name another --sheet" in again.err
-    direct = json.loads(call(f"{line.replace('--saved index', '--gallery train')} --sheet other.png --json").out)["nearest"]
-    assert [item["image"] for item in direct] == [item["image"] for item in near]
+    assert "nearest.png: exists; choose another --sheet" in again.err
+    for _ in range(2):  # computed, then from the cache
+        kept = json.loads(call(f"{line} --features cache --sheet other.png --json").out)["nearest"]
+        assert [item["image"] for item in kept] == [item["image"] for item in near]
+        (work / "other.png").unlink()
+
+
+def test_the_images_nearest_to_one_need_no_classes(work: Path, call: Any) -> None:
+    answer = call(f"retrieve {TEACHER} --gallery train/ash --query train/ash/0.png --nearest 2 --json")
+    near = json.loads(answer.out)["nearest"]
+    assert (near[0]["image"], near[0]["class"]) == ("0.png", "")
+    assert near[0]["cosine"] == pytest.approx(1)
+
+
+def test_the_images_nearest_to_one_of_a_set_in_memory(work: Path, call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A named set has no files: its images are drawn from memory, and the list has their names in the set."""
+    folder = scan("train")
+    pixels = np.stack([folder.read(row)[:40, :40] for row in range(len(folder))])
+    made = named_sets.from_arrays(pixels, folder.labels, folder.classes, ".")
+    monkeypatch.setattr(sources, "images_of", lambda spec: made)
+    near = json.loads(call(f"retrieve {TEACHER} --gallery cifar10:test:. --query val/cedar/0.png --json").out)["nearest"]
+    assert near[0]["class"] == "cedar"
+    assert all(item["image"] in made.paths for item in near)
+    assert (work / "nearest.png").is_file()
 
 
 @pytest.mark.parametrize(
     ("line", "status", "said"),
     [
-        (f"retrieve {TEACHER} --queries val", 2, "--gallery is needed, or --query IMAGE with the --saved index of one"),
-        (f"retrieve {TEACHER} --gallery train --query q.png --curve", 2, "it does not go with --queries, --curve or --out"),
+        (f"retrieve {TEACHER} --queries val", 2, "gallery"),
+        (f"retrieve {TEACHER} --gallery train --query q.png --curve", 2, "remove --queries, --curve, --out and --index"),
+        (f"retrieve {TEACHER} --gallery train --query q.png --index hnsw", 2, "remove --queries, --curve, --out and --index"),
         (f"retrieve {TEACHER} --gallery train --query gone.png", 2, "gone.png: cannot be read"),
-        (f"retrieve {TEACHER} --saved nowhere --query val/ash/0.png", 2, "nowhere: no saved index"),
+        (f"retrieve {TEACHER} --gallery x.npy,y.npy --query val/ash/0.png", 2, "give --gallery as images"),
         (f"retrieve {TEACHER} --gallery train --query val/ash/0.png --nearest 0", 2, "--nearest 0: must be at least 1"),
-        (f"retrieve {TEACHER} --gallery one --index ivfpq", 2, "index ivfpq: 6 images in the gallery"),
-        ("retrieve --model own_teacher:other --saved index --query val/ash/0.png", 2, "holds features of another model"),
-        (f"retrieve {TEACHER} --pixels 16 --saved index --query val/ash/0.png", 2, "at 32 px; pass --pixels 32"),
-        (f"retrieve {TEACHER} --gallery train --saved index", 2, "index: exists; choose another folder"),
+        (f"retrieve {TEACHER} --gallery val --index ivfpq", 2, "index ivfpq: 12 images in the gallery"),
+        (f"retrieve {TEACHER} --gallery one", 2, "one: one class only, 'ash'; expected a folder for each of two or more"),
     ],
 )
 def test_what_is_refused(work: Path, call: Any, line: str, status: int, said: str) -> None:
     shutil.copytree(work / "train/ash", work / "one/ash")
-    if "--saved index" in line:
-        assert call(f"retrieve {TEACHER} --gallery train --saved index").status == 0
     answer = call(line)
     assert (answer.status, answer.out) == (status, "")
     assert said in answer.err
-
-
-def test_a_strangers_index_opens_no_picture(work: Path, call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert call(f"retrieve {TEACHER} --gallery train --saved index").status == 0
-    monkeypatch.setenv("XDG_CACHE_HOME", str(work / "others"))
-    answer = call(f"retrieve {TEACHER} --saved index --query val/ash/0.png")
-    assert (answer.status, answer.out) == (2, "")
-    assert "the pictures that it names are not opened; give --gallery instead" in answer.err
-    assert not (work / "nearest.png").exists()

@@ -268,7 +268,7 @@ class TestShow:
             ("--crops 0", "crops 0: must lie in 1 to 24"),
             ("--among 5", "crops 5: store holds 4"),
             ("--teacher other", "no targets of 'other'"),
-            ("--images nowhere", "nowhere/ash/0.png: cannot be read"),
+            ("--images nowhere", "nowhere: no such folder of images"),
         ],
     )
     def test_what_is_refused(self, work: Path, call: Any, change: str, message: str) -> None:

@@ -10,6 +10,7 @@ from fkd_ssl import files
 from fkd_ssl.errors import FkdError, StoreError
 from fkd_ssl.eval import cache
 from fkd_ssl.eval.features import extract
+from fkd_ssl.images import scan
 
 
 @pytest.fixture(autouse=True)
@@ -66,10 +67,19 @@ def test_the_key_is_model_images_and_transform(make_set, backbone, tmp_path) -> 
     entries = [
         cache.cached(backbone, images, **options(tmp_path, **more))[2] for more in ({}, {"identity": "n"}, {"pixels": 17})
     ]
-    shutil.copy(images.file(0), images.file(1))
-    os.utime(images.file(1), ns=(1, 1))
-    entries.append(cache.cached(backbone, images, **options(tmp_path))[2])
-    assert len(set(entries)) == 4
+    before = images.file(1).stat()
+    data = bytearray(images.file(1).read_bytes())
+    data[-20] ^= 1  # another content of the same size and time
+    images.file(1).write_bytes(data)
+    os.utime(images.file(1), ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (images.file(1).stat().st_size, images.file(1).stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    assert scan(images.root).digest() != images.digest()
+    data[-20] ^= 1
+    images.file(1).write_bytes(data)
+    copied = scan(shutil.copytree(images.root, tmp_path / "copy", copy_function=shutil.copyfile))
+    assert copied.digest() == images.digest()
+    assert cache.cached(backbone, copied, **options(tmp_path))[2] == entries[0]
+    assert len(set(entries)) == 3
 
 
 def test_what_was_killed_continues(make_set, backbone, tmp_path) -> None:
@@ -109,11 +119,19 @@ def test_several_processes_share_the_work(make_set, backbone, tmp_path) -> None:
 
 def test_another_model_of_the_same_identity_is_refused(make_set, backbone, tmp_path) -> None:
     images = make_set("set")
+    backbone.eval()  # within a function it is not put into eval mode
     cache.cached(backbone, images, **options(tmp_path))
-    with pytest.raises(StoreError, match=r"answers otherwise .was its code changed.*delete the folder, or give another"):
+    with pytest.raises(StoreError, match=r"gives other values .was its code changed.*delete the folder, or give another"):
         cache.cached(lambda pixels: backbone(pixels)[:, ::2], images, **options(tmp_path))
-    with pytest.raises(StoreError, match=r"answers otherwise"):
-        cache.cached(lambda pixels: backbone(pixels).roll(1, dims=1), images, **options(tmp_path))
+    changes = [
+        lambda features: features.roll(1, dims=1),
+        lambda features: features * 3,
+        lambda features: torch.nn.functional.normalize(features, dim=1),
+    ]
+    for change in changes:
+        with pytest.raises(StoreError, match=r"gives other values"):
+            cache.cached(lambda pixels, change=change: change(backbone(pixels)), images, **options(tmp_path))
+    cache.cached(lambda pixels: backbone(pixels) * (1 + 1e-5), images, **options(tmp_path))  # another machine's rounding
 
 
 def test_damage_is_named(make_set, backbone, tmp_path) -> None:
@@ -126,6 +144,17 @@ def test_damage_is_named(make_set, backbone, tmp_path) -> None:
     (entry / "features.npy").unlink()
     (entry / "features.npy").symlink_to("/etc/passwd")
     with pytest.raises(StoreError, match=r"features.npy: a symbolic link"):
+        cache.cached(backbone, images, **options(tmp_path))
+
+
+@pytest.mark.parametrize("name", ["features.npy", "labels.npy"])
+def test_a_flipped_bit_is_found(make_set, backbone, tmp_path, name: str) -> None:
+    images = make_set("set")
+    *_, entry = cache.cached(backbone, images, **options(tmp_path))
+    data = bytearray((entry / name).read_bytes())
+    data[-1] ^= 1
+    (entry / name).write_bytes(data)
+    with pytest.raises(StoreError, match=f"{name}: altered: its sha256 is not the one in done.json; delete the folder"):
         cache.cached(backbone, images, **options(tmp_path))
 
 

@@ -186,8 +186,26 @@ def test_a_class_without_a_training_picture_is_named(make_set) -> None:
     val = make_set("val", per_class=1, classes=("blue", "green", "sand"))
     with pytest.raises(RequestError, match=r"val: 2 of its 3 classes have no picture in \S+train: 'green', 'sand';"):
         features.match_classes(train, val)
-    with pytest.raises(RequestError, match=r"1 of its 2 classes have no picture in \S+: 'red'"):
-        features.match_classes(train.subset([0, 1]), train)  # the class is listed, but has no picture left
+    three = make_set("three", per_class=1, classes=("blue", "green", "red"))
+    with pytest.raises(RequestError, match=r"1 of its 3 classes have no picture in \S+: 'red'"):
+        features.match_classes(three.subset([0, 1]), three)  # the class is listed, but has no picture left
+
+
+def test_one_class_is_refused_and_a_level_too_many_is_named(make_set) -> None:
+    """With one class everything is right: 100 % without a word."""
+    inner = make_set("set/imgs", per_class=2)
+    outer = images.scan(inner.root.parent)
+    assert outer.classes == ["imgs"]
+    expected = r"set: one class only, 'imgs'; expected a folder for each of two or more classes: 'imgs' holds only folders; if"
+    with pytest.raises(RequestError, match=expected + r" these are the classes, give \S+set/imgs$"):
+        features.match_classes(outer, outer)
+    with pytest.raises(RequestError, match=r"1 of its 1 classes .*'imgs'.*holds only folders; if these .* give \S+set/imgs$"):
+        features.match_classes(inner, outer)
+    single = make_set("single", per_class=2, classes=("blue",))
+    with pytest.raises(
+        RequestError, match=r"single: one class only, 'blue'; expected a folder for each of two or more classes$"
+    ):
+        features.match_classes(single, single)
 
 
 def test_pictures_outside_any_class_are_refused(make_set) -> None:

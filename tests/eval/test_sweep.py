@@ -83,7 +83,7 @@ def test_a_choice_at_the_edge_is_noted(data, monkeypatch) -> None:
     [
         ({"rates": []}, RequestError, r"rates must be numbers above 0, got \[\]"),
         ({"rates": [0.1, -1]}, RequestError, "rates must be numbers above 0"),
-        ({"train_labels": np.zeros(400, int)}, RequestError, "one class only; a probe needs two"),
+        ({"train_labels": np.zeros(400, int)}, RequestError, "one class only; a score needs two"),
         ({"train_labels": np.zeros(3, int)}, RequestError, "expected one label for each of 400 features"),
         ({"labels": np.full(150, -1)}, RequestError, "labels: 150 of 150 have no class"),
         ({"features": np.full((150, 10), np.nan)}, FkdError, "features: 150 of 150 rows hold NaN"),
