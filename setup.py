@@ -1,6 +1,6 @@
-"""Maps the top-level folders `teachers` and `eval` into the package: their names are too general to be installed.
+"""Installs the folders `teachers` and `eval` inside the package, as their names are too general for top-level packages.
 
-And builds the part of replay that is C where there is a compiler for it; without it the package is whole, and slower.
+Also builds the C part of replay if there is a compiler. Without it the package is complete but slower.
 """
 
 import platform

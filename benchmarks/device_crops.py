@@ -21,7 +21,7 @@ from lightning_fabric.utilities import move_data_to_device
 
 from fkd_ssl.commands import resolve
 from fkd_ssl.crops import RECIPES, probe_digest
-from fkd_ssl.data import FreshCrops, made_here
+from fkd_ssl.data import FreshCrops, replay_on_device
 from fkd_ssl.images import scan
 
 BATCH = 16  # images
@@ -48,7 +48,7 @@ def measure(args: argparse.Namespace, pixels: int, m: int, device: torch.device)
     equal = True
 
     def on_device(batch: Any) -> torch.Tensor:
-        crops: torch.Tensor = made_here(move_data_to_device(batch, device))["images"]
+        crops: torch.Tensor = replay_on_device(move_data_to_device(batch, device))["images"]
         if device.type == "cuda":
             torch.cuda.synchronize()
         return crops

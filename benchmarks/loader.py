@@ -37,7 +37,7 @@ from usual import UsualCrops, write_labels
 
 from fkd_ssl import open_store, runs
 from fkd_ssl.crops import RECIPES, replay_into
-from fkd_ssl.crops.records import BLUR, FLIP, GREY, JITTER
+from fkd_ssl.crops.operations import BLUR, FLIP, GREY, JITTER
 from fkd_ssl.data import StoredCrops, start_worker, whole_batch
 from fkd_ssl.images import ImageSet, decode, read_bytes, scan
 from fkd_ssl.store.precompute import precompute

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from fkd_ssl.commands import resolve
 from fkd_ssl.crops import RECIPES, centre, draw, image_key, replay
 from fkd_ssl.crops.colour import BRIGHTNESS, CONTRAST, OPERATION_ORDERS, SATURATION
-from fkd_ssl.crops.records import JITTER
+from fkd_ssl.crops.operations import JITTER
 from fkd_ssl.eval import knn
 from fkd_ssl.eval.features import match_classes
 from fkd_ssl.images import ImageSet, UInt8Array, read_image, scan

@@ -25,7 +25,7 @@ from torch.utils.data import DataLoader
 from torchvision.models.resnet import Bottleneck
 
 from fkd_ssl.commands import resolve
-from fkd_ssl.data import Batch, StoredCrops, made_here, start_worker, whole_batch
+from fkd_ssl.data import Batch, StoredCrops, replay_on_device, start_worker, whole_batch
 from fkd_ssl.images import scan
 from fkd_ssl.objectives import make_objective
 from fkd_ssl.store import open_store
@@ -105,7 +105,7 @@ def measure(args: argparse.Namespace, teacher_name: str, student_name: str, side
         )
 
     def on_device(batch: Batch) -> Batch:
-        return made_here(move_data_to_device(batch, device))
+        return replay_on_device(move_data_to_device(batch, device))
 
     held = on_device(next(batches("stored", True)))
 

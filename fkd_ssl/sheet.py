@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from fkd_ssl import files
 from fkd_ssl.crops import Records
-from fkd_ssl.crops.records import BLUR, FLIP, GREY, JITTER, SOLARIZE
+from fkd_ssl.crops.operations import FLIP, JITTER, OPERATIONS
 from fkd_ssl.images import UInt8Array
 
 _INK, _PAPER = "#1d1d1f", "#ffffff"
@@ -38,9 +38,9 @@ def describe(record: Any) -> str:
     if flags & JITTER:
         factors = ", ".join(f"{float(record[name]):.2f}" for name in ("brightness", "contrast", "saturation"))
         lines.append(f"{factors}, {float(record['hue']):+.2f}")
-    rest = [name for flag, name in ((GREY, "grey"), (SOLARIZE, "solarize")) if flags & flag]
-    rest += [f"blur {float(record['sigma']):.1f}"] if flags & BLUR else []
-    return "\n".join([*lines, *([", ".join(rest)] if rest else [])])
+    names = [name for operation in OPERATIONS for name, flag in operation.flags.items() if flags & flag.bit & ~(FLIP | JITTER)]
+    rest = ", ".join(f"blur {float(record['sigma']):.1f}" if name == "blur" else name for name in names)
+    return "\n".join([*lines, *([rest] if rest else [])])
 
 
 def draw(image: UInt8Array, records: Records, crops: Sequence[Picture], near: Sequence[Sequence[Picture]], title: str) -> bytes:

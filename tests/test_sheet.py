@@ -8,15 +8,15 @@ from PIL import Image
 
 from fkd_ssl import sheet
 from fkd_ssl.crops import box_record
-from fkd_ssl.crops.records import BLUR, FLIP, GREY, JITTER, SOLARIZE
+from fkd_ssl.crops.operations import BLUR, FLIP, GREY, JITTER
 
 
 def test_a_record_in_words():
     record = box_record(0, 0, 30, 40)
     assert sheet.describe(record[0]) == "40 x 30"
-    record["flags"] = FLIP | JITTER | GREY | SOLARIZE | BLUR
+    record["flags"] = FLIP | JITTER | GREY | BLUR
     record["brightness"], record["hue"], record["sigma"] = 1.25, -0.05, 1.5
-    assert sheet.describe(record[0]) == "40 x 30, flip\n1.25, 1.00, 1.00, -0.05\ngrey, solarize, blur 1.5"
+    assert sheet.describe(record[0]) == "40 x 30, flip\n1.25, 1.00, 1.00, -0.05\ngrey, blur 1.5"
 
 
 def drawn(near):

@@ -1,8 +1,8 @@
-/* Crops' geometry for x86-64 with AVX2: a halving, and in one pass a linear resize and the halving after it.
+/* The geometry of crops for x86-64 with AVX2: a halving, and a linear resize fused with the halving that follows it.
  *
- * The integers are those of OpenCV's INTER_AREA (2 x 2) and INTER_LINEAR for uint8, so replay.py gives the same pixels with
- * either: a row is resized across in weights of 11 bits and kept in 16, two rows are blended, and the mean of 2 x 2 of
- * their pixels is taken while they are still in registers.
+ * The integer arithmetic is that of OpenCV's INTER_AREA (2 x 2) and INTER_LINEAR for uint8, so replay.py makes the same pixels
+ * with either. Each row is resized horizontally with 11-bit weights into 16-bit values, two rows are blended, and the mean of
+ * 2 x 2 of the resulting pixels is taken while they are in registers.
  */
 
 #define PY_SSIZE_T_CLEAN
@@ -17,12 +17,12 @@
 #define AVX2 __attribute__((target("avx2")))
 
 enum {
-    GROUP = 4,  /* pixels that are worked on at once */
-    LANES = 4,  /* int16 of a pixel: R, G, B and one that nobody reads */
+    GROUP = 4,  /* pixels per iteration */
+    LANES = 4,  /* int16 values per pixel: R, G, B and an unused one */
     ALIGN = 32,
 };
 
-/* The first of two neighbours, which may lie outside by one, and the weights of both in 2048ths. */
+/* Index of the first of two neighbours, which may be outside by one, and the weights of both in 2048ths. */
 typedef struct {
     int32_t first;
     int16_t weights[2];
@@ -39,12 +39,12 @@ static void find_taps(Taps *taps, Py_ssize_t size, Py_ssize_t count) {
     }
 }
 
-/* Where the pixels of a resized row come from. Of pixels that are halved later the even ones come first, then the odd ones,
- * each half filled up to whole groups. */
+/* Where the pixels of a resized row come from. If the row is halved later, the even pixels come first, then the odd ones, and
+ * each half is padded to whole groups. */
 typedef struct {
     Py_ssize_t count;   /* a multiple of GROUP */
-    int32_t *offsets;   /* of the first neighbour, in bytes; the second follows, and two bytes behind it are read too */
-    __m128i *weights;   /* in the order in which `resize_row` takes a group's pixels: 0, 2, 1, 3 */
+    int32_t *offsets;   /* of the first neighbour, in bytes; the second follows it, and two more bytes are read */
+    __m128i *weights;   /* in the order in which `resize_row` reads the pixels of a group: 0, 2, 1, 3 */
 } Row;
 
 static void plan_row(Row *row, const Taps *taps, Py_ssize_t width, Py_ssize_t pixels, int finer) {
@@ -69,7 +69,7 @@ AVX2 static inline __m256i load_pairs(const uint8_t *a, const uint8_t *b) {
     return _mm256_inserti128_si256(_mm256_castsi128_si256(low), high, 1);
 }
 
-/* A row of a crop resized across: int16 [count, LANES], in 128ths. */
+/* Resizes a row of a crop horizontally to int16 [count, LANES], in 128ths. */
 AVX2 static void resize_row(int16_t *to, const uint8_t *from, const Row *row) {
     const __m256i channels = _mm256_broadcastsi128_si256(
         _mm_setr_epi8(0, -1, 3, -1, 1, -1, 4, -1, 2, -1, 5, -1, -1, -1, -1, -1));
@@ -84,14 +84,14 @@ AVX2 static void resize_row(int16_t *to, const uint8_t *from, const Row *row) {
     }
 }
 
-/* A group of pixels between two rows, in whole numbers. */
+/* Blends a group of pixels of two resized rows and rounds to whole grey levels. */
 AVX2 static inline __m256i blend(const int16_t *upper, const int16_t *lower, __m256i above, __m256i below) {
     const __m256i a = _mm256_mulhi_epi16(_mm256_load_si256((const __m256i *)upper), above);
     const __m256i b = _mm256_mulhi_epi16(_mm256_load_si256((const __m256i *)lower), below);
     return _mm256_srai_epi16(_mm256_add_epi16(_mm256_add_epi16(a, b), _mm256_set1_epi16(2)), 2);
 }
 
-/* The first `count` pixels of a group. */
+/* Writes the first `count` pixels of a group. */
 AVX2 static inline void write_group(uint8_t *to, __m256i group, Py_ssize_t count) {
     uint8_t bytes[16];
     const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi16(group, group), 0x08);
@@ -101,7 +101,7 @@ AVX2 static inline void write_group(uint8_t *to, __m256i group, Py_ssize_t count
     memcpy(to, bytes, count < GROUP ? 3 * (size_t)count : 3 * GROUP);
 }
 
-/* Resizes a crop of at least two columns linearly to `finer` times `pixels`; if that is twice, halves it. */
+/* Resizes a crop of at least two columns linearly to `finer` times `pixels`, and halves the result if `finer` is 2. */
 AVX2 static int resize(uint8_t *to, Py_ssize_t pixels, const Py_buffer *crop, int finer) {
     const Py_ssize_t height = crop->shape[0], width = crop->shape[1], fine = finer * pixels;
     const Py_ssize_t half = (pixels + GROUP - 1) / GROUP * GROUP;
@@ -119,12 +119,12 @@ AVX2 static int resize(uint8_t *to, Py_ssize_t pixels, const Py_buffer *crop, in
     row.offsets = (int32_t *)(aligned + weights + 3 * lanes);
     Taps *taps = (Taps *)(aligned + weights + 3 * lanes + offsets);
     uint8_t *last = (uint8_t *)(taps + fine);
-    memcpy(last, (const uint8_t *)crop->buf + (height - 1) * crop->strides[0], 3 * (size_t)width); /* nothing may follow it */
+    memcpy(last, (const uint8_t *)crop->buf + (height - 1) * crop->strides[0], 3 * (size_t)width); /* as reads pass its end */
 
     find_taps(taps, width, fine);
     plan_row(&row, taps, width, pixels, finer);
     find_taps(taps, height, fine);
-    Py_ssize_t held[2] = {-1, -1}; /* neighbours are an even row and an odd one */
+    Py_ssize_t held[2] = {-1, -1}; /* indices of the rows in `rows`: two neighbours are an even row and an odd one */
     for (Py_ssize_t y = 0; y < fine; y++) {
         const int16_t *near[2];
         for (int k = 0; k < 2; k++) {
@@ -158,13 +158,13 @@ AVX2 static int resize(uint8_t *to, Py_ssize_t pixels, const Py_buffer *crop, in
     return 0;
 }
 
-/* Means of 2 x 2 pixels; an odd last row or column of the crop is left out. */
+/* Writes the means of 2 x 2 pixels. An odd last row or column of the crop is dropped. */
 AVX2 static void halve(uint8_t *to, const Py_buffer *crop, Py_ssize_t height, Py_ssize_t width) {
     const __m128i pairs = _mm_setr_epi8(0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11, -1, -1, -1, -1), ones = _mm_set1_epi8(1);
     for (Py_ssize_t y = 0; y < height; y++, to += 3 * width) {
         const uint8_t *upper = (const uint8_t *)crop->buf + 2 * y * crop->strides[0], *lower = upper + crop->strides[0];
         Py_ssize_t x = 0;
-        for (; x + 4 <= width; x += 2) { /* 16 bytes are read of 12, and 8 written of 6 */
+        for (; x + 4 <= width; x += 2) { /* reads 16 bytes and uses 12, writes 8 of which 6 are kept */
             const __m128i a = _mm_shuffle_epi8(_mm_loadu_si128((const __m128i *)(upper + 6 * x)), pairs);
             const __m128i b = _mm_shuffle_epi8(_mm_loadu_si128((const __m128i *)(lower + 6 * x)), pairs);
             __m128i sums = _mm_add_epi16(_mm_maddubs_epi16(a, ones), _mm_maddubs_epi16(b, ones));
@@ -178,8 +178,8 @@ AVX2 static void halve(uint8_t *to, const Py_buffer *crop, Py_ssize_t height, Py
     }
 }
 
-/* Takes an array of uint8 [height, width, 3] whose pixels lie side by side; the rows of one that is written do too. */
-static int take_one(PyObject *object, Py_buffer *array, int written) {
+/* Gets the buffer of an array uint8 [height, width, 3] with contiguous pixels; an array to write to has contiguous rows too. */
+static int get_array(PyObject *object, Py_buffer *array, int written) {
     if (PyObject_GetBuffer(object, array, PyBUF_STRIDES | PyBUF_FORMAT | (written ? PyBUF_WRITABLE : 0))) {
         return -1;
     }
@@ -189,17 +189,17 @@ static int take_one(PyObject *object, Py_buffer *array, int written) {
     fits = fits && shape[0] >= 1 && shape[1] >= 1 && shape[0] < 1 << 24 && shape[1] < 1 << 24;
     if (!fits || (written ? strides[0] != 3 * shape[1] : strides[0] < 3 * shape[1])) {
         PyBuffer_Release(array);
-        PyErr_SetString(PyExc_ValueError, "expected uint8 [height, width, 3], row after row");
+        PyErr_SetString(PyExc_ValueError, "expected uint8 [height, width, 3] with contiguous pixels");
         return -1;
     }
     return 0;
 }
 
-static int take(PyObject *to, Py_buffer *view, PyObject *from, Py_buffer *crop) {
-    if (take_one(to, view, 1)) {
+static int get_arrays(PyObject *to, Py_buffer *view, PyObject *from, Py_buffer *crop) {
+    if (get_array(to, view, 1)) {
         return -1;
     }
-    if (take_one(from, crop, 0)) {
+    if (get_array(from, crop, 0)) {
         PyBuffer_Release(view);
         return -1;
     }
@@ -211,7 +211,7 @@ static PyObject *py_resize(PyObject *module, PyObject *arguments) {
     Py_buffer view, crop;
     int finer, failed = 0;
     (void)module;
-    if (!PyArg_ParseTuple(arguments, "OOi", &to, &from, &finer) || take(to, &view, from, &crop)) {
+    if (!PyArg_ParseTuple(arguments, "OOi", &to, &from, &finer) || get_arrays(to, &view, from, &crop)) {
         return NULL;
     }
     const int fits = view.shape[0] == view.shape[1] && crop.shape[1] >= 2 && (finer == 1 || finer == 2);
@@ -223,7 +223,7 @@ static PyObject *py_resize(PyObject *module, PyObject *arguments) {
     PyBuffer_Release(&view);
     PyBuffer_Release(&crop);
     if (!fits) {
-        PyErr_SetString(PyExc_ValueError, "expected a square view, a crop of at least 2 columns, and 1 or 2");
+        PyErr_SetString(PyExc_ValueError, "expected a square view, a crop of at least 2 columns, and a factor of 1 or 2");
         return NULL;
     }
     return failed ? PyErr_NoMemory() : Py_NewRef(Py_None);
@@ -233,7 +233,7 @@ static PyObject *py_halve(PyObject *module, PyObject *arguments) {
     PyObject *to, *from;
     Py_buffer view, crop;
     (void)module;
-    if (!PyArg_ParseTuple(arguments, "OO", &to, &from) || take(to, &view, from, &crop)) {
+    if (!PyArg_ParseTuple(arguments, "OO", &to, &from) || get_arrays(to, &view, from, &crop)) {
         return NULL;
     }
     const int fits = view.shape[0] == crop.shape[0] / 2 && view.shape[1] == crop.shape[1] / 2;
@@ -252,13 +252,13 @@ static PyObject *py_halve(PyObject *module, PyObject *arguments) {
 }
 
 static PyMethodDef methods[] = {
-    {"resize", py_resize, METH_VARARGS, "Resizes a crop into a square view, by way of 1 or 2 times its size."},
-    {"halve", py_halve, METH_VARARGS, "Writes the means of a crop's 2 x 2 pixels into a view."},
+    {"resize", py_resize, METH_VARARGS, "Resizes a crop to 1 or 2 times the size of a square view, and halves the latter into the view."},
+    {"halve", py_halve, METH_VARARGS, "Writes the means of 2 x 2 pixels of a crop into a view."},
     {NULL, NULL, 0, NULL},
 };
 
 static struct PyModuleDef definition = {
-    PyModuleDef_HEAD_INIT, .m_name = "_avx2", .m_doc = "Crops' geometry in AVX2.", .m_methods = methods,
+    PyModuleDef_HEAD_INIT, .m_name = "_avx2", .m_doc = "The geometry of crops in AVX2.", .m_methods = methods,
 };
 
 PyMODINIT_FUNC PyInit__avx2(void) {

@@ -1,99 +1,152 @@
-"""Colour jitter and greyscale of one crop as a single affine map of RGB.
+"""Colour jitter and greyscale of a crop as a single affine map of RGB.
 
-Brightness, contrast, saturation, hue and greyscale are each affine in a pixel's RGB once the crop's mean is known, and
-so is their composition. It departs from torchvision's ColorJitter in two ways, 3 to 4 grey levels in the median:
-nothing is clamped between the operations, and hue turns in YIQ instead of HSV. Teacher and student see the same pixels.
-Without clamping the four operations commute, so a record's `order` changes nothing beyond rounding; it is kept in the
-record for a path that clamps.
+Brightness, contrast, saturation, hue and greyscale are each affine in a pixel's RGB once the mean of the crop is known, and
+so is their composition. This differs from torchvision's ColorJitter in two ways, by 3 to 4 grey levels in the median:
+values are not clamped between the operations, and hue is a rotation in YIQ instead of HSV. Teacher and student see the same
+pixels. Without clamping the four operations commute, so a record's `order` changes nothing beyond rounding. Records keep it
+for an implementation that clamps.
 """
 
 import math
+from functools import cache
 from itertools import permutations
+from typing import Any
 
+import cv2
 import numpy as np
 import numpy.typing as npt
 
-from fkd_ssl.crops.records import GREY, JITTER, ORDERS, Fields
+from fkd_ssl.images import UInt8Array
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 OPERATION_ORDERS = tuple(permutations((BRIGHTNESS, CONTRAST, SATURATION, HUE)))
-assert len(OPERATION_ORDERS) == ORDERS
+ORDERS = len(OPERATION_ORDERS)
+_POSITIONS = np.array(OPERATION_ORDERS)  # [ORDERS, 4]
 
 LUMA = (0.299, 0.587, 0.114)
-# d(RGB)/d(angle) of a turn in the IQ plane, as literals so that every machine has the same
-_TURN = (
+# d(RGB)/d(angle) of a rotation in the IQ plane, as literals so that all machines use the same numbers
+_ROTATION = (
     (-0.16773971, -0.32930952, 0.49704923),
     (0.32811313, -0.03546699, -0.29264614),
     (-1.2495459, 1.0463392, 0.2032067),
 )
+JITTER, GREY = 2, 4
 
 Rgb = tuple[float, float, float]
-Column = Rgb  # what one of R, G, B and 1 gives to the three output channels
+Column = tuple[Any, Any, Any]  # what an input contributes to output R, G and B: floats, or arrays of one value per crop
 
 
-def matrix(record: Fields, mean: Rgb) -> npt.NDArray[np.float32]:
-    """The colour matrix float32 [3, 4] of a record: output = matrix @ (R, G, B, 1), before rounding and clamping.
+def apply(view: UInt8Array, flags: int, order: int, brightness: float, contrast: float, saturation: float, hue: float) -> None:
+    """Jitters and greys a crop uint8 [P, P, 3] in place."""
+    mean = cv2.mean(view)
+    transform = matrix(flags, order, brightness, contrast, saturation, hue, mean=(mean[0], mean[1], mean[2]))
+    cv2.transform(view, transform, dst=view)
+
+
+def matrix(
+    flags: int, order: int, brightness: float, contrast: float, saturation: float, hue: float, *, mean: Rgb
+) -> npt.NDArray[np.float32]:
+    """The colour matrix float32 [3, 4] of a crop: output = matrix @ (R, G, B, 1), before rounding and clamping.
 
     Args:
-        record: One crop record, as plain numbers.
-        mean: Mean R, G, B of the resized crop; contrast turns about its grey, as in torchvision's adjust_contrast.
+        flags: Flags of the crop's record.
+        order: Index in `OPERATION_ORDERS`.
+        brightness: Factor.
+        contrast: Factor.
+        saturation: Factor.
+        hue: Shift in full circles.
+        mean: Mean R, G and B of the resized crop. Contrast pivots on its grey, as in torchvision's `adjust_contrast`.
 
-    Scalars only, so that the result depends on this record alone and on no vector unit's rounding.
+    It computes in scalars, so that the result depends on this record alone and not on how a vector unit rounds.
     """
-    return np.array(_columns(record, [mean]), dtype=np.float32).T.copy()
-
-
-def linear_and_offset(record: Fields) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float64]]:
-    """`matrix` for a mean that is not known yet.
-
-    Returns:
-        Its columns of R, G and B, float32 [3, 3], and the map from the mean to its last column, float64 [3, 3].
-    """
-    columns = _columns(record, [(1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0)])
-    return np.array(columns[:3], dtype=np.float32).T, np.array(columns[3:], dtype=np.float64).T
-
-
-def _columns(record: Fields, means: list[Rgb]) -> list[Column]:
-    """What R, G and B give to the output, and what 1 gives for each of the means."""
-    _, _, _, _, flags, order, brightness, contrast, saturation, hue, _ = record
-    columns: list[Column] = [(1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0), *((0.0, 0.0, 0.0) for _ in means)]
+    columns: list[Column] = [(1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0), (0.0, 0.0, 0.0)]
     if flags & JITTER:
         for operation in OPERATION_ORDERS[order]:
             if operation == BRIGHTNESS:
-                columns = [(brightness * r, brightness * g, brightness * b) for r, g, b in columns]
+                columns = [_scale(column, brightness) for column in columns]
             elif operation == CONTRAST:
-                red, green, blue, *ones = (_luma(column) for column in columns)
-                columns = [(contrast * r, contrast * g, contrast * b) for r, g, b in columns]
-                for k, (mean, one) in enumerate(zip(means, ones, strict=True), 3):
-                    pivot = (1 - contrast) * (red * mean[0] + green * mean[1] + blue * mean[2] + one)
-                    r, g, b = columns[k]
-                    columns[k] = (r + pivot, g + pivot, b + pivot)
+                red, green, blue, one = (_luma(column) for column in columns)
+                pivot = (1 - contrast) * (red * mean[0] + green * mean[1] + blue * mean[2] + one)
+                columns = [_scale(column, contrast) for column in columns]
+                r, g, b = columns[3]
+                columns[3] = (r + pivot, g + pivot, b + pivot)
             elif operation == SATURATION:
                 columns = [_saturate(column, saturation) for column in columns]
             else:
                 cos, sin = math.cos(2 * math.pi * hue), math.sin(2 * math.pi * hue)
-                columns = [_turn(column, cos, sin) for column in columns]
+                columns = [_rotate(column, cos, sin) for column in columns]
     if flags & GREY:
         columns = [(_luma(column),) * 3 for column in columns]
-    return columns
+    return np.array(columns, dtype=np.float32).T.copy()
 
 
-def _luma(column: Column) -> float:
+def matrices(
+    flags: npt.NDArray[Any], order: npt.NDArray[Any], brightness: npt.NDArray[Any], contrast: npt.NDArray[Any],
+    saturation: npt.NDArray[Any], hue: npt.NDArray[Any],
+) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float64]]:  # fmt: skip
+    """`matrix` of n well-formed records whose means are not known yet, with the same bits.
+
+    Every operation is applied at each of the four positions. Where the record's order has another operation there, its factor
+    is one that changes no bit.
+
+    Returns:
+        The columns of R, G and B, float32 [n, 3, 3], and the map from a crop's mean to its last column, float64 [n, 3, 3].
+    """
+    jitter, (cos, sin) = (flags & JITTER) > 0, _cos_sin(hue)
+    columns = np.zeros((3, 6, len(flags)))  # what R, G, B, and 1 for a mean of (1, 0, 0), (0, 1, 0), (0, 0, 1) contribute
+    columns[np.arange(3), np.arange(3)] = 1.0
+    r, g, b = columns
+    for position in range(4):
+        operation = np.where(jitter, _POSITIONS[order, position], -1)
+        r, g, b = _scale((r, g, b), np.where(operation == BRIGHTNESS, brightness, 1.0))
+        factor = np.where(operation == CONTRAST, contrast, 1.0)
+        luma = _luma((r, g, b))
+        pivot = (1 - factor) * (luma[:3] + luma[3:])
+        r, g, b = _scale((r, g, b), factor)
+        for channel in (r, g, b):
+            channel[3:] += pivot
+        r, g, b = _saturate((r, g, b), np.where(operation == SATURATION, saturation, 1.0))
+        r, g, b = _rotate((r, g, b), np.where(operation == HUE, cos, 1.0), np.where(operation == HUE, sin, 0.0))
+    grey = (flags & GREY) > 0
+    luma = _luma((r, g, b))
+    rows = np.stack([np.where(grey, luma, channel) for channel in (r, g, b)])  # [3 outputs, 6, n]
+    return rows[:, :3].transpose(2, 0, 1).astype(np.float32), np.ascontiguousarray(rows[:, 3:].transpose(2, 0, 1))
+
+
+@cache
+def _circle() -> npt.NDArray[np.float64]:
+    """Cosine and sine of every float16 hue from 0 to 0.5, by its bits: NumPy's own may differ from math's in the last bit."""
+    hues = np.arange(int(np.float16(0.5).view(np.uint16)) + 1, dtype=np.uint16).view(np.float16).astype(float).tolist()
+    return np.array([(math.cos(2 * math.pi * hue), math.sin(2 * math.pi * hue)) for hue in hues])
+
+
+def _cos_sin(hue: npt.NDArray[Any]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    bits = hue.astype(np.float16).view(np.uint16) & 0x7FFF
+    cos, sin = _circle()[bits].T
+    return cos, np.copysign(sin, hue)
+
+
+def _luma(column: Column) -> Any:
     r, g, b = column
     return LUMA[0] * r + LUMA[1] * g + LUMA[2] * b
 
 
-def _saturate(column: Column, f: float) -> Column:
+def _scale(column: Column, factor: Any) -> Column:
     r, g, b = column
-    grey = (1 - f) * _luma(column)
-    return (f * r + grey, f * g + grey, f * b + grey)
+    return (factor * r, factor * g, factor * b)
 
 
-def _turn(column: Column, cos: float, sin: float) -> Column:
-    """Hue turned: grey + cos (x - grey) + sin d(x)/d(angle)."""
+def _saturate(column: Column, factor: Any) -> Column:
+    r, g, b = column
+    grey = (1 - factor) * _luma(column)
+    return (factor * r + grey, factor * g + grey, factor * b + grey)
+
+
+def _rotate(column: Column, cos: Any, sin: Any) -> Column:
+    """Hue shifted: grey + cos (x - grey) + sin d(x)/d(angle)."""
     r, g, b = column
     grey = (1 - cos) * _luma(column)
-    (rr, rg, rb), (gr, gg, gb), (br, bg, bb) = _TURN
+    (rr, rg, rb), (gr, gg, gb), (br, bg, bb) = _ROTATION
     return (
         cos * r + grey + sin * (rr * r + rg * g + rb * b),
         cos * g + grey + sin * (gr * r + gg * g + gb * b),

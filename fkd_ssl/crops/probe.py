@@ -1,4 +1,4 @@
-"""The probe digest: whether two machines make the same pixels of the same bytes and records."""
+"""The probe digest shows whether two machines make the same pixels from the same bytes and records."""
 
 import functools
 import hashlib
@@ -17,7 +17,7 @@ def probe_digest(device: str | None = None) -> str:
     """sha256 of decoding a built-in JPEG and replaying 16 crops of every recipe at 224, 98, 96 and 64 pixels.
 
     Args:
-        device: Where the crops are made, in torch's terms; None for the usual path.
+        device: torch device that makes the crops. Default: the CPU, by `replay`.
     """
     make = replay
     if device is not None:

@@ -1,80 +1,75 @@
 """Recipes: the distributions that crops are drawn from, and the draw itself.
 
 A crop depends on the store's seed, the image's path and the crop's index, and on nothing else: Philox4x64 is keyed by
-blake2b-128 of seed and path, and crop `c` owns the 16 counter blocks from 16 c on. NumPy promises the raw stream of
-Philox for ever but not its distributions, so floats are made here.
+blake2b-128 of seed and path, and crop `c` uses the 16 counter blocks from 16 c on. NumPy guarantees that the raw stream of
+Philox never changes, but not its distributions, so the conversion to floats is our own.
 """
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from fkd_ssl.crops.records import BLUR, FLIP, GREY, JITTER, ORDERS, Records, neutral
+from fkd_ssl.crops.operations import OPERATIONS, BlurSettings, ColourSettings, FlipSettings
+from fkd_ssl.crops.records import Records, neutral
 from fkd_ssl.errors import RequestError, StoreError
 
-ATTEMPTS = 10  # as torchvision.transforms.RandomResizedCrop
-BLOCKS = 16  # Philox blocks of four 64-bit words that one crop owns
-# which of a crop's 64 words serves what; the attempts' (area, ratio, top, left) are words 0 to 39
-_FLIP, _JITTER, _GREY, _BLUR, _ORDER, _FACTORS, _SIGMA = 40, 41, 42, 43, 45, 46, 50
+ATTEMPTS = 10  # as in torchvision.transforms.RandomResizedCrop
+BLOCKS = 16  # Philox blocks of four 64-bit words per crop; the attempts' (area, ratio, top, left) are words 0 to 39
 
 
 @dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """What a crop is drawn from, in the terms of torchvision's transforms."""
+class BoxSettings:
+    """The name, and the box as in torchvision's RandomResizedCrop."""
 
     name: str
-    """Name in RECIPES, or one's own."""
+    """A name in `RECIPES`, or a new one."""
     scale: tuple[float, float]
-    """Share of the image's area, as RandomResizedCrop's `scale`."""
+    """Range of the box's share of the image area."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Width divided by height, log-uniform, as RandomResizedCrop's `ratio`."""
-    flip: float = 0.5
-    """Probability of a horizontal flip."""
-    jitter: float = 0.0
-    """Probability of the colour jitter."""
-    brightness: float = 0.0
-    """Factor uniform in 1 - b to 1 + b, not below 0."""
-    contrast: float = 0.0
-    """Likewise."""
-    saturation: float = 0.0
-    """Likewise."""
-    hue: float = 0.0
-    """Turn uniform in -h to h, in full circles."""
-    grey: float = 0.0
-    """Probability of greyscale."""
-    blur: float = 0.0
-    """Probability of a Gaussian blur."""
-    sigma: tuple[float, float] = (0.1, 2.0)
-    """The blur's standard deviation in pixels at 224 px output."""
+    """Range of width divided by height, log-uniform."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe(BlurSettings, ColourSettings, FlipSettings, BoxSettings):
+    """The distribution that crops are drawn from, in the terms of torchvision's transforms.
+
+    Its fields are those of the box and the settings of each operation in `fkd_ssl.crops.operations.OPERATIONS`.
+
+    Raises:
+        RequestError: A value is not in its valid range.
+    """
 
     def __post_init__(self) -> None:
-        probabilities = (self.flip, self.jitter, self.grey, self.blur)
-        if not all(0 <= p <= 1 for p in probabilities):
-            raise RequestError(f"recipe {self.name}: probabilities must lie in 0 to 1, got {probabilities}")
-        if not (0 < self.scale[0] <= self.scale[1] <= 1) or not (0 < self.ratio[0] <= self.ratio[1]):
-            raise RequestError(f"recipe {self.name}: scale {self.scale} or ratio {self.ratio} is no range")
-        if not 0 <= self.hue <= 0.5 or not all(0 <= f <= 15 for f in (self.brightness, self.contrast, self.saturation)):
-            raise RequestError(f"recipe {self.name}: jitter strengths must lie in 0 to 15, hue in 0 to 0.5")
-        if not 0 <= self.sigma[0] <= self.sigma[1] <= 64:
-            raise RequestError(f"recipe {self.name}: sigma {self.sigma} is no range in 0 to 64")
+        if not (0 < self.scale[0] <= self.scale[1] <= 1):
+            raise RequestError(f"recipe {self.name}: scale {self.scale} is not a valid range above 0 and up to 1")
+        if not (0 < self.ratio[0] <= self.ratio[1]):
+            raise RequestError(f"recipe {self.name}: ratio {self.ratio} is not a valid range above 0")
+        for setting in fields(self):
+            if not setting.metadata:
+                continue
+            value, low, high = getattr(self, setting.name), setting.metadata["low"], setting.metadata["high"]
+            if isinstance(value, tuple) and not low <= value[0] <= value[1] <= high:
+                raise RequestError(f"recipe {self.name}: {setting.name} {value} is not a valid range in {low} to {high}")
+            if not isinstance(value, tuple) and not low <= value <= high:
+                raise RequestError(f"recipe {self.name}: {setting.name} {value} is not in {low} to {high}")
 
     def to_dict(self) -> dict[str, Any]:
-        """The recipe as JSON holds it."""
+        """The recipe as a dictionary for JSON."""
         return {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Recipe":
-        """The recipe of `to_dict`; raises StoreError where the values are no recipe."""
+        """The recipe of `to_dict`; raises StoreError if the values are not a valid recipe."""
         try:
             pairs = {key: tuple(map(float, values[key])) for key in ("scale", "ratio", "sigma")}
             if any(len(pair) != 2 for pair in pairs.values()):
                 raise ValueError("a range needs two numbers")
             if not isinstance(values["name"], str):
-                raise TypeError("its name is no text")
+                raise TypeError("its name is not a string")
             return cls(**{**values, **pairs})
         except (KeyError, TypeError, ValueError, OverflowError, RequestError) as error:
             raise StoreError(f"not a crop recipe: {error}") from error
@@ -93,7 +88,7 @@ RECIPES: dict[str, Recipe] = {
 }
 """MoCo v2 (arXiv 2003.04297), S2-BNN (2102.08946), SwAV's global crops (2006.09882), FKD (2112.01528)."""
 IMPORTED = Recipe(name="imported", scale=(0.08, 1.0))
-"""Of a store whose crops came from elsewhere: they are read and never drawn."""
+"""The recipe of stores with imported crops, which are read and never drawn."""
 
 
 def image_key(seed: int, path: str) -> bytes:
@@ -109,19 +104,16 @@ def draw(recipe: Recipe, key: bytes, height: int, width: int, first: int, count:
     """
     philox = np.random.Philox(key=int.from_bytes(key, "little"), counter=first * BLOCKS)
     words = philox.random_raw(count * BLOCKS * 4).reshape(count, BLOCKS * 4)
-    u = (words >> np.uint64(11)) * 2.0**-53  # uniform in [0, 1)
+    u = ((words >> np.uint64(11)) * 2.0**-53).astype(np.float64, copy=False)  # uniform in [0, 1)
     records = neutral(count)
     _draw_boxes(recipe, u[:, : 4 * ATTEMPTS].reshape(count, ATTEMPTS, 4), height, width, records)
 
-    jitter, grey, blur = u[:, _JITTER] < recipe.jitter, u[:, _GREY] < recipe.grey, u[:, _BLUR] < recipe.blur
-    records["flags"] = (u[:, _FLIP] < recipe.flip) * FLIP + jitter * JITTER + grey * GREY + blur * BLUR
-    records["order"] = np.where(jitter, np.floor(u[:, _ORDER] * ORDERS), 0)
-    for k, name in enumerate(("brightness", "contrast", "saturation")):
-        strength = getattr(recipe, name)
-        low, high = max(0.0, 1 - strength), 1 + strength
-        records[name] = np.where(jitter, low + u[:, _FACTORS + k] * (high - low), 1.0)
-    records["hue"] = np.where(jitter, (2 * u[:, _FACTORS + 3] - 1) * recipe.hue, 0.0)
-    records["sigma"] = np.where(blur, recipe.sigma[0] + u[:, _SIGMA] * (recipe.sigma[1] - recipe.sigma[0]), 0.0)
+    for operation in OPERATIONS:
+        drawn = [u[:, flag.word] < getattr(recipe, name) for name, flag in operation.flags.items()]
+        for mask, flag in zip(drawn, operation.flags.values(), strict=True):
+            records["flags"] |= mask * np.uint8(flag.bit)
+        for name, field in operation.fields.items():
+            records[name] = np.where(drawn[0], field.draw(recipe, u[:, field.word]), field.default)
     return records
 
 

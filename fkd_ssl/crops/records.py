@@ -1,38 +1,29 @@
-"""Crop records: one augmented view of one image as 20 bytes of parameters."""
+"""Crop records: one augmented view of one image, as 20 bytes of parameters."""
+
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from fkd_ssl.crops.operations import FLAGS, OPERATIONS
 from fkd_ssl.errors import ImageError
 
-FLIP, JITTER, GREY, BLUR, SOLARIZE = 1, 2, 4, 8, 16
-FLAGS = FLIP | JITTER | GREY | BLUR | SOLARIZE
-ORDERS = 24  # permutations of the four jitter operations
-
+FIELDS = {name: field for operation in OPERATIONS for name, field in operation.fields.items()}
+BOX = ("top", "left", "height", "width")
 CROP_DTYPE = np.dtype(
-    [
-        ("top", "<u2"),
-        ("left", "<u2"),
-        ("height", "<u2"),
-        ("width", "<u2"),
-        ("flags", "u1"),
-        ("order", "u1"),
-        ("brightness", "<f2"),
-        ("contrast", "<f2"),
-        ("saturation", "<f2"),
-        ("hue", "<f2"),
-        ("sigma", "<f2"),
-    ]
+    [*((name, "<u2") for name in BOX), ("flags", "u1"), *((name, field.dtype) for name, field in FIELDS.items())]
 )
 
 Records = npt.NDArray[np.void]  # structured arrays of CROP_DTYPE
+Fields = tuple[Any, ...]  # one record as plain numbers, in the order of CROP_DTYPE
 
 
 def neutral(count: int) -> Records:
-    """Records [count] that change no colour; their boxes are still to be set."""
+    """Records [count] that change no colour. Their boxes are zero and must still be set."""
     records = np.zeros(count, dtype=CROP_DTYPE)
-    for factor in ("brightness", "contrast", "saturation"):
-        records[factor] = 1.0
+    for name, field in FIELDS.items():
+        records[name] = field.default
     return records
 
 
@@ -44,41 +35,49 @@ def box_record(top: int, left: int, height: int, width: int) -> Records:
 
 
 def centre(height: int, width: int, pixels: int) -> Records:
-    """The record [1] of the usual evaluation view: short side to round(8/7 `pixels`), then the central square.
+    """The record [1] of the standard evaluation view: short side to round(8/7 `pixels`), then the central square.
 
-    As one box in the pixels of an image of `height` x `width`, so that evaluation resizes as training does.
+    The view is one box in an image of `height` x `width`, so that evaluation resizes in the same way as training.
     """
     short = min(height, width)
     side = min(short, max(1, round(short * pixels / round(pixels * 8 / 7))))
     return box_record((height - side) // 2, (width - side) // 2, side, side)
 
 
-Fields = tuple[int, int, int, int, int, int, float, float, float, float, float]  # one record in CROP_DTYPE's order
-
-
 def unpack(records: Records, height: int, width: int) -> list[Fields]:
-    """Records as plain numbers, since a field of a structured scalar costs as much as a small crop's flip.
+    """Records as plain numbers: reading a field of a structured scalar costs as much as flipping a small crop.
 
     Raises:
-        ImageError: A record is impossible for an image of `height` x `width` pixels.
+        ImageError: A box is empty or not inside an image of `height` x `width` pixels.
     """
     unpacked: list[Fields] = records.tolist()
     for top, left, h, w, *_ in unpacked:
         if top + h > height or left + w > width or h == 0 or w == 0:
-            raise ImageError(
-                f"crop of {w} x {h} at ({left}, {top}) lies outside an image of {width} x {height} pixels: these crops "
-                "were drawn for another image"
-            )
+            raise _outside((top, left, h, w), height, width)
     return unpacked
 
 
+def boxes(records: Records, height: int, width: int) -> npt.NDArray[np.int64]:
+    """Top, left, height and width of records [M], as `unpack` checks them: int64 [M, 4]."""
+    found = np.stack([records[name] for name in BOX], axis=-1).astype(np.int64)
+    bad = (found[:, :2] + found[:, 2:] > (height, width)).any(axis=1) | (found[:, 2:] == 0).any(axis=1)
+    if bad.any():
+        raise _outside(found[bad][0].tolist(), height, width)
+    return found
+
+
+def _outside(box: Sequence[int], height: int, width: int) -> ImageError:
+    top, left, h, w = box
+    return ImageError(
+        f"crop of {w} x {h} at ({left}, {top}) lies outside an image of {width} x {height} pixels: these crops were drawn for "
+        "another image"
+    )
+
+
 def well_formed(records: Records) -> bool:
-    """Whether flags, order and factors are in the ranges that any recipe can draw."""
-    factors = [records[name].astype(np.float32) for name in ("brightness", "contrast", "saturation")]
-    return bool(
-        (records["flags"] <= FLAGS).all()
-        and (records["order"] < ORDERS).all()
-        and all(((f >= 0) & (f <= 16)).all() for f in factors)
-        and (np.abs(records["hue"].astype(np.float32)) <= 0.5).all()
-        and ((records["sigma"] >= 0) & (records["sigma"] <= 64)).all()
+    """Whether the flags and all fields have values that a recipe can draw."""
+    return not (records["flags"] & ~np.uint8(FLAGS)).any() and all(
+        bool(((values >= field.low) & (values <= field.high)).all())
+        for name, field in FIELDS.items()
+        for values in [records[name].astype(np.float32)]
     )

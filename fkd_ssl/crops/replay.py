@@ -1,41 +1,47 @@
-"""Replay: a crop's pixels again, from the image and the crop's record. One code path for teacher and student."""
+"""Replay: makes a crop's pixels from the image and the crop's record. Teacher and student use the same code."""
 
-import math
 from contextlib import suppress
-from functools import lru_cache
 from importlib import import_module
 from typing import Any
 
 import cv2
 import numpy as np
-import numpy.typing as npt
 
-from fkd_ssl.crops import colour
-from fkd_ssl.crops.records import BLUR, FLIP, GREY, JITTER, SOLARIZE, Fields, Records, unpack
+from fkd_ssl.crops.operations import OPERATIONS
+from fkd_ssl.crops.records import CROP_DTYPE, Fields, Records, unpack
 from fkd_ssl.errors import ImageError
 from fkd_ssl.images import UInt8Array
 
 _avx2: Any = None
-with suppress(ImportError):  # another processor, or no compiler when the package was built: OpenCV makes the same pixels
+with suppress(ImportError):  # another processor, or no compiler at build time: OpenCV makes the same pixels
     _avx2 = import_module("fkd_ssl.crops._avx2")
 
-# Images are the parallelism, in threads or worker processes. OpenCV's own pool would gain nothing on crops of this size,
-# and a worker forked after the pool was started hangs in its first call that touches it: so it is never started.
+# Threads and worker processes each handle whole images. OpenCV's own thread pool would gain nothing on crops of this size,
+# and a worker that is forked after the pool has started hangs in its first call that uses it. So the pool is never started.
 cv2.setNumThreads(0)
 
-SIGMA_PIXELS = 224  # a record's sigma is in pixels of an output of this size
-_VECTOR = 16  # pixels; every vector of OpenCV's holds a part of so many bytes
+
+def _steps() -> list[tuple[int, Any, slice]]:
+    """Of each operation its flags, its function, and where its fields are in a record."""
+    steps, first = [], CROP_DTYPE.names.index("flags") + 1 if CROP_DTYPE.names else 0
+    for operation in OPERATIONS:
+        steps.append((operation.bits, operation.on_cpu, slice(first, first + len(operation.fields))))
+        first += len(operation.fields)
+    return steps
+
+
+_STEPS = _steps()
 
 
 def replay(image: UInt8Array, records: Records, pixels: int) -> UInt8Array:
-    """The pixels of crops of one image.
+    """Makes the pixels of crops of one image.
 
-    Each crop depends on the image and on its own record, never on the others that are read with it, and is bit-identical
-    whenever it is made by the same versions on the same kind of machine.
+    Each crop depends on the image and on its own record, never on the other records of the call. The same versions on the same
+    type of machine always make the same bits.
 
-    Geometry: the box is cut from the full image. If its long side is at most 1.2 times `pixels` it is resized linearly. A
-    larger one is halved by exact 2 x 2 means (an odd last row or column is left out) while its short side is at least four
-    times `pixels`, resized linearly to twice `pixels`, and halved once more: what lies between samples is in their means.
+    Geometry: the box is cut from the full image. If its long side is at most 1.2 times `pixels`, it is resized linearly. A
+    larger box is halved by exact 2 x 2 means (an odd last row or column is dropped) while its short side is at least four
+    times `pixels`, resized linearly to twice `pixels`, and halved once more, so that no pixel is skipped.
 
     Args:
         image: uint8 [H, W, 3], RGB.
@@ -46,7 +52,7 @@ def replay(image: UInt8Array, records: Records, pixels: int) -> UInt8Array:
         uint8 [M, 3, P, P], in channels-last memory.
 
     Raises:
-        ImageError: The image is no uint8 [H, W, 3], or a box lies outside it.
+        ImageError: The image is not uint8 [H, W, 3], or a box is outside it.
     """
     views = np.empty((len(records), pixels, pixels, 3), dtype=np.uint8)
     replay_into(views, image, records)
@@ -62,28 +68,19 @@ def replay_into(views: UInt8Array, image: UInt8Array, records: Records) -> None:
         try:
             _replay_one(view, image, record)
         except (IndexError, ValueError, OverflowError, cv2.error) as error:
-            raise ImageError(f"an impossible crop record {record}: the file that it comes from is damaged") from error
+            raise ImageError(f"invalid crop record {record}: its file is damaged") from error
 
 
 def _replay_one(view: UInt8Array, image: UInt8Array, record: Fields) -> None:
-    top, left, height, width, flags, *_, sigma = record
-    pixels = view.shape[0]
+    top, left, height, width, flags = record[:5]
     _resize(view, image[top : top + height, left : left + width])
-    if flags & (JITTER | GREY):
-        mean = cv2.mean(view)
-        cv2.transform(view, colour.matrix(record, (mean[0], mean[1], mean[2])), dst=view)
-    if flags & BLUR:
-        kernel = blur_kernel(sigma * pixels / SIGMA_PIXELS)
-        if len(kernel) > 1:
-            _blur(view, kernel)
-    if flags & SOLARIZE:
-        np.subtract(255, view, out=view, where=view >= 128)
-    if flags & FLIP:
-        cv2.flip(view, 1, dst=view)
+    for bits, on_cpu, of_operation in _STEPS:
+        if flags & bits:
+            on_cpu(view, flags, *record[of_operation])
 
 
 def resize_plan(height: int, width: int, pixels: int) -> tuple[int, bool]:
-    """How often a box is halved before the linear resize, and whether that is to twice the size and halved after it."""
+    """How often a box is halved before the linear resize, and whether it is resized to twice the size and halved again."""
     if 5 * max(height, width) <= 6 * pixels:
         return 0, False
     return max(0, (min(height, width) // (2 * pixels)).bit_length() - 1), True
@@ -111,43 +108,3 @@ def _half(crop: UInt8Array) -> UInt8Array:
         return made
     half: Any = cv2.resize(crop[: 2 * height, : 2 * width], (width, height), interpolation=cv2.INTER_AREA)
     return np.asarray(half, dtype=np.uint8)
-
-
-def _blur(view: UInt8Array, kernel: npt.NDArray[np.float32]) -> None:
-    """Sums that end in one half go to the even neighbour, as OpenCV's vector code rounds.
-
-    The end of a row that fills no vector goes through code that rounds them up: so rows are filled up with their last pixel,
-    which is what the border is made of, to 16 pixels, and no processor's width of vectors matters.
-    """
-    width = view.shape[1]
-    missing = -width % _VECTOR
-    if missing:
-        wide = np.concatenate([view, np.repeat(view[:, -1:], missing, axis=1)], axis=1)
-        cv2.sepFilter2D(wide, -1, kernel, kernel, dst=wide, borderType=cv2.BORDER_REPLICATE)
-        view[:] = wide[:, :width]
-    else:
-        cv2.sepFilter2D(view, -1, kernel, kernel, dst=view, borderType=cv2.BORDER_REPLICATE)
-
-
-@lru_cache(maxsize=1 << 14)  # sigma is a float16 in the record: all that a recipe can draw fit
-def blur_kernel(sigma: float) -> npt.NDArray[np.float32]:
-    """A Gaussian of three standard deviations to each side in 256ths that sum to 1: float32 [odd].
-
-    Coefficients of 8 bits make OpenCV's separable filter work in exact integers: it gives the very pixels of
-    `cv2.GaussianBlur`, which rounds its kernel the same way (each rounding error is carried to the next coefficient, the
-    middle takes the rest), in about half the time.
-    """
-    radius = (math.floor(6 * sigma + 1.5) | 1) // 2
-    if not radius:
-        return np.ones(1, dtype=np.float32)
-    weights = [math.exp(-((k - radius) ** 2) / (2 * sigma * sigma)) for k in range(radius + 1)]
-    total = 2 * math.fsum(weights[:-1]) + 1
-    side: list[int] = []
-    error = 0.0
-    for weight in weights[:-1]:
-        exact = 256 * weight / total + error
-        side.append(round(exact))
-        error = exact - side[-1]
-    while side and not side[0]:
-        del side[0]
-    return np.array([*side, 256 - 2 * sum(side), *side[::-1]], dtype=np.float32) / np.float32(256)

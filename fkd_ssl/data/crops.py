@@ -6,7 +6,7 @@ import torch
 from torch.utils.data import Dataset
 
 from fkd_ssl.crops import Records
-from fkd_ssl.data.pixels import Batch, Decoded, Replayed, Sides
+from fkd_ssl.data.pixels import Batch, Planned, Replayed, Sides
 from fkd_ssl.data.samples import Samples
 from fkd_ssl.errors import ImageError, RequestError
 from fkd_ssl.images import UInt8Array, decode, read_bytes
@@ -65,15 +65,15 @@ class Crops(Dataset[Batch]):
         Returns:
             Its `batch` has `images` uint8 [B M, 3, P, P] in channels-last memory, the crops of an image side by side;
             `targets` float32 [B M, D] if stored, or a dict of such by teacher; `teacher_images` if the teacher's size is
-            another; `labels` int64 [B]; `paths`; `unreadable`, what was skipped and why. With `decode_only` it has the
-            decoded images and plans of the crops instead, which `made_here` turns into them on a device.
+            another; `labels` int64 [B]; `paths`; `unreadable`, what was skipped and why. With `decode_only` it has
+            a CropPlan in the place of each tensor of crops, which `replay_on_device` turns into them.
 
         Raises:
             ImageError: An image is missing, unreadable or changed, and they are not skipped, or no image of the batch
                 could be read; the message names it.
         """
         pairs = [index if isinstance(index, tuple) else (0, index) for index in indices]
-        pixels = (Decoded if self.decode_only else Replayed)(len(pairs), self.crops_per_image, self.sides)
+        pixels = (Planned if self.decode_only else Replayed)(len(pairs), self.crops_per_image, self.sides)
         failed: dict[int, ImageError] = {}
         for k, (pass_, i) in enumerate(pairs):
             try:
@@ -92,7 +92,7 @@ class Crops(Dataset[Batch]):
         }
         return Samples({**batch, **self._more(pairs)}, self.crops_per_image)
 
-    def _put(self, pixels: Decoded | Replayed, k: int, pass_: int, i: int) -> None:
+    def _put(self, pixels: Planned | Replayed, k: int, pass_: int, i: int) -> None:
         """An image and its crops as the k-th of a batch."""
         path = self._file(i)
         image = self._read(i, path)
@@ -122,7 +122,7 @@ class Crops(Dataset[Batch]):
     def _label(self, i: int) -> int: ...
 
 
-def _fill(pairs: list[tuple[int, int]], pixels: Decoded | Replayed, failed: dict[int, ImageError]) -> None:
+def _fill(pairs: list[tuple[int, int]], pixels: Planned | Replayed, failed: dict[int, ImageError]) -> None:
     """The readable images of a batch once more, in turn, in the places of those that could not be read."""
     good = [k for k in range(len(pairs)) if k not in failed]
     if not good:

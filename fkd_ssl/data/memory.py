@@ -9,12 +9,15 @@ import math
 import os
 import threading
 import weakref
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
+
+from fkd_ssl.crops.device import CropPlan
 
 _FREE, _TAKEN = 0, 1
 _MOST = 16  # blocks that a process keeps; more than a DataLoader has on the way only where the batches are all kept
@@ -51,6 +54,8 @@ def new(*shape: int) -> Tensor:
 
 def to_send(value: Any) -> Any:
     """What a worker gives its DataLoader for a value of a batch: a tensor of `new` goes as its block, all else as it is."""
+    if isinstance(value, CropPlan):
+        return replace(value, sources=to_send(value.sources))
     if get_worker_info() is None or not isinstance(value, Tensor):
         return value
     loan = _loans.get(value.data_ptr())

@@ -2,9 +2,8 @@
 
 from typing import Any
 
-import numpy as np
-
-from fkd_ssl.crops import Records, replay_into, unpack
+from fkd_ssl.crops import Records, replay_into
+from fkd_ssl.crops.device import CropPlan, PendingCrops, concatenate, plan_crops, replay_plan
 from fkd_ssl.data import memory
 from fkd_ssl.images import UInt8Array
 
@@ -38,43 +37,28 @@ class Replayed:
         return slice(k * self._m, (k + 1) * self._m)
 
 
-class Decoded:
-    """Images for `replay_planned`: their pixels one after the other, and a plan of each side's crops."""
+class Planned:
+    """Decoded images and plans of their crops, which `replay_on_device` makes."""
 
     def __init__(self, count: int, crops_per_image: int, sides: Sides) -> None:
         self._sides = sides
-        self._images: list[UInt8Array | None] = [None] * count
-        self._records: list[Records | None] = [None] * count
+        self._crops: list[PendingCrops | None] = [None] * count
 
     def put(self, k: int, image: UInt8Array, records: Records) -> None:
         """The k-th image and its crops' records; raises ImageError where one is impossible."""
-        unpack(records, *image.shape[:2])
-        self._images[k], self._records[k] = image, records
+        self._crops[k] = PendingCrops(image=image, records=records)
 
     def repeat(self, k: int, other: int) -> None:
         """Another image and its crops in the k-th one's place."""
-        self._images[k], self._records[k] = self._images[other], self._records[other]
+        self._crops[k] = self._crops[other]
 
     def tensors(self) -> Batch:
-        """What the batch has of them."""
-        from fkd_ssl.crops.device import plan
-
-        images = [image for image in self._images if image is not None]
-        records = [of_image for of_image in self._records if of_image is not None]
-        sources = memory.new(sum(image.size for image in images))
-        np.concatenate([image.reshape(-1) for image in images], out=sources.numpy())
-        shapes = [(image.shape[0], image.shape[1]) for image in images]
-        plans = {name: plan(shapes, records, side) for name, side in self._sides.items()}
-        return {"sources": sources, "plans": plans, "sides": self._sides}
+        """A plan for each side, in the place of its crops."""
+        crops = [of_image for of_image in self._crops if of_image is not None]
+        sources = concatenate(crops, memory.new(sum(of_image.image.size for of_image in crops)))
+        return {name: plan_crops(crops, side, sources) for name, side in self._sides.items()}
 
 
-def made_here(batch: Batch) -> Batch:
-    """A batch of `Decoded` as one of `Replayed`, its crops made on the device where it lies; any other one as it is."""
-    if "sources" not in batch:
-        return batch
-    from fkd_ssl.crops.device import replay_planned
-
-    left = {key: value for key, value in batch.items() if key not in ("sources", "plans", "sides")}
-    for name, side in batch["sides"].items():
-        left[name] = replay_planned(batch["sources"], batch["plans"][name], side)
-    return left
+def replay_on_device(batch: Batch) -> Batch:
+    """The batch with its planned crops made, on the device where the plans are."""
+    return {key: replay_plan(value) if isinstance(value, CropPlan) else value for key, value in batch.items()}

@@ -7,6 +7,7 @@ from typing import Any, overload
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
+from fkd_ssl.crops.device import CropPlan
 from fkd_ssl.data import memory
 from fkd_ssl.data.pixels import Batch
 from fkd_ssl.errors import RequestError
@@ -33,7 +34,7 @@ class Samples(Sequence[Batch]):
     def __getitem__(self, index: int | slice) -> Batch | list[Batch]:
         if isinstance(index, slice):
             return [self[k] for k in range(*index.indices(len(self)))]
-        if "sources" in self.batch:
+        if isinstance(self.batch["images"], CropPlan):
             raise RequestError("decoded images come as whole batches: give the DataLoader collate_fn=whole_batch")
         k, m = range(len(self))[index], self._m
         stacked = [key for key in ("images", "teacher_images", "targets") if key in self.batch]

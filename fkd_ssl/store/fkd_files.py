@@ -27,7 +27,8 @@ from torch.serialization import safe_globals
 
 from fkd_ssl import files
 from fkd_ssl.crops import Records
-from fkd_ssl.crops.records import FLIP, neutral
+from fkd_ssl.crops.operations import FLIP
+from fkd_ssl.crops.records import neutral
 from fkd_ssl.errors import RequestError, StoreError
 from fkd_ssl.store.label_codecs import LabelCodec, UInt8Array
 

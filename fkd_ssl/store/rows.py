@@ -1,6 +1,5 @@
 """Rows for a teacher: images read and decoded once, and replayed at each size that is wanted, beside the teacher."""
 
-import dataclasses
 import functools
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +12,8 @@ import numpy.typing as npt
 import torch
 
 from fkd_ssl import files
-from fkd_ssl.crops import IMPORTED, Records, draw, image_key, replay_into, unpack
+from fkd_ssl.crops import IMPORTED, Records, draw, image_key, replay_into
+from fkd_ssl.crops.device import PendingCrops, concatenate, plan_crops, replay_plan
 from fkd_ssl.crops.records import neutral
 from fkd_ssl.errors import FkdError, ImageError, StoreError
 from fkd_ssl.images import ImageSet, decode, read_bytes
@@ -45,22 +45,7 @@ class Teacher(Protocol):
         """Targets float32 [B, D] of crops uint8 [B, 3, H, W]."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Unplayed:
-    """Crops that a device will make: their image and their records [m]."""
-
-    image: npt.NDArray[np.uint8]
-    records: Records
-    pixels: int
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, some: slice) -> "Unplayed":
-        return dataclasses.replace(self, records=self.records[some])
-
-
-Views = npt.NDArray[np.uint8] | Unplayed
+Views = npt.NDArray[np.uint8] | PendingCrops
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +59,7 @@ class Row:
 class RowReader:
     """Reads, decodes and replays the crops of a row; safe to call from several threads.
 
-    With `device` it leaves the replay to that device: rows have `Unplayed` crops.
+    With `device` it leaves the replay to that device: rows have `PendingCrops`.
     """
 
     def __init__(self, store: Store, images: ImageSet, skip_unreadable: bool, *, ahead: int, device: str | None = None) -> None:
@@ -106,7 +91,7 @@ class RowReader:
             wanted: By the side of the crops, how many of the first ones are left out.
             expected: sha256 that the image's file must have, empty for one that was skipped; None where it is not known.
         """
-        views: dict[int, Views] = {side: self._black(count - first, side) for side, first in wanted.items()}
+        views: dict[int, Views] = {side: self._blank(count - first, side) for side, first in wanted.items()}
         size = self.store.sizes[row]
         if expected == "":  # skipped when the crops were made: skipped for every teacher
             return Row(views=views, checksum="")
@@ -140,20 +125,19 @@ class RowReader:
         records = self.records(row, count)
         for side, first in wanted.items():
             view = views[side]
-            if isinstance(view, Unplayed):
-                unpack(records[first:], *pixels.shape[:2])
-                views[side] = dataclasses.replace(view, image=pixels, records=records[first:])
+            if isinstance(view, PendingCrops):
+                views[side] = PendingCrops(image=pixels, records=records[first:])
             else:
                 replay_into(view, pixels, records[first:])
         return Row(views=views, checksum=checksum)
 
-    def _black(self, count: int, side: int) -> Views:
+    def _blank(self, count: int, side: int) -> Views:
         """Crops of an image that is skipped."""
         if self.device is None:
             return np.zeros((count, side, side, 3), dtype=np.uint8)
         records = neutral(count)
         records["height"] = records["width"] = 1
-        return Unplayed(image=np.zeros((1, 1, 3), dtype=np.uint8), records=records, pixels=side)
+        return PendingCrops(image=np.zeros((1, 1, 3), dtype=np.uint8), records=records)
 
 
 def in_order(pool: ThreadPoolExecutor, calls: Iterator[Callable[[], Row]], ahead: int) -> Iterator[Row]:
@@ -195,18 +179,13 @@ def publish_crops(reader: RowReader, shard: int, checksums: Sequence[str]) -> No
         raise StoreError(f"{error}; another process read other image files: see that all see the same folder") from error
 
 
-def join(parts: Sequence[Views], device: str | None) -> torch.Tensor:
-    """Crops of several rows as uint8 [n, 3, P, P], made now on `device` if they are yet to be made."""
-    made = [part for part in parts if not isinstance(part, Unplayed)]
-    unplayed = [part for part in parts if isinstance(part, Unplayed)]
-    if not unplayed:
-        return torch.from_numpy(np.concatenate(made) if len(made) > 1 else made[0]).permute(0, 3, 1, 2)
-    from fkd_ssl.crops.device import plan, replay_planned
-
-    pixels = unplayed[0].pixels
-    planned = plan([(u.image.shape[0], u.image.shape[1]) for u in unplayed], [u.records for u in unplayed], pixels)
-    sources = torch.from_numpy(np.concatenate([u.image.reshape(-1) for u in unplayed]))
-    return replay_planned(sources.to(device), {name: part.to(device) for name, part in planned.items()}, pixels)
+def join(parts: Sequence[Views], pixels: int, device: str | None) -> torch.Tensor:
+    """Crops of several rows as uint8 [n, 3, P, P] with P = `pixels`; pending ones are made now, on `device`."""
+    pending = [part for part in parts if isinstance(part, PendingCrops)]
+    if pending:
+        return replay_plan(plan_crops(pending, pixels, concatenate(pending)).to(device or "cpu"))
+    made = [part for part in parts if not isinstance(part, PendingCrops)]
+    return torch.from_numpy(np.concatenate(made) if len(made) > 1 else made[0]).permute(0, 3, 1, 2)
 
 
 def embed(teacher: Teacher, chunk: torch.Tensor, chunk_size: int) -> Float32Array:

@@ -72,7 +72,7 @@ class Lane:
     def flush(self) -> None:
         """The teacher sees what is held, a whole chunk or the last one."""
         if self._held:
-            chunk = join(self._parts, self._device)
+            chunk = join(self._parts, self.pixels, self._device)
             self._parts, self._held = [], 0
             self._take(embed(self._teacher, chunk, self._chunk_size))
 

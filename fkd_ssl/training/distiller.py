@@ -11,7 +11,7 @@ import torch
 from lightly.utils.lars import LARS
 from torch import Tensor, nn
 
-from fkd_ssl.data import Batch, made_here
+from fkd_ssl.data import Batch, replay_on_device
 from fkd_ssl.errors import FkdError
 from fkd_ssl.objectives import Objective
 from fkd_ssl.students import STUDENT_KEY, Student
@@ -63,7 +63,7 @@ class Distiller(pl.LightningModule):
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Makes the crops on the device, where that was left to it."""
-        return made_here(batch)
+        return replay_on_device(batch)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The objective's value on a batch; with several teachers the weighted sum (SimReg, arXiv 2201.05131)."""

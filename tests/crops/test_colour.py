@@ -1,6 +1,7 @@
 """The colour matrix against torchvision's operations, one at a time, and against a float oracle for every order."""
 
 import colorsys
+import math
 from itertools import permutations
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from torchvision.transforms import functional
 
 from fkd_ssl.crops import box_record, colour, replay
-from fkd_ssl.crops.records import GREY, JITTER
+from fkd_ssl.crops.operations import GREY, JITTER
 
 LUMA = np.array([0.299, 0.587, 0.114])
 
@@ -86,7 +87,7 @@ def test_hue_turns_as_torchvisions_does(start, hue):
 
 
 def test_half_a_turn_of_hue_and_back(muted):
-    there = colour.matrix(jittered(hue=0.5)[0].item(), (0, 0, 0)).astype(float)[:, :3]
+    there = colour.matrix(*jittered(hue=0.5)[0].item()[4:10], mean=(0, 0, 0)).astype(float)[:, :3]
     np.testing.assert_allclose(there @ there, np.eye(3), atol=1e-5)
 
 
@@ -120,7 +121,7 @@ def test_every_order_composes_as_the_operations_in_turn(muted, grey):
         exact = {name: float(record[name]) for name in values}
         expected = oracle(muted, order, exact, grey)
         mean = muted.reshape(-1, 3).astype(float).mean(axis=0)
-        matrix = colour.matrix(record.item(), tuple(mean)).astype(float)
+        matrix = colour.matrix(*record.item()[4:10], mean=tuple(mean)).astype(float)
         found = muted.reshape(-1, 3).astype(float) @ matrix[:, :3].T + matrix[:, 3]
         np.testing.assert_allclose(found, expected, atol=1e-3)
         pixels = replay(muted, np.array([record]), 64)[0].transpose(1, 2, 0).reshape(-1, 3)
@@ -138,11 +139,11 @@ def test_order_of_the_permutations_is_pinned():
 def test_matrices_of_single_operations():
     mean = (100.0, 50.0, 200.0)
     grey = float(np.dot(LUMA, mean))
-    half = colour.matrix(jittered(brightness=0.5)[0].item(), mean)
+    half = colour.matrix(*jittered(brightness=0.5)[0].item()[4:10], mean=mean)
     np.testing.assert_allclose(half, np.hstack([np.eye(3) / 2, np.zeros((3, 1))]))
-    half = colour.matrix(jittered(contrast=0.5)[0].item(), mean)
+    half = colour.matrix(*jittered(contrast=0.5)[0].item()[4:10], mean=mean)
     np.testing.assert_allclose(half, np.hstack([np.eye(3) / 2, np.full((3, 1), grey / 2)]), rtol=1e-6)
-    none = colour.matrix(jittered(saturation=0.0)[0].item(), mean)
+    none = colour.matrix(*jittered(saturation=0.0)[0].item()[4:10], mean=mean)
     np.testing.assert_allclose(none, np.hstack([np.tile(LUMA, (3, 1)), np.zeros((3, 1))]), rtol=1e-6)
     assert half.dtype == np.float32
 
@@ -150,7 +151,7 @@ def test_matrices_of_single_operations():
 def test_contrast_turns_about_the_mean_after_earlier_operations():
     """brightness 0.5, then contrast 0: every pixel becomes half the mean grey."""
     record = jittered(0, brightness=0.5, contrast=0.0)[0]
-    matrix = colour.matrix(record.item(), (100.0, 100.0, 100.0))
+    matrix = colour.matrix(*record.item()[4:10], mean=(100.0, 100.0, 100.0))
     np.testing.assert_allclose(matrix, np.hstack([np.zeros((3, 3)), np.full((3, 1), 50.0)]), atol=1e-5)
 
 
@@ -161,3 +162,29 @@ def test_results_are_clamped():
     assert set(np.unique(bright)) == {0, 255}
     contrasted = replay(image, jittered(contrast=2.0), 64)
     assert set(np.unique(contrasted)) == {0, 255}
+
+
+def test_matrices_of_many_crops_have_the_bits_of_each():
+    rng = np.random.default_rng(0)
+    records = np.repeat(box_record(0, 0, 4, 4), 4000)
+    records["order"], records["flags"] = np.arange(4000) % 24, rng.integers(0, 16, 4000)
+    for name in ("brightness", "contrast", "saturation"):
+        records[name] = rng.uniform(0, 3, 4000)
+    records["hue"] = rng.uniform(-0.5, 0.5, 4000)
+    records["hue"][:2], records["brightness"][2:4], records["contrast"][4:6] = (-0.5, 0.5), (0, 16), (0, 16)
+    linear, offsets = colour.matrices(*(records[name].astype(float) if name != "flags" and name != "order" else records[name]
+                                        for name in records.dtype.names[4:10]))  # fmt: skip
+    assert (linear.dtype, offsets.dtype) == (np.float32, np.float64)
+    for k, record in enumerate(records.tolist()):
+        for channel, mean in enumerate(np.eye(3).tolist()):
+            alone = colour.matrix(*record[4:10], mean=mean)
+            np.testing.assert_array_equal(linear[k], alone[:, :3])
+            np.testing.assert_array_equal(offsets[k, :, channel].astype(np.float32), alone[:, 3])
+
+
+def test_every_hue_has_the_bits_of_pythons_cosine_and_sine():
+    hues = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+    hues = hues[np.abs(hues) <= 0.5].astype(np.float64)
+    cos, sin = colour._cos_sin(hues)
+    np.testing.assert_array_equal(cos, [math.cos(2 * math.pi * hue) for hue in hues.tolist()])
+    np.testing.assert_array_equal(sin, [math.sin(2 * math.pi * hue) for hue in hues.tolist()])

@@ -6,7 +6,9 @@ import torch
 
 from fkd_ssl.crops import CROP_DTYPE, RECIPES, box_record, draw, image_key, probe_digest, replay
 from fkd_ssl.crops import device as on_device
-from fkd_ssl.crops.records import BLUR, FLAGS, JITTER
+from fkd_ssl.crops.device import PendingCrops, concatenate, plan_crops, replay_plan
+from fkd_ssl.crops.operations import BLUR, FLAGS, JITTER
+from fkd_ssl.crops.replay import resize_plan
 from fkd_ssl.errors import ImageError, RequestError
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -56,11 +58,27 @@ def test_sides_that_fill_no_vector(device, pixels):
         np.testing.assert_array_equal(on_device.replay_on(device, image, records, pixels), replay(image, records, pixels))
 
 
-def test_colours_beyond_opencvs_integers_are_refused():
+def planned(images, records, pixels):
+    crops = [PendingCrops(image=image, records=of_image) for image, of_image in zip(images, records, strict=True)]
+    return plan_crops(crops, pixels, concatenate(crops))
+
+
+def test_colour_factors_beyond_opencvs_integers_are_refused():
     record = box_record(0, 0, 8, 8)
     record["flags"], record["brightness"], record["contrast"], record["saturation"] = JITTER, 16, 4, 1
-    with pytest.raises(RequestError, match="its colours are beyond what a device makes"):
-        on_device.plan([(8, 8)], [record], 4)
+    with pytest.raises(RequestError, match="colour factors are too large for --device_crops"):
+        planned([noise(8, 8)], [record], 4)
+    record["flags"] = BLUR
+    assert len(planned([noise(8, 8)], [record], 4)) == 1
+
+
+@pytest.mark.parametrize("change", [{"order": 24}, {"hue": np.nan}, {"flags": 16}])
+def test_invalid_records_are_refused(change):
+    record = box_record(0, 0, 8, 8)
+    for name, value in change.items():
+        record[name] = value
+    with pytest.raises(ImageError, match="invalid crop record: its file is damaged; run fkd-ssl verify"):
+        planned([noise(8, 8)], [record], 4)
 
 
 @pytest.mark.parametrize("elements", [1, 1 << 16])
@@ -68,17 +86,39 @@ def test_several_images_at_once_in_parts_of_any_size(device, elements, monkeypat
     monkeypatch.setattr(on_device, "ELEMENTS", elements)
     images = [noise(80, 61, 1), noise(30, 200, 2), noise(64, 64, 3)]
     records = [draw(RECIPES["swav"], image_key(0, str(k)), *image.shape[:2], 0, 5) for k, image in enumerate(images)]
-    crops = on_device.plan([image.shape[:2] for image in images], records, 24)
-    sources = torch.from_numpy(np.concatenate([image.reshape(-1) for image in images])).to(device)
-    there = on_device.replay_planned(sources, {name: part.to(device) for name, part in crops.items()}, 24)
+    there = replay_plan(planned(images, records, 24).to(device))
     assert there.is_contiguous(memory_format=torch.channels_last)
     here = np.concatenate([replay(image, of_image, 24) for image, of_image in zip(images, records, strict=True)])
     np.testing.assert_array_equal(there.cpu().numpy(), here)
 
 
 def test_no_crops_at_all(device):
-    crops = on_device.plan([(4, 4)], [np.zeros(0, dtype=CROP_DTYPE)], 8)
-    assert on_device.replay_planned(torch.zeros(48, dtype=torch.uint8), crops, 8).shape == (0, 3, 8, 8)
+    plan = planned([noise(4, 4)], [np.zeros(0, dtype=CROP_DTYPE)], 8)
+    assert replay_plan(plan.to(device)).shape == (0, 3, 8, 8)
+
+
+@pytest.mark.parametrize("pixels", [1, 32, 224])
+def test_resize_plans_are_those_of_each_box(pixels):
+    height, width = np.random.default_rng(0).integers(1, 3000, (2, 3000))
+    halvings, doubled = on_device.resize_plans(height, width, pixels)
+    boxes = zip(height.tolist(), width.tolist(), strict=True)
+    assert list(zip(halvings.tolist(), doubled.tolist(), strict=True)) == [resize_plan(*box, pixels) for box in boxes]
+
+
+def test_plans_of_two_sizes_share_their_images():
+    image, record = noise(8, 9), box_record(0, 0, 8, 9)
+    crops = [PendingCrops(image=image, records=record)]
+    sources = concatenate(crops)
+    plans = [plan_crops(crops, pixels, sources) for pixels in (4, 6)]
+    assert plans[0].sources.data_ptr() == plans[1].sources.data_ptr()
+    for plan, pixels in zip(plans, (4, 6), strict=True):
+        np.testing.assert_array_equal(replay_plan(plan).numpy(), replay(image, record, pixels))
+
+
+def test_a_slice_of_pending_crops_has_the_same_image():
+    image = noise(8, 9)
+    crops = PendingCrops(image=image, records=np.repeat(box_record(1, 2, 3, 4), 5))
+    assert (len(crops[1:4]), crops[1:4].image is image) == (3, True)
 
 
 def test_the_probe_digest_says_that_both_paths_agree(device):
@@ -87,7 +127,7 @@ def test_the_probe_digest_says_that_both_paths_agree(device):
 
 def test_a_box_outside_the_image_is_refused():
     with pytest.raises(ImageError, match="lies outside an image of 5 x 4 pixels"):
-        on_device.plan([(4, 5)], [box_record(0, 0, 5, 5)], 8)
+        PendingCrops(image=noise(4, 5), records=box_record(0, 0, 5, 5))
 
 
 def test_blur_and_jitter_were_really_tried():

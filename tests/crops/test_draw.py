@@ -11,7 +11,8 @@ from scipy import stats
 from torchvision.transforms import RandomResizedCrop
 
 from fkd_ssl.crops import CROP_DTYPE, RECIPES, Recipe, draw, image_key, well_formed
-from fkd_ssl.crops.records import BLUR, FLIP, GREY, JITTER, unpack
+from fkd_ssl.crops.operations import BLUR, FLIP, GREY, JITTER
+from fkd_ssl.crops.records import unpack
 from fkd_ssl.errors import RequestError, StoreError
 
 GOLDEN = Path(__file__).with_name("golden_draws.json")
@@ -177,14 +178,17 @@ def test_recipe_comes_back_from_json(name):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"flip": 1.5}, "probabilities must lie in 0 to 1"),
-        ({"grey": -0.1}, "probabilities must lie in 0 to 1"),
-        ({"scale": (0.0, 1.0)}, "is no range"),
-        ({"scale": (0.5, 0.2)}, "is no range"),
-        ({"scale": (0.5, 1.2)}, "is no range"),
-        ({"ratio": (0.0, 1.0)}, "is no range"),
-        ({"hue": 0.6}, "hue in 0 to 0.5"),
-        ({"contrast": -1.0}, "must lie in 0 to 15"),
+        ({"flip": 1.5}, r"flip 1\.5 is not in 0 to 1"),
+        ({"grey": -0.1}, r"grey -0\.1 is not in 0 to 1"),
+        ({"scale": (0.0, 1.0)}, r"scale \(0\.0, 1\.0\) is not a valid range above 0 and up to 1"),
+        ({"scale": (0.5, 0.2)}, r"scale \(0\.5, 0\.2\) is not a valid range"),
+        ({"scale": (0.5, 1.2)}, r"scale \(0\.5, 1\.2\) is not a valid range"),
+        ({"ratio": (0.0, 1.0)}, r"ratio \(0\.0, 1\.0\) is not a valid range above 0"),
+        ({"hue": 0.6}, r"hue 0\.6 is not in 0 to 0\.5"),
+        ({"hue": float("nan")}, "hue nan is not in 0 to 0"),
+        ({"contrast": -1.0}, r"contrast -1\.0 is not in 0 to 15"),
+        ({"sigma": (2.0, 1.0)}, r"sigma \(2\.0, 1\.0\) is not a valid range in 0 to 64"),
+        ({"sigma": (0.1, 65.0)}, r"sigma \(0\.1, 65\.0\) is not a valid range in 0 to 64"),
     ],
 )
 def test_impossible_recipes_are_refused(change, message):

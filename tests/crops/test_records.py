@@ -1,8 +1,13 @@
+from collections import Counter
+from dataclasses import fields
+
 import numpy as np
 import pytest
 
-from fkd_ssl.crops import CROP_DTYPE, box_record, centre, well_formed
-from fkd_ssl.crops.records import neutral, unpack
+from fkd_ssl.crops import CROP_DTYPE, Recipe, box_record, centre, well_formed
+from fkd_ssl.crops.device import DEVICE_OPERATIONS
+from fkd_ssl.crops.operations import FLAGS, OPERATIONS
+from fkd_ssl.crops.records import boxes, neutral, unpack
 from fkd_ssl.errors import ImageError
 
 
@@ -14,8 +19,8 @@ def test_a_record_is_twenty_bytes_without_gaps():
 
 def test_bytes_of_a_record_are_pinned():
     record = box_record(1, 2, 300, 65535)
-    record["flags"], record["order"], record["hue"], record["sigma"] = 31, 23, -0.5, 2.0
-    assert record.tobytes().hex() == "010002002c01ffff1f17003c003c003c00b80040"
+    record["flags"], record["order"], record["hue"], record["sigma"] = 15, 23, -0.5, 2.0
+    assert record.tobytes().hex() == "010002002c01ffff0f17003c003c003c00b80040"
 
 
 def test_neutral_records_change_no_colour():
@@ -38,6 +43,30 @@ def test_boxes_outside_the_image_are_refused(box):
     message = rf"crop of {width} x {height} at \({left}, {top}\) lies outside an image of 80 x 100 pixels: .*drawn for another"
     with pytest.raises(ImageError, match=message):
         unpack(np.concatenate([good, box_record(*box), good]), 100, 80)
+    with pytest.raises(ImageError, match=message):
+        boxes(np.concatenate([good, box_record(*box), good]), 100, 80)
+
+
+def test_boxes_are_the_records_first_four_numbers():
+    records = np.concatenate([box_record(0, 0, 100, 80), box_record(1, 2, 3, 4)])
+    np.testing.assert_array_equal(boxes(records, 100, 80), [[0, 0, 100, 80], [1, 2, 3, 4]])
+    assert boxes(records[:0], 100, 80).shape == (0, 4)
+
+
+def test_the_table_of_operations_is_consistent():
+    """Each flag has its own bit, each draw its own word, each operation a device implementation and its settings in Recipe."""
+    flags = {name: flag for operation in OPERATIONS for name, flag in operation.flags.items()}
+    members = [field for operation in OPERATIONS for field in operation.fields.values()]
+    assert Counter(flag.bit.bit_count() for flag in flags.values()) == {1: len(flags)}
+    assert sum(flag.bit for flag in flags.values()) == FLAGS <= 255
+    words = [each.word for each in [*flags.values(), *members]]
+    assert len(set(words)) == len(words)
+    assert all(40 <= word < 64 for word in words)
+    assert {operation.name for operation in OPERATIONS} == set(DEVICE_OPERATIONS)
+    settings = {setting.name for operation in OPERATIONS for setting in fields(operation.settings)}
+    assert settings == {setting.name for setting in fields(Recipe)} - {"name", "scale", "ratio"}
+    assert set(flags) <= settings
+    assert all(field.low <= field.default <= field.high for field in members)
 
 
 def test_well_formed():
@@ -47,11 +76,12 @@ def test_well_formed():
             made[field] = value
         return made
 
-    for good in ({}, {"flags": 31, "order": 23}, {"hue": -0.5}, {"brightness": 0, "contrast": 16}, {"sigma": 64}):
+    for good in ({}, {"flags": 15, "order": 23}, {"hue": -0.5}, {"brightness": 0, "contrast": 16}, {"sigma": 64}):
         assert well_formed(np.concatenate([record(), record(**good)])), good
     nan = float("nan")
     for bad in (
-        {"flags": 32}, {"order": 24}, {"hue": 0.6}, {"hue": nan}, {"brightness": -1}, {"contrast": nan}, {"saturation": 17},
+        {"flags": 16}, {"flags": 255}, {"order": 24}, {"hue": 0.6}, {"hue": nan}, {"brightness": -1},
+        {"contrast": nan}, {"saturation": 17},
         {"sigma": -1}, {"sigma": nan}, {"sigma": 65}, {"brightness": float("inf")},
     ):  # fmt: skip
         assert not well_formed(np.concatenate([record(), record(**bad)])), bad

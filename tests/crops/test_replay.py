@@ -1,4 +1,4 @@
-"""Replay: bit-identical whenever and wherever it is made; geometry, blur, solarize and flip against other code."""
+"""Replay: bit-identical whenever and wherever it is made; geometry, blur and flip against other code."""
 
 import hashlib
 import math
@@ -15,8 +15,8 @@ from torchvision.transforms import functional
 
 from fkd_ssl import files
 from fkd_ssl.crops import CROP_DTYPE, RECIPES, Recipe, box_record, draw, image_key, probe_digest, replay, replay_into
-from fkd_ssl.crops.records import BLUR, FLIP, SOLARIZE
-from fkd_ssl.crops.replay import blur_kernel
+from fkd_ssl.crops.blur import blur_kernel, kernels
+from fkd_ssl.crops.operations import BLUR, FLIP
 from fkd_ssl.errors import ImageError
 
 EVERYTHING = Recipe(
@@ -26,9 +26,7 @@ SIZES = (224, 96, 64, 33)
 
 
 def records_of(height: int, width: int, count: int = 24) -> np.ndarray:
-    records = draw(EVERYTHING, image_key(0, "replay"), height, width, 0, count)
-    records["flags"][::5] |= SOLARIZE
-    return records
+    return draw(EVERYTHING, image_key(0, "replay"), height, width, 0, count)
 
 
 def digest(views: np.ndarray) -> str:
@@ -347,9 +345,12 @@ def test_blur_does_not_mix_crops(smooth):
     np.testing.assert_array_equal(views[0], views[2])
 
 
-def test_solarize_turns_bright_values(smooth):
-    image = np.arange(256, dtype=np.uint8).reshape(16, 16, 1).repeat(3, axis=2)
-    record = box_record(0, 0, 16, 16)
-    record["flags"] = SOLARIZE
-    found = replay(image, record, 16)[0]
-    np.testing.assert_array_equal(found, functional.solarize(torch.from_numpy(image).permute(2, 0, 1), 128).numpy())
+@pytest.mark.parametrize("pixels", [224, 96, 1])
+def test_kernels_of_many_crops_are_the_padded_kernels_of_each(pixels):
+    sigma = np.random.default_rng(0).choice(np.linspace(0, 5, 50), 200)
+    many = kernels(sigma, pixels)
+    one_by_one = [blur_kernel(one * pixels / 224) * 256 for one in sigma.tolist()]
+    longest = max(map(len, one_by_one))
+    assert many.dtype == np.int32
+    np.testing.assert_array_equal(many, [np.pad(kernel, (longest - len(kernel)) // 2) for kernel in one_by_one])
+    assert kernels(sigma[:0], pixels).shape == (0, 1)

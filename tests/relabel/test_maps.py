@@ -15,7 +15,7 @@ import torch
 
 from fkd_ssl import files
 from fkd_ssl.crops import RECIPES, box_record, draw
-from fkd_ssl.crops.records import FLIP
+from fkd_ssl.crops.operations import FLIP
 from fkd_ssl.errors import ImageError, StoreError
 from fkd_ssl.images import scan
 from fkd_ssl.relabel import LabelMaps

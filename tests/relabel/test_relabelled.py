@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from fkd_ssl.crops import RECIPES, draw, image_key
-from fkd_ssl.data import Batch, FreshCrops, RelabelledCrops, made_here, start_worker, whole_batch
+from fkd_ssl.data import Batch, FreshCrops, RelabelledCrops, replay_on_device, start_worker, whole_batch
 from fkd_ssl.errors import ImageError, StoreError
 from fkd_ssl.images import ImageSet, scan
 from fkd_ssl.relabel import LabelMaps
@@ -92,7 +92,7 @@ def test_where_an_image_is_skipped_its_stand_in_brings_its_own_targets(own_image
 
 def test_decoded_images_bring_the_same_targets(images: ImageSet, maps: LabelMaps) -> None:
     expected = crops(images, maps).__getitems__([*PAIRS]).batch
-    batch = made_here(crops(images, maps, decode_only=True).__getitems__([*PAIRS]).batch)
+    batch = replay_on_device(crops(images, maps, decode_only=True).__getitems__([*PAIRS]).batch)
     assert torch.equal(batch["targets"], expected["targets"])
     assert torch.equal(batch["images"], expected["images"])
 

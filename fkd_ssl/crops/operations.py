@@ -1,0 +1,152 @@
+"""The table of augmentations: for each one its flags, its fields in a crop record, how they are drawn, and how it is applied.
+
+The record's dtype, the fields of `Recipe`, `well_formed`, the draw and `replay` are built from this table. To add an
+augmentation, add an entry with its CPU implementation here and the device implementation of the same name in `device.py`.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fkd_ssl.crops import blur, colour, flip
+
+Uniform = npt.NDArray[np.float64]  # random numbers in [0, 1), one per crop
+
+
+def setting(default: Any, low: float, high: float) -> Any:
+    """A dataclass field of a recipe: a number or a (low, high) pair, which must lie between `low` and `high`."""
+    return field(default=default, metadata={"low": low, "high": high})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flag:
+    """One bit of a record's flags. A recipe sets its probability under the flag's name."""
+
+    bit: int
+    word: int
+    """Index of the random word, of the 64 that a crop has, that decides whether the bit is set."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Field:
+    """One number of a crop record."""
+
+    dtype: str
+    word: int
+    """Index of the random word from which it is drawn."""
+    draw: Callable[[Any, Uniform], npt.NDArray[Any]]
+    """Values for a recipe and the word as numbers in [0, 1)."""
+    default: float
+    """Value in crops whose first flag of the operation is not set; the operation then changes nothing."""
+    low: float
+    high: float
+    """Smallest and largest valid value."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operation:
+    """One augmentation. A second flag, as `grey` beside `jitter`, marks what is computed in the same pass."""
+
+    name: str
+    settings: type
+    """Dataclass of the settings that a recipe has for it."""
+    flags: Mapping[str, Flag]
+    fields: Mapping[str, Field] = field(default_factory=dict)
+    on_cpu: Callable[..., None]
+    """`on_cpu(view, flags, *fields)` changes a crop, uint8 [P, P, 3], in place. Called if any of the flags is set."""
+
+    @property
+    def bits(self) -> int:
+        """All of its flags."""
+        return sum(flag.bit for flag in self.flags.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class ColourSettings:
+    """Colour jitter and greyscale."""
+
+    jitter: float = setting(0.0, 0, 1)
+    """Probability of the colour jitter."""
+    brightness: float = setting(0.0, 0, 15)
+    """The brightness factor is uniform in [max(0, 1 - brightness), 1 + brightness]."""
+    contrast: float = setting(0.0, 0, 15)
+    """The contrast factor is uniform in [max(0, 1 - contrast), 1 + contrast]."""
+    saturation: float = setting(0.0, 0, 15)
+    """The saturation factor is uniform in [max(0, 1 - saturation), 1 + saturation]."""
+    hue: float = setting(0.0, 0, 0.5)
+    """The hue shift is uniform in [-hue, hue], in full circles."""
+    grey: float = setting(0.0, 0, 1)
+    """Probability of converting the crop to greyscale."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlurSettings:
+    """Gaussian blur."""
+
+    blur: float = setting(0.0, 0, 1)
+    """Probability of a Gaussian blur."""
+    sigma: tuple[float, float] = setting((0.1, 2.0), 0, 64)
+    """Range of the blur's standard deviation, in pixels of a crop of 224 px."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FlipSettings:
+    """Horizontal flip."""
+
+    flip: float = setting(0.5, 0, 1)
+    """Probability of a horizontal flip."""
+
+
+def _order(recipe: Any, u: Uniform) -> Uniform:
+    return np.floor(u * colour.ORDERS)
+
+
+def _factor(name: str) -> Callable[[Any, Uniform], Uniform]:
+    def draw(recipe: Any, u: Uniform) -> Uniform:
+        strength = getattr(recipe, name)
+        low, high = max(0.0, 1 - strength), 1 + strength
+        values: Uniform = low + u * (high - low)
+        return values
+
+    return draw
+
+
+def _hue(recipe: Any, u: Uniform) -> Uniform:
+    return np.asarray((2 * u - 1) * recipe.hue)
+
+
+def _sigma(recipe: Any, u: Uniform) -> Uniform:
+    return np.asarray(recipe.sigma[0] + u * (recipe.sigma[1] - recipe.sigma[0]))
+
+
+FLIP, JITTER, GREY, BLUR = 1, colour.JITTER, colour.GREY, 8
+
+OPERATIONS = (
+    Operation(
+        name="colour",
+        settings=ColourSettings,
+        flags={"jitter": Flag(bit=JITTER, word=41), "grey": Flag(bit=GREY, word=42)},
+        fields={
+            "order": Field(dtype="u1", word=45, draw=_order, default=0, low=0, high=colour.ORDERS - 1),
+            "brightness": Field(dtype="<f2", word=46, draw=_factor("brightness"), default=1, low=0, high=16),
+            "contrast": Field(dtype="<f2", word=47, draw=_factor("contrast"), default=1, low=0, high=16),
+            "saturation": Field(dtype="<f2", word=48, draw=_factor("saturation"), default=1, low=0, high=16),
+            "hue": Field(dtype="<f2", word=49, draw=_hue, default=0, low=-0.5, high=0.5),
+        },
+        on_cpu=colour.apply,
+    ),
+    Operation(
+        name="blur",
+        settings=BlurSettings,
+        flags={"blur": Flag(bit=BLUR, word=43)},
+        fields={"sigma": Field(dtype="<f2", word=50, draw=_sigma, default=0, low=0, high=64)},
+        on_cpu=blur.apply,
+    ),
+    Operation(name="flip", settings=FlipSettings, flags={"flip": Flag(bit=FLIP, word=40)}, on_cpu=flip.apply),
+)
+"""All augmentations, in the order in which `replay` applies them. Words 0 to 39 draw the box; 44 and 51 to 63 are free."""
+
+FLAGS = sum(operation.bits for operation in OPERATIONS)
