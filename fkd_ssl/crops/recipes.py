@@ -108,12 +108,14 @@ def draw(recipe: Recipe, key: bytes, height: int, width: int, first: int, count:
     records = neutral(count)
     _draw_boxes(recipe, u[:, : 4 * ATTEMPTS].reshape(count, ATTEMPTS, 4), height, width, records)
 
+    flags = np.zeros(count, dtype=np.uint8)
     for operation in OPERATIONS:
         drawn = [u[:, flag.word] < getattr(recipe, name) for name, flag in operation.flags.items()]
         for mask, flag in zip(drawn, operation.flags.values(), strict=True):
-            records["flags"] |= mask * np.uint8(flag.bit)
+            flags += mask * np.uint8(flag.bit)
         for name, field in operation.fields.items():
             records[name] = np.where(drawn[0], field.draw(recipe, u[:, field.word]), field.default)
+    records["flags"] = flags
     return records
 
 

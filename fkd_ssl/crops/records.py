@@ -23,7 +23,8 @@ def neutral(count: int) -> Records:
     """Records [count] that change no colour. Their boxes are zero and must still be set."""
     records = np.zeros(count, dtype=CROP_DTYPE)
     for name, field in FIELDS.items():
-        records[name] = field.default
+        if field.default:
+            records[name] = field.default
     return records
 
 
