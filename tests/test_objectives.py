@@ -337,6 +337,13 @@ class TestSums:
         student, target = pair()
         assert make_objective("0.1*cosine")(student, target).item() == pytest.approx(0.1 * Cosine()(student, target).item())
 
+    def test_the_kind_is_that_of_the_parts(self) -> None:
+        assert make_objective("feature_kl+cosine").kind == "embedding"
+        about = TargetInfo(name="r50", dim=10, kind="distribution")
+        assert make_objective("soft_ce+discriminator", about=about).kind == "distribution"
+        with pytest.raises(RequestError, match="objectives for distribution and embedding targets cannot be summed"):
+            Weighted([FeatureKL(), SoftCE()], [1, 1])
+
     def test_parts_remember_and_are_saved(self) -> None:
         total = make(SUM)
         assert set(total.state_dict()) == {"parts.2.queue", "parts.2.next"}

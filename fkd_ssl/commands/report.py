@@ -1,11 +1,11 @@
-"""One table of many evaluations: results.json of knn, linear and retrieve, mean and deviation over seeds.
+"""One table of many evaluations: results.json of knn, linear and retrieve, mean and standard deviation over seeds.
 
-Evaluations are of one row where model, protocol, images and size are the same. Of models that differ in a seed alone the
-name has it as seed0, seed-0 or seed_0: that part is put aside, and so is the --seed of an evaluation. A protocol that was
-departed from, as with --epochs, is another one. With --baseline NAME
-each row gets its difference to that model's under the same protocol, with the paired bootstrap's 90 % interval.
+A row has the evaluations of one model, protocol, image set and image size. Seeds share a row: seed0, seed-0 or seed_0 in the
+model's name, and the evaluation's --seed. A changed protocol, as with --epochs, has a row of its own. --baseline NAME adds the
+difference to that model under the same protocol, with the 90 % interval of a bootstrap over images and seeds, paired by seed.
 """
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -27,7 +27,7 @@ class Config:
     format: Literal["markdown", "csv", "latex"] = "markdown"
     """Of the table."""
     baseline: str | None = None
-    """A model of the table that the others are compared with."""
+    """A model in the table to compare the others with."""
     json: bool = False
     """Print one JSON object on standard output."""
 
@@ -40,7 +40,7 @@ def run(config: Config) -> int:
     if config.baseline is not None:
         compare(rows, config.baseline)
     if config.json:
-        shown = [{key: value for key, value in row.items() if key != "folders"} for row in rows]
+        shown = [{key: value for key, value in row.items() if key != "runs"} for row in rows]
         console.show_json({"kind": "report", "rows": shown})
         return 0
     console.show(FORMATS[config.format](cells(rows)))
@@ -71,16 +71,17 @@ def collect(folders: list[str]) -> list[tuple["Path", dict[str, Any]]]:
 
 
 def grouped(evaluations: list[tuple["Path", dict[str, Any]]]) -> list[dict[str, Any]]:
-    """A row for each model, protocol, images and size: `seeds` and of each measure its mean and standard deviation."""
+    """A row for each model, protocol, images and size: `seeds`, and mean and standard deviation of each measure.
+
+    `runs` has each run's seeds (of the model's name and of the evaluation) and its folder.
+    """
     import json
-    import re
     import statistics
 
     groups: dict[tuple[Any, ...], dict[tuple[Any, ...], tuple[Path, dict[str, Any]]]] = {}
     for folder, results in evaluations:
         data = results["data"]
-        name = (results["model"] or {}).get("name") or next(iter(data.values()))["source"]
-        model = re.sub(r"[-_./]?seed[-_]?\d+", "", name)
+        model = _SEED.sub("", _name(results))
         scored = data.get("val") or data.get("queries") or next(iter(data.values()))
         pixels = (results["transform"] or {}).get("centre_crop")
         key = (model, results["kind"], _protocol(results), scored["source"], scored["images"], pixels)
@@ -90,13 +91,27 @@ def grouped(evaluations: list[tuple["Path", dict[str, Any]]]) -> list[dict[str, 
     for (model, kind, protocol, source, images, pixels), evaluated in groups.items():
         members = list(evaluated.values())
         row = {"model": model, "kind": kind, "protocol": protocol, "data": source, "images": images, "pixels": pixels}
-        row |= {"seeds": len(members), "folders": [folder for folder, _ in members]}
+        row |= {"seeds": len(members), "runs": [(_seeds(results), folder) for folder, results in members]}
         for measure in ("top1", "top5", "map_at_r"):
             values = [results[measure] for _, results in members if measure in results]
             row[measure] = statistics.mean(values) if values else None
             row[f"{measure}_std"] = statistics.stdev(values) if len(values) > 1 else None
         rows.append(row)
     return rows
+
+
+_SEED = re.compile(r"[-_./]?seed[-_]?(\d+)")
+
+
+def _name(results: dict[str, Any]) -> str:
+    """The model's name, or that of the first set where features came from files."""
+    name: str = (results["model"] or {}).get("name") or next(iter(results["data"].values()))["source"]
+    return name
+
+
+def _seeds(results: dict[str, Any]) -> str:
+    """The seeds of a run in words: those in the model's name, and the evaluation's own."""
+    return ", ".join([*_SEED.findall(_name(results)), *([f"--seed {results['seed']}"] if results.get("seed") else [])])
 
 
 def _protocol(results: dict[str, Any]) -> str:
@@ -108,8 +123,10 @@ def _protocol(results: dict[str, Any]) -> str:
 def compare(rows: list[dict[str, Any]], baseline: str) -> None:
     """Adds `difference`, `low` and `high` in top-1 points to each row that the baseline has one for.
 
+    Runs are paired by their seeds.
+
     Raises:
-        RequestError: No row is the baseline's, or what is compared was not scored on the same images and as many seeds.
+        RequestError: No row is the baseline's, or the runs to compare differ in their seeds or images.
     """
     import numpy as np
 
@@ -126,14 +143,22 @@ def compare(rows: list[dict[str, Any]], baseline: str) -> None:
         other = base.get(tuple(row[key] for key in same))
         if other is None or other is row:
             continue
-        arms = [[results.read_correct(folder) for folder in part["folders"]] for part in (row, other)]
-        if {len(arm) for arm in arms} != {len(arms[0])} or len({len(one) for arm in arms for one in arm}) != 1:
+        own, its = (sorted(part["runs"]) for part in (row, other))
+        seeds, its_seeds = ([seed for seed, _ in runs] for runs in (own, its))
+        if seeds != its_seeds or len(set(seeds)) < len(seeds):
             raise RequestError(
-                f"--baseline {baseline}: {row['model']} has {row['seeds']} seeds and the baseline {other['seeds']}, or they "
-                f"were scored on other images ({row['protocol']}); compare as many of each on the same"
+                f"--baseline {baseline}: runs are paired by seed: {row['model']} has seeds {_listed(seeds)}, the baseline "
+                f"{_listed(its_seeds)} ({row['protocol']}); evaluate the same seeds of both, each once"
             )
+        arms = [[results.read_correct(folder) for _, folder in runs] for runs in (own, its)]
+        if len({len(correct) for arm in arms for correct in arm}) != 1:
+            raise RequestError(f"--baseline {baseline}: {row['model']} was scored on another number of images; use the same")
         difference, low, high = stats.paired_bootstrap(np.stack(arms[0]), np.stack(arms[1]))
         row |= {"difference": difference, "low": low, "high": high}
+
+
+def _listed(seeds: list[str]) -> str:
+    return " / ".join(seed or "none" for seed in seeds)
 
 
 def cells(rows: list[dict[str, Any]]) -> list[list[str]]:

@@ -1,7 +1,6 @@
 """What training asks of a loss."""
 
 from abc import abstractmethod
-from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ class Objective(nn.Module):
         kind: Of the targets.
     """
 
-    kind: ClassVar[Kind] = "embedding"
+    kind: Kind = "embedding"
 
     @abstractmethod
     def forward(self, student: Tensor, target: Tensor) -> Tensor:

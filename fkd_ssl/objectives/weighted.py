@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from fkd_ssl.errors import RequestError
 from fkd_ssl.objectives.objective import Objective
 
 
@@ -14,10 +15,17 @@ class Weighted(Objective):
     Args:
         parts: The objectives L.
         weights: Their positive weights w, as they are: the learning rate belongs to their sum.
+
+    Raises:
+        RequestError: The objectives are for different kinds of targets.
     """
 
     def __init__(self, parts: Sequence[Objective], weights: Sequence[float]) -> None:
         super().__init__()
+        kinds = sorted({part.kind for part in parts})
+        if len(kinds) != 1:
+            raise RequestError(f"objectives for {' and '.join(kinds)} targets cannot be summed; choose those of one kind")
+        self.kind = kinds[0]
         self.parts = nn.ModuleList(parts)
         self.weights = list(weights)
 

@@ -85,6 +85,26 @@ def test_a_baseline_is_compared_by_the_paired_bootstrap(folders: dict[str, list[
     assert "(+" in call("report r --baseline base").out
 
 
+def test_runs_are_paired_by_seed_and_not_by_their_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Any) -> None:
+    """Identical runs differ by nothing, also where their folders sort otherwise; of other seeds they are refused."""
+    monkeypatch.chdir(tmp_path)
+    right = {seed: list(range(4 * seed, 4 * seed + 4 + seed)) for seed in range(4)}
+    for seed in (0, 1, 2):
+        write(tmp_path / f"r/a{seed}", model=f"a-seed{seed}", right=right[seed])
+        write(tmp_path / f"r/b{9 - seed}", model=f"b-seed{seed}", right=right[seed])
+    row = json.loads(call("report r --baseline b --json").out)["rows"][0]
+    assert (row["difference"], row["low"], row["high"]) == (0, 0, 0)
+    write(tmp_path / "other/c0", model="c-seed0", right=right[0])
+    write(tmp_path / "other/c2", model="c-seed2", right=right[2])
+    write(tmp_path / "other/c3", model="c-seed3", right=right[3])
+    answer = call("report r other --baseline b")
+    assert (answer.status, answer.out) == (2, "")
+    assert "paired by seed: c has seeds 0 / 2 / 3, the baseline 0 / 1 / 2 (moco); evaluate the same seeds" in answer.err
+    write(tmp_path / "twice/a0", model="a-seed0", right=right[0], seed=1)
+    write(tmp_path / "twice/b0", model="b-seed0", right=right[0], seed=2)
+    assert "a has seeds 0, --seed 1, the baseline 0, --seed 2" in call("report twice --baseline b").err
+
+
 def test_what_is_refused(folders: dict[str, list[float]], call: Any, tmp_path: Path) -> None:
     write(tmp_path / "r/one", model="lone", right=[1])
     (tmp_path / "empty").mkdir()
@@ -95,7 +115,7 @@ def test_what_is_refused(folders: dict[str, list[float]], call: Any, tmp_path: P
         "report empty": "empty: no results.json of knn, linear, retrieve; evaluate with --out first",
         "report torn": "torn: not a finished run: results.json",
         "report r --baseline bse": "--baseline bse: no such model in the table; did you mean base?",
-        "report r --baseline lone": "3 seeds and the baseline 1",
+        "report r --baseline lone": "runs/a_b has seeds 0 / 1 / 2, the baseline none (moco)",
         "report": "folders",
     }.items():
         answer = call(line)

@@ -240,8 +240,8 @@ class TestRelabel:
 
     def test_maps_must_be_there_and_be_of_the_right_kind(self, call: Any, work: Path) -> None:
         answer = call(f"{self.LINE} --out run")
-        assert answer.status == 1
-        assert "maps" in answer.err
+        assert answer.status == 2
+        assert "maps: no label maps" in answer.err
         answer = call(f"{self.LINE.replace('--label_maps maps', '')} --out run")
         assert (answer.status, "--label_maps is needed" in answer.err) == (2, True)
         assert not (work / "run").exists()
