@@ -52,9 +52,10 @@ class Recipe(BlurSettings, ColourSettings, FlipSettings, BoxSettings):
             if not setting.metadata:
                 continue
             value, low, high = getattr(self, setting.name), setting.metadata["low"], setting.metadata["high"]
-            if isinstance(value, tuple) and not low <= value[0] <= value[1] <= high:
-                raise RequestError(f"recipe {self.name}: {setting.name} {value} is not a valid range in {low} to {high}")
-            if not isinstance(value, tuple) and not low <= value <= high:
+            if isinstance(setting.default, tuple):
+                if not low <= value[0] <= value[1] <= high:
+                    raise RequestError(f"recipe {self.name}: {setting.name} {value} is not a valid range in {low} to {high}")
+            elif not low <= value <= high:
                 raise RequestError(f"recipe {self.name}: {setting.name} {value} is not in {low} to {high}")
 
     def to_dict(self) -> dict[str, Any]:
@@ -63,9 +64,9 @@ class Recipe(BlurSettings, ColourSettings, FlipSettings, BoxSettings):
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Recipe":
-        """The recipe of `to_dict`; raises StoreError if the values are not a valid recipe."""
+        """The recipe of `to_dict`; a missing setting has its default. Raises StoreError if the values are not a recipe."""
         try:
-            pairs = {key: tuple(map(float, values[key])) for key in ("scale", "ratio", "sigma")}
+            pairs = {key: tuple(map(float, value)) for key, value in values.items() if isinstance(value, list)}
             if any(len(pair) != 2 for pair in pairs.values()):
                 raise ValueError("a range needs two numbers")
             if not isinstance(values["name"], str):

@@ -72,7 +72,7 @@ def test_colour_factors_beyond_opencvs_integers_are_refused():
     assert len(planned([noise(8, 8)], [record], 4)) == 1
 
 
-@pytest.mark.parametrize("change", [{"order": 24}, {"hue": np.nan}, {"flags": 16}])
+@pytest.mark.parametrize("change", [{"order": 24}, {"hue": np.nan}, {"flags": FLAGS + 1}])
 def test_invalid_records_are_refused(change):
     record = box_record(0, 0, 8, 8)
     for name, value in change.items():

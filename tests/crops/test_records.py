@@ -76,11 +76,11 @@ def test_well_formed():
             made[field] = value
         return made
 
-    for good in ({}, {"flags": 15, "order": 23}, {"hue": -0.5}, {"brightness": 0, "contrast": 16}, {"sigma": 64}):
+    for good in ({}, {"flags": FLAGS, "order": 23}, {"hue": -0.5}, {"brightness": 0, "contrast": 16}, {"sigma": 64}):
         assert well_formed(np.concatenate([record(), record(**good)])), good
     nan = float("nan")
     for bad in (
-        {"flags": 16}, {"flags": 255}, {"order": 24}, {"hue": 0.6}, {"hue": nan}, {"brightness": -1},
+        {"flags": FLAGS + 1}, {"flags": 255}, {"order": 24}, {"hue": 0.6}, {"hue": nan}, {"brightness": -1},
         {"contrast": nan}, {"saturation": 17},
         {"sigma": -1}, {"sigma": nan}, {"sigma": 65}, {"brightness": float("inf")},
     ):  # fmt: skip
