@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from fkd_ssl.crops import Records, centre, replay
-from fkd_ssl.errors import FkdError, ImageError, RequestError
+from fkd_ssl.errors import FkdError, ImageAccessError, ImageError, RequestError
 from fkd_ssl.eval.scores import Float32Array, Int64Array
 from fkd_ssl.images import ImageSet
 from fkd_ssl.progress import hidden
@@ -28,8 +28,8 @@ from fkd_ssl.progress import hidden
 Model = Callable[[torch.Tensor], torch.Tensor]
 """uint8 [B, 3, P, P] on the CPU -> float [B, D] on any device; it normalises and moves the pixels itself."""
 
-View = tuple[torch.Tensor, int] | ImageError  # an image's pixels and its index
-Batch = tuple[torch.Tensor, torch.Tensor] | ImageError
+View = tuple[torch.Tensor, int] | ImageError | ImageAccessError  # an image's pixels and its index
+Batch = tuple[torch.Tensor, torch.Tensor] | ImageError | ImageAccessError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,7 +90,8 @@ def extract(
 
     Raises:
         RequestError: The set is empty, or a number is below its least sensible value.
-        ImageError: An image cannot be read, and is not left out, or none can.
+        ImageAccessError: An image cannot be opened.
+        ImageError: An image is damaged, and is not left out, or all are.
         FkdError: The model returned no finite [B, D] tensor of floats.
     """
     features, rows = _extracted(
@@ -252,7 +253,7 @@ def load(
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Batches of views uint8 [B, 3, P, P] with their images' indices int64 [B]; `batches` lists the dataset's keys.
 
-    Raises ImageError for an image that cannot be read, unless these are left out.
+    Raises ImageAccessError for an image that cannot be opened, and ImageError for a damaged one, unless these are left out.
     """
     if workers < 0:
         raise RequestError(f"workers must not be negative, got {workers}")
@@ -268,7 +269,7 @@ def load(
     )
     batch: Batch
     for batch in loader:
-        if isinstance(batch, ImageError):  # carried by hand: the loader would wrap it in a traceback
+        if isinstance(batch, (ImageError, ImageAccessError)):  # carried by hand: the loader would wrap it in a traceback
             raise batch
         if len(batch[1]):
             yield batch
@@ -279,7 +280,7 @@ def view(images: ImageSet, index: int, pixels: int, cut: Callable[[int, int], Re
     try:
         pixels_in = images.read(index)
         return torch.from_numpy(replay(pixels_in, cut(*pixels_in.shape[:2]), pixels)[0]), index
-    except ImageError as error:
+    except (ImageError, ImageAccessError) as error:
         return error
 
 
@@ -301,9 +302,9 @@ class _Centred(Dataset[View]):
 def _collate(views: list[View], *, skip_unreadable: bool) -> Batch:
     pixels, indices = [], []
     for item in views:
-        if not isinstance(item, ImageError):
+        if isinstance(item, tuple):
             pixels.append(item[0])
             indices.append(item[1])
-        elif not skip_unreadable:
+        elif isinstance(item, ImageAccessError) or not skip_unreadable:
             return item
     return torch.stack(pixels) if pixels else torch.empty(0), torch.tensor(indices)

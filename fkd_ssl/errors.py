@@ -17,11 +17,19 @@ class RequestError(FkdError):
 
 
 class ImageError(FkdError):
-    """An image that cannot be read; the message names it."""
+    """An image whose bytes are damaged, changed or not an image; the message names it. `--on_unreadable skip` skips it."""
+
+
+class ImageAccessError(FkdError):
+    """An image that cannot be opened (missing, no permission, a failing disk): it may be sound, so it is never skipped."""
 
 
 class StoreError(FkdError):
     """A store that is missing, incomplete, foreign, newer, altered, or made from other images."""
+
+
+class StoreAccessError(StoreError):
+    """A part of a store that cannot be opened or listed (no permission, a failing disk): it may be sound."""
 
 
 class NotFoundError(StoreError, RequestError):

@@ -24,7 +24,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from fkd_ssl.errors import RequestError, StoreError
+from fkd_ssl.errors import RequestError, StoreAccessError, StoreError
 
 TEMPORARY = ".tmp-"
 _MAX_JSON = 8 * 2**20  # a shard's sidecar has 67 bytes an image; parsed, JSON takes up to 30 times its size
@@ -40,12 +40,45 @@ def sha256(data: bytes | memoryview) -> str:
 
 @contextmanager
 def open_plain(path: Path) -> Iterator[io.BufferedReader]:
-    """A file to read; raises StoreError where it is missing, cannot be read, or is a link, a pipe or a device."""
+    """A file to read.
+
+    Raises:
+        StoreError: The file is missing, or is a link, a pipe or a device.
+        StoreAccessError: The system does not let us read it.
+    """
     try:
         with os.fdopen(plain_descriptor(path), "rb") as file:
             yield file
     except OSError as error:
-        raise StoreError(f"{path}: cannot be read: {error.strerror}") from error
+        raise access_error(path, error) from error
+
+
+def access_error(path: Path, error: OSError) -> StoreError:
+    """The error for a file or folder of a store that cannot be opened: only a missing one is known to be lost."""
+    if error.errno in (errno.ENOENT, errno.ENOTDIR):
+        return StoreError(f"{path}: cannot be read: {error.strerror}")
+    return StoreAccessError(f"{path}: cannot be read: {error.strerror}; check its permissions and its disk")
+
+
+def exists(path: Path) -> bool:
+    """Whether a file of a store is there, links included; raises StoreAccessError if its folder does not let us know."""
+    try:
+        path.lstat()
+    except OSError as error:
+        if type(found := access_error(path, error)) is StoreAccessError:
+            raise found from error
+        return False
+    return True
+
+
+def names(folder: Path) -> set[str]:
+    """What a folder of a store holds, nothing if it is missing; raises StoreAccessError if it cannot be listed."""
+    try:
+        return set(os.listdir(folder))  # noqa: PTH208  (names, by the thousand)
+    except OSError as error:
+        if type(found := access_error(folder, error)) is StoreAccessError:
+            raise found from error
+        return set()
 
 
 def plain_descriptor(path: Path, flags: int = os.O_RDONLY) -> int:

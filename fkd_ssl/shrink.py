@@ -18,7 +18,7 @@ from fkd_ssl import files, progress
 from fkd_ssl.errors import FkdError, ImageError, RequestError
 from fkd_ssl.images import ImageSet, UInt8Array, decode, read_bytes, read_size
 
-_JPEG = frozenset({".jpg", ".jpeg"})
+_JPEG = frozenset({".jpg", ".jpeg", ".jpe", ".jfif"})
 _SAMPLED = 32  # images that are shrunk beforehand to tell how large the copy will be
 _AHEAD = 64  # images in work at a time
 
@@ -53,13 +53,16 @@ def _scaled(width: int, height: int, short_side: int) -> tuple[int, int]:
 
 
 def encode(image: UInt8Array, name: str, quality: int) -> bytes:
-    """The bytes of uint8 [H, W, 3] in the format of a file's suffix: JPEG with full colour resolution, others by Pillow."""
+    """The bytes of uint8 [H, W, 3] in the format of a file's suffix.
+
+    JPEG keeps full colour resolution; Pillow writes the other formats, GIF with 256 colours.
+    """
     suffix = Path(name).suffix.lower()
     if suffix in _JPEG:
         data: bytes = simplejpeg.encode_jpeg(np.ascontiguousarray(image), quality=quality, colorsubsampling="444")
         return data
     buffer = io.BytesIO()
-    options = {"quality": quality} if suffix == ".webp" else {}
+    options = {"quality": quality} if suffix in (".webp", ".avif") else {}
     Image.fromarray(image).save(buffer, format=Image.registered_extensions()[suffix], **options)
     return buffer.getvalue()
 
@@ -83,13 +86,14 @@ def shrink_set(
         folder: Of the copy; what is there already is kept if it is a readable image of the right size.
         short_side: Of the copies, in pixels.
         quality: Of JPEG and WebP.
-        skip_unreadable: Leave out images that cannot be read, instead of stopping.
+        skip_unreadable: Leave out damaged images instead of stopping.
         threads: That read, shrink and write.
         log: Takes lines for the user.
 
     Raises:
         RequestError: The copy would lie within the image set, or a setting is impossible.
-        ImageError: An image cannot be read, or is no image that this makes.
+        ImageAccessError: An image cannot be opened.
+        ImageError: An image is damaged, or a file of the copy is not one that this makes.
         FkdError: The disk cannot hold the copy.
     """
     if not 8 <= short_side <= 4096 or not 1 <= quality <= 100 or threads < 1:

@@ -1,6 +1,8 @@
 """Shared by all rooms: a folder of small smooth pictures, a tiny real network as teacher, and stores made of both."""
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +106,26 @@ def tiny_teacher() -> TinyTeacher:
 def new_teacher() -> Callable[..., TinyTeacher]:
     """new_teacher(seed=0, name="tiny") -> another such network."""
     return TinyTeacher
+
+
+@pytest.fixture
+def unprivileged(tmp_path: Path) -> Callable[[], AbstractContextManager[None]]:
+    """`with unprivileged():` takes the rights of an ordinary user, whom permissions bind."""
+
+    @contextmanager
+    def lower() -> Iterator[None]:
+        if os.geteuid() != 0:
+            yield
+            return
+        for folder in (tmp_path, *tmp_path.parents[:2]):
+            folder.chmod(folder.stat().st_mode | 0o011)  # pytest's own folders
+        os.seteuid(65534)
+        try:
+            yield
+        finally:
+            os.seteuid(0)
+
+    return lower
 
 
 @pytest.fixture

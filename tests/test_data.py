@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
 from PIL import Image
@@ -17,7 +18,7 @@ from torch.utils.data import DataLoader
 from fkd_ssl.crops import RECIPES, draw, replay
 from fkd_ssl.crops.device import CropPlan
 from fkd_ssl.data import Batch, Crops, FreshCrops, StoredCrops, memory, replay_on_device, scaled, start_worker, whole_batch
-from fkd_ssl.errors import ImageError, RequestError, StoreError
+from fkd_ssl.errors import ImageAccessError, ImageError, RequestError, StoreError
 from fkd_ssl.images import ImageSet, read_image, scan
 from fkd_ssl.shrink import shrink
 from fkd_ssl.store import Store
@@ -166,7 +167,7 @@ class TestStored:
     def test_an_image_that_vanishes_later_is_named(self, store: Store, own_folder: Path) -> None:
         data = StoredCrops(store, own_folder, pixels=8)
         (own_folder / "ash/001.jpg").unlink()
-        with pytest.raises(ImageError, match=r"ash/001\.jpg: cannot be read: No such file"):
+        with pytest.raises(ImageAccessError, match=r"ash/001\.jpg: cannot be read: No such file"):
             data[1]
 
     def test_an_image_of_another_size_in_bytes_is_refused(self, store: Store, own_folder: Path) -> None:
@@ -177,13 +178,37 @@ class TestStored:
             data[1]
         assert data[0]["path"] == "ash/000.jpg"
 
+    @pytest.mark.parametrize("suffix", ["bmp", "ppm", "tif", "jpg"])
+    def test_images_swapped_among_their_names_are_found(
+        self, make_store: MakeStore, tmp_path: Path, smooth: Callable[..., npt.NDArray[np.uint8]], suffix: str
+    ) -> None:
+        """Uncompressed images of one shape have the same number of bytes, and JPEGs may have it by chance."""
+        a, b = tmp_path / f"set/a.{suffix}", tmp_path / f"set/b.{suffix}"
+        a.parent.mkdir()
+        for k, path in enumerate((a, b)):
+            Image.fromarray(smooth(k, 40, 50)).save(path)
+        longest = max(a.stat().st_size, b.stat().st_size)
+        for path in (a, b):  # decoders ignore what follows a JPEG's end
+            path.write_bytes(path.read_bytes().ljust(longest, b"\0"))
+        store = make_store(tmp_path / "swapped", images=a.parent)
+        assert len(StoredCrops(store, a.parent, pixels=8)[1]["images"]) == 4
+        one, other = a.read_bytes(), b.read_bytes()
+        a.write_bytes(other)
+        b.write_bytes(one)
+        data = StoredCrops(store, a.parent, pixels=8)
+        for _ in range(2):  # again, if it is read again
+            with pytest.raises(ImageError, match=rf"a\.{suffix}: changed since .*: other content of the same {longest} bytes"):
+                data[0]
+        data = StoredCrops(store, a.parent, pixels=8, scale_boxes=True)  # other files by intention: nothing to compare
+        assert len(data[0]["images"]) == 4
+
     def test_a_smaller_image_of_the_same_bytes_is_refused(self, store: Store, own_folder: Path) -> None:
         path = own_folder / "ash/001.jpg"
         size = path.stat().st_size
         Image.new("RGB", (6, 6)).save(path)
         path.write_bytes(path.read_bytes().ljust(size, b"\0"))
         data = StoredCrops(store, own_folder, pixels=8)
-        with pytest.raises(ImageError, match=r"ash/001\.jpg: crop of .* lies outside an image of 6 x 6 pixels"):
+        with pytest.raises(ImageError, match=r"ash/001\.jpg: changed since the store was made: other content of the same"):
             data[1]
 
     def test_more_crops_than_are_stored_are_refused(self, store: Store, image_folder: Path) -> None:
@@ -322,19 +347,31 @@ class TestFresh:
 
 
 class TestUnreadable:
-    """A corrupt file and one that vanished, in the middle of a batch."""
+    """Two damaged files in the middle of a batch."""
 
     @pytest.fixture
     def spoilt(self, own_folder: Path) -> Path:
         (own_folder / "ash/002.jpg").write_bytes((own_folder / "ash/002.jpg").read_bytes()[:400])
-        (own_folder / "ash/004.jpg").unlink()
+        (own_folder / "ash/004.jpg").write_bytes(b"text")
         return own_folder
 
     def test_they_stop_by_default_and_are_named(self, own_folder: Path) -> None:
         images = scan(own_folder)
         (own_folder / "ash/004.jpg").unlink()
-        with pytest.raises(ImageError, match=r"ash/004\.jpg: cannot be read: No such file"):
+        with pytest.raises(ImageAccessError, match=r"ash/004\.jpg: cannot be read: No such file"):
             fresh(images).__getitems__([(0, 3), (0, 4)])
+
+    def test_one_that_cannot_be_opened_stops_though_others_are_skipped(
+        self, store: Store, own_folder: Path, images: ImageSet
+    ) -> None:
+        data = StoredCrops(store, own_folder, crops_per_image=2, pixels=24, skip_unreadable=True)
+        (own_folder / "ash/004.jpg").unlink()
+        for dataset in (data, fresh(scan(own_folder).subset([0, 1]), skip_unreadable=True)):
+            assert dataset[0]["path"] == "ash/000.jpg"
+        with pytest.raises(ImageAccessError, match=r"ash/004\.jpg: cannot be read: No such file"):
+            data.__getitems__([(0, 3), (0, 4)])
+        with pytest.raises(StoreError, match="lacks 1 of the 24 images"):
+            StoredCrops(store, own_folder, skip_unreadable=True)
 
     def test_skipped_ones_are_replaced_by_others_of_the_batch_with_their_targets(
         self, store: Store, image_folder: Path, spoilt: Path, images: ImageSet
@@ -350,7 +387,7 @@ class TestUnreadable:
         assert expected["unreadable"] == []
         first, second = found["unreadable"]
         assert "ash/002.jpg: changed since the store was made: 400 bytes now" in first
-        assert "ash/004.jpg: cannot be read" in second
+        assert "ash/004.jpg: changed since the store was made: 4 bytes now" in second
 
     def test_a_batch_of_none_but_unreadable_ones_stops(self, spoilt: Path, images: ImageSet) -> None:
         there = ImageSet(root=spoilt, **{k: v for k, v in images.__dict__.items() if k != "root"})

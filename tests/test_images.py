@@ -1,3 +1,4 @@
+import os
 import unicodedata
 from pathlib import Path
 
@@ -6,7 +7,7 @@ import pytest
 from PIL import Image
 
 from fkd_ssl import images
-from fkd_ssl.errors import ImageError, RequestError
+from fkd_ssl.errors import ImageAccessError, ImageError, RequestError
 
 COLOUR = (200, 80, 40)
 
@@ -40,8 +41,9 @@ def test_jpeg_matches_pillow_and_its_size_is_width_and_height(image_folder):
     assert pixels.flags.c_contiguous
 
 
-@pytest.mark.parametrize(("suffix", "tolerance"), [("jpg", 3), ("png", 0), ("bmp", 0), ("webp", 6), ("tif", 0), ("ppm", 0)])
-def test_formats(tmp_path, suffix, tolerance):
+@pytest.mark.parametrize("suffix", ["jpg", "jfif", "png", "bmp", "webp", "avif", "gif", "jp2", "tga", "tif", "ppm"])
+def test_formats(tmp_path, suffix):
+    tolerance = {"jpg": 3, "jfif": 3, "webp": 6, "avif": 6}.get(suffix, 0)
     pixels = images.read_image(save(tmp_path / f"a.{suffix}"))
     assert pixels.shape == (24, 32, 3)
     assert_near(pixels, COLOUR, tolerance)
@@ -84,6 +86,47 @@ def test_sixteen_bits_lose_the_low_byte(tmp_path):
     np.testing.assert_array_equal(pixels[..., 0], [[0, 0, 1, 1], [128, 156, 254, 255]])
     np.testing.assert_array_equal(pixels[..., 0], pixels[..., 2])
     assert images.read_size(file) == (4, 2)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "values", "expected"),
+    [
+        ("tif", np.array([[0, 1, 128, 255]], dtype=np.int32), [0, 1, 128, 255]),
+        ("tif", np.array([[0, 255, 256, 65535]], dtype=np.int32), [0, 0, 1, 255]),
+        ("pgm", np.array([[0, 100, 256, 65535]], dtype=np.uint16), [0, 0, 1, 255]),
+        ("pgm", np.array([[0, 0, 100, 255]], dtype=np.uint16), [0, 0, 0, 0]),  # the file says that its range is 16 bits
+        ("tif", np.array([[0, 100, 256, 65535]], dtype=np.uint16), [0, 0, 1, 255]),
+        ("tif", np.array([[0, 0.25, 0.5, 1]], dtype=np.float32), [0, 64, 128, 255]),
+        ("tif", np.array([[0, 1, 100.4, 255]], dtype=np.float32), [0, 1, 100, 255]),
+    ],
+)
+def test_greyscale_of_more_bits_keeps_its_range(tmp_path, suffix, values, expected):
+    pixels = images.read_image(save(tmp_path / f"deep.{suffix}", Image.fromarray(values)))
+    np.testing.assert_array_equal(pixels[0], np.repeat(np.array(expected)[:, None], 3, axis=1))
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        (np.array([[0, 70000]], dtype=np.int32), "integers from 0 to 70000; expected 0 to 255 or 0 to 65535"),
+        (np.array([[-1, 7]], dtype=np.int32), "integers from -1 to 7"),
+        (np.array([[0, 300]], dtype=np.float32), "float values from 0 to 300; expected 0 to 1 or 0 to 255"),
+        (np.array([[0, np.nan]], dtype=np.float32), "float values from nan to nan"),
+        (np.array([[0, np.inf]], dtype=np.float32), "float values from 0 to inf"),
+    ],
+)
+def test_values_of_no_known_range_are_refused(tmp_path, values, message):
+    with pytest.raises(ImageError, match=rf"deep\.tif: not a readable image: {message}"):
+        images.read_image(save(tmp_path / "deep.tif", Image.fromarray(values)))
+
+
+@pytest.mark.parametrize("compression", ["raw", "tiff_lzw"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_orientation_of_a_tiff_is_ignored_though_pillow_applies_it(tmp_path, compression, orientation, smooth):
+    pixels = smooth(0, 24, 32)
+    turned = save(tmp_path / "turned.tif", Image.fromarray(pixels), tiffinfo={0x0112: orientation}, compression=compression)
+    assert images.read_size(turned) == (32, 24)
+    np.testing.assert_array_equal(images.read_image(turned), pixels)
 
 
 def test_exif_orientation_is_ignored(tmp_path):
@@ -135,8 +178,23 @@ def test_no_picture_is_refused_by_both_readers(tmp_path, content, what):
 
 def test_missing_file_is_named(tmp_path):
     for read in (images.read_size, images.read_bytes, images.read_image):
-        with pytest.raises(ImageError, match=r"gone\.jpg: .*No such file"):
+        with pytest.raises(ImageAccessError, match=r"gone\.jpg: .*No such file"):
             read(tmp_path / "gone.jpg")
+
+
+def test_a_failing_disk_is_not_a_damaged_image(tmp_path):
+    """An image that may be sound must not count as unreadable: /proc/self/mem gives a real EIO."""
+    (tmp_path / "failing.jpg").symlink_to("/proc/self/mem")
+    for read in (images.read_size, images.read_bytes, images.read_image):
+        with pytest.raises(ImageAccessError, match=r"failing\.jpg: cannot be read: Input/output error"):
+            read(tmp_path / "failing.jpg")
+
+
+def test_a_pipe_is_refused_without_waiting_for_a_writer(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    for read in (images.read_size, images.read_bytes, images.read_image):
+        with pytest.raises(ImageAccessError, match=r"pipe\.jpg: not a regular file"):
+            read(tmp_path / "pipe.jpg")
 
 
 def test_error_message_is_one_line_without_source_positions(tmp_path):
@@ -217,7 +275,7 @@ def test_no_folder_is_refused(tmp_path):
 
 def test_folder_without_images_is_refused(tmp_path):
     touch(tmp_path, "a/notes.txt")
-    with pytest.raises(RequestError, match=r"no images in this folder \(looked for \.bmp"):
+    with pytest.raises(RequestError, match=r"no images in this folder \(looked for \.avif, \.bmp"):
         images.scan(tmp_path)
 
 
@@ -233,14 +291,48 @@ def test_two_spellings_of_one_name_are_refused(tmp_path):
     root = touch(tmp_path, "a/é.jpg", "a/" + unicodedata.normalize("NFD", "é") + ".jpg")
     if len(list((root / "a").iterdir())) == 1:
         pytest.skip("this file system normalises names")
-    with pytest.raises(RequestError, match="are one name in Unicode's NFC form; rename one"):
+    with pytest.raises(RequestError, match="2 names are the same in Unicode's NFC form as another one; rename these files"):
         images.scan(root)
 
 
-@pytest.mark.parametrize("name", ["line\nbreak.jpg", "bell\a.jpg", b"latin-\xe9.jpg".decode("utf-8", "surrogateescape")])
-def test_names_that_no_text_file_holds_are_refused(tmp_path, name):
-    with pytest.raises(RequestError, match="has characters that cannot be listed; rename it"):
+LATIN = b"latin-\xe9.jpg".decode("utf-8", "surrogateescape")
+
+
+@pytest.mark.parametrize(
+    "name", ["line\nbreak.jpg", "bell\a.jpg", "next\x85.jpg", "line\u2028.jpg", "paragraph\u2029.jpg", LATIN]
+)
+def test_names_that_a_line_cannot_hold_are_refused(tmp_path, name):
+    with pytest.raises(RequestError) as caught:
         images.scan(touch(tmp_path, name))
+    assert "1 names have control characters, line separators or bytes that are not UTF-8; rename these" in str(caught.value)
+    assert repr(name) in str(caught.value)
+
+
+def test_all_wrong_names_are_counted_and_the_first_ten_listed(tmp_path):
+    with pytest.raises(RequestError, match="12 names have control") as caught:
+        images.scan(touch(tmp_path, *(f"bell{k:02d}\a.jpg" for k in range(12)), "good.jpg"))
+    assert str(caught.value).count("bell") == 10
+    assert str(caught.value).endswith("and 2 more")
+
+
+@pytest.mark.parametrize("name", ["Screenshot at 9.41\u202fAM.jpg", "no\u00a0break.jpg", "zero\u200bwidth.jpg", "\ue000.jpg"])
+def test_other_spaces_and_formatting_characters_are_names_like_any(tmp_path, name):
+    assert images.scan(touch(tmp_path, name)).paths == [name]
+
+
+def test_files_with_other_suffixes_are_counted(tmp_path):
+    names = ["a.avif", "b.GIF", "c.jfif", "x/d.heic", "x/e.HEIC", "notes.txt", "LICENCE", ".hidden.heic"]
+    found = images.scan(touch(tmp_path, *names))
+    assert found.paths == ["a.avif", "b.GIF", "c.jfif"]
+    assert found.left_out == {".heic": 2, ".txt": 1, "": 1}
+    with pytest.raises(RequestError, match=r"files of other kinds: 2 \.heic"):
+        images.scan(tmp_path / "x")
+
+
+def test_a_format_that_this_pillow_lacks_stops_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr("PIL.features.check", lambda feature: feature != "avif")
+    with pytest.raises(RequestError, match=r"this Pillow was built without \.avif"):
+        images.scan(touch(tmp_path, "a.avif", "b.webp"))
 
 
 def test_subset_keeps_classes_and_order(image_folder):

@@ -21,7 +21,7 @@ class Config:
     quality: int = 95
     """Of JPEG and WebP files; colours are kept at full resolution."""
     on_unreadable: Literal["stop", "skip"] = "stop"
-    """What to do about an image that cannot be read: stop and name it, or leave it out and go on."""
+    """What to do about a damaged image: stop and name it, or leave it out and go on."""
     threads: int | None = None
     """Threads that read, shrink and write; the number of processors, at most 16, by default."""
     json: bool = False

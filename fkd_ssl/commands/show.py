@@ -4,12 +4,14 @@ The sheet is a PNG. Neighbours are crops of other images whose stored targets ar
 alike.
 """
 
+import unicodedata
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fkd_ssl.errors import RequestError
+from fkd_ssl.errors import RequestError, StoreError
 
 if TYPE_CHECKING:
+    from fkd_ssl.images import UInt8Array
     from fkd_ssl.sheet import Picture
     from fkd_ssl.store import Store
     from fkd_ssl.store.nearest import Neighbour
@@ -69,13 +71,11 @@ def run(config: Config) -> int:
 
 def sheet_of(config: Config, store: "Store") -> tuple[bytes, str]:
     """The sheet as PNG, and what it shows."""
-    from pathlib import Path
-
     from tqdm import tqdm
 
     from fkd_ssl import sheet
     from fkd_ssl.crops import replay
-    from fkd_ssl.images import read_image
+    from fkd_ssl.images import scan
     from fkd_ssl.progress import hidden
     from fkd_ssl.store.nearest import nearest
 
@@ -83,7 +83,9 @@ def sheet_of(config: Config, store: "Store") -> tuple[bytes, str]:
     if count > store.crops_per_image:
         raise RequestError(f"crops {count}: {store.folder} holds {store.crops_per_image} crops of each image")
     row = _row(store, config.image)
-    image, records = read_image(Path(config.images, config.image)), store.crops(row, slice(0, count))
+    images = scan(config.images)
+    index = {name: k for k, name in enumerate(images.paths)}
+    image, records = images.read(_index(index, store.paths[row], config)), store.crops(row, slice(0, count))
     crops = [
         sheet.Picture(pixels=view.transpose(1, 2, 0), caption=sheet.describe(record))
         for view, record in zip(replay(image, records, config.pixels), records, strict=True)
@@ -98,7 +100,9 @@ def sheet_of(config: Config, store: "Store") -> tuple[bytes, str]:
                 without=row, done=bar.update,
             )  # fmt: skip
         for line, neighbours in zip(near, found, strict=False):  # a training may have recorded fewer crops than are shown
-            line += [_picture(store, config, neighbour) for neighbour in neighbours]
+            for neighbour in neighbours:
+                pixels = images.read(_index(index, store.paths[neighbour.row], config))
+                line.append(_picture(store, pixels, config.pixels, neighbour))
         title += f", and the nearest of {len(column.rows) - 1:,} other images to {column.name}"
     return sheet.draw(image, records, crops, near, title), title
 
@@ -107,7 +111,7 @@ def _row(store: "Store", image: str) -> int:
     """The row of an image that is named, and that can be shown."""
     import difflib
 
-    names = list(store.paths)
+    names, image = list(store.paths), unicodedata.normalize("NFC", image)
     if image not in names:
         near = difflib.get_close_matches(image, names[:100_000], n=1, cutoff=0.5)
         nearest = f"; did you mean {near[0]}?" if near else f"; {store.folder / 'images.txt'} lists them"
@@ -118,15 +122,21 @@ def _row(store: "Store", image: str) -> int:
     return row
 
 
-def _picture(store: "Store", config: Config, neighbour: "Neighbour") -> "Picture":
-    """A neighbour as it is shown."""
-    from pathlib import Path
+def _index(index: "dict[str, int]", name: str, config: Config) -> int:
+    """The index of an image of the store in the folder."""
+    if name not in index:
+        raise StoreError(
+            f"{config.images}: lacks {name!r}, an image of {config.store}: give the folder that the store was made from"
+        )
+    return index[name]
 
+
+def _picture(store: "Store", image: "UInt8Array", pixels: int, neighbour: "Neighbour") -> "Picture":
+    """A neighbour as it is shown."""
     from fkd_ssl.crops import replay
-    from fkd_ssl.images import read_image
     from fkd_ssl.sheet import Picture
 
     path = store.paths[neighbour.row]
     record = store.crops(neighbour.row, slice(neighbour.crop, neighbour.crop + 1))
-    view = replay(read_image(Path(config.images, path)), record, config.pixels)[0]
+    view = replay(image, record, pixels)[0]
     return Picture(pixels=view.transpose(1, 2, 0), caption=f"{neighbour.cosine:.3f}\n{path.rpartition('/')[2][:18]}")

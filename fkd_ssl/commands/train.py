@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fkd_ssl.errors import ImageError, RequestError
+from fkd_ssl.errors import ImageAccessError, ImageError, RequestError
 from fkd_ssl.training.config import TrainConfig as Config
 
 if TYPE_CHECKING:
@@ -332,7 +332,7 @@ def _classified(config: Config, folder: Path) -> dict[str, float]:
         found = classify.evaluate(
             student, scan(config.val), pixels=config.pixels, classes=student.dims[0], workers=config.workers, progress=False
         )
-    except (RequestError, ImageError) as error:
+    except (RequestError, ImageError, ImageAccessError) as error:
         console.say(f"note: no top-1 of the student's own classes: {error}")
         return {}
     return {key: found[key] for key in ("top1", "top5")}

@@ -69,8 +69,9 @@ class Crops(Dataset[Batch]):
             a CropPlan in the place of each tensor of crops, which `replay_on_device` turns into them.
 
         Raises:
-            ImageError: An image is missing, unreadable or changed, and they are not skipped, or no image of the batch
-                could be read; the message names it.
+            ImageAccessError: An image cannot be opened; the message names it.
+            ImageError: An image is damaged or changed, and such images are not skipped, or no image of the batch could be
+                read; the message names it.
         """
         pairs = [index if isinstance(index, tuple) else (0, index) for index in indices]
         pixels = (Planned if self.decode_only else Replayed)(len(pairs), self.crops_per_image, self.sides)

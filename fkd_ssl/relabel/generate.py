@@ -21,7 +21,7 @@ from tqdm import tqdm
 from fkd_ssl import files
 from fkd_ssl.crops import box_record, probe_digest, replay
 from fkd_ssl.errors import FkdError, ImageError, RequestError
-from fkd_ssl.images import ImageSet, UInt8Array, decode, read_bytes, read_size
+from fkd_ssl.images import ImageSet, UInt8Array, decode, read_bytes
 from fkd_ssl.progress import hidden
 from fkd_ssl.relabel import layout
 from fkd_ssl.store import work
@@ -231,7 +231,7 @@ def _create(folder: Path, images: ImageSet, wanted: layout.Manifest, *, progress
     bar = tqdm(range(len(images)), desc="image headers", unit="img", disable=hidden(show=progress and len(images) >= 2000))
     for row in bar:
         try:
-            sizes[row] = (images.file(row).stat().st_size, *read_size(images.file(row)))
+            sizes[row] = images.size(row)
         except ImageError as error:
             raise ImageError(f"{error}; mend or remove it") from error
     (folder / layout.MAPS).mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,6 @@ the largest first, each with a sidecar NNNNN.json of its sha256. numpy.load read
 Legend: `K` classes, `k` of them kept at each of `h` x `w` places.
 """
 
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -98,7 +97,7 @@ def read_manifest(folder: Path) -> Manifest:
         StoreError: This version does not read them, or they are damaged.
     """
     path = folder / MANIFEST
-    if not os.path.lexists(path):
+    if not files.exists(path):
         what = "no such folder" if not folder.is_dir() else f"no {MANIFEST} in it"
         raise NotFoundError(f"{folder}: no label maps ({what}); make them with fkd-ssl label-maps")
     values = files.read_json(path)

@@ -1,7 +1,6 @@
 """The manifest and the image list of a store: written once, never rewritten."""
 
 import hashlib
-import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from tqdm import tqdm
 from fkd_ssl import files
 from fkd_ssl.crops import Recipe
 from fkd_ssl.errors import ImageError, NotFoundError, RequestError, StoreError
-from fkd_ssl.images import ImageSet, read_size
+from fkd_ssl.images import ImageSet
 from fkd_ssl.progress import hidden
 
 FORMAT = "fkd_ssl store"
@@ -102,7 +101,7 @@ def read_manifest(folder: Path) -> Manifest:
         StoreError: This version does not read it, or it is damaged.
     """
     path = folder / MANIFEST
-    if not os.path.lexists(path):
+    if not files.exists(path):
         what = "no such folder" if not folder.is_dir() else f"no {MANIFEST} in it"
         raise NotFoundError(f"{folder}: not a store ({what}); make one with fkd-ssl precompute")
     values = files.read_json(path)
@@ -178,7 +177,8 @@ def create(
 
     Raises:
         RequestError: The folder holds something else.
-        ImageError: A header cannot be read, unless `skip_unreadable`.
+        ImageAccessError: An image cannot be opened.
+        ImageError: A header is damaged, unless `skip_unreadable`.
     """
     if folder.exists() and not folder.is_dir():
         raise RequestError(f"{folder}: is a file, no folder for a store; choose another name")
@@ -194,7 +194,7 @@ def create(
         range(len(images)), desc="image headers", unit="img", disable=hidden(show=progress and len(images) >= 2000)
     ):
         try:
-            sizes[row] = (images.file(row).stat().st_size, *read_size(images.file(row)))
+            sizes[row] = images.size(row)
         except ImageError as error:
             if not skip_unreadable:
                 raise ImageError(f"{error}; {advice}") from error

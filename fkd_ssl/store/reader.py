@@ -1,6 +1,5 @@
 """Reading a store: crop records and decoded targets by row; nothing that is read is trusted."""
 
-import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ _MAX_DIM = 65536
 _TEACHERS = "teacher-"  # what the arrays that a teacher brings begin with
 _MAX_NUMBER = 2.0**53
 MAX_ARRAY = 2**28  # bytes of an array that a teacher brings; a codec's have no more
-_SHA256 = re.compile("[0-9a-f]{64}")
+_SHA256, _HEX = re.compile("[0-9a-f]{64}"), re.compile("[0-9a-f]*")
 # a sidecar of crops as it is spelled: to see which of a million rows were skipped, a million checksums are not parsed
 _CROPS_SIDECAR = re.compile(
     rb'\{"file":"[0-9a-f]{64}","images":\[(?P<images>[0-9a-f",]*+)\],"sha256":"(?P<sha256>[0-9a-f]{64})",'
@@ -175,13 +174,13 @@ class Column:
     @cached_property
     def missing_shards(self) -> list[int]:
         """Shards without all their codes or without crops, as the folder stood when this was first asked."""
-        there, crops = set(os.listdir(self.folder)), self.store.shards_with_crops()  # noqa: PTH208  (names, by the thousand)
+        there, crops = files.names(self.folder), self.store.shards_with_crops()
         return [s for s in range(self.store.manifest.shards) if f"codes-{s:05d}.json" not in there or s not in crops]
 
     @cached_property
     def prefixes(self) -> set[int]:
         """Missing shards that were recorded in part; `counts` says how much of each."""
-        there = set(os.listdir(self.folder))  # noqa: PTH208  (names, by the thousand)
+        there = files.names(self.folder)
         return {s for s in self.missing_shards if f"prefix-{s:05d}.json" in there and self.store.has_crops(s)}
 
     def counts(self, shard: int) -> npt.NDArray[np.int64]:
@@ -254,9 +253,9 @@ class Column:
         """Where a shard's codes lie; raises StoreError where there are none."""
         path = layout.codes_file(self.store.folder, self.name, shard)
         prefix = layout.prefix_file(self.store.folder, self.name, shard)
-        if os.path.lexists(path.with_suffix(".json")):
+        if files.exists(path.with_suffix(".json")):
             return path
-        if os.path.lexists(prefix.with_suffix(".json")):
+        if files.exists(prefix.with_suffix(".json")):
             return prefix
         raise StoreError(f"{path}: this shard is not finished; run the same fkd-ssl precompute again")
 
@@ -309,13 +308,10 @@ class Store:
     @property
     def teachers(self) -> list[str]:
         """Names of the columns."""
-        try:
-            with os.scandir(self.folder / layout.TARGETS) as entries:
-                folders = [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
-        except OSError:
-            return []
-        named = [name for name in folders if layout.COLUMN_NAME.fullmatch(name)]
-        return sorted(name for name in named if os.path.lexists(self.folder / layout.TARGETS / name / "meta.json"))
+        targets = self.folder / layout.TARGETS
+        named = [name for name in files.names(targets) if layout.COLUMN_NAME.fullmatch(name)]
+        folders = [targets / name for name in named if (targets / name).is_dir() and not (targets / name).is_symlink()]
+        return sorted(folder.name for folder in folders if files.exists(folder / "meta.json"))
 
     @cached_property
     def rows(self) -> npt.NDArray[np.int64]:
@@ -331,15 +327,12 @@ class Store:
 
     def shards_with_crops(self) -> set[int]:
         """Shards whose crops are finished, as the folder stands now: one listing, however many there are."""
-        try:
-            there = set(os.listdir(self.folder / layout.CROPS))  # noqa: PTH208  (names, by the thousand)
-        except OSError:
-            return set()
+        there = files.names(self.folder / layout.CROPS)
         return {shard for shard in range(self.manifest.shards) if f"{shard:05d}.json" in there}
 
     def has_crops(self, shard: int) -> bool:
         """Whether a shard's crops are finished."""
-        return os.path.lexists(layout.crops_file(self.folder, shard).with_suffix(".json"))
+        return files.exists(layout.crops_file(self.folder, shard).with_suffix(".json"))
 
     def crops_sidecar(self, shard: int) -> dict[str, Any]:
         """The sidecar of a shard's crops: `file`, `images` (sha256 of each), `skipped` (rows)."""
@@ -363,6 +356,16 @@ class Store:
                 return skipped
         whole: list[int] = self.crops_sidecar(shard)["skipped"]  # or what is wrong with it
         return whole
+
+    def image_checksums(self, shard: int) -> UInt8Array:
+        """sha256 of a shard's images as uint8 [rows, 32], zeros for those skipped as unreadable."""
+        path, rows = layout.crops_file(self.folder, shard).with_suffix(".json"), self.manifest.shard_rows(shard)
+        match = files.match_signed(path, _CROPS_SIDECAR)
+        listed = match["images"].decode().replace('"', "").split(",") if match else self.crops_sidecar(shard)["images"]
+        digits = "".join(checksum or "0" * 64 for checksum in listed)
+        if len(listed) != len(rows) or not all(len(checksum) in (0, 64) for checksum in listed) or not _HEX.fullmatch(digits):
+            raise StoreError(f"{path}: expected {len(rows)} sha256 of images; the file is damaged")
+        return np.frombuffer(bytes.fromhex(digits), dtype=np.uint8).reshape(-1, 32)
 
     def crops(self, row: int, index: Index) -> Records:
         """Crop records [m] of the crops `index` of a row, read-only."""

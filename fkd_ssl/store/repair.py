@@ -11,8 +11,8 @@ import numpy as np
 
 from fkd_ssl import files
 from fkd_ssl.crops import IMPORTED
-from fkd_ssl.errors import ImageError, RequestError, StoreError
-from fkd_ssl.images import ImageSet, read_size
+from fkd_ssl.errors import ImageError, RequestError, StoreAccessError, StoreError
+from fkd_ssl.images import ImageSet
 from fkd_ssl.store import manifest as layout
 from fkd_ssl.store.codecs import Float32Array
 from fkd_ssl.store.columns import Request, train_columns
@@ -41,7 +41,7 @@ def repair_lists(folder: Path, images: ImageSet, log: Log) -> None:
         sizes = np.zeros(len(images), dtype=layout.SIZE_DTYPE)
         for row in range(len(images)):
             with suppress(ImageError):  # zeros for one that was skipped; for another the digest will differ
-                sizes[row] = (images.file(row).stat().st_size, *read_size(images.file(row)))
+                sizes[row] = images.size(row)
         header = files.npy_header(sizes.dtype, sizes.shape)
         _replace(folder / layout.SIZES, header + sizes.tobytes(), manifest.sizes_sha256, log)
 
@@ -222,5 +222,7 @@ def _remove(path: Path) -> None:
 def _digest(path: Path) -> str | None:
     try:
         return files.sha256_file(path)
+    except StoreAccessError:
+        raise
     except StoreError:
         return None

@@ -98,10 +98,7 @@ class RowReader:
         if expected is None and self.skip_unreadable and not size["width"]:  # its header was unreadable
             return Row(views=views, checksum="")
         path = self.images.file(row)
-        try:
-            data = read_bytes(path)
-        except ImageError as error:  # no damaged picture, since its header was read: a file or a mount that is gone
-            raise ImageError(f"{error}; it was there when the store was made: restore it, or mount its folder again") from error
+        data = read_bytes(path)
         checksum = files.sha256(data)
         if expected is not None and checksum != expected:
             raise FkdError(f"{path}: changed since the store's crops were made; restore it or make another store")

@@ -1,7 +1,6 @@
 """Verify: that a store is whole and right, file by file, and that its targets are still what the teacher says."""
 
 import functools
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -15,7 +14,7 @@ from tqdm import tqdm
 
 from fkd_ssl import files
 from fkd_ssl.crops import CROP_DTYPE, Records, probe_digest, replay, well_formed
-from fkd_ssl.errors import FkdError, ImageError, RequestError, StoreError
+from fkd_ssl.errors import FkdError, ImageAccessError, RequestError, StoreAccessError, StoreError
 from fkd_ssl.images import ImageSet, decode, read_bytes
 from fkd_ssl.store import manifest as layout
 from fkd_ssl.store.reader import Column, Store
@@ -32,10 +31,10 @@ _ENOUGH = 16  # crops whose mean cosine says something
 class Damage:
     """A part of a store that is missing or not what its checksum says."""
 
-    kind: Literal["crops", "codes", "array"]
-    """Crop records of a shard, codes of a shard, or an array of a column."""
+    kind: Literal["crops", "codes", "array", "access"]
+    """Crop records of a shard, codes of a shard, an array of a column, or what cannot be opened and may be sound."""
     shard: int | None = None
-    """Of crops and codes."""
+    """Of crops, of codes, and of what cannot be opened."""
     column: str | None = None
     """Of codes and arrays."""
 
@@ -105,12 +104,13 @@ def verify(
             pool.map(functools.partial(_check_shard, store, columns), shards), total=len(shards), desc="verify shards"
         ):
             report.merge(part)
-        sound = [shard for shard in shards if Damage(kind="crops", shard=shard) not in report.damage]
+        bad = {damage.shard for damage in report.damage if damage.kind in ("crops", "access")}
+        sound = [shard for shard in shards if shard not in bad]
         changed = set() if images is None else _check_images(store, images, sound, pool, report)
     if teacher is not None:
         if images is None:
             raise RequestError("--teacher needs --images: crops are replayed from them")
-        if not any(d.kind == "array" for d in report.damage):
+        if not any(d.kind == "array" or (d.kind == "access" and d.column) for d in report.damage):
             column = store.column(name)
             whole = [s for s in sound if Damage(kind="codes", shard=s, column=column.name) not in report.damage]
             _check_targets(column, images, teacher, sample, set(whole), changed, report)
@@ -128,9 +128,12 @@ def check_files(store: Store, column: Column) -> None:
 
 def _columns(store: Store, report: Report) -> Iterator[Column]:
     for name in store.teachers:
-        damage = Damage(kind="array", column=name)
+        damage, sound = Damage(kind="array", column=name), Damage(kind="access", column=name)
         try:
             column = store.column(name)
+        except StoreAccessError as error:
+            report.add(str(error), sound)
+            continue
         except StoreError as error:
             report.add(f"{error}; if there is no copy, verify --repair with the teacher of column {name} tries it", damage)
             continue
@@ -139,7 +142,7 @@ def _columns(store: Store, report: Report) -> Iterator[Column]:
             try:
                 column.array(array)
             except StoreError as error:
-                report.add(str(error), damage)
+                report.add(str(error), sound if isinstance(error, StoreAccessError) else damage)
         with suppress(StoreError):  # a damaged sidecar, which is found with its shard
             if column.prefixes:
                 report.notes.append(f"{column.folder}: {column.in_part}")
@@ -166,7 +169,7 @@ def _without_meta(store: Store) -> list[Path]:
     return [
         path
         for path in folders
-        if not os.path.lexists(path / "meta.json") and any(entry.name.startswith("codes-") for entry in path.iterdir())
+        if not files.exists(path / "meta.json") and any(entry.startswith("codes-") for entry in files.names(path))
     ]
 
 
@@ -176,9 +179,11 @@ def _again(error: StoreError | str, path: Path, shard: int) -> str:
 
 def _check_shard(store: Store, columns: Sequence[Column], shard: int) -> Report:
     report = Report()
-    _check_crops(store, shard, report)
-    for column in columns:
-        _check_codes(column, shard, report)
+    for check in (functools.partial(_check_crops, store), *(functools.partial(_check_codes, column) for column in columns)):
+        try:
+            check(shard, report)
+        except StoreAccessError as error:  # it may be sound: nothing to delete or to make again
+            report.add(f"shard {shard}: {error}", Damage(kind="access", shard=shard))
     return report
 
 
@@ -193,6 +198,8 @@ def _check_crops(store: Store, shard: int, report: Report) -> None:
         sidecar = store.crops_sidecar(shard)
         records = files.map_npy(path, CROP_DTYPE, (len(rows), store.crops_per_image))
         digest = files.sha256_file(path)
+    except StoreAccessError:
+        raise
     except StoreError as error:
         report.add(_again(error, path, shard), damage)
         return
@@ -232,6 +239,8 @@ def _check_codes(column: Column, shard: int, report: Report) -> None:
     m, damage = column.store.manifest, Damage(kind="codes", shard=shard, column=column.name)
     try:
         path = column.file(shard)
+    except StoreAccessError:
+        raise
     except StoreError:
         path = layout.codes_file(column.store.folder, column.name, shard)
         report.add(f"{path}: missing: run the same precompute again to finish the column {column.name}", damage)
@@ -241,6 +250,8 @@ def _check_codes(column: Column, shard: int, report: Report) -> None:
         crops = max(_lengths(column, shard))
         files.map_npy(path, np.dtype(np.uint8), (len(m.shard_rows(shard)), crops, column.meta.code_size))
         digest = files.sha256_file(path)
+    except StoreAccessError:
+        raise
     except StoreError as error:
         report.add(_again(error, path, shard), damage)
         return
@@ -276,8 +287,8 @@ def _check_images(store: Store, images: ImageSet, shards: Sequence[int], pool: T
         file = images.file(where[store.paths[row]])
         try:
             found = files.sha256(read_bytes(file)) if checksum else ""
-        except ImageError as error:
-            return f"row {row}: {error}; restore it"
+        except ImageAccessError as error:
+            return f"row {row}: {error}"
         return None if found == checksum else (
             f"row {row}: {file}: changed since its crops were made; restore it or make another store"
         )  # fmt: skip

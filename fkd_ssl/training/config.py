@@ -118,7 +118,7 @@ class TrainConfig:
     device_crops: bool = False
     """Workers only decode, and the GPU makes the crops: for few processors beside a fast GPU. The pixels are the same."""
     on_unreadable: Literal["stop", "skip"] = "stop"
-    """What to do about an image that cannot be read: stop and name it, or train on another one of its batch and count it."""
+    """What to do about a damaged or changed image: stop and name it, or train on another one of its batch and count it."""
     val: str | None = None
     """Folder of labelled test images for kNN during training."""
     knn_every: float = 5

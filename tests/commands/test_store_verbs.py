@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -255,6 +256,18 @@ class TestShow:
         assert (again.status, "sheet.png: exists" in again.err) == (2, True)
         assert Path("sheet.png").read_bytes() == before
 
+    def test_a_name_in_another_unicode_form_is_found(self, work: Path, call: Any) -> None:
+        """macOS stores names in NFD; the store lists them in NFC, and a shell may complete either."""
+        decomposed = unicodedata.normalize("NFD", "café.png")
+        for path in Path("train").glob("*/0.png"):
+            path.rename(path.with_name(decomposed))
+        line = "precompute --images train --store other --teacher own_teacher:make --crops 4 --chunk_size 16"
+        assert call(line).status == 0
+        show = "show other --images train --neighbours 3 --out {}.png --image ash/{}"
+        assert call(show.format("nfc", "café.png")).status == 0
+        assert call(show.format("nfd", decomposed)).status == 0
+        assert Path("nfc.png").read_bytes() == Path("nfd.png").read_bytes()
+
     def test_without_neighbours_no_teacher_is_needed(self, work: Path, call: Any) -> None:
         shutil.rmtree("store/targets")
         assert call(f"{self.LINE} --neighbours 0 --out other.png").status == 0
@@ -269,6 +282,7 @@ class TestShow:
             ("--among 5", "crops 5: store holds 4"),
             ("--teacher other", "no targets of 'other'"),
             ("--images nowhere", "nowhere: no such folder of images"),
+            ("--images val", "val: lacks 'ash/4.png', an image of store: give the folder that the store was made from"),
         ],
     )
     def test_what_is_refused(self, work: Path, call: Any, change: str, message: str) -> None:

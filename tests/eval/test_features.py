@@ -132,7 +132,7 @@ def test_what_is_no_feature_is_named(make_set, kind: str, message: str) -> None:
 def test_a_broken_image_is_named_without_a_traceback(make_set, workers: int) -> None:
     found = make_set("train", per_class=1)
     found.file(2).write_bytes(b"no picture")
-    with pytest.raises(ImageError, match=r"red/0\.png: not a readable image: no known image format$") as error:
+    with pytest.raises(ImageError, match=r"red/0\.png: not a readable image: unknown image format$") as error:
         features.extract(flat, found, pixels=8, workers=workers, progress=False)
     assert "Traceback" not in str(error.value)
 

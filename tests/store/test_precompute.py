@@ -12,7 +12,7 @@ from PIL import Image
 
 from fkd_ssl import files, images
 from fkd_ssl.crops import CROP_DTYPE, RECIPES, replay
-from fkd_ssl.errors import FkdError, ImageError, RequestError, StoreError
+from fkd_ssl.errors import FkdError, ImageAccessError, ImageError, RequestError, StoreError
 from fkd_ssl.store import manifest, open_store
 from fkd_ssl.store.precompute import gigabytes, precompute
 from fkd_ssl.store.subset import subset
@@ -376,6 +376,17 @@ def test_an_unreadable_image_stops_or_is_skipped(
     before = tree(tmp_path / "store")
     make_store(tmp_path / "store", images=pictures)  # what is there needs no flag
     assert tree(tmp_path / "store") == before
+
+
+@pytest.mark.parametrize("target", ["gone.jpg", "/proc/self/mem"], ids=["missing", "failing disk"])
+def test_an_image_that_cannot_be_opened_always_stops(tmp_path, make_store, pictures, target):
+    """It may be sound, so it must not be left out of the store for ever."""
+    picture = pictures / "birch" / "002.jpg"
+    picture.unlink()
+    picture.symlink_to(target)
+    with pytest.raises(ImageAccessError, match=r"birch/002\.jpg: cannot be read: (No such file|Input/output error)"):
+        make_store(tmp_path / "store", images=pictures, skip_unreadable=True)
+    assert not (tmp_path / "store" / manifest.MANIFEST).exists()
 
 
 def test_no_image_at_all_can_be_read(tmp_path, make_store, pictures):

@@ -7,7 +7,7 @@ import pytest
 
 from fkd_ssl import images
 from fkd_ssl.crops import RECIPES
-from fkd_ssl.errors import ImageError, RequestError
+from fkd_ssl.errors import ImageAccessError, ImageError, RequestError
 from fkd_ssl.store import manifest, open_store, rows, work
 from fkd_ssl.store.precompute import Share, precompute
 from fkd_ssl.store.verify import verify
@@ -243,7 +243,7 @@ def test_a_folder_that_vanishes_is_no_reason_to_skip(tmp_path, pictures, new_tea
         return real(views)
 
     teacher.embed = embed
-    with pytest.raises(ImageError, match=r"No such file or directory; it was there when the store was made: restore it, or"):
+    with pytest.raises(ImageAccessError, match=r"No such file or directory; restore the file, its permissions or its disk"):
         make(tmp_path / "store", pictures, teacher, skip_unreadable=True)
     pictures.with_name("away").rename(pictures)
     make(tmp_path / "store", pictures, new_teacher(), skip_unreadable=True)

@@ -1,3 +1,4 @@
+import re
 import shutil
 from pathlib import Path
 
@@ -7,10 +8,12 @@ import torch
 
 from fkd_ssl import files, images
 from fkd_ssl.crops import RECIPES, box_record, probe_digest
-from fkd_ssl.errors import FkdError, ImageError, RequestError, StoreError
+from fkd_ssl.data import StoredCrops
+from fkd_ssl.errors import FkdError, ImageError, RequestError, StoreAccessError, StoreError
 from fkd_ssl.store import manifest, open_store
 from fkd_ssl.store import verify as verifying
 from fkd_ssl.store.precompute import precompute
+from fkd_ssl.store.repair import repair
 from fkd_ssl.store.subset import subset
 from fkd_ssl.store.verify import verify
 
@@ -240,6 +243,51 @@ def test_another_pixel_path_is_found(folder, monkeypatch):
     monkeypatch.setattr(verifying, "probe_digest", lambda: "0" * 64)
     (found,) = problems(folder)
     assert "its crops were made by another pixel path" in found
+
+
+@pytest.mark.parametrize(
+    "place", ["crops/00001.npy", "crops/00001.json", *(f"targets/tiny/codes-00000.{k}" for k in ("npy", "json"))]
+)
+def test_what_may_not_be_read_is_neither_missing_nor_to_be_deleted(folder, pictures, tiny_teacher, tree, unprivileged, place):
+    before = tree(folder)
+    (folder / place).chmod(0)
+    with unprivileged():
+        store = open_store(folder)
+        report = verify(store)
+        repair(store, report.damage, images.scan(pictures), tiny_teacher)
+    assert len(report.problems) == 1
+    advice = "cannot be read: Permission denied; check its permissions and its disk"
+    assert re.fullmatch(rf"shard \d: .*{place}: {advice}", report.problems[0])
+    assert [damage.kind for damage in report.damage] == ["access"]
+    (folder / place).chmod(0o644)
+    assert tree(folder) == before
+
+
+@pytest.mark.parametrize("place", ["targets", "targets/tiny", "."])
+def test_a_folder_that_cannot_be_listed_does_not_read_as_missing(folder, unprivileged, place):
+    (folder / place).chmod(0)
+    with unprivileged(), pytest.raises(StoreAccessError, match="cannot be read: Permission denied"):
+        verify(open_store(folder))
+
+
+def test_crops_that_cannot_be_listed_do_not_read_as_missing_shards(folder, pictures, unprivileged):
+    (folder / "crops").chmod(0)
+    with unprivileged():
+        report = verify(open_store(folder))
+        with pytest.raises(StoreAccessError, match="crops: cannot be read: Permission denied"):
+            StoredCrops(open_store(folder), pictures)
+    assert report.problems
+    assert all(re.search(r"crops/\d{5}\.json: cannot be read: Permission denied", problem) for problem in report.problems)
+
+
+def test_an_image_that_cannot_be_opened_is_named_as_such(folder, pictures, unprivileged):
+    (pictures / "ash" / "002.jpg").chmod(0)
+    (pictures / "birch" / "001.jpg").write_bytes(b"other")
+    with unprivileged():
+        found = problems(folder, images.scan(pictures))
+    assert len(found) == 2
+    assert "ash/002.jpg: cannot be read: Permission denied; restore the file" in found[0]
+    assert "birch/001.jpg: changed since its crops were made" in found[1]
 
 
 def test_what_verify_advises_to_delete_can_be_made_again(folder, make_store, tree, new_teacher):
