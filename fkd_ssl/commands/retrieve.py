@@ -8,7 +8,7 @@ one and draws a contact sheet. --gallery and --queries also take FEATURES.npy,LA
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
-from fkd_ssl.errors import ImageError, RequestError
+from fkd_ssl.errors import ImageAccessError, ImageError, RequestError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -165,7 +165,7 @@ def _show_nearest(config: Config, query: str) -> int:
         raise RequestError(f"{out}: exists; choose another --sheet")
     try:
         picture = read_image(path)
-    except ImageError as error:  # the user named this file
+    except (ImageAccessError, ImageError) as error:  # the user named this file
         raise RequestError(f"--query {error}") from error
     if sources.is_files(config.gallery):
         raise RequestError("--query shows images: give --gallery as images, not as files of features")
