@@ -117,8 +117,8 @@ def parse(verb: str, command: ModuleType, args: list[str]) -> Any:
     flags = [name for name, f in fields.items() if f.type is bool]
     parser.add_class_arguments(command.Config, nested_key=None, skip={*positionals, *flags})
     for name in flags:
-        parser.add_argument(f"--{name}", action="store_true", help=helps[name])
-    known = [*fields, *(["config", "print_config"] if configurable else []), "help"]
+        parser.add_argument(f"--{name}", action=jsonargparse.ActionYesNo, help=helps[name])
+    known = [*fields, *(f"no_{name}" for name in flags), *(["config", "print_config"] if configurable else []), "help"]
     for arg in args:
         option = arg.split("=", 1)[0]
         if option.startswith("--") and option[2:] not in known:

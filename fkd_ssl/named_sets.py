@@ -43,6 +43,10 @@ class ArraySet(ImageSet):
         """The pictures at `indices`, in that order, with the same classes."""
         return dataclasses.replace(self, **super().subset(indices).__dict__, pixels=self.pixels[np.asarray(indices)])
 
+    def identity(self, name: str = "images", *, sizes: bool = True) -> dict[str, str]:
+        """What a run keeps of this set to know it again: a digest of pixels and classes."""
+        return {name: f"{len(self)} images in {len(self.classes)} classes, sha256 {self.digest()}"}
+
     def digest(self) -> str:
         """Hex sha256 of pixels and classes."""
         sums = hashlib.sha256("\n".join([*self.paths, *self.classes]).encode())

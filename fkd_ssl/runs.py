@@ -1,8 +1,19 @@
-"""Run folders: where a command writes. The same config resumes one, a finished one is left alone, others are refused."""
+"""Run folders: where a command writes its results, and what identifies a run.
+
+A run is identified by its options (config.yaml) and by digests of its inputs (inputs.json). The same options and inputs resume
+an unfinished run and show a finished one; others are refused. Paths are not compared: inputs and run folders may be moved,
+copied or written in another way.
+
+A config dataclass names two groups of its fields that are not compared: `EXECUTION`, which say how a run is executed and not
+what it computes, and `PATHS`, whose contents are compared by digest instead.
+"""
 
 import dataclasses
 import json
 import platform
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -10,59 +21,156 @@ from typing import Any, Literal
 import yaml
 
 from fkd_ssl import files
-from fkd_ssl.errors import RequestError
+from fkd_ssl.errors import ImageError, RequestError
+from fkd_ssl.images import BYTE_SIZES
 
-CONFIG, RESULTS = "config.yaml", "results.json"
+CONFIG, INPUTS, RESULTS = "config.yaml", "inputs.json", "results.json"
+_BEFORE_RESULTS = {CONFIG, INPUTS, "metrics.csv"}  # a run with nothing else has saved nothing yet: its inputs may still change
 State = Literal["new", "resume", "done"]
+Inputs = Mapping[str, str]
+"""What a run reads, by name, each with its digest: two runs of the same config and the same inputs give the same results."""
 
 
-def peek(out: str | Path, config: Any) -> State:
-    """What the run folder `out` is to a config dataclass: new, to be resumed, or done (its results.json exists).
+def peek(out: str | Path, config: Any, inputs: Inputs | None = None) -> State:
+    """The state of the run folder `out`: new, to be resumed, or done (it has a results.json).
 
-    How a run is run may change when it is continued, what it makes may not: the keys that a config names as `FREE` are not
-    compared.
+    Args:
+        out: The run folder; it may be missing.
+        config: A config dataclass.
+        inputs: What the run reads; None compares the config alone.
 
     Raises:
-        RequestError: The folder holds another config's run, or files that are no run.
+        RequestError: The folder has a run of another config or of other inputs, or files that are not a run's.
     """
     folder = Path(out)
     for place in (folder, *folder.parents):
         if place.exists() and not place.is_dir():
             raise RequestError(f"{place}: is a file; --out must name a folder")
-    there = [path for path in folder.iterdir() if not path.name.startswith(files.TEMPORARY)] if folder.exists() else []
-    if not there:
+    present = _names(folder)
+    if not present:
         return "new"
     if not (folder / CONFIG).exists():
         raise RequestError(f"{folder}: exists and is not a run of fkd-ssl; choose another --out")
-    found, wanted = config_of(folder), _values(to_yaml(config))
-    for key in getattr(config, "FREE", ()):
-        found.pop(key, None)
-        wanted.pop(key, None)
-    if found != wanted:  # not their text: 100 and 100.0 are one number of epochs
-        raise RequestError(f"{folder}: holds a run of another config ({difference(found, wanted)}); choose another --out")
+    check_config(folder, read_config(folder), config)
+    if inputs is not None and not present <= _BEFORE_RESULTS:
+        found = _read_inputs(folder)
+        unknown = [name for name in inputs if name.startswith(BYTE_SIZES) and name not in found]  # `repairable` forgot them
+        check_inputs(folder, found, {name: value for name, value in inputs.items() if name not in unknown})
     return "done" if (folder / RESULTS).exists() else "resume"
 
 
-def config_of(out: str | Path) -> dict[str, Any]:
-    """What the config.yaml of the run folder `out` says; nothing where there is none, or none that can be read."""
-    try:
-        return _values((Path(out) / CONFIG).read_text(errors="replace"))
-    except OSError:
-        return {}
-
-
-def open_run(out: str | Path, config: Any) -> tuple[Path, State]:
-    """Makes or re-opens the run folder `out`; returns it and what `peek` says of it, and raises as `peek` does."""
-    folder, state = Path(out), peek(out, config)
+def open_run(out: str | Path, config: Any, inputs: Inputs) -> tuple[Path, State]:
+    """Creates or reopens the run folder `out`; returns it and its state, and raises as `peek` does."""
+    folder, state = Path(out), peek(out, config, inputs)
     if state == "new":
         folder.mkdir(parents=True, exist_ok=True)
         files.replace(folder / CONFIG, to_yaml(config).encode())
+    if state != "done":  # the byte sizes of repaired images may be new
+        files.replace(folder / INPUTS, _json(inputs))
     return folder, state
+
+
+def read_config(out: str | Path) -> dict[str, Any]:
+    """The options in the config.yaml of the run folder `out`; empty if there is none, or it is not one of ours."""
+    try:
+        values = yaml.safe_load((Path(out) / CONFIG).read_text(errors="replace"))
+    except (OSError, yaml.YAMLError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def check_config(place: Path, found: Mapping[str, Any], config: Any) -> None:
+    """Raises RequestError if `found`, the options of the run in `place`, give other results than `config`.
+
+    An option that `found` lacks has its default: a later version may have added it.
+    """
+    try:
+        if not found:
+            raise RequestError("its config.yaml cannot be read")
+        if unknown := found.keys() - {field.name for field in dataclasses.fields(config)}:
+            raise RequestError(f"this version has no option {sorted(map(str, unknown))[0]!r}")
+        begun = type(config)(**found)
+    except (TypeError, RequestError) as error:
+        raise RequestError(f"{place}: holds a run of another config ({error}); choose another --out") from error
+    execution, paths = getattr(config, "EXECUTION", ()), getattr(config, "PATHS", ())
+    changes = []
+    for name in (field.name for field in dataclasses.fields(config) if field.name not in execution):
+        was, now = getattr(begun, name), getattr(config, name)
+        if (was is None) != (now is None) if name in paths else was != now:
+            changes.append(f"{name} is {was!r} there, {now!r} here")
+    if changes:
+        raise RequestError(f"{place}: holds a run of another config ({'; '.join(changes[:3])}); choose another --out")
+
+
+def check_inputs(place: Path, found: Inputs, inputs: Inputs) -> None:
+    """Raises RequestError if `found`, what the run in `place` began with, are not these inputs; the message names one."""
+    for name in {**found, **inputs}:
+        was, now = found.get(name, "missing"), inputs.get(name, "missing")
+        if was != now:
+            raise RequestError(
+                f"{place}: {name} changed since the run began (then {_short(was)}, now {_short(now)}); restore what it began "
+                "with, or choose another --out"
+            )
+
+
+@contextmanager
+def repairable(folder: Path) -> Iterator[None]:
+    """Lets a run that an unreadable image ended continue when the image is repaired."""
+    try:
+        yield
+    except ImageError:
+        forget_byte_sizes(folder)
+        raise
+
+
+def forget_byte_sizes(folder: Path) -> None:
+    """Lets a run continue with images of other byte sizes, since one was damaged."""
+    if (folder / INPUTS).exists():
+        kept = {name: value for name, value in _read_inputs(folder).items() if not name.startswith(BYTE_SIZES)}
+        files.replace(folder / INPUTS, _json(kept))
+
+
+def identity(config: Any, inputs: Inputs) -> dict[str, dict[str, Any]]:
+    """What a checkpoint keeps of its run, for `check_identity`: a damaged image may be repaired, so no byte sizes."""
+    kept = {name: value for name, value in inputs.items() if not name.startswith(BYTE_SIZES)}
+    return {"config": dataclasses.asdict(config), "inputs": kept}
+
+
+def check_identity(checkpoint: Path, found: Any, config: Any, inputs: Inputs | None) -> None:
+    """Raises RequestError if a checkpoint, whose `identity` is `found`, is not of the run of `config` and `inputs`."""
+    if not isinstance(found, dict) or not all(isinstance(found.get(key), dict) for key in ("config", "inputs")):
+        raise RequestError(f"{checkpoint}: does not say which run it is of; delete it to train from the start")
+    check_config(checkpoint, found["config"], config)
+    if inputs is not None:
+        check_inputs(checkpoint, found["inputs"], identity(config, inputs)["inputs"])
+
+
+def _names(folder: Path) -> set[str]:
+    """The names in a folder that may be missing, without those of temporary files."""
+    return {path.name for path in folder.iterdir() if not path.name.startswith(files.TEMPORARY)} if folder.exists() else set()
+
+
+def _read_inputs(folder: Path) -> dict[str, str]:
+    """The inputs.json of a run folder."""
+    try:
+        inputs = json.loads((folder / INPUTS).read_text())
+    except (OSError, ValueError) as error:
+        raise RequestError(f"{folder / INPUTS}: cannot be read: {error}; restore it or choose another --out") from error
+    return inputs if isinstance(inputs, dict) else {}
+
+
+def _json(values: Mapping[str, Any]) -> bytes:
+    return (json.dumps(dict(values), indent=2) + "\n").encode()
+
+
+def _short(value: Any) -> str:
+    """The text of an input with its digests cut, which are long."""
+    return re.sub(r"([0-9a-f]{12})[0-9a-f]{52}", r"\1...", str(value))
 
 
 def finish(folder: Path, results: dict[str, Any]) -> None:
     """Writes results.json, which marks the run as done; the versions that made it are added."""
-    files.replace(folder / RESULTS, (json.dumps({**results, "versions": versions()}, indent=2) + "\n").encode())
+    files.replace(folder / RESULTS, _json({**results, "versions": versions()}))
 
 
 def read_results(folder: Path) -> dict[str, Any]:
@@ -77,21 +185,6 @@ def read_results(folder: Path) -> dict[str, Any]:
 def to_yaml(config: Any) -> str:
     """The config as YAML, one key a line, in the order of its fields."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
-
-
-def difference(found: dict[str, Any], wanted: dict[str, Any]) -> str:
-    """The first keys in which two configs differ, in words."""
-    keys = [key for key in {**found, **wanted} if found.get(key) != wanted.get(key)]
-    return "; ".join(f"{key} is {found.get(key)!r} there, {wanted.get(key)!r} here" for key in keys[:3]) or "other keys"
-
-
-def _values(text: str) -> dict[str, Any]:
-    """A YAML file's keys; none where it is somebody else's file of another kind."""
-    try:
-        values = yaml.safe_load(text)
-    except yaml.YAMLError:
-        return {}
-    return values if isinstance(values, dict) else {}
 
 
 def versions() -> dict[str, str]:

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from fkd_ssl import runs
-from fkd_ssl.errors import RequestError
+from fkd_ssl.errors import ImageError, RequestError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,14 +26,14 @@ def test_a_folder_that_is_not_there_or_empty_is_new(tmp_path: Path) -> None:
 
 
 def test_open_run_writes_the_config_and_then_resumes(tmp_path: Path) -> None:
-    folder, state = runs.open_run(tmp_path / "deep" / "run", Config())
+    folder, state = runs.open_run(tmp_path / "deep" / "run", Config(), {})
     assert (folder, state) == (tmp_path / "deep" / "run", "new")
     assert yaml.safe_load((folder / "config.yaml").read_text()) == {"lr": 3e-4, "name": "a: b", "store": None}
-    assert runs.open_run(folder, Config()) == (folder, "resume")
+    assert runs.open_run(folder, Config(), {}) == (folder, "resume")
 
 
 def test_a_finished_run_is_done(tmp_path: Path) -> None:
-    folder, _ = runs.open_run(tmp_path / "run", Config())
+    folder, _ = runs.open_run(tmp_path / "run", Config(), {})
     runs.finish(folder, {"steps": 3})
     assert runs.peek(folder, Config()) == "done"
     results = runs.read_results(folder)
@@ -42,15 +42,15 @@ def test_a_finished_run_is_done(tmp_path: Path) -> None:
 
 
 def test_another_config_is_refused_and_named(tmp_path: Path) -> None:
-    runs.open_run(tmp_path / "run", Config())
+    runs.open_run(tmp_path / "run", Config(), {})
     with pytest.raises(RequestError, match=r"run of another config \(lr is 0\.0003 there, 0\.1 here\); choose another --out"):
-        runs.open_run(tmp_path / "run", Config(lr=0.1))
+        runs.open_run(tmp_path / "run", Config(lr=0.1), {})
 
 
 def test_files_that_are_no_run_are_refused_and_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(RequestError, match=r"exists and is not a run of fkd-ssl; choose another --out"):
-        runs.open_run(tmp_path, Config())
+        runs.open_run(tmp_path, Config(), {})
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("thesis.tex", "years of work")]
 
 
@@ -68,13 +68,21 @@ def test_results_that_are_missing_or_torn_are_refused(tmp_path: Path, content: s
         runs.read_results(tmp_path)
 
 
-def test_difference_names_at_most_three_keys() -> None:
-    found, wanted = dict.fromkeys("abcd", 1), dict.fromkeys("abcd", 2)
-    assert runs.difference(found, wanted) == "a is 1 there, 2 here; b is 1 there, 2 here; c is 1 there, 2 here"
+def test_at_most_three_changes_are_named(tmp_path: Path) -> None:
+    @dataclass(frozen=True, kw_only=True)
+    class Four:
+        a: int = 1
+        b: int = 1
+        c: int = 1
+        d: int = 1
+
+    runs.open_run(tmp_path, Four(), {})
+    with pytest.raises(RequestError, match=r"\(a is 1 there, 2 here; b is 1 there, 2 here; c is 1 there, 2 here\)"):
+        runs.peek(tmp_path, Four(a=2, b=2, c=2, d=2))
 
 
 def test_numbers_are_compared_and_not_their_spelling(tmp_path: Path) -> None:
-    runs.open_run(tmp_path / "run", Config(lr=2))
+    runs.open_run(tmp_path / "run", Config(lr=2), {})
     assert runs.peek(tmp_path / "run", Config(lr=2.0)) == "resume"
 
 
@@ -82,7 +90,7 @@ def test_numbers_are_compared_and_not_their_spelling(tmp_path: Path) -> None:
 def test_somebody_elses_config_yaml_is_refused_and_left_alone(tmp_path: Path, content: str) -> None:
     (tmp_path / "config.yaml").write_bytes(content.encode("latin-1"))
     with pytest.raises(RequestError, match=r"holds a run of another config \(.*\); choose another --out"):
-        runs.open_run(tmp_path, Config())
+        runs.open_run(tmp_path, Config(), {})
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("config.yaml", content.encode("latin-1"))]
 
 
@@ -96,9 +104,89 @@ def test_keys_that_only_say_how_a_run_is_run_may_differ(tmp_path: Path) -> None:
     class Free:
         lr: float = 0.1
         workers: int = 2
-        FREE: ClassVar = ("workers",)
+        EXECUTION: ClassVar = ("workers",)
 
-    runs.open_run(tmp_path / "run", Free())
+    runs.open_run(tmp_path / "run", Free(), {})
     assert runs.peek(tmp_path / "run", Free(workers=0)) == "resume"
     with pytest.raises(RequestError, match=r"another config \(lr is 0\.1 there, 0\.2 here\)"):
         runs.peek(tmp_path / "run", Free(lr=0.2, workers=0))
+
+
+def test_a_missing_key_has_its_default_and_an_unknown_one_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("lr: 0.0003\n")  # of a version that had no `name` and `store`
+    assert runs.peek(tmp_path, Config()) == "resume"
+    with pytest.raises(RequestError, match=r"another config \(name is 'a: b' there, 'c' here\)"):
+        runs.peek(tmp_path, Config(name="c"))
+    (tmp_path / "config.yaml").write_text("lr: 0.0003\nmuon: true\n")
+    with pytest.raises(RequestError, match=r"another config \(this version has no option 'muon'\)"):
+        runs.peek(tmp_path, Config())
+
+
+def test_defaults_that_depend_on_other_options_are_those_of_the_config(tmp_path: Path) -> None:
+    from fkd_ssl.pretraining.config import PretrainConfig
+
+    (tmp_path / "config.yaml").write_text("images: a\nout: b\nmethod: swav\n")
+    assert runs.peek(tmp_path, PretrainConfig(images="a", out="b", method="swav", prototypes=3000)) == "resume"
+    with pytest.raises(RequestError, match=r"another config \(prototypes is 3000 there, 30 here\)"):
+        runs.peek(tmp_path, PretrainConfig(images="a", out="b", method="swav", prototypes=30))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placed:
+    images: str
+    val: str | None = None
+    PATHS: ClassVar = ("images", "val")
+
+
+def test_paths_may_change_but_not_whether_there_is_one(tmp_path: Path) -> None:
+    runs.open_run(tmp_path, Placed(images="a"), {"images": "x"})
+    assert runs.peek(tmp_path, Placed(images="/scratch/a"), {"images": "x"}) == "resume"
+    with pytest.raises(RequestError, match=r"another config \(val is None there, 'v' here\)"):
+        runs.peek(tmp_path, Placed(images="a", val="v"))
+
+
+def test_changed_inputs_are_refused_once_something_was_saved(tmp_path: Path) -> None:
+    config = Placed(images="a")
+    runs.open_run(tmp_path, config, {"images": f"3 images, sha256 {'a' * 64}"})
+    assert runs.open_run(tmp_path, config, {"images": "4 images"})[1] == "resume"
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(
+        RequestError, match=r"images changed since the run began \(then 4 images, now 5 images, sha256 b{12}\.\.\.\); restore"
+    ):
+        runs.open_run(tmp_path, config, {"images": f"5 images, sha256 {'b' * 64}"})
+    with pytest.raises(RequestError, match=r"store changed since the run began \(then missing, now s\)"):
+        runs.open_run(tmp_path, config, {"images": "4 images", "store": "s"})
+    runs.finish(tmp_path, {})
+    with pytest.raises(RequestError, match=r"images changed"):
+        runs.peek(tmp_path, config, {"images": "5 images"})
+    assert runs.peek(tmp_path, config, {"images": "4 images"}) == "done"
+    assert runs.peek(tmp_path, config) == "done"
+
+
+def test_a_damaged_image_may_be_repaired_and_nothing_else_changed(tmp_path: Path) -> None:
+    config, key = Placed(images="a"), "byte sizes of images"
+    runs.open_run(tmp_path, config, {"images": "x", key: "1"})
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(RequestError, match=r"byte sizes of images changed"):
+        runs.peek(tmp_path, config, {"images": "x", key: "2"})
+    with pytest.raises(ImageError, match="bad"), runs.repairable(tmp_path):
+        raise ImageError("bad.png")
+    with pytest.raises(RequestError, match=r"run began \(then x, now y\)"):
+        runs.open_run(tmp_path, config, {"images": "y", key: "2"})
+    assert runs.open_run(tmp_path, config, {"images": "x", key: "2"})[1] == "resume"
+    with pytest.raises(RequestError, match=r"byte sizes of images changed"):
+        runs.open_run(tmp_path, config, {"images": "x", key: "3"})
+
+
+def test_a_checkpoint_says_which_run_it_is_of(tmp_path: Path) -> None:
+    config, inputs, path = Config(), {"images": "x", "byte sizes of images": "1"}, tmp_path / "last.ckpt"
+    found = runs.identity(config, inputs)
+    runs.check_identity(path, found, config, inputs)
+    runs.check_identity(path, found, config, None)
+    with pytest.raises(RequestError, match=r"last.ckpt: holds a run of another config \(lr is 0.0003 there, 1 here\)"):
+        runs.check_identity(path, found, Config(lr=1), inputs)
+    with pytest.raises(RequestError, match=r"last.ckpt: images changed since the run began \(then x, now y\)"):
+        runs.check_identity(path, found, config, {**inputs, "images": "y"})
+    for foreign in (None, {}, {"config": 1, "inputs": {}}):
+        with pytest.raises(RequestError, match=r"last.ckpt: does not say which run it is of; delete it"):
+            runs.check_identity(path, foreign, config, inputs)

@@ -27,7 +27,8 @@ class Config:
     json: bool = False
     """Print one JSON object on standard output."""
 
-    FREE: ClassVar = ("threads", "json", "on_unreadable")
+    EXECUTION: ClassVar = ("threads", "json", "on_unreadable")
+    PATHS: ClassVar = ("images", "out")
 
 
 def run(config: Config) -> int:
@@ -41,7 +42,7 @@ def run(config: Config) -> int:
 
     images = scan(config.images)
     check_apart(images.root, Path(config.out))
-    folder, state = runs.open_run(config.out, config)
+    folder, state = runs.open_run(config.out, config, images.identity(sizes=False))
     if state == "done":
         console.say(f"{folder}: this copy is done; results.json says what it holds")
         return 0

@@ -19,13 +19,10 @@ def run(config: Config) -> int:
     from fkd_ssl import runs
     from fkd_ssl.commands import console
     from fkd_ssl.comparison import report
-    from fkd_ssl.comparison.compare import compare, done
+    from fkd_ssl.comparison.compare import compare
 
     asked, folder = replace(config, json=False), Path(config.out)  # printing is no part of what is compared
-    if done(asked):
-        console.say(f"{folder}: this comparison is done")
-        results = runs.read_results(folder)
-    else:
+    with runs.repairable(folder):
         results = compare(asked, console.say)
     text = report.write(results, folder)
     if config.json:

@@ -6,7 +6,7 @@ among them, and never the best. --train and --val also take FEATURES.npy,LABELS.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from fkd_ssl.errors import RequestError
 
@@ -14,6 +14,9 @@ from fkd_ssl.errors import RequestError
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Options of knn."""
+
+    EXECUTION: ClassVar = ("features", "workers", "json")
+    PATHS: ClassVar = ("model", "checkpoint", "train", "val", "out")
 
     model: str | None = None
     """A run folder, a .ckpt of one, teacher:NAME, torchvision/NAME, timm/NAME, or module:function; of files only a name."""
@@ -72,10 +75,11 @@ def run(config: Config) -> int:
         ks, temperatures = list(chosen), [temperature]
     knn.check_search(ks, temperatures)
     shots = None if config.shots is None else shots_of(config.shots)
-    if results.show_finished(config):
+    evaluation = sources.open_evaluation(config, config.train, config.val)
+    if results.show_finished(config, evaluation.inputs):
         return 0
-    split, about = sources.split_of(config, config.train, config.val)
-    results.begin(config)
+    split, about = sources.split_of(evaluation, config)
+    results.begin(config, evaluation.inputs)
     common: dict[str, Any] = {
         "train_features": split.train_features,
         "train_labels": split.train_labels,

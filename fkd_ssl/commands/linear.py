@@ -7,11 +7,15 @@ nearly all of the work. On features extracted once, in seconds: sweep (DINOv2's 
 from elsewhere. With --out a killed run continues after its last epoch.
 """
 
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from fkd_ssl.errors import RequestError, did_you_mean
+
+if TYPE_CHECKING:
+    from fkd_ssl.commands.sources import Evaluation
 
 ON_CROPS = ("moco", "swav", "simsiam", "simclr")
 ON_FEATURES = ("sweep", "logreg")
@@ -21,7 +25,8 @@ ON_FEATURES = ("sweep", "logreg")
 class Config:
     """Options of linear."""
 
-    FREE: ClassVar = ("workers", "features")
+    EXECUTION: ClassVar = ("features", "workers", "json")
+    PATHS: ClassVar = ("model", "checkpoint", "train", "val", "out")
 
     model: str | None = None
     """A run folder, a .ckpt of one, teacher:NAME, torchvision/NAME, timm/NAME, or module:function; of files only a name."""
@@ -91,9 +96,13 @@ def run(config: Config) -> int:
         )
     linear.check(on_crops, epochs=config.epochs, batch_size=config.batch_size, lr=config.lr)
     parts = {name: _part(config, name) for name in config.protocols}
-    asked = {name: part for name, part in parts.items() if not results.show_finished(part)}
-    _on_crops({name: asked[name] for name in on_crops if name in asked})
-    _on_features({name: part for name, part in asked.items() if name in ON_FEATURES})
+    evaluation = sources.open_evaluation(config, config.train, config.val)
+    for part in parts.values():
+        if part.out is not None:
+            runs.peek(part.out, part, evaluation.inputs)  # all of them before the first is begun
+    asked = {name: part for name, part in parts.items() if not results.show_finished(part, evaluation.inputs)}
+    _on_crops({name: asked[name] for name in on_crops if name in asked}, evaluation)
+    _on_features({name: part for name, part in asked.items() if name in ON_FEATURES}, evaluation)
     return 0
 
 
@@ -107,52 +116,56 @@ def _part(config: Config, name: str) -> Config:
     return replace(config, protocol=name, out=out, epochs=None, batch_size=None, lr=None)
 
 
-def _on_crops(parts: dict[str, Config]) -> None:
+def _on_crops(parts: dict[str, Config], evaluation: "Evaluation") -> None:
     if not parts:
         return
+    from fkd_ssl import runs
     from fkd_ssl.commands import results, sources
     from fkd_ssl.eval import linear
-    from fkd_ssl.eval.features import match_classes
 
     config = next(iter(parts.values()))
-    train, val = sources.images_of(config.train), sources.images_of(config.val)
-    model, pixels = sources.load_model(config)
-    match_classes(train, val)
+    (train, val), model, pixels = evaluation.sets, evaluation.model, evaluation.pixels
+    assert model is not None  # crops are of images
+    assert pixels is not None
     for part in parts.values():
-        results.begin(part)
+        results.begin(part, evaluation.inputs)
     kept = None if config.out is None else {name: Path(str(part.out)) / "probe.pt" for name, part in parts.items()}
-    found = linear.evaluate_together(
-        list(parts),
-        model=model.features,
-        train=train,
-        val=val,
-        pixels=pixels,
-        epochs=config.epochs,
-        batch_size=config.batch_size,
-        lr=config.lr,
-        seed=config.seed,
-        workers=config.workers,
-        kept=kept,
-        identity=model.identity,
-    )
+    with ExitStack() as stack:
+        for part in parts.values():
+            if part.out is not None:
+                stack.enter_context(runs.repairable(Path(part.out)))
+        found = linear.evaluate_together(
+            list(parts),
+            model=model.features,
+            train=train,
+            val=val,
+            pixels=pixels,
+            epochs=config.epochs,
+            batch_size=config.batch_size,
+            lr=config.lr,
+            seed=config.seed,
+            workers=config.workers,
+            kept=kept,
+            identity=model.identity,
+        )
     data = {"train": sources.about_images(config.train, train), "val": sources.about_images(config.val, val)}
     about = {**sources.about_model(model, pixels), "data": data}
     for name, part in parts.items():
         _show(part, pixels, about, found[name])
 
 
-def _on_features(parts: dict[str, Config]) -> None:
+def _on_features(parts: dict[str, Config], evaluation: "Evaluation") -> None:
     if not parts:
         return
     from fkd_ssl.commands import results, sources
     from fkd_ssl.eval import logreg, sweep
 
     config = next(iter(parts.values()))
-    split, about = sources.split_of(config, config.train, config.val)
+    split, about = sources.split_of(evaluation, config)
     pixels = (about["transform"] or {}).get("centre_crop")
     common = {**split.common, "names": split.classes, "seed": config.seed}
     for name, part in parts.items():
-        results.begin(part)
+        results.begin(part, evaluation.inputs)
         if name == "sweep":
             _show(part, pixels, about, sweep.evaluate(**common, device=sources.search_device()))
         else:

@@ -15,13 +15,13 @@ from fkd_ssl.errors import RequestError
 CORRECT = "correct.npy"
 
 
-def show_finished(config: Any) -> bool:
-    """Whether `config.out` holds this evaluation already, which is then said and shown.
+def show_finished(config: Any, inputs: runs.Inputs) -> bool:
+    """Shows the results in `config.out` if it has this evaluation already; returns whether it has.
 
     Raises:
-        RequestError: The folder holds something else.
+        RequestError: The folder has another evaluation, this one of other inputs, or something else.
     """
-    if config.out is None or runs.peek(config.out, _asked(config)) != "done":
+    if config.out is None or runs.peek(config.out, config, inputs) != "done":
         return False
     found = runs.read_results(Path(config.out))
     console.say(f"{config.out}: this evaluation is done")
@@ -32,14 +32,14 @@ def show_finished(config: Any) -> bool:
     return True
 
 
-def begin(config: Any) -> None:
-    """Makes `config.out` ready, once it is known that what is asked for can be done.
+def begin(config: Any, inputs: runs.Inputs) -> None:
+    """Opens the run folder `config.out`, if one is asked for, once nothing can be wrong with the request any more.
 
     Raises:
-        RequestError: The folder holds something else.
+        RequestError: As `show_finished`.
     """
     if config.out is not None:
-        runs.open_run(config.out, _asked(config))
+        runs.open_run(config.out, config, inputs)
 
 
 def show(kind: str, title: str, config: Any, protocol: str, about: dict[str, Any], result: dict[str, Any]) -> None:
@@ -97,7 +97,3 @@ def read_correct(folder: Path) -> Any:
     if correct.dtype != np.bool_ or correct.ndim != 1:
         raise RequestError(f"{folder / CORRECT}: holds {correct.dtype} {list(correct.shape)}, expected one boolean an image")
     return correct
-
-
-def _asked(config: Any) -> Any:
-    return dataclasses.replace(config, json=False)  # printing is no part of what is evaluated

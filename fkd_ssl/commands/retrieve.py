@@ -6,7 +6,7 @@ one and draws a contact sheet. --gallery and --queries also take FEATURES.npy,LA
 """
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from fkd_ssl.errors import ImageAccessError, ImageError, RequestError
 
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """Options of retrieve."""
+
+    EXECUTION: ClassVar = ("features", "workers", "json")
+    PATHS: ClassVar = ("model", "checkpoint", "gallery", "queries", "query", "sheet", "out")
 
     model: str | None = None
     """A run folder, a .ckpt of one, teacher:NAME, torchvision/NAME, timm/NAME, or module:function; of files only a name."""
@@ -61,10 +64,11 @@ def run(config: Config) -> int:
 
     if config.query is not None:
         return _show_nearest(config, config.query)
-    if results.show_finished(config):
+    evaluation = sources.open_evaluation(config, config.gallery, config.queries, ("gallery", "queries"))
+    if results.show_finished(config, evaluation.inputs):
         return 0
-    split, about = sources.split_of(config, config.gallery, config.queries)
-    results.begin(config)
+    split, about = sources.split_of(evaluation, config)
+    results.begin(config, evaluation.inputs)
     base, labels = split.train_features, split.train_labels
     queries = None if config.queries is None else split.features
     index = None if config.index == "exact" else indexes.build(base, config.index)

@@ -1,6 +1,8 @@
 """From what evaluation commands are given, a model and images or files of features, to features that are compared."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,6 +16,7 @@ from fkd_ssl.eval import cache
 from fkd_ssl.eval.features import Split, extract, match_classes
 from fkd_ssl.eval.scores import Float32Array, Int64Array, as_features, as_labels, compact, same_dimension
 from fkd_ssl.images import ImageSet, scan
+from fkd_ssl.teachers.checkpoint import digest
 
 
 class Options(Protocol):
@@ -29,6 +32,13 @@ class Options(Protocol):
     def workers(self) -> int: ...  # noqa: D102
     @property
     def features(self) -> str | None: ...  # noqa: D102
+
+
+class ScoreOptions(Options, Protocol):
+    """What the configs of those have that give scores."""
+
+    @property
+    def out(self) -> str | None: ...  # noqa: D102
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,32 +115,78 @@ def about_model(model: resolve.Model | None, pixels: int | None) -> dict[str, An
     return {"model": None if model is None else model.about, "transform": transform}
 
 
-def split_of(config: Options, train_spec: str, val_spec: str | None) -> tuple[Split, dict[str, Any]]:
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What an evaluation is given, opened and not computed on yet: a model and its images, or files of features."""
+
+    names: Sequence[str]
+    """What the sets are for the evaluation: train, and val if there is one."""
+    specs: list[str]
+    """The sets as the user named them."""
+    sets: list[ImageSet]
+    """Of images; empty if `pairs` has files of features."""
+    pairs: list[Source]
+    model: resolve.Model | None
+    pixels: int | None
+    name: str | None
+    """Of the model, as the user gave it."""
+    out: str | None
+    """The run folder."""
+
+    @cached_property
+    def inputs(self) -> dict[str, str]:
+        """What a run folder keeps of the model and the sets, to know them again; empty without a run folder."""
+        if self.out is None:
+            return {}
+        if self.model is None:
+            found = {name: _files_digest(spec) for name, spec in zip(self.names, self.specs, strict=True)}
+            return {"model": self.name or "not named", **found}
+        model = f"{self.model.about['network']}, sha256 {self.model.identity}"
+        found = {"model": model}
+        for name, images in zip(self.names, self.sets, strict=True):
+            found |= images.identity(f"{name} images")
+        return found
+
+
+def open_evaluation(config: ScoreOptions, train: str, val: str | None, names: Sequence[str] = ("train", "val")) -> Evaluation:
+    """The model and the sets of an evaluation, checked against each other.
+
+    Raises:
+        RequestError: One set is images and the other files, classes do not fit, or something does not exist.
+    """
+    specs = [train] if val is None else [train, val]
+    if len({is_files(spec) for spec in specs}) > 1:
+        raise RequestError(f"{' and '.join(specs)}: give images for both or files of features for both")
+    opened: dict[str, Any] = {"names": names[: len(specs)], "specs": specs, "name": config.model, "out": config.out}
+    if is_files(train):
+        if config.model is not None and config.checkpoint is not None:
+            raise RequestError("--checkpoint goes with a model of images; these features are there already")
+        pairs = [read_pair(spec) for spec in specs]
+        same_dimension(pairs[0].features, pairs[-1].features)
+        return Evaluation(**opened, sets=[], pairs=pairs, model=None, pixels=None)
+    sets = [images_of(spec) for spec in specs]
+    match_classes(sets[0], sets[-1])
+    model, pixels = load_model(config)
+    return Evaluation(**opened, sets=sets, pairs=[], model=model, pixels=pixels)
+
+
+def split_of(evaluation: Evaluation, config: Options) -> tuple[Split, dict[str, Any]]:
     """Features of a training and a validation set, and what results.json says of them.
 
     Without a validation set its features and labels are empty. Classes of images are matched by folder name, those of
     files by number.
-
-    Raises:
-        RequestError: One is images and the other files, or they do not fit together.
     """
-    specs = [train_spec] if val_spec is None else [train_spec, val_spec]
-    if len({is_files(spec) for spec in specs}) > 1:
-        raise RequestError(f"{' and '.join(specs)}: give images for both or files of features for both")
-    model, pixels = None, None
-    if is_files(train_spec):
-        if config.model is not None and config.checkpoint is not None:
-            raise RequestError("--checkpoint goes with a model of images; these features are there already")
-        sources = [read_pair(spec) for spec in specs]
-        same_dimension(sources[0].features, sources[-1].features)
+    sources, sets, model, pixels = evaluation.pairs, evaluation.sets, evaluation.model, evaluation.pixels
+    if model is None:
         train_labels, labels, classes = compact(sources[0].labels, sources[-1].labels)
         about = {"model": {"name": config.model}, "transform": None}
     else:
-        sets = [images_of(spec) for spec in specs]
+        assert pixels is not None
         labels = match_classes(sets[0], sets[-1])
-        model, pixels = load_model(config)
-        pairs = zip(specs, sets, ("train", "val"), strict=False)
-        sources = [features_of(model, pixels, spec, images, config, f"features of {part}") for spec, images, part in pairs]
+        sources = [
+            features_of(model, pixels, spec, images, config, f"features of {part}")
+            for spec, images, part in zip(evaluation.specs, sets, ("train", "val"), strict=False)
+        ]
         train_labels, classes = sources[0].labels, sets[0].classes
         about = about_model(model, pixels)
     data = {name: source.about for name, source in zip(("train", "val"), sources, strict=False)}
@@ -142,6 +198,11 @@ def split_of(config: Options, train_spec: str, val_spec: str | None) -> tuple[Sp
         classes=classes,
     )
     return split, {**about, "data": data}
+
+
+def _files_digest(spec: str) -> str:
+    """Digests of FEATURES.npy,LABELS.npy."""
+    return ", ".join(f"sha256 {digest(name)}" for name in spec.split(","))
 
 
 def search_device() -> torch.device:

@@ -1,8 +1,9 @@
 """Distils a student: from a store's targets, or online from the teacher itself, from the images' labels, or from ReLabel's.
 
-All are one training that differs in where targets come from. The run folder holds config.yaml, metrics.csv, checkpoints/,
-results.json and a README.md; the same options continue a killed run. Several processes: --devices, or torchrun. With
---targets online --record STORE what the teacher says is kept: the next student trains on it without the teacher.
+All are one training that differs in where targets come from. The run folder holds config.yaml, inputs.json, metrics.csv,
+checkpoints/, results.json and a README.md; the same options and inputs continue a killed run. Several processes: --devices, or
+torchrun. With --targets online --record STORE the teacher's targets are kept: the next student trains on them without the
+teacher.
 """
 
 import os
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from fkd_ssl.crops import Recipe
     from fkd_ssl.data import Crops
     from fkd_ssl.images import ImageSet
+    from fkd_ssl.relabel import LabelMaps
     from fkd_ssl.store import Store
     from fkd_ssl.store.reader import Column
     from fkd_ssl.store.recording import Recording
@@ -55,10 +57,7 @@ def run(config: Config) -> int:
     if rank:  # the first process speaks for all
         console.mute()
     config = _as_meant(config)
-    state = runs.peek(config.out, config)
-    if state == "done":
-        console.say(f"{config.out}: this run is done; results.json holds its results")
-        return 0
+    runs.peek(config.out, config)
     shape: dict[str, Any] = {"head": config.head, "stem": config.stem, "width": config.width}
     check_student(config.student, config.pixels, **shape)
     images = scan(config.images)
@@ -83,6 +82,7 @@ def run(config: Config) -> int:
             )
         console.say("warning: --device_crops: there is no CUDA GPU, so this process makes the crops, slowly")
     data: Crops
+    maps: LabelMaps | None = None
     teachers: list[Teacher] = []
     recordings: list[Recording | None] | None = None
     if config.targets == "stored":
@@ -91,7 +91,6 @@ def run(config: Config) -> int:
             if getattr(config, name) is not None:
                 console.say(f"warning: --{name} is ignored: stored targets need no teacher")
         data = StoredCrops(store, images, teacher=config.teachers or None, **boxes, **common)
-        _check_store(config, store, data.columns)
         targets = [TargetInfo(name=c.name, dim=c.meta.dim, arrays=c.teacher_arrays(), kind=c.meta.kind) for c in data.columns]
         embeds = None
     elif config.targets == "labels":
@@ -102,8 +101,6 @@ def run(config: Config) -> int:
         maps = LabelMaps(config.label_maps)
         targets = [TargetInfo(name=maps.manifest.teacher["name"], dim=maps.classes, kind="distribution")]
         data = RelabelledCrops(images, maps, resolve.recipe_of(config.recipe), **common)
-        if files.total_bytes(maps.folder) < 10**9:
-            maps.verify()
         embeds = None
     else:
         assert config.teacher is not None  # by TrainConfig
@@ -118,6 +115,17 @@ def run(config: Config) -> int:
         elif config.record is None:
             recipe = resolve.recipe_of(config.recipe)
             data = FreshCrops(images, recipe, teacher_pixels=config.teacher_pixels, **common)
+    init = None if config.init is None else resolve.student_of(config.init, "--init")[0]
+    inputs = None if rank else _inputs(config, images, store, teachers, maps, init)
+    state = runs.peek(config.out, config, inputs)
+    if state == "done":
+        console.say(f"{config.out}: this run is done; its results are in results.json")
+        return 0
+    if config.targets == "stored":
+        assert store is not None  # by TrainConfig
+        _check_store(config, store, [store.column(about.name) for about in targets])
+    if maps is not None and files.total_bytes(maps.folder) < 10**9:
+        maps.verify()
     # before anything is written: another batch size or objective is another config
     check_batch(config, len(images) if config.record else len(data), world=world)
     for about in targets:
@@ -127,14 +135,13 @@ def run(config: Config) -> int:
     student = Student(config.student, *(about.dim for about in targets), **shape)
     if config.logger is not None:
         check_logger(config.logger)
-    init = None if config.init is None else resolve.student_of(config.init, "--init")[0]
     if init is not None:
         student.start_from(init)
     size = measure(student.backbone, config.pixels)
     score = None if config.val is None else _knn_score(config, images)
     if config.record is not None:
         data, recordings = _recorded(config, images, teachers, world, resumes=state == "resume")
-    folder, state = (Path(config.out), "new") if rank else runs.open_run(config.out, config)
+    folder, state = (Path(config.out), "new") if inputs is None else runs.open_run(config.out, config, inputs)
     logger = None if config.logger is None else make_logger(config.logger, folder)
     console.say(
         f"{'continuing' if state == 'resume' else 'training'} {config.student} on {len(data):,} images, {config.targets} "
@@ -143,8 +150,9 @@ def run(config: Config) -> int:
     console.say(f"{config.student} at {config.pixels} px: {size}")
     try:
         results = train(
-            config, data, folder, targets=targets, embeds=embeds, recordings=recordings, score=score, init=init, logger=logger
-        )
+            config, data, folder, targets=targets, embeds=embeds, recordings=recordings, score=score, init=init, logger=logger,
+            inputs=inputs,
+        )  # fmt: skip
         _publish(config, [recording for recording in recordings or [] if recording is not None])
     finally:
         for recording in recordings or []:
@@ -188,10 +196,38 @@ def _as_meant(config: Config) -> Config:
         config = replace(config, precision="bf16-mixed")
     if config.targets != "stored" or config.teacher is not None:
         return config
-    begun = runs.config_of(config.out)
+    begun = runs.read_config(config.out)
     assert config.store is not None  # by TrainConfig
     name = begun.get("teacher") if begun else open_store(config.store).column().name
     return replace(config, teacher=name if isinstance(name, str) else None)
+
+
+def _inputs(
+    config: Config,
+    images: "ImageSet",
+    store: "Store | None",
+    teachers: "list[Teacher]",
+    maps: "LabelMaps | None",
+    init: "Student | None",
+) -> dict[str, str]:
+    """What the run folder keeps of the inputs, to know them again."""
+    from fkd_ssl.images import scan
+    from fkd_ssl.teachers.checkpoint import weights_digest
+
+    inputs = images.identity(sizes=store is None)
+    if store is not None:
+        inputs["store"] = f"{len(store)} images, sha256 {store.manifest.digest}"
+        for column in map(store.column, config.teachers if config.targets == "stored" else []):
+            targets = column.lengths(store.rows).sum()  # more when precompute completes a recorded column
+            inputs[f"column {column.name}"] = f"{targets} targets, sha256 {column.digest}"
+    if maps is not None:
+        inputs["label maps"] = f"sha256 {maps.manifest.digest}"
+    inputs |= {f"teacher {teacher.name}": f"{teacher.network}, sha256 {teacher.checkpoint_sha256}" for teacher in teachers}
+    if init is not None:
+        inputs["init"] = f"sha256 {weights_digest(init)}"
+    if config.val is not None:
+        inputs |= scan(config.val).identity("val images")
+    return inputs
 
 
 def _classes(images: "ImageSet") -> int:

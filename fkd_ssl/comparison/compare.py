@@ -84,7 +84,12 @@ def compare(config: CompareConfig, log: Log = lambda message: None) -> dict[str,
     # before anything is written: not every network can make maps
     dense = DenseTeacher(teachers[0], pixels=config.pixels) if any(arm.kind == "relabel" for arm in arms) else None
 
-    folder, _ = runs.open_run(config.out, config)
+    inputs = {**images.identity(), **val.identity("val images")}
+    inputs |= {f"teacher {teacher.name}": f"{teacher.network}, sha256 {teacher.checkpoint_sha256}" for teacher in teachers}
+    folder, state = runs.open_run(config.out, config, inputs)
+    if state == "done" and all(runs.read_config(folder).get(key) == getattr(config, key) for key in ("further_arms", "seeds")):
+        log(f"{folder}: this comparison is done")
+        return runs.read_results(folder)
     files.replace(folder / runs.CONFIG, runs.to_yaml(config).encode())  # perhaps other seeds and further arms
     scorer = Scorer(config, folder / "scores", images, val)
     lines: list[dict[str, Any]] = []
@@ -117,14 +122,6 @@ def compare(config: CompareConfig, log: Log = lambda message: None) -> dict[str,
             lines.append({"name": arm.name, "seed": seed, **scores, **trained})
     runs.finish(folder, _results(config, len(images), len(val), arms, lines, cost, stores, scorer))
     return runs.read_results(folder)
-
-
-def done(config: CompareConfig) -> bool:
-    """Whether `out` holds just this comparison, with these seeds and further arms; raises RequestError as `runs.peek`."""
-    if runs.peek(config.out, config) != "done":
-        return False
-    found = runs.read_results(Path(config.out))["config"]
-    return all(found.get(key) == getattr(config, key) for key in ("further_arms", "seeds"))
 
 
 def _results(
@@ -299,6 +296,7 @@ def _run_of(verb: str, config: Any, run: Path, log: Log) -> dict[str, Any]:
         command = [sys.executable, "-P", "-m", "fkd_ssl", verb, "--config", str(file)]
         ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)  # noqa: S603
         if ended.returncode:
+            runs.forget_byte_sizes(run.parent.parent)  # it may have been an image that can be repaired
             raise FkdError(f"{run}: training ended with status {ended.returncode}; the same compare continues it")
         log(ended.stdout.strip())
     return runs.read_results(run)

@@ -79,7 +79,8 @@ class CompareConfig:
     json: bool = False
     """Print results.json on standard output."""
 
-    FREE: ClassVar = ("further_arms", "seeds", "workers", "json")
+    EXECUTION: ClassVar = ("further_arms", "seeds", "workers", "json")
+    PATHS: ClassVar = ("images", "val", "checkpoint", "out")
 
     def __post_init__(self) -> None:
         if len(split(self.teacher)) > 2:

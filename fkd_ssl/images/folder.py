@@ -16,7 +16,7 @@ from PIL import features
 from tqdm import tqdm
 
 from fkd_ssl.errors import RequestError
-from fkd_ssl.images.decoding import UInt8Array, header_size, open_file, read_bytes, read_image
+from fkd_ssl.images.decoding import UInt8Array, header_size, inaccessible, open_file, read_bytes, read_image
 from fkd_ssl.progress import hidden
 
 # one list for all machines, since a store of the same folder must list the same images
@@ -25,6 +25,8 @@ SUFFIXES = frozenset(
     | {".pbm", ".pgm", ".ppm", ".pnm", ".tga", ".tif", ".tiff"}
 )
 _OPTIONAL = {".avif": "avif", ".webp": "webp", ".jp2": "jpg_2000", ".j2k": "jpg_2000"}  # what Pillow may be built without
+BYTE_SIZES = "byte sizes of "
+"""How the entries of an identity begin that change when a damaged image is replaced."""
 _LISTED = 10  # names in a message
 _READERS, _PIECE = 16, 4096  # threads that read for `digest`, and images handed to them at once
 
@@ -88,6 +90,33 @@ class ImageSet:
 
     def _sha256(self, index: int) -> bytes:
         return hashlib.sha256(read_bytes(self.file(index))).digest()
+
+    def identity(self, name: str = "images", *, sizes: bool = True) -> dict[str, str]:
+        """What a run keeps of this set to know it again: digests of names and classes, and of byte sizes; nothing is read.
+
+        Neither the folder's path nor times count: a copy has the same identity. An image that was replaced by another one of
+        the same number of bytes is not noticed; `digest` would notice it, and reads every image.
+
+        Args:
+            name: What the set is for the run.
+            sizes: Include byte sizes. A store has its own, which each image is compared with when it is read.
+
+        Raises:
+            ImageAccessError: An image is gone.
+        """
+        names, lengths = hashlib.sha256(), hashlib.sha256()
+        for index, (path, label) in enumerate(zip(self.paths, self.labels.tolist(), strict=True)):
+            names.update(f"{path}\n{self.classes[label] if label >= 0 else ''}\n".encode())
+            if sizes:
+                lengths.update(f"{self._bytes(index)}\n".encode())
+        found = {name: f"{len(self)} images in {len(self.classes)} classes, sha256 {names.hexdigest()}"}
+        return found | ({f"{BYTE_SIZES}{name}": f"sha256 {lengths.hexdigest()}"} if sizes else {})
+
+    def _bytes(self, index: int) -> int:
+        try:
+            return os.stat(f"{self.root}/{self.on_disk[index]}").st_size  # noqa: PTH116  (of a million files)
+        except OSError as error:
+            raise inaccessible(self.file(index), error) from error
 
     def subset(self, indices: npt.ArrayLike) -> "ImageSet":
         """The pictures at `indices`, in that order, with the same classes."""

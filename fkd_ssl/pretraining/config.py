@@ -85,7 +85,8 @@ class PretrainConfig:
     log_every: int = 20
     """Steps in one line of metrics.csv."""
 
-    FREE: ClassVar = ("workers",)
+    EXECUTION: ClassVar = ("workers",)
+    PATHS: ClassVar = ("images", "out")
 
     def __post_init__(self) -> None:
         own = METHODS[self.method]

@@ -41,7 +41,8 @@ def pretrain(config: PretrainConfig, *, log: Callable[[str], None] = lambda mess
     """
     found = images.scan(config.images)
     check_pretraining(config, found)
-    folder, state = runs.open_run(config.out, config)
+    inputs = found.identity()
+    folder, state = runs.open_run(config.out, config, inputs)
     if state == "done":
         log(f"{folder}: finished already")
         return folder / weights_of(config)
@@ -51,7 +52,7 @@ def pretrain(config: PretrainConfig, *, log: Callable[[str], None] = lambda mess
     progress = Progress(folder, every=config.log_every, epoch=len(found) / config.batch_size)
     last: Path | None = folder / LAST
     if last is not None and last.exists():
-        sampler.start = step_of(last)
+        sampler.start = step_of(last, config, inputs)
         log(f"{folder}: continues from step {sampler.start} of {module.steps}")
     else:
         last = None
@@ -64,7 +65,17 @@ def pretrain(config: PretrainConfig, *, log: Callable[[str], None] = lambda mess
         worker_init_fn=start_worker,
         pin_memory=torch.cuda.is_available(),
     )
-    fit(module, loader, [progress], steps=module.steps, precision=config.precision, folder=folder, last=last)
+    with runs.repairable(folder):
+        fit(
+            module,
+            loader,
+            [progress],
+            steps=module.steps,
+            precision=config.precision,
+            folder=folder,
+            identity=runs.identity(config, inputs),
+            last=last,
+        )
     made = weights_of(config)
     if isinstance(module, MoCo) and not config.is_teacher:
         export(module.student(), folder / made, layout=None, pixels=config.pixels)

@@ -195,9 +195,19 @@ def _check(folder: Path, wanted: layout.Manifest, images: ImageSet) -> None:
             f"{folder}: label maps of other images: {here.count}, and {images.root} has {len(images)}; {where} {first!r}. Give "
             "the same images, or choose another --out"
         )
+    _, sizes = read_images(folder, here)
+    for row, expected in enumerate(sizes["bytes"].tolist()):
+        if (found := images.file(row).stat().st_size) != expected:
+            raise RequestError(
+                f"{folder}: label maps of other images: {images.file(row)} has {found} bytes and had {expected} when the maps "
+                "were begun; restore it, or choose another --out"
+            )
     same = replace(wanted, sizes_sha256=here.sizes_sha256, rows_per_shard=here.rows_per_shard)
     for key, value in same.__dict__.items():
-        if (found := getattr(here, key)) != value:
+        found = getattr(here, key)
+        if key == "teacher":  # the name of the file of weights is not their identity
+            found, value = {**found, "checkpoint": None}, {**value, "checkpoint": None}
+        if found != value:
             raise RequestError(
                 f"{folder}: label maps whose {key} is {found}, not {value}; give the same, or choose another --out"
             )

@@ -65,10 +65,17 @@ class Manifest:
         first = shard * self.rows_per_shard
         return range(first, min(first + self.rows_per_shard, self.count))
 
+    @property
+    def digest(self) -> str:
+        """Hex sha256 of all of it."""
+        return files.sha256(files.canonical(self._values()))
+
     def write(self, folder: Path) -> None:
         """Publishes manifest.json, the last file of a new store."""
-        values = {**self.__dict__, "recipe": self.recipe.to_dict()}
-        files.write_json(folder / MANIFEST, {"format": FORMAT, "version": VERSION, **values})
+        files.write_json(folder / MANIFEST, self._values())
+
+    def _values(self) -> dict[str, Any]:
+        return {"format": FORMAT, "version": VERSION, **self.__dict__, "recipe": self.recipe.to_dict()}
 
 
 class Paths:

@@ -19,7 +19,7 @@ class TrainConfig:
     images: str
     """Folder of images; class folders are needed only for kNN."""
     out: str
-    """Run folder: config.yaml, metrics.csv, results.json, checkpoints/. The same config resumes it."""
+    """Run folder: config.yaml, inputs.json, metrics.csv, results.json, checkpoints/. The same options and inputs resume it."""
     targets: Literal["stored", "online", "labels", "relabel"] = "stored"
     """Read the teacher's targets from --store, or run the teacher on every batch; labels are the images' own class folders, and
     relabel reads ReLabel's --label_maps."""
@@ -130,7 +130,8 @@ class TrainConfig:
     logger: Literal["tensorboard", "wandb", "mlflow"] | None = None
     """Where the lines of metrics.csv go too; the package is an extra of that name."""
 
-    FREE: ClassVar = ("workers", "device_crops", "on_unreadable", "devices")
+    EXECUTION: ClassVar = ("workers", "device_crops", "on_unreadable", "devices")
+    PATHS: ClassVar = ("images", "out", "store", "record", "label_maps", "checkpoint", "init", "val")
 
     def __post_init__(self) -> None:
         positive = (

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed import is_torchelastic_launched
 from torch.utils.data import DataLoader
 
+from fkd_ssl import runs
 from fkd_ssl.data import Crops, StoredCrops, start_worker, whole_batch
 from fkd_ssl.errors import RequestError
 from fkd_ssl.objectives import Objective, TargetInfo, make_objective
@@ -105,6 +106,7 @@ def train(
     score: Score | None = None,
     init: Student | None = None,
     logger: Logger | None = None,
+    inputs: runs.Inputs | None = None,
 ) -> dict[str, Any]:
     """Trains a student and leaves metrics.csv and checkpoints/ in `folder`; continues from its last checkpoint.
 
@@ -119,13 +121,14 @@ def train(
         score: kNN accuracy in percent of a student in eval mode.
         init: Whose weights the student starts from.
         logger: Takes the lines of metrics.csv too.
+        inputs: What identifies the images, the targets and the student that it starts from; None does not compare them.
 
     Returns:
         What results.json says of the training.
 
     Raises:
-        RequestError: A batch holds more images than there are, the targets lack what the objective needs, or they have another
-            dimension than those that the training was begun on.
+        RequestError: A batch holds more images than there are, the targets lack what the objective needs, or the last
+            checkpoint is of another config, of other inputs or of targets of another dimension.
         ImageError: An image cannot be read; the message names it.
         KeyboardInterrupt: The training was stopped; called again, it continues.
     """
@@ -175,22 +178,24 @@ def train(
     last = folder / "checkpoints" / LAST
     resumed = last.exists()
     if resumed:
-        sampler.start = step_of(last)
+        sampler.start = step_of(last, config, inputs)
         check_dims(last, student)
         module.saved = f"the last good checkpoint is {last}, of step {sampler.start}"
-    fit(
-        module,
-        loader,
-        [*keepers, recorder, monitor],
-        steps=steps,
-        precision=config.precision,
-        folder=folder,
-        last=last if resumed else None,
-        devices=config.devices,
-        sync_batchnorm=config.sync_batchnorm,
-        clip=config.clip,
-        logger=logger,
-    )
+    with runs.repairable(folder):
+        fit(
+            module,
+            loader,
+            [*keepers, recorder, monitor],
+            steps=steps,
+            precision=config.precision,
+            folder=folder,
+            identity=runs.identity(config, inputs or {}),
+            last=last if resumed else None,
+            devices=config.devices,
+            sync_batchnorm=config.sync_batchnorm,
+            clip=config.clip,
+            logger=logger,
+        )
     return {
         "epochs": config.epochs,
         "steps": steps,

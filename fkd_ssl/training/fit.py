@@ -18,9 +18,12 @@ from pytorch_lightning.strategies import DDPStrategy
 from torch.distributed import is_torchelastic_launched
 from torch.utils.data import DataLoader
 
-from fkd_ssl import files
+from fkd_ssl import files, runs
 from fkd_ssl.errors import CheckpointError, RequestError
 from fkd_ssl.training.sampler import PassSampler
+
+RUN_KEY = "fkd_ssl_run"
+"""Where a checkpoint says which run it is of."""
 
 
 class WholeCheckpoints(TorchCheckpointIO):
@@ -47,6 +50,7 @@ def fit(
     steps: int,
     precision: Any,
     folder: Path,
+    identity: dict[str, Any],
     last: Path | None,
     devices: int = 1,
     sync_batchnorm: bool = False,
@@ -62,6 +66,7 @@ def fit(
         steps: Of the optimiser.
         precision: In Lightning's terms.
         folder: Of the run.
+        identity: What its checkpoints keep of the run, see `runs.identity`.
         last: The checkpoint.
         devices: Processes on this machine. Lightning starts them as further calls of this command line, unless torchrun has
             started this process: its numbers are then what counts.
@@ -99,7 +104,7 @@ def fit(
             accumulate_grad_batches=sampler.parts,
             gradient_clip_val=clip,
             precision=precision,
-            callbacks=callbacks,
+            callbacks=[*callbacks, _Identity(identity)],
             plugins=plugins,
             logger=False if logger is None else logger,
             enable_checkpointing=False,
@@ -124,6 +129,17 @@ def fit(
             _end_gloo()
 
 
+class _Identity(pl.Callback):
+    """Has each checkpoint say which run it is of."""
+
+    def __init__(self, identity: dict[str, Any]) -> None:
+        self.identity = identity
+
+    def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Adds what `step_of` compares."""
+        checkpoint[RUN_KEY] = self.identity
+
+
 def _end_gloo() -> None:
     """Ends the threads of gloo, which abort a Python that is ending while they hold a tensor; Lightning ends NCCL's.
 
@@ -133,9 +149,17 @@ def _end_gloo() -> None:
         torch.distributed.destroy_process_group()
 
 
-def step_of(checkpoint: Path) -> int:
-    """The step that a checkpoint of Lightning's was saved at; raises CheckpointError where it is damaged."""
+def step_of(checkpoint: Path, config: Any, inputs: runs.Inputs | None) -> int:
+    """The step that a checkpoint of this run was saved at.
+
+    Raises:
+        CheckpointError: The file is damaged.
+        RequestError: It is of another config, or of other inputs unless `inputs` is None.
+    """
     try:
-        return int(torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["global_step"])
+        saved = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+        step, run = int(saved["global_step"]), saved.get(RUN_KEY)
     except Exception as error:  # whatever a damaged file makes torch raise
-        raise CheckpointError(f"{checkpoint}: damaged ({type(error).__name__}); delete it to train anew") from error
+        raise CheckpointError(f"{checkpoint}: damaged ({type(error).__name__}); delete it to train from the start") from error
+    runs.check_identity(checkpoint, run, config, inputs)
+    return step

@@ -1,5 +1,6 @@
 """The command line itself: verbs, options, YAML files, help, and what it says of mistakes."""
 
+import dataclasses
 import importlib
 import importlib.util
 import inspect
@@ -157,6 +158,23 @@ class TestConfigFiles:
         train = importlib.import_module("fkd_ssl.commands.train")
         config = cli.parse("train", train, ["--config", str(tmp_path / "a.yaml"), "--lr", "0.25"])
         assert (config.lr, config.epochs) == (0.25, 7)
+
+    @pytest.mark.parametrize("verb", sorted(cli.VERBS))
+    def test_a_flag_of_the_file_can_be_switched_off(self, tmp_path: Path, verb: str) -> None:
+        command = cli.command_of(verb)
+        fields = dataclasses.fields(command.Config)
+        positionals = [
+            f.name for f in fields if f.name in getattr(command, "POSITIONALS", ()) and f.default is dataclasses.MISSING
+        ]
+        flags = [field.name for field in fields if field.type is bool and field.name != "leave_one_out"]  # it goes without val
+        needed = [field.name for field in fields if field.default is dataclasses.MISSING and field.name not in positionals]
+        needed += {"knn": ["val"], "train": ["store"], "retrieve": ["gallery"]}.get(verb, [])
+        (tmp_path / "a.yaml").write_text(yaml.safe_dump(dict.fromkeys(needed, "x") | dict.fromkeys(flags, True)))
+        file = ["--config", str(tmp_path / "a.yaml")] if needed else []
+        for flag in flags:
+            lines = ([], [f"--no_{flag}"], [f"--no_{flag}", f"--{flag}"])
+            found = [getattr(cli.parse(verb, command, ["x"][: len(positionals)] + file + line), flag) for line in lines]
+            assert found == [bool(needed), False, True]
 
     def test_a_runs_config_is_a_config_file(self, tmp_path: Path) -> None:
         from fkd_ssl import runs

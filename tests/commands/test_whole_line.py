@@ -50,7 +50,7 @@ def test_compare(work: Path, call: Any) -> None:
         assert arm["peak_memory_bytes"] > 1e7
         run = work / "cmp/runs" / f"{name}-seed0"
         left = {path.name for path in run.iterdir()}
-        assert left == {"config.yaml", "results.json", "metrics.csv", "checkpoints", "README.md"}
+        assert left == {"config.yaml", "inputs.json", "results.json", "metrics.csv", "checkpoints", "README.md"}
         assert [line["step"] for line in read_metrics(run / "metrics.csv") if line["loss"] is not None] == [2]
     assert (arms["stored"]["teacher_forwards"], arms["online"]["teacher_forwards"]) == (0, 36)
     assert arms["teacher"]["train_seconds"] is None
