@@ -118,9 +118,11 @@ def _assemble(entry: Path, parts: list[Path], images: ImageSet) -> None:
         dims = {array.shape[1] for array in arrays}
         if len(dims) != 1:
             raise FkdError(f"{entry}: parts of {sorted(dims)} dimensions: expected one size; delete the folder")
-        header, digest = files.npy_header(np.dtype(np.float32), (len(images), dims.pop())), hashlib.sha256()
+        pieces: list[bytes | memoryview] = [files.npy_header(np.dtype(np.float32), (len(images), dims.pop()))]
+        pieces += [np.ascontiguousarray(array).data for array in arrays]
+        digest = hashlib.sha256()
         with files.publish(entry / "features.npy") as file:
-            for piece in (header, *(np.ascontiguousarray(array).data for array in arrays)):
+            for piece in pieces:
                 digest.update(piece)
                 file.write(piece)
         labels = files.write_npy(entry / "labels.npy", images.labels)
