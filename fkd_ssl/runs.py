@@ -22,7 +22,7 @@ import yaml
 
 from fkd_ssl import files
 from fkd_ssl.errors import ImageError, RequestError
-from fkd_ssl.images import BYTE_SIZES
+from fkd_ssl.images import CONTENTS
 
 CONFIG, INPUTS, RESULTS = "config.yaml", "inputs.json", "results.json"
 _BEFORE_RESULTS = {CONFIG, INPUTS, "metrics.csv"}  # a run with nothing else has saved nothing yet: its inputs may still change
@@ -54,7 +54,7 @@ def peek(out: str | Path, config: Any, inputs: Inputs | None = None) -> State:
     check_config(folder, read_config(folder), config)
     if inputs is not None and not present <= _BEFORE_RESULTS:
         found = _read_inputs(folder)
-        unknown = [name for name in inputs if name.startswith(BYTE_SIZES) and name not in found]  # `repairable` forgot them
+        unknown = [name for name in inputs if name.startswith(CONTENTS) and name not in found]  # `repairable` forgot them
         check_inputs(folder, found, {name: value for name, value in inputs.items() if name not in unknown})
     return "done" if (folder / RESULTS).exists() else "resume"
 
@@ -65,7 +65,7 @@ def open_run(out: str | Path, config: Any, inputs: Inputs) -> tuple[Path, State]
     if state == "new":
         folder.mkdir(parents=True, exist_ok=True)
         files.replace(folder / CONFIG, to_yaml(config).encode())
-    if state != "done":  # the byte sizes of repaired images may be new
+    if state != "done":  # the contents of repaired images may be new
         files.replace(folder / INPUTS, _json(inputs))
     return folder, state
 
@@ -119,20 +119,20 @@ def repairable(folder: Path) -> Iterator[None]:
     try:
         yield
     except ImageError:
-        forget_byte_sizes(folder)
+        forget_contents(folder)
         raise
 
 
-def forget_byte_sizes(folder: Path) -> None:
-    """Lets a run continue with images of other byte sizes, since one was damaged."""
+def forget_contents(folder: Path) -> None:
+    """Lets a run continue with images of other contents, since one was damaged."""
     if (folder / INPUTS).exists():
-        kept = {name: value for name, value in _read_inputs(folder).items() if not name.startswith(BYTE_SIZES)}
+        kept = {name: value for name, value in _read_inputs(folder).items() if not name.startswith(CONTENTS)}
         files.replace(folder / INPUTS, _json(kept))
 
 
 def identity(config: Any, inputs: Inputs) -> dict[str, dict[str, Any]]:
-    """What a checkpoint keeps of its run, for `check_identity`: a damaged image may be repaired, so no byte sizes."""
-    kept = {name: value for name, value in inputs.items() if not name.startswith(BYTE_SIZES)}
+    """What a checkpoint keeps of its run, for `check_identity`: a damaged image may be repaired, so no contents."""
+    kept = {name: value for name, value in inputs.items() if not name.startswith(CONTENTS)}
     return {"config": dataclasses.asdict(config), "inputs": kept}
 
 

@@ -164,22 +164,22 @@ def test_changed_inputs_are_refused_once_something_was_saved(tmp_path: Path) -> 
 
 
 def test_a_damaged_image_may_be_repaired_and_nothing_else_changed(tmp_path: Path) -> None:
-    config, key = Placed(images="a"), "byte sizes of images"
+    config, key = Placed(images="a"), "contents of images"
     runs.open_run(tmp_path, config, {"images": "x", key: "1"})
     (tmp_path / "checkpoints").mkdir()
-    with pytest.raises(RequestError, match=r"byte sizes of images changed"):
+    with pytest.raises(RequestError, match=r"contents of images changed"):
         runs.peek(tmp_path, config, {"images": "x", key: "2"})
     with pytest.raises(ImageError, match="bad"), runs.repairable(tmp_path):
         raise ImageError("bad.png")
     with pytest.raises(RequestError, match=r"run began \(then x, now y\)"):
         runs.open_run(tmp_path, config, {"images": "y", key: "2"})
     assert runs.open_run(tmp_path, config, {"images": "x", key: "2"})[1] == "resume"
-    with pytest.raises(RequestError, match=r"byte sizes of images changed"):
+    with pytest.raises(RequestError, match=r"contents of images changed"):
         runs.open_run(tmp_path, config, {"images": "x", key: "3"})
 
 
 def test_a_checkpoint_says_which_run_it_is_of(tmp_path: Path) -> None:
-    config, inputs, path = Config(), {"images": "x", "byte sizes of images": "1"}, tmp_path / "last.ckpt"
+    config, inputs, path = Config(), {"images": "x", "contents of images": "1"}, tmp_path / "last.ckpt"
     found = runs.identity(config, inputs)
     runs.check_identity(path, found, config, inputs)
     runs.check_identity(path, found, config, None)

@@ -15,7 +15,7 @@ from fkd_ssl.errors import RequestError
 from fkd_ssl.eval import cache
 from fkd_ssl.eval.features import Split, extract, match_classes
 from fkd_ssl.eval.scores import Float32Array, Int64Array, as_features, as_labels, compact, same_dimension
-from fkd_ssl.images import ImageSet, scan
+from fkd_ssl.images import CONTENTS, ImageSet, scan
 from fkd_ssl.teachers.checkpoint import digest
 
 
@@ -144,7 +144,8 @@ class Evaluation:
         model = f"{self.model.about['network']}, sha256 {self.model.identity}"
         found = {"model": model}
         for name, images in zip(self.names, self.sets, strict=True):
-            found |= images.identity(f"{name} images")
+            found |= images.identity(f"{name} images", sizes=False)
+            found[f"{CONTENTS}{name} images"] = f"sha256 {images.digest()}"
         return found
 
 

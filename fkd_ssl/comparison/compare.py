@@ -296,7 +296,7 @@ def _run_of(verb: str, config: Any, run: Path, log: Log) -> dict[str, Any]:
         command = [sys.executable, "-P", "-m", "fkd_ssl", verb, "--config", str(file)]
         ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)  # noqa: S603
         if ended.returncode:
-            runs.forget_byte_sizes(run.parent.parent)  # it may have been an image that can be repaired
+            runs.forget_contents(run.parent.parent)  # it may have been an image that can be repaired
             raise FkdError(f"{run}: training ended with status {ended.returncode}; the same compare continues it")
         log(ended.stdout.strip())
     return runs.read_results(run)

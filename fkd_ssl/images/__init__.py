@@ -10,10 +10,10 @@ from fkd_ssl.images.decoding import (
     read_image,
     read_size,
 )
-from fkd_ssl.images.folder import BYTE_SIZES, SUFFIXES, ImageSet, scan
+from fkd_ssl.images.folder import CONTENTS, SUFFIXES, ImageSet, scan
 
 __all__ = [
-    "BYTE_SIZES",
+    "CONTENTS",
     "MAX_PIXELS",
     "MAX_SIDE",
     "SUFFIXES",

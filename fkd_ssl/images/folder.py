@@ -25,8 +25,8 @@ SUFFIXES = frozenset(
     | {".pbm", ".pgm", ".ppm", ".pnm", ".tga", ".tif", ".tiff"}
 )
 _OPTIONAL = {".avif": "avif", ".webp": "webp", ".jp2": "jpg_2000", ".j2k": "jpg_2000"}  # what Pillow may be built without
-BYTE_SIZES = "byte sizes of "
-"""How the entries of an identity begin that change when a damaged image is replaced."""
+CONTENTS = "contents of "
+"""How the names of those entries of an identity begin that change when a damaged image is replaced."""
 _LISTED = 10  # names in a message
 _READERS, _PIECE = 16, 4096  # threads that read for `digest`, and images handed to them at once
 
@@ -110,7 +110,7 @@ class ImageSet:
             if sizes:
                 lengths.update(f"{self._bytes(index)}\n".encode())
         found = {name: f"{len(self)} images in {len(self.classes)} classes, sha256 {names.hexdigest()}"}
-        return found | ({f"{BYTE_SIZES}{name}": f"sha256 {lengths.hexdigest()}"} if sizes else {})
+        return found | ({f"{CONTENTS}{name}": f"sha256 {lengths.hexdigest()}"} if sizes else {})
 
     def _bytes(self, index: int) -> int:
         try:
