@@ -8,13 +8,10 @@ computed twice or lost. The pair features.npy and labels.npy can be read with nu
 Legend: `N` images, `D` feature dimension, `P` pixels.
 """
 
-import fcntl
 import hashlib
-import os
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +19,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from fkd_ssl import files
+from fkd_ssl import files, locks
 from fkd_ssl.crops.probe import probe_digest
 from fkd_ssl.errors import FkdError, StoreError
 from fkd_ssl.eval.features import Model, checked, extract, frozen
@@ -86,7 +83,7 @@ def cached(
             for number, part in enumerate(parts):
                 if part.exists():
                     continue
-                with _lock(part.with_name(f".lock-{number:06d}")) as ours:
+                with locks.locked(part.with_name(f".lock-{number:06d}")) as ours:
                     busy |= not ours
                     if not ours or part.exists() or (entry / "done.json").exists():
                         continue
@@ -110,7 +107,7 @@ def cached(
 
 def _assemble(entry: Path, parts: list[Path], images: ImageSet) -> None:
     """Joins the parts, and says that the entry is done."""
-    with _lock(entry / ".lock-all") as ours:
+    with locks.locked(entry / ".lock-all") as ours:
         if not ours or (entry / "done.json").exists():
             time.sleep(0.2)
             return
@@ -153,20 +150,3 @@ def _same_answers(model: Model, entry: Path, images: ImageSet, pixels: int) -> N
             f"{entry}: its features were made by a model of the same weights and layers that gives other values (was its code "
             "changed?); delete the folder, or give another --features"
         )
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[bool]:
-    """Whether this process holds the lock; True where the file system has none, since equal work is then published twice."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
-        except OSError:
-            pass
-        yield True
-    finally:
-        os.close(descriptor)

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from fkd_ssl import __version__
+from fkd_ssl import __version__, processes
 from fkd_ssl.errors import FkdError, RequestError, did_you_mean
 from fkd_ssl.text import printable
 
@@ -42,6 +42,7 @@ VERBS = {
     "report": "results.json of many evaluations as one table, mean and deviation over seeds",
     "compare": "stored against online: same students, table, plots, break-even",
 }
+_SHARED = ("precompute", "train", "features", "label-maps")  # several processes started by torchrun share the work
 _USAGE = "usage: fkd-ssl VERB [options]     (fkd-ssl VERB --help explains one)"
 
 
@@ -55,11 +56,16 @@ def main(argv: list[str] | None = None) -> int:
         print(__version__)  # noqa: T201
         return 0
     verb = args[0]
+    if parent := os.environ.pop(processes.PARENT, None):
+        processes.end_with_parent(int(parent))
     try:
         if verb not in VERBS:
             raise RequestError(f"no verb {verb!r}{did_you_mean(verb, VERBS)}; fkd-ssl --help lists them")
         command = command_of(verb)
-        status: int = command.run(parse(verb, command, args[1:]))
+        config = parse(verb, command, args[1:])
+        if processes.rank()[1] > 1 and verb not in _SHARED:
+            raise RequestError("runs in one process: start it without torchrun (WORLD_SIZE is over 1)")
+        status: int = command.run(config)
     except FkdError as error:
         return _fail(verb, _message(error), error.exit_status)
     except KeyboardInterrupt:

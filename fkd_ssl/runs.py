@@ -4,6 +4,8 @@ A run is identified by its options (config.yaml) and by digests of its inputs (i
 an unfinished run and show a finished one; others are refused. Paths are not compared: inputs and run folders may be moved,
 copied or written in another way.
 
+One process at a time uses a run folder: it holds the lock of the file `.lock` in it.
+
 A config dataclass names two groups of its fields that are not compared: `EXECUTION`, which say how a run is executed and not
 what it computes, and `PATHS`, whose contents are compared by digest instead.
 """
@@ -20,11 +22,12 @@ from typing import Any, Literal
 
 import yaml
 
-from fkd_ssl import files
-from fkd_ssl.errors import ImageError, RequestError
+from fkd_ssl import files, locks, processes
+from fkd_ssl.errors import FkdError, ImageError, RequestError
 from fkd_ssl.images import CONTENTS
 
-CONFIG, INPUTS, RESULTS = "config.yaml", "inputs.json", "results.json"
+CONFIG, INPUTS, RESULTS, LOCK = "config.yaml", "inputs.json", "results.json", ".lock"
+_WRITTEN = (".", "checkpoints", "scores")  # the folders of a run that only the process that holds its lock writes to
 _BEFORE_RESULTS = {CONFIG, INPUTS, "metrics.csv"}  # a run with nothing else has saved nothing yet: its inputs may still change
 State = Literal["new", "resume", "done"]
 Inputs = Mapping[str, str]
@@ -40,9 +43,17 @@ def peek(out: str | Path, config: Any, inputs: Inputs | None = None) -> State:
         inputs: What the run reads; None compares the config alone.
 
     Raises:
-        RequestError: The folder has a run of another config or of other inputs, or files that are not a run's.
+        RequestError: The folder has a run of another config or of other inputs, or files that are not a run's, or another
+            process is using it.
     """
-    folder = Path(out)
+    state = _state(Path(out), config, inputs)
+    if state != "done" and (Path(out) / LOCK).exists() and not processes.rank()[0]:
+        with _hold(Path(out)):
+            pass
+    return state
+
+
+def _state(folder: Path, config: Any, inputs: Inputs | None) -> State:
     for place in (folder, *folder.parents):
         if place.exists() and not place.is_dir():
             raise RequestError(f"{place}: is a file; --out must name a folder")
@@ -54,20 +65,54 @@ def peek(out: str | Path, config: Any, inputs: Inputs | None = None) -> State:
     check_config(folder, read_config(folder), config)
     if inputs is not None and not present <= _BEFORE_RESULTS:
         found = _read_inputs(folder)
-        unknown = [name for name in inputs if name.startswith(CONTENTS) and name not in found]  # `repairable` forgot them
+        unknown = [name for name in inputs if name.startswith(CONTENTS) and name not in found]  # `forget_contents` was called
         check_inputs(folder, found, {name: value for name, value in inputs.items() if name not in unknown})
     return "done" if (folder / RESULTS).exists() else "resume"
 
 
-def open_run(out: str | Path, config: Any, inputs: Inputs) -> tuple[Path, State]:
-    """Creates or reopens the run folder `out`; returns it and its state, and raises as `peek` does."""
-    folder, state = Path(out), peek(out, config, inputs)
-    if state == "new":
+@contextmanager
+def open_run(out: str | Path, config: Any, inputs: Inputs | None) -> Iterator[tuple[Path, State]]:
+    """Creates or reopens the run folder `out` and locks it until the block ends; yields it and its state.
+
+    Of several processes of one training the first one holds the lock. A run that an unreadable image ends can continue when
+    the image is repaired.
+
+    Raises:
+        RequestError: As `peek`.
+    """
+    folder = Path(out)
+    try:
+        if processes.rank()[0]:
+            yield folder, "resume"
+            return
+        _state(folder, config, inputs)  # before a folder is made
         folder.mkdir(parents=True, exist_ok=True)
-        files.replace(folder / CONFIG, to_yaml(config).encode())
-    if state != "done":  # the contents of repaired images may be new
-        files.replace(folder / INPUTS, _json(inputs))
-    return folder, state
+        with _hold(folder):
+            state = _state(folder, config, inputs)  # again: another process may have written to it meanwhile
+            if state == "new":
+                files.replace(folder / CONFIG, to_yaml(config).encode())
+            if state != "done":  # the contents of repaired images may be new
+                files.replace(folder / INPUTS, _json(inputs or {}))
+            for name in _WRITTEN:
+                files.sweep(folder / name, seconds=0)  # temporary files of a process that was killed
+            yield folder, state
+    except ImageError:
+        forget_contents(folder)
+        raise
+
+
+@contextmanager
+def _hold(folder: Path) -> Iterator[None]:
+    with locks.locked(folder / LOCK, seconds=locks.PATIENCE) as ours:
+        if not ours:
+            raise RequestError(f"another process is using {folder}: wait until it ends, or choose another --out")
+        yield
+
+
+def require_held(folder: Path) -> None:
+    """Raises FkdError if the run folder was removed, or replaced by another, since this process opened it."""
+    if locks.is_lost(folder / LOCK):
+        raise FkdError(f"{folder}: the run folder was removed or replaced while the run was writing to it; start the run again")
 
 
 def read_config(out: str | Path) -> dict[str, Any]:
@@ -113,16 +158,6 @@ def check_inputs(place: Path, found: Inputs, inputs: Inputs) -> None:
             )
 
 
-@contextmanager
-def repairable(folder: Path) -> Iterator[None]:
-    """Lets a run that an unreadable image ended continue when the image is repaired."""
-    try:
-        yield
-    except ImageError:
-        forget_contents(folder)
-        raise
-
-
 def forget_contents(folder: Path) -> None:
     """Lets a run continue with images of other contents, since one was damaged."""
     if (folder / INPUTS).exists():
@@ -146,8 +181,9 @@ def check_identity(checkpoint: Path, found: Any, config: Any, inputs: Inputs | N
 
 
 def _names(folder: Path) -> set[str]:
-    """The names in a folder that may be missing, without those of temporary files."""
-    return {path.name for path in folder.iterdir() if not path.name.startswith(files.TEMPORARY)} if folder.exists() else set()
+    """The names in a folder that may be missing, without the lock and temporary files."""
+    ours = (files.TEMPORARY, LOCK)
+    return {path.name for path in folder.iterdir() if not path.name.startswith(ours)} if folder.exists() else set()
 
 
 def _read_inputs(folder: Path) -> dict[str, str]:
@@ -169,7 +205,12 @@ def _short(value: Any) -> str:
 
 
 def finish(folder: Path, results: dict[str, Any]) -> None:
-    """Writes results.json, which marks the run as done; the versions that made it are added."""
+    """Writes results.json, which marks the run as done; the versions that made it are added.
+
+    Raises:
+        FkdError: As `require_held`.
+    """
+    require_held(folder)
     files.replace(folder / RESULTS, _json({**results, "versions": versions()}))
 
 

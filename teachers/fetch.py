@@ -1,7 +1,6 @@
 """Published checkpoints in a cache folder: found there, or downloaded, continued where a download broke, and checked."""
 
 import errno
-import fcntl
 import hashlib
 import json
 import os
@@ -15,6 +14,7 @@ from contextlib import suppress
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 
+from fkd_ssl import locks
 from fkd_ssl.errors import CheckpointError, FkdError, RequestError
 from fkd_ssl.teachers.presets import Preset
 
@@ -85,11 +85,9 @@ def fetch(
     folder = cache_folder(cache)
     target, part = folder / preset.file, part_of(preset, cache)
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f"{preset.file}.lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise RequestError(f"{target}: another process is downloading it now") from error
+    with locks.locked(folder / f"{preset.file}.lock") as ours:
+        if not ours:
+            raise RequestError(f"{target}: another process is downloading it now")
         if target.is_file():  # a user's own or an earlier call's: never replaced
             try:
                 check_file(target, preset)

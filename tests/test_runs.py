@@ -3,13 +3,13 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import yaml
 
-from fkd_ssl import runs
-from fkd_ssl.errors import ImageError, RequestError
+from fkd_ssl import locks, runs
+from fkd_ssl.errors import FkdError, ImageError, RequestError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,6 +19,14 @@ class Config:
     store: str | None = None
 
 
+def begin(out: Path, config: Any, inputs: dict[str, str]) -> str:
+    with runs.open_run(out, config, inputs) as (folder, state):
+        assert folder == out
+        assert (out / runs.LOCK).exists()
+    assert not (out / runs.LOCK).exists()
+    return state
+
+
 def test_a_folder_that_is_not_there_or_empty_is_new(tmp_path: Path) -> None:
     assert runs.peek(tmp_path / "none", Config()) == "new"
     assert runs.peek(tmp_path, Config()) == "new"
@@ -26,14 +34,15 @@ def test_a_folder_that_is_not_there_or_empty_is_new(tmp_path: Path) -> None:
 
 
 def test_open_run_writes_the_config_and_then_resumes(tmp_path: Path) -> None:
-    folder, state = runs.open_run(tmp_path / "deep" / "run", Config(), {})
-    assert (folder, state) == (tmp_path / "deep" / "run", "new")
+    with runs.open_run(tmp_path / "deep" / "run", Config(), {}) as (folder, state):
+        assert (folder, state) == (tmp_path / "deep" / "run", "new")
     assert yaml.safe_load((folder / "config.yaml").read_text()) == {"lr": 3e-4, "name": "a: b", "store": None}
-    assert runs.open_run(folder, Config(), {}) == (folder, "resume")
+    assert begin(folder, Config(), {}) == "resume"
 
 
 def test_a_finished_run_is_done(tmp_path: Path) -> None:
-    folder, _ = runs.open_run(tmp_path / "run", Config(), {})
+    folder = tmp_path / "run"
+    begin(folder, Config(), {})
     runs.finish(folder, {"steps": 3})
     assert runs.peek(folder, Config()) == "done"
     results = runs.read_results(folder)
@@ -42,15 +51,15 @@ def test_a_finished_run_is_done(tmp_path: Path) -> None:
 
 
 def test_another_config_is_refused_and_named(tmp_path: Path) -> None:
-    runs.open_run(tmp_path / "run", Config(), {})
+    begin(tmp_path / "run", Config(), {})
     with pytest.raises(RequestError, match=r"run of another config \(lr is 0\.0003 there, 0\.1 here\); choose another --out"):
-        runs.open_run(tmp_path / "run", Config(lr=0.1), {})
+        begin(tmp_path / "run", Config(lr=0.1), {})
 
 
 def test_files_that_are_no_run_are_refused_and_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     with pytest.raises(RequestError, match=r"exists and is not a run of fkd-ssl; choose another --out"):
-        runs.open_run(tmp_path, Config(), {})
+        begin(tmp_path, Config(), {})
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("thesis.tex", "years of work")]
 
 
@@ -76,13 +85,13 @@ def test_at_most_three_changes_are_named(tmp_path: Path) -> None:
         c: int = 1
         d: int = 1
 
-    runs.open_run(tmp_path, Four(), {})
+    begin(tmp_path, Four(), {})
     with pytest.raises(RequestError, match=r"\(a is 1 there, 2 here; b is 1 there, 2 here; c is 1 there, 2 here\)"):
         runs.peek(tmp_path, Four(a=2, b=2, c=2, d=2))
 
 
 def test_numbers_are_compared_and_not_their_spelling(tmp_path: Path) -> None:
-    runs.open_run(tmp_path / "run", Config(lr=2), {})
+    begin(tmp_path / "run", Config(lr=2), {})
     assert runs.peek(tmp_path / "run", Config(lr=2.0)) == "resume"
 
 
@@ -90,7 +99,7 @@ def test_numbers_are_compared_and_not_their_spelling(tmp_path: Path) -> None:
 def test_somebody_elses_config_yaml_is_refused_and_left_alone(tmp_path: Path, content: str) -> None:
     (tmp_path / "config.yaml").write_bytes(content.encode("latin-1"))
     with pytest.raises(RequestError, match=r"holds a run of another config \(.*\); choose another --out"):
-        runs.open_run(tmp_path, Config(), {})
+        begin(tmp_path, Config(), {})
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("config.yaml", content.encode("latin-1"))]
 
 
@@ -106,7 +115,7 @@ def test_keys_that_only_say_how_a_run_is_run_may_differ(tmp_path: Path) -> None:
         workers: int = 2
         EXECUTION: ClassVar = ("workers",)
 
-    runs.open_run(tmp_path / "run", Free(), {})
+    begin(tmp_path / "run", Free(), {})
     assert runs.peek(tmp_path / "run", Free(workers=0)) == "resume"
     with pytest.raises(RequestError, match=r"another config \(lr is 0\.1 there, 0\.2 here\)"):
         runs.peek(tmp_path / "run", Free(lr=0.2, workers=0))
@@ -139,7 +148,7 @@ class Placed:
 
 
 def test_paths_may_change_but_not_whether_there_is_one(tmp_path: Path) -> None:
-    runs.open_run(tmp_path, Placed(images="a"), {"images": "x"})
+    begin(tmp_path, Placed(images="a"), {"images": "x"})
     assert runs.peek(tmp_path, Placed(images="/scratch/a"), {"images": "x"}) == "resume"
     with pytest.raises(RequestError, match=r"another config \(val is None there, 'v' here\)"):
         runs.peek(tmp_path, Placed(images="a", val="v"))
@@ -147,15 +156,15 @@ def test_paths_may_change_but_not_whether_there_is_one(tmp_path: Path) -> None:
 
 def test_changed_inputs_are_refused_once_something_was_saved(tmp_path: Path) -> None:
     config = Placed(images="a")
-    runs.open_run(tmp_path, config, {"images": f"3 images, sha256 {'a' * 64}"})
-    assert runs.open_run(tmp_path, config, {"images": "4 images"})[1] == "resume"
+    begin(tmp_path, config, {"images": f"3 images, sha256 {'a' * 64}"})
+    assert begin(tmp_path, config, {"images": "4 images"}) == "resume"
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(
         RequestError, match=r"images changed since the run began \(then 4 images, now 5 images, sha256 b{12}\.\.\.\); restore"
     ):
-        runs.open_run(tmp_path, config, {"images": f"5 images, sha256 {'b' * 64}"})
+        begin(tmp_path, config, {"images": f"5 images, sha256 {'b' * 64}"})
     with pytest.raises(RequestError, match=r"store changed since the run began \(then missing, now s\)"):
-        runs.open_run(tmp_path, config, {"images": "4 images", "store": "s"})
+        begin(tmp_path, config, {"images": "4 images", "store": "s"})
     runs.finish(tmp_path, {})
     with pytest.raises(RequestError, match=r"images changed"):
         runs.peek(tmp_path, config, {"images": "5 images"})
@@ -165,17 +174,17 @@ def test_changed_inputs_are_refused_once_something_was_saved(tmp_path: Path) -> 
 
 def test_a_damaged_image_may_be_repaired_and_nothing_else_changed(tmp_path: Path) -> None:
     config, key = Placed(images="a"), "contents of images"
-    runs.open_run(tmp_path, config, {"images": "x", key: "1"})
+    begin(tmp_path, config, {"images": "x", key: "1"})
     (tmp_path / "checkpoints").mkdir()
     with pytest.raises(RequestError, match=r"contents of images changed"):
         runs.peek(tmp_path, config, {"images": "x", key: "2"})
-    with pytest.raises(ImageError, match="bad"), runs.repairable(tmp_path):
+    with pytest.raises(ImageError, match="bad"), runs.open_run(tmp_path, config, {"images": "x", key: "1"}):
         raise ImageError("bad.png")
     with pytest.raises(RequestError, match=r"run began \(then x, now y\)"):
-        runs.open_run(tmp_path, config, {"images": "y", key: "2"})
-    assert runs.open_run(tmp_path, config, {"images": "x", key: "2"})[1] == "resume"
+        begin(tmp_path, config, {"images": "y", key: "2"})
+    assert begin(tmp_path, config, {"images": "x", key: "2"}) == "resume"
     with pytest.raises(RequestError, match=r"contents of images changed"):
-        runs.open_run(tmp_path, config, {"images": "x", key: "3"})
+        begin(tmp_path, config, {"images": "x", key: "3"})
 
 
 def test_a_checkpoint_says_which_run_it_is_of(tmp_path: Path) -> None:
@@ -190,3 +199,41 @@ def test_a_checkpoint_says_which_run_it_is_of(tmp_path: Path) -> None:
     for foreign in (None, {}, {"config": 1, "inputs": {}}):
         with pytest.raises(RequestError, match=r"last.ckpt: does not say which run it is of; delete it"):
             runs.check_identity(path, foreign, config, inputs)
+
+
+def test_two_users_of_a_folder_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locks, "PATIENCE", 0.0)
+    run = tmp_path / "run"
+    with runs.open_run(run, Config(), {}):
+        for second in (lambda: begin(run, Config(), {}), lambda: runs.peek(run, Config())):
+            with pytest.raises(
+                RequestError, match=r"another process is using .*run: wait until it ends, or choose another --out"
+            ):
+                second()
+        monkeypatch.setenv("RANK", "1")  # a process of the same training
+        assert runs.peek(run, Config()) == "resume"
+        with runs.open_run(run, Config(), None) as (_, state):
+            assert state == "resume"
+        monkeypatch.delenv("RANK")
+    assert begin(run, Config(), {}) == "resume"
+
+
+def test_what_a_killed_process_left_does_not_stop_a_run_and_goes(tmp_path: Path) -> None:
+    for name in (".lock", ".tmp-config.yaml-0123456789ab"):
+        (tmp_path / name).write_text("")
+    assert runs.peek(tmp_path, Config()) == "new"
+    assert begin(tmp_path, Config(), {}) == "new"
+    assert {path.name for path in tmp_path.iterdir()} == {"config.yaml", "inputs.json"}
+
+
+def test_a_folder_that_was_removed_or_replaced_is_not_finished(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with runs.open_run(run, Config(), {}):
+        run.rename(tmp_path / "moved")
+        with pytest.raises(FkdError, match=r"run: the run folder was removed or replaced"):
+            runs.finish(run, {})
+        run.mkdir()
+        (run / runs.LOCK).write_text("")
+        with pytest.raises(FkdError, match=r"run: the run folder was removed or replaced"):
+            runs.finish(run, {})
+    assert [path.name for path in run.iterdir()] == [runs.LOCK]  # another process's

@@ -5,7 +5,12 @@ originals. The same options continue a killed run.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from fkd_ssl.images import ImageSet
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,16 +41,26 @@ def run(config: Config) -> int:
     from pathlib import Path
 
     from fkd_ssl import runs
-    from fkd_ssl.commands import console, resolve
+    from fkd_ssl.commands import console
     from fkd_ssl.images import scan
-    from fkd_ssl.shrink import check_apart, shrink_set
+    from fkd_ssl.shrink import check_apart
 
     images = scan(config.images)
     check_apart(images.root, Path(config.out))
-    folder, state = runs.open_run(config.out, config, images.identity(sizes=False))
-    if state == "done":
-        console.say(f"{folder}: this copy is done; results.json says what it holds")
-        return 0
+    with runs.open_run(config.out, config, images.identity(sizes=False)) as (folder, state):
+        if state == "done":
+            console.say(f"{folder}: this copy is done; results.json says what it holds")
+        else:
+            _shrink(config, images, folder)
+    return 0
+
+
+def _shrink(config: Config, images: "ImageSet", folder: "Path") -> None:
+    """Copies the images and shows what was copied."""
+    from fkd_ssl import runs
+    from fkd_ssl.commands import console, resolve
+    from fkd_ssl.shrink import shrink_set
+
     copied = shrink_set(
         images,
         folder,
@@ -66,4 +81,3 @@ def run(config: Config) -> int:
             f"{folder}: {results['images']:,} images, {copied.bytes / 1e6:,.1f} MB of {copied.source_bytes / 1e6:,.1f} MB; use "
             f"it as --images"
         )
-    return 0

@@ -16,14 +16,12 @@ def run(config: Config) -> int:
     """Compares and prints the table."""
     from dataclasses import replace
 
-    from fkd_ssl import runs
     from fkd_ssl.commands import console
     from fkd_ssl.comparison import report
     from fkd_ssl.comparison.compare import compare
 
     asked, folder = replace(config, json=False), Path(config.out)  # printing is no part of what is compared
-    with runs.repairable(folder):
-        results = compare(asked, console.say)
+    results = compare(asked, console.say)
     text = report.write(results, folder)
     if config.json:
         console.show_json(results)

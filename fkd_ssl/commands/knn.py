@@ -6,9 +6,12 @@ among them, and never the best. --train and --val also take FEATURES.npy,LABELS.
 """
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from fkd_ssl.errors import RequestError
+
+if TYPE_CHECKING:
+    from fkd_ssl.eval.features import Split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +69,7 @@ class Config:
 
 def run(config: Config) -> int:
     """Scores the model."""
-    from fkd_ssl.commands import console, results, sources
+    from fkd_ssl.commands import results, sources
     from fkd_ssl.eval import knn
 
     ks, temperatures = numbers("--k", config.k, int), numbers("--temperature", config.temperature, float)
@@ -79,7 +82,18 @@ def run(config: Config) -> int:
     if results.show_finished(config, evaluation.inputs):
         return 0
     split, about = sources.split_of(evaluation, config)
-    results.begin(config, evaluation.inputs)
+    with results.opened(config, evaluation.inputs):
+        _score(config, ks, temperatures, shots, split, about)
+    return 0
+
+
+def _score(
+    config: Config, ks: list[int], temperatures: list[float], shots: float | None, split: "Split", about: dict[str, Any]
+) -> None:
+    """Classifies the images and shows the result."""
+    from fkd_ssl.commands import console, results, sources
+    from fkd_ssl.eval import knn
+
     common: dict[str, Any] = {
         "train_features": split.train_features,
         "train_labels": split.train_labels,
@@ -108,7 +122,6 @@ def run(config: Config) -> int:
         ]
         console.show(console.table([["k", "T", "top-1", "top-5"], *rows]))
     results.show("knn", title, replace(config, pixels=pixels), protocol, about, result)
-    return 0
 
 
 def numbers(option: str, value: float | str, kind: type[int] | type[float]) -> list[Any]:

@@ -119,7 +119,6 @@ def _part(config: Config, name: str) -> Config:
 def _on_crops(parts: dict[str, Config], evaluation: "Evaluation") -> None:
     if not parts:
         return
-    from fkd_ssl import runs
     from fkd_ssl.commands import results, sources
     from fkd_ssl.eval import linear
 
@@ -127,13 +126,9 @@ def _on_crops(parts: dict[str, Config], evaluation: "Evaluation") -> None:
     (train, val), model, pixels = evaluation.sets, evaluation.model, evaluation.pixels
     assert model is not None  # crops are of images
     assert pixels is not None
-    for part in parts.values():
-        results.begin(part, evaluation.inputs)
-    kept = None if config.out is None else {name: Path(str(part.out)) / "probe.pt" for name, part in parts.items()}
-    with ExitStack() as stack:
+    with ExitStack() as opened:
         for part in parts.values():
-            if part.out is not None:
-                stack.enter_context(runs.repairable(Path(part.out)))
+            opened.enter_context(results.opened(part, evaluation.inputs))
         found = linear.evaluate_together(
             list(parts),
             model=model.features,
@@ -145,13 +140,13 @@ def _on_crops(parts: dict[str, Config], evaluation: "Evaluation") -> None:
             lr=config.lr,
             seed=config.seed,
             workers=config.workers,
-            kept=kept,
+            kept=None if config.out is None else {name: Path(str(part.out)) / "probe.pt" for name, part in parts.items()},
             identity=model.identity,
         )
-    data = {"train": sources.about_images(config.train, train), "val": sources.about_images(config.val, val)}
-    about = {**sources.about_model(model, pixels), "data": data}
-    for name, part in parts.items():
-        _show(part, pixels, about, found[name])
+        data = {"train": sources.about_images(config.train, train), "val": sources.about_images(config.val, val)}
+        about = {**sources.about_model(model, pixels), "data": data}
+        for name, part in parts.items():
+            _show(part, pixels, about, found[name])
 
 
 def _on_features(parts: dict[str, Config], evaluation: "Evaluation") -> None:
@@ -165,11 +160,11 @@ def _on_features(parts: dict[str, Config], evaluation: "Evaluation") -> None:
     pixels = (about["transform"] or {}).get("centre_crop")
     common = {**split.common, "names": split.classes, "seed": config.seed}
     for name, part in parts.items():
-        results.begin(part, evaluation.inputs)
-        if name == "sweep":
-            _show(part, pixels, about, sweep.evaluate(**common, device=sources.search_device()))
-        else:
-            _show(part, pixels, about, logreg.evaluate(**common))
+        with results.opened(part, evaluation.inputs):
+            if name == "sweep":
+                _show(part, pixels, about, sweep.evaluate(**common, device=sources.search_device()))
+            else:
+                _show(part, pixels, about, logreg.evaluate(**common))
 
 
 def _show(config: Config, pixels: int | None, about: dict[str, Any], result: dict[str, Any]) -> None:

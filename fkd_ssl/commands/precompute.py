@@ -54,7 +54,8 @@ class Config:
     chunk_size: int = 128
     """Crops in one forward of the teacher; fixed for a column, since another gives other last bits."""
     name: str | None = None
-    """Name of the column; the teacher's by default. With several teachers one each, with commas between them."""
+    """Name of the column; the teacher's by default, with -2 behind it for a second teacher of that name. With several
+    teachers one each, with commas between them."""
     on_unreadable: Literal["stop", "skip"] = "stop"
     """What to do about a damaged image: stop and name it, or note it in the store and go on."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -75,10 +76,11 @@ class Config:
 
 def run(config: Config) -> int:
     """Precomputes and says what was written."""
-    from fkd_ssl.commands import console, resolve
+    from fkd_ssl import processes
+    from fkd_ssl.commands import console
     from fkd_ssl.store.precompute import Share, gigabytes
 
-    rank, world = resolve.rank()
+    rank, world = processes.rank()
     if config.runner == "ray":
         from fkd_ssl.commands import on_ray
 
@@ -149,6 +151,7 @@ def write(
     """What `run` does, in this process; `load` stands in for this module's."""
     import torch
 
+    from fkd_ssl import processes
     from fkd_ssl.commands import resolve
     from fkd_ssl.store.precompute import precompute
     from fkd_ssl.training.config import split
@@ -158,7 +161,7 @@ def write(
     for teacher, side in zip(teachers, sides, strict=True):
         if side != teacher.pixels:  # one that cannot take it says so now, not after the store is begun
             teacher.embed(torch.zeros(2, 3, side, side, dtype=torch.uint8))
-    if config.evaluate is not None and not resolve.rank()[0] and (share is None or not share.index):
+    if config.evaluate is not None and not processes.rank()[0] and (share is None or not share.index):
         _evaluate(config, config.evaluate, teachers, log)
     if config.device_crops and resolve.device().type == "cpu":
         log("warning: --device_crops: there is no CUDA GPU, so this process makes the crops, slowly")
@@ -203,11 +206,13 @@ def _evaluate(config: Config, folder: str, teachers: "Sequence[Teacher]", log: C
 
 
 def load_all(config: Config) -> "tuple[ImageSet, list[Teacher]]":
-    """The images and the teachers that were asked for."""
+    """The images and the teachers that were asked for, in columns of their own names, as `train --record` has them."""
     from fkd_ssl.commands import resolve
     from fkd_ssl.images import scan
 
     images = scan(config.images)
+    if config.name is None:
+        return images, resolve.teachers_of(config.teacher, config.checkpoint, config.precision)
     return images, [resolve.teacher_of(name, file, config.precision) for name, file in teachers_of(config)]
 
 

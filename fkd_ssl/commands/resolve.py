@@ -55,12 +55,6 @@ def device() -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
-def rank() -> tuple[int, int]:
-    """This process's number and how many there are, as torchrun or Lightning says; 0 of 1 without them."""
-    number = os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or "0"  # Lightning sets the latter alone
-    return int(number), int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def cpu_threads() -> int:
     """Processors that this process may use; under torchrun its part of them."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -104,7 +98,7 @@ def teacher_of(name: str, checkpoint: str | None, precision: Precision = "fp32")
     return Ensemble([_one_teacher(one, file, precision) for one, file in zip(names, files, strict=True)]).to(device())
 
 
-def teachers_of(names: str, checkpoints: str | None) -> list[Teacher]:
+def teachers_of(names: str, checkpoints: str | None, precision: Precision = "fp32") -> list[Teacher]:
     """The teachers A,B with their checkpoints F,G; a second one of a name gets -2 behind it: two checkpoints of one family.
 
     Raises:
@@ -113,7 +107,7 @@ def teachers_of(names: str, checkpoints: str | None) -> list[Teacher]:
     asked = list(zip(split(names), checkpoints_of(names, checkpoints), strict=True))
     if len(set(asked)) < len(asked):
         raise RequestError(f"teacher {names}: one is named twice")
-    teachers = [teacher_of(name, file) for name, file in asked]
+    teachers = [teacher_of(name, file, precision) for name, file in asked]
     taken: Counter[str] = Counter()
     for teacher in teachers:
         taken[teacher.name] += 1

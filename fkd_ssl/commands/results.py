@@ -3,6 +3,8 @@
 import dataclasses
 import io
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +34,18 @@ def show_finished(config: Any, inputs: runs.Inputs) -> bool:
     return True
 
 
-def begin(config: Any, inputs: runs.Inputs) -> None:
+@contextmanager
+def opened(config: Any, inputs: runs.Inputs) -> Iterator[None]:
     """Opens the run folder `config.out`, if one is asked for, once nothing can be wrong with the request any more.
 
     Raises:
-        RequestError: As `show_finished`.
+        RequestError: As `show_finished`, or another process is using the folder.
     """
-    if config.out is not None:
-        runs.open_run(config.out, config, inputs)
+    if config.out is None:
+        yield
+        return
+    with runs.open_run(config.out, config, inputs):
+        yield
 
 
 def show(kind: str, title: str, config: Any, protocol: str, about: dict[str, Any], result: dict[str, Any]) -> None:

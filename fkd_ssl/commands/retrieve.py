@@ -13,6 +13,8 @@ from fkd_ssl.errors import ImageAccessError, ImageError, RequestError
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from fkd_ssl.eval.features import Split
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
@@ -60,7 +62,6 @@ class Config:
 def run(config: Config) -> int:
     """Searches."""
     from fkd_ssl.commands import results, sources
-    from fkd_ssl.eval import indexes, retrieval
 
     if config.query is not None:
         return _show_nearest(config, config.query)
@@ -68,7 +69,16 @@ def run(config: Config) -> int:
     if results.show_finished(config, evaluation.inputs):
         return 0
     split, about = sources.split_of(evaluation, config)
-    results.begin(config, evaluation.inputs)
+    with results.opened(config, evaluation.inputs):
+        _search(config, split, about)
+    return 0
+
+
+def _search(config: Config, split: "Split", about: dict[str, Any]) -> None:
+    """Searches the gallery and shows the result."""
+    from fkd_ssl.commands import sources
+    from fkd_ssl.eval import indexes, retrieval
+
     base, labels = split.train_features, split.train_labels
     queries = None if config.queries is None else split.features
     index = None if config.index == "exact" else indexes.build(base, config.index)
@@ -86,7 +96,6 @@ def run(config: Config) -> int:
     about = {**about, "data": data}
     pixels = (about["transform"] or {}).get("centre_crop")
     _report(replace(config, pixels=pixels), about, result)
-    return 0
 
 
 def _report(config: Config, about: dict[str, Any], result: dict[str, Any]) -> None:

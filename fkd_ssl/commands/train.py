@@ -8,6 +8,7 @@ teacher.
 
 import os
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -34,7 +35,7 @@ def run(config: Config) -> int:
     import torch
     from torch.distributed import is_torchelastic_launched
 
-    from fkd_ssl import card, files, runs
+    from fkd_ssl import card, files, processes, runs
     from fkd_ssl.commands import console, resolve
     from fkd_ssl.data import Crops, FreshCrops, RelabelledCrops, StoredCrops
     from fkd_ssl.eval.classify import check_classes
@@ -46,7 +47,9 @@ def run(config: Config) -> int:
     from fkd_ssl.training.engine import check_batch, objective_of, train
     from fkd_ssl.training.loggers import check_logger, make_logger
 
-    rank, world = resolve.rank()
+    rank, world = processes.rank()
+    if "LOCAL_RANK" in os.environ:  # Lightning or torchrun started this process
+        processes.end_with_parent()
     if not is_torchelastic_launched():  # otherwise its numbers are what counts
         if int(os.environ.get("SLURM_PROCID", "0")):
             raise RequestError(
@@ -141,45 +144,46 @@ def run(config: Config) -> int:
     score = None if config.val is None else _knn_score(config, images)
     if config.record is not None:
         data, recordings = _recorded(config, images, teachers, world, resumes=state == "resume")
-    folder, state = (Path(config.out), "new") if inputs is None else runs.open_run(config.out, config, inputs)
-    logger = None if config.logger is None else make_logger(config.logger, folder)
-    console.say(
-        f"{'continuing' if state == 'resume' else 'training'} {config.student} on {len(data):,} images, {config.targets} "
-        f"targets, D = {' and '.join(str(about.dim) for about in targets)}; {config.epochs:g} epochs of one crop an image"
-    )
-    console.say(f"{config.student} at {config.pixels} px: {size}")
-    try:
+    with ExitStack() as opened:
+        for recording in filter(None, recordings or []):
+            opened.callback(recording.close)
+        folder, state = opened.enter_context(runs.open_run(config.out, config, inputs))
+        if state == "done":  # another process finished it while this one was starting
+            console.say(f"{config.out}: this run is done; its results are in results.json")
+            return 0
+        logger = None if config.logger is None else make_logger(config.logger, folder)
+        console.say(
+            f"{'continuing' if state == 'resume' else 'training'} {config.student} on {len(data):,} images, {config.targets} "
+            f"targets, D = {' and '.join(str(about.dim) for about in targets)}; {config.epochs:g} epochs of one crop an image"
+        )
+        console.say(f"{config.student} at {config.pixels} px: {size}")
         results = train(
             config, data, folder, targets=targets, embeds=embeds, recordings=recordings, score=score, init=init, logger=logger,
             inputs=inputs,
         )  # fmt: skip
-        _publish(config, [recording for recording in recordings or [] if recording is not None])
-    finally:
-        for recording in recordings or []:
-            if recording is not None:
-                recording.close()
-    if rank:
+        _publish(config, [one for one in recordings or [] if one is not None])
+        if rank:
+            return 0
+        results |= {"student": {**student.made_of, **vars(size)}}
+        if config.head == CLASSIFIER and config.val is not None:
+            results |= _classified(config, folder)
+        described = {**student.made_of, "size": size, "feature dimension": student.feature_dim}
+        if config.init is not None:
+            described["started from"] = Path(config.init).name
+        card.write(folder, config=vars(config), results=results, student=described, **_sources(config, data, teachers))
+        runs.finish(folder, {"config": config.__dict__, **results})
+        if results["data_wait"] > MUCH_WAITING:
+            console.say(
+                f"note: {100 * results['data_wait']:.0f} % of the time went into waiting for data: try more --workers than "
+                f"{config.workers} (this process may use {resolve.cpu_threads()} processors), more --crops_per_image, or, for "
+                "small crops of large images, a smaller copy of them (fkd-ssl cache)"
+            )
+        if results["unreadable_images"]:
+            console.say(f"warning: {results['unreadable_images']} images could not be read and were skipped")
+        knn = "" if results["knn_top1"] is None else f"; kNN {results['knn_top1']:.2f} %"
+        own = f"; top-1 {results['top1']:.2f} %, top-5 {results['top5']:.2f} %" if "top1" in results else ""
+        console.show(f"{config.out}: {results['steps']} steps in {results['train_seconds']:.0f} s{own}{knn}")
         return 0
-    results |= {"student": {**student.made_of, **vars(size)}}
-    if config.head == CLASSIFIER and config.val is not None:
-        results |= _classified(config, folder)
-    described = {**student.made_of, "size": size, "feature dimension": student.feature_dim}
-    if config.init is not None:
-        described["started from"] = Path(config.init).name
-    card.write(folder, config=vars(config), results=results, student=described, **_sources(config, data, teachers))
-    runs.finish(folder, {"config": config.__dict__, **results})
-    if results["data_wait"] > MUCH_WAITING:
-        console.say(
-            f"note: {100 * results['data_wait']:.0f} % of the time went into waiting for data: try more --workers than "
-            f"{config.workers} (this process may use {resolve.cpu_threads()} processors), more --crops_per_image, or, for "
-            "small crops of large images, a smaller copy of them (fkd-ssl cache)"
-        )
-    if results["unreadable_images"]:
-        console.say(f"warning: {results['unreadable_images']} images could not be read and were skipped")
-    knn = "" if results["knn_top1"] is None else f"; kNN {results['knn_top1']:.2f} %"
-    own = f"; top-1 {results['top1']:.2f} %, top-5 {results['top5']:.2f} %" if "top1" in results else ""
-    console.show(f"{config.out}: {results['steps']} steps in {results['train_seconds']:.0f} s{own}{knn}")
-    return 0
 
 
 def _as_meant(config: Config) -> Config:
@@ -247,6 +251,7 @@ def _recorded(
 
     None records what a resumed run has published already, or precompute for it.
     """
+    from fkd_ssl import processes
     from fkd_ssl.commands import console, resolve
     from fkd_ssl.data import RecordedCrops
     from fkd_ssl.store.precompute import prepare
@@ -278,7 +283,7 @@ def _recorded(
         console.say(f"note: {column.folder}: its targets are in the store, nothing is left to record{how}")
     if len(there) == len(columns):
         return data, None
-    if resolve.rank()[0]:
+    if processes.rank()[0]:
         return data, []
     return data, [None if column in there else Recording(column, config.crops_per_image) for column in columns]
 
@@ -303,6 +308,7 @@ def _publish(config: Config, recordings: "list[Recording]") -> None:
             "images": config.images, "store": config.record, "teacher": config.teacher, "checkpoint": config.checkpoint,
             "crops": column.store.crops_per_image, "recipe": config.recipe, "codec": config.codec, "pixels": column.meta.pixels,
             "seed": config.seed, "chunk_size": column.meta.chunk_size,
+            "on_unreadable": "skip" if config.on_unreadable == "skip" else None,
         }  # fmt: skip
         options = [f"--{key} {shlex.quote(str(value))}" for key, value in asked.items() if value is not None]
         console.say(f"to finish it: fkd-ssl precompute {' '.join(options)}")

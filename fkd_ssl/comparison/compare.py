@@ -1,6 +1,7 @@
 """Trains and scores the arms of a comparison, each once; what is there is not made again."""
 
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fkd_ssl import files, runs
+from fkd_ssl import files, processes, runs
 from fkd_ssl.commands import resolve
 from fkd_ssl.comparison.arms import MAPS, Arm, arms_of, run_name, training
 from fkd_ssl.comparison.config import CompareConfig
@@ -86,42 +87,44 @@ def compare(config: CompareConfig, log: Log = lambda message: None) -> dict[str,
 
     inputs = {**images.identity(), **val.identity("val images")}
     inputs |= {f"teacher {teacher.name}": f"{teacher.network}, sha256 {teacher.checkpoint_sha256}" for teacher in teachers}
-    folder, state = runs.open_run(config.out, config, inputs)
-    if state == "done" and all(runs.read_config(folder).get(key) == getattr(config, key) for key in ("further_arms", "seeds")):
-        log(f"{folder}: this comparison is done")
+    with runs.open_run(config.out, config, inputs) as (folder, state):
+        if state == "done" and all(
+            runs.read_config(folder).get(key) == getattr(config, key) for key in ("further_arms", "seeds")
+        ):
+            log(f"{folder}: this comparison is done")
+            return runs.read_results(folder)
+        files.replace(folder / runs.CONFIG, runs.to_yaml(config).encode())  # perhaps other seeds and further arms
+        scorer = Scorer(config, folder / "scores", images, val)
+        lines: list[dict[str, Any]] = []
+        made: list[dict[str, Any] | None] = []
+        for teacher in teachers:
+            name = "teacher" if len(teachers) == 1 else f"teacher:{teacher.name}"
+            scores = scorer.score(name.replace(":", "-"), teacher.features, classify=teacher.embed)
+            lines.append({"name": name, "seed": None, **scores, **_UNTRAINED})
+            took = folder / ("precompute.json" if len(teachers) == 1 else f"precompute-{teacher.name}.json")
+            made.append(_precompute(config, folder, images, teacher, took, log))
+        maps = _label_maps(folder, images, dense, log) if dense is not None else None
+        dim = teachers[0].dim
+        del teachers, teacher, dense  # the trainings are processes of their own, and need the memory
+        whole = [cost for cost in made if cost is not None]
+        cost = {key: _sum([one[key] for one in whole]) for key in ("seconds", "joules")} if len(whole) == len(made) else {}
+        stores = {arm.name: _store(arm, folder, columns, cost, log) for arm in arms if arm.kind == "stored"}
+        if maps is not None:
+            stores["relabel"] = maps
+        for seed in range(config.seeds):
+            scores = scorer.score_untrained(run_name("untrained", seed), seed, dim)
+            lines.append({"name": "untrained", "seed": seed, **scores, **_UNTRAINED})
+            for arm in sorted(arms, key=lambda arm: arm.kind == "alone"):  # last: it gets the time that stored took
+                run = folder / "runs" / run_name(arm.name, seed)
+                log(f"== {arm.name}, seed {seed}: {run}")
+                if arm.kind == "alone":
+                    trained, model = _train_alone(config, folder, seed, lines, cost, log)
+                else:
+                    trained, model = _train(training(arm, config, seed, columns), run, log), resolve.model_of(str(run))
+                scores = scorer.score(run.name, model.features, classify=None if arm.kind == "alone" else model.network)
+                lines.append({"name": arm.name, "seed": seed, **scores, **trained})
+        runs.finish(folder, _results(config, len(images), len(val), arms, lines, cost, stores, scorer))
         return runs.read_results(folder)
-    files.replace(folder / runs.CONFIG, runs.to_yaml(config).encode())  # perhaps other seeds and further arms
-    scorer = Scorer(config, folder / "scores", images, val)
-    lines: list[dict[str, Any]] = []
-    made: list[dict[str, Any] | None] = []
-    for teacher in teachers:
-        name = "teacher" if len(teachers) == 1 else f"teacher:{teacher.name}"
-        scores = scorer.score(name.replace(":", "-"), teacher.features, classify=teacher.embed)
-        lines.append({"name": name, "seed": None, **scores, **_UNTRAINED})
-        took = folder / ("precompute.json" if len(teachers) == 1 else f"precompute-{teacher.name}.json")
-        made.append(_precompute(config, folder, images, teacher, took, log))
-    maps = _label_maps(folder, images, dense, log) if dense is not None else None
-    dim = teachers[0].dim
-    del teachers, teacher, dense  # the trainings are processes of their own, and need the memory
-    whole = [cost for cost in made if cost is not None]
-    cost = {key: _sum([one[key] for one in whole]) for key in ("seconds", "joules")} if len(whole) == len(made) else {}
-    stores = {arm.name: _store(arm, folder, columns, cost, log) for arm in arms if arm.kind == "stored"}
-    if maps is not None:
-        stores["relabel"] = maps
-    for seed in range(config.seeds):
-        scores = scorer.score_untrained(run_name("untrained", seed), seed, dim)
-        lines.append({"name": "untrained", "seed": seed, **scores, **_UNTRAINED})
-        for arm in sorted(arms, key=lambda arm: arm.kind == "alone"):  # last: it gets the time that stored took
-            run = folder / "runs" / run_name(arm.name, seed)
-            log(f"== {arm.name}, seed {seed}: {run}")
-            if arm.kind == "alone":
-                trained, model = _train_alone(config, folder, seed, lines, cost, log)
-            else:
-                trained, model = _train(training(arm, config, seed, columns), run, log), resolve.model_of(str(run))
-            scores = scorer.score(run.name, model.features, classify=None if arm.kind == "alone" else model.network)
-            lines.append({"name": arm.name, "seed": seed, **scores, **trained})
-    runs.finish(folder, _results(config, len(images), len(val), arms, lines, cost, stores, scorer))
-    return runs.read_results(folder)
 
 
 def _results(
@@ -294,7 +297,8 @@ def _run_of(verb: str, config: Any, run: Path, log: Log) -> dict[str, Any]:
         file = run.parent / f"{run.name}.yaml"
         files.replace(file, runs.to_yaml(config).encode())
         command = [sys.executable, "-P", "-m", "fkd_ssl", verb, "--config", str(file)]
-        ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)  # noqa: S603
+        env = {**os.environ, processes.PARENT: str(os.getpid())}
+        ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=env)  # noqa: S603
         if ended.returncode:
             runs.forget_contents(run.parent.parent)  # it may have been an image that can be repaired
             raise FkdError(f"{run}: training ended with status {ended.returncode}; the same compare continues it")

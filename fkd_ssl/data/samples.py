@@ -7,6 +7,7 @@ from typing import Any, overload
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
+from fkd_ssl import processes
 from fkd_ssl.crops.device import CropPlan
 from fkd_ssl.data import memory
 from fkd_ssl.data.pixels import Batch
@@ -55,13 +56,14 @@ _GRACE = 60  # seconds
 
 
 def start_worker(worker: int) -> None:
-    """Start-up of a DataLoader's worker process: one thread for faiss, and some time to live after a SIGTERM.
+    """Start-up of a DataLoader's worker process: one thread for faiss, and it ends with its parent, but not with a SIGTERM.
 
-    A cluster sends that to all processes of a job. The parent saves a checkpoint then, and needs its workers until the step
+    A cluster sends SIGTERM to all processes of a job. The parent saves a checkpoint then, and needs its workers until the step
     is done; if it does not end them, they end by themselves.
     """
     import faiss
 
     faiss.omp_set_num_threads(1)
     if get_worker_info() is not None:
+        processes.end_with_parent()
         signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_GRACE))

@@ -42,10 +42,18 @@ def pretrain(config: PretrainConfig, *, log: Callable[[str], None] = lambda mess
     found = images.scan(config.images)
     check_pretraining(config, found)
     inputs = found.identity()
-    folder, state = runs.open_run(config.out, config, inputs)
-    if state == "done":
-        log(f"{folder}: finished already")
-        return folder / weights_of(config)
+    with runs.open_run(config.out, config, inputs) as (folder, state):
+        if state == "done":
+            log(f"{folder}: finished already")
+        else:
+            _pretrain(config, found, folder, inputs, log)
+    return folder / weights_of(config)
+
+
+def _pretrain(
+    config: PretrainConfig, found: images.ImageSet, folder: Path, inputs: runs.Inputs, log: Callable[[str], None]
+) -> None:
+    """Trains in the run folder, which is locked, and writes the weights and results.json."""
     torch.manual_seed(config.seed)
     module: Method = _METHODS[config.method](config, len(found))
     sampler = PassSampler(len(found), config.batch_size, module.steps, seed=config.seed)
@@ -65,17 +73,16 @@ def pretrain(config: PretrainConfig, *, log: Callable[[str], None] = lambda mess
         worker_init_fn=start_worker,
         pin_memory=torch.cuda.is_available(),
     )
-    with runs.repairable(folder):
-        fit(
-            module,
-            loader,
-            [progress],
-            steps=module.steps,
-            precision=config.precision,
-            folder=folder,
-            identity=runs.identity(config, inputs),
-            last=last,
-        )
+    fit(
+        module,
+        loader,
+        [progress],
+        steps=module.steps,
+        precision=config.precision,
+        folder=folder,
+        identity=runs.identity(config, inputs),
+        last=last,
+    )
     made = weights_of(config)
     if isinstance(module, MoCo) and not config.is_teacher:
         export(module.student(), folder / made, layout=None, pixels=config.pixels)
@@ -96,7 +103,6 @@ def pretrain(config: PretrainConfig, *, log: Callable[[str], None] = lambda mess
             "peak_memory_bytes": peak_memory(),
         },
     )
-    return folder / made
 
 
 def check_pretraining(config: PretrainConfig, found: images.ImageSet) -> None:

@@ -7,28 +7,25 @@ file of codes, or, where not all C crops of its images were used, of the first o
 
 import base64
 import errno
-import fcntl
+import math
 import os
-import time
 import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from fkd_ssl import files
+from fkd_ssl import files, locks
 from fkd_ssl.errors import FkdError, RequestError, StoreError
 from fkd_ssl.progress import hidden
 from fkd_ssl.store import manifest as layout
 from fkd_ssl.store.codecs import Float32Array, UInt8Array
 from fkd_ssl.store.reader import Column, Store
-from fkd_ssl.store.work import locked
 
 _WORK, _JOURNAL = ".record", ".record.json"
-_PATIENCE = 10.0  # seconds: processes that read images notice after 5 that their training was killed, and hold its lock so long
 
 
 class Recording:
@@ -217,15 +214,15 @@ def publish_left(column: Column) -> bool:
 
 def _taken(column: Column) -> int:
     """A descriptor of the file of a column's recording, which no other process has; raises RequestError where one has it."""
-    path, end = column.folder / _WORK, time.monotonic() + _PATIENCE
+    path = column.folder / _WORK
     while True:
         file = files.plain_descriptor(path, os.O_RDWR | os.O_CREAT)
-        if locked(file) and path.exists() and os.path.samestat(path.stat(), os.fstat(file)):
+        ours = locks.try_lock(file, seconds=locks.PATIENCE)
+        if ours and path.exists() and os.path.samestat(path.stat(), os.fstat(file)):
             return file
         os.close(file)
-        if time.monotonic() > end:
+        if not ours:
             raise RequestError(f"{column.folder}: another process records this column now; wait for it, or stop it")
-        time.sleep(0.1)
 
 
 @contextmanager
@@ -233,8 +230,7 @@ def _alone(folder: Path) -> Iterator[None]:
     """Waits until no other process publishes a recording in this folder."""
     handle = os.open(folder, os.O_RDONLY)
     try:
-        with suppress(OSError):  # a file system without locks
-            fcntl.flock(handle, fcntl.LOCK_EX)
+        locks.try_lock(handle, seconds=math.inf)
         yield
     finally:
         os.close(handle)

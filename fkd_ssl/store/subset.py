@@ -1,6 +1,5 @@
 """Subset: the first crops, some teachers or some images of a store, as a store of its own; the teacher is not needed."""
 
-import fcntl
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
@@ -13,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from fkd_ssl import files
+from fkd_ssl import files, locks
 from fkd_ssl.crops import CROP_DTYPE
 from fkd_ssl.errors import RequestError, StoreError
 from fkd_ssl.store import manifest as layout
@@ -156,12 +155,8 @@ def whole_folder(target: Path) -> Iterator[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise RequestError(f"{target}: another process is writing it; wait for it") from None
-        except OSError:
-            pass  # a file system without locks
+        if not locks.try_lock(handle):
+            raise RequestError(f"{target}: another process is writing it; wait for it")
         for left in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
             for path in left.glob(f"{files.TEMPORARY}*"):  # of a killed call; nobody else writes here
                 shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -1,6 +1,5 @@
 """Unfinished work: what a teacher has said so far of a shard (or of the codec's sample), and a journal of what counts."""
 
-import fcntl
 import hashlib
 import os
 import time
@@ -11,7 +10,7 @@ from typing import Any, BinaryIO
 
 import numpy.typing as npt
 
-from fkd_ssl import files
+from fkd_ssl import files, locks
 from fkd_ssl.errors import StoreError
 
 SECONDS_BETWEEN_JOURNALS = 15.0
@@ -126,7 +125,7 @@ def open_work(path: Path, owner: str) -> Iterator[Progress | None]:
     """
     file = os.fdopen(files.plain_descriptor(path, os.O_RDWR | os.O_CREAT), "r+b")
     try:
-        if not locked(file):
+        if not locks.try_lock(file.fileno()):
             yield None
             return
         if not path.exists() or not os.path.samestat(path.stat(), os.fstat(file.fileno())):
@@ -149,21 +148,10 @@ def open_work(path: Path, owner: str) -> Iterator[Progress | None]:
 def clear(path: Path) -> None:
     """Removes a work file whose work is published, if no process holds it: one was killed before it could."""
     with suppress(FileNotFoundError), path.open("r+b") as file:
-        if locked(file):
+        if locks.try_lock(file.fileno()):
             path.unlink(missing_ok=True)
             _journal(path).unlink(missing_ok=True)
 
 
 def _journal(path: Path) -> Path:
     return path.with_name(f"{path.name}.json")
-
-
-def locked(file: BinaryIO | int) -> bool:
-    """Whether this process has the file now; also where the file system has no locks."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        pass
-    return True

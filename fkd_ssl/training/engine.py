@@ -181,21 +181,20 @@ def train(
         sampler.start = step_of(last, config, inputs)
         check_dims(last, student)
         module.saved = f"the last good checkpoint is {last}, of step {sampler.start}"
-    with runs.repairable(folder):
-        fit(
-            module,
-            loader,
-            [*keepers, recorder, monitor],
-            steps=steps,
-            precision=config.precision,
-            folder=folder,
-            identity=runs.identity(config, inputs or {}),
-            last=last if resumed else None,
-            devices=config.devices,
-            sync_batchnorm=config.sync_batchnorm,
-            clip=config.clip,
-            logger=logger,
-        )
+    fit(
+        module,
+        loader,
+        [*keepers, recorder, monitor],
+        steps=steps,
+        precision=config.precision,
+        folder=folder,
+        identity=runs.identity(config, inputs or {}),
+        last=last if resumed else None,
+        devices=config.devices,
+        sync_batchnorm=config.sync_batchnorm,
+        clip=config.clip,
+        logger=logger,
+    )
     return {
         "epochs": config.epochs,
         "steps": steps,

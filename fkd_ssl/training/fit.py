@@ -31,13 +31,20 @@ class WholeCheckpoints(TorchCheckpointIO):
 
     Lightning's own way is by the system's temporary folder, from where a file is copied over the last good one if the run
     lies on another disk.
+
+    Args:
+        folder: Of the run.
     """
 
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Writes beside the last one and takes its place."""
+        """Writes beside the last one and takes its place; raises FkdError where the run folder was removed."""
+        runs.require_held(self.folder)
         data = io.BytesIO()
         torch.save(checkpoint, data)
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).parent.mkdir(exist_ok=True)
         files.replace(Path(path), data.getbuffer())
         files.sync_folder(Path(path).parent)
 
@@ -82,7 +89,7 @@ def fit(
     sampler = loader.batch_sampler
     assert isinstance(sampler, PassSampler)
     nodes = 1
-    plugins: list[Any] = [WholeCheckpoints()]
+    plugins: list[Any] = [WholeCheckpoints(folder)]
     if not is_torchelastic_launched():  # nor does SLURM start the processes, or Lightning save and queue the job again
         plugins.append(LightningEnvironment())
     else:

@@ -93,7 +93,7 @@ class Recorder(pl.Callback):
         kept = [line for line in _lines(self.path) if int(line[0]) <= trainer.global_step]
         text = "".join(f"{','.join(line)}\n" for line in [FIELDS, *kept])
         files.replace(self.path, text.encode())
-        self._file = self.path.open("a")
+        self._file = self.path.open("a", buffering=1)  # by lines
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         """Takes the time since the last batch's end as waiting for data, and the learning rate before the schedule's step."""
@@ -139,7 +139,8 @@ class Recorder(pl.Callback):
         """Makes the lines so far survive a power cut, as the checkpoint does that is saved with them."""
         self._gather(trainer)  # the checkpoint has the first process's sums, and gives them to all
         if self._file is not None:
-            os.fsync(self._file.fileno())
+            with files.naming(self.path):
+                os.fsync(self._file.fileno())
 
     def restart_clock(self) -> None:
         """Leaves the time since the last step's end out of the training's."""
@@ -175,8 +176,8 @@ class Recorder(pl.Callback):
             return
         crops = step * self.batch_size
         line = {"step": step, "epoch": crops / self.images, "crops": crops, "seconds": round(self.seconds, 3), **values}
-        self._file.write(",".join(str(line.get(field, "")) for field in FIELDS) + "\n")
-        self._file.flush()
+        with files.naming(self.path):
+            self._file.write(",".join(str(line.get(field, "")) for field in FIELDS) + "\n")
         for logger in self._loggers:
             logger.log_metrics({key: float(value) for key, value in line.items() if key != "step"}, step)
 

@@ -154,6 +154,19 @@ def test_a_part_is_finished_by_the_command_that_is_named(work: Path, call: Any) 
     assert np.abs(codes_of("new") - codes_of("old")).max() <= 1
 
 
+def test_the_command_that_finishes_two_teachers_of_one_name_tells_them_apart(work: Path, call: Any) -> None:
+    teachers = "--teacher own_teacher:prototyped,own_teacher:prototyped --checkpoint ,own_teacher.py"
+    line = LINE.replace("--teacher own_teacher:make", teachers)
+    status, _, err = call(f"{line} --epochs 3 --crops 8 --record new --out first")
+    assert status == 0, err
+    named = err[err.index("to finish it: fkd-ssl ") :].splitlines()[0].removeprefix("to finish it: fkd-ssl ")
+    answer = call(named)
+    assert answer.status == 0, answer.err
+    store = open_store(work / "new")
+    assert [column.missing_shards for column in map(store.column, ("prototyped", "prototyped-2"))] == [[], []]
+    assert not any(column.prefixes for column in map(store.column, ("prototyped", "prototyped-2")))
+
+
 def test_two_teachers_and_devices_crops(work: Path, call: Any) -> None:
     line = LINE.replace("own_teacher:make", "own_teacher:make,own_teacher:other")
     assert call(f"{line} --epochs 4 --record new --out first").status == 0

@@ -9,11 +9,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from fkd_ssl import files, images
+from fkd_ssl import files, images, locks
 from fkd_ssl.crops import RECIPES
 from fkd_ssl.data import RecordedCrops, StoredCrops
 from fkd_ssl.errors import FkdError, ImageError, RequestError, StoreError
-from fkd_ssl.store import columns, manifest, open_store, recording
+from fkd_ssl.store import columns, manifest, open_store
 from fkd_ssl.store import precompute as precompute_module
 from fkd_ssl.store.precompute import precompute, prepare
 from fkd_ssl.store.recode import recode
@@ -29,7 +29,7 @@ ORDER = np.random.default_rng(0).permutation(24)
 @pytest.fixture(autouse=True)
 def small_shards(monkeypatch):
     monkeypatch.setattr(manifest, "ROWS_PER_SHARD", 10)
-    monkeypatch.setattr(recording, "_PATIENCE", 0.0)
+    monkeypatch.setattr(locks, "PATIENCE", 0.0)
 
 
 @pytest.fixture
@@ -518,7 +518,7 @@ def test_a_strangers_link_is_not_written_through(tmp_path, begin, train, finish,
 
 def test_readers_that_outlive_a_killed_training_are_waited_for(begin, monkeypatch):
     """They are forks of it, and hold its lock until they notice."""
-    monkeypatch.setattr(recording, "_PATIENCE", 30.0)
+    monkeypatch.setattr(locks, "PATIENCE", 30.0)
     held = begin()
     child = os.fork()
     if not child:

@@ -155,18 +155,20 @@ class TestCheckpoints:
     def test_they_never_pass_through_another_folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """From a temporary folder on another disk a file would be copied over the last good one."""
         monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
-        WholeCheckpoints().save_checkpoint({"step": 1}, tmp_path / "new" / "last.ckpt")
+        WholeCheckpoints(tmp_path).save_checkpoint({"step": 1}, tmp_path / "new" / "last.ckpt")
         assert torch.load(tmp_path / "new" / "last.ckpt", weights_only=True) == {"step": 1}
         assert [path.name for path in (tmp_path / "new").iterdir()] == ["last.ckpt"]
 
     def test_a_kill_while_one_is_written_leaves_the_last(self, tmp_path: Path) -> None:
         script = (
             "import os, sys, torch\n"
+            "from pathlib import Path\n"
             "from fkd_ssl.training.fit import WholeCheckpoints\n"
-            "WholeCheckpoints().save_checkpoint({'step': 1}, sys.argv[1])\n"
+            "checkpoints = WholeCheckpoints(Path(sys.argv[1]).parent)\n"
+            "checkpoints.save_checkpoint({'step': 1}, sys.argv[1])\n"
             "sync = os.fsync\n"
             "os.fsync = lambda number: os.kill(os.getpid(), 9)\n"
-            "WholeCheckpoints().save_checkpoint({'step': 2, 'weights': torch.zeros(10**6)}, sys.argv[1])\n"
+            "checkpoints.save_checkpoint({'step': 2, 'weights': torch.zeros(10**6)}, sys.argv[1])\n"
         )
         done = subprocess.run([sys.executable, "-c", script, str(tmp_path / "last.ckpt")], check=False)
         assert done.returncode == -signal.SIGKILL

@@ -1,0 +1,41 @@
+"""This process among others: its number, and that it ends with its parent."""
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+import time
+
+PARENT = "FKD_SSL_PARENT"
+"""Environment variable with the process id of a parent that a command must not outlive."""
+_PR_SET_PDEATHSIG = 1
+
+
+def rank() -> tuple[int, int]:
+    """This process's number and how many there are, as torchrun or Lightning says; 0 of 1 without them."""
+    number = os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or "0"  # Lightning sets the latter alone
+    return int(number), int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def end_with_parent(parent: int | None = None) -> None:
+    """Makes the system kill this process when its parent ends, also when that is killed.
+
+    Args:
+        parent: The parent's process id, if it may have ended already; by default the current one.
+    """
+    parent = os.getppid() if parent is None else parent
+    if not (sys.platform == "linux" and ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) == 0):
+        threading.Thread(target=_watch, args=(parent,), daemon=True).start()
+    _check(parent)
+
+
+def _watch(parent: int) -> None:
+    while True:
+        time.sleep(1)
+        _check(parent)
+
+
+def _check(parent: int) -> None:
+    if os.getppid() != parent:
+        os.kill(os.getpid(), signal.SIGKILL)
