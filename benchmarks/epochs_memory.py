@@ -12,10 +12,9 @@ import os
 from pathlib import Path
 
 import numpy as np
-from torch.utils.data import DataLoader
 
 from fkd_ssl import open_store
-from fkd_ssl.data import StoredCrops, start_worker, whole_batch
+from fkd_ssl.data import Loader, StoredCrops, whole_batch
 from fkd_ssl.training.sampler import PassSampler
 
 
@@ -39,14 +38,8 @@ def main() -> None:
     args = parser.parse_args()
     data = StoredCrops(open_store(args.store), args.images, crops_per_image=args.crops_per_image, pixels=args.pixels)
     steps = -(-args.passes * len(data) // args.batch_images)
-    loader = DataLoader(
-        data,
-        batch_sampler=PassSampler(len(data), args.batch_images, steps, seed=0),
-        num_workers=args.workers,
-        collate_fn=whole_batch,
-        worker_init_fn=start_worker,
-        prefetch_factor=4 if args.workers else None,
-    )
+    sampler = PassSampler(len(data), args.batch_images, steps, seed=0)
+    loader = Loader(data, sampler, workers=args.workers, collate=whole_batch, prefetch=4)
     megabytes: list[float] = []
     for step, _ in enumerate(loader, 1):
         if step * args.batch_images >= (len(megabytes) + 1) * len(data):

@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import cv2
+import faiss
 import numpy as np
 import simplejpeg
 import torch
@@ -38,7 +39,7 @@ from usual import UsualCrops, write_labels
 from fkd_ssl import open_store, runs
 from fkd_ssl.crops import RECIPES, replay_into
 from fkd_ssl.crops.operations import BLUR, FLIP, GREY, JITTER
-from fkd_ssl.data import StoredCrops, start_worker, whole_batch
+from fkd_ssl.data import Loader, StoredCrops, whole_batch
 from fkd_ssl.images import ImageSet, decode, read_bytes, scan
 from fkd_ssl.store.precompute import precompute
 from fkd_ssl.teachers import Teacher
@@ -103,15 +104,10 @@ def decoders(files: list[bytes]) -> dict[str, Work]:
     }
 
 
-def ours(data: StoredCrops, workers: int = 0, passes: int = 1, batch: int = GROUP) -> DataLoader[Any]:
+def ours(data: StoredCrops, workers: int = 0, passes: int = 1, batch: int = GROUP) -> Loader:
     pairs = [(p, i) for p in range(passes) for i in range(len(data))]
-    return DataLoader(
-        data,
-        batch_sampler=[pairs[k : k + batch] for k in range(0, len(pairs), batch)],
-        num_workers=workers,
-        collate_fn=whole_batch,
-        worker_init_fn=start_worker,
-    )
+    batches = [pairs[k : k + batch] for k in range(0, len(pairs), batch)]
+    return Loader(data, batches, workers=workers, collate=whole_batch)
 
 
 def breakdown(data: StoredCrops, rounds: int) -> dict[str, float]:
@@ -202,7 +198,7 @@ def main() -> None:
     processors = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {max(processors)})
     torch.set_num_threads(1)
-    start_worker(0)
+    faiss.omp_set_num_threads(1)
     images = scan(args.images)
     images = images.subset(range(min(args.limit, len(images))))
     paths = [images.file(i) for i in range(len(images))]
@@ -280,7 +276,7 @@ def main() -> None:
                     "ours": lambda _, stored=stored, workers=workers: drain(ours(stored, workers, PASSES, BATCH)),
                     "ours, no worker": lambda _, stored=stored: drain(ours(stored, 0, PASSES, BATCH)),
                     "usual": lambda _, plain=plain, many=many, workers=workers: drain(
-                        DataLoader(plain, BATCH, sampler=many, num_workers=workers, worker_init_fn=start_worker)
+                        DataLoader(plain, BATCH, sampler=many, num_workers=workers)
                     ),
                 },
                 1,

@@ -22,13 +22,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import faiss
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from fkd_ssl import files
 from fkd_ssl.crops import CROP_DTYPE, RECIPES, probe_digest
-from fkd_ssl.data import StoredCrops, start_worker
+from fkd_ssl.data import StoredCrops
+from fkd_ssl.data.loading import start_worker
 from fkd_ssl.images import ImageSet
 from fkd_ssl.store import manifest as layout
 from fkd_ssl.store import open_store
@@ -197,7 +199,7 @@ def main() -> None:
             subprocess.run(command, check=True)
         return
     torch.set_num_threads(1)
-    start_worker(0)
+    faiss.omp_set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_NOFILE, (1024, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
     result: dict[str, Any] = {"part": args.part}
     if args.part == "baseline":

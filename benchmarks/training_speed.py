@@ -21,11 +21,10 @@ from typing import Any
 import torch
 from lightning_fabric.utilities import move_data_to_device
 from torch import nn
-from torch.utils.data import DataLoader
 from torchvision.models.resnet import Bottleneck
 
 from fkd_ssl.commands import resolve
-from fkd_ssl.data import Batch, StoredCrops, replay_on_device, start_worker, whole_batch
+from fkd_ssl.data import Batch, Loader, StoredCrops, replay_on_device, whole_batch
 from fkd_ssl.images import scan
 from fkd_ssl.objectives import make_objective
 from fkd_ssl.store import open_store
@@ -92,17 +91,7 @@ def measure(args: argparse.Namespace, teacher_name: str, student_name: str, side
             decode_only=args.device_crops,
         )
         sampler = PassSampler(len(data), args.batch_size // args.crops_per_image, steps + 4, seed=0)
-        return iter(
-            DataLoader(
-                data,
-                batch_sampler=sampler,
-                num_workers=args.workers,
-                collate_fn=whole_batch,
-                worker_init_fn=start_worker,
-                prefetch_factor=4 if args.workers else None,
-                pin_memory=device.type == "cuda",
-            )
-        )
+        return iter(Loader(data, sampler, workers=args.workers, collate=whole_batch, prefetch=4))
 
     def on_device(batch: Batch) -> Batch:
         return replay_on_device(move_data_to_device(batch, device))

@@ -16,11 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from fkd_ssl.crops import Records, centre, replay
-from fkd_ssl.errors import FkdError, ImageAccessError, ImageError, RequestError
+from fkd_ssl.data import Loader
+from fkd_ssl.errors import FkdError, ImageError, RequestError
 from fkd_ssl.eval.scores import Float32Array, Int64Array
 from fkd_ssl.images import ImageSet
 from fkd_ssl.progress import hidden
@@ -28,8 +29,7 @@ from fkd_ssl.progress import hidden
 Model = Callable[[torch.Tensor], torch.Tensor]
 """uint8 [B, 3, P, P] on the CPU -> float [B, D] on any device; it normalises and moves the pixels itself."""
 
-View = tuple[torch.Tensor, int] | ImageError | ImageAccessError  # an image's pixels and its index
-Batch = tuple[torch.Tensor, torch.Tensor] | ImageError | ImageAccessError
+View = tuple[torch.Tensor, int] | ImageError  # an image's pixels and its index
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -255,22 +255,16 @@ def load(
 
     Raises ImageAccessError for an image that cannot be opened, and ImageError for a damaged one, unless these are left out.
     """
-    if workers < 0:
-        raise RequestError(f"workers must not be negative, got {workers}")
     if isinstance(batches, list):
         workers = min(workers, len(batches))
-    loader: DataLoader[View] = DataLoader(
+    loader = Loader(
         dataset,
-        batch_sampler=batches,  # type: ignore[arg-type]  # any iterable of key lists
-        num_workers=workers,
-        collate_fn=partial(_collate, skip_unreadable=skip_unreadable),
-        pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # else the loader draws from the global one and changes a training around it
+        batches,
+        workers=workers,
+        collate=partial(_collate, skip_unreadable=skip_unreadable),
+        generator=torch.Generator(),  # the global one belongs to a training around this
     )
-    batch: Batch
     for batch in loader:
-        if isinstance(batch, (ImageError, ImageAccessError)):  # carried by hand: the loader would wrap it in a traceback
-            raise batch
         if len(batch[1]):
             yield batch
 
@@ -280,7 +274,7 @@ def view(images: ImageSet, index: int, pixels: int, cut: Callable[[int, int], Re
     try:
         pixels_in = images.read(index)
         return torch.from_numpy(replay(pixels_in, cut(*pixels_in.shape[:2]), pixels)[0]), index
-    except (ImageError, ImageAccessError) as error:
+    except ImageError as error:
         return error
 
 
@@ -299,12 +293,12 @@ class _Centred(Dataset[View]):
         return view(self.images, index, self.pixels, lambda height, width: centre(height, width, self.pixels))
 
 
-def _collate(views: list[View], *, skip_unreadable: bool) -> Batch:
+def _collate(views: list[View], *, skip_unreadable: bool) -> tuple[torch.Tensor, torch.Tensor]:
     pixels, indices = [], []
     for item in views:
         if isinstance(item, tuple):
             pixels.append(item[0])
             indices.append(item[1])
-        elif isinstance(item, ImageAccessError) or not skip_unreadable:
-            return item
+        elif not skip_unreadable:
+            raise item
     return torch.stack(pixels) if pixels else torch.empty(0), torch.tensor(indices)

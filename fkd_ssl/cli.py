@@ -9,8 +9,6 @@ import importlib
 import os
 import re
 import sys
-import traceback
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -67,24 +65,18 @@ def main(argv: list[str] | None = None) -> int:
             raise RequestError("runs in one process: start it without torchrun (WORLD_SIZE is over 1)")
         status: int = command.run(config)
     except FkdError as error:
-        return _fail(verb, _message(error), error.exit_status)
+        return _fail(verb, str(error), error.exit_status)
     except KeyboardInterrupt:
         return _fail(verb, "stopped; the same command continues where it can", 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read us has enough
         return 0
-    except (OSError, EOFError) as error:
-        if _between_processes(error):  # it died while it handed a batch over, before torch could notice
-            return _fail(verb, _worker_died("died"), 1)
-        if isinstance(error, EOFError):
-            raise
+    except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE)
         advice = "; nothing finished is lost, the same command continues when that is mended" if full else ""
         return _fail(verb, f"{where}{error.strerror or error}{advice}", 1)
     except (MemoryError, RuntimeError) as error:
-        if match := re.search(r"DataLoader worker \(pid.*?\) (is killed by signal: [\w ]+|exited unexpectedly)", str(error)):
-            return _fail(verb, _worker_died(match[1].replace("is killed", "was killed")), 1)
         if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate memory", str(error)):
             raise
         return _fail(verb, "out of memory: choose a smaller --batch_size, --chunk_size or --pixels", 1)
@@ -162,24 +154,6 @@ def _explain(message: str, known: list[str]) -> str:
     if match := re.search(r"Parser key \"([^\"]+)\":\s*(.*)", message, re.DOTALL):
         return f"--{match[1]}: {' '.join(match[2].split())}"
     return " ".join(message.split())
-
-
-def _message(error: FkdError) -> str:
-    """An error's own words: a DataLoader wraps those of its workers in their traceback."""
-    text = str(error)
-    if "DataLoader worker process" in text.split("\n", 1)[0]:
-        text = text.strip().rsplit("\n", 1)[-1].split("Error: ", 1)[-1]
-    return text
-
-
-def _between_processes(error: BaseException) -> bool:
-    """Whether it was raised where Python's or torch's multiprocessing hands data over."""
-    return any("multiprocessing" in Path(frame.filename).parts for frame in traceback.extract_tb(error.__traceback__))
-
-
-def _worker_died(how: str) -> str:
-    advice = "often for want of memory (dmesg says so): fewer --workers, or --workers 0; the same command continues"
-    return f"a process that reads images {how}, {advice}"
 
 
 def _fail(verb: str, message: str, status: int) -> int:

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader
 
 from fkd_ssl.crops import RECIPES, draw, replay
 from fkd_ssl.crops.device import CropPlan
-from fkd_ssl.data import Batch, Crops, FreshCrops, StoredCrops, memory, replay_on_device, scaled, start_worker, whole_batch
+from fkd_ssl.data import Batch, Crops, FreshCrops, Loader, StoredCrops, memory, replay_on_device, scaled, whole_batch
 from fkd_ssl.errors import ImageAccessError, ImageError, RequestError, StoreError
 from fkd_ssl.images import ImageSet, read_image, scan
 from fkd_ssl.shrink import shrink
@@ -33,10 +33,7 @@ def index_of(data: StoredCrops, pass_: int, i: int) -> list[int]:
 
 
 def read(data: Crops, batches: list[list[tuple[int, int]]], workers: int = 0) -> list[Batch]:
-    loader: DataLoader[Any] = DataLoader(
-        data, batch_sampler=batches, num_workers=workers, collate_fn=whole_batch, worker_init_fn=start_worker
-    )
-    return list(loader)
+    return list(Loader(data, batches, workers=workers, collate=whole_batch))
 
 
 def same(a: Batch, b: Batch) -> bool:
@@ -469,13 +466,11 @@ class TestWorkers:
     def test_workers_write_into_shared_memory(self, images: ImageSet) -> None:
         """And send that, not the tensor, which would be copied into other shared memory."""
 
-        def collate(samples: Any) -> tuple[bool, bool]:
-            crops = samples.batch["images"]
-            return memory._loans[crops.data_ptr()].block.is_shared(), memory.to_send(crops) is crops
+        def collate(samples: Any) -> bool:
+            return bool(memory._loans[samples.batch["images"].data_ptr()].block.is_shared())
 
         for workers in (0, 1):
-            loader: DataLoader[Any] = DataLoader(fresh(images), batch_size=8, num_workers=workers, collate_fn=collate)
-            assert list(loader) == [(workers > 0, workers == 0)] * 3
+            assert list(Loader(fresh(images), [[0, 1], [2, 3]], workers=workers, collate=collate)) == [workers > 0] * 2
 
     def test_an_error_in_a_worker_keeps_its_type_and_names_the_file(self, own_folder: Path) -> None:
         (own_folder / "birch/003.jpg").write_bytes(b"\xff\xd8\xff no picture")
@@ -487,13 +482,13 @@ def test_workers_start_after_the_parent_has_replayed(image_folder: Path) -> None
     """A worker forked beside a running pool of OpenCV's would hang; the parent has replayed crops before."""
     script = (
         "import sys\n"
-        "from torch.utils.data import DataLoader\n"
         "from fkd_ssl.crops import RECIPES, probe_digest\n"
-        "from fkd_ssl.data import FreshCrops, start_worker, whole_batch\n"
+        "from fkd_ssl.data import FreshCrops, Loader, whole_batch\n"
         "from fkd_ssl.images import scan\n"
         "probe_digest()\n"
         "data = FreshCrops(scan(sys.argv[1]), RECIPES['mocov2'], crops_per_image=2, pixels=224)\n"
-        "loader = DataLoader(data, batch_size=4, num_workers=2, collate_fn=whole_batch, worker_init_fn=start_worker)\n"
+        "batches = [[4 * k, 4 * k + 1, 4 * k + 2, 4 * k + 3] for k in range(6)]\n"
+        "loader = Loader(data, batches, workers=2, collate=whole_batch)\n"
         "print(sum(len(batch['images']) for batch in loader))\n"
     )
     environment = {key: value for key, value in os.environ.items() if key != "OMP_NUM_THREADS"}

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data import Dataset, get_worker_info
 
 from fkd_ssl.crops import RECIPES
-from fkd_ssl.data import FreshCrops, memory, start_worker, whole_batch
+from fkd_ssl.data import FreshCrops, Loader, memory, whole_batch
 from fkd_ssl.images import scan
 
 SIZE = 3 * 64 * 64
@@ -96,10 +96,6 @@ class TestInOneProcess:
     def test_no_bytes_at_all(self) -> None:
         assert memory.new(0, 3).shape == (0, 3)
 
-    def test_outside_of_a_worker_a_tensor_goes_as_it_is(self) -> None:
-        tensor = memory.new(SIZE)
-        assert memory.to_send(tensor) is tensor
-
 
 class Numbers(Dataset[Any]):
     """Batch k is full of k, and says how many blocks its process has."""
@@ -113,12 +109,9 @@ class Numbers(Dataset[Any]):
         return 240
 
 
-def sent(batch: Any) -> Any:
-    return {key: memory.to_send(value) for key, value in batch.items()}
-
-
-def batches(**options: Any) -> Iterator[Any]:
-    return iter(DataLoader(Numbers(), batch_size=8, collate_fn=sent, **options))
+def batches(*, workers: int) -> Iterator[Any]:
+    keys = [list(range(8 * k, 8 * k + 8)) for k in range(30)]
+    return iter(Loader(Numbers(), keys, workers=workers, collate=lambda batch: batch))
 
 
 def right(k: int, images: torch.Tensor) -> bool:
@@ -130,32 +123,31 @@ class TestFromAWorker:
     @pytest.mark.parametrize("workers", [1, 2])
     def test_few_blocks_go_round(self, workers: int) -> None:
         blocks = 0
-        for k, batch in enumerate(batches(num_workers=workers)):
+        for k, batch in enumerate(batches(workers=workers)):
             assert right(k, batch["images"])
             blocks = max(blocks, batch["blocks"])
         assert blocks <= 2 + 3  # on the way, in the reader's hands, and in the worker's
 
     def test_batches_that_are_kept_stay_as_they_are(self) -> None:
-        kept = [batch["images"] for batch in batches(num_workers=2)]
+        kept = [batch["images"] for batch in batches(workers=2)]
         assert all(right(k, images) for k, images in enumerate(kept))
 
     def test_a_part_that_is_kept_stays_as_it_is(self) -> None:
-        kept = [batch["images"][3, 1].numpy() for batch in batches(num_workers=1)]
+        kept = [batch["images"][3, 1].numpy() for batch in batches(workers=1)]
         assert all((part == 8 * k + 3).all() for k, part in enumerate(kept))
 
     def test_from_a_spawned_one(self, image_folder: Path) -> None:
         """Which has nothing of its parent's; teacher_images are a second block of each batch."""
         data = FreshCrops(scan(image_folder), RECIPES["mocov2"], crops_per_image=2, pixels=32, teacher_pixels=48)
-        options: dict[str, Any] = {"batch_size": 4, "collate_fn": whole_batch}
-        here = list(DataLoader(data, **options))
-        there = list(DataLoader(data, num_workers=1, multiprocessing_context="spawn", worker_init_fn=start_worker, **options))
+        here, there = (Loader(data, [[0, 1, 2, 3], [4, 5]], workers=workers, collate=whole_batch) for workers in (0, 1))
+        there.multiprocessing_context = "spawn"
         for a, b in zip(here, there, strict=True):
             assert torch.equal(a["images"], b["images"])
             assert torch.equal(a["teacher_images"], b["teacher_images"])
 
     def test_a_forked_process_frees_nothing(self) -> None:
         """It has copies of the objects, and the same shared memory."""
-        loader = batches(num_workers=1)
+        loader = batches(workers=1)
         images = next(loader)["images"]
         (loan,) = [loan for loan in memory._loans.values() if loan.block.data_ptr() == images.data_ptr()]
         child = os.fork()

@@ -2,13 +2,14 @@
 
 from fkd_ssl.data.crops import Crops
 from fkd_ssl.data.fresh import FreshCrops
+from fkd_ssl.data.loading import Loader
 from fkd_ssl.data.pixels import Batch, replay_on_device
 from fkd_ssl.data.recorded import RecordedCrops
 from fkd_ssl.data.relabelled import RelabelledCrops
-from fkd_ssl.data.samples import Samples, start_worker, whole_batch
+from fkd_ssl.data.samples import Samples, whole_batch
 from fkd_ssl.data.stored import StoredCrops, scaled
 
 __all__ = [
-    "Batch", "Crops", "FreshCrops", "RecordedCrops", "RelabelledCrops", "Samples", "StoredCrops", "replay_on_device", "scaled",
-    "start_worker", "whole_batch",
+    "Batch", "Crops", "FreshCrops", "Loader", "RecordedCrops", "RelabelledCrops", "Samples", "StoredCrops", "replay_on_device",
+    "scaled", "whole_batch",
 ]  # fmt: skip

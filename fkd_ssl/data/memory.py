@@ -7,9 +7,11 @@ it is gone, also in a process that it was sent to. A block's last byte says whet
 
 import math
 import os
+import shutil
 import threading
 import weakref
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,8 +19,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from fkd_ssl.crops.device import CropPlan
+from fkd_ssl.errors import FkdError
 
+SHARED = Path("/dev/shm")  # noqa: S108
 _FREE, _TAKEN = 0, 1
 _MOST = 16  # blocks that a process keeps; more than a DataLoader has on the way only where the batches are all kept
 
@@ -53,13 +56,28 @@ def new(*shape: int) -> Tensor:
 
 
 def to_send(value: Any) -> Any:
-    """What a worker gives its DataLoader for a value of a batch: a tensor of `new` goes as its block, all else as it is."""
-    if isinstance(value, CropPlan):
-        return replace(value, sources=to_send(value.sources))
-    if get_worker_info() is None or not isinstance(value, Tensor):
-        return value
-    loan = _loans.get(value.data_ptr())
-    return value if loan is None else _Sent(loan, value)
+    """What a worker sends for a batch or a part of it: all its tensors in shared memory, those of `new` as their blocks.
+
+    The queue would share the other tensors too, but in a thread of its own, which prints an error and sends nothing.
+
+    Raises:
+        FkdError: A tensor does not fit into shared memory.
+    """
+    if isinstance(value, Tensor):
+        loan = _loans.get(value.data_ptr())
+        if loan is not None:
+            return _Sent(loan, value)
+        try:
+            return value.share_memory_()
+        except RuntimeError as error:
+            raise too_small(value.untyped_storage().nbytes(), error) from error
+    if isinstance(value, dict):
+        return {key: to_send(part) for key, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(map(to_send, value))
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{field.name: to_send(getattr(value, field.name)) for field in fields(value)})
+    return value
 
 
 class _Sent:
@@ -111,5 +129,20 @@ def _allocated(length: int) -> Tensor:
     if get_worker_info() is None:
         return torch.from_numpy(np.empty(length, dtype=np.uint8))  # NumPy asks for huge pages, which torch does not
     # what torch's own default_collate does in a worker; there is no public name for it
-    storage: torch.UntypedStorage = torch.UntypedStorage._new_shared(length)  # type: ignore[no-untyped-call]
+    try:
+        storage: torch.UntypedStorage = torch.UntypedStorage._new_shared(length)  # type: ignore[no-untyped-call]
+    except RuntimeError as error:
+        raise too_small(length, error) from error
     return torch.empty(0, dtype=torch.uint8).set_(storage)
+
+
+def too_small(size: int, error: RuntimeError) -> FkdError:
+    """The error for `size` bytes that shared memory has no room for."""
+    reason = str(error).splitlines()[0]
+    if SHARED.is_dir():
+        total, _, free = shutil.disk_usage(SHARED)
+        reason = f"{SHARED} has {free / 1e6:.0f} of its {total / 1e6:.0f} MB free"
+    return FkdError(
+        f"a batch of {size / 1e6:.1f} MB does not fit into shared memory: {reason}; enlarge it (docker run --shm-size=2g), or "
+        "use fewer --workers, or --workers 0"
+    )

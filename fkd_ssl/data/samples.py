@@ -1,15 +1,11 @@
 """Batches as they come from a data set of crops, and what a DataLoader needs to keep them whole."""
 
-import signal
 from collections.abc import Sequence
 from typing import Any, overload
 
 from torch import Tensor
-from torch.utils.data import get_worker_info
 
-from fkd_ssl import processes
 from fkd_ssl.crops.device import CropPlan
-from fkd_ssl.data import memory
 from fkd_ssl.data.pixels import Batch
 from fkd_ssl.errors import RequestError
 
@@ -49,21 +45,5 @@ def _rows_of(stacked: Targets, rows: slice) -> Targets:
 
 def whole_batch(samples: Any) -> Batch:
     """The collate function that keeps the batch as it was read: `images` [B M, 3, P, P], `targets` [B M, D]."""
-    return {key: memory.to_send(value) for key, value in samples.batch.items()}
-
-
-_GRACE = 60  # seconds
-
-
-def start_worker(worker: int) -> None:
-    """Start-up of a DataLoader's worker process: one thread for faiss, and it ends with its parent, but not with a SIGTERM.
-
-    A cluster sends SIGTERM to all processes of a job. The parent saves a checkpoint then, and needs its workers until the step
-    is done; if it does not end them, they end by themselves.
-    """
-    import faiss
-
-    faiss.omp_set_num_threads(1)
-    if get_worker_info() is not None:
-        processes.end_with_parent()
-        signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_GRACE))
+    batch: Batch = samples.batch
+    return batch

@@ -5,10 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader
 
 from fkd_ssl import files, images, runs
-from fkd_ssl.data import start_worker
+from fkd_ssl.data import Loader
 from fkd_ssl.errors import RequestError
 from fkd_ssl.pretraining.config import PretrainConfig
 from fkd_ssl.pretraining.method import Method
@@ -65,14 +64,7 @@ def _pretrain(
     else:
         last = None
     crops, collate = module.crops(found)
-    loader = DataLoader(
-        crops,
-        batch_sampler=sampler,
-        num_workers=config.workers,
-        collate_fn=collate,
-        worker_init_fn=start_worker,
-        pin_memory=torch.cuda.is_available(),
-    )
+    loader = Loader(crops, sampler, workers=config.workers, collate=collate)
     fit(
         module,
         loader,

@@ -9,10 +9,9 @@ import torch
 from pytorch_lightning.loggers import Logger
 from torch import Tensor
 from torch.distributed import is_torchelastic_launched
-from torch.utils.data import DataLoader
 
 from fkd_ssl import runs
-from fkd_ssl.data import Crops, StoredCrops, start_worker, whole_batch
+from fkd_ssl.data import Crops, Loader, StoredCrops, whole_batch
 from fkd_ssl.errors import RequestError
 from fkd_ssl.objectives import Objective, TargetInfo, make_objective
 from fkd_ssl.store.recording import Recording
@@ -156,16 +155,8 @@ def train(
         len(data), batch_images, steps, seed=config.seed, parts=config.accumulate, single=single,
         crops_per_image=config.crops_per_image,
     )  # fmt: skip
-    loader: DataLoader[Any] = DataLoader(
-        LastSingle(data, sampler) if single else data,
-        batch_sampler=sampler,
-        num_workers=config.workers,
-        collate_fn=whole_batch,
-        worker_init_fn=start_worker,
-        persistent_workers=config.workers > 0,
-        pin_memory=torch.cuda.is_available(),
-        prefetch_factor=4 if config.workers else None,
-    )
+    source_of_crops = LastSingle(data, sampler) if single else data
+    loader = Loader(source_of_crops, sampler, workers=config.workers, collate=whole_batch, prefetch=4)
     epoch = len(data) / config.batch_size
     recorder = Recorder(folder / "metrics.csv", every=config.log_every, batch_size=config.batch_size, images=len(data))
     monitor = Monitor(

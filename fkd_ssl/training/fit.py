@@ -16,9 +16,9 @@ from pytorch_lightning.loggers import Logger
 from pytorch_lightning.plugins import TorchCheckpointIO
 from pytorch_lightning.strategies import DDPStrategy
 from torch.distributed import is_torchelastic_launched
-from torch.utils.data import DataLoader
 
 from fkd_ssl import files, runs
+from fkd_ssl.data import Loader
 from fkd_ssl.errors import CheckpointError, RequestError
 from fkd_ssl.training.sampler import PassSampler
 
@@ -51,7 +51,7 @@ class WholeCheckpoints(TorchCheckpointIO):
 
 def fit(
     module: pl.LightningModule,
-    loader: DataLoader[Any],
+    loader: Loader,
     callbacks: list[pl.Callback],
     *,
     steps: int,

@@ -6,10 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.data import DataLoader
 
 from fkd_ssl.crops import RECIPES, draw, image_key
-from fkd_ssl.data import Batch, FreshCrops, RelabelledCrops, replay_on_device, start_worker, whole_batch
+from fkd_ssl.data import Batch, FreshCrops, Loader, RelabelledCrops, replay_on_device, whole_batch
 from fkd_ssl.errors import ImageError, StoreError
 from fkd_ssl.images import ImageSet, scan
 from fkd_ssl.relabel import LabelMaps
@@ -33,10 +32,7 @@ def crops(images: ImageSet, maps: LabelMaps, **options: Any) -> RelabelledCrops:
 
 
 def read(data: RelabelledCrops, batches: list[list[tuple[int, int]]], workers: int = 0) -> list[Batch]:
-    loader: DataLoader[Any] = DataLoader(
-        data, batch_sampler=batches, num_workers=workers, collate_fn=whole_batch, worker_init_fn=start_worker
-    )
-    return list(loader)
+    return list(Loader(data, batches, workers=workers, collate=whole_batch))
 
 
 def test_they_are_fresh_crops_with_targets(images: ImageSet, maps: LabelMaps) -> None:

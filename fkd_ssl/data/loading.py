@@ -1,0 +1,203 @@
+"""The one DataLoader of this library: its failures are short errors that say what to do, and none of them hangs."""
+
+import contextlib
+import multiprocessing
+import signal
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from multiprocessing import connection
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+from torch.utils.data._utils import signal_handling
+
+from fkd_ssl import processes
+from fkd_ssl.data import memory
+from fkd_ssl.errors import FkdError, RequestError
+
+_FEWER = "fewer --workers, or --workers 0"
+_SENT = (FkdError, OSError)
+"""Errors whose message is for the user: a worker sends them as they are, where torch would send their traceback as text."""
+_GRACE = 60  # seconds
+_abandoned: list[Iterator[Any]] = []
+
+
+class Loader(DataLoader[Any]):
+    """A DataLoader over batches of keys, with one worker start-up, one place for shared memory and one for errors.
+
+    Three things differ from torch's loader:
+
+    - A worker moves its batch into shared memory while it collates. torch does so in a thread of the queue, where an error is
+      only printed, and this process would wait for the batch for ever.
+    - A worker that dies raises FkdError from `next`, and from nowhere else. torch raises in a signal handler at any point of
+      this process, and other exceptions where the worker died while it sent a batch.
+    - Workers ignore Ctrl-C. This process ends them.
+
+    Args:
+        dataset: Read by `dataset.__getitems__(keys)` if it has that, else by `dataset[key]`.
+        batches: Lists of keys, as a list or a batch sampler.
+        workers: Processes that read; 0 reads in this one.
+        collate: Turns what was read into a batch.
+        prefetch: Batches that each worker reads ahead.
+        generator: Where the workers' seed is drawn from; torch's global generator by default.
+
+    Raises:
+        RequestError: `workers` is negative.
+        FkdError: While iterating: a worker died or could not be started, or a batch does not fit into shared memory.
+    """
+
+    def __init__(
+        self,
+        dataset: Dataset[Any],
+        batches: Iterable[Sequence[Any]],
+        *,
+        workers: int,
+        collate: Callable[[Any], Any],
+        prefetch: int = 2,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        if workers < 0:
+            raise RequestError(f"workers must not be negative, got {workers}")
+        super().__init__(
+            _Batches(dataset, collate),
+            batch_sampler=batches,  # type: ignore[arg-type]  # any iterable of lists
+            num_workers=workers,
+            collate_fn=_unchanged,
+            worker_init_fn=start_worker,
+            prefetch_factor=prefetch if workers else None,
+            pin_memory=torch.cuda.is_available(),
+            generator=generator,
+        )
+
+    def __iter__(self) -> Any:
+        """Starts the workers; the iterator raises what they raise."""
+        if not self.num_workers:
+            return map(_raised, super().__iter__())
+        others = multiprocessing.active_children()
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # in the workers too, which inherit it
+        try:
+            # torch needs as many; where its own attempt fails, its destructor prints a traceback
+            [multiprocessing.Queue() for _ in range(self.num_workers + 1)]
+            batches: Any = super().__iter__()
+            # torch's signal handler raises at any point of this process: it is not to watch these workers
+            signal_handling._remove_worker_pids(id(batches))
+            batches._worker_pids_set = False
+        except OSError as error:
+            raise FkdError(
+                f"cannot start {self.num_workers} processes that read images: {error.strerror or error} (is {memory.SHARED} "
+                f"full?); use {_FEWER}"
+            ) from error
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        workers = [child for child in multiprocessing.active_children() if child not in others]
+        weakref.finalize(batches, _kill, workers)  # also at exit, where Python waits for them
+        return _Reader(batches, workers)
+
+
+class _Batches(Dataset[Any]):
+    """Whole batches of a data set, collated and in shared memory; or the error that a batch raised."""
+
+    def __init__(self, dataset: Dataset[Any], collate: Callable[[Any], Any]) -> None:
+        self.dataset = dataset
+        self.collate = collate
+
+    def __len__(self) -> int:
+        length: int = len(self.dataset)  # type: ignore[arg-type]
+        return length
+
+    def __getitems__(self, keys: Sequence[Any]) -> Any:
+        try:
+            read = getattr(self.dataset, "__getitems__", None)
+            batch = self.collate([self.dataset[key] for key in keys] if read is None else read(keys))
+            return batch if get_worker_info() is None else memory.to_send(batch)
+        except _SENT as error:
+            return error
+
+
+def _unchanged(batch: Any) -> Any:
+    return batch
+
+
+def _raised(batch: Any) -> Any:
+    """The batch; raises it if it is an error."""
+    if isinstance(batch, _SENT):
+        raise batch
+    return batch
+
+
+class _Reader:
+    """Torch's iterator, whose workers these are. Not a generator, which would keep a batch while the next one is made."""
+
+    def __init__(self, batches: Iterator[Any], workers: list[Any]) -> None:
+        self._batches = batches
+        self._workers = workers
+
+    def __iter__(self) -> "_Reader":
+        return self
+
+    def __next__(self) -> Any:
+        try:
+            with _interrupted_by_death(self._workers):
+                return _raised(next(self._batches))
+        except StopIteration:
+            raise
+        except BaseException as error:
+            died = _how_died(self._workers) if isinstance(error, Exception) and not isinstance(error, FkdError) else ""
+            _kill(self._workers)
+            _abandoned.append(self._batches)  # else torch waits for its workers, and perhaps for the rest of a batch
+            if died:
+                raise FkdError(died) from error
+            raise
+
+
+def _kill(workers: list[Any]) -> None:
+    for worker in workers:
+        worker.kill()
+
+
+@contextlib.contextmanager
+def _interrupted_by_death(workers: list[Any]) -> Iterator[None]:
+    """Raises ChildProcessError as soon as one of the workers has died, also from a read that would never end."""
+
+    def check(*_: Any) -> None:
+        if any(worker.exitcode for worker in workers):  # None while it runs, 0 where it ended as told
+            raise ChildProcessError
+
+    main = threading.current_thread() is threading.main_thread()  # no other thread may set a handler
+    before = signal.signal(signal.SIGCHLD, check) if main else None
+    try:
+        check()
+        yield
+    finally:
+        if main:
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL if before is None else before)
+
+
+def _how_died(workers: list[Any]) -> str:
+    """The message for a worker that has died; empty if none has."""
+    connection.wait([worker.sentinel for worker in workers], timeout=1)  # its end of a pipe closes a little earlier
+    codes = [worker.exitcode for worker in workers if worker.exitcode is not None]
+    if not codes:
+        return ""
+    code = min(codes)
+    how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
+    return f"a process that reads images {how}, often for lack of memory (see dmesg): use {_FEWER}; the same command continues"
+
+
+def start_worker(worker: int) -> None:
+    """Prepares a worker: one thread for faiss; it ends with its parent, and 60 seconds after a SIGTERM.
+
+    A cluster sends SIGTERM to all processes of a job. The parent then saves a checkpoint and needs its workers until the step
+    is done.
+
+    Args:
+        worker: Number of the worker.
+    """
+    import faiss
+
+    faiss.omp_set_num_threads(1)
+    if get_worker_info() is not None:
+        processes.end_with_parent()
+        signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_GRACE))
