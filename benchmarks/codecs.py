@@ -29,7 +29,7 @@ from fkd_ssl.images import scan
 from fkd_ssl.objectives.feature_kl import FeatureKL
 from fkd_ssl.store import Store, open_store
 from fkd_ssl.store.codecs import Float32Array, sample_size, train_codec
-from fkd_ssl.store.manifest import codes_file, in_hash_order
+from fkd_ssl.store.manifest import in_hash_order, publish_codes
 from fkd_ssl.store.precompute import precompute
 
 SPECS = (
@@ -138,8 +138,7 @@ def write_column(store: Store, spec: str) -> str:
     for shard in column.missing_shards:
         exact = np.asarray(flat.shard(shard)).view(np.float32)
         codes = column.codec.encode(exact.reshape(-1, exact.shape[-1])).reshape(*exact.shape[:2], -1)
-        path = codes_file(store.folder, name, shard)
-        files.write_json(path.with_suffix(".json"), {"file": files.write_npy(path, codes), "column": column.digest})
+        publish_codes(store.folder, store.manifest, shard, codes, column=name, digest=column.digest)
     return name
 
 

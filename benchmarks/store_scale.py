@@ -99,7 +99,7 @@ def make(folder: Path, images: ImageSet, crops: int) -> None:
             (records, values),
             (codes, {"file": sparse(codes, np.dtype(np.uint8), (len(rows), crops, DIM), known), "column": digest}),
         ):
-            path = path.with_suffix(".json")
+            path, value = path.with_suffix(".json"), {**value, "shard": shard, "manifest": manifest.digest}
             signed = {**value, "sha256": files.sha256(files.canonical(value))}
             path.write_bytes(files.canonical(signed))  # not published one by one: 2,504 syncs measure nothing
     manifest.write(folder)

@@ -15,7 +15,6 @@ import secrets
 import shutil
 import stat
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -239,11 +238,24 @@ def replace(path: Path, data: bytes | memoryview) -> None:
 
 
 def sweep(folder: Path, *, seconds: float = 3600) -> None:
-    """Removes what killed processes left in `folder` under our temporary names more than `seconds` ago."""
-    for path in folder.glob(f"{TEMPORARY}*-{'[0-9a-f]' * 12}"):
-        with suppress(OSError):
-            if time.time() - path.stat().st_mtime > seconds:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    """Removes what killed processes left in `folder` under our temporary names at least `seconds` ago.
+
+    Ages are measured by the file system's own clock: that of another machine, or of this one, may be hours off.
+    """
+    left = list(folder.glob(f"{TEMPORARY}*-{'[0-9a-f]' * 12}"))
+    if not left:
+        return
+    clock = folder / f"{TEMPORARY}clock-{secrets.token_hex(6)}"
+    with suppress(OSError):  # a folder that cannot be written to is left as it is
+        try:
+            clock.touch(exist_ok=False)
+            now = clock.stat().st_mtime
+        finally:
+            clock.unlink(missing_ok=True)
+        for path in left:
+            with suppress(OSError):
+                if now - path.lstat().st_mtime >= seconds:
+                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
 def total_bytes(folder: Path) -> int:

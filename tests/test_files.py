@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -418,3 +419,29 @@ def test_other_files_of_a_user_are_refused(tmp_path, content, message):
         path.write_bytes(content)
     with pytest.raises(RequestError, match=re.escape(message)):
         files.map_user_npy(path)
+
+
+def test_a_clock_that_is_hours_ahead_sweeps_nothing_that_is_being_written(tmp_path, monkeypatch):
+    """This machine's, that is: ages are told by the file system's."""
+    live, future = tmp_path / f".tmp-codes-{'a' * 12}", tmp_path / f".tmp-codes-{'b' * 12}"
+    old, folder = tmp_path / f".tmp-codes-{'c' * 12}", tmp_path / f".tmp-column-{'d' * 12}"
+    for path in (live, future, old, folder / "ranges.npy"):
+        path.parent.mkdir(exist_ok=True)
+        path.touch()
+    now = live.stat().st_mtime
+    os.utime(future, (now + 7200, now + 7200))  # of a machine whose own clock is ahead
+    for path in (old, folder):
+        os.utime(path, (now - 7200, now - 7200))
+    monkeypatch.setattr(time, "time", lambda: now + 7200)
+    files.sweep(tmp_path)
+    assert sorted(tmp_path.iterdir()) == [live, future]
+    monkeypatch.setattr(time, "time", lambda: now - 7200)
+    files.sweep(tmp_path, seconds=0)
+    assert list(tmp_path.iterdir()) == [future]
+
+
+def test_a_folder_without_temporary_files_is_not_written_to(tmp_path):
+    (tmp_path / "codes.npy").touch()
+    before = tmp_path.stat().st_mtime_ns
+    files.sweep(tmp_path, seconds=0)
+    assert tmp_path.stat().st_mtime_ns == before

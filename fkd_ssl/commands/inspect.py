@@ -31,7 +31,6 @@ def describe(folder: str) -> dict[str, Any]:
             **asdict(column.meta),
             "bytes_per_crop": column.meta.code_size + CROP_DTYPE.itemsize,
             "missing_shards": column.missing_shards,
-            "in_part": column.in_part if column.prefixes else None,
         }
     crops = store.shards_with_crops()
     skipped = [store.paths[row] for s in sorted(crops) for row in store.skipped(s)]
@@ -47,6 +46,7 @@ def describe(folder: str) -> dict[str, Any]:
         "missing_crops": [s for s in range(m.shards) if s not in crops],
         "bytes": files.total_bytes(store.folder),
         "teachers": columns,
+        "damaged": store.broken_columns(),
     }
 
 
@@ -60,7 +60,7 @@ def run(config: Config) -> int:
     about = describe(config.store)
     if config.json:
         console.show_json(about)
-        return 0
+        return 1 if about["damaged"] else 0
     lines = [
         f"{about['store']}: {about['images']:,} images x {about['crops_per_image']} crops, {gigabytes(about['bytes'])}",
         f"recipe {about['recipe']['name']}, seed {about['seed']}, {about['shards']} shards",
@@ -82,9 +82,8 @@ def run(config: Config) -> int:
         ]
         if "source_codec" in fidelity:
             lines.append(f"  recoded from {fidelity['source_codec']}: these are bounds")
-        if column["in_part"]:
-            lines.append(f"  {column['in_part']}")
-        elif column["missing_shards"]:
+        if column["missing_shards"]:
             lines.append(f"  NOT FINISHED: {len(column['missing_shards'])} of {about['shards']} shards are missing")
+    lines += [f"DAMAGED: {problem}" for problem in about["damaged"]]
     console.show("\n".join(printable(line, one_line=True) for line in lines))
-    return 0
+    return 1 if about["damaged"] else 0

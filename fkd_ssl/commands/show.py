@@ -99,7 +99,7 @@ def sheet_of(config: Config, store: "Store") -> tuple[bytes, str]:
                 column, store.targets(column.name, row, slice(0, count)), count=config.neighbours, crops=config.among,
                 without=row, done=bar.update,
             )  # fmt: skip
-        for line, neighbours in zip(near, found, strict=False):  # a training may have recorded fewer crops than are shown
+        for line, neighbours in zip(near, found, strict=True):
             for neighbour in neighbours:
                 pixels = images.read(_index(index, store.paths[neighbour.row], config))
                 line.append(_picture(store, pixels, config.pixels, neighbour))

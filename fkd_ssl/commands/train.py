@@ -161,7 +161,7 @@ def run(config: Config) -> int:
             config, data, folder, targets=targets, embeds=embeds, recordings=recordings, score=score, init=init, logger=logger,
             inputs=inputs,
         )  # fmt: skip
-        _publish(config, [one for one in recordings or [] if one is not None])
+        _publish(config, recordings or [])
         if rank:
             return 0
         results |= {"student": {**student.made_of, **vars(size)}}
@@ -279,8 +279,7 @@ def _recorded(
     )  # fmt: skip
     there = [column for column in columns if resumes and is_published(column)]
     for column in there:
-        how = f": {column.in_part}" if column.prefixes else ""
-        console.say(f"note: {column.folder}: its targets are in the store, nothing is left to record{how}")
+        console.say(f"note: {column.folder}: its targets are in the store, nothing is left to record")
     if len(there) == len(columns):
         return data, None
     if processes.rank()[0]:
@@ -288,30 +287,37 @@ def _recorded(
     return data, [None if column in there else Recording(column, config.crops_per_image) for column in columns]
 
 
-def _publish(config: Config, recordings: "list[Recording]") -> None:
-    """Makes a store of what was recorded, and says what can be done with it."""
+def _publish(config: Config, recordings: "list[Recording | None]") -> None:
+    """Puts what was recorded into the store, and says how to compute what was damaged on the disk meanwhile."""
     import shlex
 
     from fkd_ssl import files
     from fkd_ssl.commands import console
     from fkd_ssl.store.precompute import gigabytes
+    from fkd_ssl.training.config import checkpoints_of, split
 
-    for recording in recordings:
-        recording.publish()
-        column = recording.column
-        store = column.store
-        what = column.in_part if column.prefixes else f"{len(store):,} images x {store.crops_per_image} crops"
-        console.say(f"{config.record}: targets of {column.name}: {what}; {gigabytes(files.total_bytes(store.folder))} on disk")
-    if any(recording.column.prefixes for recording in recordings):
-        column = recordings[0].column
-        asked = {
-            "images": config.images, "store": config.record, "teacher": config.teacher, "checkpoint": config.checkpoint,
-            "crops": column.store.crops_per_image, "recipe": config.recipe, "codec": config.codec, "pixels": column.meta.pixels,
-            "seed": config.seed, "chunk_size": column.meta.chunk_size,
-            "on_unreadable": "skip" if config.on_unreadable == "skip" else None,
-        }  # fmt: skip
-        options = [f"--{key} {shlex.quote(str(value))}" for key, value in asked.items() if value is not None]
-        console.say(f"to finish it: fkd-ssl precompute {' '.join(options)}")
+    teachers = zip(split(config.teacher), checkpoints_of(config.teacher, config.checkpoint), strict=True)
+    for recording, (teacher, checkpoint) in zip(recordings, teachers, strict=False):  # only the first process has them
+        if recording is None:
+            continue
+        damaged = recording.publish()
+        column, store = recording.column, recording.column.store
+        size = gigabytes(files.total_bytes(store.folder))
+        console.say(
+            f"{config.record}: targets of {column.name}: {len(store):,} images x {store.crops_per_image} crops; {size} on disk"
+        )
+        if damaged:
+            asked = {
+                "images": config.images, "store": config.record, "teacher": teacher, "checkpoint": checkpoint,
+                "name": column.name, "crops": store.crops_per_image, "recipe": config.recipe, "codec": column.meta.codec,
+                "pixels": column.meta.pixels, "seed": config.seed, "chunk_size": column.meta.chunk_size,
+                "on_unreadable": "skip" if config.on_unreadable == "skip" else None,
+            }  # fmt: skip
+            options = [f"--{key} {shlex.quote(str(value))}" for key, value in asked.items() if value is not None]
+            console.say(
+                f"warning: {len(damaged)} of {store.manifest.shards} shards were damaged on the disk after they were recorded, "
+                f"and are left out; to compute them: fkd-ssl precompute {' '.join(options)}"
+            )
 
 
 def _sources(config: Config, data: "Crops", teachers: "list[Teacher]") -> dict[str, Any]:
@@ -350,8 +356,6 @@ def _check_store(config: Config, store: "Store", columns: "list[Column]") -> Non
             check_files(store, column)
         else:
             console.say("note: the store's checksums are not read here; fkd-ssl verify does that")
-        if column.prefixes:
-            console.say(f"note: {column.folder}: {column.in_part}")
         if column.meta.pixels != config.pixels:
             console.say(f"note: the teacher saw crops of {column.meta.pixels} px, the student trains on {config.pixels} px")
         if column.meta.probe_digest != probe_digest(str(resolve.device()) if config.device_crops else None):

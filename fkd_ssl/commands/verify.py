@@ -86,9 +86,7 @@ def run(config: Config) -> int:
         cosine = "" if report.cosine is None else (
             f"; cosine to the teacher {report.cosine['mean']:.5f} mean, {report.cosine['min']:.5f} least"
         )  # fmt: skip
-        console.show(
-            "\n".join([*report.notes, *report.problems, f"checked {checked}{cosine}: {len(report.problems)} problems"])
-        )
+        console.show("\n".join([*report.problems, f"checked {checked}{cosine}: {len(report.problems)} problems"]))
     return 1 if report.problems else 0
 
 

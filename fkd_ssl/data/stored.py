@@ -21,7 +21,7 @@ class StoredCrops(Crops):
     """The crops of a store, with the targets of one teacher or of several.
 
     Pass p reads crops (start + p M + 0..M-1) mod C of an image, start a hash of the seed and the image: every crop is
-    used before any is used twice. Where a training recorded a column in part, C is what it recorded of the image.
+    used before any is used twice.
 
     Args:
         store: An opened store.
@@ -79,14 +79,11 @@ class StoredCrops(Crops):
             )
         for column in self.columns:
             if not partial:
-                column.require_readable()
+                column.require_complete()
             rows = np.intersect1d(rows, column.rows, assume_unique=True)
-        self._lengths = np.full(len(rows), store.crops_per_image)
-        for column in self.columns:
-            self._lengths = np.minimum(self._lengths, column.lengths(rows))
-        if crops_per_image > self._lengths.min(initial=store.crops_per_image):
+        if crops_per_image > store.crops_per_image:
             raise RequestError(
-                f"crops_per_image {crops_per_image}: {store.folder} holds {self._lengths.min()} crops of each image"
+                f"crops_per_image {crops_per_image}: {store.folder} holds {store.crops_per_image} crops of each image"
             )
         if not len(rows):
             raise StoreError(
@@ -115,13 +112,13 @@ class StoredCrops(Crops):
 
     def _index(self, pass_: int, i: int) -> slice | npt.NDArray[np.int64]:
         """Which crops a pass reads of an image; a slice, which is read without a copy, unless they wrap around."""
-        c, m, first = int(self._lengths[i]), self.crops_per_image, self._first(pass_, i)
+        c, m, first = self.store.crops_per_image, self.crops_per_image, self._first(pass_, i)
         return slice(first, first + m) if first + m <= c else np.arange(first, first + m) % c
 
     def _first(self, pass_: int, i: int) -> int:
         """The first of the crops that a pass reads of an image."""
         digest = hashlib.blake2b(f"{self.seed}\n{self._path(i)}".encode(), digest_size=8, person=b"start").digest()
-        return (int.from_bytes(digest, "little") + pass_ * self.crops_per_image) % int(self._lengths[i])
+        return (int.from_bytes(digest, "little") + pass_ * self.crops_per_image) % self.store.crops_per_image
 
     def _read(self, i: int, path: str) -> UInt8Array:
         data = read_bytes(path)

@@ -131,7 +131,8 @@ def generate(
     with ThreadPoolExecutor(threads) as pool, bar:
         for shard in missing:
             path = layout.maps_file(folder, shard)
-            with work.open_work(work.shard_file(path), manifest.digest) as rows:
+            count = len(manifest.rows(shard))
+            with work.open_work(work.shard_file(path), manifest.digest, unit=manifest.dtype.itemsize, crops=count) as rows:
                 if rows is None or path.with_suffix(".json").exists():  # another process is at it, or was faster
                     continue
                 bar.update(rows.crops)
@@ -140,8 +141,8 @@ def generate(
                     rows.add(_sparse(dense, views, manifest))
                     bar.update(len(views))
                 made += len(left)
-                digest = rows.publish(path, files.npy_header(manifest.dtype, (len(manifest.rows(shard)),)))
-                files.write_json(path.with_suffix(".json"), {"file": digest, "maps": manifest.digest})
+                digest = rows.publish(path, manifest.dtype, (count,))
+                files.write_json(path.with_suffix(".json"), {"file": digest, "maps": manifest.digest, "shard": shard})
     unfinished = layout.missing_shards(folder, manifest)
     for shard in range(manifest.shards):  # what a process left that was killed before it could remove it
         if shard not in unfinished:
@@ -164,6 +165,11 @@ def _wanted(images: ImageSet, dense: Dense, *, k: int, batch_size: int) -> layou
         raise RequestError(f"batch_size {batch_size}: must lie in 1 to {2**16}")
     if teacher.dim > layout.MOST_CLASSES:
         raise RequestError(f"teacher {teacher.name}: {teacher.dim} classes, over {layout.MOST_CLASSES}")
+    if 4 * teacher.dim * dense.height * dense.width > layout.MOST_BYTES:
+        raise RequestError(
+            f"teacher {teacher.name}: {teacher.dim} classes at {dense.height} x {dense.width} places are more than label maps "
+            "hold; choose fewer --pixels"
+        )
     lines = _lines(images)
     if unsafe(lines):
         raise RequestError(f"{images.root}: a name with '\\', or one like a drive, cannot be stored; rename it")

@@ -2,7 +2,8 @@
 
 FOLDER/ holds `images.txt` (paths, a line each), `images.npy` (bytes, width and height of each), `manifest.json`, the last file
 of a new folder, and `maps/NNNNN.npy`, an array [rows] of records of `classes` uint16 [k, h, w] and `logits` float16 [k, h, w],
-the largest first, each with a sidecar NNNNN.json of its sha256. numpy.load reads every array without pickle.
+the largest first, each with a sidecar NNNNN.json: its sha256, its shard, and the manifest's digest. numpy.load reads every
+array without pickle.
 
 Legend: `K` classes, `k` of them kept at each of `h` x `w` places.
 """
@@ -21,7 +22,7 @@ FORMAT = "fkd_ssl label maps"
 VERSION = 1
 ROWS_PER_SHARD = 16384  # few files, since each that is mapped stays open
 MOST_CLASSES = 2**16
-_MOST_BYTES = 2**31  # of an image's map: NumPy has no larger records
+MOST_BYTES = 2**28  # of an image's logits of all classes at each place, which a crop's targets are pooled from
 _ABOUT = {"name", "network", "licence", "source", "checkpoint_sha256"}  # of a teacher
 
 MAPS = "maps"
@@ -116,7 +117,7 @@ def read_manifest(folder: Path) -> Manifest:
     }  # fmt: skip
     numbers = {name: values[name] for name in most}
     fits = all(type(n) is int and 0 < n <= most[name] for name, n in numbers.items()) and manifest.k <= manifest.classes
-    fits = fits and 4 * manifest.k * manifest.height * manifest.width < _MOST_BYTES
+    fits = fits and 4 * manifest.classes * manifest.height * manifest.width <= MOST_BYTES
     teacher = manifest.teacher
     if not fits or not isinstance(teacher, dict) or not teacher.keys() >= _ABOUT or not isinstance(teacher["name"], str):
         raise StoreError(f"{path}: impossible numbers {numbers}, or no teacher; the file is damaged")
@@ -126,6 +127,17 @@ def read_manifest(folder: Path) -> Manifest:
 def maps_file(folder: Path, shard: int) -> Path:
     """Maps of a shard; its sidecar has the suffix .json."""
     return files.own_folder(folder / MAPS) / f"{shard:05d}.npy"
+
+
+def read_sidecar(path: Path, manifest: Manifest, shard: int) -> dict[str, Any]:
+    """The sidecar of a shard's maps; raises StoreError where it is damaged, or of another shard or other label maps."""
+    values = files.read_json(path.with_suffix(".json"))
+    if values.keys() != {"file", "maps", "shard"} or (values["maps"], values["shard"]) != (manifest.digest, shard):
+        raise StoreError(
+            f"{path}: its .json was written for another shard or other label maps: restore this shard's own files, or delete "
+            "both and run the same fkd-ssl label-maps again"
+        )
+    return values
 
 
 def missing_shards(folder: Path, manifest: Manifest) -> list[int]:

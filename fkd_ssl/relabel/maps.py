@@ -92,6 +92,7 @@ class LabelMaps:
         shard, within = divmod(row, self.manifest.rows_per_shard)
         if shard not in self._shards:
             path, rows = layout.maps_file(self.folder, shard), len(self.manifest.rows(shard))
+            layout.read_sidecar(path, self.manifest, shard)
             self._shards[shard] = files.map_npy(path, self.manifest.dtype, (rows,))
         record = self._shards[shard][within]
         classes, logits = record["classes"].astype(np.int64), record["logits"].astype(np.float32)
@@ -141,9 +142,8 @@ class LabelMaps:
         """Compares every file of maps with its checksum; raises StoreError, naming the first that differs."""
         for shard in range(self.manifest.shards):
             path = layout.maps_file(self.folder, shard)
-            sidecar = files.read_json(path.with_suffix(".json"))
-            if sidecar.get("maps") != self.manifest.digest or files.sha256_file(path) != sidecar.get("file"):
+            if files.sha256_file(path) != layout.read_sidecar(path, self.manifest, shard)["file"]:
                 raise StoreError(
-                    f"{path}: altered: it is not what its .json and the manifest say; delete both files and run the same "
-                    "fkd-ssl label-maps again"
+                    f"{path}: altered: its sha256 is not that of its .json; delete both files and run the same fkd-ssl "
+                    "label-maps again"
                 )

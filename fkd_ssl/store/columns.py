@@ -209,7 +209,10 @@ def train_columns(
         lanes = []
         for request, mine in zip(requests, parts, strict=True):
             owner = files.sha256(files.canonical({"sample": request.meta()}))
-            progress = stack.enter_context(work.open_work(_sample_file(store, request), owner))
+            unit = request.teacher.dim * np.dtype(np.float32).itemsize
+            progress = stack.enter_context(
+                work.open_work(_sample_file(store, request), owner, unit=unit, crops=len(order) * per_image, per_row=per_image)
+            )
             lanes.append(_sample_lane(request, mine, progress, per_image, overtaken))
         with suppress(_PublishedError):
             sweep(reader, order, per_image, lanes, pool)
@@ -227,13 +230,16 @@ def _sample_lane(
     checksums: list[str] = []
     if progress is not None:
         done, checksums = progress.crops, progress.checksums
-    if progress is not None and done:
-        parts.append(np.frombuffer(progress.read(), dtype=np.float32).reshape(done, request.teacher.dim))
     readable, first = 0, 0
     while first < len(checksums) and (not checksums[first] or readable + per_image <= done):
         readable += per_image if checksums[first] else 0
         first += 1
     del checksums[first:]
+    if progress is not None and done - readable >= per_image:  # the journal tells of fewer rows than of crops
+        progress.restart()
+        done, checksums, readable, first = 0, progress.checksums, 0, 0
+    if progress is not None and done:
+        parts.append(np.frombuffer(progress.read(), dtype=np.float32).reshape(done, request.teacher.dim))
 
     def seen(row: Row) -> bool:
         checksums.append("+" if row.checksum else "")  # whether it was read is all: 300,000 of them go into one journal

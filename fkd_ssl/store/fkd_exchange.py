@@ -173,12 +173,9 @@ def _row(
 
 
 def _publish(store: Store, name: str, shard: int, column: str, made: list[tuple[str, Records, UInt8Array]]) -> None:
-    crops, codes = layout.crops_file(store.folder, shard), layout.codes_file(store.folder, name, shard)
-    digest = files.write_npy(crops, np.stack([records for _, records, _ in made]))
-    images = [checksum for checksum, _, _ in made]
-    files.write_json(crops.with_suffix(".json"), {"file": digest, "images": images, "skipped": []})
-    digest = files.write_npy(codes, np.stack([code for _, _, code in made]))
-    files.write_json(codes.with_suffix(".json"), {"file": digest, "column": column})
+    images, records, codes = zip(*made, strict=True)
+    layout.publish_crops(store.folder, store.manifest, shard, np.stack(records), images)
+    layout.publish_codes(store.folder, store.manifest, shard, np.stack(codes), column=name, digest=column)
 
 
 def _meta(codec: LabelCodec, folder: str, pixels: int) -> dict[str, Any]:

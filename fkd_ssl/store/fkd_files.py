@@ -30,6 +30,7 @@ from fkd_ssl.crops import Records
 from fkd_ssl.crops.operations import FLIP
 from fkd_ssl.crops.records import neutral
 from fkd_ssl.errors import RequestError, StoreError
+from fkd_ssl.store import manifest as layout
 from fkd_ssl.store.label_codecs import LabelCodec, UInt8Array
 
 _MOST_BYTES = 2**28  # of a file: 500 crops of 21,841 classes in fp32 are 44 MB
@@ -158,6 +159,7 @@ def read(path: Path) -> Labels:
     count = len(boxes) if boxes.ndim else 0
     right = (
         boxes.shape == (count, 4) and flips.shape == (count,) and labels.ndim in (1, 2, 3) and len(labels) == count > 0
+        and count <= layout.MOST_CROPS  # checked before anything is copied
         and boxes.dtype.kind == "f" and flips.dtype.kind in "biu" and labels.dtype.kind in "fiu"
         and np.isfinite(boxes.astype(np.float64)).all()
         and (labels.ndim < 3 or labels.shape[1] == 2) and np.isin(flips, (0, 1)).all()

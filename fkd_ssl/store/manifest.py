@@ -1,9 +1,11 @@
 """The manifest and the image list of a store: written once, never rewritten."""
 
+import codecs
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,9 +14,9 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from fkd_ssl import files
-from fkd_ssl.crops import Recipe
+from fkd_ssl.crops import Recipe, Records
 from fkd_ssl.errors import ImageError, NotFoundError, RequestError, StoreError
-from fkd_ssl.images import ImageSet
+from fkd_ssl.images import ImageSet, UInt8Array
 from fkd_ssl.progress import hidden
 
 FORMAT = "fkd_ssl store"
@@ -22,6 +24,8 @@ VERSION = 1
 ROWS_PER_SHARD = 1024
 MOST_CROPS = 10**6
 _MAX_LIST = 2**31  # bytes of images.txt, which is held in memory
+_LONGEST_PATH = 4097  # bytes with its newline: PATH_MAX of Linux
+_PIECE = 2**18
 SIZE_DTYPE = np.dtype([("bytes", "<u8"), ("width", "<u2"), ("height", "<u2")])
 
 MANIFEST, IMAGES, SIZES, CROPS, TARGETS = "manifest.json", "images.txt", "images.npy", "crops", "targets"
@@ -66,24 +70,32 @@ class Manifest:
         return range(first, min(first + self.rows_per_shard, self.count))
 
     @property
+    def _values(self) -> dict[str, Any]:
+        """What manifest.json holds, without its own sha256."""
+        values = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return {"format": FORMAT, "version": VERSION, **values, "recipe": self.recipe.to_dict()}
+
+    @cached_property
     def digest(self) -> str:
-        """Hex sha256 of all of it."""
-        return files.sha256(files.canonical(self._values()))
+        """The `sha256` of manifest.json, by which sidecars name their store."""
+        return files.sha256(files.canonical(self._values))
 
     def write(self, folder: Path) -> None:
         """Publishes manifest.json, the last file of a new store."""
-        files.write_json(folder / MANIFEST, self._values())
-
-    def _values(self) -> dict[str, Any]:
-        return {"format": FORMAT, "version": VERSION, **self.__dict__, "recipe": self.recipe.to_dict()}
+        files.write_json(folder / MANIFEST, self._values)
 
 
 class Paths:
     """The lines of images.txt, decoded when asked for: a million paths cost their bytes and no more."""
 
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: bytes, count: int) -> None:
         self._data = data
-        self._ends = np.flatnonzero(np.frombuffer(data, dtype=np.uint8) == ord("\n"))
+        self._ends = np.empty(count, dtype=np.uint32)
+        values, found = np.frombuffer(data, dtype=np.uint8), 0
+        for first in range(0, len(data), _PIECE):  # in pieces, so that no temporary array is larger than the file
+            here = np.flatnonzero(values[first : first + _PIECE] == ord("\n"))
+            self._ends[found : found + len(here)] = here + first
+            found += len(here)
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -149,18 +161,23 @@ class Listed(Protocol):
 
 def read_images(folder: Path, manifest: Listed) -> tuple[Paths, npt.NDArray[np.void]]:
     """Paths and sizes of a folder's rows; raises StoreError where they differ from what the manifest says."""
-    data = files.read_plain(folder / IMAGES, _MAX_LIST)
+    data = files.read_plain(folder / IMAGES, min(_MAX_LIST, manifest.count * _LONGEST_PATH))
     if files.sha256(data) != manifest.images_sha256:
         raise StoreError(f"{folder / IMAGES}: altered: its sha256 is not the manifest's; restore it from a copy")
-    paths = Paths(data)
-    if len(paths) != manifest.count or not data.endswith(b"\n"):
-        raise StoreError(f"{folder / IMAGES}: {len(paths)} lines, the manifest says {manifest.count}")
+    # all checks before an array is made: a million empty lines would take nine times their bytes
+    lines = data.count(b"\n")
+    if lines != manifest.count or not data.endswith(b"\n"):
+        raise StoreError(f"{folder / IMAGES}: {lines} lines, the manifest says {manifest.count}")
+    if unsafe(data):
+        raise StoreError(f"{folder / IMAGES}: a path is empty, absolute or escapes the image folder")
     try:
-        data.decode()
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        for first in range(0, len(data), _PIECE):
+            decoder.decode(data[first : first + _PIECE])
+        decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
         raise StoreError(f"{folder / IMAGES}: not UTF-8 ({error.reason}); the file is damaged") from error
-    if unsafe(data):
-        raise StoreError(f"{folder / IMAGES}: holds a path that is absolute or leads out of the image folder")
+    paths = Paths(data, lines)
     sizes = files.map_npy(folder / SIZES, SIZE_DTYPE, (manifest.count,))
     if files.sha256_file(folder / SIZES) != manifest.sizes_sha256:
         raise StoreError(f"{folder / SIZES}: altered: its sha256 is not the manifest's; restore it from a copy")
@@ -168,12 +185,14 @@ def read_images(folder: Path, manifest: Listed) -> tuple[Paths, npt.NDArray[np.v
 
 
 def unsafe(lines: bytes) -> bool:
-    """Whether one of the paths, a line each, is none that lies in the image folder wherever that is.
+    """Whether one of the paths, a line each, is empty, absolute, or escapes the image folder.
 
     Plain searches, since one regular expression of them takes a second and a half over a million lines.
     """
-    text = b"\n" + lines
-    return any(part in text for part in _UNSAFE) or (b":" in text and _DRIVE.search(text) is not None)
+    first = b"\n" + lines[:_PIECE]  # of the whole file a copy would be made
+    return any(
+        any(part in text for part in _UNSAFE) or (b":" in text and _DRIVE.search(text) is not None) for text in (first, lines)
+    )
 
 
 def create(
@@ -250,16 +269,64 @@ def codes_file(folder: Path, column: str, shard: int) -> Path:
     return folder / TARGETS / column / f"codes-{shard:05d}.npy"
 
 
-def prefix_file(folder: Path, column: str, shard: int) -> Path:
-    """Codes of the first crops of each row of a shard, where a training recorded no more; its sidecar says of how many."""
-    return folder / TARGETS / column / f"prefix-{shard:05d}.npy"
+def publish_crops(folder: Path, manifest: Manifest, shard: int, records: Records, images: Sequence[str]) -> None:
+    """Publishes the crop records of a shard, then the sidecar that finishes it.
+
+    Args:
+        folder: The store.
+        manifest: Its manifest.
+        shard: The shard.
+        records: Crop records [rows, C].
+        images: sha256 of each row's image; empty for one that was skipped as unreadable.
+    """
+    path, rows = crops_file(folder, shard), manifest.shard_rows(shard)
+    skipped = [row for row, checksum in zip(rows, images, strict=True) if not checksum]
+    digest = files.write_npy(path, records)
+    _write_sidecar(path, manifest, shard, {"file": digest, "images": list(images), "skipped": skipped})
 
 
-def remove_prefix(folder: Path, column: str, shard: int) -> None:
-    """Removes the files of `prefix_file`, if there are any: all is in the shard's codes."""
-    path = prefix_file(folder, column, shard)
-    for name in (path.with_suffix(".json"), path):
-        name.unlink(missing_ok=True)
+def publish_codes(
+    folder: Path, manifest: Manifest, shard: int, codes: UInt8Array | Callable[[Path], str], *, column: str, digest: str
+) -> None:
+    """Publishes the codes of a shard, then the sidecar that finishes it.
+
+    Args:
+        folder: The store.
+        manifest: Its manifest.
+        shard: The shard.
+        codes: Codes uint8 [rows, C, code_size]; or what publishes them as a file, and returns its sha256.
+        column: Name of the column.
+        digest: Of its meta.json.
+    """
+    path = codes_file(folder, column, shard)
+    written = codes(path) if callable(codes) else files.write_npy(path, codes)
+    _write_sidecar(path, manifest, shard, {"file": written, "column": digest})
+
+
+def _write_sidecar(path: Path, manifest: Manifest, shard: int, values: dict[str, Any]) -> None:
+    files.write_json(path.with_suffix(".json"), {**values, "shard": shard, "manifest": manifest.digest})
+
+
+def read_sidecar(path: Path, manifest: Manifest, shard: int, keys: Set[str]) -> dict[str, Any]:
+    """The sidecar of an array of a shard.
+
+    Args:
+        path: The array.
+        manifest: The store's.
+        shard: The shard.
+        keys: What it has beside `file`, `shard` and `manifest`.
+
+    Raises:
+        StoreError: It is damaged, or was written for another shard or another store.
+    """
+    path = path.with_suffix(".json")
+    values = files.read_json(path)
+    if values.keys() != {"file", "shard", "manifest", *keys}:
+        raise StoreError(f"{path}: keys are missing or unknown; the file is damaged or newer")
+    if values["shard"] != shard or values["manifest"] != manifest.digest:
+        where = f"shard {values['shard']!r}" if values["manifest"] == manifest.digest else "another store"
+        raise StoreError(f"{path}: written for {where}: files were swapped or copied; restore this shard's own")
+    return values
 
 
 def checked_name(name: str) -> str:

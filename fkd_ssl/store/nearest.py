@@ -56,8 +56,6 @@ def nearest(
         codes = np.asarray(column.shard(shard)[rows % m.rows_per_shard, :crops])
         decoded = column.codec.decode(codes.reshape(-1, codes.shape[-1]))
         here = (unit @ _normalised(decoded).T).reshape(len(unit), *codes.shape[:2])
-        if shard in column.prefixes:
-            here[:, np.arange(codes.shape[1]) >= column.counts(shard)[rows % m.rows_per_shard, None]] = -2  # not recorded
         best = here.argmax(axis=2)
         cosines = np.concatenate([cosines, np.take_along_axis(here, best[:, :, None], axis=2)[:, :, 0]], axis=1)
         places = np.stack([np.broadcast_to(rows, best.shape), best], axis=2)

@@ -4,6 +4,7 @@ A shard is a pure function of images, recipe, seed, teacher and codec. Its crops
 fixed size; a chunk is what a teacher runs on and what a killed run resumes from.
 """
 
+import functools
 import random
 import shutil
 import time
@@ -19,15 +20,15 @@ from tqdm import tqdm
 
 from fkd_ssl import files
 from fkd_ssl.crops import CROP_DTYPE, IMPORTED, Recipe
-from fkd_ssl.errors import FkdError, RequestError, StoreError
+from fkd_ssl.errors import FkdError, RequestError
 from fkd_ssl.images import ImageSet
 from fkd_ssl.progress import hidden
 from fkd_ssl.store import advice, work
 from fkd_ssl.store import manifest as layout
 from fkd_ssl.store.codecs import Float32Array, code_size, usual_codec
 from fkd_ssl.store.columns import Request, check_sample, open_or_train, sample_targets
-from fkd_ssl.store.reader import Column, Store
-from fkd_ssl.store.recording import publish_left, recorded_bytes
+from fkd_ssl.store.reader import MAX_ARRAY, Column, Store
+from fkd_ssl.store.recording import recorded_bytes, require_not_recording
 from fkd_ssl.store.rows import Row, RowReader, Teacher, image_checksums, publish_crops
 from fkd_ssl.store.sweep import Lane, sweep
 
@@ -125,16 +126,14 @@ def precompute(
     reader = RowReader(store, images, skip_unreadable, ahead=threads + 1, device=device)
     with ThreadPoolExecutor(threads) as pool:
         columns = open_or_train(store, requests, reader, pool, log)
-        left = [publish_left(column) for column in columns]
-        if any(left):
-            log("what a training recorded, and did not go on with, is in the store now")
-            columns = [Store(store.folder).column(column.name) for column in columns]
+        for column in columns:
+            require_not_recording(column)
         missing = [shard for shard in range(store.manifest.shards) if any(shard in c.missing_shards for c in columns)]
         mine = missing if share is None else [shard for shard in missing if shard % share.of == share.index]
         others = [shard for shard in missing if shard not in mine]
         bar = tqdm(
             total=store.manifest.count * crops * len(columns),
-            initial=sum(int(c.lengths(np.arange(store.manifest.count)).sum()) for c in columns),
+            initial=sum(store.manifest.count - _rows(store, c.missing_shards) for c in columns) * crops,
             unit="crop",
             desc=f"precompute {', '.join(names)}",
             smoothing=0.05,
@@ -148,9 +147,6 @@ def precompute(
         for path in column.folder.glob(".work-codes-*[0-9]"):
             if (column.folder / f"{path.name.removeprefix('.work-')}.json").exists():
                 work.clear(path)
-        for path in column.folder.glob("prefix-*[0-9].*"):
-            if (column.folder / f"codes-{path.stem.removeprefix('prefix-')}.json").exists():
-                path.unlink(missing_ok=True)
     return Summary(
         shards=store.manifest.shards,
         busy=busy,
@@ -229,6 +225,9 @@ def _requests(
             raise RequestError(
                 f"teacher {each.name}: an array named {strange[0]!r} cannot be stored; letters, digits, '.', '_' and '-' only"
             )
+        size = sum(array.nbytes + files.MAX_HEADER for array in each.arrays.values())
+        if size > MAX_ARRAY:
+            raise RequestError(f"teacher {each.name}: its arrays have {size:,} bytes, and a column holds at most {MAX_ARRAY:,}")
     return [
         Request(
             name=layout.checked_name(n),
@@ -307,7 +306,7 @@ def _announce(folder: Path, count: int, crops: int, requests: Sequence[Request])
     recorded = 0
     for request in requests:
         column = folder / layout.TARGETS / request.name
-        own += [*column.glob("codes-*.npy"), *column.glob("prefix-*.npy")]
+        own += column.glob("codes-*.npy")
         recorded += recorded_bytes(column)
     missing = needed - recorded - sum(path.stat().st_size for path in own)
     disk = next(place for place in (folder, *folder.absolute().parents) if place.exists())
@@ -376,31 +375,33 @@ class _Writer:
         store, m = self._store, self._store.manifest
         rows, per_row = m.shard_rows(shard), m.crops_per_image
         with ExitStack() as stack:
-            held: list[tuple[Column, work.Progress, _Before, int]] = []
+            held: list[tuple[Column, work.Progress, int]] = []
             lanes = []
             for request, column in zip(self._requests, self._columns, strict=True):
                 codes = layout.codes_file(store.folder, column.name, shard)
                 if codes.with_suffix(".json").exists():  # perhaps by another process since we looked
                     self._count(column, shard, len(rows) * per_row)
                     continue
-                before = _Before(column, shard)
-                progress = stack.enter_context(work.open_work(work.shard_file(codes), before.owner))
+                unit, there = column.meta.code_size, len(rows) * per_row
+                progress = stack.enter_context(
+                    work.open_work(work.shard_file(codes), column.digest, unit=unit, crops=there, per_row=per_row)
+                )
                 if progress is None or codes.with_suffix(".json").exists():
                     continue
-                before.check()
                 self._bar.update(progress.crops)
-                held.append((column, progress, before, progress.crops))
-                lanes.append(self._lane(request, column, progress, before))
+                held.append((column, progress, progress.crops))
+                lanes.append(self._lane(request, column, progress))
             known = store.crops_sidecar(shard)["images"] if store.has_crops(shard) else None
             sweep(self._reader, rows, per_row, lanes, self._pool, known)
             if known is None and (held or self._encoded(shard)):
                 checksums = held[0][1].checksums if held else image_checksums(self._reader, rows, self._pool)
                 publish_crops(self._reader, shard, checksums)
-            for column, progress, before, already in held:
-                path = layout.codes_file(store.folder, column.name, shard)
+            for column, progress, already in held:
                 self.seen += progress.crops - already
-                files.write_json(path.with_suffix(".json"), {"file": before.publish(path, progress), "column": column.digest})
-                layout.remove_prefix(store.folder, column.name, shard)
+                publish = functools.partial(
+                    progress.publish, dtype=np.dtype(np.uint8), shape=(len(rows), per_row, column.meta.code_size)
+                )
+                layout.publish_codes(store.folder, m, shard, publish, column=column.name, digest=column.digest)
                 self._counted.add((column.name, shard))
         return _finished(store, self._columns, shard)
 
@@ -415,9 +416,9 @@ class _Writer:
             self._counted.add((column.name, shard))
             self._bar.update(crops)
 
-    def _lane(self, request: Request, column: Column, progress: work.Progress, before: "_Before") -> Lane:
+    def _lane(self, request: Request, column: Column, progress: work.Progress) -> Lane:
         per_row, bar = self._store.manifest.crops_per_image, self._bar
-        first, skip = before.where(progress.crops)
+        first, skip = divmod(progress.crops, per_row)
         del progress.checksums[first:]
 
         def seen(row: Row) -> bool:
@@ -431,52 +432,6 @@ class _Writer:
             bar.set_postfix_str(f"{rate:.1f} img/s", refresh=False)
 
         return Lane(
-            request.teacher, pixels=request.pixels, chunk_size=request.chunk_size, first=first, skip=skip, before=before.counts,
-            seen=seen, take=take, device=request.device,
+            request.teacher, pixels=request.pixels, chunk_size=request.chunk_size, first=first, skip=skip, seen=seen, take=take,
+            device=request.device,
         )  # fmt: skip
-
-
-class _Before:
-    """What a training recorded of a shard, which is not asked of the teacher again; usually nothing.
-
-    Attributes:
-        counts: Of how many first crops each row has codes: int64 [rows].
-        owner: Of the progress on the rest.
-    """
-
-    def __init__(self, column: Column, shard: int) -> None:
-        self._column = column
-        self._shard = shard
-        m = column.store.manifest
-        self._shape = (len(m.shard_rows(shard)), m.crops_per_image, column.meta.code_size)
-        self.counts = column.counts(shard) if shard in column.prefixes else np.zeros(self._shape[0], dtype=np.int64)
-        self._ends = np.cumsum(m.crops_per_image - self.counts)
-        self.owner = column.digest if shard not in column.prefixes else f"{column.digest} {column.sidecar(shard)['file']}"
-
-    def check(self) -> None:
-        """Raises StoreError where it is damaged: published again, the damage would have a checksum of its own."""
-        if self._shard not in self._column.prefixes:
-            return
-        path = self._column.file(self._shard)
-        self._column.shard(self._shard)
-        if files.sha256_file(path) != self._column.sidecar(self._shard)["file"]:
-            raise StoreError(
-                f"{path}: altered: its sha256 is not its sidecar's; delete it and its .json and run the same precompute again: "
-                "the teacher is asked for these crops too"
-            )
-
-    def where(self, crops: int) -> tuple[int, int]:
-        """Position of the row where `crops` of the rest end, and how many of them are in that row."""
-        row = int(np.searchsorted(self._ends, crops, side="right"))
-        return row, crops - (int(self._ends[row - 1]) if row else 0)
-
-    def publish(self, path: Path, progress: work.Progress) -> str:
-        """Publishes the codes of the whole shard; returns the file's sha256."""
-        if self._shard not in self._column.prefixes:
-            return progress.publish(path, files.npy_header(np.dtype(np.uint8), self._shape))
-        codes = np.empty(self._shape, dtype=np.uint8)
-        first = np.arange(self._shape[1]) < self.counts[:, None]
-        recorded = np.asarray(self._column.shard(self._shard))
-        codes[first] = recorded[first[:, : recorded.shape[1]]]
-        codes[~first] = np.frombuffer(progress.read(), dtype=np.uint8).reshape(-1, self._shape[2])
-        return files.write_npy(path, codes)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,11 +23,12 @@ Precision = Literal["fp32", "bf16", "fp16"]
 _MAX_DIM = 65536
 _TEACHERS = "teacher-"  # what the arrays that a teacher brings begin with
 _MAX_NUMBER = 2.0**53
-MAX_ARRAY = 2**28  # bytes of an array that a teacher brings; a codec's have no more
+MAX_ARRAY = 2**28  # bytes of all arrays that a teacher brings, with their headers; of a codec's array at most
 _SHA256, _HEX = re.compile("[0-9a-f]{64}"), re.compile("[0-9a-f]*")
 # a sidecar of crops as it is spelled: to see which of a million rows were skipped, a million checksums are not parsed
 _CROPS_SIDECAR = re.compile(
-    rb'\{"file":"[0-9a-f]{64}","images":\[(?P<images>[0-9a-f",]*+)\],"sha256":"(?P<sha256>[0-9a-f]{64})",'
+    rb'\{"file":"[0-9a-f]{64}","images":\[(?P<images>[0-9a-f",]*+)\],"manifest":"(?P<manifest>[0-9a-f]{64})",'
+    rb'"sha256":"(?P<sha256>[0-9a-f]{64})","shard":(?P<shard>\d{1,10}),'
     rb'"skipped":\[(?P<skipped>(?:\d{1,10}(?:,\d{1,10})*+)?)\]\}\n'
 )
 
@@ -143,8 +145,7 @@ class Column:
         self.codec = load_codec(meta.codec, meta.dim, {name: self._array(name, shape) for name, shape in shapes.items()})
         if self.codec.code_size != meta.code_size:
             raise StoreError(f"{path}: code size {meta.code_size}, {meta.codec} has another")
-        self._files = ShardFiles(self._finished, np.dtype(np.uint8), (meta.code_size,))
-        self._counts: dict[int, npt.NDArray[np.int64]] = {}
+        self._files = ShardFiles(self._finished, np.dtype(np.uint8), (store.crops_per_image, meta.code_size))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (Store.column, (self.store, self.name))
@@ -159,12 +160,22 @@ class Column:
     def _array(self, name: str, shape: tuple[int, ...] | None) -> npt.NDArray[np.float32]:
         """An array of `shape`, or of any that is not too large."""
         path = self.folder / f"{name}.npy"
+        if shape is None:
+            self._check_teacher_bytes()
         mapped = files.map_npy(path, np.dtype(np.float32), shape)
-        if shape is None and mapped.nbytes > MAX_ARRAY:
-            raise StoreError(f"{path}: {mapped.nbytes} bytes; no array of a teacher is over {MAX_ARRAY}")
         if files.sha256_file(path) != self.meta.arrays[name]:
             raise StoreError(f"{path}: altered: its sha256 is not that of meta.json; restore it from a copy")
         return np.array(mapped)
+
+    def _check_teacher_bytes(self) -> None:
+        """Raises StoreError where the teacher's arrays together are larger than `MAX_ARRAY`, before one is read."""
+        total = 0
+        for name in self.meta.arrays:
+            if name.startswith(_TEACHERS):
+                with suppress(FileNotFoundError):  # said when it is read
+                    total += (self.folder / f"{name}.npy").lstat().st_size
+        if total > MAX_ARRAY:
+            raise StoreError(f"{self.folder}: arrays of its teacher have {total:,} bytes in all, over {MAX_ARRAY:,}")
 
     def teacher_arrays(self) -> dict[str, npt.NDArray[np.float32]]:
         """The teacher's own arrays as it named them, for instance `prototypes` float32 [K, D]."""
@@ -178,99 +189,49 @@ class Column:
         return [s for s in range(self.store.manifest.shards) if f"codes-{s:05d}.json" not in there or s not in crops]
 
     @cached_property
-    def prefixes(self) -> set[int]:
-        """Missing shards that were recorded in part; `counts` says how much of each."""
-        there = files.names(self.folder)
-        return {s for s in self.missing_shards if f"prefix-{s:05d}.json" in there and self.store.has_crops(s)}
-
-    def counts(self, shard: int) -> npt.NDArray[np.int64]:
-        """Of how many first crops each row of a shard that was recorded in part has codes: int64 [rows]."""
-        if shard not in self._counts:
-            path = layout.prefix_file(self.store.folder, self.name, shard).with_suffix(".json")
-            rows, crops = len(self.store.manifest.shard_rows(shard)), files.read_json(path).get("crops")
-            most = self.store.crops_per_image
-            if not isinstance(crops, list) or len(crops) != rows or not all(type(n) is int and 0 <= n <= most for n in crops):
-                raise StoreError(f"{path}: expected {rows} numbers of crops from 0 to {most}; the file is damaged")
-            self._counts[shard] = np.array(crops, dtype=np.int64)
-        return self._counts[shard]
-
-    @cached_property
     def rows(self) -> npt.NDArray[np.int64]:
         """Row numbers that have targets, ascending, without those skipped as unreadable."""
-        return self.store.rows[self.lengths(self.store.rows) > 0]
-
-    def lengths(self, rows: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-        """Of how many first crops these rows have targets: C in finished shards, 0 in missing ones: int64 [len(rows)]."""
-        m = self.store.manifest
-        of_all = np.full(m.count, m.crops_per_image)
-        for shard in self.missing_shards:
-            place = m.shard_rows(shard)
-            of_all[place.start : place.stop] = self.counts(shard) if shard in self.prefixes else 0
-        return of_all[rows]
+        present = np.ones(self.store.manifest.shards, dtype=bool)
+        present[self.missing_shards] = False
+        rows = self.store.rows
+        return rows[present[rows // self.store.manifest.rows_per_shard]]
 
     def require_complete(self) -> None:
-        """Raises StoreError where a shard is missing or was recorded in part, saying what to do."""
-        if self.prefixes:
-            raise StoreError(f"{self.folder}: {self.in_part}")
-        self.require_readable()
-
-    def require_readable(self) -> None:
-        """Raises StoreError where shards are missing, saying how many and what to do; one recorded in part is there."""
-        absent = [shard for shard in self.missing_shards if shard not in self.prefixes]
+        """Raises StoreError where shards are missing, saying how many and what to do."""
+        absent = self.missing_shards
         if absent:
             total = self.store.manifest.shards
             raise StoreError(
                 f"{self.folder}: {len(absent)} of {total} shards are missing (the first is {absent[0]}): run the same fkd-ssl "
-                "precompute again, or the training that recorded it, to finish them"
+                "precompute again, or the training that records it, to finish them"
             )
-
-    @property
-    def in_part(self) -> str:
-        """How much of it a training recorded, where that is not all, in words."""
-        lengths = self.lengths(self.store.rows)
-        total, none = self.store.crops_per_image, int((lengths == 0).sum())
-        least, most = int(lengths[lengths > 0].min(initial=total)), int(lengths.max(initial=0))
-        some = f"{least}" if least == most else f"{least} to {most}"
-        without = f", and none of {none:,} images" if none else ""
-        copied = "" if none else ", subset --crops copies what all images have"
-        return (
-            f"a training recorded {some} of {total} crops of an image{without}: students can train on them; precompute into "
-            f"this store finishes it{copied}"
-        )
 
     def codes(self, row: int, index: Index) -> UInt8Array:
         """Codes uint8 [m, code_size] of the crops `index` of a row, read-only."""
-        shard, within = self.store.locate(row)
-        if shard in self.prefixes:  # rows of its file are as long as the longest one's
-            index = np.arange(self.counts(shard)[within])[index]
-        return self._files.read(shard, within, index)
+        return self._files.read(*self.store.locate(row), index)
 
     def shard(self, shard: int) -> UInt8Array:
-        """Codes of a shard, memory-mapped: uint8 [rows, C, code_size], of fewer crops if it was recorded in part."""
+        """Codes of a shard, memory-mapped: uint8 [rows, C, code_size]."""
         return self._files.map(shard)
 
     def file(self, shard: int) -> Path:
-        """Where a shard's codes lie; raises StoreError where there are none."""
+        """Where a shard's codes are; raises StoreError where they are not finished."""
         path = layout.codes_file(self.store.folder, self.name, shard)
-        prefix = layout.prefix_file(self.store.folder, self.name, shard)
-        if files.exists(path.with_suffix(".json")):
-            return path
-        if files.exists(prefix.with_suffix(".json")):
-            return prefix
-        raise StoreError(f"{path}: this shard is not finished; run the same fkd-ssl precompute again")
+        if not files.exists(path.with_suffix(".json")):
+            raise StoreError(f"{path}: this shard is not finished; run the same fkd-ssl precompute again")
+        return path
 
-    def _finished(self, shard: int) -> tuple[Path, int, int]:
-        path, m = self.file(shard), self.store.manifest
-        if self.sidecar(shard).get("column") != self.digest:
-            raise StoreError(f"{path}: written for another meta.json than this column's; run fkd-ssl verify")
-        whole = path == layout.codes_file(self.store.folder, self.name, shard)
-        return path, len(m.shard_rows(shard)), m.crops_per_image if whole else int(self.counts(shard).max())
+    def _finished(self, shard: int) -> tuple[Path, int]:
+        self.sidecar(shard)
+        return self.file(shard), len(self.store.manifest.shard_rows(shard))
 
     def sidecar(self, shard: int) -> dict[str, Any]:
-        """The sidecar of a shard's codes: `file` and `column` (sha256 each), and `crops` if it was recorded in part."""
-        path = self.file(shard).with_suffix(".json")
-        values = files.read_json(path)
-        _check_digests([values.get("file"), values.get("column")], path)
+        """The sidecar of a shard's codes; raises StoreError where it is damaged, or of another shard, column or store."""
+        path = self.file(shard)
+        values = layout.read_sidecar(path, self.store.manifest, shard, {"column"})
+        _check_digests([values["file"], values["column"]], path.with_suffix(".json"))
+        if values["column"] != self.digest:
+            raise StoreError(f"{path}: written for another column: files were swapped or copied; restore this shard's own")
         return values
 
 
@@ -290,7 +251,7 @@ class Store:
         self.paths, self.sizes = layout.read_images(self.folder, self.manifest)
         for part in (layout.CROPS, layout.TARGETS):
             files.own_folder(self.folder / part)
-        self._files = ShardFiles(self._finished, CROP_DTYPE)
+        self._files = ShardFiles(self._finished, CROP_DTYPE, (self.crops_per_image,))
         self._columns: dict[str, Column] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -312,6 +273,25 @@ class Store:
         named = [name for name in files.names(targets) if layout.COLUMN_NAME.fullmatch(name)]
         folders = [targets / name for name in named if (targets / name).is_dir() and not (targets / name).is_symlink()]
         return sorted(folder.name for folder in folders if files.exists(folder / "meta.json"))
+
+    def broken_columns(self) -> list[str]:
+        """What is wrong with each folder among the columns that has no meta.json, or is a link.
+
+        A new column is made under a temporary name and renamed when its meta.json is there: a folder without it is damaged.
+        """
+        problems = []
+        targets = self.folder / layout.TARGETS
+        for path in (targets / name for name in sorted(files.names(targets)) if not name.startswith(".")):
+            if path.is_symlink():
+                problems.append(f"{path}: a symbolic link; links inside a store are not followed: put the folder there")
+            elif path.is_dir() and not layout.COLUMN_NAME.fullmatch(path.name):
+                problems.append(f"{path}: not a valid name of a column; move the folder away")
+            elif path.is_dir() and not files.exists(path / "meta.json"):
+                problems.append(
+                    f"{path}: meta.json is missing, so nothing says whose targets these are: restore the folder from a copy, "
+                    "or move it away and run the same precompute again"
+                )
+        return problems
 
     @cached_property
     def rows(self) -> npt.NDArray[np.int64]:
@@ -336,12 +316,12 @@ class Store:
 
     def crops_sidecar(self, shard: int) -> dict[str, Any]:
         """The sidecar of a shard's crops: `file`, `images` (sha256 of each), `skipped` (rows)."""
-        path = layout.crops_file(self.folder, shard).with_suffix(".json")
-        values = files.read_json(path)
-        rows = self.manifest.shard_rows(shard)
-        checksums = layout.string_list(values.get("images"), len(rows), path)
-        _check_digests([values.get("file"), *filter(None, checksums)], path)  # "" is an image that was skipped
-        skipped = values.get("skipped")
+        path = layout.crops_file(self.folder, shard)
+        values = layout.read_sidecar(path, self.manifest, shard, {"images", "skipped"})
+        rows, path = self.manifest.shard_rows(shard), path.with_suffix(".json")
+        checksums = layout.string_list(values["images"], len(rows), path)
+        _check_digests([values["file"], *filter(None, checksums)], path)  # "" is an image that was skipped
+        skipped = values["skipped"]
         if not isinstance(skipped, list) or not all(type(row) is int and row in rows for row in skipped):
             raise StoreError(f"{path}: impossible list of skipped rows; the file is damaged")
         return values
@@ -350,7 +330,8 @@ class Store:
         """Rows of a shard whose images were skipped as unreadable."""
         path, rows = layout.crops_file(self.folder, shard).with_suffix(".json"), self.manifest.shard_rows(shard)
         match = files.match_signed(path, _CROPS_SIDECAR)
-        if match is not None and match["images"].count(b'"') == 2 * len(rows):
+        own = match is not None and (match["manifest"].decode(), int(match["shard"])) == (self.manifest.digest, shard)
+        if match is not None and own and match["images"].count(b'"') == 2 * len(rows):
             skipped = [int(row) for row in match["skipped"].split(b",") if row]
             if all(row in rows for row in skipped):
                 return skipped
@@ -381,11 +362,12 @@ class Store:
             raise IndexError(f"row {row} of {self.manifest.count}")
         return divmod(row, self.manifest.rows_per_shard)
 
-    def _finished(self, shard: int) -> tuple[Path, int, int]:
-        path, m = layout.crops_file(self.folder, shard), self.manifest
+    def _finished(self, shard: int) -> tuple[Path, int]:
+        path = layout.crops_file(self.folder, shard)
         if not self.has_crops(shard):
             raise StoreError(f"{path}: this shard is not finished; run the same fkd-ssl precompute again")
-        return path, len(m.shard_rows(shard)), m.crops_per_image
+        self.skipped(shard)  # whose sidecar says that this is the shard's file
+        return path, len(self.manifest.shard_rows(shard))
 
     def column(self, name: str | None = None) -> Column:
         """One teacher's targets; without a name the only one there is.

@@ -192,8 +192,7 @@ def _fill(source: Source, codec: str, store: Store, to: str) -> None:
             f"this {source.name}; delete that folder, or choose another --to or --out"
         )
     for shard in tqdm(range(store.manifest.shards), desc=f"recode {source.name}", unit="shard"):
-        path = layout.codes_file(store.folder, to, shard)
-        if path.with_suffix(".json").exists():
+        if layout.codes_file(store.folder, to, shard).with_suffix(".json").exists():
             continue
         codes = [one.shard(shard) for one in source.columns]
         read = np.ones(len(codes[0]), dtype=bool)  # what was skipped as unreadable has codes that need mean nothing
@@ -207,8 +206,7 @@ def _fill(source: Source, codec: str, store: Store, to: str) -> None:
         ]
         if parts:
             made[read] = np.concatenate(parts).reshape(-1, *made.shape[1:])
-        digest = files.write_npy(path, made)
-        files.write_json(path.with_suffix(".json"), {"file": digest, "column": column.digest})
+        layout.publish_codes(store.folder, store.manifest, shard, made, column=to, digest=column.digest)
 
 
 def _sample(source: Source, codec: str) -> tuple[list[int], int, int]:

@@ -1,17 +1,13 @@
-"""Recording: targets that a training's teacher gives, kept as the column that precompute would have written.
+"""Recording: the targets that a training's teacher gives, kept as the column that precompute would have written.
 
-While it trains, codes go where they belong in one sparse file, block by block: M crops of an image lie together, and those
-that one pass gives of a shard lie side by side. A journal counts what survives a kill. At the end each shard becomes a
-file of codes, or, where not all C crops of its images were used, of the first ones, whose sidecar says of how many.
+While it trains, codes go into one work file, in blocks: M crops of an image, and their CRC-32. The blocks that one pass gives
+of a shard are side by side. A journal counts what survives a kill. At the end each shard's blocks become its file of codes. A
+shard with a missing or altered block is left out: precompute computes it.
 """
 
-import base64
 import errno
-import math
 import os
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -26,20 +22,22 @@ from fkd_ssl.store.codecs import Float32Array, UInt8Array
 from fkd_ssl.store.reader import Column, Store
 
 _WORK, _JOURNAL = ".record", ".record.json"
+_CHECKSUM = np.dtype("<u4")
 
 
 class Recording:
     """One column that is being recorded; at most one process has it.
 
     Args:
-        column: Of a store whose crops are there; it has no codes yet.
+        column: Of a store whose crops are finished; it has no codes yet.
         block: M, crops of an image that are recorded at once; divides C.
 
     Attributes:
-        counts: Of how many first crops each row's targets were added: int64 [N].
+        crops: Crops whose targets were added by the training so far.
 
     Raises:
         RequestError: M does not divide C, the column holds codes, or another process records it.
+        StoreError: The journal is damaged, or of another recording.
     """
 
     def __init__(self, column: Column, block: int) -> None:
@@ -48,21 +46,23 @@ class Recording:
         m = column.store.manifest
         if block < 1 or m.crops_per_image % block:
             raise RequestError(
-                f"--record {column.store.folder}: it plans {m.crops_per_image} crops an image, which is no multiple of "
+                f"--record {column.store.folder}: it stores {m.crops_per_image} crops an image, which is not a multiple of "
                 f"crops_per_image {block}"
             )
         if is_published(column):
             raise RequestError(
                 f"--record {column.store.folder}: it holds targets of {column.name} already: train on them with --targets "
-                "stored, have them finished by fkd-ssl precompute, or choose another store"
+                "stored, let fkd-ssl precompute finish them, or choose another store"
             )
-        self._file = _taken(column)
+        self._blocks = m.crops_per_image // block
+        self._unit = block * column.meta.code_size + _CHECKSUM.itemsize
+        self._shard_bytes = m.rows_per_shard * self._blocks * self._unit
+        self._file = _acquire(column)
         try:
-            self.counts = _read_journal(column, block)
+            self.crops = self._read_journal()
         except StoreError:
             os.close(self._file)
             raise
-        self._row_bytes = m.crops_per_image * column.meta.code_size
 
     def add(self, places: npt.NDArray[np.int64], targets: Float32Array) -> None:
         """Writes what a teacher said of some blocks; crops that were written before are written again.
@@ -72,104 +72,109 @@ class Recording:
             targets: [B M, D].
 
         Raises:
-            FkdError: Targets are not finite, or blocks before these were never added.
+            FkdError: Targets are not finite.
         """
         if not np.isfinite(targets).all():
             raise FkdError(f"teacher {self.column.name}: gave targets that are not finite")
-        m, unit = self.column.store.manifest, self._block * self.column.meta.code_size
-        codes = self.column.codec.encode(targets).reshape(len(places), unit)
+        codes = self.column.codec.encode(targets).reshape(len(places), -1)
         for (row, first), code in zip(places.tolist(), codes, strict=True):
-            if first > self.counts[row]:
-                raise FkdError(
-                    f"{self.column.folder}: row {row}: crops before {first} were used and are not here: this is not the "
-                    "store that the run began to record; give it back, or train anew with another --out and --record"
-                )
             shard, within = self.column.store.locate(row)
-            blocks_before = first // self._block * len(m.shard_rows(shard)) + within
-            self._write(code, shard * m.rows_per_shard * self._row_bytes + blocks_before * unit)
-            self.counts[row] = max(self.counts[row], first + self._block)
+            rows = len(self.column.store.manifest.shard_rows(shard))
+            number = first // self._block * rows + within
+            data = code.tobytes()
+            # of the number too, so that a block in the place of another is found
+            checksum = np.array(zlib.crc32(data, number), dtype=_CHECKSUM).tobytes()
+            self._write(data + checksum, shard * self._shard_bytes + number * self._unit)
+        self.crops += len(targets)
 
     def sync(self) -> None:
-        """Makes what was added survive a kill: the bytes are synced before the journal counts them."""
+        """Makes what was added survive a kill: the blocks are synced before the journal counts them."""
         os.fsync(self._file)
-        counts = zlib.compress(self.counts.astype("<u4").tobytes(), 1)
-        values = {"column": self.column.digest, "block": self._block, "counts": base64.b64encode(counts).decode()}
+        values = {"column": self.column.digest, "block": self._block, "crops": self.crops}
         files.replace(self.column.folder / _JOURNAL, files.signed(values))
 
-    def require(self, crops: int) -> None:
-        """Raises FkdError where fewer than `crops` crops in all were added: a run goes on that recorded them elsewhere."""
-        store = self.column.store
-        if self.counts.sum() < min(crops, len(store) * store.crops_per_image):
+    def resume(self, crops: int) -> None:
+        """Goes on after the first `crops` crops of the training; raises FkdError where fewer were recorded here."""
+        if self.crops < crops:
             raise FkdError(
-                f"{self.column.folder}: holds {self.counts.sum():,} recorded targets, and this run recorded {crops:,} before "
-                "its last checkpoint: give back the store that it began with, or train anew with another --out and --record"
+                f"{self.column.folder}: holds {self.crops:,} recorded targets, and this run recorded {crops:,} before its last "
+                "checkpoint: restore the store that the run began with, or train anew with another --out and --record"
             )
+        self.crops = crops
 
-    def publish(self) -> None:
-        """Turns what was added into codes of the store, the last shard first; started again it continues."""
+    def publish(self) -> list[int]:
+        """Makes codes of the store from what was added, the last shard first; called again after a kill, it continues.
+
+        Returns:
+            Shards that are left out, since a block of them is missing or was altered.
+        """
         store, m = self.column.store, self.column.store.manifest
         self.sync()
         shards = range(m.shards - 1, -1, -1)
+        left_out = []
         for shard in tqdm(shards, desc="store", unit="shard", disable=hidden(show=m.shards > 50)):
-            self._publish(shard)
-            os.ftruncate(self._file, shard * m.rows_per_shard * self._row_bytes)  # so a disk never holds both copies of all
-        files.sweep(self.column.folder, seconds=0)  # of this process's forerunners, which were killed: nobody else writes here
+            if not layout.codes_file(store.folder, self.column.name, shard).with_suffix(".json").exists():
+                codes = self._codes(shard)
+                if codes is None:
+                    left_out.append(shard)
+                else:
+                    layout.publish_codes(store.folder, m, shard, codes, column=self.column.name, digest=self.column.digest)
+            os.ftruncate(self._file, shard * self._shard_bytes)  # so that a disk never holds both copies of everything
+        files.sweep(self.column.folder, seconds=0)  # of killed processes: nobody else writes here
         for name in (_WORK, _JOURNAL):
             (self.column.folder / name).unlink(missing_ok=True)
         files.sync_folder(self.column.folder)
         self.column = Store(store.folder).column(self.column.name)
+        return left_out
 
     def close(self) -> None:
         """Lets another process have the column."""
         os.close(self._file)
 
-    def _write(self, code: UInt8Array, place: int) -> None:
+    def _write(self, data: bytes, place: int) -> None:
         """Writes a block; raises OSError, with the file's name, where the disk is full or fails."""
         with files.naming(self.column.folder / _WORK):
-            if os.pwrite(self._file, code.data, place) < code.nbytes:
+            if os.pwrite(self._file, data, place) < len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    def _publish(self, shard: int) -> None:
-        store, m = self.column.store, self.column.store.manifest
+    def _codes(self, shard: int) -> UInt8Array | None:
+        """Codes of a shard: uint8 [rows, C, code_size]; None where a block is missing or was altered."""
+        store, m, size = self.column.store, self.column.store.manifest, self.column.meta.code_size
         rows = m.shard_rows(shard)
-        counts = self.counts[rows.start : rows.stop].copy()
-        skipped = np.array(store.skipped(shard), dtype=np.int64) - rows.start
-        counts[skipped] = counts.max() if len(skipped) < len(rows) else m.crops_per_image  # nobody reads them
-        whole = layout.codes_file(store.folder, self.column.name, shard)
-        prefix = layout.prefix_file(store.folder, self.column.name, shard)
-        most = int(counts.max(initial=0))
-        if not most or any(path.with_suffix(".json").exists() for path in (whole, prefix)):
-            return
-        codes = self._codes(shard, most)
-        codes[np.arange(most) >= counts[:, None]] = 0
-        path = whole if counts.min() == m.crops_per_image else prefix
-        values = {"file": files.write_npy(path, codes), "column": self.column.digest}
-        files.write_json(path.with_suffix(".json"), values if path == whole else {**values, "crops": counts.tolist()})
-
-    def _codes(self, shard: int, crops: int) -> UInt8Array:
-        """The first codes of each row of a shard: uint8 [rows, crops, code size]; StoreError where some are gone."""
-        m, size = self.column.store.manifest, self.column.meta.code_size
-        rows, blocks = len(m.shard_rows(shard)), -(-crops // self._block)
-        length, begin = blocks * rows * self._block * size, shard * m.rows_per_shard * self._row_bytes
-        codes = np.zeros(length, dtype=np.uint8)
+        units = self._blocks * len(rows)
+        length, payload = units * self._unit, self._unit - _CHECKSUM.itemsize
+        found = np.zeros(length, dtype=np.uint8)
         with os.fdopen(os.dup(self._file), "rb", buffering=0) as file:
-            file.seek(begin)
-            view, done = memoryview(codes.data), 0
+            file.seek(shard * self._shard_bytes)
+            view, done = found.data, 0
             while done < length and (count := file.readinto(view[done:])):
                 done += count
-        last = -(-self.counts[m.shard_rows(shard)] // self._block) - 1  # block of each row
-        if done < np.where(last < 0, 0, last * rows + np.arange(rows) + 1).max() * self._block * size:
+        starts = range(0, length, self._unit)
+        checksums = [zlib.crc32(view[start : start + payload], number) for number, start in enumerate(starts)]
+        written = found.reshape(units, self._unit)
+        intact = written[:, payload:].copy().view(_CHECKSUM)[:, 0] == np.array(checksums, dtype=_CHECKSUM)
+        intact = intact.reshape(self._blocks, len(rows))
+        intact[:, np.array(store.skipped(shard), dtype=np.int64) - rows.start] = True  # no batch had these images
+        if not intact.all():
+            return None
+        by_row = written[:, :payload].reshape(self._blocks, len(rows), self._block, size).swapaxes(0, 1)
+        return np.ascontiguousarray(by_row).reshape(len(rows), m.crops_per_image, size)
+
+    def _read_journal(self) -> int:
+        """How many crops were recorded before; the file is emptied where there is no journal that counts them."""
+        path = self.column.folder / _JOURNAL
+        if not path.exists():
+            os.ftruncate(self._file, 0)
+            return 0
+        values = files.read_json(path)
+        expected = {"column": self.column.digest, "block": self._block}
+        crops = values.pop("crops", None)
+        if values != expected or type(crops) is not int or crops < 0:
             raise StoreError(
-                f"{self.column.folder / _WORK}: shorter than {_JOURNAL} counts: restore it from a copy, or delete both, and "
-                "what was recorded is lost"
+                f"{path}: the journal of another recording (of other crops_per_image, or of a column that was replaced): "
+                f"continue that run, or delete this file and {_WORK} to discard what it recorded"
             )
-        by_row = codes.reshape(blocks, rows, self._block, size).transpose(1, 0, 2, 3)
-        return by_row.reshape(rows, blocks * self._block, size)[:, :crops].copy()
-
-
-def is_recorded(column: Column) -> bool:
-    """Whether a training has begun to record a column and has not ended."""
-    return (column.folder / _JOURNAL).exists()
+        return crops
 
 
 def recorded_bytes(folder: Path) -> int:
@@ -180,40 +185,26 @@ def recorded_bytes(folder: Path) -> int:
 
 def is_published(column: Column) -> bool:
     """Whether a column holds targets, or precompute has begun them, and no training is recording it."""
-    begun = column.prefixes or any(column.folder.glob(".work-codes-*"))
-    some = bool(begun) or len(column.missing_shards) < column.store.manifest.shards
-    return some and not is_recorded(column)
+    some = any(column.folder.glob(".work-codes-*")) or len(column.missing_shards) < column.store.manifest.shards
+    return some and not (column.folder / _JOURNAL).exists()
 
 
-def publish_left(column: Column) -> bool:
-    """Publishes what a training recorded that was stopped and not gone on with; returns whether there was such a recording.
-
-    Raises:
-        RequestError: The training is still running.
-    """
-    journal, work = column.folder / _JOURNAL, column.folder / _WORK
-    if not journal.exists() and not work.exists():
-        return False
-    with _alone(column.folder):
-        if not journal.exists():  # another process did it meanwhile, or a training is before its first checkpoint
-            if work.exists():
-                os.close(_taken(column))
-                work.unlink()
-            return False
-        try:
-            block = int(files.read_json(journal)["block"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise StoreError(f"{journal}: keys are missing or unknown; delete it, and what was recorded is lost") from error
-        recording = Recording(column, block)
-        try:
-            recording.publish()
-        finally:
-            recording.close()
-    return True
+def require_not_recording(column: Column) -> None:
+    """Raises RequestError where a training records a column, or was stopped before it had finished."""
+    work, journal = column.folder / _WORK, column.folder / _JOURNAL
+    if not os.path.lexists(work) and not os.path.lexists(journal):
+        return
+    os.close(_acquire(column))
+    if os.path.lexists(journal):
+        raise RequestError(
+            f"{column.folder}: a training that records this column was stopped: run the same fkd-ssl train command again to "
+            f"finish it, precompute --name another column, or delete {_WORK} and {_JOURNAL} there to discard what it recorded"
+        )
+    work.unlink()  # of a training that was killed before its first checkpoint
 
 
-def _taken(column: Column) -> int:
-    """A descriptor of the file of a column's recording, which no other process has; raises RequestError where one has it."""
+def _acquire(column: Column) -> int:
+    """A descriptor of the work file of a column's recording, locked; raises RequestError where another process has it."""
     path = column.folder / _WORK
     while True:
         file = files.plain_descriptor(path, os.O_RDWR | os.O_CREAT)
@@ -223,35 +214,3 @@ def _taken(column: Column) -> int:
         os.close(file)
         if not ours:
             raise RequestError(f"{column.folder}: another process records this column now; wait for it, or stop it")
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Waits until no other process publishes a recording in this folder."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        locks.try_lock(handle, seconds=math.inf)
-        yield
-    finally:
-        os.close(handle)
-
-
-def _read_journal(column: Column, block: int) -> npt.NDArray[np.int64]:
-    """Counts of a recording that goes on; zeros for a new one."""
-    path, rows = column.folder / _JOURNAL, column.store.manifest.count
-    if not path.exists():
-        return np.zeros(rows, dtype=np.int64)
-    values = files.read_json(path)
-    try:
-        data = zlib.decompressobj().decompress(base64.b64decode(values["counts"], validate=True), 4 * rows)
-        counts = np.frombuffer(data, dtype="<u4").astype(np.int64)
-        fits = values["column"] == column.digest and values["block"] == block and len(counts) == rows
-        fits = fits and counts.max(initial=0) <= column.store.crops_per_image
-    except (KeyError, TypeError, ValueError, zlib.error):
-        fits = False
-    if not fits:
-        raise StoreError(
-            f"{path}: the journal of another recording (of other crops_per_image, or of a column that was replaced); continue "
-            "that run, or delete this file, and what it recorded is lost"
-        )
-    return counts

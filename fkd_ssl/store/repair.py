@@ -91,7 +91,7 @@ def repair(
         reader = RowReader(store, own, skip_unreadable=True, ahead=threads + 1)
         for shard in crops:
             path = layout.crops_file(store.folder, shard)
-            if not any(store.folder.glob(f"{layout.TARGETS}/*/*-{shard:05d}.json")):  # of codes, or of a prefix
+            if not any(store.folder.glob(f"{layout.TARGETS}/*/codes-{shard:05d}.json")):
                 continue  # never finished: precompute makes them with the codes
             _remove(path)
             publish_crops(reader, shard, image_checksums(reader, store.manifest.shard_rows(shard), pool))
@@ -169,12 +169,6 @@ def _recompute(
     if not shards:
         return
     column = Store(store.folder).column(name)  # its codec may have been damaged when it was opened
-    if any(shard not in shards for shard in column.prefixes):
-        log(
-            f"{column.folder}: a training recorded a part of it, which is not made again as a part: delete the damaged files, "
-            "and precompute into this store makes those crops with the rest"
-        )
-        return
     m, was = store.manifest, {}
     for shard in shards:
         assert shard is not None  # codes have one
@@ -184,7 +178,6 @@ def _recompute(
         except StoreError:
             was[path] = None
         _remove(path)
-        layout.remove_prefix(store.folder, name, shard)
     precompute(
         images, store.folder, teacher, crops=m.crops_per_image, recipe=m.recipe, codec=column.meta.codec,
         pixels=column.meta.pixels, seed=m.seed, chunk_size=column.meta.chunk_size, name=name, skip_unreadable=True,

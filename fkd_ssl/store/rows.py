@@ -165,13 +165,10 @@ def image_checksums(reader: RowReader, rows: Sequence[int], pool: ThreadPoolExec
 
 def publish_crops(reader: RowReader, shard: int, checksums: Sequence[str]) -> None:
     """Publishes the crop records of a shard, with the `checksums` of its images; raises StoreError where others are there."""
-    store, path = reader.store, layout.crops_file(reader.store.folder, shard)
-    rows = store.manifest.shard_rows(shard)
-    records = np.stack([reader.records(row, store.crops_per_image) for row in rows])
-    digest = files.write_npy(path, records)
-    skipped = [row for row, checksum in zip(rows, checksums, strict=True) if not checksum]
+    store = reader.store
+    records = np.stack([reader.records(row, store.crops_per_image) for row in store.manifest.shard_rows(shard)])
     try:
-        files.write_json(path.with_suffix(".json"), {"file": digest, "images": list(checksums), "skipped": skipped})
+        layout.publish_crops(store.folder, store.manifest, shard, records, checksums)
     except StoreError as error:
         raise StoreError(f"{error}; another process read other image files: see that all see the same folder") from error
 

@@ -40,35 +40,29 @@ class _Shard:
     path: Path
     offset: int
     size: int
-    crops: int
 
 
 class ShardFiles:
     """The .npy files [rows, C, ...] of all shards of one kind.
 
     Args:
-        locate: The file of a shard, its rows and the crops of each; raises StoreError where it is not finished.
+        locate: The file of a shard and its number of rows; raises StoreError where the shard is not finished.
         dtype: Of a value.
-        crop_shape: The shape of a crop.
+        row_shape: Of a row: C, and the shape of a crop.
     """
 
-    def __init__(
-        self,
-        locate: Callable[[int], tuple[Path, int, int]],
-        dtype: np.dtype[Any],
-        crop_shape: tuple[int, ...] = (),
-    ) -> None:
+    def __init__(self, locate: Callable[[int], tuple[Path, int]], dtype: np.dtype[Any], row_shape: tuple[int, ...]) -> None:
         self._locate = locate
         self._dtype = dtype
-        self._crop_shape = crop_shape
-        self._crop_bytes = math.prod(crop_shape) * dtype.itemsize
+        self._row_shape = row_shape
+        self._crop_bytes = math.prod(row_shape[1:]) * dtype.itemsize
         self._known: dict[int, _Shard] = {}
         self._open: dict[int, _OpenFile] = {}  # the first one opened comes first
 
     def map(self, shard: int) -> npt.NDArray[Any]:
         """A whole shard, memory-mapped; raises StoreError where its file is not such an array."""
-        path, rows, crops = self._locate(shard)
-        return files.map_npy(path, self._dtype, (rows, crops, *self._crop_shape))
+        path, rows = self._locate(shard)
+        return files.map_npy(path, self._dtype, (rows, *self._row_shape))
 
     def read(self, shard: int, within: int, index: Index) -> npt.NDArray[Any]:
         """Crops `index` of a shard's row `within`: [m, ...], read-only.
@@ -77,29 +71,29 @@ class ShardFiles:
             IndexError: There are no such crops.
             StoreError: The file is missing, cannot be read, is not such an array, or became shorter since it was opened.
         """
-        unit, parts = self._crop_bytes, []
+        unit, crops, parts = self._crop_bytes, self._row_shape[0], []
         try:
             file = self._open.get(shard) or self._enter(shard)
             known = self._known[shard]
-            for first, count in _runs(index, known.crops):
-                part = os.pread(file.descriptor, count * unit, known.offset + (within * known.crops + first) * unit)
+            for first, count in _runs(index, crops):
+                part = os.pread(file.descriptor, count * unit, known.offset + (within * crops + first) * unit)
                 if len(part) != count * unit:
                     raise StoreError(f"{known.path}: became shorter since it was opened; run fkd-ssl verify")
                 parts.append(part)
         except OSError as error:
             raise StoreError(f"{self._locate(shard)[0]}: cannot be read: {error.strerror}") from error
         data = parts[0] if len(parts) == 1 else b"".join(parts)
-        return np.frombuffer(data, dtype=self._dtype).reshape(-1, *self._crop_shape)
+        return np.frombuffer(data, dtype=self._dtype).reshape(-1, *self._row_shape[1:])
 
     def _enter(self, shard: int) -> _OpenFile:
         """Opens a shard's file, checks its header if it is the first time, and lets go of the file that was opened first."""
         known = self._known.get(shard)
         if known is None:
-            path, rows, crops = self._locate(shard)
+            path, rows = self._locate(shard)
             file = _OpenFile(path)
             with os.fdopen(os.dup(file.descriptor), "rb") as reader:
-                offset, _ = files.npy_body(reader, path, self._dtype, (rows, crops, *self._crop_shape))
-                self._known[shard] = _Shard(path, offset, os.fstat(file.descriptor).st_size, crops)
+                offset, _ = files.npy_body(reader, path, self._dtype, (rows, *self._row_shape))
+                self._known[shard] = _Shard(path, offset, os.fstat(file.descriptor).st_size)
         else:
             file = _OpenFile(known.path)
             if os.fstat(file.descriptor).st_size != known.size:

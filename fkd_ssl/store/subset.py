@@ -1,7 +1,6 @@
 """Subset: the first crops, some teachers or some images of a store, as a store of its own; the teacher is not needed."""
 
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -103,12 +102,6 @@ class Part:
                     column.file(shard)
                 except StoreError as error:
                     raise StoreError(f"{error}, or leave out {column.name}") from error
-        readable = np.zeros(self.store.manifest.count, dtype=bool)
-        readable[self.store.rows] = True
-        for column in self.columns:
-            lengths = column.lengths(self.rows[readable[self.rows]])
-            if lengths.min(initial=self.crops) < self.crops:
-                raise RequestError(f"{column.folder}: {column.in_part}; of these it has {lengths.min()} crops of all")
 
     def write(self, folder: Path, *, beside: str | None = None) -> None:
         """Writes what `folder` lacks of the part.
@@ -139,9 +132,28 @@ class Part:
                 _publish(folder, place / name, data)
         for shard in tqdm(range(self.manifest.shards), desc="copy", unit="shard"):
             rows = self.rows[np.asarray(self.manifest.shard_rows(shard))]
-            _copy_crops(self.store, folder, shard, rows, self.crops)
+            self._copy_crops(folder, shard, rows)
             for column in self.columns:
-                _copy_codes(column, folder, shard, rows, self.crops)
+                self._copy_codes(column, folder, shard, rows)
+
+    def _copy_crops(self, folder: Path, shard: int, rows: Rows) -> None:
+        if layout.crops_file(folder, shard).with_suffix(".json").exists():
+            return
+        store = self.store
+        found = _gather(store, rows, lambda s: layout.crops_file(store.folder, s), store.crops_sidecar, CROP_DTYPE, ())
+        checksums: list[str] = []
+        for part in _by_shard(store, rows):
+            source, within = divmod(part, store.manifest.rows_per_shard)
+            of_shard = store.crops_sidecar(int(source[0]))["images"]
+            checksums += [of_shard[k] for k in within]
+        layout.publish_crops(folder, self.manifest, shard, found[:, : self.crops], checksums)
+
+    def _copy_codes(self, column: Column, folder: Path, shard: int, rows: Rows) -> None:
+        if layout.codes_file(folder, column.name, shard).with_suffix(".json").exists():
+            return
+        found = _gather(self.store, rows, column.file, column.sidecar, np.dtype(np.uint8), (column.meta.code_size,))
+        codes = found[:, : self.crops]
+        layout.publish_codes(folder, self.manifest, shard, codes, column=column.name, digest=column.digest)
 
 
 @contextmanager
@@ -158,8 +170,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
         if not locks.try_lock(handle):
             raise RequestError(f"{target}: another process is writing it; wait for it")
         for left in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
-            for path in left.glob(f"{files.TEMPORARY}*"):  # of a killed call; nobody else writes here
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            files.sweep(left, seconds=0)  # of a killed call: nobody else writes here
         try:
             yield folder
         except BaseException:
@@ -215,62 +226,22 @@ def _column_files(column: Column) -> Iterator[tuple[str, bytes]]:
         yield path.name, data
 
 
-def _copy_crops(store: Store, folder: Path, shard: int, rows: Rows, crops: int) -> None:
-    path = layout.crops_file(folder, shard)
-    if path.with_suffix(".json").exists():
-        return
-    per_shard = store.manifest.rows_per_shard
-    found = _gather(
-        store,
-        rows,
-        lambda s: (layout.crops_file(store.folder, s), store.crops_sidecar(s).get("file"), store.crops_per_image),
-        CROP_DTYPE,
-        (),
-        crops,
-    )
-    digest = files.write_npy(path, found)
-    checksums: list[str] = []
-    for part in _by_shard(store, rows):
-        of_shard = store.crops_sidecar(int(part[0]) // per_shard)["images"]
-        checksums += [of_shard[int(row) % per_shard] for row in part]
-    skipped = [shard * per_shard + k for k, checksum in enumerate(checksums) if not checksum]
-    files.write_json(path.with_suffix(".json"), {"file": digest, "images": checksums, "skipped": skipped})
-
-
-def _copy_codes(column: Column, folder: Path, shard: int, rows: Rows, crops: int) -> None:
-    path = layout.codes_file(folder, column.name, shard)
-    if path.with_suffix(".json").exists():
-        return
-    store = column.store
-
-    def where(shard: int) -> tuple[Path, Any, int]:
-        sidecar = column.sidecar(shard)
-        width = int(column.counts(shard).max()) if "crops" in sidecar else store.crops_per_image
-        return column.file(shard), sidecar.get("file"), width
-
-    digest = files.write_npy(path, _gather(store, rows, where, np.dtype(np.uint8), (column.meta.code_size,), crops))
-    files.write_json(path.with_suffix(".json"), {"file": digest, "column": column.digest})
-
-
 def _by_shard(store: Store, rows: Rows) -> list[Rows]:
     """Ascending rows, cut where another shard begins."""
     return np.split(rows, np.flatnonzero(np.diff(rows // store.manifest.rows_per_shard)) + 1)
 
 
 def _gather(
-    store: Store, rows: Rows, where: Callable[[int], tuple[Path, Any, int]], dtype: np.dtype[Any], crop_shape: tuple[int, ...],
-    crops: int,
+    store: Store, rows: Rows, locate: Callable[[int], Path], sidecar: Callable[[int], dict[str, Any]], dtype: np.dtype[Any],
+    crop_shape: tuple[int, ...],
 ) -> npt.NDArray[Any]:  # fmt: skip
-    """The first crops of rows of some shards' files, each of which must be what its checksum says; StoreError otherwise.
-
-    `where` gives a shard's file, its sha256 and how many crops of a row it has.
-    """
+    """The crops [rows, C, ...] of rows of some shards' files; raises StoreError where a file has another checksum."""
     parts = []
     for part in _by_shard(store, rows):
         shard = int(part[0]) // store.manifest.rows_per_shard
-        path, digest, width = where(shard)
-        array = files.map_npy(path, dtype, (len(store.manifest.shard_rows(shard)), width, *crop_shape))
-        if files.sha256_file(path) != digest:
+        path = locate(shard)
+        array = files.map_npy(path, dtype, (len(store.manifest.shard_rows(shard)), store.crops_per_image, *crop_shape))
+        if files.sha256_file(path) != sidecar(shard)["file"]:
             raise StoreError(f"{path}: altered: its sha256 is not its sidecar's; fkd-ssl verify {store.folder} says more")
-        parts.append(array[part % store.manifest.rows_per_shard, :crops])
+        parts.append(array[part % store.manifest.rows_per_shard])
     return np.concatenate(parts)

@@ -5,9 +5,6 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
-
 from fkd_ssl.store.codecs import Float32Array
 from fkd_ssl.store.rows import Row, RowReader, Teacher, Views, embed, in_order, join
 
@@ -28,7 +25,6 @@ class Lane:
         chunk_size: Crops in one forward.
         first: Position of the first row that it needs.
         skip: Crops of that row that it has seen.
-        before: First crops of each row that it need not see at all: int64 [rows].
         seen: Takes each row from `first` on.
         device: Where crops that are yet to be made are made.
         take: Takes the targets float32 [n, D] of each chunk.
@@ -36,12 +32,11 @@ class Lane:
 
     def __init__(
         self, teacher: Teacher, *, pixels: int, chunk_size: int, first: int, skip: int, seen: Seen,
-        take: Callable[[Float32Array], None], device: str | None = None, before: npt.NDArray[np.int64] | None = None,
+        take: Callable[[Float32Array], None], device: str | None = None,
     ) -> None:  # fmt: skip
         self.pixels = pixels
         self.first = first
         self._skip = skip
-        self._before = before
         self._teacher = teacher
         self._chunk_size = chunk_size
         self._seen = seen
@@ -52,8 +47,7 @@ class Lane:
 
     def left_out(self, position: int) -> int:
         """First crops of the row at a position, from `first` on, that the teacher does not see."""
-        before = 0 if self._before is None else int(self._before[position])
-        return before + (self._skip if position == self.first else 0)
+        return self._skip if position == self.first else 0
 
     def push(self, position: int, row: Row, count: int) -> None:
         """Takes a row of `count` crops, of which those that another lane is behind with are left out."""

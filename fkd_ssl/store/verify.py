@@ -3,10 +3,9 @@
 import functools
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal
 
 import numpy as np
 import torch
@@ -46,14 +45,12 @@ class Report:
     Attributes:
         problems: One line each: the file or row, what is wrong, what to do.
         damage: The parts of the store among them.
-        notes: What is right and worth knowing.
         checked: How many files, rows and crops were looked at.
         cosine: Mean and least cosine of the sampled crops to the teacher now; None without a teacher.
     """
 
     problems: list[str] = field(default_factory=list)
     damage: list[Damage] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
     checked: dict[str, int] = field(default_factory=lambda: {"files": 0, "images": 0, "crops": 0})
     cosine: dict[str, float] | None = None
 
@@ -143,34 +140,17 @@ def _columns(store: Store, report: Report) -> Iterator[Column]:
                 column.array(array)
             except StoreError as error:
                 report.add(str(error), sound if isinstance(error, StoreAccessError) else damage)
-        with suppress(StoreError):  # a damaged sidecar, which is found with its shard
-            if column.prefixes:
-                report.notes.append(f"{column.folder}: {column.in_part}")
         if column.meta.probe_digest != probe_digest():
             report.add(
                 f"{column.folder}: its crops were made by another pixel path (OpenCV, torchvision or processor) than this "
                 "machine's: students here see slightly other pixels; precompute here, or train where it was made"
             )
         yield column
-    orphans = _without_meta(store)
-    for folder in orphans:
-        report.add(
-            f"{folder}: holds codes and no meta.json, which alone says whose they are: restore it from a copy, or move the "
-            "folder away and run the same precompute again"
-        )
-    if not store.teachers and not orphans:
+    broken = store.broken_columns()
+    for problem in broken:
+        report.add(problem)
+    if not store.teachers and not broken:
         report.add(f"{store.folder}: holds no teacher's targets; run fkd-ssl precompute")
-
-
-def _without_meta(store: Store) -> list[Path]:
-    """Folders among the columns that hold codes and are none."""
-    targets = store.folder / layout.TARGETS
-    folders = [path for path in sorted(targets.glob("[!.]*")) if path.is_dir() and not path.is_symlink()]
-    return [
-        path
-        for path in folders
-        if not files.exists(path / "meta.json") and any(entry.startswith("codes-") for entry in files.names(path))
-    ]
 
 
 def _again(error: StoreError | str, path: Path, shard: int) -> str:
@@ -205,7 +185,7 @@ def _check_crops(store: Store, shard: int, report: Report) -> None:
         return
     report.checked["files"] += 2
     skipped = [row for row, checksum in zip(rows, sidecar["images"], strict=True) if not checksum]
-    if digest != sidecar.get("file"):
+    if digest != sidecar["file"]:
         report.add(_again(f"{path}: altered: its sha256 is not its sidecar's", path, shard), damage)
         return
     if sidecar["skipped"] != skipped:
@@ -247,8 +227,7 @@ def _check_codes(column: Column, shard: int, report: Report) -> None:
         return
     try:
         sidecar = column.sidecar(shard)
-        crops = max(_lengths(column, shard))
-        files.map_npy(path, np.dtype(np.uint8), (len(m.shard_rows(shard)), crops, column.meta.code_size))
+        files.map_npy(path, np.dtype(np.uint8), (len(m.shard_rows(shard)), m.crops_per_image, column.meta.code_size))
         digest = files.sha256_file(path)
     except StoreAccessError:
         raise
@@ -256,17 +235,8 @@ def _check_codes(column: Column, shard: int, report: Report) -> None:
         report.add(_again(error, path, shard), damage)
         return
     report.checked["files"] += 2
-    if digest != sidecar.get("file"):
+    if digest != sidecar["file"]:
         report.add(_again(f"{path}: altered: its sha256 is not its sidecar's", path, shard), damage)
-    elif sidecar.get("column") != column.digest:
-        report.add(_again(f"{path}: written for another meta.json than this column's", path, shard), damage)
-
-
-def _lengths(column: Column, shard: int) -> list[int]:
-    """Of how many first crops each row of a shard has codes."""
-    if "crops" in column.sidecar(shard):  # recorded in part
-        return cast("list[int]", column.counts(shard).tolist())
-    return [column.store.crops_per_image] * len(column.store.manifest.shard_rows(shard))
 
 
 def _positions(store: Store, images: ImageSet) -> dict[str, int]:
@@ -311,16 +281,13 @@ def _check_targets(
     """Compares a sample of the targets in these shards with what the teacher says now."""
     store = column.store
     where = _positions(store, images)
-    lengths: dict[int, int] = {}  # of these shards only: the others may be damaged
-    for shard in sorted(shards):
-        lengths.update(zip(store.manifest.shard_rows(shard), _lengths(column, shard), strict=True))
     left_out = changed.union(*(store.skipped(shard) for shard in shards))
-    rows = [row for row, length in lengths.items() if length and row not in left_out]
+    rows = [row for shard in sorted(shards) for row in store.manifest.shard_rows(shard) if row not in left_out]
     order = [rows[k] for k in layout.in_hash_order([store.paths[row] for row in rows], "verify")[:sample]]
     cosines = []
     for k, row in enumerate(tqdm(order, desc="verify targets", unit="crop")):
         file = images.file(where[store.paths[row]])
-        index = np.array([k % lengths[row]])
+        index = np.array([k % store.crops_per_image])
         pixels = decode(read_bytes(file), file)
         crop = replay(pixels, np.asarray(store.crops(row, index)), column.meta.pixels)
         try:

@@ -1,6 +1,7 @@
 """Unfinished work: what a teacher has said so far of a shard (or of the codec's sample), and a journal of what counts."""
 
 import hashlib
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -8,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 import numpy.typing as npt
 
 from fkd_ssl import files, locks
@@ -25,13 +27,16 @@ class Progress:
         checksums: sha256 of the image of each row that was read, the caller appends; at least those of all whole rows.
     """
 
-    def __init__(self, file: BinaryIO, path: Path, owner: str) -> None:
+    def __init__(self, file: BinaryIO, path: Path, owner: str, *, unit: int, crops: int, per_row: int) -> None:
         self._file = file
         self._path = path
         self._journal = _journal(path)
         self._owner = owner
+        self._unit = unit
         self._written = time.monotonic()
-        self.crops, self.checksums = self._resume()
+        self._digest = hashlib.sha256()
+        self.crops, self.checksums = 0, list[str]()
+        self._resume(crops, per_row)
 
     def add(self, array: npt.NDArray[Any]) -> None:
         """Appends a chunk, an array of one row a crop; now and then all that was added is made safe."""
@@ -49,7 +54,6 @@ class Progress:
             self._file.flush()
             os.fsync(self._file.fileno())
         values = {
-            "bytes": self._file.tell(),
             "crops": self.crops,
             "codes": self._digest.hexdigest(),
             "images": self.checksums,
@@ -62,8 +66,10 @@ class Progress:
         """All that was added."""
         return b"".join(self._pieces())
 
-    def publish(self, path: Path, header: bytes) -> str:
-        """Publishes what was added behind a .npy header as `path`; returns the file's sha256."""
+    def publish(self, path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> str:
+        """Publishes what was added as the .npy array `path`; returns the file's sha256."""
+        assert self.crops * self._unit == math.prod(shape) * dtype.itemsize
+        header = files.npy_header(dtype, shape)
         digest = hashlib.sha256(header)
         with files.publish(path) as out:
             out.write(header)
@@ -85,12 +91,25 @@ class Progress:
                 "too, or the disk fails; run the same command again"
             )
 
-    def _resume(self) -> tuple[int, list[str]]:
-        """What the journal counts, if the bytes are what it says; otherwise all starts anew."""
+    def restart(self) -> None:
+        """Forgets what is there."""
         self._digest = hashlib.sha256()
+        self.crops, self.checksums = 0, []
+        self._file.truncate(0)
+        self._file.seek(0)
+
+    def _resume(self, most: int, per_row: int) -> None:
+        """Takes what the journal counts, if that is possible and the bytes are what it says; otherwise all starts anew."""
         try:
             values = files.read_json(self._journal)
-            size, crops, checksums = int(values["bytes"]), int(values["crops"]), list(values["images"])
+            crops, checksums = values["crops"], values["images"]
+            if type(crops) is not int or not 0 <= crops <= most:
+                raise ValueError("impossible number of crops")
+            if not isinstance(checksums, list) or not all(isinstance(checksum, str) for checksum in checksums):
+                raise TypeError("not a list of checksums")
+            if per_row and len(checksums) < crops // per_row:
+                raise ValueError("checksums are missing")
+            size = crops * self._unit
             self._file.seek(0)
             left = size
             while left > 0 and (piece := self._file.read(min(_PIECE, left))):
@@ -100,11 +119,11 @@ class Progress:
         except (StoreError, KeyError, TypeError, ValueError):
             fits = False
         if not fits:
-            size, crops, checksums = 0, 0, []
-            self._digest = hashlib.sha256()
+            self.restart()
+            return
+        self.crops, self.checksums = crops, checksums
         self._file.truncate(size)
         self._file.seek(size)
-        return crops, checksums
 
 
 def shard_file(codes: Path) -> Path:
@@ -113,7 +132,7 @@ def shard_file(codes: Path) -> Path:
 
 
 @contextmanager
-def open_work(path: Path, owner: str) -> Iterator[Progress | None]:
+def open_work(path: Path, owner: str, *, unit: int, crops: int, per_row: int = 0) -> Iterator[Progress | None]:
     """The progress kept in `path`, which goes when the block ends well; None if another process is writing it.
 
     The work file is locked (flock) while it is open, and the lock goes with the process. Where the file system has no
@@ -122,6 +141,9 @@ def open_work(path: Path, owner: str) -> Iterator[Progress | None]:
     Args:
         path: The work file; its journal lies beside it.
         owner: What the work belongs to: progress of another owner does not count.
+        unit: Bytes of a crop.
+        crops: How many there will be.
+        per_row: Crops of a row, each of which has its checksum; 0 where no checksums are kept.
     """
     file = os.fdopen(files.plain_descriptor(path, os.O_RDWR | os.O_CREAT), "r+b")
     try:
@@ -131,7 +153,7 @@ def open_work(path: Path, owner: str) -> Iterator[Progress | None]:
         if not path.exists() or not os.path.samestat(path.stat(), os.fstat(file.fileno())):
             yield None  # finished and removed by another process between our open and our lock
             return
-        progress = Progress(file, path, owner)
+        progress = Progress(file, path, owner, unit=unit, crops=crops, per_row=per_row)
         try:
             yield progress
         except BaseException:

@@ -30,7 +30,7 @@ class TrainConfig:
     label_maps: str | None = None
     """With --targets relabel: the folder that fkd-ssl label-maps made."""
     crops: int | None = None
-    """C of a new store that is recorded; by default the epochs, so that it is complete when training ends."""
+    """C of a store that is recorded: a multiple of --crops_per_image, at most the epochs; as many as that by default."""
     codec: str | None = None
     """Of recorded targets, as precompute takes it: SQ8, or for class probabilities marginal_smoothing_k5, by default."""
     teacher: str | None = None
@@ -216,8 +216,12 @@ class TrainConfig:
     @property
     def recorded_crops(self) -> int:
         """C of a store that is recorded."""
-        m = self.crops_per_image
-        return -(-math.ceil(self.epochs) // m) * m if self.crops is None else self.crops
+        return self._whole_passes if self.crops is None else self.crops
+
+    @property
+    def _whole_passes(self) -> int:
+        """Crops of every image that the training sees in whole passes."""
+        return math.floor(self.epochs / self.crops_per_image) * self.crops_per_image
 
     def _check_record(self, record: str) -> None:
         if not record:
@@ -235,9 +239,15 @@ class TrainConfig:
             raise RequestError(
                 f"record {record}, out {self.out}: a store and a run are folders of their own, none in the other"
             )
-        if self.recorded_crops < 1 or self.recorded_crops % self.crops_per_image:
+        if not self._whole_passes:
             raise RequestError(
-                f"crops {self.crops}: must be a multiple of crops_per_image {self.crops_per_image}: they are recorded together"
+                f"record: {self.epochs:g} epochs are less than one pass of crops_per_image {self.crops_per_image}: train "
+                "longer, or choose fewer crops_per_image"
+            )
+        if not 1 <= self.recorded_crops <= self._whole_passes or self.recorded_crops % self.crops_per_image:
+            raise RequestError(
+                f"crops {self.crops}: must be a multiple of crops_per_image {self.crops_per_image}, at most "
+                f"{self._whole_passes}: that is how many crops of every image {self.epochs:g} epochs record"
             )
 
     @property

@@ -64,7 +64,7 @@ class Keeper(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Refuses a store that does not hold what this run recorded before."""
         for recording in filter(None, self.targets.recordings):
-            recording.require(trainer.global_step * self.crops_per_step)
+            recording.resume(trainer.global_step * self.crops_per_step)
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Writes and syncs all that was given so far."""

@@ -117,7 +117,7 @@ def test_a_run_that_was_killed_while_its_store_was_published_ends(
     """After the first of two teachers' targets, or after both, before the run knew that it was done."""
     from fkd_ssl.store.recording import Recording
 
-    line = f"{LINE.replace('own_teacher:make', 'own_teacher:make,own_teacher:other')} --epochs 3 --crops 6"
+    line = f"{LINE.replace('own_teacher:make', 'own_teacher:make,own_teacher:other')} --epochs 3"
     assert call(f"{line} --record whole --out whole_run").status == 0
     publish, done = Recording.publish, []
 
@@ -132,39 +132,10 @@ def test_a_run_that_was_killed_while_its_store_was_published_ends(
         assert call(f"{line} --record new --out run").status == 130
     status, _, err = call(f"{line} --record new --out run")
     assert status == 0
-    assert "targets/make: its targets are in the store, nothing is left to record: a training recorded 2 to 4 of 6" in err
+    assert "targets/make: its targets are in the store, nothing is left to record" in err
     assert (work / "run/results.json").exists()
     assert files_of(work / "new") == files_of(work / "whole")
     assert losses(work / "run") == losses(work / "whole_run")
-
-
-def test_a_part_is_finished_by_the_command_that_is_named(work: Path, call: Any) -> None:
-    status, _, err = call(f"{LINE} --epochs 3 --crops 8 --record new --out first")
-    assert status == 0
-    assert "a training recorded 2 to 4 of 8 crops of an image" in err
-    named = err[err.index("to finish it: fkd-ssl ") :].splitlines()[0].removeprefix("to finish it: fkd-ssl ")
-    assert "a training recorded 2 to 4 of 8" in call("inspect new").out
-    assert call("verify new").status == 0
-    stored = LINE.replace("--targets online --teacher own_teacher:make", "--store new")
-    status, _, err = call(f"{stored} --epochs 4 --out next")
-    assert status == 0
-    assert "a training recorded 2 to 4 of 8 crops" in err
-    assert call(named).status == 0
-    assert call(f"{FINISH.replace('new', 'old')} --crops 8").status == 0
-    assert np.abs(codes_of("new") - codes_of("old")).max() <= 1
-
-
-def test_the_command_that_finishes_two_teachers_of_one_name_tells_them_apart(work: Path, call: Any) -> None:
-    teachers = "--teacher own_teacher:prototyped,own_teacher:prototyped --checkpoint ,own_teacher.py"
-    line = LINE.replace("--teacher own_teacher:make", teachers)
-    status, _, err = call(f"{line} --epochs 3 --crops 8 --record new --out first")
-    assert status == 0, err
-    named = err[err.index("to finish it: fkd-ssl ") :].splitlines()[0].removeprefix("to finish it: fkd-ssl ")
-    answer = call(named)
-    assert answer.status == 0, answer.err
-    store = open_store(work / "new")
-    assert [column.missing_shards for column in map(store.column, ("prototyped", "prototyped-2"))] == [[], []]
-    assert not any(column.prefixes for column in map(store.column, ("prototyped", "prototyped-2")))
 
 
 def test_two_teachers_and_devices_crops(work: Path, call: Any) -> None:
@@ -201,7 +172,8 @@ def test_another_batch_size_after_a_start_that_recorded_nothing(work: Path, call
     assert call("verify new --images train --teacher own_teacher:make").status == 0
 
 
-def test_a_resumed_run_whose_store_was_finished_meanwhile(work: Path, call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def stopped(call: Any, monkeypatch: pytest.MonkeyPatch, line: str) -> None:
+    """A training that was interrupted at its fourth step."""
     from fkd_ssl.training.sampler import PassSampler
 
     batch = PassSampler.batch
@@ -213,15 +185,51 @@ def test_a_resumed_run_whose_store_was_finished_meanwhile(work: Path, call: Any,
 
     with monkeypatch.context() as patch:
         patch.setattr(PassSampler, "batch", interrupted)
-        assert call(f"{LINE} --epochs 6 --record new --out run").status == 130
-    status, _, err = call(f"{FINISH} --crops 6")
-    assert status == 0
-    assert "what a training recorded" in err
+        assert call(line).status == 130
+
+
+def test_precompute_leaves_the_recording_of_a_stopped_training_to_it(
+    work: Path, call: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = f"{LINE} --epochs 6 --record new --out run"
+    stopped(call, monkeypatch, line)
     before = files_of(work / "new")
-    status, _, err = call(f"{LINE} --epochs 6 --record new --out run")
-    assert status == 0
-    assert "nothing is left to record" in err
+    status, _, err = call(f"{FINISH} --crops 6")
+    assert status == 2
+    assert "was stopped: run the same fkd-ssl train command again to finish it" in err
     assert files_of(work / "new") == before
+    assert call(line).status == 0
+    assert call(f"{LINE} --epochs 6 --record whole --out whole_run").status == 0
+    assert files_of(work / "new") == files_of(work / "whole")
+
+
+def test_what_was_damaged_on_the_disk_is_computed_by_the_command_that_is_named(
+    work: Path, call: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    line = f"{LINE} --epochs 6 --record new --out run"
+    stopped(call, monkeypatch, line)
+    path = work / "new/targets/make/.record"
+    data = bytearray(path.read_bytes())
+    data[1] ^= 1
+    path.write_bytes(data)
+    status, _, err = call(line)
+    assert status == 0
+    assert "warning: 1 of 1 shards were damaged on the disk after they were recorded, and are left out" in err
+    assert json.loads(call("inspect new --json").out)["teachers"]["make"]["missing_shards"] == [0]
+    named = err[err.index("to compute them: fkd-ssl ") :].splitlines()[0].removeprefix("to compute them: fkd-ssl ")
+    assert "--name make" in named
+    assert call(named).status == 0
+    assert call(f"{LINE} --epochs 6 --record whole --out whole_run").status == 0
+    assert np.abs(codes_of("new") - codes_of("whole")).max() <= 1
+    assert call("verify new --images train --teacher own_teacher:make --sample 18").status == 0
+
+
+@pytest.mark.parametrize(("epochs", "crops"), [("2", 2), ("3", 2), ("4.5", 4), ("5", 4)])
+def test_a_store_has_the_crops_of_whole_passes(work: Path, call: Any, epochs: str, crops: int) -> None:
+    assert call(f"{LINE} --epochs {epochs} --record new --out run").status == 0
+    about = json.loads(call("inspect new --json").out)
+    assert (about["crops_per_image"], about["teachers"]["make"]["missing_shards"]) == (crops, [])
+    assert call("verify new --images train --teacher own_teacher:make --sample 18").status == 0
 
 
 @pytest.mark.parametrize(
@@ -229,7 +237,9 @@ def test_a_resumed_run_whose_store_was_finished_meanwhile(work: Path, call: Any,
     [
         ("--store store", "and no --store"),
         ("--single_crop_epochs 2", "would leave gaps"),
-        ("--crops 5", "must be a multiple of crops_per_image 2"),
+        ("--crops 5", "must be a multiple of crops_per_image 2, at most 6"),
+        ("--crops 8", "must be a multiple of crops_per_image 2, at most 6"),
+        ("--epochs 1.5", "1.5 epochs are less than one pass of crops_per_image 2"),
         ("--student resnet19", "resnet18"),
         ("--batch_size 72", "there are 18"),
         ("--objective prototype_ce", "prototypes"),

@@ -159,7 +159,7 @@ def test_what_another_process_writes_is_left_to_it(images: ImageSet, tmp_path: P
     with suppress(KeyboardInterrupt):
         make(images, tmp_path / "maps", stopped)
     digest = layout.read_manifest(tmp_path / "maps").digest
-    with work.open_work(tmp_path / "maps/maps/.work-00000", digest):
+    with work.open_work(tmp_path / "maps/maps/.work-00000", digest, unit=1, crops=1):
         assert make(images, tmp_path / "maps", new_dense()).busy == [0]
     assert make(images, tmp_path / "maps", new_dense()).busy == []
 

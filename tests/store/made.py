@@ -69,11 +69,8 @@ def make(folder: Path, specs: tuple[str, ...] = SPECS) -> dict[str, npt.NDArray[
         for k, row in enumerate(rows):
             key = image_key(7, PATHS[row])
             records[k] = neutral(CROPS) if row == SKIPPED else draw(manifest.recipe, key, 70, 90, 0, CROPS)
-        skipped = [row for row in rows if row == SKIPPED]
         images = ["" if row == SKIPPED else files.sha256(PATHS[row].encode()) for row in rows]
-        path = layout.crops_file(folder, shard)
-        values = {"file": files.write_npy(path, records), "images": images, "skipped": skipped}
-        files.write_json(path.with_suffix(".json"), values)
+        layout.publish_crops(folder, manifest, shard, records, images)
     made = {}
     for number, spec in enumerate(specs):
         column = folder / "targets" / name_of(spec)
@@ -96,19 +93,6 @@ def make(folder: Path, specs: tuple[str, ...] = SPECS) -> dict[str, npt.NDArray[
         for shard in range(manifest.shards):
             rows = manifest.shard_rows(shard)
             codes = codec.encode(exact[rows.start : rows.stop].reshape(-1, DIM)).reshape(len(rows), CROPS, -1)
-            path = layout.codes_file(folder, column.name, shard)
-            values = {"file": files.write_npy(path, codes), "column": files.sha256(files.canonical(meta))}
-            files.write_json(path.with_suffix(".json"), values)
+            layout.publish_codes(folder, manifest, shard, codes, column=column.name, digest=files.sha256(files.canonical(meta)))
         made[column.name] = exact
     return made
-
-
-def cut(folder: Path, name: str, shard: int, counts: list[int]) -> None:
-    """Makes a shard of a column one that was recorded in part."""
-    path, prefix = layout.codes_file(folder, name, shard), layout.prefix_file(folder, name, shard)
-    codes = np.load(path)[:, : max(counts)]
-    codes[np.arange(max(counts)) >= np.array(counts)[:, None]] = 0
-    values = files.read_json(path.with_suffix(".json"))
-    for whole in (path, path.with_suffix(".json")):
-        whole.unlink()
-    files.write_json(prefix.with_suffix(".json"), {**values, "file": files.write_npy(prefix, codes), "crops": counts})

@@ -102,11 +102,9 @@ def decode(spec: str, dim: int, arrays: dict[str, np.ndarray], codes: np.ndarray
 
 
 def read_store(folder: Path) -> dict[str, Any]:
-    """Everything: paths, sizes, records [N, C], which rows were skipped, and the targets [N, C, D] of every column.
-
-    `lengths` says how many first crops of each row have targets; the rest means nothing.
-    """
+    """Everything: paths, sizes, records [N, C], which rows were skipped, and the targets [N, C, D] of every column."""
     m = read_json(folder / "manifest.json")
+    digest = sha256(canonical(m))
     assert m["format"] == "fkd_ssl store"
     assert m["version"] == 1
     text = (folder / "images.txt").read_bytes()
@@ -116,30 +114,27 @@ def read_store(folder: Path) -> dict[str, Any]:
     assert len(paths) == count
     sizes = np.dtype([("bytes", "<u8"), ("width", "<u2"), ("height", "<u2")])
     store: dict[str, Any] = {
-        "paths": paths, "skipped": [], "crops": [], "columns": {}, "lengths": {},
+        "paths": paths, "skipped": [], "crops": [], "columns": {},
         "sizes": read_npy(folder / "images.npy", m["sizes_sha256"], sizes, (count,)),
     }  # fmt: skip
     shards = [min(size, count - first) for first in range(0, count, size)]
     for shard, rows in enumerate(shards):
         about = read_json(folder / "crops" / f"{shard:05d}.json")
-        assert len(about["images"]) == rows
+        assert set(about) == {"file", "images", "manifest", "shard", "skipped"}
+        assert (about["manifest"], about["shard"], len(about["images"])) == (digest, shard, rows)
         store["skipped"] += about["skipped"]
         store["crops"].append(read_npy(folder / "crops" / f"{shard:05d}.npy", about["file"], RECORD, (rows, crops)))
     store["crops"] = np.concatenate(store["crops"])
-    for column in sorted(path.parent for path in folder.glob("targets/*/meta.json")):
+    for column in sorted(path for path in folder.glob("targets/[!.]*") if path.is_dir()):
         meta = read_json(column / "meta.json")
         shapes = {name: shape_of(meta, name) for name in meta["arrays"] if not name.startswith("teacher-")}
         arrays = {name: read_npy(column / f"{name}.npy", meta["arrays"][name], "<f4", shape) for name, shape in shapes.items()}
         codes = []
         for shard, rows in enumerate(shards):
-            whole = (column / f"codes-{shard:05d}.json").exists()
-            name = f"{'codes' if whole else 'prefix'}-{shard:05d}"
-            about = read_json(column / f"{name}.json")
-            assert about["column"] == sha256(canonical(meta))
-            lengths = [crops] * rows if whole else about["crops"]
-            found = read_npy(column / f"{name}.npy", about["file"], "u1", (rows, max(lengths), meta["code_size"]))
-            codes.append(np.pad(found, ((0, 0), (0, crops - max(lengths)), (0, 0))))
-            store["lengths"].setdefault(column.name, []).extend(lengths)
+            about = read_json(column / f"codes-{shard:05d}.json")
+            assert set(about) == {"column", "file", "manifest", "shard"}
+            assert (about["manifest"], about["shard"], about["column"]) == (digest, shard, sha256(canonical(meta)))
+            codes.append(read_npy(column / f"codes-{shard:05d}.npy", about["file"], "u1", (rows, crops, meta["code_size"])))
         every = np.concatenate(codes)
         targets = decode(meta["codec"], meta["dim"], arrays, every.reshape(-1, meta["code_size"]))
         store["columns"][column.name] = targets.reshape(count, crops, meta["dim"])

@@ -63,20 +63,6 @@ def test_it_decodes_every_family_of_codecs_as_faiss_does(folder: Path, spec: str
         assert spec != "Flat" or (read[row] == decoded).all()
 
 
-def test_it_reads_what_was_recorded_in_part(tmp_path: Path):
-    made.make(tmp_path / "store", ("SQ4",))
-    whole = open_store(tmp_path / "store")
-    targets = [whole.targets("sq4", row, slice(None)) for row in range(len(made.PATHS))]
-    made.cut(tmp_path / "store", "sq4", 0, [2, 1, 2, 0])
-    read = plain.read_store(tmp_path / "store")
-    assert read["lengths"]["sq4"] == [2, 1, 2, 0, 3, 3]
-    ours = open_store(tmp_path / "store")
-    assert ours.column().rows.tolist() == [0, 1, 2, 5]
-    for row, length in enumerate(read["lengths"]["sq4"]):
-        np.testing.assert_allclose(read["columns"]["sq4"][row, :length], targets[row][:length], rtol=0, atol=2e-6)
-        np.testing.assert_array_equal(ours.targets("sq4", row, slice(None)), targets[row][:length])
-
-
 def test_every_code_of_few_bits_decodes_as_faiss_does():
     """All bytes there are, not only those that targets happen to be encoded to."""
     codes = np.random.default_rng(0).integers(0, 256, (4000, 256), dtype=np.uint8)

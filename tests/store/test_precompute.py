@@ -418,3 +418,29 @@ def test_old_leftovers_of_killed_processes_are_swept(tmp_path, make_store):
     os.utime(old, (0, 0))
     make_store(tmp_path / "store")
     assert (old.exists(), young.exists()) == (False, True)
+
+
+@pytest.mark.parametrize("cut", [True, False])
+@pytest.mark.parametrize("name", ["tiny/.work-codes-00000", ".work-tiny-sample"])
+def test_a_forged_journal_leaves_no_damaged_shard(tmp_path, make_store, new_teacher, tree, name, cut):
+    """It claims crops that its file does not hold, or rows that it has no checksums of."""
+    make_store(tmp_path / "whole")
+
+    class Dies(type(new_teacher())):
+        def embed(self, crops):
+            if self.calls == (2 if "sample" in name else 9):
+                raise KeyboardInterrupt
+            return super().embed(crops)
+
+    with pytest.raises(KeyboardInterrupt):
+        make_store(tmp_path / "store", teacher=Dies())
+    work = tmp_path / "store/targets" / name
+    journal = work.with_name(f"{work.name}.json")
+    values = files.read_json(journal)
+    assert values["crops"] > 0
+    if cut:
+        work.write_bytes(b"")
+        values |= {"codes": files.sha256(b""), "crops": 96}
+    journal.write_bytes(files.signed({**values, "images": values["images"][:1]}))
+    make_store(tmp_path / "store")
+    assert tree(tmp_path / "store") == tree(tmp_path / "whole")

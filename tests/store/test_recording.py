@@ -1,4 +1,4 @@
-"""What a training's teacher says becomes a column, complete or of first crops, whatever is killed; precompute finishes it."""
+"""What a training's teacher says becomes a column, whatever is killed; what was damaged meanwhile precompute computes."""
 
 import os
 import shutil
@@ -16,10 +16,7 @@ from fkd_ssl.errors import FkdError, ImageError, RequestError, StoreError
 from fkd_ssl.store import columns, manifest, open_store
 from fkd_ssl.store import precompute as precompute_module
 from fkd_ssl.store.precompute import precompute, prepare
-from fkd_ssl.store.recode import recode
-from fkd_ssl.store.recording import Recording, is_recorded, publish_left
-from fkd_ssl.store.repair import repair
-from fkd_ssl.store.subset import subset
+from fkd_ssl.store.recording import Recording
 from fkd_ssl.store.verify import verify
 
 CROPS, BLOCK = 6, 2
@@ -106,76 +103,6 @@ def test_crops_are_used_in_the_order_of_the_store(tmp_path, begin, image_folder)
     np.testing.assert_array_equal(data[1, 5]["images"], whole[0, 5]["images"].roll(start, 0)[2:4])
 
 
-def test_a_part_is_marked_and_read(tmp_path, begin, train, whole, image_folder):
-    recording = train(begin(), 0, 24 + 9)
-    recording.publish()
-    column = open_store(tmp_path / "store").column()
-    more = set(ORDER[:9].tolist())
-    lengths = column.lengths(np.arange(24)).tolist()
-    assert lengths == [4 if row in more else 2 for row in range(24)]
-    assert "2 to 4 of 6 crops" in column.in_part
-    for row in range(24):
-        codes = column.codes(row, slice(None))
-        assert len(codes) == lengths[row]
-        assert np.abs(codes.astype(int) - whole.column().codes(row, slice(lengths[row]))).max() <= 1
-    with pytest.raises(IndexError):
-        column.codes(int(ORDER[20]), np.array([2]))
-    data = StoredCrops(open_store(tmp_path / "store"), image_folder, crops_per_image=2, pixels=32)
-    assert len(data) == 24
-    seen = {i: [data[p, i]["targets"].numpy() for p in range(2)] for i in range(24)}
-    for i, (first, second) in seen.items():
-        assert np.array_equal(np.sort(first, axis=0), np.sort(second, axis=0)) == (lengths[i] == 2)
-    with pytest.raises(RequestError, match="holds 2 crops of each image"):
-        StoredCrops(open_store(tmp_path / "store"), image_folder, crops_per_image=4, pixels=32)
-
-
-def test_images_that_no_batch_had_are_left_out(tmp_path, begin, train, image_folder):
-    train(begin(), 0, 9).publish()
-    store = open_store(tmp_path / "store")
-    assert sorted(ORDER[:9].tolist()) == store.column().rows.tolist()
-    assert "recorded 2 of 6 crops of an image, and none of 15 images: students can" in store.column().in_part
-    assert len(StoredCrops(store, image_folder, crops_per_image=2, pixels=32)) == 9
-    report = verify(store)
-    assert [problem for problem in report.problems if "missing" not in problem] == []
-
-
-@pytest.mark.parametrize("end", [5, 24, 24 + 9, 24 * 2 + 23])
-def test_precompute_finishes_it(tmp_path, begin, train, whole, finish, new_teacher, tree, end):
-    train(begin(), 0, end).publish()
-    was = open_store(tmp_path / "store").column()
-    recorded = {row: was.codes(row, slice(None)) for row in was.rows.tolist()}
-    teacher = new_teacher()
-    summary = finish(teacher)
-    assert summary.crops == 24 * CROPS - end * BLOCK
-    assert teacher.crops_seen < summary.crops + 3 * 8  # each shard's last chunk is filled up
-    column = open_store(tmp_path / "store").column()
-    column.require_complete()
-    assert np.abs(codes_of(column) - codes_of(whole.column())).max() <= 1
-    for row, codes in recorded.items():
-        np.testing.assert_array_equal(column.codes(row, slice(len(codes))), codes)
-    assert tree(tmp_path / "store").keys() == tree(tmp_path / "whole").keys()
-    assert verify(open_store(tmp_path / "store")).problems == []
-
-
-def test_a_killed_finish_gives_the_same_bytes(tmp_path, begin, train, finish, new_teacher, tree, image_folder, monkeypatch):
-    train(begin(), 0, 24 + 9).publish()
-    train(begin("other"), 0, 24 + 9).publish()
-
-    class Dies(type(new_teacher())):
-        def embed(self, crops):
-            if self.calls == 2:
-                raise KeyboardInterrupt
-            return super().embed(crops)
-
-    for _ in range(3):
-        with pytest.raises(KeyboardInterrupt):
-            finish(Dies())
-    finish(new_teacher())
-    asked = {"crops": CROPS, "recipe": RECIPES["mocov2"], "pixels": 32, "chunk_size": 8}
-    precompute(images.scan(image_folder), tmp_path / "other", new_teacher(), **asked)
-    assert tree(tmp_path / "store") == tree(tmp_path / "other")
-
-
 def test_a_killed_training_goes_on(tmp_path, begin, train, tree):
     """What was added after the last checkpoint is added again; what was before is not lost."""
     recording = train(begin(), 0, 24)
@@ -183,17 +110,16 @@ def test_a_killed_training_goes_on(tmp_path, begin, train, tree):
     train(recording, 24, 40)  # no checkpoint counts on these
     recording.close()
     recording = begin()
-    assert recording.counts.sum() == 24 * BLOCK
-    recording.require(24 * BLOCK)
-    with pytest.raises(FkdError, match="this run recorded 50 before"):
-        recording.require(50)
-    train(recording, 24, 48).publish()
-    train(begin("other"), 0, 48).publish()
+    with pytest.raises(FkdError, match="holds 48 recorded targets, and this run recorded 50 before"):
+        recording.resume(50)
+    recording.resume(24 * BLOCK)
+    assert train(recording, 24, 72).publish() == []
+    train(begin("other"), 0, 72).publish()
     assert tree(tmp_path / "store") == tree(tmp_path / "other")
 
 
-def test_a_disk_that_the_recording_fills_is_no_reason_to_refuse(tmp_path, begin, train, finish, new_teacher, monkeypatch):
-    """What was recorded becomes the store: only the rest needs room."""
+def test_a_disk_that_the_recording_fills_is_no_reason_to_refuse(begin, train, monkeypatch):
+    """What was recorded becomes the store: only the rest needs room, and four bytes a block."""
     free = 0
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
     with pytest.raises(FkdError, match="the disk has 0 bytes free"):
@@ -204,9 +130,8 @@ def test_a_disk_that_the_recording_fills_is_no_reason_to_refuse(tmp_path, begin,
     recording.close()
     free = (24 * CROPS - 33 * BLOCK) * 16
     recording = begin()
-    recording.publish()
-    recording.close()
-    assert finish(new_teacher()).crops == 24 * CROPS - 33 * BLOCK
+    recording.resume(33 * BLOCK)
+    assert train(recording, 33, 72).publish() == []
 
 
 def test_a_kill_while_publishing(tmp_path, begin, train, tree, monkeypatch):
@@ -225,20 +150,9 @@ def test_a_kill_while_publishing(tmp_path, begin, train, tree, monkeypatch):
             recording.publish()
     recording.close()
     recording = begin()
-    recording.require(24 * CROPS)
+    recording.resume(24 * CROPS)
     recording.publish()
     assert tree(tmp_path / "store") == tree(tmp_path / "other")
-
-
-def test_precompute_takes_what_a_training_left(tmp_path, begin, train, finish, new_teacher):
-    recording = train(begin(), 0, 24 + 9)
-    recording.sync()
-    with pytest.raises(RequestError, match="another process records"):
-        finish(new_teacher())
-    recording.close()
-    assert finish(new_teacher()).crops == 24 * CROPS - 33 * BLOCK
-    assert not is_recorded(open_store(tmp_path / "store").column())
-    assert not publish_left(open_store(tmp_path / "store").column())
 
 
 def test_precompute_leaves_a_training_alone_that_made_no_checkpoint_yet(tmp_path, begin, train, finish, new_teacher):
@@ -271,21 +185,18 @@ def test_no_two_record_one_column(begin):
 
 
 def test_a_column_that_holds_targets_is_not_recorded(tmp_path, begin, train, finish, new_teacher):
-    train(begin(), 0, 24 + 9).publish()
+    recording = train(begin(), 0, 24 * 3)
+    recording.publish()
+    recording.close()
     for _ in range(2):
         with pytest.raises(RequestError, match="holds targets of tiny already"):
             begin()
-        finish(new_teacher())
+        assert finish(new_teacher()).crops == 0
 
 
 def test_blocks_must_divide_the_crops(begin):
-    with pytest.raises(RequestError, match="no multiple of crops_per_image 2"):
+    with pytest.raises(RequestError, match="not a multiple of crops_per_image 2"):
         begin(crops=5)
-
-
-def test_a_store_that_was_replaced_is_noticed(begin, train):
-    with pytest.raises(FkdError, match="this is not the store that the run began to record"):
-        train(begin(), 24, 25)
 
 
 def test_crops_are_used_again_where_the_training_is_longer(tmp_path, begin, train, tree):
@@ -354,166 +265,26 @@ def test_an_image_that_changed_is_not_recorded(begin, pictures):
         data[0, 3]
 
 
-@pytest.mark.parametrize("change", ["flip", "shorten", "sidecar", "counts"])
-def test_verify_finds_damage_in_a_part(tmp_path, begin, train, change):
-    train(begin(), 0, 24 + 9).publish()
-    path = tmp_path / "store/targets/tiny/prefix-00001.npy"
-    data = bytearray(path.read_bytes())
-    if change == "flip":
-        data[-1] ^= 1
-        path.write_bytes(data)
-    elif change == "shorten":
-        path.write_bytes(data[:-1])
-    else:
-        values = files.read_json(path.with_suffix(".json"))
-        if change == "sidecar":
-            values["column"] = "0" * 64
-        else:
-            values["crops"][0] = CROPS + 1
-        path.with_suffix(".json").unlink()
-        files.write_json(path.with_suffix(".json"), values)
-    if change == "counts":  # they are looked at when the column is
-        with pytest.raises(StoreError, match="expected 10 numbers of crops from 0 to 6"):
-            open_store(tmp_path / "store").column().rows  # noqa: B018
-    report = verify(open_store(tmp_path / "store"))
-    assert len(report.problems) == 1
-    assert "prefix-00001" in report.problems[0]
-    assert "shard 1" in report.problems[0]
-
-
-@pytest.mark.parametrize("name", ["prefix-00001.npy", "prefix-00001.json"])
-def test_verify_samples_the_sound_shards_beside_a_damaged_part(tmp_path, begin, train, image_folder, new_teacher, name):
-    train(begin(), 0, 24 + 9).publish()
-    path = tmp_path / "store/targets/tiny" / name
-    path.write_bytes(path.read_bytes()[:-2] + b"  ")
-    report = verify(open_store(tmp_path / "store"), images.scan(image_folder), new_teacher(), sample=24)
-    assert len(report.problems) == 1
-    assert "prefix-00001" in report.problems[0]
-    assert report.checked["crops"] == 14
-    assert report.cosine["min"] > 0.999
-
-
-def test_verify_notes_and_samples_a_part(tmp_path, begin, train, image_folder, new_teacher):
-    train(begin(), 0, 24 + 9).publish()
-    report = verify(open_store(tmp_path / "store"), images.scan(image_folder), new_teacher(), sample=24)
-    assert report.problems == []
-    assert "a training recorded 2 to 4 of 6 crops" in report.notes[0]
-    assert report.cosine["min"] > 0.999
-
-
-def test_precompute_does_not_publish_damage(tmp_path, begin, train, finish, new_teacher):
-    train(begin(), 0, 24 + 9).publish()
-    path = tmp_path / "store/targets/tiny/prefix-00001.npy"
-    data = bytearray(path.read_bytes())
-    data[200] ^= 1
-    path.write_bytes(data)
-    with pytest.raises(StoreError, match=r"prefix-00001\.npy: altered"):
-        finish(new_teacher())
-    for name in ("npy", "json"):
-        path.with_suffix(f".{name}").unlink()
-    finish(new_teacher())
-    assert verify(open_store(tmp_path / "store")).problems == []
-
-
-def test_repair_makes_crops_of_a_part_again(tmp_path, begin, train, image_folder, tree):
-    train(begin(), 0, 24 + 9).publish()
-    before = tree(tmp_path / "store")
-    for damaged in ("00001.npy", "00001.json"):
-        (tmp_path / "store/crops" / damaged).write_text("damaged")
-    store = open_store(tmp_path / "store")
-    repair(store, verify(store).damage, images.scan(image_folder))
-    assert tree(tmp_path / "store") == before
-
-
-@pytest.mark.parametrize("suffix", [".npy", ".json"])
-def test_repair_leaves_the_rest_to_precompute(tmp_path, begin, train, image_folder, new_teacher, finish, suffix):
-    train(begin(), 0, 24 + 9).publish()
-    path = tmp_path / "store/targets/tiny/prefix-00001.npy"
-    damaged = path.with_suffix(suffix)
-    damaged.write_bytes(damaged.read_bytes()[:-1])
-    said = []
-    store = open_store(tmp_path / "store")
-    repair(store, verify(store).damage, images.scan(image_folder), new_teacher(), log=said.append)
-    assert "delete the damaged files, and precompute into this store makes those crops" in said[0]
-    for name in ("npy", "json"):
-        path.with_suffix(f".{name}").unlink()
-    assert finish(new_teacher()).crops > 0
-    assert verify(open_store(tmp_path / "store")).problems == []
-
-
-def test_a_part_of_a_part(tmp_path, begin, train, whole):
-    train(begin(), 0, 24 + 9).publish()
-    store = open_store(tmp_path / "store")
-    with pytest.raises(RequestError, match="2 to 4 of 6 crops"):
-        subset(store, tmp_path / "large", crops=3)
-    part = subset(store, tmp_path / "small", crops=2)
-    part.column().require_complete()
-    assert np.abs(codes_of(part.column()) - codes_of(whole.column())[:, :2]).max() <= 1
-    assert verify(part).problems == []
-    longer = [store.paths[row] for row in sorted(ORDER[:9].tolist())]
-    assert subset(store, tmp_path / "longer", crops=4, paths=longer).crops_per_image == 4
-    with pytest.raises(StoreError, match="2 to 4 of 6 crops"):
-        recode(store, "SQ4")
-
-
-@pytest.mark.parametrize("values", ["no", {"block": 2}, {"block": 3}, {"block": 0}, {"counts": "AAAA"}, {"counts": "é"}])
-def test_a_strange_journal(tmp_path, begin, train, finish, new_teacher, values):
-    recording = train(begin(), 0, 24)
-    recording.sync()
-    recording.close()
-    path = tmp_path / "store/targets/tiny/.record.json"
-    was = files.read_json(path)
-    path.unlink()
-    if values == "no":
-        path.write_text("no")
-    elif values == {"block": 2}:
-        files.write_json(path, values)
-    else:
-        files.write_json(path, {**was, **values})
-    with pytest.raises((StoreError, RequestError)):
-        begin()
-    with pytest.raises((StoreError, RequestError)):
-        finish(new_teacher())
-
-
-def test_a_file_that_was_cut_is_not_published_as_zeros(tmp_path, begin, train, finish, new_teacher):
-    recording = train(begin(), 0, 24 + 9)
-    recording.sync()
-    recording.close()
-    path = tmp_path / "store/targets/tiny/.record"
-    os.truncate(path, path.stat().st_size - 1)
-    for _ in range(2):
-        with pytest.raises(StoreError, match=r"shorter than .record.json"):
-            finish(new_teacher())
-        path.unlink(missing_ok=True)
-    (path.parent / ".record.json").unlink()
-    assert finish(new_teacher()).crops == 24 * CROPS
-
-
 def test_a_full_disk_is_named(tmp_path, begin, train, monkeypatch):
     recording = begin()
     monkeypatch.setattr(os, "pwrite", lambda *_: 3)
     with pytest.raises(OSError, match=r"No space left on device.*targets/tiny/\.record"):
         train(recording, 0, 4)
-    assert recording.counts.sum() == 0
+    assert recording.crops == 0
 
 
 def test_a_strangers_link_is_not_written_through(tmp_path, begin, train, finish, new_teacher):
     """In the place of the file of a recording, or of a shard's progress: what it leads to would be cut."""
-    recording = train(begin(), 0, 24)
-    recording.sync()
-    recording.close()
+    begin().close()
     (tmp_path / "mine").write_text("precious")
     for name in (".record", ".work-codes-00000"):
         path = tmp_path / "store/targets/tiny" / name
-        was = path.rename(tmp_path / "was") if path.exists() else None
+        path.unlink(missing_ok=True)
         path.symlink_to(tmp_path / "mine")
         with pytest.raises(StoreError, match="a symbolic link"):
             finish(new_teacher())
         assert (tmp_path / "mine").read_text() == "precious"
         path.unlink()
-        if was is not None:
-            was.rename(path)
 
 
 def test_readers_that_outlive_a_killed_training_are_waited_for(begin, monkeypatch):
@@ -541,15 +312,107 @@ def test_a_killed_process_lets_go(tmp_path, begin, train):
     begin().close()
 
 
-def test_a_prefix_that_a_kill_left_beside_its_shard_goes(tmp_path, begin, train, finish, new_teacher):
-    train(begin(), 0, 24 + 9).publish()
-    column = tmp_path / "store/targets/tiny"
-    left = {path: path.read_bytes() for path in column.glob("prefix-*")}
-    assert len(left) == 6
-    finish(new_teacher())
-    assert not list(column.glob("prefix-*"))
-    for path, data in left.items():
-        path.write_bytes(data)
-    assert verify(open_store(tmp_path / "store")).problems == []
-    assert finish(new_teacher()).crops == 0
-    assert not list(column.glob("prefix-*"))
+def stopped(recording, train, last):
+    """A training that was stopped after a checkpoint: its work file and its journal."""
+    train(recording, 0, last)
+    recording.sync()
+    recording.close()
+    return recording.column.folder / ".record", recording.column.folder / ".record.json"
+
+
+def test_precompute_does_not_touch_what_a_training_recorded(tmp_path, begin, train, finish, new_teacher, tree):
+    recording = train(begin(), 0, 24 + 9)
+    recording.sync()
+    with pytest.raises(RequestError, match="another process records"):
+        finish(new_teacher())
+    recording.close()
+    before, teacher = tree(tmp_path / "store"), new_teacher()
+    with pytest.raises(RequestError, match=r"was stopped: run the same fkd-ssl train command .* delete \.record and"):
+        finish(teacher)
+    assert tree(tmp_path / "store") == before
+    assert teacher.calls == 0
+    for name in (".record", ".record.json"):
+        (tmp_path / "store/targets/tiny" / name).unlink()
+    assert finish(new_teacher()).crops == 24 * CROPS
+
+
+@pytest.mark.parametrize("damage", ["bit", "checksum", "swap", "cut", "hole", "gone"])
+def test_a_block_that_was_altered_is_computed_again(tmp_path, begin, train, finish, new_teacher, whole, damage):
+    """In a killed recording: published, the damage would have got a checksum of its own."""
+    work, _ = stopped(begin(), train, 24 * 3)
+    unit = BLOCK * 16 + 4
+    place = 10 * (CROPS // BLOCK) * unit  # of shard 1, of 10 rows
+    data = bytearray(work.read_bytes())
+    if damage == "bit":
+        data[place + 17] ^= 4
+    elif damage == "checksum":
+        data[place + unit - 1] ^= 128
+    elif damage == "swap":
+        a, b = slice(place, place + unit), slice(place + unit, place + 2 * unit)
+        data[a], data[b] = data[b], data[a]
+    elif damage == "hole":
+        data[place + unit : place + 2 * unit] = bytes(unit)
+    work.write_bytes(data[:-1] if damage == "cut" else b"" if damage == "gone" else data)
+    recording = begin()
+    recording.resume(24 * CROPS)
+    left_out = {"cut": [2], "gone": [2, 1, 0]}.get(damage, [1])
+    assert recording.publish() == left_out
+    recording.close()
+    column = open_store(tmp_path / "store").column()
+    assert column.missing_shards == sorted(left_out)
+    if damage != "gone":
+        assert finish(new_teacher()).crops == {"cut": 4}.get(damage, 10) * CROPS
+        assert np.abs(codes_of(open_store(tmp_path / "store").column()) - codes_of(whole.column())).max() <= 1
+        assert verify(open_store(tmp_path / "store")).problems == []
+
+
+def test_no_bit_of_a_killed_recording_can_flip_unseen(begin, train):
+    """Of every byte of a shard's blocks one bit."""
+    work, journal = stopped(begin(), train, 24 * 3)
+    whole, counted = work.read_bytes(), journal.read_bytes()
+    generator = np.random.default_rng(0)
+    length = 4 * (CROPS // BLOCK) * (BLOCK * 16 + 4)  # of shard 2, the last one, of 4 rows
+    for place in range(len(whole) - length, len(whole)):
+        data = bytearray(whole)
+        data[place] ^= 1 << int(generator.integers(8))
+        work.write_bytes(data)
+        journal.write_bytes(counted)
+        recording = begin()
+        assert recording._codes(2) is None
+        assert recording._codes(1) is not None
+        recording.close()
+
+
+def test_the_journal_does_not_grow_with_the_images(begin, train):
+    """It once had a number for each of them, and of 15 million that was more than a file of JSON may hold."""
+    _, journal = stopped(begin(), train, 24)
+    assert files.read_json(journal).keys() == {"column", "block", "crops"}
+
+
+@pytest.mark.parametrize("values", ["no", {"block": 3}, {"block": 0}, {"crops": "4"}, {"crops": -2}, {"column": "0" * 64}])
+def test_an_impossible_journal(tmp_path, begin, train, finish, new_teacher, values):
+    _, path = stopped(begin(), train, 24)
+    was = files.read_json(path)
+    path.unlink()
+    if values == "no":
+        path.write_text("no")
+    else:
+        files.write_json(path, {**was, **values})
+    with pytest.raises(StoreError, match=r"\.record\.json: (the journal of another recording|not JSON)"):
+        begin()
+    with pytest.raises(RequestError, match="was stopped"):
+        finish(new_teacher())
+
+
+def test_a_store_that_was_replaced_is_noticed(begin):
+    recording = begin()
+    with pytest.raises(FkdError, match="restore the store that the run began with"):
+        recording.resume(48)
+
+
+def test_what_another_training_left_before_its_first_checkpoint_does_not_count(begin, train):
+    recording = train(begin(), 0, 24)
+    recording.close()  # no journal
+    recording = begin()
+    assert recording.crops == 0
+    assert (recording.column.folder / ".record").stat().st_size == 0

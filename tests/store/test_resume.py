@@ -121,7 +121,7 @@ def test_a_shard_that_another_process_writes_is_left_to_it(tmp_path, whole, whol
     for path in (folder / "targets" / "tiny").glob("codes-0000[13].*"):
         path.unlink()
     column = open_store(folder).column("tiny")
-    with work.open_work(work.shard_file(manifest.codes_file(folder, "tiny", 1)), column.digest) as progress:
+    with work.open_work(work.shard_file(manifest.codes_file(folder, "tiny", 1)), column.digest, unit=16, crops=1) as progress:
         assert progress is not None
         summary = make(folder, image_folder, tiny_teacher)
         assert (summary.busy, summary.crops) == ([1], 30)
@@ -169,13 +169,14 @@ def test_the_largest_codecs_sample_is_resumed(tmp_path, new_teacher):
     """Of one crop of each of 294,912 images: their checksums would be more than a file of JSON may hold."""
     request = columns.Request(name="tiny", teacher=new_teacher(), codec="PQ4x12", pixels=32, chunk_size=7)
     count = codecs.sample_size("PQ4x12") * 9 // 8
-    with suppress(StopError), work.open_work(tmp_path / "sample", "me") as progress:
+    sizes = {"unit": 64, "crops": count, "per_row": 1}
+    with suppress(StopError), work.open_work(tmp_path / "sample", "me", **sizes) as progress:
         lane = columns._sample_lane(request, [], progress, 1, lambda: False)
         for row in range(count):
             lane._seen(Row(views={}, checksum="" if row == 5 else "0" * 64))
         lane._take(np.zeros((count - 1, 16), dtype=np.float32))
         raise StopError
-    with work.open_work(tmp_path / "sample", "me") as progress:
+    with work.open_work(tmp_path / "sample", "me", **sizes) as progress:
         lane = columns._sample_lane(request, [], progress, 1, lambda: False)
         assert (count, lane.first, lane._skip) == (294_912, count, 0)
 

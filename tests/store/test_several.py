@@ -169,7 +169,7 @@ def test_a_column_that_another_process_writes_is_left_to_it(tmp_path, image_fold
         for path in (tmp_path / "store" / "targets" / name).glob("codes-00001.*"):
             path.unlink()
     column = open_store(tmp_path / "store").column("a")
-    with work.open_work(work.shard_file(manifest.codes_file(tmp_path / "store", "a", 1)), column.digest):
+    with work.open_work(work.shard_file(manifest.codes_file(tmp_path / "store", "a", 1)), column.digest, unit=16, crops=1):
         summary = make(tmp_path / "store", image_folder, pair)
         assert (summary.busy, summary.crops) == ([1], 30)
     assert make(tmp_path / "store", image_folder, pair).busy == []

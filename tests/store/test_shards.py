@@ -33,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def reader(folder: Path) -> ShardFiles:
-    return ShardFiles(lambda shard: (folder / f"{shard}.npy", ROWS, CROPS), np.dtype(np.uint8), (SIZE,))
+    return ShardFiles(lambda shard: (folder / f"{shard}.npy", ROWS), np.dtype(np.uint8), (CROPS, SIZE))
 
 
 def descriptors(folder: Path) -> int:
@@ -67,7 +67,7 @@ def test_records_are_read_as_records(tmp_path):
     dtype = np.dtype([("a", "<u2"), ("b", "<f2")])
     values = np.arange(12, dtype="<u2").reshape(2, 6).astype(dtype)
     files.write_npy(tmp_path / "0.npy", values)
-    read = ShardFiles(lambda shard: (tmp_path / "0.npy", 2, 6), dtype).read(0, 1, np.array([5, 0, 1]))
+    read = ShardFiles(lambda shard: (tmp_path / "0.npy", 2), dtype, (6,)).read(0, 1, np.array([5, 0, 1]))
     np.testing.assert_array_equal(read, values[1, [5, 0, 1]])
 
 

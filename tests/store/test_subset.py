@@ -10,7 +10,6 @@ from fkd_ssl import files, images
 from fkd_ssl.crops import RECIPES
 from fkd_ssl.errors import RequestError, StoreError
 from fkd_ssl.store import manifest, open_store
-from fkd_ssl.store import subset as subsets
 from fkd_ssl.store.precompute import precompute
 from fkd_ssl.store.subset import subset, whole_folder
 from fkd_ssl.store.verify import verify
@@ -115,11 +114,11 @@ def test_a_killed_one_appears_not_at_all_and_goes_on(tmp_path, source, tree, mon
 
 
 def test_another_column_that_was_begun_is_refused(tmp_path, source, monkeypatch):
-    def fail(*arguments):
+    def fail(*arguments, **options):
         raise PulledError
 
     with monkeypatch.context() as patch:
-        patch.setattr(subsets, "_copy_codes", fail)
+        patch.setattr(manifest, "publish_codes", fail)
         with pytest.raises(PulledError):
             subset(source, tmp_path / "part", teachers=["a"])
     with pytest.raises(RequestError, match="something else was begun here"):

@@ -169,7 +169,7 @@ def test_codes_of_another_column_are_found(folder, make_store, new_teacher):
     for suffix in ("npy", "json"):
         shutil.copy(folder / f"targets/other/codes-00001.{suffix}", folder / f"targets/tiny/codes-00001.{suffix}")
     (found,) = problems(folder)
-    assert "targets/tiny/codes-00001.npy: written for another meta.json than this column's; delete" in found
+    assert "targets/tiny/codes-00001.npy: written for another column: files were swapped or copied; restore" in found
 
 
 @pytest.mark.parametrize("part", ["crops/00001", "targets/tiny/codes-00001"])
@@ -191,7 +191,7 @@ def test_codes_without_a_meta_json_are_found_beside_another_column(folder, make_
     (folder / "targets/tiny/meta.json").unlink()
     before = tree(folder)
     (found,) = problems(folder)
-    assert "targets/tiny: holds codes and no meta.json, which alone says whose they are: restore it from a copy" in found
+    assert "targets/tiny: meta.json is missing, so nothing says whose targets these are: restore" in found
     teacher = new_teacher()
     with pytest.raises(RequestError, match=r"targets/tiny: there is such a folder, and no meta\.json .* move the folder away"):
         make_store(folder, teacher=teacher)
