@@ -173,13 +173,13 @@ def test_another_batch_size_after_a_start_that_recorded_nothing(work: Path, call
 
 
 def stopped(call: Any, monkeypatch: pytest.MonkeyPatch, line: str) -> None:
-    """A training that was interrupted at its fourth step."""
+    """A training that was interrupted after its first pass, which has three steps."""
     from fkd_ssl.training.sampler import PassSampler
 
     batch = PassSampler.batch
 
     def interrupted(self: PassSampler, step: int) -> Any:
-        if step == 3:
+        if step == 5:
             raise KeyboardInterrupt
         return batch(self, step)
 
