@@ -129,7 +129,7 @@ class TestInspect:
     @pytest.mark.parametrize(("store", "said"), [("nowhere", "no such folder"), ("train", "no manifest.json in it")])
     def test_what_is_no_store(self, work: Path, call: Any, store: str, said: str) -> None:
         status, out, err = call(f"inspect {store}")
-        assert (status, out) == (1, "")
+        assert (status, out) == (2, "")
         assert f"{store}: not a store ({said})" in err
 
 
