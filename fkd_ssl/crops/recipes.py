@@ -72,7 +72,7 @@ class Recipe(BlurSettings, ColourSettings, FlipSettings, BoxSettings):
             if not isinstance(values["name"], str):
                 raise TypeError("its name is not a string")
             return cls(**{**values, **pairs})
-        except (KeyError, TypeError, ValueError, OverflowError, RequestError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError, RequestError) as error:
             raise StoreError(f"not a crop recipe: {error}") from error
 
 

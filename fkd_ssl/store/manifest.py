@@ -124,6 +124,7 @@ def read_manifest(folder: Path) -> Manifest:
         what = "no such folder" if not folder.is_dir() else f"no {MANIFEST} in it"
         raise NotFoundError(f"{folder}: not a store ({what}); make one with fkd-ssl precompute")
     values = files.read_json(path)
+    digest = files.sha256(files.canonical(values))
     if values.pop("format", None) != FORMAT:
         raise StoreError(f"{path}: not the manifest of a store")
     version = values.pop("version", None)
@@ -140,6 +141,7 @@ def read_manifest(folder: Path) -> Manifest:
     fits = all(type(n) is int and 0 < n <= limit for n, limit in zip(counts, most, strict=True))
     if not fits or type(manifest.seed) is not int:
         raise StoreError(f"{path}: seed {manifest.seed!r} or counts {counts} are impossible")
+    manifest.__dict__["digest"] = digest  # of the file: a later version's recipe has settings that this file lacks
     return manifest
 
 

@@ -297,7 +297,9 @@ def test_sidecars_that_cannot_be_are_refused(folder, changes, message):
 def test_sidecars_of_codes_that_lack_a_checksum_are_refused(folder, changes):
     resign(folder / "targets" / "tiny" / "codes-00001.json", **changes)
     column = open_store(folder).column()
-    with pytest.raises(StoreError, match=r"codes-00001\.json: (a checksum is missing or is not a hexadecimal sha256|keys are missing)"):
+    with pytest.raises(
+        StoreError, match=r"codes-00001\.json: (a checksum is missing or is not a hexadecimal sha256|keys are missing)"
+    ):
         column.sidecar(1)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fkd_ssl import images
+from fkd_ssl import files, images
 from fkd_ssl.commands import inspect
 from fkd_ssl.crops import RECIPES
 from fkd_ssl.errors import StoreError
@@ -144,3 +144,16 @@ def test_other_images_than_the_teacher_saw_are_still_told_by_their_rows(folder, 
     report = verify(open_store(folder / "store"), images.scan(image_folder))
     assert {(part.kind, part.shard) for part in report.damage} == {(kind, n) for kind in ("crops", "codes") for n in (0, 1)}
     assert np.all(open_store(folder / "store").sizes["width"] > 0)
+
+
+def test_a_manifest_that_lacks_a_later_versions_setting_keeps_its_digest(folder):
+    """Sidecars name the manifest as it is in its file; read, the recipe has a default for what the file lacks."""
+    store = folder / "store"
+    values = files.read_json(store / "manifest.json")
+    del values["recipe"]["blur"]
+    (store / "manifest.json").write_bytes(files.signed(values))
+    digest = files.sha256(files.canonical(values))
+    for path in [*store.glob("crops/*.json"), *store.glob("targets/*/codes-*.json")]:
+        path.write_bytes(files.signed({**files.read_json(path), "manifest": digest}))
+    assert open_store(store).manifest.digest == digest
+    assert verify(open_store(store)).problems == []
