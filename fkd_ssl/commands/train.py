@@ -222,8 +222,7 @@ def _inputs(
     if store is not None:
         inputs["store"] = f"{len(store)} images, sha256 {store.manifest.digest}"
         for column in map(store.column, config.teachers if config.targets == "stored" else []):
-            targets = column.lengths(store.rows).sum()  # more when precompute completes a recorded column
-            inputs[f"column {column.name}"] = f"{targets} targets, sha256 {column.digest}"
+            inputs[f"column {column.name}"] = f"sha256 {column.digest}"
     if maps is not None:
         inputs["label maps"] = f"sha256 {maps.manifest.digest}"
     inputs |= {f"teacher {teacher.name}": f"{teacher.network}, sha256 {teacher.checkpoint_sha256}" for teacher in teachers}
