@@ -18,6 +18,9 @@ from fkd_ssl.crops import RECIPES
 from fkd_ssl.store import Store, open_store
 from fkd_ssl.store.precompute import precompute
 
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # crops for --device_crops are made in Triton's interpreter
+
 torch.set_num_threads(1)  # tiny networks only, and the same bytes in every process that loads this file
 
 CLASSES = {"ash": (60, 90, 190), "birch": (70, 170, 80), "cedar": (190, 80, 60)}

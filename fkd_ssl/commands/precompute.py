@@ -153,9 +153,12 @@ def write(
 
     from fkd_ssl import processes
     from fkd_ssl.commands import resolve
+    from fkd_ssl.crops.device import check_device
     from fkd_ssl.store.precompute import precompute
     from fkd_ssl.training.config import split
 
+    if config.device_crops:
+        check_device(resolve.device())
     images, teachers = (load or load_all)(config)
     sides = [resolve.pixels_of(config.pixels, teacher.pixels) for teacher in teachers]
     for teacher, side in zip(teachers, sides, strict=True):
@@ -163,8 +166,6 @@ def write(
             teacher.embed(torch.zeros(2, 3, side, side, dtype=torch.uint8))
     if config.evaluate is not None and not processes.rank()[0] and (share is None or not share.index):
         _evaluate(config, config.evaluate, teachers, log)
-    if config.device_crops and resolve.device().type == "cpu":
-        log("warning: --device_crops: there is no CUDA GPU, so this process makes the crops, slowly")
     return precompute(
         images,
         config.store,

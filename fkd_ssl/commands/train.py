@@ -32,11 +32,11 @@ MUCH_WAITING = 0.2  # share of the training's time spent waiting for data from w
 
 def run(config: Config) -> int:
     """Trains and says how it went."""
-    import torch
     from torch.distributed import is_torchelastic_launched
 
     from fkd_ssl import card, files, processes, runs
     from fkd_ssl.commands import console, resolve
+    from fkd_ssl.crops.device import check_device
     from fkd_ssl.data import Crops, FreshCrops, RelabelledCrops, StoredCrops
     from fkd_ssl.eval.classify import check_classes
     from fkd_ssl.images import scan
@@ -78,12 +78,8 @@ def run(config: Config) -> int:
         console.say(f"warning: --scale_boxes: {where}")
     if store is not None and config.targets != "stored" and config.recipe not in ("mocov2", store.manifest.recipe.name):
         console.say(f"warning: --recipe {config.recipe} is ignored: the crops are those of --store")
-    if config.device_crops and resolve.device().type == "cpu":
-        if torch.backends.mps.is_available():
-            raise RequestError(
-                "--device_crops: Apple's GPUs have no float64, in which a crop's mean colour is kept: leave it out"
-            )
-        console.say("warning: --device_crops: there is no CUDA GPU, so this process makes the crops, slowly")
+    if config.device_crops:
+        check_device(resolve.device())
     data: Crops
     maps: LabelMaps | None = None
     teachers: list[Teacher] = []

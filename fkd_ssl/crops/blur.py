@@ -57,6 +57,13 @@ def blur_kernel(sigma: float) -> npt.NDArray[np.float32]:
     return np.array([*side, 256 - 2 * sum(side), *side[::-1]], dtype=np.float32) / np.float32(256)
 
 
+def parameters(
+    pixels: int, applied: npt.NDArray[np.bool_], flags: npt.NDArray[np.uint8], sigma: npt.NDArray[np.float64]
+) -> tuple[npt.NDArray[np.int32]]:
+    """What a device needs of n crops: `kernels`."""
+    return (kernels(np.where(applied, sigma, 0.0), pixels),)
+
+
 def kernels(sigma: npt.NDArray[np.float64], pixels: int) -> npt.NDArray[np.int32]:
     """The kernels of many crops of P = `pixels`, in 256ths, padded with zeros to the longest: int32 [n, K], K odd."""
     values, which = np.unique(sigma, return_inverse=True)

@@ -16,6 +16,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from fkd_ssl.errors import RequestError
 from fkd_ssl.images import UInt8Array
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
@@ -31,6 +32,7 @@ _ROTATION = (
     (-1.2495459, 1.0463392, 0.2032067),
 )
 JITTER, GREY = 2, 4
+_MAX_COEFFICIENT = 32.0
 
 Rgb = tuple[float, float, float]
 Column = tuple[Any, Any, Any]  # what an input contributes to output R, G and B: floats, or arrays of one value per crop
@@ -78,6 +80,21 @@ def matrix(
     if flags & GREY:
         columns = [(_luma(column),) * 3 for column in columns]
     return np.array(columns, dtype=np.float32).T.copy()
+
+
+def parameters(
+    pixels: int, applied: npt.NDArray[np.bool_], flags: npt.NDArray[np.uint8], *factors: npt.NDArray[Any]
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float64]]:
+    """What a device needs of n crops: `matrices`, of which the first are in 1024ths as OpenCV rounds them.
+
+    Raises:
+        RequestError: A coefficient is 32 or more, where OpenCV does not compute in integers. No recipe reaches it.
+    """
+    linear, offsets = matrices(flags, *factors)
+    largest = np.maximum(np.abs(linear).max(axis=(1, 2)), np.abs(offsets).sum(axis=2).max(axis=1))
+    if (applied & (largest >= _MAX_COEFFICIENT)).any():
+        raise RequestError("a crop record's colour factors are too large for --device_crops: run without it")
+    return np.rint(linear * np.float32(1024)).astype(np.int32), offsets
 
 
 def matrices(

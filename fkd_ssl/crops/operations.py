@@ -1,7 +1,7 @@
 """The table of augmentations: for each one its flags, its fields in a crop record, how they are drawn, and how it is applied.
 
 The record's dtype, the fields of `Recipe`, `well_formed`, the draw and `replay` are built from this table. To add an
-augmentation, add an entry with its CPU implementation here and the device implementation of the same name in `device.py`.
+augmentation, add an entry with its CPU implementation here, and the device implementation of the same name in `kernels.py`.
 """
 
 from collections.abc import Callable, Mapping
@@ -57,6 +57,9 @@ class Operation:
     fields: Mapping[str, Field] = field(default_factory=dict)
     on_cpu: Callable[..., None]
     """`on_cpu(view, flags, *fields)` changes a crop, uint8 [P, P, 3], in place. Called if any of the flags is set."""
+    parameters: Callable[..., tuple[npt.NDArray[Any], ...]] = lambda pixels, applied, flags, *fields: ()
+    """`parameters(pixels, applied, flags, *fields)`: NumPy arrays [n, ...] that the device implementation needs of n records.
+    `applied`, bool [n], says which of them have any of the flags."""
 
     @property
     def bits(self) -> int:
@@ -137,6 +140,7 @@ OPERATIONS = (
             "hue": Field(dtype="<f2", word=49, draw=_hue, default=0, low=-0.5, high=0.5),
         },
         on_cpu=colour.apply,
+        parameters=colour.parameters,
     ),
     Operation(
         name="blur",
@@ -144,6 +148,7 @@ OPERATIONS = (
         flags={"blur": Flag(bit=BLUR, word=43)},
         fields={"sigma": Field(dtype="<f2", word=50, draw=_sigma, default=0, low=0, high=64)},
         on_cpu=blur.apply,
+        parameters=blur.parameters,
     ),
     Operation(name="flip", settings=FlipSettings, flags={"flip": Flag(bit=FLIP, word=40)}, on_cpu=flip.apply),
 )

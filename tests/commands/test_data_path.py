@@ -153,10 +153,14 @@ def test_how_a_run_is_run_may_change_when_it_continues(work: Path, call: Any, tr
     assert (other.status, "lr is" in other.err) == (2, True)
 
 
-def test_crops_on_an_apple_gpu_are_refused(work: Path, call: Any, train_line: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    refused = call(f"{train_line} --out run --device_crops")
-    assert (refused.status, "Apple's GPUs have no float64" in refused.err) == (2, True)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_crops_on_a_device_need_a_gpu(work: Path, call: Any, train_line: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    precompute = "precompute --images train --teacher own_teacher:make --crops 4 --store new"
+    for line in (f"{train_line} --out run", precompute):
+        refused = call(f"{line} --device_crops")
+        assert (refused.status, "--device_crops needs a CUDA GPU, found cpu: run without it" in refused.err) == (2, True)
+    assert not Path("new").exists()
 
 
 def test_an_unfinished_store_is_no_smaller_one(work: Path, call: Any, train_line: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,24 +1,19 @@
-"""Replay on a device: the bits of the CPU's path. On the CPU here, and on a GPU where there is one."""
+"""Replay by Triton kernels gives the bits of the CPU: on a GPU, or in Triton's interpreter if there is none."""
+
+import sys
 
 import numpy as np
 import pytest
 import torch
 
-from fkd_ssl.crops import CROP_DTYPE, RECIPES, box_record, draw, image_key, probe_digest, replay
-from fkd_ssl.crops import device as on_device
-from fkd_ssl.crops.device import PendingCrops, concatenate, plan_crops, replay_plan
-from fkd_ssl.crops.operations import BLUR, FLAGS, JITTER
+from fkd_ssl.crops import CROP_DTYPE, RECIPES, box_record, draw, image_key, kernels, probe_digest, replay
+from fkd_ssl.crops.device import PendingCrops, check_device, concatenate, plan_crops, replay_on, replay_plan, resize_plans
+from fkd_ssl.crops.operations import BLUR, FLAGS, JITTER, OPERATIONS
 from fkd_ssl.crops.replay import resize_plan
 from fkd_ssl.errors import ImageError, RequestError
 
-DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-
-
-@pytest.fixture(params=DEVICES)
-def device(request):
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("no GPU")
-    return request.param
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 
 
 def noise(height, width, seed=0):
@@ -27,16 +22,16 @@ def noise(height, width, seed=0):
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES))
 @pytest.mark.parametrize(("height", "width"), [(375, 500), (1, 1), (40, 700), (1201, 902), (33, 35)])
-def test_bits_are_those_of_replay(device, recipe, height, width):
+def test_bits_are_those_of_replay(recipe, height, width):
     image = noise(height, width)
-    records = draw(RECIPES[recipe], image_key(0, f"{height}"), height, width, 0, 6)
-    for pixels in (224, 64, 33, 1):
-        there = on_device.replay_on(device, image, records, pixels)
-        np.testing.assert_array_equal(there, replay(image, records, pixels))
+    records = draw(RECIPES[recipe], image_key(0, f"{height}"), height, width, 0, 8)
+    for pixels, count in ((224, 1), (64, 4), (33, 6), (1, 2)):
+        there = replay_on(DEVICE, image, records[:count], pixels)
+        np.testing.assert_array_equal(there, replay(image, records[:count], pixels))
 
 
-@pytest.mark.parametrize("pixels", [224, 96, 17])
-def test_every_flag_and_extreme_factors(device, pixels):
+@pytest.mark.parametrize("pixels", [96, 17])
+def test_every_flag_and_extreme_factors(pixels):
     rng = np.random.default_rng(1)
     records = np.zeros(2 * (FLAGS + 1), dtype=CROP_DTYPE)
     records["height"], records["width"] = rng.integers(1, 301, len(records)), rng.integers(1, 401, len(records))
@@ -46,16 +41,16 @@ def test_every_flag_and_extreme_factors(device, pixels):
         records[name] = rng.uniform(0, 2, len(records))
     records["hue"], records["sigma"] = rng.uniform(-0.5, 0.5, len(records)), rng.uniform(0, 5, len(records))
     image = noise(301, 401)
-    np.testing.assert_array_equal(on_device.replay_on(device, image, records, pixels), replay(image, records, pixels))
+    np.testing.assert_array_equal(replay_on(DEVICE, image, records, pixels), replay(image, records, pixels))
 
 
-@pytest.mark.parametrize("pixels", [98, 100, 70, 50])
-def test_sides_that_fill_no_vector(device, pixels):
+@pytest.mark.parametrize("pixels", [98, 70, 50])
+def test_sides_that_fill_no_vector(pixels):
     """Where OpenCV's own code for the end of a row would round halves up: about one crop in forty."""
-    for k in range(5):
-        image = noise(200, 300, k)
-        records = draw(RECIPES["mocov2"], image_key(0, str(k)), 200, 300, 0, 40)
-        np.testing.assert_array_equal(on_device.replay_on(device, image, records, pixels), replay(image, records, pixels))
+    image, records = noise(200, 300), draw(RECIPES["mocov2"], image_key(0, "sides"), 200, 300, 0, 60)
+    records = records[(records["flags"] & BLUR) > 0]
+    assert len(records) > 20
+    np.testing.assert_array_equal(replay_on(DEVICE, image, records, pixels), replay(image, records, pixels))
 
 
 def planned(images, records, pixels):
@@ -81,28 +76,79 @@ def test_invalid_records_are_refused(change):
         planned([noise(8, 8)], [record], 4)
 
 
-@pytest.mark.parametrize("elements", [1, 1 << 16])
-def test_several_images_at_once_in_parts_of_any_size(device, elements, monkeypatch):
-    monkeypatch.setattr(on_device, "ELEMENTS", elements)
+@pytest.mark.parametrize("values", [1, 5000, 1 << 26])
+def test_several_images_at_once_in_parts_of_any_size(values, monkeypatch):
+    monkeypatch.setattr(kernels, "VALUES", values)
     images = [noise(80, 61, 1), noise(30, 200, 2), noise(64, 64, 3)]
     records = [draw(RECIPES["swav"], image_key(0, str(k)), *image.shape[:2], 0, 5) for k, image in enumerate(images)]
-    there = replay_plan(planned(images, records, 24).to(device))
+    there = replay_plan(planned(images, records, 24).to(DEVICE))
     assert there.is_contiguous(memory_format=torch.channels_last)
     here = np.concatenate([replay(image, of_image, 24) for image, of_image in zip(images, records, strict=True)])
     np.testing.assert_array_equal(there.cpu().numpy(), here)
 
 
-def test_no_crops_at_all(device):
+def test_no_crops_at_all():
     plan = planned([noise(4, 4)], [np.zeros(0, dtype=CROP_DTYPE)], 8)
-    assert replay_plan(plan.to(device)).shape == (0, 3, 8, 8)
+    assert replay_plan(plan.to(DEVICE)).shape == (0, 3, 8, 8)
 
 
 @pytest.mark.parametrize("pixels", [1, 32, 224])
 def test_resize_plans_are_those_of_each_box(pixels):
     height, width = np.random.default_rng(0).integers(1, 3000, (2, 3000))
-    halvings, doubled = on_device.resize_plans(height, width, pixels)
+    halvings, doubled = resize_plans(height, width, pixels)
     boxes = zip(height.tolist(), width.tolist(), strict=True)
     assert list(zip(halvings.tolist(), doubled.tolist(), strict=True)) == [resize_plan(*box, pixels) for box in boxes]
+
+
+@pytest.mark.parametrize("pixels", [1, 2, 5])
+def test_boxes_that_are_halved_many_times(pixels):
+    """Boxes of many sizes at once, with between 0 and 8 halvings before the resize."""
+    image = noise(700, 901)
+    records = np.concatenate(
+        [box_record(3, 5, height, width) for height in (1, 9, 40, 131, 690) for width in (2, 77, 330, 891)]
+    )
+    np.testing.assert_array_equal(replay_on(DEVICE, image, records, pixels), replay(image, records, pixels))
+
+
+def test_each_operation_has_a_kernel():
+    assert all(callable(getattr(kernels, operation.name)) for operation in OPERATIONS)
+
+
+COMPILE = """
+import itertools
+from triton import compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from fkd_ssl.crops import kernels
+
+TYPES = {"source": "*u8", "scratch": "*u8", "views": "*u8", "linear": "*i32", "constant": "*i32", "kernels": "*i32",
+         "sums": "*i32", "size": "i32", "count": "i32"}
+for kernel in (kernels._halve, kernels._resize, kernels._colour, kernels._blur_rows, kernels._blur_columns):
+    for finer in (1, 2) if kernel is kernels._resize else (1,):
+        constants = {name: value for name, value in {"P": 98, "FINER": finer, "BLOCK": 1024}.items() if name in kernel.arg_names}
+        signature = {name: "constexpr" if name in constants else TYPES.get(name, "*i64") for name in kernel.arg_names}
+        compiled = compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 80, 32))
+        assert compiled.asm["cubin"] and "fma.rn.f" not in compiled.asm["ptx"]
+print("compiled")
+"""
+
+
+def test_the_kernels_compile_for_a_gpu(tmp_path):
+    """Which the interpreter does not show; needs no GPU."""
+    environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
+    assert done.stdout == "compiled\n", done.stderr
+
+
+def test_without_triton_or_a_gpu_it_says_so(monkeypatch):
+    check_device(torch.device(DEVICE))
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(RequestError, match="--device_crops needs a CUDA GPU, found cpu: run without it"):
+        check_device(torch.device("cpu"))
+    monkeypatch.setitem(sys.modules, "fkd_ssl.crops.kernels", None)
+    monkeypatch.delattr("fkd_ssl.crops.kernels")
+    with pytest.raises(RequestError, match="--device_crops needs Triton, which is not installed: pip install triton"):
+        check_device(torch.device("cuda"))
 
 
 def test_plans_of_two_sizes_share_their_images():
@@ -112,7 +158,7 @@ def test_plans_of_two_sizes_share_their_images():
     plans = [plan_crops(crops, pixels, sources) for pixels in (4, 6)]
     assert plans[0].sources.data_ptr() == plans[1].sources.data_ptr()
     for plan, pixels in zip(plans, (4, 6), strict=True):
-        np.testing.assert_array_equal(replay_plan(plan).numpy(), replay(image, record, pixels))
+        np.testing.assert_array_equal(replay_plan(plan.to(DEVICE)).cpu().numpy(), replay(image, record, pixels))
 
 
 def test_a_slice_of_pending_crops_has_the_same_image():
@@ -121,8 +167,9 @@ def test_a_slice_of_pending_crops_has_the_same_image():
     assert (len(crops[1:4]), crops[1:4].image is image) == (3, True)
 
 
-def test_the_probe_digest_says_that_both_paths_agree(device):
-    assert probe_digest(device) == probe_digest()
+@pytest.mark.slow
+def test_the_probe_digest_says_that_both_agree():
+    assert probe_digest(DEVICE) == probe_digest()
 
 
 def test_a_box_outside_the_image_is_refused():
