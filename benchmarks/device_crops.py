@@ -21,6 +21,7 @@ from lightning_fabric.utilities import move_data_to_device
 
 from fkd_ssl.commands import resolve
 from fkd_ssl.crops import RECIPES, probe_digest
+from fkd_ssl.crops.device import check_device
 from fkd_ssl.data import FreshCrops, replay_on_device
 from fkd_ssl.images import scan
 
@@ -81,6 +82,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     device = resolve.device()
+    check_device(device)
     rows = [measure(args, pixels, m, device) for pixels in args.pixels for m in args.crops_per_image]
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
     result = {"device": name, "torch": torch.__version__, "same_probe": probe_digest(str(device)) == probe_digest()}

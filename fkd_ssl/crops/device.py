@@ -8,6 +8,7 @@ Shape letters: n crops, P their side.
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -187,7 +188,7 @@ def replay_plan(plan: CropPlan) -> Tensor:
     check_device(device)
     from fkd_ssl.crops import kernels
 
-    with torch.cuda.device_of(plan.sources):  # where Triton launches its kernels
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():  # Triton launches on the current device
         views = torch.empty((len(plan), plan.pixels, plan.pixels, 3), dtype=torch.uint8, device=device)
         scratch = torch.empty(3 * plan.scratch, dtype=torch.uint8, device=device)
         for k, boxes in enumerate(plan.passes):

@@ -6,6 +6,8 @@ multiply-add of the compiler changes a bit. Without a GPU they run in Triton's i
 
 Shape letters: n crops, k of them, P their side.
 """
+# mypy: disable-error-code="untyped-decorator, no-untyped-def"
+# Triton has no types for the arguments of kernels
 
 import os
 

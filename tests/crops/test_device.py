@@ -1,5 +1,7 @@
 """Replay by Triton kernels gives the bits of the CPU: on a GPU, or in Triton's interpreter if there is none."""
 
+import os
+import subprocess
 import sys
 
 import numpy as np
@@ -125,7 +127,8 @@ TYPES = {"source": "*u8", "scratch": "*u8", "views": "*u8", "linear": "*i32", "c
          "sums": "*i32", "size": "i32", "count": "i32"}
 for kernel in (kernels._halve, kernels._resize, kernels._colour, kernels._blur_rows, kernels._blur_columns):
     for finer in (1, 2) if kernel is kernels._resize else (1,):
-        constants = {name: value for name, value in {"P": 98, "FINER": finer, "BLOCK": 1024}.items() if name in kernel.arg_names}
+        values = {"P": 98, "FINER": finer, "BLOCK": 1024}
+        constants = {name: value for name, value in values.items() if name in kernel.arg_names}
         signature = {name: "constexpr" if name in constants else TYPES.get(name, "*i64") for name in kernel.arg_names}
         compiled = compile(ASTSource(kernel, signature, constants), target=GPUTarget("cuda", 80, 32))
         assert compiled.asm["cubin"] and "fma.rn.f" not in compiled.asm["ptx"]
