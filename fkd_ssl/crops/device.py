@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fkd_ssl.crops import records as crop_records
 from fkd_ssl.crops.operations import OPERATIONS
-from fkd_ssl.crops.records import FIELDS, Records, well_formed
+from fkd_ssl.crops.records import CROP_DTYPE, FIELDS, Records, well_formed
 from fkd_ssl.errors import ImageError, RequestError
 from fkd_ssl.images import UInt8Array
 
@@ -111,7 +111,7 @@ def plan_crops(crops: Sequence[PendingCrops], pixels: int, sources: Tensor) -> C
         ImageError: A record is invalid.
         RequestError: A record's colour coefficients are 32 or more, which no recipe reaches.
     """
-    records = np.concatenate([some.records for some in crops])
+    records = np.frombuffer(b"".join([some.records.tobytes() for some in crops]), dtype=CROP_DTYPE)
     if not well_formed(records):
         raise ImageError("invalid crop record: its file is damaged; run fkd-ssl verify")
     counts, (heights, widths) = [len(some) for some in crops], np.array([some.image.shape[:2] for some in crops]).T

@@ -60,10 +60,11 @@ def unpack(records: Records, height: int, width: int) -> list[Fields]:
 
 def boxes(records: Records, height: int, width: int) -> npt.NDArray[np.int64]:
     """Top, left, height and width of records [M], as `unpack` checks them: int64 [M, 4]."""
-    found = np.stack([records[name] for name in BOX], axis=-1).astype(np.int64)
-    bad = (found[:, :2] + found[:, 2:] > (height, width)).any(axis=1) | (found[:, 2:] == 0).any(axis=1)
+    numbers = np.frombuffer(records.tobytes(), dtype="<u2").reshape(-1, CROP_DTYPE.itemsize // 2)  # much faster than by field
+    found = numbers[:, :4].astype(np.int64)
+    bad = (found[:, :2] + found[:, 2:] > (height, width)) | (found[:, 2:] == 0)
     if bad.any():
-        raise _outside(found[bad][0].tolist(), height, width)
+        raise _outside(found[bad.any(axis=1)][0].tolist(), height, width)
     return found
 
 
