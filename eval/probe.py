@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fkd_ssl import files
+from fkd_ssl import checkpoints, files
 from fkd_ssl.errors import FkdError, RequestError
 from fkd_ssl.eval.features import check_counts
 from fkd_ssl.eval.scores import Float32Array, Int64Array, ranks
@@ -203,7 +203,7 @@ class Probe:
     def _load(self, file: Path) -> None:
         wrong = f"{file}: damaged; remove it to begin anew"
         try:
-            saved = torch.load(file, map_location="cpu", weights_only=True)
+            saved = checkpoints.load(file)
             identity, sample, history = saved["identity"], saved["sample"], list(saved["history"])
             momentum = [part.float() for part in saved["momentum"]]
             keys = {"epoch", "lr", "loss", "train_top1", "top1"}

@@ -1,4 +1,4 @@
-"""Checkpoints of modules written with lightly: a LightningModule's .ckpt whose `backbone.*` is a ResNet of torchvision."""
+"""Checkpoints of modules written with lightly or solo-learn: a .ckpt whose `backbone.*` is a ResNet of torchvision."""
 
 from pathlib import Path
 from typing import Any
@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from fkd_ssl.errors import CheckpointError
-from fkd_ssl.teachers import checkpoint
+from fkd_ssl.teachers import state_dicts
 from fkd_ssl.teachers.resnet import read_architecture
 from fkd_ssl.teachers.teacher import Teacher
 
@@ -15,31 +15,32 @@ _NUMBERED = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer
 
 
 def load_lightly(path: str | Path, *, name: str = "lightly", **about: Any) -> Teacher:
-    """The backbone of a module trained with lightly; its target is the pooled features, F = 512 or 2048.
+    """The backbone of a module trained with lightly or solo-learn; its target is the pooled features, F = 512 or 2048.
 
-    Heads, momentum networks, memory banks and optimisers in the file are not used: a head that is meant as the target is
-    given as module:function.
+    Classifiers, heads, momentum networks, memory banks and optimisers in the file are not used. To distil a head, pass
+    module:function.
 
     Raises:
-        CheckpointError: The file has no `backbone.*`, it is no ResNet, or a key is missing, extra or misshapen.
+        CheckpointError: The file has no `backbone.*` or `encoder.*`, it is not a ResNet, or a key is missing, extra or
+            misshapen.
     """
-    saved, digest = checkpoint.read(path)
-    weights = checkpoint.weights_of(saved, str(path))
-    backbone = checkpoint.part(weights, "backbone.")
+    weights, digest, average = state_dicts.read(path)
+    backbone = state_dicts.backbone(weights, str(path))
     if not backbone:
         first = next(iter(weights))
-        raise CheckpointError(f"{path}: not lightly's layout: no keys backbone.*, the first is {first!r}")
+        raise CheckpointError(f"{path}: not lightly's layout: no keys backbone.* or encoder.*, the first is {first!r}")
     if all(key.partition(".")[0] in _NUMBERED for key in backbone):
         backbone = {f"{_NUMBERED[key.partition('.')[0]]}.{key.partition('.')[2]}": value for key, value in backbone.items()}
+    backbone = {key: value for key, value in backbone.items() if not key.startswith("fc.")}  # a ResNet's classifier
     architecture = read_architecture(backbone, str(path))
     encoder = architecture.build()
-    checkpoint.load_into(encoder, backbone, f"{path}: backbone")
+    state_dicts.load_into(encoder, backbone, f"{path}: backbone")
     return Teacher(
         encoder,
         nn.Identity(),
         name=name,
         dim=architecture.feature_dim,
-        network=f"{architecture.name}, pooled features",
+        network=f"{architecture.name}, pooled features{average}",
         checkpoint=Path(path).name,
         checkpoint_sha256=digest,
         **about,

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from fkd_ssl.errors import CheckpointError
-from fkd_ssl.teachers import checkpoint
+from fkd_ssl.teachers import state_dicts
 from fkd_ssl.teachers.resnet import read_architecture
 from fkd_ssl.teachers.teacher import Teacher
 
@@ -17,33 +17,32 @@ def load_mocov2(path: str | Path, *, name: str = "mocov2", **about: Any) -> Teac
     Raises:
         CheckpointError: The file is of another layout, or a key is missing, extra or misshapen.
     """
-    saved, digest = checkpoint.read(path)
-    weights = checkpoint.weights_of(saved, str(path))
-    query = checkpoint.part(weights, "encoder_q.")
+    weights, digest, average = state_dicts.read(path)
+    query = state_dicts.part(weights, "encoder_q.")
     others = [key for key in weights if not key.startswith(("encoder_q.", "encoder_k.")) and key not in ("queue", "queue_ptr")]
     if not query:
         swav = any(key.startswith(("projection_head.", "prototypes.")) for key in weights)
         hint = "; it looks like SwAV's: pass --teacher swav" if swav else ""
         first = next(iter(weights))
         raise CheckpointError(f"{path}: not MoCo's layout: no keys module.encoder_q.*, the first is {first!r}{hint}")
-    checkpoint.refuse_keys({"unexpected": others}, str(path))
+    state_dicts.refuse_keys({"unexpected": others}, str(path))
     architecture = read_architecture(query, str(path))
     backbone = {key: value for key, value in query.items() if not key.startswith("fc.")}
-    head = checkpoint.part(query, "fc.")
-    projection, dim, words = checkpoint.read_head(head, architecture.feature_dim, f"{path}: encoder_q.fc")
+    head = state_dicts.part(query, "fc.")
+    projection, dim, words = state_dicts.read_head(head, architecture.feature_dim, f"{path}: encoder_q.fc")
     encoder = architecture.build()
-    checkpoint.load_into(encoder, backbone, f"{path}: encoder_q")
-    checkpoint.load_into(projection, head, f"{path}: encoder_q.fc")
+    state_dicts.load_into(encoder, backbone, f"{path}: encoder_q")
+    state_dicts.load_into(projection, head, f"{path}: encoder_q.fc")
     known = {*encoder.state_dict(), *(f"fc.{key}" for key in projection.state_dict())}
-    strange = [key for key in checkpoint.part(weights, "encoder_k.") if key not in known]
-    checkpoint.refuse_keys({"unexpected": strange}, f"{path}: encoder_k")
+    strange = [key for key in state_dicts.part(weights, "encoder_k.") if key not in known]
+    state_dicts.refuse_keys({"unexpected": strange}, f"{path}: encoder_k")
     return Teacher(
         encoder,
         projection,
         name=name,
         dim=dim,
         feature_dim=architecture.feature_dim,
-        network=f"{architecture.name}, {words}",
+        network=f"{architecture.name}, {words}{average}",
         checkpoint=Path(path).name,
         checkpoint_sha256=digest,
         **about,

@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import nn
 
+from fkd_ssl import checkpoints
 from fkd_ssl.errors import FkdError, RequestError, did_you_mean
-from fkd_ssl.teachers import checkpoint as files
+from fkd_ssl.teachers import state_dicts
 from fkd_ssl.teachers.teacher import Precision, Teacher
 from fkd_ssl.teachers.wrap import wrap
 
@@ -48,10 +49,10 @@ def load_own(name: str, checkpoint: str | Path | None, precision: Precision) -> 
         raise RequestError(f"teacher {name}: --checkpoint is needed: the function takes checkpoint=, without a default")
     if checkpoint is not None:
         if not Path(checkpoint).is_file():
-            raise RequestError(f"{checkpoint}: no such checkpoint")
+            raise RequestError(f"{checkpoint}: not found")
         if takes is None:
             raise RequestError(f"teacher {name}: takes no checkpoint=, and --checkpoint was given")
-        given, digest = {"checkpoint": str(checkpoint)}, files.digest(checkpoint)
+        given, digest = {"checkpoint": str(checkpoint)}, checkpoints.digest(checkpoint)
     try:
         made = function(**given)
     except FkdError:
@@ -84,6 +85,6 @@ def load_own(name: str, checkpoint: str | Path | None, precision: Precision) -> 
 
 def _digest(network: nn.Module, name: str) -> str:
     try:
-        return files.weights_digest(network)
+        return state_dicts.weights_digest(network)
     except Exception as error:  # weights that cannot be read: on the meta device, of a layout of their own
         raise FkdError(f"teacher {name}: its weights cannot be read: {type(error).__name__}: {error}") from error

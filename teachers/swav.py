@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from fkd_ssl.errors import CheckpointError
-from fkd_ssl.teachers import checkpoint
+from fkd_ssl.teachers import state_dicts
 from fkd_ssl.teachers.presets import IMAGENET_MEAN, SWAV_STD
 from fkd_ssl.teachers.resnet import read_architecture
 from fkd_ssl.teachers.teacher import Teacher
@@ -23,9 +23,8 @@ def load_swav(path: str | Path, *, name: str = "swav", **about: Any) -> Teacher:
     Raises:
         CheckpointError: The file is of another layout, or a key is missing, extra or misshapen.
     """
-    saved, digest = checkpoint.read(path)
-    weights = checkpoint.weights_of(saved, str(path))
-    head = checkpoint.part(weights, "projection_head.")
+    weights, digest, average = state_dicts.read(path)
+    head = state_dicts.part(weights, "projection_head.")
     prototypes = weights.get("prototypes.weight")
     if not head or prototypes is None:
         moco = any(key.startswith("encoder_q.") for key in weights)
@@ -36,14 +35,14 @@ def load_swav(path: str | Path, *, name: str = "swav", **about: Any) -> Teacher:
         raise CheckpointError(f"{path}: not SwAV's layout: no key {lacks}, the first is {next(iter(weights))!r}{hint}")
     backbone = {key: value for key, value in weights.items() if not key.startswith(_OTHERS)}
     architecture = read_architecture(backbone, str(path))
-    projection, dim, words = checkpoint.read_head(head, architecture.feature_dim, f"{path}: projection_head")
+    projection, dim, words = state_dicts.read_head(head, architecture.feature_dim, f"{path}: projection_head")
     others = [key for key in weights if key.startswith("prototypes.") and key != "prototypes.weight"]
     fits = prototypes.ndim == 2 and prototypes.shape[1] == dim and len(prototypes) and prototypes.is_floating_point()
     wrong = [] if fits else [f"prototypes.weight {list(prototypes.shape)}, expected floats [K, {dim}]"]
-    checkpoint.refuse_keys({"unexpected": others, "misshapen": wrong}, str(path))
+    state_dicts.refuse_keys({"unexpected": others, "misshapen": wrong}, str(path))
     encoder = architecture.build()
-    checkpoint.load_into(encoder, backbone, str(path))
-    checkpoint.load_into(projection, head, f"{path}: projection_head")
+    state_dicts.load_into(encoder, backbone, str(path))
+    state_dicts.load_into(projection, head, f"{path}: projection_head")
     if not prototypes.isfinite().all():
         raise CheckpointError(f"{path}: its prototypes hold NaN or infinity")
     return Teacher(
@@ -52,7 +51,7 @@ def load_swav(path: str | Path, *, name: str = "swav", **about: Any) -> Teacher:
         name=name,
         dim=dim,
         feature_dim=architecture.feature_dim,
-        network=f"{architecture.name}, {words}, {len(prototypes)} prototypes",
+        network=f"{architecture.name}, {words}, {len(prototypes)} prototypes{average}",
         mean=IMAGENET_MEAN,
         std=SWAV_STD,
         checkpoint=Path(path).name,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fkd_ssl.errors import CheckpointError, FkdError, RequestError, did_you_mean
-from fkd_ssl.teachers import checkpoint as files
+from fkd_ssl.teachers import state_dicts
 from fkd_ssl.teachers.layers import PROBABILITIES, AtLayer
 from fkd_ssl.teachers.teacher import Precision, Teacher
 from fkd_ssl.teachers.torchvision_models import PRETRAINED
@@ -55,19 +55,20 @@ def load_timm(model: str, layer: str | None, checkpoint: str | Path | None, *, p
             f"teacher {spec}: --checkpoint is needed: a file of its state_dict, or {PRETRAINED}, which lets timm download "
             f"its weights (from {place}, licence {about.get('license') or 'not stated'})"
         )
-    licence = about.get("license") or "not stated"
+    licence, average = about.get("license") or "not stated", ""
     if own:
         network = _build(timm, model, spec, classes=classes, pretrained=True)
-        name, digest = PRETRAINED, files.weights_digest(network)
+        name, digest = PRETRAINED, state_dicts.weights_digest(network)
     else:
-        saved, digest = files.read(checkpoint)
+        weights, digest, average = state_dicts.read(checkpoint)
         name = Path(checkpoint).name
-        weights = _converted(network, files.weights_of(saved, str(checkpoint)), about.get("classifier"), str(checkpoint))
-        files.load_into(network, weights, f"{checkpoint}: not the state_dict of {spec}")
+        weights = state_dicts.for_network(weights, network, str(checkpoint))
+        weights = _converted(network, weights, about.get("classifier"), str(checkpoint))
+        state_dicts.load_into(network, weights, f"{checkpoint}: not the state_dict of {spec}")
     return wrap(
         network if layer is None or classes else AtLayer(network, layer, spec),
         name=model if layer is None else f"{model}-{layer}",
-        network=f"{model} of timm, {layer or 'pooled features'}; "
+        network=f"{model} of timm, {layer or 'pooled features'}{average}; "
         f"{'trained on' if own else 'timm prepares'} {config['interpolation']} {pixels} px",
         source=spec,
         pixels=pixels,
@@ -129,7 +130,7 @@ def _converted(network: nn.Module, weights: dict[str, Tensor], classifier: Any, 
         if (key in wanted and value.ndim == wanted[key].ndim and value.shape != wanted[key].shape)
         or (key in positions and abs(value.numel() - positions[key].numel()) > positions[key].shape[-1])
     ]
-    files.refuse_keys({"misshapen": misshapen}, where)
+    state_dicts.refuse_keys({"misshapen": misshapen}, where)
     try:
         return headless(convert(weights, network))
     except Exception as error:  # it expects other layouts than this one

@@ -1,14 +1,15 @@
 """torchvision's classifiers as teachers: `torchvision/NAME`, with the mean, std and size of its own weights."""
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from fkd_ssl.errors import FkdError, RequestError, did_you_mean
 from fkd_ssl.kinds import Kind
-from fkd_ssl.teachers import checkpoint as files
+from fkd_ssl.teachers import state_dicts
 from fkd_ssl.teachers.layers import PROBABILITIES, AtLayer
 from fkd_ssl.teachers.teacher import Precision, Teacher
 from fkd_ssl.teachers.wrap import wrap
@@ -52,20 +53,22 @@ def load_torchvision(model: str, layer: str | None, checkpoint: str | Path | Non
         extra = {"transform_input": True, "aux_logits": True, "init_weights": False}
     with torch.random.fork_rng(devices=[]):
         network = models.get_model(model, weights=None, **extra)
-    name, digest = load_weights(network, checkpoint, spec, lambda: _download(weights, spec))
-    source = f"{spec} ({type(weights).__name__}.{weights.name})" if checkpoint == PRETRAINED else spec
-    kind: Kind = "distribution" if layer == PROBABILITIES else "embedding"
+    unused = ""  # the last layer, which a file may lack, or hold for other classes
     if layer is None:
         last = next((key for key, part in reversed(list(network.named_modules())) if isinstance(part, nn.Linear)), None)
         if last is None:
-            raise RequestError(f"teacher {spec}: its classifier is no linear layer: name the layer, {spec}@LAYER")
+            raise RequestError(f"teacher {spec}: its classifier is not a linear layer: name the layer, {spec}@LAYER")
         network.set_submodule(last, nn.Identity())
-    elif layer != PROBABILITIES:
+        unused = f"{last}."
+    name, digest, average = load_weights(network, checkpoint, spec, lambda: _download(weights, spec), unused)
+    source = f"{spec} ({type(weights).__name__}.{weights.name})" if checkpoint == PRETRAINED else spec
+    kind: Kind = "distribution" if layer == PROBABILITIES else "embedding"
+    if layer not in (None, PROBABILITIES):
         network = AtLayer(network, layer, spec)
     return wrap(
         network,
         name=model if layer is None else f"{model}-{layer}",
-        network=f"{model} of torchvision, {layer or 'pooled features'}; "
+        network=f"{model} of torchvision, {layer or 'pooled features'}{average}; "
         f"{'trained on' if checkpoint == PRETRAINED else 'torchvision prepares'} {seen.interpolation.value} {pixels} px",
         source=source,
         pixels=pixels,
@@ -78,19 +81,30 @@ def load_torchvision(model: str, layer: str | None, checkpoint: str | Path | Non
     )
 
 
-def load_weights(network: nn.Module, checkpoint: str | Path, spec: str, download: Any) -> tuple[str, str]:
-    """Puts a file's weights into `network`, or what `download()` gives for `pretrained`; returns their name and digest."""
+def load_weights(
+    network: nn.Module, checkpoint: str | Path, spec: str, download: Callable[[], dict[str, Tensor]], unused: str
+) -> tuple[str, str, str]:
+    """Puts a file's weights into `network`, or what `download` returns for `pretrained`, without those called `unused`.
+
+    Returns:
+        Their name, their digest, and which moving average they are, in words or "".
+    """
+
+    def load(weights: Mapping[str, Tensor], where: str) -> None:
+        kept = {key: value for key, value in weights.items() if not (unused and key.startswith(unused))}
+        state_dicts.load_into(network, kept, where)
+
     if str(checkpoint) == PRETRAINED:
-        files.load_into(network, download(), f"{spec}: its own weights")
-        return PRETRAINED, files.weights_digest(network)
-    saved, digest = files.read(checkpoint)
-    files.load_into(network, files.weights_of(saved, str(checkpoint)), f"{checkpoint}: not the state_dict of {spec}")
-    return Path(checkpoint).name, digest
+        load(download(), f"{spec}: its own weights")
+        return PRETRAINED, state_dicts.weights_digest(network), ""
+    weights, digest, average = state_dicts.read(checkpoint)
+    load(state_dicts.for_network(weights, network, str(checkpoint)), f"{checkpoint}: not the state_dict of {spec}")
+    return Path(checkpoint).name, digest, average
 
 
-def _download(weights: Any, spec: str) -> dict[str, torch.Tensor]:
+def _download(weights: Any, spec: str) -> dict[str, Tensor]:
     try:
-        state: dict[str, torch.Tensor] = weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
+        state: dict[str, Tensor] = weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
     except Exception as error:  # whatever its downloader raises
         raise FkdError(
             f"teacher {spec}: torchvision could not download its weights: {type(error).__name__}: {error}. Without a network: "

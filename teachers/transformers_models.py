@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from fkd_ssl.errors import CheckpointError, RequestError
-from fkd_ssl.teachers import checkpoint
+from fkd_ssl.teachers import state_dicts
 from fkd_ssl.teachers.presets import Rgb
 from fkd_ssl.teachers.teacher import Teacher
 from fkd_ssl.teachers.wrap import wrap
@@ -58,7 +58,7 @@ def load_transformers(path: str | Path, *, name: str = "transformers", **about: 
         "missing": [] if unpooled else lacks,
         "misshapen": sorted(map(str, info["mismatched_keys"])),
     }
-    checkpoint.refuse_keys(wrong, str(path))
+    state_dicts.refuse_keys(wrong, str(path))
     mean, std, pixels = _preprocessing(processor.to_dict(), str(path))
     _check_preprocessing(processor, mean, std, pixels, str(path))
     features = "class token" if unpooled else "pooled output"
@@ -71,7 +71,7 @@ def load_transformers(path: str | Path, *, name: str = "transformers", **about: 
         mean=mean,
         std=std,
         checkpoint=path.name,
-        checkpoint_sha256=checkpoint.weights_digest(model),
+        checkpoint_sha256=state_dicts.weights_digest(model),
         **about,
     )
 

@@ -53,7 +53,7 @@ def describe(folder: str) -> dict[str, Any]:
 def run(config: Config) -> int:
     """Describes the store."""
     from fkd_ssl.commands import console
-    from fkd_ssl.store.columns import in_words
+    from fkd_ssl.store.columns import in_words, normalisation_in_words
     from fkd_ssl.store.precompute import gigabytes
     from fkd_ssl.text import printable
 
@@ -78,6 +78,7 @@ def run(config: Config) -> int:
             f"teacher {name}: {teacher['network']}, D = {column['dim']}, seen at {column['pixels']} px, {column['precision']}",
             f"  codec {column['codec']}: {column['bytes_per_crop']} bytes a crop with its record; {in_words(fidelity)}"
             f"{measured}",
+            f"  {normalisation_in_words(**column['preprocessing'])}",
             f"  licence {teacher['licence']}; checkpoint sha256 {str(teacher['checkpoint_sha256'])[:16]}",
         ]
         if "source_codec" in fidelity:

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from fkd_ssl.crops import IMPORTED, RECIPES, Recipe
 from fkd_ssl.errors import RequestError, did_you_mean
 from fkd_ssl.files import sha256
+from fkd_ssl.store.columns import normalisation_in_words
 from fkd_ssl.students import CLASSIFIER, EXPORTED, MEAN, STD, Student, load_student
 from fkd_ssl.teachers import Ensemble, Teacher, load_teacher
-from fkd_ssl.teachers.checkpoint import tensors_digest, weights_digest
 from fkd_ssl.teachers.registry import LIBRARIES
+from fkd_ssl.teachers.state_dicts import tensors_digest, weights_digest
 from fkd_ssl.teachers.teacher import Precision
 from fkd_ssl.training.config import checkpoints_of, split
 from fkd_ssl.training.monitor import LAST
@@ -161,7 +162,10 @@ def model_of(spec: str, checkpoint: str | None = None) -> Model:
     if spec.startswith("teacher:") or (not path.exists() and (":" in spec or spec.partition("/")[0] in LIBRARIES)):
         teacher = teacher_of(spec.removeprefix("teacher:"), checkpoint)
         about = {"checkpoint": teacher.checkpoint, "checkpoint_sha256": teacher.checkpoint_sha256, "licence": teacher.licence}
-        return _model(spec, teacher, teacher.features, teacher.pixels, {"network": teacher.network, **about})
+        seen = normalisation_in_words(teacher.mean, teacher.std)
+        return _model(
+            spec, teacher, teacher.features, teacher.pixels, {"network": teacher.network, "normalisation": seen, **about}
+        )
     if checkpoint is not None:
         raise RequestError("--checkpoint goes with --model teacher:NAME; a run's own checkpoint is named as --model")
     student, pixels = student_of(spec)

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 
 from fkd_ssl import files, named_sets
+from fkd_ssl.checkpoints import digest
 from fkd_ssl.commands import resolve
 from fkd_ssl.errors import RequestError
 from fkd_ssl.eval import cache
 from fkd_ssl.eval.features import Split, extract, match_classes
 from fkd_ssl.eval.scores import Float32Array, Int64Array, as_features, as_labels, compact, same_dimension
 from fkd_ssl.images import CONTENTS, ImageSet, scan
-from fkd_ssl.teachers.checkpoint import digest
 
 
 class Options(Protocol):

@@ -55,7 +55,7 @@ def _list(config: Config) -> int:
         return 0
     rows = [["preset", "here", "network", "head", "target", "linear top-1", "licence of the weights"]]
     for name, p in PRESETS.items():
-        there = "yes" if here[name] else "partly" if fetch.part_of(p, config.cache).exists() else "no"
+        there = "yes" if here[name] else "partly" if fetch.parts(p, config.cache) else "no"
         rows.append([name, there, p.network, p.head, f"{p.dim}-d", f"{p.top1:.1f} %", p.licence])
     seen = [["preset", "crops", "mean", "std", "from"]]
     seen += [[name, f"{p.pixels} px", _rgb(p.mean), _rgb(p.std), f"{p.source}: {p.url}"] for name, p in PRESETS.items()]

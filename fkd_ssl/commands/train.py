@@ -212,7 +212,7 @@ def _inputs(
 ) -> dict[str, str]:
     """What the run folder keeps of the inputs, to know them again."""
     from fkd_ssl.images import scan
-    from fkd_ssl.teachers.checkpoint import weights_digest
+    from fkd_ssl.teachers.state_dicts import weights_digest
 
     inputs = images.identity(sizes=store is None)
     if store is not None:

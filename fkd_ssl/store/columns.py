@@ -78,6 +78,9 @@ def open_or_train(
     Raises:
         RequestError: A column of that name is of another teacher, or was made otherwise.
     """
+    for request in requests:
+        teacher = request.teacher
+        log(f"teacher {request.name}: {teacher.network}; {normalisation_in_words(teacher.mean, teacher.std)}")
     for request in requests:  # before any work
         target = store.folder / layout.TARGETS / request.name
         if target.is_dir() and any(target.iterdir()) and not _published(store, request):
@@ -173,6 +176,11 @@ def in_words(fidelity: dict[str, Any]) -> str:
         mean, most = f["total_variation_mean"], f["total_variation_max"]
         return f"total variation to the teacher's own targets {mean:.4f} mean, {most:.4f} most"
     return f"cosine to the teacher's own targets {f['cosine_mean']:.5f} mean, {f['cosine_min']:.5f} least"
+
+
+def normalisation_in_words(mean: Sequence[float], std: Sequence[float]) -> str:
+    """What is subtracted from RGB in 0 to 1, and what it is divided by."""
+    return "pixels normalised by mean {}, std {}".format(*(" ".join(f"{value:g}" for value in rgb) for rgb in (mean, std)))
 
 
 def sample_rows(store: Store, codec: str) -> tuple[list[int], int, int]:

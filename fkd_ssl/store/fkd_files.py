@@ -13,8 +13,6 @@ classes, `k` of them kept.
 
 import io
 import stat
-import threading
-import zipfile
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -23,27 +21,26 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch.serialization import safe_globals
 
-from fkd_ssl import files
+from fkd_ssl import checkpoints, files
 from fkd_ssl.crops import Records
 from fkd_ssl.crops.operations import FLIP
 from fkd_ssl.crops.records import neutral
-from fkd_ssl.errors import RequestError, StoreError
+from fkd_ssl.errors import CheckpointError, RequestError, StoreError
+from fkd_ssl.pickles import UnsafePickleError
 from fkd_ssl.store import manifest as layout
 from fkd_ssl.store.label_codecs import LabelCodec, UInt8Array
 
 _MOST_BYTES = 2**28  # of a file: 500 crops of 21,841 classes in fp32 are 44 MB
 _DTYPES = ("BoolDType", "Float16DType", "Float32DType", "Float64DType", "Int32DType", "Int64DType")
 _rebuild: Any = np.zeros(0).__reduce__()[0]  # NumPy's own function, wherever this version keeps it
-# all that such a file may name beside tensors; NumPy called its own module otherwise before version 2
-_ADMITTED: list[Any] = [
-    *((_rebuild, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")),
-    np.ndarray,
-    np.dtype,
-    *(getattr(np.dtypes, name) for name in _DTYPES),
-]
-_ADMITTING = threading.Lock()  # the list is torch's own, and all threads'
+# what such a file may name beside tensors; before version 2 NumPy's module had another name
+_ALLOWED: dict[str, Any] = {
+    **{f"numpy.{core}.multiarray._reconstruct": _rebuild for core in ("core", "_core")},
+    "numpy.ndarray": np.ndarray,
+    "numpy.dtype": np.dtype,
+    **{f"numpy.dtypes.{name}": getattr(np.dtypes, name) for name in _DTYPES},
+}
 _OFF = 1e-2  # of a sum of probabilities
 _OUTSIDE = 1e-3  # of the image's side: what float16 makes of a box that ends with it
 LARGEST_EXACT = 2048  # whole numbers up to here are exact in float16
@@ -129,21 +126,16 @@ def read(path: Path) -> Labels:
     """A label file.
 
     Raises:
-        StoreError: It is missing, no plain file, too large, names anything but arrays and tensors, or holds something else.
+        StoreError: It is missing, not a regular file or too large, or holds anything but three arrays.
     """
-    too_large = StoreError(f"{path}: over {_MOST_BYTES} bytes, no label file of FKD's")
+    too_large = StoreError(f"{path}: over {_MOST_BYTES} bytes, not a label file of FKD's")
     try:
         about = path.stat()
         if not stat.S_ISREG(about.st_mode):  # to open a pipe would wait for ever
-            raise StoreError(f"{path}: no plain file")
+            raise StoreError(f"{path}: not a regular file")
         if about.st_size > _MOST_BYTES:
             raise too_large
-        file = io.BytesIO(path.read_bytes())
-        if zipfile.is_zipfile(file) and sum(entry.file_size for entry in zipfile.ZipFile(file).infolist()) > _MOST_BYTES:
-            raise too_large
-        file.seek(0)
-        with _ADMITTING, safe_globals(_ADMITTED):
-            parts = torch.load(file, map_location="cpu", weights_only=True)
+        parts = checkpoints.load(path, allowed=_ALLOWED)
         if not all(isinstance(part, np.ndarray | torch.Tensor) for part in parts):  # a list can hold itself many times
             raise TypeError
         boxes, flips, labels = (np.asarray(part) for part in parts)
@@ -153,9 +145,9 @@ def read(path: Path) -> Labels:
         raise StoreError(f"{path}: {error.strerror or error}") from error
     except StoreError:
         raise
-    except Exception as error:  # whatever a foreign file makes torch raise
-        reason = next((line for line in str(error).splitlines() if "Unsupported" in line or "not an allowed" in line), "")
-        raise StoreError(f"{path}: no label file of FKD's ({reason or type(error).__name__})") from error
+    except (CheckpointError, TypeError, ValueError) as error:
+        reason = error.__cause__ if isinstance(error.__cause__, UnsafePickleError) else type(error).__name__
+        raise StoreError(f"{path}: not a label file of FKD's ({reason})") from error
     count = len(boxes) if boxes.ndim else 0
     right = (
         boxes.shape == (count, 4) and flips.shape == (count,) and labels.ndim in (1, 2, 3) and len(labels) == count > 0

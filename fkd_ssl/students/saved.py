@@ -1,14 +1,15 @@
 """Students out of files: a checkpoint of a run, or what `fkd-ssl export` wrote."""
 
 import json
+import reprlib
 from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
+from fkd_ssl import checkpoints
 from fkd_ssl.errors import CheckpointError
 from fkd_ssl.students.student import Student
 
@@ -27,20 +28,21 @@ def load_student(path: str | Path) -> tuple[Student, int]:
     projection head: that of its student is untrained.
 
     Raises:
-        CheckpointError: The file is no checkpoint of fkd-ssl train and no file of fkd-ssl export.
+        CheckpointError: The file is not a checkpoint of fkd-ssl train nor a file of fkd-ssl export.
     """
     exported = Path(path).suffix == EXPORTED
+    saved = checkpoints.load(path)
     try:
-        about, weights = _exported(path) if exported else _checkpoint(path)
+        about, weights = _exported(path, saved) if exported else _checkpoint(saved)
         dims = about["dim"] if isinstance(about["dim"], list) else [about["dim"]]
         pixels = about["pixels"]
         if not all(
             type(n) is int and 1 <= n <= most for n, most in ((pixels, _MOST_PIXELS), *((dim, _MOST_DIM) for dim in dims))
         ):
-            raise ValueError(f"pixels {pixels!r}, dim {about['dim']!r}")
+            raise ValueError(f"pixels {reprlib.repr(pixels)}, dim {reprlib.repr(dims)}")
         heads = {len(value) for key, value in weights.items() if key.startswith(("head.", "more_heads.")) and value.ndim}
-        if not exported and not heads >= set(dims):  # before they ask for any memory
-            raise ValueError(f"dim {about['dim']!r}, and no head gives as many")
+        if not exported and (len(dims) > len(weights) or not heads >= set(dims)):  # before they ask for any memory
+            raise ValueError(f"dim {reprlib.repr(dims)}, and no head gives as many")
         options = {key: about[key] for key in ("head", "stem", "width") if key in about}
         student = Student(str(about["name"]), *dims, **options)
         state = student.state_dict()
@@ -51,23 +53,20 @@ def load_student(path: str | Path) -> tuple[Student, int]:
         student.load_state_dict(versioned)
     except Exception as error:  # whatever a foreign file makes torch raise
         what = "file of fkd-ssl export" if exported else "checkpoint of fkd-ssl train"
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = f"{(str(error).splitlines() or [type(error).__name__])[0]:.200}"
         reason = f"no {error} in it" if isinstance(error, KeyError) else reason
         raise CheckpointError(f"{path}: not a {what} ({reason})") from error
     return student.eval().to(memory_format=torch.channels_last), pixels
 
 
-def _checkpoint(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    saved = torch.load(path, map_location="cpu", weights_only=True)
+def _checkpoint(saved: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
     prefix = "average." if any(key.startswith("average.") for key in saved["state_dict"]) else "student."
     weights = {key.removeprefix(prefix): value for key, value in saved["state_dict"].items() if key.startswith(prefix)}
     return saved[STUDENT_KEY], weights
 
 
-def _exported(path: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    with safe_open(path, framework="pt") as file:
-        about = json.loads((file.metadata() or {})[STUDENT_KEY])
-        weights = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+def _exported(path: str | Path, weights: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    about = json.loads(checkpoints.metadata(path)[STUDENT_KEY])
     last, dim = about.get(LAST_LAYER), 1
     head = {} if last is None else {f"head.0.{part}": weights.pop(f"{last}.{part}") for part in ("weight", "bias")}
     if head:

@@ -10,7 +10,7 @@ from pytorch_lightning.loggers import Logger
 from torch import Tensor
 from torch.distributed import is_torchelastic_launched
 
-from fkd_ssl import runs
+from fkd_ssl import checkpoints, runs
 from fkd_ssl.data import Crops, Loader, StoredCrops, whole_batch
 from fkd_ssl.errors import RequestError
 from fkd_ssl.objectives import Objective, TargetInfo, make_objective
@@ -84,7 +84,7 @@ def check_batch(config: TrainConfig, images: int, *, world: int = 1) -> None:
 
 def check_dims(checkpoint: Path, student: Student) -> None:
     """Raises RequestError where a checkpoint's student is for other targets, as of other classes or another teacher."""
-    saved = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)[STUDENT_KEY]["dim"]
+    saved = checkpoints.load(checkpoint, mapped=True)[STUDENT_KEY]["dim"]
     dims = saved if isinstance(saved, list) else [saved]
     if dims != student.dims:
         was, now = (" and ".join(map(str, some)) for some in (dims, student.dims))

@@ -17,7 +17,7 @@ from pytorch_lightning.plugins import TorchCheckpointIO
 from pytorch_lightning.strategies import DDPStrategy
 from torch.distributed import is_torchelastic_launched
 
-from fkd_ssl import files, runs
+from fkd_ssl import checkpoints, files, runs
 from fkd_ssl.data import Loader
 from fkd_ssl.errors import CheckpointError, RequestError
 from fkd_ssl.training.sampler import PassSampler
@@ -38,6 +38,11 @@ class WholeCheckpoints(TorchCheckpointIO):
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+
+    def load_checkpoint(self, path: Any, *args: Any, **options: Any) -> dict[str, Any]:
+        """Reads one as every file of weights is read here."""
+        loaded: dict[str, Any] = checkpoints.load(path)
+        return loaded
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Writes beside the last one and takes its place; raises FkdError where the run folder was removed."""
@@ -164,9 +169,9 @@ def step_of(checkpoint: Path, config: Any, inputs: runs.Inputs | None) -> int:
         RequestError: It is of another config, or of other inputs unless `inputs` is None.
     """
     try:
-        saved = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)
+        saved = checkpoints.load(checkpoint, mapped=True)
         step, run = int(saved["global_step"]), saved.get(RUN_KEY)
-    except Exception as error:  # whatever a damaged file makes torch raise
+    except (CheckpointError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{checkpoint}: damaged ({type(error).__name__}); delete it to train from the start") from error
     runs.check_identity(checkpoint, run, config, inputs)
     return step

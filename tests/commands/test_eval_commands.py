@@ -129,7 +129,7 @@ def test_a_run_is_a_model_and_so_is_its_checkpoint(work: Path, call: Any, train_
     [
         (f"knn --model nowhere {SETS}", 2, "--model nowhere: no such run or checkpoint"),
         (f"knn --model train {SETS}", 2, "looked for train/checkpoints/last.ckpt"),
-        (f"knn --model own_teacher.py {SETS}", 2, "own_teacher.py: not a checkpoint of fkd-ssl train"),
+        (f"knn --model own_teacher.py {SETS}", 2, "own_teacher.py: cannot be read as a checkpoint"),
         (f"knn --model foreign.pth {SETS}", 2, "foreign.pth: not a checkpoint of fkd-ssl train"),
         (f"knn --model teacher:mocov2 {SETS}", 2, "--checkpoint is needed"),
         (f"knn {TEACHER} --train nowhere --val val", 2, "nowhere: no such folder of images"),

@@ -54,7 +54,7 @@ def test_the_list_says_what_is_here(call: Any, cache: Path) -> None:
     assert rows == {"preset": "here", **dict.fromkeys(PRESETS, "no")}
     cache.mkdir()
     (cache / PRESETS[NAME].file).touch()
-    (cache / f"{PRESETS['mocov2_r50_200ep'].file}.part").touch()
+    (cache / f"{PRESETS['mocov2_r50_200ep'].file}.0a1b2c3d.part").touch()
     lines = call("teachers").out.splitlines()
     assert [line.split()[:2] for line in lines if line.startswith((NAME, "mocov2_r50_200ep"))][:2] == [
         ["mocov2_r50_200ep", "partly"],

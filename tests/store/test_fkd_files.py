@@ -166,17 +166,17 @@ BOXES, FLIPS, LABELS = np.full((C, 4), 0.5, np.float32), np.zeros(C, bool), np.z
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (saved(Evil(), FLIPS, LABELS), "no label file of FKD's"),
-        (pickle.dumps([Evil()]), "no label file of FKD's"),
-        (b"", "no label file of FKD's"),
-        (saved(BOXES, FLIPS), "no label file of FKD's"),
+        (saved(Evil(), FLIPS, LABELS), "not a label file of FKD's"),
+        (pickle.dumps([Evil()]), "not a label file of FKD's"),
+        (b"", "not a label file of FKD's"),
+        (saved(BOXES, FLIPS), "not a label file of FKD's"),
         (saved(BOXES[:, :3], FLIPS, LABELS), "expected boxes"),
         (saved(BOXES, FLIPS[:2], LABELS), "expected boxes"),
         (saved(BOXES * np.nan, FLIPS, LABELS), "expected boxes"),
-        (saved(np.array([[None] * 4] * C), FLIPS, LABELS), "no label file of FKD's|expected boxes"),
+        (saved(np.array([[None] * 4] * C), FLIPS, LABELS), "not a label file of FKD's|expected boxes"),
         (saved(BOXES, np.full(C, 2), LABELS), "expected boxes"),
-        (saved([[0.5] * 4] * C, FLIPS, LABELS), "no label file of FKD's"),
-        (saved(torch.zeros(1).as_strided((10**9, 4), (0, 0)), FLIPS, LABELS), "over 268435456 bytes"),
+        (saved([[0.5] * 4] * C, FLIPS, LABELS), "not a label file of FKD's"),
+        (saved(torch.zeros(1).as_strided((10**9, 4), (0, 0)), FLIPS, LABELS), "holds a tensor .* over a storage of 1 numbers"),
     ],
 )
 def test_what_is_no_label_file(tmp_path: Path, content: bytes, said: str) -> None:
@@ -192,11 +192,11 @@ def test_what_would_fill_the_memory_or_wait_for_ever(tmp_path: Path, monkeypatch
         for name in entries.namelist():
             small.writestr(name, entries.read(name))
     assert (tmp_path / "a.tar").stat().st_size < len(whole) // 100
-    with pytest.raises(StoreError, match=r"a\.tar: over \d+ bytes"):
+    with pytest.raises(StoreError, match=r"a\.tar: .*has compressed entries"):
         fkd_files.read(tmp_path / "a.tar")
     os.mkfifo(tmp_path / "b.tar")
     os.close(os.open(tmp_path / "b.tar", os.O_RDWR))
-    with pytest.raises(StoreError, match=r"b\.tar: no plain file"):
+    with pytest.raises(StoreError, match=r"b\.tar: not a regular file"):
         fkd_files.read(tmp_path / "b.tar")
 
 
@@ -251,7 +251,7 @@ def test_damaged_and_missing_files_are_listed_and_nothing_appears(images: Path, 
         import_fkd(tmp_path / "labels", scan(images), tmp_path / "store", classes=K)
     said = str(caught.value)
     assert "6 label files cannot be used" in said
-    whats = ("no label file", "No such file", "no label file", "3 crops", f"probabilities of {K}", "a box")
+    whats = ("not a label file", "No such file", "not a label file", "3 crops", f"probabilities of {K}", "a box")
     for file, what in zip(files[:3] + files[4:7], whats, strict=True):
         assert any(str(file) in line and what in line for line in said.splitlines()), (file, what, said)
     assert not (tmp_path / "store").exists()
@@ -290,7 +290,7 @@ def test_none_can_be_read(images: Path, tmp_path: Path) -> None:
     files = sorted((tmp_path / "labels").rglob("*.tar"))
     for file in files:
         file.write_bytes(b"")
-    with pytest.raises(StoreError, match=rf"{files[0]}: no label file of FKD's .*nor can any other"):
+    with pytest.raises(StoreError, match=rf"{files[0]}: not a label file of FKD's .*nor can any other"):
         import_fkd(tmp_path / "labels", scan(images), tmp_path / "store", classes=K)
 
 

@@ -79,12 +79,13 @@ def fill(shapes: Shapes, seed: int = 0) -> State:
     """Random weights, with BatchNorm statistics that matter and activations that stay moderate."""
     generator = torch.Generator().manual_seed(seed)
     state: State = {}
+    keys = hollow({key: shape for key, shape in shapes.items() if "encoder_k." in key} or {"": ()})
     for key, shape in shapes.items():
         fan_in = max(1, torch.Size(shape[1:]).numel())
         if key.endswith(("num_batches_tracked", "queue_ptr")):
             state[key] = torch.full(shape, 7, dtype=torch.int64)
         elif "encoder_k." in key:  # ignored, and half of the file
-            state[key] = torch.zeros(()).expand(shape)
+            state[key] = keys[key]
         elif key.endswith("running_var") or (key.endswith("weight") and len(shape) == 1):
             state[key] = torch.empty(shape).uniform_(0.5, 1.5, generator=generator)
         elif len(shape) == 1:
@@ -96,9 +97,11 @@ def fill(shapes: Shapes, seed: int = 0) -> State:
 
 
 def hollow(shapes: Shapes) -> State:
-    """Tensors of these shapes with one number behind each: files of some KB."""
+    """Zeros of these shapes in one storage, as large as the largest: small files."""
     counters = ("num_batches_tracked", "queue_ptr")
-    return {k: torch.zeros((), dtype=torch.int64 if k.endswith(counters) else None).expand(s) for k, s in shapes.items()}
+    most = max(torch.Size(shape).numel() for shape in shapes.values())
+    zeros = {True: torch.zeros(most, dtype=torch.int64), False: torch.zeros(most)}
+    return {k: zeros[k.endswith(counters)][: torch.Size(s).numel()].view(s) for k, s in shapes.items()}
 
 
 def forward(state: State, prefix: str, images: Tensor, std: tuple[float, float, float], swav_stem: bool) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 
 from fkd_ssl.errors import CheckpointError, FkdError, RequestError
 from fkd_ssl.teachers import FAMILIES, PRESETS, Teacher, load_teacher
-from fkd_ssl.teachers.checkpoint import weights_digest
+from fkd_ssl.teachers.state_dicts import weights_digest
 
 MODULE = """
 import torch
@@ -73,7 +73,7 @@ def test_a_network_of_ones_own_becomes_a_teacher(here: Path, crops: Any) -> None
 
 
 def test_a_checkpoint_is_handed_to_the_function_and_noted(here: Path) -> None:
-    from fkd_ssl.teachers.checkpoint import digest
+    from fkd_ssl.checkpoints import digest
 
     wanted = {"conv.weight": torch.ones(6, 3, 5, 5), "conv.bias": torch.zeros(6)}
     torch.save(wanted, here / "mine.pth")
@@ -114,7 +114,7 @@ def test_what_can_go_wrong_with_ones_own(here: Path, name: str, kind: type[Excep
 def test_a_checkpoint_that_is_not_wanted_or_not_there(here: Path) -> None:
     with pytest.raises(RequestError, match=r"takes no checkpoint=, and --checkpoint was given"):
         load_teacher("own_teachers:plain", checkpoint="own_teachers.py")
-    with pytest.raises(RequestError, match=r"gone\.pth: no such checkpoint"):
+    with pytest.raises(RequestError, match=r"gone\.pth: not found"):
         load_teacher("own_teachers:weights", checkpoint="gone.pth")
 
 

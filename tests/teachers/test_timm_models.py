@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from fkd_ssl.checkpoints import digest
 from fkd_ssl.errors import CheckpointError, RequestError
 from fkd_ssl.teachers import load_teacher
-from fkd_ssl.teachers.checkpoint import digest
 
 timm = pytest.importorskip("timm")
 
@@ -126,7 +126,7 @@ def test_loading_draws_no_random_numbers(tmp_path: Path) -> None:
         (f"timm/{DINOV2}", None, r"--checkpoint is needed: .* pretrained, which lets timm download .*licence apache-2\.0"),
         ("timm/resnet19", None, r"timm has no such model; did you mean resnet"),
         ("timm/resnet18.nowhere", None, r"timm cannot make it: .*nowhere"),
-        (f"timm/{DINOV2}", "none.pth", r"none\.pth: no such checkpoint"),
+        (f"timm/{DINOV2}", "none.pth", r"none\.pth: not found"),
     ],
 )
 def test_what_is_refused(name: str, checkpoint: str | None, message: str) -> None:

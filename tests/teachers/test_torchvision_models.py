@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 from torchvision import models
 
+from fkd_ssl.checkpoints import digest
 from fkd_ssl.errors import CheckpointError, FkdError, RequestError
 from fkd_ssl.teachers import load_teacher
-from fkd_ssl.teachers.checkpoint import digest
 
 
 @pytest.fixture
@@ -115,7 +115,7 @@ def test_no_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("torchvision/resnet18@", r"expected torchvision/NAME or torchvision/NAME@LAYER"),
         ("torchvison/resnet18", r"teacher 'torchvison/resnet18' is unknown; did you mean torchvision/resnet18\?"),
         ("torchvision/resnet18@layer9", r"has no layer 'layer9'; did you mean layer"),
-        ("torchvision/squeezenet1_1", r"its classifier is no linear layer: name the layer, torchvision/squeezenet1_1@LAYER"),
+        ("torchvision/squeezenet1_1", r"its classifier is not a linear layer: name the layer, torchvision/squeezenet1_1@LAYER"),
     ],
 )
 def test_what_is_refused(name: str, message: str, tmp_path: Path) -> None:

@@ -1,0 +1,183 @@
+"""Weights by name, as files of weights hold them: finding them in a file, and loading them so that every key must fit."""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fkd_ssl import checkpoints
+from fkd_ssl.errors import CheckpointError
+
+# Where training scripts keep their weights; a moving average before what it is the average of, as timm takes it.
+_AVERAGES = ("state_dict_ema", "model_ema")
+_PLACES = (*_AVERAGES, "state_dict", "model")
+# What wrappers put into names: torch.compile, activation checkpointing, FSDP
+_WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
+
+
+class StateDict(NamedTuple):
+    """The weights of a file."""
+
+    weights: dict[str, Tensor]
+    """By name."""
+    sha256: str
+    """Of the file."""
+    average: str
+    """For the network's description: the moving average that the weights are, "" if the file has none."""
+
+
+def read(path: str | Path) -> StateDict:
+    """The weights of a file: those of its `state_dict` if it has one, or of the moving average of it.
+
+    Raises:
+        RequestError: The file is missing.
+        CheckpointError: It is not a checkpoint, holds no weights, or cannot be read without executing code.
+    """
+    saved = checkpoints.load(path, mapped=True)
+    if not isinstance(saved, Mapping):
+        raise CheckpointError(f"{path}: holds a {type(saved).__name__}, expected a dict of weights: save its state_dict")
+    place = _place(saved)
+    average = f", moving average {place}" if place in _AVERAGES else ""
+    return StateDict(find(saved, str(path)), checkpoints.digest(path), average)
+
+
+def find(saved: Mapping[str, Any], where: str) -> dict[str, Tensor]:
+    """The tensors of a checkpoint; names are without what DDP, FSDP and torch.compile put into them."""
+    inner = saved.get(_place(saved) or "state_dict", saved)
+    if not isinstance(inner, Mapping):
+        raise CheckpointError(f"{where}: its state_dict is a {type(inner).__name__}")
+    others = [str(key) for key, value in inner.items() if not isinstance(value, Tensor)]
+    if others or not inner:
+        what = f": {some(others)} hold something else" if others else ""
+        nested = next((key for key, value in inner.items() if isinstance(value, Mapping) and len(value) > 1), None)
+        what += f"; if its weights are under {nested!r}, save those alone" if nested is not None else ""
+        raise CheckpointError(f"{where}: holds no weights, expected a dict of tensors or one under state_dict{what}")
+    tensors = unwrap({str(key): value for key, value in inner.items()}, where)
+    odd = [key for key, value in tensors.items() if value.layout is not torch.strided or value.is_meta or value.is_nested]
+    if odd:
+        raise CheckpointError(f"{where}: {some(odd)} {'are' if len(odd) > 1 else 'is'} sparse, nested or without values")
+    return tensors
+
+
+def _place(saved: Mapping[str, Any]) -> str | None:
+    """The key of a training's checkpoint under which its weights are."""
+    return next((name for name in _PLACES if isinstance(saved.get(name), Mapping) and saved[name]), None)
+
+
+def unwrap(weights: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """The weights by their names without those of wrappers; `module.`, which DDP puts before a name, only where all have it."""
+    found = dict(weights)
+    for wrapper in _WRAPPERS:
+        found = {key.replace(wrapper, ""): value for key, value in found.items()}
+    if len(found) < len(weights):
+        raise CheckpointError(f"{where}: has weights of one name, wrapped and unwrapped")
+    counted = {key: value for key, value in found.items() if key != "n_averaged"}  # torch's AveragedModel counts in it
+    while counted and all(key.startswith("module.") for key in counted):
+        found = counted = part(counted, "module.")
+    return found
+
+
+def backbone(weights: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
+    """The weights of a module's `backbone`, or `encoder` as solo-learn called it; none if it has neither."""
+    return unwrap(part(weights, "backbone.") or part(weights, "encoder."), where)
+
+
+def weights_digest(network: nn.Module) -> str:
+    """Hex sha256 of a network's parameters and buffers, names and values."""
+    return tensors_digest(network.state_dict())
+
+
+def tensors_digest(tensors: Mapping[str, Any]) -> str:
+    """Hex sha256 of named tensors, names and values."""
+    sums = hashlib.sha256()
+    for name, value in sorted(tensors.items()):
+        if not isinstance(value, Tensor):  # a module's extra state
+            sums.update(f"{name} {value!r}".encode())
+            continue
+        sums.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        sums.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return sums.hexdigest()
+
+
+def for_network(weights: dict[str, Tensor], network: nn.Module, where: str) -> dict[str, Tensor]:
+    """The weights by a network's own names: of a module that has it as its `backbone` or `encoder`, that part's."""
+    own = network.state_dict().keys()
+    return weights if own & weights.keys() else backbone(weights, where) or weights
+
+
+def part(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The weights whose names begin with `prefix`, without it."""
+    return {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+
+
+def load_into(network: nn.Module, weights: Mapping[str, Tensor], where: str) -> None:
+    """Puts `weights` into `network`; every key must be there, no other, and of the right shape.
+
+    Raises:
+        CheckpointError: It names the first keys that are missing, extra or misshapen.
+    """
+    wanted = network.state_dict()  # on the meta device: shapes alone
+    counters = {key for key in wanted if key.endswith("num_batches_tracked")}  # absent from old checkpoints
+    problems = {
+        "missing": [key for key in wanted if key not in weights and key not in counters],
+        "unexpected": [key for key in weights if key not in wanted],
+        "misshapen": [
+            f"{key} {_describe(weights[key])}, expected {_describe(wanted[key])}"
+            for key in wanted
+            if key in weights
+            and (weights[key].shape != wanted[key].shape or weights[key].is_floating_point() != wanted[key].is_floating_point())
+        ],
+    }
+    refuse_keys(problems, where)
+    if any(value.is_meta for value in wanted.values()):  # a library's network holds buffers that no file has
+        network.to_empty(device="cpu")
+    network.load_state_dict({**{key: torch.zeros((), dtype=torch.int64) for key in counters}, **weights})
+
+
+def refuse_keys(problems: Mapping[str, list[str]], where: str) -> None:
+    """Raises CheckpointError if any of the lists of keys, by what is wrong with them, is not empty."""
+    found = [f"{len(keys)} {what} ({some(keys)})" for what, keys in problems.items() if keys]
+    if found:
+        raise CheckpointError(f"{where}: its keys do not fit: {'; '.join(found)}")
+
+
+def some(keys: list[str]) -> str:
+    """The first of many keys."""
+    return ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
+
+
+def read_head(weights: Mapping[str, Tensor], feature_dim: int, where: str) -> tuple[nn.Module, int, str]:
+    """A projection head of shapes alone that fits `weights`, its D, and what it is in words.
+
+    Three are known: one Linear (MoCo v1); Linear, ReLU, Linear (MoCo v2; SwAV's published w5, which was trained without
+    BatchNorm in its head); Linear, BatchNorm, ReLU, Linear (SwAV).
+
+    Raises:
+        CheckpointError: It is none of them.
+    """
+    layers = sorted({key.rpartition(".")[0] for key in weights})
+    if layers not in ([""], ["0", "2"], ["0", "1", "3"]):
+        raise CheckpointError(
+            f"{where}: its head has keys {some(sorted(weights)) or 'none'}; expected one linear layer, layers 0 and 2, or "
+            "layers 0, 1 (BatchNorm) and 3"
+        )
+    sizes = [feature_dim]
+    for key in ("weight",) if layers == [""] else ("0.weight", f"{layers[-1]}.weight"):
+        if key not in weights or weights[key].ndim != 2:
+            found = _describe(weights[key]) if key in weights else "missing"
+            raise CheckpointError(f"{where}: its head's {key} is {found}, expected a matrix")
+        sizes.append(weights[key].shape[0])
+    words = "-".join(map(str, sizes))
+    with torch.device("meta"):
+        if layers == [""]:
+            return nn.Linear(sizes[0], sizes[1]), sizes[1], f"linear {words}"
+        norm = [nn.BatchNorm1d(sizes[1])] if "1" in layers else []
+        mlp = nn.Sequential(nn.Linear(sizes[0], sizes[1]), *norm, nn.ReLU(inplace=True), nn.Linear(sizes[1], sizes[2]))
+    return mlp, sizes[2], f"MLP {words}" + (" with BatchNorm" if norm else "")
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
