@@ -120,8 +120,8 @@ def student(
     start: Arm | None = None, **options: Any,
 ) -> Arm:  # fmt: skip
     """An arm on stored crops of all images, as many as epochs (and as M may be)."""
-    options |= {"objective": objective, "lr": lr, "crops_per_image": m}
-    options |= {"queue": QUEUE} if objective == "queue_kl" else {}
+    expression = f"queue_kl(queue={QUEUE})" if objective == "queue_kl" else objective
+    options |= {"objective": expression, "lr": lr, "crops_per_image": m}
     return Arm(name=name, folder=folder, options=options, images=args.images, crops=max(8, math.ceil(args.epochs)), start=start)
 
 

@@ -75,7 +75,7 @@ def write(
 
 _TEACHER = ("network", "licence", "source", "checkpoint_sha256")
 _SETTINGS = (
-    "objective", "temperature", "teacher_temperature", "queue", "teacher_weights", "label_smoothing", "calibrate_below",
+    "objective", "teacher_weights", "label_smoothing", "calibrate_below",
     "mixup", "cutmix", "crops_per_image", "single_crop_epochs", "optimizer", "lr", "weight_decay", "warmup_epochs", "lr_drops",
     "clip", "ema", "precision", "seed",
 )  # fmt: skip

@@ -9,6 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from fkd_ssl.errors import RequestError
+from fkd_ssl.kinds import Kind
 from fkd_ssl.objectives import (
     OBJECTIVES,
     Cosine,
@@ -22,6 +23,7 @@ from fkd_ssl.objectives import (
     TargetInfo,
     Weighted,
     make_objective,
+    settings_of,
 )
 
 Array = npt.NDArray[np.float64]
@@ -33,7 +35,7 @@ def make(name: str, dim: int = 12) -> Objective:
     """An objective with its own temperature; thirty prototypes whose length is not one, or a queue of fifty."""
     prototypes = np.random.default_rng(3).normal(size=(30, dim)).astype(np.float32)
     about = TargetInfo(name="swav", dim=dim, arrays={"prototypes": prototypes})
-    return make_objective(name, about=about, queue=50 if "queue_kl" in name else None)
+    return make_objective(name.replace("queue_kl", "queue_kl(queue=50)"), about=about)
 
 
 def pair(batch: int = 5, dim: int = 12, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,7 +68,7 @@ def squared_distance(student: Array, target: Array) -> float:
 def test_feature_kl_is_the_cross_entropy_of_softmaxed_features(temperature: float, shape: tuple[int, int]) -> None:
     student, target = pair(*shape)
     expected = cross_entropy(student.numpy(), target.numpy(), temperature)
-    torch.testing.assert_close(FeatureKL(temperature)(student, target).item(), expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(FeatureKL(temperature=temperature)(student, target).item(), expected, rtol=1e-12, atol=0)
 
 
 def test_feature_kl_takes_the_papers_temperature_by_default() -> None:
@@ -123,7 +125,7 @@ def test_the_floor_of_feature_kl_is_the_targets_entropy() -> None:
 def test_feature_kl_has_the_gradient_of_the_kl_divergence() -> None:
     student, target = pair()
     student.requires_grad_()
-    (ours,) = torch.autograd.grad(FeatureKL(0.2)(student, target), student)
+    (ours,) = torch.autograd.grad(FeatureKL(temperature=0.2)(student, target), student)
     kl = F.kl_div(F.log_softmax(student / 0.2, dim=1), F.softmax(target / 0.2, dim=1), reduction="batchmean")
     (theirs,) = torch.autograd.grad(kl, student)
     torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-14)
@@ -148,7 +150,7 @@ def test_autocast_is_near(name: str) -> None:
 
 
 def test_make_objective_passes_the_temperature_on() -> None:
-    objective = make_objective("feature_kl", 0.5)
+    objective = make_objective("feature_kl(temperature=0.5)")
     assert isinstance(objective, FeatureKL)
     assert objective.temperature == 0.5
     assert isinstance(make_objective("cosine"), Cosine)
@@ -165,15 +167,33 @@ def test_an_unknown_objective_is_refused_with_the_list() -> None:
         make_objective("mse")
 
 
-@pytest.mark.parametrize("temperature", [0.0, -0.2, float("nan"), float("inf")])
-def test_a_temperature_must_be_positive(temperature: float) -> None:
-    with pytest.raises(RequestError, match=r"temperature .*must be positive"):
-        make_objective("feature_kl", temperature)
+@pytest.mark.parametrize("name", [name for name in OBJECTIVES if settings_of(name)])
+@pytest.mark.parametrize("value", ["0.0", "-0.2", "1e999", "'1'", "True"])
+def test_a_setting_must_be_positive(name: str, value: str) -> None:
+    kind: Kind = "distribution" if name == "soft_ce" else "embedding"
+    about = TargetInfo(name="t", dim=4, arrays={"prototypes": np.ones((3, 4))}, kind=kind)
+    for setting in settings_of(name):
+        with pytest.raises(RequestError, match=rf"objective {name}: .*{setting} .*must be positive and finite"):
+            make_objective(f"{name}({setting}={value})", about=about)
 
 
-def test_a_temperature_that_would_be_ignored_is_refused() -> None:
-    with pytest.raises(RequestError, match=r"temperature 0\.2: cosine has none"):
-        make_objective("cosine", 0.2)
+@pytest.mark.parametrize(
+    ("expression", "said"),
+    [
+        ("cosine(temperature=0.2)", r"objective cosine: no setting 'temperature'; it has none"),
+        ("feature_kl(queue=8)", r"objective feature_kl: no setting 'queue'; it has temperature"),
+        (
+            "queue_kl(temprature=1)",
+            r"no setting 'temprature'; did you mean temperature\?; it has queue, temperature, teacher_t",
+        ),
+        ("queue_kl(dim=9)", r"objective queue_kl: no setting 'dim'"),
+        ("feature_kl+cosine(queue=8)", r"objective cosine: no setting 'queue'"),
+        ("discriminator(temperature=2)", r"objective discriminator: no setting 'temperature'; it has none"),
+    ],
+)
+def test_a_setting_that_an_objective_does_not_have_is_refused(expression: str, said: str) -> None:
+    with pytest.raises(RequestError, match=said):
+        make_objective(expression, about=TargetInfo(name="t", dim=4))
 
 
 @pytest.mark.parametrize("temperature", [0.04, 0.1, 1.0])
@@ -184,14 +204,14 @@ def test_prototype_ce_is_the_cross_entropy_of_softmaxed_cosines(temperature: flo
     unit = [p / np.sqrt(sum(p**2)) for p in prototypes.numpy()]
     cosines = [np.array([[sum(row * p) for p in unit] for row in part.numpy()]) for part in (student, target)]
     expected = cross_entropy(*cosines, temperature)
-    assert PrototypeCE(prototypes, temperature)(student, target).item() == pytest.approx(expected, rel=1e-12)
+    assert PrototypeCE(prototypes, temperature=temperature)(student, target).item() == pytest.approx(expected, rel=1e-12)
 
 
 def test_prototype_ce_takes_swavs_temperature_and_the_length_of_a_prototype_does_not_count() -> None:
     student, target = pair()
     prototypes = torch.randn(7, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     longer = prototypes * torch.linspace(0.5, 3, 7, dtype=torch.float64)[:, None]
-    value = PrototypeCE(prototypes, 0.1)(student, target).item()
+    value = PrototypeCE(prototypes, temperature=0.1)(student, target).item()
     assert PrototypeCE(longer)(student, target).item() == pytest.approx(value, rel=1e-12)
 
 
@@ -237,7 +257,7 @@ class TestQueueKL:
         self, temperature: float, teacher: float, shape: tuple[int, int], size: int
     ) -> None:
         student, target = pair(*shape)
-        objective = QueueKL(shape[1], size, temperature, teacher).double()
+        objective = QueueKL(shape[1], queue=size, temperature=temperature, teacher_temperature=teacher).double()
         queue = objective.queue.numpy()
         np.testing.assert_allclose((queue**2).sum(axis=1), 1, rtol=1e-6)
         expected = 0.0
@@ -251,7 +271,7 @@ class TestQueueKL:
     def test_at_seeds_temperatures_the_teacher_points_at_its_own_target(self) -> None:
         """So that the loss is InfoNCE (van den Oord et al., arXiv 1807.03748) with the target as the positive."""
         student, target = pair(8, 32)
-        objective = QueueKL(32, 64)
+        objective = QueueKL(32, queue=64)
         queue = objective.queue.double()
         logits = np.array([[s @ t, *(s @ queue.numpy().T)] for s, t in zip(student.numpy(), target.numpy(), strict=True)]) / 0.2
         expected = np.mean(np.log(np.exp(logits).sum(axis=1)) - logits[:, 0])
@@ -260,14 +280,14 @@ class TestQueueKL:
 
     def test_the_floor_is_the_entropy_at_the_teachers_temperature(self) -> None:
         student, target = pair()
-        objective = QueueKL(12, 30, 0.5, 0.5).double()
+        objective = QueueKL(12, queue=30, temperature=0.5, teacher_temperature=0.5).double()
         rows = np.concatenate([np.ones((5, 1)), target.numpy() @ objective.queue.numpy().T], axis=1)
         expected = np.mean([-sum(p * np.log(p) for p in softmax(row / 0.5)) for row in rows])
         assert objective.floor(target).item() == pytest.approx(expected, rel=1e-12)
         assert objective.floor(target).item() < objective(student, target).item()
 
     def test_the_queue_holds_the_latest_targets_in_a_ring(self) -> None:
-        objective = QueueKL(4, 6)
+        objective = QueueKL(4, queue=6)
         first = objective.queue.clone()
         rows = F.normalize(torch.randn(11, 4, generator=torch.Generator().manual_seed(1)), dim=1)
         objective.remember(rows[:4])
@@ -282,7 +302,7 @@ class TestQueueKL:
         torch.manual_seed(5)
         expected = torch.rand(3)
         torch.manual_seed(5)
-        objective = QueueKL(4, 6)
+        objective = QueueKL(4, queue=6)
         assert torch.equal(torch.rand(3), expected)
         assert set(objective.state_dict()) == {"queue", "next"}
         assert list(objective.parameters()) == []
@@ -296,8 +316,10 @@ class TestQueueKL:
         assert objective(student, target).item() != value
 
     def test_what_it_cannot_be_is_refused(self) -> None:
-        with pytest.raises(RequestError, match=r"queue 0: must hold at least 1 target"):
-            QueueKL(4, 0)
+        with pytest.raises(RequestError, match=r"objective queue_kl: queue 0: must be positive and finite"):
+            QueueKL(4, queue=0)
+        with pytest.raises(RequestError, match=r"objective queue_kl: queue 2.5: must be a whole number"):
+            make_objective("queue_kl(queue=2.5)", about=TargetInfo(name="t", dim=4))
         with pytest.raises(RequestError, match=r"queue_kl: needs to know the targets' dimension"):
             make_objective("queue_kl")
 
@@ -312,7 +334,7 @@ class TestRelational:
             others = [j for j in range(len(student)) if j != i]
             p, q = (softmax(np.array([r[i] @ r[j] for j in others]) / temperature) for r in (target.numpy(), student.numpy()))
             expected -= float(sum(p * np.log(q))) / len(student)
-        assert Relational(temperature)(student, target).item() == pytest.approx(expected, rel=1e-10)
+        assert Relational(temperature=temperature)(student, target).item() == pytest.approx(expected, rel=1e-10)
 
     def test_turning_all_of_the_student_changes_nothing(self) -> None:
         student, target = pair(6, 12)
@@ -354,40 +376,52 @@ class TestSums:
     @pytest.mark.parametrize(
         ("name", "said"),
         [
-            ("feature_kl+x*cosine", r"the weight 'x' is no positive number; write feature_kl\+0\.5\*relational"),
-            ("feature_kl+-1*cosine", r"the weight '-1' is no positive number"),
-            ("inf*cosine", r"the weight 'inf' is no positive number"),
+            (
+                "feature_kl+x*cosine",
+                r"objective 'feature_kl\+x\*cosine': expected a sum such as feature_kl\+0\.5\*queue_kl\(queue=",
+            ),
+            ("feature_kl+-1*cosine", r"the weight -1 is not positive and finite"),
+            ("1e999*cosine", r"the weight inf is not positive and finite"),
             ("feature_kl+cosin", r"objective 'cosin' is unknown; .*did you mean cosine"),
-            ("feature_kl+", r"objective '' is unknown"),
+            ("feature_kl+", r"expected a sum"),
+            ("feature_kl(0.2)", r"expected a sum"),
+            ("feature_kl(temperature=print(1))", r"expected a sum"),
+            ("(feature_kl+cosine)*2", r"expected a sum"),
+            ("__import__('os').getcwd()", r"expected a sum"),
+            ("cosine-cosine", r"expected a sum"),
+            ("", r"expected a sum"),
+            ("+".join(["cosine"] * 10**5), r"expected a sum"),
         ],
     )
-    def test_what_is_no_sum_is_refused(self, name: str, said: str) -> None:
+    def test_what_is_not_a_sum_is_refused(self, name: str, said: str) -> None:
         with pytest.raises(RequestError, match=said):
             make_objective(name)
 
-    def test_a_temperature_for_one_of_several_is_refused(self) -> None:
-        with pytest.raises(RequestError, match=r"temperature 0\.1: feature_kl\+cosine is a sum, each of whose objectives"):
-            make_objective("feature_kl+cosine", 0.1)
-
-
-@pytest.mark.parametrize(
-    ("name", "options", "said"),
-    [
-        ("feature_kl", {"queue": 8}, r"queue 8: feature_kl has none"),
-        ("relational", {"teacher_temperature": 0.1}, r"teacher_temperature 0\.1: relational has none"),
-        ("feature_kl+cosine", {"queue": 8}, r"queue 8: feature_kl\+cosine has none"),
-        ("queue_kl", {"queue": -1}, r"queue -1: must be positive"),
-    ],
-)
-def test_settings_that_would_be_ignored_are_refused(name: str, options: dict[str, int], said: str) -> None:
-    with pytest.raises(RequestError, match=said):
-        make_objective(name, about=TargetInfo(name="t", dim=4), **options)
+    def test_every_part_has_its_own_settings(self) -> None:
+        total = make_objective("feature_kl(temperature=0.5) + 0.25*relational(temperature=2)")
+        assert isinstance(total, Weighted)
+        assert [part.temperature for part in total.parts] == [0.5, 2]
+        assert total.weights == [1, 0.25]
 
 
 def test_settings_arrive() -> None:
-    objective = make_objective("queue_kl", 0.07, teacher_temperature=0.07, queue=9, about=TargetInfo(name="t", dim=4))
+    expression = "queue_kl(temperature=0.07, teacher_temperature=0.08, queue=9)"
+    objective = make_objective(expression, about=TargetInfo(name="t", dim=4))
     assert isinstance(objective, QueueKL)
-    assert (objective.temperature, objective.teacher_temperature, objective.queue.shape) == (0.07, 0.07, (9, 4))
+    assert (objective.temperature, objective.teacher_temperature, objective.queue.shape) == (0.07, 0.08, (9, 4))
+
+
+def test_an_objective_with_a_new_setting_needs_its_module_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Scaled(Cosine):
+        def __init__(self, *, scale: float = 2.0) -> None:
+            super().__init__()
+            self.scale = scale
+
+    monkeypatch.setitem(OBJECTIVES, "scaled", Scaled)
+    assert settings_of("scaled") == ["scale"]
+    objective = make_objective("scaled(scale=3)")
+    assert isinstance(objective, Scaled)
+    assert objective.scale == 3
 
 
 def classes(batch: int = 5, count: int = 12, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -405,7 +439,7 @@ def test_soft_ce_is_the_cross_entropy_of_the_classes(temperature: float, teacher
     sharpened = target.numpy() ** (1 / (teacher_temperature or temperature))
     sharpened /= sharpened.sum(axis=1, keepdims=True)
     rows = [-(p * np.log(softmax(s / temperature))).sum() for p, s in zip(sharpened, student.numpy(), strict=True)]
-    objective = SoftCE(temperature, teacher_temperature)
+    objective = SoftCE(temperature=temperature, teacher_temperature=teacher_temperature)
     assert objective(student, target).item() == pytest.approx(np.mean(rows), rel=1e-12)
     entropy = np.mean([-sum(p * np.log(p) for p in row if p > 0) for row in sharpened])
     assert objective.floor(target).item() == pytest.approx(entropy, rel=1e-12)
@@ -415,13 +449,13 @@ def test_soft_ce_at_a_temperature_is_that_of_the_teachers_logits() -> None:
     student, _ = classes()
     logits = torch.randn(5, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
     expected = -((logits / 4).softmax(dim=1) * (student / 4).log_softmax(dim=1)).sum(dim=1).mean()
-    torch.testing.assert_close(SoftCE(4.0)(student, logits.softmax(dim=1)), expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(SoftCE(temperature=4.0)(student, logits.softmax(dim=1)), expected, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 4.0])
 def test_soft_ce_gradients_floor_and_bfloat16(temperature: float) -> None:
     student, target = classes(4, 6)
-    objective = SoftCE(temperature)
+    objective = SoftCE(temperature=temperature)
     assert torch.autograd.gradcheck(lambda s: objective(s, target), (student.requires_grad_(),))
     target = classes(4, 6)[1].clamp_min(1e-9)
     target /= target.sum(dim=1, keepdim=True)
@@ -434,7 +468,7 @@ def test_soft_ce_gradients_floor_and_bfloat16(temperature: float) -> None:
 
 def test_an_objective_is_for_one_kind_of_targets() -> None:
     about = TargetInfo(name="r50", dim=10, kind="distribution")
-    assert isinstance(make_objective("soft_ce", 2.0, about=about, teacher_temperature=1.0), SoftCE)
+    assert isinstance(make_objective("soft_ce(temperature=2, teacher_temperature=1)", about=about), SoftCE)
     with pytest.raises(RequestError, match="targets of 'r50' are class probabilities: choose --objective soft_ce and --head"):
         make_objective("feature_kl", about=about)
     with pytest.raises(RequestError, match="objective soft_ce: the targets of 'moco' are embeddings"):
@@ -487,8 +521,6 @@ class TestDiscriminator:
         with torch.autocast("cpu", dtype=torch.bfloat16):
             assert objective(student.float(), target.float()).item() == pytest.approx(expected, rel=1e-2)
 
-    def test_it_needs_the_number_of_classes_and_takes_no_temperature(self) -> None:
+    def test_it_needs_the_number_of_classes(self) -> None:
         with pytest.raises(RequestError, match="objective discriminator: needs to know the targets' dimension"):
             make_objective("discriminator")
-        with pytest.raises(RequestError, match=r"temperature 2.0: discriminator has none"):
-            make_objective("discriminator", 2.0, about=TargetInfo(name="r50", dim=10, kind="distribution"))

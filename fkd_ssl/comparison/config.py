@@ -55,9 +55,7 @@ class CompareConfig:
     batch_size: int = 256
     """Crops in a batch; for the arm alone images, of two crops each."""
     objective: str = "feature_kl"
-    """As train takes it, with the papers' temperatures; prototype_ce where every teacher has prototypes."""
-    queue: int | None = None
-    """Targets in queue_kl's queue."""
+    """As train takes it; prototype_ce if every teacher has prototypes."""
     optimizer: Literal["adam", "adamw", "sgd", "lars"] = "adam"
     """Of all arms with a teacher."""
     lr: float = 3e-4

@@ -1,18 +1,17 @@
 """Objectives: the loss between a student's output and a target, both [B, D]."""
 
-import math
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
-import torch
 
 from fkd_ssl.errors import RequestError, did_you_mean
 from fkd_ssl.kinds import Kind
 from fkd_ssl.objectives.cosine import Cosine
 from fkd_ssl.objectives.discriminator import Discriminator
+from fkd_ssl.objectives.expression import Term, parse
 from fkd_ssl.objectives.feature_kl import FeatureKL
 from fkd_ssl.objectives.objective import Objective
 from fkd_ssl.objectives.prototype_ce import PrototypeCE
@@ -36,79 +35,57 @@ class TargetInfo:
     """L2-normalised vectors, or class probabilities."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """What a user may say of an objective; None takes the paper's. One that has no such thing refuses it."""
-
-    temperature: float | None = None
-    """T."""
-    teacher_temperature: float | None = None
-    """The teacher's, where it is another."""
-    queue: int | None = None
-    """K, targets in a queue."""
-
-
-OBJECTIVES: dict[str, Callable[[Settings, TargetInfo | None], Objective]] = {
-    "feature_kl": lambda given, _: FeatureKL(**_given(given, "feature_kl", "temperature")),
-    "cosine": lambda given, _: Cosine(**_given(given, "cosine")),
-    "queue_kl": lambda given, about: QueueKL(
-        _dim(about, "queue_kl"), **_given(given, "queue_kl", "temperature", "teacher_temperature", size="queue")
-    ),
-    "prototype_ce": lambda given, about: PrototypeCE(
-        torch.from_numpy(_array(about, "prototypes", "prototype_ce")), **_given(given, "prototype_ce", "temperature")
-    ),
-    "relational": lambda given, _: Relational(**_given(given, "relational", "temperature")),
-    "soft_ce": lambda given, _: SoftCE(**_given(given, "soft_ce", "temperature", "teacher_temperature")),
-    "discriminator": lambda given, about: Discriminator(_dim(about, "discriminator"), **_given(given, "discriminator")),
+OBJECTIVES: dict[str, type[Objective]] = {
+    "feature_kl": FeatureKL,
+    "cosine": Cosine,
+    "queue_kl": QueueKL,
+    "prototype_ce": PrototypeCE,
+    "relational": Relational,
+    "soft_ce": SoftCE,
+    "discriminator": Discriminator,
 }
 
 
-def make_objective(
-    name: str,
-    temperature: float | None = None,
-    *,
-    about: TargetInfo | None = None,
-    teacher_temperature: float | None = None,
-    queue: int | None = None,
-) -> Objective:
-    """The objective of that name, or a sum of several.
+def make_objective(expression: str, *, about: TargetInfo | None = None) -> Objective:
+    """The objective that an expression names, or a weighted sum of several.
 
     Args:
-        name: Of OBJECTIVES, or such with weights between plus signs: `feature_kl+0.5*relational`.
-        temperature: None takes the paper's.
-        about: The targets that it is for; not needed by an objective that knows nothing but its two vectors.
-        teacher_temperature: Of queue_kl.
-        queue: Of queue_kl.
+        expression: A name of OBJECTIVES, perhaps with settings, `queue_kl(queue=4096, temperature=0.07)`; or a sum of such,
+            perhaps with weights, `feature_kl + 0.5*relational`. A setting that is not given has the paper's value.
+        about: The targets that it is for; an objective that needs only its two vectors does without.
 
     Raises:
-        RequestError: The name is unknown, a temperature is not positive or belongs to no objective of that name or to one of
-            several, a weight is no positive number, or the targets lack what the objective needs.
+        RequestError: The expression cannot be read, a name or a setting is unknown, a value is wrong, or the targets lack what
+            the objective needs.
     """
-    given = Settings(temperature=temperature, teacher_temperature=teacher_temperature, queue=queue)
-    for option, value in vars(given).items():
-        if value is not None and not 0 < value < math.inf:
-            raise RequestError(f"{option} {value}: must be positive and finite")
-    terms = [_term(term, name) for term in name.split("+")]
-    for _, one in terms:
-        if one not in OBJECTIVES:
-            raise RequestError(
-                f"objective {one!r} is unknown; there are {', '.join(OBJECTIVES)}{did_you_mean(one, OBJECTIVES)}"
-            )
-    if len(terms) == 1 and "*" not in name:
-        return _fitting(OBJECTIVES[terms[0][1]](given, about), terms[0][1], about)
-    for option in ("temperature", "teacher_temperature"):
-        if (value := getattr(given, option)) is not None:
-            raise RequestError(f"{option} {value}: {name} is a sum, each of whose objectives has its own; leave it out")
-    if queue is not None and all(one != "queue_kl" for _, one in terms):
-        raise RequestError(f"queue {queue}: {name} has none")
-    parts = [OBJECTIVES[one](Settings(queue=queue) if one == "queue_kl" else Settings(), about) for _, one in terms]
-    for part, (_, one) in zip(parts, terms, strict=True):
-        _fitting(part, one, about)
-    return Weighted(parts, [weight for weight, _ in terms])
+    terms = parse(expression)
+    parts = [_part(term, about) for term in terms]
+    if len(terms) == 1 and terms[0].weight == 1:
+        return parts[0]
+    return Weighted(parts, [term.weight for term in terms])
+
+
+def settings_of(name: str) -> list[str]:
+    """Names of an objective's settings: the keyword-only arguments of its constructor."""
+    parameters = inspect.signature(OBJECTIVES[name]).parameters.values()
+    return [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
+
+
+def _part(term: Term, about: TargetInfo | None) -> Objective:
+    if term.name not in OBJECTIVES:
+        raise RequestError(
+            f"objective {term.name!r} is unknown; there are {', '.join(OBJECTIVES)}{did_you_mean(term.name, OBJECTIVES)}"
+        )
+    known = settings_of(term.name)
+    for setting in term.settings:
+        if setting not in known:
+            has = f"it has {', '.join(known)}" if known else "it has none"
+            raise RequestError(f"objective {term.name}: no setting {setting!r}{did_you_mean(setting, known)}; {has}")
+    return _fitting(OBJECTIVES[term.name].for_targets(about, **term.settings), term.name, about)
 
 
 def _fitting(objective: Objective, name: str, about: TargetInfo | None) -> Objective:
-    """The objective; raises RequestError where it is for another kind of targets."""
+    """The objective; raises RequestError if it is for another kind of targets."""
     if about is not None and about.kind != objective.kind:
         what, fits = {
             "embedding": ("embeddings", "feature_kl, for instance, and --head mocov2"),
@@ -116,49 +93,6 @@ def _fitting(objective: Objective, name: str, about: TargetInfo | None) -> Objec
         }[about.kind]
         raise RequestError(f"objective {name}: the targets of {about.name!r} are {what}: choose --objective {fits}")
     return objective
-
-
-def _term(term: str, whole: str) -> tuple[float, str]:
-    """The weight and the name of one term of a sum: `0.5*relational`."""
-    weight, star, name = term.rpartition("*")
-    try:
-        value = float(weight) if star else 1.0
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise RequestError(f"objective {whole!r}: the weight {weight!r} is no positive number; write feature_kl+0.5*relational")
-    return value, name.strip()
-
-
-def _given(settings: Settings, objective: str, *allowed: str, **renamed: str) -> dict[str, Any]:
-    """What was said, by the objective's own argument names; raises RequestError where the objective has no such thing."""
-    names = {**{name: name for name in allowed}, **{option: own for own, option in renamed.items()}}
-    said = {option: value for option, value in vars(settings).items() if value is not None}
-    for option, value in said.items():
-        if option not in names:
-            raise RequestError(f"{option} {value}: {objective} has none")
-    return {names[option]: value for option, value in said.items()}
-
-
-def _dim(about: TargetInfo | None, objective: str) -> int:
-    if about is None:
-        raise RequestError(
-            f"objective {objective}: needs to know the targets' dimension; pass about=TargetInfo(name=..., dim=...)"
-        )
-    return about.dim
-
-
-def _array(about: TargetInfo | None, array: str, objective: str) -> npt.NDArray[Any]:
-    """An array of the teacher's with one row of D for each of something."""
-    if about is None or array not in about.arrays:
-        where = "the targets" if about is None else f"the targets of {about.name!r}"
-        raise RequestError(f"objective {objective}: {where} have no {array}; use a SwAV teacher, or another objective")
-    found = about.arrays[array].astype(np.float32, copy=False)
-    if found.ndim != 2 or found.shape[1] != about.dim:
-        raise RequestError(
-            f"objective {objective}: the {array} of {about.name!r} are {list(found.shape)}, expected [K, {about.dim}]"
-        )
-    return found
 
 
 __all__ = [
@@ -174,4 +108,5 @@ __all__ = [
     "TargetInfo",
     "Weighted",
     "make_objective",
+    "settings_of",
 ]

@@ -1,11 +1,14 @@
 """MEAL V2's discriminator: the student is to be mistaken for its teacher."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from fkd_ssl.objectives.objective import Objective
+from fkd_ssl.objectives.objective import Objective, dim_of
+
+if TYPE_CHECKING:
+    from fkd_ssl.objectives import TargetInfo
 
 
 class Discriminator(Objective):
@@ -28,6 +31,11 @@ class Discriminator(Objective):
             self.layers = nn.Sequential(
                 nn.Linear(dim, wide), nn.ReLU(), nn.Linear(wide, narrow), nn.ReLU(), nn.Linear(narrow, 1)
             )  # fmt: skip
+
+    @classmethod
+    def for_targets(cls, about: "TargetInfo | None", **settings: Any) -> Self:
+        """The objective for targets of their number of classes."""
+        return cls(dim_of(about, "discriminator"), **settings)
 
     def forward(self, student: Tensor, target: Tensor) -> Tensor:
         """The mean cross-entropy in nats, a scalar, of student logits [B, K] and target probabilities [B, K]."""

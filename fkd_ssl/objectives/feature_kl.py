@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from fkd_ssl.objectives.objective import Objective
+from fkd_ssl.objectives.objective import Objective, check_positive
 
 
 class FeatureKL(Objective):
@@ -17,8 +17,9 @@ class FeatureKL(Objective):
         temperature: T.
     """
 
-    def __init__(self, temperature: float = 0.2) -> None:
+    def __init__(self, *, temperature: float = 0.2) -> None:
         super().__init__()
+        check_positive("feature_kl", temperature=temperature)
         self.temperature = temperature
 
     def forward(self, student: Tensor, target: Tensor) -> Tensor:

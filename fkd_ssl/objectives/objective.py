@@ -1,21 +1,39 @@
 """What training asks of a loss."""
 
+import math
 from abc import abstractmethod
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from fkd_ssl.errors import RequestError
 from fkd_ssl.kinds import Kind
+
+if TYPE_CHECKING:
+    from fkd_ssl.objectives import TargetInfo
 
 
 class Objective(nn.Module):
     """A loss between a student's outputs and their targets, both [B, D]: L2-normalised, or logits and class probabilities.
+
+    Its settings are the keyword-only arguments of its constructor, each of them a number with a default:
+    `--objective "name(setting=value)"` sets them, and nothing outside its module knows their names.
 
     Attributes:
         kind: Of the targets.
     """
 
     kind: Kind = "embedding"
+
+    @classmethod
+    def for_targets(cls, about: "TargetInfo | None", **settings: Any) -> Self:
+        """The objective for targets of which `about` is known; what needs more of them than its settings overrides this.
+
+        Raises:
+            RequestError: The targets lack what it needs, or a setting has a wrong value.
+        """
+        return cls(**settings)
 
     @abstractmethod
     def forward(self, student: Tensor, target: Tensor) -> Tensor:
@@ -27,6 +45,22 @@ class Objective(nn.Module):
 
     def remember(self, target: Tensor) -> None:
         """Takes the targets [B, D] of a step that is done; most objectives need none."""
+
+
+def check_positive(objective: str, **settings: float) -> None:
+    """Raises RequestError if a setting is not a positive, finite number."""
+    for name, value in settings.items():
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+            raise RequestError(f"objective {objective}: {name} {value!r}: must be positive and finite")
+
+
+def dim_of(about: "TargetInfo | None", objective: str) -> int:
+    """The targets' dimension; raises RequestError if nothing is known of them."""
+    if about is None:
+        raise RequestError(
+            f"objective {objective}: needs to know the targets' dimension; pass about=TargetInfo(name=..., dim=...)"
+        )
+    return about.dim
 
 
 def scores(rows: Tensor, columns: Tensor) -> Tensor:

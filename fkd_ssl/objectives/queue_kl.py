@@ -1,12 +1,17 @@
 """Cross-entropy of similarities to a queue of targets: SEED's distillation."""
 
+from typing import TYPE_CHECKING, Any, Self
+
 import torch
 from torch import Tensor
 from torch import distributed as dist
 from torch.nn import functional as F
 
 from fkd_ssl.errors import RequestError
-from fkd_ssl.objectives.objective import Objective, cross_entropy, scores
+from fkd_ssl.objectives.objective import Objective, check_positive, cross_entropy, dim_of, scores
+
+if TYPE_CHECKING:
+    from fkd_ssl.objectives import TargetInfo
 
 
 class QueueKL(Objective):
@@ -21,26 +26,32 @@ class QueueKL(Objective):
 
     Args:
         dim: D.
-        size: K.
+        queue: K, targets in the queue.
         temperature: T, the student's.
         teacher_temperature: T_t.
 
     Raises:
-        RequestError: The queue has no place.
+        RequestError: A setting is not positive, or `queue` is not a whole number.
     """
 
     queue: Tensor
     next: Tensor
 
-    def __init__(self, dim: int, size: int = 65536, temperature: float = 0.2, teacher_temperature: float = 1e-4) -> None:
+    def __init__(self, dim: int, *, queue: int = 65536, temperature: float = 0.2, teacher_temperature: float = 1e-4) -> None:
         super().__init__()
-        if size < 1:
-            raise RequestError(f"queue {size}: must hold at least 1 target")
+        check_positive("queue_kl", queue=queue, temperature=temperature, teacher_temperature=teacher_temperature)
+        if not isinstance(queue, int):
+            raise RequestError(f"objective queue_kl: queue {queue}: must be a whole number")
         self.temperature = temperature
         self.teacher_temperature = teacher_temperature
-        noise = torch.randn(size, dim, generator=torch.Generator().manual_seed(0))  # leaves the student's draw alone
+        noise = torch.randn(queue, dim, generator=torch.Generator().manual_seed(0))  # leaves the student's draw alone
         self.register_buffer("queue", F.normalize(noise, dim=1))
         self.register_buffer("next", torch.zeros((), dtype=torch.int64))
+
+    @classmethod
+    def for_targets(cls, about: "TargetInfo | None", **settings: Any) -> Self:
+        """The objective for targets of their dimension."""
+        return cls(dim_of(about, "queue_kl"), **settings)
 
     def forward(self, student: Tensor, target: Tensor) -> Tensor:
         """The mean cross-entropy in nats, a scalar, of L2-normalised student [B, D] and target [B, D]."""

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from fkd_ssl.errors import RequestError
-from fkd_ssl.objectives.objective import Objective, cross_entropy, scores
+from fkd_ssl.objectives.objective import Objective, check_positive, cross_entropy, scores
 
 
 class Relational(Objective):
@@ -20,8 +20,9 @@ class Relational(Objective):
         temperature: T.
     """
 
-    def __init__(self, temperature: float = 0.04) -> None:
+    def __init__(self, *, temperature: float = 0.04) -> None:
         super().__init__()
+        check_positive("relational", temperature=temperature)
         self.temperature = temperature
 
     def forward(self, student: Tensor, target: Tensor) -> Tensor:

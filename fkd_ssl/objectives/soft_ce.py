@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from fkd_ssl.objectives.objective import Objective
+from fkd_ssl.objectives.objective import Objective, check_positive
 
 
 class SoftCE(Objective):
@@ -20,10 +20,11 @@ class SoftCE(Objective):
 
     kind = "distribution"
 
-    def __init__(self, temperature: float = 1.0, teacher_temperature: float | None = None) -> None:
+    def __init__(self, *, temperature: float = 1.0, teacher_temperature: float | None = None) -> None:
         super().__init__()
         self.temperature = temperature
         self.teacher_temperature = temperature if teacher_temperature is None else teacher_temperature
+        check_positive("soft_ce", temperature=temperature, teacher_temperature=self.teacher_temperature)
 
     def forward(self, student: Tensor, target: Tensor) -> Tensor:
         """The mean cross-entropy in nats, a scalar, of student logits [B, K] and target probabilities [B, K]."""

@@ -53,15 +53,8 @@ class TrainConfig:
     """Run, checkpoint or exported file whose weights the student starts from: reactnet starts from a reactnet_step1."""
     objective: str = "feature_kl"
     """feature_kl (S2-BNN's), cosine (SimReg's), queue_kl (SEED's), prototype_ce (SwAV's, from a SwAV teacher's prototypes),
-    relational (within the batch), or a sum as feature_kl+0.5*relational; for class probabilities soft_ce (FKD's), or
-    soft_ce+discriminator (MEAL V2's)."""
-    temperature: float | None = None
-    """Of the objective; the paper's by default (0.2 for feature_kl and queue_kl, 0.1 for prototype_ce, 0.04 for relational, 1
-    for soft_ce)."""
-    teacher_temperature: float | None = None
-    """Of queue_kl's targets, SEED's 1e-4 by default; of soft_ce's, the student's by default."""
-    queue: int | None = None
-    """Targets in queue_kl's queue; SEED's 65536 by default."""
+    relational (within the batch); for class probabilities soft_ce (FKD's), or soft_ce+discriminator (MEAL V2's). Their settings
+    are in parentheses, and sums have weights: "feature_kl + 0.5*queue_kl(queue=4096)". The documentation lists the settings."""
     label_smoothing: float = 0.0
     """Of --targets labels, and of the labels that --calibrate_below puts in: this share is spread over all classes."""
     calibrate_below: float | None = None
@@ -136,7 +129,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         positive = (
             "epochs", "crops_per_image", "batch_size", "pixels", "lr", "knn_every", "knn_k", "log_every", "width", "accumulate",
-            "devices", "clip", "temperature", "teacher_temperature", "queue",
+            "devices", "clip",
         )  # fmt: skip
         for name in positive:
             if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:

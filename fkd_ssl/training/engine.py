@@ -28,7 +28,7 @@ from fkd_ssl.training.targets import Calibrated, LabelTargets, OnlineTargets, Ta
 
 
 def objective_of(config: TrainConfig, about: TargetInfo) -> Objective:
-    """The config's objective for one teacher's targets; raises as make_objective, and where the head is for other ones."""
+    """The config's objective for one teacher's targets; raises as make_objective, and if the head is for others."""
     if (config.head == CLASSIFIER) != (about.kind == "distribution"):
         what, head = ("class probabilities", CLASSIFIER) if about.kind == "distribution" else ("embeddings", "mocov2 or simreg")
         objective = "--objective soft_ce and " if (about.kind == "distribution") and "soft_ce" not in config.objective else ""
@@ -36,13 +36,7 @@ def objective_of(config: TrainConfig, about: TargetInfo) -> Objective:
     for option, value in (("mixup", config.mixup), ("cutmix", config.cutmix), ("calibrate_below", config.calibrate_below)):
         if value and about.kind != "distribution":
             raise RequestError(f"{option} {value}: the targets of {about.name!r} are embeddings; it is for class probabilities")
-    return make_objective(
-        config.objective,
-        config.temperature,
-        about=about,
-        teacher_temperature=config.teacher_temperature,
-        queue=config.queue,
-    )
+    return make_objective(config.objective, about=about)
 
 
 def total_steps(config: TrainConfig, images: int) -> int:

@@ -292,7 +292,7 @@ class TestRefused:
             (("--images train", "--images val"), 1, "val: lacks 6 of the 18 images of store, for instance 'ash/4.png'"),
             (("squeezenet1_1", "squezenet1_1"), 2, "did you mean squeezenet1_1"),
             (("--epochs 2", "--epochs 2 --objective mse"), 2, "objective 'mse' is unknown"),
-            (("--epochs 2", "--epochs 2 --objective cosine --temperature 0.1"), 2, "cosine has none"),
+            (("--epochs 2", "--epochs 2 --objective cosine(temperature=0.1)"), 2, "no setting 'temperature'; it has none"),
             (("--batch_size 18", "--batch_size 80"), 2, "40 images a batch, and there are 18; choose at most 36"),
             (("--crops_per_image 2", "--crops_per_image 6"), 2, "crops_per_image 6: store holds 4 crops of each image"),
             (("--store store", "--store store --teacher swav"), 2, "no targets of 'swav'; there are ['make']"),

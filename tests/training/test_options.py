@@ -28,7 +28,7 @@ from fkd_ssl.training.last_single import LastSingle
 from fkd_ssl.training.sampler import PassSampler
 
 ALL = {
-    "head": "simreg", "ema": 0.9, "objective": "feature_kl+0.1*queue_kl", "queue": 40,
+    "head": "simreg", "ema": 0.9, "objective": "feature_kl+0.1*queue_kl(queue=40)",
     "clip": 1.0, "single_crop_epochs": 2, "accumulate": 2, "warmup_epochs": 1,
 }  # fmt: skip
 """All that keeps something between steps, and all that changes what a step is."""
@@ -430,7 +430,7 @@ def test_a_divergence_names_the_last_good_checkpoint(make_run: Any, tiny_teacher
 
 
 def test_queue_kl_stored_equals_online(make_run: Any, tiny_teacher: Any) -> None:
-    options = {"objective": "queue_kl", "queue": 50, "temperature": 0.2, "teacher_temperature": 0.05}
+    options = {"objective": "queue_kl(queue=50, temperature=0.2, teacher_temperature=0.05)"}
     stored = make_run("stored", **options).train()
     online = make_run("online", **options, targets="online", teacher="tiny").train(embed=tiny_teacher.embed)
     assert stored.column("loss") == pytest.approx(online.column("loss"), rel=1e-4)
