@@ -145,7 +145,7 @@ class TestConfigFiles:
         status, printed, _ = call(f"{self.LINE} --print_config")
         assert status == 0
         values = yaml.safe_load(printed)
-        assert (values["lr"], values["knn_every"], values["batch_size"], values["temperature"]) == (1e-3, 2.5, 256, None)
+        assert (values["lr"], values["knn_every"], values["batch_size"], values["clip"]) == (1e-3, 2.5, 256, None)
         (tmp_path / "a.yaml").write_text(printed)
         train = importlib.import_module("fkd_ssl.commands.train")
         direct = cli.parse("train", train, self.LINE.split()[1:])
