@@ -82,7 +82,7 @@ def run(config: Config) -> int:
             f"  licence {teacher['licence']}; checkpoint sha256 {str(teacher['checkpoint_sha256'])[:16]}",
         ]
         if "source_codec" in fidelity:
-            lines.append(f"  recoded from {fidelity['source_codec']}: these are bounds")
+            lines.append(f"  recoded from {fidelity['source_codec']}: information that it discarded cannot be recovered")
         if column["missing_shards"]:
             lines.append(f"  NOT FINISHED: {len(column['missing_shards'])} of {about['shards']} shards are missing")
     lines += [f"DAMAGED: {problem}" for problem in about["damaged"]]

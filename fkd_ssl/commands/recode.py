@@ -1,7 +1,8 @@
 """Writes a teacher's targets in another codec, from their codes: as another column of the store, or with --out as a store.
 
-The teacher is not needed and the source is only read. The new column appears when it is whole; a killed run continues. What
-a lossy codec has lost stays lost: the fidelity that is recorded is a bound that puts the old loss and the new together.
+The teacher is not needed and the source is only read. The new column appears when it is whole; a killed run continues.
+Information that the source codec discarded cannot be recovered: the fidelity that is recorded is measured against the source
+column's targets.
 """
 
 from dataclasses import dataclass
@@ -44,12 +45,10 @@ def run(config: Config) -> int:
         console.show_json({"store": str(column.store.folder), "column": column.name, **sizes, "fidelity": f})
         return 0
     codecs = " and ".join(f"{source.meta.codec} ({source.meta.code_size} bytes)" for source in sources)
-    if f["sample"] and any(source.meta.codec != "Flat" for source in sources):
-        lost = in_words({key.removeprefix("source_"): value for key, value in f.items() if key.startswith("source_")})
-        console.say(f"note: {f['source_codec']} had lost something already ({lost}), which is not found again")
-    lost = f"at worst {in_words(f)} (measured on {f['sample']} targets)" if f["sample"] else in_words(f)
+    if any(source.meta.codec not in ("Flat", "full") for source in sources):
+        console.say(f"note: information that {f['source_codec']} discarded cannot be recovered")
     console.show(
         f"{column.folder}: {' and '.join(source.name for source in sources)} from {codecs} to {column.meta.codec} "
-        f"({column.meta.code_size} bytes); {lost}"
+        f"({column.meta.code_size} bytes); {in_words(f)}, of {f['sample']}"
     )
     return 0

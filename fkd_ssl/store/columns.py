@@ -107,12 +107,12 @@ def open_or_train(
 
 def train(request: Request, sample: Float32Array) -> tuple[dict[str, Any], dict[str, Float32Array]]:
     """A column's meta.json, without the arrays' checksums, and its arrays; part of the sample is held out."""
-    trained, fidelity = fit(request.codec, sample)
+    trained, fidelity = train_and_measure(request.codec, sample)
     meta = {**request.meta(), "fidelity": fidelity}
     return meta, {**trained.arrays(), **{f"teacher-{key}": a for key, a in request.teacher.arrays.items()}}
 
 
-def fit(spec: str, sample: Float32Array) -> tuple[Codec, dict[str, Any]]:
+def train_and_measure(spec: str, sample: Float32Array) -> tuple[Codec, dict[str, Any]]:
     """A codec trained on a sample but for what is held out, and its fidelity on that.
 
     Raises:
@@ -168,14 +168,14 @@ def measure(codec: Codec, targets: Float32Array) -> dict[str, Any]:
 
 
 def in_words(fidelity: dict[str, Any]) -> str:
-    """What a codec leaves of the teacher's targets."""
+    """How near decoded targets are to what was encoded: the teacher's own targets, or a source column's."""
     f = fidelity
+    whose = "the source column's targets" if "source_codec" in f else "the teacher's own targets"
     if not f.get("sample", 1):
-        return "what it leaves of the teacher's own targets is not known"
+        return f"the loss to {whose} is unknown"
     if "total_variation_mean" in f:
-        mean, most = f["total_variation_mean"], f["total_variation_max"]
-        return f"total variation to the teacher's own targets {mean:.4f} mean, {most:.4f} most"
-    return f"cosine to the teacher's own targets {f['cosine_mean']:.5f} mean, {f['cosine_min']:.5f} least"
+        return f"total variation to {whose} {f['total_variation_mean']:.4f} mean, {f['total_variation_max']:.4f} max"
+    return f"cosine to {whose} {f['cosine_mean']:.5f} mean, {f['cosine_min']:.5f} min"
 
 
 def normalisation_in_words(mean: Sequence[float], std: Sequence[float]) -> str:

@@ -33,7 +33,8 @@ _CROPS_SIDECAR = re.compile(
 )
 
 
-_FIDELITY = ("cosine_mean", "cosine_min", "sample")
+COSINES = ("cosine_mean", "cosine_min")
+_FIDELITY = (*COSINES, "sample")
 _FIDELITY_OF = {"distribution": ("total_variation_mean", "total_variation_max")}
 
 
@@ -50,9 +51,9 @@ class ColumnMeta:
     code_size: int
     """Bytes of one code."""
     fidelity: dict[str, Any]
-    """Cosine of decoded to original targets on a held-out sample: `cosine_mean`, `cosine_min`, `sample`. A recoded column
-    has bounds on them, and says what they are made of: `source_codec`, `source_column` (sha256 of the source's meta.json as
-    sidecars have it), `source_cosine_mean`, `recoded_cosine_mean`, ..."""
+    """Cosine of decoded to original targets on a held-out sample: `cosine_mean`, `cosine_min`, `sample`. A recoded column's
+    are measured against its source's targets; it also has `source_codec`, `source_column` (sha256 of the source's meta.json as
+    sidecars have it), and the source's own cosines to the teacher's targets, `source_cosine_mean` and `source_cosine_min`."""
     teacher: dict[str, Any]
     """name, network, licence, source, checkpoint_sha256."""
     preprocessing: dict[str, list[float]]
@@ -67,6 +68,11 @@ class ColumnMeta:
     """Which pixel path made the crops; see fkd_ssl.crops.probe_digest."""
     arrays: dict[str, str]
     """sha256 of each .npy beside it: the codec's parameters, and the teacher's own under `teacher-`."""
+
+
+def cosine_to_teacher(meta: ColumnMeta, key: str) -> float:
+    """About what cosine a column's targets have to the teacher's own: losses of a recoded one and of its source add up."""
+    return float(meta.fidelity[key] + meta.fidelity.get(f"source_{key}", 1.0) - 1)
 
 
 def read_meta(path: Path) -> tuple[ColumnMeta, str]:
@@ -101,6 +107,7 @@ def _check_meta(meta: ColumnMeta, path: Path) -> None:
         "probe_digest": isinstance(meta.probe_digest, str),
         "fidelity": isinstance(fidelity, dict)
         and all(isinstance(fidelity.get(key), (int, float)) for key in (*_FIDELITY, *_FIDELITY_OF.get(meta.kind, ())))
+        and all(isinstance(fidelity.get(f"source_{key}", 1.0), (int, float)) for key in COSINES)
         and all(abs(value) <= _MAX_NUMBER for value in fidelity.values() if isinstance(value, (int, float))),
         "teacher": isinstance(about, dict)
         and all(isinstance(about.get(key), str) for key in ("name", "network", "licence"))

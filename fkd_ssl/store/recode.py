@@ -1,8 +1,6 @@
 """Recode: a column's targets in another codec, or the mean of several columns, from their codes; no teacher is needed."""
 
 import hashlib
-import math
-import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -15,14 +13,12 @@ from fkd_ssl import files
 from fkd_ssl.errors import RequestError, StoreError
 from fkd_ssl.store import manifest as layout
 from fkd_ssl.store.codecs import Float32Array, UInt8Array, check_kind, code_size
-from fkd_ssl.store.columns import check_sample, fit, sample_rows
-from fkd_ssl.store.reader import Column, Store
+from fkd_ssl.store.columns import check_sample, sample_rows, train_and_measure
+from fkd_ssl.store.reader import COSINES, Column, Store, cosine_to_teacher
 from fkd_ssl.store.subset import Part, whole_folder
 from fkd_ssl.store.verify import check_files
 
 _BLOCK = 2**23  # numbers that are decoded at once
-_DISTANCES = {"total_variation_mean", "total_variation_max"}
-_MEASURES = {"cosine_mean", "cosine_min", *_DISTANCES}
 _AS_THEY_ARE = {"mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]}
 
 
@@ -36,8 +32,8 @@ def recode(
 ) -> Column:
     """Writes the targets of a column in another codec, as another column of the store or into a store of its own.
 
-    The new column appears when it is whole; a killed call continues. The source stays as it is. What its codec has lost
-    is not found again: the new column's recorded fidelity is a bound that puts both losses together (`combined`).
+    The new column appears when it is whole; a killed call continues. The source stays as it is. Information that its codec
+    discarded cannot be recovered: the fidelity that is recorded is measured against the source's targets, not the teacher's.
 
     Args:
         store: The store.
@@ -88,7 +84,6 @@ class Source:
         meta: The new column's, but for its codec and fidelity.
         name: Of the column, or the names of all.
         digest: What tells the sources from others.
-        lost: What their codecs have lost of the targets, or of their mean, at worst.
     """
 
     def __init__(self, columns: Sequence[Column]) -> None:
@@ -96,7 +91,6 @@ class Source:
         first = columns[0]
         self.store = first.store
         self.meta, self.name, self.digest = first.meta, first.name, first.digest
-        self.lost: dict[str, float] = {key: value for key, value in first.meta.fidelity.items() if key in _MEASURES}
         if len(columns) > 1:
             self._mean(columns)
 
@@ -129,26 +123,11 @@ class Source:
         self.meta = replace(
             first, codec=codec, teacher=teacher, preprocessing=first.preprocessing if alike else _AS_THEY_ARE, arrays={}
         )
-        # distances of means are at most means of distances; an angle is bound by them and the least length, 1 / sqrt(K), and
-        # the mean cosine by a chord, since the cosine is concave in the sine
-        self.lost = {key: statistics.mean(meta.fidelity[key] for meta in metas) for key in _DISTANCES}
-        mean, most = (min(1.0, 2 * self.lost[f"total_variation_{of}"] * math.sqrt(first.dim)) for of in ("mean", "max"))
-        least = math.sqrt(1 - most * most)
-        self.lost |= {"cosine_mean": 1 - (1 - least) * mean / most if most else 1.0, "cosine_min": least}
 
     def decode(self, codes: Sequence[UInt8Array]) -> Float32Array:
         """Targets float32 [n, D] of each column's codes [n, code_size]."""
         decoded = [column.codec.decode(part) for column, part in zip(self.columns, codes, strict=True)]
         return decoded[0] if len(decoded) == 1 else np.mean(decoded, axis=0, dtype=np.float32)
-
-
-def combined(first: float, second: float) -> float:
-    """A bound from below on the cosine (mean or least) that two codecs leave, one after the other.
-
-    Unit vectors at cosine c lie sqrt(2 - 2 c) apart, distances add up at most (for a mean: in the root mean square,
-    Minkowski), so 1 - c <= (sqrt(1 - first) + sqrt(1 - second))^2.
-    """
-    return max(-1.0, 1 - (math.sqrt(max(0.0, 1 - first)) + math.sqrt(max(0.0, 1 - second))) ** 2)
 
 
 def _check_files(source: Source) -> None:
@@ -173,8 +152,7 @@ def _is_of(column: Column, source: Source, codec: str) -> bool:
     """Whether a column is what `recode` makes of the source."""
     meta, f = column.meta, column.meta.fidelity
     same = meta == replace(source.meta, codec=codec, code_size=meta.code_size, fidelity=f, arrays=meta.arrays)
-    # a column of an earlier version does not say its source's digest
-    return same and f.get("source_codec") == source.meta.codec and f.get("source_column", source.digest) == source.digest
+    return same and (f.get("source_codec"), f.get("source_column")) == (source.meta.codec, source.digest)
 
 
 def _fill(source: Source, codec: str, store: Store, to: str) -> None:
@@ -221,18 +199,12 @@ def _train(source: Source, codec: str) -> tuple[dict[str, Any], dict[str, Float3
     """meta.json of the recoded column, without its arrays' checksums, and its arrays."""
     rows, per_image, size = _sample(source, codec)
     codes = [np.concatenate([one.codes(row, slice(per_image)) for row in rows])[:size] for one in source.columns]
-    trained, own = fit(codec, source.decode(codes))
-    before = source.lost
-    known = all(one.meta.fidelity["sample"] for one in source.columns)  # not of labels that import-fkd brought
-    fidelity: dict[str, Any] = {
-        "sample": own["sample"] if known else 0,
+    trained, fidelity = train_and_measure(codec, source.decode(codes))
+    fidelity |= {
         "source_codec": source.meta.codec,
         "source_column": source.digest,
+        **{f"source_{key}": min(cosine_to_teacher(one.meta, key) for one in source.columns) for key in COSINES},
     }
-    for key in ("cosine_mean", "cosine_min"):
-        fidelity |= {key: combined(before[key], own[key]), f"source_{key}": before[key], f"recoded_{key}": own[key]}
-    for key in own.keys() & _DISTANCES:  # they add up at most
-        fidelity |= {key: min(1.0, before[key] + own[key]), f"source_{key}": before[key], f"recoded_{key}": own[key]}
     meta = {**asdict(source.meta), "codec": codec, "code_size": trained.code_size, "fidelity": fidelity}
     del meta["arrays"]
     extra = {array: source.columns[0].array(array) for array in source.meta.arrays if array.startswith("teacher-")}

@@ -16,7 +16,7 @@ from fkd_ssl.crops import CROP_DTYPE, Records, probe_digest, replay, well_formed
 from fkd_ssl.errors import FkdError, ImageAccessError, RequestError, StoreAccessError, StoreError
 from fkd_ssl.images import ImageSet, decode, read_bytes
 from fkd_ssl.store import manifest as layout
-from fkd_ssl.store.reader import Column, Store
+from fkd_ssl.store.reader import COSINES, Column, Store, cosine_to_teacher
 from fkd_ssl.store.rows import Teacher
 
 # a fresh sample's least cosine may lie this many times further from 1 than the recorded one, plus the slack of another
@@ -303,8 +303,7 @@ def _check_targets(
         return
     report.checked["crops"] = len(cosines)
     report.cosine = {"mean": float(np.mean(cosines)), "min": float(np.min(cosines))}
-    recorded = column.meta.fidelity
-    least, mean = (1 - _TIMES * (1 - recorded[key]) - _SLACK for key in ("cosine_min", "cosine_mean"))
+    mean, least = (1 - _TIMES * (1 - cosine_to_teacher(column.meta, key)) - _SLACK for key in COSINES)
     bad = [row for row, cosine in zip(order, cosines, strict=True) if cosine < least]
     if bad:
         shard = bad[0] // store.manifest.rows_per_shard

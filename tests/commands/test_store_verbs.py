@@ -183,17 +183,16 @@ class TestRecode:
     def test_another_column(self, work: Path, call: Any) -> None:
         before = contents(work / "store")
         status, out, err = call("recode store --codec SQ8")
-        assert (status, "had lost" in err) == (0, False)
+        assert (status, "discarded" in err) == (0, False)
         assert (
-            "store/targets/make-SQ8: make from Flat (64 bytes) to SQ8 (16 bytes); at worst cosine to the teacher's own targets"
-            in out
+            "store/targets/make-SQ8: make from Flat (64 bytes) to SQ8 (16 bytes); cosine to the source column's targets" in out
         )
         assert {name: data for name, data in contents(work / "store").items() if name in before} == before
-        assert "recoded from Flat: these are bounds" in call("inspect store").out
+        assert "recoded from Flat: information that it discarded cannot be recovered" in call("inspect store").out
         status, out, err = call("recode store --codec SQ4 --name make-SQ8 --to small --json")
         assert json.loads(out)["fidelity"]["source_codec"] == "SQ8"
         assert call("verify store --images train --teacher own_teacher:make --name small").status == 0
-        assert "had lost something already" in call("recode store --codec SQ6 --name make-SQ8").err
+        assert "information that SQ8 discarded cannot be recovered" in call("recode store --codec SQ6 --name make-SQ8").err
 
     def test_into_a_store(self, work: Path, call: Any) -> None:
         assert call("recode store --codec SQ8 --out new").status == 0

@@ -47,10 +47,10 @@ def test_probabilities_are_stored_and_read(labels: Path, call: Any, work: Path) 
 def test_other_codecs(labels: Path, call: Any) -> None:
     answer = call("recode labels --codec hard")
     assert answer.status == 0
-    assert "from full (6 bytes) to hard (2 bytes); at worst total variation to the teacher's own targets" in answer.out
+    assert "from full (6 bytes) to hard (2 bytes); total variation to the source column's targets" in answer.out
     fidelity = json.loads(call("inspect labels --json").out)["teachers"]["classes-hard"]["fidelity"]
-    total = fidelity["source_total_variation_mean"] + fidelity["recoded_total_variation_mean"]
-    assert fidelity["total_variation_mean"] == pytest.approx(min(1, total))
+    assert 0 < fidelity["total_variation_mean"] <= fidelity["total_variation_max"] < 1
+    assert fidelity["source_codec"] == "full"
     for codec, said in {
         "SQ8": "are class probabilities, whose codecs are",
         "marginal_renorm_k3": "keeps 3 of 3 classes",
@@ -198,7 +198,6 @@ class TestTeachers:
         answer = call("recode two --name teacher,classes --codec full --to both")
         assert answer.status == 0, answer.err
         assert "teacher and classes from full (6 bytes) and full (6 bytes) to full (6 bytes)" in answer.out
-        assert "note: full + full had lost something already (total variation" in answer.err
         one, both = open_store(work / "one"), open_store(work / "two")
         for row in range(len(one.paths)):
             np.testing.assert_allclose(

@@ -376,4 +376,4 @@ def test_imported_crops_are_not_made_again(images: Path, tmp_path: Path, damage:
 def test_what_imported_labels_leave_of_their_teachers_is_not_known(images: Path, tmp_path: Path) -> None:
     published(tmp_path / "labels", images)
     store = import_fkd(tmp_path / "labels", scan(images), tmp_path / "store", classes=K)
-    assert in_words(store.column().meta.fidelity) == "what it leaves of the teacher's own targets is not known"
+    assert in_words(store.column().meta.fidelity) == "the loss to the teacher's own targets is unknown"

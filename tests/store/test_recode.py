@@ -1,9 +1,7 @@
 """A column in another codec, without the teacher."""
 
 import importlib.util
-from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +12,8 @@ from fkd_ssl.crops import replay
 from fkd_ssl.errors import RequestError, StoreError
 from fkd_ssl.store import manifest, open_store
 from fkd_ssl.store import recode as recodes
-from fkd_ssl.store.recode import combined, recode
+from fkd_ssl.store.reader import cosine_to_teacher
+from fkd_ssl.store.recode import recode
 from fkd_ssl.store.subset import subset
 from fkd_ssl.store.verify import verify
 from fkd_ssl.teachers import Ensemble, Teacher
@@ -57,9 +56,11 @@ def test_codes_are_the_new_codecs_of_the_decoded_targets(tmp_path, source, tree,
     found = decoded(column.store, column.name)
     cosines = (found * said_now(source, image_folder, new_teacher())).sum(axis=2) / np.linalg.norm(found, axis=2)
     f = column.meta.fidelity
-    assert f["cosine_mean"] <= cosines.mean() + 2e-3
-    assert f["cosine_mean"] <= f["recoded_cosine_mean"] + 1e-9
+    to_source = (found * old).sum(axis=2) / np.linalg.norm(found, axis=2) / np.linalg.norm(old, axis=2)
+    allowed = 2e-3 + abs(1 - float(to_source.mean()))  # what is recorded was measured on a ninth of them
+    assert f["cosine_mean"] == pytest.approx(float(to_source.mean()), abs=allowed)
     assert (f["source_codec"], f["source_cosine_mean"]) == ("SQ8", source.column("tiny").meta.fidelity["cosine_mean"])
+    assert cosine_to_teacher(column.meta, "cosine_mean") == pytest.approx(float(cosines.mean()), abs=allowed)
     report = verify(column.store, images.scan(image_folder), new_teacher(), name=column.name)
     assert report.problems == []
 
@@ -75,31 +76,18 @@ def test_from_lossless_targets_it_is_what_precompute_writes(tmp_path, make_store
     assert (ours == theirs).mean() > 0.999
 
 
-@pytest.mark.parametrize(("first", "second"), [(1.0, 0.99), (0.99, 0.9), (0.999, 0.999), (0.3, 0.2)])
-def test_combined_bounds_what_two_turns_of_a_vector_leave(first, second):
-    generator = np.random.default_rng(0)
-
-    def turned(vectors, cosine):
-        aside = generator.normal(size=vectors.shape)
-        aside -= (aside * vectors).sum(axis=1, keepdims=True) * vectors
-        aside /= np.linalg.norm(aside, axis=1, keepdims=True)
-        return cosine * vectors + np.sqrt(1 - cosine**2) * aside
-
-    start = generator.normal(size=(5000, 3))  # in three dimensions some of the turns add up
-    start /= np.linalg.norm(start, axis=1, keepdims=True)
-    end = turned(turned(start, first), second)
-    left = (start * end).sum(axis=1)
-    bound = combined(first, second)
-    assert bound <= left.min() + 1e-9
-    assert bound <= first + 1e-12
-    assert bound <= second + 1e-12
-    if first == 1.0:
-        assert bound == pytest.approx(second)
-
-
-def test_combined_of_floats_beyond_one():
-    assert combined(1 + 1e-9, 1 + 1e-9) == 1.0
-    assert combined(-1, -1) == -1.0
+def test_what_was_lost_twice_is_no_reason_to_doubt_the_teacher(source, image_folder, new_teacher):
+    """SQ4 of SQ4 of SQ8, and Flat of that: verify allows what all of them discarded, and still finds another teacher."""
+    recode(source, "SQ4", name="tiny", to="a")
+    recode(source, "SQ4", name="a", to="b")
+    column = recode(source, "Flat", name="b", to="c")
+    f = column.meta.fidelity
+    assert (f["cosine_mean"], f["source_cosine_mean"]) == (
+        pytest.approx(1, abs=1e-6),
+        pytest.approx(sum(source.column(name).meta.fidelity["cosine_mean"] for name in ("tiny", "a", "b")) - 2, abs=1e-9),
+    )
+    assert verify(column.store, images.scan(image_folder), new_teacher(), name="c").problems == []
+    assert verify(column.store, images.scan(image_folder), new_teacher(1), name="c").problems
 
 
 def test_into_a_store_of_its_own(tmp_path, source, tree, image_folder, new_teacher):
@@ -305,18 +293,6 @@ class TestMean:
         )
         assert column.meta.teacher["licence"] == "licence a; licence b"
         assert verify(column.store, images.scan(image_folder), ensemble, name=column.name).problems == []
-
-    def test_the_cosines_are_bounds_also_where_the_loss_is_in_few_crops(self, two):
-        """One target in 25 is (1, 0, ...) and was stored as (0.5, 0.5, 0, ...), the others are exact."""
-        cosine, distance = 1 / np.sqrt(2), 0.5
-        lost = {"total_variation_mean": distance / 25, "total_variation_max": distance}
-        columns = [
-            SimpleNamespace(name=name, digest=name, store=two, meta=replace(two.column(name).meta, fidelity=lost))
-            for name in ("a", "b")
-        ]
-        bound = recodes.Source(columns).lost
-        assert bound["cosine_min"] <= cosine
-        assert 0 < bound["cosine_mean"] <= (24 + cosine) / 25
 
     def test_a_second_call_finds_it_and_another_order_is_another_mean(self, two, tree):
         recode(two, "full", name=["a", "b"], to="mean")
