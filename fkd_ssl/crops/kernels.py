@@ -63,7 +63,8 @@ def colour(views: Tensor, crops: Tensor, linear: Tensor, offsets: Tensor) -> Non
     pixels = views.shape[1]
     for some in _parts(views, crops):
         mean = views[some].sum((1, 2), dtype=torch.int64).double() * (1.0 / (pixels * pixels))
-        constant = (offsets[some] * mean[:, None, :]).sum(2).float()
+        products = offsets[some] * mean[:, None, :]
+        constant = (products[..., 0] + products[..., 1] + products[..., 2]).float()  # in an order that no device changes
         count = len(some) * pixels * pixels
         tiles, block = _tiles(count)
         _colour[(tiles,)](views, some, linear, ((constant + 0.5) * 1024).round().int(), count, P=pixels, BLOCK=block)
@@ -107,7 +108,9 @@ def _taps(size: Tensor, pixels: int) -> Tensor:
 
     As OpenCV's resize computes them: positions in float64, weights in float32. `_unpack` is the inverse.
     """
-    scale = 1.0 / (pixels / size.double())
+    scale = 1.0 / torch.div(
+        torch.tensor(pixels, dtype=torch.float64, device=size.device), size
+    )  # `pixels / size` is not a division
     position = ((torch.arange(pixels, device=size.device).double() + 0.5) * scale[:, None] - 0.5).float()
     below = position.floor()
     weight = position - below

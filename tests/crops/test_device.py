@@ -112,6 +112,22 @@ def test_boxes_that_are_halved_many_times(pixels):
     np.testing.assert_array_equal(replay_on(DEVICE, image, records, pixels), replay(image, records, pixels))
 
 
+@pytest.mark.parametrize("pixels", [33, 98, 192, 448])
+def test_taps_have_the_bits_of_opencvs_formula(pixels):
+    size = np.unique(np.r_[1:1500, np.random.default_rng(0).integers(1, 65536, 1500)])
+    scale = 1.0 / (float(pixels) / size)
+    position = ((np.arange(pixels) + 0.5) * scale[:, None] - 0.5).astype(np.float32)
+    below = np.floor(position)
+    weight = position - below
+    first, second = (np.clip(below + k, 0, size[:, None] - 1) for k in (0, 1))
+    one = np.float32(1)
+    packed = kernels._taps(torch.from_numpy(size).to(DEVICE), pixels).cpu().numpy()
+    np.testing.assert_array_equal(packed >> 25, first)
+    np.testing.assert_array_equal((packed >> 25) + ((packed >> 24) & 1), second)
+    np.testing.assert_array_equal((packed >> 12) & 4095, np.rint((one - weight) * np.float32(2048)))
+    np.testing.assert_array_equal(packed & 4095, np.rint(weight * np.float32(2048)))
+
+
 def test_each_operation_has_a_kernel():
     assert all(callable(getattr(kernels, operation.name)) for operation in OPERATIONS)
 
