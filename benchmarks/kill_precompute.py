@@ -25,9 +25,10 @@ from torch import nn
 
 from fkd_ssl import glyphs, images
 from fkd_ssl.crops import RECIPES
-from fkd_ssl.store import manifest, open_store, work
-from fkd_ssl.store.precompute import Share, precompute
-from fkd_ssl.store.verify import verify
+from fkd_ssl.store import manifest, open_store
+from fkd_ssl.store.maintain.verify import verify
+from fkd_ssl.store.write import work
+from fkd_ssl.store.write.precompute import Share, precompute
 from fkd_ssl.teachers import Teacher
 
 COUNT, CROPS, ROWS = 240, 16, 24
@@ -90,7 +91,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     context = multiprocessing.get_context("forkserver")
-    multiprocessing.set_forkserver_preload(["torch", "faiss", "cv2", "fkd_ssl.store.precompute", "fkd_ssl.teachers"])
+    multiprocessing.set_forkserver_preload(["torch", "faiss", "cv2", "fkd_ssl.store.write.precompute", "fkd_ssl.teachers"])
     chance = random.Random(args.seed)
     print(f"python {platform.python_version()}, torch {torch.__version__}, {os.cpu_count()} cores, {platform.system()}")
     with tempfile.TemporaryDirectory() as place:

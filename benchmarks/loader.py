@@ -41,7 +41,7 @@ from fkd_ssl.crops import RECIPES, replay_into
 from fkd_ssl.crops.operations import BLUR, FLIP, GREY, JITTER
 from fkd_ssl.data import Loader, StoredCrops, whole_batch
 from fkd_ssl.images import ImageSet, decode, read_bytes, scan
-from fkd_ssl.store.precompute import precompute
+from fkd_ssl.store.write.precompute import precompute
 from fkd_ssl.teachers import Teacher
 
 DIM = 128

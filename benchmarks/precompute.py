@@ -27,9 +27,9 @@ from fkd_ssl.commands import resolve
 from fkd_ssl.crops import RECIPES
 from fkd_ssl.images import scan
 from fkd_ssl.store.manifest import limit_images
-from fkd_ssl.store.precompute import precompute
 from fkd_ssl.store.reader import Store
-from fkd_ssl.store.rows import RowReader, embed
+from fkd_ssl.store.write.precompute import precompute
+from fkd_ssl.store.write.rows import RowReader, embed
 from fkd_ssl.teachers import Teacher
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from fkd_ssl import images
 from fkd_ssl.crops import RECIPES
 from fkd_ssl.store import Store, open_store
-from fkd_ssl.store.precompute import precompute
+from fkd_ssl.store.write.precompute import precompute
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # crops for --device_crops are made in Triton's interpreter
@@ -49,7 +49,7 @@ def write_images(folder: Path, *, per_class: int = PER_CLASS, seed: int = 0) -> 
 
 
 class TinyTeacher:
-    """A random convolutional network, the same in every process; satisfies fkd_ssl.store.rows.Teacher."""
+    """A random convolutional network, the same in every process; satisfies fkd_ssl.store.write.rows.Teacher."""
 
     kind = "embedding"
     dim = 16

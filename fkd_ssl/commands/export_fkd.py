@@ -27,7 +27,7 @@ def run(config: Config) -> int:
     """Exports."""
     from fkd_ssl.commands import console
     from fkd_ssl.store import open_store
-    from fkd_ssl.store.fkd_exchange import export_fkd
+    from fkd_ssl.store.exchange.fkd_store import export_fkd
 
     written = export_fkd(open_store(config.store).column(config.name), config.out, fp16=config.fp16)
     console.show(f"{config.out}: {written:,} label files written")

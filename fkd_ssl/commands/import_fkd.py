@@ -35,7 +35,7 @@ def run(config: Config) -> int:
     from fkd_ssl.commands import console, resolve
     from fkd_ssl.errors import RequestError
     from fkd_ssl.images import scan
-    from fkd_ssl.store.fkd_exchange import import_fkd
+    from fkd_ssl.store.exchange.fkd_store import import_fkd
 
     images = scan(config.images)
     classes = config.classes if config.classes is not None else len(images.classes)

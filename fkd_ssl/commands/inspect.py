@@ -53,8 +53,8 @@ def describe(folder: str) -> dict[str, Any]:
 def run(config: Config) -> int:
     """Describes the store."""
     from fkd_ssl.commands import console
-    from fkd_ssl.store.columns import in_words, normalisation_in_words
-    from fkd_ssl.store.precompute import gigabytes
+    from fkd_ssl.store.write.columns import in_words, normalisation_in_words
+    from fkd_ssl.store.write.precompute import gigabytes
     from fkd_ssl.text import printable
 
     about = describe(config.store)

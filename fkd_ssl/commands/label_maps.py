@@ -42,7 +42,7 @@ def run(config: Config) -> int:
     from fkd_ssl.commands import console, resolve
     from fkd_ssl.images import scan
     from fkd_ssl.relabel import LabelMaps, generate
-    from fkd_ssl.store.precompute import gigabytes
+    from fkd_ssl.store.write.precompute import gigabytes
     from fkd_ssl.teachers.dense import DenseTeacher
 
     images = scan(config.images)

@@ -13,7 +13,7 @@ from fkd_ssl.errors import FkdError, RequestError
 
 if TYPE_CHECKING:
     from fkd_ssl.images import ImageSet
-    from fkd_ssl.store.precompute import Summary
+    from fkd_ssl.store.write.precompute import Summary
     from fkd_ssl.teachers import Teacher
 
 RETRIES = 20  # of one shard: preemption is no fault of its
@@ -105,7 +105,7 @@ def _result(ray: Any, reference: Any) -> "Summary":
 
 def _shard(config: Config, shard: int) -> "Summary":
     """One shard, in a worker."""
-    from fkd_ssl.store.precompute import Share
+    from fkd_ssl.store.write.precompute import Share
 
     return write(config, share=Share(index=shard, of=2**62), progress=False, log=lambda message: None, load=_loaded)
 

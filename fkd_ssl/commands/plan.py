@@ -194,7 +194,7 @@ def run(config: Config) -> int:
 def describe(config: Config, about: dict[str, Any]) -> str:
     """The plan for people."""
     from fkd_ssl.commands import console
-    from fkd_ssl.store.precompute import gigabytes
+    from fkd_ssl.store.write.precompute import gigabytes
 
     measured = about["measured"]
     rows = [["codec", "bytes a crop", "store", ""]]
@@ -234,7 +234,7 @@ def describe(config: Config, about: dict[str, Any]) -> str:
 def _refused(codec: str, targets: int) -> str | None:
     """Why so many targets are too few to train a codec on; None where they are not."""
     from fkd_ssl.errors import RequestError
-    from fkd_ssl.store.columns import check_sample, sample_targets
+    from fkd_ssl.store.write.columns import check_sample, sample_targets
 
     try:
         check_sample(codec, sample_targets(codec, targets))

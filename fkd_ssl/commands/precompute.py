@@ -17,7 +17,7 @@ from fkd_ssl.errors import RequestError
 
 if TYPE_CHECKING:
     from fkd_ssl.images import ImageSet
-    from fkd_ssl.store.precompute import Share, Summary
+    from fkd_ssl.store.write.precompute import Share, Summary
     from fkd_ssl.teachers import Teacher
 
 
@@ -78,7 +78,7 @@ def run(config: Config) -> int:
     """Precomputes and says what was written."""
     from fkd_ssl import processes
     from fkd_ssl.commands import console
-    from fkd_ssl.store.precompute import Share, gigabytes
+    from fkd_ssl.store.write.precompute import Share, gigabytes
 
     rank, world = processes.rank()
     if config.runner == "ray":
@@ -154,7 +154,7 @@ def write(
     from fkd_ssl import processes
     from fkd_ssl.commands import resolve
     from fkd_ssl.crops.device import check_device
-    from fkd_ssl.store.precompute import precompute
+    from fkd_ssl.store.write.precompute import precompute
     from fkd_ssl.training.config import split
 
     if config.device_crops:
@@ -226,7 +226,7 @@ def teachers_of(config: Config) -> list[tuple[str, str | None]]:
 
 def share_of(text: str) -> "Share":
     """The share that `i/n` means; raises RequestError where it means none."""
-    from fkd_ssl.store.precompute import Share
+    from fkd_ssl.store.write.precompute import Share
 
     index, slash, of = text.partition("/")
     if not (slash and index.isdecimal() and of.isdecimal()):

@@ -32,8 +32,8 @@ def run(config: Config) -> int:
     """Recodes and says what that costs."""
     from fkd_ssl.commands import console
     from fkd_ssl.store import open_store
-    from fkd_ssl.store.columns import in_words
-    from fkd_ssl.store.recode import recode
+    from fkd_ssl.store.maintain.recode import recode
+    from fkd_ssl.store.write.columns import in_words
     from fkd_ssl.training.config import split
 
     store = open_store(config.store)

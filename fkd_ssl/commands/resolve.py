@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fkd_ssl.crops import IMPORTED, RECIPES, Recipe
 from fkd_ssl.errors import RequestError, did_you_mean
 from fkd_ssl.files import sha256
-from fkd_ssl.store.columns import normalisation_in_words
+from fkd_ssl.store.write.columns import normalisation_in_words
 from fkd_ssl.students import CLASSIFIER, EXPORTED, MEAN, STD, Student, load_student
 from fkd_ssl.teachers import Ensemble, Teacher, load_teacher
 from fkd_ssl.teachers.registry import LIBRARIES

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from fkd_ssl.images import UInt8Array
     from fkd_ssl.sheet import Picture
     from fkd_ssl.store import Store
-    from fkd_ssl.store.nearest import Neighbour
+    from fkd_ssl.store.maintain.nearest import Neighbour
 
 POSITIONALS = ("store",)
 
@@ -77,7 +77,7 @@ def sheet_of(config: Config, store: "Store") -> tuple[bytes, str]:
     from fkd_ssl.crops import replay
     from fkd_ssl.images import scan
     from fkd_ssl.progress import hidden
-    from fkd_ssl.store.nearest import nearest
+    from fkd_ssl.store.maintain.nearest import nearest
 
     count = min(6, store.crops_per_image) if config.crops is None else config.crops
     if count > store.crops_per_image:

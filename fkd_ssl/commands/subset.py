@@ -34,8 +34,8 @@ def run(config: Config) -> int:
     from fkd_ssl.commands import console
     from fkd_ssl.errors import RequestError
     from fkd_ssl.store import open_store
-    from fkd_ssl.store.precompute import gigabytes
-    from fkd_ssl.store.subset import subset
+    from fkd_ssl.store.maintain.subset import subset
+    from fkd_ssl.store.write.precompute import gigabytes
 
     paths = None
     if config.list is not None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from fkd_ssl.relabel import LabelMaps
     from fkd_ssl.store import Store
     from fkd_ssl.store.reader import Column
-    from fkd_ssl.store.recording import Recording
+    from fkd_ssl.store.write.recording import Recording
     from fkd_ssl.students import Student
     from fkd_ssl.teachers import Teacher
 
@@ -249,8 +249,8 @@ def _recorded(
     from fkd_ssl import processes
     from fkd_ssl.commands import console, resolve
     from fkd_ssl.data import RecordedCrops
-    from fkd_ssl.store.precompute import prepare
-    from fkd_ssl.store.recording import Recording, is_published
+    from fkd_ssl.store.write.precompute import prepare
+    from fkd_ssl.store.write.recording import Recording, is_published
 
     assert config.record is not None
     columns = prepare(
@@ -288,7 +288,7 @@ def _publish(config: Config, recordings: "list[Recording | None]") -> None:
 
     from fkd_ssl import files
     from fkd_ssl.commands import console
-    from fkd_ssl.store.precompute import gigabytes
+    from fkd_ssl.store.write.precompute import gigabytes
     from fkd_ssl.training.config import checkpoints_of, split
 
     teachers = zip(split(config.teacher), checkpoints_of(config.teacher, config.checkpoint), strict=True)
@@ -344,7 +344,7 @@ def _check_store(config: Config, store: "Store", columns: "list[Column]") -> Non
     """Says what a user may not have meant; a store of up to a gigabyte is read once to see that it is whole."""
     from fkd_ssl.commands import console, resolve
     from fkd_ssl.crops import probe_digest
-    from fkd_ssl.store.verify import check_files
+    from fkd_ssl.store.maintain.verify import check_files
 
     for column in columns:
         if len(store) * store.crops_per_image * column.meta.code_size < 10**9:

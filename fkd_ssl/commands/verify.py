@@ -46,8 +46,8 @@ def run(config: Config) -> int:
     from fkd_ssl.errors import NotFoundError, RequestError
     from fkd_ssl.images import scan
     from fkd_ssl.store import open_store
-    from fkd_ssl.store.repair import repair, repair_lists
-    from fkd_ssl.store.verify import verify
+    from fkd_ssl.store.maintain.repair import repair, repair_lists
+    from fkd_ssl.store.maintain.verify import verify
 
     if config.sample < 1:
         raise RequestError(f"--sample {config.sample}: must be at least 1")

@@ -27,10 +27,10 @@ from fkd_ssl.pretraining.config import PretrainConfig
 from fkd_ssl.pretraining.engine import check_pretraining, weights_of
 from fkd_ssl.relabel import generate
 from fkd_ssl.store.codecs import check_kind, code_size, usual_codec
-from fkd_ssl.store.precompute import precompute
+from fkd_ssl.store.maintain.recode import recode
+from fkd_ssl.store.maintain.subset import subset
 from fkd_ssl.store.reader import Store
-from fkd_ssl.store.recode import recode
-from fkd_ssl.store.subset import subset
+from fkd_ssl.store.write.precompute import precompute
 from fkd_ssl.students import CLASSIFIER, check_student
 from fkd_ssl.teachers import Teacher
 from fkd_ssl.teachers.dense import DenseTeacher

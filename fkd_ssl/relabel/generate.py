@@ -24,9 +24,9 @@ from fkd_ssl.errors import FkdError, ImageError, RequestError
 from fkd_ssl.images import ImageSet, UInt8Array, decode, read_bytes
 from fkd_ssl.progress import hidden
 from fkd_ssl.relabel import layout
-from fkd_ssl.store import work
 from fkd_ssl.store.manifest import IMAGES, MANIFEST, SIZE_DTYPE, SIZES, read_images, unsafe
-from fkd_ssl.store.precompute import gigabytes
+from fkd_ssl.store.write import work
+from fkd_ssl.store.write.precompute import gigabytes
 
 _LATER = "-"  # a checksum that is not known yet
 

@@ -14,7 +14,7 @@ from fkd_ssl import checkpoints, runs
 from fkd_ssl.data import Crops, Loader, StoredCrops, whole_batch
 from fkd_ssl.errors import RequestError
 from fkd_ssl.objectives import Objective, TargetInfo, make_objective
-from fkd_ssl.store.recording import Recording
+from fkd_ssl.store.write.recording import Recording
 from fkd_ssl.students import CLASSIFIER, STUDENT_KEY, Student
 from fkd_ssl.training.config import TrainConfig
 from fkd_ssl.training.distiller import Distiller

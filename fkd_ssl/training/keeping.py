@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fkd_ssl.data import Batch
-from fkd_ssl.store.recording import Recording
+from fkd_ssl.store.write.recording import Recording
 from fkd_ssl.training.targets import OnlineTargets
 
 

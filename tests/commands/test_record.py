@@ -115,7 +115,7 @@ def test_a_run_that_was_killed_while_its_store_was_published_ends(
     work: Path, call: Any, monkeypatch: pytest.MonkeyPatch, published: int
 ) -> None:
     """After the first of two teachers' targets, or after both, before the run knew that it was done."""
-    from fkd_ssl.store.recording import Recording
+    from fkd_ssl.store.write.recording import Recording
 
     line = f"{LINE.replace('own_teacher:make', 'own_teacher:make,own_teacher:other')} --epochs 3"
     assert call(f"{line} --record whole --out whole_run").status == 0

@@ -13,7 +13,7 @@ from fkd_ssl.crops import RECIPES
 from fkd_ssl.images import scan
 from fkd_ssl.pretraining.swav import SwAV
 from fkd_ssl.store import open_store
-from fkd_ssl.store.precompute import precompute
+from fkd_ssl.store.write.precompute import precompute
 from fkd_ssl.teachers import load_teacher
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.228, 0.224, 0.225)

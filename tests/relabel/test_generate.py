@@ -18,7 +18,7 @@ from fkd_ssl.crops import box_record, replay
 from fkd_ssl.errors import FkdError, ImageError, RequestError, StoreError
 from fkd_ssl.images import ImageSet, scan
 from fkd_ssl.relabel import LabelMaps, generate, layout
-from fkd_ssl.store import work
+from fkd_ssl.store.write import work
 
 NewDense = Callable[..., Any]
 

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 # set before any test can start the server: a process of it starts in no time
-multiprocessing.set_forkserver_preload(["pytest", "torch", "torchvision", "faiss", "PIL.Image", "fkd_ssl.store.precompute"])
+multiprocessing.set_forkserver_preload(
+    ["pytest", "torch", "torchvision", "faiss", "PIL.Image", "fkd_ssl.store.write.precompute"]
+)
 DRIVER = Path(__file__).with_name("driver.py")
 
 

@@ -12,8 +12,9 @@ from typing import Any
 from fkd_ssl import images
 from fkd_ssl.crops import RECIPES
 from fkd_ssl.errors import FkdError
-from fkd_ssl.store import manifest, work
-from fkd_ssl.store.precompute import precompute
+from fkd_ssl.store import manifest
+from fkd_ssl.store.write import work
+from fkd_ssl.store.write.precompute import precompute
 
 spec = importlib.util.spec_from_file_location("shared_conftest", Path(__file__).parents[1] / "conftest.py")
 assert spec is not None

@@ -8,7 +8,7 @@ import pytest
 
 from fkd_ssl.crops import draw, image_key
 from fkd_ssl.store import Store, open_store
-from fkd_ssl.store.verify import verify
+from fkd_ssl.store.maintain.verify import verify
 
 GOLDEN = Path(__file__).with_name("golden")
 EXPECTED = json.loads((GOLDEN / "expected.json").read_text())

@@ -28,9 +28,9 @@ from fkd_ssl.commands import inspect
 from fkd_ssl.errors import RequestError, StoreError
 from fkd_ssl.store import faiss_codecs, open_store
 from fkd_ssl.store.label_codecs import is_label
-from fkd_ssl.store.recode import recode
-from fkd_ssl.store.subset import subset
-from fkd_ssl.store.verify import verify
+from fkd_ssl.store.maintain.recode import recode
+from fkd_ssl.store.maintain.subset import subset
+from fkd_ssl.store.maintain.verify import verify
 
 spec = importlib.util.spec_from_file_location("made_store", Path(__file__).with_name("made.py"))
 assert spec is not None

@@ -23,7 +23,7 @@ def template(tmp_path_factory, image_folder, new_teacher):
     """A store of 24 rows in five shards; to be copied."""
     from fkd_ssl import images
     from fkd_ssl.crops import RECIPES
-    from fkd_ssl.store.precompute import precompute
+    from fkd_ssl.store.write.precompute import precompute
 
     folder = tmp_path_factory.mktemp("template") / "store"
     with pytest.MonkeyPatch.context() as patch:

@@ -12,9 +12,9 @@ from fkd_ssl.commands import inspect
 from fkd_ssl.crops import RECIPES
 from fkd_ssl.errors import StoreError
 from fkd_ssl.store import manifest, open_store
-from fkd_ssl.store.precompute import precompute
-from fkd_ssl.store.subset import subset
-from fkd_ssl.store.verify import verify
+from fkd_ssl.store.maintain.subset import subset
+from fkd_ssl.store.maintain.verify import verify
+from fkd_ssl.store.write.precompute import precompute
 
 SUFFIXES = ("npy", "json")
 

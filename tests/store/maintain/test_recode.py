@@ -11,11 +11,11 @@ from fkd_ssl import files, images
 from fkd_ssl.crops import replay
 from fkd_ssl.errors import RequestError, StoreError
 from fkd_ssl.store import manifest, open_store
-from fkd_ssl.store import recode as recodes
+from fkd_ssl.store.maintain import recode as recodes
+from fkd_ssl.store.maintain.recode import recode
+from fkd_ssl.store.maintain.subset import subset
+from fkd_ssl.store.maintain.verify import verify
 from fkd_ssl.store.reader import cosine_to_teacher
-from fkd_ssl.store.recode import recode
-from fkd_ssl.store.subset import subset
-from fkd_ssl.store.verify import verify
 from fkd_ssl.teachers import Ensemble, Teacher
 
 
@@ -236,7 +236,7 @@ def test_a_damaged_or_unfinished_source_is_refused(source, tree):
 @pytest.mark.parametrize("spec", ["full", "marginal_renorm_k3"])
 def test_codes_of_a_skipped_image_are_not_decoded(tmp_path, spec):
     """A training that records leaves them zero, which is no code of class probabilities."""
-    spec_of = importlib.util.spec_from_file_location("made", Path(__file__).parent / "made.py")
+    spec_of = importlib.util.spec_from_file_location("made", Path(__file__).parents[1] / "made.py")
     made = importlib.util.module_from_spec(spec_of)
     spec_of.loader.exec_module(made)
     made.make(tmp_path / "store", (spec,))

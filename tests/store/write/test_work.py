@@ -8,7 +8,7 @@ import pytest
 
 from fkd_ssl import files
 from fkd_ssl.errors import StoreError
-from fkd_ssl.store import work
+from fkd_ssl.store.write import work
 
 
 @pytest.fixture

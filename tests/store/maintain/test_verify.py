@@ -11,11 +11,11 @@ from fkd_ssl.crops import RECIPES, box_record, probe_digest
 from fkd_ssl.data import StoredCrops
 from fkd_ssl.errors import FkdError, ImageError, RequestError, StoreAccessError, StoreError
 from fkd_ssl.store import manifest, open_store
-from fkd_ssl.store import verify as verifying
-from fkd_ssl.store.precompute import precompute
-from fkd_ssl.store.repair import repair
-from fkd_ssl.store.subset import subset
-from fkd_ssl.store.verify import verify
+from fkd_ssl.store.maintain import verify as verifying
+from fkd_ssl.store.maintain.repair import repair
+from fkd_ssl.store.maintain.subset import subset
+from fkd_ssl.store.maintain.verify import verify
+from fkd_ssl.store.write.precompute import precompute
 
 # every file of the store that `template` makes
 FILES = [

@@ -17,7 +17,7 @@ from fkd_ssl.errors import FkdError, ImageAccessError, RequestError, StoreAccess
 from fkd_ssl.images import ImageSet, decode, read_bytes
 from fkd_ssl.store import manifest as layout
 from fkd_ssl.store.reader import COSINES, Column, Store, cosine_to_teacher
-from fkd_ssl.store.rows import Teacher
+from fkd_ssl.store.write.rows import Teacher
 
 # a fresh sample's least cosine may lie this many times further from 1 than the recorded one, plus the slack of another
 # machine's arithmetic

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 from fkd_ssl.store.codecs import Float32Array
-from fkd_ssl.store.rows import Row, RowReader, Teacher, Views, embed, in_order, join
+from fkd_ssl.store.write.rows import Row, RowReader, Teacher, Views, embed, in_order, join
 
 
 class Seen(Protocol):

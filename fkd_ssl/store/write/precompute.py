@@ -23,14 +23,14 @@ from fkd_ssl.crops import CROP_DTYPE, IMPORTED, Recipe
 from fkd_ssl.errors import FkdError, RequestError
 from fkd_ssl.images import ImageSet
 from fkd_ssl.progress import hidden
-from fkd_ssl.store import advice, work
 from fkd_ssl.store import manifest as layout
 from fkd_ssl.store.codecs import Float32Array, code_size, usual_codec
-from fkd_ssl.store.columns import Request, check_sample, open_or_train, sample_targets
 from fkd_ssl.store.reader import MAX_ARRAY, Column, Store
-from fkd_ssl.store.recording import recorded_bytes, require_not_recording
-from fkd_ssl.store.rows import Row, RowReader, Teacher, image_checksums, publish_crops
-from fkd_ssl.store.sweep import Lane, sweep
+from fkd_ssl.store.write import advice, work
+from fkd_ssl.store.write.columns import Request, check_sample, open_or_train, sample_targets
+from fkd_ssl.store.write.recording import recorded_bytes, require_not_recording
+from fkd_ssl.store.write.rows import Row, RowReader, Teacher, image_checksums, publish_crops
+from fkd_ssl.store.write.streams import Lane, sweep
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,10 +13,10 @@ from fkd_ssl import files
 from fkd_ssl.errors import RequestError, StoreError
 from fkd_ssl.store import manifest as layout
 from fkd_ssl.store.codecs import Float32Array, UInt8Array, check_kind, code_size
-from fkd_ssl.store.columns import check_sample, sample_rows, train_and_measure
+from fkd_ssl.store.maintain.subset import Part, whole_folder
+from fkd_ssl.store.maintain.verify import check_files
 from fkd_ssl.store.reader import COSINES, Column, Store, cosine_to_teacher
-from fkd_ssl.store.subset import Part, whole_folder
-from fkd_ssl.store.verify import check_files
+from fkd_ssl.store.write.columns import check_sample, sample_rows, train_and_measure
 
 _BLOCK = 2**23  # numbers that are decoded at once
 _AS_THEY_ARE = {"mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]}

@@ -15,12 +15,12 @@ from fkd_ssl import files
 from fkd_ssl.crops import IMPORTED, Records, probe_digest
 from fkd_ssl.errors import ImageError, RequestError, StoreError
 from fkd_ssl.images import ImageSet, read_bytes
-from fkd_ssl.store import fkd_files
 from fkd_ssl.store import manifest as layout
-from fkd_ssl.store.columns import publish_column
+from fkd_ssl.store.exchange import fkd_files
 from fkd_ssl.store.label_codecs import LabelCodec, UInt8Array
+from fkd_ssl.store.maintain.subset import whole_folder
 from fkd_ssl.store.reader import Column, Store
-from fkd_ssl.store.subset import whole_folder
+from fkd_ssl.store.write.columns import publish_column
 
 _LISTED = 10
 

@@ -8,9 +8,10 @@ import pytest
 from fkd_ssl import images
 from fkd_ssl.crops import RECIPES
 from fkd_ssl.errors import ImageAccessError, ImageError, RequestError
-from fkd_ssl.store import manifest, open_store, rows, work
-from fkd_ssl.store.precompute import Share, precompute
-from fkd_ssl.store.verify import verify
+from fkd_ssl.store import manifest, open_store
+from fkd_ssl.store.maintain.verify import verify
+from fkd_ssl.store.write import rows, work
+from fkd_ssl.store.write.precompute import Share, precompute
 
 
 def make(folder, image_folder, teachers, **options):

@@ -3,7 +3,7 @@ from typing import Any
 import pytest
 
 from fkd_ssl.errors import RequestError
-from fkd_ssl.store import advice
+from fkd_ssl.store.write import advice
 
 
 @pytest.mark.parametrize(

@@ -13,8 +13,8 @@ import pytest
 from fkd_ssl import images
 from fkd_ssl.crops import RECIPES
 from fkd_ssl.store import manifest, open_store
-from fkd_ssl.store.precompute import precompute
-from fkd_ssl.store.verify import verify
+from fkd_ssl.store.maintain.verify import verify
+from fkd_ssl.store.write.precompute import precompute
 
 pytestmark = pytest.mark.slow
 

@@ -15,11 +15,11 @@ from fkd_ssl import files
 from fkd_ssl.crops import probe_digest
 from fkd_ssl.errors import ImageError, RequestError
 from fkd_ssl.store import manifest as layout
-from fkd_ssl.store import work
 from fkd_ssl.store.codecs import Codec, Float32Array, check_kind, code_size, kind_of, sample_size, smallest_sample, train_codec
 from fkd_ssl.store.reader import Column, Store
-from fkd_ssl.store.rows import Row, RowReader, Teacher
-from fkd_ssl.store.sweep import Lane, sweep
+from fkd_ssl.store.write import work
+from fkd_ssl.store.write.rows import Row, RowReader, Teacher
+from fkd_ssl.store.write.streams import Lane, sweep
 
 FIDELITY_SHARE = 9  # one target in nine of the codec's sample is held out to measure its fidelity on
 LEAST_COSINE = 0.5  # in the mean, of a column that is worth its place

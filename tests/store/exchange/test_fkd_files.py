@@ -19,14 +19,16 @@ from fkd_ssl.crops import IMPORTED
 from fkd_ssl.data import StoredCrops
 from fkd_ssl.errors import RequestError, StoreError
 from fkd_ssl.images import scan
-from fkd_ssl.store import fkd_exchange, fkd_files, open_store
 from fkd_ssl.store import manifest as layout
-from fkd_ssl.store.columns import in_words
-from fkd_ssl.store.fkd_exchange import export_fkd, import_fkd
+from fkd_ssl.store import open_store
+from fkd_ssl.store.exchange import fkd_files
+from fkd_ssl.store.exchange import fkd_store as fkd_exchange
+from fkd_ssl.store.exchange.fkd_store import export_fkd, import_fkd
 from fkd_ssl.store.label_codecs import LabelCodec
-from fkd_ssl.store.precompute import precompute
-from fkd_ssl.store.repair import repair
-from fkd_ssl.store.verify import verify
+from fkd_ssl.store.maintain.repair import repair
+from fkd_ssl.store.maintain.verify import verify
+from fkd_ssl.store.write.columns import in_words
+from fkd_ssl.store.write.precompute import precompute
 
 C, K = 6, 20
 

@@ -12,10 +12,11 @@ import pytest
 from fkd_ssl import images
 from fkd_ssl.crops import RECIPES
 from fkd_ssl.errors import FkdError
-from fkd_ssl.store import codecs, columns, manifest, open_store, work
-from fkd_ssl.store.precompute import precompute
-from fkd_ssl.store.rows import Row
-from fkd_ssl.store.verify import verify
+from fkd_ssl.store import codecs, manifest, open_store
+from fkd_ssl.store.maintain.verify import verify
+from fkd_ssl.store.write import columns, work
+from fkd_ssl.store.write.precompute import precompute
+from fkd_ssl.store.write.rows import Row
 
 OPTIONS = {"crops": 6, "chunk_size": 7}  # 24 rows x 6 crops; rows and chunks do not fall together
 CROPS = 24 * 6

@@ -13,11 +13,12 @@ from fkd_ssl import files, images, locks
 from fkd_ssl.crops import RECIPES
 from fkd_ssl.data import RecordedCrops, StoredCrops
 from fkd_ssl.errors import FkdError, ImageError, RequestError, StoreError
-from fkd_ssl.store import columns, manifest, open_store
-from fkd_ssl.store import precompute as precompute_module
-from fkd_ssl.store.precompute import precompute, prepare
-from fkd_ssl.store.recording import Recording
-from fkd_ssl.store.verify import verify
+from fkd_ssl.store import manifest, open_store
+from fkd_ssl.store.maintain.verify import verify
+from fkd_ssl.store.write import columns
+from fkd_ssl.store.write import precompute as precompute_module
+from fkd_ssl.store.write.precompute import precompute, prepare
+from fkd_ssl.store.write.recording import Recording
 
 CROPS, BLOCK = 6, 2
 ORDER = np.random.default_rng(0).permutation(24)

@@ -11,9 +11,9 @@ from fkd_ssl import files, images
 from fkd_ssl.crops import RECIPES
 from fkd_ssl.errors import RequestError, StoreError
 from fkd_ssl.store import manifest, open_store
-from fkd_ssl.store.precompute import precompute
-from fkd_ssl.store.repair import repair, repair_lists
-from fkd_ssl.store.verify import verify
+from fkd_ssl.store.maintain.repair import repair, repair_lists
+from fkd_ssl.store.maintain.verify import verify
+from fkd_ssl.store.write.precompute import precompute
 
 SHARDS = 3
 

@@ -15,11 +15,11 @@ from fkd_ssl.errors import ImageError, RequestError, StoreAccessError, StoreErro
 from fkd_ssl.images import ImageSet
 from fkd_ssl.store import manifest as layout
 from fkd_ssl.store.codecs import Float32Array
-from fkd_ssl.store.columns import Request, train_columns
-from fkd_ssl.store.precompute import precompute
+from fkd_ssl.store.maintain.verify import Damage
 from fkd_ssl.store.reader import Store, read_meta
-from fkd_ssl.store.rows import RowReader, Teacher, image_checksums, publish_crops
-from fkd_ssl.store.verify import Damage
+from fkd_ssl.store.write.columns import Request, train_columns
+from fkd_ssl.store.write.precompute import precompute
+from fkd_ssl.store.write.rows import RowReader, Teacher, image_checksums, publish_crops
 
 Log = Callable[[str], None]
 

@@ -5,7 +5,7 @@ import pytest
 
 from fkd_ssl.errors import RequestError
 from fkd_ssl.store import manifest
-from fkd_ssl.store.nearest import nearest
+from fkd_ssl.store.maintain.nearest import nearest
 
 
 @pytest.fixture

@@ -14,9 +14,9 @@ from fkd_ssl import files, images
 from fkd_ssl.crops import CROP_DTYPE, RECIPES, replay
 from fkd_ssl.errors import FkdError, ImageAccessError, ImageError, RequestError, StoreError
 from fkd_ssl.store import manifest, open_store
-from fkd_ssl.store.precompute import gigabytes, precompute
-from fkd_ssl.store.subset import subset
-from fkd_ssl.store.verify import verify
+from fkd_ssl.store.maintain.subset import subset
+from fkd_ssl.store.maintain.verify import verify
+from fkd_ssl.store.write.precompute import gigabytes, precompute
 
 
 def embedded(store, root, teacher, pixels):

@@ -9,7 +9,7 @@ from fkd_ssl.crops import RECIPES
 from fkd_ssl.data import whole_batch
 from fkd_ssl.errors import StoreError
 from fkd_ssl.store import manifest, open_store
-from fkd_ssl.store.precompute import Share, precompute
+from fkd_ssl.store.write.precompute import Share, precompute
 
 
 @pytest.fixture(autouse=True)

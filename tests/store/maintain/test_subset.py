@@ -10,9 +10,9 @@ from fkd_ssl import files, images
 from fkd_ssl.crops import RECIPES
 from fkd_ssl.errors import RequestError, StoreError
 from fkd_ssl.store import manifest, open_store
-from fkd_ssl.store.precompute import precompute
-from fkd_ssl.store.subset import subset, whole_folder
-from fkd_ssl.store.verify import verify
+from fkd_ssl.store.maintain.subset import subset, whole_folder
+from fkd_ssl.store.maintain.verify import verify
+from fkd_ssl.store.write.precompute import precompute
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,1 @@
+"""Checking, repairing, copying and searching stores that are there."""

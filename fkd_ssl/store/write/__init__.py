@@ -1,0 +1,1 @@
+"""Making stores: precompute, recording, and what they share."""
