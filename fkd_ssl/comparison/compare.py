@@ -16,7 +16,6 @@ from fkd_ssl.commands import resolve
 from fkd_ssl.comparison.arms import MAPS, Arm, arms_of, run_name, training
 from fkd_ssl.comparison.config import CompareConfig
 from fkd_ssl.comparison.scorer import PROBES, Scorer
-from fkd_ssl.energy import Meter
 from fkd_ssl.errors import FkdError, RequestError
 from fkd_ssl.eval import stats
 from fkd_ssl.eval.classify import check_classes
@@ -40,7 +39,7 @@ from fkd_ssl.training.recorder import read_metrics
 
 Log = Callable[[str], None]
 # what only a trained arm has
-_TRAINED = ("train_seconds", "teacher_forwards", "peak_memory_bytes", "epochs", "data_wait", "energy_joules")
+_TRAINED = ("train_seconds", "teacher_forwards", "peak_memory_bytes", "epochs", "data_wait")
 _UNTRAINED: dict[str, Any] = dict.fromkeys(_TRAINED)
 
 
@@ -168,7 +167,6 @@ def _results(
         "arms": list(lines),
         "differences": [difference(*pair) for pair in pairs],
         "precompute_seconds": taken,
-        "precompute_joules": cost.get("joules"),
         "stores": stores,
         "break_even_students": None if students is None else math.ceil(students),
         "break_even_epochs": None if students is None else students * config.epochs,

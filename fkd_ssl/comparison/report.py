@@ -81,9 +81,6 @@ def headline(results: dict[str, Any]) -> tuple[str, str]:
 def _table(results: dict[str, Any]) -> list[list[str]]:
     """A header, and a row an arm: the mean over seeds, and the deviation where there are several."""
     rows = [list(_COLUMNS)]
-    energy = any(arm["energy_joules"] is not None for arm in results["arms"])
-    if energy:
-        rows[0].append("energy")
     own = any("top1" in arm for arm in results["arms"])
     if own:
         rows[0].insert(1, "top-1")
@@ -95,7 +92,7 @@ def _table(results: dict[str, Any]) -> list[list[str]]:
         cells += [_mean(arms, "train_seconds", "{:.0f}"), _per_epoch(arms), _mean(arms, "data_wait", "{:.0%}")]
         forwards = arms[0]["teacher_forwards"]
         cells += ["" if forwards is None else f"{forwards:,}", _mean(arms, "peak_memory_bytes", "{:.0f} MB", 1e-6)]
-        rows.append(cells + ([_mean(arms, "energy_joules", "{:.0f} kJ", 1e-3)] if energy else []))
+        rows.append(cells)
     return rows
 
 
@@ -166,9 +163,8 @@ def _findings(results: dict[str, Any]) -> list[str]:
 
 
 def _cost(results: dict[str, Any], stored: str) -> str:
-    taken, joules = results["precompute_seconds"], results["precompute_joules"]
+    taken = results["precompute_seconds"]
     store = f"The store of {results['crops']} crops an image took {'?' if taken is None else f'{taken:.0f}'} s"
-    store += "" if joules is None else f", {joules / 1000:.0f} kJ"
     store += f" and {_size(results, results['stores'][stored])}"
     students, epochs = results["break_even_students"], results["break_even_epochs"]
     if taken is None:

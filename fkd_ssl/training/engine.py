@@ -191,7 +191,6 @@ def train(
         "unreadable_images": len(recorder.unreadable),
         "teacher_forwards": 0 if embeds is None else steps * config.batch_size * len(embeds),
         "peak_memory_bytes": max(recorder.peak, peak_memory()),
-        "energy_joules": recorder.joules,
         "knn_top1": monitor.last,
         "knn_best": None if monitor.best is None else {"top1": monitor.best[0], "step": monitor.best[1]},
     }

@@ -13,7 +13,6 @@ import torch
 from tqdm import tqdm
 
 from fkd_ssl import files
-from fkd_ssl.energy import Meter
 from fkd_ssl.progress import hidden
 from fkd_ssl.training.distiller import Distiller
 
@@ -32,7 +31,6 @@ class Recorder(pl.Callback):
         seconds: So far.
         waited: Seconds of them spent waiting for data.
         peak: Peak memory in bytes of the sessions before this one.
-        joules: What the machine used so far, scoring included; None where it does not tell.
         unreadable: What was said of each image that was skipped because it could not be read.
     """
 
@@ -43,12 +41,10 @@ class Recorder(pl.Callback):
         self.images = images
         self.seconds = self.waited = 0.0
         self.peak = 0
-        self.joules: float | None = None
         self.unreadable: set[str] = set()
         self._sums = torch.zeros(2)
         self._count = 0
         self._mark = self._ended = self._lr = 0.0
-        self._meter, self._joules_before = Meter(), 0.0
         self._file: Any = None
         self._bar: Any = None
         self._loggers: list[Any] = []
@@ -62,7 +58,6 @@ class Recorder(pl.Callback):
             "sums": sums,
             "count": self._count,
             "peak": peak,
-            "joules": self.joules,
             "unreadable": sorted(self.unreadable),
         }
 
@@ -71,7 +66,6 @@ class Recorder(pl.Callback):
         self.seconds, self.waited, self.peak = state_dict["seconds"], state_dict["waited"], state_dict["peak"]
         self._sums, self._count = torch.tensor(state_dict["sums"]), state_dict["count"]
         self.unreadable = set(state_dict.get("unreadable", ()))
-        self.joules = state_dict.get("joules")
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Forgets lines from after the checkpoint, they will be written again; starts the clock and the bar."""
@@ -86,7 +80,6 @@ class Recorder(pl.Callback):
             disable=hidden(show=first),
         )
         self.restart_clock()
-        self._meter, self._joules_before = Meter(), self.joules or 0.0
         self._loggers = trainer.loggers
         if not first:
             return
@@ -123,8 +116,6 @@ class Recorder(pl.Callback):
         self._tick()
         self._bar.update(1)
         if due:
-            used = self._meter.read()
-            self.joules = None if used is None else self._joules_before + used
             wait = self.waited / self.seconds
             self._append(step, loss=loss, kl=loss - floor, lr=self._lr, wait=round(wait, 4))
             self._sums.zero_()

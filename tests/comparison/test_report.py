@@ -20,7 +20,6 @@ METRICS = (
 def arm(name: str, seed: int | None, knn: float, linear: float, seconds: float | None = None) -> dict[str, Any]:
     trained: dict[str, Any] = {
         "train_seconds": seconds, "teacher_forwards": 0, "peak_memory_bytes": 5e8, "epochs": 2, "data_wait": 0.1,
-        "energy_joules": None,
     }  # fmt: skip
     if seconds is None:
         trained = dict.fromkeys(trained)
@@ -50,7 +49,6 @@ def make_results(folder: Path, *, seeds: int = 1, break_even: int | None = 2) ->
         "arms": arms,
         "differences": [pair("stored", "online", (-1.0, -2.5, 0.5), (1.0, -0.5, 1.25))],
         "precompute_seconds": 90,
-        "precompute_joules": None,
         "stores": {"stored": {"bytes": 360000, "crops": 2, "seconds": 90}},
         "break_even_students": break_even,
         "break_even_epochs": None if break_even is None else 1.5,
@@ -140,17 +138,6 @@ def test_the_page_for_browsers_is_one_file(tmp_path: Path) -> None:
     ids = re.findall(r' id="([^"]+)"', page)
     clips = [name for name in ids if re.fullmatch("p[0-9a-f]{10}", name)]
     assert len(set(clips)) == len(clips) > 1
-
-
-def test_energy_has_a_column_where_the_machine_tells(tmp_path: Path) -> None:
-    results = make_results(tmp_path)
-    assert "energy" not in report.write(results, tmp_path)
-    for line in results["arms"]:
-        line["energy_joules"] = None if line["train_seconds"] is None else 5000.0
-    results["precompute_joules"] = 12000.0
-    text = report.write(results, tmp_path)
-    assert "| 500 MB | 5 kJ |" in text
-    assert "took 90 s, 12 kJ and" in text
 
 
 def test_stores_of_several_sizes_are_drawn(tmp_path: Path) -> None:
