@@ -42,7 +42,7 @@ import two_teachers
 
 from fkd_ssl import files, runs
 from fkd_ssl.eval import stats
-from fkd_ssl.training.recorder import read_metrics
+from fkd_ssl.training.metrics import read_metrics
 
 OBJECTIVES = ("feature_kl", "cosine", "queue_kl", "relational")
 PROBES = {"knn_top1": "kNN", "linear_top1": "linear"}

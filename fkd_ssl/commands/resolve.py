@@ -20,7 +20,7 @@ from fkd_ssl.teachers.registry import LIBRARIES
 from fkd_ssl.teachers.state_dicts import tensors_digest, weights_digest
 from fkd_ssl.teachers.teacher import Precision
 from fkd_ssl.training.config import checkpoints_of, split
-from fkd_ssl.training.monitor import LAST
+from fkd_ssl.training.monitor import last_checkpoint
 
 RUN = "run"
 """The teacher that is a student of `fkd-ssl train`, with its head."""
@@ -182,7 +182,7 @@ def student_of(spec: str, option: str = "--model") -> tuple[Student, int]:
     """
     path = Path(spec)
     if path.is_dir():
-        path = path / "checkpoints" / LAST
+        path = last_checkpoint(path)
     if not path.is_file():
         raise RequestError(
             f"{option} {spec}: no such run or checkpoint (looked for {path}); give a run folder, a .ckpt of one, or a file of "

@@ -23,7 +23,7 @@ from fkd_ssl.eval.features import match_classes
 from fkd_ssl.images import ImageSet, scan
 from fkd_ssl.objectives import TargetInfo
 from fkd_ssl.pretraining.config import PretrainConfig
-from fkd_ssl.pretraining.engine import check_pretraining, weights_of
+from fkd_ssl.pretraining.engine import check_pretraining, weights_file
 from fkd_ssl.relabel import generate
 from fkd_ssl.store.codecs import check_kind, code_size, usual_codec
 from fkd_ssl.store.maintain.recode import recode
@@ -35,7 +35,7 @@ from fkd_ssl.teachers import Teacher
 from fkd_ssl.teachers.dense import DenseTeacher
 from fkd_ssl.training.config import TrainConfig
 from fkd_ssl.training.engine import check_batch, objective_of
-from fkd_ssl.training.recorder import read_metrics
+from fkd_ssl.training.metrics import read_metrics
 
 Log = Callable[[str], None]
 # what only a trained arm has
@@ -106,7 +106,7 @@ def compare(config: CompareConfig, log: Log = lambda message: None) -> dict[str,
         dim = teachers[0].dim
         del teachers, teacher, dense  # the trainings are processes of their own, and need the memory
         whole = [cost for cost in made if cost is not None]
-        cost = {key: _sum([one[key] for one in whole]) for key in ("seconds", "joules")} if len(whole) == len(made) else {}
+        cost = {"seconds": sum(one["seconds"] for one in whole)} if len(whole) == len(made) else {}
         stores = {arm.name: _store(arm, folder, columns, cost, log) for arm in arms if arm.kind == "stored"}
         if maps is not None:
             stores["relabel"] = maps
@@ -194,11 +194,10 @@ def _reached(config: CompareConfig, online: str, names: Sequence[str]) -> dict[s
 def _precompute(
     config: CompareConfig, folder: Path, images: ImageSet, teacher: Teacher, took: Path, log: Log
 ) -> dict[str, Any] | None:
-    """Makes a column of the comparison's store; returns `seconds` and `joules` of all of it, also when this call made a part.
+    """Makes a column of the comparison's store; returns the `seconds` of all of it, also when this call made a part.
 
     They are kept in `took`. None where the column was finished by a call that was killed before it could note them.
     """
-    meter = Meter()
     summary = precompute(
         images,
         folder / "store",
@@ -213,8 +212,7 @@ def _precompute(
     if summary.busy:
         raise FkdError(f"{folder / 'store'}: another process is writing it; run the same compare again when that has ended")
     if not took.exists() and summary.crops:
-        share, joules = len(images) * config.stored_crops / summary.crops, meter.read()
-        files.write_json(took, {"seconds": summary.seconds * share, "joules": None if joules is None else joules * share})
+        files.write_json(took, {"seconds": summary.seconds * len(images) * config.stored_crops / summary.crops})
     return files.read_json(took) if took.exists() else None
 
 
@@ -274,7 +272,7 @@ def _train_alone(
     pretraining = _alone(config, run.name, seed=seed, epochs=epochs)
     results = _run_of("pretrain", pretraining, run, log)
     trained = {**_UNTRAINED, **{key: results[key] for key in ("train_seconds", "peak_memory_bytes")}}
-    weights = str(run / weights_of(pretraining))
+    weights = str(run / weights_file(pretraining))
     network = ("teacher:mocov2", weights) if pretraining.is_teacher else (weights, None)
     return {**trained, "teacher_forwards": 0, "epochs": epochs}, resolve.model_of(*network)
 
@@ -302,9 +300,3 @@ def _run_of(verb: str, config: Any, run: Path, log: Log) -> dict[str, Any]:
             raise FkdError(f"{run}: training ended with status {ended.returncode}; the same compare continues it")
         log(ended.stdout.strip())
     return runs.read_results(run)
-
-
-def _sum(values: Sequence[float | None]) -> float | None:
-    """None where one of them is."""
-    known = [value for value in values if value is not None]
-    return sum(known) if len(known) == len(values) else None

@@ -10,7 +10,7 @@ from typing import Any
 
 from fkd_ssl import files
 from fkd_ssl.comparison.arms import run_name
-from fkd_ssl.training.recorder import read_metrics
+from fkd_ssl.training.metrics import read_metrics
 
 _LINES = ("-", "--", "-.", (0, (3, 1, 1, 1, 1, 1)))  # of several arms of one kind
 _COLOURS = {

@@ -12,12 +12,11 @@ from fkd_ssl.errors import RequestError
 from fkd_ssl.pretraining.config import PretrainConfig
 from fkd_ssl.pretraining.method import Method
 from fkd_ssl.pretraining.mocov2 import MoCo
-from fkd_ssl.pretraining.progress import LAST, Progress
 from fkd_ssl.pretraining.swav import SwAV
 from fkd_ssl.students import check_student
 from fkd_ssl.students.export import export
-from fkd_ssl.training.fit import fit, step_of
-from fkd_ssl.training.recorder import peak_memory
+from fkd_ssl.training.fit import fit
+from fkd_ssl.training.metrics import METRICS, read_metrics
 from fkd_ssl.training.sampler import PassSampler
 
 CHECKPOINT, STUDENT = "checkpoint.pth.tar", "student.safetensors"
@@ -25,7 +24,7 @@ _METHODS: dict[str, type[MoCo] | type[SwAV]] = {"mocov2": MoCo, "swav": SwAV}
 
 
 def pretrain(config: PretrainConfig, *, log: Callable[[str], None] = lambda message: None) -> Path:
-    """Trains a teacher, or continues from the last whole epoch of the same config's run.
+    """Trains a teacher or a student without a teacher; continues an interrupted run of the same config from its last epoch.
 
     Args:
         config: The run.
@@ -35,76 +34,63 @@ def pretrain(config: PretrainConfig, *, log: Callable[[str], None] = lambda mess
         The checkpoint, for `load_teacher(config.method, checkpoint=...)`; or a student's backbone, for `load_student`.
 
     Raises:
-        RequestError: The output folder holds another run, there are fewer images than a batch has, or no such network.
+        RequestError: The output folder holds another run, there are fewer images than a batch has, or the network is unknown.
         ImageError: An image cannot be read.
     """
-    found = images.scan(config.images)
-    check_pretraining(config, found)
-    inputs = found.identity()
+    image_set = images.scan(config.images)
+    check_pretraining(config, image_set)
+    inputs = image_set.identity()
     with runs.open_run(config.out, config, inputs) as (folder, state):
         if state == "done":
             log(f"{folder}: finished already")
         else:
-            _pretrain(config, found, folder, inputs, log)
-    return folder / weights_of(config)
+            log(f"{folder}: {'continuing' if state == 'resume' else 'training'} {config.arch} on {len(image_set):,} images")
+            _pretrain(config, image_set, folder, inputs)
+    return folder / weights_file(config)
 
 
-def _pretrain(
-    config: PretrainConfig, found: images.ImageSet, folder: Path, inputs: runs.Inputs, log: Callable[[str], None]
-) -> None:
+def _pretrain(config: PretrainConfig, image_set: images.ImageSet, folder: Path, inputs: runs.Inputs) -> None:
     """Trains in the run folder, which is locked, and writes the weights and results.json."""
     torch.manual_seed(config.seed)
-    module: Method = _METHODS[config.method](config, len(found))
-    sampler = PassSampler(len(found), config.batch_size, module.steps, seed=config.seed)
-    progress = Progress(folder, every=config.log_every, epoch=len(found) / config.batch_size)
-    last: Path | None = folder / LAST
-    if last is not None and last.exists():
-        sampler.start = step_of(last, config, inputs)
-        log(f"{folder}: continues from step {sampler.start} of {module.steps}")
-    else:
-        last = None
-    crops, collate = module.crops(found)
-    loader = Loader(crops, sampler, workers=config.workers, collate=collate)
-    fit(
+    module: Method = _METHODS[config.method](config, len(image_set))
+    crops, collate = module.crops(image_set)
+    sampler = PassSampler(len(image_set), config.batch_size, module.steps, seed=config.seed)
+    found = fit(
         module,
-        loader,
-        [progress],
-        steps=module.steps,
-        precision=config.precision,
-        folder=folder,
-        identity=runs.identity(config, inputs),
-        last=last,
-    )
-    made = weights_of(config)
-    if isinstance(module, MoCo) and not config.is_teacher:
-        export(module.student(), folder / made, layout=None, pixels=config.pixels)
-    else:
-        saved = io.BytesIO()
-        torch.save({"epoch": config.epochs, "arch": config.arch, "state_dict": module.teacher_state()}, saved)
-        files.replace(folder / made, saved.getvalue())
-    runs.finish(
+        Loader(crops, sampler, workers=config.workers, collate=collate),
         folder,
-        {
-            "checkpoint": made,
-            "epochs": config.epochs,
-            "steps": module.steps,
-            "images": len(found),
-            "queue": module.queue,
-            "loss": progress.lines[-1]["loss"],
-            "train_seconds": round(progress.seconds, 3),
-            "peak_memory_bytes": peak_memory(),
-        },
+        config=config,
+        inputs=inputs,
+        crops_per_step=module.views * config.batch_size,
+        crops_per_epoch=module.views * len(image_set),
+        title="pretrain",
     )
+    path = folder / weights_file(config)
+    if isinstance(module, MoCo) and not config.is_teacher:
+        export(module.student(), path, layout=None, pixels=config.pixels)
+    else:
+        buffer = io.BytesIO()
+        torch.save({"epoch": config.epochs, "arch": config.arch, "state_dict": module.teacher_state()}, buffer)
+        files.replace(path, buffer.getvalue())
+    results = {
+        "checkpoint": path.name,
+        "epochs": config.epochs,
+        "images": len(image_set),
+        "queue": module.queue,
+        "loss": read_metrics(folder / METRICS)[-1]["loss"],
+        **{key: found[key] for key in ("steps", "train_seconds", "data_wait", "peak_memory_bytes")},
+    }
+    runs.finish(folder, results)
 
 
-def check_pretraining(config: PretrainConfig, found: images.ImageSet) -> None:
-    """Raises RequestError where these images cannot be trained on, or there is no such network."""
+def check_pretraining(config: PretrainConfig, image_set: images.ImageSet) -> None:
+    """Raises RequestError if there are too few images, or the network is unknown."""
     if not config.is_teacher:
         check_student(config.arch, config.pixels, stem=config.stem, width=config.width)
-    if config.batch_size > len(found):
-        raise RequestError(f"batch_size {config.batch_size}: there are {len(found)} images; choose at most as many")
+    if config.batch_size > len(image_set):
+        raise RequestError(f"batch_size {config.batch_size}: there are {len(image_set)} images; choose at most as many")
 
 
-def weights_of(config: PretrainConfig) -> str:
-    """The file in a run's folder that has what was trained."""
+def weights_file(config: PretrainConfig) -> str:
+    """The name of the file in the run folder with the weights that were trained."""
     return CHECKPOINT if config.is_teacher else STUDENT

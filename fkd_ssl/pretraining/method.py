@@ -6,7 +6,6 @@ from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -14,16 +13,24 @@ from torch.utils.data import Dataset
 from fkd_ssl.data import Batch
 from fkd_ssl.images import ImageSet
 from fkd_ssl.pretraining.config import PretrainConfig
-from fkd_ssl.training.distiller import cosine
+from fkd_ssl.training.module import TrainingModule, cosine
 
 
-class Method(pl.LightningModule):
-    """A teacher in training, over `count` images. `last_loss` is the last step's loss.
+class Method(TrainingModule):
+    """A teacher in training, for ceil(epochs x count / batch_size) steps.
+
+    Args:
+        config: The run.
+        count: Number of images.
+        mean: Of the pixels that the network takes, per channel, in 0 to 1.
+        std: Likewise.
 
     Attributes:
-        steps: Of the whole training, ceil(epochs x count / batch_size).
-        queue: Earlier embeddings kept.
+        queue: Number of earlier embeddings that are kept.
+        views: Crops of an image in a batch.
     """
+
+    views: int
 
     mean: Tensor
     std: Tensor
@@ -31,11 +38,9 @@ class Method(pl.LightningModule):
     def __init__(
         self, config: PretrainConfig, count: int, *, mean: tuple[float, float, float], std: tuple[float, float, float]
     ) -> None:
-        super().__init__()
+        super().__init__(math.ceil(config.epochs * count / config.batch_size), config.seed)
         self.config = config
-        self.steps = math.ceil(config.epochs * count / config.batch_size)
         self.queue = queue_length(config, count)
-        self.last_loss = torch.zeros(())
         self.register_buffer("mean", torch.tensor(mean).view(1, 3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1) * 255, persistent=False)
 
@@ -45,8 +50,7 @@ class Method(pl.LightningModule):
 
     def with_cosine(self, optimizer: torch.optim.Optimizer) -> Any:
         """The optimiser and a cosine to zero by steps, as Lightning takes them."""
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: cosine(step, self.steps, 0))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+        return self.by_steps(optimizer, lambda step: cosine(step, self.steps, 0))
 
     @abstractmethod
     def crops(self, images: ImageSet) -> tuple[Dataset[Batch], Callable[[Any], Batch]]:

@@ -31,6 +31,8 @@ from fkd_ssl.students import MEAN, STD, Student, make_backbone, make_head
 class MoCo(Method):
     """MoCo v2's query and key encoders and its queue."""
 
+    views = 2
+
     def __init__(self, config: PretrainConfig, count: int) -> None:
         super().__init__(config, count, mean=MEAN, std=STD)
         assert config.temperature is not None  # by PretrainConfig

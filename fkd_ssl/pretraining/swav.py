@@ -40,6 +40,7 @@ class SwAV(Method):
         assert config.frozen_epochs is not None
         assert config.small_crops is not None
         self.small_crops = config.small_crops
+        self.views = 2 + config.small_crops
         epoch = count / config.batch_size
         self.queue_step = round(config.queue_epoch * epoch)
         network: Any = models.get_model(config.arch, weights=None)

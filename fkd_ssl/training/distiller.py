@@ -1,40 +1,43 @@
 """The training step: crops through the student, targets from the batch or from the teacher, one objective between."""
 
 import copy
-import hashlib
-import math
 from collections.abc import Sequence
 from typing import Any
 
-import pytorch_lightning as pl
 import torch
 from lightly.utils.lars import LARS
 from torch import Tensor, nn
 
 from fkd_ssl.data import Batch, replay_on_device
-from fkd_ssl.errors import FkdError
+from fkd_ssl.errors import RequestError
 from fkd_ssl.objectives import Objective
 from fkd_ssl.students import STUDENT_KEY, Student
 from fkd_ssl.training.config import TrainConfig
 from fkd_ssl.training.mixing import Mixing
+from fkd_ssl.training.module import TrainingModule, cosine, dropping
 from fkd_ssl.training.targets import Targets
 
 
-class Distiller(pl.LightningModule):
+class Distiller(TrainingModule):
     """A student in training.
 
+    Args:
+        student: The student.
+        objectives: One for each teacher.
+        targets: Gives each teacher's targets of a batch.
+        config: The run.
+        steps: Optimiser steps of the whole training.
+
     Attributes:
-        student: What is trained.
-        average: Its moving average, if the config asks for one: what is scored, and what a checkpoint gives back.
-        last_loss: The last batch's loss.
-        last_floor: Its least possible value.
-        saved: The last checkpoint, in words.
+        student: The student.
+        average: The moving average of its weights if the config asks for one: it is scored and read from checkpoints.
     """
 
     def __init__(
         self, student: Student, objectives: Sequence[Objective], targets: Targets, config: TrainConfig, steps: int
     ) -> None:
-        super().__init__()
+        super().__init__(steps, config.seed)
+        self.advice = f"choose a smaller --lr than {config.lr:g} or a --clip (and another --out), or --precision 32-true"
         self.student = student
         self.objectives = objectives
         self.weights = config.weights(len(objectives))
@@ -43,10 +46,7 @@ class Distiller(pl.LightningModule):
         self.targets = targets
         self.mixing = Mixing(config.mixup, config.cutmix) if config.mixup or config.cutmix else None
         self.config = config
-        self.steps = steps
-        self.last_loss = self.last_floor = torch.zeros(())
         self._seen: list[list[Tensor]] = []  # targets of the parts of this step
-        self.saved = "there is no checkpoint before"
         self.average = None if config.ema is None else copy.deepcopy(student).eval().requires_grad_(False)
         if config.compile:
             student.backbone.compile()  # in place, so that the names of its weights stay
@@ -55,11 +55,6 @@ class Distiller(pl.LightningModule):
     def result(self) -> Student:
         """The student as it would be used now."""
         return self.student if self.average is None else self.average
-
-    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Stochastic depth, dropout and mixing draw from seed, step and process alone: a resumed training draws the same."""
-        text = f"{self.config.seed} {batch_idx} {self.global_rank}"
-        torch.manual_seed(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little"))
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
         """Makes the crops on the device, where that was left to it."""
@@ -88,15 +83,15 @@ class Distiller(pl.LightningModule):
             # slower at first, so that the initial weights are soon forgotten (as in TensorFlow's and timm's averages)
             update_average(self.average, self.student, min(self.config.ema, (1 + self.global_step) / (10 + self.global_step)))
 
-    def require_finite(self, step: int) -> None:
-        """Raises FkdError, in all processes, where the last loss is not a finite number in one: the training has diverged."""
-        loss = self.last_loss
-        if self.trainer.world_size > 1:
-            loss = self.trainer.strategy.reduce(loss.clone(), reduce_op="mean")
-        if not torch.isfinite(loss):
-            raise FkdError(
-                f"step {step}: the loss is {loss.item()}: the training has diverged; {self.saved}; choose a smaller --lr than "
-                f"{self.config.lr:g} or a --clip (and another --out), or --precision 32-true"
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Raises RequestError if a checkpoint is of targets of other dimensions: of other classes or another teacher."""
+        saved = checkpoint[STUDENT_KEY]["dim"]
+        dims = saved if isinstance(saved, list) else [saved]
+        if dims != self.student.dims:
+            was, now = (" and ".join(map(str, some)) for some in (dims, self.student.dims))
+            raise RequestError(
+                f"{self.trainer.ckpt_path}: was trained on targets of D = {was}, and now they have D = {now}: give the same "
+                "images and teacher, or choose another --out"
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -114,10 +109,9 @@ class Distiller(pl.LightningModule):
         warmup, *drops = (
             round(epochs / self.config.epochs * self.steps) for epochs in (self.config.warmup_epochs, *self.config.drops)
         )
-        schedule = torch.optim.lr_scheduler.LambdaLR(
+        return self.by_steps(
             optimizer, lambda step: dropping(step, drops, warmup) if drops else cosine(step, self.steps, warmup)
         )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 @torch.no_grad()
@@ -131,23 +125,6 @@ def update_average(average: nn.Module, network: nn.Module, decay: float) -> None
             mean.lerp_(now, 1 - decay)
         else:
             mean.copy_(now)
-
-
-def cosine(step: int, steps: int, warmup: int) -> float:
-    """The learning rate's factor at a step: linear up to 1 over `warmup` steps, then a cosine that ends near 0.
-
-    Loshchilov and Hutter, ICLR 2017 (arXiv 1608.03983), eq. 5, without restarts.
-    """
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
-
-
-def dropping(step: int, drops: Sequence[int], warmup: int) -> float:
-    """The learning rate's factor at a step: linear up to 1 over `warmup` steps, a tenth after each of the steps `drops`."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return float(0.1 ** sum(step >= drop for drop in drops))
 
 
 def make_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:

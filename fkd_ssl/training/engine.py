@@ -10,19 +10,18 @@ from pytorch_lightning.loggers import Logger
 from torch import Tensor
 from torch.distributed import is_torchelastic_launched
 
-from fkd_ssl import checkpoints, runs
+from fkd_ssl import runs
 from fkd_ssl.data import Crops, Loader, StoredCrops, whole_batch
 from fkd_ssl.errors import RequestError
 from fkd_ssl.objectives import Objective, TargetInfo, make_objective
 from fkd_ssl.store.write.recording import Recording
-from fkd_ssl.students import CLASSIFIER, STUDENT_KEY, Student
+from fkd_ssl.students import CLASSIFIER, Student
 from fkd_ssl.training.config import TrainConfig
 from fkd_ssl.training.distiller import Distiller
-from fkd_ssl.training.fit import fit, step_of
-from fkd_ssl.training.keeping import Keeper, KeptTargets
+from fkd_ssl.training.fit import fit
 from fkd_ssl.training.last_single import LastSingle
-from fkd_ssl.training.monitor import LAST, Monitor, Score
-from fkd_ssl.training.recorder import Recorder, peak_memory
+from fkd_ssl.training.monitor import Score
+from fkd_ssl.training.recording_targets import RecordingCallback, RecordingTargets
 from fkd_ssl.training.sampler import PassSampler
 from fkd_ssl.training.targets import Calibrated, LabelTargets, OnlineTargets, Targets, stored_targets
 
@@ -76,18 +75,6 @@ def check_batch(config: TrainConfig, images: int, *, world: int = 1) -> None:
         raise RequestError("sync_batchnorm: torch has it on GPUs only, and there is none")
 
 
-def check_dims(checkpoint: Path, student: Student) -> None:
-    """Raises RequestError where a checkpoint's student is for other targets, as of other classes or another teacher."""
-    saved = checkpoints.load(checkpoint, mapped=True)[STUDENT_KEY]["dim"]
-    dims = saved if isinstance(saved, list) else [saved]
-    if dims != student.dims:
-        was, now = (" and ".join(map(str, some)) for some in (dims, student.dims))
-        raise RequestError(
-            f"{checkpoint}: was trained on targets of D = {was}, and now they have D = {now}: give the same images and "
-            "teacher, or choose another --out"
-        )
-
-
 def train(
     config: TrainConfig,
     data: Crops,
@@ -135,10 +122,10 @@ def train(
     if init is not None:
         student.start_from(init)
     source: Targets = stored_targets if embeds is None else OnlineTargets(*embeds)
-    keepers = []
+    callbacks = []
     if embeds is not None and recordings is not None:
-        source = KeptTargets(recordings, *embeds)
-        keepers = [Keeper(source, config.batch_size)]
+        source = RecordingTargets(recordings, *embeds)
+        callbacks = [RecordingCallback(source, config.batch_size)]
     if config.targets == "labels":
         source = LabelTargets(targets[0].dim, config.label_smoothing)
     elif config.calibrate_below:
@@ -151,30 +138,17 @@ def train(
     )  # fmt: skip
     source_of_crops = LastSingle(data, sampler) if single else data
     loader = Loader(source_of_crops, sampler, workers=config.workers, collate=whole_batch, prefetch=4)
-    epoch = len(data) / config.batch_size
-    recorder = Recorder(folder / "metrics.csv", every=config.log_every, batch_size=config.batch_size, images=len(data))
-    monitor = Monitor(
-        folder / "checkpoints",
-        recorder,
-        score,
-        score_every=max(1, round(config.knn_every * epoch)),
-        save_every=max(1, round(epoch)),
-    )
-    last = folder / "checkpoints" / LAST
-    resumed = last.exists()
-    if resumed:
-        sampler.start = step_of(last, config, inputs)
-        check_dims(last, student)
-        module.saved = f"the last good checkpoint is {last}, of step {sampler.start}"
-    fit(
+    found = fit(
         module,
         loader,
-        [*keepers, recorder, monitor],
-        steps=steps,
-        precision=config.precision,
-        folder=folder,
-        identity=runs.identity(config, inputs or {}),
-        last=last if resumed else None,
+        folder,
+        config=config,
+        inputs=inputs,
+        crops_per_step=config.batch_size,
+        crops_per_epoch=len(data),
+        callbacks=callbacks,
+        score=score,
+        score_every=config.knn_every,
         devices=config.devices,
         sync_batchnorm=config.sync_batchnorm,
         clip=config.clip,
@@ -182,15 +156,9 @@ def train(
     )
     return {
         "epochs": config.epochs,
-        "steps": steps,
         "images": len(data),
         "crops_seen": steps * config.batch_size,
         "stored_crops_per_image": data.store.crops_per_image if isinstance(data, StoredCrops) else None,
-        "train_seconds": round(recorder.seconds, 3),
-        "data_wait": round(recorder.waited / max(recorder.seconds, 1e-9), 4),
-        "unreadable_images": len(recorder.unreadable),
         "teacher_forwards": 0 if embeds is None else steps * config.batch_size * len(embeds),
-        "peak_memory_bytes": max(recorder.peak, peak_memory()),
-        "knn_top1": monitor.last,
-        "knn_best": None if monitor.best is None else {"top1": monitor.best[0], "step": monitor.best[1]},
+        **found,
     }

@@ -1,10 +1,11 @@
-"""Lightning's Trainer as every training here uses it: by steps, with our own loader, bar, metrics and checkpoints."""
+"""The one loop of all trainings: Lightning's Trainer by steps, with our own metrics.csv, checkpoints and resume."""
 
 import io
 import logging
 import os
 import signal
 import warnings
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,9 @@ from torch.distributed import is_torchelastic_launched
 from fkd_ssl import checkpoints, files, runs
 from fkd_ssl.data import Loader
 from fkd_ssl.errors import CheckpointError, RequestError
+from fkd_ssl.training.metrics import METRICS, MetricsWriter, peak_memory
+from fkd_ssl.training.module import TrainingModule
+from fkd_ssl.training.monitor import Monitor, Score, last_checkpoint, saved_words
 from fkd_ssl.training.sampler import PassSampler
 
 RUN_KEY = "fkd_ssl_run"
@@ -55,41 +59,107 @@ class WholeCheckpoints(TorchCheckpointIO):
 
 
 def fit(
-    module: pl.LightningModule,
+    module: TrainingModule,
     loader: Loader,
-    callbacks: list[pl.Callback],
-    *,
-    steps: int,
-    precision: Any,
     folder: Path,
-    identity: dict[str, Any],
-    last: Path | None,
+    *,
+    config: Any,
+    inputs: runs.Inputs | None,
+    crops_per_step: int,
+    crops_per_epoch: int,
+    callbacks: Sequence[pl.Callback] = (),
+    score: Score | None = None,
+    score_every: float = 1,
     devices: int = 1,
     sync_batchnorm: bool = False,
     clip: float | None = None,
     logger: Logger | None = None,
-) -> None:
-    """Trains `module` for `steps` in all, from the checkpoint `last` on if there is one.
+    title: str = "train",
+) -> dict[str, Any]:
+    """Trains a module to its last step, from the run's last checkpoint on if there is one.
+
+    Leaves metrics.csv, and checkpoints/ with a checkpoint of every epoch, in the run folder.
 
     Args:
-        module: What is trained.
-        loader: Its batches; its batch sampler is a PassSampler, which is told here which process this is.
-        callbacks: Beside it.
-        steps: Of the optimiser.
-        precision: In Lightning's terms.
-        folder: Of the run.
-        identity: What its checkpoints keep of the run, see `runs.identity`.
-        last: The checkpoint.
+        module: The network in training.
+        loader: Its batches; the batch sampler is a PassSampler, which is told here which process this is.
+        folder: The run folder.
+        config: The run's config, with `precision` and `log_every`.
+        inputs: What the run reads; see `runs.Inputs`. None does not compare them with the checkpoint's.
+        crops_per_step: Crops in a step.
+        crops_per_epoch: Crops in an epoch.
+        callbacks: Further callbacks, called before those of this function.
+        score: kNN accuracy in percent of a student in eval mode.
+        score_every: Epochs between two scores.
         devices: Processes on this machine. Lightning starts them as further calls of this command line, unless torchrun has
-            started this process: its numbers are then what counts.
-        sync_batchnorm: BatchNorm over all processes.
+            started this process, and says how many there are.
+        sync_batchnorm: Whether BatchNorm is over the crops of all processes.
         clip: Greatest norm of the gradient.
-        logger: Takes metrics.
+        logger: Takes the lines of metrics.csv too.
+        title: Of the progress bar.
+
+    Returns:
+        `steps`, `train_seconds`, `data_wait`, `unreadable_images`, `peak_memory_bytes`, `knn_top1`, `knn_best`.
 
     Raises:
+        CheckpointError: The last checkpoint is damaged.
+        RequestError: It is of another config or other inputs, or the processes do not divide a batch.
+        FkdError: The training diverged.
         KeyboardInterrupt: The training was stopped.
-        RequestError: The processes do not divide a batch.
     """
+    steps_per_epoch = crops_per_epoch / crops_per_step
+    metrics = MetricsWriter(
+        folder / METRICS, every=config.log_every, crops_per_step=crops_per_step, crops_per_epoch=crops_per_epoch, title=title
+    )
+    monitor = Monitor(
+        folder,
+        metrics,
+        score,
+        score_every=max(1, round(score_every * steps_per_epoch)),
+        save_every=max(1, round(steps_per_epoch)),
+    )
+    last = last_checkpoint(folder)
+    if last.exists():
+        assert isinstance(loader.batch_sampler, PassSampler)
+        loader.batch_sampler.start = step_of(last, config, inputs)
+        module.saved = saved_words(last, loader.batch_sampler.start)
+    _run_trainer(
+        module,
+        loader,
+        [*callbacks, metrics, monitor, _Identity(runs.identity(config, inputs or {}))],
+        folder,
+        precision=config.precision,
+        devices=devices,
+        sync_batchnorm=sync_batchnorm,
+        clip=clip,
+        logger=logger,
+        last=last if last.exists() else None,
+    )
+    return {
+        "steps": module.steps,
+        "train_seconds": round(metrics.seconds, 3),
+        "data_wait": round(metrics.waited / max(metrics.seconds, 1e-9), 4),
+        "unreadable_images": len(metrics.unreadable),
+        "peak_memory_bytes": max(metrics.peak, peak_memory()),
+        "knn_top1": monitor.last,
+        "knn_best": None if monitor.best is None else {"top1": monitor.best[0], "step": monitor.best[1]},
+    }
+
+
+def _run_trainer(
+    module: TrainingModule,
+    loader: Loader,
+    callbacks: list[pl.Callback],
+    folder: Path,
+    *,
+    precision: Any,
+    devices: int,
+    sync_batchnorm: bool,
+    clip: float | None,
+    logger: Logger | None,
+    last: Path | None,
+) -> None:
+    """Lightning's Trainer as `fit` uses it: by steps, with our own sampler, progress bar, metrics and checkpoints."""
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     sampler = loader.batch_sampler
     assert isinstance(sampler, PassSampler)
@@ -104,7 +174,7 @@ def fit(
         # Lightning advises more workers than a small machine has, and counts batches of a loader that we cut ourselves
         warnings.filterwarnings("ignore", module="pytorch_lightning")
         trainer = pl.Trainer(
-            max_steps=steps,
+            max_steps=module.steps,
             max_epochs=-1,
             accelerator="gpu" if torch.cuda.is_available() else "cpu",
             devices=devices,
@@ -116,7 +186,7 @@ def fit(
             accumulate_grad_batches=sampler.parts,
             gradient_clip_val=clip,
             precision=precision,
-            callbacks=[*callbacks, _Identity(identity)],
+            callbacks=callbacks,
             plugins=plugins,
             logger=False if logger is None else logger,
             enable_checkpointing=False,

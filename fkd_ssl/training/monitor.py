@@ -1,4 +1,4 @@
-"""kNN during training, and the checkpoints of a run."""
+"""The checkpoints of a run, and kNN scores of the student during training."""
 
 import signal
 import threading
@@ -11,25 +11,38 @@ import torch
 
 from fkd_ssl.students import Student
 from fkd_ssl.training.distiller import Distiller
-from fkd_ssl.training.recorder import Recorder, step_ends
+from fkd_ssl.training.metrics import MetricsWriter, step_ends
+from fkd_ssl.training.module import TrainingModule
 
-LAST, BEST = "last.ckpt", "best.ckpt"
+BEST = "best.ckpt"
 Score = Callable[[Student], float]
 
 
-class Monitor(pl.Callback):
-    """Saves `last.ckpt` every `save_every` steps; scores the student every `score_every` and keeps the best.
+def last_checkpoint(run: Path) -> Path:
+    """The last checkpoint of a run folder."""
+    return run / "checkpoints" / "last.ckpt"
 
-    A SIGTERM, which a cluster sends before it takes a machine away, saves one after the step that it falls in, and stops.
+
+class Monitor(pl.Callback):
+    """Saves `last.ckpt` every `save_every` steps; scores the student every `score_every` steps and saves the best.
+
+    On SIGTERM, which a cluster sends before it takes a machine away, it saves a checkpoint after the current step and stops.
+
+    Args:
+        run: The run folder.
+        metrics: Takes the scores.
+        score: kNN accuracy in percent of a student in eval mode; None scores nothing.
+        score_every: Steps between two scores; the last step is always scored.
+        save_every: Steps between two checkpoints; the last step is always saved.
 
     Attributes:
         best: Highest score so far and its step.
         last: The latest score.
     """
 
-    def __init__(self, folder: Path, recorder: Recorder, score: Score | None, *, score_every: int, save_every: int) -> None:
-        self.folder = folder
-        self.recorder = recorder
+    def __init__(self, run: Path, metrics: MetricsWriter, score: Score | None, *, score_every: int, save_every: int) -> None:
+        self.checkpoint = last_checkpoint(run)
+        self.metrics = metrics
         self.score = score
         self.score_every = score_every
         self.save_every = save_every
@@ -38,7 +51,7 @@ class Monitor(pl.Callback):
         self._stopping = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Listens to SIGTERM in the place of Lightning, which stops without saving; Lightning puts back what was before."""
+        """Handles SIGTERM instead of Lightning, which stops without saving; Lightning restores the handler at the end."""
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._stop)
 
@@ -63,46 +76,50 @@ class Monitor(pl.Callback):
         """
         if not step_ends(trainer, batch_idx):
             return
-        # of several processes each may hear it in another step
+        # each process may have received it in another step
         stop = (
             self._stopping if trainer.world_size == 1 else trainer.strategy.reduce_boolean_decision(self._stopping, all=False)
         )
         step, end = trainer.global_step, trainer.global_step == trainer.max_steps
         due = step % self.score_every == 0 and trainer.max_steps - step >= self.score_every / 2  # the last step is near
         save = end or stop or step % self.save_every == 0
-        assert isinstance(pl_module, Distiller)
+        assert isinstance(pl_module, TrainingModule)
         if save or due:
-            pl_module.require_finite(step)  # no checkpoint of a diverged student
+            pl_module.require_finite(step)  # no checkpoint of a training that diverged
         if self.score is not None and (end or due):
             try:
-                self._score(trainer, pl_module)
+                self._score(trainer, pl_module, self.score)
             except BaseException:
-                if not end and trainer.world_size == 1:  # what was trained is not lost; the last step is scored anew
+                if not end and trainer.world_size == 1:  # keeps what was trained; the last step is scored again
                     self._save(trainer, pl_module)
                 raise
         if save:
             self._save(trainer, pl_module)
-        self.recorder.restart_clock()  # neither scoring nor saving is training
+        self.metrics.restart_clock()  # scoring and saving are not training
         if stop and not end:
             raise KeyboardInterrupt
 
-    def _save(self, trainer: pl.Trainer, pl_module: Distiller) -> None:
-        self.recorder.sync(trainer)
-        trainer.save_checkpoint(self.folder / LAST)
-        pl_module.saved = f"the last good checkpoint is {self.folder / LAST}, of step {trainer.global_step}"
+    def _save(self, trainer: pl.Trainer, module: TrainingModule) -> None:
+        self.metrics.sync(trainer)
+        trainer.save_checkpoint(self.checkpoint)
+        module.saved = saved_words(self.checkpoint, trainer.global_step)
 
-    def _score(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        assert isinstance(pl_module, Distiller)
-        assert self.score is not None
-        student, score = pl_module.result, 0.0
+    def _score(self, trainer: pl.Trainer, module: TrainingModule, score: Score) -> None:
+        assert isinstance(module, Distiller)
+        student, top1 = module.result, 0.0
         training = student.training
         if trainer.is_global_zero:
             student.eval()
             with torch.no_grad():
-                score = self.score(student)
+                top1 = score(student)
             student.train(training)
-        self.last = trainer.strategy.broadcast(score)
-        self.recorder.score(trainer, self.last)
+        self.last = trainer.strategy.broadcast(top1)
+        self.metrics.add_score(trainer, self.last)
         if self.best is None or self.last > self.best[0]:
             self.best = (self.last, trainer.global_step)
-            trainer.save_checkpoint(self.folder / BEST)
+            trainer.save_checkpoint(self.checkpoint.with_name(BEST))
+
+
+def saved_words(checkpoint: Path, step: int) -> str:
+    """What an error message says about the last checkpoint."""
+    return f"the last good checkpoint is {checkpoint}, of step {step}"

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from fkd_ssl.training.recorder import read_metrics
+from fkd_ssl.training.metrics import read_metrics
 
 pytestmark = [pytest.mark.ddp, pytest.mark.slow]
 
@@ -30,7 +30,7 @@ THREADS = """
 import os, sys
 from pathlib import Path
 from fkd_ssl.cli import main
-from fkd_ssl.training.recorder import Recorder
+from fkd_ssl.training.metrics import MetricsWriter
 
 def note(when):
     names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
@@ -40,7 +40,7 @@ def on_train_end(self, trainer, module):
     note("during")
     end(self, trainer, module)
 
-end, Recorder.on_train_end = Recorder.on_train_end, on_train_end
+end, MetricsWriter.on_train_end = MetricsWriter.on_train_end, on_train_end
 status = main(sys.argv[1:])
 note("after")
 sys.exit(status)

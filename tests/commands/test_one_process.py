@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from fkd_ssl import locks, runs
-from fkd_ssl.training.recorder import Recorder, read_metrics
+from fkd_ssl.training.metrics import MetricsWriter, read_metrics
 
 pytestmark = pytest.mark.slow
 
@@ -144,22 +144,22 @@ def test_a_run_folder_that_is_removed_ends_the_run_with_an_error(work: Path, ver
 
 
 def test_a_full_disk_names_metrics_csv(work: Path, call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    started, before = Recorder.on_train_start, resource.getrlimit(resource.RLIMIT_FSIZE)
+    started, before = MetricsWriter.on_train_start, resource.getrlimit(resource.RLIMIT_FSIZE)
 
-    def fill(self: Recorder, *args: Any) -> None:
+    def fill(self: MetricsWriter, *args: Any) -> None:
         started(self, *args)
         with self.path.open("a") as file:
             file.write("\n" * 100_000)  # so that the captured output, which is a file too, stays below the limit
         resource.setrlimit(resource.RLIMIT_FSIZE, (self.path.stat().st_size + 10, before[1]))
 
-    monkeypatch.setattr(Recorder, "on_train_start", fill)
+    monkeypatch.setattr(MetricsWriter, "on_train_start", fill)
     try:
         answer = call(f"{TRAIN} --epochs 2 --workers 0 --out run")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert answer.status == 1
     assert "fkd-ssl train: run/metrics.csv: File too large; nothing finished is lost" in answer.err
-    monkeypatch.setattr(Recorder, "on_train_start", started)
+    monkeypatch.setattr(MetricsWriter, "on_train_start", started)
     assert call(f"{TRAIN} --epochs 2 --workers 0 --out run").status == 0
     assert [line["step"] for line in read_metrics(work / "run/metrics.csv")] == [1, 2]
 

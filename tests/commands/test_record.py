@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from fkd_ssl.store import open_store
-from fkd_ssl.training.recorder import read_metrics
+from fkd_ssl.training.metrics import read_metrics
 
 LINE = (
     "train --images train --targets online --teacher own_teacher:make --student squeezenet1_1 --batch_size 12 "

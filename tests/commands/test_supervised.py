@@ -10,7 +10,7 @@ import pytest
 
 from fkd_ssl.data import StoredCrops
 from fkd_ssl.store import open_store
-from fkd_ssl.training.recorder import read_metrics
+from fkd_ssl.training.metrics import read_metrics
 
 STORE = "precompute --images train --store labels --teacher own_teacher:classes --recipe fkd --crops 4"
 TRAIN = (

@@ -9,7 +9,7 @@ import pytest
 import torch
 import yaml
 
-from fkd_ssl.training.recorder import read_metrics
+from fkd_ssl.training.metrics import read_metrics
 
 ONLINE = "--targets online --teacher own_teacher:make"
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fkd_ssl.training.recorder import read_metrics
+from fkd_ssl.training.metrics import read_metrics
 
 ARM_KEYS = {
     "name", "seed", "knn_top1", "linear_top1", "train_seconds", "teacher_forwards", "peak_memory_bytes", "epochs",

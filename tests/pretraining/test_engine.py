@@ -14,7 +14,8 @@ from fkd_ssl.errors import FkdError, RequestError
 from fkd_ssl.pretraining.config import METHODS
 from fkd_ssl.pretraining.engine import CHECKPOINT, pretrain
 from fkd_ssl.pretraining.method import Method
-from fkd_ssl.pretraining.progress import LAST, METRICS, Progress
+from fkd_ssl.training.metrics import METRICS, MetricsWriter
+from fkd_ssl.training.monitor import last_checkpoint
 
 pytestmark = pytest.mark.parametrize("method", METHODS)
 
@@ -41,6 +42,21 @@ def test_a_run_is_described(method: str, trained: Any, make_config: Any) -> None
     assert (path.parent / "config.yaml").read_text() == runs.to_yaml(make_config(f"run-{method}", method))
 
 
+def test_metrics_have_the_learning_rate_of_their_step(method: str, trained: Any, make_config: Any) -> None:
+    lines = read_metrics(trained(method).parent / METRICS)
+    peak = make_config(f"run-{method}", method).lr
+    expected = [peak * 0.5 * (1 + math.cos(math.pi * step / 6)) for step in range(6)]
+    assert [float(line["lr"]) for line in lines] == pytest.approx(expected)
+    assert float(lines[-1]["lr"]) > 0
+
+
+def test_metrics_are_those_of_train(method: str, trained: Any) -> None:
+    lines = read_metrics(trained(method).parent / METRICS)
+    views = {"mocov2": 2, "swav": 4}[method]
+    assert [int(line["crops"]) for line in lines] == [step * 8 * views for step in range(1, 7)]
+    assert {line["kl"] + line["knn_top1"] for line in lines} == {""}  # neither a smallest loss nor a score
+
+
 def test_a_finished_run_is_left_alone(method: str, trained: Any, make_config: Any, capsys: Any) -> None:
     path = trained(method)
     before = path.stat().st_mtime_ns
@@ -57,23 +73,23 @@ def test_a_finished_run_is_left_alone(method: str, trained: Any, make_config: An
 def test_a_killed_run_continues_to_the_same_weights(
     method: str, trained: Any, make_config: Any, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    whole = Progress.on_train_batch_end
+    whole = MetricsWriter.on_train_batch_end
 
-    def kill(self: Progress, trainer: Any, *rest: Any) -> None:
+    def kill(self: MetricsWriter, trainer: Any, *rest: Any) -> None:
         if trainer.global_step == 5:
             raise RuntimeError("killed")
         whole(self, trainer, *rest)
 
     out = f"killed-{method}"
     with monkeypatch.context() as patch:
-        patch.setattr(Progress, "on_train_batch_end", kill)
+        patch.setattr(MetricsWriter, "on_train_batch_end", kill)
         with pytest.raises(RuntimeError, match="killed"):
             pretrain(make_config(out, method))
-    assert (folder / out / LAST).exists()
+    assert (last_checkpoint(folder / out)).exists()
     assert not (folder / out / CHECKPOINT).exists()
     said: list[str] = []
     again = pretrain(make_config(out, method), log=said.append)
-    assert "continues from step 4 of 6" in said[0]
+    assert said == [f"{folder / out}: continuing resnet18 on 16 images"]
     expected = torch.load(trained(method), weights_only=True)["state_dict"]
     found = torch.load(again, weights_only=True)["state_dict"]
     assert found.keys() == expected.keys()
@@ -86,9 +102,9 @@ def test_a_killed_run_continues_to_the_same_weights(
 
 def test_a_run_that_diverges_stops(method: str, make_config: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Method, "normalised", lambda self, images: images * float("nan"))
-    with pytest.raises(FkdError, match=r"step 1: the loss is nan: diverged; choose a smaller --lr and another --out"):
+    with pytest.raises(FkdError, match=r"step 1: the loss is nan: the training has diverged; .*choose a smaller --lr"):
         pretrain(make_config(f"nan-{method}", method))
-    assert not (folder / f"nan-{method}" / LAST).exists()
+    assert not (last_checkpoint(folder / f"nan-{method}")).exists()
 
 
 def test_impossible_runs_are_refused_before_anything_is_written(method: str, make_config: Any, folder: Path) -> None:

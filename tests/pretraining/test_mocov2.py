@@ -15,9 +15,10 @@ from torch.nn import functional as F
 from fkd_ssl.errors import RequestError
 from fkd_ssl.pretraining.engine import pretrain
 from fkd_ssl.pretraining.mocov2 import MoCo
-from fkd_ssl.pretraining.progress import LAST, METRICS
 from fkd_ssl.students import Student, load_student
 from fkd_ssl.teachers import load_teacher
+from fkd_ssl.training.metrics import METRICS
+from fkd_ssl.training.monitor import last_checkpoint
 
 
 def test_the_checkpoint_is_mocos_and_loads_as_a_teacher(trained: Any, make_config: Any) -> None:
@@ -95,7 +96,7 @@ def test_a_small_network_is_trained_without_a_teacher(folder: Path, make_config:
         torch.testing.assert_close(module.encoder_q.get_submodule("backbone").state_dict()[key], value, rtol=0, atol=0)
     trained = student.backbone.state_dict()
     assert not torch.equal(trained["conv1.0.weight"], start.backbone.state_dict()["conv1.0.weight"])
-    last = torch.load(folder / "alone" / LAST, weights_only=True)["state_dict"]
+    last = torch.load(last_checkpoint(folder / "alone"), weights_only=True)["state_dict"]
     for key, value in trained.items():
         torch.testing.assert_close(value, last[f"encoder_q.backbone.{key}"], rtol=0, atol=0)
     assert pretrain(config) == path

@@ -12,7 +12,7 @@ from fkd_ssl.objectives import TargetInfo
 from fkd_ssl.store import Store
 from fkd_ssl.training.config import TrainConfig
 from fkd_ssl.training.engine import train
-from fkd_ssl.training.recorder import read_metrics
+from fkd_ssl.training.metrics import read_metrics
 
 STUDENT = "squeezenet1_1"  # quick, and no BatchNorm that would amplify rounding
 

@@ -10,7 +10,8 @@ import torch
 from fkd_ssl.objectives import FeatureKL
 from fkd_ssl.students import Student
 from fkd_ssl.training.config import TrainConfig
-from fkd_ssl.training.distiller import Distiller, cosine, dropping, make_optimizer
+from fkd_ssl.training.distiller import Distiller, make_optimizer
+from fkd_ssl.training.module import cosine, dropping
 from fkd_ssl.training.targets import OnlineTargets, stored_targets
 
 OPTIMIZERS = {"adam": "Adam", "adamw": "AdamW", "sgd": "SGD", "lars": "LARS"}

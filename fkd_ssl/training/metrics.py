@@ -14,35 +14,45 @@ from tqdm import tqdm
 
 from fkd_ssl import files
 from fkd_ssl.progress import hidden
-from fkd_ssl.training.distiller import Distiller
+from fkd_ssl.training.module import TrainingModule
 
+METRICS = "metrics.csv"
 FIELDS = ("step", "epoch", "crops", "seconds", "loss", "kl", "lr", "wait", "knn_top1")
 
 
-class Recorder(pl.Callback):
+class MetricsWriter(pl.Callback):
     """Writes a line of metrics.csv every `every` steps, to loggers too, and shows progress on standard error.
 
-    Of several processes the first one writes; losses are means over all.
+    If a training has several processes, the first one writes; losses are means over all.
 
-    `seconds` is the time spent training, without scoring and saving, over all sessions of the run; `wait` the share of
-    it that the step waited for data; `kl` the loss above the least that the targets allow.
+    `loss` is the mean over the steps since the last line, `kl` the same without the smallest loss that the targets allow.
+    `lr` is the learning rate of the line's step. `seconds` is the time spent training, without scoring and saving, over all
+    sessions of the run; `wait` is the share of it that was spent waiting for data.
+
+    Args:
+        path: The metrics.csv.
+        every: Steps in a line.
+        crops_per_step: Crops in a step.
+        crops_per_epoch: Crops in an epoch.
+        title: Of the progress bar.
 
     Attributes:
-        seconds: So far.
-        waited: Seconds of them spent waiting for data.
+        seconds: Time spent training so far.
+        waited: Seconds of it spent waiting for data.
         peak: Peak memory in bytes of the sessions before this one.
-        unreadable: What was said of each image that was skipped because it could not be read.
+        unreadable: A message for each image that was skipped because it cannot be read.
     """
 
-    def __init__(self, path: Path, *, every: int, batch_size: int, images: int) -> None:
+    def __init__(self, path: Path, *, every: int, crops_per_step: int, crops_per_epoch: int, title: str = "train") -> None:
         self.path = path
         self.every = every
-        self.batch_size = batch_size
-        self.images = images
+        self.crops_per_step = crops_per_step
+        self.crops_per_epoch = crops_per_epoch
+        self.title = title
         self.seconds = self.waited = 0.0
         self.peak = 0
         self.unreadable: set[str] = set()
-        self._sums = torch.zeros(2)
+        self._sums = torch.zeros(2)  # of the loss and of its floor
         self._count = 0
         self._mark = self._ended = self._lr = 0.0
         self._file: Any = None
@@ -65,17 +75,17 @@ class Recorder(pl.Callback):
         """Continues from a checkpoint."""
         self.seconds, self.waited, self.peak = state_dict["seconds"], state_dict["waited"], state_dict["peak"]
         self._sums, self._count = torch.tensor(state_dict["sums"]), state_dict["count"]
-        self.unreadable = set(state_dict.get("unreadable", ()))
+        self.unreadable = set(state_dict["unreadable"])
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Forgets lines from after the checkpoint, they will be written again; starts the clock and the bar."""
+        """Removes the lines after the checkpoint, which will be written again; starts the clock and the bar."""
         self._sums = self._sums.to(pl_module.device)
         first = trainer.is_global_zero
         self._bar = tqdm(
             total=trainer.max_steps,
             initial=trainer.global_step,
             unit="step",
-            desc="train",
+            desc=self.title,
             smoothing=0.05,
             disable=hidden(show=first),
         )
@@ -89,10 +99,10 @@ class Recorder(pl.Callback):
         self._file = self.path.open("a", buffering=1)  # by lines
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
-        """Takes the time since the last batch's end as waiting for data, and the learning rate before the schedule's step."""
+        """Counts the time since the last batch as waiting; reads the learning rate before the schedule changes it."""
         self._lr = trainer.optimizers[0].param_groups[0]["lr"]
         self.waited += time.perf_counter() - self._ended
-        for message in batch["unreadable"]:
+        for message in batch.get("unreadable", ()):
             if message not in self.unreadable:
                 self.unreadable.add(message)
                 self._bar.write(f"warning: {message}; skipped", file=sys.stderr)
@@ -100,9 +110,10 @@ class Recorder(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Adds the step; writes a line when one is due."""
-        assert isinstance(pl_module, Distiller)
-        self._sums += torch.stack([pl_module.last_loss, pl_module.last_floor])
+        """Adds the batch; writes a line when one is due."""
+        assert isinstance(pl_module, TrainingModule)
+        floor = pl_module.last_floor
+        self._sums += torch.stack([pl_module.last_loss, torch.zeros_like(pl_module.last_loss) if floor is None else floor])
         self._count += 1
         self._ended = time.perf_counter()
         if not step_ends(trainer, batch_idx):
@@ -112,18 +123,20 @@ class Recorder(pl.Callback):
         if due:
             pl_module.require_finite(step)
             self._gather(trainer)
-            loss, floor = (self._sums.double() / self._count).tolist()  # waits for the device, so before the clock is read
+            loss, least = (self._sums.double() / self._count).tolist()  # waits for the device, so before the clock is read
         self._tick()
         self._bar.update(1)
         if due:
+            kl = {} if floor is None else {"kl": loss - least}
             wait = self.waited / self.seconds
-            self._append(step, loss=loss, kl=loss - floor, lr=self._lr, wait=round(wait, 4))
+            self._append(step, loss=loss, **kl, lr=self._lr, wait=round(wait, 4))
             self._sums.zero_()
             self._count = 0
-            self._bar.set_postfix(kl=f"{loss - floor:.4f}", wait=f"{100 * wait:.0f}%")
+            name, value = next(iter((kl or {"loss": loss}).items()))
+            self._bar.set_postfix({name: f"{value:.4f}", "wait": f"{100 * wait:.0f}%"})
 
-    def score(self, trainer: pl.Trainer, top1: float) -> None:
-        """Notes a kNN score at this step, in a line of its own."""
+    def add_score(self, trainer: pl.Trainer, top1: float) -> None:
+        """Writes a kNN score at this step, in a line of its own."""
         self._append(trainer.global_step, knn_top1=top1)
 
     def sync(self, trainer: pl.Trainer) -> None:
@@ -138,14 +151,15 @@ class Recorder(pl.Callback):
         self._mark = self._ended = time.perf_counter()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Closes the bar and the file; the processes tell each other what they could not read."""
+        """Closes the bar and the file; the processes exchange the messages about images that they could not read."""
         self._bar.close()
         if self._file is not None:
-            self._file.close()
+            with files.naming(self.path):
+                self._file.close()
         if trainer.world_size > 1:
-            said: list[set[str]] = [set()] * trainer.world_size
-            torch.distributed.all_gather_object(said, self.unreadable)
-            self.unreadable = set().union(*said)
+            messages: list[set[str]] = [set()] * trainer.world_size
+            torch.distributed.all_gather_object(messages, self.unreadable)
+            self.unreadable = set().union(*messages)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Closes the bar, so that the error stands on a line of its own."""
@@ -153,7 +167,7 @@ class Recorder(pl.Callback):
             self._bar.close()
 
     def _gather(self, trainer: pl.Trainer) -> None:
-        """Puts the mean of all processes' sums in the place of this one's."""
+        """Replaces this process's sums by the mean of all processes'."""
         if trainer.world_size > 1:
             self._sums = trainer.strategy.reduce(self._sums, reduce_op="mean")
 
@@ -165,8 +179,14 @@ class Recorder(pl.Callback):
     def _append(self, step: int, **values: float) -> None:
         if self._file is None:  # not the first process
             return
-        crops = step * self.batch_size
-        line = {"step": step, "epoch": crops / self.images, "crops": crops, "seconds": round(self.seconds, 3), **values}
+        crops = step * self.crops_per_step
+        line = {
+            "step": step,
+            "epoch": crops / self.crops_per_epoch,
+            "crops": crops,
+            "seconds": round(self.seconds, 3),
+            **values,
+        }
         with files.naming(self.path):
             self._file.write(",".join(str(line.get(field, "")) for field in FIELDS) + "\n")
         for logger in self._loggers:
@@ -174,12 +194,12 @@ class Recorder(pl.Callback):
 
 
 def step_ends(trainer: pl.Trainer, batch_idx: int) -> bool:
-    """Whether a step of the optimiser ends with this batch, and not only a part of one."""
+    """Whether this batch is the last part of a step of the optimiser."""
     return (batch_idx + 1) % trainer.accumulate_grad_batches == 0
 
 
 def _lines(path: Path) -> list[list[str]]:
-    """The whole lines of a metrics.csv, if there is one; a last one that a kill cut off is left out."""
+    """The complete lines of a metrics.csv that may be missing; a last line that a kill cut off is left out."""
     if not path.exists():
         return []
     rows = [line.split(",") for line in path.read_text().splitlines()[1:]]
@@ -187,7 +207,7 @@ def _lines(path: Path) -> list[list[str]]:
 
 
 def peak_memory() -> int:
-    """The most memory in bytes that this process has used: of the GPU if there is one, otherwise resident."""
+    """The peak memory of this process in bytes: of the GPU if there is one, otherwise resident memory."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     status = Path("/proc/self/status")

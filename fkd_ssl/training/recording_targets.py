@@ -13,7 +13,7 @@ from fkd_ssl.store.write.recording import Recording
 from fkd_ssl.training.targets import OnlineTargets
 
 
-class KeptTargets(OnlineTargets):
+class RecordingTargets(OnlineTargets):
     """Targets given now and written to a store by the first process, for all of them.
 
     A batch is written when the next one is given: by then a GPU has them ready and nothing waits.
@@ -33,9 +33,9 @@ class KeptTargets(OnlineTargets):
         """Targets of a batch's crops, which has `places`."""
         self.write()
         targets = super().__call__(batch)
-        given = [_of_all(tensor) for tensor in (batch["places"], *targets)]
+        given = [all_gather(tensor) for tensor in (batch["places"], *targets)]
         if self.recordings:
-            self._given = [_on_the_way(tensor) for tensor in given]
+            self._given = [to_cpu_async(tensor) for tensor in given]
             self._ready = torch.cuda.Event() if targets[0].is_cuda else None  # type: ignore[no-untyped-call]
             if self._ready is not None:
                 self._ready.record()
@@ -54,10 +54,10 @@ class KeptTargets(OnlineTargets):
                 recording.add(places, np.ascontiguousarray(of_teacher, dtype=np.float32))
 
 
-class Keeper(pl.Callback):
+class RecordingCallback(pl.Callback):
     """Makes what was recorded survive a kill before a checkpoint counts on it."""
 
-    def __init__(self, targets: KeptTargets, crops_per_step: int) -> None:
+    def __init__(self, targets: RecordingTargets, crops_per_step: int) -> None:
         self.targets = targets
         self.crops_per_step = crops_per_step
 
@@ -73,7 +73,7 @@ class Keeper(pl.Callback):
             recording.sync()
 
 
-def _of_all(tensor: Tensor) -> Tensor:
+def all_gather(tensor: Tensor) -> Tensor:
     """A tensor of all processes, one behind the other."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return tensor
@@ -82,7 +82,7 @@ def _of_all(tensor: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-def _on_the_way(tensor: Tensor) -> Tensor:
+def to_cpu_async(tensor: Tensor) -> Tensor:
     """A copy in this machine's memory that may still be under way from a GPU."""
     tensor = tensor.detach()
     return torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda).copy_(tensor, non_blocking=True)

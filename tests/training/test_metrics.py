@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from fkd_ssl.training.distiller import Distiller
-from fkd_ssl.training.recorder import Recorder, peak_memory, read_metrics
+from fkd_ssl.training.metrics import MetricsWriter, peak_memory, read_metrics
 
 
 def test_an_empty_cell_is_none(tmp_path: Path) -> None:
@@ -22,11 +22,11 @@ def test_an_empty_cell_is_none(tmp_path: Path) -> None:
     ]
 
 
-def recorder(folder: Path) -> Recorder:
-    return Recorder(folder / "metrics.csv", every=2, batch_size=8, images=16)
+def writer(folder: Path) -> MetricsWriter:
+    return MetricsWriter(folder / "metrics.csv", every=2, crops_per_step=8, crops_per_epoch=16)
 
 
-def start(one: Recorder, step: int) -> None:
+def start(one: MetricsWriter, step: int) -> None:
     """As Lightning starts a training, at `step`."""
     one.on_train_start(
         SimpleNamespace(global_step=step, max_steps=9, is_global_zero=True, loggers=[]), SimpleNamespace(device="cpu")
@@ -34,7 +34,7 @@ def start(one: Recorder, step: int) -> None:
 
 
 def test_a_state_is_continued_and_later_lines_are_forgotten(tmp_path: Path) -> None:
-    first = recorder(tmp_path)
+    first = writer(tmp_path)
     start(first, 0)
     for step in (2, 4, 6):
         first._append(step, loss=float(step))
@@ -45,7 +45,7 @@ def test_a_state_is_continued_and_later_lines_are_forgotten(tmp_path: Path) -> N
     with (tmp_path / "metrics.csv").open("a") as file:
         file.write("8,4.0,6")  # cut off by a kill
 
-    second = recorder(tmp_path)
+    second = writer(tmp_path)
     second.load_state_dict(state)
     start(second, 4)
     assert (second.seconds, second.waited, second._count, second.peak) == (3.0, 1.0, 2, state["peak"])
@@ -56,7 +56,7 @@ def test_a_state_is_continued_and_later_lines_are_forgotten(tmp_path: Path) -> N
 
 
 def test_the_header_is_what_the_design_promises(tmp_path: Path) -> None:
-    start(recorder(tmp_path), 0)
+    start(writer(tmp_path), 0)
     assert (tmp_path / "metrics.csv").read_text() == "step,epoch,crops,seconds,loss,kl,lr,wait,knn_top1\n"
     assert read_metrics(tmp_path / "metrics.csv") == []
 
@@ -79,8 +79,8 @@ def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
 
 def test_waiting_is_counted_once_where_a_step_has_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr("fkd_ssl.training.recorder.time", SimpleNamespace(perf_counter=lambda: now[0]))
-    one = recorder(tmp_path)
+    monkeypatch.setattr("fkd_ssl.training.metrics.time", SimpleNamespace(perf_counter=lambda: now[0]))
+    one = writer(tmp_path)
     start(one, 0)
     module = Distiller.__new__(Distiller)
     torch.nn.Module.__init__(module)

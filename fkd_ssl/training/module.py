@@ -1,0 +1,75 @@
+"""What the trainings of students and of teachers share: a Lightning module that knows its last loss and its run's state."""
+
+import hashlib
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from torch import Tensor
+
+from fkd_ssl.data import Batch
+from fkd_ssl.errors import FkdError
+
+
+class TrainingModule(pl.LightningModule):
+    """A network in training.
+
+    Args:
+        steps: Optimiser steps of the whole training.
+        seed: Seed of the run.
+
+    Attributes:
+        last_loss: The loss of the last batch.
+        last_floor: The smallest value that the targets of the last batch allow; None where there is no such value.
+        saved: Which checkpoint is the last one, in words.
+        advice: What to do about a training that diverged.
+    """
+
+    advice = "choose a smaller --lr and another --out"
+
+    def __init__(self, steps: int, seed: int) -> None:
+        super().__init__()
+        self.steps = steps
+        self.seed = seed
+        self.last_loss = torch.zeros(())
+        self.last_floor: Tensor | None = None
+        self.saved = "there is no earlier checkpoint"
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Seeds torch with seed, step and process, so that a resumed training draws the same dropout, depth and mixing."""
+        text = f"{self.seed} {batch_idx} {self.global_rank}"
+        torch.manual_seed(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little"))
+
+    def require_finite(self, step: int) -> None:
+        """Raises FkdError, in all processes, if the last loss of one of them is not finite: the training has diverged."""
+        loss = self.last_loss
+        if self.trainer.world_size > 1:
+            loss = self.trainer.strategy.reduce(loss.clone(), reduce_op="mean")
+        if not torch.isfinite(loss):
+            raise FkdError(f"step {step}: the loss is {loss.item()}: the training has diverged; {self.saved}; {self.advice}")
+
+    @staticmethod
+    def by_steps(optimizer: torch.optim.Optimizer, factor: Callable[[int], float]) -> Any:
+        """The optimiser and a schedule that multiplies its learning rate with `factor` of the step, as Lightning takes them."""
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+
+def cosine(step: int, steps: int, warmup: int) -> float:
+    """The learning rate's factor at a step: linear up to 1 over `warmup` steps, then a cosine that ends near 0.
+
+    Loshchilov and Hutter, ICLR 2017 (arXiv 1608.03983), eq. 5, without restarts. torch's SequentialLR of LinearLR and
+    CosineAnnealingLR multiplies from step to step, and gives other last bits.
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
+
+
+def dropping(step: int, drops: Sequence[int], warmup: int) -> float:
+    """The learning rate's factor at a step: linear up to 1 over `warmup` steps, a tenth after each of the steps `drops`."""
+    if step < warmup:
+        return (step + 1) / warmup
+    return float(0.1 ** sum(step >= drop for drop in drops))
