@@ -23,7 +23,7 @@ from fkd_ssl.commands import resolve
 from fkd_ssl.crops import RECIPES, draw, image_key, replay
 from fkd_ssl.data import scaled
 from fkd_ssl.eval import knn
-from fkd_ssl.images import read_image, scan
+from fkd_ssl.images import scan
 from fkd_ssl.shrink import shrink_set
 
 CROPS = 4
@@ -52,9 +52,9 @@ def main() -> None:
     os.sched_setaffinity(0, {max(processors)})
     images = scan(args.images)
     count = range(len(images))
-    originals = [read_image(images.file(i)) for i in count]
+    originals = [images.pixels(i) for i in count]
     shapes = [image.shape[:2] for image in originals]
-    records = [draw(RECIPES["fkd"], image_key(0, images.paths[i]), *shapes[i], 0, CROPS) for i in count]
+    records = [draw(RECIPES["fkd"], image_key(0, images.names[i]), *shapes[i], 0, CROPS) for i in count]
     exact = {p: [replay(originals[i], records[i], p) for i in count] for p in args.pixels}
     del originals
     rows = []
@@ -63,7 +63,7 @@ def main() -> None:
             folder = args.out / f"{short_side}-{quality}"
             done = shrink_set(images, folder, short_side=short_side, quality=quality)
             copies = scan(folder)
-            small = [read_image(copies.file(i)) for i in count]
+            small = [copies.pixels(i) for i in count]
             boxes = [scaled(records[i], shapes[i], small[i].shape[:2]) for i in count]
             with tempfile.TemporaryFile() as file:
                 np.concatenate([image.ravel() for image in small]).tofile(file)
@@ -76,8 +76,8 @@ def main() -> None:
                 for pixels in args.pixels:
                     scores = [psnr(replay(small[i], boxes[i], pixels), exact[pixels][i]) for i in count]
                     ways: dict[str, Callable[[int], object]] = {
-                        "originals": lambda i, p=pixels: replay(read_image(images.file(i)), records[i], p),
-                        "copy": lambda i, p=pixels, b=boxes, c=copies: replay(read_image(c.file(i)), b[i], p),
+                        "originals": lambda i, p=pixels: replay(images.pixels(i), records[i], p),
+                        "copy": lambda i, p=pixels, b=boxes, c=copies: replay(c.pixels(i), b[i], p),
                         "raw": lambda i, p=pixels, b=boxes, get=of_raw: replay(get(i), b[i], p),
                     }
                     least = dict.fromkeys(ways, float("inf"))

@@ -16,7 +16,7 @@ from PIL import Image
 from torchvision.transforms import functional as F
 
 from fkd_ssl.crops import RECIPES, draw, image_key, replay
-from fkd_ssl.images import read_image, scan
+from fkd_ssl.images import scan
 
 
 def psnr(a: np.ndarray, b: np.ndarray) -> float:
@@ -35,8 +35,8 @@ def main() -> None:
     ours: dict[int, list[float]] = {pixels: [] for pixels in args.pixels}
     pillow: dict[int, list[float]] = {pixels: [] for pixels in args.pixels}
     for i in range(min(args.limit, len(images))):
-        image = read_image(images.file(i))
-        records = draw(RECIPES["fkd"], image_key(0, images.paths[i]), *image.shape[:2], 0, args.crops)
+        image = images.pixels(i)
+        records = draw(RECIPES["fkd"], image_key(0, images.names[i]), *image.shape[:2], 0, args.crops)
         records["flags"] = 0
         for pixels in args.pixels:
             views = replay(image, records, pixels)

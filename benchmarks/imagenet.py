@@ -44,7 +44,7 @@ def hours(images: int, crops: list[int], rates: list[int], gpus: list[int]) -> s
 
 def link(photos: Path, folder: Path, images: int) -> None:
     """Class folders of hard links to the photographs, as many as ImageNet has."""
-    files = [photos / path for path in scan(photos).paths]
+    files = [photos / path for path in scan(photos).names]
     for k in range(images):
         target = folder / f"n{k % CLASSES:08d}"
         if k < CLASSES:

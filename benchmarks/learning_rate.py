@@ -24,7 +24,7 @@ def split(images: Path, out: Path) -> tuple[Path, Path]:
     """Folders of links to nine tenths of the images and to the rest."""
     parts = out / "fit", out / "held_out"
     found = scan(images)
-    order = sorted(found.paths, key=lambda path: hashlib.blake2b(f"held out\n{path}".encode()).digest())
+    order = sorted(found.names, key=lambda path: hashlib.blake2b(f"held out\n{path}".encode()).digest())
     for k, path in enumerate(order):
         link = parts[k % HELD_OUT == 0] / path
         link.parent.mkdir(parents=True, exist_ok=True)

@@ -40,7 +40,7 @@ from fkd_ssl import open_store, runs
 from fkd_ssl.crops import RECIPES, replay_into
 from fkd_ssl.crops.operations import BLUR, FLIP, GREY, JITTER
 from fkd_ssl.data import Loader, StoredCrops, whole_batch
-from fkd_ssl.images import ImageSet, decode, read_bytes, scan
+from fkd_ssl.images import ImageSource, decode, scan
 from fkd_ssl.store.write.precompute import precompute
 from fkd_ssl.teachers import Teacher
 
@@ -113,8 +113,8 @@ def ours(data: StoredCrops, workers: int = 0, passes: int = 1, batch: int = GROU
 def breakdown(data: StoredCrops, rounds: int) -> dict[str, float]:
     """Milliseconds an image of each stage; those of replay by leaving out flags one after the other."""
     count = len(data)
-    files = [read_bytes(data._file(i)) for i in range(count)]
-    images = [decode(files[i], data._file(i)) for i in range(count)]
+    files = [data._read(i) for i in range(count)]
+    images = [decode(files[i], data._where(i)) for i in range(count)]
     records = [data._records(0, i, 0, 0) for i in range(count)]
     views = np.empty((data.crops_per_image, data.pixels, data.pixels, 3), dtype=np.uint8)
 
@@ -126,8 +126,8 @@ def breakdown(data: StoredCrops, rounds: int) -> dict[str, float]:
 
     colour = JITTER | GREY
     works: dict[Any, Work] = {
-        "read": each(lambda i: read_bytes(data._file(i)), count),
-        "decode": each(lambda i: decode(files[i], data._file(i)), count),
+        "read": each(data._read, count),
+        "decode": each(lambda i: decode(files[i], data._where(i)), count),
         "records": each(lambda i: data._records(0, i, 0, 0), count),
         0: with_flags(0),
         1: with_flags(FLIP),
@@ -201,14 +201,14 @@ def main() -> None:
     faiss.omp_set_num_threads(1)
     images = scan(args.images)
     images = images.subset(range(min(args.limit, len(images))))
-    paths = [images.file(i) for i in range(len(images))]
+    paths = [Path(images.where(i)) for i in range(len(images))]
     files = [path.read_bytes() for path in paths]
     args.out.mkdir(parents=True, exist_ok=True)
 
     with tempfile.TemporaryDirectory() as scratch:
 
-        def data(work: str, source: ImageSet, crops: int, pixels: int) -> StoredCrops:
-            folder = Path(scratch) / f"{work}-{source.root.name}"
+        def data(work: str, source: ImageSource, crops: int, pixels: int) -> StoredCrops:
+            folder = Path(scratch) / f"{work}-{Path(source.spec).name}"
             if not folder.exists():
                 precompute(
                     source, folder, stand_in(), crops=args.stored, recipe=RECIPES[WORKS[work]], pixels=8, chunk_size=1024
@@ -225,7 +225,7 @@ def main() -> None:
         cached = None
         if args.cache:
             there = scan(args.cache)
-            stems = {str(Path(path).with_suffix("")) for path in images.paths}
+            stems = {str(Path(path).with_suffix("")) for path in images.names}
             cached = there.subset([k for k, path in enumerate(there.paths) if str(Path(path).with_suffix("")) in stems])
             if len(cached) != len(images):
                 raise SystemExit(f"{args.cache} holds {len(cached)} of the {len(images)} images")

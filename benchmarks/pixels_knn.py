@@ -23,7 +23,7 @@ from fkd_ssl.crops.colour import BRIGHTNESS, CONTRAST, OPERATION_ORDERS, SATURAT
 from fkd_ssl.crops.operations import JITTER
 from fkd_ssl.eval import knn
 from fkd_ssl.eval.features import match_classes
-from fkd_ssl.images import ImageSet, UInt8Array, read_image, scan
+from fkd_ssl.images import ImageSource, UInt8Array, scan
 
 
 def ours(image: UInt8Array, path: str, pixels: int) -> UInt8Array:
@@ -71,14 +71,14 @@ def torchvision_jitter(image: UInt8Array, path: str, pixels: int) -> UInt8Array:
 
 def features(
     model: Callable[[torch.Tensor], torch.Tensor],
-    images: ImageSet,
+    images: ImageSource,
     cut: Callable[[UInt8Array, str, int], UInt8Array],
     pixels: int,
 ) -> np.ndarray:
     parts = []
     for first in tqdm(range(0, len(images), 256), desc=cut.__name__):
         rows = range(first, min(first + 256, len(images)))
-        views = np.stack([cut(read_image(images.file(i)), images.paths[i], pixels) for i in rows])
+        views = np.stack([cut(images.pixels(i), images.names[i], pixels) for i in rows])
         parts.append(model(torch.from_numpy(views)).float().cpu().numpy())
     return np.concatenate(parts)
 

@@ -31,7 +31,7 @@ from fkd_ssl import files
 from fkd_ssl.crops import CROP_DTYPE, RECIPES, probe_digest
 from fkd_ssl.data import StoredCrops
 from fkd_ssl.data.loading import start_worker
-from fkd_ssl.images import ImageSet
+from fkd_ssl.images import Folder
 from fkd_ssl.store import manifest as layout
 from fkd_ssl.store import open_store
 from fkd_ssl.store.codecs import train_codec
@@ -41,13 +41,10 @@ DIM = 128
 COLUMN = "sq8"
 
 
-def image_set(count: int) -> ImageSet:
+def image_set(count: int) -> Folder:
     """`count` paths in 1,000 class folders, as ImageNet's are spelled; there are no such files."""
     paths = sorted(f"n{10**7 + 7919 * (k % 1000):08d}/n{10**7 + 7919 * (k % 1000):08d}_{k // 1000}.JPEG" for k in range(count))
-    classes = sorted({path[:9] for path in paths})
-    index = {name: k for k, name in enumerate(classes)}
-    labels = np.array([index[path[:9]] for path in paths])
-    return ImageSet(root=Path("imagenet"), paths=paths, labels=labels, classes=classes, on_disk=paths)
+    return Folder(Path("imagenet"), paths)
 
 
 def sparse(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...], digests: dict[Any, str]) -> str:
@@ -61,19 +58,18 @@ def sparse(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...], digests: di
     return digests[dtype, shape]
 
 
-def make(folder: Path, images: ImageSet, crops: int) -> None:
+def make(folder: Path, images: Folder, crops: int) -> None:
     """The store, manifest last."""
     sizes = np.zeros(len(images), dtype=layout.SIZE_DTYPE)
     sizes["bytes"], sizes["width"], sizes["height"] = 110_000, 500, 375
-    lines = "".join(f"{path}\n" for path in images.paths).encode()
     column = folder / layout.TARGETS / COLUMN
     for part in (folder / layout.CROPS, column):
         part.mkdir(parents=True, exist_ok=True)
     with files.publish(folder / layout.IMAGES) as file:
-        file.write(lines)
+        file.write(images.names.lines)
     manifest = layout.Manifest(
         seed=0, recipe=RECIPES["mocov2"], crops_per_image=crops, rows_per_shard=layout.ROWS_PER_SHARD, count=len(images),
-        images_sha256=files.sha256(lines), sizes_sha256=files.write_npy(folder / layout.SIZES, sizes),
+        images_sha256=files.sha256(images.names.lines), sizes_sha256=files.write_npy(folder / layout.SIZES, sizes),
     )  # fmt: skip
     generator = np.random.default_rng(0)
     sample = generator.normal(size=(4096, DIM)).astype(np.float32)

@@ -24,7 +24,7 @@ from fkd_ssl.crops.probe import probe_digest
 from fkd_ssl.errors import FkdError, StoreError
 from fkd_ssl.eval.features import Model, checked, extract, frozen
 from fkd_ssl.eval.scores import Float32Array, Int64Array
-from fkd_ssl.images import ImageSet
+from fkd_ssl.images import ImageSource
 from fkd_ssl.progress import hidden
 
 ROWS = 2048
@@ -39,7 +39,7 @@ def transform_of(pixels: int) -> dict[str, Any]:
 
 def cached(
     model: Model,
-    images: ImageSet,
+    images: ImageSource,
     *,
     folder: Path,
     identity: str,
@@ -105,7 +105,7 @@ def cached(
     return features, images.labels.copy(), entry
 
 
-def _assemble(entry: Path, parts: list[Path], images: ImageSet) -> None:
+def _assemble(entry: Path, parts: list[Path], images: ImageSource) -> None:
     """Joins the parts, and says that the entry is done."""
     with locks.locked(entry / ".lock-all") as ours:
         if not ours or (entry / "done.json").exists():
@@ -129,7 +129,7 @@ def _assemble(entry: Path, parts: list[Path], images: ImageSet) -> None:
                 path.unlink()
 
 
-def _same_answers(model: Model, entry: Path, images: ImageSet, pixels: int) -> None:
+def _same_answers(model: Model, entry: Path, images: ImageSource, pixels: int) -> None:
     """Raises StoreError where the model's answers to noise are not those of the model that made the entry.
 
     A function of the same name and weights may have been rewritten.

@@ -8,11 +8,17 @@ from torch import Tensor
 
 from fkd_ssl.errors import RequestError
 from fkd_ssl.eval.features import extract
-from fkd_ssl.images import ImageSet
+from fkd_ssl.images import ImageSource
 
 
 def evaluate(
-    model: Callable[[Tensor], Tensor], images: ImageSet, *, pixels: int, classes: int, workers: int = 2, progress: bool = True
+    model: Callable[[Tensor], Tensor],
+    images: ImageSource,
+    *,
+    pixels: int,
+    classes: int,
+    workers: int = 2,
+    progress: bool = True,
 ) -> dict[str, Any]:
     """Accuracy of a classifier on labelled images, whose class folders in sorted order are its classes, as ImageNet's are.
 
@@ -39,12 +45,12 @@ def evaluate(
     return {"top1": 100 * float((before < 1).mean()), "top5": 100 * float((before < 5).mean()), "correct": before < 1}
 
 
-def check_classes(images: ImageSet, classes: int) -> None:
+def check_classes(images: ImageSource, classes: int) -> None:
     """Raises RequestError where there are images without a class, or another number of class folders than `classes`."""
     if (images.labels < 0).any():
-        raise RequestError(f"{images.root}: images lie outside any class folder")
+        raise RequestError(f"{images.spec}: images lie outside any class folder")
     if len(images.classes) != classes:
         raise RequestError(
-            f"{images.root}: {len(images.classes)} class folders, and the classifier has {classes} classes: which is which "
+            f"{images.spec}: {len(images.classes)} class folders, and the classifier has {classes} classes: which is which "
             "cannot be told"
         )

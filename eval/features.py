@@ -23,7 +23,7 @@ from fkd_ssl.crops import Records, centre, replay
 from fkd_ssl.data import Loader
 from fkd_ssl.errors import FkdError, ImageError, RequestError
 from fkd_ssl.eval.scores import Float32Array, Int64Array
-from fkd_ssl.images import ImageSet
+from fkd_ssl.images import ImageSource
 from fkd_ssl.progress import hidden
 
 Model = Callable[[torch.Tensor], torch.Tensor]
@@ -61,7 +61,7 @@ class Split:
 
 def extract(
     model: Model,
-    images: ImageSet,
+    images: ImageSource,
     *,
     pixels: int,
     batch_size: int = 256,
@@ -103,7 +103,7 @@ def extract(
 
 def _extracted(
     model: Model,
-    images: ImageSet,
+    images: ImageSource,
     *,
     pixels: int,
     batch_size: int,
@@ -115,7 +115,7 @@ def _extracted(
     """`extract`, with the numbers [N] of the images in the place of their labels."""
     check_counts(pixels=pixels, batch_size=batch_size)
     if len(images) == 0:
-        raise RequestError(f"{images.root}: no images to evaluate")
+        raise RequestError(f"{images.spec}: no images to evaluate")
     rows = [range(i, min(i + batch_size, len(images))) for i in range(0, len(images), batch_size)]
     features: Float32Array | None = None
     read = np.zeros(len(images), dtype=bool)
@@ -134,14 +134,14 @@ def _extracted(
             read[indices.numpy()] = True
             bar.update(len(views))
     if features is None:
-        raise ImageError(f"{images.root}: none of its {len(images)} images can be read")
+        raise ImageError(f"{images.spec}: none of its {len(images)} images can be read")
     return (features, np.arange(len(images))) if read.all() else (features[read], np.flatnonzero(read))
 
 
 def extract_split(
     model: Model,
-    train: ImageSet,
-    val: ImageSet,
+    train: ImageSource,
+    val: ImageSource,
     *,
     pixels: int,
     batch_size: int = 256,
@@ -166,7 +166,7 @@ def extract_split(
     )
 
 
-def match_classes(train: ImageSet, val: ImageSet) -> Int64Array:
+def match_classes(train: ImageSource, val: ImageSource) -> Int64Array:
     """The labels of `val` as indices into `train.classes`, matched by folder name; int64 [n].
 
     Raises:
@@ -174,12 +174,12 @@ def match_classes(train: ImageSet, val: ImageSet) -> Int64Array:
     """
     for images in (train, val):
         if len(images) == 0:
-            raise RequestError(f"{images.root}: no images to evaluate")
+            raise RequestError(f"{images.spec}: no images to evaluate")
         outside = np.flatnonzero(images.labels < 0)
         if len(outside):
             raise RequestError(
-                f"{images.root}: {len(outside)} of {len(images)} images lie outside any class folder "
-                f"(first {images.paths[outside[0]]!r}); a probe needs FOLDER/CLASS/IMAGE"
+                f"{images.spec}: {len(outside)} of {len(images)} images lie outside any class folder "
+                f"(first {images.names[outside[0]]!r}); a probe needs FOLDER/CLASS/IMAGE"
             )
     require_two_classes(train)
     known = {train.classes[i]: int(i) for i in np.unique(train.labels)}
@@ -188,7 +188,7 @@ def match_classes(train: ImageSet, val: ImageSet) -> Int64Array:
     if missing:
         names = ", ".join(map(repr, missing[:5])) + (", ..." if len(missing) > 5 else "")
         raise RequestError(
-            f"{val.root}: {len(missing)} of its {len(present)} classes have no picture in {train.root}: {names}; "
+            f"{val.spec}: {len(missing)} of its {len(present)} classes have no picture in {train.spec}: {names}; "
             f"classes are matched by the name of their folder{_level_hint(val)}"
         )
     to_train = np.full(len(val.classes), -1, dtype=np.int64)
@@ -198,23 +198,23 @@ def match_classes(train: ImageSet, val: ImageSet) -> Int64Array:
     return labels
 
 
-def require_two_classes(images: ImageSet) -> None:
+def require_two_classes(images: ImageSource) -> None:
     """Raises RequestError where all images are in one class folder; with one class every score is 100 %."""
     present = np.unique(images.labels)
     if len(present) == 1:
         name = images.classes[present[0]]
         raise RequestError(
-            f"{images.root}: one class only, {name!r}; expected a folder for each of two or more classes{_level_hint(images)}"
+            f"{images.spec}: one class only, {name!r}; expected a folder for each of two or more classes{_level_hint(images)}"
         )
 
 
-def _level_hint(images: ImageSet) -> str:
+def _level_hint(images: ImageSource) -> str:
     """The end of a message about classes: advice where the only class folder has folders and no images."""
-    folders = {tuple(path.split("/", 2)[:2]) for path in images.paths if path.count("/") > 1}
-    if len(images.classes) != 1 or len(folders) < 2 or any(path.count("/") < 2 for path in images.paths):
+    folders = {tuple(path.split("/", 2)[:2]) for path in images.names if path.count("/") > 1}
+    if len(images.classes) != 1 or len(folders) < 2 or any(path.count("/") < 2 for path in images.names):
         return ""
     name = images.classes[0]
-    return f": {name!r} holds only folders; if these are the classes, give {images.root / name}"
+    return f": {name!r} holds only folders; if these are the classes, give {images.spec}/{name}"
 
 
 @contextlib.contextmanager
@@ -230,7 +230,7 @@ def frozen(model: object) -> Iterator[None]:
             part.training = mode
 
 
-def checked(output: object, images: ImageSet, indices: torch.Tensor) -> torch.Tensor:
+def checked(output: object, images: ImageSource, indices: torch.Tensor) -> torch.Tensor:
     """A model's answer to the images at `indices` as float32 [B, D], or FkdError that says what came instead."""
     advice = "expected one tensor [B, D] of floats, such as a backbone's pooled features"
     if not isinstance(output, torch.Tensor):
@@ -241,7 +241,7 @@ def checked(output: object, images: ImageSet, indices: torch.Tensor) -> torch.Te
     output = output.detach().float()
     finite = output.isfinite().all(dim=1)
     if not finite.all():
-        first = images.paths[int(indices[int(finite.int().argmin())])]
+        first = images.names[int(indices[int(finite.int().argmin())])]
         raise FkdError(
             f"the model returned NaN or infinity for {int((~finite).sum())} of {len(indices)} images, first {first!r}"
         )
@@ -269,10 +269,10 @@ def load(
             yield batch
 
 
-def view(images: ImageSet, index: int, pixels: int, cut: Callable[[int, int], Records]) -> View:
+def view(images: ImageSource, index: int, pixels: int, cut: Callable[[int, int], Records]) -> View:
     """One view of image `index`: `cut` makes the record [1] from the image's height and width."""
     try:
-        pixels_in = images.read(index)
+        pixels_in = images.pixels(index)
         return torch.from_numpy(replay(pixels_in, cut(*pixels_in.shape[:2]), pixels)[0]), index
     except ImageError as error:
         return error
@@ -286,7 +286,7 @@ def check_counts(**counts: int) -> None:
 
 
 class _Centred(Dataset[View]):
-    def __init__(self, images: ImageSet, pixels: int) -> None:
+    def __init__(self, images: ImageSource, pixels: int) -> None:
         self.images, self.pixels = images, pixels
 
     def __getitem__(self, index: int) -> View:

@@ -34,7 +34,7 @@ from fkd_ssl.eval.scores import (
     same_dimension,
 )
 from fkd_ssl.eval.search import Metric
-from fkd_ssl.images import ImageSet
+from fkd_ssl.images import ImageSource
 
 K = 20
 TEMPERATURE = 0.07
@@ -237,8 +237,8 @@ def shot_rows(labels: Int64Array, shots: float, generator: np.random.Generator) 
 def evaluate(
     *,
     model: Model,
-    train: ImageSet,
-    val: ImageSet,
+    train: ImageSource,
+    val: ImageSource,
     pixels: int,
     k: int | Sequence[int] = K,
     temperature: float | Sequence[float] = TEMPERATURE,

@@ -33,7 +33,7 @@ from fkd_ssl.errors import RequestError, did_you_mean
 from fkd_ssl.eval.features import Model, View, checked, extract, frozen, load, match_classes, view
 from fkd_ssl.eval.probe import Probe, ProbeProtocol
 from fkd_ssl.eval.scores import Float32Array, Int64Array, accuracy, feature_notes, few_classes, per_class
-from fkd_ssl.images import ImageSet
+from fkd_ssl.images import ImageSource
 from fkd_ssl.progress import hidden
 
 RECIPE = RECIPES["fkd"]
@@ -91,8 +91,8 @@ def evaluate_together(
     protocols: Sequence[str],
     *,
     model: Model,
-    train: ImageSet,
-    val: ImageSet,
+    train: ImageSource,
+    val: ImageSource,
     pixels: int,
     epochs: int | None = None,
     batch_size: int | None = None,
@@ -213,7 +213,7 @@ def _settings(name: str, *, epochs: int | None, batch_size: int | None, lr: floa
 def _train(
     model: Model,
     probes: Sequence[Probe],
-    train: ImageSet,
+    train: ImageSource,
     val: tuple[Float32Array, Int64Array],
     *,
     pixels: int,
@@ -277,10 +277,10 @@ class _Order:
 
 
 class _Drawn(Dataset[View]):
-    def __init__(self, images: ImageSet, pixels: int, seed: int) -> None:
+    def __init__(self, images: ImageSource, pixels: int, seed: int) -> None:
         self.images, self.pixels, self.seed = images, pixels, seed
 
     def __getitem__(self, key: tuple[int, int]) -> View:
         epoch, index = key
-        image = image_key(self.seed, self.images.paths[index])
+        image = image_key(self.seed, self.images.names[index])
         return view(self.images, index, self.pixels, lambda height, width: draw(RECIPE, image, height, width, epoch, 1))

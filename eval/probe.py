@@ -18,7 +18,7 @@ from fkd_ssl import checkpoints, files
 from fkd_ssl.errors import FkdError, RequestError
 from fkd_ssl.eval.features import check_counts
 from fkd_ssl.eval.scores import Float32Array, Int64Array, ranks
-from fkd_ssl.images import ImageSet
+from fkd_ssl.images import ImageSource
 
 WEIGHT_DEVIATION = 0.01  # of the layer's initial weights in moco, swav and simsiam; the bias starts at 0
 DECAY = 0.1  # at each milestone
@@ -82,7 +82,7 @@ class Probe:
     """
 
     def __init__(
-        self, protocol: ProbeProtocol, features: Float32Array, train: ImageSet, seed: int, file: Path | None, identity: str
+        self, protocol: ProbeProtocol, features: Float32Array, train: ImageSource, seed: int, file: Path | None, identity: str
     ) -> None:
         self.protocol, self.file, self.identity = protocol, file, identity
         self.sample = torch.from_numpy(features[:_SAMPLE].copy())

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from fkd_ssl import files, progress
 from fkd_ssl.errors import FkdError, ImageError, RequestError
-from fkd_ssl.images import ImageSet, UInt8Array, decode, read_bytes, read_size
+from fkd_ssl.images import ImageSource, UInt8Array, decode, read_size
 
 _JPEG = frozenset({".jpg", ".jpeg", ".jpe", ".jfif"})
 _SAMPLED = 32  # images that are shrunk beforehand to tell how large the copy will be
@@ -68,7 +68,7 @@ def encode(image: UInt8Array, name: str, quality: int) -> bytes:
 
 
 def shrink_set(
-    images: ImageSet,
+    images: ImageSource,
     folder: Path,
     *,
     short_side: int,
@@ -100,18 +100,18 @@ def shrink_set(
         raise RequestError(
             f"short_side {short_side}, quality {quality}, threads {threads}: expected 8 to 4096, 1 to 100, at least 1"
         )
-    check_apart(images.root, folder)
+    check_apart(images.spec, folder)
     log(_announce(images, folder, short_side, quality))
-    for place in sorted({folder / Path(name).parent for name in images.on_disk}):
+    for place in sorted({folder / Path(name).parent for name in images.names}):
         place.mkdir(parents=True, exist_ok=True)
         files.sweep(place, seconds=0)  # the folder's lock says that nobody else writes here
 
     def one(index: int) -> tuple[int, int, bool] | str:
         try:
-            return _copy(images.file(index), folder / images.on_disk[index], short_side, quality)
+            return _copy(images, index, folder / images.names[index], short_side, quality)
         except ImageError as error:
             if skip_unreadable:
-                return images.paths[index]
+                return images.names[index]
             raise ImageError(f"{error}; remove it or pass --on_unreadable skip") from error
 
     written = size = source = 0
@@ -130,23 +130,22 @@ def shrink_set(
     return Copied(written=written, unreadable=unreadable, bytes=size, source_bytes=source)
 
 
-def check_apart(source: Path, folder: Path) -> None:
-    """Raises RequestError where a copy would lie within the image set, or the image set within the copy."""
-    a, b = source.resolve(), folder.resolve()
+def check_apart(source: str, folder: Path) -> None:
+    """Raises RequestError if the folder of a copy is in the folder of its images, or around it."""
+    a, b = Path(source).resolve(), folder.resolve()
     if a.is_relative_to(b) or b.is_relative_to(a):
         raise RequestError(f"{folder}: lies within {source}, or around it: the copies would be taken for its images")
 
 
-def _announce(images: ImageSet, folder: Path, short_side: int, quality: int) -> str:
+def _announce(images: ImageSource, folder: Path, short_side: int, quality: int) -> str:
     """How large the copy will be, from a sample; raises FkdError where the disk cannot hold it."""
     sizes = []
     for index in np.linspace(0, len(images) - 1, min(_SAMPLED, len(images))).astype(int):
         with suppress(ImageError):  # said when its turn comes
-            path = images.file(index)
-            data = read_bytes(path)
-            sizes.append((len(data), len(_shrunk(data, path, short_side, quality))))
+            data = images.read(int(index))
+            sizes.append((len(data), len(_shrunk(data, images.where(int(index)), short_side, quality))))
     if not sizes:
-        raise ImageError(f"{images.root}: none of {min(_SAMPLED, len(images))} images can be read")
+        raise ImageError(f"{images.spec}: none of {min(_SAMPLED, len(images))} images can be read")
     before, after = np.mean(sizes, axis=0) * len(images)
     disk = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     free = shutil.disk_usage(disk).free
@@ -162,21 +161,24 @@ def _announce(images: ImageSet, folder: Path, short_side: int, quality: int) -> 
     )
 
 
-def _shrunk(data: bytes, path: Path, short_side: int, quality: int) -> bytes:
-    image = decode(data, path)
+def _shrunk(data: bytes, name: str, short_side: int, quality: int) -> bytes:
+    image = decode(data, name)
     small = shrink(image, short_side)
-    return data if small is image else encode(small, path.name, quality)
+    return data if small is image else encode(small, name, quality)
 
 
-def _copy(path: Path, copy: Path, short_side: int, quality: int) -> tuple[int, int, bool]:
+def _copy(images: ImageSource, index: int, copy: Path, short_side: int, quality: int) -> tuple[int, int, bool]:
     """Bytes of an image, bytes of its copy, and whether it was written now."""
     if copy.exists():
         with suppress(ImageError):
-            if read_size(copy) == _scaled(*read_size(path), short_side):
-                return path.stat().st_size, copy.stat().st_size, False
-        raise ImageError(f"{copy}: exists and is no copy of {path} at this size; delete it or choose another --out")
-    data = read_bytes(path)
-    small = _shrunk(data, path, short_side, quality)
+            size, width, height = images.size(index)
+            if read_size(copy) == _scaled(width, height, short_side):
+                return size, copy.stat().st_size, False
+        raise ImageError(
+            f"{copy}: exists and is not a copy of {images.where(index)} at this size; delete it or choose another --out"
+        )
+    data = images.read(index)
+    small = _shrunk(data, images.where(index), short_side, quality)
     with files.publish(copy) as file:
         file.write(small)
     return len(data), len(small), True

@@ -137,7 +137,7 @@ def make_store(image_folder: Path) -> MakeStore:
 
     def make(folder: Path, **options: Any) -> Store:
         given = options.pop("images", image_folder)
-        image_set = given if isinstance(given, images.ImageSet) else images.scan(given)
+        image_set = images.open_images(given)
         teacher = options.pop("teacher", None) or TinyTeacher()
         asked: dict[str, Any] = {"crops": 4, "recipe": RECIPES["mocov2"], "pixels": 32, "chunk_size": 16, **options}
         precompute(image_set, folder, teacher, **asked)

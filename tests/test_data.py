@@ -19,7 +19,7 @@ from fkd_ssl.crops import RECIPES, draw, replay
 from fkd_ssl.crops.device import CropPlan
 from fkd_ssl.data import Batch, Crops, FreshCrops, Loader, StoredCrops, memory, replay_on_device, scaled, whole_batch
 from fkd_ssl.errors import ImageAccessError, ImageError, RequestError, StoreError
-from fkd_ssl.images import ImageSet, read_image, scan
+from fkd_ssl.images import Folder, read_image, scan
 from fkd_ssl.shrink import shrink
 from fkd_ssl.store import Store
 
@@ -42,7 +42,7 @@ def same(a: Batch, b: Batch) -> bool:
 
 
 @pytest.fixture
-def images(image_folder: Path) -> ImageSet:
+def images(image_folder: Path) -> Folder:
     return scan(image_folder)
 
 
@@ -58,7 +58,7 @@ def store(make_store: MakeStore, tmp_path: Path) -> Store:
     return make_store(tmp_path / "store", codec="Flat")
 
 
-def fresh(images: ImageSet, **options: Any) -> FreshCrops:
+def fresh(images: Folder, **options: Any) -> FreshCrops:
     return FreshCrops(images, RECIPES["mocov2"], **{"crops_per_image": 2, "pixels": 24, **options})
 
 
@@ -97,7 +97,7 @@ class TestStored:
 
     @pytest.mark.parametrize(("c", "m"), [(4, 1), (4, 4), (6, 4), (5, 2), (7, 3), (3, 2)])
     def test_every_crop_is_used_before_any_twice(
-        self, make_store: MakeStore, tmp_path: Path, images: ImageSet, c: int, m: int
+        self, make_store: MakeStore, tmp_path: Path, images: Folder, c: int, m: int
     ) -> None:
         data = StoredCrops(
             make_store(tmp_path / "cm", images=images.subset(range(3)), crops=c), images, crops_per_image=m, pixels=8
@@ -107,7 +107,7 @@ class TestStored:
             for first in range(0, len(seen) - c + 1, c):
                 assert sorted(seen[first : first + c]) == list(range(c))
 
-    def test_the_first_crop_depends_on_seed_and_image(self, make_store: MakeStore, tmp_path: Path, images: ImageSet) -> None:
+    def test_the_first_crop_depends_on_seed_and_image(self, make_store: MakeStore, tmp_path: Path, images: Folder) -> None:
         store = make_store(tmp_path / "many", images=images.subset(range(8)), crops=16)
 
         def starts(seed: int) -> list[int]:
@@ -150,7 +150,7 @@ class TestStored:
     def test_teacher_images_are_not_made_twice_at_one_size(self, store: Store, image_folder: Path) -> None:
         assert "teacher_images" not in StoredCrops(store, image_folder, pixels=24, teacher_pixels=24)[0]
 
-    def test_more_images_than_the_store_has_are_fine(self, make_store: MakeStore, tmp_path: Path, images: ImageSet) -> None:
+    def test_more_images_than_the_store_has_are_fine(self, make_store: MakeStore, tmp_path: Path, images: Folder) -> None:
         store = make_store(tmp_path / "part", images=images.subset([2, 9, 23]))
         data = StoredCrops(store, images, pixels=8)
         assert [data[i]["path"] for i in range(3)] == ["ash/002.jpg", "birch/001.jpg", "cedar/007.jpg"]
@@ -286,24 +286,24 @@ class TestSeveralTeachers:
 
 
 class TestFresh:
-    def test_one_image(self, images: ImageSet) -> None:
+    def test_one_image(self, images: Folder) -> None:
         item = fresh(images)[5]
         assert set(item) == {"images", "label", "path"}
         assert (item["images"].dtype, item["images"].shape) == (torch.uint8, (2, 3, 24, 24))
         assert (item["label"], item["path"]) == (0, "ash/005.jpg")
 
-    def test_every_pass_draws_other_crops(self, images: ImageSet) -> None:
+    def test_every_pass_draws_other_crops(self, images: Folder) -> None:
         data = fresh(images)
         crops = torch.cat([data[p, 4]["images"] for p in range(4)])
         assert len({crop.numpy().tobytes() for crop in crops}) == 8
 
-    def test_crops_are_a_function_of_seed_pass_and_image(self, images: ImageSet) -> None:
+    def test_crops_are_a_function_of_seed_pass_and_image(self, images: Folder) -> None:
         a, b, c = fresh(images), fresh(images), fresh(images, seed=1)
         assert torch.equal(a[3, 4]["images"], b[3, 4]["images"])
         assert not torch.equal(a[3, 4]["images"], c[3, 4]["images"])
         assert not torch.equal(a[3, 4]["images"], a[3, 5]["images"])
 
-    def test_crops_do_not_depend_on_the_batch(self, images: ImageSet) -> None:
+    def test_crops_do_not_depend_on_the_batch(self, images: Folder) -> None:
         data = fresh(images)
         batch = data.__getitems__([(2, 7), (0, 1), (2, 3)]).batch
         assert torch.equal(batch["images"][2:4], data[0, 1]["images"])
@@ -312,20 +312,20 @@ class TestFresh:
             data.__getitems__([(2, 3), (0, 1), (2, 7)]).batch["images"].view(3, 2, 3, 24, 24).flip(0).flatten(0, 1),
         )
 
-    def test_m_changes_only_how_many_are_read_at_once(self, images: ImageSet) -> None:
+    def test_m_changes_only_how_many_are_read_at_once(self, images: Folder) -> None:
         one, two = fresh(images, crops_per_image=1), fresh(images, crops_per_image=2)
         assert torch.equal(
             torch.cat([one[p, 4]["images"] for p in range(4)]), torch.cat([two[p, 4]["images"] for p in range(2)])
         )
 
-    def test_no_store_draws_the_same_crops(self, images: ImageSet) -> None:
+    def test_no_store_draws_the_same_crops(self, images: Folder) -> None:
         from fkd_ssl.crops import image_key
 
         fresh_records = fresh(images, seed=0)._records(0, 0, 100, 100)
-        stored = draw(RECIPES["mocov2"], image_key(0, images.paths[0]), 100, 100, 0, 2)
+        stored = draw(RECIPES["mocov2"], image_key(0, images.names[0]), 100, 100, 0, 2)
         assert not np.array_equal(fresh_records, stored)
 
-    def test_teacher_pixels_give_the_same_boxes_larger(self, images: ImageSet) -> None:
+    def test_teacher_pixels_give_the_same_boxes_larger(self, images: Folder) -> None:
         plain, twice = fresh(images), fresh(images, teacher_pixels=48)
         item = twice[1, 3]
         assert item["teacher_images"].shape == (2, 3, 48, 48)
@@ -338,7 +338,7 @@ class TestFresh:
         with pytest.raises(ImageError, match=r"ash/002\.jpg: not a readable image"):
             fresh(scan(own_folder))[2]
 
-    def test_an_index_beyond_the_set_is_an_index_error(self, images: ImageSet) -> None:
+    def test_an_index_beyond_the_set_is_an_index_error(self, images: Folder) -> None:
         with pytest.raises(IndexError, match="image 24 of 24"):
             fresh(images)[0, 24]
 
@@ -359,7 +359,7 @@ class TestUnreadable:
             fresh(images).__getitems__([(0, 3), (0, 4)])
 
     def test_one_that_cannot_be_opened_stops_though_others_are_skipped(
-        self, store: Store, own_folder: Path, images: ImageSet
+        self, store: Store, own_folder: Path, images: Folder
     ) -> None:
         data = StoredCrops(store, own_folder, crops_per_image=2, pixels=24, skip_unreadable=True)
         (own_folder / "ash/004.jpg").unlink()
@@ -371,9 +371,9 @@ class TestUnreadable:
             StoredCrops(store, own_folder, skip_unreadable=True)
 
     def test_skipped_ones_are_replaced_by_others_of_the_batch_with_their_targets(
-        self, store: Store, image_folder: Path, spoilt: Path, images: ImageSet
+        self, store: Store, image_folder: Path, spoilt: Path, images: Folder
     ) -> None:
-        there = ImageSet(root=spoilt, **{k: v for k, v in images.__dict__.items() if k != "root"})
+        there = Folder(spoilt, images.names)
         data = StoredCrops(store, there, crops_per_image=2, pixels=24, teacher_pixels=32, skip_unreadable=True)
         whole = StoredCrops(store, image_folder, crops_per_image=2, pixels=24, teacher_pixels=32)
         found = data.__getitems__([(0, 2), (0, 5), (1, 4), (1, 9)]).batch
@@ -386,8 +386,8 @@ class TestUnreadable:
         assert "ash/002.jpg: changed since the store was made: 400 bytes now" in first
         assert "ash/004.jpg: changed since the store was made: 4 bytes now" in second
 
-    def test_a_batch_of_none_but_unreadable_ones_stops(self, spoilt: Path, images: ImageSet) -> None:
-        there = ImageSet(root=spoilt, **{k: v for k, v in images.__dict__.items() if k != "root"})
+    def test_a_batch_of_none_but_unreadable_ones_stops(self, spoilt: Path, images: Folder) -> None:
+        there = Folder(spoilt, images.names)
         with pytest.raises(ImageError, match=r"ash/002\.jpg: not a readable image.*none of the 2 images of this batch"):
             fresh(there, skip_unreadable=True).__getitems__([(0, 2), (0, 4)])
 
@@ -458,12 +458,12 @@ class TestWorkers:
         assert len(alone) == len(workers) == 3
         assert all(same(a, b) for a, b in zip(alone, workers, strict=True))
 
-    def test_fresh_batches_are_the_same_from_workers(self, images: ImageSet) -> None:
+    def test_fresh_batches_are_the_same_from_workers(self, images: Folder) -> None:
         data = fresh(images)
         pairs = zip(read(data, BATCHES), read(data, BATCHES, workers=2), strict=True)
         assert all(same(a, b) for a, b in pairs)
 
-    def test_workers_write_into_shared_memory(self, images: ImageSet) -> None:
+    def test_workers_write_into_shared_memory(self, images: Folder) -> None:
         """And send that, not the tensor, which would be copied into other shared memory."""
 
         def collate(samples: Any) -> bool:
@@ -524,7 +524,7 @@ class TestDecodeOnly:
     """Batches of decoded images, whose crops are made later: the same crops."""
 
     @pytest.mark.parametrize("workers", [0, 2])
-    def test_made_later_they_are_the_same_batch(self, store: Store, images: ImageSet, workers: int) -> None:
+    def test_made_later_they_are_the_same_batch(self, store: Store, images: Folder, workers: int) -> None:
         common: dict[str, Any] = {"crops_per_image": 2, "pixels": 32, "teacher_pixels": 40}
         batches = [[(0, 3), (0, 1)], [(1, 0)]]
         usual = read(StoredCrops(store, images, **common), batches)
@@ -532,7 +532,7 @@ class TestDecodeOnly:
         assert all(isinstance(batch[key], CropPlan) for batch in later for key in ("images", "teacher_images"))
         assert all(same(a, replay_on_device(b)) for a, b in zip(usual, later, strict=True))
 
-    def test_a_batch_that_has_its_crops_stays_as_it_is(self, store: Store, images: ImageSet) -> None:
+    def test_a_batch_that_has_its_crops_stays_as_it_is(self, store: Store, images: Folder) -> None:
         (batch,) = read(StoredCrops(store, images, crops_per_image=2, pixels=32), [[(0, 3)]])
         assert same(replay_on_device(batch), batch)
 
@@ -545,6 +545,6 @@ class TestDecodeOnly:
         assert later["unreadable"] == usual["unreadable"] != []
         assert same(usual, replay_on_device(later))
 
-    def test_single_images_of_it_are_refused(self, store: Store, images: ImageSet) -> None:
+    def test_single_images_of_it_are_refused(self, store: Store, images: Folder) -> None:
         with pytest.raises(RequestError, match="decoded images come as whole batches"):
             StoredCrops(store, images, decode_only=True)[0]

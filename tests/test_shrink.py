@@ -51,7 +51,7 @@ def test_a_copy_has_the_same_paths_and_smaller_pictures(image_folder, tmp_path):
     images, said = scan(image_folder), []
     done = shrink_set(images, tmp_path / "copy", short_side=40, log=said.append)
     copy = scan(tmp_path / "copy")
-    assert (copy.paths, copy.classes, copy.labels.tolist()) == (images.paths, images.classes, images.labels.tolist())
+    assert (copy.names, copy.classes, copy.labels.tolist()) == (images.names, images.classes, images.labels.tolist())
     assert (done.written, done.unreadable) == (24, [])
     assert done.bytes == sum(map(len, bytes_of(tmp_path / "copy").values()))
     assert done.source_bytes == sum(map(len, bytes_of(image_folder).values()))
@@ -85,7 +85,7 @@ def test_a_file_that_is_no_copy_is_neither_kept_nor_overwritten(image_folder, tm
     shrink_set(scan(image_folder), copy, short_side=40)
     content = encode(smooth(0, 33, 44), "a.jpg", 90) if content is None else content
     (copy / "ash/003.jpg").write_bytes(content)
-    with pytest.raises(ImageError, match=r"copy/ash/003\.jpg: exists and is no copy of .*ash/003\.jpg at this size; delete it"):
+    with pytest.raises(ImageError, match=r"copy/ash/003\.jpg: exists and is not a copy of .*ash/003\.jpg at this size"):
         shrink_set(scan(image_folder), copy, short_side=40)
     assert (copy / "ash/003.jpg").read_bytes() == content
 

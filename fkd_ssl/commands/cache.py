@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from fkd_ssl.images import ImageSet
+    from fkd_ssl.images import ImageSource
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,11 +42,11 @@ def run(config: Config) -> int:
 
     from fkd_ssl import runs
     from fkd_ssl.commands import console
-    from fkd_ssl.images import scan
+    from fkd_ssl.commands.images import images_of
     from fkd_ssl.shrink import check_apart
 
-    images = scan(config.images)
-    check_apart(images.root, Path(config.out))
+    images = images_of(config.images)
+    check_apart(images.spec, Path(config.out))
     with runs.open_run(config.out, config, images.identity(sizes=False)) as (folder, state):
         if state == "done":
             console.say(f"{folder}: this copy is done; results.json says what it holds")
@@ -55,7 +55,7 @@ def run(config: Config) -> int:
     return 0
 
 
-def _shrink(config: Config, images: "ImageSet", folder: "Path") -> None:
+def _shrink(config: Config, images: "ImageSource", folder: "Path") -> None:
     """Copies the images and shows what was copied."""
     from fkd_ssl import runs
     from fkd_ssl.commands import console, resolve

@@ -32,8 +32,9 @@ def run(config: Config) -> int:
     from pathlib import Path
 
     from fkd_ssl.commands import console, sources
+    from fkd_ssl.commands.images import images_of
 
-    images = sources.images_of(config.images)
+    images = images_of(config.images)
     model, pixels = sources.load_model(config)
     source = sources.features_of(model, pixels, config.images, images, config, "features")
     entry = Path(config.features) / source.about["features"]

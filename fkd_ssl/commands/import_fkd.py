@@ -33,11 +33,11 @@ class Config:
 def run(config: Config) -> int:
     """Imports and says what the store holds."""
     from fkd_ssl.commands import console, resolve
+    from fkd_ssl.commands.images import images_of
     from fkd_ssl.errors import RequestError
-    from fkd_ssl.images import scan
     from fkd_ssl.store.exchange.fkd_store import import_fkd
 
-    images = scan(config.images)
+    images = images_of(config.images)
     classes = config.classes if config.classes is not None else len(images.classes)
     if classes < 2:
         raise RequestError(f"{classes} classes, and {config.images} has {len(images.classes)} class folders; say --classes")

@@ -40,12 +40,12 @@ def run(config: Config) -> int:
     from dataclasses import asdict
 
     from fkd_ssl.commands import console, resolve
-    from fkd_ssl.images import scan
+    from fkd_ssl.commands.images import images_of
     from fkd_ssl.relabel import LabelMaps, generate
     from fkd_ssl.store.write.precompute import gigabytes
     from fkd_ssl.teachers.dense import DenseTeacher
 
-    images = scan(config.images)
+    images = images_of(config.images)
     teacher = resolve.teacher_of(config.teacher, config.checkpoint, config.precision)
     dense = DenseTeacher(teacher, pixels=resolve.pixels_of(config.pixels, teacher.pixels))
     made = generate(

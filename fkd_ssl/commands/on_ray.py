@@ -12,7 +12,7 @@ from fkd_ssl.commands.precompute import Config, load_all, teachers_of, write
 from fkd_ssl.errors import FkdError, RequestError
 
 if TYPE_CHECKING:
-    from fkd_ssl.images import ImageSet
+    from fkd_ssl.images import ImageSource
     from fkd_ssl.store.write.precompute import Summary
     from fkd_ssl.teachers import Teacher
 
@@ -75,7 +75,7 @@ def _absolute(config: Config) -> Config:
     files = [_anywhere(teacher, file) for teacher, file in teachers_of(config)]
     return replace(
         config,
-        images=str(Path(config.images).absolute()),
+        images=str(Path(config.images).absolute()) if Path(config.images).exists() else config.images,
         store=str(Path(config.store).absolute()),
         checkpoint=None if config.checkpoint is None else ",".join(files),
         threads=config.threads or 1,
@@ -111,6 +111,6 @@ def _shard(config: Config, shard: int) -> "Summary":
 
 
 @functools.cache
-def _loaded(config: Config) -> "tuple[ImageSet, list[Teacher]]":
+def _loaded(config: Config) -> "tuple[ImageSource, list[Teacher]]":
     """Images and teachers, once for all tasks of a worker."""
     return load_all(config)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from fkd_ssl.crops import Recipe
-    from fkd_ssl.images import ImageSet
+    from fkd_ssl.images import ImageSource
     from fkd_ssl.teachers import Teacher
 
 CODECS = ("Flat", "SQfp16", "SQ8", "SQ6", "SQ4", "OPQ32,PQ32x8", "OPQ16,PQ16x8")
@@ -135,9 +135,9 @@ def run(config: Config) -> int:
     import shutil
 
     from fkd_ssl.commands import console, resolve
+    from fkd_ssl.commands.images import images_of
     from fkd_ssl.crops import CROP_DTYPE
     from fkd_ssl.errors import RequestError
-    from fkd_ssl.images import scan
     from fkd_ssl.store.codecs import check_kind, code_size, usual_codec
     from fkd_ssl.store.label_codecs import LABELS
     from fkd_ssl.store.manifest import limit_images
@@ -147,12 +147,12 @@ def run(config: Config) -> int:
         if getattr(config, name) <= 0:
             raise RequestError(f"--{name} {getattr(config, name)}: must be positive")
     recipe = resolve.recipe_of(config.recipe)
-    images = limit_images(scan(config.images), config.limit)
+    images = limit_images(images_of(config.images), config.limit)
     teacher = resolve.teacher_of(config.teacher, config.checkpoint, config.precision)
     pixels = resolve.pixels_of(config.pixels, teacher.pixels)
     check_student(config.student, pixels)
     targets = len(images) * config.crops
-    own = sum(len(path.encode()) + 80 for path in images.paths)  # its line, its size, its checksum
+    own = sum(len(path.encode()) + 80 for path in images.names)  # its line, its size, its checksum
     chosen = config.codec or usual_codec(teacher.kind, teacher.dim)
     check_kind(teacher.kind, chosen, teacher.name)
     sizes = {chosen: code_size(chosen, teacher.dim)}
@@ -243,7 +243,7 @@ def _refused(codec: str, targets: int) -> str | None:
     return None
 
 
-def measure(config: Config, images: "ImageSet", teacher: "Teacher", recipe: "Recipe", pixels: int) -> Costs:
+def measure(config: Config, images: "ImageSource", teacher: "Teacher", recipe: "Recipe", pixels: int) -> Costs:
     """Times reading, the teacher and a training step of the student, each for some seconds."""
     import torch
     from torch.nn import functional
@@ -316,35 +316,34 @@ def timed(make: Callable[[int], Callable[[], None]], count: int, seconds: float)
     return best / few, few
 
 
-def _reading(images: "ImageSet", recipe: "Recipe", pixels: int, seconds: float) -> tuple["npt.NDArray[Any]", float, float]:
+def _reading(images: "ImageSource", recipe: "Recipe", pixels: int, seconds: float) -> tuple["npt.NDArray[Any]", float, float]:
     """Crops uint8 [n, P, P, 3] of some images; seconds of a core for reading an image, and for replaying a crop."""
     import numpy as np
 
     from fkd_ssl.crops import draw, image_key, replay_into
     from fkd_ssl.errors import ImageError
-    from fkd_ssl.images import read_image
     from fkd_ssl.store.manifest import in_hash_order
 
     views: list[npt.NDArray[np.uint8]] = []
     decode, replay, count = 0.0, 0.0, 8
     until = time.perf_counter() + seconds
-    for row in in_hash_order(images.paths, "plan"):
+    for row in in_hash_order(images.names, "plan"):
         if len(views) == _IMAGES or (views and time.perf_counter() > until):
             break
         start = time.perf_counter()
         try:
-            image = read_image(images.file(row))
+            image = images.pixels(row)
         except ImageError:
             continue
         read = time.perf_counter()
-        records = draw(recipe, image_key(0, images.paths[row]), image.shape[0], image.shape[1], 0, count)
+        records = draw(recipe, image_key(0, images.names[row]), image.shape[0], image.shape[1], 0, count)
         part = np.empty((count, pixels, pixels, 3), dtype=np.uint8)
         replay_into(part, image, records)
         replay += time.perf_counter() - read
         decode += read - start
         views.append(part)
     if not views:
-        raise ImageError(f"{images.root}: none of the images can be read")
+        raise ImageError(f"{images.spec}: none of the images can be read")
     return np.concatenate(views), decode / len(views), replay / len(views) / count
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 from fkd_ssl.errors import RequestError
 
 if TYPE_CHECKING:
-    from fkd_ssl.images import ImageSet
+    from fkd_ssl.images import ImageSource
     from fkd_ssl.store.write.precompute import Share, Summary
     from fkd_ssl.teachers import Teacher
 
@@ -146,7 +146,7 @@ def write(
     share: "Share | None" = None,
     progress: bool = True,
     log: Callable[[str], None],
-    load: "Callable[[Config], tuple[ImageSet, list[Teacher]]] | None" = None,
+    load: "Callable[[Config], tuple[ImageSource, list[Teacher]]] | None" = None,
 ) -> "Summary":
     """What `run` does, in this process; `load` stands in for this module's."""
     import torch
@@ -190,10 +190,10 @@ def write(
 def _evaluate(config: Config, folder: str, teachers: "Sequence[Teacher]", log: Callable[[str], None]) -> None:
     """Says how good the classifiers among the teachers are, before their labels are made, as FKD's instructions ask."""
     from fkd_ssl.commands import resolve
+    from fkd_ssl.commands.images import images_of
     from fkd_ssl.eval import classify
-    from fkd_ssl.images import scan
 
-    val = scan(folder)
+    val = images_of(folder)
     if all(teacher.kind != "distribution" for teacher in teachers):
         raise RequestError(
             f"--evaluate {folder}: no teacher gives class probabilities; fkd-ssl knn and linear score embeddings"
@@ -206,12 +206,12 @@ def _evaluate(config: Config, folder: str, teachers: "Sequence[Teacher]", log: C
             log(f"teacher {teacher.name}: {scores} of {len(val):,} images at {side} px")
 
 
-def load_all(config: Config) -> "tuple[ImageSet, list[Teacher]]":
+def load_all(config: Config) -> "tuple[ImageSource, list[Teacher]]":
     """The images and the teachers that were asked for, in columns of their own names, as `train --record` has them."""
     from fkd_ssl.commands import resolve
-    from fkd_ssl.images import scan
+    from fkd_ssl.commands.images import images_of
 
-    images = scan(config.images)
+    images = images_of(config.images)
     if config.name is None:
         return images, resolve.teachers_of(config.teacher, config.checkpoint, config.precision)
     return images, [resolve.teacher_of(name, file, config.precision) for name, file in teachers_of(config)]

@@ -165,13 +165,12 @@ def _show_nearest(config: Config, query: str) -> int:
     """Lists the images nearest to one, and draws them as a contact sheet."""
     from pathlib import Path
 
-    import numpy as np
-
     from fkd_ssl import sheet
     from fkd_ssl.commands import console, sources
+    from fkd_ssl.commands.images import images_of
     from fkd_ssl.eval import search
     from fkd_ssl.eval.features import extract
-    from fkd_ssl.images import ImageSet, read_image
+    from fkd_ssl.images import Folder, read_image
 
     out, path = Path(config.sheet), Path(query)
     if out.exists():
@@ -183,16 +182,16 @@ def _show_nearest(config: Config, query: str) -> int:
     if sources.is_files(config.gallery):
         raise RequestError("--query shows images: give --gallery as images, not as files of features")
     model, pixels = sources.load_model(config)
-    images = sources.images_of(config.gallery)
+    images = images_of(config.gallery)
     gallery = sources.features_of(model, pixels, config.gallery, images, config, "features of gallery").features
-    one = ImageSet(root=path.parent, paths=[path.name], labels=np.array([-1]), classes=[], on_disk=[path.name])
+    one = Folder(path.parent, [path.name])
     feature, _ = extract(model.features, one, pixels=pixels, workers=0, progress=False)
     [(_, similarity, rows)] = search.nearest(gallery, feature, min(config.nearest, len(gallery)))
     near, shown = [], []
     for row, cosine in zip(rows[0].tolist(), similarity[0].tolist(), strict=True):
         name = images.classes[images.labels[row]] if images.labels[row] >= 0 else ""
-        near.append({"image": images.paths[row], "class": name, "cosine": cosine})
-        shown.append((images.read(row), f"{name} {cosine:.3f}"))
+        near.append({"image": images.names[row], "class": name, "cosine": cosine})
+        shown.append((images.pixels(row), f"{name} {cosine:.3f}"))
     sheet.write_found(out, picture, f"query {path.name}", shown)
     if config.json:
         console.show_json({"kind": "retrieve", "query": query, "gallery": config.gallery, "sheet": str(out), "nearest": near})

@@ -8,10 +8,10 @@ import unicodedata
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fkd_ssl.errors import RequestError, StoreError
+from fkd_ssl.errors import RequestError
 
 if TYPE_CHECKING:
-    from fkd_ssl.images import UInt8Array
+    from fkd_ssl.images import ImageSource, UInt8Array
     from fkd_ssl.sheet import Picture
     from fkd_ssl.store import Store
     from fkd_ssl.store.maintain.nearest import Neighbour
@@ -60,8 +60,6 @@ def run(config: Config) -> int:
     out = Path(config.out)
     if out.exists():
         raise RequestError(f"{out}: exists; choose another --out")
-    if not Path(config.images).is_dir():
-        raise RequestError(f"{config.images}: no such folder of images")
     picture, title = sheet_of(config, open_store(config.store))
     with files.publish(out) as file:
         file.write(picture)
@@ -74,8 +72,8 @@ def sheet_of(config: Config, store: "Store") -> tuple[bytes, str]:
     from tqdm import tqdm
 
     from fkd_ssl import sheet
+    from fkd_ssl.commands.images import images_of
     from fkd_ssl.crops import replay
-    from fkd_ssl.images import scan
     from fkd_ssl.progress import hidden
     from fkd_ssl.store.maintain.nearest import nearest
 
@@ -83,9 +81,8 @@ def sheet_of(config: Config, store: "Store") -> tuple[bytes, str]:
     if count > store.crops_per_image:
         raise RequestError(f"crops {count}: {store.folder} holds {store.crops_per_image} crops of each image")
     row = _row(store, config.image)
-    images = scan(config.images)
-    index = {name: k for k, name in enumerate(images.paths)}
-    image, records = images.read(_index(index, store.paths[row], config)), store.crops(row, slice(0, count))
+    images = images_of(config.images)
+    image, records = _image(store, images, row), store.crops(row, slice(0, count))
     crops = [
         sheet.Picture(pixels=view.transpose(1, 2, 0), caption=sheet.describe(record))
         for view, record in zip(replay(image, records, config.pixels), records, strict=True)
@@ -100,9 +97,7 @@ def sheet_of(config: Config, store: "Store") -> tuple[bytes, str]:
                 without=row, done=bar.update,
             )  # fmt: skip
         for line, neighbours in zip(near, found, strict=True):
-            for neighbour in neighbours:
-                pixels = images.read(_index(index, store.paths[neighbour.row], config))
-                line.append(_picture(store, pixels, config.pixels, neighbour))
+            line += [_picture(store, images, config.pixels, neighbour) for neighbour in neighbours]
         title += f", and the nearest of {len(column.rows) - 1:,} other images to {column.name}"
     return sheet.draw(image, records, crops, near, title), title
 
@@ -122,21 +117,19 @@ def _row(store: "Store", image: str) -> int:
     return row
 
 
-def _index(index: "dict[str, int]", name: str, config: Config) -> int:
-    """The index of an image of the store in the folder."""
-    if name not in index:
-        raise StoreError(
-            f"{config.images}: lacks {name!r}, an image of {config.store}: give the folder that the store was made from"
-        )
-    return index[name]
+def _image(store: "Store", images: "ImageSource", row: int) -> "UInt8Array":
+    """Pixels uint8 [H, W, 3] of the image of a row."""
+    import numpy as np
+
+    return images.pixels(int(store.find_images(images, np.array([row]))[0]))
 
 
-def _picture(store: "Store", image: "UInt8Array", pixels: int, neighbour: "Neighbour") -> "Picture":
+def _picture(store: "Store", images: "ImageSource", pixels: int, neighbour: "Neighbour") -> "Picture":
     """A neighbour as it is shown."""
     from fkd_ssl.crops import replay
     from fkd_ssl.sheet import Picture
 
     path = store.paths[neighbour.row]
     record = store.crops(neighbour.row, slice(neighbour.crop, neighbour.crop + 1))
-    view = replay(image, record, pixels)[0]
+    view = replay(_image(store, images, neighbour.row), record, pixels)[0]
     return Picture(pixels=view.transpose(1, 2, 0), caption=f"{neighbour.cosine:.3f}\n{path.rpartition('/')[2][:18]}")

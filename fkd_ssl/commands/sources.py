@@ -9,14 +9,15 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from fkd_ssl import files, named_sets
+from fkd_ssl import files
 from fkd_ssl.checkpoints import digest
 from fkd_ssl.commands import resolve
+from fkd_ssl.commands.images import images_of
 from fkd_ssl.errors import RequestError
 from fkd_ssl.eval import cache
 from fkd_ssl.eval.features import Split, extract, match_classes
 from fkd_ssl.eval.scores import Float32Array, Int64Array, as_features, as_labels, compact, same_dimension
-from fkd_ssl.images import CONTENTS, ImageSet, scan
+from fkd_ssl.images import CONTENTS, ImageSource
 
 
 class Options(Protocol):
@@ -47,13 +48,8 @@ class Source:
 
     features: Float32Array
     labels: Int64Array
-    images: ImageSet | None
+    images: ImageSource | None
     about: dict[str, Any]
-
-
-def images_of(spec: str) -> ImageSet:
-    """A folder of images, or a set by name as NAME:SPLIT:ROOT; raises RequestError where it is not there."""
-    return named_sets.load(spec) if named_sets.is_named(spec) else scan(spec)
 
 
 def is_files(spec: str) -> bool:
@@ -85,7 +81,7 @@ def load_model(config: Options) -> tuple[resolve.Model, int]:
     return model, resolve.pixels_of(config.pixels, model.pixels)
 
 
-def features_of(model: resolve.Model, pixels: int, spec: str, images: ImageSet, config: Options, desc: str) -> Source:
+def features_of(model: resolve.Model, pixels: int, spec: str, images: ImageSource, config: Options, desc: str) -> Source:
     """Features of images by a model, from the cache if there is one."""
     about = about_images(spec, images)
     if config.features is None:
@@ -104,7 +100,7 @@ def features_of(model: resolve.Model, pixels: int, spec: str, images: ImageSet, 
     return Source(features=features, labels=labels, images=images, about=about)
 
 
-def about_images(spec: str, images: ImageSet) -> dict[str, Any]:
+def about_images(spec: str, images: ImageSource) -> dict[str, Any]:
     """What results.json says of a set of images."""
     return {"source": spec, "images": len(images), "classes": len(images.classes), "sha256": images.digest()}
 
@@ -123,7 +119,7 @@ class Evaluation:
     """What the sets are for the evaluation: train, and val if there is one."""
     specs: list[str]
     """The sets as the user named them."""
-    sets: list[ImageSet]
+    sets: list[ImageSource]
     """Of images; empty if `pairs` has files of features."""
     pairs: list[Source]
     model: resolve.Model | None

@@ -19,7 +19,7 @@ from fkd_ssl.training.config import TrainConfig as Config
 if TYPE_CHECKING:
     from fkd_ssl.crops import Recipe
     from fkd_ssl.data import Crops
-    from fkd_ssl.images import ImageSet
+    from fkd_ssl.images import ImageSource
     from fkd_ssl.relabel import LabelMaps
     from fkd_ssl.store import Store
     from fkd_ssl.store.reader import Column
@@ -36,10 +36,10 @@ def run(config: Config) -> int:
 
     from fkd_ssl import card, files, processes, runs
     from fkd_ssl.commands import console, resolve
+    from fkd_ssl.commands.images import images_of
     from fkd_ssl.crops.device import check_device
     from fkd_ssl.data import Crops, FreshCrops, RelabelledCrops, StoredCrops
     from fkd_ssl.eval.classify import check_classes
-    from fkd_ssl.images import scan
     from fkd_ssl.objectives import TargetInfo
     from fkd_ssl.relabel import LabelMaps
     from fkd_ssl.store import open_store
@@ -63,7 +63,7 @@ def run(config: Config) -> int:
     runs.peek(config.out, config)
     shape: dict[str, Any] = {"head": config.head, "stem": config.stem, "width": config.width}
     check_student(config.student, config.pixels, **shape)
-    images = scan(config.images)
+    images = images_of(config.images)
     store = open_store(config.store) if config.store else None
     common: dict[str, Any] = {
         "crops_per_image": config.crops_per_image,
@@ -204,14 +204,14 @@ def _as_meant(config: Config) -> Config:
 
 def _inputs(
     config: Config,
-    images: "ImageSet",
+    images: "ImageSource",
     store: "Store | None",
     teachers: "list[Teacher]",
     maps: "LabelMaps | None",
     init: "Student | None",
 ) -> dict[str, str]:
     """What the run folder keeps of the inputs, to know them again."""
-    from fkd_ssl.images import scan
+    from fkd_ssl.commands.images import images_of
     from fkd_ssl.teachers.state_dicts import weights_digest
 
     inputs = images.identity(sizes=store is None)
@@ -225,11 +225,11 @@ def _inputs(
     if init is not None:
         inputs["init"] = f"sha256 {weights_digest(init)}"
     if config.val is not None:
-        inputs |= scan(config.val).identity("val images")
+        inputs |= images_of(config.val).identity("val images")
     return inputs
 
 
-def _classes(images: "ImageSet") -> int:
+def _classes(images: "ImageSource") -> int:
     """How many classes the images are of; raises RequestError where one has none, or all have one."""
     from fkd_ssl.eval.classify import check_classes
     from fkd_ssl.eval.features import require_two_classes
@@ -240,7 +240,7 @@ def _classes(images: "ImageSet") -> int:
 
 
 def _recorded(
-    config: Config, images: "ImageSet", teachers: "list[Teacher]", world: int, *, resumes: bool
+    config: Config, images: "ImageSource", teachers: "list[Teacher]", world: int, *, resumes: bool
 ) -> "tuple[Crops, list[Recording | None] | None]":
     """The crops of the store that is recorded, planned now if it is new, and what records each teacher's targets.
 
@@ -364,14 +364,19 @@ def _check_store(config: Config, store: "Store", columns: "list[Column]") -> Non
 def _classified(config: Config, folder: Path) -> dict[str, float]:
     """`top1` and `top5` of the student's own classes on the test images, where these are as many as the folders."""
     from fkd_ssl.commands import console, resolve
+    from fkd_ssl.commands.images import images_of
     from fkd_ssl.eval import classify
-    from fkd_ssl.images import scan
 
     assert config.val is not None
     student = resolve.student_of(str(folder))[0].to(resolve.device())
     try:
         found = classify.evaluate(
-            student, scan(config.val), pixels=config.pixels, classes=student.dims[0], workers=config.workers, progress=False
+            student,
+            images_of(config.val),
+            pixels=config.pixels,
+            classes=student.dims[0],
+            workers=config.workers,
+            progress=False,
         )
     except (RequestError, ImageError, ImageAccessError) as error:
         console.say(f"note: no top-1 of the student's own classes: {error}")
@@ -379,13 +384,13 @@ def _classified(config: Config, folder: Path) -> dict[str, float]:
     return {key: found[key] for key in ("top1", "top5")}
 
 
-def _knn_score(config: Config, images: "ImageSet") -> "Callable[[Student], float]":
+def _knn_score(config: Config, images: "ImageSource") -> "Callable[[Student], float]":
+    from fkd_ssl.commands.images import images_of
     from fkd_ssl.eval import knn
     from fkd_ssl.eval.features import match_classes
-    from fkd_ssl.images import scan
 
     assert config.val is not None
-    val = scan(config.val)
+    val = images_of(config.val)
     match_classes(images, val)  # a folder without classes is refused before training, not after
 
     def score(student: "Student") -> float:

@@ -43,8 +43,8 @@ class Config:
 def run(config: Config) -> int:
     """Verifies and lists the problems."""
     from fkd_ssl.commands import console, resolve
+    from fkd_ssl.commands.images import images_of
     from fkd_ssl.errors import NotFoundError, RequestError
-    from fkd_ssl.images import scan
     from fkd_ssl.store import open_store
     from fkd_ssl.store.maintain.repair import repair, repair_lists
     from fkd_ssl.store.maintain.verify import verify
@@ -53,7 +53,7 @@ def run(config: Config) -> int:
         raise RequestError(f"--sample {config.sample}: must be at least 1")
     if config.teacher and not config.images:
         raise RequestError("--teacher needs --images: crops are replayed from them")
-    images = scan(config.images) if config.images else None
+    images = images_of(config.images) if config.images else None
     repaired: list[str] = []
 
     def note(line: str) -> None:

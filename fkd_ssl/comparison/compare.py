@@ -20,7 +20,7 @@ from fkd_ssl.errors import FkdError, RequestError
 from fkd_ssl.eval import stats
 from fkd_ssl.eval.classify import check_classes
 from fkd_ssl.eval.features import match_classes
-from fkd_ssl.images import ImageSet, scan
+from fkd_ssl.images import ImageSource, open_images
 from fkd_ssl.objectives import TargetInfo
 from fkd_ssl.pretraining.config import PretrainConfig
 from fkd_ssl.pretraining.engine import check_pretraining, weights_file
@@ -57,7 +57,7 @@ def compare(config: CompareConfig, log: Log = lambda message: None) -> dict[str,
         RequestError: Something asked for cannot be; this is found before anything is written.
         FkdError: An arm's training failed; called again, it continues.
     """
-    images, val = scan(config.images), scan(config.val)
+    images, val = open_images(config.images), open_images(config.val)
     match_classes(images, val)
     resolve.recipe_of(config.recipe)
     check_student(config.student, config.pixels, head=config.head, stem=config.stem, width=config.width)
@@ -192,7 +192,7 @@ def _reached(config: CompareConfig, online: str, names: Sequence[str]) -> dict[s
 
 
 def _precompute(
-    config: CompareConfig, folder: Path, images: ImageSet, teacher: Teacher, took: Path, log: Log
+    config: CompareConfig, folder: Path, images: ImageSource, teacher: Teacher, took: Path, log: Log
 ) -> dict[str, Any] | None:
     """Makes a column of the comparison's store; returns the `seconds` of all of it, also when this call made a part.
 
@@ -237,7 +237,7 @@ def _store(arm: Arm, folder: Path, columns: Sequence[str], cost: dict[str, Any],
     return {"bytes": files.total_bytes(store.folder) - unused, "crops": c, "seconds": seconds}
 
 
-def _label_maps(folder: Path, images: ImageSet, dense: DenseTeacher, log: Log) -> dict[str, Any]:
+def _label_maps(folder: Path, images: ImageSource, dense: DenseTeacher, log: Log) -> dict[str, Any]:
     """Makes the label maps of the arm relabel; as `_store`, with None for `crops`, since they serve any."""
     took = folder / "label-maps.json"
     made = generate(images, folder / MAPS, dense, k=min(5, dense.teacher.dim), threads=min(16, resolve.cpu_threads()), log=log)

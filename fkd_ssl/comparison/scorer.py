@@ -16,7 +16,7 @@ from fkd_ssl.comparison.config import CompareConfig
 from fkd_ssl.eval import knn, logreg, retrieval
 from fkd_ssl.eval.classify import evaluate
 from fkd_ssl.eval.features import extract_split
-from fkd_ssl.images import ImageSet
+from fkd_ssl.images import ImageSource
 from fkd_ssl.students import CLASSIFIER, Student
 
 PROBES = ("knn_top1", "linear_top1")
@@ -35,7 +35,7 @@ class Scorer:
         val: Test images.
     """
 
-    def __init__(self, config: CompareConfig, folder: Path, images: ImageSet, val: ImageSet) -> None:
+    def __init__(self, config: CompareConfig, folder: Path, images: ImageSource, val: ImageSource) -> None:
         self.config = config
         self.folder = folder
         self.images = images

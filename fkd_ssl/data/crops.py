@@ -9,7 +9,7 @@ from fkd_ssl.crops import Records
 from fkd_ssl.data.pixels import Batch, Planned, Replayed, Sides
 from fkd_ssl.data.samples import Samples
 from fkd_ssl.errors import ImageError, RequestError
-from fkd_ssl.images import UInt8Array, decode, read_bytes
+from fkd_ssl.images import UInt8Array, decode
 
 Index = int | tuple[int, int]  # an image, or a pass and an image
 
@@ -95,15 +95,15 @@ class Crops(Dataset[Batch]):
 
     def _put(self, pixels: Planned | Replayed, k: int, pass_: int, i: int) -> None:
         """An image and its crops as the k-th of a batch."""
-        path = self._file(i)
-        image = self._read(i, path)
+        path = self._where(i)
+        image = self._decode(i, self._read(i), path)
         try:
             pixels.put(k, image, self._records(pass_, i, image.shape[0], image.shape[1]))
         except ImageError as error:
             raise ImageError(f"{path}: {error}") from error
 
-    def _read(self, i: int, path: str) -> UInt8Array:
-        return decode(read_bytes(path), path)
+    def _decode(self, i: int, data: bytes, where: str) -> UInt8Array:
+        return decode(data, where)
 
     def _more(self, pairs: list[tuple[int, int]]) -> Batch:
         """What else a batch has of these passes and images."""
@@ -114,7 +114,12 @@ class Crops(Dataset[Batch]):
         """Records [M] of an image in a pass."""
 
     @abstractmethod
-    def _file(self, i: int) -> str: ...
+    def _read(self, i: int) -> bytes:
+        """The encoded image."""
+
+    @abstractmethod
+    def _where(self, i: int) -> str:
+        """The place of an image, for messages."""
 
     @abstractmethod
     def _path(self, i: int) -> str: ...

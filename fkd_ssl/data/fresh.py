@@ -4,7 +4,7 @@ import hashlib
 
 from fkd_ssl.crops import Recipe, Records, draw, image_key
 from fkd_ssl.data.crops import Crops
-from fkd_ssl.images import ImageSet
+from fkd_ssl.images import ImageSource
 
 
 class FreshCrops(Crops):
@@ -23,7 +23,7 @@ class FreshCrops(Crops):
 
     def __init__(
         self,
-        images: ImageSet,
+        images: ImageSource,
         recipe: Recipe,
         *,
         crops_per_image: int = 4,
@@ -44,11 +44,14 @@ class FreshCrops(Crops):
         key = image_key(self._draw_seed, self._path(i))
         return draw(self.recipe, key, height, width, pass_ * self.crops_per_image, self.crops_per_image)
 
-    def _file(self, i: int) -> str:
-        return f"{self.images.root}/{self.images.on_disk[i]}"
+    def _read(self, i: int) -> bytes:
+        return self.images.read(i)
+
+    def _where(self, i: int) -> str:
+        return self.images.where(i)
 
     def _path(self, i: int) -> str:
-        return self.images.paths[i]
+        return self.images.names[i]
 
     def _label(self, i: int) -> int:
         return int(self.images.labels[i])

@@ -17,9 +17,9 @@ class RecordedCrops(StoredCrops):
     def _first(self, pass_: int, i: int) -> int:
         return pass_ * self.crops_per_image % self.store.crops_per_image
 
-    def _check(self, i: int, path: str, data: bytes) -> None:
+    def _check(self, i: int, data: bytes) -> None:
         self._unchecked[i] = True  # in every pass: its targets are kept
-        super()._check(i, path, data)
+        super()._check(i, data)
 
     def _more(self, pairs: list[tuple[int, int]]) -> Batch:
         return {"places": torch.tensor([(int(self._rows[i]), self._first(pass_, i)) for pass_, i in pairs])}

@@ -6,7 +6,7 @@ from fkd_ssl.crops import Recipe, Records
 from fkd_ssl.data.fresh import FreshCrops
 from fkd_ssl.data.pixels import Batch
 from fkd_ssl.errors import ImageError
-from fkd_ssl.images import ImageSet, UInt8Array, decode, read_bytes
+from fkd_ssl.images import ImageSource, UInt8Array, decode
 from fkd_ssl.relabel.maps import LabelMaps
 
 
@@ -32,7 +32,7 @@ class RelabelledCrops(FreshCrops):
 
     def __init__(
         self,
-        images: ImageSet,
+        images: ImageSource,
         maps: LabelMaps,
         recipe: Recipe,
         *,
@@ -50,13 +50,13 @@ class RelabelledCrops(FreshCrops):
             skip_unreadable=skip_unreadable, decode_only=decode_only,
         )  # fmt: skip
 
-    def _read(self, i: int, path: str) -> UInt8Array:
-        data, size = read_bytes(path), self.maps.sizes[self._rows[i]]
-        image = decode(data, path) if len(data) == size["bytes"] else None
+    def _decode(self, i: int, data: bytes, where: str) -> UInt8Array:
+        size = self.maps.sizes[self._rows[i]]
+        image = decode(data, where) if len(data) == size["bytes"] else None
         if image is None or image.shape[:2] != (size["height"], size["width"]):
             raise ImageError(
-                f"{path}: changed since its label map was made: {len(data)} bytes now, {size['bytes']} then ({size['width']} x "
-                f"{size['height']} pixels); restore it, or make label maps of these images"
+                f"{where}: changed since its label map was made: {len(data)} bytes now, {size['bytes']} then "
+                f"({size['width']} x {size['height']} pixels); restore it, or make label maps of these images"
             )
         return image
 

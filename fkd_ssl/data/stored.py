@@ -13,7 +13,7 @@ from fkd_ssl.crops import Records
 from fkd_ssl.data.crops import Crops
 from fkd_ssl.data.pixels import Batch
 from fkd_ssl.errors import ImageError, RequestError, StoreError
-from fkd_ssl.images import ImageSet, UInt8Array, decode, read_bytes, scan
+from fkd_ssl.images import ImageSource, open_images
 from fkd_ssl.store import Store
 
 
@@ -25,7 +25,7 @@ class StoredCrops(Crops):
 
     Args:
         store: An opened store.
-        images: The folder of images, or a scanned set; it may hold more than the store.
+        images: The image set, or what `open_images` takes; it may hold more than the store.
         crops_per_image: M.
         pixels: P, the side of the crops; it need not be what the teacher saw.
         teacher: Name of the column; not needed where there is only one. A list of names gives `targets` as a dict of float32
@@ -50,7 +50,7 @@ class StoredCrops(Crops):
     def __init__(
         self,
         store: Store,
-        images: str | Path | ImageSet,
+        images: str | Path | ImageSource,
         *,
         crops_per_image: int = 4,
         pixels: int = 224,
@@ -63,7 +63,7 @@ class StoredCrops(Crops):
         skip_unreadable: bool = False,
         decode_only: bool = False,
     ) -> None:
-        found = images if isinstance(images, ImageSet) else scan(images)
+        self.images = open_images(images)
         self.store = store
         names = [teacher] if teacher is None or isinstance(teacher, str) else list(teacher)
         if len(set(names)) != len(names):
@@ -89,13 +89,9 @@ class StoredCrops(Crops):
             raise StoreError(
                 f"{store.folder}: holds no finished {'targets' if self.columns else 'crops'}; run fkd-ssl precompute"
             )
-        self.root: Path = found.root
-        self.classes = found.classes
-        positions = _positions(store, rows, found)
-        self.labels = found.labels[positions]
-        self._spelled: dict[int, str] = {
-            k: found.on_disk[p] for k, p in enumerate(positions.tolist()) if found.on_disk[p] != found.paths[p]
-        }
+        self.classes = self.images.classes
+        self._positions = store.find_images(self.images, rows)
+        self.labels = self.images.labels[self._positions]
         self._rows = rows
         # of the images that this process has not read yet: two images of one size may have been swapped
         self._unchecked = np.full(len(rows), not scale_boxes)
@@ -120,13 +116,13 @@ class StoredCrops(Crops):
         digest = hashlib.blake2b(f"{self.seed}\n{self._path(i)}".encode(), digest_size=8, person=b"start").digest()
         return (int.from_bytes(digest, "little") + pass_ * self.crops_per_image) % self.store.crops_per_image
 
-    def _read(self, i: int, path: str) -> UInt8Array:
-        data = read_bytes(path)
+    def _read(self, i: int) -> bytes:
+        data = self.images.read(int(self._positions[i]))
         if not self.scale_boxes:
-            self._check(i, path, data)
-        return decode(data, path)
+            self._check(i, data)
+        return data
 
-    def _check(self, i: int, path: str, data: bytes) -> None:
+    def _check(self, i: int, data: bytes) -> None:
         """Raises ImageError if an image is not the one that its crops were drawn for.
 
         Its content is compared where a process reads it for the first time, later only its size: sha256 of a photograph takes
@@ -139,8 +135,8 @@ class StoredCrops(Crops):
             found = f"other content of the same {expected} bytes"
         if len(data) != expected or self._unchecked[i]:
             raise ImageError(
-                f"{path}: changed since the store was made: {found}; restore it, or if these are smaller copies of the store's "
-                "images, ask for --scale_boxes"
+                f"{self._where(i)}: changed since the store was made: {found}; restore it, or if these are smaller copies of "
+                "the store's images, ask for --scale_boxes"
             )
 
     def _records(self, pass_: int, i: int, height: int, width: int) -> Records:
@@ -161,29 +157,14 @@ class StoredCrops(Crops):
         }
         return {"targets": targets if self.by_name else targets[self.columns[0].name]}
 
-    def _file(self, i: int) -> str:
-        return f"{self.root}/{self._spelled.get(i) or self._path(i)}"
+    def _where(self, i: int) -> str:
+        return self.images.where(int(self._positions[i]))
 
     def _path(self, i: int) -> str:
         return self.store.paths[int(self._rows[i])]
 
     def _label(self, i: int) -> int:
         return int(self.labels[i])
-
-
-def _positions(store: Store, rows: npt.NDArray[np.int64], images: ImageSet) -> npt.NDArray[np.int64]:
-    """The indices of these rows' images in an image set: int64 [len(rows)]; raises StoreError if one is missing."""
-    if store.paths.same_as(images.paths):  # the common case, fast for a million names
-        return rows
-    where = {path: k for k, path in enumerate(images.paths)}
-    names = [store.paths[row] for row in rows.tolist()]
-    absent = [path for path in names if path not in where]
-    if absent:
-        raise StoreError(
-            f"{images.root}: lacks {len(absent)} of the {len(rows)} images of {store.folder}, for instance "
-            f"{absent[0]!r}: give the folder that the store was made from"
-        )
-    return np.array([where[path] for path in names], dtype=np.int64)
 
 
 def scaled(records: Records, stored: tuple[int, int], found: tuple[int, int]) -> Records:

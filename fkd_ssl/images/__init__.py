@@ -5,22 +5,27 @@ from fkd_ssl.images.decoding import (
     MAX_SIDE,
     UInt8Array,
     decode,
-    header_size,
     read_bytes,
     read_image,
     read_size,
 )
-from fkd_ssl.images.folder import CONTENTS, SUFFIXES, ImageSet, scan
+from fkd_ssl.images.folder import SUFFIXES, Folder, scan
+from fkd_ssl.images.names import Names
+from fkd_ssl.images.opening import SOURCES, open_images
+from fkd_ssl.images.source import CONTENTS, ImageSource
 
 __all__ = [
     "CONTENTS",
     "MAX_PIXELS",
     "MAX_SIDE",
+    "SOURCES",
     "SUFFIXES",
-    "ImageSet",
+    "Folder",
+    "ImageSource",
+    "Names",
     "UInt8Array",
     "decode",
-    "header_size",
+    "open_images",
     "read_bytes",
     "read_image",
     "read_size",

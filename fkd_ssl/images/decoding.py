@@ -5,7 +5,7 @@ import os
 import stat
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -101,10 +101,10 @@ def decode(data: bytes, name: str | Path) -> UInt8Array:
                 _check_size(height, width, name)
                 pixels: UInt8Array = simplejpeg.decode_jpeg(data, "RGB")
                 return pixels
-        with Image.open(io.BytesIO(data)) as picture:
-            width, height = _stored_size(picture)
+        with Image.open(io.BytesIO(data)) as encoded:
+            width, height = _stored_size(encoded)
             _check_size(height, width, name)
-            picture = _as_stored(picture)
+            picture = _as_stored(encoded)
             if picture.mode in ("I", "F") or picture.mode.startswith("I;16"):
                 grey = _eight_bits(np.asarray(picture), picture.format)
                 return np.repeat(grey[:, :, None], 3, axis=2)
@@ -139,17 +139,19 @@ def _as_stored(picture: Image.Image) -> Image.Image:
     return stored
 
 
-def _eight_bits(values: npt.NDArray[np.generic], format_: str | None) -> UInt8Array:
+def _eight_bits(values: npt.NDArray[Any], format_: str | None) -> UInt8Array:
     """Greyscale of more than 8 bits as uint8, by the range of its values; raises ValueError if that is not known."""
     low, high = values.min(), values.max()
     if values.dtype.kind == "f":
-        if low >= 0 and high <= 255:  # type: ignore[operator]  # NaN compares false
-            return np.rint(values * 255 if high <= 1 else values).astype(np.uint8)  # type: ignore[operator]
-        raise ValueError(f"float values from {low:g} to {high:g}; expected 0 to 1 or 0 to 255")
-    sixteen = values.dtype.itemsize == 2 or format_ in ("PNG", "PPM")  # whose 16 bits Pillow may give as 32
-    if low < 0 or high > 65535:  # type: ignore[operator]
+        if not (low >= 0 and high <= 255):  # also for NaN
+            raise ValueError(f"float values from {low:g} to {high:g}; expected 0 to 1 or 0 to 255")
+        scaled: UInt8Array = np.rint(values * 255 if high <= 1 else values).astype(np.uint8)
+        return scaled
+    if low < 0 or high > 65535:
         raise ValueError(f"integers from {low} to {high}; expected 0 to 255 or 0 to 65535")
-    return (values >> 8 if sixteen or high > 255 else values).astype(np.uint8)  # type: ignore[operator]
+    sixteen = values.dtype.itemsize == 2 or format_ in ("PNG", "PPM")  # whose 16 bits Pillow may give as 32
+    shifted: UInt8Array = (values >> 8 if sixteen or high > 255 else values).astype(np.uint8)
+    return shifted
 
 
 def _check_size(height: int, width: int, name: str | Path) -> None:

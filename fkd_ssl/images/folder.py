@@ -1,23 +1,16 @@
-"""A folder of images as a sorted list of relative paths."""
+"""A folder of images."""
 
-import hashlib
 import os
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 from PIL import features
-from tqdm import tqdm
 
 from fkd_ssl.errors import RequestError
-from fkd_ssl.images.decoding import UInt8Array, header_size, inaccessible, open_file, read_bytes, read_image
-from fkd_ssl.progress import hidden
+from fkd_ssl.images.decoding import header_size, inaccessible, open_file, read_bytes
+from fkd_ssl.images.source import ImageSource
 
 # one list for all machines, since a store of the same folder must list the same images
 SUFFIXES = frozenset(
@@ -25,116 +18,64 @@ SUFFIXES = frozenset(
     | {".pbm", ".pgm", ".ppm", ".pnm", ".tga", ".tif", ".tiff"}
 )
 _OPTIONAL = {".avif": "avif", ".webp": "webp", ".jp2": "jpg_2000", ".j2k": "jpg_2000"}  # what Pillow may be built without
-CONTENTS = "contents of "
-"""How the names of those entries of an identity begin that change when a damaged image is replaced."""
 _LISTED = 10  # names in a message
-_READERS, _PIECE = 16, 4096  # threads that read for `digest`, and images handed to them at once
 
 
-@dataclass(frozen=True, kw_only=True)
-class ImageSet:
-    """The pictures of a folder, in the order of their relative paths.
+class Folder(ImageSource):
+    """The images of a folder, in the order of their relative paths; an image's first folder is its class.
+
+    Args:
+        root: The folder.
+        paths: Relative POSIX paths as the file system spells them.
+        left_out: How many files were left out, by their suffix.
 
     Attributes:
         root: The folder.
-        paths: Relative POSIX paths in Unicode's NFC form, sorted by code point.
-        labels: int64 [N], the index into `classes` of each picture's first folder; -1 for a picture outside any.
-        classes: Names of the first-level folders that hold pictures, sorted.
-        on_disk: Relative paths as the file system spells them (they differ from `paths` on macOS).
-        left_out: How many files were left out, by their suffix, since it is not that of an image.
     """
 
-    root: Path
-    paths: list[str]
-    labels: npt.NDArray[np.int64]
-    classes: list[str]
-    on_disk: list[str]
-    left_out: Counter[str] = field(default_factory=Counter)
+    def __init__(self, root: Path, paths: Iterable[str], left_out: Counter[str] | None = None) -> None:
+        spelled = {unicodedata.normalize("NFC", path): path for path in paths}
+        names = sorted(spelled)
+        folders = [name.split("/", 1)[0] if "/" in name else None for name in names]
+        classes = sorted({folder for folder in folders if folder is not None})
+        index = {name: i for i, name in enumerate(classes)}
+        super().__init__(str(root), names, [-1 if folder is None else index[folder] for folder in folders], classes)
+        self.root = root
+        self._spelled = {k: spelled[name] for k, name in enumerate(names) if spelled[name] != name}  # in NFD, by macOS
+        if left_out:
+            self.notes.append(f"{root}: {left_out.total():,} files are not images by their names: {_kinds(left_out)}")
 
-    def __len__(self) -> int:
-        return len(self.paths)
+    def where(self, index: int) -> str:
+        """The path of image `index`."""
+        return f"{self.root}/{self._spelled.get(index) or self.names[index]}"
 
     def file(self, index: int) -> Path:
-        """The file of picture `index`."""
-        return self.root / self.on_disk[index]
+        """The file of image `index`."""
+        return Path(self.where(index))
 
-    def read(self, index: int) -> UInt8Array:
-        """Pixels uint8 [H, W, 3] of picture `index`; raises as `read_image`."""
-        return read_image(self.file(index))
+    def read(self, index: int) -> bytes:
+        """The bytes of the file of image `index`; raises ImageAccessError if it cannot be read."""
+        return read_bytes(self.where(index))
+
+    def byte_size(self, index: int) -> int:
+        """Bytes of the file of image `index`; raises ImageAccessError if it is missing."""
+        try:
+            return os.stat(self.where(index)).st_size  # noqa: PTH116  (of a million files)
+        except OSError as error:
+            raise inaccessible(self.where(index), error) from error
 
     def size(self, index: int) -> tuple[int, int, int]:
-        """Bytes, width and height of picture `index`, from its header; raises as `read_size`."""
-        with open_file(self.file(index)) as file:
-            return os.fstat(file.fileno()).st_size, *header_size(file, self.file(index))
-
-    def digest(self) -> str:
-        """Hex sha256 of the names, classes and bytes of all images, which are read once: a copy has the same digest.
-
-        Raises:
-            ImageAccessError: An image cannot be read.
-        """
-        return self._digest
-
-    @cached_property
-    def _digest(self) -> str:
-        sums = hashlib.sha256()
-        bar = tqdm(total=len(self), desc="checksums", unit="img", disable=hidden(show=len(self) > _PIECE))
-        with ThreadPoolExecutor(_READERS) as pool, bar:
-            for first in range(0, len(self), _PIECE):
-                rows = range(first, min(first + _PIECE, len(self)))
-                for index, content in zip(rows, pool.map(self._sha256, rows), strict=True):
-                    name = self.classes[self.labels[index]] if self.labels[index] >= 0 else ""
-                    sums.update(f"{self.paths[index]}\n{name}\n".encode() + content)
-                bar.update(len(rows))
-        return sums.hexdigest()
-
-    def _sha256(self, index: int) -> bytes:
-        return hashlib.sha256(read_bytes(self.file(index))).digest()
-
-    def identity(self, name: str = "images", *, sizes: bool = True) -> dict[str, str]:
-        """What a run keeps of this set to know it again: digests of names and classes, and of byte sizes; nothing is read.
-
-        Neither the folder's path nor times count: a copy has the same identity. An image that was replaced by another one of
-        the same number of bytes is not noticed; `digest` would notice it, and reads every image.
-
-        Args:
-            name: What the set is for the run.
-            sizes: Include byte sizes. A store has its own, which each image is compared with when it is read.
-
-        Raises:
-            ImageAccessError: An image is gone.
-        """
-        names, lengths = hashlib.sha256(), hashlib.sha256()
-        for index, (path, label) in enumerate(zip(self.paths, self.labels.tolist(), strict=True)):
-            names.update(f"{path}\n{self.classes[label] if label >= 0 else ''}\n".encode())
-            if sizes:
-                lengths.update(f"{self._bytes(index)}\n".encode())
-        found = {name: f"{len(self)} images in {len(self.classes)} classes, sha256 {names.hexdigest()}"}
-        return found | ({f"{CONTENTS}{name}": f"sha256 {lengths.hexdigest()}"} if sizes else {})
-
-    def _bytes(self, index: int) -> int:
-        try:
-            return os.stat(f"{self.root}/{self.on_disk[index]}").st_size  # noqa: PTH116  (of a million files)
-        except OSError as error:
-            raise inaccessible(self.file(index), error) from error
-
-    def subset(self, indices: npt.ArrayLike) -> "ImageSet":
-        """The pictures at `indices`, in that order, with the same classes."""
-        chosen = np.asarray(indices, dtype=np.int64)
-        return ImageSet(
-            root=self.root,
-            paths=[self.paths[i] for i in chosen],
-            labels=self.labels[chosen],
-            classes=self.classes,
-            on_disk=[self.on_disk[i] for i in chosen],
-        )
+        """Bytes, width and height of image `index`; only its header is read."""
+        path = self.where(index)
+        with open_file(path) as file:
+            return os.fstat(file.fileno()).st_size, *header_size(file, path)
 
 
-def scan(root: str | Path) -> ImageSet:
-    """Lists the pictures under `root`, following links to folders as torchvision's `ImageFolder` does.
+def scan(root: str | Path) -> Folder:
+    """Lists the images under `root`, following links to folders as torchvision's `ImageFolder` does.
 
     Raises:
-        RequestError: `root` is not a folder, holds no picture, holds a folder that cannot be listed, images of a format that
+        RequestError: `root` is not a folder, holds no image, holds a folder that cannot be listed, images of a format that
             this Pillow was built without, or names that a list of lines cannot hold.
     """
     if not str(root):
@@ -157,15 +98,10 @@ def scan(root: str | Path) -> ImageSet:
             twice += [first, name]
     _refuse(root, twice, "are the same in Unicode's NFC form as another one")
     if not found:
-        raise RequestError(f"{root}: no images in this folder (looked for {', '.join(sorted(SUFFIXES))}){_others(left_out)}")
-    _check_formats(root, found)
-    paths = sorted(found)
-    folders = [path.split("/", 1)[0] if "/" in path else None for path in paths]
-    classes = sorted({folder for folder in folders if folder is not None})
-    index = {name: i for i, name in enumerate(classes)}
-    labels = np.array([-1 if folder is None else index[folder] for folder in folders], dtype=np.int64)
-    on_disk = [found[path] for path in paths]
-    return ImageSet(root=root, paths=paths, labels=labels, classes=classes, on_disk=on_disk, left_out=left_out)
+        others = f"; it holds {_kinds(left_out)}" if left_out else ""
+        raise RequestError(f"{root}: no images in this folder (looked for {', '.join(sorted(SUFFIXES))}){others}")
+    _check_formats(root, relative)
+    return Folder(root, relative, left_out)
 
 
 def _is_line(name: str) -> bool:
@@ -189,10 +125,10 @@ def _check_formats(root: Path, paths: Iterable[str]) -> None:
             raise RequestError(f"{root}: this Pillow was built without {suffix}; update it (pip install --upgrade pillow)")
 
 
-def _others(left_out: Counter[str]) -> str:
-    """What was left out, in words, or nothing."""
-    kinds = ", ".join(f"{count:,} {suffix or 'without a suffix'}" for suffix, count in left_out.most_common(_LISTED))
-    return f"; files of other kinds: {kinds}" if kinds else ""
+def _kinds(left_out: Counter[str]) -> str:
+    """Files by their suffix, in words."""
+    common = sorted(left_out.items(), key=lambda item: (-item[1], item[0] or "~"))[:_LISTED]
+    return ", ".join(f"{count:,} {suffix or 'without a suffix'}" for suffix, count in common)
 
 
 def _walk(folder: str | Path, above: tuple[tuple[int, int], ...], left_out: Counter[str]) -> list[str]:

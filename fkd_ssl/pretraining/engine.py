@@ -37,7 +37,7 @@ def pretrain(config: PretrainConfig, *, log: Callable[[str], None] = lambda mess
         RequestError: The output folder holds another run, there are fewer images than a batch has, or the network is unknown.
         ImageError: An image cannot be read.
     """
-    image_set = images.scan(config.images)
+    image_set = images.open_images(config.images)
     check_pretraining(config, image_set)
     inputs = image_set.identity()
     with runs.open_run(config.out, config, inputs) as (folder, state):
@@ -49,7 +49,7 @@ def pretrain(config: PretrainConfig, *, log: Callable[[str], None] = lambda mess
     return folder / weights_file(config)
 
 
-def _pretrain(config: PretrainConfig, image_set: images.ImageSet, folder: Path, inputs: runs.Inputs) -> None:
+def _pretrain(config: PretrainConfig, image_set: images.ImageSource, folder: Path, inputs: runs.Inputs) -> None:
     """Trains in the run folder, which is locked, and writes the weights and results.json."""
     torch.manual_seed(config.seed)
     module: Method = _METHODS[config.method](config, len(image_set))
@@ -83,7 +83,7 @@ def _pretrain(config: PretrainConfig, image_set: images.ImageSet, folder: Path, 
     runs.finish(folder, results)
 
 
-def check_pretraining(config: PretrainConfig, image_set: images.ImageSet) -> None:
+def check_pretraining(config: PretrainConfig, image_set: images.ImageSource) -> None:
     """Raises RequestError if there are too few images, or the network is unknown."""
     if not config.is_teacher:
         check_student(config.arch, config.pixels, stem=config.stem, width=config.width)

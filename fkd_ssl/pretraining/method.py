@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fkd_ssl.data import Batch
-from fkd_ssl.images import ImageSet
+from fkd_ssl.images import ImageSource
 from fkd_ssl.pretraining.config import PretrainConfig
 from fkd_ssl.training.module import TrainingModule, cosine
 
@@ -53,7 +53,7 @@ class Method(TrainingModule):
         return self.by_steps(optimizer, lambda step: cosine(step, self.steps, 0))
 
     @abstractmethod
-    def crops(self, images: ImageSet) -> tuple[Dataset[Batch], Callable[[Any], Batch]]:
+    def crops(self, images: ImageSource) -> tuple[Dataset[Batch], Callable[[Any], Batch]]:
         """The data set of this method's crops, read by lists of (pass, image), and its collate function."""
 
     @abstractmethod

@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 
 from fkd_ssl.crops import RECIPES
 from fkd_ssl.data import Batch, FreshCrops, whole_batch
-from fkd_ssl.images import ImageSet
+from fkd_ssl.images import ImageSource
 from fkd_ssl.pretraining.config import PretrainConfig
 from fkd_ssl.pretraining.method import Method
 from fkd_ssl.students import MEAN, STD, Student, make_backbone, make_head
@@ -42,7 +42,7 @@ class MoCo(Method):
         self.loss = NTXentLoss(temperature=config.temperature, memory_bank_size=(self.queue, config.dim))
         self.to(memory_format=torch.channels_last)
 
-    def crops(self, images: ImageSet) -> tuple[Dataset[Batch], Callable[[Any], Batch]]:
+    def crops(self, images: ImageSource) -> tuple[Dataset[Batch], Callable[[Any], Batch]]:
         """Two crops of each image, side by side."""
         config = self.config
         return FreshCrops(images, RECIPES["mocov2"], crops_per_image=2, pixels=config.pixels, seed=config.seed), whole_batch

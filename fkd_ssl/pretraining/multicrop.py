@@ -10,7 +10,7 @@ from torch.utils.data import Dataset
 from fkd_ssl.crops import RECIPES, Recipe, draw, image_key, replay_into
 from fkd_ssl.data import Batch
 from fkd_ssl.errors import ImageError
-from fkd_ssl.images import ImageSet, decode, read_bytes
+from fkd_ssl.images import ImageSource
 
 LARGE = RECIPES["swav"]
 SMALL = Recipe(**{**LARGE.__dict__, "name": "swav_small", "scale": (0.05, LARGE.scale[0])})
@@ -35,7 +35,7 @@ class MultiCrops(Dataset[Batch]):
         seed: Of the draw.
     """
 
-    def __init__(self, images: ImageSet, *, pixels: int, small_crops: int, seed: int = 0) -> None:
+    def __init__(self, images: ImageSource, *, pixels: int, small_crops: int, seed: int = 0) -> None:
         self.images = images
         self.kinds = ((LARGE, 2, pixels), (SMALL, small_crops, small_side(pixels)))
         self.seed = seed
@@ -55,16 +55,15 @@ class MultiCrops(Dataset[Batch]):
         """
         views = [np.empty((len(indices) * count, side, side, 3), dtype=np.uint8) for _, count, side in self.kinds]
         for k, (pass_, i) in enumerate(indices):
-            file = self.images.file(i)
-            image = decode(read_bytes(file), file)
+            image = self.images.pixels(i)
             for (recipe, count, _), array in zip(self.kinds, views, strict=True):
                 seed = hashlib.blake2b(f"{recipe.name} {self.seed}".encode(), digest_size=8).digest()
-                key = image_key(int.from_bytes(seed, "little"), self.images.paths[i])
+                key = image_key(int.from_bytes(seed, "little"), self.images.names[i])
                 records = draw(recipe, key, image.shape[0], image.shape[1], pass_ * count, count)
                 try:
                     replay_into(array[k * count : (k + 1) * count], image, records)
                 except ImageError as error:
-                    raise ImageError(f"{file}: {error}") from error
+                    raise ImageError(f"{self.images.where(i)}: {error}") from error
         large, small = (torch.from_numpy(array).permute(0, 3, 1, 2) for array in views)
         return {"images": large, "small_images": small}
 

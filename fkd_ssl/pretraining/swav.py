@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from fkd_ssl.data import Batch
-from fkd_ssl.images import ImageSet
+from fkd_ssl.images import ImageSource
 from fkd_ssl.pretraining.config import PretrainConfig
 from fkd_ssl.pretraining.method import Method
 from fkd_ssl.pretraining.multicrop import MultiCrops, as_read
@@ -57,7 +57,7 @@ class SwAV(Method):
         )
         self.to(memory_format=torch.channels_last)
 
-    def crops(self, images: ImageSet) -> tuple[Dataset[Batch], Callable[[Any], Batch]]:
+    def crops(self, images: ImageSource) -> tuple[Dataset[Batch], Callable[[Any], Batch]]:
         """Two large crops of each image and the small ones, side by side."""
         config = self.config
         return MultiCrops(images, pixels=config.pixels, small_crops=self.small_crops, seed=config.seed), as_read

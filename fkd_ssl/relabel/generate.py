@@ -21,10 +21,10 @@ from tqdm import tqdm
 from fkd_ssl import files
 from fkd_ssl.crops import box_record, probe_digest, replay
 from fkd_ssl.errors import FkdError, ImageError, RequestError
-from fkd_ssl.images import ImageSet, UInt8Array, decode, read_bytes
+from fkd_ssl.images import ImageSource, UInt8Array, decode
 from fkd_ssl.progress import hidden
 from fkd_ssl.relabel import layout
-from fkd_ssl.store.manifest import IMAGES, MANIFEST, SIZE_DTYPE, SIZES, read_images, unsafe
+from fkd_ssl.store.manifest import IMAGES, MANIFEST, SIZE_DTYPE, SIZES, check_safe, read_images
 from fkd_ssl.store.write import work
 from fkd_ssl.store.write.precompute import gigabytes
 
@@ -81,7 +81,7 @@ class Made:
 
 
 def generate(
-    images: ImageSet,
+    images: ImageSource,
     folder: str | Path,
     dense: Dense,
     *,
@@ -156,7 +156,7 @@ def generate(
     )
 
 
-def _wanted(images: ImageSet, dense: Dense, *, k: int, batch_size: int) -> layout.Manifest:
+def _wanted(images: ImageSource, dense: Dense, *, k: int, batch_size: int) -> layout.Manifest:
     """The manifest that is asked for, but for the images' sizes."""
     teacher = dense.teacher
     if not 1 <= k <= teacher.dim:
@@ -170,9 +170,7 @@ def _wanted(images: ImageSet, dense: Dense, *, k: int, batch_size: int) -> layou
             f"teacher {teacher.name}: {teacher.dim} classes at {dense.height} x {dense.width} places are more than label maps "
             "hold; choose fewer --pixels"
         )
-    lines = _lines(images)
-    if unsafe(lines):
-        raise RequestError(f"{images.root}: a name with '\\', or one like a drive, cannot be stored; rename it")
+    check_safe(images)
     return layout.Manifest(
         teacher={
             **{name: getattr(teacher, name) for name in ("name", "network", "licence", "source", "checkpoint")},
@@ -180,32 +178,28 @@ def _wanted(images: ImageSet, dense: Dense, *, k: int, batch_size: int) -> layou
         },
         pixels=dense.pixels, precision=teacher.precision, batch_size=batch_size, probe_digest=probe_digest(),
         classes=teacher.dim, k=k, height=dense.height, width=dense.width, rows_per_shard=layout.ROWS_PER_SHARD,
-        count=len(images), images_sha256=files.sha256(lines), sizes_sha256=_LATER,
+        count=len(images), images_sha256=files.sha256(images.names.lines), sizes_sha256=_LATER,
     )  # fmt: skip
 
 
-def _lines(images: ImageSet) -> bytes:
-    return "".join(f"{path}\n" for path in images.paths).encode()
-
-
-def _check(folder: Path, wanted: layout.Manifest, images: ImageSet) -> None:
+def _check(folder: Path, wanted: layout.Manifest, images: ImageSource) -> None:
     """Raises RequestError where the folder's maps are not those that are asked for."""
     if files.read_json(folder / MANIFEST).get("format") != layout.FORMAT:
         raise RequestError(f"{folder}: exists and holds no label maps (its manifest is another's); choose another --out")
     here = layout.read_manifest(folder)
     if here.images_sha256 != wanted.images_sha256:
-        listed, given = set(read_images(folder, here)[0]), set(images.paths)
+        listed, given = set(read_images(folder, here)[0]), set(images.names)
         first = sorted(listed ^ given)[0]
-        where = f"{images.root} lacks" if first in listed else "they lack"
+        where = f"{images.spec} lacks" if first in listed else "they lack"
         raise RequestError(
-            f"{folder}: label maps of other images: {here.count}, and {images.root} has {len(images)}; {where} {first!r}. Give "
+            f"{folder}: label maps of other images: {here.count}, and {images.spec} has {len(images)}; {where} {first!r}. Give "
             "the same images, or choose another --out"
         )
     _, sizes = read_images(folder, here)
     for row, expected in enumerate(sizes["bytes"].tolist()):
-        if (found := images.file(row).stat().st_size) != expected:
+        if (now := images.byte_size(row)) != expected:
             raise RequestError(
-                f"{folder}: label maps of other images: {images.file(row)} has {found} bytes and had {expected} when the maps "
+                f"{folder}: label maps of other images: {images.where(row)} has {now} bytes and had {expected} when the maps "
                 "were begun; restore it, or choose another --out"
             )
     same = replace(wanted, sizes_sha256=here.sizes_sha256, rows_per_shard=here.rows_per_shard)
@@ -237,7 +231,7 @@ def _announce(folder: Path, wanted: layout.Manifest) -> str:
     )
 
 
-def _create(folder: Path, images: ImageSet, wanted: layout.Manifest, *, progress: bool, log: Callable[[str], None]) -> None:
+def _create(folder: Path, images: ImageSource, wanted: layout.Manifest, *, progress: bool, log: Callable[[str], None]) -> None:
     """Lists the images and their sizes into a new folder, the manifest last."""
     there = {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")} if folder.is_dir() else set()
     if foreign := there - {*layout.LISTS, layout.MAPS}:
@@ -252,12 +246,12 @@ def _create(folder: Path, images: ImageSet, wanted: layout.Manifest, *, progress
             raise ImageError(f"{error}; mend or remove it") from error
     (folder / layout.MAPS).mkdir(parents=True, exist_ok=True)
     with files.publish(folder / IMAGES) as file:
-        file.write(_lines(images))
+        file.write(images.names.lines)
     replace(wanted, sizes_sha256=files.write_npy(folder / SIZES, sizes)).write(folder)
 
 
 def _views(
-    images: ImageSet, sizes: npt.NDArray[np.void], rows: range, manifest: layout.Manifest, pool: ThreadPoolExecutor
+    images: ImageSource, sizes: npt.NDArray[np.void], rows: range, manifest: layout.Manifest, pool: ThreadPoolExecutor
 ) -> Iterator[UInt8Array]:
     """Batches of whole images uint8 [n, 3, P, P]; the next one is read while the teacher is at this one."""
     waiting: deque[list[Future[UInt8Array]]] = deque()
@@ -274,10 +268,10 @@ def _views(
             future.cancel()
 
 
-def _whole(images: ImageSet, row: int, size: np.void, pixels: int) -> UInt8Array:
+def _whole(images: ImageSource, row: int, size: np.void, pixels: int) -> UInt8Array:
     """A whole image squashed to a square: uint8 [3, P, P]."""
-    path, height, width = images.file(row), int(size["height"]), int(size["width"])
-    data = read_bytes(path)
+    path, height, width = images.where(row), int(size["height"]), int(size["width"])
+    data = images.read(row)
     image = decode(data, path) if len(data) == size["bytes"] else None
     if image is None or image.shape[:2] != (height, width):
         raise ImageError(

@@ -5,7 +5,6 @@ Yun et al., "Re-labeling ImageNet", CVPR 2021 (arXiv 2101.05022), section 3.2, L
 Legend: `M` crops, `K` classes, `k` of them kept at each of `h` x `w` places.
 """
 
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from torchvision.ops import roi_align
 from fkd_ssl import files
 from fkd_ssl.crops import Records, unpack
 from fkd_ssl.errors import StoreError
-from fkd_ssl.images import ImageSet
+from fkd_ssl.images import ImageSource
 from fkd_ssl.relabel import layout
 from fkd_ssl.store.manifest import read_images
 
@@ -64,21 +63,16 @@ class LabelMaps:
         """K."""
         return self.manifest.classes
 
-    @cached_property
-    def _row_of(self) -> dict[str, int]:
-        return {path: row for row, path in enumerate(self.paths)}
-
-    def rows(self, images: ImageSet) -> Int64Array:
-        """The row of each image, found by its path: int64 [N]; raises StoreError, naming the first, where one has none."""
-        if self.paths.same_as(images.paths):  # the usual case: a million names need not be told apart
-            return np.arange(len(images))
-        absent = [path for path in images.paths if path not in self._row_of]
-        if absent:
+    def rows(self, images: ImageSource) -> Int64Array:
+        """The row of each image, found by its name: int64 [N]; raises StoreError, naming the first, if one has none."""
+        rows = self.paths.positions(images.names)
+        if missing := np.flatnonzero(rows < 0).tolist():
             raise StoreError(
-                f"{self.folder}: has no label maps of {len(absent)} of the {len(images)} images of {images.root}, for instance "
-                f"{absent[0]!r}: give the folder that they were made of, or make maps of this one with fkd-ssl label-maps"
+                f"{self.folder}: has no label maps of {len(missing)} of the {len(images)} images of {images.spec}, for "
+                f"instance {images.names[missing[0]]!r}: give the images that they were made of, or make maps of these with "
+                "fkd-ssl label-maps"
             )
-        return np.array([self._row_of[path] for path in images.paths], dtype=np.int64)
+        return rows
 
     def read(self, row: int) -> tuple[Int64Array, Float32Array]:
         """Class numbers int64 [k, h, w] and their logits float32 [k, h, w], the largest first, of an image.

@@ -3,7 +3,7 @@
 import codecs
 import hashlib
 import re
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,7 +16,7 @@ from tqdm import tqdm
 from fkd_ssl import files
 from fkd_ssl.crops import Recipe, Records
 from fkd_ssl.errors import ImageError, NotFoundError, RequestError, StoreError
-from fkd_ssl.images import ImageSet, UInt8Array
+from fkd_ssl.images import ImageSource, Names, UInt8Array
 from fkd_ssl.progress import hidden
 
 FORMAT = "fkd_ssl store"
@@ -85,33 +85,6 @@ class Manifest:
         files.write_json(folder / MANIFEST, self._values)
 
 
-class Paths:
-    """The lines of images.txt, decoded when asked for: a million paths cost their bytes and no more."""
-
-    def __init__(self, data: bytes, count: int) -> None:
-        self._data = data
-        self._ends = np.empty(count, dtype=np.uint32)
-        values, found = np.frombuffer(data, dtype=np.uint8), 0
-        for first in range(0, len(data), _PIECE):  # in pieces, so that no temporary array is larger than the file
-            here = np.flatnonzero(values[first : first + _PIECE] == ord("\n"))
-            self._ends[found : found + len(here)] = here + first
-            found += len(here)
-
-    def __len__(self) -> int:
-        return len(self._ends)
-
-    def __getitem__(self, row: int) -> str:
-        start = int(self._ends[row - 1]) + 1 if row else 0
-        return self._data[start : int(self._ends[row])].decode()
-
-    def __iter__(self) -> Iterator[str]:
-        return (self[row] for row in range(len(self)))
-
-    def same_as(self, paths: list[str]) -> bool:
-        """Whether these are the paths, in that order."""
-        return len(paths) == len(self) and "".join(f"{path}\n" for path in paths).encode() == self._data
-
-
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a store.
 
@@ -161,7 +134,7 @@ class Listed(Protocol):
         """Of images.npy."""
 
 
-def read_images(folder: Path, manifest: Listed) -> tuple[Paths, npt.NDArray[np.void]]:
+def read_images(folder: Path, manifest: Listed) -> tuple[Names, npt.NDArray[np.void]]:
     """Paths and sizes of a folder's rows; raises StoreError where they differ from what the manifest says."""
     data = files.read_plain(folder / IMAGES, min(_MAX_LIST, manifest.count * _LONGEST_PATH))
     if files.sha256(data) != manifest.images_sha256:
@@ -179,7 +152,7 @@ def read_images(folder: Path, manifest: Listed) -> tuple[Paths, npt.NDArray[np.v
         decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
         raise StoreError(f"{folder / IMAGES}: not UTF-8 ({error.reason}); the file is damaged") from error
-    paths = Paths(data, lines)
+    paths = Names(data)
     sizes = files.map_npy(folder / SIZES, SIZE_DTYPE, (manifest.count,))
     if files.sha256_file(folder / SIZES) != manifest.sizes_sha256:
         raise StoreError(f"{folder / SIZES}: altered: its sha256 is not the manifest's; restore it from a copy")
@@ -197,8 +170,18 @@ def unsafe(lines: bytes) -> bool:
     )
 
 
+def check_safe(images: ImageSource) -> None:
+    """Raises RequestError if a name cannot be kept in a store, since it could lead out of a folder of images."""
+    if unsafe(images.names.lines):
+        wrong = [name for name in images.names if unsafe(f"{name}\n".encode())]
+        some = ", ".join(repr(name) for name in wrong[:10])
+        raise RequestError(
+            f"{images.spec}: {len(wrong)} names with '\\', or like those of a drive, cannot be stored; rename {some}"
+        )
+
+
 def create(
-    folder: Path, images: ImageSet, *, seed: int, recipe: Recipe, crops: int, skip_unreadable: bool, progress: bool = True,
+    folder: Path, images: ImageSource, *, seed: int, recipe: Recipe, crops: int, skip_unreadable: bool, progress: bool = True,
     advice: str = "remove it or pass --on_unreadable skip",
 ) -> Manifest:  # fmt: skip
     """Lists the images and their sizes into a new store, the manifest last; `advice` ends the error of an unreadable one.
@@ -214,9 +197,7 @@ def create(
     foreign = there - {MANIFEST, IMAGES, SIZES, CROPS, TARGETS}  # the manifest, where another process was faster
     if foreign:
         raise RequestError(f"{folder}: exists and is not a store (it holds {sorted(foreign)[0]!r}); choose another folder")
-    lines = "".join(f"{path}\n" for path in images.paths).encode()
-    if unsafe(lines):
-        raise RequestError(f"{images.root}: a name with '\\', or one like a drive, cannot be stored; rename it")
+    check_safe(images)
     sizes = np.zeros(len(images), dtype=SIZE_DTYPE)
     for row in tqdm(
         range(len(images)), desc="image headers", unit="img", disable=hidden(show=progress and len(images) >= 2000)
@@ -229,21 +210,21 @@ def create(
     for name in (CROPS, TARGETS):
         (folder / name).mkdir(parents=True, exist_ok=True)
     with files.publish(folder / IMAGES) as file:
-        file.write(lines)
+        file.write(images.names.lines)
     manifest = Manifest(
         seed=seed,
         recipe=recipe,
         crops_per_image=crops,
         rows_per_shard=ROWS_PER_SHARD,
         count=len(images),
-        images_sha256=files.sha256(lines),
+        images_sha256=files.sha256(images.names.lines),
         sizes_sha256=files.write_npy(folder / SIZES, sizes),
     )
     manifest.write(folder)
     return manifest
 
 
-def in_hash_order(paths: list[str], purpose: str) -> list[int]:
+def in_hash_order(paths: Sequence[str], purpose: str) -> list[int]:
     """Rows ordered by a hash of their paths: any first part is a sample that no folder dominates."""
 
     def key(row: int) -> bytes:
@@ -252,13 +233,13 @@ def in_hash_order(paths: list[str], purpose: str) -> list[int]:
     return sorted(range(len(paths)), key=key)
 
 
-def limit_images(images: ImageSet, limit: int | None) -> ImageSet:
+def limit_images(images: ImageSource, limit: int | None) -> ImageSource:
     """The first `limit` images in hash order, listed by path again."""
     if limit is None or limit >= len(images):
         return images
     if limit < 1:
         raise RequestError(f"--limit {limit}: at least one image is needed")
-    return images.subset(sorted(in_hash_order(images.paths, "limit")[:limit]))
+    return images.subset(sorted(in_hash_order(images.names, "limit")[:limit]))
 
 
 def crops_file(folder: Path, shard: int) -> Path:

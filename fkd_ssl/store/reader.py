@@ -14,6 +14,7 @@ import numpy.typing as npt
 from fkd_ssl import files
 from fkd_ssl.crops import CROP_DTYPE, Records
 from fkd_ssl.errors import NotFoundError, StoreError
+from fkd_ssl.images import ImageSource
 from fkd_ssl.kinds import Kind
 from fkd_ssl.store import manifest as layout
 from fkd_ssl.store.codecs import Float32Array, UInt8Array, kind_of, load_codec, parameter_shapes
@@ -344,6 +345,22 @@ class Store:
                 return skipped
         whole: list[int] = self.crops_sidecar(shard)["skipped"]  # or what is wrong with it
         return whole
+
+    def find_images(self, images: ImageSource, rows: npt.NDArray[np.int64] | None = None) -> npt.NDArray[np.int64]:
+        """The index of each row's image in an image set, of all rows by default: int64 [len(rows)].
+
+        Raises:
+            StoreError: An image is missing; the message names one.
+        """
+        found = images.names.positions(self.paths)
+        found = found if rows is None else found[rows]
+        if missing := np.flatnonzero(found < 0).tolist():
+            first = missing[0] if rows is None else int(rows[missing[0]])
+            raise StoreError(
+                f"{images.spec}: lacks {len(missing)} of the {len(found)} images of {self.folder}, for instance "
+                f"{self.paths[first]!r}: give the images that the store was made from"
+            )
+        return found
 
     def image_checksums(self, shard: int) -> UInt8Array:
         """sha256 of a shard's images as uint8 [rows, 32], zeros for those skipped as unreadable."""

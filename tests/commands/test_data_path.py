@@ -31,7 +31,7 @@ class TestCache:
         assert first.status == 0
         assert "small: 18 images" in first.out
         assert "18 images, about" in first.err
-        assert scan("small").paths == scan("train").paths
+        assert scan("small").names == scan("train").names
         with Image.open("small/ash/0.png") as picture:
             assert picture.size == (22, 20)
         again = call("cache --images train --out small --short_side 20")

@@ -9,9 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fkd_ssl import named_sets
-from fkd_ssl.commands import sources
-from fkd_ssl.images import scan
+from fkd_ssl.images import SOURCES, scan
+from fkd_ssl.images.named import Arrays
 
 TEACHER = "--model own_teacher:make --workers 0"
 
@@ -80,12 +79,12 @@ def test_the_images_nearest_to_one_need_no_classes(work: Path, call: Any) -> Non
 def test_the_images_nearest_to_one_of_a_set_in_memory(work: Path, call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A named set has no files: its images are drawn from memory, and the list has their names in the set."""
     folder = scan("train")
-    pixels = np.stack([folder.read(row)[:40, :40] for row in range(len(folder))])
-    made = named_sets.from_arrays(pixels, folder.labels, folder.classes, ".")
-    monkeypatch.setattr(sources, "images_of", lambda spec: made)
-    near = json.loads(call(f"retrieve {TEACHER} --gallery cifar10:test:. --query val/cedar/0.png --json").out)["nearest"]
+    pixels = np.stack([folder.pixels(row)[:40, :40] for row in range(len(folder))])
+    made = Arrays("memory:", pixels, folder.labels, folder.classes)
+    monkeypatch.setitem(SOURCES, "memory", lambda spec: made)
+    near = json.loads(call(f"retrieve {TEACHER} --gallery memory: --query val/cedar/0.png --json").out)["nearest"]
     assert near[0]["class"] == "cedar"
-    assert all(item["image"] in made.paths for item in near)
+    assert all(item["image"] in made.names for item in near)
     assert (work / "nearest.png").is_file()
 
 

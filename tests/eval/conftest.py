@@ -13,12 +13,12 @@ from fkd_ssl import images
 
 COLOURS = {"blue": (40, 60, 200), "green": (50, 190, 60), "red": (200, 50, 40), "sand": (200, 190, 120)}
 
-MakeSet = Callable[..., images.ImageSet]
+MakeSet = Callable[..., images.Folder]
 
 
 @pytest.fixture
 def make_set(tmp_path: Path) -> MakeSet:
-    def make(name: str, per_class: int = 6, classes: tuple[str, ...] = tuple(COLOURS), seed: int = 0) -> images.ImageSet:
+    def make(name: str, per_class: int = 6, classes: tuple[str, ...] = tuple(COLOURS), seed: int = 0) -> images.Folder:
         generator = np.random.default_rng(seed)
         for label in classes:
             folder = tmp_path / name / label

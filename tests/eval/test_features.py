@@ -1,4 +1,3 @@
-import dataclasses
 from pathlib import Path
 
 import cv2
@@ -220,6 +219,6 @@ def test_pictures_outside_any_class_are_refused(make_set) -> None:
 
 def test_labels_outside_classes_are_kept_for_retrieval(make_set) -> None:
     found = make_set("train", per_class=1)
-    loose = dataclasses.replace(found, labels=np.full(len(found), -1, dtype=np.int64))
-    _, labels = features.extract(flat, loose, pixels=8, workers=0, progress=False)
+    found.labels[:] = -1
+    _, labels = features.extract(flat, found, pixels=8, workers=0, progress=False)
     assert (labels == -1).all()

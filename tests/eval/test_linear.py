@@ -73,7 +73,7 @@ def test_it_is_sgd_on_the_recipes_crops_written_out_by_hand(make_set, backbone) 
             views = []
             for row in rows.tolist():
                 picture = images.read_image(train.file(row))
-                key = crops.image_key(4, train.paths[row])
+                key = crops.image_key(4, train.names[row])
                 record = crops.draw(crops.RECIPES["fkd"], key, *picture.shape[:2], epoch, 1)
                 views.append(torch.from_numpy(crops.replay(picture, record, 16)[0]))
             with torch.no_grad():

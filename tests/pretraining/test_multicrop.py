@@ -20,13 +20,13 @@ def gradient(height: int = 100, width: int = 120) -> npt.NDArray[np.uint8]:
 
 
 @pytest.fixture
-def found(tmp_path: Path) -> images.ImageSet:
+def found(tmp_path: Path) -> images.Folder:
     for k in range(3):
         Image.fromarray(gradient()).save(tmp_path / f"{k}.png")
     return images.scan(tmp_path)
 
 
-def test_shapes_and_sides(found: images.ImageSet) -> None:
+def test_shapes_and_sides(found: images.Folder) -> None:
     data = MultiCrops(found, pixels=32, small_crops=6)
     batch = data.__getitems__([(0, 2), (0, 0)])
     assert len(data) == 3
@@ -37,7 +37,7 @@ def test_shapes_and_sides(found: images.ImageSet) -> None:
     assert [small_side(pixels) for pixels in (224, 64, 1)] == [96, 27, 1]
 
 
-def test_a_crop_depends_on_pass_image_and_seed_alone(found: images.ImageSet) -> None:
+def test_a_crop_depends_on_pass_image_and_seed_alone(found: images.Folder) -> None:
     data = MultiCrops(found, pixels=16, small_crops=2)
     together, alone = data.__getitems__([(1, 0), (1, 2)]), data.__getitems__([(1, 2)])
     assert torch.equal(together["images"][2:], alone["images"])
@@ -47,7 +47,7 @@ def test_a_crop_depends_on_pass_image_and_seed_alone(found: images.ImageSet) -> 
     assert not torch.equal(alone["images"][0], alone["images"][1])
 
 
-def test_large_and_small_crops_cover_what_swavs_cover(found: images.ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_and_small_crops_cover_what_swavs_cover(found: images.Folder, monkeypatch: pytest.MonkeyPatch) -> None:
     """Scales 0.14 to 1 and 0.05 to 0.14 of the area (arXiv 2006.09882, appendix A.3)."""
     areas: dict[str, list[float]] = {"swav": [], "swav_small": []}
     draw = multicrop.draw
@@ -70,7 +70,7 @@ def test_large_and_small_crops_cover_what_swavs_cover(found: images.ImageSet, mo
     assert {**SMALL.__dict__, "name": "", "scale": ()} == {**LARGE.__dict__, "name": "", "scale": ()}
 
 
-def test_an_unreadable_image_is_named(found: images.ImageSet) -> None:
+def test_an_unreadable_image_is_named(found: images.Folder) -> None:
     found.file(1).write_bytes(b"no picture")
     with pytest.raises(ImageError, match=r"1\.png: not a readable image"):
         MultiCrops(found, pixels=8, small_crops=0).__getitems__([(0, 1)])

@@ -10,24 +10,24 @@ import torch
 from fkd_ssl.crops import RECIPES, draw, image_key
 from fkd_ssl.data import Batch, FreshCrops, Loader, RelabelledCrops, replay_on_device, whole_batch
 from fkd_ssl.errors import ImageError, StoreError
-from fkd_ssl.images import ImageSet, scan
+from fkd_ssl.images import Folder, scan
 from fkd_ssl.relabel import LabelMaps
 
 PAIRS = [(0, 3), (0, 20), (2, 3), (1, 8)]
 
 
 @pytest.fixture
-def images(image_folder: Path) -> ImageSet:
+def images(image_folder: Path) -> Folder:
     return scan(image_folder)
 
 
 @pytest.fixture
-def own_images(image_folder: Path, tmp_path: Path) -> ImageSet:
+def own_images(image_folder: Path, tmp_path: Path) -> Folder:
     """A copy of the images that a test may spoil."""
     return scan(shutil.copytree(image_folder, tmp_path / "own"))
 
 
-def crops(images: ImageSet, maps: LabelMaps, **options: Any) -> RelabelledCrops:
+def crops(images: Folder, maps: LabelMaps, **options: Any) -> RelabelledCrops:
     return RelabelledCrops(images, maps, RECIPES["fkd"], **{"crops_per_image": 3, "pixels": 24, **options})
 
 
@@ -35,7 +35,7 @@ def read(data: RelabelledCrops, batches: list[list[tuple[int, int]]], workers: i
     return list(Loader(data, batches, workers=workers, collate=whole_batch))
 
 
-def test_they_are_fresh_crops_with_targets(images: ImageSet, maps: LabelMaps) -> None:
+def test_they_are_fresh_crops_with_targets(images: Folder, maps: LabelMaps) -> None:
     data = crops(images, maps, seed=5, teacher_pixels=32)
     plain = FreshCrops(images, RECIPES["fkd"], crops_per_image=3, pixels=24, seed=5, teacher_pixels=32)
     batch, expected = data.__getitems__([*PAIRS]).batch, plain.__getitems__([*PAIRS]).batch
@@ -46,47 +46,47 @@ def test_they_are_fresh_crops_with_targets(images: ImageSet, maps: LabelMaps) ->
     assert torch.equal(data[2, 3]["targets"], batch["targets"][6:9])
 
 
-def test_targets_are_those_of_the_very_boxes(images: ImageSet, maps: LabelMaps) -> None:
+def test_targets_are_those_of_the_very_boxes(images: Folder, maps: LabelMaps) -> None:
     data = crops(images, maps)
     batch = data.__getitems__([*PAIRS]).batch
     for k, (pass_, i) in enumerate(PAIRS):
-        height, width = images.read(i).shape[:2]
-        records = draw(RECIPES["fkd"], image_key(data._draw_seed, images.paths[i]), height, width, pass_ * 3, 3)
+        height, width = images.pixels(i).shape[:2]
+        records = draw(RECIPES["fkd"], image_key(data._draw_seed, images.names[i]), height, width, pass_ * 3, 3)
         assert torch.equal(batch["targets"][3 * k : 3 * k + 3], maps.targets(i, records))
     assert batch["targets"].std(dim=0).max() > 0.01
 
 
-def test_rows_are_found_by_path(images: ImageSet, maps: LabelMaps) -> None:
+def test_rows_are_found_by_path(images: Folder, maps: LabelMaps) -> None:
     some = crops(images.subset([20, 3]), maps)
     assert torch.equal(some[1]["targets"], crops(images, maps)[3]["targets"])
     assert torch.equal(some[0]["targets"], crops(images, maps)[20]["targets"])
 
 
-def test_an_image_without_a_map(own_images: ImageSet, maps: LabelMaps) -> None:
+def test_an_image_without_a_map(own_images: Folder, maps: LabelMaps) -> None:
     shutil.copy(own_images.file(0), own_images.root / "cedar/900.jpg")
     with pytest.raises(StoreError, match=r"no label maps of 1 of the 25 images .*'cedar/900.jpg'"):
         crops(scan(own_images.root), maps)
 
 
-def test_an_image_that_changed_is_refused(own_images: ImageSet, maps: LabelMaps) -> None:
+def test_an_image_that_changed_is_refused(own_images: Folder, maps: LabelMaps) -> None:
     shutil.copy(own_images.file(0), own_images.file(20))
     data = crops(own_images, maps)
     with pytest.raises(ImageError, match=r"cedar/004.jpg: changed since its label map was made: .* bytes now"):
         data[20]
 
 
-def test_where_an_image_is_skipped_its_stand_in_brings_its_own_targets(own_images: ImageSet, maps: LabelMaps) -> None:
+def test_where_an_image_is_skipped_its_stand_in_brings_its_own_targets(own_images: Folder, maps: LabelMaps) -> None:
     own_images.file(20).write_bytes(b"no picture")
     data = crops(own_images, maps, skip_unreadable=True)
     batch = data.__getitems__([(0, 3), (0, 20), (0, 8)]).batch
-    assert batch["paths"] == [own_images.paths[i] for i in (3, 3, 8)]
+    assert batch["paths"] == [own_images.names[i] for i in (3, 3, 8)]
     assert len(batch["unreadable"]) == 1
     assert torch.equal(batch["targets"][:3], batch["targets"][3:6])
     assert torch.equal(batch["images"][:3], batch["images"][3:6])
     assert torch.equal(batch["targets"][6:], data[8]["targets"])
 
 
-def test_decoded_images_bring_the_same_targets(images: ImageSet, maps: LabelMaps) -> None:
+def test_decoded_images_bring_the_same_targets(images: Folder, maps: LabelMaps) -> None:
     expected = crops(images, maps).__getitems__([*PAIRS]).batch
     batch = replay_on_device(crops(images, maps, decode_only=True).__getitems__([*PAIRS]).batch)
     assert torch.equal(batch["targets"], expected["targets"])
@@ -94,7 +94,7 @@ def test_decoded_images_bring_the_same_targets(images: ImageSet, maps: LabelMaps
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_workers_read_the_same(images: ImageSet, maps: LabelMaps, workers: int) -> None:
+def test_workers_read_the_same(images: Folder, maps: LabelMaps, workers: int) -> None:
     data = crops(images, maps)
     batches = [PAIRS[:2], PAIRS[2:]]
     for found, pairs in zip(read(data, batches, workers), batches, strict=True):

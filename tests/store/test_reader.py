@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 import fkd_ssl
 from fkd_ssl import files
 from fkd_ssl.errors import StoreError
+from fkd_ssl.images import Names
 from fkd_ssl.store import Store, manifest, open_store, reader
 
 
@@ -464,7 +465,7 @@ def test_paths_of_a_long_list_are_found(folder):
     """Longer than the pieces in which line ends are looked for."""
     names = [f"{'x' * (k % 90)}{k}" for k in range(150_000)]
     text = "".join(f"{name}\n" for name in names).encode()
-    assert len(text) > manifest._PIECE
-    paths = manifest.Paths(text, len(names))
-    assert list(paths) == names
-    assert paths.same_as(names)
+    assert len(text) > 2**18
+    assert list(Names(text)) == names
+    assert Names(text) == Names(names)
+    np.testing.assert_array_equal(Names(text).positions([names[7], "gone", names[-1]]), [7, -1, len(names) - 1])

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from fkd_ssl import files
 from fkd_ssl.crops import IMPORTED, Records, probe_digest
 from fkd_ssl.errors import ImageError, RequestError, StoreError
-from fkd_ssl.images import ImageSet, read_bytes
+from fkd_ssl.images import ImageSource
 from fkd_ssl.store import manifest as layout
 from fkd_ssl.store.exchange import fkd_files
 from fkd_ssl.store.label_codecs import LabelCodec, UInt8Array
@@ -26,7 +26,7 @@ _LISTED = 10
 
 
 def import_fkd(
-    labels: str | Path, images: ImageSet, out: str | Path, *, classes: int, codec: str | None = None, name: str = "fkd",
+    labels: str | Path, images: ImageSource, out: str | Path, *, classes: int, codec: str | None = None, name: str = "fkd",
     pixels: int = 224, threads: int = 2, log: Callable[[str], None] = lambda message: None,
 ) -> Store:  # fmt: skip
     """A store of published label files: their boxes and flips as crops, their labels as a column.
@@ -52,9 +52,9 @@ def import_fkd(
     out = Path(out).resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RequestError(f"{out}: exists; choose another --store")
-    fkd_files.check_names(images.paths)
-    folder = fkd_files.find(Path(labels), images.paths)
-    paths = [folder / fkd_files.stem(path) for path in images.paths]
+    fkd_files.check_names(images.names)
+    folder = fkd_files.find(Path(labels), images.names)
+    paths = [folder / fkd_files.stem(path) for path in images.names]
     first = _first(paths)
     kept = LabelCodec(codec or first.codec(), classes)
     log(f"{len(images):,} images x {len(first)} crops, {kept.spec} of {classes} classes: {kept.code_size} + 20 bytes a crop")
@@ -70,7 +70,7 @@ def import_fkd(
         store, meta = Store(new), _meta(kept, Path(labels).name, pixels)
         if not store.teachers:
             publish_column(new / layout.TARGETS / name, meta, {})
-        same = store.paths.same_as(images.paths) and (store.crops_per_image, store.teachers) == (len(first), [name])
+        same = store.paths == images.names and (store.crops_per_image, store.teachers) == (len(first), [name])
         if not same or asdict(store.column(name).meta) != {**meta, "arrays": {}}:
             raise RequestError(_other(new))
         digest = store.column(name).digest
@@ -158,7 +158,7 @@ def _is_of(column: Column, row: int, found: tuple[str, Records, UInt8Array] | st
 
 
 def _row(
-    store: Store, images: ImageSet, paths: list[Path], codec: LabelCodec, crops: int, row: int
+    store: Store, images: ImageSource, paths: list[Path], codec: LabelCodec, crops: int, row: int
 ) -> tuple[str, Records, UInt8Array] | str:
     """An image's checksum, records and codes; or what is wrong with its label file."""
     size = store.sizes[row]
@@ -167,7 +167,7 @@ def _row(
         if len(labels) != crops:
             return f"{paths[row]}: {len(labels)} crops, the first file has {crops}"
         records = labels.records(int(size["height"]), int(size["width"]))
-        return files.sha256(read_bytes(images.file(row))), records, labels.codes(codec)
+        return files.sha256(images.read(row)), records, labels.codes(codec)
     except (StoreError, ImageError) as error:
         return str(error) if str(paths[row]) in str(error) else f"{paths[row]}: {error}"
 

@@ -12,31 +12,29 @@ import numpy as np
 from fkd_ssl import files
 from fkd_ssl.crops import IMPORTED
 from fkd_ssl.errors import ImageError, RequestError, StoreAccessError, StoreError
-from fkd_ssl.images import ImageSet
+from fkd_ssl.images import ImageSource
 from fkd_ssl.store import manifest as layout
 from fkd_ssl.store.codecs import Float32Array
 from fkd_ssl.store.maintain.verify import Damage
 from fkd_ssl.store.reader import Store, read_meta
 from fkd_ssl.store.write.columns import Request, train_columns
 from fkd_ssl.store.write.precompute import precompute
-from fkd_ssl.store.write.rows import RowReader, Teacher, image_checksums, publish_crops
+from fkd_ssl.store.write.rows import RowReader, Teacher, image_checksums, publish_crops, records_of
 
 Log = Callable[[str], None]
 
 
-def repair_lists(folder: Path, images: ImageSet, log: Log) -> None:
+def repair_lists(folder: Path, images: ImageSource, log: Log) -> None:
     """Makes images.txt and images.npy again where they are not what the manifest says and the folder of images still is.
 
     Raises:
         StoreError: The manifest is damaged, or the images are others: only a copy can help.
     """
     manifest = layout.read_manifest(folder)
-    listing = "".join(f"{path}\n" for path in images.paths)
-    if files.sha256(listing.encode()) != manifest.images_sha256:
+    if files.sha256(images.names.lines) != manifest.images_sha256:
         images = layout.limit_images(images, manifest.count)
-        listing = "".join(f"{path}\n" for path in images.paths)
     if _digest(folder / layout.IMAGES) != manifest.images_sha256:
-        _replace(folder / layout.IMAGES, listing.encode(), manifest.images_sha256, log)
+        _replace(folder / layout.IMAGES, images.names.lines, manifest.images_sha256, log)
     if _digest(folder / layout.SIZES) != manifest.sizes_sha256:
         sizes = np.zeros(len(images), dtype=layout.SIZE_DTYPE)
         for row in range(len(images)):
@@ -49,7 +47,7 @@ def repair_lists(folder: Path, images: ImageSet, log: Log) -> None:
 def repair(
     store: Store,
     damage: list[Damage],
-    images: ImageSet | None = None,
+    images: ImageSource | None = None,
     teacher: Teacher | None = None,
     *,
     name: str | None = None,
@@ -71,7 +69,7 @@ def repair(
         threads: That read images.
         log: Takes a line for each thing done or not done.
     """
-    own = None if images is None else _own_images(store, images)
+    own = None if images is None else images.subset(store.find_images(images))
     crops = [d.shard for d in damage if d.kind == "crops" and d.shard is not None]
     if crops and store.manifest.recipe == IMPORTED:  # their files are all that tells of them
         log(f"crops of {len(crops)} shards: were imported and cannot be drawn again: restore them from a copy, or import again")
@@ -103,15 +101,6 @@ def repair(
     _recompute(store, [d.shard for d in damage if d.kind == "codes" and d.column == target], own, teacher, target, threads, log)
 
 
-def _own_images(store: Store, images: ImageSet) -> ImageSet:
-    """The pictures of the store alone, in its order."""
-    where = {path: k for k, path in enumerate(images.paths)}
-    absent = [path for path in store.paths if path not in where]
-    if absent:
-        raise StoreError(f"{images.root}: lacks {len(absent)} images of {store.folder}, for instance {absent[0]!r}")
-    return images.subset([where[path] for path in store.paths])
-
-
 def _redraw(store: Store, shard: int, log: Log) -> bool:
     """Draws a shard's records again if its sidecar still tells what they must be; no image is needed."""
     path = layout.crops_file(store.folder, shard)
@@ -119,9 +108,7 @@ def _redraw(store: Store, shard: int, log: Log) -> bool:
         expected = store.crops_sidecar(shard).get("file")
     except StoreError:
         return False
-    nothing = ImageSet(root=Path(), paths=[], labels=np.zeros(0, dtype=np.int64), classes=[], on_disk=[])
-    reader = RowReader(store, nothing, skip_unreadable=False, ahead=1)
-    records = np.stack([reader.records(row, store.crops_per_image) for row in store.manifest.shard_rows(shard)])
+    records = np.stack([records_of(store, row, store.crops_per_image) for row in store.manifest.shard_rows(shard)])
     data = files.npy_header(records.dtype, records.shape) + records.tobytes()
     if files.sha256(data) != expected:
         return False
@@ -163,7 +150,7 @@ def _retrain(store: Store, name: str, teacher: Teacher, reader: RowReader, pool:
 
 
 def _recompute(
-    store: Store, shards: list[int | None], images: ImageSet, teacher: Teacher, name: str, threads: int, log: Log
+    store: Store, shards: list[int | None], images: ImageSource, teacher: Teacher, name: str, threads: int, log: Log
 ) -> None:
     """Runs the teacher again for damaged or missing shards of its column."""
     if not shards:

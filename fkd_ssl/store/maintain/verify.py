@@ -14,7 +14,7 @@ from tqdm import tqdm
 from fkd_ssl import files
 from fkd_ssl.crops import CROP_DTYPE, Records, probe_digest, replay, well_formed
 from fkd_ssl.errors import FkdError, ImageAccessError, RequestError, StoreAccessError, StoreError
-from fkd_ssl.images import ImageSet, decode, read_bytes
+from fkd_ssl.images import ImageSource
 from fkd_ssl.store import manifest as layout
 from fkd_ssl.store.reader import COSINES, Column, Store, cosine_to_teacher
 from fkd_ssl.store.write.rows import Teacher
@@ -70,7 +70,7 @@ class Report:
 
 def verify(
     store: Store,
-    images: ImageSet | None = None,
+    images: ImageSource | None = None,
     teacher: Teacher | None = None,
     *,
     name: str | None = None,
@@ -239,28 +239,22 @@ def _check_codes(column: Column, shard: int, report: Report) -> None:
         report.add(_again(f"{path}: altered: its sha256 is not its sidecar's", path, shard), damage)
 
 
-def _positions(store: Store, images: ImageSet) -> dict[str, int]:
-    where = {path: k for k, path in enumerate(images.paths)}
-    absent = [path for path in store.paths if path not in where]
-    if absent:
-        raise StoreError(f"{images.root}: lacks {len(absent)} images of {store.folder}, for instance {absent[0]!r}")
-    return where
-
-
-def _check_images(store: Store, images: ImageSet, shards: Sequence[int], pool: ThreadPoolExecutor, report: Report) -> set[int]:
+def _check_images(
+    store: Store, images: ImageSource, shards: Sequence[int], pool: ThreadPoolExecutor, report: Report
+) -> set[int]:
     """Compares every image of these shards with what the teacher saw; returns the rows of those that are others now."""
-    where = _positions(store, images)
+    where = store.find_images(images)
     bad: set[int] = set()
 
     def check(row: int, checksum: str) -> str | None:
         """What is wrong with an image."""
-        file = images.file(where[store.paths[row]])
+        index = int(where[row])
         try:
-            found = files.sha256(read_bytes(file)) if checksum else ""
+            found = files.sha256(images.read(index)) if checksum else ""
         except ImageAccessError as error:
             return f"row {row}: {error}"
         return None if found == checksum else (
-            f"row {row}: {file}: changed since its crops were made; restore it or make another store"
+            f"row {row}: {images.where(index)}: changed since its crops were made; restore it or make another store"
         )  # fmt: skip
 
     with tqdm(total=store.manifest.count, desc="verify images", unit="img") as bar:
@@ -276,19 +270,18 @@ def _check_images(store: Store, images: ImageSet, shards: Sequence[int], pool: T
 
 
 def _check_targets(
-    column: Column, images: ImageSet, teacher: Teacher, sample: int, shards: set[int], changed: set[int], report: Report
+    column: Column, images: ImageSource, teacher: Teacher, sample: int, shards: set[int], changed: set[int], report: Report
 ) -> None:
     """Compares a sample of the targets in these shards with what the teacher says now."""
     store = column.store
-    where = _positions(store, images)
+    where = store.find_images(images)
     left_out = changed.union(*(store.skipped(shard) for shard in shards))
     rows = [row for shard in sorted(shards) for row in store.manifest.shard_rows(shard) if row not in left_out]
     order = [rows[k] for k in layout.in_hash_order([store.paths[row] for row in rows], "verify")[:sample]]
     cosines = []
     for k, row in enumerate(tqdm(order, desc="verify targets", unit="crop")):
-        file = images.file(where[store.paths[row]])
+        file, pixels = images.where(int(where[row])), images.pixels(int(where[row]))
         index = np.array([k % store.crops_per_image])
-        pixels = decode(read_bytes(file), file)
         crop = replay(pixels, np.asarray(store.crops(row, index)), column.meta.pixels)
         try:
             now = teacher.embed(torch.from_numpy(crop)).float().cpu().numpy()[0].astype(np.float64)

@@ -226,7 +226,7 @@ def train_columns(
             sweep(reader, order, per_image, lanes, pool)
             for request, mine in zip(requests, parts, strict=True):
                 if not mine:
-                    raise ImageError(f"{reader.images.root}: none of the images in the codec's sample can be read")
+                    raise ImageError(f"{reader.images.spec}: none of the images in the codec's sample can be read")
                 publish(request, *train(request, np.concatenate(mine)[:size]))
 
 

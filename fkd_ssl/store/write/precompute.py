@@ -21,7 +21,7 @@ from tqdm import tqdm
 from fkd_ssl import files
 from fkd_ssl.crops import CROP_DTYPE, IMPORTED, Recipe
 from fkd_ssl.errors import FkdError, RequestError
-from fkd_ssl.images import ImageSet
+from fkd_ssl.images import ImageSource
 from fkd_ssl.progress import hidden
 from fkd_ssl.store import manifest as layout
 from fkd_ssl.store.codecs import Float32Array, code_size, usual_codec
@@ -66,7 +66,7 @@ class Summary:
 
 
 def precompute(
-    images: ImageSet,
+    images: ImageSource,
     folder: str | Path,
     teacher: Teacher | Sequence[Teacher],
     *,
@@ -158,7 +158,7 @@ def precompute(
 
 
 def prepare(
-    images: ImageSet,
+    images: ImageSource,
     folder: str | Path,
     teacher: Sequence[Teacher],
     *,
@@ -247,7 +247,7 @@ def _in_range(what: str, value: int, most: int) -> None:
 
 
 def _begin(
-    images: ImageSet, folder: Path, requests: Sequence[Request], *, crops: int, recipe: Recipe, seed: int,
+    images: ImageSource, folder: Path, requests: Sequence[Request], *, crops: int, recipe: Recipe, seed: int,
     skip_unreadable: bool, threads: int, progress: bool, log: Callable[[str], None],
 ) -> Store:  # fmt: skip
     """The store, made if it is not there, after it was said how large it will be."""
@@ -271,7 +271,7 @@ def _begin(
 
 
 def _open_or_create(
-    folder: Path, images: ImageSet, *, seed: int, recipe: Recipe, crops: int, skip_unreadable: bool, progress: bool
+    folder: Path, images: ImageSource, *, seed: int, recipe: Recipe, crops: int, skip_unreadable: bool, progress: bool
 ) -> Store:
     if not (folder / layout.MANIFEST).exists():
         if recipe == IMPORTED:
@@ -287,12 +287,12 @@ def _open_or_create(
     ):
         if here != asked:
             raise RequestError(f"{folder}: this store's {what} is {here}, not {asked}; give the same, or choose another folder")
-    if files.sha256("".join(f"{path}\n" for path in images.paths).encode()) != m.images_sha256:
-        stored, given = set(store.paths), set(images.paths)
+    if images.names != store.paths:
+        stored, given = set(store.paths), set(images.names)
         first = sorted(stored ^ given)[0]
-        where = f"{images.root} lacks" if first in stored else "the store lacks"
+        where = f"{images.spec} lacks" if first in stored else "the store lacks"
         raise RequestError(
-            f"{folder}: a store of other images: it lists {m.count}, {images.root} (with --limit, if any) gives "
+            f"{folder}: a store of other images: it lists {m.count}, {images.spec} (with --limit, if any) gives "
             f"{len(images)}; {where} {first!r}. Give the same images, or choose another folder"
         )
     return store

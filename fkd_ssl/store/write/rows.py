@@ -16,7 +16,7 @@ from fkd_ssl.crops import IMPORTED, Records, draw, image_key, replay_into
 from fkd_ssl.crops.device import PendingCrops, concatenate, plan_crops, replay_plan
 from fkd_ssl.crops.records import neutral
 from fkd_ssl.errors import FkdError, ImageError, StoreError
-from fkd_ssl.images import ImageSet, decode, read_bytes
+from fkd_ssl.images import ImageSource, decode
 from fkd_ssl.kinds import Kind
 from fkd_ssl.store import manifest as layout
 from fkd_ssl.store.codecs import Float32Array
@@ -62,25 +62,14 @@ class RowReader:
     With `device` it leaves the replay to that device: rows have `PendingCrops`.
     """
 
-    def __init__(self, store: Store, images: ImageSet, skip_unreadable: bool, *, ahead: int, device: str | None = None) -> None:
+    def __init__(
+        self, store: Store, images: ImageSource, skip_unreadable: bool, *, ahead: int, device: str | None = None
+    ) -> None:
         self.store = store
         self.images = images
         self.skip_unreadable = skip_unreadable
         self.device = device
         self.ahead = ahead  # images held in memory before the teacher has seen them
-
-    def records(self, row: int, count: int) -> Records:
-        """The first crops of a row, drawn anew unless they came from elsewhere.
-
-        Neutral empty ones where even the image's header was unreadable.
-        """
-        m, size = self.store.manifest, self.store.sizes[row]
-        if not size["width"]:
-            return neutral(count)
-        if m.recipe == IMPORTED:
-            return np.asarray(self.store.crops(row, slice(0, count)))
-        key = image_key(m.seed, self.store.paths[row])
-        return draw(m.recipe, key, int(size["height"]), int(size["width"]), 0, count)
 
     def __call__(self, row: int, count: int, wanted: Mapping[int, int], expected: str | None = None) -> Row:
         """The crops of a row.
@@ -97,8 +86,8 @@ class RowReader:
             return Row(views=views, checksum="")
         if expected is None and self.skip_unreadable and not size["width"]:  # its header was unreadable
             return Row(views=views, checksum="")
-        path = self.images.file(row)
-        data = read_bytes(path)
+        path = self.images.where(row)
+        data = self.images.read(row)
         checksum = files.sha256(data)
         if expected is not None and checksum != expected:
             raise FkdError(f"{path}: changed since the store's crops were made; restore it or make another store")
@@ -119,7 +108,7 @@ class RowReader:
             raise ImageError(f"{error}{advice}") from error
         if pixels.shape[:2] != (size["height"], size["width"]):
             raise ImageError(changed)
-        records = self.records(row, count)
+        records = records_of(self.store, row, count)
         for side, first in wanted.items():
             view = views[side]
             if isinstance(view, PendingCrops):
@@ -135,6 +124,17 @@ class RowReader:
         records = neutral(count)
         records["height"] = records["width"] = 1
         return PendingCrops(image=np.zeros((1, 1, 3), dtype=np.uint8), records=records)
+
+
+def records_of(store: Store, row: int, count: int) -> Records:
+    """The first crops of a row, drawn anew unless they were imported; neutral ones if the image's header was damaged."""
+    m, size = store.manifest, store.sizes[row]
+    if not size["width"]:
+        return neutral(count)
+    if m.recipe == IMPORTED:
+        return np.asarray(store.crops(row, slice(0, count)))
+    key = image_key(m.seed, store.paths[row])
+    return draw(m.recipe, key, int(size["height"]), int(size["width"]), 0, count)
 
 
 def in_order(pool: ThreadPoolExecutor, calls: Iterator[Callable[[], Row]], ahead: int) -> Iterator[Row]:
@@ -166,7 +166,7 @@ def image_checksums(reader: RowReader, rows: Sequence[int], pool: ThreadPoolExec
 def publish_crops(reader: RowReader, shard: int, checksums: Sequence[str]) -> None:
     """Publishes the crop records of a shard, with the `checksums` of its images; raises StoreError where others are there."""
     store = reader.store
-    records = np.stack([reader.records(row, store.crops_per_image) for row in store.manifest.shard_rows(shard)])
+    records = np.stack([records_of(store, row, store.crops_per_image) for row in store.manifest.shard_rows(shard)])
     try:
         layout.publish_crops(store.folder, store.manifest, shard, records, checksums)
     except StoreError as error:

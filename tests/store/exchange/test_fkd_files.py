@@ -37,7 +37,7 @@ def published(folder: Path, images: Path, *, kind: str = "marginal_smoothing_k5"
     """Writes files as the authors' script does, with their fractions; returns boxes in pixels, flips and labels by image."""
     torch.manual_seed(0)
     made = {}
-    for path in scan(images).paths:
+    for path in scan(images).names:
         with Image.open(images / path) as picture:
             width, height = picture.size
             boxes = [RandomResizedCrop.get_params(picture, [0.08, 0.936], [3 / 4, 4 / 3]) for _ in range(C)]
@@ -299,7 +299,7 @@ def test_none_can_be_read(images: Path, tmp_path: Path) -> None:
 def test_two_images_with_one_file_of_labels(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     published(tmp_path / "labels", images)
     pictures = Path(shutil.copytree(images, tmp_path / "pictures"))
-    first = scan(pictures).paths[0]
+    first = scan(pictures).names[0]
     twin = f"{first.partition('.')[0]}.left.jpg"
     shutil.copy(pictures / first, pictures / twin)
     said = f"the label file of both is '{fkd_files.stem(first)}'; rename one of them"

@@ -215,7 +215,7 @@ def test_a_list_of_other_images_is_not_put_there(folder, tree, pictures):
 
 def test_images_that_are_missing_are_named(folder, pictures):
     (pictures / "ash" / "000.jpg").unlink()
-    with pytest.raises(StoreError, match=r"lacks 1 images of .*, for instance 'ash/000\.jpg'"):
+    with pytest.raises(StoreError, match=r"lacks 1 of the 24 images of .*, for instance 'ash/000\.jpg'"):
         mend(folder, images.scan(pictures))
 
 

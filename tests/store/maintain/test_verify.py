@@ -108,7 +108,7 @@ def test_a_changed_and_a_missing_image_are_found(folder, pictures):
     assert "row 2" in found[0]
     assert "ash/002.jpg: changed since its crops were made; restore it or make another store" in found[0]
     (pictures / "ash" / "003.jpg").unlink()
-    with pytest.raises(StoreError, match=r"lacks 1 images of .*, for instance 'ash/003\.jpg'"):
+    with pytest.raises(StoreError, match=r"lacks 1 of the 24 images of .*, for instance 'ash/003\.jpg'"):
         verify(open_store(folder), images.scan(pictures))
 
 

@@ -231,7 +231,7 @@ def test_unreadable_images(tmp_path, begin, train, pictures):
 def test_an_image_that_cannot_be_decoded_is_found_before_the_training(begin, pictures, monkeypatch):
     """A store that counted it as readable could not be gone on with when the training comes to it."""
     monkeypatch.setattr(columns, "sample_size", lambda codec: 8)
-    paths = images.scan(pictures).paths
+    paths = images.scan(pictures).names
     last = paths[manifest.in_hash_order(paths, "codec 0")[-1]]  # no part of the codec's sample
     (pictures / last).write_bytes((pictures / last).read_bytes()[:-400])
     with pytest.raises(ImageError, match=f"{last}.*remove it or pass --on_unreadable skip"):

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fkd_ssl import named_sets
 from fkd_ssl.errors import RequestError
 from fkd_ssl.eval.features import extract
+from fkd_ssl.images import open_images
 
 
 def picture(path, colour=(1, 2, 3)) -> None:
@@ -17,9 +17,9 @@ def picture(path, colour=(1, 2, 3)) -> None:
 def test_folders_are_found_where_torchvision_puts_them(tmp_path) -> None:
     picture(tmp_path / "imagenette2-160/val/n01440764/a.png")
     picture(tmp_path / "train/n01440764/b.png")
-    assert named_sets.load(f"imagenette:val:{tmp_path}").paths == ["n01440764/a.png"]
-    assert named_sets.load(f"imagenette:train:{tmp_path}").paths == ["n01440764/b.png"]
-    assert named_sets.load(f"imagenet:train:{tmp_path}").root == tmp_path / "train"
+    assert open_images(f"imagenette:val:{tmp_path}").names == ["n01440764/a.png"]
+    assert open_images(f"imagenette:train:{tmp_path}").names == ["n01440764/b.png"]
+    assert open_images(f"imagenet:train:{tmp_path}").root == tmp_path / "train"
 
 
 def test_arrays_are_sets_like_any_other(monkeypatch) -> None:
@@ -32,12 +32,12 @@ def test_arrays_are_sets_like_any_other(monkeypatch) -> None:
         return SimpleNamespace(data=pixels, targets=[1, 0, 1, 1, 0, 2], classes=["ship", "cat", "unused"])
 
     monkeypatch.setattr(datasets, "CIFAR10", cifar)
-    made = named_sets.load("cifar10:test:/data:1")
+    made = open_images("cifar10:test:/data:1")
     assert made.classes == ["cat", "ship", "unused"]
-    assert made.paths[:3] == ["cat/000000", "cat/000002", "cat/000003"]
+    assert made.names[:3] == ["cat/000000.ppm", "cat/000002.ppm", "cat/000003.ppm"]
     assert made.labels.tolist() == [0, 0, 0, 1, 1, 2]
-    np.testing.assert_array_equal(made.read(3), pixels[1])
-    np.testing.assert_array_equal(made.subset([3, 0]).read(1), pixels[0])
+    np.testing.assert_array_equal(made.pixels(3), pixels[1])
+    np.testing.assert_array_equal(made.subset([3, 0]).pixels(1), pixels[0])
     features, labels = extract(lambda x: x.float().mean(dim=(2, 3)), made, pixels=28, workers=0, progress=False)
     assert features.shape == (6, 3)
     assert labels.tolist() == made.labels.tolist()
@@ -47,16 +47,16 @@ def test_arrays_are_sets_like_any_other(monkeypatch) -> None:
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("cifar11:test:ROOT", "no image set 'cifar11' .*did you mean cifar10"),
-        ("cifar10:val:ROOT", "cifar10 has the splits train and test, got 'val'"),
-        ("imagenette:val:ROOT", "imagenette does not lie there .looked for .*imagenette2-320/val.*nothing is downloaded"),
-        ("cifar10:test:ROOT", "cifar10 does not lie there, or is damaged"),
-        ("stl10:test:ROOT", "stl10 does not lie there, or is damaged"),
+        ("cifar11:test:ROOT", "no such folder of images, and no kind of image set 'cifar11' .*did you mean cifar10"),
+        ("cifar10:val:ROOT", "expected cifar10:SPLIT:ROOT, where SPLIT is train or test"),
+        ("imagenette:val:ROOT", "imagenette not found .looked for .*imagenette2-320/val.*nothing is downloaded"),
+        ("cifar10:test:ROOT", "cifar10 is missing or damaged"),
+        ("stl10:test:ROOT", "stl10 is missing or damaged"),
     ],
 )
 def test_what_is_not_there_is_named(tmp_path, spec: str, message: str) -> None:
     with pytest.raises(RequestError, match=message):
-        named_sets.load(spec.replace("ROOT", str(tmp_path)))
+        open_images(spec.replace("ROOT", str(tmp_path)))
 
 
 def test_a_changed_pickle_is_not_opened(tmp_path) -> None:
@@ -64,12 +64,11 @@ def test_a_changed_pickle_is_not_opened(tmp_path) -> None:
     folder.mkdir()
     for name in ["batches.meta", "test_batch", *(f"data_batch_{k}" for k in range(1, 6))]:
         (folder / name).write_bytes(b"cbuiltins\nexit\n(I3\ntR.")  # would end this process
-    with pytest.raises(RequestError, match="does not lie there, or is damaged"):
-        named_sets.load(f"cifar10:test:{tmp_path}")
+    with pytest.raises(RequestError, match="is missing or damaged"):
+        open_images(f"cifar10:test:{tmp_path}")
 
 
 def test_a_folder_of_such_a_name_is_a_folder(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert named_sets.is_named("cifar10:test:x")
-    (tmp_path / "cifar10:test:x").mkdir()
-    assert not named_sets.is_named("cifar10:test:x")
+    picture(tmp_path / "cifar10:test:x" / "ash" / "1.png")
+    assert open_images("cifar10:test:x").names == ["ash/1.png"]

@@ -1,0 +1,18 @@
+"""Opens the images that a command was given."""
+
+from pathlib import Path
+
+from fkd_ssl.commands import console
+from fkd_ssl.images import ImageSource, open_images
+
+_said: set[str] = set()
+
+
+def images_of(spec: str | Path) -> ImageSource:
+    """The images of `open_images`; says once what was left out of them."""
+    images = open_images(spec)
+    for note in images.notes:
+        if note not in _said:
+            _said.add(note)
+            console.say(f"note: {note}")
+    return images

@@ -1,0 +1,64 @@
+"""The names of images, kept as the lines of one text."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import overload
+
+import numpy as np
+import numpy.typing as npt
+
+_PIECE = 2**18
+
+
+class Names(Sequence[str]):
+    """A list of names that holds their bytes and decodes one when it is asked for: millions of names cost little more.
+
+    Processes that are forked share it: reading a name writes nothing, where a list of strings counts references.
+
+    Args:
+        names: Names without newlines, or their lines, each with a newline at its end.
+
+    Attributes:
+        lines: The lines.
+    """
+
+    def __init__(self, names: Iterable[str] | bytes) -> None:
+        self.lines = names if isinstance(names, bytes) else "".join(f"{name}\n" for name in names).encode()
+        self._ends = np.empty(self.lines.count(b"\n"), dtype=np.uint32)
+        values, found = np.frombuffer(self.lines, dtype=np.uint8), 0
+        for first in range(0, len(self.lines), _PIECE):  # in pieces, so that no temporary array is larger than the lines
+            here = np.flatnonzero(values[first : first + _PIECE] == ord("\n"))
+            self._ends[found : found + len(here)] = here + first
+            found += len(here)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self[k] for k in range(*index.indices(len(self)))]
+        k = range(len(self))[index]
+        start = int(self._ends[k - 1]) + 1 if k else 0
+        return self.lines[start : int(self._ends[k])].decode()
+
+    def __iter__(self) -> Iterator[str]:
+        return (self[k] for k in range(len(self)))
+
+    def __eq__(self, other: object) -> bool:
+        if isinstance(other, Names):
+            return self.lines == other.lines
+        return isinstance(other, Sequence) and list(self) == list(other)
+
+    __hash__ = None  # type: ignore[assignment]  # it is compared like a list
+
+    def positions(self, names: Iterable[str]) -> npt.NDArray[np.int64]:
+        """Where each of `names` is in this list, -1 if it is not in it: int64 [len(names)]."""
+        if isinstance(names, Names) and self == names:  # the common case, fast for a million names
+            return np.arange(len(self), dtype=np.int64)
+        where = {name: k for k, name in enumerate(self)}
+        return np.array([where.get(name, -1) for name in names], dtype=np.int64)

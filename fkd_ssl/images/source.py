@@ -1,0 +1,158 @@
+"""What every room of this library asks of a set of images, whatever holds them."""
+
+import hashlib
+import io
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from fkd_ssl.errors import RequestError
+from fkd_ssl.images.decoding import UInt8Array, decode, header_size
+from fkd_ssl.images.names import Names
+from fkd_ssl.progress import hidden
+
+CONTENTS = "contents of "
+"""How the names of those entries of an identity begin that change when a damaged image is replaced."""
+_READERS, _PIECE = 16, 4096  # threads that read for `digest`, and images handed to them at once
+
+
+class ImageSource(ABC):
+    """A set of labelled images, known by their names.
+
+    A store keeps nothing but the names of its images, and their crops are drawn from nothing else: the same images under the
+    same names make the same store, whatever holds them.
+
+    A source of one's own subclasses this and writes `read`; its function in `SOURCES`, or `module:function` in place of a
+    folder, opens it. A source whose headers can be read alone overrides `size`, and one that reads some images together (a tar,
+    a row group) overrides `group`. `read` is called from threads and from forked processes.
+
+    Args:
+        spec: What was asked for, as `open_images` takes it.
+        names: Of the images: "/"-separated, in Unicode's NFC form, each one only once, in the order of the set.
+        labels: Indices into `classes` [N]; -1 for an image without a class.
+        classes: Names of the classes.
+
+    Attributes:
+        spec: As given; messages and results name it.
+        names: As given.
+        labels: int64 [N].
+        classes: As given.
+        notes: Lines that the user should see, such as what was left out.
+    """
+
+    def __init__(self, spec: str, names: Iterable[str] | bytes, labels: npt.ArrayLike, classes: list[str]) -> None:
+        self.spec = spec
+        self.names = names if isinstance(names, Names) else Names(names)
+        self.labels: npt.NDArray[np.int64] = np.asarray(labels, dtype=np.int64)
+        self.classes = classes
+        self.notes: list[str] = []
+        if len(self.labels) != len(self.names):
+            raise RequestError(f"{spec}: {len(self.labels)} labels of {len(self.names)} images")
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @abstractmethod
+    def read(self, index: int) -> bytes:
+        """The encoded image `index`.
+
+        Raises:
+            ImageAccessError: It cannot be opened.
+            ImageError: It is damaged.
+        """
+
+    def size(self, index: int) -> tuple[int, int, int]:
+        """Bytes, width and height of image `index`, from its header; raises as `read`, and ImageError if it is not an image."""
+        data = self.read(index)
+        return len(data), *header_size(io.BytesIO(data), self.where(index))
+
+    def byte_size(self, index: int) -> int:
+        """Bytes of the encoded image `index`; raises as `read`."""
+        return len(self.read(index))
+
+    def group(self, index: int) -> int:
+        """Images of one group are read faster one after another; 0 for all if there are no groups."""
+        return 0
+
+    def where(self, index: int) -> str:
+        """The place of image `index`, for messages."""
+        return f"{self.spec}/{self.names[index]}"
+
+    def pixels(self, index: int) -> UInt8Array:
+        """Pixels uint8 [H, W, 3] RGB of image `index`; raises as `read` and `decode`."""
+        return decode(self.read(index), self.where(index))
+
+    def digest(self) -> str:
+        """Hex sha256 of the names, classes and bytes of all images, which are read once: a copy has the same digest.
+
+        Raises:
+            ImageAccessError: An image cannot be opened.
+        """
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
+        sums = hashlib.sha256()
+        bar = tqdm(total=len(self), desc="checksums", unit="img", disable=hidden(show=len(self) > _PIECE))
+        with ThreadPoolExecutor(_READERS) as pool, bar:
+            for first in range(0, len(self), _PIECE):
+                rows = range(first, min(first + _PIECE, len(self)))
+                for index, content in zip(rows, pool.map(self._sha256, rows), strict=True):
+                    name = self.classes[self.labels[index]] if self.labels[index] >= 0 else ""
+                    sums.update(f"{self.names[index]}\n{name}\n".encode() + content)
+                bar.update(len(rows))
+        return sums.hexdigest()
+
+    def _sha256(self, index: int) -> bytes:
+        return hashlib.sha256(self.read(index)).digest()
+
+    def identity(self, name: str = "images", *, sizes: bool = True) -> dict[str, str]:
+        """What a run keeps of this set to know it again: digests of names and classes, and of byte sizes; nothing is read.
+
+        Where the images are does not count: a copy has the same identity. An image that was replaced by another one of the
+        same number of bytes is not noticed; `digest` would notice it, and reads every image.
+
+        Args:
+            name: What the set is for the run.
+            sizes: Include byte sizes. A store has its own, which each image is compared with when it is read.
+
+        Raises:
+            ImageAccessError: An image is missing.
+        """
+        names, lengths = hashlib.sha256(), hashlib.sha256()
+        for index, (image, label) in enumerate(zip(self.names, self.labels.tolist(), strict=True)):
+            names.update(f"{image}\n{self.classes[label] if label >= 0 else ''}\n".encode())
+            if sizes:
+                lengths.update(f"{self.byte_size(index)}\n".encode())
+        found = {name: f"{len(self)} images in {len(self.classes)} classes, sha256 {names.hexdigest()}"}
+        return found | ({f"{CONTENTS}{name}": f"sha256 {lengths.hexdigest()}"} if sizes else {})
+
+    def subset(self, indices: npt.ArrayLike) -> "ImageSource":
+        """The images at `indices`, in that order, with the same classes."""
+        return _Subset(self, np.asarray(indices, dtype=np.int64))
+
+
+class _Subset(ImageSource):
+    def __init__(self, source: ImageSource, indices: npt.NDArray[np.int64]) -> None:
+        super().__init__(source.spec, (source.names[i] for i in indices.tolist()), source.labels[indices], source.classes)
+        self._source, self._indices = source, indices
+
+    def read(self, index: int) -> bytes:
+        return self._source.read(int(self._indices[index]))
+
+    def size(self, index: int) -> tuple[int, int, int]:
+        return self._source.size(int(self._indices[index]))
+
+    def byte_size(self, index: int) -> int:
+        return self._source.byte_size(int(self._indices[index]))
+
+    def group(self, index: int) -> int:
+        return self._source.group(int(self._indices[index]))
+
+    def where(self, index: int) -> str:
+        return self._source.where(int(self._indices[index]))
