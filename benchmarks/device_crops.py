@@ -1,10 +1,11 @@
-"""Crops made on a device: what it spares a worker, how fast the device is, and whether the bits are the same.
+"""Measures crops made on a GPU: the worker time that they save, their speed, and whether the bits are the same.
 
     python benchmarks/device_crops.py --images DIR --limit 64
 
-For each size and M, with the full MoCo v2 recipe: processor time of one worker for a batch, as it usually is (read, decode,
-replay) and with --device_crops (read, decode, plan), taking turns, the best of several rounds for each batch; then crops a
-second that the device makes, its transfer included, over those that one core replays. The device is the GPU if there is one.
+For each size and M, with the full MoCo v2 recipe: processor time of one worker for a batch without --device_crops (read,
+decode, replay) and with it (read, decode, plan), in alternation, the best of several rounds for each batch. Then the crops per
+second that the device makes, transfer included, and their ratio to those that one core replays. The device is the GPU if there
+is one; otherwise set TRITON_INTERPRET=1, and only the worker time has a meaning.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What a batch holds of its crops' pixels: the crops themselves, or decoded images for a device to crop."""
+"""The crops of a batch: their pixels, or plans from which a device makes them."""
 
 from typing import Any
 
@@ -8,11 +8,11 @@ from fkd_ssl.data import memory
 from fkd_ssl.images import UInt8Array
 
 Batch = dict[str, Any]
-Sides = dict[str, int]  # of the crops, by what a batch calls them: images, and teacher_images of another size
+Sides = dict[str, int]  # side of the crops by their key in a batch: images, and teacher_images if their size is another
 
 
 class Replayed:
-    """Crops made here: each side's is uint8 [B M, 3, P, P] in channels-last memory."""
+    """Crops made by this process: for each side uint8 [B M, 3, P, P] in channels-last memory."""
 
     def __init__(self, count: int, crops_per_image: int, sides: Sides) -> None:
         self._m = crops_per_image
@@ -20,17 +20,17 @@ class Replayed:
         self._arrays: list[UInt8Array] = [views.numpy() for views in self._views.values()]
 
     def put(self, k: int, image: UInt8Array, records: Records) -> None:
-        """The k-th image's crops; raises ImageError where a record is impossible."""
+        """Makes the crops of the k-th image; raises ImageError if a record is invalid."""
         for array in self._arrays:
             replay_into(array[self._of(k)], image, records)
 
     def repeat(self, k: int, other: int) -> None:
-        """Another image's crops in the k-th one's place."""
+        """Puts the crops of another image in the place of the k-th one's."""
         for array in self._arrays:
             array[self._of(k)] = array[self._of(other)]
 
     def tensors(self) -> Batch:
-        """What the batch has of them."""
+        """The crops by their key in the batch."""
         return {name: views.permute(0, 3, 1, 2) for name, views in self._views.items()}
 
     def _of(self, k: int) -> slice:
@@ -45,15 +45,15 @@ class Planned:
         self._crops: list[PendingCrops | None] = [None] * count
 
     def put(self, k: int, image: UInt8Array, records: Records) -> None:
-        """The k-th image and its crops' records; raises ImageError where one is impossible."""
+        """Takes the k-th image and the records of its crops; raises ImageError if a box is not inside the image."""
         self._crops[k] = PendingCrops(image=image, records=records)
 
     def repeat(self, k: int, other: int) -> None:
-        """Another image and its crops in the k-th one's place."""
+        """Puts another image and its crops in the place of the k-th one."""
         self._crops[k] = self._crops[other]
 
     def tensors(self) -> Batch:
-        """A plan for each side, in the place of its crops."""
+        """A CropPlan by the key of the crops in the batch. The plans share the pixels of the images."""
         crops = [of_image for of_image in self._crops if of_image is not None]
         sources = concatenate(crops, memory.new(sum(of_image.image.size for of_image in crops)))
         return {name: plan_crops(crops, side, sources) for name, side in self._sides.items()}

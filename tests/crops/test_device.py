@@ -14,8 +14,16 @@ from fkd_ssl.crops.operations import BLUR, FLAGS, JITTER, OPERATIONS
 from fkd_ssl.crops.replay import resize_plan
 from fkd_ssl.errors import ImageError, RequestError
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    if (request.param == "cpu") != INTERPRETED:
+        pytest.skip("the interpreter runs on the CPU only, compiled kernels on a GPU only")
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    return request.param
 
 
 def noise(height, width, seed=0):
@@ -24,16 +32,16 @@ def noise(height, width, seed=0):
 
 @pytest.mark.parametrize("recipe", sorted(RECIPES))
 @pytest.mark.parametrize(("height", "width"), [(375, 500), (1, 1), (40, 700), (1201, 902), (33, 35)])
-def test_bits_are_those_of_replay(recipe, height, width):
+def test_bits_are_those_of_replay(device, recipe, height, width):
     image = noise(height, width)
     records = draw(RECIPES[recipe], image_key(0, f"{height}"), height, width, 0, 8)
     for pixels, count in ((224, 1), (64, 4), (33, 6), (1, 2)):
-        there = replay_on(DEVICE, image, records[:count], pixels)
+        there = replay_on(device, image, records[:count], pixels)
         np.testing.assert_array_equal(there, replay(image, records[:count], pixels))
 
 
 @pytest.mark.parametrize("pixels", [96, 17])
-def test_every_flag_and_extreme_factors(pixels):
+def test_every_flag_and_extreme_factors(device, pixels):
     rng = np.random.default_rng(1)
     records = np.zeros(2 * (FLAGS + 1), dtype=CROP_DTYPE)
     records["height"], records["width"] = rng.integers(1, 301, len(records)), rng.integers(1, 401, len(records))
@@ -43,16 +51,16 @@ def test_every_flag_and_extreme_factors(pixels):
         records[name] = rng.uniform(0, 2, len(records))
     records["hue"], records["sigma"] = rng.uniform(-0.5, 0.5, len(records)), rng.uniform(0, 5, len(records))
     image = noise(301, 401)
-    np.testing.assert_array_equal(replay_on(DEVICE, image, records, pixels), replay(image, records, pixels))
+    np.testing.assert_array_equal(replay_on(device, image, records, pixels), replay(image, records, pixels))
 
 
 @pytest.mark.parametrize("pixels", [98, 70, 50])
-def test_sides_that_fill_no_vector(pixels):
+def test_sides_that_fill_no_vector(device, pixels):
     """Where OpenCV's own code for the end of a row would round halves up: about one crop in forty."""
     image, records = noise(200, 300), draw(RECIPES["mocov2"], image_key(0, "sides"), 200, 300, 0, 60)
     records = records[(records["flags"] & BLUR) > 0]
     assert len(records) > 20
-    np.testing.assert_array_equal(replay_on(DEVICE, image, records, pixels), replay(image, records, pixels))
+    np.testing.assert_array_equal(replay_on(device, image, records, pixels), replay(image, records, pixels))
 
 
 def planned(images, records, pixels):
@@ -79,19 +87,19 @@ def test_invalid_records_are_refused(change):
 
 
 @pytest.mark.parametrize("values", [1, 5000, 1 << 26])
-def test_several_images_at_once_in_parts_of_any_size(values, monkeypatch):
+def test_several_images_at_once_in_parts_of_any_size(device, values, monkeypatch):
     monkeypatch.setattr(kernels, "VALUES", values)
     images = [noise(80, 61, 1), noise(30, 200, 2), noise(64, 64, 3)]
     records = [draw(RECIPES["swav"], image_key(0, str(k)), *image.shape[:2], 0, 5) for k, image in enumerate(images)]
-    there = replay_plan(planned(images, records, 24).to(DEVICE))
+    there = replay_plan(planned(images, records, 24).to(device))
     assert there.is_contiguous(memory_format=torch.channels_last)
     here = np.concatenate([replay(image, of_image, 24) for image, of_image in zip(images, records, strict=True)])
     np.testing.assert_array_equal(there.cpu().numpy(), here)
 
 
-def test_no_crops_at_all():
+def test_no_crops_at_all(device):
     plan = planned([noise(4, 4)], [np.zeros(0, dtype=CROP_DTYPE)], 8)
-    assert replay_plan(plan.to(DEVICE)).shape == (0, 3, 8, 8)
+    assert replay_plan(plan.to(device)).shape == (0, 3, 8, 8)
 
 
 @pytest.mark.parametrize("pixels", [1, 32, 224])
@@ -103,17 +111,17 @@ def test_resize_plans_are_those_of_each_box(pixels):
 
 
 @pytest.mark.parametrize("pixels", [1, 2, 5])
-def test_boxes_that_are_halved_many_times(pixels):
+def test_boxes_that_are_halved_many_times(device, pixels):
     """Boxes of many sizes at once, with between 0 and 8 halvings before the resize."""
     image = noise(700, 901)
     records = np.concatenate(
         [box_record(3, 5, height, width) for height in (1, 9, 40, 131, 690) for width in (2, 77, 330, 891)]
     )
-    np.testing.assert_array_equal(replay_on(DEVICE, image, records, pixels), replay(image, records, pixels))
+    np.testing.assert_array_equal(replay_on(device, image, records, pixels), replay(image, records, pixels))
 
 
 @pytest.mark.parametrize("pixels", [33, 98, 192, 448])
-def test_taps_have_the_bits_of_opencvs_formula(pixels):
+def test_taps_have_the_bits_of_opencvs_formula(device, pixels):
     size = np.unique(np.r_[1:1500, np.random.default_rng(0).integers(1, 65536, 1500)])
     scale = 1.0 / (float(pixels) / size)
     position = ((np.arange(pixels) + 0.5) * scale[:, None] - 0.5).astype(np.float32)
@@ -121,7 +129,7 @@ def test_taps_have_the_bits_of_opencvs_formula(pixels):
     weight = position - below
     first, second = (np.clip(below + k, 0, size[:, None] - 1) for k in (0, 1))
     one = np.float32(1)
-    packed = kernels._taps(torch.from_numpy(size).to(DEVICE), pixels).cpu().numpy()
+    packed = kernels._taps(torch.from_numpy(size).to(device), pixels).cpu().numpy()
     np.testing.assert_array_equal(packed >> 25, first)
     np.testing.assert_array_equal((packed >> 25) + ((packed >> 24) & 1), second)
     np.testing.assert_array_equal((packed >> 12) & 4095, np.rint((one - weight) * np.float32(2048)))
@@ -159,8 +167,8 @@ def test_the_kernels_compile_for_a_gpu(tmp_path):
     assert done.stdout == "compiled\n", done.stderr
 
 
-def test_without_triton_or_a_gpu_it_says_so(monkeypatch):
-    check_device(torch.device(DEVICE))
+def test_without_triton_or_a_gpu_it_says_so(device, monkeypatch):
+    check_device(torch.device(device))
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     with pytest.raises(RequestError, match="--device_crops needs a CUDA GPU, found cpu: run without it"):
         check_device(torch.device("cpu"))
@@ -170,14 +178,14 @@ def test_without_triton_or_a_gpu_it_says_so(monkeypatch):
         check_device(torch.device("cuda"))
 
 
-def test_plans_of_two_sizes_share_their_images():
+def test_plans_of_two_sizes_share_their_images(device):
     image, record = noise(8, 9), box_record(0, 0, 8, 9)
     crops = [PendingCrops(image=image, records=record)]
     sources = concatenate(crops)
     plans = [plan_crops(crops, pixels, sources) for pixels in (4, 6)]
     assert plans[0].sources.data_ptr() == plans[1].sources.data_ptr()
     for plan, pixels in zip(plans, (4, 6), strict=True):
-        np.testing.assert_array_equal(replay_plan(plan.to(DEVICE)).cpu().numpy(), replay(image, record, pixels))
+        np.testing.assert_array_equal(replay_plan(plan.to(device)).cpu().numpy(), replay(image, record, pixels))
 
 
 def test_a_slice_of_pending_crops_has_the_same_image():
@@ -187,8 +195,8 @@ def test_a_slice_of_pending_crops_has_the_same_image():
 
 
 @pytest.mark.slow
-def test_the_probe_digest_says_that_both_agree():
-    assert probe_digest(DEVICE) == probe_digest()
+def test_the_probe_digest_says_that_both_agree(device):
+    assert probe_digest(device) == probe_digest()
 
 
 def test_a_box_outside_the_image_is_refused():
