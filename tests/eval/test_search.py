@@ -46,7 +46,7 @@ def test_lengths_outside_float32s_squares() -> None:
 
 
 def test_lengths_outside_float32() -> None:
-    with pytest.raises(FkdError, match=r"features with values up to 3e\+38 are too long for float32; scale them"):
+    with pytest.raises(FkdError, match=r"features with values up to 3e\+38 are too large for float32; scale them"):
         list(search.nearest(np.full((3, 40), 3e38, dtype=np.float32), None, 1))
     tiny = np.full((3, 4), 1e-42, dtype=np.float32)
     ((_, similarity, _),) = search.nearest(tiny, features(2, 4), 3)
@@ -55,7 +55,7 @@ def test_lengths_outside_float32() -> None:
 
 @pytest.mark.parametrize(("queries", "k", "most"), [(features(2), 11, 10), (None, 10, 9), (features(2), 0, 10)])
 def test_an_impossible_k(queries, k: int, most: int) -> None:
-    with pytest.raises(RequestError, match=f"k {k}: must lie in 1 to {most}, the neighbours that there are"):
+    with pytest.raises(RequestError, match=f"k {k}: must be 1 to {most}, the number of neighbours"):
         list(search.nearest(features(10), queries, k))
 
 
