@@ -16,9 +16,9 @@ from store_sizes import store_bytes
 
 from fkd_ssl import cli
 from fkd_ssl.commands.console import table
-from fkd_ssl.commands.plan import duration
 from fkd_ssl.images import scan
 from fkd_ssl.store.codecs import code_size
+from fkd_ssl.text import format_duration
 
 CLASSES = 1000
 PATH_BYTES = 31  # of an image in images.txt
@@ -38,7 +38,7 @@ def hours(images: int, crops: list[int], rates: list[int], gpus: list[int]) -> s
     rows = [["crops a second of one GPU", "GPUs", *(f"C = {count}" for count in crops)]]
     for rate in rates:
         for count in gpus:
-            rows.append([f"{rate:,}", str(count), *(duration(images * c / rate / count) for c in crops)])
+            rows.append([f"{rate:,}", str(count), *(format_duration(images * c / rate / count) for c in crops)])
     return table(rows)
 
 

@@ -17,6 +17,7 @@ from tqdm import tqdm
 from fkd_ssl import files, progress
 from fkd_ssl.errors import FkdError, ImageError, RequestError
 from fkd_ssl.images import ImageSource, UInt8Array, decode, read_size
+from fkd_ssl.text import format_bytes
 
 _JPEG = frozenset({".jpg", ".jpeg", ".jpe", ".jfif"})
 _SAMPLED = 32  # images that are shrunk beforehand to tell how large the copy will be
@@ -152,12 +153,12 @@ def _announce(images: ImageSource, folder: Path, short_side: int, quality: int) 
     there = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) if folder.exists() else 0
     if after - there > free:
         raise FkdError(
-            f"{folder}: needs about {(after - there) / 1e9:.1f} GB more and the disk has {free / 1e9:.1f} GB free: free some, "
+            f"{folder}: needs about {format_bytes(after - there)} more and the disk has {format_bytes(free)} free: free some, "
             "or choose a smaller --short_side or --quality"
         )
     return (
-        f"{len(images):,} images, about {before / 1e6:,.0f} MB, to short sides of {short_side} px: about {after / 1e6:,.0f} "
-        f"MB; {free / 1e9:,.1f} GB free on the disk"
+        f"{len(images):,} images, about {format_bytes(before)}, to short sides of {short_side} px: about "
+        f"{format_bytes(after)}; {format_bytes(free)} free on the disk"
     )
 
 

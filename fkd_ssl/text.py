@@ -1,4 +1,4 @@
-"""Text for people: what a terminal can show."""
+"""Text for people: what a terminal can show, byte counts and durations."""
 
 import re
 
@@ -17,3 +17,27 @@ def printable(text: str, *, encoding: str | None = None, one_line: bool = False)
         escaped = escaped.replace("\n", "\\n")
     encoding = encoding or "utf-8"
     return escaped.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def format_bytes(count: float) -> str:
+    """A number of bytes for people.
+
+    >>> format_bytes(840), format_bytes(74_900), format_bytes(1.1e12)
+    ('840 bytes', '74.9 kB', '1.1 TB')
+    """
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= scale:
+            return f"{count / scale:.1f} {unit}"
+    return f"{count:.0f} bytes"
+
+
+def format_duration(seconds: float) -> str:
+    """A duration for people.
+
+    >>> format_duration(42), format_duration(5400), format_duration(400_000)
+    ('42 s', '1.5 hours', '4.6 days')
+    """
+    for unit, size, least in (("days", 86400, 2 * 86400), ("hours", 3600, 3600), ("minutes", 60, 120)):
+        if seconds >= least:
+            return f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} s"

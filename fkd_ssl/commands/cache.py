@@ -7,6 +7,8 @@ originals. The same options continue a killed run.
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from fkd_ssl.text import format_bytes
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -78,6 +80,6 @@ def _shrink(config: Config, images: "ImageSource", folder: "Path") -> None:
         console.show_json(results)
     else:
         console.show(
-            f"{folder}: {results['images']:,} images, {copied.bytes / 1e6:,.1f} MB of {copied.source_bytes / 1e6:,.1f} MB; use "
+            f"{folder}: {results['images']:,} images, {format_bytes(copied.bytes)} of {format_bytes(copied.source_bytes)}; use "
             f"it as --images"
         )

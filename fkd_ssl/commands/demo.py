@@ -6,6 +6,8 @@ on them and the same student online, and scores everything. Nothing is downloade
 
 from dataclasses import dataclass
 
+from fkd_ssl.text import format_duration
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
@@ -65,5 +67,5 @@ def run(config: Config) -> int:
         knn_every=1 if config.smoke else 5,
     )
     status = compare.run(comparison)
-    console.say(f"demo done in {time.perf_counter() - started:.0f} s; everything lies in {out}")
+    console.say(f"demo done in {format_duration(time.perf_counter() - started)}; everything is in {out}")
     return status

@@ -3,6 +3,8 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from fkd_ssl.text import format_bytes, printable
+
 POSITIONALS = ("store",)
 
 
@@ -54,15 +56,13 @@ def run(config: Config) -> int:
     """Describes the store."""
     from fkd_ssl.commands import console
     from fkd_ssl.store.write.columns import in_words, normalisation_in_words
-    from fkd_ssl.store.write.precompute import gigabytes
-    from fkd_ssl.text import printable
 
     about = describe(config.store)
     if config.json:
         console.show_json(about)
         return 1 if about["damaged"] else 0
     lines = [
-        f"{about['store']}: {about['images']:,} images x {about['crops_per_image']} crops, {gigabytes(about['bytes'])}",
+        f"{about['store']}: {about['images']:,} images x {about['crops_per_image']} crops, {format_bytes(about['bytes'])}",
         f"recipe {about['recipe']['name']}, seed {about['seed']}, {about['shards']} shards",
     ]
     if about["skipped"]:

@@ -8,6 +8,8 @@ linear layer, as ResNet does, which is checked. A killed run continues with the 
 from dataclasses import dataclass
 from typing import Literal
 
+from fkd_ssl.text import format_bytes, format_duration
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
@@ -42,7 +44,6 @@ def run(config: Config) -> int:
     from fkd_ssl.commands import console, resolve
     from fkd_ssl.commands.images import images_of
     from fkd_ssl.relabel import LabelMaps, generate
-    from fkd_ssl.store.write.precompute import gigabytes
     from fkd_ssl.teachers.dense import DenseTeacher
 
     images = images_of(config.images)
@@ -59,10 +60,10 @@ def run(config: Config) -> int:
     if config.json:
         console.show_json({**asdict(made), "classes": teacher.dim, "k": config.k, "height": dense.height, "width": dense.width})
     elif not made.made and not made.busy:
-        console.show(f"{config.out}: these label maps are done, and every file is as it was written; {gigabytes(made.bytes)}")
+        console.show(f"{config.out}: complete, and every file has its checksum; {format_bytes(made.bytes)}")
     else:
         console.show(
-            f"{config.out}: {made.made:,} images in {made.seconds:.0f} s, {config.k} of {teacher.dim:,} classes at each of "
-            f"{dense.height} x {dense.width} places; {gigabytes(made.bytes)} on disk"
+            f"{config.out}: {made.made:,} images in {format_duration(made.seconds)}, {config.k} of {teacher.dim:,} classes at "
+            f"each of {dense.height} x {dense.width} places; {format_bytes(made.bytes)} on disk"
         )
     return 0

@@ -11,6 +11,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from fkd_ssl.text import format_bytes, format_duration
+
 if TYPE_CHECKING:
     import numpy.typing as npt
 
@@ -194,24 +196,24 @@ def run(config: Config) -> int:
 def describe(config: Config, about: dict[str, Any]) -> str:
     """The plan for people."""
     from fkd_ssl.commands import console
-    from fkd_ssl.store.write.precompute import gigabytes
 
     measured = about["measured"]
     rows = [["codec", "bytes a crop", "store", ""]]
     for codec, size in about["codecs"].items():
         note = "too few targets" if size["refused"] else "" if size["bytes"] < about["free_bytes"] else "does not fit"
         chosen = "  <- --codec" if codec == about["codec"] else ""
-        rows.append([codec, str(size["bytes_per_crop"]), gigabytes(size["bytes"]), f"{note}{chosen}"])
+        rows.append([codec, str(size["bytes_per_crop"]), format_bytes(size["bytes"]), f"{note}{chosen}"])
     lines = [
         f"{about['images']:,} images x {about['crops']} crops = {about['targets']:,} targets, D = {about['dim']}, at "
-        f"{about['pixels']} px; {gigabytes(about['free_bytes'])} free on the disk of {config.store}",
+        f"{about['pixels']} px; {format_bytes(about['free_bytes'])} free on the disk of {config.store}",
         console.table(rows),
-        f"precompute: {duration(about['precompute_seconds'])} on this machine ({about['device']}): {about['teacher']} sees "
-        f"{about['teacher_crops_per_second']:,.1f} crops a second (timed on batches of {measured['forward_batch']} from "
+        f"precompute: {format_duration(about['precompute_seconds'])} on this machine ({about['device']}): {about['teacher']} "
+        f"sees {about['teacher_crops_per_second']:,.1f} crops a second (timed on batches of {measured['forward_batch']} from "
         f"memory), reading takes {1e3 * measured['decode']:.1f} ms an image and {1e3 * measured['replay']:.2f} ms a crop of a "
         "core",
-        f"one {config.student}, {config.epochs:g} epochs: {duration(about['stored_seconds'])} on stored targets, "
-        f"{duration(about['online_seconds'])} with the teacher in the loop (its step timed on {measured['step_batch']} crops)",
+        f"one {config.student}, {config.epochs:g} epochs: {format_duration(about['stored_seconds'])} on stored targets, "
+        f"{format_duration(about['online_seconds'])} with the teacher in the loop (a step timed on "
+        f"{measured['step_batch']} crops)",
     ]
     if about["break_even_students"] is None:
         lines.append("the teacher in the loop is no slower here: a store saves no time")
@@ -345,18 +347,6 @@ def _reading(images: "ImageSource", recipe: "Recipe", pixels: int, seconds: floa
     if not views:
         raise ImageError(f"{images.spec}: none of the images can be read")
     return np.concatenate(views), decode / len(views), replay / len(views) / count
-
-
-def duration(seconds: float) -> str:
-    """A time for people.
-
-    >>> duration(42), duration(5400), duration(400000)
-    ('42 s', '1.5 hours', '4.6 days')
-    """
-    for unit, scale in (("days", 86400 * 2), ("hours", 3600), ("minutes", 120)):
-        if seconds >= scale:
-            return f"{seconds / {'days': 86400, 'hours': 3600, 'minutes': 60}[unit]:.1f} {unit}"
-    return f"{seconds:.0f} s"
 
 
 def ordinal(n: int) -> str:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from fkd_ssl.errors import RequestError
+from fkd_ssl.text import format_bytes, format_duration
 
 if TYPE_CHECKING:
     from fkd_ssl.images import ImageSource
@@ -78,7 +79,7 @@ def run(config: Config) -> int:
     """Precomputes and says what was written."""
     from fkd_ssl import processes
     from fkd_ssl.commands import console
-    from fkd_ssl.store.write.precompute import Share, gigabytes
+    from fkd_ssl.store.write.precompute import Share
 
     rank, world = processes.rank()
     if config.runner == "ray":
@@ -112,10 +113,10 @@ def run(config: Config) -> int:
         rate = summary.crops / summary.seconds
         done = "nothing to do"
         if summary.crops:
-            done = f"{summary.crops:,} crops in {summary.seconds:.0f} s ({rate:,.0f} a second)"
+            done = f"{summary.crops:,} crops in {format_duration(summary.seconds)} ({rate:,.0f} a second)"
         elif summary.busy or summary.left:
             done = "nothing left for this process"
-        console.show(f"{config.store}: {done}; {gigabytes(summary.store_bytes)} on disk")
+        console.show(f"{config.store}: {done}; {format_bytes(summary.store_bytes)} on disk")
     if config.on_unreadable == "skip":
         _say_skipped(config.store)
     if summary.busy:

@@ -7,6 +7,8 @@ records are those that precompute --crops k writes, byte for byte; its codes are
 import unicodedata
 from dataclasses import dataclass
 
+from fkd_ssl.text import format_bytes
+
 POSITIONALS = ("store",)
 
 
@@ -35,7 +37,6 @@ def run(config: Config) -> int:
     from fkd_ssl.errors import RequestError
     from fkd_ssl.store import open_store
     from fkd_ssl.store.maintain.subset import subset
-    from fkd_ssl.store.write.precompute import gigabytes
 
     paths = None
     if config.list is not None:
@@ -54,6 +55,6 @@ def run(config: Config) -> int:
     else:
         console.show(
             f"{config.out}: {made.manifest.count:,} images x {made.crops_per_image} crops, targets of "
-            f"{', '.join(made.teachers) or 'no teacher'}; {gigabytes(size)} on disk"
+            f"{', '.join(made.teachers) or 'no teacher'}; {format_bytes(size)} on disk"
         )
     return 0

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fkd_ssl.errors import ImageAccessError, ImageError, RequestError
+from fkd_ssl.text import format_bytes, format_duration
 from fkd_ssl.training.config import TrainConfig as Config
 
 if TYPE_CHECKING:
@@ -178,7 +179,7 @@ def run(config: Config) -> int:
             console.say(f"warning: {results['unreadable_images']} images could not be read and were skipped")
         knn = "" if results["knn_top1"] is None else f"; kNN {results['knn_top1']:.2f} %"
         own = f"; top-1 {results['top1']:.2f} %, top-5 {results['top5']:.2f} %" if "top1" in results else ""
-        console.show(f"{config.out}: {results['steps']} steps in {results['train_seconds']:.0f} s{own}{knn}")
+        console.show(f"{config.out}: {results['steps']} steps in {format_duration(results['train_seconds'])}{own}{knn}")
         return 0
 
 
@@ -288,7 +289,6 @@ def _publish(config: Config, recordings: "list[Recording | None]") -> None:
 
     from fkd_ssl import files
     from fkd_ssl.commands import console
-    from fkd_ssl.store.write.precompute import gigabytes
     from fkd_ssl.training.config import checkpoints_of, split
 
     teachers = zip(split(config.teacher), checkpoints_of(config.teacher, config.checkpoint), strict=True)
@@ -297,7 +297,7 @@ def _publish(config: Config, recordings: "list[Recording | None]") -> None:
             continue
         damaged = recording.publish()
         column, store = recording.column, recording.column.store
-        size = gigabytes(files.total_bytes(store.folder))
+        size = format_bytes(files.total_bytes(store.folder))
         console.say(
             f"{config.record}: targets of {column.name}: {len(store):,} images x {store.crops_per_image} crops; {size} on disk"
         )

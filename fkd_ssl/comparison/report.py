@@ -13,7 +13,7 @@ from fkd_ssl.comparison import plots
 from fkd_ssl.comparison.arms import run_name
 from fkd_ssl.comparison.config import CompareConfig
 from fkd_ssl.errors import FkdError
-from fkd_ssl.text import printable
+from fkd_ssl.text import format_bytes, format_duration, printable
 
 PROBE_NAMES = {"knn_top1": "kNN", "linear_top1": "linear probe", "top1": "top-1 of its own classes"}
 TITLE = "Stored against online distillation"
@@ -148,9 +148,9 @@ def _findings(results: dict[str, Any]) -> list[str]:
     lines.append(_cost(results, stored))
     for name, store in results["stores"].items():
         if store["crops"] is None:
-            took = "" if store["seconds"] is None else f", made in {store['seconds']:.0f} s"
+            took = "" if store["seconds"] is None else f", made in {format_duration(store['seconds'])}"
             each = store["bytes"] / results["images"]
-            lines.append(f"The label maps of {name}: {store['bytes'] / 1e6:.1f} MB ({each:.0f} bytes an image){took}.")
+            lines.append(f"The label maps of {name}: {format_bytes(store['bytes'])} ({each:.0f} bytes an image){took}.")
         elif name not in (stored, *(pair["minus"] for pair in results["differences"][:3])):
             lines.append(f"The store of {name}: {_size(results, store)}.")
     lines.append(_reached(results, stored, online))
@@ -164,7 +164,7 @@ def _findings(results: dict[str, Any]) -> list[str]:
 
 def _cost(results: dict[str, Any], stored: str) -> str:
     taken = results["precompute_seconds"]
-    store = f"The store of {results['crops']} crops an image took {'?' if taken is None else f'{taken:.0f}'} s"
+    store = f"The store of {results['crops']} crops an image took {'? s' if taken is None else format_duration(taken)}"
     store += f" and {_size(results, results['stores'][stored])}"
     students, epochs = results["break_even_students"], results["break_even_epochs"]
     if taken is None:
@@ -179,7 +179,7 @@ def _cost(results: dict[str, Any], stored: str) -> str:
 
 def _size(results: dict[str, Any], store: dict[str, Any]) -> str:
     crops = results["images"] * store["crops"]
-    return f"{store['bytes'] / 1e6:.1f} MB ({store['bytes'] / crops:.0f} bytes a crop)"
+    return f"{format_bytes(store['bytes'])} ({store['bytes'] / crops:.0f} bytes a crop)"
 
 
 def _reached(results: dict[str, Any], stored: str, online: str) -> str:
@@ -188,9 +188,9 @@ def _reached(results: dict[str, Any], stored: str, online: str) -> str:
     goal = f"kNN within 1.5 points of online's last ({reached['knn_top1']:.2f} %)"
     if at[stored] is None:
         return f"Not every training on stored targets reached {goal}."
-    own = "" if at[online] is None else f"; online itself {at[online]:.0f} s"
-    first = "" if taken is None else f" ({at[stored] + taken:.0f} s with the precomputing before it)"
-    return f"Training on stored targets reached {goal} after {at[stored]:.0f} s{first}{own}."
+    own = "" if at[online] is None else f"; online itself {format_duration(at[online])}"
+    first = "" if taken is None else f" ({format_duration(at[stored] + taken)} with the precomputing before it)"
+    return f"Training on stored targets reached {goal} after {format_duration(at[stored])}{first}{own}."
 
 
 def _commands(results: dict[str, Any]) -> list[str]:

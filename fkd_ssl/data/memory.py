@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 from fkd_ssl.errors import FkdError
+from fkd_ssl.text import format_bytes
 
 SHARED = Path("/dev/shm")  # noqa: S108
 _FREE, _TAKEN = 0, 1
@@ -141,8 +142,8 @@ def too_small(size: int, error: RuntimeError) -> FkdError:
     reason = str(error).splitlines()[0]
     if SHARED.is_dir():
         total, _, free = shutil.disk_usage(SHARED)
-        reason = f"{SHARED} has {free / 1e6:.0f} of its {total / 1e6:.0f} MB free"
+        reason = f"{SHARED} has {format_bytes(free)} of its {format_bytes(total)} free"
     return FkdError(
-        f"a batch of {size / 1e6:.1f} MB does not fit into shared memory: {reason}; enlarge it (docker run --shm-size=2g), or "
+        f"a batch of {format_bytes(size)} does not fit into shared memory: {reason}; enlarge it (docker run --shm-size=2g), or "
         "use fewer --workers, or --workers 0"
     )

@@ -26,7 +26,7 @@ from fkd_ssl.progress import hidden
 from fkd_ssl.relabel import layout
 from fkd_ssl.store.manifest import IMAGES, MANIFEST, SIZE_DTYPE, SIZES, check_safe, read_images
 from fkd_ssl.store.write import work
-from fkd_ssl.store.write.precompute import gigabytes
+from fkd_ssl.text import format_bytes
 
 _LATER = "-"  # a checksum that is not known yet
 
@@ -222,12 +222,12 @@ def _announce(folder: Path, wanted: layout.Manifest) -> str:
     free = shutil.disk_usage(disk).free
     if left > free:
         raise FkdError(
-            f"{folder}: needs {gigabytes(left)} more and the disk has {gigabytes(free)} free: free some, or choose a smaller "
-            "--k or --pixels"
+            f"{folder}: needs {format_bytes(left)} more and the disk has {format_bytes(free)} free: free some, or choose a "
+            "smaller --k or --pixels"
         )
     return (
         f"{wanted.count:,} images, {wanted.k} of {wanted.classes:,} logits at each of {wanted.height} x {wanted.width} places: "
-        f"{each:,} bytes an image, {gigabytes(wanted.count * each)} in all; {gigabytes(free)} free on the disk"
+        f"{each:,} bytes an image, {format_bytes(wanted.count * each)} in all; {format_bytes(free)} free on the disk"
     )
 
 

@@ -55,7 +55,7 @@ def test_made_once(place: Path, call: Any) -> None:
     assert "2 of 3 classes at each of 4 x 4 places" in answer.out
     again = call(LINE)
     assert again.status == 0
-    assert "maps: these label maps are done, and every file is as it was written" in again.out
+    assert "maps: complete, and every file has its checksum" in again.out
     data = RelabelledCrops(images, LabelMaps(place / "maps"), RECIPES["fkd"], crops_per_image=4, pixels=32)
     batch = data.__getitems__(list(range(len(data)))).batch
     right = batch["targets"].argmax(dim=1).reshape(-1, 4) == batch["labels"].reshape(-1, 1)

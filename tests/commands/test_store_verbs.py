@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from fkd_ssl.commands.plan import Costs, duration, estimate, timed
+from fkd_ssl.commands.plan import Costs, estimate, timed
 from fkd_ssl.commands.resolve import cpu_threads
 
 PLAN = "plan --images train --teacher own_teacher:make --student squeezenet1_1 --pixels 32 --seconds 0.1 --batch_size 16"
@@ -115,11 +115,6 @@ class TestPlan:
         assert count == 16
         assert seconds == pytest.approx(0.002, rel=0.5)
         assert timed(lambda n: lambda: time.sleep(0.02 * n), 512, 0.2)[1] == 8
-
-    def test_durations(self) -> None:
-        assert [duration(s) for s in (1, 119, 600, 3600, 86400 * 1.5, 86400 * 3)] == [
-            "1 s", "119 s", "10.0 minutes", "1.0 hours", "36.0 hours", "3.0 days",
-        ]  # fmt: skip
 
 
 class TestSubset:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from fkd_ssl.text import format_bytes
 from fkd_ssl.training.metrics import read_metrics
 
 ARM_KEYS = {
@@ -193,7 +194,7 @@ def test_compare_classifiers(work: Path, call: Any) -> None:
     assert {name for name, arm in arms.items() if "top1" in arm} == {*arms} - {"alone"}
     assert arms["teacher"]["top1"] == 100
     assert results["stores"]["relabel"]["crops"] is None
-    assert f"The label maps of relabel: {results['stores']['relabel']['bytes'] / 1e6:.1f} MB" in out
+    assert f"The label maps of relabel: {format_bytes(results['stores']['relabel']['bytes'])} (" in out
     assert arms["labels"]["teacher_forwards"] == 0
     own = json.loads((work / "cmp/runs/labels-seed0/results.json").read_text())
     assert (own["top1"], own["config"]["targets"]) == (arms["labels"]["top1"], "labels")

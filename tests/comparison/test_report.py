@@ -72,7 +72,7 @@ def test_the_summary_says_what_was_found(tmp_path: Path) -> None:
     assert "linear probe, stored minus online: +1.00 points" in text
     assert "-0.50 to +1.25: equal within 1.5 points" in text
     assert "takes 0.40 of online's time (2.50 times as fast)" in text
-    assert "2 crops an image took 90 s and 0.4 MB (150 bytes a crop)" in text
+    assert "2 crops an image took 90 s and 360.0 kB (150 bytes a crop)" in text
     assert (
         "within 1.5 points of online's last (28.50 %) after 2 s (92 s with the precomputing before it); online itself 4 s"
         in text
@@ -149,7 +149,7 @@ def test_stores_of_several_sizes_are_drawn(tmp_path: Path) -> None:
     results["differences"].append(pair("stored:C=1", "stored", (-10.0, -12.0, -8.0), (-1.0, -2.0, 0.5)))
     text = report.write(results, tmp_path)
     assert "kNN, stored:C=1 minus stored: -10.00 points, 90 % paired-bootstrap interval -12.00 to -8.00: worse.\n" in text
-    assert "The store of stored:C=1: 0.2 MB (150 bytes a crop)." in text
+    assert "The store of stored:C=1: 180.0 kB (150 bytes a crop)." in text
     assert (tmp_path / "stores.png").read_bytes().startswith(b"\x89PNG")
     assert "(stores.png)" in (tmp_path / "report.md").read_text()
 

@@ -1,20 +1,21 @@
-"""What a user should hear before a store is written that is larger than it need be."""
+"""Advice before a store is written that is larger than necessary."""
 
 from fkd_ssl.crops import CROP_DTYPE
 from fkd_ssl.store.codecs import code_size, usual_codec
 from fkd_ssl.store.label_codecs import is_label
+from fkd_ssl.text import format_bytes
 
 LARGE = 512  # bytes of a code: four times a 128-d target's in SQ8
 _SMALLER = ("RR256,SQ8", "PCA256,SQ8")
 
 
 def on_size(dim: int, codec: str, crops: int) -> str | None:
-    """A warning where D makes the codes large, with what smaller codecs would take; None where they are not.
+    """A note if D makes the codes large, with the sizes of smaller codecs; None if the codes are small.
 
     Args:
         dim: D.
-        codec: That was asked for.
-        crops: Of all images together.
+        codec: The codec that was chosen.
+        crops: Crops of all images together.
 
     Raises:
         RequestError: There is no such codec for this D.
@@ -22,24 +23,16 @@ def on_size(dim: int, codec: str, crops: int) -> str | None:
     size = code_size(codec, dim)
     if size <= LARGE or dim <= 256:
         return None
+
+    def total(code: int) -> str:
+        return f"{code} bytes a crop ({format_bytes(crops * (code + CROP_DTYPE.itemsize))} in all)"
+
     if is_label(codec):
         usual = usual_codec("distribution", dim)
         smaller = code_size(usual, dim)
-        return (
-            f"note: {dim} class probabilities take {size} bytes a crop in {codec}, "
-            f"{_size(crops * (size + CROP_DTYPE.itemsize))} in all; --codec {usual} takes {smaller} bytes, "
-            f"{_size(crops * (smaller + CROP_DTYPE.itemsize))} in all"
-        )
+        return f"note: {dim} class probabilities take {total(size)} in {codec}; --codec {usual} takes {total(smaller)}"
     smaller = code_size(_SMALLER[0], dim)
     return (
-        f"note: targets of D = {dim} take {size} bytes each in {codec}, {_size(crops * (size + CROP_DTYPE.itemsize))} in all; "
-        f"--codec {_SMALLER[0]} (random projection) or {_SMALLER[1]} takes {smaller} bytes, "
-        f"{_size(crops * (smaller + CROP_DTYPE.itemsize))} in all; docs/teachers.md shows what either loses"
+        f"note: targets of D = {dim} take {total(size)} in {codec}; --codec {_SMALLER[0]} (random projection) or {_SMALLER[1]} "
+        f"takes {total(smaller)}; docs/teachers.md shows what either loses"
     )
-
-
-def _size(count: float) -> str:
-    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
-        if count >= scale:
-            return f"{count / scale:.1f} {unit}"
-    return f"{count / 1e3:.0f} kB"

@@ -31,6 +31,7 @@ from fkd_ssl.store.write.columns import Request, check_sample, open_or_train, sa
 from fkd_ssl.store.write.recording import recorded_bytes, require_not_recording
 from fkd_ssl.store.write.rows import Row, RowReader, Teacher, image_checksums, publish_crops
 from fkd_ssl.store.write.streams import Lane, sweep
+from fkd_ssl.text import format_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -313,7 +314,7 @@ def _announce(folder: Path, count: int, crops: int, requests: Sequence[Request])
     free = shutil.disk_usage(disk).free
     if missing > free:
         raise FkdError(
-            f"{folder}: needs {gigabytes(missing)} more and the disk has {gigabytes(free)} free: free some, choose a "
+            f"{folder}: needs {format_bytes(missing)} more and the disk has {format_bytes(free)} free: free some, choose a "
             "smaller --codec (SQ4, PQ16x8) or fewer --crops"
         )
     shards = -(-count // layout.ROWS_PER_SHARD)
@@ -322,16 +323,8 @@ def _announce(folder: Path, count: int, crops: int, requests: Sequence[Request])
     )
     return (
         f"{count:,} images x {crops} crops = {each} + {CROP_DTYPE.itemsize} bytes: "
-        f"{gigabytes(needed)} in {shards} shards; {gigabytes(free)} free on the disk"
+        f"{format_bytes(needed)} in {shards} shards; {format_bytes(free)} free on the disk"
     )
-
-
-def gigabytes(count: float) -> str:
-    """A number of bytes for people."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= scale:
-            return f"{count / scale:.1f} {unit}"
-    return f"{count:.0f} bytes"
 
 
 def _rows(store: Store, shards: Sequence[int]) -> int:

@@ -16,7 +16,7 @@ from fkd_ssl.errors import FkdError, ImageAccessError, ImageError, RequestError,
 from fkd_ssl.store import manifest, open_store
 from fkd_ssl.store.maintain.subset import subset
 from fkd_ssl.store.maintain.verify import verify
-from fkd_ssl.store.write.precompute import gigabytes, precompute
+from fkd_ssl.store.write.precompute import precompute
 
 
 def embedded(store, root, teacher, pixels):
@@ -143,10 +143,6 @@ def test_summary_and_log(tmp_path, image_folder, tiny_teacher, tree):
     assert lines[0].startswith("24 images x 4 crops = 96 targets of 'tiny' at 16 + 20 bytes: 3.5 kB in 1 shards; ")
     assert lines[1] == "training the codec SQ8 on a sample"
     assert lines[2].startswith("codec SQ8: cosine to the teacher's own targets 0.9999")
-
-
-def test_gigabytes():
-    assert [gigabytes(n) for n in (12, 3_456, 7_890_000, 1.5e11)] == ["12 bytes", "3.5 kB", "7.9 MB", "150.0 GB"]
 
 
 # columns
