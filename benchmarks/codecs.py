@@ -21,6 +21,7 @@ import torch
 from threadpoolctl import threadpool_limits
 
 from fkd_ssl import files
+from fkd_ssl.arrays import Float32Array
 from fkd_ssl.commands import resolve
 from fkd_ssl.crops import CROP_DTYPE
 from fkd_ssl.eval import knn, logreg, stats
@@ -28,7 +29,7 @@ from fkd_ssl.eval.features import extract_split
 from fkd_ssl.images import scan
 from fkd_ssl.objectives.feature_kl import FeatureKL
 from fkd_ssl.store import Store, open_store
-from fkd_ssl.store.codecs import Float32Array, sample_size, train_codec
+from fkd_ssl.store.codecs import sample_size, train_codec
 from fkd_ssl.store.manifest import in_hash_order, publish_codes
 from fkd_ssl.store.write.precompute import precompute
 

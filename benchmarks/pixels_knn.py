@@ -17,13 +17,14 @@ from PIL import Image
 from torchvision.transforms import functional as F
 from tqdm import tqdm
 
+from fkd_ssl.arrays import UInt8Array
 from fkd_ssl.commands import resolve
 from fkd_ssl.crops import RECIPES, centre, draw, image_key, replay
 from fkd_ssl.crops.colour import BRIGHTNESS, CONTRAST, OPERATION_ORDERS, SATURATION
 from fkd_ssl.crops.operations import JITTER
 from fkd_ssl.eval import knn
 from fkd_ssl.eval.features import match_classes
-from fkd_ssl.images import ImageSource, UInt8Array, scan
+from fkd_ssl.images import ImageSource, scan
 
 
 def ours(image: UInt8Array, path: str, pixels: int) -> UInt8Array:

@@ -21,8 +21,8 @@ import numpy.typing as npt
 from PIL import Image
 
 from fkd_ssl import cli
+from fkd_ssl.arrays import UInt8Array
 from fkd_ssl.eval import stats
-from fkd_ssl.images import UInt8Array
 
 ARMS = ("ours", "antialiased")
 PROBES = ("knn_top1", "linear_top1")

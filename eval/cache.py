@@ -20,10 +20,10 @@ import torch
 from tqdm import tqdm
 
 from fkd_ssl import files, locks
+from fkd_ssl.arrays import Float32Array, Int64Array
 from fkd_ssl.crops.probe import probe_digest
 from fkd_ssl.errors import FkdError, StoreError
 from fkd_ssl.eval.features import Model, checked, extract, frozen
-from fkd_ssl.eval.scores import Float32Array, Int64Array
 from fkd_ssl.images import ImageSource
 from fkd_ssl.progress import hidden
 

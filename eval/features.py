@@ -19,10 +19,10 @@ from torch import nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from fkd_ssl.arrays import Float32Array, Int64Array
 from fkd_ssl.crops import Records, centre, replay
 from fkd_ssl.data import Loader
 from fkd_ssl.errors import FkdError, ImageError, RequestError
-from fkd_ssl.eval.scores import Float32Array, Int64Array
 from fkd_ssl.images import ImageSource
 from fkd_ssl.progress import hidden
 

@@ -14,9 +14,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from fkd_ssl.arrays import Float32Array, Int64Array
 from fkd_ssl.errors import RequestError
 from fkd_ssl.eval import search
-from fkd_ssl.eval.scores import Float32Array, Int64Array
 
 IndexKind = Literal["exact", "hnsw", "ivfflat", "ivfpq"]
 KINDS: dict[str, tuple[int, ...]] = {

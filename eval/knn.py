@@ -16,13 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from fkd_ssl.arrays import Float32Array, Int64Array
 from fkd_ssl.errors import RequestError
 from fkd_ssl.eval import features as features_
 from fkd_ssl.eval import search
 from fkd_ssl.eval.features import Model
 from fkd_ssl.eval.scores import (
-    Float32Array,
-    Int64Array,
     accuracy,
     as_features,
     as_labels,

@@ -28,11 +28,12 @@ import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from fkd_ssl.arrays import Float32Array, Int64Array
 from fkd_ssl.crops import RECIPES, draw, image_key
 from fkd_ssl.errors import RequestError, did_you_mean
 from fkd_ssl.eval.features import Model, View, checked, extract, frozen, load, match_classes, view
 from fkd_ssl.eval.probe import Probe, ProbeProtocol
-from fkd_ssl.eval.scores import Float32Array, Int64Array, accuracy, feature_notes, few_classes, per_class
+from fkd_ssl.eval.scores import accuracy, feature_notes, few_classes, per_class
 from fkd_ssl.images import ImageSource
 from fkd_ssl.progress import hidden
 

@@ -16,17 +16,9 @@ import torch
 from torch.nn import functional
 from tqdm import tqdm
 
+from fkd_ssl.arrays import Float32Array, Int64Array
 from fkd_ssl.errors import FkdError, RequestError
-from fkd_ssl.eval.scores import (
-    Float32Array,
-    Int64Array,
-    accuracy,
-    as_probe,
-    feature_notes,
-    few_classes,
-    per_class,
-    ranks,
-)
+from fkd_ssl.eval.scores import accuracy, as_probe, feature_notes, few_classes, per_class, ranks
 from fkd_ssl.progress import hidden
 
 STRENGTHS = tuple(float(10 ** (power / 2)) for power in range(-10, 5))

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fkd_ssl import checkpoints, files
+from fkd_ssl.arrays import Float32Array, Int64Array
 from fkd_ssl.errors import FkdError, RequestError
 from fkd_ssl.eval.features import check_counts
-from fkd_ssl.eval.scores import Float32Array, Int64Array, ranks
+from fkd_ssl.eval.scores import ranks
 from fkd_ssl.images import ImageSource
 
 WEIGHT_DEVIATION = 0.01  # of the layer's initial weights in moco, swav and simsiam; the bias starts at 0

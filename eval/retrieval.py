@@ -14,19 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from fkd_ssl.arrays import BoolArray, Float32Array, Int64Array
 from fkd_ssl.errors import RequestError
 from fkd_ssl.eval import search
-from fkd_ssl.eval.scores import (
-    BoolArray,
-    Float32Array,
-    Int64Array,
-    as_features,
-    as_labels,
-    compact,
-    feature_notes,
-    require_two_classes,
-    same_dimension,
-)
+from fkd_ssl.eval.scores import as_features, as_labels, compact, feature_notes, require_two_classes, same_dimension
 
 DEPTHS = (1, 5, 10)
 

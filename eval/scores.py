@@ -10,11 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from fkd_ssl.arrays import Float32Array, Int64Array
 from fkd_ssl.errors import FkdError, RequestError
-
-Float32Array = npt.NDArray[np.float32]
-Int64Array = npt.NDArray[np.int64]
-BoolArray = npt.NDArray[np.bool_]
 
 _SAMPLE = 10_000  # features that are looked at
 _COLLAPSED = 1e-3  # variance of features of length 1; an untrained network's is above 0.01

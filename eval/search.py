@@ -14,8 +14,8 @@ from typing import Literal
 import numpy as np
 import torch
 
+from fkd_ssl.arrays import Float32Array, Int64Array
 from fkd_ssl.errors import FkdError, RequestError
-from fkd_ssl.eval.scores import Float32Array, Int64Array
 
 Metric = Literal["cosine", "euclidean"]
 

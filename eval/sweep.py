@@ -19,18 +19,10 @@ import torch
 from torch.nn import functional
 from tqdm import tqdm
 
+from fkd_ssl.arrays import Float32Array, Int64Array
 from fkd_ssl.errors import RequestError
 from fkd_ssl.eval.logreg import held_out, standardised
-from fkd_ssl.eval.scores import (
-    Float32Array,
-    Int64Array,
-    accuracy,
-    as_probe,
-    feature_notes,
-    few_classes,
-    per_class,
-    ranks,
-)
+from fkd_ssl.eval.scores import accuracy, as_probe, feature_notes, few_classes, per_class, ranks
 from fkd_ssl.progress import hidden
 
 RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 from tqdm import tqdm
 
 from fkd_ssl import files
+from fkd_ssl.arrays import UInt8Array
 from fkd_ssl.errors import RequestError, StoreError
 from fkd_ssl.progress import hidden
 
@@ -57,8 +57,6 @@ _SIZE = (24 / 64, 30 / 64)
 _SHIFT = 2 / 64
 _GAP = (0.95, 1.05)  # lattice step, in glyph sizes
 _PATCH = (64, 194)  # side of a background patch in the photograph's pixels
-
-UInt8Array = npt.NDArray[np.uint8]
 
 
 def make_glyphs(

@@ -10,9 +10,9 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from fkd_ssl import files
+from fkd_ssl.arrays import UInt8Array
 from fkd_ssl.crops import Records
 from fkd_ssl.crops.operations import FLIP, JITTER, OPERATIONS
-from fkd_ssl.images import UInt8Array
 
 _INK, _PAPER = "#1d1d1f", "#ffffff"
 _CELL = 1.25  # inches

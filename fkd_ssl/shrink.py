@@ -15,8 +15,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from fkd_ssl import files, progress
+from fkd_ssl.arrays import UInt8Array
 from fkd_ssl.errors import FkdError, ImageError, RequestError
-from fkd_ssl.images import ImageSource, UInt8Array, decode, read_size
+from fkd_ssl.images import ImageSource, decode, read_size
 from fkd_ssl.text import format_bytes
 
 _JPEG = frozenset({".jpg", ".jpeg", ".jpe", ".jfif"})

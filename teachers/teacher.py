@@ -4,12 +4,11 @@ import re
 from contextlib import AbstractContextManager
 from typing import Any, Literal, Self, get_args
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fkd_ssl.arrays import Float32Array
 from fkd_ssl.errors import FkdError, RequestError
 from fkd_ssl.kinds import Kind
 from fkd_ssl.teachers.presets import IMAGENET_MEAN, IMAGENET_STD, Rgb
@@ -72,7 +71,7 @@ class Teacher(nn.Module):
         checkpoint: str | None = None,
         checkpoint_sha256: str | None = None,
         precision: Precision = "fp32",
-        arrays: dict[str, npt.NDArray[np.float32]] | None = None,
+        arrays: dict[str, Float32Array] | None = None,
         kind: Kind = "embedding",
     ) -> None:
         if precision not in ("fp32", *_AUTOCAST):

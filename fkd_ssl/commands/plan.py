@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from fkd_ssl.arrays import UInt8Array
 from fkd_ssl.text import format_bytes, format_duration
 
 if TYPE_CHECKING:
@@ -326,7 +327,7 @@ def _reading(images: "ImageSource", recipe: "Recipe", pixels: int, seconds: floa
     from fkd_ssl.errors import ImageError
     from fkd_ssl.store.manifest import in_hash_order
 
-    views: list[npt.NDArray[np.uint8]] = []
+    views: list[UInt8Array] = []
     decode, replay, count = 0.0, 0.0, 8
     until = time.perf_counter() + seconds
     for row in in_hash_order(images.names, "plan"):

@@ -8,10 +8,11 @@ import unicodedata
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from fkd_ssl.arrays import UInt8Array
 from fkd_ssl.errors import RequestError
 
 if TYPE_CHECKING:
-    from fkd_ssl.images import ImageSource, UInt8Array
+    from fkd_ssl.images import ImageSource
     from fkd_ssl.sheet import Picture
     from fkd_ssl.store import Store
     from fkd_ssl.store.maintain.nearest import Neighbour

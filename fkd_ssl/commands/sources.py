@@ -10,13 +10,14 @@ import numpy as np
 import torch
 
 from fkd_ssl import files
+from fkd_ssl.arrays import Float32Array, Int64Array
 from fkd_ssl.checkpoints import digest
 from fkd_ssl.commands import resolve
 from fkd_ssl.commands.images import images_of
 from fkd_ssl.errors import RequestError
 from fkd_ssl.eval import cache
 from fkd_ssl.eval.features import Split, extract, match_classes
-from fkd_ssl.eval.scores import Float32Array, Int64Array, as_features, as_labels, compact, same_dimension
+from fkd_ssl.eval.scores import as_features, as_labels, compact, same_dimension
 from fkd_ssl.images import CONTENTS, ImageSource
 
 

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from fkd_ssl import files
+from fkd_ssl.arrays import BoolArray
 from fkd_ssl.commands import resolve
 from fkd_ssl.comparison.config import CompareConfig
 from fkd_ssl.eval import knn, logreg, retrieval
@@ -87,7 +87,7 @@ class Scorer:
         student = student.eval().to(resolve.device())
         return self.score(name, student.features, classify=student)
 
-    def correct(self, name: str, probe: str) -> npt.NDArray[np.bool_]:
+    def correct(self, name: str, probe: str) -> BoolArray:
         """Correctness of every test image: bool [n]."""
-        array: npt.NDArray[np.bool_] = np.load(self.folder / f"{name}.npy", allow_pickle=False)[self.probes.index(probe)]
+        array: BoolArray = np.load(self.folder / f"{name}.npy", allow_pickle=False)[self.probes.index(probe)]
         return array

@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
-from fkd_ssl.images import UInt8Array
+from fkd_ssl.arrays import BoolArray, Float32Array, UInt8Array
 
 SIGMA_PIXELS = 224  # a record's sigma is in pixels of a crop of this size
 _VECTOR = 16  # pixels; a multiple of the pixels in any of OpenCV's vectors
@@ -34,7 +34,7 @@ def apply(view: UInt8Array, flags: int, sigma: float) -> None:
 
 
 @lru_cache(maxsize=1 << 14)  # sigma is a float16 in the record: holds every value that a recipe can draw
-def blur_kernel(sigma: float) -> npt.NDArray[np.float32]:
+def blur_kernel(sigma: float) -> Float32Array:
     """A Gaussian of three standard deviations to each side, in 256ths that sum to 1: float32 [odd].
 
     With 8-bit coefficients, OpenCV's separable filter is exact integer arithmetic. It gives the pixels of
@@ -58,7 +58,7 @@ def blur_kernel(sigma: float) -> npt.NDArray[np.float32]:
 
 
 def parameters(
-    pixels: int, applied: npt.NDArray[np.bool_], flags: npt.NDArray[np.uint8], sigma: npt.NDArray[np.float64]
+    pixels: int, applied: BoolArray, flags: UInt8Array, sigma: npt.NDArray[np.float64]
 ) -> tuple[npt.NDArray[np.int32]]:
     """What a device needs of n crops: `kernels`."""
     return (kernels(np.where(applied, sigma, 0.0), pixels),)

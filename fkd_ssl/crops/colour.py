@@ -16,8 +16,8 @@ import cv2
 import numpy as np
 import numpy.typing as npt
 
+from fkd_ssl.arrays import BoolArray, Float32Array, UInt8Array
 from fkd_ssl.errors import RequestError
-from fkd_ssl.images import UInt8Array
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 OPERATION_ORDERS = tuple(permutations((BRIGHTNESS, CONTRAST, SATURATION, HUE)))
@@ -47,7 +47,7 @@ def apply(view: UInt8Array, flags: int, order: int, brightness: float, contrast:
 
 def matrix(
     flags: int, order: int, brightness: float, contrast: float, saturation: float, hue: float, *, mean: Rgb
-) -> npt.NDArray[np.float32]:
+) -> Float32Array:
     """The colour matrix float32 [3, 4] of a crop: output = matrix @ (R, G, B, 1), before rounding and clamping.
 
     Args:
@@ -83,7 +83,7 @@ def matrix(
 
 
 def parameters(
-    pixels: int, applied: npt.NDArray[np.bool_], flags: npt.NDArray[np.uint8], *factors: npt.NDArray[Any]
+    pixels: int, applied: BoolArray, flags: UInt8Array, *factors: npt.NDArray[Any]
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float64]]:
     """What a device needs of n crops: `matrices`, of which the first are in 1024ths as OpenCV rounds them.
 
@@ -100,7 +100,7 @@ def parameters(
 def matrices(
     flags: npt.NDArray[Any], order: npt.NDArray[Any], brightness: npt.NDArray[Any], contrast: npt.NDArray[Any],
     saturation: npt.NDArray[Any], hue: npt.NDArray[Any],
-) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float64]]:  # fmt: skip
+) -> tuple[Float32Array, npt.NDArray[np.float64]]:  # fmt: skip
     """`matrix` of n well-formed records whose means are not known yet, with the same bits.
 
     Every operation is applied at each of the four positions. Where the record's order has another operation there, its factor

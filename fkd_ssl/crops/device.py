@@ -17,11 +17,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from fkd_ssl.arrays import BoolArray, Int64Array, UInt8Array
 from fkd_ssl.crops import records as crop_records
 from fkd_ssl.crops.operations import OPERATIONS
 from fkd_ssl.crops.records import CROP_DTYPE, FIELDS, Records, well_formed
 from fkd_ssl.errors import ImageError, RequestError
-from fkd_ssl.images import UInt8Array
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,11 +68,11 @@ class CropPlan:
     """Pixels of all results of the halvings."""
     largest: int
     """Pixels of the largest of them."""
-    halved: npt.NDArray[np.bool_]
+    halved: BoolArray
     """Whether the crop's box is halved before the linear resize: bool [n], always on the CPU, like the next two."""
-    doubled: npt.NDArray[np.bool_]
+    doubled: BoolArray
     """Whether it is resized to 2 P and halved once more: bool [n]."""
-    flags: npt.NDArray[np.uint8]
+    flags: UInt8Array
     """Flags of each record: uint8 [n]."""
 
     def __len__(self) -> int:
@@ -142,7 +142,7 @@ def plan_crops(crops: Sequence[PendingCrops], pixels: int, sources: Tensor) -> C
     )
 
 
-def _halvings(boxes: npt.NDArray[np.int64], halvings: npt.NDArray[np.int64]) -> tuple[tuple[Tensor, ...], int, int]:
+def _halvings(boxes: Int64Array, halvings: Int64Array) -> tuple[tuple[Tensor, ...], int, int]:
     """Plans the halvings of boxes int64 [n, 4] and changes these to their results: the passes, `scratch` and `largest`."""
     passes, scratch, largest = [], 0, 0
     for level in range(halvings.max(initial=0)):
@@ -156,9 +156,7 @@ def _halvings(boxes: npt.NDArray[np.int64], halvings: npt.NDArray[np.int64]) -> 
     return tuple(passes), scratch, largest
 
 
-def resize_plans(
-    height: npt.NDArray[np.int64], width: npt.NDArray[np.int64], pixels: int
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.bool_]]:
+def resize_plans(height: Int64Array, width: Int64Array, pixels: int) -> tuple[Int64Array, BoolArray]:
     """`resize_plan` of many boxes: halvings int64 [n], and bool [n]."""
     doubled = 5 * np.maximum(height, width) > 6 * pixels
     lengths = np.frexp(np.minimum(height, width) // (2 * pixels))[1].astype(np.int64)  # in bits

@@ -2,7 +2,7 @@
 
 import cv2
 
-from fkd_ssl.images import UInt8Array
+from fkd_ssl.arrays import UInt8Array
 
 
 def apply(view: UInt8Array, flags: int) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fkd_ssl.arrays import Int64Array
 from fkd_ssl.crops.operations import FLAGS, OPERATIONS
 from fkd_ssl.errors import ImageError
 
@@ -58,7 +59,7 @@ def unpack(records: Records, height: int, width: int) -> list[Fields]:
     return unpacked
 
 
-def boxes(records: Records, height: int, width: int) -> npt.NDArray[np.int64]:
+def boxes(records: Records, height: int, width: int) -> Int64Array:
     """Top, left, height and width of records [M], as `unpack` checks them: int64 [M, 4]."""
     numbers = np.frombuffer(records.tobytes(), dtype="<u2").reshape(-1, CROP_DTYPE.itemsize // 2)  # much faster than by field
     found = numbers[:, :4].astype(np.int64)

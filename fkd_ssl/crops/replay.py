@@ -7,10 +7,10 @@ from typing import Any
 import cv2
 import numpy as np
 
+from fkd_ssl.arrays import UInt8Array
 from fkd_ssl.crops.operations import OPERATIONS
 from fkd_ssl.crops.records import CROP_DTYPE, Fields, Records, unpack
 from fkd_ssl.errors import ImageError
-from fkd_ssl.images import UInt8Array
 
 _avx2: Any = None
 with suppress(ImportError):  # another processor, or no compiler at build time: OpenCV makes the same pixels

@@ -5,11 +5,12 @@ from abc import abstractmethod
 import torch
 from torch.utils.data import Dataset
 
+from fkd_ssl.arrays import UInt8Array
 from fkd_ssl.crops import Records
 from fkd_ssl.data.pixels import Batch, Planned, Replayed, Sides
 from fkd_ssl.data.samples import Samples
 from fkd_ssl.errors import ImageError, RequestError
-from fkd_ssl.images import UInt8Array, decode
+from fkd_ssl.images import decode
 
 Index = int | tuple[int, int]  # an image, or a pass and an image
 

@@ -2,10 +2,10 @@
 
 from typing import Any
 
+from fkd_ssl.arrays import UInt8Array
 from fkd_ssl.crops import Records, replay_into
 from fkd_ssl.crops.device import CropPlan, PendingCrops, concatenate, plan_crops, replay_plan
 from fkd_ssl.data import memory
-from fkd_ssl.images import UInt8Array
 
 Batch = dict[str, Any]
 Sides = dict[str, int]  # side of the crops by their key in a batch: images, and teacher_images if their size is another

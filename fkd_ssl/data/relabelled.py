@@ -2,11 +2,12 @@
 
 import torch
 
+from fkd_ssl.arrays import UInt8Array
 from fkd_ssl.crops import Recipe, Records
 from fkd_ssl.data.fresh import FreshCrops
 from fkd_ssl.data.pixels import Batch
 from fkd_ssl.errors import ImageError
-from fkd_ssl.images import ImageSource, UInt8Array, decode
+from fkd_ssl.images import ImageSource, decode
 from fkd_ssl.relabel.maps import LabelMaps
 
 

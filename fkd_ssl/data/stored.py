@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from fkd_ssl.arrays import Int64Array
 from fkd_ssl.crops import Records
 from fkd_ssl.data.crops import Crops
 from fkd_ssl.data.pixels import Batch
@@ -106,7 +106,7 @@ class StoredCrops(Crops):
             len(rows), crops_per_image, pixels, teacher_pixels, skip_unreadable=skip_unreadable, decode_only=decode_only
         )
 
-    def _index(self, pass_: int, i: int) -> slice | npt.NDArray[np.int64]:
+    def _index(self, pass_: int, i: int) -> slice | Int64Array:
         """Which crops a pass reads of an image; a slice, which is read without a copy, unless they wrap around."""
         c, m, first = self.store.crops_per_image, self.crops_per_image, self._first(pass_, i)
         return slice(first, first + m) if first + m <= c else np.arange(first, first + m) % c

@@ -3,7 +3,6 @@
 from fkd_ssl.images.decoding import (
     MAX_PIXELS,
     MAX_SIDE,
-    UInt8Array,
     decode,
     read_bytes,
     read_image,
@@ -23,7 +22,6 @@ __all__ = [
     "Folder",
     "ImageSource",
     "Names",
-    "UInt8Array",
     "decode",
     "open_images",
     "read_bytes",

@@ -12,6 +12,7 @@ import numpy.typing as npt
 import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
+from fkd_ssl.arrays import UInt8Array
 from fkd_ssl.errors import ImageAccessError, ImageError
 
 MAX_SIDE = 65535  # boxes are uint16
@@ -28,8 +29,6 @@ _UNDO = {
     8: Image.Transpose.ROTATE_270,
 }
 _INVALID = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # what Pillow raises for damaged data
-
-UInt8Array = npt.NDArray[np.uint8]
 
 
 def open_file(path: str | Path, buffering: int = -1) -> BinaryIO:

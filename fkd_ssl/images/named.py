@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from fkd_ssl.arrays import UInt8Array
 from fkd_ssl.errors import RequestError
-from fkd_ssl.images.decoding import UInt8Array
 from fkd_ssl.images.folder import scan
 from fkd_ssl.images.source import ImageSource
 

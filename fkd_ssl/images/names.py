@@ -4,7 +4,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import overload
 
 import numpy as np
-import numpy.typing as npt
+
+from fkd_ssl.arrays import Int64Array
 
 _PIECE = 2**18
 
@@ -56,7 +57,7 @@ class Names(Sequence[str]):
 
     __hash__ = None  # type: ignore[assignment]  # it is compared like a list
 
-    def positions(self, names: Iterable[str]) -> npt.NDArray[np.int64]:
+    def positions(self, names: Iterable[str]) -> Int64Array:
         """Where each of `names` is in this list, -1 if it is not in it: int64 [len(names)]."""
         if isinstance(names, Names) and self == names:  # the common case, fast for a million names
             return np.arange(len(self), dtype=np.int64)

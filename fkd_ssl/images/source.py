@@ -11,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
+from fkd_ssl.arrays import Int64Array, UInt8Array
 from fkd_ssl.errors import RequestError
-from fkd_ssl.images.decoding import UInt8Array, decode, header_size
+from fkd_ssl.images.decoding import decode, header_size
 from fkd_ssl.images.names import Names
 from fkd_ssl.progress import hidden
 
@@ -48,7 +49,7 @@ class ImageSource(ABC):
     def __init__(self, spec: str, names: Iterable[str] | bytes, labels: npt.ArrayLike, classes: list[str]) -> None:
         self.spec = spec
         self.names = names if isinstance(names, Names) else Names(names)
-        self.labels: npt.NDArray[np.int64] = np.asarray(labels, dtype=np.int64)
+        self.labels: Int64Array = np.asarray(labels, dtype=np.int64)
         self.classes = classes
         self.notes: list[str] = []
         if len(self.labels) != len(self.names):
@@ -138,7 +139,7 @@ class ImageSource(ABC):
 
 
 class _Subset(ImageSource):
-    def __init__(self, source: ImageSource, indices: npt.NDArray[np.int64]) -> None:
+    def __init__(self, source: ImageSource, indices: Int64Array) -> None:
         super().__init__(source.spec, (source.names[i] for i in indices.tolist()), source.labels[indices], source.classes)
         self._source, self._indices = source, indices
 

@@ -19,9 +19,10 @@ import torch
 from tqdm import tqdm
 
 from fkd_ssl import files
+from fkd_ssl.arrays import UInt8Array
 from fkd_ssl.crops import box_record, probe_digest, replay
 from fkd_ssl.errors import FkdError, ImageError, RequestError
-from fkd_ssl.images import ImageSource, UInt8Array, decode
+from fkd_ssl.images import ImageSource, decode
 from fkd_ssl.progress import hidden
 from fkd_ssl.relabel import layout
 from fkd_ssl.store.manifest import IMAGES, MANIFEST, SIZE_DTYPE, SIZES, check_safe, read_images

@@ -15,14 +15,12 @@ from torch import Tensor
 from torchvision.ops import roi_align
 
 from fkd_ssl import files
+from fkd_ssl.arrays import Float32Array, Int64Array
 from fkd_ssl.crops import Records, unpack
 from fkd_ssl.errors import StoreError
 from fkd_ssl.images import ImageSource
 from fkd_ssl.relabel import layout
 from fkd_ssl.store.manifest import read_images
-
-Float32Array = npt.NDArray[np.float32]
-Int64Array = npt.NDArray[np.int64]
 
 
 class LabelMaps:

@@ -6,17 +6,15 @@ Embeddings have faiss's factory strings, class probabilities FKD's names. Both k
 
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 
+from fkd_ssl.arrays import Float32Array
 from fkd_ssl.errors import RequestError, StoreError
 from fkd_ssl.kinds import Kind
 from fkd_ssl.store import faiss_codecs
 from fkd_ssl.store.faiss_codecs import FaissCodec
 from fkd_ssl.store.label_codecs import LABELS, LabelCodec, is_label
 
-Float32Array = npt.NDArray[np.float32]
-UInt8Array = npt.NDArray[np.uint8]
 Codec = FaissCodec | LabelCodec
 
 _FEW = 10  # classes: all of them take no more bytes than five and their numbers

@@ -12,10 +12,8 @@ import numpy as np
 import numpy.typing as npt
 from threadpoolctl import threadpool_limits
 
+from fkd_ssl.arrays import Float32Array, UInt8Array
 from fkd_ssl.errors import RequestError, StoreError
-
-Float32Array = npt.NDArray[np.float32]
-UInt8Array = npt.NDArray[np.uint8]
 
 _SPEC = re.compile(
     r"(?:(?P<pre>OPQ|PCAR?|RR)(?P<pre_a>[1-9]\d{0,3})(?:_(?P<pre_b>[1-9]\d{0,3}))?,)?"

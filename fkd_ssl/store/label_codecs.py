@@ -9,12 +9,9 @@ Legend: `K` classes, `k` of them kept.
 import re
 
 import numpy as np
-import numpy.typing as npt
 
+from fkd_ssl.arrays import Float32Array, Int64Array, UInt8Array
 from fkd_ssl.errors import RequestError, StoreError
-
-Float32Array = npt.NDArray[np.float32]
-UInt8Array = npt.NDArray[np.uint8]
 
 _SPEC = re.compile(r"hard|smoothing|full|marginal_(?:smoothing|renorm)_k([1-9]\d{0,3})")
 LABELS = ("hard", "smoothing", "marginal_smoothing_k5", "marginal_smoothing_k10", "marginal_renorm_k5", "full")
@@ -81,7 +78,7 @@ class LabelCodec:
         classes = _largest(targets, self.kept)
         return self.pack(classes, np.take_along_axis(targets, classes, axis=1))
 
-    def pack(self, classes: npt.NDArray[np.int64] | None, values: Float32Array) -> UInt8Array:
+    def pack(self, classes: Int64Array | None, values: Float32Array) -> UInt8Array:
         """Codes of class numbers [n, k] (none of `full`) and their probabilities [n, k], which `hard` does not keep."""
         records = np.zeros(len(values), dtype=self._record)
         if classes is not None:
@@ -90,7 +87,7 @@ class LabelCodec:
             records["values"] = values
         return records.view(np.uint8).reshape(len(values), self.code_size)
 
-    def unpack(self, codes: UInt8Array) -> tuple[npt.NDArray[np.int64], Float32Array]:
+    def unpack(self, codes: UInt8Array) -> tuple[Int64Array, Float32Array]:
         """Class numbers int64 [n, k] and their probabilities float32 [n, k] of codes, but of `full`'s."""
         records = np.ascontiguousarray(codes).view(self._record).reshape(len(codes))
         classes = records["classes"].astype(np.int64)
@@ -127,12 +124,12 @@ def is_label(spec: str) -> bool:
     return _SPEC.fullmatch(spec) is not None
 
 
-def _largest(targets: Float32Array, k: int) -> npt.NDArray[np.int64]:
+def _largest(targets: Float32Array, k: int) -> Int64Array:
     """The classes of the k largest of each row, largest first; of equal ones the first: int64 [n, k]."""
     last = targets.shape[1] - 1
     # not negative, so their bits order them as they are; + 0 makes 0 of -0. To sort 21,841 of them takes a teacher's time
     keys = (targets + np.float32(0)).view(np.uint32).astype(np.uint64) << np.uint64(32)
     keys |= np.arange(last, -1, -1, dtype=np.uint64)
     kept = np.sort(np.partition(keys, last + 1 - k, axis=1)[:, last + 1 - k :], axis=1)[:, ::-1]
-    classes: npt.NDArray[np.int64] = last - (kept & np.uint64(2**32 - 1)).astype(np.int64)
+    classes: Int64Array = last - (kept & np.uint64(2**32 - 1)).astype(np.int64)
     return classes

@@ -14,9 +14,10 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from fkd_ssl import files
+from fkd_ssl.arrays import UInt8Array
 from fkd_ssl.crops import Recipe, Records
 from fkd_ssl.errors import ImageError, NotFoundError, RequestError, StoreError
-from fkd_ssl.images import ImageSource, Names, UInt8Array
+from fkd_ssl.images import ImageSource, Names
 from fkd_ssl.progress import hidden
 
 FORMAT = "fkd_ssl store"

@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
-import numpy.typing as npt
 
 from fkd_ssl import files
+from fkd_ssl.arrays import Float32Array, Int64Array, UInt8Array
 from fkd_ssl.crops import CROP_DTYPE, Records
 from fkd_ssl.errors import NotFoundError, StoreError
 from fkd_ssl.images import ImageSource
 from fkd_ssl.kinds import Kind
 from fkd_ssl.store import manifest as layout
-from fkd_ssl.store.codecs import Float32Array, UInt8Array, kind_of, load_codec, parameter_shapes
+from fkd_ssl.store.codecs import kind_of, load_codec, parameter_shapes
 from fkd_ssl.store.shards import Index, ShardFiles
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -158,14 +158,14 @@ class Column:
     def __reduce__(self) -> tuple[Any, ...]:
         return (Store.column, (self.store, self.name))
 
-    def array(self, name: str) -> npt.NDArray[np.float32]:
+    def array(self, name: str) -> Float32Array:
         """An array stored beside the codes, for instance a SwAV teacher's `teacher-prototypes` float32 [K, D]."""
         if name not in self.meta.arrays or not layout.COLUMN_NAME.fullmatch(name):
             raise StoreError(f"{self.folder}: no array {name!r}; there are {sorted(self.meta.arrays)}")
         shapes = parameter_shapes(self.meta.codec, self.meta.dim)
         return self._array(name, shapes.get(name))
 
-    def _array(self, name: str, shape: tuple[int, ...] | None) -> npt.NDArray[np.float32]:
+    def _array(self, name: str, shape: tuple[int, ...] | None) -> Float32Array:
         """An array of `shape`, or of any that is not too large."""
         path = self.folder / f"{name}.npy"
         if shape is None:
@@ -185,7 +185,7 @@ class Column:
         if total > MAX_ARRAY:
             raise StoreError(f"{self.folder}: arrays of its teacher have {total:,} bytes in all, over {MAX_ARRAY:,}")
 
-    def teacher_arrays(self) -> dict[str, npt.NDArray[np.float32]]:
+    def teacher_arrays(self) -> dict[str, Float32Array]:
         """The teacher's own arrays as it named them, for instance `prototypes` float32 [K, D]."""
         prefix = "teacher-"
         return {name.removeprefix(prefix): self.array(name) for name in self.meta.arrays if name.startswith(prefix)}
@@ -197,7 +197,7 @@ class Column:
         return [s for s in range(self.store.manifest.shards) if f"codes-{s:05d}.json" not in there or s not in crops]
 
     @cached_property
-    def rows(self) -> npt.NDArray[np.int64]:
+    def rows(self) -> Int64Array:
         """Row numbers that have targets, ascending, without those skipped as unreadable."""
         present = np.ones(self.store.manifest.shards, dtype=bool)
         present[self.missing_shards] = False
@@ -302,7 +302,7 @@ class Store:
         return problems
 
     @cached_property
-    def rows(self) -> npt.NDArray[np.int64]:
+    def rows(self) -> Int64Array:
         """Row numbers that can be read, ascending."""
         found = self.shards_with_crops()
         readable = np.zeros(self.manifest.count, dtype=bool)
@@ -346,7 +346,7 @@ class Store:
         whole: list[int] = self.crops_sidecar(shard)["skipped"]  # or what is wrong with it
         return whole
 
-    def find_images(self, images: ImageSource, rows: npt.NDArray[np.int64] | None = None) -> npt.NDArray[np.int64]:
+    def find_images(self, images: ImageSource, rows: Int64Array | None = None) -> Int64Array:
         """The index of each row's image in an image set, of all rows by default: int64 [len(rows)].
 
         Raises:

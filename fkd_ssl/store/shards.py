@@ -16,9 +16,10 @@ import numpy as np
 import numpy.typing as npt
 
 from fkd_ssl import files
+from fkd_ssl.arrays import Int64Array
 from fkd_ssl.errors import StoreError
 
-Index = slice | npt.NDArray[np.int64]
+Index = slice | Int64Array
 MOST_OPEN = 128  # files of one reader: many systems allow a process 1024 in all
 
 

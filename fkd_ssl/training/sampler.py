@@ -4,9 +4,9 @@ from collections.abc import Iterator
 from functools import lru_cache
 
 import numpy as np
-import numpy.typing as npt
 from torch.utils.data import Sampler
 
+from fkd_ssl.arrays import Int64Array
 from fkd_ssl.crops import image_key
 
 Pairs = list[tuple[int, int]]
@@ -97,7 +97,7 @@ class PassSampler(Sampler[Pairs]):
 
 
 @lru_cache(maxsize=4)
-def permutation(seed: int, pass_: int, length: int) -> npt.NDArray[np.int64]:
+def permutation(seed: int, pass_: int, length: int) -> Int64Array:
     """The order of `length` images in a pass: int64 [length], by sorting Philox's raw words."""
     key = int.from_bytes(image_key(seed, f"pass {pass_}"), "little")
     words = np.random.Philox(key=key).random_raw(length)

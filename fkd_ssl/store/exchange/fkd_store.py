@@ -12,12 +12,13 @@ import numpy as np
 from tqdm import tqdm
 
 from fkd_ssl import files
+from fkd_ssl.arrays import UInt8Array
 from fkd_ssl.crops import IMPORTED, Records, probe_digest
 from fkd_ssl.errors import ImageError, RequestError, StoreError
 from fkd_ssl.images import ImageSource
 from fkd_ssl.store import manifest as layout
 from fkd_ssl.store.exchange import fkd_files
-from fkd_ssl.store.label_codecs import LabelCodec, UInt8Array
+from fkd_ssl.store.label_codecs import LabelCodec
 from fkd_ssl.store.maintain.subset import whole_folder
 from fkd_ssl.store.reader import Column, Store
 from fkd_ssl.store.write.columns import publish_column

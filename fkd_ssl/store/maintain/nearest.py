@@ -4,10 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from fkd_ssl.arrays import Float32Array
 from fkd_ssl.errors import RequestError
-from fkd_ssl.store.codecs import Float32Array
 from fkd_ssl.store.reader import Column
 
 
@@ -70,7 +69,7 @@ def nearest(
     ]
 
 
-def _normalised(vectors: Float32Array) -> npt.NDArray[np.float32]:
+def _normalised(vectors: Float32Array) -> Float32Array:
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    unit: npt.NDArray[np.float32] = (vectors / np.maximum(norms, 1e-12)).astype(np.float32)
+    unit: Float32Array = (vectors / np.maximum(norms, 1e-12)).astype(np.float32)
     return unit

@@ -10,9 +10,10 @@ import numpy as np
 from tqdm import tqdm
 
 from fkd_ssl import files
+from fkd_ssl.arrays import Float32Array, UInt8Array
 from fkd_ssl.errors import RequestError, StoreError
 from fkd_ssl.store import manifest as layout
-from fkd_ssl.store.codecs import Float32Array, UInt8Array, check_kind, code_size
+from fkd_ssl.store.codecs import check_kind, code_size
 from fkd_ssl.store.maintain.subset import Part, whole_folder
 from fkd_ssl.store.maintain.verify import check_files
 from fkd_ssl.store.reader import COSINES, Column, Store, cosine_to_teacher

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from fkd_ssl import files
+from fkd_ssl.arrays import Float32Array
 from fkd_ssl.crops import IMPORTED
 from fkd_ssl.errors import ImageError, RequestError, StoreAccessError, StoreError
 from fkd_ssl.images import ImageSource
 from fkd_ssl.store import manifest as layout
-from fkd_ssl.store.codecs import Float32Array
 from fkd_ssl.store.maintain.verify import Damage
 from fkd_ssl.store.reader import Store, read_meta
 from fkd_ssl.store.write.columns import Request, train_columns

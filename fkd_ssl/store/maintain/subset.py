@@ -12,12 +12,13 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from fkd_ssl import files, locks
+from fkd_ssl.arrays import Int64Array
 from fkd_ssl.crops import CROP_DTYPE
 from fkd_ssl.errors import RequestError, StoreError
 from fkd_ssl.store import manifest as layout
 from fkd_ssl.store.reader import MAX_ARRAY, Column, Store
 
-Rows = npt.NDArray[np.int64]
+Rows = Int64Array
 
 
 def subset(

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 
 from fkd_ssl import files
+from fkd_ssl.arrays import Float32Array
 from fkd_ssl.crops import probe_digest
 from fkd_ssl.errors import ImageError, RequestError
 from fkd_ssl.store import manifest as layout
-from fkd_ssl.store.codecs import Codec, Float32Array, check_kind, code_size, kind_of, sample_size, smallest_sample, train_codec
+from fkd_ssl.store.codecs import Codec, check_kind, code_size, kind_of, sample_size, smallest_sample, train_codec
 from fkd_ssl.store.reader import Column, Store
 from fkd_ssl.store.write import work
 from fkd_ssl.store.write.rows import Row, RowReader, Teacher

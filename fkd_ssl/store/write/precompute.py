@@ -19,12 +19,13 @@ import numpy as np
 from tqdm import tqdm
 
 from fkd_ssl import files
+from fkd_ssl.arrays import Float32Array
 from fkd_ssl.crops import CROP_DTYPE, IMPORTED, Recipe
 from fkd_ssl.errors import FkdError, RequestError
 from fkd_ssl.images import ImageSource
 from fkd_ssl.progress import hidden
 from fkd_ssl.store import manifest as layout
-from fkd_ssl.store.codecs import Float32Array, code_size, usual_codec
+from fkd_ssl.store.codecs import code_size, usual_codec
 from fkd_ssl.store.reader import MAX_ARRAY, Column, Store
 from fkd_ssl.store.write import advice, work
 from fkd_ssl.store.write.columns import Request, check_sample, open_or_train, sample_targets

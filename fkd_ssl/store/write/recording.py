@@ -11,14 +11,13 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 from tqdm import tqdm
 
 from fkd_ssl import files, locks
+from fkd_ssl.arrays import Float32Array, Int64Array, UInt8Array
 from fkd_ssl.errors import FkdError, RequestError, StoreError
 from fkd_ssl.progress import hidden
 from fkd_ssl.store import manifest as layout
-from fkd_ssl.store.codecs import Float32Array, UInt8Array
 from fkd_ssl.store.reader import Column, Store
 
 _WORK, _JOURNAL = ".record", ".record.json"
@@ -64,7 +63,7 @@ class Recording:
             os.close(self._file)
             raise
 
-    def add(self, places: npt.NDArray[np.int64], targets: Float32Array) -> None:
+    def add(self, places: Int64Array, targets: Float32Array) -> None:
         """Writes what a teacher said of some blocks; crops that were written before are written again.
 
         Args:

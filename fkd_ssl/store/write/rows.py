@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 
 from fkd_ssl import files
+from fkd_ssl.arrays import Float32Array, UInt8Array
 from fkd_ssl.crops import IMPORTED, Records, draw, image_key, replay_into
 from fkd_ssl.crops.device import PendingCrops, concatenate, plan_crops, replay_plan
 from fkd_ssl.crops.records import neutral
@@ -19,7 +19,6 @@ from fkd_ssl.errors import FkdError, ImageError, StoreError
 from fkd_ssl.images import ImageSource, decode
 from fkd_ssl.kinds import Kind
 from fkd_ssl.store import manifest as layout
-from fkd_ssl.store.codecs import Float32Array
 from fkd_ssl.store.reader import Store
 
 
@@ -35,7 +34,7 @@ class Teacher(Protocol):
     checkpoint_sha256: str | None
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    arrays: dict[str, npt.NDArray[np.float32]]
+    arrays: dict[str, Float32Array]
 
     @property
     def precision(self) -> str:
@@ -45,7 +44,7 @@ class Teacher(Protocol):
         """Targets float32 [B, D] of crops uint8 [B, 3, H, W]."""
 
 
-Views = npt.NDArray[np.uint8] | PendingCrops
+Views = UInt8Array | PendingCrops
 
 
 @dataclass(frozen=True, kw_only=True)

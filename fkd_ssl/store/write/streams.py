@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
-from fkd_ssl.store.codecs import Float32Array
+from fkd_ssl.arrays import Float32Array
 from fkd_ssl.store.write.rows import Row, RowReader, Teacher, Views, embed, in_order, join
 
 
