@@ -1,7 +1,7 @@
-"""The demo's image set: patterns of one glyph over photographs, made in seconds from what the dependencies bring.
+"""The demo's image set: patterns of one glyph over photographs, made in seconds.
 
 Ten classes, each a symbol of matplotlib's DejaVu fonts, set many times on a turned lattice over a patch of one of
-scikit-learn's two photographs. Phase, turn, size, spacing, polarity and tint differ from image to image, so that pixels
+two photographs. Phase, turn, size, spacing, polarity and tint differ from image to image, so that pixels
 and colours hardly tell the classes apart, while any crop of an image shows its glyph: what instance discrimination can
 learn in a minute or two.
 
@@ -15,6 +15,7 @@ import math
 import secrets
 import shutil
 from functools import cache
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -171,9 +172,8 @@ class _Draws:
 
 @cache
 def _photos() -> tuple[UInt8Array, ...]:
-    from sklearn.datasets import load_sample_image
-
-    return tuple(load_sample_image(name) for name in PHOTOS)
+    files_of_photos = resources.files("fkd_ssl.photos")
+    return tuple(np.asarray(Image.open(io.BytesIO(files_of_photos.joinpath(name).read_bytes()))) for name in PHOTOS)
 
 
 @cache

@@ -199,3 +199,11 @@ def test_pixels_and_colours_are_weak_features() -> None:
     }
     scores = {name: knn_accuracy(f(train), train_labels, f(val), val_labels) for name, f in features.items()}
     assert max(scores.values()) < 0.45, scores
+
+
+def test_the_bundled_photographs_are_those_of_scikit_learn() -> None:
+    """The demo's figures were measured on them; scikit-learn is needed by tests and benchmarks alone."""
+    from sklearn.datasets import load_sample_image
+
+    for found, name in zip(glyphs._photos(), glyphs.PHOTOS, strict=True):
+        np.testing.assert_array_equal(found, load_sample_image(name))

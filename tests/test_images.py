@@ -291,7 +291,7 @@ def test_two_spellings_of_one_name_are_refused(tmp_path):
     root = touch(tmp_path, "a/é.jpg", "a/" + unicodedata.normalize("NFD", "é") + ".jpg")
     if len(list((root / "a").iterdir())) == 1:
         pytest.skip("this file system normalises names")
-    with pytest.raises(RequestError, match="2 names are the same in Unicode's NFC form as another one; rename these files"):
+    with pytest.raises(RequestError, match="2 names are the same in Unicode's NFC form as another one; rename them"):
         images.scan(root)
 
 
@@ -304,7 +304,7 @@ LATIN = b"latin-\xe9.jpg".decode("utf-8", "surrogateescape")
 def test_names_that_a_line_cannot_hold_are_refused(tmp_path, name):
     with pytest.raises(RequestError) as caught:
         images.scan(touch(tmp_path, name))
-    assert "1 names have control characters, line separators or bytes that are not UTF-8; rename these" in str(caught.value)
+    assert "1 names have control characters, line separators or bytes that are not UTF-8; rename them" in str(caught.value)
     assert repr(name) in str(caught.value)
 
 

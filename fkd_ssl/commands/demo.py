@@ -1,4 +1,4 @@
-"""The whole job in minutes on an embedded image set: symbols of bundled fonts over photographs that scikit-learn brings.
+"""The whole job in minutes on an embedded image set: symbols of bundled fonts over two bundled photographs.
 
 Makes the images, pretrains a small MoCo v2 teacher on them without labels, precomputes its targets, trains a student
 on them and the same student online, and scores everything. Nothing is downloaded. Run again, it continues.

@@ -10,6 +10,7 @@ from PIL import features
 
 from fkd_ssl.errors import RequestError
 from fkd_ssl.images.decoding import header_size, inaccessible, open_file, read_bytes
+from fkd_ssl.images.names import is_line, refuse
 from fkd_ssl.images.source import ImageSource
 
 # one list for all machines, since a store of the same folder must list the same images
@@ -18,7 +19,7 @@ SUFFIXES = frozenset(
     | {".pbm", ".pgm", ".ppm", ".pnm", ".tga", ".tif", ".tiff"}
 )
 _OPTIONAL = {".avif": "avif", ".webp": "webp", ".jp2": "jpg_2000", ".j2k": "jpg_2000"}  # what Pillow may be built without
-_LISTED = 10  # names in a message
+_LISTED = 10  # kinds of files in a message
 
 
 class Folder(ImageSource):
@@ -89,32 +90,19 @@ def scan(root: str | Path) -> Folder:
     except OSError as error:
         raise RequestError(f"{error.filename}: cannot be listed: {error.strerror}") from error
     relative = [path[len(str(root)) :].lstrip(os.sep).replace(os.sep, "/") for path in files]
-    wrong = (name for name in relative if not _is_line(name))
-    _refuse(root, wrong, "have control characters, line separators or bytes that are not UTF-8")
+    wrong = (name for name in relative if not is_line(name))
+    refuse(root, wrong, "have control characters, line separators or bytes that are not UTF-8")
     found: dict[str, str] = {}
     twice: list[str] = []
     for name in relative:
         if (first := found.setdefault(unicodedata.normalize("NFC", name), name)) != name:
             twice += [first, name]
-    _refuse(root, twice, "are the same in Unicode's NFC form as another one")
+    refuse(root, twice, "are the same in Unicode's NFC form as another one")
     if not found:
         others = f"; it holds {_kinds(left_out)}" if left_out else ""
         raise RequestError(f"{root}: no images in this folder (looked for {', '.join(sorted(SUFFIXES))}){others}")
     _check_formats(root, relative)
     return Folder(root, relative, left_out)
-
-
-def _is_line(name: str) -> bool:
-    """Whether a text file can hold the name as one line: it has no control character, line separator or lone surrogate."""
-    return name.isprintable() or not any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in name)
-
-
-def _refuse(root: Path, names: Iterable[str], why: str) -> None:
-    """Raises RequestError if there are such names, with the first ones and their number."""
-    if wrong := sorted(names):
-        some = "".join(f"\n  {name!r}" for name in wrong[:_LISTED])
-        more = f"\n  and {len(wrong) - _LISTED:,} more" if len(wrong) > _LISTED else ""
-        raise RequestError(f"{root}: {len(wrong):,} names {why}; rename these files:{some}{more}")
 
 
 def _check_formats(root: Path, paths: Iterable[str]) -> None:

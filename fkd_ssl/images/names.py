@@ -1,13 +1,18 @@
 """The names of images, kept as the lines of one text."""
 
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import overload
 
 import numpy as np
 
 from fkd_ssl.arrays import Int64Array
 
-_PIECE = 2**18
+from fkd_ssl.errors import RequestError
+
+_PIECE = 2**18  # bytes
+_LISTED = 10  # names in a message
 
 
 class Names(Sequence[str]):
@@ -63,3 +68,16 @@ class Names(Sequence[str]):
             return np.arange(len(self), dtype=np.int64)
         where = {name: k for k, name in enumerate(self)}
         return np.array([where.get(name, -1) for name in names], dtype=np.int64)
+
+
+def is_line(name: str) -> bool:
+    """Whether a text file can hold the name as one line: it has no control character, line separator or lone surrogate."""
+    return name.isprintable() or not any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in name)
+
+
+def refuse(spec: str | Path, names: Iterable[str], why: str) -> None:
+    """Raises RequestError if there are such names, with the first ones and their number."""
+    if wrong := sorted(names):
+        some = "".join(f"\n  {name!r}" for name in wrong[:_LISTED])
+        more = f"\n  and {len(wrong) - _LISTED:,} more" if len(wrong) > _LISTED else ""
+        raise RequestError(f"{spec}: {len(wrong):,} names {why}; rename them:{some}{more}")

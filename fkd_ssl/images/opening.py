@@ -1,15 +1,17 @@
 """From what users write to an image source."""
 
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
 from fkd_ssl.errors import RequestError, did_you_mean
 from fkd_ssl.images import named
 from fkd_ssl.images.folder import scan
+from fkd_ssl.images.names import is_line, refuse
 from fkd_ssl.images.source import ImageSource
 
 SOURCES: dict[str, Callable[[str], ImageSource]] = dict.fromkeys(named.SPLITS, named.load)
-"""What opens a spec KIND:REST, by its KIND."""
+"""What opens KIND:REST, by its KIND."""
 
 
 def open_images(spec: str | Path | ImageSource) -> ImageSource:
@@ -18,7 +20,7 @@ def open_images(spec: str | Path | ImageSource) -> ImageSource:
     A folder of that name comes first.
 
     Raises:
-        RequestError: It does not exist, or its names cannot be those of images in a store.
+        RequestError: It does not exist, or has names that a store cannot keep.
     """
     if isinstance(spec, ImageSource):
         return spec
@@ -26,8 +28,19 @@ def open_images(spec: str | Path | ImageSource) -> ImageSource:
     if not colon or Path(spec).exists():
         return scan(spec)
     if kind not in SOURCES:
-        known = ", ".join(sorted(SOURCES))
-        raise RequestError(
-            f"{spec}: no such folder of images, and no kind of image set {kind!r} (known: {known}){did_you_mean(kind, SOURCES)}"
-        )
-    return SOURCES[kind](str(spec))
+        known = f"known: {', '.join(sorted(SOURCES))}"
+        near = did_you_mean(kind, SOURCES)
+        raise RequestError(f"{spec}: no such folder of images, and no kind of image set {kind!r} ({known}){near}")
+    source = SOURCES[kind](str(spec))
+    if source.spec == str(spec):  # not a folder, whose names `scan` has checked
+        _check_names(source)
+    return source
+
+
+def _check_names(source: ImageSource) -> None:
+    """Raises RequestError if names are not those that a store can keep and find again."""
+    names = list(source.names)
+    refuse(source.spec, (name for name in names if not is_line(name)), "have control characters or line separators")
+    refuse(source.spec, (n for n in names if n != unicodedata.normalize("NFC", n)), "are not in Unicode's NFC form")
+    if twice := len(names) - len(set(names)):
+        raise RequestError(f"{source.spec}: {twice:,} names are those of several images; give each its own")

@@ -1,0 +1,1 @@
+"""The photographs of the demo; README.md has their licences."""

@@ -1,0 +1,111 @@
+"""An image source of one's own works in every verb: the stranger's test of `ImageSource` and `SOURCES`."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fkd_ssl.errors import RequestError
+from fkd_ssl.images import SOURCES, ImageSource, open_images, scan
+from fkd_ssl.images.named import Arrays
+from fkd_ssl.store import open_store
+
+# the source --------------------------------------------------------------------------------------
+
+COLOURS = {"ash": (60, 90, 190), "birch": (70, 170, 80), "cedar": (190, 80, 60)}
+
+
+class Noise(ImageSource):
+    """Noise about three colours, `noise:SEED:COUNT`, drawn when it is read."""
+
+    def __init__(self, spec: str) -> None:
+        _, self.seed, count = spec.split(":")
+        names = [f"{colour}/{k:03d}.png" for colour in COLOURS for k in range(int(count))]
+        super().__init__(spec, names, [list(COLOURS).index(name.split("/")[0]) for name in names], list(COLOURS))
+
+    def read(self, index: int) -> bytes:
+        generator = np.random.default_rng((int(self.seed), index))
+        pixels = generator.normal(0, 50, (40, 44, 3)) + COLOURS[self.classes[self.labels[index]]]
+        file = io.BytesIO()
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, format="png")
+        return file.getvalue()
+
+
+# the test ----------------------------------------------------------------------------------------
+
+PRECOMPUTE = "precompute --teacher own_teacher:make --crops 4 --codec Flat --chunk_size 16"
+TRAIN = "train --student squeezenet1_1 --epochs 1 --batch_size 18 --crops_per_image 2 --pixels 32 --log_every 1"
+
+
+@pytest.fixture(autouse=True)
+def sources(monkeypatch: pytest.MonkeyPatch) -> None:
+    def memory(spec: str) -> ImageSource:
+        source = Noise(spec.replace("memory", "noise"))
+        pixels = np.stack([source.pixels(k) for k in range(len(source))])
+        return Arrays(spec, pixels, source.labels, source.classes)
+
+    monkeypatch.setitem(SOURCES, "noise", Noise)
+    monkeypatch.setitem(SOURCES, "memory", memory)
+
+
+@pytest.mark.parametrize("kind", ["noise", "memory"])
+def test_it_works_in_every_verb(work: Path, call: Any, kind: str) -> None:
+    images, val = f"{kind}:0:6", f"{kind}:1:4"
+    assert call(f"{PRECOMPUTE} --images {images} --store own").status == 0
+    store = open_store("own")
+    assert (len(store), store.paths[7]) == (18, open_images(images).names[7])
+    assert call(f"verify own --images {images} --teacher own_teacher:make").status == 0
+    assert call(f"{TRAIN} --images {images} --store own --val {val} --workers 1 --out run").status == 0
+    assert json.loads(Path("run/results.json").read_text())["steps"] == 1
+    assert call(f"knn --model run --train {images} --val {val} --workers 1").status == 0
+    assert call(f"linear --model run --protocol logreg --train {images} --val {val} --workers 0").status == 0
+    assert call(f"retrieve --model run --gallery {images} --query train/ash/0.png --workers 0 --sheet near.png").status == 0
+    assert call(f"show own --images {images} --image {store.paths[7]}").status == 0
+    assert call(f"plan --images {images} --teacher own_teacher:make --crops 4").status == 0
+    assert call(f"label-maps --images {images} --teacher own_teacher:pooled --k 2 --out maps").status == 0
+    relabelled = "--targets relabel --label_maps maps --head classifier --objective soft_ce"
+    assert call(f"{TRAIN} --images {images} {relabelled} --workers 0 --out other").status == 0
+    pretrain = "pretrain --arch resnet18 --epochs 1 --batch_size 6 --pixels 32 --queue 12 --workers 0"
+    assert call(f"{pretrain} --images {images} --out moco").status == 0
+    (work / "own/crops/00000.json").unlink()
+    assert call(f"verify own --images {images} --teacher own_teacher:make --repair").status == 0
+
+
+def test_what_holds_the_images_does_not_matter(work: Path, call: Any) -> None:
+    """The same images under the same names make the same store."""
+    source = Noise("noise:0:6")
+    for k, name in enumerate(source.names):
+        Path("folder", name).parent.mkdir(parents=True, exist_ok=True)
+        Path("folder", name).write_bytes(source.read(k))
+    for images, store in (("noise:0:6", "one"), ("folder", "other")):
+        assert call(f"{PRECOMPUTE} --images {images} --store {store}").status == 0
+    files = [sorted(path.relative_to(store) for path in Path(store).rglob("*") if path.is_file()) for store in ("one", "other")]
+    assert files[0] == files[1]
+    assert all(Path("one", name).read_bytes() == Path("other", name).read_bytes() for name in files[0])
+    assert source.digest() == scan("folder").digest()
+    assert call("verify one --images folder").status == 0
+    assert call("cache --images noise:0:6 --out small --short_side 20").status == 0
+    assert scan("small").names == source.names
+
+
+def test_a_changed_image_is_found(work: Path, call: Any) -> None:
+    assert call(f"{PRECOMPUTE} --images noise:0:6 --store own").status == 0
+    changed = call("verify own --images noise:1:6")
+    assert (changed.status, "noise:1:6/ash/000.png: changed since its crops were made" in changed.out) == (1, True)
+    trained = call(f"{TRAIN} --images noise:1:6 --store own --workers 0 --out run")
+    assert (trained.status, "changed since the store was made" in trained.err) == (1, True)
+
+
+@pytest.mark.parametrize("names", [["a/1.png", "a/1.png"], ["a\nb.png"], ["a/e\u0301.png"], ["a\u2028.png"]])
+def test_names_that_a_store_cannot_keep_are_refused(monkeypatch: pytest.MonkeyPatch, names: list[str]) -> None:
+    class Wrong(Noise):
+        def __init__(self, spec: str) -> None:
+            ImageSource.__init__(self, spec, names, [-1] * len(names), [])
+
+    monkeypatch.setitem(SOURCES, "wrong", Wrong)
+    with pytest.raises(RequestError, match="wrong:x: "):
+        open_images("wrong:x")
