@@ -1,29 +1,29 @@
-"""Precompute as tasks of a Ray cluster: one a shard, tried again when its worker or its machine is lost."""
+"""Shards as tasks of a Ray cluster, tried again when a worker or a machine is lost."""
 
-import functools
 import importlib
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fkd_ssl.commands.precompute import Config, load_all, teachers_of, write
 from fkd_ssl.errors import FkdError, RequestError
 
 if TYPE_CHECKING:
-    from fkd_ssl.images import ImageSource
     from fkd_ssl.store.write.precompute import Summary
-    from fkd_ssl.teachers import Teacher
 
 RETRIES = 20  # of one shard: preemption is no fault of its
 
 
-def precompute(config: Config, *, log: Callable[[str], None]) -> "Summary":
-    """Runs the shards of a precompute on Ray; every machine must see the images, the checkpoint and the store.
+def run(write: "Callable[[Any, int], Summary]", config: Any, *, log: Callable[[str], None]) -> "Summary":
+    """Writes the shards of a store on Ray; every machine must see the same files under the same paths.
 
     The first task makes the store and its codec with the first shard; the others follow, each on a processor (and a GPU, if
     the cluster has any) of its own. What a lost task had done of its shard is not done again.
+
+    Args:
+        write: Called as write(config, shard) in a worker; a function of a module.
+        config: What it takes.
+        log: Takes lines for the user.
 
     Raises:
         RequestError: Ray is not installed.
@@ -46,8 +46,7 @@ def precompute(config: Config, *, log: Callable[[str], None]) -> "Summary":
         resources: dict[str, float] = ray.cluster_resources()
         processors, gpus = resources.get("CPU", 0), resources.get("GPU", 0)
         log(f"Ray: {processors:.0f} processors, {gpus:.0f} GPUs; a shard is a task on one {'GPU' if gpus else 'processor'}")
-        task = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0, max_retries=RETRIES)(_shard)
-        config = _absolute(config)
+        task = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0, max_retries=RETRIES)(write)
         summary = _result(ray, task.remote(config, 0))
         waiting = {task.remote(config, shard): shard for shard in range(1, summary.shards)}
         with tqdm(total=summary.shards, initial=1, desc="precompute", unit="shard", disable=hidden(show=True)) as bar:
@@ -70,25 +69,6 @@ def precompute(config: Config, *, log: Callable[[str], None]) -> "Summary":
             ray.shutdown()
 
 
-def _absolute(config: Config) -> Config:
-    """The config with paths that mean the same from any folder."""
-    files = [_anywhere(teacher, file) for teacher, file in teachers_of(config)]
-    return replace(
-        config,
-        images=str(Path(config.images).absolute()) if Path(config.images).exists() else config.images,
-        store=str(Path(config.store).absolute()),
-        checkpoint=None if config.checkpoint is None else ",".join(files),
-        threads=config.threads or 1,
-        runner="here",
-    )
-
-
-def _anywhere(teacher: str, checkpoint: str | None) -> str:
-    """A teacher's checkpoint likewise, or F+G of A+B; what is no path stays as it is."""
-    parts = (checkpoint or "").split("+") if "+" in teacher else [checkpoint or ""]
-    return "+".join(part if part.strip() in ("", "pretrained") else str(Path(part.strip()).absolute()) for part in parts)
-
-
 def _result(ray: Any, reference: Any) -> "Summary":
     """What a task returned; raises FkdError where it failed."""
     try:
@@ -101,16 +81,3 @@ def _result(ray: Any, reference: Any) -> "Summary":
         raise FkdError(f"a Ray task failed: {str(error).strip().splitlines()[-1]}") from error
     except ray.exceptions.RayError as error:
         raise FkdError(f"Ray lost a task {RETRIES + 1} times: {str(error).strip().splitlines()[0]}; run it again") from error
-
-
-def _shard(config: Config, shard: int) -> "Summary":
-    """One shard, in a worker."""
-    from fkd_ssl.store.write.precompute import Share
-
-    return write(config, share=Share(index=shard, of=2**62), progress=False, log=lambda message: None, load=_loaded)
-
-
-@functools.cache
-def _loaded(config: Config) -> "tuple[ImageSource, list[Teacher]]":
-    """Images and teachers, once for all tasks of a worker."""
-    return load_all(config)

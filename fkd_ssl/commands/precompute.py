@@ -8,9 +8,11 @@ read and decode each image once.
 """
 
 import contextlib
+import functools
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from fkd_ssl.errors import RequestError
@@ -93,7 +95,7 @@ def run(config: Config) -> int:
                 "without --runner and with --shards 0/1000"
             )
         with contextlib.redirect_stdout(sys.stderr):  # where Ray tells of workers that died
-            summary = on_ray.precompute(config, log=console.say)
+            summary = on_ray.run(_write_shard, _with_absolute_paths(config), log=console.say)
     elif config.shards is not None:
         if world > 1:
             raise RequestError("--shards is for processes of their own; under torchrun each takes its share by itself")
@@ -233,6 +235,38 @@ def share_of(text: str) -> "Share":
     if not (slash and index.isdecimal() and of.isdecimal()):
         raise RequestError(f"--shards {text}: i/n is expected, for instance 0/4")
     return Share(index=int(index), of=int(of))
+
+
+def _with_absolute_paths(config: Config) -> Config:
+    """The config with paths that mean the same from any folder."""
+    files = [_absolute_checkpoint(teacher, file) for teacher, file in teachers_of(config)]
+    return replace(
+        config,
+        images=str(Path(config.images).absolute()) if Path(config.images).exists() else config.images,
+        store=str(Path(config.store).absolute()),
+        checkpoint=None if config.checkpoint is None else ",".join(files),
+        threads=config.threads or 1,
+        runner="here",
+    )
+
+
+def _absolute_checkpoint(teacher: str, checkpoint: str | None) -> str:
+    """A teacher's checkpoint likewise, or F+G of A+B; what is no path stays as it is."""
+    parts = (checkpoint or "").split("+") if "+" in teacher else [checkpoint or ""]
+    return "+".join(part if part.strip() in ("", "pretrained") else str(Path(part.strip()).absolute()) for part in parts)
+
+
+def _write_shard(config: Config, shard: int) -> "Summary":
+    """Writes one shard, as a task of Ray."""
+    from fkd_ssl.store.write.precompute import Share
+
+    return write(config, share=Share(index=shard, of=2**62), progress=False, log=_nothing, load=_load_once)
+
+
+@functools.cache
+def _load_once(config: Config) -> "tuple[ImageSource, list[Teacher]]":
+    """Images and teachers, once for all tasks of a worker."""
+    return load_all(config)
 
 
 def _nothing(message: str) -> None:

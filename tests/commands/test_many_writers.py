@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from fkd_ssl.commands import on_ray, resolve
+from fkd_ssl.commands import precompute, resolve
 from fkd_ssl.commands.precompute import Config
 from fkd_ssl.store import manifest
 
@@ -164,7 +164,7 @@ def test_ray_is_told_paths_that_mean_the_same_from_any_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, teacher: str, checkpoint: str | None, expected: str | None
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    config = on_ray._absolute(Config(images="i", store="s", teacher=teacher, checkpoint=checkpoint))
+    config = precompute._with_absolute_paths(Config(images="i", store="s", teacher=teacher, checkpoint=checkpoint))
     assert config.checkpoint == (None if expected is None else expected.format(tmp_path))
 
 
