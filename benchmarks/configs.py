@@ -23,6 +23,9 @@ from typing import Any
 import yaml
 from learning_rate import fkd_ssl, split
 
+from fkd_ssl.options import flat
+from fkd_ssl.training import TrainConfig
+
 FACTORS = (1 / 3, 1.0, 3.0)
 
 
@@ -78,7 +81,7 @@ class Bench:
 
     def row(self, config: Path) -> list[str]:
         """A config's row of the table."""
-        values = yaml.safe_load(config.read_text())
+        values = flat(yaml.safe_load(config.read_text()), TrainConfig)
         lr, scores = self.rate(config, values)
         out, args = self.args.out / config.stem, self.args
         more = self.weights if values.get("targets") == "online" else ["--store", args.store]

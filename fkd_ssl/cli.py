@@ -9,10 +9,11 @@ import importlib
 import os
 import re
 import sys
+import typing
 from types import ModuleType
 from typing import Any
 
-from fkd_ssl import __version__, processes
+from fkd_ssl import __version__, options, processes
 from fkd_ssl.errors import FkdError, RequestError, did_you_mean
 from fkd_ssl.text import printable
 
@@ -96,26 +97,35 @@ def parse(verb: str, command: ModuleType, args: list[str]) -> Any:
     """
     import jsonargparse
 
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    fields = {f.name: f for f in dataclasses.fields(command.Config)}
+    config: type = command.Config
+    fields = {f.name: f for f in dataclasses.fields(config)}
     positionals = getattr(command, "POSITIONALS", ())
-    helps = _field_helps(command.Config)
+    helps, types = _helps(config), typing.get_type_hints(config)
+    mode = _yaml_in_sections(config)
     parser = jsonargparse.ArgumentParser(
-        prog=f"fkd-ssl {verb}", description=command.__doc__, allow_abbrev=False, exit_on_error=False
+        prog=f"fkd-ssl {verb}", description=command.__doc__, allow_abbrev=False, exit_on_error=False, parser_mode=mode
     )
     for name in positionals:
         default = fields[name].default
         optional: dict[str, Any] = {} if default is dataclasses.MISSING else {"nargs": "?", "default": default}
-        if fields[name].type == list[str]:
+        if types[name] == list[str]:
             optional["nargs"] = "+"
         parser.add_argument(name, help=helps[name], **optional)
     configurable = bool(set(fields) - set(positionals) - {"json"})
     if configurable:
         parser.add_argument("--config", action="config", help="YAML file of these options; those given here win.")
-    flags = [name for name, f in fields.items() if f.type is bool]
-    parser.add_class_arguments(command.Config, nested_key=None, skip={*positionals, *flags})
-    for name in flags:
-        parser.add_argument(f"--{name}", action=jsonargparse.ActionYesNo, help=helps[name])
+    flags = [name for name in fields if types[name] is bool]
+    groups = options.groups_of(config) or {"": [name for name in fields if name not in positionals]}
+    for title, names in groups.items():
+        section = parser.add_argument_group(title, _summary(config.GROUPS[title])) if title else parser  # type: ignore[attr-defined]
+        for name in names:
+            default = fields[name].default
+            if name in flags:
+                section.add_argument(f"--{name}", action=jsonargparse.ActionYesNo, default=default, help=helps[name])
+            elif default is dataclasses.MISSING:
+                section.add_argument(f"--{name}", type=types[name], required=True, help=helps[name])
+            else:
+                section.add_argument(f"--{name}", type=types[name], default=default, help=helps[name])
     known = [*fields, *(f"no_{name}" for name in flags), *(["config", "print_config"] if configurable else []), "help"]
     for arg in args:
         option = arg.split("=", 1)[0]
@@ -127,7 +137,25 @@ def parse(verb: str, command: ModuleType, args: list[str]) -> Any:
         raise RequestError(_explain(str(error), known)) from error
     if not 0 <= values.get("seed", 0) < 2**63:
         raise RequestError(f"--seed {values['seed']}: must lie in 0 to 2^63 - 1")
-    return command.Config(**{name: values[name] for name in fields})
+    return config(**{name: values[name] for name in fields})
+
+
+def _yaml_in_sections(config: type) -> str:
+    """A mode of jsonargparse that reads and prints YAML in the sections of a config's groups; its own if there are none."""
+    import jsonargparse
+    import yaml
+
+    if not options.groups_of(config):
+        return "yaml"
+    mode, load = "yaml_in_sections", jsonargparse.get_loader("yaml")
+
+    def read(text: str) -> Any:
+        values = load(text)
+        return options.flat(values, config) if isinstance(values, dict) else values
+
+    jsonargparse.set_loader(mode, read, (yaml.YAMLError,))
+    jsonargparse.set_dumper(mode, lambda values: yaml.safe_dump(options.nested(values, config), sort_keys=False))
+    return mode
 
 
 def _help() -> str:
@@ -141,10 +169,17 @@ def _help() -> str:
     )
 
 
-def _field_helps(config: type) -> dict[str, str]:
+def _helps(config: type) -> dict[str, str]:
+    """The help of each option: the docstring below its field."""
     import docstring_parser
 
-    return {p.arg_name: (p.description or "") for p in docstring_parser.parse_from_object(config).params}
+    parents = [parent for parent in config.__mro__ if dataclasses.is_dataclass(parent)]
+    return {p.arg_name: p.description or "" for kind in parents for p in docstring_parser.parse_from_object(kind).params}
+
+
+def _summary(group: type) -> str:
+    """The first line of a group's docstring."""
+    return (group.__doc__ or "").split("\n", 1)[0]
 
 
 def _explain(message: str, known: list[str]) -> str:

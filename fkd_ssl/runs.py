@@ -6,8 +6,8 @@ copied or written in another way.
 
 One process at a time uses a run folder: it holds the lock of the file `.lock` in it.
 
-A config dataclass names two groups of its fields that are not compared: `EXECUTION`, which say how a run is executed and not
-what it computes, and `PATHS`, whose contents are compared by digest instead.
+A config dataclass names its fields that are not compared: `EXECUTION`, which say how a run is executed and not what it
+computes, and `PATHS`, whose contents are compared by digest instead.
 """
 
 import dataclasses
@@ -25,6 +25,7 @@ import yaml
 from fkd_ssl import files, locks, processes
 from fkd_ssl.errors import FkdError, ImageError, RequestError
 from fkd_ssl.images import CONTENTS
+from fkd_ssl.options import declared, nested
 
 CONFIG, INPUTS, RESULTS, LOCK = "config.yaml", "inputs.json", "results.json", ".lock"
 _WRITTEN = (".", "checkpoints", "scores")  # the folders of a run that only the process that holds its lock writes to
@@ -116,12 +117,15 @@ def require_held(folder: Path) -> None:
 
 
 def read_config(out: str | Path) -> dict[str, Any]:
-    """The options in the config.yaml of the run folder `out`; empty if there is none, or it is not one of ours."""
+    """The options by name in the config.yaml of the run folder `out`; empty if there is none, or it is not one of ours."""
     try:
         values = yaml.safe_load((Path(out) / CONFIG).read_text(errors="replace"))
     except (OSError, yaml.YAMLError):
         return {}
-    return values if isinstance(values, dict) else {}
+    found: dict[str, Any] = {}
+    for key, value in values.items() if isinstance(values, dict) else ():
+        found |= value if isinstance(value, dict) else {key: value}  # of a section, its options
+    return found
 
 
 def check_config(place: Path, found: Mapping[str, Any], config: Any) -> None:
@@ -137,7 +141,7 @@ def check_config(place: Path, found: Mapping[str, Any], config: Any) -> None:
         begun = type(config)(**found)
     except (TypeError, RequestError) as error:
         raise RequestError(f"{place}: holds a run of another config ({error}); choose another --out") from error
-    execution, paths = getattr(config, "EXECUTION", ()), getattr(config, "PATHS", ())
+    execution, paths = (declared(type(config), attribute) for attribute in ("EXECUTION", "PATHS"))
     changes = []
     for name in (field.name for field in dataclasses.fields(config) if field.name not in execution):
         was, now = getattr(begun, name), getattr(config, name)
@@ -224,8 +228,8 @@ def read_results(folder: Path) -> dict[str, Any]:
 
 
 def to_yaml(config: Any) -> str:
-    """The config as YAML, one key a line, in the order of its fields."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+    """The config as YAML, one key a line, in the order of its fields or in sections if it has groups."""
+    return yaml.safe_dump(nested(dataclasses.asdict(config), type(config)), sort_keys=False)
 
 
 def versions() -> dict[str, str]:

@@ -158,7 +158,7 @@ def write(
     from fkd_ssl.commands import resolve
     from fkd_ssl.crops.device import check_device
     from fkd_ssl.store.write.precompute import precompute
-    from fkd_ssl.training.config import split
+    from fkd_ssl.training.groups import split
 
     if config.device_crops:
         check_device(resolve.device())
@@ -222,7 +222,7 @@ def load_all(config: Config) -> "tuple[ImageSource, list[Teacher]]":
 
 def teachers_of(config: Config) -> list[tuple[str, str | None]]:
     """The teachers that were asked for, each with its checkpoint."""
-    from fkd_ssl.training.config import checkpoints_of, split
+    from fkd_ssl.training.groups import checkpoints_of, split
 
     return list(zip(split(config.teacher), checkpoints_of(config.teacher, config.checkpoint), strict=True))
 

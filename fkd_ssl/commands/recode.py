@@ -34,7 +34,7 @@ def run(config: Config) -> int:
     from fkd_ssl.store import open_store
     from fkd_ssl.store.maintain.recode import recode
     from fkd_ssl.store.write.columns import in_words
-    from fkd_ssl.training.config import split
+    from fkd_ssl.training.groups import split
 
     store = open_store(config.store)
     sources = [store.column(name) for name in (split(config.name) or (None,))]

@@ -19,7 +19,7 @@ from fkd_ssl.teachers import Ensemble, Teacher, load_teacher
 from fkd_ssl.teachers.registry import LIBRARIES
 from fkd_ssl.teachers.state_dicts import tensors_digest, weights_digest
 from fkd_ssl.teachers.teacher import Precision
-from fkd_ssl.training.config import checkpoints_of, split
+from fkd_ssl.training.groups import checkpoints_of, split
 from fkd_ssl.training.monitor import last_checkpoint
 
 RUN = "run"

@@ -289,7 +289,7 @@ def _publish(config: Config, recordings: "list[Recording | None]") -> None:
 
     from fkd_ssl import files
     from fkd_ssl.commands import console
-    from fkd_ssl.training.config import checkpoints_of, split
+    from fkd_ssl.training.groups import checkpoints_of, split
 
     teachers = zip(split(config.teacher), checkpoints_of(config.teacher, config.checkpoint), strict=True)
     for recording, (teacher, checkpoint) in zip(recordings, teachers, strict=False):  # only the first process has them

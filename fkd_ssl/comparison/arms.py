@@ -9,7 +9,8 @@ from typing import Any, Literal
 from fkd_ssl.comparison.config import CompareConfig
 from fkd_ssl.errors import RequestError, did_you_mean
 from fkd_ssl.students.heads import CLASSIFIER
-from fkd_ssl.training.config import TrainConfig, checkpoints_of, split
+from fkd_ssl.training.config import TrainConfig
+from fkd_ssl.training.groups import checkpoints_of, split
 
 Kind = Literal["stored", "online", "alone", "labels", "relabel"]
 ON_STORED = "stored_crops"

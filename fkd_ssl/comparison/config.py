@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from fkd_ssl.errors import RequestError
-from fkd_ssl.training.config import checkpoints_of, split
+from fkd_ssl.training.groups import checkpoints_of, split
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,210 +1,49 @@
-"""What a training run is made of. No torch here: the command line's help is built from it."""
+"""What a training run is made of: groups of options, and what they must fulfil together."""
 
 import math
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from fkd_ssl.errors import RequestError
+from fkd_ssl.training.groups import (
+    DataConfig,
+    EngineConfig,
+    LoggingConfig,
+    ObjectiveConfig,
+    OptimizerConfig,
+    StudentConfig,
+    TargetsConfig,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(DataConfig, TargetsConfig, StudentConfig, ObjectiveConfig, OptimizerConfig, EngineConfig, LoggingConfig):
     """A student distilled from a teacher, over stored targets or online.
 
-    Stored and online differ in where a batch's crops and targets come from, and in nothing else.
+    Stored and online differ in where a batch's crops and targets come from, and in nothing else. In a YAML file the options
+    stand under the names of their groups; on the command line and in code their own names are enough.
     """
 
-    images: str
-    """Folder of images; class folders are needed only for kNN."""
-    out: str
-    """Run folder: config.yaml, inputs.json, metrics.csv, results.json, checkpoints/. The same options and inputs resume it."""
-    targets: Literal["stored", "online", "labels", "relabel"] = "stored"
-    """Read the teacher's targets from --store, or run the teacher on every batch; labels are the images' own class folders, and
-    relabel reads ReLabel's --label_maps."""
-    store: str | None = None
-    """Store made by precompute. With --targets online its crops are used and the teacher runs on them; likewise labels."""
-    record: str | None = None
-    """With --targets online: a store that the teacher's targets go into, for students to come; it costs next to nothing."""
-    label_maps: str | None = None
-    """With --targets relabel: the folder that fkd-ssl label-maps made."""
-    crops: int | None = None
-    """C of a store that is recorded: a multiple of --crops_per_image, at most the epochs; as many as that by default."""
-    codec: str | None = None
-    """Of recorded targets, as precompute takes it: SQ8, or for class probabilities marginal_smoothing_k5, by default."""
-    teacher: str | None = None
-    """Stored: the column, if there are several. Online: as precompute takes it. A,B for two."""
-    teacher_weights: str | None = None
-    """With several teachers: each one's share of the loss, as 2,1; equal by default."""
-    checkpoint: str | None = None
-    """The online teacher's checkpoint; of several teachers F,G in their order."""
-    recipe: str = "mocov2"
-    """What online crops are drawn from: mocov2, s2bnn, swav or fkd. Stored crops have the store's."""
-    student: str = "resnet18"
-    """A classifier of torchvision, timm/NAME, reactnet or reactnet_step1; its classifier is replaced by a projection head."""
-    head: str = "mocov2"
-    """Projection head: mocov2 (2 layers) or simreg (4 layers with BatchNorm); classifier (linear) for class probabilities."""
-    stem: Literal["standard", "small"] = "standard"
-    """small is for images of 32 or 64 px: the first convolution is 3 x 3 with stride 1, no max-pool."""
-    width: float = 1.0
-    """Factor of the channels of reactnet and torchvision's mobilenets."""
-    init: str | None = None
-    """Run, checkpoint or exported file whose weights the student starts from: reactnet starts from a reactnet_step1."""
-    objective: str = "feature_kl"
-    """feature_kl (S2-BNN's), cosine (SimReg's), queue_kl (SEED's), prototype_ce (SwAV's, from a SwAV teacher's prototypes),
-    relational (within the batch); for class probabilities soft_ce (FKD's), or soft_ce+discriminator (MEAL V2's). Their settings
-    are in parentheses, and sums have weights: "feature_kl + 0.5*queue_kl(queue=4096)". The documentation lists the settings."""
-    label_smoothing: float = 0.0
-    """Of --targets labels, and of the labels that --calibrate_below puts in: this share is spread over all classes."""
-    calibrate_below: float | None = None
-    """Crops whose greatest class probability is less than this get their image's label for a target, as in FerKD."""
-    mixup: float = 0.0
-    """Mix crops of a batch and their class probabilities; the Beta distribution's parameter, FKD's 0.8 for instance."""
-    cutmix: float = 0.0
-    """Set a part of another crop in, likewise; FKD's is 1. With both, every second batch by chance."""
-    epochs: float = 100
-    """One epoch is one crop of every image, so the amount of training does not depend on crops_per_image."""
-    crops_per_image: int = 4
-    """M, crops read of an image at once: more decode less, and are more alike in BatchNorm's eyes."""
-    batch_size: int = 256
-    """Crops in a batch, a multiple of crops_per_image."""
-    pixels: int = 224
-    """Side of the student's crops."""
-    teacher_pixels: int | None = None
-    """Side of the online teacher's crops, if another: the crops are then made twice."""
-    seed: int = 0
-    """Of the initial weights, the order of images and the online crops."""
-    optimizer: Literal["adam", "adamw", "sgd", "lars"] = "adam"
-    """Adam is S2-BNN's."""
-    lr: float = 3e-4
-    """Peak learning rate, for the batch size as it is."""
-    weight_decay: float = 0.0
-    """Of weights; biases and norms are left out of it."""
-    momentum: float = 0.9
-    """Of sgd and lars."""
-    warmup_epochs: float = 0.0
-    """Linear warm-up; a cosine to zero follows."""
-    lr_drops: str | None = None
-    """Instead of the cosine: epochs after which the learning rate is a tenth of what it was, as 120,240; in a YAML file one
-    alone needs quotes."""
-    accumulate: int = 1
-    """Parts that a batch is run in, where it does not fit the memory: their gradients are added up to one step."""
-    clip: float | None = None
-    """Greatest norm of the gradient."""
-    ema: float | None = None
-    """Decay of an average of the weights, for instance 0.999, which is then what is scored and exported."""
-    single_crop_epochs: float = 0.0
-    """Last epochs in which batches have one crop of an image, as FKD's last crops_per_image ones do."""
-    devices: int = 1
-    """Processes on this machine, each with a GPU if there are any; under torchrun it says how many."""
-    sync_batchnorm: bool = False
-    """BatchNorm over the crops of all processes; GPUs only."""
-    compile: bool = False
-    """Compile the student's backbone (torch.compile)."""
-    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
-    """The student's arithmetic, in Lightning's terms."""
-    workers: int = 2
-    """Processes that read images."""
-    scale_boxes: bool = False
-    """The images are smaller copies of the store's (fkd-ssl cache): scale the crops' boxes to them."""
-    device_crops: bool = False
-    """Workers only decode, and the GPU makes the crops: for few processors beside a fast GPU. The pixels are the same."""
-    on_unreadable: Literal["stop", "skip"] = "stop"
-    """What to do about a damaged or changed image: stop and name it, or train on another one of its batch and count it."""
-    val: str | None = None
-    """Folder of labelled test images for kNN during training."""
-    knn_every: float = 5
-    """Epochs between kNN scores, if --val is given; the last epoch is scored in any case."""
-    knn_k: int = 20
-    """Neighbours."""
-    log_every: int = 20
-    """Steps in one line of metrics.csv."""
-    logger: Literal["tensorboard", "wandb", "mlflow"] | None = None
-    """Where the lines of metrics.csv go too; the package is an extra of that name."""
-
-    EXECUTION: ClassVar = ("workers", "device_crops", "on_unreadable", "devices")
-    PATHS: ClassVar = ("images", "out", "store", "record", "label_maps", "checkpoint", "init", "val")
+    GROUPS: ClassVar = {
+        "data": DataConfig,
+        "targets": TargetsConfig,
+        "student": StudentConfig,
+        "objective": ObjectiveConfig,
+        "optimizer": OptimizerConfig,
+        "engine": EngineConfig,
+        "logging": LoggingConfig,
+    }
 
     def __post_init__(self) -> None:
-        positive = (
-            "epochs", "crops_per_image", "batch_size", "pixels", "lr", "knn_every", "knn_k", "log_every", "width", "accumulate",
-            "devices", "clip",
-        )  # fmt: skip
-        for name in positive:
-            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
-                raise RequestError(f"{name} {getattr(self, name)}: must be positive and finite")
-        for name in ("weight_decay", "warmup_epochs", "workers", "momentum", "single_crop_epochs", "mixup", "cutmix"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise RequestError(f"{name} {getattr(self, name)}: must be at least 0, and finite")
-        if self.pixels > 4096 or (self.teacher_pixels is not None and not 1 <= self.teacher_pixels <= 4096):
-            raise RequestError(f"pixels {self.pixels}, teacher_pixels {self.teacher_pixels}: must lie in 1 to 4096")
-        if self.optimizer == "lars" and not self.weight_decay:
-            raise RequestError(
-                "optimizer lars: lightly's scales only weights that have a weight_decay: give one, or --optimizer sgd"
-            )
-        if self.batch_size % self.crops_per_image:
-            raise RequestError(
-                f"batch_size {self.batch_size}: counts crops, and must be a multiple of crops_per_image {self.crops_per_image}"
-            )
+        for group in (DataConfig, TargetsConfig, StudentConfig, OptimizerConfig, EngineConfig, LoggingConfig):
+            group.__post_init__(self)
         if self.batch_size % (self.crops_per_image * self.accumulate):
             raise RequestError(
                 f"accumulate {self.accumulate}: does not divide the {self.batch_size // self.crops_per_image} images of a batch"
             )
-        if self.ema is not None and not 0 < self.ema < 1:
-            raise RequestError(f"ema {self.ema}: must lie between 0 and 1; 0.999 averages about the last thousand steps")
-        self._check_labels()
-        if self.targets == "stored" and not self.store:
-            raise RequestError("targets stored: --store is needed; make one with fkd-ssl precompute")
-        if self.targets == "online" and not self.teacher:
-            raise RequestError("targets online: --teacher is needed, for instance mocov2 with --checkpoint FILE")
         if self.record is not None:
             self._check_record(self.record)
-        elif self.crops is not None:
-            raise RequestError(f"crops {self.crops}: it is for --record; a store has its own number of crops")
-        elif self.codec is not None:
-            raise RequestError(f"codec {self.codec}: it is for --record; a store's targets have their own codec")
-        if self.warmup_epochs >= self.epochs:
-            raise RequestError(f"warmup_epochs {self.warmup_epochs}: must be fewer than epochs {self.epochs}")
-        if self.drops and self.drops[-1] >= self.epochs:
-            raise RequestError(f"lr_drops {self.lr_drops}: the last one must come before epochs {self.epochs:g}")
-        if self.single_crop_epochs > self.epochs:
-            raise RequestError(f"single_crop_epochs {self.single_crop_epochs}: must be at most epochs {self.epochs}")
-        self.weights(len(self.teachers) or 1)
-        if self.targets == "online":
-            checkpoints_of(self.teacher, self.checkpoint)
-
-    def _check_labels(self) -> None:
-        if not 0 <= self.label_smoothing < 1:
-            raise RequestError(f"label_smoothing {self.label_smoothing}: must lie in 0 to 1, below 1")
-        if self.label_smoothing and self.targets != "labels" and self.calibrate_below is None:
-            raise RequestError(f"label_smoothing {self.label_smoothing}: is for --targets labels, or --calibrate_below")
-        if self.calibrate_below is not None and not 0 < self.calibrate_below <= 1:
-            raise RequestError(f"calibrate_below {self.calibrate_below}: a probability, must lie in 0 to 1")
-        if (self.targets == "relabel") != (self.label_maps is not None):
-            raise RequestError(
-                "targets relabel: --label_maps is needed; make them with fkd-ssl label-maps"
-                if self.label_maps is None
-                else f"label_maps {self.label_maps}: they are for --targets relabel"
-            )
-        unused = {
-            "labels": ("teacher", "checkpoint", "teacher_pixels", "calibrate_below"),
-            "relabel": ("teacher", "checkpoint", "teacher_pixels", "store"),
-        }
-        for name in unused.get(self.targets, ()):
-            if getattr(self, name) is not None:
-                raise RequestError(f"{name} {getattr(self, name)}: --targets {self.targets} has none; leave it out")
-
-    @property
-    def drops(self) -> list[float]:
-        """Epochs of `lr_drops`."""
-        try:
-            drops = [float(epoch) for epoch in split(self.lr_drops)]
-        except ValueError:
-            drops = [-1.0]
-        if not all(a < b for a, b in pairwise([0, *drops, math.inf])):
-            raise RequestError(f"lr_drops {self.lr_drops!r}: expected epochs in their order, as 120,240")
-        return drops
 
     @property
     def recorded_crops(self) -> int:
@@ -217,12 +56,6 @@ class TrainConfig:
         return math.floor(self.epochs / self.crops_per_image) * self.crops_per_image
 
     def _check_record(self, record: str) -> None:
-        if not record:
-            raise RequestError("record: an empty name for a store; leave it out to record nothing")
-        if self.targets != "online" or self.store:
-            raise RequestError(
-                f"record {self.record}: needs --targets online, and no --store: the crops are those of the recorded store"
-            )
         if self.single_crop_epochs:
             raise RequestError("record: single_crop_epochs would leave gaps in the crops of a store; leave one of them out")
         if self.scale_boxes:
@@ -242,51 +75,3 @@ class TrainConfig:
                 f"crops {self.crops}: must be a multiple of crops_per_image {self.crops_per_image}, at most "
                 f"{self._whole_passes}: that is how many crops of every image {self.epochs:g} epochs record"
             )
-
-    @property
-    def teachers(self) -> list[str]:
-        """The teachers by name; none where the only column of a store is meant."""
-        return split(self.teacher)
-
-    def weights(self, teachers: int) -> list[float]:
-        """Each teacher's share of the loss; they sum to 1, so that the learning rate means the same for any number."""
-        if self.teacher_weights is None:
-            return [1 / teachers] * teachers
-        if teachers == 1:
-            raise RequestError(f"teacher_weights {self.teacher_weights!r}: there is one teacher; name several as --teacher A,B")
-        try:
-            weights = [float(weight) for weight in split(self.teacher_weights)]
-        except ValueError:
-            weights = []
-        if len(weights) != teachers or not all(0 < weight < math.inf for weight in weights):
-            raise RequestError(
-                f"teacher_weights {self.teacher_weights!r}: expected a positive number for each of the {teachers} teachers "
-                f"({self.teacher}), with commas between them"
-            )
-        return [weight / sum(weights) for weight in weights]
-
-
-def split(names: str | None) -> list[str]:
-    """The parts of A,B without the blanks around them; raises RequestError where one is empty."""
-    parts = [] if names is None else [part.strip() for part in names.split(",")]
-    if "" in parts:
-        raise RequestError(f"{names!r}: has an empty part; write A,B, without a comma at either end")
-    return parts
-
-
-def checkpoints_of(teacher: str | None, checkpoint: str | None) -> list[str | None]:
-    """Each teacher's checkpoint: F,G for A,B; one teacher's file may have a comma in its name.
-
-    Raises:
-        RequestError: There are several teachers, and another number of checkpoints.
-    """
-    teachers = split(teacher)
-    if checkpoint is None or len(teachers) <= 1:
-        return [checkpoint] * (len(teachers) or 1)
-    files = [part.strip() or None for part in checkpoint.split(",")]
-    if len(files) != len(teachers):
-        raise RequestError(
-            f"checkpoint {checkpoint!r}: {len(files)} for {len(teachers)} teachers ({teacher}); expected one for each, in "
-            "their order, with a comma between them, and nothing for one that needs none"
-        )
-    return files

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import yaml
 
-from fkd_ssl import __version__, cli, files
+from fkd_ssl import __version__, cli, files, options
 
 GOLDEN = Path(__file__).parent / "options.json"
 VERBS = [verb for verb in cli.VERBS if importlib.util.find_spec(f"fkd_ssl.commands.{verb.replace('-', '_')}")]
@@ -24,8 +24,13 @@ VERBS = [verb for verb in cli.VERBS if importlib.util.find_spec(f"fkd_ssl.comman
 
 def options_of(verb: str) -> dict[str, dict[str, Any]]:
     config = cli.command_of(verb).Config
+    home = {name: {"section": group} for group, names in options.groups_of(config).items() for name in names}
     return {
-        f.name: {"type": inspect.formatannotation(f.type), "default": "(required)" if f.default is MISSING else f.default}
+        f.name: {
+            "type": inspect.formatannotation(f.type),
+            "default": "(required)" if f.default is MISSING else f.default,
+            **home.get(f.name, {}),
+        }
         for f in fields(config)
     }
 
@@ -51,7 +56,7 @@ def test_every_verb_explains_every_option(verb: str, call: Any) -> None:
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_option_has_a_help(verb: str) -> None:
     config = cli.command_of(verb).Config
-    assert all(cli._field_helps(config)[name] for name in options_of(verb))
+    assert all(cli._helps(config)[name] for name in options_of(verb))
 
 
 def test_help_answers_at_once_and_without_torch() -> None:
@@ -120,9 +125,15 @@ class TestMistakes:
     @pytest.mark.parametrize(
         ("text", "said"),
         [
-            ("imagse: i\n", "no key 'imagse'; did you mean images?"),
-            ("images: i\nout: o\nstore: s\nepochs: many\n", "--epochs"),
-            ("images: [i\n", ""),
+            ("data:\n  imagse: i\n", "no key 'imagse' in the section 'data'; did you mean images?"),
+            ("images: i\n", "key 'images': belongs in the section 'data'; indent it below data:"),
+            ("student: resnet18\n", "key 'student': belongs in the section 'student'; indent it below student:"),
+            ("data:\n  lr: 1\n", "key 'lr': belongs in the section 'optimizer', not in 'data'"),
+            ("optimiser:\n  lr: 1\n", "no section 'optimiser'; did you mean optimizer?; there are data, targets, student, "),
+            ("{images: i, 1: 2}\n", "key 'images': belongs in the section 'data'"),
+            ("data: {images: i}\nengine: {out: o}\ntargets: {store: s}\noptimizer: {epochs: many}\n", "--epochs"),
+            ("data: {images: i}\nengine: {out: o}\ntargets: {store: s}\noptimizer:\n  lr: {a: 1}\n", "--lr"),
+            ("data: [i\n", ""),
             ("- images\n", ""),
         ],
     )
@@ -145,7 +156,9 @@ class TestConfigFiles:
         status, printed, _ = call(f"{self.LINE} --print_config")
         assert status == 0
         values = yaml.safe_load(printed)
-        assert (values["lr"], values["knn_every"], values["batch_size"], values["clip"]) == (1e-3, 2.5, 256, None)
+        assert list(values) == ["data", "targets", "student", "objective", "optimizer", "engine", "logging"]
+        assert (values["data"]["batch_size"], values["optimizer"]["lr"], values["optimizer"]["clip"]) == (256, 1e-3, None)
+        assert (values["logging"]["val"], values["logging"]["knn_every"]) == ("v", 2.5)
         (tmp_path / "a.yaml").write_text(printed)
         train = importlib.import_module("fkd_ssl.commands.train")
         direct = cli.parse("train", train, self.LINE.split()[1:])
@@ -154,7 +167,9 @@ class TestConfigFiles:
         assert yaml.safe_load(again) == values
 
     def test_options_win_over_the_file(self, tmp_path: Path) -> None:
-        (tmp_path / "a.yaml").write_text("images: i\nout: o\nstore: s\nlr: 0.5\nepochs: 7\n")
+        (tmp_path / "a.yaml").write_text(
+            "data:\n  images: i\ntargets:\n  store: s\noptimizer:\n  lr: 0.5\n  epochs: 7\nengine:\n  out: o\nlogging:\n"
+        )
         train = importlib.import_module("fkd_ssl.commands.train")
         config = cli.parse("train", train, ["--config", str(tmp_path / "a.yaml"), "--lr", "0.25"])
         assert (config.lr, config.epochs) == (0.25, 7)
@@ -169,7 +184,8 @@ class TestConfigFiles:
         flags = [field.name for field in fields if field.type is bool and field.name != "leave_one_out"]  # it goes without val
         needed = [field.name for field in fields if field.default is dataclasses.MISSING and field.name not in positionals]
         needed += {"knn": ["val"], "train": ["store"], "retrieve": ["gallery"]}.get(verb, [])
-        (tmp_path / "a.yaml").write_text(yaml.safe_dump(dict.fromkeys(needed, "x") | dict.fromkeys(flags, True)))
+        values = dict.fromkeys(needed, "x") | dict.fromkeys(flags, True)
+        (tmp_path / "a.yaml").write_text(yaml.safe_dump(options.nested(values, command.Config)))
         file = ["--config", str(tmp_path / "a.yaml")] if needed else []
         for flag in flags:
             lines = ([], [f"--no_{flag}"], [f"--no_{flag}", f"--{flag}"])

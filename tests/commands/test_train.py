@@ -43,7 +43,7 @@ def test_a_run_folder_is_complete(work: Path, call: Any, train_line: str) -> Non
     assert {path.name for path in (work / "run").iterdir()} == {
         "config.yaml", "inputs.json", "metrics.csv", "results.json", "checkpoints", "README.md",
     }  # fmt: skip
-    assert yaml.safe_load((work / "run/config.yaml").read_text())["student"] == "squeezenet1_1"
+    assert yaml.safe_load((work / "run/config.yaml").read_text())["student"]["student"] == "squeezenet1_1"
     results = json.loads((work / "run/results.json").read_text())
     assert (results["steps"], results["crops_seen"], results["config"]["batch_size"]) == (2, 36, 18)
     assert (
@@ -134,7 +134,7 @@ def test_it_continues_when_the_store_has_got_another_column(work: Path, call: An
     broken_off(call, line, 3)
     assert call("recode store --codec SQ8").status == 0
     assert call(line).status == 0
-    assert yaml.safe_load((work / "run/config.yaml").read_text())["teacher"] == "make"
+    assert yaml.safe_load((work / "run/config.yaml").read_text())["targets"]["teacher"] == "make"
     assert "this run is done" in call(line).err
     assert "holds targets of ['make', 'make-SQ8']; name one" in call(f"{train_line} --out other").err
 

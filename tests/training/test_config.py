@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 
 from fkd_ssl.errors import RequestError
-from fkd_ssl.training.config import TrainConfig, checkpoints_of
+from fkd_ssl.training.config import TrainConfig
+from fkd_ssl.training.groups import checkpoints_of
 
 
 def make(**options: Any) -> TrainConfig:

@@ -1,0 +1,52 @@
+"""Config dataclasses with groups of options: a YAML file has a section for each group, and everything else has flat names."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from fkd_ssl.errors import RequestError, did_you_mean
+
+
+def groups_of(config: type) -> dict[str, list[str]]:
+    """Names of the options in each group of a config dataclass; empty if it has no groups."""
+    return {name: [f.name for f in dataclasses.fields(group)] for name, group in getattr(config, "GROUPS", {}).items()}
+
+
+def declared(config: type, attribute: str) -> set[str]:
+    """The option names that a config dataclass and its groups list in a class attribute."""
+    return {name for parent in config.__mro__ for name in parent.__dict__.get(attribute, ())}
+
+
+def nested(values: Mapping[str, Any], config: type) -> dict[str, Any]:
+    """Values by name in sections, in the order of the groups."""
+    groups = groups_of(config)
+    if not groups:
+        return dict(values)
+    return {group: {name: values[name] for name in names if name in values} for group, names in groups.items()}
+
+
+def flat(values: Mapping[str, Any], config: type) -> dict[str, Any]:
+    """Values in sections by name.
+
+    Raises:
+        RequestError: A key is unknown or in the wrong section; the message says where it belongs.
+    """
+    groups = groups_of(config)
+    if not groups:
+        return dict(values)
+    home = {name: group for group, names in groups.items() for name in names}
+    found: dict[str, Any] = {}
+    for group, section in values.items():
+        if group not in groups or not isinstance(section, (dict, type(None))):
+            if group in home:
+                raise RequestError(f"key {group!r}: belongs in the section {home[group]!r}; indent it below {home[group]}:")
+            if group in groups:
+                raise RequestError(f"section {group!r}: expected options below it, found {section!r}")
+            raise RequestError(f"no section {group!r}{did_you_mean(str(group), groups)}; there are {', '.join(groups)}")
+        for name, value in (section or {}).items():
+            if name not in home:
+                raise RequestError(f"no key {name!r} in the section {group!r}{did_you_mean(str(name), home)}")
+            if home[name] != group:
+                raise RequestError(f"key {name!r}: belongs in the section {home[name]!r}, not in {group!r}")
+            found[name] = value
+    return found
