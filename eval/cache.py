@@ -22,8 +22,8 @@ from tqdm import tqdm
 from fkd_ssl import files, locks
 from fkd_ssl.arrays import Float32Array, Int64Array
 from fkd_ssl.crops.probe import probe_digest
-from fkd_ssl.errors import FkdError, StoreError
-from fkd_ssl.eval.features import Model, checked, extract, frozen
+from fkd_ssl.errors import FkdError, ImageError, StoreError
+from fkd_ssl.eval.features import Model, checked, extract_rows, frozen
 from fkd_ssl.images import ImageSource
 from fkd_ssl.progress import hidden
 
@@ -48,8 +48,9 @@ def cached(
     workers: int = 2,
     progress: bool = True,
     desc: str = "features",
+    skipped: set[str] | None = None,
 ) -> tuple[Float32Array, Int64Array, Path]:
-    """`extract` by way of a cache: what is there is mapped, what is missing is computed and kept.
+    """`extract_rows` by way of a cache: what is there is mapped, what is missing is computed and kept.
 
     Args:
         model: uint8 [B, 3, P, P] -> float [B, D].
@@ -61,9 +62,10 @@ def cached(
         workers: Processes that decode.
         progress: Show a bar on standard error.
         desc: What the bar is called.
+        skipped: As in `extract`; of an image that was skipped before it takes the name.
 
     Returns:
-        Features float32 [N, D], mapped and read-only, labels int64 [N], and the entry's folder.
+        Features float32 [N, D], mapped and read-only, numbers of the images int64 [N], and the entry's folder.
 
     Raises:
         StoreError: An entry is damaged, or was made by a model of the same identity with other answers.
@@ -88,21 +90,43 @@ def cached(
                     if not ours or part.exists() or (entry / "done.json").exists():
                         continue
                     rows = np.arange(number * ROWS, min((number + 1) * ROWS, len(images)))
-                    found, _ = extract(
-                        model, images.subset(rows), pixels=pixels, batch_size=batch_size, workers=workers, progress=False
-                    )
-                    files.write_npy(part, found)
+                    subset = images.subset(rows)
+                    files.write_npy(part, _part(model, subset, pixels, batch_size, workers, skip=skipped is not None))
                     bar.update()
             if busy:
                 time.sleep(0.2)  # another process is at the rest
             elif not (entry / "done.json").exists():
                 _assemble(entry, parts, images)
     done = files.read_json(entry / "done.json")
-    features = files.map_npy(entry / "features.npy", np.dtype(np.float32), (len(images), None))
+    unreadable = done.get("unreadable", [])
+    if not isinstance(unreadable, list) or not all(type(row) is int and 0 <= row < len(images) for row in unreadable):
+        raise StoreError(f"{entry / 'done.json'}: impossible list of unreadable images; delete the folder {entry}")
+    messages = [f"{images.where(row)}: not a readable image when its features were computed" for row in unreadable]
+    if messages and skipped is None:
+        raise ImageError(messages[0])
+    features = files.map_npy(entry / "features.npy", np.dtype(np.float32), (len(images) - len(unreadable), None))
     for name in ("features", "labels"):
         if files.sha256_file(entry / f"{name}.npy") != done.get(name):
             raise StoreError(f"{entry / name}.npy: altered: its sha256 is not the one in done.json; delete the folder {entry}")
-    return features, images.labels.copy(), entry
+    if skipped is not None:
+        skipped.update(messages)
+    return features, np.delete(np.arange(len(images)), unreadable), entry
+
+
+def _part(model: Model, images: ImageSource, pixels: int, batch_size: int, workers: int, *, skip: bool) -> Float32Array:
+    """Features float32 [n, D] of the images of a part: NaN for those that are skipped, and D = 0 if all are."""
+    skipped: set[str] | None = set() if skip else None
+    try:
+        found, rows = extract_rows(
+            model, images, pixels=pixels, batch_size=batch_size, workers=workers, progress=False, skipped=skipped
+        )
+    except ImageError:
+        if not skip:
+            raise
+        found, rows = np.empty((0, 0), dtype=np.float32), np.empty(0, dtype=np.int64)
+    features = np.full((len(images), found.shape[1]), np.nan, dtype=np.float32)
+    features[rows] = found
+    return features
 
 
 def _assemble(entry: Path, parts: list[Path], images: ImageSource) -> None:
@@ -112,18 +136,23 @@ def _assemble(entry: Path, parts: list[Path], images: ImageSource) -> None:
             time.sleep(0.2)
             return
         arrays = [files.map_npy(part, np.dtype(np.float32), (None, None)) for part in parts]
-        dims = {array.shape[1] for array in arrays}
-        if len(dims) != 1:
+        dims = {array.shape[1] for array in arrays if array.shape[1]}
+        if len(dims) > 1:
             raise FkdError(f"{entry}: parts of {sorted(dims)} dimensions: expected one size; delete the folder")
-        pieces: list[bytes | memoryview] = [files.npy_header(np.dtype(np.float32), (len(images), dims.pop()))]
-        pieces += [np.ascontiguousarray(array).data for array in arrays]
+        if not dims:
+            raise ImageError(f"{images.spec}: none of its {len(images)} images can be read")
+        readable = [np.isfinite(array).all(axis=1) & (array.shape[1] > 0) for array in arrays]
+        rows = np.concatenate(readable)
+        pieces: list[bytes | memoryview] = [files.npy_header(np.dtype(np.float32), (int(rows.sum()), dims.pop()))]
+        pieces += [np.ascontiguousarray(array[keep]).data for array, keep in zip(arrays, readable, strict=True) if keep.any()]
         digest = hashlib.sha256()
         with files.publish(entry / "features.npy") as file:
             for piece in pieces:
                 digest.update(piece)
                 file.write(piece)
-        labels = files.write_npy(entry / "labels.npy", images.labels)
-        files.write_json(entry / "done.json", {"features": digest.hexdigest(), "labels": labels})
+        labels = files.write_npy(entry / "labels.npy", images.labels[rows])
+        unreadable = np.flatnonzero(~rows).tolist()
+        files.write_json(entry / "done.json", {"features": digest.hexdigest(), "labels": labels, "unreadable": unreadable})
         for path in (*parts, *entry.glob(".lock-0*")):
             with suppress(FileNotFoundError):
                 path.unlink()

@@ -68,7 +68,7 @@ def extract(
     workers: int = 2,
     progress: bool = True,
     desc: str = "features",
-    skip_unreadable: bool = False,
+    skipped: set[str] | None = None,
 ) -> tuple[Float32Array, Int64Array]:
     """Features of every image, in the set's order, and their labels (-1 for an image outside any class).
 
@@ -83,7 +83,7 @@ def extract(
         workers: Processes that decode; 0 decodes in this one.
         progress: Show a bar on standard error.
         desc: What the bar is called.
-        skip_unreadable: Leave out images that cannot be read.
+        skipped: Takes the error message of each damaged image, which is then left out. By default the first one is raised.
 
     Returns:
         Features float32 [N, D] and labels int64 [N].
@@ -94,25 +94,24 @@ def extract(
         ImageError: An image is damaged, and is not left out, or all are.
         FkdError: The model returned no finite [B, D] tensor of floats.
     """
-    features, rows = _extracted(
-        model, images, pixels=pixels, batch_size=batch_size, workers=workers, progress=progress, desc=desc,
-        skip_unreadable=skip_unreadable,
-    )  # fmt: skip
+    features, rows = extract_rows(
+        model, images, pixels=pixels, batch_size=batch_size, workers=workers, progress=progress, desc=desc, skipped=skipped
+    )
     return features, images.labels[rows]
 
 
-def _extracted(
+def extract_rows(
     model: Model,
     images: ImageSource,
     *,
     pixels: int,
-    batch_size: int,
-    workers: int,
-    progress: bool,
-    desc: str,
-    skip_unreadable: bool,
+    batch_size: int = 256,
+    workers: int = 2,
+    progress: bool = True,
+    desc: str = "features",
+    skipped: set[str] | None = None,
 ) -> tuple[Float32Array, Int64Array]:
-    """`extract`, with the numbers [N] of the images in the place of their labels."""
+    """`extract` with the numbers of the images, int64 [N], in place of their labels."""
     check_counts(pixels=pixels, batch_size=batch_size)
     if len(images) == 0:
         raise RequestError(f"{images.spec}: no images to evaluate")
@@ -124,7 +123,9 @@ def _extracted(
         torch.inference_mode(),
         tqdm(total=len(images), desc=desc, unit="img", file=sys.stderr, disable=hidden(show=progress)) as bar,
     ):
-        for views, indices in load(_Centred(images, pixels), rows, workers=workers, skip_unreadable=skip_unreadable):
+        for views, indices in load(_Centred(images, pixels), rows, workers=workers, skipped=skipped):
+            if not len(indices):
+                continue
             got = checked(model(views), images, indices)
             if features is None:
                 features = np.empty((len(images), got.shape[1]), dtype=np.float32)
@@ -147,16 +148,15 @@ def extract_split(
     batch_size: int = 256,
     workers: int = 2,
     progress: bool = True,
-    skip_unreadable: bool = False,
+    skipped: set[str] | None = None,
 ) -> Split:
     """`extract` of both sets, with the classes matched first, so that a wrong pair of folders fails at once."""
     labels = match_classes(train, val)
     options: dict[str, Any] = {
-        "pixels": pixels, "batch_size": batch_size, "workers": workers, "progress": progress,
-        "skip_unreadable": skip_unreadable,
+        "pixels": pixels, "batch_size": batch_size, "workers": workers, "progress": progress, "skipped": skipped,
     }  # fmt: skip
     train_features, train_labels = extract(model, train, desc="features of train", **options)
-    features, rows = _extracted(model, val, desc="features of val", **options)
+    features, rows = extract_rows(model, val, desc="features of val", **options)
     return Split(
         train_features=train_features,
         train_labels=train_labels,
@@ -249,11 +249,19 @@ def checked(output: object, images: ImageSource, indices: torch.Tensor) -> torch
 
 
 def load(
-    dataset: "Dataset[View]", batches: Iterable[Sequence[Any]], *, workers: int, skip_unreadable: bool = False
+    dataset: "Dataset[View]", batches: Iterable[Sequence[Any]], *, workers: int, skipped: set[str] | None = None
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Batches of views uint8 [B, 3, P, P] with their images' indices int64 [B]; `batches` lists the dataset's keys.
+    """Batches of views uint8 [B, 3, P, P] with the indices of their images, int64 [B].
 
-    Raises ImageAccessError for an image that cannot be opened, and ImageError for a damaged one, unless these are left out.
+    Args:
+        dataset: Of views.
+        batches: Keys of the dataset.
+        workers: Processes that decode; 0 decodes in this one.
+        skipped: As in `extract`. A batch of damaged images only is empty.
+
+    Raises:
+        ImageAccessError: An image cannot be opened.
+        ImageError: An image is damaged, and is not left out.
     """
     if isinstance(batches, list):
         workers = min(workers, len(batches))
@@ -261,12 +269,13 @@ def load(
         dataset,
         batches,
         workers=workers,
-        collate=partial(_collate, skip_unreadable=skip_unreadable),
+        collate=partial(_collate, skip_unreadable=skipped is not None),
         generator=torch.Generator(),  # the global one belongs to a training around this
     )
-    for batch in loader:
-        if len(batch[1]):
-            yield batch
+    for views, indices, messages in loader:
+        if skipped is not None:
+            skipped.update(messages)
+        yield views, indices
 
 
 def view(images: ImageSource, index: int, pixels: int, cut: Callable[[int, int], Records]) -> View:
@@ -293,12 +302,14 @@ class _Centred(Dataset[View]):
         return view(self.images, index, self.pixels, lambda height, width: centre(height, width, self.pixels))
 
 
-def _collate(views: list[View], *, skip_unreadable: bool) -> tuple[torch.Tensor, torch.Tensor]:
-    pixels, indices = [], []
+def _collate(views: list[View], *, skip_unreadable: bool) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+    pixels, indices, messages = [], [], []
     for item in views:
         if isinstance(item, tuple):
             pixels.append(item[0])
             indices.append(item[1])
-        elif not skip_unreadable:
+        elif skip_unreadable:
+            messages.append(str(item))
+        else:
             raise item
-    return torch.stack(pixels) if pixels else torch.empty(0), torch.tensor(indices)
+    return torch.stack(pixels) if pixels else torch.empty(0), torch.tensor(indices, dtype=torch.int64), messages

@@ -246,7 +246,7 @@ def evaluate(
     batch_size: int = 256,
     workers: int = 2,
     progress: bool = True,
-    skip_unreadable: bool = False,
+    skipped: set[str] | None = None,
 ) -> dict[str, Any]:
     """Accuracy of kNN on `val` with `train` as the neighbours; classes are matched by folder name.
 
@@ -262,7 +262,8 @@ def evaluate(
         batch_size: Images the model gets at once.
         workers: Processes that decode.
         progress: Show a bar on standard error.
-        skip_unreadable: Leave out images that cannot be read; `n_train` and `n_val` count those that can.
+        skipped: Takes the error message of each damaged image, which is then left out. By default the first
+            one is raised. `n_train` and `n_val` count the others.
 
     Returns:
         `top1`, `top5` in percent; `correct` bool [n]; `k`, `temperature`, `metric`, `n_train`, `n_val`, `classes`,
@@ -278,7 +279,7 @@ def evaluate(
     check_search(_several(k), _several(temperature))
     split = features_.extract_split(
         model, train, val, pixels=pixels, batch_size=batch_size, workers=workers, progress=progress,
-        skip_unreadable=skip_unreadable,
+        skipped=skipped,
     )  # fmt: skip
     result = evaluate_features(
         **split.common,

@@ -18,9 +18,11 @@ Legend: `B` images in a batch, `N` training images, `n` images to score, `D` fea
 
 import hashlib
 import json
+import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +33,7 @@ from tqdm import tqdm
 from fkd_ssl.arrays import Float32Array, Int64Array
 from fkd_ssl.crops import RECIPES, draw, image_key
 from fkd_ssl.errors import RequestError, did_you_mean
-from fkd_ssl.eval.features import Model, View, checked, extract, frozen, load, match_classes, view
+from fkd_ssl.eval.features import Model, View, checked, extract_rows, frozen, load, match_classes, view
 from fkd_ssl.eval.probe import Probe, ProbeProtocol
 from fkd_ssl.eval.scores import accuracy, feature_notes, few_classes, per_class
 from fkd_ssl.images import ImageSource
@@ -103,6 +105,7 @@ def evaluate_together(
     progress: bool = True,
     kept: Mapping[str, Path] | None = None,
     identity: str = "",
+    skipped: set[str] | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Trains linear probes on `train` and scores them on `val`; classes are matched by folder name.
 
@@ -127,11 +130,12 @@ def evaluate_together(
         kept: Of each protocol a file that holds its layer and all else after every epoch; where it is there, that
             protocol continues after its last epoch and comes to what it would have come to.
         identity: What tells model and images from others; a file of others is refused.
+        skipped: Takes the error message of each damaged image, which is then left out. By default the first one is raised.
 
     Returns:
         Of each protocol: `top1`, `top5` in percent after the last epoch, the headline; `best_top1` and `best_epoch` (from 1),
         chosen on `val` and so only to be printed beside it; `correct` bool [n] after the last epoch; `history`, each epoch's
-        `epoch`, `lr`, `loss`, `train_top1` (of the random crops, while learning), `top1`; `protocol`, `source`,
+        `epoch`, `lr`, `images`, `loss`, `train_top1` (of the random crops, while learning), `top1`; `protocol`, `source`,
         `epochs`, `batch_size`, `lr`, `momentum`, `weight_decay`, `seed`, `pixels`, `n_train`, `n_val`, `classes`,
         `feature_dim`; `per_class`, top-1 of each; `notes`, among them every departure from the protocol.
 
@@ -144,7 +148,10 @@ def evaluate_together(
     if not chosen:
         raise RequestError("no linear protocol was asked for")
     labels = match_classes(train, val)
-    features, _ = extract(model, val, pixels=pixels, workers=workers, progress=progress, desc="features of val")
+    features, rows = extract_rows(
+        model, val, pixels=pixels, workers=workers, progress=progress, desc="features of val", skipped=skipped
+    )
+    labels = labels[rows]
     probes = []
     for name, (protocol, _) in chosen.items():
         file = None if kept is None else kept[name]
@@ -152,7 +159,10 @@ def evaluate_together(
         digest = hashlib.sha256(about.encode()).hexdigest()
         probes.append(Probe(protocol, features, train, seed, file, digest))
     with frozen(model):
-        _train(model, probes, train, (features, labels), pixels=pixels, seed=seed, workers=workers, progress=progress)
+        _train(
+            model, probes, train, (features, labels), pixels=pixels, seed=seed, workers=workers, progress=progress,
+            skipped=skipped,
+        )  # fmt: skip
     suspicions = feature_notes(features, None)
     if train.digest() == val.digest():
         suspicions.append("val has the same images as train: the probe is scored on what it learned from; use other images")
@@ -176,8 +186,8 @@ def evaluate_together(
             "weight_decay": protocol.weight_decay,
             "seed": seed,
             "pixels": pixels,
-            "n_train": len(train),
-            "n_val": len(val),
+            "n_train": probe.history[-1]["images"],
+            "n_val": len(labels),
             "classes": len(train.classes),
             "feature_dim": features.shape[1],
             "per_class": per_class(rank, labels, train.classes),
@@ -221,6 +231,7 @@ def _train(
     seed: int,
     workers: int,
     progress: bool,
+    skipped: set[str] | None,
 ) -> None:
     """Trains every probe to its last epoch, on the same batches of features."""
     last = max(probe.protocol.epochs for probe in probes)
@@ -231,22 +242,22 @@ def _train(
     }
     at_once = min(MOST_AT_ONCE, *(probe.protocol.batch_size for probe in probes))
     labels = torch.from_numpy(train.labels)
-    batches = load(_Drawn(train, pixels, seed), _Order(len(train), list(learning), at_once, seed), workers=workers)
+    order = _Order(len(train), list(learning), at_once, seed)
+    batches = load(_Drawn(train, pixels, seed), order, workers=workers, skipped=skipped)
     names = ", ".join(probe.protocol.name for probe in probes)
     total, before = last * len(train), (last - len(learning)) * len(train)
     with tqdm(total=total, initial=before, unit="img", file=sys.stderr, disable=hidden(show=progress)) as bar:
         for epoch, learners in learning.items():
             bar.set_description(f"{names} epoch {epoch + 1}/{last}")
-            seen = 0
-            while seen < len(train):
-                views, indices = next(batches)
+            for views, indices in islice(batches, math.ceil(len(train) / at_once)):
+                if not len(indices):
+                    continue
                 with torch.no_grad():
                     features = checked(model(views), train, indices)
                     features = features.clone()  # a model that runs in inference mode returns what autograd refuses
                 target = labels[indices].to(features.device)
                 for probe in learners:
                     probe.learn(features, target)
-                seen += len(indices)
                 bar.set_postfix(learners[0].so_far(), refresh=False)
                 bar.update(len(indices))
             for probe in learners:

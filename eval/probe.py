@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from fkd_ssl import checkpoints, files
 from fkd_ssl.arrays import Float32Array, Int64Array
-from fkd_ssl.errors import FkdError, RequestError
+from fkd_ssl.errors import FkdError, ImageError, RequestError
 from fkd_ssl.eval.features import check_counts
 from fkd_ssl.eval.scores import ranks
 from fkd_ssl.images import ImageSource
@@ -119,10 +119,13 @@ class Probe:
         """Takes the step of what still waits, scores the layer on validation features [n, D], and keeps all of it."""
         if self._waiting:
             self._step(*self._take())
+        if not self._seen:
+            raise ImageError("none of the training images can be read")
         assert self._optimizer is not None
         row = {
             "epoch": len(self.history) + 1,
             "lr": self._optimizer.param_groups[0]["lr"],
+            "images": self._seen,
             "loss": self._loss / self._seen,
             "train_top1": 100.0 * self._hits / self._seen,
             "top1": 100.0 * float((self.ranks(features, labels) < 1).mean()),
@@ -207,7 +210,7 @@ class Probe:
             saved = checkpoints.load(file)
             identity, sample, history = saved["identity"], saved["sample"], list(saved["history"])
             momentum = [part.float() for part in saved["momentum"]]
-            keys = {"epoch", "lr", "loss", "train_top1", "top1"}
+            keys = {"epoch", "lr", "images", "loss", "train_top1", "top1"}
             whole = 0 < len(history) <= self.protocol.epochs and all(row.keys() == keys for row in history)
             if identity == self.identity and sample.shape == self.sample.shape and whole:
                 self.layer.load_state_dict(saved["layer"])

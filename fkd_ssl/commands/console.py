@@ -5,8 +5,11 @@ Names, licences and paths may come from a stranger's store or checkpoint, so eve
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
+from fkd_ssl.errors import ImageError
 from fkd_ssl.text import printable
 
 _muted = False
@@ -33,6 +36,26 @@ def show(text: str) -> None:
 def show_json(value: dict[str, Any]) -> None:
     """The command's result as one JSON object on standard output."""
     show(json.dumps(value))
+
+
+@contextmanager
+def skipping(on_unreadable: str) -> Iterator[set[str] | None]:
+    """What `--on_unreadable` means: a set that takes the error message of each damaged image for `skip`, None for `stop`.
+
+    Says at the end how many there were.
+
+    Raises:
+        ImageError: An image is damaged, with the advice to skip it, or all are.
+    """
+    skipped: set[str] | None = set() if on_unreadable == "skip" else None
+    try:
+        yield skipped
+    except ImageError as error:
+        if skipped is None:
+            raise ImageError(f"{error}; remove it or pass --on_unreadable skip") from error
+        raise
+    if skipped:
+        say(f"warning: {len(skipped)} images cannot be read and were skipped, for instance {min(skipped)}")
 
 
 def table(rows: list[list[str]]) -> str:

@@ -5,6 +5,7 @@ FEATURES.npy,LABELS.npy is what they take instead of images. Start it as often a
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +24,8 @@ class Config:
     """Weights of the teacher, or `pretrained` for those of its library."""
     workers: int = 2
     """Processes that read images."""
+    on_unreadable: Literal["stop", "skip"] = "stop"
+    """What to do about a damaged image: stop and name it, or leave it out and count it."""
     json: bool = False
     """Print one JSON object on standard output."""
 
@@ -41,7 +44,8 @@ def run(config: Config) -> int:
     count, dim = source.features.shape
     about = sources.about_model(model, pixels)
     if config.json:
-        console.show_json({"kind": "features", "entry": str(entry), "images": count, "feature_dim": dim, **about})
+        counts = {"images": count, "unreadable_images": source.skipped, "feature_dim": dim}
+        console.show_json({"kind": "features", "entry": str(entry), **counts, **about})
     else:
         console.show(f"{entry / 'features.npy'},{entry / 'labels.npy'}: {count} images, {dim} dimensions")
     return 0

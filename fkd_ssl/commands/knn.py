@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class Config:
     """Options of knn."""
 
-    EXECUTION: ClassVar = ("features", "workers", "json")
+    EXECUTION: ClassVar = ("features", "workers", "json", "on_unreadable")
     PATHS: ClassVar = ("model", "checkpoint", "train", "val", "out")
 
     model: str | None = None
@@ -51,6 +51,8 @@ class Config:
     """Folder where features are kept and looked for (fkd-ssl features)."""
     workers: int = 2
     """Processes that read images."""
+    on_unreadable: Literal["stop", "skip"] = "stop"
+    """What to do about a damaged image: stop and name it, or leave it out and count it."""
     out: str | None = None
     """Folder for results.json."""
     json: bool = False

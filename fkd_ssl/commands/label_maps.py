@@ -33,6 +33,8 @@ class Config:
     """Arithmetic of the teacher's forward."""
     threads: int | None = None
     """Threads that read and resize beside the teacher; the number of processors, at most 16, by default."""
+    on_unreadable: Literal["stop", "skip"] = "stop"
+    """What to do about a damaged image: stop and name it, or make no map of it and count it."""
     json: bool = False
     """Print one JSON object on standard output."""
 
@@ -49,16 +51,22 @@ def run(config: Config) -> int:
     images = images_of(config.images)
     teacher = resolve.teacher_of(config.teacher, config.checkpoint, config.precision)
     dense = DenseTeacher(teacher, pixels=resolve.pixels_of(config.pixels, teacher.pixels))
-    made = generate(
-        images, config.out, dense, k=config.k, batch_size=config.batch_size,
-        threads=min(16, resolve.cpu_threads()) if config.threads is None else config.threads, log=console.say,
-    )  # fmt: skip
+    with console.skipping(config.on_unreadable) as skipped:
+        made = generate(
+            images, config.out, dense, k=config.k, batch_size=config.batch_size,
+            threads=min(16, resolve.cpu_threads()) if config.threads is None else config.threads,
+            skip_unreadable=skipped is not None, log=console.say,
+        )  # fmt: skip
+        if skipped is not None:
+            skipped.update(made.unreadable)
     if made.busy:
         console.say(f"{len(made.busy)} shards are being written by another process; if that is stopped, run this again")
     else:
         LabelMaps(config.out).verify()
     if config.json:
-        console.show_json({**asdict(made), "classes": teacher.dim, "k": config.k, "height": dense.height, "width": dense.width})
+        values = asdict(made)
+        values["unreadable_images"] = len(values.pop("unreadable"))
+        console.show_json({**values, "classes": teacher.dim, "k": config.k, "height": dense.height, "width": dense.width})
     elif not made.made and not made.busy:
         console.show(f"{config.out}: complete, and every file has its checksum; {format_bytes(made.bytes)}")
     else:

@@ -10,7 +10,7 @@ from elsewhere. With --out a killed run continues after its last epoch.
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from fkd_ssl.errors import RequestError, did_you_mean
 
@@ -25,7 +25,7 @@ ON_FEATURES = ("sweep", "logreg")
 class Config:
     """Options of linear."""
 
-    EXECUTION: ClassVar = ("features", "workers", "json")
+    EXECUTION: ClassVar = ("features", "workers", "json", "on_unreadable")
     PATHS: ClassVar = ("model", "checkpoint", "train", "val", "out")
 
     model: str | None = None
@@ -52,6 +52,8 @@ class Config:
     """Folder where features are kept and looked for (fkd-ssl features); for sweep and logreg."""
     workers: int = 2
     """Processes that read images."""
+    on_unreadable: Literal["stop", "skip"] = "stop"
+    """What to do about a damaged image: stop and name it, or leave it out and count it."""
     out: str | None = None
     """Folder for results.json, and for what a killed run continues from; of several protocols a folder of each in it."""
     json: bool = False
@@ -119,7 +121,7 @@ def _part(config: Config, name: str) -> Config:
 def _on_crops(parts: dict[str, Config], evaluation: "Evaluation") -> None:
     if not parts:
         return
-    from fkd_ssl.commands import results, sources
+    from fkd_ssl.commands import console, results, sources
     from fkd_ssl.eval import linear
 
     config = next(iter(parts.values()))
@@ -129,6 +131,7 @@ def _on_crops(parts: dict[str, Config], evaluation: "Evaluation") -> None:
     with ExitStack() as opened:
         for part in parts.values():
             opened.enter_context(results.opened(part, evaluation.inputs))
+        skipped = opened.enter_context(console.skipping(config.on_unreadable))
         found = linear.evaluate_together(
             list(parts),
             model=model.features,
@@ -142,11 +145,13 @@ def _on_crops(parts: dict[str, Config], evaluation: "Evaluation") -> None:
             workers=config.workers,
             kept=None if config.out is None else {name: Path(str(part.out)) / "probe.pt" for name, part in parts.items()},
             identity=model.identity,
+            skipped=skipped,
         )
         data = {"train": sources.about_images(config.train, train), "val": sources.about_images(config.val, val)}
         about = {**sources.about_model(model, pixels), "data": data}
         for name, part in parts.items():
-            _show(part, pixels, about, found[name])
+            unreadable = len(train) + len(val) - found[name]["n_train"] - found[name]["n_val"]
+            _show(part, pixels, {**about, "unreadable_images": unreadable}, found[name])
 
 
 def _on_features(parts: dict[str, Config], evaluation: "Evaluation") -> None:

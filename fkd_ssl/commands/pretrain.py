@@ -12,7 +12,8 @@ def run(config: Config) -> int:
     from fkd_ssl.commands import console
     from fkd_ssl.pretraining.engine import pretrain
 
-    checkpoint = pretrain(config, log=console.say)
+    with console.skipping(config.on_unreadable):
+        checkpoint = pretrain(config, log=console.say)
     use = f"--teacher {config.method} --checkpoint {checkpoint}" if config.is_teacher else f"--model {checkpoint} or --init"
     console.show(f"{checkpoint}: pass it as {use}")
     return 0

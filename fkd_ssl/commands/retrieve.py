@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class Config:
     """Options of retrieve."""
 
-    EXECUTION: ClassVar = ("features", "workers", "json")
+    EXECUTION: ClassVar = ("features", "workers", "json", "on_unreadable")
     PATHS: ClassVar = ("model", "checkpoint", "gallery", "queries", "query", "sheet", "out")
 
     model: str | None = None
@@ -47,6 +47,8 @@ class Config:
     """Folder where features are kept and looked for (fkd-ssl features)."""
     workers: int = 2
     """Processes that read images."""
+    on_unreadable: Literal["stop", "skip"] = "stop"
+    """What to do about a damaged image: stop and name it, or leave it out and count it."""
     out: str | None = None
     """Folder for results.json and the plot."""
     json: bool = False
@@ -183,7 +185,8 @@ def _show_nearest(config: Config, query: str) -> int:
         raise RequestError("--query shows images: give --gallery as images, not as files of features")
     model, pixels = sources.load_model(config)
     images = images_of(config.gallery)
-    gallery = sources.features_of(model, pixels, config.gallery, images, config, "features of gallery").features
+    source = sources.features_of(model, pixels, config.gallery, images, config, "features of gallery")
+    gallery, images = source.features, images.subset(source.rows)
     one = Folder(path.parent, [path.name])
     feature, _ = extract(model.features, one, pixels=pixels, workers=0, progress=False)
     [(_, similarity, rows)] = search.nearest(gallery, feature, min(config.nearest, len(gallery)))

@@ -12,11 +12,11 @@ import torch
 from fkd_ssl import files
 from fkd_ssl.arrays import Float32Array, Int64Array
 from fkd_ssl.checkpoints import digest
-from fkd_ssl.commands import resolve
+from fkd_ssl.commands import console, resolve
 from fkd_ssl.commands.images import images_of
 from fkd_ssl.errors import RequestError
 from fkd_ssl.eval import cache
-from fkd_ssl.eval.features import Split, extract, match_classes
+from fkd_ssl.eval.features import Split, extract_rows, match_classes
 from fkd_ssl.eval.scores import as_features, as_labels, compact, same_dimension
 from fkd_ssl.images import CONTENTS, ImageSource
 
@@ -34,6 +34,8 @@ class Options(Protocol):
     def workers(self) -> int: ...  # noqa: D102
     @property
     def features(self) -> str | None: ...  # noqa: D102
+    @property
+    def on_unreadable(self) -> str: ...  # noqa: D102
 
 
 class ScoreOptions(Options, Protocol):
@@ -45,12 +47,15 @@ class ScoreOptions(Options, Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Features of one set, with the images that they are of if they came from images."""
+    """Features of one set."""
 
     features: Float32Array
     labels: Int64Array
-    images: ImageSource | None
     about: dict[str, Any]
+    rows: Int64Array
+    """Numbers of the images, or of the rows of a file; without the images that were skipped."""
+    skipped: int = 0
+    """Images that were skipped."""
 
 
 def is_files(spec: str) -> bool:
@@ -71,7 +76,8 @@ def read_pair(spec: str) -> Source:
     features, labels = (files.map_user_npy(Path(name)) for name in names)
     features = as_features(features, names[0])
     labels = as_labels(labels, len(features), names[1])
-    return Source(features=features, labels=labels, images=None, about={"source": spec, "images": len(features)})
+    about = {"source": spec, "images": len(features)}
+    return Source(features=features, labels=labels, about=about, rows=np.arange(len(features)))
 
 
 def load_model(config: Options) -> tuple[resolve.Model, int]:
@@ -85,20 +91,17 @@ def load_model(config: Options) -> tuple[resolve.Model, int]:
 def features_of(model: resolve.Model, pixels: int, spec: str, images: ImageSource, config: Options, desc: str) -> Source:
     """Features of images by a model, from the cache if there is one."""
     about = about_images(spec, images)
-    if config.features is None:
-        features, labels = extract(model.features, images, pixels=pixels, workers=config.workers, desc=desc)
-    else:
-        features, labels, entry = cache.cached(
-            model.features,
-            images,
-            folder=Path(config.features),
-            identity=model.identity,
-            pixels=pixels,
-            workers=config.workers,
-            desc=desc,
-        )
-        about["features"] = entry.name
-    return Source(features=features, labels=labels, images=images, about=about)
+    options: dict[str, Any] = {"pixels": pixels, "workers": config.workers, "desc": desc}
+    with console.skipping(config.on_unreadable) as skipped:
+        if config.features is None:
+            features, rows = extract_rows(model.features, images, skipped=skipped, **options)
+        else:
+            folder = Path(config.features)
+            features, rows, entry = cache.cached(
+                model.features, images, folder=folder, identity=model.identity, skipped=skipped, **options
+            )
+            about["features"] = entry.name
+    return Source(features=features, labels=images.labels[rows], about=about, rows=rows, skipped=len(images) - len(rows))
 
 
 def about_images(spec: str, images: ImageSource) -> dict[str, Any]:
@@ -185,6 +188,7 @@ def split_of(evaluation: Evaluation, config: Options) -> tuple[Split, dict[str, 
             features_of(model, pixels, spec, images, config, f"features of {part}")
             for spec, images, part in zip(evaluation.specs, sets, ("train", "val"), strict=False)
         ]
+        labels = labels[sources[-1].rows]
         train_labels, classes = sources[0].labels, sets[0].classes
         about = about_model(model, pixels)
     data = {name: source.about for name, source in zip(("train", "val"), sources, strict=False)}
@@ -195,7 +199,7 @@ def split_of(evaluation: Evaluation, config: Options) -> tuple[Split, dict[str, 
         labels=labels if len(sources) > 1 else np.empty(0, dtype=np.int64),
         classes=classes,
     )
-    return split, {**about, "data": data}
+    return split, {**about, "data": data, "unreadable_images": sum(source.skipped for source in sources)}
 
 
 def _files_digest(spec: str) -> str:

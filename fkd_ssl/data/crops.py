@@ -7,7 +7,7 @@ from torch.utils.data import Dataset
 
 from fkd_ssl.arrays import UInt8Array
 from fkd_ssl.crops import Records
-from fkd_ssl.data.pixels import Batch, Planned, Replayed, Sides
+from fkd_ssl.data.pixels import Batch, Pixels, Planned, Replayed, Sides
 from fkd_ssl.data.samples import Samples
 from fkd_ssl.errors import ImageError, RequestError
 from fkd_ssl.images import decode
@@ -75,7 +75,7 @@ class Crops(Dataset[Batch]):
                 read; the message names it.
         """
         pairs = [index if isinstance(index, tuple) else (0, index) for index in indices]
-        pixels = (Planned if self.decode_only else Replayed)(len(pairs), self.crops_per_image, self.sides)
+        pixels = self._new_pixels(len(pairs))
         failed: dict[int, ImageError] = {}
         for k, (pass_, i) in enumerate(pairs):
             try:
@@ -94,7 +94,11 @@ class Crops(Dataset[Batch]):
         }
         return Samples({**batch, **self._more(pairs)}, self.crops_per_image)
 
-    def _put(self, pixels: Planned | Replayed, k: int, pass_: int, i: int) -> None:
+    def _new_pixels(self, count: int) -> Pixels:
+        """Takes the crops of so many images."""
+        return (Planned if self.decode_only else Replayed)(count, self.crops_per_image, self.sides)
+
+    def _put(self, pixels: Pixels, k: int, pass_: int, i: int) -> None:
         """An image and its crops as the k-th of a batch."""
         path = self._where(i)
         image = self._decode(i, self._read(i), path)
@@ -129,7 +133,7 @@ class Crops(Dataset[Batch]):
     def _label(self, i: int) -> int: ...
 
 
-def _fill(pairs: list[tuple[int, int]], pixels: Planned | Replayed, failed: dict[int, ImageError]) -> None:
+def _fill(pairs: list[tuple[int, int]], pixels: Pixels, failed: dict[int, ImageError]) -> None:
     """The readable images of a batch once more, in turn, in the places of those that could not be read."""
     good = [k for k in range(len(pairs)) if k not in failed]
     if not good:

@@ -1,6 +1,6 @@
 """The crops of a batch: their pixels, or plans from which a device makes them."""
 
-from typing import Any
+from typing import Any, Protocol
 
 from fkd_ssl.arrays import UInt8Array
 from fkd_ssl.crops import Records, replay_into
@@ -9,6 +9,19 @@ from fkd_ssl.data import memory
 
 Batch = dict[str, Any]
 Sides = dict[str, int]  # side of the crops by their key in a batch: images, and teacher_images if their size is another
+
+
+class Pixels(Protocol):
+    """Takes the crops of the images of a batch."""
+
+    def put(self, k: int, image: UInt8Array, records: Records) -> None:
+        """Takes the crops of the k-th image; raises ImageError if a record does not fit it."""
+
+    def repeat(self, k: int, other: int) -> None:
+        """Takes the crops of another image in place of the k-th one's."""
+
+    def tensors(self) -> Batch:
+        """What the batch has of them."""
 
 
 class Replayed:

@@ -53,6 +53,8 @@ class RelabelledCrops(FreshCrops):
 
     def _decode(self, i: int, data: bytes, where: str) -> UInt8Array:
         size = self.maps.sizes[self._rows[i]]
+        if not size["width"]:
+            raise ImageError(f"{where}: could not be read when the label maps were made; make label maps of these images")
         image = decode(data, where) if len(data) == size["bytes"] else None
         if image is None or image.shape[:2] != (size["height"], size["width"]):
             raise ImageError(

@@ -82,10 +82,12 @@ class PretrainConfig:
     """Arithmetic, in Lightning's terms."""
     workers: int = 2
     """Processes that read images."""
+    on_unreadable: Literal["stop", "skip"] = "stop"
+    """What to do about a damaged image: stop and name it, or train on another one of its batch and count it."""
     log_every: int = 20
     """Steps in one line of metrics.csv."""
 
-    EXECUTION: ClassVar = ("workers",)
+    EXECUTION: ClassVar = ("workers", "on_unreadable")
     PATHS: ClassVar = ("images", "out")
 
     def __post_init__(self) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from fkd_ssl import files, images, runs
-from fkd_ssl.data import Loader
+from fkd_ssl.data import Loader, whole_batch
 from fkd_ssl.errors import RequestError
 from fkd_ssl.pretraining.config import PretrainConfig
 from fkd_ssl.pretraining.method import Method
@@ -45,19 +45,20 @@ def pretrain(config: PretrainConfig, *, log: Callable[[str], None] = lambda mess
             log(f"{folder}: finished already")
         else:
             log(f"{folder}: {'continuing' if state == 'resume' else 'training'} {config.arch} on {len(image_set):,} images")
-            _pretrain(config, image_set, folder, inputs)
+            skipped = _pretrain(config, image_set, folder, inputs)
+            if skipped:
+                log(f"warning: {skipped} images cannot be read and were skipped")
     return folder / weights_file(config)
 
 
-def _pretrain(config: PretrainConfig, image_set: images.ImageSource, folder: Path, inputs: runs.Inputs) -> None:
-    """Trains in the run folder, which is locked, and writes the weights and results.json."""
+def _pretrain(config: PretrainConfig, image_set: images.ImageSource, folder: Path, inputs: runs.Inputs) -> int:
+    """Trains in the run folder, which is locked, and writes weights and results.json; returns how many images it skipped."""
     torch.manual_seed(config.seed)
     module: Method = _METHODS[config.method](config, len(image_set))
-    crops, collate = module.crops(image_set)
     sampler = PassSampler(len(image_set), config.batch_size, module.steps, seed=config.seed)
     found = fit(
         module,
-        Loader(crops, sampler, workers=config.workers, collate=collate),
+        Loader(module.crops(image_set), sampler, workers=config.workers, collate=whole_batch),
         folder,
         config=config,
         inputs=inputs,
@@ -78,9 +79,10 @@ def _pretrain(config: PretrainConfig, image_set: images.ImageSource, folder: Pat
         "images": len(image_set),
         "queue": module.queue,
         "loss": read_metrics(folder / METRICS)[-1]["loss"],
-        **{key: found[key] for key in ("steps", "train_seconds", "data_wait", "peak_memory_bytes")},
+        **{key: found[key] for key in ("steps", "train_seconds", "data_wait", "peak_memory_bytes", "unreadable_images")},
     }
     runs.finish(folder, results)
+    return int(found["unreadable_images"])
 
 
 def check_pretraining(config: PretrainConfig, image_set: images.ImageSource) -> None:

@@ -3,14 +3,12 @@
 import math
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from fkd_ssl.data import Batch
+from fkd_ssl.data import Crops
 from fkd_ssl.images import ImageSource
 from fkd_ssl.pretraining.config import PretrainConfig
 from fkd_ssl.training.module import TrainingModule, cosine
@@ -53,8 +51,8 @@ class Method(TrainingModule):
         return self.by_steps(optimizer, lambda step: cosine(step, self.steps, 0))
 
     @abstractmethod
-    def crops(self, images: ImageSource) -> tuple[Dataset[Batch], Callable[[Any], Batch]]:
-        """The data set of this method's crops, read by lists of (pass, image), and its collate function."""
+    def crops(self, images: ImageSource) -> Crops:
+        """The data set of this method's crops."""
 
     @abstractmethod
     def teacher_state(self) -> dict[str, Tensor]:

@@ -10,7 +10,6 @@ positive away; in one process a shuffled batch has the same statistics, and noth
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,10 +17,9 @@ from lightly.loss import NTXentLoss
 from lightly.models.modules import MoCoProjectionHead
 from lightly.models.utils import deactivate_requires_grad, update_momentum
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from fkd_ssl.crops import RECIPES
-from fkd_ssl.data import Batch, FreshCrops, whole_batch
+from fkd_ssl.data import Batch, Crops, FreshCrops
 from fkd_ssl.images import ImageSource
 from fkd_ssl.pretraining.config import PretrainConfig
 from fkd_ssl.pretraining.method import Method
@@ -42,10 +40,13 @@ class MoCo(Method):
         self.loss = NTXentLoss(temperature=config.temperature, memory_bank_size=(self.queue, config.dim))
         self.to(memory_format=torch.channels_last)
 
-    def crops(self, images: ImageSource) -> tuple[Dataset[Batch], Callable[[Any], Batch]]:
+    def crops(self, images: ImageSource) -> Crops:
         """Two crops of each image, side by side."""
         config = self.config
-        return FreshCrops(images, RECIPES["mocov2"], crops_per_image=2, pixels=config.pixels, seed=config.seed), whole_batch
+        return FreshCrops(
+            images, RECIPES["mocov2"], crops_per_image=2, pixels=config.pixels, seed=config.seed,
+            skip_unreadable=config.on_unreadable == "skip",
+        )  # fmt: skip
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """InfoNCE of the first views' queries to the second views' keys and the queue (arXiv 1911.05722, eq. 1)."""

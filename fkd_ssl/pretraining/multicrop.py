@@ -1,15 +1,13 @@
 """SwAV's multi-crop (arXiv 2006.09882, section 3.2): two large crops of an image and several small ones, one decode for all."""
 
 import hashlib
-from typing import Any
 
 import numpy as np
-import torch
-from torch.utils.data import Dataset
 
-from fkd_ssl.crops import RECIPES, Recipe, draw, image_key, replay_into
-from fkd_ssl.data import Batch
-from fkd_ssl.errors import ImageError
+from fkd_ssl.arrays import UInt8Array
+from fkd_ssl.crops import RECIPES, Recipe, Records, draw, image_key
+from fkd_ssl.data import Batch, FreshCrops
+from fkd_ssl.data.pixels import Pixels, Replayed
 from fkd_ssl.images import ImageSource
 
 LARGE = RECIPES["swav"]
@@ -25,50 +23,57 @@ def small_side(pixels: int) -> int:
     return max(1, round(pixels * 96 / 224))
 
 
-class MultiCrops(Dataset[Batch]):
+class MultiCrops(FreshCrops):
     """Large and small crops of each image, drawn anew in every pass and replayed as everywhere in this library.
+
+    A batch has `images` uint8 [2 B, 3, P, P] and `small_images` uint8 [S B, 3, p, p], the crops of an image side by side, in
+    channels-last memory.
 
     Args:
         images: The image set.
         pixels: Side P of the large crops.
         small_crops: S, small crops of each image.
         seed: Of the draw.
+        skip_unreadable: As in StoredCrops.
     """
 
-    def __init__(self, images: ImageSource, *, pixels: int, small_crops: int, seed: int = 0) -> None:
-        self.images = images
-        self.kinds = ((LARGE, 2, pixels), (SMALL, small_crops, small_side(pixels)))
+    def __init__(
+        self, images: ImageSource, *, pixels: int, small_crops: int, seed: int = 0, skip_unreadable: bool = False
+    ) -> None:
+        super().__init__(images, LARGE, crops_per_image=2, pixels=pixels, seed=seed, skip_unreadable=skip_unreadable)
+        self.kinds = ((LARGE, 2), (SMALL, small_crops))
         self.seed = seed
 
-    def __len__(self) -> int:
-        return len(self.images)
+    def _new_pixels(self, count: int) -> Pixels:
+        (_, large), (_, small) = self.kinds
+        return _LargeAndSmall(
+            Replayed(count, large, {"images": self.pixels}),
+            Replayed(count, small, {"small_images": small_side(self.pixels)}),
+            large,
+        )
 
-    def __getitems__(self, indices: list[tuple[int, int]]) -> Batch:
-        """The crops of B images, by (pass, image).
-
-        Returns:
-            `images` uint8 [2 B, 3, P, P] and `small_images` uint8 [S B, 3, p, p], the crops of an image side by side, in
-            channels-last memory.
-
-        Raises:
-            ImageError: An image is missing or unreadable; the message names it.
-        """
-        views = [np.empty((len(indices) * count, side, side, 3), dtype=np.uint8) for _, count, side in self.kinds]
-        for k, (pass_, i) in enumerate(indices):
-            image = self.images.pixels(i)
-            for (recipe, count, _), array in zip(self.kinds, views, strict=True):
-                seed = hashlib.blake2b(f"{recipe.name} {self.seed}".encode(), digest_size=8).digest()
-                key = image_key(int.from_bytes(seed, "little"), self.images.names[i])
-                records = draw(recipe, key, image.shape[0], image.shape[1], pass_ * count, count)
-                try:
-                    replay_into(array[k * count : (k + 1) * count], image, records)
-                except ImageError as error:
-                    raise ImageError(f"{self.images.where(i)}: {error}") from error
-        large, small = (torch.from_numpy(array).permute(0, 3, 1, 2) for array in views)
-        return {"images": large, "small_images": small}
+    def _records(self, pass_: int, i: int, height: int, width: int) -> Records:
+        drawn = []
+        for recipe, count in self.kinds:
+            seed = hashlib.blake2b(f"{recipe.name} {self.seed}".encode(), digest_size=8).digest()
+            key = image_key(int.from_bytes(seed, "little"), self._path(i))
+            drawn.append(draw(recipe, key, height, width, pass_ * count, count))
+        return np.concatenate(drawn)
 
 
-def as_read(batch: Any) -> Batch:
-    """The collate function that keeps the batch as it was read."""
-    read: Batch = batch
-    return read
+class _LargeAndSmall:
+    """Takes the first records of an image as large crops, `count` of them, and the others as small ones."""
+
+    def __init__(self, large: Replayed, small: Replayed, count: int) -> None:
+        self._large, self._small, self._count = large, small, count
+
+    def put(self, k: int, image: UInt8Array, records: Records) -> None:
+        self._large.put(k, image, records[: self._count])
+        self._small.put(k, image, records[self._count :])
+
+    def repeat(self, k: int, other: int) -> None:
+        self._large.repeat(k, other)
+        self._small.repeat(k, other)
+
+    def tensors(self) -> Batch:
+        return {**self._large.tensors(), **self._small.tensors()}

@@ -5,7 +5,6 @@ queue once the features have settled, LARS. Departures from its code: the cosine
 peak; one process, so BatchNorm is synchronous by itself.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,13 +14,12 @@ from lightly.models.modules.memory_bank import MemoryBankModule
 from lightly.utils.lars import LARS
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import Dataset
 
-from fkd_ssl.data import Batch
+from fkd_ssl.data import Batch, Crops
 from fkd_ssl.images import ImageSource
 from fkd_ssl.pretraining.config import PretrainConfig
 from fkd_ssl.pretraining.method import Method
-from fkd_ssl.pretraining.multicrop import MultiCrops, as_read
+from fkd_ssl.pretraining.multicrop import MultiCrops
 from fkd_ssl.students import MEAN
 
 STD = (0.228, 0.224, 0.225)  # SwAV's own, with which its checkpoints are read
@@ -57,10 +55,13 @@ class SwAV(Method):
         )
         self.to(memory_format=torch.channels_last)
 
-    def crops(self, images: ImageSource) -> tuple[Dataset[Batch], Callable[[Any], Batch]]:
+    def crops(self, images: ImageSource) -> Crops:
         """Two large crops of each image and the small ones, side by side."""
         config = self.config
-        return MultiCrops(images, pixels=config.pixels, small_crops=self.small_crops, seed=config.seed), as_read
+        return MultiCrops(
+            images, pixels=config.pixels, small_crops=self.small_crops, seed=config.seed,
+            skip_unreadable=config.on_unreadable == "skip",
+        )  # fmt: skip
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The swapped prediction of every crop from the large crops' assignments (arXiv 2006.09882, eq. 2 to 4 and 6)."""

@@ -79,6 +79,8 @@ class Made:
     """Wall-clock of this call."""
     bytes: int
     """Of all files of the folder."""
+    unreadable: list[str]
+    """Images of the finished shards that were skipped."""
 
 
 def generate(
@@ -89,6 +91,7 @@ def generate(
     k: int = 5,
     batch_size: int = 64,
     threads: int = 2,
+    skip_unreadable: bool = False,
     progress: bool = True,
     log: Callable[[str], None] = lambda message: None,
 ) -> Made:
@@ -101,12 +104,14 @@ def generate(
         k: Logits kept at each place; the authors keep 5.
         batch_size: Images in one forward; fixed for a folder, since another gives other last bits.
         threads: That read, decode and resize beside the teacher.
+        skip_unreadable: Skip damaged images, which then have no label map, instead of stopping.
         progress: Whether to show a bar.
         log: Takes lines for the user.
 
     Raises:
         RequestError: The folder holds something else, or maps that were made otherwise, or a setting is impossible.
-        ImageError: An image cannot be read, or has changed since the maps were begun.
+        ImageAccessError: An image cannot be opened.
+        ImageError: An image is damaged, and such images are not skipped, or has changed since the maps were begun.
         FkdError: The disk cannot hold the maps, or the teacher fails.
     """
     started = time.perf_counter()
@@ -120,9 +125,9 @@ def generate(
         _check(folder, wanted, images)
         log(_announce(folder, wanted))
     else:
-        _create(folder, images, wanted, progress=progress, log=log)
+        _create(folder, images, wanted, skip_unreadable=skip_unreadable, progress=progress, log=log)
     manifest = layout.read_manifest(folder)
-    _, sizes = read_images(folder, manifest)
+    paths, sizes = read_images(folder, manifest)
     for place in (folder, folder / layout.MAPS):
         files.sweep(place)
     missing = layout.missing_shards(folder, manifest)
@@ -138,12 +143,14 @@ def generate(
                     continue
                 bar.update(rows.crops)
                 left = manifest.rows(shard)[rows.crops :]
-                for views in _views(images, sizes, left, manifest, pool):
+                for views in _views(images, sizes, left, manifest, pool, skip_unreadable=skip_unreadable):
                     rows.add(_sparse(dense, views, manifest))
                     bar.update(len(views))
-                made += len(left)
+                    made += sum(view is not None for view in views)
                 digest = rows.publish(path, manifest.dtype, (count,))
-                files.write_json(path.with_suffix(".json"), {"file": digest, "maps": manifest.digest, "shard": shard})
+                maps = files.map_npy(path, manifest.dtype, (count,))
+                sidecar = {"file": digest, "maps": manifest.digest, "shard": shard, "skipped": layout.skipped_in(maps)}
+                files.write_json(path.with_suffix(".json"), sidecar)
     unfinished = layout.missing_shards(folder, manifest)
     for shard in range(manifest.shards):  # what a process left that was killed before it could remove it
         if shard not in unfinished:
@@ -154,6 +161,12 @@ def generate(
         busy=unfinished,
         seconds=time.perf_counter() - started,
         bytes=files.total_bytes(folder),
+        unreadable=[
+            paths[manifest.rows(shard)[k]]
+            for shard in range(manifest.shards)
+            if shard not in unfinished
+            for k in layout.read_sidecar(layout.maps_file(folder, shard), manifest, shard)["skipped"]
+        ],
     )
 
 
@@ -232,7 +245,15 @@ def _announce(folder: Path, wanted: layout.Manifest) -> str:
     )
 
 
-def _create(folder: Path, images: ImageSource, wanted: layout.Manifest, *, progress: bool, log: Callable[[str], None]) -> None:
+def _create(
+    folder: Path,
+    images: ImageSource,
+    wanted: layout.Manifest,
+    *,
+    skip_unreadable: bool,
+    progress: bool,
+    log: Callable[[str], None],
+) -> None:
     """Lists the images and their sizes into a new folder, the manifest last."""
     there = {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")} if folder.is_dir() else set()
     if foreign := there - {*layout.LISTS, layout.MAPS}:
@@ -243,8 +264,10 @@ def _create(folder: Path, images: ImageSource, wanted: layout.Manifest, *, progr
     for row in bar:
         try:
             sizes[row] = images.size(row)
-        except ImageError as error:
-            raise ImageError(f"{error}; mend or remove it") from error
+        except ImageError:
+            if not skip_unreadable:
+                raise
+            sizes["bytes"][row] = images.byte_size(row)  # no width and height: it is skipped
     (folder / layout.MAPS).mkdir(parents=True, exist_ok=True)
     with files.publish(folder / IMAGES) as file:
         file.write(images.names.lines)
@@ -252,44 +275,62 @@ def _create(folder: Path, images: ImageSource, wanted: layout.Manifest, *, progr
 
 
 def _views(
-    images: ImageSource, sizes: npt.NDArray[np.void], rows: range, manifest: layout.Manifest, pool: ThreadPoolExecutor
-) -> Iterator[UInt8Array]:
-    """Batches of whole images uint8 [n, 3, P, P]; the next one is read while the teacher is at this one."""
-    waiting: deque[list[Future[UInt8Array]]] = deque()
+    images: ImageSource, sizes: npt.NDArray[np.void], rows: range, manifest: layout.Manifest, pool: ThreadPoolExecutor,
+    *, skip_unreadable: bool,
+) -> Iterator[list[UInt8Array | None]]:  # fmt: skip
+    """Batches of whole images; the next one is read while the teacher is at this one."""
+    waiting: deque[list[Future[UInt8Array | None]]] = deque()
     try:
         for first in range(0, len(rows), manifest.batch_size):
             batch = rows[first : first + manifest.batch_size]
-            waiting.append([pool.submit(_whole, images, row, sizes[row], manifest.pixels) for row in batch])
+            waiting.append([pool.submit(_whole, images, row, sizes[row], manifest.pixels, skip_unreadable) for row in batch])
             if len(waiting) > 1:
-                yield np.stack([future.result() for future in waiting.popleft()])
+                yield [future.result() for future in waiting.popleft()]
         while waiting:
-            yield np.stack([future.result() for future in waiting.popleft()])
+            yield [future.result() for future in waiting.popleft()]
     finally:
         for future in (future for batch in waiting for future in batch):
             future.cancel()
 
 
-def _whole(images: ImageSource, row: int, size: np.void, pixels: int) -> UInt8Array:
-    """A whole image squashed to a square: uint8 [3, P, P]."""
+def _whole(images: ImageSource, row: int, size: np.void, pixels: int, skip_unreadable: bool) -> UInt8Array | None:
+    """A whole image squashed to a square: uint8 [3, P, P]; None for a damaged one that is skipped."""
     path, height, width = images.where(row), int(size["height"]), int(size["width"])
+    if not width:
+        if skip_unreadable:
+            return None
+        raise FkdError(f"{path}: could not be read when the label maps were begun; pass --on_unreadable skip, as was done then")
+    changed = (
+        f"{path}: changed since the label maps were begun ({width} x {height} pixels, {size['bytes']} bytes then); restore "
+        "it, or choose another --out"
+    )
     data = images.read(row)
-    image = decode(data, path) if len(data) == size["bytes"] else None
-    if image is None or image.shape[:2] != (height, width):
-        raise ImageError(
-            f"{path}: changed since the label maps were begun ({width} x {height} pixels, {size['bytes']} bytes then); restore "
-            "it, or choose another --out"
-        )
+    if len(data) != size["bytes"]:
+        raise FkdError(changed)
+    try:
+        image = decode(data, path)
+    except ImageError:
+        if skip_unreadable:
+            return None
+        raise
+    if image.shape[:2] != (height, width):
+        raise FkdError(changed)
     view: UInt8Array = replay(image, box_record(0, 0, height, width), pixels)[0]
     return view
 
 
-def _sparse(dense: Dense, views: UInt8Array, manifest: layout.Manifest) -> npt.NDArray[Any]:
-    """The maps [n] of a batch; the teacher always runs on `batch_size` images, the rest black."""
-    batch = np.zeros((manifest.batch_size, *views.shape[1:]), dtype=np.uint8)
-    batch[: len(views)] = views
+def _sparse(dense: Dense, views: list[UInt8Array | None], manifest: layout.Manifest) -> npt.NDArray[Any]:
+    """The maps [n] of a batch, NaN for skipped images; the teacher always runs on `batch_size` images, the rest black."""
+    batch = np.zeros((manifest.batch_size, 3, manifest.pixels, manifest.pixels), dtype=np.uint8)
+    for k, view in enumerate(views):
+        if view is not None:
+            batch[k] = view
     found = dense(torch.from_numpy(batch))[: len(views)].topk(manifest.k, dim=1)
     maps = np.zeros(len(views), dtype=manifest.dtype)
     maps["classes"], maps["logits"] = found.indices.cpu().numpy(), found.values.half().cpu().numpy()
     if not np.isfinite(maps["logits"]).all():
         raise FkdError(f"teacher {dense.teacher.name}: gave logits that float16 cannot hold, of over 65,504 or not finite")
+    for k, view in enumerate(views):
+        if view is None:
+            maps[k]["classes"], maps[k]["logits"] = 0, np.nan
     return maps

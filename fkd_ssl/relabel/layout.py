@@ -2,8 +2,8 @@
 
 FOLDER/ holds `images.txt` (paths, a line each), `images.npy` (bytes, width and height of each), `manifest.json`, the last file
 of a new folder, and `maps/NNNNN.npy`, an array [rows] of records of `classes` uint16 [k, h, w] and `logits` float16 [k, h, w],
-the largest first, each with a sidecar NNNNN.json: its sha256, its shard, and the manifest's digest. numpy.load reads every
-array without pickle.
+the largest first, each with a sidecar NNNNN.json: its sha256, its shard, the manifest's digest, and the images that were
+skipped, whose logits are NaN. numpy.load reads every array without pickle.
 
 Legend: `K` classes, `k` of them kept at each of `h` x `w` places.
 """
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from fkd_ssl import files
 from fkd_ssl.errors import NotFoundError, StoreError
@@ -132,12 +133,22 @@ def maps_file(folder: Path, shard: int) -> Path:
 def read_sidecar(path: Path, manifest: Manifest, shard: int) -> dict[str, Any]:
     """The sidecar of a shard's maps; raises StoreError where it is damaged, or of another shard or other label maps."""
     values = files.read_json(path.with_suffix(".json"))
-    if values.keys() != {"file", "maps", "shard"} or (values["maps"], values["shard"]) != (manifest.digest, shard):
+    known = values.keys() == {"file", "maps", "shard", "skipped"}
+    if not known or (values["maps"], values["shard"]) != (manifest.digest, shard):
         raise StoreError(
             f"{path}: its .json was written for another shard or other label maps: restore this shard's own files, or delete "
             "both and run the same fkd-ssl label-maps again"
         )
+    skipped, count = values["skipped"], len(manifest.rows(shard))
+    if not isinstance(skipped, list) or not all(type(row) is int and 0 <= row < count for row in skipped):
+        raise StoreError(f"{path}: its .json has an impossible list of skipped images; the file is damaged")
     return values
+
+
+def skipped_in(maps: npt.NDArray[np.void]) -> list[int]:
+    """The images of a shard, from 0, that were skipped: their logits are NaN."""
+    rows: list[int] = np.flatnonzero(np.isnan(maps["logits"][:, 0, 0, 0])).tolist()
+    return rows
 
 
 def missing_shards(folder: Path, manifest: Manifest) -> list[int]:

@@ -87,6 +87,8 @@ class LabelMaps:
             layout.read_sidecar(path, self.manifest, shard)
             self._shards[shard] = files.map_npy(path, self.manifest.dtype, (rows,))
         record = self._shards[shard][within]
+        if layout.skipped_in(record[None]):
+            raise StoreError(f"{self.folder}: no label map of {self.paths[row]!r}, which could not be read when they were made")
         classes, logits = record["classes"].astype(np.int64), record["logits"].astype(np.float32)
         if (classes >= self.classes).any() or not np.isfinite(logits).all():
             raise StoreError(

@@ -102,7 +102,7 @@ class MetricsWriter(pl.Callback):
         """Counts the time since the last batch as waiting; reads the learning rate before the schedule changes it."""
         self._lr = trainer.optimizers[0].param_groups[0]["lr"]
         self.waited += time.perf_counter() - self._ended
-        for message in batch.get("unreadable", ()):
+        for message in batch["unreadable"]:
             if message not in self.unreadable:
                 self.unreadable.add(message)
                 self._bar.write(f"warning: {message}; skipped", file=sys.stderr)

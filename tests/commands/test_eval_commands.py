@@ -338,3 +338,39 @@ def swav():
     assert first.about["weights_sha256"] == second.about["weights_sha256"]
     assert first.identity != second.identity
     assert first.identity == resolve.model_of("two_stds:imagenet").identity
+
+
+@pytest.mark.parametrize(
+    ("line", "left"),
+    [
+        ("knn --train train --leave_one_out --k 3", {"n_train": 17}),
+        ("knn --train train --val val --k 3 --features kept", {"n_train": 17, "n_val": 11}),
+        ("linear --train train --val val --protocol sweep", {"n_train": 17, "n_val": 11}),
+        ("linear --train train --val val --epochs 2 --out probe", {"n_train": 17, "n_val": 11}),
+        ("retrieve --gallery train --queries val", {"n_gallery": 17, "n_queries": 11}),
+        ("features --images train --features kept", {"images": 17}),
+    ],
+)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_damaged_images_stop_or_are_skipped_and_counted(
+    work: Path, call: Any, line: str, left: dict[str, int], workers: int
+) -> None:
+    for name in ("train/birch/3.png", "val/ash/1.png"):
+        Path(name).write_bytes(b"no picture")
+    line += f" {TEACHER} --workers {workers}"
+    stopped = call(line)
+    assert stopped.status == 1
+    assert ".png: not a readable image: unknown image format; remove it or pass --on_unreadable skip" in stopped.err
+    for _ in range(2):  # what is kept remembers them
+        skipped = call(f"{line} --on_unreadable skip --json")
+        found = json.loads(skipped.out)
+        assert (skipped.status, found["unreadable_images"]) == (0, 2 if "val" in line or "queries" in line else 1)
+        assert {key: found[key] for key in left} == left
+        if "--out" not in line or _ == 0:
+            assert "1 images cannot be read and were skipped, for instance train/birch/3.png" in skipped.err or (
+                "2 images cannot be read and were skipped" in skipped.err
+            )
+    Path("train/ash/0.png").unlink()
+    Path("train/ash/0.png").symlink_to("nowhere")
+    gone = call(f"{line.replace('kept', 'other').replace('probe', 'else')} --on_unreadable skip")
+    assert (gone.status, "train/ash/0.png: cannot be read" in gone.err) == (1, True)

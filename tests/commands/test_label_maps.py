@@ -109,3 +109,20 @@ def test_what_is_there_stays(place: Path, call: Any) -> None:
     assert path.read_bytes() == data
     shutil.rmtree(place / "train/ash")
     assert "label maps of other images" in call(LINE).err
+
+
+def test_damaged_images_stop_or_are_skipped_and_counted(place: Path, call: Any) -> None:
+    Path("train/birch/3.png").write_bytes(b"no picture")
+    stopped = call(LINE)
+    assert stopped.status == 1
+    advice = "remove it or pass --on_unreadable skip"
+    assert f"train/birch/3.png: not a readable image: unknown image format; {advice}" in stopped.err
+    for _ in range(2):
+        skipped = call(f"{LINE} --on_unreadable skip --json")
+        assert (skipped.status, json.loads(skipped.out)["unreadable_images"]) == (0, 1)
+        assert "warning: 1 images cannot be read and were skipped, for instance birch/3.png" in skipped.err
+    train = "train --images train --targets relabel --label_maps maps --student squeezenet1_1 --head classifier --epochs 2"
+    train += " --objective soft_ce --pixels 32 --batch_size 18 --crops_per_image 1 --workers 0 --out run"
+    assert "could not be read when the label maps were made" in call(train).err
+    assert call(f"{train} --on_unreadable skip").status == 0
+    assert json.loads(Path("run/results.json").read_text())["unreadable_images"] == 1

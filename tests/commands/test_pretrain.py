@@ -37,3 +37,20 @@ def test_what_does_not_go_together_is_refused(work: Path, call: Any, options: st
     assert (answer.status, answer.out) == (2, "")
     assert said in answer.err
     assert not (work / "teacher").exists()
+
+
+@pytest.mark.filterwarnings("ignore:queue 9")
+@pytest.mark.parametrize("method", ["swav", "mocov2"])
+def test_damaged_images_stop_or_are_replaced_and_counted(work: Path, call: Any, method: str) -> None:
+    moco = "pretrain --images train --out teacher --batch_size 9 --pixels 32 --queue 9 --workers 0"
+    line = PRETRAIN if method == "swav" else moco
+    Path("train/birch/3.png").write_bytes(b"no picture")
+    stopped = call(f"{line} --epochs 2")
+    assert stopped.status == 1
+    advice = "remove it or pass --on_unreadable skip"
+    assert f"train/birch/3.png: not a readable image: unknown image format; {advice}" in stopped.err
+    skipped = call(f"{line} --epochs 2 --on_unreadable skip")
+    assert skipped.status == 0, skipped.err
+    assert skipped.err.count("warning: train/birch/3.png: not a readable image: unknown image format; skipped") == 1
+    assert "warning: 1 images cannot be read and were skipped" in skipped.err
+    assert json.loads(Path("teacher/results.json").read_text())["unreadable_images"] == 1

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fkd_ssl import files
-from fkd_ssl.errors import FkdError, StoreError
+from fkd_ssl.errors import FkdError, ImageError, StoreError
 from fkd_ssl.eval import cache
 from fkd_ssl.eval.features import extract
 from fkd_ssl.images import scan
@@ -50,9 +50,9 @@ def test_it_is_extract(make_set, backbone, tmp_path, per_class: int) -> None:
     plain, labels = extract(backbone, images, pixels=16, workers=0, progress=False)
     model = Counting(backbone)
     for _ in range(2):
-        features, known, entry = cache.cached(model, images, **options(tmp_path))
+        features, rows, entry = cache.cached(model, images, **options(tmp_path))
         np.testing.assert_allclose(features, plain, rtol=1e-4)
-        np.testing.assert_array_equal(known, labels)
+        np.testing.assert_array_equal(rows, np.arange(len(images)))
     assert model.seen - 2 == len(images)  # the second time asked only the check
     assert sorted(path.name for path in entry.iterdir()) == [
         "about.json", "done.json", "features.npy", "labels.npy", "probe.npy"
@@ -173,3 +173,30 @@ def test_about_says_what_the_key_is(make_set, backbone, tmp_path) -> None:
     about = files.read_json(entry / "about.json")
     assert (about["model"], about["n"], about["resize"], about["centre_crop"]) == ("m", 24, 18, 16)
     assert about["classes"] == ["blue", "green", "red", "sand"]
+
+
+def test_damaged_images_are_skipped_and_remembered(make_set, backbone, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(cache, "ROWS", 8)
+    images = make_set("set", per_class=5)  # 20: the last part has 4, and all of these are damaged
+    whole, _ = extract(backbone, images, pixels=16, workers=0, progress=False)
+    damaged = [1, 16, 17, 18, 19]
+    for row in damaged:
+        images.file(row).write_bytes(b"no picture")
+    with pytest.raises(ImageError, match=r"not a readable image: unknown image format$"):
+        cache.cached(backbone, images, **options(tmp_path))
+    model = Counting(backbone)
+    for _ in range(2):
+        skipped: set[str] = set()
+        features, rows, entry = cache.cached(model, images, **options(tmp_path), skipped=skipped)
+        assert rows.tolist() == [row for row in range(20) if row not in damaged]
+        np.testing.assert_allclose(features, whole[rows], rtol=1e-4)
+        assert len(skipped) == 5
+        assert str(images.file(1)) in min(skipped)
+    assert model.seen - 2 == 15  # the second time asked only the check
+    np.testing.assert_array_equal(np.load(entry / "labels.npy", allow_pickle=False), images.labels[rows])
+    with pytest.raises(ImageError, match=f"{images.file(1)}: not a readable image when its features were computed"):
+        cache.cached(backbone, images, **options(tmp_path))
+    for row in range(20):
+        images.file(row).write_bytes(b"no picture")
+    with pytest.raises(ImageError, match="none of its 20 images can be read"):
+        cache.cached(backbone, scan(images.root), **options(tmp_path), skipped=set())

@@ -145,16 +145,18 @@ def test_broken_images_can_be_left_out(make_set, workers: int) -> None:
     broken = [0, 2, 3]  # part of a batch, and all of one
     for i in broken:
         found.file(i).write_bytes(b"no picture")
-    left, left_labels = features.extract(flat, found, skip_unreadable=True, **options)
+    skipped: set[str] = set()
+    left, left_labels = features.extract(flat, found, skipped=skipped, **options)
+    assert skipped == {f"{found.file(i)}: not a readable image: unknown image format" for i in broken}
     assert np.array_equal(left, np.delete(whole, broken, axis=0))
     assert np.array_equal(left_labels, np.delete(labels, broken))
-    other = features.extract_split(flat, found, found, skip_unreadable=True, **options)
+    other = features.extract_split(flat, found, found, skipped=set(), **options)
     assert np.array_equal(other.features, left)
     assert np.array_equal(other.labels, np.delete(split.labels, broken))
     for i in range(len(found)):
         found.file(i).write_bytes(b"no picture")
     with pytest.raises(ImageError, match=rf"none of its {len(found)} images can be read"):
-        features.extract(flat, found, skip_unreadable=True, **options)
+        features.extract(flat, found, skipped=set(), **options)
 
 
 def test_wrong_numbers_are_refused(make_set) -> None:

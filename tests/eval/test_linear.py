@@ -1,6 +1,7 @@
 import hashlib
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from lightly.utils.benchmarking import LinearClassifier
 from torch.nn import functional
 
 from fkd_ssl import crops, images
-from fkd_ssl.errors import FkdError, RequestError
+from fkd_ssl.errors import FkdError, ImageError, RequestError
 from fkd_ssl.eval import features, linear, probe
 
 
@@ -384,3 +385,22 @@ def test_a_probe_whose_last_step_breaks_it_is_no_result(make_set, backbone, tmp_
     with pytest.raises(FkdError, match=r"the probe moco diverged in epoch 1: .*; give a lower lr"):
         run(lambda pixels: pixels.flatten(1).float() * 1e4, train, val, lr=3e38, epochs=1, kept=kept)
     assert not kept["moco"].exists()
+
+
+def test_damaged_images_are_left_out_of_training_and_scoring(make_set, backbone) -> None:
+    train, val = make_set("train", per_class=4, seed=1), make_set("val", per_class=3, seed=2)
+    common: dict[str, Any] = {"epochs": 3, "batch_size": 5, "lr": 1.0}
+    damaged = {train.file(2), train.file(7), val.file(0)}
+    for path in damaged:
+        path.write_bytes(b"no picture")
+    with pytest.raises(ImageError, match=r"not a readable image: unknown image format$"):
+        run(backbone, train, val, **common)
+    skipped: set[str] = set()
+    found = run(backbone, train, val, skipped=skipped, workers=1, **common)
+    assert skipped == {f"{path}: not a readable image: unknown image format" for path in damaged}
+    assert (found["n_train"], found["n_val"], len(found["correct"])) == (len(train) - 2, len(val) - 1, len(val) - 1)
+    assert [row["images"] for row in found["history"]] == [len(train) - 2] * 3
+    for index in range(len(train)):
+        train.file(index).write_bytes(b"no picture")
+    with pytest.raises(ImageError, match="none of the training images can be read"):
+        run(backbone, train, val, skipped=set(), **common)

@@ -28,22 +28,24 @@ def found(tmp_path: Path) -> images.Folder:
 
 def test_shapes_and_sides(found: images.Folder) -> None:
     data = MultiCrops(found, pixels=32, small_crops=6)
-    batch = data.__getitems__([(0, 2), (0, 0)])
+    batch = data.__getitems__([(0, 2), (0, 0)]).batch
     assert len(data) == 3
+    assert batch["paths"] == ["2.png", "0.png"]
     assert batch["images"].shape == (4, 3, 32, 32)
     assert batch["small_images"].shape == (12, 3, 14, 14)
-    assert all(part.dtype == torch.uint8 for part in batch.values())
-    assert all(part.is_contiguous(memory_format=torch.channels_last) for part in batch.values())
+    for part in (batch["images"], batch["small_images"]):
+        assert part.dtype == torch.uint8
+        assert part.is_contiguous(memory_format=torch.channels_last)
     assert [small_side(pixels) for pixels in (224, 64, 1)] == [96, 27, 1]
 
 
 def test_a_crop_depends_on_pass_image_and_seed_alone(found: images.Folder) -> None:
     data = MultiCrops(found, pixels=16, small_crops=2)
-    together, alone = data.__getitems__([(1, 0), (1, 2)]), data.__getitems__([(1, 2)])
+    together, alone = data.__getitems__([(1, 0), (1, 2)]).batch, data.__getitems__([(1, 2)]).batch
     assert torch.equal(together["images"][2:], alone["images"])
     assert torch.equal(together["small_images"][2:], alone["small_images"])
     others = [data.__getitems__([(2, 2)]), MultiCrops(found, pixels=16, small_crops=2, seed=1).__getitems__([(1, 2)])]
-    assert all(not torch.equal(other[key], alone[key]) for other in others for key in alone)
+    assert all(not torch.equal(other.batch[key], alone[key]) for other in others for key in ("images", "small_images"))
     assert not torch.equal(alone["images"][0], alone["images"][1])
 
 
@@ -74,3 +76,13 @@ def test_an_unreadable_image_is_named(found: images.Folder) -> None:
     found.file(1).write_bytes(b"no picture")
     with pytest.raises(ImageError, match=r"1\.png: not a readable image"):
         MultiCrops(found, pixels=8, small_crops=0).__getitems__([(0, 1)])
+
+
+def test_a_damaged_image_is_replaced_by_another_one_of_its_batch(found: images.Folder) -> None:
+    found.file(1).write_bytes(b"no picture")
+    batch = MultiCrops(found, pixels=16, small_crops=2, skip_unreadable=True).__getitems__([(3, 0), (3, 1)]).batch
+    alone = MultiCrops(found, pixels=16, small_crops=2).__getitems__([(3, 0)]).batch
+    for key in ("images", "small_images"):
+        assert torch.equal(batch[key], torch.cat([alone[key], alone[key]]))
+    assert batch["paths"] == ["0.png", "0.png"]
+    assert batch["unreadable"] == [f"{found.file(1)}: not a readable image: unknown image format"]
