@@ -154,7 +154,7 @@ def _resize(source, views, crops, boxes, rows, columns, count, P: tl.constexpr, 
     stride = 3 * tl.load(boxes + 4 * crop + 1)
     rows += row * FINER
     columns += (k * P + x) * FINER
-    result = tl.zeros((BLOCK,), tl.int32)
+    result = tl.full((BLOCK,), 0, tl.int32)
     for i in tl.static_range(FINER):
         upper, lower, above, below = _unpack(tl.load(rows + i))
         upper, lower = source + upper * stride, source + lower * stride
@@ -193,7 +193,7 @@ def _blur_rows(views, crops, sums, kernels, size, count, P: tl.constexpr, BLOCK:
     k, x = row // P, (value - row * 3 * P) // 3
     crop = tl.load(crops + k)
     at = views + 3 * P * P * crop + (value - 3 * P * P * k) - 3 * x
-    total = tl.zeros((BLOCK,), tl.int32)
+    total = tl.full((BLOCK,), 0, tl.int32)
     for tap in range(size):
         moved = tl.minimum(tl.maximum(x + (tap - size // 2), 0), P - 1)
         total += tl.load(at + 3 * moved).to(tl.int32) * tl.load(kernels + crop * size + tap)
@@ -207,7 +207,7 @@ def _blur_columns(views, crops, sums, kernels, size, count, P: tl.constexpr, BLO
     k = row // P
     y = row - k * P
     crop = tl.load(crops + k)
-    total = tl.zeros((BLOCK,), tl.int32)
+    total = tl.full((BLOCK,), 0, tl.int32)
     for tap in range(size):
         moved = tl.minimum(tl.maximum(y + (tap - size // 2), 0), P - 1)
         total += tl.load(sums + (value + 3 * P * (moved - y))) * tl.load(kernels + crop * size + tap)
