@@ -60,7 +60,7 @@ def blur_kernel(sigma: float) -> Float32Array:
 def parameters(
     pixels: int, applied: BoolArray, flags: UInt8Array, sigma: npt.NDArray[np.float64]
 ) -> tuple[npt.NDArray[np.int32]]:
-    """What a device needs of n crops: `kernels`."""
+    """What a device needs for n crops: `kernels`."""
     return (kernels(np.where(applied, sigma, 0.0), pixels),)
 
 

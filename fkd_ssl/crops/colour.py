@@ -85,7 +85,7 @@ def matrix(
 def parameters(
     pixels: int, applied: BoolArray, flags: UInt8Array, *factors: npt.NDArray[Any]
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float64]]:
-    """What a device needs of n crops: `matrices`, of which the first are in 1024ths as OpenCV rounds them.
+    """What a device needs for n crops: `matrices`, the columns of R, G and B rounded to 1024ths as in OpenCV.
 
     Raises:
         RequestError: A coefficient is 32 or more, where OpenCV does not compute in integers. No recipe reaches it.
@@ -132,7 +132,7 @@ def matrices(
 
 @cache
 def _circle() -> npt.NDArray[np.float64]:
-    """Cosine and sine of every float16 hue from 0 to 0.5, by its bits: NumPy's own may differ from math's in the last bit."""
+    """Cosine and sine of each float16 hue in 0 to 0.5, indexed by its bits. NumPy's may differ from math's in the last bit."""
     hues = np.arange(int(np.float16(0.5).view(np.uint16)) + 1, dtype=np.uint16).view(np.float16).astype(float).tolist()
     return np.array([(math.cos(2 * math.pi * hue), math.sin(2 * math.pi * hue)) for hue in hues])
 

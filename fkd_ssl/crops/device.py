@@ -49,9 +49,9 @@ class PendingCrops:
 
 @dataclass(frozen=True, kw_only=True)
 class CropPlan:
-    """Crops of several images at one size, with all numbers that a device needs to make them.
+    """Everything that a device needs to make crops of several images at one size.
 
-    A DataLoader pins it and Lightning moves it to a device as they do a tensor.
+    A DataLoader pins it, and Lightning moves it to a device, as if it were a tensor.
     """
 
     pixels: int
@@ -59,15 +59,15 @@ class CropPlan:
     sources: Tensor
     """The images' pixels, one image after the other: uint8 [S] with S = 3 x (sum of height x width)."""
     boxes: Tensor
-    """First pixel, pixels per row, height and width of what is resized, in the sources or in the scratch: int64 [n, 4]."""
+    """First pixel, pixels per row, height and width of each box, in the sources or after its halvings: int64 [n, 4]."""
     parameters: dict[str, tuple[Tensor, ...]]
-    """By name of the operation, what its device implementation needs of each crop: tensors [n, ...]."""
+    """For each operation that is applied, the parameters of its device implementation: tensors [n, ...]."""
     passes: tuple[Tensor, ...]
-    """Of each pass of halvings the arguments `boxes` of `kernels.halve`: int64 [k, 5]."""
+    """The argument `boxes` of `kernels.halve` for each pass of halvings: int64 [k, 5]."""
     scratch: int
-    """Pixels of all results of the halvings."""
+    """Number of pixels of all halved boxes."""
     largest: int
-    """Pixels of the largest of them."""
+    """Number of pixels of the largest halved box."""
     halved: BoolArray
     """Whether the crop's box is halved before the linear resize: bool [n], always on the CPU, like the next two."""
     doubled: BoolArray
@@ -103,9 +103,9 @@ def plan_crops(crops: Sequence[PendingCrops], pixels: int, sources: Tensor) -> C
     """Computes what a device needs to make these crops.
 
     Args:
-        crops: Of each image.
+        crops: The crops of each image.
         pixels: P.
-        sources: What `concatenate` gives for them. Plans of several sizes can share it.
+        sources: The result of `concatenate(crops)`. Plans of several sizes can share it.
 
     Raises:
         ImageError: A record is invalid.
@@ -143,7 +143,7 @@ def plan_crops(crops: Sequence[PendingCrops], pixels: int, sources: Tensor) -> C
 
 
 def _halvings(boxes: Int64Array, halvings: Int64Array) -> tuple[tuple[Tensor, ...], int, int]:
-    """Plans the halvings of boxes int64 [n, 4] and changes these to their results: the passes, `scratch` and `largest`."""
+    """Plans the halvings of boxes int64 [n, 4], which become the halved boxes. Returns `passes`, `scratch` and `largest`."""
     passes, scratch, largest = [], 0, 0
     for level in range(halvings.max(initial=0)):
         some = np.flatnonzero(halvings > level)

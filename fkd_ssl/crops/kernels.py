@@ -1,8 +1,8 @@
 """Replay on a GPU: Triton kernels with the integer arithmetic of OpenCV, and so the same bits as on the CPU.
 
-Each augmentation has one function here, named after its operation in `fkd_ssl.crops.operations`. It changes some of the crops
-in place. All kernels are integer arithmetic: what needs floating point is computed in torch, so that no fused
-multiply-add of the compiler changes a bit. Without a GPU they run in Triton's interpreter (TRITON_INTERPRET=1), for tests.
+Each operation in `fkd_ssl.crops.operations` has one function of its name here, which changes some of the crops in place. It can
+be written in Triton or in torch. The kernels use integer arithmetic only. Floating point is computed in torch, so that no fused
+multiply-add of a compiler changes a bit. For tests without a GPU they run in Triton's interpreter (TRITON_INTERPRET=1).
 
 Shape letters: n crops, k of them, P their side.
 """
@@ -16,8 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_MAX_BLOCK = 1 << 16 if os.environ.get("TRITON_INTERPRET") == "1" else 1024  # values per program; NumPy prefers many
-VALUES = 1 << 26  # of the largest temporary array: more crops are made in several parts
+MAX_BLOCK = (
+    1 << 16 if os.environ.get("TRITON_INTERPRET") == "1" else 1024
+)  # values per program; the interpreter is faster with many
+VALUES = 1 << 26  # size of the largest temporary array; more crops are made in several parts
 
 
 def halve(source: Tensor, scratch: Tensor, boxes: Tensor, largest: int) -> None:
@@ -99,7 +101,7 @@ def _parts(views: Tensor, crops: Tensor) -> tuple[Tensor, ...]:
 
 def _tiles(count: int) -> tuple[int, int]:
     """Programs for `count` values, and values of each."""
-    block = min(triton.next_power_of_2(count), _MAX_BLOCK)
+    block = min(triton.next_power_of_2(count), MAX_BLOCK)
     return triton.cdiv(count, block), block
 
 

@@ -38,9 +38,9 @@ class Field:
     word: int
     """Index of the random word from which it is drawn."""
     draw: Callable[[Any, Uniform], npt.NDArray[Any]]
-    """Values for a recipe and the word as numbers in [0, 1)."""
+    """`draw(recipe, u)`: the values of n crops, from their random words as numbers `u` in [0, 1)."""
     default: float
-    """Value in crops whose first flag of the operation is not set; the operation then changes nothing."""
+    """Value in crops in which the first flag of the operation is not set."""
     low: float
     high: float
     """Smallest and largest valid value."""
@@ -48,18 +48,18 @@ class Field:
 
 @dataclass(frozen=True, kw_only=True)
 class Operation:
-    """One augmentation. A second flag, as `grey` beside `jitter`, marks what is computed in the same pass."""
+    """One augmentation. It has several flags if their effects are computed in one pass, as `jitter` and `grey` are."""
 
     name: str
     settings: type
-    """Dataclass of the settings that a recipe has for it."""
+    """Dataclass of its settings in a recipe, from which `Recipe` inherits."""
     flags: Mapping[str, Flag]
     fields: Mapping[str, Field] = field(default_factory=dict)
     on_cpu: Callable[..., None]
     """`on_cpu(view, flags, *fields)` changes a crop, uint8 [P, P, 3], in place. Called if any of the flags is set."""
     parameters: Callable[..., tuple[npt.NDArray[Any], ...]] = lambda pixels, applied, flags, *fields: ()
-    """`parameters(pixels, applied, flags, *fields)`: NumPy arrays [n, ...] that the device implementation needs of n records.
-    `applied`, bool [n], says which of them have any of the flags."""
+    """`parameters(pixels, applied, flags, *fields)`: arrays [n, ...] that the device implementation needs for n records of
+    crops of `pixels`. `applied`, bool [n], marks the records that have any of the flags."""
 
     @property
     def bits(self) -> int:

@@ -246,9 +246,7 @@ def test_an_unreadable_image_is_named(own_images: Folder, tmp_path: Path, new_de
 
 
 @pytest.mark.parametrize("killed", [False, True])
-def test_damaged_images_can_be_skipped(
-    own_images: Folder, tmp_path: Path, new_dense: NewDense, killed: bool
-) -> None:
+def test_damaged_images_can_be_skipped(own_images: Folder, tmp_path: Path, new_dense: NewDense, killed: bool) -> None:
     """One whose header cannot be read, and one that is truncated; the maps of the others are as without them."""
     make(own_images, tmp_path / "whole", new_dense())
     whole = LabelMaps(tmp_path / "whole")
