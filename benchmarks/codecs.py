@@ -30,8 +30,9 @@ from fkd_ssl.images import scan
 from fkd_ssl.objectives.feature_kl import FeatureKL
 from fkd_ssl.store import Store, open_store
 from fkd_ssl.store.codecs import sample_size, train_codec
-from fkd_ssl.store.manifest import in_hash_order, publish_codes
+from fkd_ssl.store.manifest import in_hash_order
 from fkd_ssl.store.write.precompute import precompute
+from fkd_ssl.store.write.publish import publish_codes
 
 SPECS = (
     "Flat", "SQbf16", "SQfp16", "SQ8", "SQ6", "SQ4", "PQ32x8", "PQ16x8", "PQ64x4", "PQ32x4", "OPQ16,PQ16x8", "OPQ8,PQ8x8",

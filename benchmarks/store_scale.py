@@ -35,6 +35,7 @@ from fkd_ssl.images import Folder
 from fkd_ssl.store import manifest as layout
 from fkd_ssl.store import open_store
 from fkd_ssl.store.codecs import train_codec
+from fkd_ssl.store.listing import IMAGES, MANIFEST, SIZE_DTYPE, SIZES
 from fkd_ssl.store.reader import ColumnMeta
 
 DIM = 128
@@ -60,16 +61,16 @@ def sparse(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...], digests: di
 
 def make(folder: Path, images: Folder, crops: int) -> None:
     """The store, manifest last."""
-    sizes = np.zeros(len(images), dtype=layout.SIZE_DTYPE)
+    sizes = np.zeros(len(images), dtype=SIZE_DTYPE)
     sizes["bytes"], sizes["width"], sizes["height"] = 110_000, 500, 375
     column = folder / layout.TARGETS / COLUMN
     for part in (folder / layout.CROPS, column):
         part.mkdir(parents=True, exist_ok=True)
-    with files.publish(folder / layout.IMAGES) as file:
+    with files.publish(folder / IMAGES) as file:
         file.write(images.names.lines)
     manifest = layout.Manifest(
         seed=0, recipe=RECIPES["mocov2"], crops_per_image=crops, rows_per_shard=layout.ROWS_PER_SHARD, count=len(images),
-        images_sha256=files.sha256(images.names.lines), sizes_sha256=files.write_npy(folder / layout.SIZES, sizes),
+        images_sha256=files.sha256(images.names.lines), sizes_sha256=files.write_npy(folder / SIZES, sizes),
     )  # fmt: skip
     generator = np.random.default_rng(0)
     sample = generator.normal(size=(4096, DIM)).astype(np.float32)
@@ -187,7 +188,7 @@ def main() -> None:
     args = parser.parse_args()
     store = args.folder / "store"
     if args.part is None:
-        if not (store / layout.MANIFEST).exists():
+        if not (store / MANIFEST).exists():
             print("making the sparse store", file=sys.stderr)
             make(store, image_set(args.images), args.crops)
         for part in ("open", "baseline", "fork", "forkserver"):  # a process each, so that none sees another's memory

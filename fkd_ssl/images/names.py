@@ -8,7 +8,6 @@ from typing import overload
 import numpy as np
 
 from fkd_ssl.arrays import Int64Array
-
 from fkd_ssl.errors import RequestError
 
 _PIECE = 2**18  # bytes

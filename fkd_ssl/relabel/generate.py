@@ -4,12 +4,12 @@ A shard is a pure function of images, teacher and batch size; its images, in ord
 are what the teacher runs on and what a killed run resumes from.
 """
 
-import shutil
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,8 +25,9 @@ from fkd_ssl.errors import FkdError, ImageError, RequestError
 from fkd_ssl.images import ImageSource, decode
 from fkd_ssl.progress import hidden
 from fkd_ssl.relabel import layout
-from fkd_ssl.store.manifest import IMAGES, MANIFEST, SIZE_DTYPE, SIZES, check_safe, read_images
-from fkd_ssl.store.write import work
+from fkd_ssl.store.listing import MANIFEST, read_images, write_sidecar
+from fkd_ssl.store.write import publish, work
+from fkd_ssl.store.write.rows import in_order
 from fkd_ssl.text import format_bytes
 
 _LATER = "-"  # a checksum that is not known yet
@@ -119,8 +120,6 @@ def generate(
     wanted = _wanted(images, dense, k=k, batch_size=batch_size)
     if threads < 1:
         raise RequestError(f"threads {threads}: must be at least 1")
-    if folder.exists() and not folder.is_dir():
-        raise RequestError(f"{folder}: is a file, no folder for label maps; choose another name")
     if (folder / MANIFEST).exists():
         _check(folder, wanted, images)
         log(_announce(folder, wanted))
@@ -131,26 +130,25 @@ def generate(
     for place in (folder, folder / layout.MAPS):
         files.sweep(place)
     missing = layout.missing_shards(folder, manifest)
-    done = manifest.count - sum(len(manifest.rows(shard)) for shard in missing)
+    done = manifest.count - sum(len(manifest.shard_rows(shard)) for shard in missing)
     made = 0
     bar = tqdm(total=manifest.count, initial=done, unit="img", desc="label-maps", smoothing=0.05, disable=hidden(show=progress))
     with ThreadPoolExecutor(threads) as pool, bar:
         for shard in missing:
             path = layout.maps_file(folder, shard)
-            count = len(manifest.rows(shard))
+            count = len(manifest.shard_rows(shard))
             with work.open_work(work.shard_file(path), manifest.digest, unit=manifest.dtype.itemsize, crops=count) as rows:
                 if rows is None or path.with_suffix(".json").exists():  # another process is at it, or was faster
                     continue
                 bar.update(rows.crops)
-                left = manifest.rows(shard)[rows.crops :]
+                left = manifest.shard_rows(shard)[rows.crops :]
                 for views in _views(images, sizes, left, manifest, pool, skip_unreadable=skip_unreadable):
                     rows.add(_sparse(dense, views, manifest))
                     bar.update(len(views))
                     made += sum(view is not None for view in views)
                 digest = rows.publish(path, manifest.dtype, (count,))
                 maps = files.map_npy(path, manifest.dtype, (count,))
-                sidecar = {"file": digest, "maps": manifest.digest, "shard": shard, "skipped": layout.skipped_in(maps)}
-                files.write_json(path.with_suffix(".json"), sidecar)
+                write_sidecar(path, manifest, shard, {"file": digest, "skipped": layout.skipped_in(maps)})
     unfinished = layout.missing_shards(folder, manifest)
     for shard in range(manifest.shards):  # what a process left that was killed before it could remove it
         if shard not in unfinished:
@@ -162,7 +160,7 @@ def generate(
         seconds=time.perf_counter() - started,
         bytes=files.total_bytes(folder),
         unreadable=[
-            paths[manifest.rows(shard)[k]]
+            paths[manifest.shard_rows(shard)[k]]
             for shard in range(manifest.shards)
             if shard not in unfinished
             for k in layout.read_sidecar(layout.maps_file(folder, shard), manifest, shard)["skipped"]
@@ -184,7 +182,7 @@ def _wanted(images: ImageSource, dense: Dense, *, k: int, batch_size: int) -> la
             f"teacher {teacher.name}: {teacher.dim} classes at {dense.height} x {dense.width} places are more than label maps "
             "hold; choose fewer --pixels"
         )
-    check_safe(images)
+    publish.check_names(images)
     return layout.Manifest(
         teacher={
             **{name: getattr(teacher, name) for name in ("name", "network", "licence", "source", "checkpoint")},
@@ -198,8 +196,8 @@ def _wanted(images: ImageSource, dense: Dense, *, k: int, batch_size: int) -> la
 
 def _check(folder: Path, wanted: layout.Manifest, images: ImageSource) -> None:
     """Raises RequestError where the folder's maps are not those that are asked for."""
-    if files.read_json(folder / MANIFEST).get("format") != layout.FORMAT:
-        raise RequestError(f"{folder}: exists and holds no label maps (its manifest is another's); choose another --out")
+    if files.read_json(folder / MANIFEST).get("format") != layout.Manifest.FORMAT:
+        raise RequestError(f"{folder}: its manifest is not that of label maps; choose another --out")
     here = layout.read_manifest(folder)
     if here.images_sha256 != wanted.images_sha256:
         listed, given = set(read_images(folder, here)[0]), set(images.names)
@@ -210,17 +208,18 @@ def _check(folder: Path, wanted: layout.Manifest, images: ImageSource) -> None:
             "the same images, or choose another --out"
         )
     _, sizes = read_images(folder, here)
-    for row, expected in enumerate(sizes["bytes"].tolist()):
+    for row in np.flatnonzero(sizes["width"]).tolist():  # the others could not be read
+        expected = int(sizes["bytes"][row])
         if (now := images.byte_size(row)) != expected:
             raise RequestError(
                 f"{folder}: label maps of other images: {images.where(row)} has {now} bytes and had {expected} when the maps "
                 "were begun; restore it, or choose another --out"
             )
     same = replace(wanted, sizes_sha256=here.sizes_sha256, rows_per_shard=here.rows_per_shard)
-    for key, value in same.__dict__.items():
+    for key, value in asdict(same).items():
         found = getattr(here, key)
         if key == "teacher":  # the name of the file of weights is not their identity
-            found, value = {**found, "checkpoint": None}, {**value, "checkpoint": None}
+            found, value = ({**about, "checkpoint": None} for about in (found, value))
         if found != value:
             raise RequestError(
                 f"{folder}: label maps whose {key} is {found}, not {value}; give the same, or choose another --out"
@@ -232,13 +231,7 @@ def _announce(folder: Path, wanted: layout.Manifest) -> str:
     each = wanted.dtype.itemsize
     there = sum(path.stat().st_size for path in (folder / layout.MAPS).glob("*.npy"))
     left = max(0, wanted.count * each - there)
-    disk = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    free = shutil.disk_usage(disk).free
-    if left > free:
-        raise FkdError(
-            f"{folder}: needs {format_bytes(left)} more and the disk has {format_bytes(free)} free: free some, or choose a "
-            "smaller --k or --pixels"
-        )
+    free = publish.require_space(folder, left, "or choose a smaller --k or --pixels")
     return (
         f"{wanted.count:,} images, {wanted.k} of {wanted.classes:,} logits at each of {wanted.height} x {wanted.width} places: "
         f"{each:,} bytes an image, {format_bytes(wanted.count * each)} in all; {format_bytes(free)} free on the disk"
@@ -255,42 +248,22 @@ def _create(
     log: Callable[[str], None],
 ) -> None:
     """Lists the images and their sizes into a new folder, the manifest last."""
-    there = {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")} if folder.is_dir() else set()
-    if foreign := there - {*layout.LISTS, layout.MAPS}:
-        raise RequestError(f"{folder}: exists and holds no label maps (it holds {sorted(foreign)[0]!r}); choose another --out")
+    publish.check_folder(folder, {layout.MAPS}, what="label maps")
     log(_announce(folder, wanted))
-    sizes = np.zeros(len(images), dtype=SIZE_DTYPE)
-    bar = tqdm(range(len(images)), desc="image headers", unit="img", disable=hidden(show=progress and len(images) >= 2000))
-    for row in bar:
-        try:
-            sizes[row] = images.size(row)
-        except ImageError:
-            if not skip_unreadable:
-                raise
-            sizes["bytes"][row] = images.byte_size(row)  # no width and height: it is skipped
+    sizes = publish.read_sizes(images, skip_unreadable=skip_unreadable, progress=progress)
     (folder / layout.MAPS).mkdir(parents=True, exist_ok=True)
-    with files.publish(folder / IMAGES) as file:
-        file.write(images.names.lines)
-    replace(wanted, sizes_sha256=files.write_npy(folder / SIZES, sizes)).write(folder)
+    replace(wanted, **publish.publish_lists(folder, images, sizes)).write(folder)
 
 
 def _views(
     images: ImageSource, sizes: npt.NDArray[np.void], rows: range, manifest: layout.Manifest, pool: ThreadPoolExecutor,
     *, skip_unreadable: bool,
 ) -> Iterator[list[UInt8Array | None]]:  # fmt: skip
-    """Batches of whole images; the next one is read while the teacher is at this one."""
-    waiting: deque[list[Future[UInt8Array | None]]] = deque()
-    try:
-        for first in range(0, len(rows), manifest.batch_size):
-            batch = rows[first : first + manifest.batch_size]
-            waiting.append([pool.submit(_whole, images, row, sizes[row], manifest.pixels, skip_unreadable) for row in batch])
-            if len(waiting) > 1:
-                yield [future.result() for future in waiting.popleft()]
-        while waiting:
-            yield [future.result() for future in waiting.popleft()]
-    finally:
-        for future in (future for batch in waiting for future in batch):
-            future.cancel()
+    """Batches of whole images; the next one is read while the teacher sees this one."""
+    calls = (partial(_whole, images, row, sizes[row], manifest.pixels, skip_unreadable) for row in rows)
+    views = in_order(pool, calls, manifest.batch_size)
+    while batch := list(islice(views, manifest.batch_size)):
+        yield batch
 
 
 def _whole(images: ImageSource, row: int, size: np.void, pixels: int, skip_unreadable: bool) -> UInt8Array | None:

@@ -8,31 +8,28 @@ skipped, whose logits are NaN. numpy.load reads every array without pickle.
 Legend: `K` classes, `k` of them kept at each of `h` x `w` places.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
 from fkd_ssl import files
-from fkd_ssl.errors import NotFoundError, StoreError
-from fkd_ssl.store.manifest import IMAGES, MANIFEST, SIZES
+from fkd_ssl.errors import StoreError
+from fkd_ssl.store import listing
+from fkd_ssl.store.listing import MANIFEST, Listing, read_values
 
-FORMAT = "fkd_ssl label maps"
-VERSION = 1
 ROWS_PER_SHARD = 16384  # few files, since each that is mapped stays open
 MOST_CLASSES = 2**16
 MOST_BYTES = 2**28  # of an image's logits of all classes at each place, which a crop's targets are pooled from
 _ABOUT = {"name", "network", "licence", "source", "checkpoint_sha256"}  # of a teacher
 
 MAPS = "maps"
-LISTS = (MANIFEST, IMAGES, SIZES)
-"""Files of a folder beside its maps; those of images are as a store has them."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Manifest:
+class Manifest(Listing):
     """What label maps are made of.
 
     Attributes:
@@ -45,12 +42,9 @@ class Manifest:
         k: Logits kept at each place.
         height: h.
         width: w.
-        rows_per_shard: Images in every shard but the last.
-        count: N, images.
-        images_sha256: Of images.txt.
-        sizes_sha256: Of images.npy.
     """
 
+    FORMAT: ClassVar[str] = "fkd_ssl label maps"
     teacher: dict[str, Any]
     pixels: int
     precision: str
@@ -60,35 +54,12 @@ class Manifest:
     k: int
     height: int
     width: int
-    rows_per_shard: int
-    count: int
-    images_sha256: str
-    sizes_sha256: str
-
-    @property
-    def shards(self) -> int:
-        """Number of shards."""
-        return -(-self.count // self.rows_per_shard)
 
     @property
     def dtype(self) -> np.dtype[np.void]:
         """Of an image's map."""
         shape = (self.k, self.height, self.width)
         return np.dtype([("classes", "<u2", shape), ("logits", "<f2", shape)])
-
-    @property
-    def digest(self) -> str:
-        """Hex sha256 of all of it."""
-        return files.sha256(files.canonical(asdict(self)))
-
-    def rows(self, shard: int) -> range:
-        """The rows of a shard."""
-        first = shard * self.rows_per_shard
-        return range(first, min(first + self.rows_per_shard, self.count))
-
-    def write(self, folder: Path) -> None:
-        """Publishes manifest.json."""
-        files.write_json(folder / MANIFEST, {"format": FORMAT, "version": VERSION, **asdict(self)})
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -98,16 +69,8 @@ def read_manifest(folder: Path) -> Manifest:
         NotFoundError: The folder is missing or does not hold label maps.
         StoreError: This version does not read them, or they are damaged.
     """
+    values, digest = read_values(folder, Manifest.FORMAT, what="a folder of label maps", command="fkd-ssl label-maps")
     path = folder / MANIFEST
-    if not files.exists(path):
-        what = "no such folder" if not folder.is_dir() else f"no {MANIFEST} in it"
-        raise NotFoundError(f"{folder}: no label maps ({what}); make them with fkd-ssl label-maps")
-    values = files.read_json(path)
-    if values.pop("format", None) != FORMAT:
-        raise StoreError(f"{path}: not the manifest of label maps; make them with fkd-ssl label-maps")
-    version = values.pop("version", None)
-    if version != VERSION:
-        raise StoreError(f"{path}: format {version!r}; this version of fkd_ssl reads {VERSION}: update fkd_ssl")
     try:
         manifest = Manifest(**values)
     except TypeError as error:
@@ -122,6 +85,7 @@ def read_manifest(folder: Path) -> Manifest:
     teacher = manifest.teacher
     if not fits or not isinstance(teacher, dict) or not teacher.keys() >= _ABOUT or not isinstance(teacher["name"], str):
         raise StoreError(f"{path}: impossible numbers {numbers}, or no teacher; the file is damaged")
+    manifest.__dict__["digest"] = digest
     return manifest
 
 
@@ -132,14 +96,8 @@ def maps_file(folder: Path, shard: int) -> Path:
 
 def read_sidecar(path: Path, manifest: Manifest, shard: int) -> dict[str, Any]:
     """The sidecar of a shard's maps; raises StoreError where it is damaged, or of another shard or other label maps."""
-    values = files.read_json(path.with_suffix(".json"))
-    known = values.keys() == {"file", "maps", "shard", "skipped"}
-    if not known or (values["maps"], values["shard"]) != (manifest.digest, shard):
-        raise StoreError(
-            f"{path}: its .json was written for another shard or other label maps: restore this shard's own files, or delete "
-            "both and run the same fkd-ssl label-maps again"
-        )
-    skipped, count = values["skipped"], len(manifest.rows(shard))
+    values = listing.read_sidecar(path, manifest, shard, {"skipped"})
+    skipped, count = values["skipped"], len(manifest.shard_rows(shard))
     if not isinstance(skipped, list) or not all(type(row) is int and 0 <= row < count for row in skipped):
         raise StoreError(f"{path}: its .json has an impossible list of skipped images; the file is damaged")
     return values

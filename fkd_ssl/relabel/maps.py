@@ -20,7 +20,7 @@ from fkd_ssl.crops import Records, unpack
 from fkd_ssl.errors import StoreError
 from fkd_ssl.images import ImageSource
 from fkd_ssl.relabel import layout
-from fkd_ssl.store.manifest import read_images
+from fkd_ssl.store.listing import read_images
 
 
 class LabelMaps:
@@ -83,7 +83,7 @@ class LabelMaps:
             raise IndexError(f"row {row} of {len(self)}")
         shard, within = divmod(row, self.manifest.rows_per_shard)
         if shard not in self._shards:
-            path, rows = layout.maps_file(self.folder, shard), len(self.manifest.rows(shard))
+            path, rows = layout.maps_file(self.folder, shard), len(self.manifest.shard_rows(shard))
             layout.read_sidecar(path, self.manifest, shard)
             self._shards[shard] = files.map_npy(path, self.manifest.dtype, (rows,))
         record = self._shards[shard][within]

@@ -18,6 +18,7 @@ from fkd_ssl.images import ImageSource
 from fkd_ssl.kinds import Kind
 from fkd_ssl.store import manifest as layout
 from fkd_ssl.store.codecs import kind_of, load_codec, parameter_shapes
+from fkd_ssl.store.listing import read_images, read_sidecar
 from fkd_ssl.store.shards import Index, ShardFiles
 
 Precision = Literal["fp32", "bf16", "fp16"]
@@ -236,7 +237,7 @@ class Column:
     def sidecar(self, shard: int) -> dict[str, Any]:
         """The sidecar of a shard's codes; raises StoreError where it is damaged, or of another shard, column or store."""
         path = self.file(shard)
-        values = layout.read_sidecar(path, self.store.manifest, shard, {"column"})
+        values = read_sidecar(path, self.store.manifest, shard, {"column"})
         _check_digests([values["file"], values["column"]], path.with_suffix(".json"))
         if values["column"] != self.digest:
             raise StoreError(f"{path}: written for another column: files were swapped or copied; restore this shard's own")
@@ -256,7 +257,7 @@ class Store:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         self.manifest = layout.read_manifest(self.folder)
-        self.paths, self.sizes = layout.read_images(self.folder, self.manifest)
+        self.paths, self.sizes = read_images(self.folder, self.manifest)
         for part in (layout.CROPS, layout.TARGETS):
             files.own_folder(self.folder / part)
         self._files = ShardFiles(self._finished, CROP_DTYPE, (self.crops_per_image,))
@@ -325,7 +326,7 @@ class Store:
     def crops_sidecar(self, shard: int) -> dict[str, Any]:
         """The sidecar of a shard's crops: `file`, `images` (sha256 of each), `skipped` (rows)."""
         path = layout.crops_file(self.folder, shard)
-        values = layout.read_sidecar(path, self.manifest, shard, {"images", "skipped"})
+        values = read_sidecar(path, self.manifest, shard, {"images", "skipped"})
         rows, path = self.manifest.shard_rows(shard), path.with_suffix(".json")
         checksums = layout.string_list(values["images"], len(rows), path)
         _check_digests([values["file"], *filter(None, checksums)], path)  # "" is an image that was skipped

@@ -263,7 +263,10 @@ class TestInterrupts:
         ("train --images train --targets stored --store gone --out x", "gone: not a store"),
         ("train --images gone --targets stored --store store --out x", "gone: no such folder of images"),
         ("train --images train --targets stored --store store --teacher nobody --out x", "store: no targets of 'nobody'"),
-        ("train --images train --targets relabel --label_maps gone --head classifier --out x", "gone: no label maps"),
+        (
+            "train --images train --targets relabel --label_maps gone --head classifier --out x",
+            "gone: not a folder of label",
+        ),
         ("export --model gone --out x.safetensors", "gone: no such run or checkpoint"),
         ("knn --model own_teacher:make --train train --val gone", "gone: no such folder of images"),
         ("retrieve --model own_teacher:make --gallery train --query own_teacher.py", "own_teacher.py: not a readable image"),

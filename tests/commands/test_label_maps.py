@@ -82,7 +82,7 @@ def test_json_and_other_sizes(place: Path, call: Any) -> None:
         (LINE.replace("cells_teacher:colours", "own_teacher:classes"), "its logits come from no linear layer"),
         (f"{LINE} --k 4", "teacher colours has 3 classes; k must lie in 1 to 3"),
         (f"{LINE} --pixels 5000", "--pixels 5000: must lie in 1 to 4096"),
-        (LINE.replace("--out maps", "--out store"), "exists and holds no label maps"),
+        (LINE.replace("--out maps", "--out store"), "its manifest is not that of label maps"),
     ],
 )
 def test_mistakes(place: Path, call: Any, line: str, what: str) -> None:

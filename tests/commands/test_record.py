@@ -246,7 +246,7 @@ def test_a_store_has_the_crops_of_whole_passes(work: Path, call: Any, epochs: st
         ("--recipe none", "--recipe 'none' is unknown"),
         ("--codec SQ9", "SQ9"),
         ("--codec PQ4x12", "needs at least"),
-        ("--record train", "is not a store"),
+        ("--record train", "which is not part of a store"),
         ("--record own_teacher.py", "is a file"),
         ("--record=", "an empty name for a store"),
         ("--record run", "none in the other"),

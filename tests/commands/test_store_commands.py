@@ -46,7 +46,7 @@ class TestPrecompute:
             (f"{PRECOMPUTE} --store store".replace("train", "val"), 2, "store: a store of other images: it lists 18"),
             (f"{PRECOMPUTE} --store store --seed 1", 2, "this store's seed is 0, not 1"),
             (f"{PRECOMPUTE} --store store --limit 3", 2, "a store of other images: it lists 18"),
-            (f"{PRECOMPUTE} --store thesis", 2, "thesis: exists and is not a store (it holds 'thesis.tex')"),
+            (f"{PRECOMPUTE} --store thesis", 2, "thesis: holds 'thesis.tex', which is not part of a store"),
             (f"{PRECOMPUTE} --store new --codec SQ9", 2, "codec 'SQ9' is none of those accepted"),
             (f"{PRECOMPUTE} --store new --recipe mocov3", 2, "--recipe 'mocov3' is unknown; there are mocov2"),
             (f"{PRECOMPUTE} --store new --name a/b", 2, "a/b"),

@@ -241,7 +241,7 @@ class TestRelabel:
     def test_maps_must_be_there_and_be_of_the_right_kind(self, call: Any, work: Path) -> None:
         answer = call(f"{self.LINE} --out run")
         assert answer.status == 2
-        assert "maps: no label maps" in answer.err
+        assert "maps: not a folder of label maps" in answer.err
         answer = call(f"{self.LINE.replace('--label_maps maps', '')} --out run")
         assert (answer.status, "--label_maps is needed" in answer.err) == (2, True)
         assert not (work / "run").exists()

@@ -188,14 +188,14 @@ def test_maps_of_other_images_are_left_alone(maps_folder: Path, images: Folder, 
 
 def test_somebody_elses_folder_is_left_alone(images: Folder, tmp_path: Path, new_dense: NewDense) -> None:
     (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(RequestError, match=r"holds no label maps .it holds 'thesis.tex'.; choose another --out"):
+    with pytest.raises(RequestError, match=r"holds 'thesis.tex', which is not part of label maps; choose another"):
         make(images, tmp_path, new_dense())
-    with pytest.raises(RequestError, match="is a file, no folder for label maps"):
+    with pytest.raises(RequestError, match="is a file, and a folder for label maps is expected"):
         make(images, tmp_path / "thesis.tex", new_dense())
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
     (tmp_path / "store").mkdir()
     files.write_json(tmp_path / "store/manifest.json", {"format": "fkd_ssl store", "version": 1})
-    with pytest.raises(RequestError, match=r"holds no label maps .its manifest is another's.; choose another --out"):
+    with pytest.raises(RequestError, match=r"its manifest is not that of label maps; choose another --out"):
         make(images, tmp_path / "store", new_dense())
 
 

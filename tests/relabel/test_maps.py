@@ -157,7 +157,7 @@ class TestDamage:
         LabelMaps(own).verify()
 
     def test_no_maps(self, tmp_path: Path) -> None:
-        with pytest.raises(StoreError, match=r"no label maps .no such folder.; make them with fkd-ssl label-maps"):
+        with pytest.raises(StoreError, match=r"not a folder of label maps .no such folder.; make one with fkd-ssl label-maps"):
             LabelMaps(tmp_path / "none")
         with pytest.raises(StoreError, match=r"no manifest.json in it"):
             LabelMaps(tmp_path)
@@ -165,7 +165,7 @@ class TestDamage:
     @pytest.mark.parametrize(
         ("changed", "what"),
         [
-            ({"format": "fkd_ssl store"}, "not the manifest of label maps"),
+            ({"format": "fkd_ssl store"}, "not the manifest of a folder of label maps"),
             ({"version": 2}, "format 2; this version of fkd_ssl reads 1: update fkd_ssl"),
             ({"colour": "red"}, "keys are missing or unknown"),
             ({"k": 13}, "impossible numbers"),
@@ -240,7 +240,7 @@ class TestDamage:
         path = own / "maps/00000.json"
         values = files.read_json(path)
         path.unlink()
-        files.write_json(path, {**values, "maps": "0"})
-        with pytest.raises(StoreError, match=r"written for another shard or other label maps"):
+        files.write_json(path, {**values, "manifest": "0"})
+        with pytest.raises(StoreError, match=r"written for another folder"):
             LabelMaps(own).verify()
-        assert json.loads(path.read_text())["maps"] == "0"
+        assert json.loads(path.read_text())["manifest"] == "0"

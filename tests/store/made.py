@@ -10,6 +10,8 @@ from fkd_ssl.crops import CROP_DTYPE, RECIPES, draw, image_key, probe_digest
 from fkd_ssl.crops.records import neutral
 from fkd_ssl.store import manifest as layout
 from fkd_ssl.store.codecs import Codec, kind_of, load_codec, parameter_shapes
+from fkd_ssl.store.listing import SIZE_DTYPE
+from fkd_ssl.store.write import publish
 
 DIM, CROPS, ROWS_PER_SHARD = 16, 3, 4
 PATHS = ["a/1.jpg", "a/2.jpg", "b/3.jpg", "b/ä.jpg", "c/5.jpg", "c/6.jpg"]
@@ -54,7 +56,7 @@ def random_codec(spec: str) -> Codec:
 def make(folder: Path, specs: tuple[str, ...] = SPECS) -> dict[str, npt.NDArray[np.float32]]:
     """Writes the store; returns every column's exact targets float32 [N, C, D], by its name."""
     (folder / "crops").mkdir(parents=True)
-    sizes = np.zeros(len(PATHS), dtype=layout.SIZE_DTYPE)
+    sizes = np.zeros(len(PATHS), dtype=SIZE_DTYPE)
     sizes["bytes"], sizes["width"], sizes["height"] = 4000, 90, 70
     lines = "".join(f"{path}\n" for path in PATHS).encode()
     (folder / "images.txt").write_bytes(lines)
@@ -70,7 +72,7 @@ def make(folder: Path, specs: tuple[str, ...] = SPECS) -> dict[str, npt.NDArray[
             key = image_key(7, PATHS[row])
             records[k] = neutral(CROPS) if row == SKIPPED else draw(manifest.recipe, key, 70, 90, 0, CROPS)
         images = ["" if row == SKIPPED else files.sha256(PATHS[row].encode()) for row in rows]
-        layout.publish_crops(folder, manifest, shard, records, images)
+        publish.publish_crops(folder, manifest, shard, records, images)
     made = {}
     for number, spec in enumerate(specs):
         column = folder / "targets" / name_of(spec)
@@ -93,6 +95,8 @@ def make(folder: Path, specs: tuple[str, ...] = SPECS) -> dict[str, npt.NDArray[
         for shard in range(manifest.shards):
             rows = manifest.shard_rows(shard)
             codes = codec.encode(exact[rows.start : rows.stop].reshape(-1, DIM)).reshape(len(rows), CROPS, -1)
-            layout.publish_codes(folder, manifest, shard, codes, column=column.name, digest=files.sha256(files.canonical(meta)))
+            publish.publish_codes(
+                folder, manifest, shard, codes, column=column.name, digest=files.sha256(files.canonical(meta))
+            )
         made[column.name] = exact
     return made

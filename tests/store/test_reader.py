@@ -16,7 +16,7 @@ import fkd_ssl
 from fkd_ssl import files
 from fkd_ssl.errors import StoreError
 from fkd_ssl.images import Names
-from fkd_ssl.store import Store, manifest, open_store, reader
+from fkd_ssl.store import Store, listing, manifest, open_store, reader
 
 
 @pytest.fixture(scope="module")
@@ -453,7 +453,7 @@ def test_a_list_of_images_takes_little_more_than_its_bytes(folder, lines, messag
     count = 2**22 if message is not None and message.startswith("4194305") else lines.count(b"\n")
     (folder / "images.txt").write_bytes(lines)
     (folder / "images.npy").unlink()
-    sizes = files.write_npy(folder / "images.npy", np.zeros(count, dtype=manifest.SIZE_DTYPE))
+    sizes = files.write_npy(folder / "images.npy", np.zeros(count, dtype=listing.SIZE_DTYPE))
     resign(folder / "manifest.json", count=count, images_sha256=files.sha256(lines), sizes_sha256=sizes)
     peak, error = opening(folder)
     assert (error is None) == (message is None)

@@ -61,8 +61,8 @@ def read(folder: Path) -> None:
         ("store/crops/00000", "store/crops/00001", r"crops/00000\.json: written for shard 1: files were swapped"),
         ("store/targets/a/codes-00000", "store/targets/a/codes-00001", r"codes-00000\.json: written for shard 1"),
         ("store/targets/a/codes-00000", "store/targets/b/codes-00000", r"a/codes-00000\.npy: written for another column"),
-        ("store/crops/00000", "other/crops/00000", r"crops/00000\.json: written for another store"),
-        ("store/targets/a/codes-00001", "other/targets/a/codes-00001", r"codes-00001\.json: written for another store"),
+        ("store/crops/00000", "other/crops/00000", r"crops/00000\.json: written for another folder"),
+        ("store/targets/a/codes-00001", "other/targets/a/codes-00001", r"codes-00001\.json: written for another folder"),
     ],
 )
 def test_swapped_pairs_are_found(folder, image_folder, tmp_path, first, second, what):
@@ -87,7 +87,7 @@ def test_a_shard_of_a_store_with_the_same_crops_is_told_apart_from_a_part_of_it(
     for suffix in SUFFIXES:
         shutil.copy(tmp_path / f"part/targets/a/codes-00000.{suffix}", folder / f"store/targets/a/codes-00000.{suffix}")
     (found,) = verify(open_store(folder / "store")).problems
-    assert "codes-00000.json: written for another store" in found
+    assert "codes-00000.json: written for another folder" in found
 
 
 def test_a_column_of_another_store_is_found(folder):
@@ -95,7 +95,7 @@ def test_a_column_of_another_store_is_found(folder):
     shutil.copytree(folder / "other/targets/a", folder / "store/targets/a")
     found = verify(open_store(folder / "store")).problems
     assert len(found) == 2
-    assert all("written for another store" in problem for problem in found)
+    assert all("written for another folder" in problem for problem in found)
 
 
 @pytest.mark.parametrize("how", ["empty", "meta", "link", "named"])

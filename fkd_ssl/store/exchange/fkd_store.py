@@ -19,8 +19,10 @@ from fkd_ssl.images import ImageSource
 from fkd_ssl.store import manifest as layout
 from fkd_ssl.store.exchange import fkd_files
 from fkd_ssl.store.label_codecs import LabelCodec
+from fkd_ssl.store.listing import MANIFEST
 from fkd_ssl.store.maintain.subset import whole_folder
 from fkd_ssl.store.reader import Column, Store
+from fkd_ssl.store.write import publish
 from fkd_ssl.store.write.columns import publish_column
 
 _LISTED = 10
@@ -64,8 +66,8 @@ def import_fkd(
         if not any(new.glob(f"{layout.CROPS}/*.json")):  # nothing to go on with, and perhaps begun with wrong options
             for left in new.iterdir():
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
-        if not (new / layout.MANIFEST).exists():
-            layout.create(
+        if not (new / MANIFEST).exists():
+            publish.create_store(
                 new, images, seed=0, recipe=IMPORTED, crops=len(first), skip_unreadable=False, advice="mend or remove it",
             )  # fmt: skip
         store, meta = Store(new), _meta(kept, Path(labels).name, pixels)
@@ -175,8 +177,8 @@ def _row(
 
 def _publish(store: Store, name: str, shard: int, column: str, made: list[tuple[str, Records, UInt8Array]]) -> None:
     images, records, codes = zip(*made, strict=True)
-    layout.publish_crops(store.folder, store.manifest, shard, np.stack(records), images)
-    layout.publish_codes(store.folder, store.manifest, shard, np.stack(codes), column=name, digest=column)
+    publish.publish_crops(store.folder, store.manifest, shard, np.stack(records), images)
+    publish.publish_codes(store.folder, store.manifest, shard, np.stack(codes), column=name, digest=column)
 
 
 def _meta(codec: LabelCodec, folder: str, pixels: int) -> dict[str, Any]:

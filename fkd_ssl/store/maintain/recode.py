@@ -18,6 +18,7 @@ from fkd_ssl.store.maintain.subset import Part, whole_folder
 from fkd_ssl.store.maintain.verify import check_files
 from fkd_ssl.store.reader import COSINES, Column, Store, cosine_to_teacher
 from fkd_ssl.store.write.columns import check_sample, sample_rows, train_and_measure
+from fkd_ssl.store.write.publish import publish_codes
 
 _BLOCK = 2**23  # numbers that are decoded at once
 _AS_THEY_ARE = {"mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]}
@@ -185,7 +186,7 @@ def _fill(source: Source, codec: str, store: Store, to: str) -> None:
         ]
         if parts:
             made[read] = np.concatenate(parts).reshape(-1, *made.shape[1:])
-        layout.publish_codes(store.folder, store.manifest, shard, made, column=to, digest=column.digest)
+        publish_codes(store.folder, store.manifest, shard, made, column=to, digest=column.digest)
 
 
 def _sample(source: Source, codec: str) -> tuple[list[int], int, int]:

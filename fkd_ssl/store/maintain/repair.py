@@ -15,6 +15,7 @@ from fkd_ssl.crops import IMPORTED
 from fkd_ssl.errors import ImageError, RequestError, StoreAccessError, StoreError
 from fkd_ssl.images import ImageSource
 from fkd_ssl.store import manifest as layout
+from fkd_ssl.store.listing import IMAGES, SIZE_DTYPE, SIZES
 from fkd_ssl.store.maintain.verify import Damage
 from fkd_ssl.store.reader import Store, read_meta
 from fkd_ssl.store.write.columns import Request, train_columns
@@ -33,15 +34,15 @@ def repair_lists(folder: Path, images: ImageSource, log: Log) -> None:
     manifest = layout.read_manifest(folder)
     if files.sha256(images.names.lines) != manifest.images_sha256:
         images = layout.limit_images(images, manifest.count)
-    if _digest(folder / layout.IMAGES) != manifest.images_sha256:
-        _replace(folder / layout.IMAGES, images.names.lines, manifest.images_sha256, log)
-    if _digest(folder / layout.SIZES) != manifest.sizes_sha256:
-        sizes = np.zeros(len(images), dtype=layout.SIZE_DTYPE)
+    if _digest(folder / IMAGES) != manifest.images_sha256:
+        _replace(folder / IMAGES, images.names.lines, manifest.images_sha256, log)
+    if _digest(folder / SIZES) != manifest.sizes_sha256:
+        sizes = np.zeros(len(images), dtype=SIZE_DTYPE)
         for row in range(len(images)):
             with suppress(ImageError):  # zeros for one that was skipped; for another the digest will differ
                 sizes[row] = images.size(row)
         header = files.npy_header(sizes.dtype, sizes.shape)
-        _replace(folder / layout.SIZES, header + sizes.tobytes(), manifest.sizes_sha256, log)
+        _replace(folder / SIZES, header + sizes.tobytes(), manifest.sizes_sha256, log)
 
 
 def repair(

@@ -16,7 +16,9 @@ from fkd_ssl.arrays import Int64Array
 from fkd_ssl.crops import CROP_DTYPE
 from fkd_ssl.errors import RequestError, StoreError
 from fkd_ssl.store import manifest as layout
+from fkd_ssl.store.listing import IMAGES, SIZES
 from fkd_ssl.store.reader import MAX_ARRAY, Column, Store
+from fkd_ssl.store.write import publish
 
 Rows = Int64Array
 
@@ -124,7 +126,7 @@ class Part:
             self.manifest.write(folder)
         except StoreError as error:
             raise RequestError(_other(folder)) from error
-        for name, data in ((layout.IMAGES, self._listing), (layout.SIZES, self._sizes)):
+        for name, data in ((IMAGES, self._listing), (SIZES, self._sizes)):
             _publish(folder, folder / name, data)
         for column in self.columns:
             place = folder / layout.TARGETS / column.name
@@ -147,14 +149,14 @@ class Part:
             source, within = divmod(part, store.manifest.rows_per_shard)
             of_shard = store.crops_sidecar(int(source[0]))["images"]
             checksums += [of_shard[k] for k in within]
-        layout.publish_crops(folder, self.manifest, shard, found[:, : self.crops], checksums)
+        publish.publish_crops(folder, self.manifest, shard, found[:, : self.crops], checksums)
 
     def _copy_codes(self, column: Column, folder: Path, shard: int, rows: Rows) -> None:
         if layout.codes_file(folder, column.name, shard).with_suffix(".json").exists():
             return
         found = _gather(self.store, rows, column.file, column.sidecar, np.dtype(np.uint8), (column.meta.code_size,))
         codes = found[:, : self.crops]
-        layout.publish_codes(folder, self.manifest, shard, codes, column=column.name, digest=column.digest)
+        publish.publish_codes(folder, self.manifest, shard, codes, column=column.name, digest=column.digest)
 
 
 @contextmanager

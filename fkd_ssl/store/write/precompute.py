@@ -6,7 +6,6 @@ fixed size; a chunk is what a teacher runs on and what a killed run resumes from
 
 import functools
 import random
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,14 +20,16 @@ from tqdm import tqdm
 from fkd_ssl import files
 from fkd_ssl.arrays import Float32Array
 from fkd_ssl.crops import CROP_DTYPE, IMPORTED, Recipe
-from fkd_ssl.errors import FkdError, RequestError
+from fkd_ssl.errors import RequestError
 from fkd_ssl.images import ImageSource
 from fkd_ssl.progress import hidden
 from fkd_ssl.store import manifest as layout
 from fkd_ssl.store.codecs import code_size, usual_codec
+from fkd_ssl.store.listing import MANIFEST
 from fkd_ssl.store.reader import MAX_ARRAY, Column, Store
 from fkd_ssl.store.write import advice, work
 from fkd_ssl.store.write.columns import Request, check_sample, open_or_train, sample_targets
+from fkd_ssl.store.write.publish import create_store, publish_codes, require_space
 from fkd_ssl.store.write.recording import recorded_bytes, require_not_recording
 from fkd_ssl.store.write.rows import Row, RowReader, Teacher, image_checksums, publish_crops
 from fkd_ssl.store.write.streams import Lane, sweep
@@ -275,10 +276,10 @@ def _begin(
 def _open_or_create(
     folder: Path, images: ImageSource, *, seed: int, recipe: Recipe, crops: int, skip_unreadable: bool, progress: bool
 ) -> Store:
-    if not (folder / layout.MANIFEST).exists():
+    if not (folder / MANIFEST).exists():
         if recipe == IMPORTED:
             raise RequestError(f"recipe {recipe.name}: is that of a store made by import-fkd, and {folder} is none")
-        layout.create(folder, images, seed=seed, recipe=recipe, crops=crops, skip_unreadable=skip_unreadable, progress=progress)
+        create_store(folder, images, seed=seed, recipe=recipe, crops=crops, skip_unreadable=skip_unreadable, progress=progress)
         return Store(folder)
     store = Store(folder)
     m = store.manifest
@@ -311,13 +312,7 @@ def _announce(folder: Path, count: int, crops: int, requests: Sequence[Request])
         own += column.glob("codes-*.npy")
         recorded += recorded_bytes(column)
     missing = needed - recorded - sum(path.stat().st_size for path in own)
-    disk = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    free = shutil.disk_usage(disk).free
-    if missing > free:
-        raise FkdError(
-            f"{folder}: needs {format_bytes(missing)} more and the disk has {format_bytes(free)} free: free some, choose a "
-            "smaller --codec (SQ4, PQ16x8) or fewer --crops"
-        )
+    free = require_space(folder, missing, "choose a smaller --codec (SQ4, PQ16x8) or fewer --crops")
     shards = -(-count // layout.ROWS_PER_SHARD)
     each = " and ".join(
         f"{count * crops:,} targets of {request.name!r} at {size}" for request, size in zip(requests, sizes, strict=True)
@@ -395,7 +390,7 @@ class _Writer:
                 publish = functools.partial(
                     progress.publish, dtype=np.dtype(np.uint8), shape=(len(rows), per_row, column.meta.code_size)
                 )
-                layout.publish_codes(store.folder, m, shard, publish, column=column.name, digest=column.digest)
+                publish_codes(store.folder, m, shard, publish, column=column.name, digest=column.digest)
                 self._counted.add((column.name, shard))
         return _finished(store, self._columns, shard)
 

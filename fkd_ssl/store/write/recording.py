@@ -19,6 +19,7 @@ from fkd_ssl.errors import FkdError, RequestError, StoreError
 from fkd_ssl.progress import hidden
 from fkd_ssl.store import manifest as layout
 from fkd_ssl.store.reader import Column, Store
+from fkd_ssl.store.write.publish import publish_codes
 
 _WORK, _JOURNAL = ".record", ".record.json"
 _CHECKSUM = np.dtype("<u4")
@@ -117,7 +118,7 @@ class Recording:
                 if codes is None:
                     left_out.append(shard)
                 else:
-                    layout.publish_codes(store.folder, m, shard, codes, column=self.column.name, digest=self.column.digest)
+                    publish_codes(store.folder, m, shard, codes, column=self.column.name, digest=self.column.digest)
             os.ftruncate(self._file, shard * self._shard_bytes)  # so that a disk never holds both copies of everything
         files.sweep(self.column.folder, seconds=0)  # of killed processes: nobody else writes here
         for name in (_WORK, _JOURNAL):

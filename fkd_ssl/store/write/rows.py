@@ -2,10 +2,10 @@
 
 import functools
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -18,8 +18,10 @@ from fkd_ssl.crops.records import neutral
 from fkd_ssl.errors import FkdError, ImageError, StoreError
 from fkd_ssl.images import ImageSource, decode
 from fkd_ssl.kinds import Kind
-from fkd_ssl.store import manifest as layout
 from fkd_ssl.store.reader import Store
+from fkd_ssl.store.write import publish
+
+T = TypeVar("T")
 
 
 class Teacher(Protocol):
@@ -136,9 +138,9 @@ def records_of(store: Store, row: int, count: int) -> Records:
     return draw(m.recipe, key, int(size["height"]), int(size["width"]), 0, count)
 
 
-def in_order(pool: ThreadPoolExecutor, calls: Iterator[Callable[[], Row]], ahead: int) -> Iterator[Row]:
+def in_order(pool: ThreadPoolExecutor, calls: Iterable[Callable[[], T]], ahead: int) -> Iterator[T]:
     """Results in the calls' order, at most `ahead` of them in memory."""
-    waiting: deque[Future[Row]] = deque()
+    waiting: deque[Future[T]] = deque()
     try:
         for call in calls:
             waiting.append(pool.submit(call))
@@ -167,7 +169,7 @@ def publish_crops(reader: RowReader, shard: int, checksums: Sequence[str]) -> No
     store = reader.store
     records = np.stack([records_of(store, row, store.crops_per_image) for row in store.manifest.shard_rows(shard)])
     try:
-        layout.publish_crops(store.folder, store.manifest, shard, records, checksums)
+        publish.publish_crops(store.folder, store.manifest, shard, records, checksums)
     except StoreError as error:
         raise StoreError(f"{error}; another process read other image files: see that all see the same folder") from error
 

@@ -12,6 +12,7 @@ from fkd_ssl.errors import RequestError, StoreError
 from fkd_ssl.store import manifest, open_store
 from fkd_ssl.store.maintain.subset import subset, whole_folder
 from fkd_ssl.store.maintain.verify import verify
+from fkd_ssl.store.write import publish
 from fkd_ssl.store.write.precompute import precompute
 
 
@@ -118,7 +119,7 @@ def test_another_column_that_was_begun_is_refused(tmp_path, source, monkeypatch)
         raise PulledError
 
     with monkeypatch.context() as patch:
-        patch.setattr(manifest, "publish_codes", fail)
+        patch.setattr(publish, "publish_codes", fail)
         with pytest.raises(PulledError):
             subset(source, tmp_path / "part", teachers=["a"])
     with pytest.raises(RequestError, match="something else was begun here"):

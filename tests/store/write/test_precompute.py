@@ -286,7 +286,7 @@ def test_a_codec_with_enough_data_goes_on_where_a_part_has_less(tmp_path, make_s
 def test_a_folder_of_other_things_is_refused_and_left(tmp_path, make_store, tree):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("chapter 1")
-    with pytest.raises(RequestError, match=r"mine: exists and is not a store \(it holds 'thesis.tex'\); choose another folder"):
+    with pytest.raises(RequestError, match=r"mine: holds 'thesis.tex', which is not part of a store; choose another folder"):
         make_store(tmp_path / "mine")
     assert tree(tmp_path / "mine") == {"thesis.tex": b"chapter 1"}
 
@@ -397,7 +397,7 @@ def test_a_refused_request_touches_nothing(tmp_path, make_store):
     precious.mkdir(parents=True)
     (precious / "a").write_text("mine")
     os.utime(precious, (0, 0))
-    with pytest.raises(RequestError, match="exists and is not a store"):
+    with pytest.raises(RequestError, match="which is not part of a store"):
         make_store(tmp_path / "store")
     assert (precious / "a").read_text() == "mine"
     for options, message in (({"codec": "nosuch"}, "none of those accepted"), ({"crops": 10**7}, "--crops 10000000")):

@@ -12,6 +12,7 @@ from fkd_ssl.store import manifest, open_store
 from fkd_ssl.store.maintain.verify import verify
 from fkd_ssl.store.write import rows, work
 from fkd_ssl.store.write.precompute import Share, precompute
+from fkd_ssl.store.write.publish import create_store
 
 
 def make(folder, image_folder, teachers, **options):
@@ -254,7 +255,7 @@ def test_a_folder_that_vanishes_is_no_reason_to_skip(tmp_path, pictures, new_tea
 
 
 def test_a_picture_that_shrinks_is_no_reason_to_skip(tmp_path, pictures, new_teacher):
-    manifest.create(tmp_path / "store", images.scan(pictures), seed=0, recipe=RECIPES["mocov2"], crops=6, skip_unreadable=True)
+    create_store(tmp_path / "store", images.scan(pictures), seed=0, recipe=RECIPES["mocov2"], crops=6, skip_unreadable=True)
     path = pictures / "ash" / "001.jpg"
     path.write_bytes(path.read_bytes()[:500])
     with pytest.raises(ImageError, match=r"ash/001\.jpg: changed since the store was made"):

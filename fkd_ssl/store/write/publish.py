@@ -1,0 +1,131 @@
+"""Publishing the files of a store: its lists and manifest, and the arrays of a shard with their sidecars."""
+
+import shutil
+from collections.abc import Callable, Sequence, Set
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from fkd_ssl import files
+from fkd_ssl.arrays import UInt8Array
+from fkd_ssl.crops import Recipe, Records
+from fkd_ssl.errors import FkdError, ImageError, RequestError
+from fkd_ssl.images import ImageSource
+from fkd_ssl.progress import hidden
+from fkd_ssl.store import manifest as layout
+from fkd_ssl.store.listing import IMAGES, MANIFEST, SIZE_DTYPE, SIZES, is_unsafe, write_sidecar
+from fkd_ssl.store.manifest import Manifest
+from fkd_ssl.text import format_bytes
+
+
+def create_store(
+    folder: Path, images: ImageSource, *, seed: int, recipe: Recipe, crops: int, skip_unreadable: bool, progress: bool = True,
+    advice: str = "remove it or pass --on_unreadable skip",
+) -> Manifest:  # fmt: skip
+    """Lists the images and their sizes into a new store, the manifest last; `advice` ends the error of an unreadable one.
+
+    Raises:
+        RequestError: The folder holds something else.
+        ImageAccessError: An image cannot be opened.
+        ImageError: A header is damaged, unless `skip_unreadable`.
+    """
+    check_folder(folder, {layout.CROPS, layout.TARGETS}, what="a store")
+    check_names(images)
+    sizes = read_sizes(images, skip_unreadable=skip_unreadable, advice=advice, progress=progress)
+    for name in (layout.CROPS, layout.TARGETS):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    lists = publish_lists(folder, images, sizes)
+    manifest = Manifest(seed=seed, recipe=recipe, crops_per_image=crops, rows_per_shard=layout.ROWS_PER_SHARD, **lists)
+    manifest.write(folder)
+    return manifest
+
+
+def check_folder(folder: Path, parts: Set[str], *, what: str) -> None:
+    """Raises RequestError where a folder holds something else than `what`, whose folders are `parts`."""
+    if folder.exists() and not folder.is_dir():
+        raise RequestError(f"{folder}: is a file, and a folder for {what} is expected; choose another name")
+    there = {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")} if folder.is_dir() else set()
+    foreign = there - {MANIFEST, IMAGES, SIZES, *parts}  # the manifest, where another process was faster
+    if foreign:
+        raise RequestError(f"{folder}: holds {sorted(foreign)[0]!r}, which is not part of {what}; choose another folder")
+
+
+def require_space(folder: Path, needed: int, advice: str) -> int:
+    """Free bytes of the disk that `folder` is on, or will be; raises FkdError where they are fewer than `needed`."""
+    disk = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    free = shutil.disk_usage(disk).free
+    if needed > free:
+        raise FkdError(
+            f"{folder}: needs {format_bytes(needed)} more and the disk has {format_bytes(free)} free: free some, {advice}"
+        )
+    return free
+
+
+def check_names(images: ImageSource) -> None:
+    """Raises RequestError if a name cannot be kept in a store, since it could lead out of a folder of images."""
+    if is_unsafe(images.names.lines):
+        wrong = [name for name in images.names if is_unsafe(f"{name}\n".encode())]
+        some = ", ".join(repr(name) for name in wrong[:10])
+        raise RequestError(
+            f"{images.spec}: {len(wrong)} names with '\\', or like those of a drive, cannot be stored; rename {some}"
+        )
+
+
+def read_sizes(
+    images: ImageSource, *, skip_unreadable: bool, progress: bool, advice: str | None = None
+) -> npt.NDArray[np.void]:
+    """Byte size, width and height of each image, 0 of those that are skipped; `advice` and errors as of `create_store`."""
+    sizes = np.zeros(len(images), dtype=SIZE_DTYPE)
+    hide = hidden(show=progress and len(images) >= 2000)
+    for row in tqdm(range(len(images)), desc="image headers", unit="img", disable=hide):
+        try:
+            sizes[row] = images.size(row)
+        except ImageError as error:
+            if not skip_unreadable:
+                raise ImageError(f"{error}; {advice}" if advice else str(error)) from error
+    return sizes
+
+
+def publish_lists(folder: Path, images: ImageSource, sizes: npt.NDArray[np.void]) -> dict[str, Any]:
+    """Publishes images.txt and images.npy; returns what a manifest says of them."""
+    with files.publish(folder / IMAGES) as file:
+        file.write(images.names.lines)
+    sha256 = files.write_npy(folder / SIZES, sizes)
+    return {"count": len(images), "images_sha256": files.sha256(images.names.lines), "sizes_sha256": sha256}
+
+
+def publish_crops(folder: Path, manifest: Manifest, shard: int, records: Records, images: Sequence[str]) -> None:
+    """Publishes the crop records of a shard, then the sidecar that finishes it.
+
+    Args:
+        folder: The store.
+        manifest: Its manifest.
+        shard: The shard.
+        records: Crop records [rows, C].
+        images: sha256 of each row's image; empty for one that was skipped as unreadable.
+    """
+    path, rows = layout.crops_file(folder, shard), manifest.shard_rows(shard)
+    skipped = [row for row, checksum in zip(rows, images, strict=True) if not checksum]
+    digest = files.write_npy(path, records)
+    write_sidecar(path, manifest, shard, {"file": digest, "images": list(images), "skipped": skipped})
+
+
+def publish_codes(
+    folder: Path, manifest: Manifest, shard: int, codes: UInt8Array | Callable[[Path], str], *, column: str, digest: str
+) -> None:
+    """Publishes the codes of a shard, then the sidecar that finishes it.
+
+    Args:
+        folder: The store.
+        manifest: Its manifest.
+        shard: The shard.
+        codes: Codes uint8 [rows, C, code_size]; or what publishes them as a file, and returns its sha256.
+        column: Name of the column.
+        digest: Of its meta.json.
+    """
+    path = layout.codes_file(folder, column, shard)
+    written = codes(path) if callable(codes) else files.write_npy(path, codes)
+    write_sidecar(path, manifest, shard, {"file": written, "column": digest})
