@@ -178,7 +178,7 @@ def test_much_waiting_for_data_is_said_with_what_helps(
     from fkd_ssl.commands import train
 
     monkeypatch.setattr(train, "MUCH_WAITING", 0.0)
-    assert "of the time went into waiting for data: try more --workers" in call(f"{train_line} --out run").err
+    assert "of the time was spent waiting for data: try more --workers" in call(f"{train_line} --out run").err
     monkeypatch.setattr(train, "MUCH_WAITING", 1.0)
     assert "waiting for data" not in call(f"{train_line} --out other").err
 

@@ -1,0 +1,270 @@
+"""The crops and targets of `fkd-ssl train`: one function for each kind of --targets, and the recording of a store."""
+
+import shlex
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+
+from fkd_ssl import files, processes
+from fkd_ssl.commands import console, resolve
+from fkd_ssl.crops import Recipe, probe_digest
+from fkd_ssl.crops.device import check_device
+from fkd_ssl.data import Crops, FreshCrops, RecordedCrops, RelabelledCrops, StoredCrops
+from fkd_ssl.eval.classify import check_classes
+from fkd_ssl.eval.features import require_two_classes
+from fkd_ssl.images import ImageSource
+from fkd_ssl.objectives import TargetInfo
+from fkd_ssl.relabel import LabelMaps
+from fkd_ssl.store import Store, open_store
+from fkd_ssl.store.maintain.verify import check_files
+from fkd_ssl.store.reader import Column
+from fkd_ssl.store.write.precompute import prepare
+from fkd_ssl.store.write.recording import Recording, is_published
+from fkd_ssl.teachers import Teacher
+from fkd_ssl.text import format_bytes
+from fkd_ssl.training.config import TrainConfig
+from fkd_ssl.training.groups import checkpoints_of, split
+
+_CHECKED_BYTES = 10**9  # targets up to this size are read once before training, to find damaged files
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingData:
+    """What a student is trained on."""
+
+    crops: Crops | None
+    """The crops, with targets if these are stored; None until the store that is recorded is planned."""
+    targets: list[TargetInfo]
+    """What is known about the targets of each teacher."""
+    inputs: dict[str, str] = field(default_factory=dict)
+    """What the targets are read from or computed with, with digests; see `runs.Inputs`."""
+    teachers: list[Teacher] = field(default_factory=list)
+    """The online teachers."""
+    recordings: list[Recording | None] | None = None
+    """Writes the targets of each online teacher to a store; None for a teacher whose targets are there already."""
+    check: Callable[[], None] = lambda: None
+    """Checks the files; called before a training that is not done."""
+
+    @property
+    def embeds(self) -> list[Callable[[Tensor], Tensor]] | None:
+        """The functions that give each online teacher's targets; None if there is no online teacher."""
+        return [teacher.embed for teacher in self.teachers] or None
+
+
+def open_data(config: TrainConfig, images: ImageSource) -> TrainingData:
+    """The training data of a config.
+
+    Raises:
+        RequestError: An input is missing or does not go with the others.
+        StoreError: The store is damaged, or was made from other images.
+    """
+    store = open_store(config.store) if config.store else None
+    if config.scale_boxes:
+        what = "ignored: there is no --store" if store is None else "the student's crops are not bit for bit the teacher's"
+        console.say(f"warning: --scale_boxes: {what}")
+    if store is not None and config.targets != "stored" and config.recipe not in ("mocov2", store.manifest.recipe.name):
+        console.say(f"warning: --recipe {config.recipe} is ignored: the crops are those of --store")
+    if config.device_crops:
+        check_device(resolve.device())
+    return _OPEN[config.targets](config, images, store)
+
+
+def _stored(config: TrainConfig, images: ImageSource, store: Store | None) -> TrainingData:
+    """The store's crops and targets."""
+    assert store is not None  # by TrainConfig
+    for name in ("checkpoint", "teacher_pixels"):
+        if getattr(config, name) is not None:
+            console.say(f"warning: --{name} is ignored: stored targets need no teacher")
+    crops = StoredCrops(store, images, teacher=config.teachers or None, scale_boxes=config.scale_boxes, **_crop_options(config))
+    return TrainingData(
+        crops=crops,
+        targets=[TargetInfo(name=c.name, dim=c.meta.dim, arrays=c.teacher_arrays(), kind=c.meta.kind) for c in crops.columns],
+        inputs=_store_inputs(store) | {f"column {column.name}": f"sha256 {column.digest}" for column in crops.columns},
+        check=lambda: _check_store(config, store, crops.columns),
+    )
+
+
+def _labels(config: TrainConfig, images: ImageSource, store: Store | None) -> TrainingData:
+    """Crops of the store or fresh ones, with the images' classes as targets."""
+    check_classes(images, len(images.classes))
+    require_two_classes(images)
+    return TrainingData(
+        crops=_crops_without_targets(config, images, store),
+        targets=[TargetInfo(name="labels", dim=len(images.classes), kind="distribution")],
+        inputs={} if store is None else _store_inputs(store),
+    )
+
+
+def _relabel(config: TrainConfig, images: ImageSource, store: Store | None) -> TrainingData:
+    """Fresh crops, with targets read off ReLabel's label maps."""
+    assert config.label_maps is not None  # by TrainConfig
+    maps = LabelMaps(config.label_maps)
+    return TrainingData(
+        crops=RelabelledCrops(images, maps, resolve.recipe_of(config.recipe), **_crop_options(config)),
+        targets=[TargetInfo(name=maps.manifest.teacher["name"], dim=maps.classes, kind="distribution")],
+        inputs={"label maps": f"sha256 {maps.manifest.digest}"},
+        check=lambda: maps.verify() if files.total_bytes(maps.folder) < _CHECKED_BYTES else None,
+    )
+
+
+def _online(config: TrainConfig, images: ImageSource, store: Store | None) -> TrainingData:
+    """Crops of the store or fresh ones, with targets that the teachers compute for every batch."""
+    assert config.teacher is not None  # by TrainConfig
+    teachers = resolve.teachers_of(config.teacher, config.checkpoint)
+    inputs = {f"teacher {teacher.name}": f"{teacher.network}, sha256 {teacher.checkpoint_sha256}" for teacher in teachers}
+    return TrainingData(
+        crops=None if config.record is not None else _crops_without_targets(config, images, store),
+        targets=[TargetInfo(name=t.name, dim=t.dim, arrays=t.arrays, kind=t.kind) for t in teachers],
+        inputs=({} if store is None else _store_inputs(store)) | inputs,
+        teachers=teachers,
+    )
+
+
+_OPEN = {"stored": _stored, "labels": _labels, "relabel": _relabel, "online": _online}
+
+
+def _crops_without_targets(config: TrainConfig, images: ImageSource, store: Store | None) -> Crops:
+    options = {"teacher_pixels": config.teacher_pixels, **_crop_options(config)}
+    if store is None:
+        return FreshCrops(images, resolve.recipe_of(config.recipe), **options)
+    return StoredCrops(store, images, with_targets=False, scale_boxes=config.scale_boxes, **options)
+
+
+def _crop_options(config: TrainConfig) -> dict[str, Any]:
+    return {
+        "crops_per_image": config.crops_per_image,
+        "pixels": config.pixels,
+        "seed": config.seed,
+        "skip_unreadable": config.on_unreadable == "skip",
+        "decode_only": config.device_crops,
+    }
+
+
+def _store_inputs(store: Store) -> dict[str, str]:
+    return {"store": f"{len(store)} images, sha256 {store.manifest.digest}"}
+
+
+def _check_store(config: TrainConfig, store: Store, columns: list[Column]) -> None:
+    """Warns about what the user may not have meant; reads a store of up to a gigabyte once to find damaged files."""
+    for column in columns:
+        if len(store) * store.crops_per_image * column.meta.code_size < _CHECKED_BYTES:
+            check_files(store, column)
+        else:
+            console.say("note: the store's checksums are not read here; fkd-ssl verify does that")
+        if column.meta.pixels != config.pixels:
+            console.say(f"note: the teacher saw crops of {column.meta.pixels} px, the student trains on {config.pixels} px")
+        if column.meta.probe_digest != probe_digest(str(resolve.device()) if config.device_crops else None):
+            where = f"{resolve.device().type} makes" if config.device_crops else "this machine makes"
+            console.say(f"warning: {where} slightly other pixels of a crop than the one that ran the teacher")
+    if config.epochs > store.crops_per_image:
+        uses = config.epochs / store.crops_per_image
+        console.say(f"note: {store.crops_per_image} crops an image are stored, so each is used {uses:.1f} times")
+
+
+def record(config: TrainConfig, images: ImageSource, data: TrainingData, world: int, *, resumes: bool) -> TrainingData:
+    """Plans the store of --record if it is new, and opens a recording of each teacher's targets.
+
+    Args:
+        config: The run.
+        images: The image set.
+        data: The data, with online teachers.
+        world: Processes of the training.
+        resumes: Whether the run is resumed: targets that are in the store already are then its own.
+
+    Raises:
+        RequestError: The store was planned otherwise, or another process records it.
+    """
+    assert config.record is not None
+    columns = prepare(
+        images,
+        config.record,
+        data.teachers,
+        crops=config.recorded_crops,
+        recipe=resolve.recipe_of(config.recipe),
+        codec=config.codec,
+        pixels=config.teacher_pixels or config.pixels,
+        seed=config.seed,
+        chunk_size=config.batch_size // config.accumulate // world,
+        skip_unreadable=config.on_unreadable == "skip",
+        threads=min(16, resolve.cpu_threads()),
+        log=console.say,
+    )
+    # an image that can be read now and not later is no reason to leave a gap, so that none is skipped
+    crops = RecordedCrops(
+        columns[0].store,
+        images,
+        with_targets=False,
+        crops_per_image=config.crops_per_image,
+        pixels=config.pixels,
+        teacher_pixels=config.teacher_pixels,
+        decode_only=config.device_crops,
+    )
+    published = [column for column in columns if resumes and is_published(column)]
+    for column in published:
+        console.say(f"note: {column.folder}: its targets are in the store, nothing is left to record")
+    recordings: list[Recording | None] | None = None
+    if len(published) < len(columns):
+        recordings = []
+        if not processes.rank()[0]:  # the first process writes for all
+            recordings = [None if c in published else Recording(c, config.crops_per_image) for c in columns]
+    return replace(data, crops=crops, recordings=recordings)
+
+
+def publish(config: TrainConfig, data: TrainingData) -> None:
+    """Puts what was recorded into the store, and says how to compute what was damaged on the disk meanwhile."""
+    teachers = zip(split(config.teacher), checkpoints_of(config.teacher, config.checkpoint), strict=True)
+    for recording, (teacher, checkpoint) in zip(data.recordings or [], teachers, strict=False):  # the first process has them
+        if recording is None:
+            continue
+        damaged = recording.publish()
+        column, store = recording.column, recording.column.store
+        size = format_bytes(files.total_bytes(store.folder))
+        console.say(
+            f"{config.record}: targets of {column.name}: {len(store):,} images x {store.crops_per_image} crops; {size} on disk"
+        )
+        if damaged:
+            asked = {
+                "images": config.images,
+                "store": config.record,
+                "teacher": teacher,
+                "checkpoint": checkpoint,
+                "name": column.name,
+                "crops": store.crops_per_image,
+                "recipe": config.recipe,
+                "codec": column.meta.codec,
+                "pixels": column.meta.pixels,
+                "seed": config.seed,
+                "chunk_size": column.meta.chunk_size,
+                "on_unreadable": "skip" if config.on_unreadable == "skip" else None,
+            }
+            options = [f"--{key} {shlex.quote(str(value))}" for key, value in asked.items() if value is not None]
+            console.say(
+                f"warning: {len(damaged)} of {store.manifest.shards} shards were damaged on the disk after they were recorded, "
+                f"and are left out; to compute them: fkd-ssl precompute {' '.join(options)}"
+            )
+
+
+def describe(config: TrainConfig, data: TrainingData) -> dict[str, Any]:
+    """What a run's card says about its teachers, its store and its crops."""
+    known = [vars(teacher) for teacher in data.teachers]
+    crops = data.crops
+    if not isinstance(crops, StoredCrops):
+        maps = [crops.maps.manifest.teacher] if isinstance(crops, RelabelledCrops) else []
+        return {"teachers": known + maps, "store": None, "recipe": _describe_recipe(resolve.recipe_of(config.recipe))}
+    manifest = crops.store.manifest
+    store = {
+        "store": crops.store.folder.name,
+        "sha256 of its list of images": manifest.images_sha256,
+        **{f"sha256 of column {c.name}": c.digest for c in crops.columns},
+        "stored an image": manifest.crops_per_image,
+        "seed of the draw": manifest.seed,
+    }
+    about = known or [{**column.meta.teacher, "name": column.name} for column in crops.columns]
+    return {"teachers": about, "store": store, "recipe": _describe_recipe(manifest.recipe)}
+
+
+def _describe_recipe(recipe: Recipe) -> dict[str, Any]:
+    values = dict(vars(recipe))
+    return {"recipe": values.pop("name"), **values}
