@@ -1,13 +1,13 @@
-"""Accuracy of a classifier's own classes: top-1 and top-5."""
+"""Accuracy of a classifier on its own classes: top-1 and top-5."""
 
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 from torch import Tensor
 
 from fkd_ssl.errors import RequestError
 from fkd_ssl.eval.features import extract
+from fkd_ssl.eval.scores import accuracy, ranks
 from fkd_ssl.images import ImageSource
 
 
@@ -20,15 +20,15 @@ def evaluate(
     workers: int = 2,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Accuracy of a classifier on labelled images, whose class folders in sorted order are its classes, as ImageNet's are.
+    """Accuracy of a classifier on labelled images. Its classes are the class folders in sorted order, as in ImageNet.
 
     Args:
         model: uint8 [B, 3, P, P] to logits or probabilities [B, K].
-        images: Labelled.
+        images: Labelled images.
         pixels: P, the side of the centre crop.
         classes: K.
-        workers: Processes that decode; 0 decodes in this one.
-        progress: Show a bar on standard error.
+        workers: Processes that read images; 0 reads in this one.
+        progress: Show a progress bar on standard error.
 
     Returns:
         `top1` and `top5` in percent; `correct` bool [n], whether the most probable class is right.
@@ -39,18 +39,15 @@ def evaluate(
     """
     check_classes(images, classes)
     scores, labels = extract(model, images, pixels=pixels, workers=workers, progress=progress, desc="classify")
-    own = np.take_along_axis(scores, labels[:, None], axis=1)
-    # classes before the right one: of equal scores the first counts; to sort them all would take gigabytes
-    before = (scores > own).sum(axis=1) + ((scores == own) & (np.arange(classes) < labels[:, None])).sum(axis=1)
-    return {"top1": 100 * float((before < 1).mean()), "top5": 100 * float((before < 5).mean()), "correct": before < 1}
+    return accuracy(ranks(scores, labels))
 
 
 def check_classes(images: ImageSource, classes: int) -> None:
-    """Raises RequestError where there are images without a class, or another number of class folders than `classes`."""
+    """Raises RequestError if an image has no class, or the number of class folders is not `classes`."""
     if (images.labels < 0).any():
-        raise RequestError(f"{images.spec}: images lie outside any class folder")
+        raise RequestError(f"{images.spec}: some images are outside any class folder")
     if len(images.classes) != classes:
         raise RequestError(
-            f"{images.spec}: {len(images.classes)} class folders, and the classifier has {classes} classes: which is which "
-            "cannot be told"
+            f"{images.spec}: has {len(images.classes)} class folders, but the classifier has {classes} classes; expected one "
+            "folder for each class"
         )

@@ -178,7 +178,7 @@ def match_classes(train: ImageSource, val: ImageSource) -> Int64Array:
         outside = np.flatnonzero(images.labels < 0)
         if len(outside):
             raise RequestError(
-                f"{images.spec}: {len(outside)} of {len(images)} images lie outside any class folder "
+                f"{images.spec}: {len(outside)} of {len(images)} images are outside any class folder "
                 f"(first {images.names[outside[0]]!r}); a probe needs FOLDER/CLASS/IMAGE"
             )
     require_two_classes(train)

@@ -1,8 +1,8 @@
-"""The `logreg` probe: multinomial logistic regression on cached features, for when minutes count.
+"""The `logreg` probe: multinomial logistic regression on cached features, in seconds.
 
-L-BFGS on features standardised with the training set's statistics; the L2 strength is chosen on a held-out part of the
-training set and never on the images that are scored, then the probe is fitted on all of the training set. The sweep
-follows DINOv2's evaluation (arXiv 2304.07193); the features are those of the centre crop, without augmentation.
+L-BFGS on features that are standardised with the statistics of the training set. The L2 strength is chosen on a held-out part
+of the training set, never on the images to score; the probe is then trained on the whole training set. The strengths follow
+DINOv2's evaluation (arXiv 2304.07193). The features are those of the centre crop, without augmentation.
 
 Legend: `N` training images, `n` images to score, `D` feature dimension, `C` classes.
 """
@@ -18,15 +18,15 @@ from tqdm import tqdm
 
 from fkd_ssl.arrays import Float32Array, Int64Array
 from fkd_ssl.errors import FkdError, RequestError
-from fkd_ssl.eval.scores import accuracy, as_probe, feature_notes, few_classes, per_class, ranks
+from fkd_ssl.eval.scores import accuracy, as_probe, probe_result, ranks
 from fkd_ssl.progress import hidden
 
 STRENGTHS = tuple(float(10 ** (power / 2)) for power in range(-10, 5))
-"""Inverse L2 strengths C as scikit-learn counts them: C x sum of losses + |W|^2 / 2; 1e-5 to 100 by half decades."""
+"""Inverse L2 strengths C in scikit-learn's sense, C x sum of losses + |W|^2 / 2: 1e-5 to 100 in half decades."""
 HELD_OUT = 0.1
-ITERATIONS = 500  # a fit that needs more is as good as converged: accuracy has long stopped changing
+ITERATIONS = 500  # by then the accuracy has stopped changing
 
-_GRADIENT, _CHANGE = 1e-6, 1e-9  # where L-BFGS stops: largest gradient, smallest step
+_GRADIENT, _CHANGE = 1e-6, 1e-9  # tolerances of L-BFGS: largest gradient, smallest step
 _HISTORY = 10
 
 Weights = tuple[torch.Tensor, torch.Tensor]  # float32 [C, D] and [C]
@@ -44,64 +44,62 @@ def evaluate(
     seed: int = 0,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Accuracy on `features` of a logistic regression fitted on `train_features`.
+    """Accuracy on `features` of a logistic regression trained on `train_features`.
 
-    torch's L-BFGS and not scikit-learn's: the same optimum (a test compares them) sooner, since each fit of the sweep
-    starts at the last one's weights. Needs about two more copies of the training features.
+    torch's L-BFGS reaches the optimum of scikit-learn's (a test compares them) in less time, since each strength starts from
+    the weights of the one before. Needs about two more copies of the training features.
 
     Args:
         train_features: Array or tensor [N, D].
-        train_labels: Array or tensor [N] of whole numbers from 0.
+        train_labels: Array or tensor [N] of integers from 0.
         features: Array or tensor [n, D].
         labels: Array or tensor [n].
         num_classes: C; by default the largest training label plus one.
-        names: Of the classes, for `per_class`.
-        strengths: The inverse L2 strengths to choose from.
-        seed: Of the choice of the held-out tenth.
-        progress: Show a bar on standard error.
+        names: Class names, for `per_class`.
+        strengths: Inverse L2 strengths to choose from.
+        seed: Seed for choosing the held-out tenth.
+        progress: Show a progress bar on standard error.
 
     Returns:
-        `top1`, `top5` in percent; `correct` bool [n]; `C`, the chosen strength; `sweep`, for each strength the held-out
-        `top1` and `loss`; `n_held_out`, `n_train`, `n_val`, `classes`, `feature_dim`, `seed`, `notes`, and `per_class` where
-        there are names.
+        `top1`, `top5` in percent; `correct` bool [n]; `C`, the chosen strength; `sweep`, the held-out `top1` and `loss` of each
+        strength; `n_held_out`, `n_train`, `n_val`, `classes`, `feature_dim`, `seed`, `notes`, and `per_class` if `names` are
+        given.
 
     Raises:
-        RequestError: Shapes, labels or strengths that cannot be right, or a training set that cannot be split.
-        FkdError: Features that are not finite, or too large to standardise.
+        RequestError: Shapes, labels or strengths are invalid, or the training set cannot be split.
+        FkdError: A feature is not finite, or too large to standardise.
     """
     train, known, wanted, truth, classes = as_probe(train_features, train_labels, features, labels, num_classes)
     if len(strengths) == 0 or min(strengths) <= 0:
-        raise RequestError(f"strengths must be numbers above 0, got {list(strengths)}")
+        raise RequestError(f"strengths must be positive, got {list(strengths)}")
 
     held = held_out(known, seed=seed)
     with tqdm(total=len(strengths) + 1, desc="logreg", file=sys.stderr, disable=hidden(show=progress)) as bar:
         sweep = _sweep(train, known, held, classes, sorted(strengths), bar)
         best = max(sweep, key=lambda row: (row["top1"], -row["loss"]))
         data, (mean, scale) = standardised(train, None)
-        weights = fit(data, torch.from_numpy(known), classes, best["C"])
+        weights = minimise(data, torch.from_numpy(known), classes, best["C"])
         bar.update()
     scores = _logits(torch.from_numpy((wanted - mean.numpy()) / scale.numpy()), weights)
     rank = ranks(scores.numpy(), truth)
-    notes = [*few_classes(classes), *feature_notes(train, wanted)]
-    if len(sweep) > 1 and best["C"] in (sweep[0]["C"], sweep[-1]["C"]):
-        notes.append(f"the chosen C {best['C']:g} is at the edge of the sweep")
-    return {
-        **accuracy(rank),
-        "C": best["C"],
-        "sweep": sweep,
-        "n_held_out": int(held.sum()),
-        "n_train": len(train),
-        "n_val": len(wanted),
-        "classes": classes,
-        "feature_dim": train.shape[1],
-        "seed": seed,
-        **({} if names is None else {"per_class": per_class(rank, truth, names)}),
-        "notes": notes,
-    }
+    edge = len(sweep) > 1 and best["C"] in (sweep[0]["C"], sweep[-1]["C"])
+    return probe_result(
+        rank,
+        truth,
+        names,
+        train=train,
+        features=wanted,
+        classes=classes,
+        notes=[f"the chosen C {best['C']:g} is the smallest or largest that was tried"] if edge else [],
+        C=best["C"],
+        sweep=sweep,
+        n_held_out=int(held.sum()),
+        seed=seed,
+    )
 
 
 def held_out(labels: Int64Array, *, seed: int) -> Any:
-    """Which training images the strength is chosen on: bool [N], a tenth of each class, at least one where it has two.
+    """The held-out training images: bool [N], a tenth of each class, at least one image of a class with two or more.
 
     Raises:
         RequestError: No class has two images.
@@ -113,11 +111,13 @@ def held_out(labels: Int64Array, *, seed: int) -> Any:
         if len(rows) > 1:
             held[rows[: max(1, round(HELD_OUT * len(rows)))]] = True
     if not held.any():
-        raise RequestError("no class has two training images: none can be held out to choose the L2 strength on")
+        raise RequestError("no class has two training images, so none can be held out to choose the settings")
     return held
 
 
-def fit(features: torch.Tensor, labels: torch.Tensor, classes: int, strength: float, start: Weights | None = None) -> Weights:
+def minimise(
+    features: torch.Tensor, labels: torch.Tensor, classes: int, strength: float, start: Weights | None = None
+) -> Weights:
     """Weights [C, D] and biases [C] that minimise the mean cross-entropy plus |W|^2 / (2 `strength` N).
 
     Args:
@@ -125,7 +125,7 @@ def fit(features: torch.Tensor, labels: torch.Tensor, classes: int, strength: fl
         labels: int64 [N].
         classes: C.
         strength: Inverse L2 strength; the biases are not penalised.
-        start: Weights to start at instead of zeros.
+        start: Initial weights; zeros by default.
     """
     if start is None:
         start = torch.zeros(classes, features.shape[1]), torch.zeros(classes)
@@ -160,7 +160,7 @@ def _sweep(
     rows = []
     weights = None
     for strength in strengths:
-        weights = fit(rest, known, classes, strength, weights)
+        weights = minimise(rest, known, classes, strength, weights)
         scores = _logits(queries, weights)
         rows.append(
             {
@@ -175,7 +175,7 @@ def _sweep(
 
 
 def standardised(train: Float32Array, rows: Any) -> tuple[torch.Tensor, Weights]:
-    """Features float32 of `rows` (None: all) with mean 0 and deviation 1, and the mean and deviation [D] each."""
+    """Features float32 of `rows` (None: all) with mean 0 and standard deviation 1, and that mean and deviation, each [D]."""
     chosen = train if rows is None else train[rows]
     mean = chosen.mean(axis=0, dtype=np.float64).astype(np.float32)
     with np.errstate(over="ignore"):
@@ -183,7 +183,7 @@ def standardised(train: Float32Array, rows: Any) -> tuple[torch.Tensor, Weights]
     deviation = np.sqrt(np.einsum("nd,nd->d", data, data, dtype=np.float64) / len(data)).astype(np.float32)
     if not np.isfinite(deviation).all():
         raise FkdError(f"train_features: values up to {np.abs(chosen).max():.3g} cannot be standardised in float32")
-    # a dead dimension has rounding noise for a deviation: dividing by it would blow that up
+    # a constant dimension's deviation is rounding noise, which must not be scaled up
     scale = np.where(deviation > 1e-6 * np.abs(mean), deviation, 1.0).astype(np.float32)
     data /= scale
     return torch.from_numpy(data), (torch.from_numpy(mean), torch.from_numpy(scale))

@@ -1,9 +1,8 @@
-"""kNN and a linear probe while anything trains: Lightning callbacks for any LightningModule.
+"""kNN and a linear probe during training: Lightning callbacks for any LightningModule.
 
-Both look at what the module computes anyway: they take features out of its own forward pass by a hook on a submodule, so
-nothing is computed twice and the module's code stays as it is. `OnlineKNN` keeps the training epoch's last features as
-neighbours and scores the validation batches; `OnlineLinear` trains one layer on detached features with an optimiser of its
-own, so no gradient reaches the module.
+Both take features from the module's own forward pass with a hook on a submodule, so nothing is computed twice and the module's
+code does not change. `OnlineKNN` keeps the last features of the training epoch as neighbours and scores the validation batches.
+`OnlineLinear` trains one layer on detached features with its own optimiser, so no gradient reaches the module.
 
 Legend: `B` images in a batch, `D` feature dimension, `C` classes.
 """
@@ -19,23 +18,23 @@ from torch.nn import functional
 
 from fkd_ssl.errors import FkdError, RequestError
 from fkd_ssl.eval import knn
-from fkd_ssl.eval.probe import WEIGHT_DEVIATION
+from fkd_ssl.eval.probe import initial_layer
 
 Labels = Callable[[Any], Tensor]
 
 
 def second(batch: Any) -> Tensor:
-    """The labels of a batch (images, labels, ...), as torchvision's and lightly's data sets give it."""
+    """The labels of a batch (images, labels, ...), as in torchvision's and lightly's data sets."""
     labels: Tensor = batch[1]
     return labels
 
 
-class _Watching(pl.Callback):
-    """Sees the features of each batch: the output of submodule `module`, and of several views the first B rows.
+class _FeatureCallback(pl.Callback):
+    """Gets the features of each batch: the output of submodule `module`; of several views the first B rows.
 
     Args:
         module: Name of a submodule of the LightningModule, as in `named_modules`, whose output is the features.
-        labels: A batch to its labels, int64 [B].
+        labels: Maps a batch to its labels, int64 [B].
     """
 
     def __init__(self, module: str = "backbone", *, labels: Labels = second) -> None:
@@ -44,26 +43,26 @@ class _Watching(pl.Callback):
         self._hook: Any = None
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Watches the submodule; raises RequestError where the module has none of that name."""
+        """Adds the hook; raises RequestError if there is no such submodule."""
         parts = dict(pl_module.named_modules())
         if self.module not in parts:
             raise RequestError(
                 f"{type(pl_module).__name__} has no submodule {self.module!r}; it has {', '.join(list(parts)[1:9])}, ..."
             )
-        self._hook = parts[self.module].register_forward_hook(self._see)
+        self._hook = parts[self.module].register_forward_hook(self._keep_first)
 
     def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Watches no more."""
+        """Removes the hook."""
         if self._hook is not None:
             self._hook.remove()
             self._hook = None
 
-    def _see(self, module: nn.Module, inputs: Any, output: Any) -> None:
-        if self._seen is None:  # of several views the first
+    def _keep_first(self, module: nn.Module, inputs: Any, output: Any) -> None:
+        if self._seen is None:  # the first of several views
             self._seen = output
 
-    def _taken(self, batch: Any) -> tuple[Tensor, Tensor] | None:
-        """Detached features float32 [B, D] of the batch and its labels [B]; None where the module did not run."""
+    def _pop_features(self, batch: Any) -> tuple[Tensor, Tensor] | None:
+        """Detached features float32 [B, D] of the batch and its labels [B]; None if the submodule did not run."""
         seen, self._seen = self._seen, None
         if seen is None:
             return None
@@ -76,18 +75,18 @@ class _Watching(pl.Callback):
         return features[: len(labels)], labels.to(features.device)
 
 
-class OnlineKNN(_Watching):
-    """Logs `knn_top1` of every validation epoch: its images against the features of the training epoch before it.
+class OnlineKNN(_FeatureCallback):
+    """Logs `knn_top1` of each validation epoch: validation images are classified by features of the last training epoch.
 
-    The neighbours are features as training saw them, augmented and of weights that were changing: lower than `fkd-ssl knn`
-    by a little, and free. The sanity check and a validation before any training log nothing.
+    Those features are of augmented images and of changing weights, so the score is a little lower than that of `fkd-ssl knn`,
+    but costs nothing. The sanity check, and a validation before any training, log nothing.
 
     Args:
         module: Name of the submodule whose output is the features.
-        k: Neighbours.
+        k: Number of neighbours.
         temperature: T.
-        most: Training features that are kept, the latest; 0 for all.
-        labels: A batch to its labels.
+        max_features: Number of training features to keep, the latest; 0 keeps all.
+        labels: Maps a batch to its labels.
     """
 
     def __init__(
@@ -96,12 +95,12 @@ class OnlineKNN(_Watching):
         *,
         k: int = knn.K,
         temperature: float = knn.TEMPERATURE,
-        most: int = 50_000,
+        max_features: int = 50_000,
         labels: Labels = second,
     ) -> None:
         super().__init__(module, labels=labels)
         knn.check_search([k], [temperature])
-        self.k, self.temperature, self.most = k, temperature, most
+        self.k, self.temperature, self.max_features = k, temperature, max_features
         self.bank: list[tuple[Tensor, Tensor]] = []
         self._queries: list[tuple[Tensor, Tensor]] = []
 
@@ -109,18 +108,18 @@ class OnlineKNN(_Watching):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Keeps the batch's features on the CPU."""
-        if (taken := self._taken(batch)) is not None:
+        if (taken := self._pop_features(batch)) is not None:
             self.bank.append((taken[0].cpu(), taken[1].cpu()))
-        while self.most and sum(len(labels) for _, labels in self.bank[1:]) >= self.most:
+        while self.max_features and sum(len(labels) for _, labels in self.bank[1:]) >= self.max_features:
             self.bank.pop(0)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Forgets the last epoch."""
+        """Clears the features of the last epoch."""
         self._seen = None
         self.bank.clear()
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begins anew."""
+        """Clears the last validation."""
         self._seen = None
         self._queries.clear()
 
@@ -134,7 +133,7 @@ class OnlineKNN(_Watching):
         dataloader_idx: int = 0,
     ) -> None:
         """Keeps the batch's features."""
-        if (taken := self._taken(batch)) is not None:
+        if (taken := self._pop_features(batch)) is not None:
             self._queries.append((taken[0].cpu(), taken[1].cpu()))
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -150,22 +149,22 @@ class OnlineKNN(_Watching):
         pl_module.log("knn_top1", top1, prog_bar=True, sync_dist=True, batch_size=len(labels))
 
 
-class OnlineLinear(_Watching):
-    """Trains one layer on the features of each training batch and logs `linear_loss`, and `linear_top1` in validation.
+class OnlineLinear(_FeatureCallback):
+    """Trains one layer on the features of each training batch; logs `linear_loss`, and `linear_top1` in validation.
 
-    The layer and its SGD live in the callback, apart from the module: they are in its checkpoints and in nothing else.
+    The layer and its optimiser belong to the callback, not to the module. Checkpoints have the layer's weights.
 
     Args:
         num_classes: C.
         module: Name of the submodule whose output is the features.
-        lr: Of SGD with momentum 0.9.
-        labels: A batch to its labels.
+        lr: Learning rate of SGD with momentum 0.9.
+        labels: Maps a batch to its labels.
     """
 
     def __init__(self, num_classes: int, module: str = "backbone", *, lr: float = 0.1, labels: Labels = second) -> None:
         super().__init__(module, labels=labels)
         if num_classes < 2:
-            raise RequestError(f"num_classes {num_classes}: a probe needs two to tell apart")
+            raise RequestError(f"num_classes {num_classes}: a probe needs at least two")
         self.num_classes, self.lr = num_classes, lr
         self.layer: nn.Linear | None = None
         self._optimizer: torch.optim.SGD | None = None
@@ -173,18 +172,18 @@ class OnlineLinear(_Watching):
         self._hits = [0, 0]
 
     def state_dict(self) -> dict[str, Any]:
-        """The layer, for a checkpoint."""
+        """The layer's weights, for a checkpoint."""
         return {} if self.layer is None else {key: value.cpu() for key, value in self.layer.state_dict().items()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues from a checkpoint."""
+        """Takes the layer's weights from a checkpoint."""
         self._saved = state_dict or None
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """One step of the layer."""
-        taken = self._taken(batch)
+        """Trains the layer for one step."""
+        taken = self._pop_features(batch)
         if taken is None:
             return
         features, labels = taken
@@ -198,11 +197,11 @@ class OnlineLinear(_Watching):
         pl_module.log("linear_loss", loss.detach(), batch_size=len(labels))
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Forgets what validation left."""
+        """Clears what validation left."""
         self._seen = None
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Begins anew."""
+        """Clears the last validation."""
         self._seen = None
         self._hits = [0, 0]
 
@@ -216,7 +215,7 @@ class OnlineLinear(_Watching):
         dataloader_idx: int = 0,
     ) -> None:
         """Counts the batch's hits."""
-        taken = self._taken(batch)
+        taken = self._pop_features(batch)
         if taken is not None and self.layer is not None:
             with torch.no_grad():
                 right = self._ready(taken[0])(taken[0]).argmax(dim=1) == taken[1]
@@ -229,13 +228,9 @@ class OnlineLinear(_Watching):
             pl_module.log("linear_top1", top1, prog_bar=True, sync_dist=True, batch_size=self._hits[1])
 
     def _ready(self, features: Tensor) -> nn.Linear:
-        """The layer, made when the first features say how wide it is."""
+        """The layer, created when the first features say what its input size is."""
         if self.layer is None:
-            generator = torch.Generator().manual_seed(0)
-            layer = nn.Linear(features.shape[1], self.num_classes, device="meta").to_empty(device="cpu")
-            with torch.no_grad():
-                layer.weight.normal_(0, WEIGHT_DEVIATION, generator=generator)
-                layer.bias.zero_()
+            layer = initial_layer(features.shape[1], self.num_classes, seed=0)
             if self._saved is not None:
                 layer.load_state_dict(self._saved)
             self.layer = layer.to(features.device)

@@ -1,9 +1,10 @@
-"""Retrieval: how many of a query's nearest images are of its class.
+"""Retrieval: how many of a query's nearest images have its class.
 
-recall@k is the part of the queries with an image of their class among the k nearest; precision@k the part of those k that are
-of the class; mAP@R (Musgrave et al., "A Metric Learning Reality Check", ECCV 2020, arXiv 2003.08505, section 3.2) the mean
-over queries of the sum over the R nearest of precision@i where the i-th is of the class, divided by R, R being how many
-images of the class the gallery holds.
+- recall@k: the share of queries with an image of their class among the k nearest.
+- precision@k: the share of the k nearest images that have the query's class, averaged over queries.
+- mAP@R (Musgrave et al., "A Metric Learning Reality Check", ECCV 2020, arXiv 2003.08505, section 3.2): the sum of precision@i
+  over those i up to R whose image has the query's class, divided by R and averaged over queries. R is the number of gallery
+  images of the class.
 
 Legend: `N` images in the gallery, `n` queries, `D` feature dimension, `Q` queries in a chunk.
 """
@@ -22,7 +23,7 @@ from fkd_ssl.eval.scores import as_features, as_labels, compact, feature_notes, 
 DEPTHS = (1, 5, 10)
 
 Search = Callable[[Float32Array, int], tuple[Float32Array, Int64Array]]
-"""Queries [Q, D] and k to similarities [Q, k], largest first, and rows of the gallery [Q, k], -1 where there is none."""
+"""Maps queries [Q, D] and k to similarities [Q, k], in descending order, and rows of the gallery [Q, k], -1 for none."""
 
 _CHUNK = 1024
 
@@ -36,29 +37,29 @@ def evaluate(
     approximate: Search | None = None,
     device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
-    """Retrieval of queries in a gallery by cosine.
+    """Scores a search for queries in a gallery by cosine.
 
     Args:
         gallery: Array or tensor [N, D].
-        gallery_labels: Array or tensor [N] of whole numbers from 0.
-        queries: Array or tensor [n, D]; None for the gallery's own images, each sought among the others.
-        labels: Array or tensor [n], each of them a label that the gallery has.
-        approximate: Search of an index of the gallery, instead of the exact one.
+        gallery_labels: Array or tensor [N] of integers from 0.
+        queries: Array or tensor [n, D]; None searches for each gallery image among the others.
+        labels: Array or tensor [n] of labels that occur in the gallery.
+        approximate: Search of an index of the gallery; exact search by default.
         device: Where the exact search runs.
 
     Returns:
-        `recall` and `precision`, each by depth (`"1"`, `"5"`, `"10"`), and `map_at_r`, all in percent; `correct` bool [n],
-        whether the nearest is of the class; `n_gallery`, `n_queries`, `classes`, `feature_dim`, `notes`.
+        `recall` and `precision`, each by k (`"1"`, `"5"`, `"10"`), and `map_at_r`, all in percent; `correct` bool [n], whether
+        the nearest image has the query's class; `n_gallery`, `n_queries`, `classes`, `feature_dim`, `notes`.
 
     Raises:
-        RequestError: Shapes or labels that cannot be right, or nothing that could be found.
-        FkdError: Features that are not finite.
+        RequestError: Shapes or labels are invalid, or no query has an image to find.
+        FkdError: A feature is not finite.
     """
     base = as_features(gallery, "gallery")
     known = as_labels(gallery_labels, len(base), "gallery_labels")
     if queries is None:
         if len(base) < 2:
-            raise RequestError("gallery: one image; without queries at least two are needed")
+            raise RequestError("gallery: has one image; at least two are needed without queries")
         wanted, truth = None, known
     else:
         wanted = as_features(queries, "queries")
@@ -68,7 +69,7 @@ def evaluate(
     known, truth, names = compact(known, truth)
     there = np.bincount(known)[truth] - (wanted is None)
     if not there.any():
-        raise RequestError("gallery: every class has one image; without queries there is nothing to find")
+        raise RequestError("gallery: every class has one image, so there is nothing to find without queries")
     most = len(base) - (wanted is None)
     k = min(max(int(there.max()), *DEPTHS), most)
     recall, precision = (np.zeros((len(DEPTHS), len(truth))) for _ in range(2))
@@ -83,9 +84,9 @@ def evaluate(
         mean_precision[rows] = (at * within).sum(axis=1) / np.maximum(there[rows], 1)
     able = there > 0
     notes = feature_notes(base, wanted)
-    notes += [] if able.all() else [f"{int((~able).sum())} images are alone in their class and are not sought"]
+    notes += [] if able.all() else [f"{int((~able).sum())} images are the only ones of their class and are not searched for"]
     if most < max(DEPTHS):
-        notes.append(f"precision@10 cannot be 100: {most} images can be found")
+        notes.append(f"precision@10 is below 100 by definition: only {most} images can be found")
     return {
         "recall": {str(depth): 100 * float(row[able].mean()) for depth, row in zip(DEPTHS, recall, strict=True)},
         "precision": {str(depth): 100 * float(row[able].mean()) for depth, row in zip(DEPTHS, precision, strict=True)},
@@ -114,7 +115,7 @@ def _neighbours(
 
 
 def _without_self(neighbours: Int64Array, own: Int64Array, k: int) -> Int64Array:
-    """Each row but for its own image, k of them: int64 [Q, k] from [Q, k + 1]."""
+    """The neighbours [Q, k + 1] without each query's own image: int64 [Q, k]."""
     last = np.argsort(neighbours == own[:, None], axis=1, kind="stable")
     found: Int64Array = np.take_along_axis(neighbours, last, axis=1)[:, :k]
     return found

@@ -1,6 +1,6 @@
-"""What the probes share: features and labels as checked arrays, and accuracy from class scores.
+"""What the probes share: checked arrays of features and labels, and accuracy from class scores.
 
-Legend: `n` images, `D` feature dimension, `C` classes.
+Legend: `n` images, `N` training images, `D` feature dimension, `C` classes.
 """
 
 from collections.abc import Sequence
@@ -10,43 +10,47 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from fkd_ssl.arrays import Float32Array, Int64Array
+from fkd_ssl.arrays import BoolArray, Float32Array, Int64Array
 from fkd_ssl.errors import FkdError, RequestError
 
-_SAMPLE = 10_000  # features that are looked at
+_SAMPLE = 10_000  # training features that `feature_notes` looks at
 _COLLAPSED = 1e-3  # variance of features of length 1; an untrained network's is above 0.01
 
 
 def as_features(values: Any, name: str) -> Float32Array:
-    """Features as float32 [n, D]; `values` is an array or a tensor on any device, `name` is what messages call it.
+    """Features as float32 [n, D].
+
+    Args:
+        values: Array, or tensor on any device.
+        name: What messages call them.
 
     Raises:
-        RequestError: Not two-dimensional, or empty.
+        RequestError: They are not two-dimensional, or empty.
         FkdError: A value is not finite.
     """
     if isinstance(values, torch.Tensor):
         values = values.detach().float().cpu().numpy()
     features = np.asarray(values, dtype=np.float32)
     if features.ndim != 2 or 0 in features.shape:
-        raise RequestError(f"{name}: expected [images, dimensions], neither of them 0, got {list(features.shape)}")
-    pieces = range(0, len(features), 8192)  # so that no table of booleans as large as a quarter of the features is made
+        raise RequestError(f"{name}: expected a non-empty array [images, dimensions], got {list(features.shape)}")
+    pieces = range(0, len(features), 8192)  # a mask of all values would take a quarter of their memory
     bad = ~np.concatenate([np.isfinite(features[start : start + 8192]).all(axis=1) for start in pieces])
     if bad.any():
-        raise FkdError(f"{name}: {np.sum(bad)} of {len(features)} rows hold NaN or infinity, first row {_first(bad)}")
+        raise FkdError(f"{name}: {np.sum(bad)} of {len(features)} rows have NaN or infinity, first row {_first(bad)}")
     return features
 
 
 def as_labels(values: Any, rows: int, name: str, *, num_classes: int | None = None) -> Int64Array:
-    """Labels as int64 [rows], each at least 0 and below `num_classes` where that is given.
+    """Labels as int64 [rows], each at least 0 and, if `num_classes` is given, below it.
 
     Raises:
-        RequestError: Another length or type, an image without a class (-1), or a label that is no class.
+        RequestError: The length or type is wrong, an image has no class (-1), or a label is too large.
     """
     if isinstance(values, torch.Tensor):
         values = values.detach().cpu().numpy()
     labels = np.asarray(values)
     if labels.dtype.kind not in "iu":
-        raise RequestError(f"{name}: expected whole numbers, got {labels.dtype}")
+        raise RequestError(f"{name}: expected integers, got {labels.dtype}")
     if labels.shape != (rows,):
         raise RequestError(f"{name}: expected one label for each of {rows} features, got shape {list(labels.shape)}")
     bad = labels < 0
@@ -58,29 +62,27 @@ def as_labels(values: Any, rows: int, name: str, *, num_classes: int | None = No
 
 
 def compact(known: Int64Array, wanted: Int64Array) -> tuple[Int64Array, Int64Array, list[str]]:
-    """Labels with gaps as indices into the training labels that occur, and these as names.
+    """Training labels and labels to predict as indices into the training labels that occur, and those labels as names.
 
     Raises:
-        RequestError: A label to be told that no training image has.
+        RequestError: A label to predict is not a training label.
     """
     present, known = np.unique(known, return_inverse=True)
     place = np.minimum(np.searchsorted(present, wanted), len(present) - 1)
     foreign = np.unique(wanted[present[place] != wanted])
     if len(foreign):
-        raise RequestError(
-            f"labels: label {foreign[0]}, but there are {len(present)} classes in the training labels and this is none of them"
-        )
+        raise RequestError(f"labels: label {foreign[0]} is not one of the {len(present)} classes in the training labels")
     return known.astype(np.int64), place.astype(np.int64), [str(label) for label in present]
 
 
 def require_two_classes(labels: Int64Array, name: str) -> None:
-    """Raises RequestError where all labels are the same: every score would be 100 %."""
+    """Raises RequestError if all labels are the same: every score would be 100 %."""
     if (labels == labels[0]).all():
-        raise RequestError(f"{name}: one class only; a score needs two or more classes to tell apart")
+        raise RequestError(f"{name}: one class only; a score needs at least two")
 
 
 def feature_notes(train: Float32Array, features: Float32Array | None) -> list[str]:
-    """What is suspicious about features [N, D] and those that are scored [n, D], if any; each a line for the user."""
+    """Notes for the user about training features [N, D] and features to score [n, D] that look wrong."""
     notes = []
     sample = train[:: max(1, len(train) // _SAMPLE)]
     length = np.linalg.norm(sample, axis=1, keepdims=True)
@@ -93,18 +95,18 @@ def feature_notes(train: Float32Array, features: Float32Array | None) -> list[st
 
 
 def same_dimension(train: Float32Array, features: Float32Array) -> None:
-    """Raises RequestError where the features to score are not of the training features' dimension."""
+    """Raises RequestError if training features and features to score differ in their dimension."""
     if train.shape[1] != features.shape[1]:
         raise RequestError(f"features have {features.shape[1]} dimensions, the training features {train.shape[1]}")
 
 
 def ranks(scores: npt.NDArray[np.floating[Any]], labels: Int64Array) -> Int64Array:
-    """How many classes are ranked ahead of the true one: 0 is a top-1 hit; int64 [n] from scores [n, C].
+    """The rank of the true class, 0 for the highest score: int64 [n] from scores [n, C].
 
-    Of equal scores the class with the lower index is ahead, so that a result does not depend on a sort's whim.
+    Of equal scores the class with the lower index comes first, so that results do not depend on the order of a sort.
 
     Raises:
-        FkdError: A score is NaN, which would be ahead of none.
+        FkdError: A score is NaN.
     """
     if np.isnan(scores).any():
         raise FkdError("scores are NaN: the probe diverged")
@@ -117,11 +119,11 @@ def ranks(scores: npt.NDArray[np.floating[Any]], labels: Int64Array) -> Int64Arr
 def as_probe(
     train_features: Any, train_labels: Any, features: Any, labels: Any, num_classes: int | None
 ) -> tuple[Float32Array, Int64Array, Float32Array, Int64Array, int]:
-    """What a probe on features is given, checked: training features and labels, those to score, and C.
+    """The arguments of a probe, checked: training features and labels, features and labels to score, and C.
 
     Raises:
-        RequestError: Shapes or labels that cannot be right, or one class only.
-        FkdError: Features that are not finite.
+        RequestError: Shapes or labels are wrong, or there is one class only.
+        FkdError: A feature is not finite.
     """
     train, wanted = as_features(train_features, "train_features"), as_features(features, "features")
     same_dimension(train, wanted)
@@ -131,26 +133,47 @@ def as_probe(
     return train, known, wanted, as_labels(labels, len(wanted), "labels", num_classes=classes), classes
 
 
-def accuracy(rank: Int64Array) -> dict[str, Any]:
-    """`top1` and `top5` in percent, and `correct` bool [n] (top-1, for paired bootstraps), from `ranks`."""
+def probe_result(
+    rank: Int64Array,
+    truth: Int64Array,
+    names: Sequence[str] | None,
+    *,
+    train: Float32Array,
+    features: Float32Array,
+    classes: int,
+    notes: Sequence[str],
+    **settings: Any,
+) -> dict[str, Any]:
+    """The result of a probe on features: accuracy, its settings, sizes and notes, and `per_class` if there are names."""
     return {
-        "top1": 100.0 * float((rank < 1).mean()),
-        "top5": 100.0 * float((rank < 5).mean()),
-        "correct": rank < 1,
+        **accuracy(rank),
+        **settings,
+        "n_train": len(train),
+        "n_val": len(features),
+        "classes": classes,
+        "feature_dim": train.shape[1],
+        **({} if names is None else {"per_class": per_class(rank, truth, names)}),
+        "notes": [*few_classes(classes), *feature_notes(train, features), *notes],
     }
 
 
+def accuracy(rank: Int64Array) -> dict[str, Any]:
+    """`top1` and `top5` in percent, and `correct` bool [n] (top-1, for paired bootstraps), from `ranks`."""
+    correct: BoolArray = rank < 1
+    return {"top1": 100.0 * float(correct.mean()), "top5": 100.0 * float((rank < 5).mean()), "correct": correct}
+
+
 def per_class(rank: Int64Array, labels: Int64Array, names: Sequence[str]) -> dict[str, dict[str, float]]:
-    """Of each class that has images: how many, and the top-1 of them in percent."""
+    """Number of images and top-1 in percent of each class that has images."""
     counts = np.bincount(labels, minlength=len(names))
     hits = np.bincount(labels, weights=rank < 1, minlength=len(names))
     return {name: {"n": int(n), "top1": 100.0 * float(hit / n)} for name, n, hit in zip(names, counts, hits, strict=True) if n}
 
 
 def few_classes(num_classes: int) -> list[str]:
-    """The note that a linear probe's top5 needs where there are at most five classes to rank."""
+    """A note if top-5 says nothing, because there are at most five classes."""
     return [f"top5 is 100 by definition: there are {num_classes} classes"] if num_classes <= 5 else []
 
 
-def _first(bad: Any) -> int:
+def _first(bad: BoolArray) -> int:
     return int(np.argmax(bad))

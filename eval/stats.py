@@ -1,4 +1,4 @@
-"""What a difference between two arms is worth, given the images and seeds that it was measured on.
+"""The uncertainty of an accuracy, and of the difference between two arms, from the images and seeds they were measured on.
 
 Legend: `S` seeds of an arm, `n` images.
 """
@@ -12,18 +12,18 @@ import numpy.typing as npt
 from fkd_ssl.errors import RequestError
 
 MARGIN = 1.5
-"""Percentage points within which two arms are called equal."""
+"""Two arms are called equal within this many percentage points."""
 
 
 def wilson(correct: int, n: int, z: float = 1.96) -> tuple[float, float]:
     """Wilson's score interval of an accuracy, low and high in percent.
 
     E. B. Wilson, "Probable inference, the law of succession, and statistical inference", JASA 1927. Unlike the normal
-    approximation it is of use near 0 and 100 percent.
+    approximation it holds near 0 and 100 percent.
 
     Args:
-        correct: Hits.
-        n: Images.
+        correct: Number of hits.
+        n: Number of images.
         z: Standard normal quantile; 1.96 is 95 percent.
 
     Raises:
@@ -33,7 +33,7 @@ def wilson(correct: int, n: int, z: float = 1.96) -> tuple[float, float]:
     [49.0, 94.3]
     """
     if n < 1 or not 0 <= correct <= n:
-        raise RequestError(f"expected 0 to n hits of at least one image, got {correct} of {n}")
+        raise RequestError(f"expected 0 to n hits of n >= 1 images, got {correct} of {n}")
     if not (math.isfinite(z) and z >= 0):
         raise RequestError(f"z must not be negative, got {z}")
     share = correct / n
@@ -48,31 +48,31 @@ def paired_bootstrap(
 ) -> tuple[float, float, float]:
     """Accuracy of `a` minus that of `b` in percentage points, with the percentile interval of a paired bootstrap.
 
-    Each draw takes S seeds and n images with replacement, the same ones for both arms: the arms share their images,
-    and a seed gives both the same initial weights and order. With few seeds the interval knows little of the variance
-    between seeds (with one, nothing): take it as the least there is.
+    Each draw takes S seeds and n images with replacement, the same for both arms: the arms share their images, and a seed gives
+    both the same initial weights and order. With few seeds the interval says little of the variance between seeds, with one
+    nothing: the true interval is wider.
 
     Args:
-        a: Whether each image was right, bool [S, n], or [n] for one seed.
+        a: Whether each image was classified correctly, bool [S, n], or [n] for one seed.
         b: Likewise, in the same order of seeds and images.
         level: Share of the draws inside the interval.
-        draws: Bootstrap draws.
-        seed: Of the draws.
+        draws: Number of bootstrap draws.
+        seed: Seed of the draws.
 
     Returns:
         Difference, low, high.
 
     Raises:
-        RequestError: Arms that are not booleans of one shape, or a level or number of draws that cannot be right.
+        RequestError: The arms are not booleans of one shape, or `level` or `draws` is invalid.
     """
     first, second = _arm(a, "a"), _arm(b, "b")
     if first.shape != second.shape:
-        raise RequestError(f"arms of one shape [seeds, images] are compared, got {list(first.shape)} and {list(second.shape)}")
+        raise RequestError(f"expected two arms of one shape [seeds, images], got {list(first.shape)} and {list(second.shape)}")
     if not 0 < level < 1:
-        raise RequestError(f"level must lie between 0 and 1, got {level}")
+        raise RequestError(f"level must be between 0 and 1, got {level}")
     if draws < 1:
         raise RequestError(f"draws must be at least 1, got {draws}")
-    gain = first.astype(np.int64) - second.astype(np.int64)  # whole numbers: equal arms give exactly 0
+    gain = first.astype(np.int64) - second.astype(np.int64)  # integers, so that equal arms give exactly 0
     seeds, images = gain.shape
     generator = np.random.default_rng(seed)
     sums = np.empty(draws, dtype=np.int64)
@@ -85,22 +85,22 @@ def paired_bootstrap(
 
 
 def equal(low: float, high: float, margin: float = MARGIN) -> bool:
-    """Whether an interval of a difference lies within `margin` on both sides of 0.
+    """Whether the interval of a difference is within `margin` on both sides of 0.
 
     >>> equal(-1.2, 0.4), equal(-1.6, 0.4)
     (True, False)
     """
     if not low <= high:
-        raise RequestError(f"expected an interval, low first, got {low} and {high}")
+        raise RequestError(f"expected low <= high, got {low} and {high}")
     return -margin <= low and high <= margin
 
 
 def _arm(values: npt.ArrayLike, name: str) -> npt.NDArray[Any]:
     arm = np.asarray(values)
     if arm.dtype != np.bool_:
-        raise RequestError(f"{name}: expected booleans, one an image, got {arm.dtype}")
+        raise RequestError(f"{name}: expected one boolean for each image, got {arm.dtype}")
     if arm.ndim == 1:
         arm = arm[None]
     if arm.ndim != 2 or arm.size == 0:
-        raise RequestError(f"{name}: expected [seeds, images], neither of them 0, got {list(arm.shape)}")
+        raise RequestError(f"{name}: expected a non-empty array [seeds, images], got {list(arm.shape)}")
     return arm

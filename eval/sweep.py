@@ -1,11 +1,13 @@
-"""The `sweep` probe: DINOv2's grid of learning rates on cached features, all of them at once.
+"""The `sweep` probe: linear layers on cached features with DINOv2's 13 learning rates, all trained at once.
 
 dinov2/eval/linear.py (arXiv 2304.07193): SGD with momentum 0.9 and no weight decay, 13 learning rates for a batch of 256,
-scaled to one of 1024, a cosine to 0 over the steps, weights from N(0, 0.01). Made otherwise: the layers of all rates are one
-tensor, so a step is two matrix products; the features are those of the centre crop, without augmentation; they are
-standardised, since only a vision transformer's come out of a LayerNorm and one learning rate cannot serve all lengths; and
-the rate is chosen on a held-out tenth of the training set, where DINOv2 chooses on the images that it reports. The layer is
-then trained again on all of the training set with that rate.
+scaled to a batch of 1024, cosine decay to 0, weights from N(0, 0.01). Four things differ:
+
+- The layers of all rates are one tensor, so a step is two matrix products.
+- The features are those of the centre crop, without augmentation.
+- They are standardised: learning rates depend on the length of the features, and only a vision transformer has a LayerNorm.
+- The rate is chosen on a held-out tenth of the training set, where DINOv2 chooses on the images that it reports. The layer is
+  then trained again on the whole training set.
 
 Legend: `N` training images, `n` images to score, `D` feature dimension, `C` classes, `R` rates, `B` images in a batch.
 """
@@ -22,14 +24,14 @@ from tqdm import tqdm
 from fkd_ssl.arrays import Float32Array, Int64Array
 from fkd_ssl.errors import RequestError
 from fkd_ssl.eval.logreg import held_out, standardised
-from fkd_ssl.eval.scores import accuracy, as_probe, feature_notes, few_classes, per_class, ranks
+from fkd_ssl.eval.scores import accuracy, as_probe, probe_result, ranks
 from fkd_ssl.progress import hidden
 
 RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
-"""DINOv2's, for a batch of 256."""
+"""DINOv2's learning rates, for a batch of 256."""
 BATCH = 1024
 EPOCHS = 10
-LEAST_STEPS = 2000  # of a training set for which ten epochs are few steps
+MIN_STEPS = 2000  # for small training sets, where ten epochs are few steps
 MOMENTUM = 0.9
 
 _START = 0.01
@@ -48,72 +50,73 @@ def evaluate(
     device: torch.device | str = "cpu",
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Accuracy on `features` of a linear layer trained on `train_features` with the best of many learning rates.
+    """Accuracy on `features` of a linear layer trained on `train_features` with the best of several learning rates.
 
     Args:
         train_features: Array or tensor [N, D].
-        train_labels: Array or tensor [N] of whole numbers from 0.
+        train_labels: Array or tensor [N] of integers from 0.
         features: Array or tensor [n, D].
         labels: Array or tensor [n].
         num_classes: C; by default the largest training label plus one.
-        names: Of the classes, for `per_class`.
-        rates: Learning rates for a batch of 256, to choose from.
-        seed: Of the held-out tenth, the first weights and the order.
+        names: Class names, for `per_class`.
+        rates: Learning rates to choose from, for a batch of 256.
+        seed: Seed for the held-out tenth, the initial weights and the order.
         device: Where the layers are trained.
-        progress: Show a bar on standard error.
+        progress: Show a progress bar on standard error.
 
     Returns:
-        `top1`, `top5` in percent; `correct` bool [n]; `lr`, the chosen rate; `sweep`, for each rate the held-out `top1` and
-        `loss` (None where it diverged); `steps`, `batch_size`, `n_held_out`, `n_train`, `n_val`, `classes`, `feature_dim`,
-        `seed`, `notes`, and `per_class` where there are names.
+        `top1`, `top5` in percent; `correct` bool [n]; `lr`, the chosen rate; `sweep`, the held-out `top1` and `loss` of each
+        rate (loss None if it diverged); `steps`, `batch_size`, `n_held_out`, `n_train`, `n_val`, `classes`, `feature_dim`,
+        `seed`, `notes`, and `per_class` if `names` are given.
 
     Raises:
-        RequestError: Shapes, labels or rates that cannot be right, a training set that cannot be split, or no rate that
-            did not diverge.
-        FkdError: Features that are not finite, or too large to standardise.
+        RequestError: Shapes, labels or rates are invalid, the training set cannot be split, or all rates diverged.
+        FkdError: A feature is not finite, or too large to standardise.
     """
     train, known, wanted, truth, classes = as_probe(train_features, train_labels, features, labels, num_classes)
     if len(rates) == 0 or not all(math.isfinite(rate) and rate > 0 for rate in rates):
-        raise RequestError(f"rates must be numbers above 0, got {list(rates)}")
+        raise RequestError(f"rates must be positive and finite, got {list(rates)}")
 
     held = held_out(known, seed=seed)
     batch = min(BATCH, len(train))
-    steps = max(LEAST_STEPS, math.ceil(EPOCHS * len(train) / batch))
+    steps = max(MIN_STEPS, math.ceil(EPOCHS * len(train) / batch))
     with tqdm(total=2 * steps, desc="sweep", unit="step", file=sys.stderr, disable=hidden(show=progress)) as bar:
         rest, (mean, scale) = standardised(train, ~held)
-        layers = fit(rest, torch.from_numpy(known[~held]), classes, sorted(rates), steps, seed=seed, device=device, bar=bar)
+        layers = train_layers(
+            rest, torch.from_numpy(known[~held]), classes, sorted(rates), steps, seed=seed, device=device, bar=bar
+        )
         del rest
         sweep = _choose((torch.from_numpy(train[held]) - mean) / scale, known[held], layers, sorted(rates))
-        fine = [row for row in sweep if row["loss"] is not None]
-        if not fine:
-            raise RequestError(f"every one of the rates {sorted(rates)} diverged; give lower ones")
-        best = max(fine, key=lambda row: (row["top1"], -row["loss"]))
+        converged = [row for row in sweep if row["loss"] is not None]
+        if not converged:
+            raise RequestError(f"all rates {sorted(rates)} diverged; give lower ones")
+        best = max(converged, key=lambda row: (row["top1"], -row["loss"]))
         data, (mean, scale) = standardised(train, None)
-        weight, bias = fit(data, torch.from_numpy(known), classes, [best["lr"]], steps, seed=seed, device=device, bar=bar)
+        weight, bias = train_layers(
+            data, torch.from_numpy(known), classes, [best["lr"]], steps, seed=seed, device=device, bar=bar
+        )
     scores = torch.from_numpy((wanted - mean.numpy()) / scale.numpy()).to(weight.device) @ weight[0].T + bias[0]
     rank = ranks(scores.cpu().numpy(), truth)
-    notes = [*few_classes(classes), *feature_notes(train, wanted)]
-    if len(sweep) > 1 and best["lr"] in (sweep[0]["lr"], sweep[-1]["lr"]):
-        notes.append(f"the chosen learning rate {best['lr']:g} is at the edge of the sweep")
-    return {
-        **accuracy(rank),
-        "lr": best["lr"],
-        "sweep": sweep,
-        "steps": steps,
-        "batch_size": batch,
-        "n_held_out": int(held.sum()),
-        "n_train": len(train),
-        "n_val": len(wanted),
-        "classes": classes,
-        "feature_dim": train.shape[1],
-        "seed": seed,
-        **({} if names is None else {"per_class": per_class(rank, truth, names)}),
-        "notes": notes,
-    }
+    edge = len(sweep) > 1 and best["lr"] in (sweep[0]["lr"], sweep[-1]["lr"])
+    return probe_result(
+        rank,
+        truth,
+        names,
+        train=train,
+        features=wanted,
+        classes=classes,
+        notes=[f"the chosen learning rate {best['lr']:g} is the smallest or largest that was tried"] if edge else [],
+        lr=best["lr"],
+        sweep=sweep,
+        steps=steps,
+        batch_size=batch,
+        n_held_out=int(held.sum()),
+        seed=seed,
+    )
 
 
 @torch.no_grad()
-def fit(
+def train_layers(
     features: torch.Tensor,
     labels: torch.Tensor,
     classes: int,
@@ -124,17 +127,17 @@ def fit(
     device: torch.device | str = "cpu",
     bar: "tqdm[Any] | None" = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights [R, C, D] and biases [R, C] of a layer for each rate, from the same first weights and batches.
+    """Weights [R, C, D] and biases [R, C] of one layer for each rate, from the same initial weights and batches.
 
     Args:
         features: Standardised, float32 [N, D].
         labels: int64 [N].
         classes: C.
         rates: For a batch of 256.
-        steps: Of BATCH images, or of all where there are fewer.
-        seed: Of the first weights and the order.
-        device: Where the layers are trained; the features stay where they are.
-        bar: Moves a step at a time.
+        steps: Steps of BATCH images, or of all if there are fewer.
+        seed: Seed for the initial weights and the order.
+        device: Where the layers are trained; the features are not moved.
+        bar: Is advanced at each step.
     """
     images, dim = features.shape
     batch = min(BATCH, images)

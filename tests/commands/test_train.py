@@ -80,7 +80,7 @@ def test_images_need_no_classes(work: Path, call: Any, train_line: str) -> None:
     assert call(f"{line} --out run {ONLINE}").status == 0
     answer = call(f"{line} --out other {ONLINE} --val val")
     assert answer.status == 2
-    assert "images lie outside any class folder" in answer.err
+    assert "images are outside any class folder" in answer.err
     assert not (work / "other").exists()
 
 

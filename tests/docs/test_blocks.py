@@ -326,7 +326,7 @@ def test_it_runs(page: Path, place: Any, calls_of: Any, capfd: pytest.CaptureFix
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setattr(sweep, "LEAST_STEPS", 10)
+    monkeypatch.setattr(sweep, "MIN_STEPS", 10)
     folder = place(page)
     names: dict[str, Any] = {"__name__": "page"}
     for block in blocks_of(page):

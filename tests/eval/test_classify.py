@@ -26,7 +26,7 @@ def test_accuracy_is_that_of_a_stable_sort(make_set, monkeypatch: pytest.MonkeyP
 
 def test_what_is_refused(make_set) -> None:
     images = make_set("val")
-    with pytest.raises(RequestError, match="4 class folders, and the classifier has 5 classes"):
+    with pytest.raises(RequestError, match="has 4 class folders, but the classifier has 5 classes"):
         classify.evaluate(lambda pixels: pixels, images, pixels=32, classes=5)
-    with pytest.raises(RequestError, match="images lie outside any class folder"):
+    with pytest.raises(RequestError, match="images are outside any class folder"):
         classify.evaluate(lambda pixels: pixels, replace(images, labels=images.labels - 1), pixels=32, classes=4)

@@ -213,7 +213,7 @@ def test_pictures_outside_any_class_are_refused(make_set) -> None:
     train = make_set("train", per_class=1)
     stray = train.root / "stray.png"
     stray.write_bytes(train.file(0).read_bytes())
-    with pytest.raises(RequestError, match=r"1 of 5 images lie outside any class folder \(first 'stray.png'\)"):
+    with pytest.raises(RequestError, match=r"1 of 5 images are outside any class folder \(first 'stray.png'\)"):
         features.match_classes(train, images.scan(train.root))
     with pytest.raises(RequestError, match="no images to evaluate"):
         features.match_classes(train, train.subset([]))

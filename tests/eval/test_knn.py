@@ -297,8 +297,8 @@ def test_presets_are_the_published_ones() -> None:
             RequestError,
             f"features have {D + 1} dimensions, the training features {D}",
         ),
-        ({"features": np.zeros(D)}, RequestError, rf"features: expected \[images, dimensions\].*got \[{D}\]"),
-        ({"train_features": np.full((N, D), np.nan)}, FkdError, f"train_features: {N} of {N} rows hold NaN"),
+        ({"features": np.zeros(D)}, RequestError, rf"features: expected a non-empty array \[images, dimensions\].*got \[{D}\]"),
+        ({"train_features": np.full((N, D), np.nan)}, FkdError, f"train_features: {N} of {N} rows have NaN"),
         ({"num_classes": 3}, RequestError, "train_labels: label 6, but there are 3 classes"),
     ],
 )
@@ -310,7 +310,7 @@ def test_wrong_requests_are_named(clusters, change, error, message: str) -> None
 
 def test_a_label_that_train_lacks_is_refused(clusters) -> None:
     train, labels, queries, _ = clusters
-    with pytest.raises(RequestError, match="labels: label 9, but there are 7 classes"):
+    with pytest.raises(RequestError, match="labels: label 9 is not one of the 7 classes"):
         knn.evaluate_features(train_features=train, train_labels=labels, features=queries, labels=[9] * n)
 
 

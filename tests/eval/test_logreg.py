@@ -35,7 +35,7 @@ def run(data, **options):
 @pytest.mark.parametrize("strength", [1e-4, 1e-2, 1.0])
 def test_fit_is_sklearns_optimum(strength: float) -> None:
     train, labels = gaussians(500, noise=2.0, seed=0)
-    weight, bias = logreg.fit(torch.from_numpy(train), torch.from_numpy(labels), 6, strength)
+    weight, bias = logreg.minimise(torch.from_numpy(train), torch.from_numpy(labels), 6, strength)
     oracle = LogisticRegression(C=strength, tol=1e-10, max_iter=5000).fit(train.astype(np.float64), labels)
     np.testing.assert_allclose(weight.numpy(), oracle.coef_, atol=2e-3 * np.abs(oracle.coef_).max())
     # only differences of biases matter: nothing else holds their mean
@@ -74,7 +74,7 @@ def test_the_strength_is_chosen_on_train_alone(noisy) -> None:
 def test_the_sweep_can_be_chosen_and_its_edge_is_noted(noisy) -> None:
     result = run(noisy, strengths=[1e-2, 1e-3])
     assert [row["C"] for row in result["sweep"]] == [1e-3, 1e-2]
-    assert any("edge of the sweep" in note for note in result["notes"])
+    assert any("smallest or largest that was tried" in note for note in result["notes"])
     assert run(noisy, strengths=[1e-2])["notes"] == []
 
 
@@ -102,13 +102,13 @@ def test_wrong_requests_are_named(noisy) -> None:
         run((train, labels * 0, features, wanted * 0))
     with pytest.raises(RequestError, match="no class has two training images"):
         run((train[:3], [0, 1, 2], features, wanted * 0))
-    with pytest.raises(RequestError, match=r"strengths must be numbers above 0, got \[1.0, 0.0\]"):
+    with pytest.raises(RequestError, match=r"strengths must be positive, got \[1.0, 0.0\]"):
         run(noisy, strengths=[1.0, 0.0])
     with pytest.raises(RequestError, match="labels: label 5, but there are 3 classes"):
         run((train, labels % 3, features, wanted))
     with pytest.raises(RequestError, match="features have 4 dimensions, the training features 20"):
         run((train, labels, features[:, :4], wanted))
-    with pytest.raises(FkdError, match="features: 300 of 300 rows hold NaN"):
+    with pytest.raises(FkdError, match="features: 300 of 300 rows have NaN"):
         run((train, labels, features * np.nan, wanted))
     with pytest.raises(FkdError, match=r"values up to 3.4e\+38 cannot be standardised in float32"):
         run((np.float32([[3.4e38], [-3.4e38], [-3.4e38]] * 4), [0, 1, 1] * 4, features[:, :1], wanted * 0))

@@ -77,7 +77,7 @@ def test_the_knn_is_of_the_epochs_features(loaders) -> None:
 
 
 def test_the_bank_keeps_the_latest(loaders) -> None:
-    callback = OnlineKNN(k=3, most=20)
+    callback = OnlineKNN(k=3, max_features=20)
     train(Module(), loaders, [callback], epochs=1)
     labels = torch.cat([part for _, part in callback.bank])
     assert labels.tolist() == loaders[0].dataset.tensors[1][16:].tolist()
@@ -101,7 +101,7 @@ def test_labels_come_from_anywhere(loaders) -> None:
     [
         (lambda: OnlineKNN("encoder"), RequestError, "Module has no submodule 'encoder'; it has backbone, "),
         (lambda: OnlineKNN(k=0), RequestError, "k must be at least 1, got 0"),
-        (lambda: OnlineLinear(1), RequestError, "num_classes 1: a probe needs two"),
+        (lambda: OnlineLinear(1), RequestError, "num_classes 1: a probe needs at least two"),
         (lambda: OnlineKNN(labels=lambda batch: batch[1][:3]), FkdError, "backbone returned 8 features for 3 labels"),
     ],
 )

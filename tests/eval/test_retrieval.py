@@ -49,7 +49,7 @@ def test_measures_are_their_definitions(data, alone: bool, kind) -> None:
     assert found["map_at_r"] == pytest.approx(map_at_r)
     assert found["correct"].mean() * 100 == pytest.approx(found["recall"]["1"])
     assert found["n_queries"] == (119 if alone else 40)
-    assert found["notes"] == (["1 images are alone in their class and are not sought"] if alone else [])
+    assert found["notes"] == (["1 images are the only ones of their class and are not searched for"] if alone else [])
 
 
 def test_what_an_index_does_not_find_is_a_miss(data) -> None:
@@ -68,15 +68,15 @@ def test_a_gallery_smaller_than_ten(data) -> None:
     gallery, _, queries, wanted = data
     found = retrieval.evaluate(gallery=gallery[:4], gallery_labels=[0, 1, 1, 0], queries=queries, labels=wanted % 2)
     assert found["recall"]["10"] == 100
-    assert found["notes"] == ["precision@10 cannot be 100: 4 images can be found"]
+    assert found["notes"] == ["precision@10 is below 100 by definition: only 4 images can be found"]
 
 
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"labels": np.full(40, 9)}, RequestError, "labels: label 9, but there are 5 classes in the training labels"),
+        ({"labels": np.full(40, 9)}, RequestError, "labels: label 9 is not one of the 5 classes in the training"),
         ({"labels": np.full(40, -1)}, RequestError, "labels: 40 of 40 have no class"),
-        ({"queries": np.full((40, 8), np.nan)}, FkdError, "queries: 40 of 40 rows hold NaN"),
+        ({"queries": np.full((40, 8), np.nan)}, FkdError, "queries: 40 of 40 rows have NaN"),
         ({"queries": np.zeros((40, 7))}, RequestError, "features have 7 dimensions, the training features 8"),
         ({"gallery_labels": np.zeros(3, int)}, RequestError, "gallery_labels: expected one label for each of 120"),
         ({"queries": None, "gallery_labels": np.arange(120)}, RequestError, "every class has one image"),

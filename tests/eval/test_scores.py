@@ -29,20 +29,20 @@ def test_features_of_any_kind_become_float32(values: object) -> None:
 
 
 def test_wrong_features_are_refused() -> None:
-    with pytest.raises(RequestError, match=r"queries: expected \[images, dimensions\].*got \[4\]"):
+    with pytest.raises(RequestError, match=r"queries: expected a non-empty array \[images, dimensions\].*got \[4\]"):
         scores.as_features(np.zeros(4), "queries")
     with pytest.raises(RequestError, match=r"got \[0, 4\]"):
         scores.as_features(np.zeros((0, 4)), "queries")
     bad = np.zeros((5, 2))
     bad[3, 1], bad[4, 0] = np.nan, np.inf
-    with pytest.raises(FkdError, match="queries: 2 of 5 rows hold NaN or infinity, first row 3"):
+    with pytest.raises(FkdError, match="queries: 2 of 5 rows have NaN or infinity, first row 3"):
         scores.as_features(bad, "queries")
     with pytest.raises(RequestError, match="features have 3 dimensions, the training features 2"):
         scores.same_dimension(np.zeros((1, 2), np.float32), np.zeros((1, 3), np.float32))
 
 
 def test_wrong_labels_are_refused() -> None:
-    with pytest.raises(RequestError, match="labels: expected whole numbers, got float64"):
+    with pytest.raises(RequestError, match="labels: expected integers, got float64"):
         scores.as_labels([0.0, 1.0], 2, "labels")
     with pytest.raises(RequestError, match=r"one label for each of 3 features, got shape \[2\]"):
         scores.as_labels([0, 1], 3, "labels")

@@ -81,13 +81,13 @@ def test_one_seed_is_the_textbook_bootstrap() -> None:
 
 def test_bootstrap_refuses_nonsense() -> None:
     arm = np.ones((2, 4), dtype=bool)
-    with pytest.raises(RequestError, match=r"one shape \[seeds, images\] are compared, got \[2, 4\] and \[2, 3\]"):
+    with pytest.raises(RequestError, match=r"expected two arms of one shape \[seeds, images\], got \[2, 4\] and \[2, 3\]"):
         stats.paired_bootstrap(arm, arm[:, :3])
-    with pytest.raises(RequestError, match="b: expected booleans, one an image, got int64"):
+    with pytest.raises(RequestError, match="b: expected one boolean for each image, got int64"):
         stats.paired_bootstrap(arm, np.ones((2, 4), dtype=np.int64))
-    with pytest.raises(RequestError, match=r"a: expected \[seeds, images\], neither of them 0, got \[0, 4\]"):
+    with pytest.raises(RequestError, match=r"a: expected a non-empty array \[seeds, images\], got \[0, 4\]"):
         stats.paired_bootstrap(arm[:0], arm[:0])
-    with pytest.raises(RequestError, match="level must lie between 0 and 1, got 90"):
+    with pytest.raises(RequestError, match="level must be between 0 and 1, got 90"):
         stats.paired_bootstrap(arm, arm, level=90)
     with pytest.raises(RequestError, match="draws must be at least 1, got 0"):
         stats.paired_bootstrap(arm, arm, draws=0)
@@ -98,7 +98,7 @@ def test_equal_needs_the_whole_interval_inside() -> None:
     assert not stats.equal(-1.51, 0.0)
     assert not stats.equal(0.0, 1.51)
     assert stats.equal(-1.9, 1.9, margin=2)
-    with pytest.raises(RequestError, match="expected an interval, low first, got 1 and -1"):
+    with pytest.raises(RequestError, match="expected low <= high, got 1 and -1"):
         stats.equal(1, -1)
     with pytest.raises(RequestError, match="got nan"):
         stats.equal(math.nan, 1)

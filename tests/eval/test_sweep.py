@@ -25,7 +25,7 @@ def test_all_rates_at_once_are_torchs_sgd_one_by_one(data, monkeypatch) -> None:
     monkeypatch.setattr(sweep, "BATCH", 64)
     features, labels = torch.randn(150, 10), torch.from_numpy(data["train_labels"][:150])
     rates = [1e-3, 0.1, 1.0]
-    weights, biases = sweep.fit(features, labels, 4, rates, 30, seed=3)
+    weights, biases = sweep.train_layers(features, labels, 4, rates, 30, seed=3)
     for rate, weight, bias in zip(rates, weights, biases, strict=True):
         generator = torch.Generator().manual_seed(3)
         layer = torch.nn.Linear(10, 4)
@@ -45,7 +45,7 @@ def test_all_rates_at_once_are_torchs_sgd_one_by_one(data, monkeypatch) -> None:
 
 
 def test_it_is_as_good_as_logistic_regression(data, monkeypatch) -> None:
-    monkeypatch.setattr(sweep, "LEAST_STEPS", 400)
+    monkeypatch.setattr(sweep, "MIN_STEPS", 400)
     found = sweep.evaluate(**data, progress=False, names=["a", "b", "c", "d"])
     assert abs(found["top1"] - logreg.evaluate(**data, progress=False)["top1"]) < 3
     assert found["lr"] == max(found["sweep"], key=lambda row: (row["top1"], -row["loss"]))["lr"]
@@ -56,7 +56,7 @@ def test_it_is_as_good_as_logistic_regression(data, monkeypatch) -> None:
 
 
 def test_the_images_that_are_scored_choose_nothing(data, monkeypatch) -> None:
-    monkeypatch.setattr(sweep, "LEAST_STEPS", 20)
+    monkeypatch.setattr(sweep, "MIN_STEPS", 20)
     first = sweep.evaluate(**data, progress=False)
     other = sweep.evaluate(**{**data, "labels": (data["labels"] + 1) % 4}, progress=False)
     assert (first["lr"], first["sweep"]) == (other["lr"], other["sweep"])
@@ -64,29 +64,29 @@ def test_the_images_that_are_scored_choose_nothing(data, monkeypatch) -> None:
 
 
 def test_a_rate_that_diverges_is_never_chosen(data, monkeypatch) -> None:
-    monkeypatch.setattr(sweep, "LEAST_STEPS", 20)
+    monkeypatch.setattr(sweep, "MIN_STEPS", 20)
     found = sweep.evaluate(**data, progress=False, rates=[0.01, 1e38])
     assert found["lr"] == 0.01
     assert found["sweep"][1] == {"lr": 1e38, "top1": 0.0, "loss": None}
-    with pytest.raises(RequestError, match=r"every one of the rates \[1e\+38\] diverged; give lower ones"):
+    with pytest.raises(RequestError, match=r"all rates \[1e\+38\] diverged; give lower ones"):
         sweep.evaluate(**data, progress=False, rates=[1e38])
 
 
 def test_a_choice_at_the_edge_is_noted(data, monkeypatch) -> None:
-    monkeypatch.setattr(sweep, "LEAST_STEPS", 20)
+    monkeypatch.setattr(sweep, "MIN_STEPS", 20)
     notes = sweep.evaluate(**data, progress=False, rates=[1e-6, 1e-5])["notes"]
-    assert any("the chosen learning rate" in note and "edge of the sweep" in note for note in notes)
+    assert any("the chosen learning rate" in note and "smallest or largest that was tried" in note for note in notes)
 
 
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"rates": []}, RequestError, r"rates must be numbers above 0, got \[\]"),
-        ({"rates": [0.1, -1]}, RequestError, "rates must be numbers above 0"),
-        ({"train_labels": np.zeros(400, int)}, RequestError, "one class only; a score needs two"),
+        ({"rates": []}, RequestError, r"rates must be positive and finite, got \[\]"),
+        ({"rates": [0.1, -1]}, RequestError, "rates must be positive and finite"),
+        ({"train_labels": np.zeros(400, int)}, RequestError, "one class only; a score needs at least two"),
         ({"train_labels": np.zeros(3, int)}, RequestError, "expected one label for each of 400 features"),
         ({"labels": np.full(150, -1)}, RequestError, "labels: 150 of 150 have no class"),
-        ({"features": np.full((150, 10), np.nan)}, FkdError, "features: 150 of 150 rows hold NaN"),
+        ({"features": np.full((150, 10), np.nan)}, FkdError, "features: 150 of 150 rows have NaN"),
         ({"features": np.zeros((150, 9))}, RequestError, "features have 9 dimensions, the training features 10"),
     ],
 )
