@@ -289,6 +289,17 @@ def npy_header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
     return buffer.getvalue()
 
 
+def digest_array(digests: Sequence[str], path: Path) -> npt.NDArray[np.uint8]:
+    """Hex sha256 as uint8 [n, 32], zeros for empty ones; raises StoreError, naming the file `path`, if one is not a sha256."""
+    try:
+        if all(len(digest) in (0, 64) for digest in digests):
+            values = bytes.fromhex("".join(digest or "0" * 64 for digest in digests))
+            return np.frombuffer(values, dtype=np.uint8).reshape(len(digests), 32)
+    except ValueError:
+        pass
+    raise StoreError(f"{path}: an image's checksum is not a sha256; the file is damaged")
+
+
 def write_npy(path: Path, array: npt.NDArray[Any]) -> str:
     """Publishes an array as .npy; returns the file's sha256."""
     data = npy_header(array.dtype, array.shape) + np.ascontiguousarray(array).tobytes()

@@ -5,7 +5,6 @@ from abc import abstractmethod
 import torch
 from torch.utils.data import Dataset
 
-from fkd_ssl.arrays import UInt8Array
 from fkd_ssl.crops import Records
 from fkd_ssl.data.pixels import Batch, Pixels, Planned, Replayed, Sides
 from fkd_ssl.data.samples import Samples
@@ -101,14 +100,11 @@ class Crops(Dataset[Batch]):
     def _put(self, pixels: Pixels, k: int, pass_: int, i: int) -> None:
         """An image and its crops as the k-th of a batch."""
         path = self._where(i)
-        image = self._decode(i, self._read(i), path)
+        image = decode(self._read(i), path)
         try:
             pixels.put(k, image, self._records(pass_, i, image.shape[0], image.shape[1]))
         except ImageError as error:
             raise ImageError(f"{path}: {error}") from error
-
-    def _decode(self, i: int, data: bytes, where: str) -> UInt8Array:
-        return decode(data, where)
 
     def _more(self, pairs: list[tuple[int, int]]) -> Batch:
         """What else a batch has of these passes and images."""

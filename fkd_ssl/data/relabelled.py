@@ -1,13 +1,14 @@
 """Crops drawn anew, with the targets that ReLabel's label maps have for them."""
 
+import numpy as np
 import torch
 
-from fkd_ssl.arrays import UInt8Array
 from fkd_ssl.crops import Recipe, Records
+from fkd_ssl.data.contents import Contents
 from fkd_ssl.data.fresh import FreshCrops
 from fkd_ssl.data.pixels import Batch
 from fkd_ssl.errors import ImageError
-from fkd_ssl.images import ImageSource, decode
+from fkd_ssl.images import ImageSource
 from fkd_ssl.relabel.maps import LabelMaps
 
 
@@ -46,22 +47,24 @@ class RelabelledCrops(FreshCrops):
     ) -> None:
         self.maps = maps
         self._rows = maps.rows(images)
+        self._contents = Contents(maps.image_checksums()[self._rows], maps.sizes["bytes"][self._rows].astype(np.int64))
         super().__init__(
             images, recipe, crops_per_image=crops_per_image, pixels=pixels, seed=seed, teacher_pixels=teacher_pixels,
             skip_unreadable=skip_unreadable, decode_only=decode_only,
         )  # fmt: skip
 
-    def _decode(self, i: int, data: bytes, where: str) -> UInt8Array:
-        size = self.maps.sizes[self._rows[i]]
-        if not size["width"]:
-            raise ImageError(f"{where}: could not be read when the label maps were made; make label maps of these images")
-        image = decode(data, where) if len(data) == size["bytes"] else None
-        if image is None or image.shape[:2] != (size["height"], size["width"]):
+    def _read(self, i: int) -> bytes:
+        if not self.maps.sizes["width"][self._rows[i]]:
             raise ImageError(
-                f"{where}: changed since its label map was made: {len(data)} bytes now, {size['bytes']} then "
-                f"({size['width']} x {size['height']} pixels); restore it, or make label maps of these images"
+                f"{self._where(i)}: could not be read when the label maps were made; make label maps of these images"
             )
-        return image
+        data = super()._read(i)
+        if change := self._contents.change(i, data):
+            raise ImageError(
+                f"{self._where(i)}: changed since its label map was made: {change}; restore it, or make label maps of "
+                "these images"
+            )
+        return data
 
     def _drawn(self, pass_: int, i: int) -> Records:
         """The records that a pass draws of an image, whose size the maps know."""

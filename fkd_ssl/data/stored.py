@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fkd_ssl.arrays import Int64Array
 from fkd_ssl.crops import Records
+from fkd_ssl.data.contents import Contents
 from fkd_ssl.data.crops import Crops
 from fkd_ssl.data.pixels import Batch
 from fkd_ssl.errors import ImageError, RequestError, StoreError
@@ -46,6 +47,8 @@ class StoredCrops(Crops):
             from the folder.
         RequestError: A column is named twice, or crops_per_image is more than the store holds.
     """
+
+    _compare_again = False  # the content of an image, in every pass
 
     def __init__(
         self,
@@ -93,13 +96,7 @@ class StoredCrops(Crops):
         self._positions = store.find_images(self.images, rows)
         self.labels = self.images.labels[self._positions]
         self._rows = rows
-        # of the images that this process has not read yet: two images of one size may have been swapped
-        self._unchecked = np.full(len(rows), not scale_boxes)
-        self._checksums = np.empty((0 if scale_boxes else len(rows), 32), dtype=np.uint8)
-        each = store.manifest.rows_per_shard
-        for shard in [] if scale_boxes else np.unique(rows // each).tolist():
-            first, end = np.searchsorted(rows, (shard * each, (shard + 1) * each))
-            self._checksums[first:end] = store.image_checksums(shard)[rows[first:end] - shard * each]
+        self._contents = None if scale_boxes else _contents(store, rows)
         self.seed = seed
         self.scale_boxes = scale_boxes
         super().__init__(
@@ -118,26 +115,12 @@ class StoredCrops(Crops):
 
     def _read(self, i: int) -> bytes:
         data = self.images.read(int(self._positions[i]))
-        if not self.scale_boxes:
-            self._check(i, data)
-        return data
-
-    def _check(self, i: int, data: bytes) -> None:
-        """Raises ImageError if an image is not the one that its crops were drawn for.
-
-        Its content is compared where a process reads it for the first time, later only its size: sha256 of a photograph takes
-        2 % of the time that its crops take, and 7 % on processors without instructions for it.
-        """
-        expected = self.store.sizes["bytes"][self._rows[i]]
-        found = f"{len(data)} bytes now, {expected} then"
-        if len(data) == expected and self._unchecked[i]:
-            self._unchecked[i] = hashlib.sha256(data).digest() != self._checksums[i].tobytes()
-            found = f"other content of the same {expected} bytes"
-        if len(data) != expected or self._unchecked[i]:
+        if self._contents is not None and (change := self._contents.change(i, data, again=self._compare_again)):
             raise ImageError(
-                f"{self._where(i)}: changed since the store was made: {found}; restore it, or if these are smaller copies of "
+                f"{self._where(i)}: changed since the store was made: {change}; restore it, or if these are smaller copies of "
                 "the store's images, ask for --scale_boxes"
             )
+        return data
 
     def _records(self, pass_: int, i: int, height: int, width: int) -> Records:
         row = int(self._rows[i])
@@ -165,6 +148,15 @@ class StoredCrops(Crops):
 
     def _label(self, i: int) -> int:
         return int(self.labels[i])
+
+
+def _contents(store: Store, rows: Int64Array) -> Contents:
+    """What these rows' images held when the store was made."""
+    checksums, each = np.empty((len(rows), 32), dtype=np.uint8), store.manifest.rows_per_shard
+    for shard in np.unique(rows // each).tolist():
+        first, end = np.searchsorted(rows, (shard * each, (shard + 1) * each))
+        checksums[first:end] = store.image_checksums(shard)[rows[first:end] - shard * each]
+    return Contents(checksums, store.sizes["bytes"][rows].astype(np.int64))
 
 
 def scaled(records: Records, stored: tuple[int, int], found: tuple[int, int]) -> Records:

@@ -137,18 +137,22 @@ def generate(
         for shard in missing:
             path = layout.maps_file(folder, shard)
             count = len(manifest.shard_rows(shard))
-            with work.open_work(work.shard_file(path), manifest.digest, unit=manifest.dtype.itemsize, crops=count) as rows:
+            file, unit = work.shard_file(path), manifest.dtype.itemsize
+            with work.open_work(file, manifest.digest, unit=unit, crops=count, per_row=1) as rows:
                 if rows is None or path.with_suffix(".json").exists():  # another process is at it, or was faster
                     continue
                 bar.update(rows.crops)
                 left = manifest.shard_rows(shard)[rows.crops :]
-                for views in _views(images, sizes, left, manifest, pool, skip_unreadable=skip_unreadable):
+                del rows.checksums[rows.crops :]
+                for views, checksums in _views(images, sizes, left, manifest, pool, skip_unreadable=skip_unreadable):
+                    rows.checksums += checksums
                     rows.add(_sparse(dense, views, manifest))
                     bar.update(len(views))
                     made += sum(view is not None for view in views)
                 digest = rows.publish(path, manifest.dtype, (count,))
                 maps = files.map_npy(path, manifest.dtype, (count,))
-                write_sidecar(path, manifest, shard, {"file": digest, "skipped": layout.skipped_in(maps)})
+                sidecar = {"file": digest, "images": rows.checksums, "skipped": layout.skipped_in(maps)}
+                write_sidecar(path, manifest, shard, sidecar)
     unfinished = layout.missing_shards(folder, manifest)
     for shard in range(manifest.shards):  # what a process left that was killed before it could remove it
         if shard not in unfinished:
@@ -258,20 +262,20 @@ def _create(
 def _views(
     images: ImageSource, sizes: npt.NDArray[np.void], rows: range, manifest: layout.Manifest, pool: ThreadPoolExecutor,
     *, skip_unreadable: bool,
-) -> Iterator[list[UInt8Array | None]]:  # fmt: skip
-    """Batches of whole images; the next one is read while the teacher sees this one."""
+) -> Iterator[tuple[list[UInt8Array | None], list[str]]]:  # fmt: skip
+    """Batches of whole images with their sha256; the next one is read while the teacher sees this one."""
     calls = (partial(_whole, images, row, sizes[row], manifest.pixels, skip_unreadable) for row in rows)
-    views = in_order(pool, calls, manifest.batch_size)
-    while batch := list(islice(views, manifest.batch_size)):
-        yield batch
+    found = in_order(pool, calls, manifest.batch_size)
+    while batch := list(islice(found, manifest.batch_size)):
+        yield [view for view, _ in batch], [checksum for _, checksum in batch]
 
 
-def _whole(images: ImageSource, row: int, size: np.void, pixels: int, skip_unreadable: bool) -> UInt8Array | None:
-    """A whole image squashed to a square: uint8 [3, P, P]; None for a damaged one that is skipped."""
+def _whole(images: ImageSource, row: int, size: np.void, pixels: int, skip_unreadable: bool) -> tuple[UInt8Array | None, str]:
+    """A whole image squashed to a square, uint8 [3, P, P], and the sha256 of its bytes; None and "" if it is skipped."""
     path, height, width = images.where(row), int(size["height"]), int(size["width"])
     if not width:
         if skip_unreadable:
-            return None
+            return None, ""
         raise FkdError(f"{path}: could not be read when the label maps were begun; pass --on_unreadable skip, as was done then")
     changed = (
         f"{path}: changed since the label maps were begun ({width} x {height} pixels, {size['bytes']} bytes then); restore "
@@ -284,12 +288,12 @@ def _whole(images: ImageSource, row: int, size: np.void, pixels: int, skip_unrea
         image = decode(data, path)
     except ImageError:
         if skip_unreadable:
-            return None
+            return None, ""
         raise
     if image.shape[:2] != (height, width):
         raise FkdError(changed)
     view: UInt8Array = replay(image, box_record(0, 0, height, width), pixels)[0]
-    return view
+    return view, files.sha256(data)
 
 
 def _sparse(dense: Dense, views: list[UInt8Array | None], manifest: layout.Manifest) -> npt.NDArray[Any]:

@@ -2,8 +2,8 @@
 
 FOLDER/ holds `images.txt` (paths, a line each), `images.npy` (bytes, width and height of each), `manifest.json`, the last file
 of a new folder, and `maps/NNNNN.npy`, an array [rows] of records of `classes` uint16 [k, h, w] and `logits` float16 [k, h, w],
-the largest first, each with a sidecar NNNNN.json: its sha256, its shard, the manifest's digest, and the images that were
-skipped, whose logits are NaN. numpy.load reads every array without pickle.
+the largest first, each with a sidecar NNNNN.json: its sha256, those of its images, its shard, the manifest's digest, and the
+images that were skipped, whose logits are NaN. numpy.load reads every array without pickle.
 
 Legend: `K` classes, `k` of them kept at each of `h` x `w` places.
 """
@@ -19,6 +19,7 @@ from fkd_ssl import files
 from fkd_ssl.errors import StoreError
 from fkd_ssl.store import listing
 from fkd_ssl.store.listing import MANIFEST, Listing, read_values
+from fkd_ssl.store.manifest import string_list
 
 ROWS_PER_SHARD = 16384  # few files, since each that is mapped stays open
 MOST_CLASSES = 2**16
@@ -96,10 +97,11 @@ def maps_file(folder: Path, shard: int) -> Path:
 
 def read_sidecar(path: Path, manifest: Manifest, shard: int) -> dict[str, Any]:
     """The sidecar of a shard's maps; raises StoreError where it is damaged, or of another shard or other label maps."""
-    values = listing.read_sidecar(path, manifest, shard, {"skipped"})
+    values = listing.read_sidecar(path, manifest, shard, {"images", "skipped"})
     skipped, count = values["skipped"], len(manifest.shard_rows(shard))
     if not isinstance(skipped, list) or not all(type(row) is int and 0 <= row < count for row in skipped):
         raise StoreError(f"{path}: its .json has an impossible list of skipped images; the file is damaged")
+    string_list(values["images"], count, path.with_suffix(".json"))
     return values
 
 

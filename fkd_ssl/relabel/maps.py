@@ -15,7 +15,7 @@ from torch import Tensor
 from torchvision.ops import roi_align
 
 from fkd_ssl import files
-from fkd_ssl.arrays import Float32Array, Int64Array
+from fkd_ssl.arrays import Float32Array, Int64Array, UInt8Array
 from fkd_ssl.crops import Records, unpack
 from fkd_ssl.errors import StoreError
 from fkd_ssl.images import ImageSource
@@ -131,6 +131,12 @@ class LabelMaps:
         whole = torch.zeros(len(boxes), self.classes)
         whole[:, torch.from_numpy(present)] = pooled[:, :, 0, 0]
         return whole.softmax(dim=1)
+
+    def image_checksums(self) -> UInt8Array:
+        """sha256 of all images as uint8 [N, 32]; raises StoreError if a sidecar is damaged."""
+        paths = [layout.maps_file(self.folder, shard) for shard in range(self.manifest.shards)]
+        sidecars = [layout.read_sidecar(path, self.manifest, shard) for shard, path in enumerate(paths)]
+        return np.concatenate([files.digest_array(s["images"], p) for s, p in zip(sidecars, paths, strict=True)])
 
     def verify(self) -> None:
         """Compares every file of maps with its checksum; raises StoreError, naming the first that differs."""

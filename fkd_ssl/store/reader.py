@@ -26,7 +26,7 @@ _MAX_DIM = 65536
 _TEACHERS = "teacher-"  # what the arrays that a teacher brings begin with
 _MAX_NUMBER = 2.0**53
 MAX_ARRAY = 2**28  # bytes of all arrays that a teacher brings, with their headers; of a codec's array at most
-_SHA256, _HEX = re.compile("[0-9a-f]{64}"), re.compile("[0-9a-f]*")
+_SHA256 = re.compile("[0-9a-f]{64}")
 # a sidecar of crops as it is spelled: to see which of a million rows were skipped, a million checksums are not parsed
 _CROPS_SIDECAR = re.compile(
     rb'\{"file":"[0-9a-f]{64}","images":\[(?P<images>[0-9a-f",]*+)\],"manifest":"(?P<manifest>[0-9a-f]{64})",'
@@ -337,15 +337,19 @@ class Store:
 
     def skipped(self, shard: int) -> list[int]:
         """Rows of a shard whose images were skipped as unreadable."""
-        path, rows = layout.crops_file(self.folder, shard).with_suffix(".json"), self.manifest.shard_rows(shard)
-        match = files.match_signed(path, _CROPS_SIDECAR)
-        own = match is not None and (match["manifest"].decode(), int(match["shard"])) == (self.manifest.digest, shard)
-        if match is not None and own and match["images"].count(b'"') == 2 * len(rows):
+        if match := self._match_sidecar(shard):
             skipped = [int(row) for row in match["skipped"].split(b",") if row]
-            if all(row in rows for row in skipped):
+            if all(row in self.manifest.shard_rows(shard) for row in skipped):
                 return skipped
         whole: list[int] = self.crops_sidecar(shard)["skipped"]  # or what is wrong with it
         return whole
+
+    def _match_sidecar(self, shard: int) -> re.Match[bytes] | None:
+        """The sidecar of a shard's crops without parsing its JSON; None if something is wrong with it."""
+        path, rows = layout.crops_file(self.folder, shard).with_suffix(".json"), self.manifest.shard_rows(shard)
+        match = files.match_signed(path, _CROPS_SIDECAR)
+        own = match is not None and (match["manifest"].decode(), int(match["shard"])) == (self.manifest.digest, shard)
+        return match if match is not None and own and match["images"].count(b'"') == 2 * len(rows) else None
 
     def find_images(self, images: ImageSource, rows: Int64Array | None = None) -> Int64Array:
         """The index of each row's image in an image set, of all rows by default: int64 [len(rows)].
@@ -365,13 +369,9 @@ class Store:
 
     def image_checksums(self, shard: int) -> UInt8Array:
         """sha256 of a shard's images as uint8 [rows, 32], zeros for those skipped as unreadable."""
-        path, rows = layout.crops_file(self.folder, shard).with_suffix(".json"), self.manifest.shard_rows(shard)
-        match = files.match_signed(path, _CROPS_SIDECAR)
+        match = self._match_sidecar(shard)
         listed = match["images"].decode().replace('"', "").split(",") if match else self.crops_sidecar(shard)["images"]
-        digits = "".join(checksum or "0" * 64 for checksum in listed)
-        if len(listed) != len(rows) or not all(len(checksum) in (0, 64) for checksum in listed) or not _HEX.fullmatch(digits):
-            raise StoreError(f"{path}: expected {len(rows)} sha256 of images; the file is damaged")
-        return np.frombuffer(bytes.fromhex(digits), dtype=np.uint8).reshape(-1, 32)
+        return files.digest_array(listed, layout.crops_file(self.folder, shard).with_suffix(".json"))
 
     def crops(self, row: int, index: Index) -> Records:
         """Crop records [m] of the crops `index` of a row, read-only."""

@@ -1,17 +1,20 @@
 """Fresh crops with the targets of label maps."""
 
+import hashlib
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 from fkd_ssl.crops import RECIPES, draw, image_key
 from fkd_ssl.data import Batch, FreshCrops, Loader, RelabelledCrops, replay_on_device, whole_batch
 from fkd_ssl.errors import ImageError, StoreError
 from fkd_ssl.images import Folder, scan
-from fkd_ssl.relabel import LabelMaps
+from fkd_ssl.relabel import LabelMaps, generate
 
 PAIRS = [(0, 3), (0, 20), (2, 3), (1, 8)]
 
@@ -73,6 +76,28 @@ def test_an_image_that_changed_is_refused(own_images: Folder, maps: LabelMaps) -
     data = crops(own_images, maps)
     with pytest.raises(ImageError, match=r"cedar/004.jpg: changed since its label map was made: .* bytes now"):
         data[20]
+
+
+def test_images_swapped_among_their_names_are_found(tmp_path: Path, new_dense: Any, smooth: Any) -> None:
+    """Uncompressed images of one shape have the same number of bytes."""
+    first, second = tmp_path / "set/a.bmp", tmp_path / "set/b.bmp"
+    first.parent.mkdir()
+    for k, path in enumerate((first, second)):
+        Image.fromarray(smooth(k, 60, 70)).save(path)
+    dense = new_dense()
+    dense.stop_at = 1
+    with suppress(KeyboardInterrupt):  # what is known of the images that were seen before is kept
+        generate(scan(first.parent), tmp_path / "maps", dense, batch_size=1, progress=False)
+    generate(scan(first.parent), tmp_path / "maps", new_dense(), batch_size=1, progress=False)
+    maps = LabelMaps(tmp_path / "maps")
+    expected = [hashlib.sha256(path.read_bytes()).digest() for path in (first, second)]
+    assert [row.tobytes() for row in maps.image_checksums()] == expected
+    assert len(crops(scan(first.parent), maps)[1]["images"])
+    one, other = first.read_bytes(), second.read_bytes()
+    first.write_bytes(other)
+    second.write_bytes(one)
+    with pytest.raises(ImageError, match=r"a\.bmp: changed since its label map was made: other content of the same"):
+        crops(scan(first.parent), maps)[0]
 
 
 def test_where_an_image_is_skipped_its_stand_in_brings_its_own_targets(own_images: Folder, maps: LabelMaps) -> None:
