@@ -4,7 +4,7 @@
     python benchmarks/imagenet.py --photos photos --folder scratch --teacher mocov2 --checkpoint F.pth.tar
 
 The tables are arithmetic: files as in `benchmarks/store_sizes.py`, crops over crops a second. With `--photos` a folder of
-1,281,167 links to those photographs is made, `fkd-ssl plan` runs on it, and the folder is removed: times of this machine.
+1,281,167 links to those photographs is made, `fkd-ssl plan` runs on it, and the folder is removed.
 """
 
 import argparse

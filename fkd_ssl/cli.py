@@ -22,7 +22,7 @@ VERBS = {
     "teachers": "known teachers: network, target, source, licence; `teachers fetch NAME` downloads one",
     "pretrain": "train a MoCo v2 or SwAV teacher on a folder of images (lightly)",
     "cache": "a smaller copy of a folder of images, for training on small crops",
-    "plan": "bytes, hours and break-even of a precompute, before it; writes nothing",
+    "plan": "bytes of a store in each codec, before it is made; writes nothing",
     "precompute": "run a teacher once over stored crops of every image",
     "inspect": "what a store holds",
     "show": "a contact sheet of an image: its stored crops and their nearest neighbours",

@@ -1,7 +1,6 @@
 """plan, subset, recode and verify --repair on the command line."""
 
 import json
-import math
 import shutil
 import unicodedata
 from pathlib import Path
@@ -10,10 +9,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from fkd_ssl.commands.plan import Costs, estimate, timed
-from fkd_ssl.commands.resolve import cpu_threads
-
-PLAN = "plan --images train --teacher own_teacher:make --student squeezenet1_1 --pixels 32 --seconds 0.1 --batch_size 16"
+PLAN = "plan --images train --teacher own_teacher:make"
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -31,28 +27,21 @@ class TestPlan:
         before = contents(work)
         status, out, _ = call(f"{PLAN} --crops 10")
         assert status == 0
-        assert out.startswith("18 images x 10 crops = 180 targets, D = 16, at 32 px; ")
+        assert out.startswith("18 images x 10 crops = 180 targets, D = 16; ")
         assert "SQ8           36" in out
         assert "<- --codec" in out
-        assert "the store has paid from the" in out or "a store saves no time" in out
+        assert out.endswith("into a store of its own prints crops a second; this store has 180\n")
         assert {name: data for name, data in contents(work).items() if "__pycache__" not in name} == {
             name: data for name, data in before.items() if "__pycache__" not in name
         }
 
     def test_json_is_consistent(self, work: Path, call: Any) -> None:
-        status, out, _ = call(f"{PLAN} --crops 10 --epochs 20 --codec SQ4 --limit 7 --json")
+        status, out, _ = call(f"{PLAN} --crops 10 --codec SQ4 --limit 7 --json")
         plan = json.loads(out)
         assert (status, plan["images"], plan["targets"], plan["codec"], plan["fits"]) == (0, 7, 70, "SQ4", True)
         assert {codec: size["bytes_per_crop"] for codec, size in plan["codecs"].items()} == {
             "Flat": 84, "SQfp16": 52, "SQ8": 36, "SQ6": 32, "SQ4": 28, "OPQ16,PQ16x8": 36,
         }  # fmt: skip
-        measured = plan["measured"]
-        reading = (measured["decode"] / 10 + measured["replay"]) / (min(16, cpu_threads()))
-        assert plan["precompute_seconds"] == pytest.approx(70 * (measured["forward"] + reading))
-        assert plan["teacher_crops_per_second"] == pytest.approx(1 / measured["forward"])
-        saved = plan["online_seconds"] - plan["stored_seconds"]
-        assert saved == pytest.approx(7 * 20 * measured["forward"])
-        assert plan["break_even_students"] == math.ceil(plan["precompute_seconds"] / saved)
 
     def test_the_bytes_are_those_that_precompute_writes(self, work: Path, call: Any) -> None:
         plan = json.loads(call(f"{PLAN} --crops 200 --json").out)
@@ -64,15 +53,12 @@ class TestPlan:
         ("more", "said"),
         [
             ("--crops 0", "--crops 0: must be positive"),
-            ("--seconds 0", "--seconds 0"),
             ("--codec SQ9", "codec 'SQ9' is none of those accepted"),
-            ("--student resnet19", "resnet19"),
-            ("--recipe mocov3", "--recipe 'mocov3' is unknown"),
+            ("--limit 0", "--limit 0: at least one image is needed"),
         ],
     )
     def test_what_is_refused(self, work: Path, call: Any, more: str, said: str) -> None:
-        line = PLAN.replace("--student squeezenet1_1", "").replace("--seconds 0.1", "")
-        status, _, err = call(f"{line} {more}")
+        status, _, err = call(f"{PLAN} {more}")
         assert status == 2
         assert said in err
 
@@ -93,28 +79,6 @@ class TestPlan:
         answer = call(line)
         assert (answer.status, (work / "new").exists()) == (2, False)
         assert said in answer.err
-
-    def test_estimate_by_hand(self) -> None:
-        costs = Costs(forward=0.01, forward_batch=128, step=0.02, step_batch=64, decode=0.008, replay=0.001)
-        cpu = estimate(costs, images=1000, crops=40, epochs=10, crops_per_image=4, cores=2, overlaps=False)
-        assert cpu.precompute_seconds == pytest.approx(1000 * 40 * (0.01 + 0.0012 / 2))
-        assert cpu.stored_seconds == pytest.approx(1000 * 10 * (0.02 + 0.003 / 2))
-        assert cpu.online_seconds == pytest.approx(1000 * 10 * (0.03 + 0.003 / 2))
-        assert (cpu.break_even_students, cpu.break_even_epochs) == (5, pytest.approx(42.4))
-        gpu = estimate(costs, images=1000, crops=40, epochs=10, crops_per_image=1, cores=1, overlaps=True)
-        assert gpu.precompute_seconds == pytest.approx(1000 * 40 * 0.01)
-        assert gpu.stored_seconds == pytest.approx(1000 * 10 * 0.02)
-        slow = Costs(forward=0.001, forward_batch=1, step=0.001, step_batch=1, decode=1.0, replay=0.0)
-        bound = estimate(slow, images=10, crops=40, epochs=10, crops_per_image=1, cores=1, overlaps=True)
-        assert bound.break_even_students is bound.break_even_epochs is None  # reading is what takes the time
-
-    def test_timed_is_a_crops_time(self) -> None:
-        import time
-
-        seconds, count = timed(lambda n: lambda: time.sleep(0.002 * n), 16, 0.5)
-        assert count == 16
-        assert seconds == pytest.approx(0.002, rel=0.5)
-        assert timed(lambda n: lambda: time.sleep(0.02 * n), 512, 0.2)[1] == 8
 
 
 class TestSubset:

@@ -63,7 +63,7 @@ def test_other_codecs(labels: Path, call: Any) -> None:
 
 
 def test_plan_has_fkds_codecs(work: Path, call: Any) -> None:
-    answer = call("plan --images train --teacher own_teacher:classes --crops 4 --student squeezenet1_1 --seconds 0.1")
+    answer = call("plan --images train --teacher own_teacher:classes --crops 4")
     assert answer.status == 0, answer.err
     assert {"hard", "smoothing", "full"} <= {line.split()[0] for line in answer.out.splitlines() if line.split()}
     assert "SQ8" not in answer.out

@@ -29,6 +29,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from torch import nn
 from torchvision import models
@@ -36,7 +37,9 @@ from torchvision import models
 from fkd_ssl import cli
 from fkd_ssl.errors import RequestError
 from fkd_ssl.eval import sweep
+from fkd_ssl.options import flat
 from fkd_ssl.teachers import PRESETS
+from fkd_ssl.training import TrainConfig
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md"), *(ROOT / "examples").rglob("*.md")])
@@ -48,7 +51,6 @@ FENCE = re.compile(
     re.MULTILINE | re.DOTALL,
 )
 SMALL = {
-    "plan": "--seconds 0.05 --pixels 32 --batch_size 8 --chunk_size 8",
     "precompute": "--crops 4 --pixels 32 --chunk_size 16",
     "train": "--epochs 2 --pixels 32 --batch_size 8 --workers 0",
     "pretrain": "--epochs 1 --pixels 32 --batch_size 8 --workers 0",
@@ -75,7 +77,7 @@ PARSED_ONLY = {
     "demo": "minutes; .ci/run runs it",
 }
 """Verbs that are parsed and not run here, and why."""
-LANGUAGES = {"bash", "python", "text", "bibtex"}
+LANGUAGES = {"bash", "python", "text", "bibtex", "yaml"}
 STANDINS = ("fkd-ssl", "python", "torchrun", "pip", "make", "pytest", "ray", "sbatch", "bash")
 SLURM = {"SLURM_ARRAY_TASK_ID": "0", "SLURM_NNODES": "2", "SLURM_JOB_ID": "1", "SLURM_NODELIST": "a,b"}
 
@@ -283,15 +285,17 @@ def test_every_block_says_its_language(page: Path) -> None:
     assert [str(block) for block in blocks_of(page) if block.language not in LANGUAGES] == []
 
 
-@pytest.mark.parametrize("page", pages("bash", "python"))
+@pytest.mark.parametrize("page", pages("bash", "python", "yaml"))
 def test_it_parses(page: Path, calls_of: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every option of every command is one that there is; every Python block compiles."""
+    """Every option of every command exists; every Python block compiles; every YAML block has options of train."""
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     monkeypatch.chdir(tmp_path)
     for block in blocks_of(page):
         try:
             if block.language == "python":
                 compile(block.text, str(block), "exec")
+            elif block.language == "yaml":
+                TrainConfig(images="i", store="s", out="o", **flat(yaml.safe_load(block.text), TrainConfig))
             elif block.language == "bash":
                 for call in calls_of(block, tmp_path, runs=False):
                     check(call)
