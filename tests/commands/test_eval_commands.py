@@ -169,7 +169,7 @@ def test_a_run_is_a_model_and_so_is_its_checkpoint(work: Path, call: Any, train_
         (f"knn --model own_teacher:pair {SETS}", 1, "gives tuple for [2, 3, 32, 32] floats, expected one tensor [2, D]"),
         (f"knn --model own_teacher:nan {SETS}", 1, "NaN or infinity"),
         (f"knn --model torchvision/resnet18x {SETS}", 2, "torchvision"),
-        (f"knn {TEACHER} --train cifar10:train:. --val val", 2, "cifar10 does not lie there, or is damaged"),
+        (f"knn {TEACHER} --train cifar10:train:. --val val", 2, "cifar10 is missing or damaged"),
         ("knn --train x.npy,y.npy --val val", 2, "give images for both or files of features for both"),
         ("knn --train x.npy --val x.npy,y.npy", 2, "x.npy: expected FEATURES.npy,LABELS.npy"),
         ("knn --train gone.npy,y.npy --val x.npy,y.npy", 2, "gone.npy: cannot be read: No such file"),
