@@ -8,7 +8,9 @@ import errno
 import importlib
 import os
 import re
+import signal
 import sys
+import threading
 import typing
 from types import ModuleType
 from typing import Any
@@ -57,31 +59,76 @@ def main(argv: list[str] | None = None) -> int:
     verb = args[0]
     if parent := os.environ.pop(processes.PARENT, None):
         processes.end_with_parent(int(parent))
-    try:
-        if verb not in VERBS:
-            raise RequestError(f"no verb {verb!r}{did_you_mean(verb, VERBS)}; fkd-ssl --help lists them")
-        command = command_of(verb)
-        config = parse(verb, command, args[1:])
-        if processes.rank()[1] > 1 and verb not in _SHARED:
-            raise RequestError("runs in one process: start it without torchrun (WORLD_SIZE is over 1)")
-        status: int = command.run(config)
-    except FkdError as error:
+    with _CtrlC() as ctrl_c:
+        try:
+            return _run(verb, args[1:])
+        except BaseException as error:
+            if ctrl_c.heard or isinstance(error, KeyboardInterrupt):  # an import that it cuts short may raise anything
+                return _fail(verb, "stopped; the same command continues where it can", 130)
+            return _status_of(verb, error)
+
+
+def _run(verb: str, args: list[str]) -> int:
+    if verb not in VERBS:
+        raise RequestError(f"no verb {verb!r}{did_you_mean(verb, VERBS)}; fkd-ssl --help lists them")
+    command = command_of(verb)
+    config = parse(verb, command, args)
+    if processes.rank()[1] > 1 and verb not in _SHARED:
+        raise RequestError("runs in one process: start it without torchrun (WORLD_SIZE is over 1)")
+    status: int = command.run(config)
+    return status
+
+
+def _status_of(verb: str, error: BaseException) -> int:
+    """Prints what is wrong and returns the exit status; raises the error again if it is not the user's to mend."""
+    if isinstance(error, FkdError):
         return _fail(verb, str(error), error.exit_status)
-    except KeyboardInterrupt:
-        return _fail(verb, "stopped; the same command continues where it can", 130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read us has enough
+    if isinstance(error, BrokenPipeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader of our output has ended
         return 0
-    except OSError as error:
+    if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE)
         advice = "; nothing finished is lost, the same command continues when that is mended" if full else ""
         return _fail(verb, f"{where}{error.strerror or error}{advice}", 1)
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and not re.search("out of memory|can't allocate memory", str(error)):
-            raise
+    memory = isinstance(error, RuntimeError) and re.search("out of memory|can't allocate memory", str(error))
+    if memory or isinstance(error, MemoryError):
         return _fail(verb, "out of memory: choose a smaller --batch_size, --chunk_size or --pixels", 1)
-    return status
+    raise error
+
+
+class _CtrlC:
+    """Ctrl-C during a command, as KeyboardInterrupt; raised again if a destructor swallows it.
+
+    Attributes:
+        heard: Whether there was one.
+    """
+
+    heard = False
+
+    def __enter__(self) -> "_CtrlC":
+        self._hook, sys.unraisablehook = sys.unraisablehook, self._unraisable
+        main = threading.current_thread() is threading.main_thread()
+        self._ours = main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        if self._ours:
+            signal.signal(signal.SIGINT, self._raise)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        sys.unraisablehook = self._hook
+        if self._ours:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def _raise(self, *_: object) -> None:
+        self.heard = True
+        raise KeyboardInterrupt
+
+    def _unraisable(self, unraisable: "sys.UnraisableHookArgs") -> None:
+        if unraisable.exc_type is KeyboardInterrupt:
+            main = threading.main_thread().ident
+            threading.Timer(0.01, signal.pthread_kill, (main, signal.SIGINT)).start()
+        else:
+            self._hook(unraisable)
 
 
 def command_of(verb: str) -> ModuleType:

@@ -246,6 +246,6 @@ def test_a_small_shared_memory_ends_a_verb_at_once(verb: str, small_memory: dict
     assert (status, "Traceback" in said) == (1, False), said
     assert re.fullmatch(
         rf"fkd-ssl {VERBS[verb].split()[0]}: a batch of (1\.8|3\.[67]) MB does not fit into shared memory: {memory.SHARED} has "
-        r"1 of its 1 MB free; enlarge it \(docker run --shm-size=2g\), or use fewer --workers, or --workers 0",
+        r"\d+\.\d kB of its 1\.0 MB free; enlarge it \(docker run --shm-size=2g\), or use fewer --workers, or --workers 0",
         said.splitlines()[-1],
     )

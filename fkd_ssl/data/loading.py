@@ -177,7 +177,9 @@ def _interrupted_by_death(workers: list[Any]) -> Iterator[None]:
 
 def _how_died(workers: list[Any]) -> str:
     """The message for a worker that has died; empty if none has."""
-    connection.wait([worker.sentinel for worker in workers], timeout=1)  # its end of a pipe closes a little earlier
+    sentinels = {worker.sentinel: worker for worker in workers}
+    for sentinel in connection.wait(sentinels, timeout=1):  # a worker closes its pipes a little before it has ended
+        sentinels[sentinel].join(1)
     codes = [worker.exitcode for worker in workers if worker.exitcode is not None]
     if not codes:
         return ""

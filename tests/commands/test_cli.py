@@ -6,6 +6,7 @@ import importlib.util
 import inspect
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -216,6 +217,29 @@ class TestInterrupts:
             monkeypatch.setattr(importlib.import_module("fkd_ssl.commands.teachers"), "run", run)
 
         return patch
+
+    @pytest.mark.parametrize("where", ["import", "destructor"])
+    def test_ctrl_c_that_is_swallowed(self, call: Any, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+        class Swallows:
+            def __del__(self) -> None:
+                signal.raise_signal(signal.SIGINT)
+
+        def run(config: Any) -> int:
+            if where == "import":
+                try:
+                    signal.raise_signal(signal.SIGINT)
+                except KeyboardInterrupt:
+                    raise RecursionError("a module that was imported in part") from None
+            Swallows()
+            time.sleep(20)
+            return 0
+
+        monkeypatch.setattr(importlib.import_module("fkd_ssl.commands.teachers"), "run", run)
+        started = time.monotonic()
+        status, out, err = call("teachers")
+        assert (status, out, err) == (130, "", "fkd-ssl teachers: stopped; the same command continues where it can\n")
+        assert time.monotonic() - started < 10
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
     def test_ctrl_c(self, call: Any, raising: Any) -> None:
         raising(KeyboardInterrupt())
