@@ -1,15 +1,14 @@
 """One's own teachers: module:function."""
 
-import importlib
 import inspect
-import sys
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from fkd_ssl import checkpoints
-from fkd_ssl.errors import FkdError, RequestError, did_you_mean
+from fkd_ssl.errors import FkdError, RequestError
+from fkd_ssl.own_code import call, load_function
 from fkd_ssl.teachers import state_dicts
 from fkd_ssl.teachers.teacher import Precision, Teacher
 from fkd_ssl.teachers.wrap import wrap
@@ -26,21 +25,7 @@ def load_own(name: str, checkpoint: str | Path | None, precision: Precision) -> 
         RequestError: There is no such module or function, or it takes no checkpoint and one is given.
         FkdError: It failed, or returned something else.
     """
-    module_name, _, function_name = name.partition(":")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)
-    importlib.invalidate_caches()
-    try:
-        module = importlib.import_module(module_name)
-    except (ImportError, ValueError) as error:
-        raise RequestError(f"teacher {name}: {error} (the current folder is on the path)") from error
-    except (Exception, SystemExit) as error:  # one's own code may raise anything
-        raise FkdError(f"teacher {name}: its module failed: {type(error).__name__}: {error}") from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        hint = did_you_mean(name, [f"{module_name}:{key}" for key, value in vars(module).items() if callable(value)])
-        raise RequestError(f"teacher {name}: module {module_name!r} has no function {function_name!r}{hint}")
+    function = load_function(name, "teacher")
     given: dict[str, Any] = {}
     digest = None
     parameters = inspect.signature(function).parameters
@@ -53,12 +38,7 @@ def load_own(name: str, checkpoint: str | Path | None, precision: Precision) -> 
         if takes is None:
             raise RequestError(f"teacher {name}: takes no checkpoint=, and --checkpoint was given")
         given, digest = {"checkpoint": str(checkpoint)}, checkpoints.digest(checkpoint)
-    try:
-        made = function(**given)
-    except FkdError:
-        raise
-    except (Exception, SystemExit) as error:  # one's own code may raise anything
-        raise FkdError(f"teacher {name}: {type(error).__name__}: {error}") from error
+    made = call(function, name, "teacher", **given)
     if isinstance(made, Teacher):
         made.precision = precision if precision != "fp32" else made.precision
         made.checkpoint_sha256 = made.checkpoint_sha256 or digest or _digest(made, name)
@@ -70,7 +50,7 @@ def load_own(name: str, checkpoint: str | Path | None, precision: Precision) -> 
         raise FkdError(f"teacher {name}: its pixels are {pixels!r}, expected one whole number, the side of its input")
     teacher = wrap(
         made,
-        name=function_name,
+        name=name.partition(":")[2],
         network=type(made).__name__,
         pixels=pixels,
         source=name,

@@ -20,7 +20,7 @@ class Config:
     """Options of cache."""
 
     images: str
-    """Folder of images."""
+    """Folder of images, NAME:SPLIT:ROOT (cifar10:train:/data), or module:function."""
     out: str
     """Folder of the copy; nothing in it is overwritten."""
     short_side: int = 128

@@ -15,7 +15,7 @@ class Config:
     model: str
     """A run folder, a .ckpt of one, teacher:NAME, torchvision/NAME, timm/NAME, or module:function."""
     images: str
-    """Folder of images, or NAME:SPLIT:ROOT of a set that torchvision knows (cifar10:test:/data)."""
+    """Folder of images, NAME:SPLIT:ROOT (cifar10:test:/data), or module:function."""
     features: str
     """Folder where features are kept."""
     pixels: int | None = None

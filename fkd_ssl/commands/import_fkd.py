@@ -17,7 +17,7 @@ class Config:
     labels: str
     """Folder of label files (.tar), as images lie in theirs, perhaps below train or imagenet/train."""
     images: str
-    """Folder of the images that they were made of."""
+    """The images that they were made of, as precompute takes them."""
     store: str
     """The new store."""
     codec: str | None = None

@@ -16,7 +16,7 @@ class Config:
     """Options of label-maps."""
 
     images: str
-    """Folder of images."""
+    """Folder of images, NAME:SPLIT:ROOT (cifar10:train:/data), or module:function."""
     out: str
     """Folder of the maps; nothing in it is overwritten."""
     teacher: str

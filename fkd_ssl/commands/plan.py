@@ -18,7 +18,7 @@ class Config:
     """Options of plan."""
 
     images: str
-    """Folder of images."""
+    """Folder of images, NAME:SPLIT:ROOT (cifar10:train:/data), or module:function."""
     teacher: str
     """As precompute takes it: a family (mocov2, swav, lightly, transformers), a preset (fkd-ssl teachers lists them),
     torchvision/NAME, timm/NAME, run, or module:function of your own."""

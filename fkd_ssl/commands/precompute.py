@@ -29,7 +29,7 @@ class Config:
     """Options of precompute."""
 
     images: str
-    """Folder of images; class folders are not needed."""
+    """Folder of images, NAME:SPLIT:ROOT (cifar10:train:/data), or module:function; class folders are not needed."""
     store: str
     """Folder of the store; a store that is there gets another column, or is continued."""
     teacher: str

@@ -27,7 +27,7 @@ class Config:
     store: str
     """Folder of the store."""
     images: str
-    """Folder of the images that it was made from."""
+    """The images that it was made from, as precompute takes them."""
     image: str
     """Which image: its path inside that folder."""
     out: str = "sheet.png"

@@ -25,7 +25,7 @@ class Config:
     store: str
     """Folder of the store."""
     images: str | None = None
-    """Folder of its images: each is compared with what the teacher saw."""
+    """Its images, as precompute takes them: each is compared with what the teacher saw."""
     teacher: str | None = None
     """The teacher of --name, to embed a sample of crops again."""
     checkpoint: str | None = None

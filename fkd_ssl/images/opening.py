@@ -4,35 +4,44 @@ import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
-from fkd_ssl.errors import RequestError, did_you_mean
+from fkd_ssl.errors import FkdError, RequestError, did_you_mean
 from fkd_ssl.images import named
-from fkd_ssl.images.folder import scan
+from fkd_ssl.images.folder import Folder, scan
 from fkd_ssl.images.names import is_line, refuse
 from fkd_ssl.images.source import ImageSource
+from fkd_ssl.own_code import call, load_function
 
 SOURCES: dict[str, Callable[[str], ImageSource]] = dict.fromkeys(named.SPLITS, named.load)
 """What opens KIND:REST, by its KIND."""
 
 
 def open_images(spec: str | Path | ImageSource) -> ImageSource:
-    """A folder of images, or an image set KIND:REST whose KIND is in `SOURCES`; a source is returned as it is.
+    """A folder of images, or a set KIND:REST whose KIND is in `SOURCES`, or what a function of one's own returns.
 
-    A folder of that name comes first.
+    A folder of that name comes first. The function is written as `module:function` and called without arguments. A source is
+    returned as it is.
 
     Raises:
         RequestError: It does not exist, or has names that a store cannot keep.
+        FkdError: The function failed, or returned something else than an ImageSource.
     """
     if isinstance(spec, ImageSource):
         return spec
-    kind, colon, _ = str(spec).partition(":")
+    spec = str(spec)
+    kind, colon, rest = spec.partition(":")
     if not colon or Path(spec).exists():
         return scan(spec)
-    if kind not in SOURCES:
+    if kind in SOURCES:
+        source = SOURCES[kind](spec)
+    elif rest.isidentifier() and kind.replace(".", "").isidentifier():
+        source = call(load_function(spec, "images"), spec, "images")
+        if not isinstance(source, ImageSource):
+            raise FkdError(f"images {spec}: returned a {type(source).__name__}, expected a fkd_ssl.images.ImageSource")
+    else:
         known = f"known: {', '.join(sorted(SOURCES))}"
         near = did_you_mean(kind, SOURCES)
         raise RequestError(f"{spec}: no such folder of images, and no kind of image set {kind!r} ({known}){near}")
-    source = SOURCES[kind](str(spec))
-    if source.spec == str(spec):  # not a folder, whose names `scan` has checked
+    if not isinstance(source, Folder):  # whose names were checked
         _check_names(source)
     return source
 

@@ -28,8 +28,8 @@ class ImageSource(ABC):
     A store keeps nothing but the names of its images, and their crops are drawn from nothing else: the same images under the
     same names make the same store, whatever holds them.
 
-    A source of one's own subclasses this and writes `read`; its function in `SOURCES`, or `module:function` in place of a
-    folder, opens it. A source whose headers can be read alone overrides `size`, and one that reads some images together (a tar,
+    A source of one's own subclasses this and writes `read`; `module:function` in place of a folder opens it, or a function in
+    `SOURCES`. A source whose headers can be read alone overrides `size`, and one that reads some images together (a tar,
     a row group) overrides `group`. `read` is called from threads and from forked processes.
 
     Args:

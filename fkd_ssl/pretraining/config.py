@@ -35,7 +35,7 @@ class PretrainConfig:
     """
 
     images: str
-    """Folder of images; class folders are not needed."""
+    """Folder of images, NAME:SPLIT:ROOT (cifar10:train:/data), or module:function; class folders are not needed."""
     out: str
     """Run folder: checkpoint.pth.tar in the method's own layout (or student.safetensors), config.yaml, metrics.csv,
     results.json."""

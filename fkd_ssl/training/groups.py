@@ -57,7 +57,8 @@ class DataConfig:
     """Images and crops."""
 
     images: str
-    """Folder of images; class folders are needed only for kNN."""
+    """Folder of images, NAME:SPLIT:ROOT (cifar10:train:/data), or module:function;
+    class folders are needed only for kNN."""
     recipe: str = "mocov2"
     """What online crops are drawn from: mocov2, s2bnn, swav or fkd. Stored crops have the store's."""
     crops_per_image: int = 4

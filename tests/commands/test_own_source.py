@@ -92,6 +92,36 @@ def test_what_holds_the_images_does_not_matter(work: Path, call: Any) -> None:
     assert scan("small").names == source.names
 
 
+OWN_MODULE = """
+from fkd_ssl.images import scan
+from fkd_ssl.images.named import Arrays
+
+def half():
+    return scan("train").subset(range(0, 18, 2))
+
+def wrong():
+    return "train"
+
+def broken():
+    raise ValueError("my own mistake")
+"""
+
+
+def test_a_function_in_place_of_a_folder(work: Path, call: Any) -> None:
+    Path("own_images.py").write_text(OWN_MODULE)
+    assert call(f"{PRECOMPUTE} --images own_images:half --store own").status == 0
+    assert open_store("own").paths == scan("train").names[::2]
+    for name, status, said in (
+        ("own_images:halves", 2, "images own_images:halves: module 'own_images' has no function 'halves'; did you mean"),
+        ("own_image:half", 2, "images own_image:half: No module named 'own_image' (the current folder is on the path)"),
+        ("own_images:wrong", 1, "images own_images:wrong: returned a str, expected a fkd_ssl.images.ImageSource"),
+        ("own_images:broken", 1, "images own_images:broken: ValueError: my own mistake"),
+        ("cifar11:test:x", 2, "no kind of image set 'cifar11'"),
+    ):
+        answer = call(f"{PRECOMPUTE} --images {name} --store other")
+        assert (answer.status, said in answer.err) == (status, True), answer.err
+
+
 def test_a_changed_image_is_found(work: Path, call: Any) -> None:
     assert call(f"{PRECOMPUTE} --images noise:0:6 --store own").status == 0
     changed = call("verify own --images noise:1:6")
