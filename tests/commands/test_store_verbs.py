@@ -240,7 +240,7 @@ class TestShow:
             ("--among 5", "crops 5: store holds 4"),
             ("--teacher other", "no targets of 'other'"),
             ("--images nowhere", "nowhere: no such folder of images"),
-            ("--images val", "val: lacks 'ash/4.png', an image of store: give the folder that the store was made from"),
+            ("--images val", "val: lacks 1 of the 1 images of store, for instance 'ash/4.png': give the images that the store"),
         ],
     )
     def test_what_is_refused(self, work: Path, call: Any, change: str, message: str) -> None:
