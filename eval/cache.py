@@ -74,7 +74,7 @@ def cached(
     about = {"version": VERSION, "model": identity, "images": images.digest(), "n": len(images), **transform_of(pixels)}
     entry = folder / files.sha256(files.canonical(about))[:20]
     entry.mkdir(parents=True, exist_ok=True)
-    files.sweep(entry)
+    files.remove_leftovers(entry)
     files.write_json(entry / "about.json", {**about, "classes": images.classes})
     _same_answers(model, entry, images, pixels)
     parts = [entry / f"part-{row // ROWS:06d}.npy" for row in range(0, len(images), ROWS)]

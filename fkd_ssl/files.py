@@ -1,7 +1,7 @@
 """Files that are never half written: canonical JSON that carries its own sha256, and exclusive publication.
 
 Everything is written under a temporary name in the same folder, synced, and then given its final name in one step.
-Whatever is read must be a plain file: no link is followed, since one from a stranger may lead anywhere.
+What is read must be a regular file. Links are not followed, since those of an untrusted store may lead anywhere.
 """
 
 import errno
@@ -38,7 +38,7 @@ def sha256(data: bytes | memoryview) -> str:
 
 
 @contextmanager
-def open_plain(path: Path) -> Iterator[io.BufferedReader]:
+def open_regular(path: Path) -> Iterator[io.BufferedReader]:
     """A file to read.
 
     Raises:
@@ -46,7 +46,7 @@ def open_plain(path: Path) -> Iterator[io.BufferedReader]:
         StoreAccessError: The system does not let us read it.
     """
     try:
-        with os.fdopen(plain_descriptor(path), "rb") as file:
+        with os.fdopen(open_descriptor(path), "rb") as file:
             yield file
     except OSError as error:
         raise access_error(path, error) from error
@@ -80,10 +80,10 @@ def names(folder: Path) -> set[str]:
         return set()
 
 
-def plain_descriptor(path: Path, flags: int = os.O_RDONLY) -> int:
-    """A descriptor of a plain file, which the caller closes. Raises StoreError or OSError as `open_plain` does."""
+def open_descriptor(path: Path, flags: int = os.O_RDONLY) -> int:
+    """A descriptor of a regular file, which the caller closes. Raises StoreError, or OSError if the file cannot be opened."""
     try:
-        # a pipe without a writer would make the opening wait for ever
+        # without O_NONBLOCK, opening a pipe without a writer never returns
         descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.EMLINK):  # Linux and macOS; FreeBSD
@@ -91,29 +91,29 @@ def plain_descriptor(path: Path, flags: int = os.O_RDONLY) -> int:
         raise
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise StoreError(f"{path}: no plain file; the store is damaged")
+        raise StoreError(f"{path}: not a regular file; the store is damaged")
     return descriptor
 
 
-def own_folder(path: Path) -> Path:
-    """`path`, which may be missing; raises StoreError where it is a link, which may lead out of the store."""
+def reject_symlink(path: Path) -> Path:
+    """Returns `path`, which may be missing; raises StoreError if it is a link, which may lead out of the store."""
     if path.is_symlink():
         raise StoreError(f"{path}: a symbolic link; links inside a store are not followed: put the folder there")
     return path
 
 
-def read_plain(path: Path, most: int) -> bytes:
-    """The bytes of a file; raises StoreError as `open_plain` does, or where they are more than `most`."""
-    with open_plain(path) as file:
+def read_regular(path: Path, max_bytes: int) -> bytes:
+    """The bytes of a file; raises StoreError as `open_regular` does, or if there are more than `max_bytes`."""
+    with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
-        if size > most:
-            raise StoreError(f"{path}: {size} bytes; no such file of a store is over {most}")
+        if size > max_bytes:
+            raise StoreError(f"{path}: {size} bytes, and at most {max_bytes} are expected; the file is damaged")
         return file.read(size)
 
 
 def sha256_file(path: Path) -> str:
-    """Hex sha256 of a file, read in pieces; raises StoreError as `open_plain` does."""
-    with open_plain(path) as file:
+    """Hex sha256 of a file, read in pieces; raises StoreError as `open_regular` does."""
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -122,53 +122,53 @@ def canonical(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode() + b"\n"
 
 
-def signed(value: dict[str, Any]) -> bytes:
+def with_checksum(value: dict[str, Any]) -> bytes:
     """`value` with its own sha256 under the key `sha256`, as it is spelled in a file."""
     return canonical({**value, "sha256": sha256(canonical(value))})
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Publishes what `signed` makes of `value`; see `publish`."""
+    """Publishes what `with_checksum` makes of `value`; see `publish`."""
     with publish(path) as file:
-        file.write(signed(value))
+        file.write(with_checksum(value))
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """What `write_json` wrote, without its `sha256`.
 
     Raises:
-        StoreError: The file is missing, is no JSON object, or differs from what its sha256 says.
+        StoreError: The file is missing, is not a JSON object, or does not match its sha256.
     """
-    data = read_plain(path, _MAX_JSON)
+    data = read_regular(path, _MAX_JSON)
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise StoreError(f"{path}: not JSON ({error}); the file is damaged") from error
     if not isinstance(value, dict):
-        raise StoreError(f"{path}: a JSON {type(value).__name__} where an object was expected")
+        raise StoreError(f"{path}: a JSON {type(value).__name__}, expected an object")
     said = value.pop("sha256", None)
     try:
         found = sha256(canonical(value))
         same = said == found and canonical({**value, "sha256": said}) == data
     except (ValueError, RecursionError):
-        found, same = "that of no JSON value", False
+        found, same = "undefined", False
     if not same:
         raise StoreError(f"{path}: altered: its sha256 is {found}, it says {_short(said)}; restore the file or delete it")
     return value
 
 
-def match_signed(path: Path, pattern: re.Pattern[bytes]) -> re.Match[bytes] | None:
-    """A file of `write_json` matched by a regular expression of its spelling, for files of which there are thousands.
+def match_with_checksum(path: Path, pattern: re.Pattern[bytes]) -> re.Match[bytes] | None:
+    """Matches a file of `write_json` against a regular expression, which is faster than parsing thousands of files.
 
-    Its sha256 is checked as in `read_json`; the JSON is not parsed. The group `sha256` of `pattern` is the value of that key.
+    Its sha256 is checked as in `read_json`. The group `sha256` of `pattern` is the value of that key.
 
     Returns:
-        The match; None where the file's form is another or its sha256 is wrong: `read_json` says which.
+        The match; None if the file does not match or its sha256 is wrong: `read_json` says which.
 
     Raises:
         StoreError: The file cannot be read.
     """
-    data = read_plain(path, _MAX_JSON)
+    data = read_regular(path, _MAX_JSON)
     match = pattern.fullmatch(data)
     if match is None:
         return None
@@ -183,8 +183,8 @@ def _short(value: Any) -> str:
 
 
 @contextmanager
-def naming(path: Path) -> Iterator[None]:
-    """Gives what a full or failing disk raises the name of the file that was written: the system's error has none."""
+def annotate_oserror(path: Path) -> Iterator[None]:
+    """Adds the name of the file to the OSError of a full or failing disk, which has none."""
     try:
         yield
     except OSError as error:
@@ -195,14 +195,13 @@ def naming(path: Path) -> Iterator[None]:
 
 @contextmanager
 def publish(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that appears as `path` when the block ends well, whole and synced, or not at all.
+    """A file to write that appears as `path`, complete and synced, if the block ends without an error.
 
-    A file that is already there stays: equal bytes are what the caller wanted, others are a StoreError. Two processes
-    can publish the same bytes at once.
+    An existing file is kept: if its bytes differ, a StoreError is raised. Two processes can publish the same bytes at once.
     """
     temporary = path.with_name(f"{TEMPORARY}{path.name}-{secrets.token_hex(6)}")
     try:
-        with naming(path), temporary.open("xb") as file:
+        with annotate_oserror(path), temporary.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -224,10 +223,10 @@ def publish(path: Path) -> Iterator[BinaryIO]:
 
 
 def replace(path: Path, data: bytes | memoryview) -> None:
-    """Replaces a file that belongs to one process alone (progress, a report) in one step, synced."""
+    """Replaces a file that only one process writes (progress, a report) in one step, synced."""
     temporary = path.with_name(f"{TEMPORARY}{path.name}-{secrets.token_hex(6)}")
     try:
-        with naming(path), temporary.open("xb") as file:
+        with annotate_oserror(path), temporary.open("xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -237,10 +236,10 @@ def replace(path: Path, data: bytes | memoryview) -> None:
             temporary.unlink()
 
 
-def sweep(folder: Path, *, seconds: float = 3600) -> None:
-    """Removes what killed processes left in `folder` under our temporary names at least `seconds` ago.
+def remove_leftovers(folder: Path, *, seconds: float = 3600) -> None:
+    """Removes temporary files that killed processes left in `folder` at least `seconds` ago.
 
-    Ages are measured by the file system's own clock: that of another machine, or of this one, may be hours off.
+    Ages are measured by the file system's own clock: a machine's clock may be hours off.
     """
     left = list(folder.glob(f"{TEMPORARY}*-{'[0-9a-f]' * 12}"))
     if not left:
@@ -259,7 +258,7 @@ def sweep(folder: Path, *, seconds: float = 3600) -> None:
 
 
 def total_bytes(folder: Path) -> int:
-    """Bytes of a folder's files, but for hidden ones and those that another process removes meanwhile."""
+    """Bytes of the files in a folder, without hidden ones and those that another process removes at the same time."""
     total = 0
     for place, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -314,12 +313,12 @@ def map_npy(path: Path, dtype: np.dtype[Any], shape: tuple[int | None, ...] | No
     Args:
         path: The file.
         dtype: The dtype that it must have.
-        shape: The shape that it must have; None stands for any length, or for any shape.
+        shape: The shape that it must have; None means any length, or any shape.
 
     Raises:
         StoreError: The file is missing, or its header or size is not that of such an array. Nothing is unpickled.
     """
-    with open_plain(path) as file:
+    with open_regular(path) as file:
         offset, found = npy_body(file, path, dtype, shape)
         if not math.prod(found):
             return np.zeros(found, dtype=dtype)
@@ -381,7 +380,7 @@ def _read_npy_header(
     """Shape, whether in Fortran's order, and dtype, as the header of an open .npy file says; `path` is for messages.
 
     Raises:
-        StoreError: There is no header of these versions of the format.
+        StoreError: The header is missing, or of another version of the format.
     """
     read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     try:

@@ -95,7 +95,7 @@ def open_run(out: str | Path, config: Any, inputs: Inputs | None) -> Iterator[tu
             if state != "done":  # the contents of repaired images may be new
                 files.replace(folder / INPUTS, _json(inputs or {}))
             for name in _WRITTEN:
-                files.sweep(folder / name, seconds=0)  # temporary files of a process that was killed
+                files.remove_leftovers(folder / name, seconds=0)  # temporary files of a process that was killed
             yield folder, state
     except ImageError:
         forget_contents(folder)

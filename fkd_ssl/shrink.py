@@ -106,7 +106,7 @@ def shrink_set(
     log(_announce(images, folder, short_side, quality))
     for place in sorted({folder / Path(name).parent for name in images.names}):
         place.mkdir(parents=True, exist_ok=True)
-        files.sweep(place, seconds=0)  # the folder's lock says that nobody else writes here
+        files.remove_leftovers(place, seconds=0)  # the folder's lock says that nobody else writes here
 
     def one(index: int) -> tuple[int, int, bool] | str:
         try:

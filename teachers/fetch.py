@@ -176,7 +176,7 @@ def _once(preset: Preset, folder: Path, progress: Progress) -> Path:
         began, first = time.monotonic(), start
         with part.open("ab" if start else "wb") as file:
             while piece := response.read1(_PIECE):
-                with files.naming(part):
+                with files.annotate_oserror(part):
                     file.write(piece)
                 start += len(piece)
                 progress(start, total)

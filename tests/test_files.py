@@ -80,7 +80,7 @@ def test_another_spelling_of_the_same_json_is_found(tmp_path, change):
     [
         (b"", "not JSON"),
         (b"\xff\xfe\x00", "not JSON"),
-        (b"[1]", "a JSON list where an object was expected"),
+        (b"[1]", "a JSON list, expected an object"),
         (b'{"a":1}\n', "altered: its sha256 is [0-9a-f]{64}, it says None; restore"),
         (b'{"a":NaN,"sha256":"0"}\n', "altered"),
         (b"[" * 100_000, "not JSON"),
@@ -97,7 +97,7 @@ def test_missing_and_huge_json_are_refused(tmp_path, monkeypatch):
         files.read_json(tmp_path / "a.json")
     files.write_json(tmp_path / "a.json", {"a": 1})
     monkeypatch.setattr(files, "_MAX_JSON", 10)
-    with pytest.raises(StoreError, match="no such file of a store is over 10"):
+    with pytest.raises(StoreError, match="and at most 10 are expected"):
         files.read_json(tmp_path / "a.json")
 
 
@@ -300,9 +300,9 @@ def test_many_threads_map_at_once(tmp_path):
 READERS = [
     files.read_json,
     files.sha256_file,
-    lambda path: files.read_plain(path, 100),
+    lambda path: files.read_regular(path, 100),
     lambda path: files.map_npy(path, np.dtype(np.uint8), (3,)),
-    lambda path: files.match_signed(path, re.compile(rb".*")),
+    lambda path: files.match_with_checksum(path, re.compile(rb".*")),
 ]
 
 
@@ -317,22 +317,22 @@ def test_links_pipes_and_folders_are_not_read(tmp_path, read):
         with pytest.raises(StoreError, match=rf"{name}: a symbolic link; links inside a store are not followed: put the file"):
             read(tmp_path / name)
     for name in ("pipe", "folder"):
-        with pytest.raises(StoreError, match=rf"{name}: no plain file; the store is damaged"):
+        with pytest.raises(StoreError, match=rf"{name}: not a regular file; the store is damaged"):
             read(tmp_path / name)
 
 
 def test_a_folder_of_ones_own_is_no_link(tmp_path):
-    assert files.own_folder(tmp_path / "missing") == tmp_path / "missing"
+    assert files.reject_symlink(tmp_path / "missing") == tmp_path / "missing"
     (tmp_path / "link").symlink_to(tmp_path)
     with pytest.raises(StoreError, match="link: a symbolic link; links inside a store are not followed: put the folder there"):
-        files.own_folder(tmp_path / "link")
+        files.reject_symlink(tmp_path / "link")
 
 
 def test_files_that_are_too_large_are_not_read(tmp_path):
     with (tmp_path / "a").open("wb") as file:
         file.truncate(2**40)
-    with pytest.raises(StoreError, match="a: 1099511627776 bytes; no such file of a store is over 100"):
-        files.read_plain(tmp_path / "a", 100)
+    with pytest.raises(StoreError, match="a: 1099511627776 bytes, and at most 100 are expected"):
+        files.read_regular(tmp_path / "a", 100)
 
 
 def test_json_that_is_read_but_too_deep_to_be_written_is_refused(tmp_path):
@@ -348,13 +348,13 @@ PATTERN = re.compile(rb'\{"count":(?P<count>\d+),"sha256":"(?P<sha256>[0-9a-f]{6
 def test_signed_files_are_matched_without_being_parsed(tmp_path):
     path = tmp_path / "a.json"
     files.write_json(path, {"count": 12, "z": "word"})
-    match = files.match_signed(path, PATTERN)
+    match = files.match_with_checksum(path, PATTERN)
     assert match is not None
     assert match["count"] == b"12"
     whole = path.read_bytes()
     for position in range(len(whole)):
         path.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
-        assert files.match_signed(path, PATTERN) is None
+        assert files.match_with_checksum(path, PATTERN) is None
 
 
 def test_total_bytes_leaves_out_what_is_being_written(tmp_path, monkeypatch):
@@ -433,15 +433,15 @@ def test_a_clock_that_is_hours_ahead_sweeps_nothing_that_is_being_written(tmp_pa
     for path in (old, folder):
         os.utime(path, (now - 7200, now - 7200))
     monkeypatch.setattr(time, "time", lambda: now + 7200)
-    files.sweep(tmp_path)
+    files.remove_leftovers(tmp_path)
     assert sorted(tmp_path.iterdir()) == [live, future]
     monkeypatch.setattr(time, "time", lambda: now - 7200)
-    files.sweep(tmp_path, seconds=0)
+    files.remove_leftovers(tmp_path, seconds=0)
     assert list(tmp_path.iterdir()) == [future]
 
 
 def test_a_folder_without_temporary_files_is_not_written_to(tmp_path):
     (tmp_path / "codes.npy").touch()
     before = tmp_path.stat().st_mtime_ns
-    files.sweep(tmp_path, seconds=0)
+    files.remove_leftovers(tmp_path, seconds=0)
     assert tmp_path.stat().st_mtime_ns == before

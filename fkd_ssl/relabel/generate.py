@@ -128,7 +128,7 @@ def generate(
     manifest = layout.read_manifest(folder)
     paths, sizes = read_images(folder, manifest)
     for place in (folder, folder / layout.MAPS):
-        files.sweep(place)
+        files.remove_leftovers(place)
     missing = layout.missing_shards(folder, manifest)
     done = manifest.count - sum(len(manifest.shard_rows(shard)) for shard in missing)
     made = 0

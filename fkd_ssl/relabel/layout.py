@@ -92,7 +92,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 def maps_file(folder: Path, shard: int) -> Path:
     """Maps of a shard; its sidecar has the suffix .json."""
-    return files.own_folder(folder / MAPS) / f"{shard:05d}.npy"
+    return files.reject_symlink(folder / MAPS) / f"{shard:05d}.npy"
 
 
 def read_sidecar(path: Path, manifest: Manifest, shard: int) -> dict[str, Any]:

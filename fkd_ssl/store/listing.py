@@ -99,7 +99,7 @@ def read_values(folder: Path, expected: str, *, what: str, command: str) -> tupl
 
 def read_images(folder: Path, manifest: Listing) -> tuple[Names, npt.NDArray[np.void]]:
     """Paths and sizes of a folder's rows; raises StoreError where they differ from what the manifest says."""
-    data = files.read_plain(folder / IMAGES, min(_MAX_LIST, manifest.count * _LONGEST_PATH))
+    data = files.read_regular(folder / IMAGES, min(_MAX_LIST, manifest.count * _LONGEST_PATH))
     if files.sha256(data) != manifest.images_sha256:
         raise StoreError(f"{folder / IMAGES}: altered: its sha256 is not the manifest's; restore it from a copy")
     # all checks before an array is made: a million empty lines would take nine times their bytes

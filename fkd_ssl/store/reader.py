@@ -140,7 +140,7 @@ class Column:
     def __init__(self, store: "Store", name: str) -> None:
         self.store = store
         self.name = name
-        self.folder = files.own_folder(store.folder / layout.TARGETS / name)
+        self.folder = files.reject_symlink(store.folder / layout.TARGETS / name)
         path = self.folder / "meta.json"
         self.meta, self.digest = read_meta(path)
         meta = self.meta
@@ -259,7 +259,7 @@ class Store:
         self.manifest = layout.read_manifest(self.folder)
         self.paths, self.sizes = read_images(self.folder, self.manifest)
         for part in (layout.CROPS, layout.TARGETS):
-            files.own_folder(self.folder / part)
+            files.reject_symlink(self.folder / part)
         self._files = ShardFiles(self._finished, CROP_DTYPE, (self.crops_per_image,))
         self._columns: dict[str, Column] = {}
 
@@ -347,7 +347,7 @@ class Store:
     def _match_sidecar(self, shard: int) -> re.Match[bytes] | None:
         """The sidecar of a shard's crops without parsing its JSON; None if something is wrong with it."""
         path, rows = layout.crops_file(self.folder, shard).with_suffix(".json"), self.manifest.shard_rows(shard)
-        match = files.match_signed(path, _CROPS_SIDECAR)
+        match = files.match_with_checksum(path, _CROPS_SIDECAR)
         own = match is not None and (match["manifest"].decode(), int(match["shard"])) == (self.manifest.digest, shard)
         return match if match is not None and own and match["images"].count(b'"') == 2 * len(rows) else None
 

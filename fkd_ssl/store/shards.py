@@ -27,7 +27,7 @@ class _OpenFile:
     """A descriptor that is closed when the last thread that reads from it has let go."""
 
     def __init__(self, path: Path) -> None:
-        self.descriptor = files.plain_descriptor(path)
+        self.descriptor = files.open_descriptor(path)
 
     def __del__(self) -> None:
         with suppress(AttributeError, OSError):  # it may never have been opened

@@ -143,7 +143,7 @@ class MetricsWriter(pl.Callback):
         """Makes the lines so far survive a power cut, as the checkpoint does that is saved with them."""
         self._gather(trainer)  # the checkpoint has the first process's sums, and gives them to all
         if self._file is not None:
-            with files.naming(self.path):
+            with files.annotate_oserror(self.path):
                 os.fsync(self._file.fileno())
 
     def restart_clock(self) -> None:
@@ -154,7 +154,7 @@ class MetricsWriter(pl.Callback):
         """Closes the bar and the file; the processes exchange the messages about images that they could not read."""
         self._bar.close()
         if self._file is not None:
-            with files.naming(self.path):
+            with files.annotate_oserror(self.path):
                 self._file.close()
         if trainer.world_size > 1:
             messages: list[set[str]] = [set()] * trainer.world_size
@@ -187,7 +187,7 @@ class MetricsWriter(pl.Callback):
             "seconds": round(self.seconds, 3),
             **values,
         }
-        with files.naming(self.path):
+        with files.annotate_oserror(self.path):
             self._file.write(",".join(str(line.get(field, "")) for field in FIELDS) + "\n")
         for logger in self._loggers:
             logger.log_metrics({key: float(value) for key, value in line.items() if key != "step"}, step)

@@ -407,7 +407,7 @@ def test_skipped_rows_are_found_without_parsing_and_with(folder, monkeypatch):
     resign(folder / "crops" / "00001.json", images=["", *values["images"][1:4], ""], skipped=[5, 9])
     fast = open_store(folder).rows
     assert fast.tolist() == [row for row in range(24) if row not in (5, 9)]
-    monkeypatch.setattr(files, "match_signed", lambda *_: None)
+    monkeypatch.setattr(files, "match_with_checksum", lambda *_: None)
     np.testing.assert_array_equal(open_store(folder).rows, fast)
 
 
@@ -445,7 +445,7 @@ def opening(folder):
         (b"\n" * 2**23, "a path is empty, absolute or escapes the image folder"),
         (b"a\n" * 2**22, None),
         (b"a\n" * 2**22 + b"\n", "4194305 lines, the manifest says 4194304"),
-        (b"x" * (2**23 - 1) + b"\n", "8388608 bytes; no such file of a store is over 4097"),
+        (b"x" * (2**23 - 1) + b"\n", "8388608 bytes, and at most 4097 are expected"),
         ("ä".encode() * 2000 + b"\n" + b"a\n" * 2**22 + b"\xff\n", "not UTF-8"),
     ],
 )

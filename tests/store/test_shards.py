@@ -146,8 +146,8 @@ def test_links_and_pipes_are_not_opened(tmp_path):
     (tmp_path / "2.npy").mkdir()
     for shard, message in (
         (0, "a symbolic link; links inside a store are not followed"),
-        (1, "no plain file"),
-        (2, "no plain file"),
+        (1, "not a regular file"),
+        (2, "not a regular file"),
     ):
         with pytest.raises(StoreError, match=rf"{shard}\.npy: {message}"):
             reader(tmp_path).read(shard, 0, slice(None))

@@ -151,9 +151,9 @@ def test_a_manifest_that_lacks_a_later_versions_setting_keeps_its_digest(folder)
     store = folder / "store"
     values = files.read_json(store / "manifest.json")
     del values["recipe"]["blur"]
-    (store / "manifest.json").write_bytes(files.signed(values))
+    (store / "manifest.json").write_bytes(files.with_checksum(values))
     digest = files.sha256(files.canonical(values))
     for path in [*store.glob("crops/*.json"), *store.glob("targets/*/codes-*.json")]:
-        path.write_bytes(files.signed({**files.read_json(path), "manifest": digest}))
+        path.write_bytes(files.with_checksum({**files.read_json(path), "manifest": digest}))
     assert open_store(store).manifest.digest == digest
     assert verify(open_store(store)).problems == []

@@ -121,7 +121,7 @@ def _redraw(store: Store, shard: int, log: Log) -> bool:
 
 def _retrain(store: Store, name: str, teacher: Teacher, reader: RowReader, pool: ThreadPoolExecutor, log: Log) -> None:
     """Trains a column's codec again; its arrays are replaced where they come out as meta.json tells."""
-    folder = files.own_folder(store.folder / layout.TARGETS / name)
+    folder = files.reject_symlink(store.folder / layout.TARGETS / name)
     try:
         meta, _ = read_meta(folder / "meta.json")
     except StoreError as error:

@@ -173,7 +173,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
         if not locks.try_lock(handle):
             raise RequestError(f"{target}: another process is writing it; wait for it")
         for left in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
-            files.sweep(left, seconds=0)  # of a killed call: nobody else writes here
+            files.remove_leftovers(left, seconds=0)  # of a killed call: nobody else writes here
         try:
             yield folder
         except BaseException:
@@ -220,10 +220,10 @@ def _column_files(column: Column) -> Iterator[tuple[str, bytes]]:
     values = files.read_json(path)
     if files.sha256(files.canonical(values)) != column.digest:
         raise StoreError(f"{path}: altered since the store was opened; run it again")
-    yield path.name, files.signed(values)
+    yield path.name, files.with_checksum(values)
     for name, digest in column.meta.arrays.items():
         path = column.folder / f"{name}.npy"
-        data = files.read_plain(path, MAX_ARRAY + files.MAX_HEADER)
+        data = files.read_regular(path, MAX_ARRAY + files.MAX_HEADER)
         if files.sha256(data) != digest:
             raise StoreError(f"{path}: altered: its sha256 is not that of meta.json; restore it from a copy")
         yield path.name, data

@@ -269,7 +269,7 @@ def _begin(
     )
     columns = [folder / layout.TARGETS / request.name for request in requests]
     for part in (folder, folder / layout.CROPS, folder / layout.TARGETS, *columns):
-        files.sweep(part)
+        files.remove_leftovers(part)
     return store
 
 

@@ -91,7 +91,7 @@ class Recording:
         """Makes what was added survive a kill: the blocks are synced before the journal counts them."""
         os.fsync(self._file)
         values = {"column": self.column.digest, "block": self._block, "crops": self.crops}
-        files.replace(self.column.folder / _JOURNAL, files.signed(values))
+        files.replace(self.column.folder / _JOURNAL, files.with_checksum(values))
 
     def resume(self, crops: int) -> None:
         """Goes on after the first `crops` crops of the training; raises FkdError where fewer were recorded here."""
@@ -120,7 +120,7 @@ class Recording:
                 else:
                     publish_codes(store.folder, m, shard, codes, column=self.column.name, digest=self.column.digest)
             os.ftruncate(self._file, shard * self._shard_bytes)  # so that a disk never holds both copies of everything
-        files.sweep(self.column.folder, seconds=0)  # of killed processes: nobody else writes here
+        files.remove_leftovers(self.column.folder, seconds=0)  # of killed processes: nobody else writes here
         for name in (_WORK, _JOURNAL):
             (self.column.folder / name).unlink(missing_ok=True)
         files.sync_folder(self.column.folder)
@@ -133,7 +133,7 @@ class Recording:
 
     def _write(self, data: bytes, place: int) -> None:
         """Writes a block; raises OSError, with the file's name, where the disk is full or fails."""
-        with files.naming(self.column.folder / _WORK):
+        with files.annotate_oserror(self.column.folder / _WORK):
             if os.pwrite(self._file, data, place) < len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -207,7 +207,7 @@ def _acquire(column: Column) -> int:
     """A descriptor of the work file of a column's recording, locked; raises RequestError where another process has it."""
     path = column.folder / _WORK
     while True:
-        file = files.plain_descriptor(path, os.O_RDWR | os.O_CREAT)
+        file = files.open_descriptor(path, os.O_RDWR | os.O_CREAT)
         ours = locks.try_lock(file, seconds=locks.PATIENCE)
         if ours and path.exists() and os.path.samestat(path.stat(), os.fstat(file)):
             return file

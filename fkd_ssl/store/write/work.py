@@ -41,7 +41,7 @@ class Progress:
     def add(self, array: npt.NDArray[Any]) -> None:
         """Appends a chunk, an array of one row a crop; now and then all that was added is made safe."""
         data = array.tobytes()
-        with files.naming(self._path):
+        with files.annotate_oserror(self._path):
             self._file.write(data)
         self._digest.update(data)
         self.crops += len(array)
@@ -50,7 +50,7 @@ class Progress:
 
     def save(self) -> None:
         """Makes what was added survive a kill: the bytes are synced before the journal counts them."""
-        with files.naming(self._path):
+        with files.annotate_oserror(self._path):
             self._file.flush()
             os.fsync(self._file.fileno())
         values = {
@@ -59,7 +59,7 @@ class Progress:
             "images": self.checksums,
             "column": self._owner,
         }
-        files.replace(self._journal, files.signed(values))
+        files.replace(self._journal, files.with_checksum(values))
         self._written = time.monotonic()
 
     def read(self) -> bytes:
@@ -145,7 +145,7 @@ def open_work(path: Path, owner: str, *, unit: int, crops: int, per_row: int = 0
         crops: How many there will be.
         per_row: Crops of a row, each of which has its checksum; 0 where no checksums are kept.
     """
-    file = os.fdopen(files.plain_descriptor(path, os.O_RDWR | os.O_CREAT), "r+b")
+    file = os.fdopen(files.open_descriptor(path, os.O_RDWR | os.O_CREAT), "r+b")
     try:
         if not locks.try_lock(file.fileno()):
             yield None
@@ -163,7 +163,7 @@ def open_work(path: Path, owner: str, *, unit: int, crops: int, per_row: int = 0
         path.unlink(missing_ok=True)
         _journal(path).unlink(missing_ok=True)
     finally:
-        with files.naming(path):  # it may have to write what is left in its buffer
+        with files.annotate_oserror(path):  # it may have to write what is left in its buffer
             file.close()
 
 

@@ -156,7 +156,7 @@ def test_an_array_that_the_teacher_does_not_bring(folder, tmp_path, image_folder
     path = folder / "targets/tiny/meta.json"
     values = files.read_json(path)
     values["arrays"][name] = "0" * 64
-    path.write_bytes(files.signed(values))
+    path.write_bytes(files.with_checksum(values))
     before = tree(tmp_path)
     if message is not None:
         with pytest.raises(StoreError, match=message):

@@ -438,6 +438,6 @@ def test_a_forged_journal_leaves_no_damaged_shard(tmp_path, make_store, new_teac
     if cut:
         work.write_bytes(b"")
         values |= {"codes": files.sha256(b""), "crops": 96}
-    journal.write_bytes(files.signed({**values, "images": values["images"][:1]}))
+    journal.write_bytes(files.with_checksum({**values, "images": values["images"][:1]}))
     make_store(tmp_path / "store")
     assert tree(tmp_path / "store") == tree(tmp_path / "whole")

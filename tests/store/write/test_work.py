@@ -132,7 +132,7 @@ def test_a_journal_that_does_not_fit_its_file_does_not_count(path, forged):
     leave(path, [3, 4])
     journal = path.with_name(f"{path.name}.json")
     values = files.read_json(journal)
-    journal.write_bytes(files.signed({**values, **forged}))
+    journal.write_bytes(files.with_checksum({**values, **forged}))
     if forged.get("crops") == 640:
         path.write_bytes(b"")
     with work.open_work(path, "me", **SIZES) as progress:
