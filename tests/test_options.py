@@ -13,14 +13,14 @@ from fkd_ssl.training.config import TrainConfig
 @dataclass(frozen=True, kw_only=True)
 class Left:
     a: int = 1
-    EXECUTION: ClassVar = ("a",)
+    EXECUTION: ClassVar[tuple[str, ...]] = ("a",)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Right:
     b: int = 2
     c: int = 3
-    EXECUTION: ClassVar = ("c",)
+    EXECUTION: ClassVar[tuple[str, ...]] = ("c",)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -113,7 +113,7 @@ def test_keys_that_only_say_how_a_run_is_run_may_differ(tmp_path: Path) -> None:
     class Free:
         lr: float = 0.1
         workers: int = 2
-        EXECUTION: ClassVar = ("workers",)
+        EXECUTION: ClassVar[tuple[str, ...]] = ("workers",)
 
     begin(tmp_path / "run", Free(), {})
     assert runs.peek(tmp_path / "run", Free(workers=0)) == "resume"
@@ -144,7 +144,7 @@ def test_defaults_that_depend_on_other_options_are_those_of_the_config(tmp_path:
 class Placed:
     images: str
     val: str | None = None
-    PATHS: ClassVar = ("images", "val")
+    PATHS: ClassVar[tuple[str, ...]] = ("images", "val")
 
 
 def test_paths_may_change_but_not_whether_there_is_one(tmp_path: Path) -> None:

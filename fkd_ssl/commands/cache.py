@@ -34,8 +34,8 @@ class Config:
     json: bool = False
     """Print one JSON object on standard output."""
 
-    EXECUTION: ClassVar = ("threads", "json", "on_unreadable")
-    PATHS: ClassVar = ("images", "out")
+    EXECUTION: ClassVar[tuple[str, ...]] = ("threads", "json", "on_unreadable")
+    PATHS: ClassVar[tuple[str, ...]] = ("images", "out")
 
 
 def run(config: Config) -> int:

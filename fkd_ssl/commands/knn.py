@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 class Config:
     """Options of knn."""
 
-    EXECUTION: ClassVar = ("features", "workers", "json", "on_unreadable")
-    PATHS: ClassVar = ("model", "checkpoint", "train", "val", "out")
+    EXECUTION: ClassVar[tuple[str, ...]] = ("features", "workers", "json", "on_unreadable")
+    PATHS: ClassVar[tuple[str, ...]] = ("model", "checkpoint", "train", "val", "out")
 
     model: str | None = None
     """A run folder, a .ckpt of one, teacher:NAME, torchvision/NAME, timm/NAME, or module:function; of files only a name."""

@@ -25,8 +25,8 @@ ON_FEATURES = ("sweep", "logreg")
 class Config:
     """Options of linear."""
 
-    EXECUTION: ClassVar = ("features", "workers", "json", "on_unreadable")
-    PATHS: ClassVar = ("model", "checkpoint", "train", "val", "out")
+    EXECUTION: ClassVar[tuple[str, ...]] = ("features", "workers", "json", "on_unreadable")
+    PATHS: ClassVar[tuple[str, ...]] = ("model", "checkpoint", "train", "val", "out")
 
     model: str | None = None
     """A run folder, a .ckpt of one, teacher:NAME, torchvision/NAME, timm/NAME, or module:function; of files only a name."""

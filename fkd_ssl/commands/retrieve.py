@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 class Config:
     """Options of retrieve."""
 
-    EXECUTION: ClassVar = ("features", "workers", "json", "on_unreadable")
-    PATHS: ClassVar = ("model", "checkpoint", "gallery", "queries", "query", "sheet", "out")
+    EXECUTION: ClassVar[tuple[str, ...]] = ("features", "workers", "json", "on_unreadable")
+    PATHS: ClassVar[tuple[str, ...]] = ("model", "checkpoint", "gallery", "queries", "query", "sheet", "out")
 
     model: str | None = None
     """A run folder, a .ckpt of one, teacher:NAME, torchvision/NAME, timm/NAME, or module:function; of files only a name."""

@@ -77,8 +77,8 @@ class CompareConfig:
     json: bool = False
     """Print results.json on standard output."""
 
-    EXECUTION: ClassVar = ("further_arms", "seeds", "workers", "json")
-    PATHS: ClassVar = ("images", "val", "checkpoint", "out")
+    EXECUTION: ClassVar[tuple[str, ...]] = ("further_arms", "seeds", "workers", "json")
+    PATHS: ClassVar[tuple[str, ...]] = ("images", "val", "checkpoint", "out")
 
     def __post_init__(self) -> None:
         if len(split(self.teacher)) > 2:

@@ -87,8 +87,8 @@ class PretrainConfig:
     log_every: int = 20
     """Steps in one line of metrics.csv."""
 
-    EXECUTION: ClassVar = ("workers", "on_unreadable")
-    PATHS: ClassVar = ("images", "out")
+    EXECUTION: ClassVar[tuple[str, ...]] = ("workers", "on_unreadable")
+    PATHS: ClassVar[tuple[str, ...]] = ("images", "out")
 
     def __post_init__(self) -> None:
         own = METHODS[self.method]

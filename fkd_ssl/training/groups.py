@@ -80,8 +80,8 @@ class DataConfig:
     workers: int = 2
     """Processes that read images."""
 
-    EXECUTION: ClassVar = ("device_crops", "on_unreadable", "workers")
-    PATHS: ClassVar = ("images",)
+    EXECUTION: ClassVar[tuple[str, ...]] = ("device_crops", "on_unreadable", "workers")
+    PATHS: ClassVar[tuple[str, ...]] = ("images",)
 
     def __post_init__(self) -> None:
         check_positive(self, "crops_per_image", "batch_size", "pixels")
@@ -124,7 +124,7 @@ class TargetsConfig:
     codec: str | None = None
     """Of recorded targets, as precompute takes it: SQ8, or for class probabilities marginal_smoothing_k5, by default."""
 
-    PATHS: ClassVar = ("store", "checkpoint", "label_maps", "record")
+    PATHS: ClassVar[tuple[str, ...]] = ("store", "checkpoint", "label_maps", "record")
 
     def __post_init__(self) -> None:
         if self.teacher_pixels is not None and not 1 <= self.teacher_pixels <= 4096:
@@ -204,7 +204,7 @@ class StudentConfig:
     init: str | None = None
     """Run, checkpoint or exported file whose weights the student starts from: reactnet starts from a reactnet_step1."""
 
-    PATHS: ClassVar = ("init",)
+    PATHS: ClassVar[tuple[str, ...]] = ("init",)
 
     def __post_init__(self) -> None:
         check_positive(self, "width")
@@ -293,8 +293,8 @@ class EngineConfig:
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     """The student's arithmetic, in Lightning's terms."""
 
-    EXECUTION: ClassVar = ("devices",)
-    PATHS: ClassVar = ("out",)
+    EXECUTION: ClassVar[tuple[str, ...]] = ("devices",)
+    PATHS: ClassVar[tuple[str, ...]] = ("out",)
 
     def __post_init__(self) -> None:
         check_positive(self, "devices", "accumulate")
@@ -315,7 +315,7 @@ class LoggingConfig:
     knn_k: int = 20
     """Neighbours."""
 
-    PATHS: ClassVar = ("val",)
+    PATHS: ClassVar[tuple[str, ...]] = ("val",)
 
     def __post_init__(self) -> None:
         check_positive(self, "log_every", "knn_every", "knn_k")

@@ -52,7 +52,7 @@ FENCE = re.compile(
 )
 SMALL = {
     "precompute": "--crops 4 --pixels 32 --chunk_size 16",
-    "train": "--epochs 2 --pixels 32 --batch_size 8 --workers 0",
+    "train": "--epochs 2 --pixels 32 --batch_size 8 --crops_per_image 2 --workers 0",
     "pretrain": "--epochs 1 --pixels 32 --batch_size 8 --workers 0",
     "subset": "--crops 2",
     "show": "--crops 4",
