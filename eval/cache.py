@@ -33,7 +33,7 @@ _TOLERANCE = 0.01  # relative distance between a model's answers on two machines
 
 
 def transform_of(pixels: int) -> dict[str, Any]:
-    """What the evaluation transform is, for keys and results."""
+    """The evaluation transform, for cache keys and results."""
     return {"resize": round(8 / 7 * pixels), "centre_crop": pixels, "pixels_sha256": probe_digest()}
 
 
@@ -94,7 +94,7 @@ def cached(
                     files.write_npy(part, _part(model, subset, pixels, batch_size, workers, skip=skipped is not None))
                     bar.update()
             if busy:
-                time.sleep(0.2)  # another process is at the rest
+                time.sleep(0.2)  # another process computes the rest
             elif not (entry / "done.json").exists():
                 _assemble(entry, parts, images)
     done = files.read_json(entry / "done.json")
@@ -130,7 +130,7 @@ def _part(model: Model, images: ImageSource, pixels: int, batch_size: int, worke
 
 
 def _assemble(entry: Path, parts: list[Path], images: ImageSource) -> None:
-    """Joins the parts, and says that the entry is done."""
+    """Joins the parts and writes done.json."""
     with locks.locked(entry / ".lock-all") as ours:
         if not ours or (entry / "done.json").exists():
             time.sleep(0.2)
@@ -166,9 +166,9 @@ def _same_answers(model: Model, entry: Path, images: ImageSource, pixels: int) -
     noise = np.random.default_rng(0).integers(0, 256, size=(2, 3, pixels, pixels), dtype=np.uint8)
     with frozen(model), torch.inference_mode():
         said = checked(model(torch.from_numpy(noise)), images, torch.zeros(2, dtype=torch.int64)).cpu().numpy()
-    path = entry / "probe.npy"
+    path = entry / "noise.npy"
     if not path.exists():
-        with suppress(StoreError):  # another process on another machine was first, and differs in the last bits
+        with suppress(StoreError):  # a process on another machine was first, and its values differ in the last bits
             files.write_npy(path, said)
     before = files.map_npy(path, np.dtype(np.float32), (2, None))
     if (

@@ -1,7 +1,7 @@
-"""Features of an image set under the evaluation transform: what every probe starts from.
+"""Features of an image set under the evaluation transform.
 
-The transform is the usual one, short side to round(8/7 P) and the centre crop of P pixels, made with the project's own
-geometry: one box in the image's pixels, resized once by `fkd_ssl.crops.replay`.
+The transform resizes the short side to round(8/7 P) and takes the centre crop of P pixels. Both are one box in the image's
+pixels, which `fkd_ssl.crops.replay` resizes once.
 
 Legend: `B` images in a batch, `N` images in the set, `P` pixels, `D` feature dimension.
 """
@@ -27,14 +27,14 @@ from fkd_ssl.images import ImageSource
 from fkd_ssl.progress import hidden
 
 Model = Callable[[torch.Tensor], torch.Tensor]
-"""uint8 [B, 3, P, P] on the CPU -> float [B, D] on any device; it normalises and moves the pixels itself."""
+"""Maps uint8 [B, 3, P, P] on the CPU to float [B, D] on any device; normalises and moves the pixels itself."""
 
 View = tuple[torch.Tensor, int] | ImageError  # an image's pixels and its index
 
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """Features of a training and a validation set whose classes were matched by folder name."""
+    """Features of a training and a validation set, with classes matched by folder name."""
 
     train_features: Float32Array
     """[N, D]."""
@@ -49,7 +49,7 @@ class Split:
 
     @property
     def common(self) -> dict[str, Any]:
-        """What knn.evaluate_features, logreg.evaluate and sweep.evaluate take of it, as keyword arguments."""
+        """Keyword arguments of knn.evaluate_features, logreg.evaluate and sweep.evaluate."""
         return {
             "train_features": self.train_features,
             "train_labels": self.train_labels,
@@ -188,7 +188,7 @@ def match_classes(train: ImageSource, val: ImageSource) -> Int64Array:
     if missing:
         names = ", ".join(map(repr, missing[:5])) + (", ..." if len(missing) > 5 else "")
         raise RequestError(
-            f"{val.spec}: {len(missing)} of its {len(present)} classes have no picture in {train.spec}: {names}; "
+            f"{val.spec}: {len(missing)} of its {len(present)} classes have no image in {train.spec}: {names}; "
             f"classes are matched by the name of their folder{_level_hint(val)}"
         )
     to_train = np.full(len(val.classes), -1, dtype=np.int64)
@@ -199,7 +199,7 @@ def match_classes(train: ImageSource, val: ImageSource) -> Int64Array:
 
 
 def require_two_classes(images: ImageSource) -> None:
-    """Raises RequestError where all images are in one class folder; with one class every score is 100 %."""
+    """Raises RequestError if all images are in one class folder: every score would be 100 %."""
     present = np.unique(images.labels)
     if len(present) == 1:
         name = images.classes[present[0]]
@@ -209,7 +209,7 @@ def require_two_classes(images: ImageSource) -> None:
 
 
 def _level_hint(images: ImageSource) -> str:
-    """The end of a message about classes: advice where the only class folder has folders and no images."""
+    """The end of a message about classes: advice if the only class folder has folders and no images."""
     folders = {tuple(path.split("/", 2)[:2]) for path in images.names if path.count("/") > 1}
     if len(images.classes) != 1 or len(folders) < 2 or any(path.count("/") < 2 for path in images.names):
         return ""
@@ -219,7 +219,7 @@ def _level_hint(images: ImageSource) -> str:
 
 @contextlib.contextmanager
 def frozen(model: object) -> Iterator[None]:
-    """Puts an `nn.Module` into eval mode and every part of it back into its own mode after; others are left alone."""
+    """Puts an `nn.Module` into eval mode, and each of its parts back into its own mode afterwards."""
     modes = [(part, part.training) for part in model.modules()] if isinstance(model, nn.Module) else []
     if isinstance(model, nn.Module):
         model.eval()
@@ -231,7 +231,7 @@ def frozen(model: object) -> Iterator[None]:
 
 
 def checked(output: object, images: ImageSource, indices: torch.Tensor) -> torch.Tensor:
-    """A model's answer to the images at `indices` as float32 [B, D], or FkdError that says what came instead."""
+    """A model's output for the images at `indices` as float32 [B, D]; raises FkdError if it is something else."""
     advice = "expected one tensor [B, D] of floats, such as a backbone's pooled features"
     if not isinstance(output, torch.Tensor):
         size = f" of {len(output)}" if isinstance(output, (tuple, list, dict)) else ""
@@ -279,7 +279,7 @@ def load(
 
 
 def view(images: ImageSource, index: int, pixels: int, cut: Callable[[int, int], Records]) -> View:
-    """One view of image `index`: `cut` makes the record [1] from the image's height and width."""
+    """One view of image `index`; `cut` returns the record [1] for the image's height and width."""
     try:
         pixels_in = images.pixels(index)
         return torch.from_numpy(replay(pixels_in, cut(*pixels_in.shape[:2]), pixels)[0]), index
@@ -288,7 +288,7 @@ def view(images: ImageSource, index: int, pixels: int, cut: Callable[[int, int],
 
 
 def check_counts(**counts: int) -> None:
-    """Raises RequestError for the first that is below 1."""
+    """Raises RequestError for the first count below 1."""
     for name, count in counts.items():
         if count < 1:
             raise RequestError(f"{name} must be at least 1, got {count}")

@@ -1,9 +1,9 @@
-"""Weighted nearest neighbours: the quickest look at features, and the one with fewest settings.
+"""Weighted nearest neighbours: the quickest score of features, with the fewest settings.
 
 Wu et al., "Unsupervised Feature Learning via Non-Parametric Instance Discrimination", CVPR 2018 (arXiv 1805.01978),
 section 3.4: the k nearest training images vote for their class with weight exp(similarity / T). The similarity is the
-cosine; of `metric="euclidean"` it is minus half the squared distance, which on vectors of length 1 gives the same votes.
-With T infinite every neighbour has one vote.
+cosine, or with `metric="euclidean"` minus half the squared distance, which gives the same votes on vectors of length 1. With
+infinite T each neighbour has one vote.
 
 Legend: `N` training images, `n` images to score, `D` feature dimension, `C` classes, `Q` images in a chunk.
 """
@@ -42,10 +42,10 @@ PRESETS: dict[str, tuple[tuple[int, ...], float]] = {
     "instdisc": ((200,), 0.07),  # arXiv 1805.01978
     "lightly": ((200,), 0.1),  # lightly.utils.benchmarking, and VISSL's
 }
-"""Name -> (every k that is reported, temperature)."""
+"""Name -> (values of k, temperature)."""
 
-_LARGEST_EXPONENT = 80.0  # exp of it is a float32 with room for a sum of 2000
-_VOTES = 2**23  # scores at once
+_MAX_EXPONENT = 80.0  # the sum of 2000 times its exp is a float32
+_VOTES = 2**23  # scores in memory
 
 
 def knn_predict(
@@ -59,18 +59,17 @@ def knn_predict(
     metric: Metric = "cosine",
     device: torch.device | str = "cpu",
 ) -> Float32Array:
-    """Class scores of features: the sum of exp(similarity / temperature) over those of the k nearest that are of the class.
+    """Class scores: the sum of exp(similarity / temperature) over those of the k nearest neighbours that have the class.
 
-    The search is exact. A class that none of the k neighbours belongs to scores 0. Below a temperature of about 0.0125,
-    where exp would leave float32, and for Euclidean distances, each row is divided by its largest weight, which changes
-    no ranking.
+    The search is exact. A class without a neighbour among the k scores 0. If the temperature is below about 0.0125, where exp
+    overflows float32, and for Euclidean distances, each row is divided by its largest weight: the ranking stays the same.
 
     Args:
-        train_features: Array or tensor [N, D], of any length. A vector of zeros has cosine 0 to everything.
-        train_labels: Array or tensor [N] of whole numbers from 0.
+        train_features: Array or tensor [N, D], not necessarily normalised. A vector of zeros has cosine 0 to all others.
+        train_labels: Array or tensor [N] of integers from 0.
         features: Array or tensor [n, D].
-        k: Neighbours; more than N are cut to N with a warning.
-        temperature: T, above 0.
+        k: Number of neighbours; reduced to N with a warning if larger.
+        temperature: T, positive.
         num_classes: C; by default the largest training label plus one.
         metric: `cosine` or `euclidean`.
         device: Where the search runs.
@@ -79,8 +78,8 @@ def knn_predict(
         Scores float32 [n, C]; the prediction is their argmax.
 
     Raises:
-        RequestError: Shapes, labels, k or temperature that cannot be right.
-        FkdError: Features that are not finite.
+        RequestError: Shapes, labels, k or temperature are invalid.
+        FkdError: A feature is not finite.
     """
     check_search([k], [temperature])
     train = as_features(train_features, "train_features")
@@ -108,19 +107,19 @@ def evaluate_features(
     metric: Metric = "cosine",
     device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
-    """Accuracy of `knn_predict` on features that are already there; see `evaluate` for what is returned.
+    """Accuracy of `knn_predict` on given features; see `evaluate` for the result.
 
-    All k and all temperatures are scored after one search. Memory beside the features is bounded, see `search.nearest`;
-    Euclidean search takes one more copy of the training features.
+    All k and temperatures take one search. Memory besides the features is bounded, see `search.nearest`; Euclidean search takes
+    one more copy of the training features.
 
     Args:
         train_features: Array or tensor [N, D].
-        train_labels: Array or tensor [N]. Without `num_classes` any whole numbers from 0, with gaps.
-        features: Array or tensor [n, D]; None scores the training images, each by all others (leave one out).
-        labels: Array or tensor [n], each of them a label that some training image has.
-        num_classes: C, where the labels are indices into a list of classes.
-        names: Of the classes, for `per_class`.
-        k: Neighbours that vote, or several such numbers.
+        train_labels: Array or tensor [N]. Without `num_classes` any integers from 0, also with gaps.
+        features: Array or tensor [n, D]; None classifies each training image by all others (leave one out).
+        labels: Array or tensor [n] of labels that occur in `train_labels`.
+        num_classes: C, if the labels are indices into a list of classes.
+        names: Class names, for `per_class`.
+        k: Number of neighbours, or several.
         temperature: T, or several.
         metric: `cosine` or `euclidean`.
         device: Where the search runs.
@@ -131,7 +130,7 @@ def evaluate_features(
     known = as_labels(train_labels, len(train), "train_labels", num_classes=num_classes)
     if features is None:
         if len(train) < 2:
-            raise RequestError("train_features: one image; leaving one out needs at least two")
+            raise RequestError("train_features: has one image; leave-one-out needs at least two")
         queries, wanted = None, known
     else:
         queries = as_features(features, "features")
@@ -151,15 +150,15 @@ def evaluate_features(
             for part, votes in _votes(similarity[:, : used[one]], of[:, : used[one]], t, classes, metric):
                 truth = wanted[rows][part]
                 voted = votes[np.arange(len(votes)), truth] > 0
-                # a class without a neighbour is not ranked: else the order of the folders would decide who fills the top 5
+                # a class without a neighbour is not ranked, or the order of the folders would decide the rest of the top 5
                 out[rows][part] = np.where(voted, ranks(votes, truth), classes)
     headline = (K if K in ks else ks[0], TEMPERATURE if TEMPERATURE in temperatures else temperatures[0])
     notes = feature_notes(train, queries)
-    notes += [f"k {one} was cut to the {used[one]} training images" for one in ks if used[one] < one]
+    notes += [f"k {one} was reduced to {used[one]}, the number of training images" for one in ks if used[one] < one]
     if used[headline[0]] < 5:
         notes.append(f"top5 counts at most {used[headline[0]]} classes: k is {used[headline[0]]}")
     if queries is None and (alone := int((np.bincount(known) == 1).sum())):
-        notes.append(f"{alone} of {classes} classes have one image, which leaving it out makes impossible to tell")
+        notes.append(f"{alone} of {classes} classes have one image only, which cannot be classified by the others")
     scored = {key: accuracy(value) for key, value in rank.items()}
     return {
         **scored[headline],
@@ -182,23 +181,22 @@ def evaluate_features(
 def few_shot(
     *, train_labels: Any, shots: float, draws: int = 5, seed: int = 0, train_features: Any, **options: Any
 ) -> dict[str, Any]:
-    """`evaluate_features` with a part of the training images, drawn several times: mean and deviation.
+    """`evaluate_features` with random subsets of the training images: mean and standard deviation over several draws.
 
     Args:
         train_labels: Array or tensor [N].
-        shots: From 1 a whole number of images a class; below 1 the part of each class, at least one image of it.
-        draws: Times that the part is drawn.
-        seed: Of the draws.
+        shots: Number of images of each class; below 1 their share, at least one image of each class.
+        draws: Number of random draws.
+        seed: Seed of the draws.
         train_features: Array or tensor [N, D].
-        **options: Of `evaluate_features`.
+        **options: Options of `evaluate_features`.
 
     Returns:
-        What `evaluate_features` says of the first draw, but `top1` and `top5` are means over draws; `top1_std` and
-        `top5_std`, the standard deviations (0 for one draw); `draws`, each one's `top1`, `top5`; `shots`, `seed`. `correct`
-        is that of the first draw.
+        The result of `evaluate_features` for the first draw, with `top1` and `top5` as means over draws; `top1_std` and
+        `top5_std`, the standard deviations (0 for one draw); `draws`, the `top1` and `top5` of each; `shots`, `seed`.
 
     Raises:
-        RequestError: As `evaluate_features`; a class has fewer images than `shots`, or draws below 1.
+        RequestError: As `evaluate_features`; a class has fewer images than `shots`, or `draws` is below 1.
     """
     if draws < 1:
         raise RequestError(f"draws must be at least 1, got {draws}")
@@ -216,13 +214,13 @@ def few_shot(
 
 
 def shot_rows(labels: Int64Array, shots: float, generator: np.random.Generator) -> Int64Array:
-    """The rows of a draw: `shots` of each class (below 1 that part of it, at least one), in the set's order.
+    """The rows of a random draw: `shots` of each class (below 1 that share, at least one), in ascending order.
 
     Raises:
-        RequestError: shots is neither a whole number nor a part, or a class has fewer images.
+        RequestError: `shots` is neither an integer nor below 1, or a class has fewer images.
     """
     if not (math.isfinite(shots) and shots > 0) or (shots >= 1 and shots != int(shots)):
-        raise RequestError(f"shots {shots:g}: expected a part of each class below 1, or a whole number of images")
+        raise RequestError(f"shots {shots:g}: expected an integer number of images per class, or a share below 1")
     chosen = []
     for label in np.unique(labels):
         rows = np.flatnonzero(labels == label)
@@ -267,10 +265,9 @@ def evaluate(
 
     Returns:
         `top1`, `top5` in percent; `correct` bool [n]; `k`, `temperature`, `metric`, `n_train`, `n_val`, `classes`,
-        `feature_dim`, `pixels`; `sweep`, `top1` and `top5` of every k and temperature, of which those at the top are of k
-        20 and T 0.07 if these are among them, else of the first: never of the best; `per_class`, top-1 of each;
-        `notes`, what a reader of the figures must know. `top5` counts an image whose class is among the five best of those
-        that any neighbour belongs to; with k < 5 these are at most k, and `notes` says so.
+        `feature_dim`, `pixels`; `sweep`, the `top1` and `top5` of every k and temperature; `per_class`; `notes`. The headline
+        `top1` and `top5` are those of k 20 and T 0.07 if these are among them, else of the first; never of the best. `top5`
+        ranks only classes of the k neighbours, so with k < 5 it ranks at most k classes, and `notes` says so.
 
     Raises:
         RequestError: An image without a class, or a class that `train` lacks, or a wrong k or temperature.
@@ -293,15 +290,15 @@ def evaluate(
 
 
 def check_search(ks: Sequence[int], temperatures: Sequence[float]) -> None:
-    """Raises RequestError where there is none of either, or one that cannot be."""
+    """Raises RequestError if k or temperatures are missing or invalid."""
     if not ks or not temperatures:
-        raise RequestError("no k or no temperature to score with")
+        raise RequestError("at least one k and one temperature are needed")
     for k in ks:
         if k < 1:
             raise RequestError(f"k must be at least 1, got {k}")
     for temperature in temperatures:
         if not temperature > 0:
-            raise RequestError(f"temperature must be above 0, got {temperature}")
+            raise RequestError(f"temperature must be positive, got {temperature}")
 
 
 def _several(value: Any) -> list[Any]:
@@ -310,19 +307,19 @@ def _several(value: Any) -> list[Any]:
 
 def _cut(k: int, most: int) -> int:
     if k > most:
-        warnings.warn(f"k is {k}, but there are {most} training images: all of them vote", stacklevel=4)
+        warnings.warn(f"k is {k}, but there are {most} training images; using all of them", stacklevel=4)
     return min(k, most)
 
 
 def _votes(
     similarity: Float32Array, labels: Int64Array, temperature: float, classes: int, metric: Metric
 ) -> Iterator[tuple[slice, Float32Array]]:
-    """Class scores float32 [rows, C] of neighbours [Q, k], in parts of bounded size."""
+    """Class scores float32 [rows, C] from neighbours [Q, k], in parts of bounded size."""
     at_once = max(1, _VOTES // max(classes, similarity.shape[1]))
     for start in range(0, len(similarity), at_once):
         part = slice(start, min(start + at_once, len(similarity)))
         exponent = similarity[part].astype(np.float64) / temperature
-        if metric == "euclidean" or 1 / temperature > _LARGEST_EXPONENT:
+        if metric == "euclidean" or 1 / temperature > _MAX_EXPONENT:
             exponent -= exponent.max(axis=1, keepdims=True)
         count = len(exponent)
         cell = np.arange(count)[:, None] * classes + labels[part]

@@ -1,7 +1,7 @@
-"""Features of images under the evaluation transform, computed once and kept for knn, linear and retrieve.
+"""Computes features of images once and stores them for knn, linear and retrieve.
 
-Prints where the pair features.npy and labels.npy lies: the same --features folder makes the other commands use it, and
-FEATURES.npy,LABELS.npy is what they take instead of images. Start it as often as there are processes: they share the work.
+Prints the paths of features.npy and labels.npy. The other commands find them in the same --features folder, or take
+FEATURES.npy,LABELS.npy instead of images. Several processes that are started with the same command share the work.
 """
 
 from dataclasses import dataclass
@@ -13,15 +13,15 @@ class Config:
     """Options of features."""
 
     model: str
-    """A run folder, a .ckpt of one, teacher:NAME, torchvision/NAME, timm/NAME, or module:function."""
+    """A run folder, one of its .ckpt files, teacher:NAME, torchvision/NAME, timm/NAME, or module:function."""
     images: str
     """Folder of images, NAME:SPLIT:ROOT (cifar10:test:/data), or module:function."""
     features: str
-    """Folder where features are kept."""
+    """Cache folder."""
     pixels: int | None = None
-    """Side of the centre crop; the model's own training size by default."""
+    """Side of the centre crop; the size that the model was trained at by default."""
     checkpoint: str | None = None
-    """Weights of the teacher, or `pretrained` for those of its library."""
+    """Weights of the teacher; `pretrained` downloads those of its library."""
     workers: int = 2
     """Processes that read images."""
     on_unreadable: Literal["stop", "skip"] = "stop"
@@ -31,7 +31,7 @@ class Config:
 
 
 def run(config: Config) -> int:
-    """Computes what is missing."""
+    """Computes the features that are missing."""
     from pathlib import Path
 
     from fkd_ssl.commands import console, sources

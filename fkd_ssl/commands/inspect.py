@@ -1,4 +1,4 @@
-"""Shows what a store holds: images, crops, teachers, codecs, sizes, and what is missing."""
+"""Shows the contents of a store: images, crops, teachers, codecs, sizes, and what is missing."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -66,11 +66,11 @@ def run(config: Config) -> int:
         f"recipe {about['recipe']['name']}, seed {about['seed']}, {about['shards']} shards",
     ]
     if about["skipped"]:
-        lines.append(f"skipped as unreadable: {len(about['skipped'])}, for instance {about['skipped'][0]}")
+        lines.append(f"skipped because they cannot be read: {len(about['skipped'])}, for instance {about['skipped'][0]}")
     if about["missing_crops"]:
         lines.append(f"NOT FINISHED: the crops of {len(about['missing_crops'])} of {about['shards']} shards are missing")
     if not about["teachers"]:
-        lines.append("NOT FINISHED: there are no teacher's targets; fkd-ssl precompute writes them")
+        lines.append("NOT FINISHED: it has no targets; fkd-ssl precompute writes them")
     for name, column in about["teachers"].items():
         fidelity, teacher = column["fidelity"], column["teacher"]
         measured = f" of {fidelity['sample']}" if fidelity["sample"] else ""

@@ -1,8 +1,8 @@
-"""k-nearest-neighbour accuracy of a model's features: exact search, votes of weight exp(similarity / T).
+"""k-nearest-neighbour accuracy of a model's features: exact search, votes weighted by exp(similarity / T).
 
-The model is a run folder, one of its checkpoints, or a teacher. The last checkpoint of a run is what is scored unless
-another is named. Several k and temperatures are scored after one search; the headline is k 20 and T 0.07 where these are
-among them, and never the best. --train and --val also take FEATURES.npy,LABELS.npy that came from elsewhere.
+The model is a run folder (its last checkpoint is scored), a checkpoint, or a teacher. Several k and temperatures take one
+search; the headline is k 20 and T 0.07 if these are among them, and never the best. --train and --val also take
+FEATURES.npy,LABELS.npy.
 """
 
 from dataclasses import dataclass, replace
@@ -22,33 +22,33 @@ class Config:
     PATHS: ClassVar[tuple[str, ...]] = ("model", "checkpoint", "train", "val", "out")
 
     model: str | None = None
-    """A run folder, a .ckpt of one, teacher:NAME, torchvision/NAME, timm/NAME, or module:function; of files only a name."""
+    """A run folder, one of its .ckpt files, teacher:NAME, torchvision/NAME, timm/NAME or module:function; for files a name."""
     train: str
-    """Labelled images whose features are searched: a folder, NAME:SPLIT:ROOT, or FEATURES.npy,LABELS.npy."""
+    """Labelled images to search in: a folder, NAME:SPLIT:ROOT, or FEATURES.npy,LABELS.npy."""
     val: str | None = None
     """Labelled images to classify, likewise."""
     leave_one_out: bool = False
-    """Classify each training image by all others; there is no --val then."""
+    """Classify each training image by all others, without --val."""
     k: int | str = 20
-    """Neighbours that vote; 10,20,100 scores several."""
+    """Number of neighbours; 10,20,100 scores several."""
     temperature: float | str = 0.07
-    """T of the weights exp(similarity / T); inf for one vote each; 0.07,0.1 scores several."""
+    """T of the weights exp(similarity / T); inf gives each neighbour one vote; 0.07,0.1 scores several."""
     preset: Literal["dino", "instdisc", "lightly"] | None = None
-    """Whose k and T, instead of --k and --temperature."""
+    """k and T of a publication, instead of --k and --temperature."""
     metric: Literal["cosine", "euclidean"] = "cosine"
-    """What is near; of euclidean the similarity is minus half the squared distance."""
+    """Similarity: the cosine, or minus half the squared Euclidean distance."""
     shots: str | None = None
-    """Use only so many training images of each class: 5, or 1%."""
+    """Use only this many training images of each class: 5, or 1%."""
     draws: int = 5
-    """Times that these are drawn; the mean and deviation are reported."""
+    """Number of random draws of --shots; their mean and standard deviation are reported."""
     seed: int = 0
-    """Of these draws."""
+    """Seed of these draws."""
     pixels: int | None = None
-    """Side of the centre crop; the model's own training size by default."""
+    """Side of the centre crop; the size that the model was trained at by default."""
     checkpoint: str | None = None
-    """Weights of the teacher, or `pretrained` for those of its library."""
+    """Weights of the teacher; `pretrained` downloads those of its library."""
     features: str | None = None
-    """Folder where features are kept and looked for (fkd-ssl features)."""
+    """Cache folder of features (see fkd-ssl features)."""
     workers: int = 2
     """Processes that read images."""
     on_unreadable: Literal["stop", "skip"] = "stop"
@@ -62,11 +62,11 @@ class Config:
         if self.leave_one_out == (self.val is not None):
             raise RequestError("--val is needed, or --leave_one_out without it")
         if self.leave_one_out and self.shots is not None:
-            raise RequestError("--shots draws training images to classify --val with; it does not go with --leave_one_out")
+            raise RequestError("--shots cannot be combined with --leave_one_out")
         if self.preset is not None and (self.k, self.temperature) != (20, 0.07):
             raise RequestError(f"--preset {self.preset} sets --k and --temperature; give one or the other")
         if self.shots is None and (self.draws, self.seed) != (5, 0):
-            raise RequestError("--draws and --seed go with --shots; nothing else here is drawn")
+            raise RequestError("--draws and --seed need --shots")
 
 
 def run(config: Config) -> int:
@@ -127,20 +127,20 @@ def _score(
 
 
 def numbers(option: str, value: float | str, kind: type[int] | type[float]) -> list[Any]:
-    """The numbers of an option, one or several with commas; raises RequestError where one is no number."""
+    """The numbers of an option, separated by commas; raises RequestError if one is not a number."""
     try:
         return [kind(part) for part in str(value).split(",")]
     except ValueError as error:
-        raise RequestError(f"{option} {value}: expected a number, or several as 10,20") from error
+        raise RequestError(f"{option} {value}: expected a number, or several such as 10,20") from error
 
 
 def shots_of(text: str) -> float:
-    """Shots as `knn.few_shot` takes them, from 5 or 1%; raises RequestError for anything else."""
+    """`shots` of `knn.few_shot`, from 5 or 1%; raises RequestError for anything else."""
     try:
         value = float(text.removesuffix("%"))
     except ValueError:
         value = -1.0
     part = text.endswith("%")
     if not value > 0 or (part and value >= 100) or (not part and value != int(value)):
-        raise RequestError(f"--shots {text}: expected a number of images a class as 5, or a part of them as 1%")
+        raise RequestError(f"--shots {text}: expected a number of images per class, such as 5, or a share, such as 1%")
     return value / 100 if part else value

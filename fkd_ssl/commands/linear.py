@@ -1,10 +1,10 @@
 """Linear probe of a model's features.
 
-Trained on random crops, as published, with the backbone frozen in eval mode: moco (SGD, learning rate 30, 100 epochs), swav,
-simsiam (LARS, batch 4096), simclr (lightly's). Several of them, as moco,swav, learn from one pass over the crops, which is
-nearly all of the work. On features extracted once, in seconds: sweep (DINOv2's 13 learning rates at once) and logreg
-(L-BFGS), what they choose being chosen on a held-out part of train. These two also take FEATURES.npy,LABELS.npy that came
-from elsewhere. With --out a killed run continues after its last epoch.
+On random crops, with the backbone frozen in eval mode, as published: moco (SGD, learning rate 30, 100 epochs), swav, simsiam
+(LARS, batch 4096), simclr (lightly's). Several, such as moco,swav, share one pass over the crops, which is nearly all of the
+work. On features extracted once, in seconds: sweep (DINOv2's 13 learning rates at once) and logreg (L-BFGS), which choose
+their settings on a held-out part of train and also take FEATURES.npy,LABELS.npy. With --out a killed run continues after its
+last epoch.
 """
 
 from contextlib import ExitStack
@@ -29,35 +29,35 @@ class Config:
     PATHS: ClassVar[tuple[str, ...]] = ("model", "checkpoint", "train", "val", "out")
 
     model: str | None = None
-    """A run folder, a .ckpt of one, teacher:NAME, torchvision/NAME, timm/NAME, or module:function; of files only a name."""
+    """A run folder, one of its .ckpt files, teacher:NAME, torchvision/NAME, timm/NAME or module:function; for files a name."""
     train: str
     """Labelled images to train the probe on: a folder, NAME:SPLIT:ROOT, or FEATURES.npy,LABELS.npy."""
     val: str
-    """Labelled images to test it on, likewise."""
+    """Labelled images to score it on, likewise."""
     protocol: str = "moco"
-    """Whose probe: moco, swav, simsiam, simclr, sweep or logreg; or several with commas between them."""
+    """moco, swav, simsiam, simclr, sweep or logreg, or several separated by commas."""
     pixels: int | None = None
-    """Side of the crops; the model's own training size by default."""
+    """Side of the crops; the size that the model was trained at by default."""
     checkpoint: str | None = None
-    """Weights of the teacher, or `pretrained` for those of its library."""
+    """Weights of the teacher; `pretrained` downloads those of its library."""
     epochs: int | None = None
-    """Epochs of moco, swav, simsiam and simclr, if not the published ones."""
+    """Epochs of moco, swav, simsiam and simclr; as published by default."""
     batch_size: int | None = None
-    """Their images a step, if not as published; the rate of simsiam and simclr follows it."""
+    """Their batch size; as published by default. The learning rate of simsiam and simclr is proportional to it."""
     lr: float | None = None
-    """Their learning rate, if not the published one."""
+    """Their learning rate; as published by default."""
     seed: int = 0
-    """Of the probe's weights, order and crops; of the held-out part of sweep and logreg."""
+    """Seed of the probe's weights, order and crops, and of the held-out part of sweep and logreg."""
     features: str | None = None
-    """Folder where features are kept and looked for (fkd-ssl features); for sweep and logreg."""
+    """Cache folder of features (see fkd-ssl features), for sweep and logreg."""
     workers: int = 2
     """Processes that read images."""
     on_unreadable: Literal["stop", "skip"] = "stop"
     """What to do about a damaged image: stop and name it, or leave it out and count it."""
     out: str | None = None
-    """Folder for results.json, and for what a killed run continues from; of several protocols a folder of each in it."""
+    """Run folder for results.json and checkpoints; several protocols get a folder each in it."""
     json: bool = False
-    """Print one JSON object on standard output, a line of each protocol."""
+    """Print one JSON object per protocol on standard output, a line each."""
 
     @property
     def protocols(self) -> list[str]:
@@ -72,12 +72,12 @@ class Config:
                     f"--protocol {self.protocol}: no protocol {name!r} (known: {', '.join(known)}){did_you_mean(name, known)}"
                 )
         if len(set(self.protocols)) < len(self.protocols):
-            raise RequestError(f"--protocol {self.protocol}: names one twice")
+            raise RequestError(f"--protocol {self.protocol}: has a protocol twice")
         for name in ("epochs", "batch_size", "lr"):
             if getattr(self, name) is not None and not set(self.protocols) & set(ON_CROPS):
-                raise RequestError(f"--{name} goes with --protocol moco or swav, simsiam, simclr; {self.protocol} sets its own")
+                raise RequestError(f"--{name} needs --protocol moco, swav, simsiam or simclr; {self.protocol} chooses its own")
         if self.features is not None and not set(self.protocols) & set(ON_FEATURES):
-            raise RequestError(f"--features goes with --protocol sweep or logreg; {self.protocol} trains on random crops")
+            raise RequestError(f"--features needs --protocol sweep or logreg; {self.protocol} trains on random crops")
 
 
 def run(config: Config) -> int:
@@ -89,8 +89,8 @@ def run(config: Config) -> int:
     on_crops = [name for name in config.protocols if name in ON_CROPS]
     if on_crops and any(map(sources.is_files, (config.train, config.val))):
         raise RequestError(
-            f"--protocol {config.protocol} trains on random crops of images; features that are there already go with "
-            "--protocol sweep or logreg"
+            f"--protocol {config.protocol} trains on random crops of images; choose --protocol sweep or logreg for files of "
+            "features"
         )
     if len(config.protocols) > 1 and config.out is not None and (Path(config.out) / runs.CONFIG).exists():
         raise RequestError(
@@ -109,7 +109,7 @@ def run(config: Config) -> int:
 
 
 def _part(config: Config, name: str) -> Config:
-    """The evaluation of one protocol of `config`, as it would be asked for by itself."""
+    """The config of one of the protocols of `config` alone."""
     if config.protocol == name:
         return config
     out = None if config.out is None else str(Path(config.out) / name)

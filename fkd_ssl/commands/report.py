@@ -25,7 +25,7 @@ class Config:
     folders: list[str]
     """Folders of --out, or folders that hold such folders."""
     format: Literal["markdown", "csv", "latex"] = "markdown"
-    """Of the table."""
+    """Format of the table."""
     baseline: str | None = None
     """A model in the table to compare the others with."""
     json: bool = False
@@ -48,10 +48,10 @@ def run(config: Config) -> int:
 
 
 def collect(folders: list[str]) -> list[tuple["Path", dict[str, Any]]]:
-    """Every evaluation's folder and results.json, each once, in the order of their paths.
+    """Folder and results.json of each evaluation, in the order of their paths.
 
     Raises:
-        RequestError: A folder is not there, none holds an evaluation, or a results.json cannot be read.
+        RequestError: A folder does not exist, there is no evaluation, or a results.json cannot be read.
     """
     from pathlib import Path
 
@@ -71,7 +71,7 @@ def collect(folders: list[str]) -> list[tuple["Path", dict[str, Any]]]:
 
 
 def grouped(evaluations: list[tuple["Path", dict[str, Any]]]) -> list[dict[str, Any]]:
-    """A row for each model, protocol, images and size: `seeds`, and mean and standard deviation of each measure.
+    """A row for each model, protocol, images and size: `seeds`, and mean and standard deviation of each metric.
 
     `runs` has each run's seeds (of the model's name and of the evaluation) and its folder.
     """
@@ -92,10 +92,10 @@ def grouped(evaluations: list[tuple["Path", dict[str, Any]]]) -> list[dict[str, 
         members = list(evaluated.values())
         row = {"model": model, "kind": kind, "protocol": protocol, "data": source, "images": images, "pixels": pixels}
         row |= {"seeds": len(members), "runs": [(_seeds(results), folder) for folder, results in members]}
-        for measure in ("top1", "top5", "map_at_r"):
-            values = [results[measure] for _, results in members if measure in results]
-            row[measure] = statistics.mean(values) if values else None
-            row[f"{measure}_std"] = statistics.stdev(values) if len(values) > 1 else None
+        for metric in ("top1", "top5", "map_at_r"):
+            values = [results[metric] for _, results in members if metric in results]
+            row[metric] = statistics.mean(values) if values else None
+            row[f"{metric}_std"] = statistics.stdev(values) if len(values) > 1 else None
         rows.append(row)
     return rows
 
@@ -115,18 +115,18 @@ def _seeds(results: dict[str, Any]) -> str:
 
 
 def _protocol(results: dict[str, Any]) -> str:
-    """The protocol, with what departs from it."""
+    """The protocol, with the changes to it."""
     notes = [note.partition(": ")[2] for note in results.get("notes", []) if note.startswith("departs from")]
     return f"{results['protocol']} ({', '.join(notes)})" if notes else results["protocol"]
 
 
 def compare(rows: list[dict[str, Any]], baseline: str) -> None:
-    """Adds `difference`, `low` and `high` in top-1 points to each row that the baseline has one for.
+    """Adds `difference`, `low` and `high` in top-1 points to each row that has a counterpart of the baseline.
 
     Runs are paired by their seeds.
 
     Raises:
-        RequestError: No row is the baseline's, or the runs to compare differ in their seeds or images.
+        RequestError: The baseline has no row, or the runs to compare differ in their seeds or images.
     """
     import numpy as np
 
@@ -162,13 +162,13 @@ def _listed(seeds: list[str]) -> str:
 
 
 def cells(rows: list[dict[str, Any]]) -> list[list[str]]:
-    """The table as text, a heading first; columns that nobody has are left out."""
+    """The table as text, with a heading; empty columns are left out."""
 
-    def score(row: dict[str, Any], measure: str) -> str:
-        if row[measure] is None:
+    def score(row: dict[str, Any], metric: str) -> str:
+        if row[metric] is None:
             return ""
-        deviation = row[f"{measure}_std"]
-        return f"{row[measure]:.2f}" if deviation is None else f"{row[measure]:.2f} ± {deviation:.2f}"
+        deviation = row[f"{metric}_std"]
+        return f"{row[metric]:.2f}" if deviation is None else f"{row[metric]:.2f} ± {deviation:.2f}"
 
     columns = {
         "model": [row["model"] for row in rows],
@@ -192,7 +192,7 @@ def markdown(table: list[list[str]]) -> str:
 
 
 def csv(table: list[list[str]]) -> str:
-    """Comma-separated values, quoted where they have to be."""
+    """Comma-separated values."""
     import csv as library
     import io
 
@@ -202,7 +202,7 @@ def csv(table: list[list[str]]) -> str:
 
 
 def latex(table: list[list[str]]) -> str:
-    """A tabular of booktabs."""
+    """A LaTeX tabular with booktabs."""
     special = {char: f"\\{char}" for char in "&%$#_{}"} | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\^{}"}
     special |= {"±": r"$\pm$"}
 

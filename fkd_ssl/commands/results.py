@@ -1,4 +1,4 @@
-"""What an evaluation leaves: a line or a JSON object, and with --out a results.json that says all that made the figure."""
+"""Output of an evaluation: a line or a JSON object, and with --out a results.json with everything that led to the score."""
 
 import dataclasses
 import io
@@ -49,15 +49,15 @@ def opened(config: Any, inputs: runs.Inputs) -> Iterator[None]:
 
 
 def show(kind: str, title: str, config: Any, protocol: str, about: dict[str, Any], result: dict[str, Any]) -> None:
-    """An evaluation's result: a line for people, or with `--json` all of it with what was run and the versions.
+    """Shows the result of an evaluation: a line, or with `--json` all of it with the config and the versions.
 
     Args:
         kind: The verb.
-        title: How the line for people begins.
+        title: Start of the line.
         config: The command's, with the `pixels` that were used.
         protocol: The protocol's name or settings.
         about: `model`, `data` and `transform`.
-        result: `top1`, `top5`, `correct`, `notes` and whatever the evaluation says beside.
+        result: `top1`, `top5`, `correct`, `notes`, and other values of the evaluation.
     """
     from fkd_ssl.eval.stats import wilson
 
@@ -75,7 +75,7 @@ def show(kind: str, title: str, config: Any, protocol: str, about: dict[str, Any
 
 
 def finish(value: dict[str, Any], line: str, config: Any, correct: Any = None) -> None:
-    """Writes results.json (and which images were right) where `--out` says, and shows `value` or the `line`."""
+    """Writes results.json and correct.npy (which images were right) if there is an --out, and shows `value` or `line`."""
     settings = dataclasses.asdict(config)
     whole = {"seed": settings.get("seed"), **value, "line": line, "config": settings}
     whole = json.loads(json.dumps(whole), parse_constant=str)  # JSON has no word for an infinite temperature
@@ -95,11 +95,13 @@ def finish(value: dict[str, Any], line: str, config: Any, correct: Any = None) -
 
 
 def read_correct(folder: Path) -> Any:
-    """Which images of an evaluation in `folder` were right, bool [n]; raises RequestError where that is not there."""
+    """Which images of the evaluation in `folder` were right, bool [n]; raises RequestError if that cannot be read."""
     try:
         correct = np.load(folder / CORRECT, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise RequestError(f"{folder / CORRECT}: cannot be read: {error}") from error
     if correct.dtype != np.bool_ or correct.ndim != 1:
-        raise RequestError(f"{folder / CORRECT}: holds {correct.dtype} {list(correct.shape)}, expected one boolean an image")
+        raise RequestError(
+            f"{folder / CORRECT}: holds {correct.dtype} {list(correct.shape)}, expected one boolean for each image"
+        )
     return correct

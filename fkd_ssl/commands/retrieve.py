@@ -24,7 +24,7 @@ class Config:
     PATHS: ClassVar[tuple[str, ...]] = ("model", "checkpoint", "gallery", "queries", "query", "sheet", "out")
 
     model: str | None = None
-    """A run folder, a .ckpt of one, teacher:NAME, torchvision/NAME, timm/NAME, or module:function; of files only a name."""
+    """A run folder, one of its .ckpt files, teacher:NAME, torchvision/NAME, timm/NAME or module:function; for files a name."""
     gallery: str
     """Labelled images to search in: a folder, NAME:SPLIT:ROOT, or FEATURES.npy,LABELS.npy."""
     queries: str | None = None
@@ -40,11 +40,11 @@ class Config:
     sheet: str = "nearest.png"
     """Contact sheet of --query, a PNG."""
     pixels: int | None = None
-    """Side of the centre crop; the model's own training size by default."""
+    """Side of the centre crop; the size that the model was trained at by default."""
     checkpoint: str | None = None
-    """Weights of the teacher, or `pretrained` for those of its library."""
+    """Weights of the teacher; `pretrained` downloads those of its library."""
     features: str | None = None
-    """Folder where features are kept and looked for (fkd-ssl features)."""
+    """Cache folder of features (see fkd-ssl features)."""
     workers: int = 2
     """Processes that read images."""
     on_unreadable: Literal["stop", "skip"] = "stop"
@@ -62,7 +62,7 @@ class Config:
 
 
 def run(config: Config) -> int:
-    """Searches."""
+    """Scores the search, or shows the nearest images of one."""
     from fkd_ssl.commands import results, sources
 
     if config.query is not None:
@@ -120,7 +120,7 @@ def _report(config: Config, about: dict[str, Any], result: dict[str, Any]) -> No
 
 
 def curve_table(rows: list[dict[str, Any]]) -> str:
-    """The rows of `indexes.curve`, aligned."""
+    """The rows of `indexes.curve` as a table."""
     from fkd_ssl.commands import console
 
     cells = [
@@ -138,7 +138,7 @@ def curve_table(rows: list[dict[str, Any]]) -> str:
 
 
 def plot(rows: list[dict[str, Any]], path: "Path") -> None:
-    """Recall against queries per second, a line an index, as ann-benchmarks draws it, with the bytes of a vector beside."""
+    """Writes a plot of recall against queries per second, one line for each index, as in ann-benchmarks."""
     import io
 
     import matplotlib
@@ -153,7 +153,7 @@ def plot(rows: list[dict[str, Any]], path: "Path") -> None:
         own = [row for row in rows if row["index"] == name]
         label = f"{name}, {own[0]['bytes_per_vector']:.0f} bytes a vector"
         axes.plot([r["recall"] for r in own], [r["queries_per_second"] for r in own], marker="o", markersize=4, label=label)
-    axes.set(xlabel="of the exact 10 nearest found, %", ylabel="queries per second", yscale="log")
+    axes.set(xlabel="recall of the exact 10 nearest, %", ylabel="queries per second", yscale="log")
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, fontsize=8)

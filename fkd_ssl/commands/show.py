@@ -1,7 +1,7 @@
-"""Draws what a store holds of an image: its crops' boxes, the crops, and their nearest neighbours for a teacher.
+"""Draws the stored crops of an image: their boxes, their pixels, and the nearest crops of other images.
 
-The sheet is a PNG. Neighbours are crops of other images whose stored targets are nearest by cosine: a teacher's eye for what is
-alike.
+The sheet is a PNG. The neighbours are those crops of other images whose stored targets are nearest by cosine: what the teacher
+finds similar.
 """
 
 import unicodedata
@@ -27,21 +27,21 @@ class Config:
     store: str
     """Folder of the store."""
     images: str
-    """The images that it was made from, as precompute takes them."""
+    """The store's images, as given to precompute."""
     image: str
-    """Which image: its path inside that folder."""
+    """Path of the image inside that folder."""
     out: str = "sheet.png"
-    """The PNG; a file that is there is not overwritten."""
+    """The PNG to write; an existing file is not overwritten."""
     teacher: str | None = None
-    """Column whose neighbours are shown, if there are several."""
+    """Column to find neighbours by, if there are several."""
     crops: int | None = None
-    """Crops of the image, the first ones; 6 by default, or all where fewer are stored."""
+    """Number of crops to show, the first ones; 6 by default, or all if fewer are stored."""
     neighbours: int = 5
-    """Of each crop, from other images; 0 for none."""
+    """Number of neighbours of each crop; 0 for none."""
     among: int = 1
-    """Crops of every other image that are looked at."""
+    """Number of crops of each other image to search in."""
     pixels: int = 96
-    """Side at which crops are drawn."""
+    """Side of the drawn crops."""
 
     def __post_init__(self) -> None:
         for name, least, most in (("crops", 1, 24), ("neighbours", 0, 12), ("among", 1, 10**6), ("pixels", 8, 512)):

@@ -1,4 +1,4 @@
-"""From what evaluation commands are given, a model and images or files of features, to features that are compared."""
+"""Models, image sets and files of features of the evaluation commands, and the features that are computed from them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from fkd_ssl.images import CONTENTS, ImageSource
 
 
 class Options(Protocol):
-    """What the configs of all evaluation commands have."""
+    """Options of all evaluation commands."""
 
     @property
     def model(self) -> str | None: ...  # noqa: D102
@@ -39,7 +39,7 @@ class Options(Protocol):
 
 
 class ScoreOptions(Options, Protocol):
-    """What the configs of those have that give scores."""
+    """Options of the evaluation commands that give scores."""
 
     @property
     def out(self) -> str | None: ...  # noqa: D102
@@ -64,7 +64,7 @@ def is_files(spec: str) -> bool:
 
 
 def read_pair(spec: str) -> Source:
-    """Features and labels that came from elsewhere, as FEATURES.npy,LABELS.npy.
+    """Reads FEATURES.npy,LABELS.npy.
 
     Raises:
         RequestError: These are not two .npy files of numbers, or they do not fit together.
@@ -72,7 +72,7 @@ def read_pair(spec: str) -> Source:
     """
     names = spec.split(",")
     if len(names) != 2:
-        raise RequestError(f"{spec}: expected FEATURES.npy,LABELS.npy, two files with a comma between them")
+        raise RequestError(f"{spec}: expected two files, FEATURES.npy,LABELS.npy")
     features, labels = (files.map_user_npy(Path(name)) for name in names)
     features = as_features(features, names[0])
     labels = as_labels(labels, len(features), names[1])
@@ -81,7 +81,7 @@ def read_pair(spec: str) -> Source:
 
 
 def load_model(config: Options) -> tuple[resolve.Model, int]:
-    """The model and the side of its crops; raises RequestError where there is none."""
+    """The model and the side of its crops; raises RequestError if there is none."""
     if config.model is None:
         raise RequestError("--model is needed; without one give features as FEATURES.npy,LABELS.npy")
     model = resolve.model_of(config.model, config.checkpoint)
@@ -89,7 +89,7 @@ def load_model(config: Options) -> tuple[resolve.Model, int]:
 
 
 def features_of(model: resolve.Model, pixels: int, spec: str, images: ImageSource, config: Options, desc: str) -> Source:
-    """Features of images by a model, from the cache if there is one."""
+    """Features of images, from the cache if there is one."""
     about = about_images(spec, images)
     options: dict[str, Any] = {"pixels": pixels, "workers": config.workers, "desc": desc}
     with console.skipping(config.on_unreadable) as skipped:
@@ -105,12 +105,12 @@ def features_of(model: resolve.Model, pixels: int, spec: str, images: ImageSourc
 
 
 def about_images(spec: str, images: ImageSource) -> dict[str, Any]:
-    """What results.json says of a set of images."""
+    """The entry of a set of images in results.json."""
     return {"source": spec, "images": len(images), "classes": len(images.classes), "sha256": images.digest()}
 
 
 def about_model(model: resolve.Model | None, pixels: int | None) -> dict[str, Any]:
-    """What results.json says of model and transform."""
+    """The entries of model and transform in results.json."""
     transform = None if pixels is None else cache.transform_of(pixels)
     return {"model": None if model is None else model.about, "transform": transform}
 
@@ -161,7 +161,7 @@ def open_evaluation(config: ScoreOptions, train: str, val: str | None, names: Se
     opened: dict[str, Any] = {"names": names[: len(specs)], "specs": specs, "name": config.model, "out": config.out}
     if is_files(train):
         if config.model is not None and config.checkpoint is not None:
-            raise RequestError("--checkpoint goes with a model of images; these features are there already")
+            raise RequestError("--checkpoint needs --train as images; features were given")
         pairs = [read_pair(spec) for spec in specs]
         same_dimension(pairs[0].features, pairs[-1].features)
         return Evaluation(**opened, sets=[], pairs=pairs, model=None, pixels=None)

@@ -91,7 +91,7 @@ class TestPrecompute:
         assert call(f"{PRECOMPUTE} --store fresh --on_unreadable skip").status == 0
         about = json.loads(call("inspect fresh --json").out)
         assert (about["images"], about["readable"], about["skipped"]) == (18, 17, ["birch/3.png"])
-        assert "skipped as unreadable: 1, for instance birch/3.png" in call("inspect fresh").out
+        assert "skipped because they cannot be read: 1, for instance birch/3.png" in call("inspect fresh").out
 
 
 class TestInspect:
@@ -119,7 +119,7 @@ class TestInspect:
     def test_a_store_without_targets_or_crops_is_said_to_be_unfinished(self, work: Path, call: Any) -> None:
         (work / "store/targets/make").rename(work / "away")
         said = call("inspect store").out
-        assert "NOT FINISHED: there are no teacher's targets" in said
+        assert "NOT FINISHED: it has no targets" in said
         assert "the crops of" not in said
         for path in (work / "store/crops").iterdir():
             path.unlink()

@@ -185,10 +185,10 @@ def test_classes_are_matched_by_name(make_set) -> None:
 def test_a_class_without_a_training_picture_is_named(make_set) -> None:
     train = make_set("train", per_class=2, classes=("blue", "red"))
     val = make_set("val", per_class=1, classes=("blue", "green", "sand"))
-    with pytest.raises(RequestError, match=r"val: 2 of its 3 classes have no picture in \S+train: 'green', 'sand';"):
+    with pytest.raises(RequestError, match=r"val: 2 of its 3 classes have no image in \S+train: 'green', 'sand';"):
         features.match_classes(train, val)
     three = make_set("three", per_class=1, classes=("blue", "green", "red"))
-    with pytest.raises(RequestError, match=r"1 of its 3 classes have no picture in \S+: 'red'"):
+    with pytest.raises(RequestError, match=r"1 of its 3 classes have no image in \S+: 'red'"):
         features.match_classes(three.subset([0, 1]), three)  # the class is listed, but has no picture left
 
 

@@ -107,10 +107,10 @@ def test_more_neighbours_than_images_warns_and_clamps(clusters) -> None:
     with pytest.warns(UserWarning, match=f"k is 1000, but there are {N} training images"):
         clamped = knn_predict(train, labels, queries, k=1000)
     np.testing.assert_array_equal(clamped, knn_predict(train, labels, queries, k=N))
-    with pytest.warns(UserWarning, match="all of them vote"):
+    with pytest.warns(UserWarning, match="using all of them"):
         result = knn.evaluate_features(train_features=train, train_labels=labels, features=queries, labels=wanted, k=1000)
     assert result["k"] == N
-    assert result["notes"] == [f"k 1000 was cut to the {N} training images"]
+    assert result["notes"] == [f"k 1000 was reduced to {N}, the number of training images"]
 
 
 def test_top5_counts_only_classes_that_a_neighbour_belongs_to(clusters) -> None:
@@ -188,14 +188,14 @@ def test_leave_one_out_is_n_searches_without_one(clusters, monkeypatch) -> None:
         assert result["correct"][row] == (alone.argmax() == labels[row])
     with pytest.warns(UserWarning, match="k is 60, but there are 59"):
         assert knn.evaluate_features(train_features=train, train_labels=labels, k=60)["k"] == 59
-    with pytest.raises(RequestError, match="one image; leaving one out needs at least two"):
+    with pytest.raises(RequestError, match="has one image; leave-one-out needs at least two"):
         knn.evaluate_features(train_features=train[:1], train_labels=labels[:1])
 
 
 def test_a_class_of_one_image_is_noted_when_it_is_left_out(clusters) -> None:
     train, labels, *_ = clusters
     result = knn.evaluate_features(train_features=train, train_labels=np.append(labels[:-1], 1000))
-    assert result["notes"] == ["1 of 8 classes have one image, which leaving it out makes impossible to tell"]
+    assert result["notes"] == ["1 of 8 classes have one image only, which cannot be classified by the others"]
     assert result["per_class"]["1000"] == {"n": 1, "top1": 0.0}
 
 
@@ -228,8 +228,8 @@ def test_few_shot_draws_are_searches_of_their_rows(clusters) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"shots": 1.5}, "shots 1.5: expected a part of each class below 1, or a whole number"),
-        ({"shots": 0}, "shots 0: expected a part"),
+        ({"shots": 1.5}, "shots 1.5: expected an integer number of images per class, or a share"),
+        ({"shots": 0}, "shots 0: expected an integer number"),
         ({"shots": 1000}, r"shots 1000: class 0 has \d+ training images"),
         ({"shots": 5, "draws": 0}, "draws must be at least 1, got 0"),
     ],
@@ -283,8 +283,8 @@ def test_presets_are_the_published_ones() -> None:
     ("change", "error", "message"),
     [
         ({"k": 0}, RequestError, "k must be at least 1, got 0"),
-        ({"temperature": 0.0}, RequestError, "temperature must be above 0, got 0.0"),
-        ({"temperature": math.nan}, RequestError, "temperature must be above 0, got nan"),
+        ({"temperature": 0.0}, RequestError, "temperature must be positive, got 0.0"),
+        ({"temperature": math.nan}, RequestError, "temperature must be positive, got nan"),
         ({"train_labels": np.full(N, -1)}, RequestError, rf"train_labels: {N} of {N} have no class \(label -1\)"),
         ({"metric": "manhattan"}, RequestError, "metric 'manhattan': expected cosine or euclidean"),
         (

@@ -161,7 +161,7 @@ def test_wrong_requests_are_named(make_set, backbone) -> None:
         run(backbone, train, train, batch_size=-4)
     with pytest.raises(RequestError, match="lr must be above 0, got nan"):
         run(backbone, train, train, lr=float("nan"))
-    with pytest.raises(RequestError, match=r"have no picture in \S+: 'green', 'sand'"):
+    with pytest.raises(RequestError, match=r"have no image in \S+: 'green', 'sand'"):
         run(backbone, train, val)
     with pytest.raises(FkdError, match="returned a tuple of 1: expected one tensor"):
         run(lambda pixels: (pixels,), train, train)
