@@ -229,12 +229,12 @@ def test_a_checkpoint_of_another_run_is_refused(place: Path, call: Any) -> None:
     assert call(PRETRAIN.replace("run", "first")).status == 0
     fewer_images(place)
     assert call(PRETRAIN.replace("run", "second")).status == 0
-    shutil.copy(place / "first/last.ckpt", place / "second/last.ckpt")
+    shutil.copy(place / "first/checkpoints/last.ckpt", place / "second/checkpoints/last.ckpt")
     (place / "second/results.json").unlink()
     answer = call(PRETRAIN.replace("run", "second"))
     assert answer.status == 2
     assert "last.ckpt: holds a run of another config" not in answer.err
-    assert "second/last.ckpt: images changed since the run began (then 18 images" in answer.err
+    assert "second/checkpoints/last.ckpt: images changed since the run began (then 18 images" in answer.err
 
 
 @pytest.mark.filterwarnings("ignore")
