@@ -11,7 +11,7 @@ from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
-from fkd_ssl import __version__, cli
+from fkd_ssl import __version__, cli, options
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -93,7 +93,7 @@ class Verbs(SphinxDirective):
 def describe(verb: str, what: str) -> list[str]:
     """The section of one verb, in Markdown."""
     command = cli.command_of(verb)
-    helps = cli._field_helps(command.Config)
+    helps = cli.option_helps(command.Config)
     positionals = getattr(command, "POSITIONALS", ())
     lines = [
         f"## {verb}",
@@ -103,11 +103,14 @@ def describe(verb: str, what: str) -> list[str]:
         "| option | type | default | |",
         "|---|---|---|---|",
     ]
-    for field in dataclasses.fields(command.Config):
-        name = field.name if field.name in positionals else f"--{field.name}"
-        kind = inspect.formatannotation(field.type).removesuffix(" | None").replace("|", "\\|")
-        said = " ".join(helps[field.name].split()).replace("|", "\\|")
-        lines.append(f"| `{name}` | {kind} | {shown(field.default)} | {said} |")
+    fields = {field.name: field for field in dataclasses.fields(command.Config)}
+    for section, names in (options.groups_of(command.Config) or {"": list(fields)}).items():
+        lines += [f"| **{section}** | | | |"] if section else []
+        for field in map(fields.__getitem__, names):
+            name = field.name if field.name in positionals else f"--{field.name}"
+            kind = inspect.formatannotation(field.type).removesuffix(" | None").replace("|", "\\|")
+            said = " ".join(helps[field.name].split()).replace("|", "\\|")
+            lines.append(f"| `{name}` | {kind} | {shown(field.default)} | {said} |")
     return [*lines, ""]
 
 

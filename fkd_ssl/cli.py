@@ -70,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(verb: str, args: list[str]) -> int:
     if verb not in VERBS:
-        raise RequestError(f"no verb {verb!r}{did_you_mean(verb, VERBS)}; fkd-ssl --help lists them")
+        raise RequestError(f"unknown verb {verb!r}{did_you_mean(verb, VERBS)}; fkd-ssl --help lists them")
     command = command_of(verb)
     config = parse(verb, command, args)
     if processes.rank()[1] > 1 and verb not in _SHARED:
@@ -147,7 +147,7 @@ def parse(verb: str, command: ModuleType, args: list[str]) -> Any:
     config: type = command.Config
     fields = {f.name: f for f in dataclasses.fields(config)}
     positionals = getattr(command, "POSITIONALS", ())
-    helps, types = _helps(config), typing.get_type_hints(config)
+    helps, types = option_helps(config), typing.get_type_hints(config)
     mode = _yaml_in_sections(config)
     parser = jsonargparse.ArgumentParser(
         prog=f"fkd-ssl {verb}", description=command.__doc__, allow_abbrev=False, exit_on_error=False, parser_mode=mode
@@ -216,7 +216,7 @@ def _help() -> str:
     )
 
 
-def _helps(config: type) -> dict[str, str]:
+def option_helps(config: type) -> dict[str, str]:
     """The help of each option: the docstring below its field."""
     import docstring_parser
 

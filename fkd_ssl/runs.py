@@ -219,7 +219,7 @@ def finish(folder: Path, results: dict[str, Any]) -> None:
 
 
 def read_results(folder: Path) -> dict[str, Any]:
-    """The results.json of a finished run; raises RequestError where there is none."""
+    """The results.json of a finished run; raises RequestError if there is none."""
     try:
         results: dict[str, Any] = json.loads((folder / RESULTS).read_text())
     except (OSError, ValueError) as error:
@@ -233,6 +233,6 @@ def to_yaml(config: Any) -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of what shapes a result."""
+    """Versions of the software that results depend on."""
     names = ("fkd_ssl", "torch", "torchvision", "lightly", "pytorch_lightning", "faiss-cpu", "numpy")
     return {"python": platform.python_version(), **{name: version(name) for name in names}}

@@ -57,26 +57,25 @@ class DataConfig:
     """Images and crops."""
 
     images: str
-    """Folder of images, NAME:SPLIT:ROOT (cifar10:train:/data), or module:function;
-    class folders are needed only for kNN."""
+    """Folder of images; class folders are needed only for kNN."""
     recipe: str = "mocov2"
-    """What online crops are drawn from: mocov2, s2bnn, swav or fkd. Stored crops have the store's."""
+    """Augmentation that online crops are drawn from: mocov2, s2bnn, swav or fkd. Stored crops have the store's."""
     crops_per_image: int = 4
-    """M, crops read of an image at once: more decode less, and are more alike in BatchNorm's eyes."""
+    """M, crops read of an image at once. A larger M decodes fewer images, and makes the crops of a batch more alike."""
     batch_size: int = 256
     """Crops in a batch, a multiple of crops_per_image."""
     pixels: int = 224
     """Side of the student's crops."""
     mixup: float = 0.0
-    """Mix crops of a batch and their class probabilities; the Beta distribution's parameter, FKD's 0.8 for instance."""
+    """Mixup of crops and class probabilities: parameter of the Beta distribution, 0.8 in FKD; 0 turns it off."""
     cutmix: float = 0.0
-    """Set a part of another crop in, likewise; FKD's is 1. With both, every second batch by chance."""
+    """CutMix, likewise; 1 in FKD. With both, each batch uses one of them at random."""
     scale_boxes: bool = False
     """The images are smaller copies of the store's (fkd-ssl cache): scale the crops' boxes to them."""
     device_crops: bool = False
-    """Workers only decode, and the GPU makes the crops: for few processors beside a fast GPU. The pixels are the same."""
+    """Workers only decode and the GPU makes the crops, for machines with few CPU cores. The pixels are the same."""
     on_unreadable: Literal["stop", "skip"] = "stop"
-    """What to do about a damaged or changed image: stop and name it, or train on another one of its batch and count it."""
+    """A damaged or changed image stops the training and is named (stop), or another image of its batch replaces it (skip)."""
     workers: int = 2
     """Processes that read images."""
 
@@ -99,30 +98,31 @@ class TargetsConfig:
     """Where the targets come from."""
 
     targets: Literal["stored", "online", "labels", "relabel"] = "stored"
-    """Read the teacher's targets from --store, or run the teacher on every batch; labels are the images' own class folders, and
-    relabel reads ReLabel's --label_maps."""
+    """Where the targets come from: the --store, a teacher that runs on every batch (online), the images' class folders
+    (labels), or ReLabel's --label_maps (relabel)."""
     store: str | None = None
-    """Store made by precompute. With --targets online its crops are used and the teacher runs on them; likewise labels."""
+    """Store made by precompute. With --targets online or labels only its crops are used."""
     teacher: str | None = None
-    """Stored: the column, if there are several. Online: as precompute takes it. A,B for two."""
+    """With --targets stored, the column of the store if there are several; with online, the teacher as precompute takes it.
+    A,B for two."""
     teacher_weights: str | None = None
-    """With several teachers: each one's share of the loss, as 2,1; equal by default."""
+    """Weight of each teacher in the loss, as 2,1; equal by default."""
     checkpoint: str | None = None
-    """The online teacher's checkpoint; of several teachers F,G in their order."""
+    """Checkpoint of the online teacher; F,G for teachers A,B."""
     teacher_pixels: int | None = None
-    """Side of the online teacher's crops, if another: the crops are then made twice."""
+    """Side of the online teacher's crops, if it differs: each crop is then made twice."""
     label_maps: str | None = None
-    """With --targets relabel: the folder that fkd-ssl label-maps made."""
+    """Folder made by fkd-ssl label-maps, for --targets relabel."""
     label_smoothing: float = 0.0
-    """Of --targets labels, and of the labels that --calibrate_below puts in: this share is spread over all classes."""
+    """Share of a label's probability that is spread over all classes, for --targets labels and --calibrate_below."""
     calibrate_below: float | None = None
-    """Crops whose greatest class probability is less than this get their image's label for a target, as in FerKD."""
+    """Crops whose largest class probability is below this get their image's label as the target, as in FerKD."""
     record: str | None = None
-    """With --targets online: a store that the teacher's targets go into, for students to come; it costs next to nothing."""
+    """With --targets online: a store that the teacher's targets are written to, for later students."""
     crops: int | None = None
-    """C of a store that is recorded: a multiple of --crops_per_image, at most the epochs; as many as that by default."""
+    """C of a recorded store: a multiple of crops_per_image, at most the epochs; by default as many as possible."""
     codec: str | None = None
-    """Of recorded targets, as precompute takes it: SQ8, or for class probabilities marginal_smoothing_k5, by default."""
+    """Codec of recorded targets, as precompute takes it; SQ8 by default, marginal_smoothing_k5 for class probabilities."""
 
     PATHS: ClassVar[tuple[str, ...]] = ("store", "checkpoint", "label_maps", "record")
 
@@ -198,11 +198,11 @@ class StudentConfig:
     head: str = "mocov2"
     """Projection head: mocov2 (2 layers) or simreg (4 layers with BatchNorm); classifier (linear) for class probabilities."""
     stem: Literal["standard", "small"] = "standard"
-    """small is for images of 32 or 64 px: the first convolution is 3 x 3 with stride 1, no max-pool."""
+    """small is for images of 32 or 64 px: the first convolution is 3 x 3 with stride 1, without max-pooling."""
     width: float = 1.0
-    """Factor of the channels of reactnet and torchvision's mobilenets."""
+    """Multiplier of the channels of reactnet and of torchvision's mobilenets."""
     init: str | None = None
-    """Run, checkpoint or exported file whose weights the student starts from: reactnet starts from a reactnet_step1."""
+    """Run, checkpoint or exported file that the student's weights start from; reactnet starts from a reactnet_step1."""
 
     PATHS: ClassVar[tuple[str, ...]] = ("init",)
 
@@ -225,26 +225,26 @@ class OptimizerConfig:
     """The optimizer, and how long it runs."""
 
     optimizer: Literal["adam", "adamw", "sgd", "lars"] = "adam"
-    """Adam is S2-BNN's."""
+    """adam is S2-BNN's."""
     lr: float = 3e-4
-    """Peak learning rate, for the batch size as it is."""
+    """Peak learning rate, for this batch size."""
     weight_decay: float = 0.0
-    """Of weights; biases and norms are left out of it."""
+    """Weight decay of weights; biases and norms have none."""
     momentum: float = 0.9
-    """Of sgd and lars."""
+    """Momentum of sgd and lars."""
     epochs: float = 100
     """One epoch is one crop of every image, so the amount of training does not depend on crops_per_image."""
     warmup_epochs: float = 0.0
-    """Linear warm-up; a cosine to zero follows."""
+    """Epochs of linear warm-up; a cosine to zero follows."""
     lr_drops: str | None = None
-    """Instead of the cosine: epochs after which the learning rate is a tenth of what it was, as 120,240; in a YAML file one
-    alone needs quotes."""
+    """Epochs after which the learning rate is divided by 10, instead of the cosine, as 120,240. In a YAML file, quote a
+    single one."""
     single_crop_epochs: float = 0.0
-    """Last epochs in which batches have one crop of an image, as FKD's last crops_per_image ones do."""
+    """Last epochs, in which a batch has one crop of an image, as in FKD."""
     clip: float | None = None
-    """Greatest norm of the gradient."""
+    """Maximum norm of the gradient."""
     ema: float | None = None
-    """Decay of an average of the weights, for instance 0.999, which is then what is scored and exported."""
+    """Decay of a moving average of the weights, for instance 0.999; the average is then scored and exported."""
 
     def __post_init__(self) -> None:
         check_positive(self, "lr", "epochs", "clip")
@@ -281,17 +281,17 @@ class EngineConfig:
     out: str
     """Run folder: config.yaml, inputs.json, metrics.csv, results.json, checkpoints/. The same options and inputs resume it."""
     seed: int = 0
-    """Of the initial weights, the order of images and the online crops."""
+    """Seed of the initial weights, the order of images and the online crops."""
     devices: int = 1
-    """Processes on this machine, each with a GPU if there are any; under torchrun it says how many."""
+    """Processes on this machine, one for each GPU if there are any; torchrun overrides it."""
     accumulate: int = 1
-    """Parts that a batch is run in, where it does not fit the memory: their gradients are added up to one step."""
+    """Parts that a batch is run in if it does not fit into memory; their gradients are added up."""
     sync_batchnorm: bool = False
-    """BatchNorm over the crops of all processes; GPUs only."""
+    """Synchronize BatchNorm over all processes; GPUs only."""
     compile: bool = False
     """Compile the student's backbone (torch.compile)."""
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
-    """The student's arithmetic, in Lightning's terms."""
+    """Precision of the student, as in Lightning."""
 
     EXECUTION: ClassVar[tuple[str, ...]] = ("devices",)
     PATHS: ClassVar[tuple[str, ...]] = ("out",)
@@ -305,15 +305,15 @@ class LoggingConfig:
     """What is measured and logged during training."""
 
     log_every: int = 20
-    """Steps in one line of metrics.csv."""
+    """Steps per line of metrics.csv."""
     logger: Literal["tensorboard", "wandb", "mlflow"] | None = None
-    """Where the lines of metrics.csv go too; the package is an extra of that name."""
+    """Also log the lines of metrics.csv there; its package is the extra of the same name."""
     val: str | None = None
     """Folder of labelled test images for kNN during training."""
     knn_every: float = 5
-    """Epochs between kNN scores, if --val is given; the last epoch is scored in any case."""
+    """Epochs between kNN scores, if --val is given; the last epoch is always scored."""
     knn_k: int = 20
-    """Neighbours."""
+    """Neighbours of kNN."""
 
     PATHS: ClassVar[tuple[str, ...]] = ("val",)
 

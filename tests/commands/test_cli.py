@@ -57,7 +57,7 @@ def test_every_verb_explains_every_option(verb: str, call: Any) -> None:
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_option_has_a_help(verb: str) -> None:
     config = cli.command_of(verb).Config
-    assert all(cli._helps(config)[name] for name in options_of(verb))
+    assert all(cli.option_helps(config)[name] for name in options_of(verb))
 
 
 def test_help_answers_at_once_and_without_torch() -> None:
@@ -94,8 +94,8 @@ class TestMistakes:
     @pytest.mark.parametrize(
         ("line", "said"),
         [
-            ("trian --out x", "fkd-ssl trian: no verb 'trian'; did you mean train?"),
-            ("xyzzy", "no verb 'xyzzy'; fkd-ssl --help lists them"),
+            ("trian --out x", "fkd-ssl trian: unknown verb 'trian'; did you mean train?"),
+            ("xyzzy", "unknown verb 'xyzzy'; fkd-ssl --help lists them"),
             ("train --imagse x", "fkd-ssl train: no option --imagse; did you mean --images?"),
             ("train --batch-size 4", "no option --batch-size; did you mean --batch_size?"),
             ("knn --temprature=4", "no option --temprature; did you mean --temperature?"),
