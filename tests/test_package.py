@@ -1,8 +1,11 @@
 """The package's surface: names that scripts rely on, and how little an import costs."""
 
+import ast
+import re
 import subprocess
 import sys
 from importlib.metadata import version
+from pathlib import Path
 
 import pytest
 
@@ -25,6 +28,28 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
 
 def test_configs_need_no_torch() -> None:
     assert "torch" not in loaded_after("import fkd_ssl.training.config, fkd_ssl.commands.train, fkd_ssl.commands.compare")
+
+
+def test_only_the_command_line_imports_commands() -> None:
+    imports = re.compile(
+        r"^\s*(?:from fkd_ssl\.commands\b|import fkd_ssl\.commands\b|from fkd_ssl import .*\bcommands\b)", re.M
+    )
+    root = Path(__file__).parents[1]
+    modules = [path for room in ("fkd_ssl", "eval", "teachers") for path in (root / room).rglob("*.py")]
+    importing = [str(path.relative_to(root)) for path in modules if imports.search(path.read_text())]
+    assert len(modules) > 100
+    assert [path for path in importing if not path.startswith("fkd_ssl/commands/")] == []
+
+
+def test_no_command_is_long() -> None:
+    """What a verb does belongs to the rooms and to functions with names; its `run` says in which order."""
+    long = []
+    for path in (Path(__file__).parents[1] / "fkd_ssl/commands").glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and node.name == "run":
+                lines = (node.end_lineno or 0) - node.lineno + 1
+                long += [f"{path.name}: {lines}"] if lines > 80 else []
+    assert long == []
 
 
 @pytest.mark.parametrize("name", PUBLIC)

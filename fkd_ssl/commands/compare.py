@@ -7,25 +7,86 @@ ask for more seeds or further arms in the same --out. Of two teachers A,B it com
 from B, and from both (arms stored:A, stored:B, stored:A+B, ...).
 """
 
+import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from fkd_ssl.comparison.config import CompareConfig as Config
+from fkd_ssl.errors import FkdError
+
+if TYPE_CHECKING:
+    from fkd_ssl.pretraining.config import PretrainConfig
+    from fkd_ssl.store import Store
+    from fkd_ssl.training.config import TrainConfig
 
 
 def run(config: Config) -> int:
     """Compares and prints the table."""
     from dataclasses import replace
 
-    from fkd_ssl.commands import console
+    from fkd_ssl.commands import console, resolve
     from fkd_ssl.comparison import report
-    from fkd_ssl.comparison.compare import compare
+    from fkd_ssl.comparison.compare import Tools, compare
 
-    asked, folder = replace(config, json=False), Path(config.out)  # printing is no part of what is compared
-    results = compare(asked, console.say)
-    text = report.write(results, folder)
+    folder = Path(config.out)
+    tools = Tools(
+        recipe=resolve.recipe_of(config.recipe),
+        load_teachers=lambda: resolve.teachers_of(config.teacher, config.checkpoint),
+        load_model=resolve.model_of,
+        train=_train,
+        device=resolve.device(),
+        threads=min(16, resolve.cpu_threads()),
+        log=console.say,
+    )
+    results = compare(replace(config, json=False), tools)  # the results do not depend on how they are printed
+    text = report.write(results, folder, lambda store: _draw_sheet(config, store))
     if config.json:
         console.show_json(results)
     else:
         console.show(text)
     console.say(f"report: {folder / 'report.html'}")
     return 0
+
+
+def _train(config: "TrainConfig | PretrainConfig") -> dict[str, Any]:
+    """Runs `train` or `pretrain` in a process of its own, unless the run is done; returns its results.
+
+    Raises:
+        FkdError: The training failed.
+    """
+    from fkd_ssl import files, processes, runs
+    from fkd_ssl.commands import console
+    from fkd_ssl.training.config import TrainConfig
+
+    run = Path(config.out)
+    if runs.peek(run, config) != "done":
+        run.parent.mkdir(exist_ok=True)
+        file = run.parent / f"{run.name}.yaml"
+        files.replace(file, runs.to_yaml(config).encode())
+        verb = "train" if isinstance(config, TrainConfig) else "pretrain"
+        command = [sys.executable, "-P", "-m", "fkd_ssl", verb, "--config", str(file)]
+        env = {**os.environ, processes.PARENT: str(os.getpid())}  # it ends with this process
+        ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=env)  # noqa: S603
+        if ended.returncode:
+            runs.forget_contents(run.parent.parent)  # an image may have been unreadable, and can be repaired
+            raise FkdError(f"{run}: training ended with status {ended.returncode}; the same compare continues it")
+        console.say(ended.stdout.strip())
+    return runs.read_results(run)
+
+
+def _draw_sheet(config: Config, store: "Store") -> bytes:
+    """The contact sheet of an image in the middle of the store, as PNG."""
+    from fkd_ssl.commands import show
+
+    column = store.column(store.teachers[0])
+    options = show.Config(
+        store=str(store.folder),
+        images=config.images,
+        image=store.paths[int(column.rows[len(column.rows) // 2])],
+        teacher=column.name,
+        crops=min(4, store.crops_per_image),
+        neighbours=min(5, len(column.rows) - 1),
+    )
+    return show.sheet_of(options, store)[0]

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from fkd_ssl.comparison.config import CompareConfig
 from fkd_ssl.errors import RequestError, did_you_mean
+from fkd_ssl.pretraining.config import PretrainConfig
 from fkd_ssl.students.heads import CLASSIFIER
 from fkd_ssl.training.config import TrainConfig
 from fkd_ssl.training.groups import checkpoints_of, split
@@ -122,3 +123,21 @@ def training(arm: Arm, config: CompareConfig, seed: int, columns: Sequence[str])
         where["checkpoint"] = ",".join(file or "" for file in files) if any(files) else None
     out = str(Path(config.out) / "runs" / run_name(arm.name, seed))
     return TrainConfig(out=out, seed=seed, **{key: getattr(config, key) for key in shared}, **where)
+
+
+def pretraining(config: CompareConfig, name: str, *, seed: int, epochs: int) -> PretrainConfig:
+    """The training of the arm alone, in the run of a name."""
+    return PretrainConfig(
+        images=config.images,
+        out=str(Path(config.out) / "runs" / name),
+        arch=config.student,
+        stem=config.stem,
+        width=config.width,
+        epochs=epochs,
+        batch_size=config.batch_size,
+        pixels=config.pixels,
+        lr=config.alone_lr,
+        momentum=config.alone_momentum,
+        seed=seed,
+        workers=config.workers,
+    )

@@ -1,23 +1,20 @@
-"""Trains and scores the arms of a comparison, each once; what is there is not made again."""
+"""Trains and scores the arms of a comparison. What is finished is not repeated."""
 
-import math
-import os
-import statistics
-import subprocess
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
-import numpy as np
+import torch
+from torch import Tensor, nn
 
-from fkd_ssl import files, processes, runs
-from fkd_ssl.commands import resolve
-from fkd_ssl.comparison.arms import MAPS, Arm, arms_of, run_name, training
+from fkd_ssl import files, runs
+from fkd_ssl.comparison.arms import MAPS, Arm, arms_of, pretraining, run_name, training
 from fkd_ssl.comparison.config import CompareConfig
-from fkd_ssl.comparison.scorer import PROBES, Scorer
+from fkd_ssl.comparison.results import summarise
+from fkd_ssl.comparison.scorer import Scorer
+from fkd_ssl.crops import Recipe
 from fkd_ssl.errors import FkdError, RequestError
-from fkd_ssl.eval import stats
 from fkd_ssl.eval.classify import check_classes
 from fkd_ssl.eval.features import match_classes
 from fkd_ssl.images import ImageSource, open_images
@@ -35,36 +32,94 @@ from fkd_ssl.teachers import Teacher
 from fkd_ssl.teachers.dense import DenseTeacher
 from fkd_ssl.training.config import TrainConfig
 from fkd_ssl.training.engine import check_batch, objective_of
-from fkd_ssl.training.metrics import read_metrics
 
-Log = Callable[[str], None]
 # what only a trained arm has
 _TRAINED = ("train_seconds", "teacher_forwards", "peak_memory_bytes", "epochs", "data_wait")
 _UNTRAINED: dict[str, Any] = dict.fromkeys(_TRAINED)
 
 
-def compare(config: CompareConfig, log: Log = lambda message: None) -> dict[str, Any]:
-    """Runs what is missing of a comparison.
+class Model(Protocol):
+    """A trained network."""
+
+    @property
+    def features(self) -> Callable[[Tensor], Tensor]:
+        """The function from uint8 [B, 3, P, P] to backbone features [B, F]."""
+
+    @property
+    def network(self) -> nn.Module:
+        """The network, in eval mode."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tools:
+    """What a comparison is given by its caller, so that it depends on no command."""
+
+    recipe: Recipe
+    """What crops are drawn from."""
+    load_teachers: Callable[[], list[Teacher]]
+    """Loads the teachers."""
+    load_model: Callable[[str, str | None], Model]
+    """Loads what a run trained: a run folder, or a family and its checkpoint."""
+    train: Callable[[TrainConfig | PretrainConfig], dict[str, Any]]
+    """Trains in a process of its own, with its own memory and clock, unless the run is done; returns its results.json."""
+    device: torch.device
+    """Where untrained students are scored."""
+    threads: int
+    """Threads that read and resize beside a teacher."""
+    log: Callable[[str], None] = lambda message: None
+    """Takes lines for the user."""
+
+
+def compare(config: CompareConfig, tools: Tools) -> dict[str, Any]:
+    """Runs what is missing in a comparison.
 
     Args:
-        config: What is compared; `out` may hold the same comparison of other seeds and further arms.
-        log: Takes lines for the user.
+        config: The comparison; `out` may hold the same comparison with other seeds and further arms.
+        tools: What the caller provides.
 
     Returns:
-        What its results.json says.
+        The comparison's results.json.
 
     Raises:
-        RequestError: Something asked for cannot be; this is found before anything is written.
-        FkdError: An arm's training failed; called again, it continues.
+        RequestError: The request cannot be fulfilled; this is found before anything is written.
+        FkdError: The training of an arm failed; the same call continues.
     """
     images, val = open_images(config.images), open_images(config.val)
     match_classes(images, val)
-    resolve.recipe_of(config.recipe)
     check_student(config.student, config.pixels, head=config.head, stem=config.stem, width=config.width)
-    teachers = resolve.teachers_of(config.teacher, config.checkpoint)
-    columns = [teacher.name for teacher in teachers]
-    arms = arms_of(config, columns)
-    plain = training(arms[0], config, 0, columns)
+    teachers = tools.load_teachers()
+    arms = arms_of(config, [teacher.name for teacher in teachers])
+    _check(config, images, val, teachers, arms)
+    # before anything is written: not every network can make maps
+    dense = DenseTeacher(teachers[0], pixels=config.pixels) if any(arm.kind == "relabel" for arm in arms) else None
+    inputs = {**images.identity(), **val.identity("val images")}
+    inputs |= {f"teacher {teacher.name}": f"{teacher.network}, sha256 {teacher.checkpoint_sha256}" for teacher in teachers}
+    with runs.open_run(config.out, config, inputs) as (folder, state):
+        if state == "done" and all(
+            runs.read_config(folder).get(key) == getattr(config, key) for key in ("further_arms", "seeds")
+        ):
+            tools.log(f"{folder}: this comparison is done")
+            return runs.read_results(folder)
+        files.replace(folder / runs.CONFIG, runs.to_yaml(config).encode())  # seeds and further arms may be new
+        work = _Comparison(config, tools, folder, images, val, arms, [teacher.name for teacher in teachers])
+        for teacher in teachers:
+            work.use_teacher(teacher)
+        if dense is not None:
+            work.make_label_maps(dense)
+        dim = teachers[0].dim
+        del teachers, teacher, dense  # the trainings are processes of their own and need the memory
+        work.make_stores()
+        for seed in range(config.seeds):
+            work.score_untrained(seed, dim)
+            for arm in sorted(arms, key=lambda arm: arm.kind == "alone"):  # last: it gets the time that stored took
+                work.train_arm(arm, seed)
+        runs.finish(folder, work.results())
+    return runs.read_results(folder)
+
+
+def _check(config: CompareConfig, images: ImageSource, val: ImageSource, teachers: list[Teacher], arms: list[Arm]) -> None:
+    """Raises RequestError for what would fail later: codecs, classes, objective and batch."""
+    plain = training(arms[0], config, 0, [teacher.name for teacher in teachers])
     for teacher in teachers:
         objective_of(plain, TargetInfo(name=teacher.name, dim=teacher.dim, arrays=teacher.arrays, kind=teacher.kind))
         own = config.codec or usual_codec(teacher.kind, teacher.dim)
@@ -77,226 +132,146 @@ def compare(config: CompareConfig, log: Log = lambda message: None) -> dict[str,
             check_classes(val, teacher.dim)
     for arm in arms:
         if arm.kind == "alone":
-            check_pretraining(_alone(config, "alone", seed=0, epochs=1), images)
-        if arm.kind == "labels":  # its classes are the folders of the images, and those of `val` are what it is scored by
+            check_pretraining(pretraining(config, "alone", seed=0, epochs=1), images)
+        if arm.kind == "labels":  # trained on the classes of the images, and scored by those of `val`
             check_classes(images, len(val.classes))
     check_batch(plain, len(images))
-    # before anything is written: not every network can make maps
-    dense = DenseTeacher(teachers[0], pixels=config.pixels) if any(arm.kind == "relabel" for arm in arms) else None
-
-    inputs = {**images.identity(), **val.identity("val images")}
-    inputs |= {f"teacher {teacher.name}": f"{teacher.network}, sha256 {teacher.checkpoint_sha256}" for teacher in teachers}
-    with runs.open_run(config.out, config, inputs) as (folder, state):
-        if state == "done" and all(
-            runs.read_config(folder).get(key) == getattr(config, key) for key in ("further_arms", "seeds")
-        ):
-            log(f"{folder}: this comparison is done")
-            return runs.read_results(folder)
-        files.replace(folder / runs.CONFIG, runs.to_yaml(config).encode())  # perhaps other seeds and further arms
-        scorer = Scorer(config, folder / "scores", images, val)
-        lines: list[dict[str, Any]] = []
-        made: list[dict[str, Any] | None] = []
-        for teacher in teachers:
-            name = "teacher" if len(teachers) == 1 else f"teacher:{teacher.name}"
-            scores = scorer.score(name.replace(":", "-"), teacher.features, classify=teacher.embed)
-            lines.append({"name": name, "seed": None, **scores, **_UNTRAINED})
-            took = folder / ("precompute.json" if len(teachers) == 1 else f"precompute-{teacher.name}.json")
-            made.append(_precompute(config, folder, images, teacher, took, log))
-        maps = _label_maps(folder, images, dense, log) if dense is not None else None
-        dim = teachers[0].dim
-        del teachers, teacher, dense  # the trainings are processes of their own, and need the memory
-        whole = [cost for cost in made if cost is not None]
-        cost = {"seconds": sum(one["seconds"] for one in whole)} if len(whole) == len(made) else {}
-        stores = {arm.name: _store(arm, folder, columns, cost, log) for arm in arms if arm.kind == "stored"}
-        if maps is not None:
-            stores["relabel"] = maps
-        for seed in range(config.seeds):
-            scores = scorer.score_untrained(run_name("untrained", seed), seed, dim)
-            lines.append({"name": "untrained", "seed": seed, **scores, **_UNTRAINED})
-            for arm in sorted(arms, key=lambda arm: arm.kind == "alone"):  # last: it gets the time that stored took
-                run = folder / "runs" / run_name(arm.name, seed)
-                log(f"== {arm.name}, seed {seed}: {run}")
-                if arm.kind == "alone":
-                    trained, model = _train_alone(config, folder, seed, lines, cost, log)
-                else:
-                    trained, model = _train(training(arm, config, seed, columns), run, log), resolve.model_of(str(run))
-                scores = scorer.score(run.name, model.features, classify=None if arm.kind == "alone" else model.network)
-                lines.append({"name": arm.name, "seed": seed, **scores, **trained})
-        runs.finish(folder, _results(config, len(images), len(val), arms, lines, cost, stores, scorer))
-        return runs.read_results(folder)
 
 
-def _results(
-    config: CompareConfig,
-    images: int,
-    val: int,
-    arms: Sequence[Arm],
-    lines: Sequence[dict[str, Any]],
-    cost: dict[str, Any],
-    stores: dict[str, dict[str, Any]],
-    scorer: Scorer,
-) -> dict[str, Any]:
-    def difference(one: str, other: str) -> dict[str, Any]:
-        """Of two arms in each probe, with its interval."""
-        found: dict[str, Any] = {"arm": one, "minus": other}
-        for probe in scorer.probes if "alone" not in (one, other) else PROBES:
-            a, b = (
-                np.stack([scorer.correct(run_name(name, seed), probe) for seed in range(config.seeds)]) for name in (one, other)
-            )
-            value, low, high = stats.paired_bootstrap(a, b)
-            found[probe] = {"difference": value, "low": low, "high": high, "equal": stats.equal(low, high)}
-        return found
+class _Comparison:
+    """A comparison in work, in its locked folder."""
 
-    def seconds(name: str) -> float:
-        return float(statistics.mean(line["train_seconds"] for line in lines if line["name"] == name))
+    def __init__(
+        self,
+        config: CompareConfig,
+        tools: Tools,
+        folder: Path,
+        images: ImageSource,
+        val: ImageSource,
+        arms: list[Arm],
+        columns: list[str],
+    ) -> None:
+        self.config, self.tools, self.folder, self.images, self.val = config, tools, folder, images, val
+        self.arms, self.columns = arms, columns
+        self.scorer = Scorer(config, folder / "scores", images, val, tools.device)
+        self.lines: list[dict[str, Any]] = []  # of the table
+        self.stores: dict[str, dict[str, Any]] = {}  # of the stored arms
+        self.maps: dict[str, Any] | None = None
+        self.seconds: list[float | None] = []  # that each teacher's column took
 
-    plain = [arm for arm in arms if not (arm.on_stored or arm.crops or arm.codec)]
-    stored, online = ([arm.name for arm in plain if arm.kind == kind] for kind in ("stored", "online"))
-    pairs = [(stored[-1], online[-1])]
-    pairs += [(stored[-1], single) for single in stored[:-1]]
-    pairs += [(arm.name, online[-1]) for arm in arms if arm.on_stored]
-    pairs += [(stored[-1], arm.name) for arm in arms if arm.kind in ("alone", "labels", "relabel")]
-    pairs += [(arm.name, stored[-1]) for arm in arms if arm.crops or arm.codec]
-    saved, taken = seconds(online[-1]) - seconds(stored[-1]), cost.get("seconds")
-    students = None if taken is None or saved <= 0 else taken / saved
-    return {
-        "config": config.__dict__,
-        "images": images,
-        "val_images": val,
-        "crops": config.stored_crops,
-        "arms": list(lines),
-        "differences": [difference(*pair) for pair in pairs],
-        "precompute_seconds": taken,
-        "stores": stores,
-        "break_even_students": None if students is None else math.ceil(students),
-        "break_even_epochs": None if students is None else students * config.epochs,
-        "reached": _reached(config, online[-1], [arm.name for arm in arms if arm.kind != "alone"]),
-    }
+    @property
+    def precompute_seconds(self) -> float | None:
+        """What all columns took; None if a call that was killed finished one before it could note its time."""
+        known = [seconds for seconds in self.seconds if seconds is not None]
+        return sum(known) if len(known) == len(self.seconds) else None
 
+    def use_teacher(self, teacher: Teacher) -> None:
+        """Scores a teacher and writes its column of the store."""
+        single = len(self.columns) == 1
+        name = "teacher" if single else f"teacher:{teacher.name}"
+        scores = self.scorer.score(name.replace(":", "-"), teacher.features, classify=teacher.embed)
+        self.lines.append({"name": name, "seed": None, **scores, **_UNTRAINED})
+        summary = precompute(
+            self.images,
+            self.folder / "store",
+            teacher,
+            crops=self.config.stored_crops,
+            recipe=self.tools.recipe,
+            codec=self.config.codec,
+            pixels=self.config.pixels,
+            threads=self.tools.threads,
+            log=self.tools.log,
+        )
+        self._require_free(summary.busy, self.folder / "store")
+        seconds = None
+        if summary.crops:  # this call may have computed a part only
+            seconds = summary.seconds * len(self.images) * self.config.stored_crops / summary.crops
+        self.seconds.append(self._noted("precompute.json" if single else f"precompute-{teacher.name}.json", seconds))
 
-def _reached(config: CompareConfig, online: str, names: Sequence[str]) -> dict[str, Any]:
-    """How long each arm trained until its kNN was within the margin of online's last one: means over seeds, None for never."""
-    curves: dict[str, list[list[tuple[float, float]]]] = {name: [] for name in names}
-    for name in names:
-        for seed in range(config.seeds):
-            metrics = read_metrics(Path(config.out) / "runs" / run_name(name, seed) / "metrics.csv")
-            curves[name].append(
-                [(line["seconds"] or 0.0, line["knn_top1"]) for line in metrics if line["knn_top1"] is not None]
-            )
-    goal = statistics.mean(curve[-1][1] for curve in curves[online]) - stats.MARGIN
-    first = {name: [next((s for s, top1 in curve if top1 >= goal), None) for curve in curves[name]] for name in names}
-    return {
-        "knn_top1": goal,
-        "seconds": {name: None if None in times else statistics.mean(t for t in times if t) for name, times in first.items()},
-    }
+    def make_label_maps(self, dense: DenseTeacher) -> None:
+        """Makes the label maps of the arm relabel."""
+        made = generate(
+            self.images,
+            self.folder / MAPS,
+            dense,
+            k=min(5, dense.teacher.dim),
+            threads=self.tools.threads,
+            log=self.tools.log,
+        )
+        self._require_free(made.busy, self.folder / MAPS)
+        seconds = self._noted("label-maps.json", made.seconds * made.images / made.made if made.made else None)
+        self.maps = {"bytes": made.bytes, "crops": None, "seconds": seconds}  # maps serve any number of crops
 
+    def make_stores(self) -> None:
+        """Makes the stores of the stored arms: the whole one, or a part or another codec of it."""
+        whole = Store(self.folder / "store")
+        for arm in self.arms:
+            if arm.kind != "stored":
+                continue
+            out, store = self.folder / arm.store, whole
+            if arm.crops is not None:
+                self.tools.log(f"{out}: the first {arm.crops} crops of {whole.folder}")
+                store = subset(whole, out, crops=arm.crops)
+            elif arm.codec is not None:
+                self.tools.log(f"{out}: {whole.folder} in {arm.codec}")
+                store = recode(whole, arm.codec, name=self.columns[0], out=out).store
+            crops, seconds = store.crops_per_image, self.precompute_seconds
+            used = [column for k, column in enumerate(self.columns) if k in arm.chosen]
+            unused = sum(files.total_bytes(store.column(name).folder) for name in store.teachers if name not in used)
+            self.stores[arm.name] = {
+                "bytes": files.total_bytes(store.folder) - unused,
+                "crops": crops,
+                "seconds": None if seconds is None else seconds * crops / whole.crops_per_image,
+            }
 
-def _precompute(
-    config: CompareConfig, folder: Path, images: ImageSource, teacher: Teacher, took: Path, log: Log
-) -> dict[str, Any] | None:
-    """Makes a column of the comparison's store; returns the `seconds` of all of it, also when this call made a part.
+    def score_untrained(self, seed: int, dim: int) -> None:
+        """Scores the student as training starts from it."""
+        scores = self.scorer.score_untrained(run_name("untrained", seed), seed, dim)
+        self.lines.append({"name": "untrained", "seed": seed, **scores, **_UNTRAINED})
 
-    They are kept in `took`. None where the column was finished by a call that was killed before it could note them.
-    """
-    summary = precompute(
-        images,
-        folder / "store",
-        teacher,
-        crops=config.stored_crops,
-        recipe=resolve.recipe_of(config.recipe),
-        codec=config.codec,
-        pixels=config.pixels,
-        threads=min(16, resolve.cpu_threads()),
-        log=log,
-    )
-    if summary.busy:
-        raise FkdError(f"{folder / 'store'}: another process is writing it; run the same compare again when that has ended")
-    if not took.exists() and summary.crops:
-        files.write_json(took, {"seconds": summary.seconds * len(images) * config.stored_crops / summary.crops})
-    return files.read_json(took) if took.exists() else None
+    def train_arm(self, arm: Arm, seed: int) -> None:
+        """Trains and scores an arm."""
+        name = run_name(arm.name, seed)
+        run = self.folder / "runs" / name
+        self.tools.log(f"== {arm.name}, seed {seed}: {run}")
+        if arm.kind == "alone":
+            trained, model = self._train_alone(name, seed)
+        else:
+            results = self.tools.train(training(arm, self.config, seed, self.columns))
+            trained, model = {key: results[key] for key in _TRAINED}, self.tools.load_model(str(run), None)
+        scores = self.scorer.score(name, model.features, classify=None if arm.kind == "alone" else model.network)
+        self.lines.append({"name": arm.name, "seed": seed, **scores, **trained})
 
+    def _train_alone(self, name: str, seed: int) -> tuple[dict[str, Any], Model]:
+        """Trains the student without a teacher for as long as the first stored one took with its precomputing."""
+        note = self.folder / "alone.json"
+        if not note.exists():
+            timed = self.tools.train(pretraining(self.config, "alone-timed", seed=0, epochs=1))
+            stored = next(line["train_seconds"] for line in self.lines if line["name"].startswith("stored"))
+            seconds = stored + (self.precompute_seconds or 0.0)
+            epochs = max(1, round(seconds / timed["train_seconds"]))
+            files.write_json(note, {"seconds": seconds, "epoch_seconds": timed["train_seconds"], "epochs": epochs})
+        epochs = int(files.read_json(note)["epochs"])
+        config = pretraining(self.config, name, seed=seed, epochs=epochs)
+        results = self.tools.train(config)
+        trained = {**_UNTRAINED, **{key: results[key] for key in ("train_seconds", "peak_memory_bytes")}}
+        weights = str(Path(config.out) / weights_file(config))
+        network = ("teacher:mocov2", weights) if config.is_teacher else (weights, None)
+        return {**trained, "teacher_forwards": 0, "epochs": epochs}, self.tools.load_model(*network)
 
-def _store(arm: Arm, folder: Path, columns: Sequence[str], cost: dict[str, Any], log: Log) -> dict[str, Any]:
-    """Makes the store of an arm that needs one of its own; returns its `bytes`, and the `crops` an image that it holds.
+    def results(self) -> dict[str, Any]:
+        """The comparison's results.json."""
+        found = summarise(self.config, self.arms, self.lines, self.scorer, precompute_seconds=self.precompute_seconds)
+        stores = self.stores if self.maps is None else {**self.stores, "relabel": self.maps}
+        return {**found, "images": len(self.images), "val_images": len(self.val), "stores": stores}
 
-    `seconds` is what precomputing so many crops takes.
-    """
-    out = folder / arm.store
-    store = Store(folder / "store")
-    if arm.crops is not None:
-        log(f"{out}: the first {arm.crops} crops of {store.folder}")
-        store = subset(store, out, crops=arm.crops)
-    elif arm.codec is not None:
-        log(f"{out}: {store.folder} in {arm.codec}")
-        store = recode(store, arm.codec, name=columns[0], out=out).store
-    c = store.crops_per_image
-    whole = cost.get("seconds")
-    seconds = None if whole is None else whole * c / Store(folder / "store").crops_per_image
-    used = [column for k, column in enumerate(columns) if k in arm.chosen]
-    unused = sum(files.total_bytes(store.column(name).folder) for name in store.teachers if name not in used)
-    return {"bytes": files.total_bytes(store.folder) - unused, "crops": c, "seconds": seconds}
+    def _noted(self, name: str, seconds: float | None) -> float | None:
+        """The seconds noted in a file of the folder, after noting `seconds` if it has none; None if they are not known."""
+        path = self.folder / name
+        if seconds is not None and not path.exists():
+            files.write_json(path, {"seconds": seconds})
+        return float(files.read_json(path)["seconds"]) if path.exists() else None
 
-
-def _label_maps(folder: Path, images: ImageSource, dense: DenseTeacher, log: Log) -> dict[str, Any]:
-    """Makes the label maps of the arm relabel; as `_store`, with None for `crops`, since they serve any."""
-    took = folder / "label-maps.json"
-    made = generate(images, folder / MAPS, dense, k=min(5, dense.teacher.dim), threads=min(16, resolve.cpu_threads()), log=log)
-    if made.busy:
-        raise FkdError(f"{folder / MAPS}: another process is writing it; run the same compare again when that has ended")
-    if not took.exists() and made.made:
-        files.write_json(took, {"seconds": made.seconds * made.images / made.made})
-    seconds = files.read_json(took)["seconds"] if took.exists() else None
-    return {"bytes": made.bytes, "crops": None, "seconds": seconds}
-
-
-def _train(config: TrainConfig, run: Path, log: Log) -> dict[str, Any]:
-    """Trains an arm in a process of its own, so that its memory and its clock are its own."""
-    results = _run_of("train", config, run, log)
-    return {key: results[key] for key in _TRAINED}
-
-
-def _train_alone(
-    config: CompareConfig, folder: Path, seed: int, lines: Sequence[dict[str, Any]], cost: dict[str, Any], log: Log
-) -> tuple[dict[str, Any], resolve.Model]:
-    """Trains the student without a teacher, for the time that the first stored one took with its precomputing."""
-    note = folder / "alone.json"
-    if not note.exists():
-        name = "alone-timed"
-        of_epoch = _run_of("pretrain", _alone(config, name, seed=0, epochs=1), folder / "runs" / name, log)["train_seconds"]
-        stored = next(line["train_seconds"] for line in lines if line["name"].startswith("stored"))
-        seconds = stored + (cost.get("seconds") or 0.0)
-        epochs = max(1, round(seconds / of_epoch))
-        files.write_json(note, {"seconds": seconds, "epoch_seconds": of_epoch, "epochs": epochs})
-    epochs = int(files.read_json(note)["epochs"])
-    run = folder / "runs" / run_name("alone", seed)
-    pretraining = _alone(config, run.name, seed=seed, epochs=epochs)
-    results = _run_of("pretrain", pretraining, run, log)
-    trained = {**_UNTRAINED, **{key: results[key] for key in ("train_seconds", "peak_memory_bytes")}}
-    weights = str(run / weights_file(pretraining))
-    network = ("teacher:mocov2", weights) if pretraining.is_teacher else (weights, None)
-    return {**trained, "teacher_forwards": 0, "epochs": epochs}, resolve.model_of(*network)
-
-
-def _alone(config: CompareConfig, name: str, *, seed: int, epochs: int) -> PretrainConfig:
-    """The training of the student without a teacher."""
-    return PretrainConfig(
-        images=config.images, out=str(Path(config.out) / "runs" / name), arch=config.student, stem=config.stem,
-        width=config.width, epochs=epochs, batch_size=config.batch_size, pixels=config.pixels, lr=config.alone_lr,
-        momentum=config.alone_momentum, seed=seed, workers=config.workers,
-    )  # fmt: skip
-
-
-def _run_of(verb: str, config: Any, run: Path, log: Log) -> dict[str, Any]:
-    """The results of a run of a verb, which is started as a process, or gone on with, unless it is done."""
-    if runs.peek(run, config) != "done":
-        run.parent.mkdir(exist_ok=True)
-        file = run.parent / f"{run.name}.yaml"
-        files.replace(file, runs.to_yaml(config).encode())
-        command = [sys.executable, "-P", "-m", "fkd_ssl", verb, "--config", str(file)]
-        env = {**os.environ, processes.PARENT: str(os.getpid())}
-        ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=env)  # noqa: S603
-        if ended.returncode:
-            runs.forget_contents(run.parent.parent)  # it may have been an image that can be repaired
-            raise FkdError(f"{run}: training ended with status {ended.returncode}; the same compare continues it")
-        log(ended.stdout.strip())
-    return runs.read_results(run)
+    def _require_free(self, busy: list[int], place: Path) -> None:
+        if busy:
+            raise FkdError(f"{place}: another process is writing it; run the same compare again when that has ended")

@@ -4,7 +4,7 @@ import base64
 import dataclasses
 import shlex
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from fkd_ssl.comparison import plots
 from fkd_ssl.comparison.arms import run_name
 from fkd_ssl.comparison.config import CompareConfig
 from fkd_ssl.errors import FkdError
+from fkd_ssl.store import Store, open_store
 from fkd_ssl.text import format_bytes, format_duration, printable
 
 PROBE_NAMES = {"knn_top1": "kNN", "linear_top1": "linear probe", "top1": "top-1 of its own classes"}
@@ -28,15 +29,24 @@ _COLUMNS = (
 )  # fmt: skip
 
 
-def write(results: dict[str, Any], folder: Path) -> str:
-    """Writes report.html, report.md and plots beside a comparison's results.json; returns table and findings as text."""
+def write(results: dict[str, Any], folder: Path, draw_sheet: Callable[[Store], bytes] | None = None) -> str:
+    """Writes report.html, report.md and plots beside a comparison's results.json.
+
+    Args:
+        results: The results.json.
+        folder: The comparison's folder.
+        draw_sheet: Draws the contact sheet of a store as PNG; it may raise FkdError. None leaves it out.
+
+    Returns:
+        The table and the findings as text.
+    """
     import jinja2
 
     table, findings = _table(results), _findings(results)
     drawn = plots.draw_all(results, folder)
     text = "\n".join([*_markdown(table), "", what(results), "", *(f"- {line}" for line in findings)])
     config = {k: v for k, v in results["config"].items() if v not in (None, "") and k != "json"}
-    sheet, commands = _sheet(results, folder), _commands(results)
+    sheet, commands = _sheet(folder, draw_sheet), _commands(results)
     page = [
         f"# {TITLE}", "", text, "",
         *(line for plot in drawn for line in (f"![{plot.caption}]({plot.name}.png)", "")),
@@ -205,23 +215,14 @@ def _commands(results: dict[str, Any]) -> list[str]:
     ]
 
 
-def _sheet(results: dict[str, Any], folder: Path) -> bytes:
-    """An image with its stored crops and their neighbours as PNG, drawn once; empty where store or images have gone."""
+def _sheet(folder: Path, draw: Callable[[Store], bytes] | None) -> bytes:
+    """The contact sheet as PNG, drawn once; empty if there is none, or the store or the images have been removed."""
     if (folder / SHEET).exists():
         return (folder / SHEET).read_bytes()
-    if not (folder / "store").is_dir():
+    if draw is None or not (folder / "store").is_dir():
         return b""
-    from fkd_ssl.commands import show
-    from fkd_ssl.store import open_store
-
-    store = open_store(folder / "store")
-    column = store.column(store.teachers[0])
-    asked = show.Config(
-        store=str(store.folder), images=results["config"]["images"], image=store.paths[int(column.rows[len(column.rows) // 2])],
-        teacher=column.name, crops=min(4, store.crops_per_image), neighbours=min(5, len(column.rows) - 1),
-    )  # fmt: skip
     try:
-        picture, _ = show.sheet_of(asked, store)
+        picture = draw(open_store(folder / "store"))
     except FkdError:
         return b""
     files.replace(folder / SHEET, picture)

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from fkd_ssl import files
 from fkd_ssl.arrays import BoolArray
-from fkd_ssl.commands import resolve
 from fkd_ssl.comparison.config import CompareConfig
 from fkd_ssl.eval import knn, logreg, retrieval
 from fkd_ssl.eval.classify import evaluate
@@ -33,13 +32,17 @@ class Scorer:
         folder: Where scores are kept.
         images: Training images.
         val: Test images.
+        device: Where untrained students are scored.
     """
 
-    def __init__(self, config: CompareConfig, folder: Path, images: ImageSource, val: ImageSource) -> None:
+    def __init__(
+        self, config: CompareConfig, folder: Path, images: ImageSource, val: ImageSource, device: torch.device
+    ) -> None:
         self.config = config
         self.folder = folder
         self.images = images
         self.val = val
+        self.device = device
         self.classes = len(val.classes) if config.head == CLASSIFIER else 0
         folder.mkdir(exist_ok=True)
 
@@ -84,7 +87,7 @@ class Scorer:
         torch.manual_seed(seed)
         c = self.config
         student = Student(c.student, dim, head=c.head, stem=c.stem, width=c.width)
-        student = student.eval().to(resolve.device())
+        student = student.eval().to(self.device)
         return self.score(name, student.features, classify=student)
 
     def correct(self, name: str, probe: str) -> BoolArray:

@@ -1,4 +1,4 @@
-"""What the methods of pretraining share: a Lightning module that knows its crops and its checkpoint's layout."""
+"""What the methods of pretraining share: a training module with its crops and the layout of its checkpoints."""
 
 import math
 import warnings
@@ -43,11 +43,11 @@ class Method(TrainingModule):
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1) * 255, persistent=False)
 
     def normalised(self, images: Tensor) -> Tensor:
-        """What the network takes of uint8 [B, 3, H, W]."""
+        """Images uint8 [B, 3, H, W], normalised for the network."""
         return (images - self.mean) / self.std
 
     def with_cosine(self, optimizer: torch.optim.Optimizer) -> Any:
-        """The optimiser and a cosine to zero by steps, as Lightning takes them."""
+        """The optimiser and a cosine to zero by steps."""
         return self.by_steps(optimizer, lambda step: cosine(step, self.steps, 0))
 
     @abstractmethod
@@ -60,9 +60,9 @@ class Method(TrainingModule):
 
 
 def queue_length(config: PretrainConfig, count: int) -> int:
-    """The queue's length for `count` images: a multiple of the batch, as both codes demand, and at most half of them.
+    """The length of the queue for `count` images: a multiple of the batch, as both codes require, and at most half of them.
 
-    In a queue of more than half, an image's own earlier embedding would often be met again. 0 if none was asked for.
+    A longer queue would often hold an earlier embedding of the same image. 0 if the config has no queue.
     """
     assert config.queue is not None  # by PretrainConfig
     if config.queue == 0:
@@ -70,7 +70,7 @@ def queue_length(config: PretrainConfig, count: int) -> int:
     length = max(min(config.queue, count // 2) // config.batch_size, 1) * config.batch_size
     if length != config.queue:
         warnings.warn(
-            f"queue {config.queue}: {length} are kept, a multiple of batch_size {config.batch_size} and at most half "
+            f"queue {config.queue}: shortened to {length}, a multiple of batch_size {config.batch_size} and at most half "
             f"of the {count} images",
             stacklevel=2,
         )

@@ -1,4 +1,4 @@
-"""The training step: crops through the student, targets from the batch or from the teacher, one objective between."""
+"""The training step: the student's outputs of a batch, its targets, and an objective between them."""
 
 import copy
 from collections.abc import Sequence
@@ -46,22 +46,22 @@ class Distiller(TrainingModule):
         self.targets = targets
         self.mixing = Mixing(config.mixup, config.cutmix) if config.mixup or config.cutmix else None
         self.config = config
-        self._seen: list[list[Tensor]] = []  # targets of the parts of this step
+        self._seen: list[list[Tensor]] = []  # targets of the batches of this step
         self.average = None if config.ema is None else copy.deepcopy(student).eval().requires_grad_(False)
         if config.compile:
             student.backbone.compile()  # in place, so that the names of its weights stay
 
     @property
     def result(self) -> Student:
-        """The student as it would be used now."""
+        """The student that is scored and used: its average if there is one."""
         return self.student if self.average is None else self.average
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Makes the crops on the device, where that was left to it."""
+        """Makes the crops on the device, if workers only decoded."""
         return replay_on_device(batch)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The objective's value on a batch; with several teachers the weighted sum (SimReg, arXiv 2201.05131)."""
+        """The loss of a batch; with several teachers their weighted sum (SimReg, arXiv 2201.05131)."""
         images, targets = batch["images"], self.targets(batch)
         if self.mixing is not None:
             images, targets = self.mixing(images, targets)
@@ -73,14 +73,14 @@ class Distiller(TrainingModule):
         return loss
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """The step; after it the objectives remember its targets, and the average follows."""
+        """Takes the step; then the objectives keep its targets, and the average is updated."""
         super().optimizer_step(*args, **kwargs)
         for objective, *parts in zip(self.objectives, *self._seen, strict=True):
             objective.remember(torch.cat(parts))
         self._seen.clear()
         if self.average is not None:
             assert self.config.ema is not None
-            # slower at first, so that the initial weights are soon forgotten (as in TensorFlow's and timm's averages)
+            # a smaller decay at first, so that the initial weights soon vanish (as in TensorFlow's and timm's averages)
             update_average(self.average, self.student, min(self.config.ema, (1 + self.global_step) / (10 + self.global_step)))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -95,7 +95,7 @@ class Distiller(TrainingModule):
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds what rebuilds the student without its run folder."""
+        """Adds what is needed to rebuild the student without its run folder."""
         dims = self.student.dims
         checkpoint[STUDENT_KEY] = {
             **self.student.made_of,
@@ -104,7 +104,7 @@ class Distiller(TrainingModule):
         }
 
     def configure_optimizers(self) -> Any:
-        """The optimiser, and a linear warm-up with a cosine to zero or drops after it, by steps."""
+        """The optimiser and the schedule by steps: a linear warm-up, then a cosine to zero or drops."""
         optimizer = make_optimizer(nn.ModuleList([self.student, self.parts]), self.config)
         warmup, *drops = (
             round(epochs / self.config.epochs * self.steps) for epochs in (self.config.warmup_epochs, *self.config.drops)
@@ -116,9 +116,10 @@ class Distiller(TrainingModule):
 
 @torch.no_grad()
 def update_average(average: nn.Module, network: nn.Module, decay: float) -> None:
-    """Weights and running statistics: average <- decay average + (1 - decay) network; what is no float is copied.
+    """Weights and running statistics: average <- decay average + (1 - decay) network; integers are copied.
 
-    Tarvainen and Valpola, NeurIPS 2017 (arXiv 1703.01780), eq. 1.
+    Tarvainen and Valpola, NeurIPS 2017 (arXiv 1703.01780), eq. 1. torch's AveragedModel would replace the initial weights at
+    the first update, and average the integers.
     """
     for mean, now in zip(average.state_dict().values(), network.state_dict().values(), strict=True):
         if mean.is_floating_point():

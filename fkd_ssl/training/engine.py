@@ -1,4 +1,4 @@
-"""Training a student: the one path for stored and for online targets."""
+"""Training of a student: one path for stored and for online targets."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -44,26 +44,26 @@ def total_steps(config: TrainConfig, images: int) -> int:
 
 
 def single_steps(config: TrainConfig, images: int) -> int:
-    """The last steps, in which a batch has one crop of an image."""
+    """The number of last steps whose batches have one crop of an image."""
     if config.crops_per_image == 1:
         return 0
     return min(total_steps(config, images), math.ceil(config.single_crop_epochs * images / config.batch_size))
 
 
 def check_batch(config: TrainConfig, images: int, *, world: int = 1) -> None:
-    """Raises RequestError where a batch holds more images than there are, or `world` processes do not divide it."""
+    """Raises RequestError if a batch needs more images than there are, or `world` processes do not divide it."""
     m = config.crops_per_image
     batch_images = config.batch_size // m
     most = config.batch_size if single_steps(config, images) else batch_images
     if most > images:
         raise RequestError(
-            f"batch_size {config.batch_size}: {most} images a batch, and there are {images}; choose at most "
+            f"batch_size {config.batch_size}: a batch has {most} images, the data set {images}; choose at most "
             f"{images * (m if most == batch_images else 1)}"
         )
     if batch_images % (world * config.accumulate):
         raise RequestError(
-            f"batch_size {config.batch_size}: {batch_images} images a batch, which {world} processes of {config.accumulate} "
-            f"parts do not divide; choose a multiple of {world * config.accumulate * m}"
+            f"batch_size {config.batch_size}: {world} processes of {config.accumulate} parts do not divide its {batch_images} "
+            f"images; choose a multiple of {world * config.accumulate * m}"
         )
     if config.batch_size < 2 * world * config.accumulate:
         raise RequestError(
@@ -72,7 +72,7 @@ def check_batch(config: TrainConfig, images: int, *, world: int = 1) -> None:
     if torch.cuda.is_available() and not is_torchelastic_launched() and config.devices > torch.cuda.device_count():
         raise RequestError(f"devices {config.devices}: this machine has {torch.cuda.device_count()} GPUs")
     if config.sync_batchnorm and not torch.cuda.is_available():
-        raise RequestError("sync_batchnorm: torch has it on GPUs only, and there is none")
+        raise RequestError("sync_batchnorm: it needs GPUs, and this machine has none")
 
 
 def train(
@@ -88,27 +88,27 @@ def train(
     logger: Logger | None = None,
     inputs: runs.Inputs | None = None,
 ) -> dict[str, Any]:
-    """Trains a student and leaves metrics.csv and checkpoints/ in `folder`; continues from its last checkpoint.
+    """Trains a student, from the run's last checkpoint on if there is one; writes metrics.csv and checkpoints/ in `folder`.
 
     Args:
         config: The run.
         data: Crops, with targets if they are stored.
-        folder: The run's folder.
-        targets: What is known of each teacher's targets, in the order of the data's.
+        folder: The run folder.
+        targets: What is known about each teacher's targets, in the order of the data's.
         embeds: The online teachers in the same order, uint8 [B, 3, H, W] to [B, D]; None reads the targets from the batches.
-        recordings: Of each online teacher, where their targets are kept: `data` is RecordedCrops. None for one whose targets
-            are in the store already; empty in processes but the first.
+        recordings: Write each online teacher's targets to a store; `data` is then RecordedCrops. None for a teacher whose
+            targets are in the store already; empty in all processes but the first.
         score: kNN accuracy in percent of a student in eval mode.
-        init: Whose weights the student starts from.
+        init: The student whose weights training starts from.
         logger: Takes the lines of metrics.csv too.
-        inputs: What identifies the images, the targets and the student that it starts from; None does not compare them.
+        inputs: What the run reads; see `runs.Inputs`. None does not compare them with the checkpoint's.
 
     Returns:
-        What results.json says of the training.
+        The keys of results.json about the training.
 
     Raises:
-        RequestError: A batch holds more images than there are, the targets lack what the objective needs, or the last
-            checkpoint is of another config, of other inputs or of targets of another dimension.
+        RequestError: A batch needs more images than there are, the targets lack what the objective needs, or the last
+            checkpoint is of another config, of other inputs or of targets of other dimensions.
         ImageError: An image cannot be read; the message names it.
         KeyboardInterrupt: The training was stopped; called again, it continues.
     """

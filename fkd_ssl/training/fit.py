@@ -27,17 +27,17 @@ from fkd_ssl.training.monitor import Monitor, Score, last_checkpoint, saved_word
 from fkd_ssl.training.sampler import PassSampler
 
 RUN_KEY = "fkd_ssl_run"
-"""Where a checkpoint says which run it is of."""
+"""The key in a checkpoint of the run that it belongs to."""
 
 
 class WholeCheckpoints(TorchCheckpointIO):
-    """Checkpoints that are whole or as they were before, also after a power cut.
+    """Writes checkpoints atomically: after a crash or a power cut the file is complete, or the one before it.
 
-    Lightning's own way is by the system's temporary folder, from where a file is copied over the last good one if the run
-    lies on another disk.
+    Lightning writes to the system's temporary folder, from where a file is copied over the last good one if the run folder is
+    on another disk.
 
     Args:
-        folder: Of the run.
+        folder: The run folder.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -49,7 +49,7 @@ class WholeCheckpoints(TorchCheckpointIO):
         return loaded
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Writes beside the last one and takes its place; raises FkdError where the run folder was removed."""
+        """Writes a temporary file and renames it; raises FkdError if the run folder was removed."""
         runs.require_held(self.folder)
         data = io.BytesIO()
         torch.save(checkpoint, data)
@@ -171,7 +171,7 @@ def _run_trainer(
         devices = int(os.environ["LOCAL_WORLD_SIZE"])
         nodes = int(os.environ["WORLD_SIZE"]) // devices
     with warnings.catch_warnings():
-        # Lightning advises more workers than a small machine has, and counts batches of a loader that we cut ourselves
+        # Lightning recommends more workers than a small machine has, and warns about the length of our loader
         warnings.filterwarnings("ignore", module="pytorch_lightning")
         trainer = pl.Trainer(
             max_steps=module.steps,
@@ -179,8 +179,8 @@ def _run_trainer(
             accelerator="gpu" if torch.cuda.is_available() else "cpu",
             devices=devices,
             num_nodes=nodes,
-            # The other processes wait while the first one scores. Nothing is broadcast at each step: running means change no
-            # training, the first process's are saved, and queues are the same in all.
+            # The other processes wait while the first one scores. Buffers are not broadcast at each step: running means do not
+            # change the training, the first process's are saved, and queues are the same in all processes.
             strategy="auto" if devices * nodes == 1 else DDPStrategy(timeout=timedelta(hours=2), broadcast_buffers=False),
             sync_batchnorm=sync_batchnorm,
             accumulate_grad_batches=sampler.parts,
@@ -202,7 +202,7 @@ def _run_trainer(
         ours = not torch.distributed.is_initialized()
         try:
             trainer.fit(module, loader, ckpt_path=last)
-        except SystemExit as stop:  # what Lightning makes of Ctrl-C; it also stops listening to further ones
+        except SystemExit as stop:  # Lightning raises it on Ctrl-C, and ignores further ones
             signal.signal(signal.SIGINT, signal.default_int_handler)
             if ours:
                 _end_gloo()
@@ -212,20 +212,20 @@ def _run_trainer(
 
 
 class _Identity(pl.Callback):
-    """Has each checkpoint say which run it is of."""
+    """Writes into each checkpoint which run it belongs to."""
 
     def __init__(self, identity: dict[str, Any]) -> None:
         self.identity = identity
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Adds what `step_of` compares."""
+        """Adds what `step_of` checks."""
         checkpoint[RUN_KEY] = self.identity
 
 
 def _end_gloo() -> None:
-    """Ends the threads of gloo, which abort a Python that is ending while they hold a tensor; Lightning ends NCCL's.
+    """Ends gloo's threads, which abort Python at exit if they still hold a tensor; Lightning ends NCCL's.
 
-    Not for a training that failed: a collective that is on its way is waited for, and another process may never join it.
+    Not for a training that failed: this waits for a running collective, which another process may never join.
     """
     if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
         torch.distributed.destroy_process_group()

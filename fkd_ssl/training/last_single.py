@@ -1,4 +1,4 @@
-"""FKD's last epochs: one crop of an image in a batch, so that the last BatchNorm statistics are not those of like crops."""
+"""FKD's last epochs: a batch has one crop of an image, so that the last BatchNorm statistics are not of similar crops."""
 
 import copy
 
@@ -9,13 +9,13 @@ from fkd_ssl.training.sampler import Pairs, PassSampler
 
 
 class LastSingle(Dataset[Batch]):
-    """Crops, M of an image, and one of an image in the passes that the sampler says (FKD, arXiv 2112.01528, its code).
+    """M crops of an image, and one crop of an image in the passes that the sampler names (FKD, arXiv 2112.01528, its code).
 
-    Both count an image's crops alike, so that every crop is used before any is used twice.
+    Both count the crops of an image in the same way, so that every crop is used once before any is used twice.
 
     Args:
-        data: What is read.
-        sampler: Whose batches they are.
+        data: The crops.
+        sampler: The sampler of the training.
     """
 
     def __init__(self, data: Crops, sampler: PassSampler) -> None:
@@ -28,6 +28,6 @@ class LastSingle(Dataset[Batch]):
         return len(self.data)
 
     def __getitems__(self, indices: Pairs) -> Samples:
-        """As `Crops.__getitems__`; all of one kind of pass."""
+        """As `Crops.__getitems__`; all indices are of one kind of pass."""
         data = self.one if self.sampler.is_single(indices[0][0]) else self.data
         return data.__getitems__([*indices])

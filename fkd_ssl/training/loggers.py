@@ -1,4 +1,4 @@
-"""Loggers by name: where the lines of metrics.csv go beside the file itself."""
+"""Loggers by name, which get the lines of metrics.csv too."""
 
 import os
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from fkd_ssl.errors import RequestError
 _LOGGERS: dict[str, Callable[[Path], Logger]] = {
     "tensorboard": lambda folder: lightning.TensorBoardLogger(folder, name="", version="tensorboard"),
     "wandb": lambda folder: lightning.WandbLogger(name=folder.name, save_dir=folder),
-    # a database, as MLflow refuses folders now, unless the user's environment names a server
+    # a database, since MLflow no longer accepts folders; a server if the environment names one
     "mlflow": lambda folder: lightning.MLFlowLogger(
         run_name=folder.name,
         tracking_uri=os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder.resolve()}/mlflow.db",
@@ -23,11 +23,11 @@ _LOGGERS: dict[str, Callable[[Path], Logger]] = {
 
 
 def check_logger(name: str) -> None:
-    """Raises RequestError where a logger's package, which is called as it is, is not installed."""
+    """Raises RequestError if the package of a logger, which has the logger's name, is not installed."""
     if find_spec(name) is None:
         raise RequestError(f"logger {name}: {name} is not installed: pip install 'fkd_ssl[{name}]'")
 
 
 def make_logger(name: str, folder: Path) -> Logger:
-    """A logger of Lightning's for a run's folder."""
+    """Lightning's logger of a name, for a run folder."""
     return _LOGGERS[name](folder)

@@ -1,19 +1,19 @@
-"""Mixup and CutMix: crops of a batch in pairs, and their class probabilities with them."""
+"""Mixup and CutMix: mix pairs of crops of a batch, and their class probabilities."""
 
 import torch
 from torch import Tensor
 
 
 class Mixing:
-    """Mixes each crop of a batch with another one, whatever images they are of.
+    """Mixes each crop of a batch with another one, of the same image or another.
 
     Mixup (Zhang et al., ICLR 2018, arXiv 1710.09412, eq. 1) adds pixels, CutMix (Yun et al., ICCV 2019, arXiv 1905.04899, eq. 1
-    and 2) sets a rectangle in; where both are asked for, chance decides for each batch. The share of the first crop is one for
-    the batch, from Beta(a, a), as in both papers' code. Chance is torch's generator.
+    and 2) replaces a rectangle. With both, one of them is drawn for each batch. The share of the first crop is drawn once for
+    the batch, from Beta(a, a), as in both papers' code; torch's global generator draws.
 
     Args:
-        mixup: a of mixup; 0 for none.
-        cutmix: a of CutMix; 0 for none.
+        mixup: a of mixup; 0 switches it off.
+        cutmix: a of CutMix; 0 switches it off.
     """
 
     def __init__(self, mixup: float, cutmix: float) -> None:
@@ -36,7 +36,7 @@ class Mixing:
 
 
 def rectangle(height: int, width: int, share: float) -> tuple[int, int, int, int]:
-    """Top, bottom, left and right of what is set in: 1 - share of the area around a point drawn evenly, cut at the edges."""
+    """Top, bottom, left and right of a rectangle of 1 - share of the area around a uniform point, clipped at the edges."""
     side = (1 - share) ** 0.5
     half_height, half_width = int(height * side) // 2, int(width * side) // 2
     y, x = int(torch.randint(height, ())), int(torch.randint(width, ()))

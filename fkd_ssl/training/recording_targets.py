@@ -1,4 +1,4 @@
-"""What an online teacher says, kept: each batch's targets go into a store while the student trains on them."""
+"""Recording: the targets that online teachers compute are written to a store while the student trains on them."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,12 +14,12 @@ from fkd_ssl.training.targets import OnlineTargets
 
 
 class RecordingTargets(OnlineTargets):
-    """Targets given now and written to a store by the first process, for all of them.
+    """Targets that are computed for every batch, and written to a store by the first process for all processes.
 
-    A batch is written when the next one is given: by then a GPU has them ready and nothing waits.
+    A batch is written when the next one is computed: by then a GPU has finished it, and nothing waits.
 
     Args:
-        recordings: Of each teacher, None where its targets are in the store already; empty in processes but the first.
+        recordings: One for each teacher, None if its targets are in the store already; empty in all processes but the first.
         embeds: The teachers.
     """
 
@@ -42,7 +42,7 @@ class RecordingTargets(OnlineTargets):
         return targets
 
     def write(self) -> None:
-        """Writes what was given last."""
+        """Writes the targets of the last batch."""
         if not self._given:
             return
         if self._ready is not None:
@@ -55,26 +55,26 @@ class RecordingTargets(OnlineTargets):
 
 
 class RecordingCallback(pl.Callback):
-    """Makes what was recorded survive a kill before a checkpoint counts on it."""
+    """Syncs what was recorded before a checkpoint counts on it."""
 
     def __init__(self, targets: RecordingTargets, crops_per_step: int) -> None:
         self.targets = targets
         self.crops_per_step = crops_per_step
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Refuses a store that does not hold what this run recorded before."""
+        """Raises FkdError if the store lacks what this run recorded before its checkpoint."""
         for recording in filter(None, self.targets.recordings):
             recording.resume(trainer.global_step * self.crops_per_step)
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Writes and syncs all that was given so far."""
+        """Writes and syncs the targets so far."""
         self.targets.write()
         for recording in filter(None, self.targets.recordings):
             recording.sync()
 
 
 def all_gather(tensor: Tensor) -> Tensor:
-    """A tensor of all processes, one behind the other."""
+    """The tensors of all processes, concatenated."""
     if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
         return tensor
     parts = [torch.empty_like(tensor) for _ in range(torch.distributed.get_world_size())]
@@ -83,6 +83,6 @@ def all_gather(tensor: Tensor) -> Tensor:
 
 
 def to_cpu_async(tensor: Tensor) -> Tensor:
-    """A copy in this machine's memory that may still be under way from a GPU."""
+    """A copy in CPU memory; from a GPU it is complete only after a synchronisation."""
     tensor = tensor.detach()
     return torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda).copy_(tensor, non_blocking=True)

@@ -1,4 +1,4 @@
-"""The order of images: an endless row of permutations, cut into equal batches; a pure function of seed and step."""
+"""The order of images: an endless sequence of permutations, cut into equal batches; a pure function of seed and step."""
 
 from collections.abc import Iterator
 from functools import lru_cache
@@ -15,25 +15,25 @@ Pairs = list[tuple[int, int]]
 class PassSampler(Sampler[Pairs]):
     """Batches of (pass, image) for every step of a training.
 
-    The passes' permutations are laid end to end and cut into global batches, of which the ranks take every `world`-th
-    image: nothing is dropped or padded, and any step can be had without those before it.
+    The permutations of all passes are joined and cut into global batches, of which each rank takes every `world`-th image:
+    nothing is dropped or padded, and the batch of any step is computed without those before it.
 
-    In the last `single` steps an image gives one crop in the place of M, so a batch has M times as many images. A pass then is
-    one crop of each, and passes are counted on as if all before had been of one crop: pass p reads crop p from the start.
+    In the last `single` steps an image gives one crop instead of M, so a batch has M times as many images. A pass is then one
+    crop of each image, and passes are numbered as if all earlier ones had had one crop too: pass p reads crop p.
 
     Args:
-        length: Images.
+        length: Number of images.
         batch_images: Images in a global batch.
         steps: Steps of the whole training.
-        seed: Of the permutations.
-        rank: Of this process.
-        world: Processes; must divide `batch_images`.
-        parts: Batches that a step's batch is given in, one after another.
-        single: Last steps in which an image gives one crop.
-        crops_per_image: M, where there are such steps.
+        seed: Seed of the permutations.
+        rank: Rank of this process.
+        world: Number of processes; it must divide `batch_images`.
+        parts: Number of batches in which a step's batch is given.
+        single: Number of last steps in which an image gives one crop.
+        crops_per_image: M; used if there are such steps.
 
     Attributes:
-        start: Step that iteration starts from, for a training that is resumed.
+        start: The step that iteration starts from, for a training that is resumed.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class PassSampler(Sampler[Pairs]):
         self.share(rank, world)
 
     def share(self, rank: int, world: int) -> None:
-        """Takes the part of one process; raises ValueError where `world` processes of `parts` parts do not divide a batch."""
+        """Sets the rank; raises ValueError if `world` processes of `parts` parts do not divide a batch."""
         if self.batch_images % (world * self.parts):
             each = "" if self.parts == 1 else f" of {self.parts} parts"
             raise ValueError(f"{world} processes{each} do not divide a batch of {self.batch_images} images")
@@ -78,7 +78,7 @@ class PassSampler(Sampler[Pairs]):
             yield from (batch[first : first + size] for first in range(0, len(batch), size))
 
     def is_single(self, pass_: int) -> bool:
-        """Whether a pass is one of those that read one crop of an image."""
+        """Whether a pass reads one crop of an image."""
         return self.turn < self.steps and pass_ >= self._first_single
 
     def batch(self, step: int) -> Pairs:
@@ -92,7 +92,7 @@ class PassSampler(Sampler[Pairs]):
 
     @property
     def _first_single(self) -> int:
-        """The first pass of one crop: behind all crops that were read before, also of a pass that was not finished."""
+        """The first pass of one crop: after all crops that were read before, also in a pass that was not finished."""
         return -(-self.turn * self.batch_images // self.length) * self.crops_per_image
 
 

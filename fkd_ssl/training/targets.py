@@ -1,4 +1,4 @@
-"""Where a batch's targets come from: its store, the teachers themselves, or the images' classes."""
+"""Sources of a batch's targets: a store, the teachers, or the classes of the images."""
 
 from collections.abc import Callable
 
@@ -12,16 +12,19 @@ Targets = Callable[[Batch], list[Tensor]]
 
 
 def stored_targets(batch: Batch) -> list[Tensor]:
-    """Each teacher's targets [B M, D] that the batch brought from its store."""
+    """Each teacher's targets [B M, D], which the batch has from its store."""
     targets: Tensor | dict[str, Tensor] = batch["targets"]
     return list(targets.values()) if isinstance(targets, dict) else [targets]
 
 
 class OnlineTargets:
-    """Each teacher's targets [B M, D], given now.
+    """Each teacher's targets [B M, D], computed for every batch.
+
+    Args:
+        embeds: The teachers.
 
     Attributes:
-        forwards: Crops that the teachers have seen, all together.
+        forwards: Number of crops that the teachers have computed targets of, all together.
     """
 
     def __init__(self, *embeds: Callable[[Tensor], Tensor]) -> None:
@@ -63,14 +66,14 @@ class LabelTargets:
 
 
 class Calibrated:
-    """Targets of crops that the teacher is not sure of, replaced by the image's smoothed class.
+    """The teacher's targets; crops of which it is not sure get the smoothed class of their image.
 
     After FerKD (Shen, ICCV 2023, arXiv 2312.17473), which also has several degrees of doubt, and mixes crops of an image.
 
     Args:
         targets: Class probabilities.
         below: A row whose greatest probability is less than this is replaced.
-        labels: By what.
+        labels: Gives the replacement.
     """
 
     def __init__(self, targets: Targets, below: float, labels: LabelTargets) -> None:

@@ -129,5 +129,5 @@ def test_a_sigterm_to_all_processes_saves_first_too(work: Path) -> None:
 def test_processes_that_do_not_divide_a_batch_are_refused(work: Path, call: Any) -> None:
     answer = call(f"{LINE} --out run --devices 5")
     assert (answer.status, answer.out) == (2, "")
-    assert "12 images a batch, which 5 processes of 1 parts do not divide" in answer.err
+    assert "5 processes of 1 parts do not divide its 12 images" in answer.err
     assert not (work / "run").exists()

@@ -291,7 +291,7 @@ class TestRefused:
             (("squeezenet1_1", "squezenet1_1"), 2, "did you mean squeezenet1_1"),
             (("--epochs 2", "--epochs 2 --objective mse"), 2, "objective 'mse' is unknown"),
             (("--epochs 2", "--epochs 2 --objective cosine(temperature=0.1)"), 2, "no setting 'temperature'; it has none"),
-            (("--batch_size 18", "--batch_size 80"), 2, "40 images a batch, and there are 18; choose at most 36"),
+            (("--batch_size 18", "--batch_size 80"), 2, "a batch has 40 images, the data set 18; choose at most 36"),
             (("--crops_per_image 2", "--crops_per_image 6"), 2, "crops_per_image 6: store holds 4 crops of each image"),
             (("--store store", "--store store --teacher swav"), 2, "no targets of 'swav'; there are ['make']"),
             (("--store store", f"{ONLINE}:x"), 2, "own_teacher:make:x"),
@@ -302,7 +302,7 @@ class TestRefused:
             (
                 ("--batch_size 18", "--batch_size 18 --accumulate 9 --devices 2"),
                 2,
-                "which 2 processes of 9 parts do not divide",
+                "2 processes of 9 parts do not divide",
             ),
             (
                 ("--batch_size 18 --crops_per_image 2", "--batch_size 2 --crops_per_image 1 --accumulate 2"),

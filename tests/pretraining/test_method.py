@@ -9,7 +9,7 @@ from fkd_ssl.pretraining.method import queue_length
 def test_the_queue_is_a_multiple_of_the_batch_and_at_most_half_of_the_images(method: str, make_config: Any) -> None:
     asked = make_config(method=method, batch_size=8, queue=64)
     assert queue_length(asked, 128) == 64
-    with pytest.warns(UserWarning, match=r"queue 64: 48 are kept, a multiple of batch_size 8 and at most half of the 100"):
+    with pytest.warns(UserWarning, match=r"queue 64: shortened to 48, a multiple of batch_size 8 and at most half of the 100"):
         assert queue_length(asked, 100) == 48
     with pytest.warns(UserWarning, match=r"queue 60: 56 are kept"):
         assert queue_length(make_config(method=method, queue=60), 1000) == 56

@@ -171,7 +171,7 @@ class TestSteps:
 
     def test_a_batch_larger_than_the_set_is_refused(self, make_run: Any) -> None:
         run = make_run(batch_size=64)
-        with pytest.raises(RequestError, match=r"batch_size 64: 32 images a batch, and there are 24; choose at most 48"):
+        with pytest.raises(RequestError, match=r"batch_size 64: a batch has 32 images, the data set 24; choose at most 48"):
             run.train()
         assert list(run.folder.iterdir()) == []
 

@@ -72,7 +72,7 @@ class TestAccumulation:
 
     def test_processes_must_divide_a_batch(self) -> None:
         config = TrainConfig(images="i", out="o", store="s", accumulate=2, batch_size=24)
-        with pytest.raises(RequestError, match=r"6 images a batch, which 2 processes of 2 parts do not divide; .* of 16"):
+        with pytest.raises(RequestError, match=r"2 processes of 2 parts do not divide its 6 images; .* of 16"):
             check_batch(config, 100, world=2)
 
 
@@ -310,7 +310,7 @@ class TestSingleCrops:
 
     def test_a_batch_of_more_images_than_there_are_is_refused(self, make_run: Any) -> None:
         run = make_run(batch_size=32, single_crop_epochs=1)
-        with pytest.raises(RequestError, match=r"batch_size 32: 32 images a batch, and there are 24; choose at most 24"):
+        with pytest.raises(RequestError, match=r"batch_size 32: a batch has 32 images, the data set 24; choose at most 24"):
             run.train()
 
     def test_fresh_crops_go_on_too(self, make_run: Any, image_folder: Path) -> None:
@@ -410,7 +410,7 @@ class TestLoggers:
 
 
 def test_sync_batchnorm_needs_gpus(make_run: Any) -> None:
-    with pytest.raises(RequestError, match=r"sync_batchnorm: torch has it on GPUs only, and there is none"):
+    with pytest.raises(RequestError, match=r"sync_batchnorm: it needs GPUs, and this machine has none"):
         make_run(sync_batchnorm=True).train()
 
 
