@@ -24,7 +24,7 @@ from fkd_ssl.crops import RECIPES, draw, image_key, replay
 from fkd_ssl.data import scaled
 from fkd_ssl.eval import knn
 from fkd_ssl.images import scan
-from fkd_ssl.shrink import shrink_set
+from fkd_ssl.images.shrinking import shrink_set
 
 CROPS = 4
 

@@ -20,7 +20,7 @@ from fkd_ssl.crops.device import CropPlan
 from fkd_ssl.data import Batch, Crops, FreshCrops, Loader, StoredCrops, memory, replay_on_device, scaled, whole_batch
 from fkd_ssl.errors import ImageAccessError, ImageError, RequestError, StoreError
 from fkd_ssl.images import Folder, read_image, scan
-from fkd_ssl.shrink import shrink
+from fkd_ssl.images.shrinking import shrink
 from fkd_ssl.store import Store
 
 MakeStore = Callable[..., Store]

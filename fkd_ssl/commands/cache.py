@@ -45,7 +45,7 @@ def run(config: Config) -> int:
     from fkd_ssl import runs
     from fkd_ssl.commands import console
     from fkd_ssl.commands.images import images_of
-    from fkd_ssl.shrink import check_apart
+    from fkd_ssl.images.shrinking import check_apart
 
     images = images_of(config.images)
     check_apart(images.spec, Path(config.out))
@@ -61,7 +61,7 @@ def _shrink(config: Config, images: "ImageSource", folder: "Path") -> None:
     """Copies the images and shows what was copied."""
     from fkd_ssl import runs
     from fkd_ssl.commands import console, resolve
-    from fkd_ssl.shrink import shrink_set
+    from fkd_ssl.images.shrinking import shrink_set
 
     copied = shrink_set(
         images,

@@ -18,7 +18,7 @@ class Crops(Dataset[Batch]):
     """M crops of each image, one decode for all of them.
 
     `data[i]` reads image `i` in pass 0, `data[p, i]` in pass `p`. A DataLoader reads a list of such indices at once; with
-    `collate_fn=whole_batch` it gives crops [B M, ...] without another copy, otherwise the usual [B, M, ...].
+    `collate_fn=whole_batch` it gives crops [B M, ...] without another copy, otherwise stacked [B, M, ...].
     """
 
     def __init__(

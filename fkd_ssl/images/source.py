@@ -48,7 +48,10 @@ class ImageSource(ABC):
 
     def __init__(self, spec: str, names: Iterable[str] | bytes, labels: npt.ArrayLike, classes: list[str]) -> None:
         self.spec = spec
-        self.names = names if isinstance(names, Names) else Names(names)
+        try:
+            self.names = names if isinstance(names, Names) else Names(names)
+        except UnicodeEncodeError as error:
+            raise RequestError(f"{spec}: a name has characters that UTF-8 cannot hold: {error.object!r}") from error
         self.labels: Int64Array = np.asarray(labels, dtype=np.int64)
         self.classes = classes
         self.notes: list[str] = []

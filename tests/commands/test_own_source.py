@@ -130,7 +130,7 @@ def test_a_changed_image_is_found(work: Path, call: Any) -> None:
     assert (trained.status, "changed since the store was made" in trained.err) == (1, True)
 
 
-@pytest.mark.parametrize("names", [["a/1.png", "a/1.png"], ["a\nb.png"], ["a/e\u0301.png"], ["a\u2028.png"]])
+@pytest.mark.parametrize("names", [["a/1.png", "a/1.png"], ["a\nb.png"], ["a/e\u0301.png"], ["a\u2028.png"], ["\udce9.png"]])
 def test_names_that_a_store_cannot_keep_are_refused(monkeypatch: pytest.MonkeyPatch, names: list[str]) -> None:
     class Wrong(Noise):
         def __init__(self, spec: str) -> None:

@@ -9,7 +9,7 @@ from PIL import Image
 
 from fkd_ssl.errors import FkdError, ImageError, RequestError
 from fkd_ssl.images import read_image, scan
-from fkd_ssl.shrink import encode, shrink, shrink_set
+from fkd_ssl.images.shrinking import encode, shrink, shrink_set
 
 
 @pytest.fixture
