@@ -9,9 +9,9 @@ SOURCES = {"fkd_ssl": "fkd_ssl", "teachers": "fkd_ssl.teachers", "eval": "fkd_ss
 
 # From the bottom up. CONTRIBUTING.md draws the same order.
 ORDER = """
-    kinds errors arrays text progress options own_code processes files pickles locks checkpoints loading
+    kinds errors arrays text progress options own_code processes files pickles locks checkpoints
     images runs
-    crops targets shrink
+    crops targets
     sheet glyphs card objectives students teachers
     store store.write store.maintain store.exchange
     relabel
