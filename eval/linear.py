@@ -1,17 +1,15 @@
 """Linear probes: one fully connected layer trained on a frozen backbone, on random crops.
 
-`moco` is main_lincls.py of MoCo (He et al., CVPR 2020, arXiv 1911.05722, section 4.1), setting by setting:
-https://github.com/facebookresearch/moco/blob/main/main_lincls.py. Three things are made otherwise: crops are drawn by
-the recipe `fkd` (the defaults of torchvision's RandomResizedCrop and flip) and resized by this project's `replay`; the
-validation images' features are computed once, which a frozen backbone allows; and the last epoch is the headline,
-beside which MoCo would keep the best. The others are made the same way from
+`moco` has the settings of MoCo's main_lincls.py (He et al., CVPR 2020, arXiv 1911.05722, section 4.1),
+https://github.com/facebookresearch/moco/blob/main/main_lincls.py. Three things differ: crops are drawn by the recipe `fkd` (the
+defaults of torchvision's RandomResizedCrop and flip) and resized by this project's `replay`; the features of the validation
+images are computed once, since the backbone is frozen; and the headline is the last epoch, where MoCo keeps the best. The other
+protocols are made in the same way from
 `swav` https://github.com/facebookresearch/swav/blob/main/eval_linear.py,
 `simsiam` https://github.com/facebookresearch/simsiam/blob/main/main_lincls.py with --lars (whose text says lr 0.02), and
 `simclr` lightly.utils.benchmarking.LinearClassifier, which follows SimCLR (arXiv 2002.05709) but for its Nesterov momentum.
-A batch above the training set is the training set; the last one of an epoch is smaller, where simclr would drop it.
-
-The training loop is plain torch: it is one layer whose input needs no gradient, and a Trainer would put the backbone
-into train mode.
+A batch size above the training set's size uses the whole training set. The last batch of an epoch is smaller, where simclr
+drops it. The training loop is plain torch, since a Lightning Trainer would put the backbone into train mode.
 
 Legend: `B` images in a batch, `N` training images, `n` images to score, `D` feature dimension, `C` classes.
 """
@@ -40,7 +38,7 @@ from fkd_ssl.images import ImageSource
 from fkd_ssl.progress import hidden
 
 RECIPE = RECIPES["fkd"]
-MOST_AT_ONCE = 256  # images that the model gets; a larger batch is made of their features
+MAX_FORWARD = 256  # images per forward of the model; larger batches are made of their features
 
 
 PROTOCOLS = {
@@ -86,7 +84,7 @@ PROTOCOLS = {
 
 
 def evaluate(*, protocol: str = "moco", **options: Any) -> dict[str, Any]:
-    """`evaluate_together` of one protocol: its result."""
+    """The result of `evaluate_together` for one protocol."""
     return evaluate_together([protocol], **options)[protocol]
 
 
@@ -109,44 +107,44 @@ def evaluate_together(
 ) -> dict[str, dict[str, Any]]:
     """Trains linear probes on `train` and scores them on `val`; classes are matched by folder name.
 
-    The images of an epoch, their order and their crops are drawn from the seed alone, so that several protocols learn from
-    one pass of images through the backbone, which is nearly all of the work, what each would learn from a pass of its own.
+    The order and the crops of each epoch depend on the seed alone. So several protocols share one pass of images through the
+    backbone, which is nearly all of the work, and give the same results as alone.
 
-    The backbone is never changed: an `nn.Module` is in eval mode throughout, any other callable sees to that itself,
-    and no gradient is computed through it. The layers live on the device that the features come on.
+    The backbone does not change: an `nn.Module` is in eval mode throughout (any other callable must ensure that itself), and no
+    gradient is computed through it. The layers are on the device of the features.
 
     Args:
         protocols: Names in PROTOCOLS.
         model: uint8 [B, 3, P, P] -> float [B, D].
-        train: The images that the layers learn from.
-        val: The images that are scored.
-        pixels: P, of the random crops and of the evaluation crop.
-        epochs: Instead of a protocol's; its milestones move in proportion.
-        batch_size: Instead of a protocol's; the learning rate of simsiam and simclr is published in proportion to it.
-        lr: Instead of a protocol's.
-        seed: Of the initial weights, the order and the crops.
-        workers: Processes that decode.
-        progress: Show a bar on standard error.
-        kept: Of each protocol a file that holds its layer and all else after every epoch; where it is there, that
-            protocol continues after its last epoch and comes to what it would have come to.
-        identity: What tells model and images from others; a file of others is refused.
+        train: Images to train the layers on.
+        val: Images to score.
+        pixels: P, the side of the random crops and of the evaluation crop.
+        epochs: Replaces the protocol's; milestones are scaled in proportion.
+        batch_size: Replaces the protocol's; the learning rate of simsiam and simclr is proportional to it.
+        lr: Replaces the protocol's.
+        seed: Seed for the initial weights, the order and the crops.
+        workers: Processes that read images.
+        progress: Show a progress bar on standard error.
+        kept: A checkpoint file for each protocol, written after each epoch. If it exists, training continues from it, with
+            the same result as without the interruption.
+        identity: Identifies model and images; a checkpoint of others is refused.
         skipped: Takes the error message of each damaged image, which is then left out. By default the first one is raised.
 
     Returns:
-        Of each protocol: `top1`, `top5` in percent after the last epoch, the headline; `best_top1` and `best_epoch` (from 1),
-        chosen on `val` and so only to be printed beside it; `correct` bool [n] after the last epoch; `history`, each epoch's
-        `epoch`, `lr`, `images`, `loss`, `train_top1` (of the random crops, while learning), `top1`; `protocol`, `source`,
-        `epochs`, `batch_size`, `lr`, `momentum`, `weight_decay`, `seed`, `pixels`, `n_train`, `n_val`, `classes`,
-        `feature_dim`; `per_class`, top-1 of each; `notes`, among them every departure from the protocol.
+        For each protocol: `top1`, `top5` in percent after the last epoch, the headline; `best_top1` and `best_epoch` (from 1),
+        which are chosen on `val` and therefore not the headline; `correct` bool [n] after the last epoch; `history`, the
+        `epoch`, `lr`, `images`, `loss`, `train_top1` (of the random crops, while learning) and `top1` of each epoch;
+        `protocol`, `source`, `epochs`, `batch_size`, `lr`, `momentum`, `weight_decay`, `seed`, `pixels`, `n_train`, `n_val`,
+        `classes`, `feature_dim`; `per_class`; `notes`, with each change to the protocol.
 
     Raises:
-        RequestError: An unknown protocol, an image without a class, a class that `train` lacks, a wrong number, or a kept
-            file that is damaged or another training's.
-        FkdError: Images or features that cannot be used, or a loss that is not finite.
+        RequestError: A protocol is unknown, an image has no class, `train` lacks a class, a number is invalid, or a checkpoint
+            is damaged or of another training.
+        FkdError: Images or features cannot be used, or a loss is not finite.
     """
     chosen = {name: _settings(name, epochs=epochs, batch_size=batch_size, lr=lr) for name in protocols}
     if not chosen:
-        raise RequestError("no linear protocol was asked for")
+        raise RequestError("at least one linear protocol is needed")
     labels = match_classes(train, val)
     features, rows = extract_rows(
         model, val, pixels=pixels, workers=workers, progress=progress, desc="features of val", skipped=skipped
@@ -171,7 +169,9 @@ def evaluate_together(
         rank = probe.ranks(features, labels)
         best = max(probe.history, key=lambda row: row["top1"])
         if len(train) < protocol.batch_size:
-            notes.append(f"a batch of {protocol.batch_size} is all {len(train)} training images: one step an epoch")
+            notes.append(
+                f"the batch size {protocol.batch_size} is above the {len(train)} training images: each epoch is one step"
+            )
         results[protocol.name] = {
             **accuracy(rank),
             "best_top1": best["top1"],
@@ -197,13 +197,13 @@ def evaluate_together(
 
 
 def check(protocols: Sequence[str], *, epochs: int | None, batch_size: int | None, lr: float | None) -> None:
-    """Raises RequestError where a protocol is unknown, or a number impossible."""
+    """Raises RequestError if a protocol is unknown or a number is invalid."""
     for name in protocols:
         _settings(name, epochs=epochs, batch_size=batch_size, lr=lr)
 
 
 def _settings(name: str, *, epochs: int | None, batch_size: int | None, lr: float | None) -> tuple[ProbeProtocol, list[str]]:
-    """The protocol with what was given instead, and a note for each departure."""
+    """The protocol with the given settings, and a note for each change."""
     if name not in PROTOCOLS:
         raise RequestError(f"no linear protocol {name!r} (known: {', '.join(PROTOCOLS)}){did_you_mean(name, PROTOCOLS)}")
     preset = PROTOCOLS[name]
@@ -233,14 +233,14 @@ def _train(
     progress: bool,
     skipped: set[str] | None,
 ) -> None:
-    """Trains every probe to its last epoch, on the same batches of features."""
+    """Trains all probes to their last epochs, on the same batches of features."""
     last = max(probe.protocol.epochs for probe in probes)
     learning = {
         epoch: learners
         for epoch in range(last)
         if (learners := [probe for probe in probes if len(probe.history) <= epoch < probe.protocol.epochs])
     }
-    at_once = min(MOST_AT_ONCE, *(probe.protocol.batch_size for probe in probes))
+    at_once = min(MAX_FORWARD, *(probe.protocol.batch_size for probe in probes))
     labels = torch.from_numpy(train.labels)
     order = _Order(len(train), list(learning), at_once, seed)
     batches = load(_Drawn(train, pixels, seed), order, workers=workers, skipped=skipped)
@@ -254,7 +254,7 @@ def _train(
                     continue
                 with torch.no_grad():
                     features = checked(model(views), train, indices)
-                    features = features.clone()  # a model that runs in inference mode returns what autograd refuses
+                    features = features.clone()  # autograd refuses tensors made in inference mode
                 target = labels[indices].to(features.device)
                 for probe in learners:
                     probe.learn(features, target)
@@ -274,7 +274,7 @@ def _line(row: dict[str, Any], probe: ProbeProtocol) -> str:
 
 
 class _Order:
-    """Batches of (epoch, image), each epoch a fresh permutation; one loader serves the whole training."""
+    """Batches of (epoch, image): a new permutation for each epoch, in one loader for the whole training."""
 
     def __init__(self, images: int, epochs: Sequence[int], batch_size: int, seed: int) -> None:
         self.images, self.epochs, self.batch_size, self.seed = images, epochs, batch_size, seed

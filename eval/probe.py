@@ -1,4 +1,4 @@
-"""One linear layer in training on features that come in pieces of any size: its protocol, its steps, and what is kept of it.
+"""A linear layer that is trained on features that come in pieces of any size: its protocol, its steps and its checkpoint.
 
 Legend: `B` images in a batch, `n` images to score, `D` feature dimension.
 """
@@ -23,8 +23,8 @@ from fkd_ssl.images import ImageSource
 
 WEIGHT_DEVIATION = 0.01  # of the layer's initial weights in moco, swav and simsiam; the bias starts at 0
 DECAY = 0.1  # at each milestone
-TRUST = 0.001  # of LARS
-_SAMPLE, _NEAR = 16, 1e-2  # validation features that are kept with a layer, and how near they must come out again
+TRUST = 0.001  # trust coefficient of LARS
+_SAMPLE, _TOLERANCE = 16, 1e-2  # validation features in a checkpoint, and how near to them those of a resumed run must be
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,39 +36,39 @@ class ProbeProtocol:
     source: str
     """Where its settings are published."""
     epochs: int
-    """Sweeps over the training set."""
+    """Passes over the training set."""
     batch_size: int
-    """Images a step; the last batch of an epoch is smaller."""
+    """Images per step; the last batch of an epoch is smaller."""
     lr: float
     """Learning rate of SGD in the first epoch, for that batch size."""
     lr_follows_batch: bool = False
-    """Whether it is published in proportion to the batch size."""
+    """Whether the learning rate is proportional to the batch size."""
     momentum: float = 0.9
-    """Of SGD, without Nesterov's."""
+    """Momentum of SGD, not Nesterov's."""
     weight_decay: float = 0.0
-    """Of SGD."""
+    """Weight decay of SGD."""
     milestones: tuple[int, ...] = ()
-    """Epochs, from 0, at which the rate falls to a tenth; none: half a cosine."""
+    """Epochs, from 0, at which the learning rate drops to a tenth; cosine decay if empty."""
     every_step: bool = False
-    """Whether the cosine moves every step, down to a thousandth (lightly's), and not every epoch towards 0."""
+    """Whether the cosine is updated at each step and ends at a thousandth (lightly's), not at each epoch towards 0."""
     lars: bool = False
-    """Whether each tensor's gradient is scaled to TRUST of its own length (LARC of apex, without clipping)."""
+    """Whether each gradient is scaled to TRUST times the length of its tensor (apex's LARC, without clipping)."""
     small_start: bool = True
-    """Whether weights start at N(0, 0.01) and biases at 0, or as torch's Linear does."""
+    """Whether weights start from N(0, 0.01) and biases from 0, or as in torch's Linear."""
 
     def __post_init__(self) -> None:
         check_counts(epochs=self.epochs, batch_size=self.batch_size)
         if not (math.isfinite(self.lr) and self.lr > 0):
-            raise RequestError(f"lr must be above 0, got {self.lr}")
+            raise RequestError(f"lr must be positive, got {self.lr}")
 
     def rate(self, epoch: int) -> float:
-        """The learning rate of an epoch, from 0."""
+        """The learning rate of an epoch, counted from 0."""
         if self.milestones:
             return self.lr * DECAY ** sum(epoch >= milestone for milestone in self.milestones)
         return self.lr * 0.5 * (1 + math.cos(math.pi * epoch / self.epochs))
 
     def rate_at(self, step: int, steps: int) -> float:
-        """The learning rate of a step, from 0, of `steps` in all."""
+        """The learning rate of a step, counted from 0, of `steps` in total."""
         if not self.every_step:
             return self.rate(step * self.epochs // steps)
         done = step / (steps - 1) if steps > 1 else 1.0
@@ -76,10 +76,9 @@ class ProbeProtocol:
 
 
 class Probe:
-    """A layer in training: its optimiser, the features that wait until they are a batch, and what its epochs were like.
+    """A layer in training, with its optimiser, the features that wait for a full batch, and the history of its epochs.
 
-    Of features [n, D] of validation images a few are kept beside it: a function of the same name and weights that was rewritten
-    gives others.
+    Its checkpoint has a few of the validation features [n, D], to notice a model whose code changed between two runs.
     """
 
     def __init__(
@@ -98,7 +97,7 @@ class Probe:
             self._load(file)
 
     def learn(self, features: Tensor, target: Tensor) -> None:
-        """Takes features float [B, D] and labels int64 [B], and a step for every batch that they fill up."""
+        """Takes features float [B, D] and labels int64 [B], and does a step for each full batch."""
         if features.shape[1] != self.layer.in_features:
             raise FkdError(
                 f"the model returned {self.layer.in_features} dimensions, then {features.shape[1]}: expected one size"
@@ -112,11 +111,11 @@ class Probe:
                 self._waiting.append((features[size:], target[size:]))
 
     def so_far(self) -> dict[str, str]:
-        """What the progress bar says of the epoch."""
+        """Loss and top-1 of this epoch, for the progress bar."""
         return {"loss": f"{self._loss / max(self._seen, 1):.4f}", "top1": f"{100 * self._hits / max(self._seen, 1):.1f}"}
 
     def end_epoch(self, features: Float32Array, labels: Int64Array) -> None:
-        """Takes the step of what still waits, scores the layer on validation features [n, D], and keeps all of it."""
+        """Does the last step of the epoch, scores the layer on validation features [n, D], and writes the checkpoint."""
         if self._waiting:
             self._step(*self._take())
         if not self._seen:
@@ -146,13 +145,13 @@ class Probe:
 
     @torch.no_grad()
     def ranks(self, features: Float32Array, labels: Int64Array) -> Int64Array:
-        """The rank of each image's own class among the layer's answers, 0 the best; int64 [n]."""
+        """The rank of each image's class by the layer's scores, 0 for the highest: int64 [n]."""
         rank = np.empty(len(labels), dtype=np.int64)
         for start in range(0, len(labels), 4096):
             rows = slice(start, start + 4096)
             scores = self.layer(torch.from_numpy(features[rows]).to(self.layer.weight.device))
             if not scores.isfinite().all():
-                raise self._diverged("its last step left no finite answers")
+                raise self._diverged("its scores are not finite")
             rank[rows] = ranks(scores.cpu().numpy(), labels[rows])
         return rank
 
@@ -205,7 +204,7 @@ class Probe:
         return FkdError(f"the probe {self.protocol.name} diverged in epoch {len(self.history) + 1}: {how}; give a lower lr")
 
     def _load(self, file: Path) -> None:
-        wrong = f"{file}: damaged; remove it to begin anew"
+        wrong = f"{file}: damaged; delete it to train from the start"
         try:
             saved = checkpoints.load(file)
             identity, sample, history = saved["identity"], saved["sample"], list(saved["history"])
@@ -218,10 +217,12 @@ class Probe:
         except Exception as error:  # whatever a damaged file makes torch raise
             raise RequestError(wrong) from error
         near = sample.shape == self.sample.shape and torch.allclose(
-            sample, self.sample, rtol=_NEAR, atol=_NEAR * float(sample.abs().max())
+            sample, self.sample, rtol=_TOLERANCE, atol=_TOLERANCE * float(sample.abs().max())
         )
         if identity != self.identity or not near:
-            raise RequestError(f"{file}: of another model, other images or other settings; choose another --out, or remove it")
+            raise RequestError(
+                f"{file}: a checkpoint of another model, other images or other settings; choose another --out, or delete it"
+            )
         if not whole:
             raise RequestError(wrong)
         self._momentum, self.history = momentum, history
@@ -229,10 +230,10 @@ class Probe:
 
 @torch.no_grad()
 def scale_gradients(layer: nn.Module, weight_decay: float = 0.0, *, epsilon: float = 1e-8) -> None:
-    """LARS as apex's LARC without clipping makes it of SGD: a gradient becomes TRUST times as long as its tensor.
+    """LARS as in apex's LARC without clipping: scales each gradient to TRUST times the length of its tensor.
 
-    You et al., arXiv 1708.03888, equation 6. A tensor or gradient of zeros, as the bias is at first, is left alone.
-    lightly's LARS will not do: it leaves alone whatever has no weight decay, which is all of this layer.
+    You et al., arXiv 1708.03888, equation 6. A tensor or gradient of zeros, such as the initial bias, is not changed. lightly's
+    LARS cannot be used: it does not scale tensors without weight decay, which are all tensors of this layer.
     """
     for part in layer.parameters():
         assert part.grad is not None
@@ -242,8 +243,8 @@ def scale_gradients(layer: nn.Module, weight_decay: float = 0.0, *, epsilon: flo
 
 
 def initial_layer(dim: int, classes: int, seed: int, *, small: bool = True) -> nn.Linear:
-    """A layer D to `classes`: N(0, WEIGHT_DEVIATION) and no bias, or as torch's Linear begins."""
-    layer = nn.Linear(dim, classes, device="meta").to_empty(device="cpu")  # draws nothing from the global generator
+    """A layer from D to `classes`, with weights from N(0, WEIGHT_DEVIATION) and zero bias, or as torch's Linear."""
+    layer = nn.Linear(dim, classes, device="meta").to_empty(device="cpu")  # the global generator is not used
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         if small:

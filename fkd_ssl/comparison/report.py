@@ -67,7 +67,7 @@ def write(results: dict[str, Any], folder: Path, draw_sheet: Callable[[Store], b
 
 
 def what(results: dict[str, Any]) -> str:
-    """What was compared, in a sentence."""
+    """A sentence about what was compared."""
     config = results["config"]
     seeds = f"{config['seeds']} seed{'s' if config['seeds'] > 1 else ''}"
     return (
@@ -77,19 +77,19 @@ def what(results: dict[str, Any]) -> str:
 
 
 def names_of(results: dict[str, Any], kind: str) -> list[str]:
-    """The arms of one kind: `stored`, or of several teachers `stored:A`, `stored:B`, `stored:A+B`; then further ones."""
+    """Arms of a kind: `stored`, or with several teachers `stored:A`, `stored:B`, `stored:A+B`; then further arms."""
     names = dict.fromkeys(arm["name"] for arm in results["arms"])
     return [name for name in names if name.partition(":")[0] == kind]
 
 
 def headline(results: dict[str, Any]) -> tuple[str, str]:
-    """The arms that stand for stored and for online; of two teachers those of both."""
+    """The main stored and online arms; with two teachers those of both."""
     first = results["differences"][0]
     return first["arm"], first["minus"]
 
 
 def _table(results: dict[str, Any]) -> list[list[str]]:
-    """A header, and a row an arm: the mean over seeds, and the deviation where there are several."""
+    """A header and a row for each arm: the mean over seeds, and the standard deviation if there are several."""
     rows = [list(_COLUMNS)]
     own = any("top1" in arm for arm in results["arms"])
     if own:
@@ -126,7 +126,7 @@ def _markdown(table: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _verdict(difference: dict[str, Any]) -> str:
-    """What a difference's interval shows."""
+    """What the interval of a difference shows, in words."""
     if difference["equal"]:
         return "equal within 1.5 points"
     if difference["low"] > 0 or difference["high"] < 0:
@@ -135,7 +135,7 @@ def _verdict(difference: dict[str, Any]) -> str:
 
 
 def _findings(results: dict[str, Any]) -> list[str]:
-    """What the comparison shows, a sentence each; no difference without its interval."""
+    """The findings, a sentence each; each difference with its interval."""
     lines = []
     for pair in results["differences"]:
         for probe, name in PROBE_NAMES.items():
@@ -178,9 +178,9 @@ def _cost(results: dict[str, Any], stored: str) -> str:
     store += f" and {_size(results, results['stores'][stored])}"
     students, epochs = results["break_even_students"], results["break_even_epochs"]
     if taken is None:
-        return f"{store}; it was finished by a run that was killed before it noted its time: no break-even."
+        return f"{store}; its time is not known, since a run was killed while it was made: no break-even."
     if students is None:
-        return f"{store}; online was not slower here, so it never pays."
+        return f"{store}; online was not slower, so the store does not pay off."
     return (
         f"{store}; it has paid for itself after {students} student{'s' if students > 1 else ''}, or {epochs:.0f} epochs of "
         "students in all."
@@ -197,14 +197,14 @@ def _reached(results: dict[str, Any], stored: str, online: str) -> str:
     at = reached["seconds"]
     goal = f"kNN within 1.5 points of online's last ({reached['knn_top1']:.2f} %)"
     if at[stored] is None:
-        return f"Not every training on stored targets reached {goal}."
+        return f"Not all trainings on stored targets reached {goal}."
     own = "" if at[online] is None else f"; online itself {format_duration(at[online])}"
-    first = "" if taken is None else f" ({format_duration(at[stored] + taken)} with the precomputing before it)"
+    first = "" if taken is None else f" ({format_duration(at[stored] + taken)} with precompute)"
     return f"Training on stored targets reached {goal} after {format_duration(at[stored])}{first}{own}."
 
 
 def _commands(results: dict[str, Any]) -> list[str]:
-    """The command of the comparison, and those of its trainings."""
+    """The command of the comparison and those of its trainings."""
     config, usual = results["config"], {f.name: f.default for f in dataclasses.fields(CompareConfig)}
     options = [f"--{k} {shlex.quote(str(v))}" for k, v in config.items() if k in usual and v != usual[k]]
     runs = dict.fromkeys((arm["name"], arm["seed"]) for arm in results["arms"] if arm["train_seconds"] is not None)

@@ -81,6 +81,14 @@ def test_images_need_no_classes(work: Path, call: Any, train_line: str) -> None:
     answer = call(f"{line} --out other {ONLINE} --val val")
     assert answer.status == 2
     assert "images are outside any class folder" in answer.err
+    (work / "level").mkdir()
+    for name in ("train", "val"):  # one level too many: all images would be of the class `imgs`
+        (work / "level" / name).mkdir()
+        shutil.copytree(work / name, work / "level" / name / "imgs")
+    line = train_line.replace("--images train", "--images level/train").replace("--store store ", "")
+    answer = call(f"{line} --out other {ONLINE} --val level/val")
+    assert answer.status == 2
+    assert "'imgs' holds only folders; if these are the classes, give level/train/imgs" in answer.err
     assert not (work / "other").exists()
 
 

@@ -159,7 +159,7 @@ def test_wrong_requests_are_named(make_set, backbone) -> None:
         run(backbone, train, train, epochs=0)
     with pytest.raises(RequestError, match="batch_size must be at least 1, got -4"):
         run(backbone, train, train, batch_size=-4)
-    with pytest.raises(RequestError, match="lr must be above 0, got nan"):
+    with pytest.raises(RequestError, match="lr must be positive, got nan"):
         run(backbone, train, train, lr=float("nan"))
     with pytest.raises(RequestError, match=r"have no image in \S+: 'green', 'sand'"):
         run(backbone, train, val)
@@ -237,7 +237,7 @@ def test_every_preset_runs_and_leaves_the_backbone_alone(make_set, backbone, pro
     assert all(parameter.grad is None for parameter in backbone.parameters())
     assert set(result["per_class"]) == {"blue", "green", "red", "sand"}
     assert sum(row["n"] * row["top1"] for row in result["per_class"].values()) == pytest.approx(8 * result["top1"])
-    assert f"a batch of {result['batch_size']} is all 16 training images: one step an epoch" in result["notes"]
+    assert f"the batch size {result['batch_size']} is above the 16 training images: each epoch is one step" in result["notes"]
 
 
 def test_a_published_rate_in_proportion_follows_the_batch(make_set, backbone) -> None:
@@ -272,7 +272,7 @@ def test_batches_are_filled_from_what_the_model_gets_at_once(make_set, backbone,
     train, val = make_set("train", per_class=5, seed=0), make_set("val", per_class=1, seed=1)
     backbone.eval()
     whole = run(backbone, train, val, epochs=3, batch_size=7, lr=1.0)
-    monkeypatch.setattr(linear, "MOST_AT_ONCE", 3)
+    monkeypatch.setattr(linear, "MAX_FORWARD", 3)
     parts = run(backbone, train, val, epochs=3, batch_size=7, lr=1.0)
     for ours, theirs in zip(parts["history"], whole["history"], strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
@@ -314,11 +314,11 @@ def test_what_was_kept_of_another_training_is_refused_and_left_alone(make_set, b
     run(backbone, train, val, epochs=1, kept=kept, identity="a")
     before = kept["moco"].read_bytes()
     for change in ({"identity": "b"}, {"identity": "a", "epochs": 2}, {"identity": "a", "seed": 1}):
-        with pytest.raises(RequestError, match=r"probe\.pt: of another model, other images or other settings"):
+        with pytest.raises(RequestError, match=r"probe\.pt: a checkpoint of another model, other images or other settings"):
             run(backbone, train, val, kept=kept, **{"epochs": 1, **change})
     assert kept["moco"].read_bytes() == before
     kept["moco"].write_bytes(before[:200])
-    with pytest.raises(RequestError, match=r"probe\.pt: damaged; remove it to begin anew"):
+    with pytest.raises(RequestError, match=r"probe\.pt: damaged; delete it to train from the start"):
         run(backbone, train, val, kept=kept, epochs=1, identity="a")
 
 
@@ -339,7 +339,7 @@ def test_a_kept_probe_that_is_damaged_is_said_so(make_set, backbone, tmp_path, d
     kept = {"moco": tmp_path / "probe.pt"}
     run(backbone, train, val, epochs=2, kept=kept)
     torch.save({**torch.load(kept["moco"], weights_only=True), **damage}, kept["moco"])
-    with pytest.raises(RequestError, match=r"probe\.pt: damaged; remove it to begin anew"):
+    with pytest.raises(RequestError, match=r"probe\.pt: damaged; delete it to train from the start"):
         run(backbone, train, val, epochs=2, kept=kept)
 
 
@@ -348,7 +348,7 @@ def test_a_function_that_was_rewritten_does_not_continue(make_set, backbone, tmp
     kept = {"moco": tmp_path / "probe.pt"}
     backbone.eval()
     run(backbone, train, val, epochs=2, kept=kept)
-    with pytest.raises(RequestError, match=r"probe\.pt: of another model"):
+    with pytest.raises(RequestError, match=r"probe\.pt: a checkpoint of another model"):
         run(lambda pixels: 3 * backbone(pixels), train, val, epochs=2, kept=kept)
     run(lambda pixels: (1 + 1e-6) * backbone(pixels), train, val, epochs=2, kept=kept)  # last bits
 
