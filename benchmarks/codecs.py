@@ -29,10 +29,10 @@ from fkd_ssl.eval.features import extract_split
 from fkd_ssl.images import scan
 from fkd_ssl.objectives.feature_kl import FeatureKL
 from fkd_ssl.store import Store, open_store
-from fkd_ssl.store.codecs import sample_size, train_codec
 from fkd_ssl.store.manifest import in_hash_order
 from fkd_ssl.store.write.precompute import precompute
 from fkd_ssl.store.write.publish import publish_codes
+from fkd_ssl.targets.faiss_codecs import FaissCodec, sample_size
 
 SPECS = (
     "Flat", "SQbf16", "SQfp16", "SQ8", "SQ6", "SQ4", "PQ32x8", "PQ16x8", "PQ64x4", "PQ32x4", "OPQ16,PQ16x8", "OPQ8,PQ8x8",
@@ -87,7 +87,7 @@ def codec_table(fresh: Float32Array, seen: Float32Array, specs: list[str], saved
         if spec in rows:
             continue
         start, used = time.perf_counter(), time.process_time()
-        codec = train_codec(spec, seen[: sample_size(spec)])
+        codec = FaissCodec.train(spec, seen[: sample_size(spec)])
         seconds, used = time.perf_counter() - start, time.process_time() - used
         codes = codec.encode(exact)
         encode, decode = microseconds(codec.encode, exact, 128), microseconds(codec.decode, codes, 512)
@@ -129,7 +129,7 @@ def write_column(store: Store, spec: str) -> str:
     if not (folder / "meta.json").exists():
         fresh, seen = split(store)
         exact = fresh.reshape(-1, fresh.shape[-1])
-        codec = train_codec(spec, seen[: sample_size(spec)])
+        codec = FaissCodec.train(spec, seen[: sample_size(spec)])
         found = fidelity(codec.decode(codec.encode(exact)), exact)
         folder.mkdir(exist_ok=True)
         arrays = {key: files.write_npy(folder / f"{key}.npy", array) for key, array in codec.arrays().items()}

@@ -17,7 +17,7 @@ from store_sizes import store_bytes
 from fkd_ssl import cli
 from fkd_ssl.commands.console import table
 from fkd_ssl.images import scan
-from fkd_ssl.store.codecs import code_size
+from fkd_ssl.targets.faiss_codecs import code_size
 from fkd_ssl.text import format_duration
 
 CLASSES = 1000

@@ -11,7 +11,7 @@ import numpy as np
 
 from fkd_ssl.crops import CROP_DTYPE
 from fkd_ssl.store import open_store
-from fkd_ssl.store.label_codecs import LabelCodec
+from fkd_ssl.targets.label_codecs import LabelCodec
 
 KEPT = (3, 5, 10)
 
@@ -29,13 +29,13 @@ def main() -> None:
     rows = store.rows[:: max(1, len(store.rows) * store.crops_per_image // args.crops)]
     exact = np.concatenate([store.targets(column.name, int(row), slice(None)) for row in rows])[: args.crops]
     print(
-        f"{len(exact):,} crops of {column.meta.teacher['name']}, {column.meta.dim} classes; greatest probability "
+        f"{len(exact):,} crops of {column.meta.teacher.name}, {column.meta.target.size} classes; greatest probability "
         f"{exact.max(axis=1).mean():.3f} in the mean\n"
     )
     print("| codec | bytes a crop, with its record | total variation, mean | most | same best class |\n|---|---|---|---|---|")
-    marginal = [f"marginal_{kind}_k{k}" for kind in ("smoothing", "renorm") for k in KEPT if k < column.meta.dim]
+    marginal = [f"marginal_{kind}_k{k}" for kind in ("smoothing", "renorm") for k in KEPT if k < column.meta.target.size]
     for spec in ("hard", "smoothing", *marginal, "full"):
-        codec = LabelCodec(spec, column.meta.dim)
+        codec = LabelCodec(spec, column.meta.target.size)
         decoded = codec.decode(codec.encode(exact))
         distances = np.abs(decoded - exact).sum(axis=1) / 2
         same = (decoded.argmax(axis=1) == exact.argmax(axis=1)).mean()

@@ -57,7 +57,7 @@ STAGES = ("read", "decode", "records", "resize", "flip", "colour", "blur", "targ
 def stand_in() -> Teacher:
     torch.manual_seed(0)
     backbone = nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(48, DIM))
-    return Teacher(backbone, nn.Identity(), name="stand_in", dim=DIM, network="random", pixels=8)
+    return Teacher(backbone, nn.Identity(), name="stand_in", shape=(DIM,), network="random", pixels=8)
 
 
 def best(works: dict[Any, Work], groups: int, rounds: int, clock: Callable[[], float]) -> dict[Any, float]:

@@ -77,7 +77,7 @@ def differences(name: str, path: Path, state: dict[str, torch.Tensor], sizes: tu
             got = teacher.embed(images)
             worst[f"{height} x {width}"] = float((got.double() - expected).abs().max())
             if family == "swav":
-                scores = got @ torch.from_numpy(teacher.arrays["prototypes"]).T
+                scores = got @ torch.from_numpy(teacher.info.arrays["prototypes"]).T
                 exact = expected @ state["module.prototypes.weight"].double().T
                 worst["prototype scores"] = max(worst.get("prototype scores", 0), float((scores.double() - exact).abs().max()))
     return worst

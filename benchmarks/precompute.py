@@ -16,6 +16,7 @@ import os
 import platform
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +58,7 @@ def main() -> None:
 
     if args.teacher == "resnet50":
         teacher = resnet50().to(resolve.device())
-        teacher.precision = args.precision
+        teacher.info = replace(teacher.info, precision=args.precision)
     else:
         teacher = resolve.teacher_of(args.teacher, args.checkpoint, args.precision)
     count = max(1, round(args.chunks * args.chunk_size / args.crops))
@@ -85,7 +86,7 @@ def main() -> None:
             return getattr(teacher, name)
 
         def embed(self, views: torch.Tensor) -> torch.Tensor:
-            if self.began is None and (self.folder / "targets" / teacher.name / "meta.json").exists():
+            if self.began is None and (self.folder / "targets" / teacher.info.name / "meta.json").exists():
                 self.began, self.busy = time.perf_counter(), 0.0
             start = time.perf_counter()
             targets = teacher.embed(views).cpu()
@@ -120,7 +121,7 @@ def main() -> None:
     print(
         json.dumps(
             {
-                "teacher": teacher.network,
+                "teacher": teacher.info.network,
                 "pixels": args.pixels,
                 "precision": args.precision,
                 "chunk_size": args.chunk_size,

@@ -17,8 +17,8 @@ from fkd_ssl.commands import resolve
 from fkd_ssl.eval import knn
 from fkd_ssl.eval.features import extract, match_classes
 from fkd_ssl.images import scan
-from fkd_ssl.store.codecs import train_codec
 from fkd_ssl.store.manifest import limit_images
+from fkd_ssl.targets.faiss_codecs import FaissCodec
 
 K = 20
 
@@ -54,7 +54,7 @@ def main() -> None:
     dim = features[0].shape[1]
     specs = ["Flat", "SQ8"] + [f"{kind}{size},SQ8" for kind in ("RR", "PCA") for size in (256, 128) if size < dim]
     for spec in specs:
-        codec = train_codec(spec, features[0])
+        codec = FaissCodec.train(spec, features[0])
         decoded = [codec.decode(codec.encode(part)) for part in features]
         cosine = (decoded[1] * features[1]).sum(axis=1) / np.linalg.norm(decoded[1], axis=1)
         score = knn.evaluate_features(

@@ -18,7 +18,6 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +33,10 @@ from fkd_ssl.data.loading import start_worker
 from fkd_ssl.images import Folder
 from fkd_ssl.store import manifest as layout
 from fkd_ssl.store import open_store
-from fkd_ssl.store.codecs import train_codec
 from fkd_ssl.store.listing import IMAGES, MANIFEST, SIZE_DTYPE, SIZES
 from fkd_ssl.store.reader import ColumnMeta
+from fkd_ssl.targets import TargetSpec, TeacherInfo
+from fkd_ssl.targets.faiss_codecs import FaissCodec
 
 DIM = 128
 COLUMN = "sq8"
@@ -74,16 +74,15 @@ def make(folder: Path, images: Folder, crops: int) -> None:
     )  # fmt: skip
     generator = np.random.default_rng(0)
     sample = generator.normal(size=(4096, DIM)).astype(np.float32)
-    codec = train_codec("SQ8", sample / np.linalg.norm(sample, axis=1, keepdims=True))
+    codec = FaissCodec.train("SQ8", sample / np.linalg.norm(sample, axis=1, keepdims=True))
     meta = ColumnMeta(
-        kind="embedding", dim=DIM, codec="SQ8", code_size=DIM, fidelity={"cosine_mean": 1.0, "cosine_min": 1.0, "sample": 1},
-        teacher={"name": COLUMN, "network": "none", "licence": "none", "source": None, "checkpoint_sha256": None},
-        preprocessing={"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}, pixels=224, precision="fp32",
+        codec="SQ8", code_size=DIM, fidelity={"cosine_mean": 1.0, "cosine_min": 1.0, "sample": 1},
+        teacher=TeacherInfo(name=COLUMN, spec=TargetSpec("embedding", (DIM,)), network="none", licence="none"),
         chunk_size=128, probe_digest=probe_digest(),
         arrays={name: files.write_npy(column / f"{name}.npy", array) for name, array in codec.arrays().items()},
     )  # fmt: skip
-    files.write_json(column / "meta.json", asdict(meta))
-    digest = files.sha256(files.canonical(asdict(meta)))
+    files.write_json(column / "meta.json", meta.to_json())
+    digest = files.sha256(files.canonical(meta.to_json()))
     known: dict[Any, str] = {}
     for shard in range(manifest.shards):
         rows = manifest.shard_rows(shard)

@@ -15,9 +15,9 @@ import numpy as np
 
 from fkd_ssl import files
 from fkd_ssl.crops import CROP_DTYPE
-from fkd_ssl.store.codecs import code_size
 from fkd_ssl.store.listing import SIZE_DTYPE
 from fkd_ssl.store.manifest import ROWS_PER_SHARD
+from fkd_ssl.targets.faiss_codecs import code_size
 
 SPECS = ("Flat", "SQfp16", "SQ8", "SQ6", "SQ4", "OPQ32,PQ32x8", "OPQ16,PQ16x8")
 # name, repository, what is stored of a crop, least and most bytes of it, how it lies on disk

@@ -75,7 +75,7 @@ def measure(args: argparse.Namespace, teacher_name: str, student_name: str, side
     folders = {"stored": scan(args.images)} | ({"cache": scan(args.cache)} if args.cache else {})
     teacher = teacher_of(teacher_name, args.checkpoint)
     device = resolve.device()
-    student = Student(student_name, store.column(args.column).meta.dim).to(device)
+    student = Student(student_name, store.column(args.column).meta.target.size).to(device)
     objective = make_objective("feature_kl")
     optimizer = torch.optim.Adam(student.parameters(), lr=1e-3)
 
@@ -135,7 +135,7 @@ def measure(args: argparse.Namespace, teacher_name: str, student_name: str, side
     predicted = 1 + best["bare"] / best["forward"]
     result = {
         "student": student_name,
-        "teacher": teacher.network,
+        "teacher": teacher.info.network,
         "pixels": pixels,
         "steps": steps,
         "device": str(device),

@@ -5,13 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from fkd_ssl import files
+from fkd_ssl.targets import TeacherInfo
 from fkd_ssl.text import printable
 
 README = "README.md"
 
 
 def write(
-    folder: Path, *, config: Mapping[str, Any], results: Mapping[str, Any], teachers: Sequence[Mapping[str, Any]],
+    folder: Path, *, config: Mapping[str, Any], results: Mapping[str, Any], teachers: Sequence[TeacherInfo],
     store: Mapping[str, Any] | None, student: Mapping[str, Any], recipe: Mapping[str, Any],
 ) -> None:  # fmt: skip
     """Writes the card of a finished run.
@@ -20,7 +21,7 @@ def write(
         folder: The run's.
         config: Its options.
         results: What results.json says.
-        teachers: Of each `name`, `network`, `licence`, `source`, `checkpoint_sha256`.
+        teachers: Whose targets they were.
         store: `column digests`, `images` and others by name; None of an online training.
         student: What it is made of, and its size in words.
         recipe: What the crops were drawn from.
@@ -30,7 +31,7 @@ def write(
         f"{results['crops_seen']:,} crops of {results['images']:,} images at {config['pixels']} px)"
     )
     settings = {key: value for key, value in config.items() if key in _SETTINGS and value not in (None, False)}
-    source = f"distilled from {' and '.join(str(t['name']) for t in teachers)}" if teachers else "trained on labels"
+    source = f"distilled from {' and '.join(teacher.name for teacher in teachers)}" if teachers else "trained on labels"
     labels = "without" if teachers and config["calibrate_below"] is None else "with"
     lines = [
         f"# {student['name']}, {source}",
@@ -43,7 +44,7 @@ def write(
         *(
             line
             for teacher in teachers
-            for line in ("", f"| teacher {teacher['name']} | |", "|---|---|", *(_row(teacher, key) for key in _TEACHER))
+            for line in ("", f"| teacher {teacher.name} | |", "|---|---|", *(_row(teacher, key) for key in _TEACHER))
         ),
         *(["", "The licence of the teacher's weights may bind the student's too."] if teachers else []),
         "",
@@ -81,8 +82,8 @@ _SETTINGS = (
 )  # fmt: skip
 
 
-def _row(values: Mapping[str, Any], key: str) -> str:
-    return f"| {key.replace('_', ' ')} | {values[key] or 'not stated'} |"
+def _row(teacher: TeacherInfo, key: str) -> str:
+    return f"| {key.replace('_', ' ')} | {getattr(teacher, key) or 'not stated'} |"
 
 
 def _scores(config: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str, str]:

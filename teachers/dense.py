@@ -47,13 +47,13 @@ class DenseTeacher:
     """
 
     def __init__(self, teacher: Teacher, *, pixels: int | None = None) -> None:
-        if teacher.kind != "distribution":
+        if teacher.info.spec.kind != "distribution":
             raise RequestError(
-                f"teacher {teacher.name}: gives embeddings; label maps need a classifier's logits: "
+                f"teacher {teacher.info.name}: gives embeddings; label maps need a classifier's logits: "
                 "torchvision/NAME@probabilities, timm/NAME@probabilities, or a module of your own whose kind is 'distribution'"
             )
         self.teacher = teacher
-        self.pixels = teacher.pixels if pixels is None else pixels
+        self.pixels = teacher.info.pixels if pixels is None else pixels
         noise = torch.randint(
             0, 256, (2, 3, self.pixels, self.pixels), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
         )
@@ -70,22 +70,23 @@ class DenseTeacher:
         with _Watch() as watch:
             logits = self.teacher.output(images)
         found, last = watch.pooled, watch.linear
-        if last is None or last[0].shape[0] != self.teacher.dim:
+        if last is None or last[0].shape[0] != self.teacher.info.spec.size:
             raise self._refusal("its logits come from no linear layer")
         weight, bias = last
         if found is None or found.shape[:2] != (len(images), weight.shape[1]):
             raise self._refusal("its last linear layer is not given the mean of a map of places")
         dense = F.linear(found.permute(0, 2, 3, 1).float(), weight.float(), None if bias is None else bias.float())
         off = (dense.mean(dim=(1, 2)) - logits.float()).abs().max().item()
-        if not off <= TOLERANCE[self.teacher.precision] * logits.float().abs().max().item():
+        if not off <= TOLERANCE[self.teacher.info.precision] * logits.float().abs().max().item():
             raise self._refusal(f"the mean of its logits over places is up to {off:.3g} off what it says of the image")
         return dense.permute(0, 3, 1, 2)
 
     def _refusal(self, why: str) -> RequestError:
-        advice = "" if self.teacher.precision == "fp32" else "; if it is such a network, try --precision fp32"
+        advice = "" if self.teacher.info.precision == "fp32" else "; if it is such a network, try --precision fp32"
         return RequestError(
-            f"teacher {self.teacher.name}: {why}: label maps need a network that ends in global average pooling over several "
-            f"places and one linear layer, as ResNet does, and images ({self.pixels} px here) large enough for several{advice}"
+            f"teacher {self.teacher.info.name}: {why}: label maps need a network that ends in global average pooling over "
+            f"several places and one linear layer, as ResNet does, and images ({self.pixels} px here) large enough for "
+            f"several{advice}"
         )
 
 

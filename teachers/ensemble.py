@@ -24,40 +24,40 @@ class Ensemble(Teacher):
     """
 
     def __init__(self, members: Sequence[Teacher]) -> None:
-        first = members[0]
-        names = " + ".join(member.name for member in members)
+        first = members[0].info
+        names = " + ".join(member.info.name for member in members)
         for member in members:
-            if member.kind != "distribution":
+            if member.info.spec.kind != "distribution":
                 raise RequestError(
-                    f"teacher {names}: {member.name} gives embeddings, of which there is no mean; name several teachers with "
-                    "commas between them, for a column each"
+                    f"teacher {names}: {member.info.name} gives {member.info.spec.rules.words}, of which there is no "
+                    "mean; name several teachers with commas between them, for a column each"
                 )
-            if member.dim != first.dim:
+            if member.info.spec != first.spec:
                 raise RequestError(
-                    f"teacher {names}: {first.dim} and {member.dim} classes, of {first.name} and of {member.name}; the members "
-                    "of an ensemble need the same"
+                    f"teacher {names}: {first.spec.size} and {member.info.spec.size} classes, of {first.name} and of "
+                    f"{member.info.name}; the members of an ensemble need the same"
                 )
-            if member.pixels != first.pixels:
+            if member.info.pixels != first.pixels:
                 raise RequestError(
-                    f"teacher {names}: {first.name} sees {first.pixels} px and {member.name} {member.pixels} px; store a "
-                    "column of each with --codec full (--teacher A,B), and average them: fkd-ssl recode --name A,B"
+                    f"teacher {names}: {first.name} sees {first.pixels} px and {member.info.name} {member.info.pixels} px; "
+                    "store a column of each with --codec full (--teacher A,B), and average them: fkd-ssl recode --name A,B"
                 )
-        digests = [member.checkpoint_sha256 for member in members]
+        digests = [member.info.checkpoint_sha256 for member in members]
         known = None if None in digests else hashlib.sha256(" ".join(map(str, digests)).encode()).hexdigest()
-        alike = all((member.mean, member.std) == (first.mean, first.std) for member in members)
+        alike = all((member.info.mean, member.info.std) == (first.mean, first.std) for member in members)
         super().__init__(
             nn.ModuleList(members),
             nn.Identity(),
-            name="-and-".join(member.name for member in members),
-            dim=first.dim,
+            name="-and-".join(member.info.name for member in members),
+            shape=first.spec.shape,
             feature_dim=sum(member.feature_dim for member in members),
-            network=f"mean probabilities of: {'; '.join(member.network for member in members)}",
+            network=f"mean probabilities of: {'; '.join(member.info.network for member in members)}",
             pixels=first.pixels,
             mean=first.mean if alike else (0, 0, 0),  # crops come as they are
             std=first.std if alike else (1, 1, 1),
-            licence="; ".join(dict.fromkeys(member.licence for member in members)),
-            source=" + ".join(str(member.source) for member in members),
-            checkpoint=None if known is None else " + ".join(str(member.checkpoint) for member in members),
+            licence="; ".join(dict.fromkeys(member.info.licence for member in members)),
+            source=" + ".join(str(member.info.source) for member in members),
+            checkpoint=None if known is None else " + ".join(str(member.info.checkpoint) for member in members),
             checkpoint_sha256=known,
             precision=first.precision,
             kind="distribution",

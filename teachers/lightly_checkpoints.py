@@ -39,7 +39,7 @@ def load_lightly(path: str | Path, *, name: str = "lightly", **about: Any) -> Te
         encoder,
         nn.Identity(),
         name=name,
-        dim=architecture.feature_dim,
+        shape=(architecture.feature_dim,),
         network=f"{architecture.name}, pooled features{average}",
         checkpoint=Path(path).name,
         checkpoint_sha256=digest,

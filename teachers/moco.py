@@ -40,7 +40,7 @@ def load_mocov2(path: str | Path, *, name: str = "mocov2", **about: Any) -> Teac
         encoder,
         projection,
         name=name,
-        dim=dim,
+        shape=(dim,),
         feature_dim=architecture.feature_dim,
         network=f"{architecture.name}, {words}{average}",
         checkpoint=Path(path).name,

@@ -1,6 +1,7 @@
 """One's own teachers: module:function."""
 
 import inspect
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +10,9 @@ from torch import nn
 from fkd_ssl import checkpoints
 from fkd_ssl.errors import FkdError, RequestError
 from fkd_ssl.own_code import call, load_function
+from fkd_ssl.targets import Precision
 from fkd_ssl.teachers import state_dicts
-from fkd_ssl.teachers.teacher import Precision, Teacher
+from fkd_ssl.teachers.teacher import Teacher
 from fkd_ssl.teachers.wrap import wrap
 
 
@@ -40,8 +42,10 @@ def load_own(name: str, checkpoint: str | Path | None, precision: Precision) -> 
         given, digest = {"checkpoint": str(checkpoint)}, checkpoints.digest(checkpoint)
     made = call(function, name, "teacher", **given)
     if isinstance(made, Teacher):
-        made.precision = precision if precision != "fp32" else made.precision
-        made.checkpoint_sha256 = made.checkpoint_sha256 or digest or _digest(made, name)
+        known = made.info.checkpoint_sha256 or digest or _digest(made, name)
+        made.info = replace(
+            made.info, precision=precision if precision != "fp32" else made.info.precision, checkpoint_sha256=known
+        )
         return made
     if not isinstance(made, nn.Module):
         raise FkdError(f"teacher {name}: returned a {type(made).__name__}, expected a torch.nn.Module or a Teacher")
@@ -59,7 +63,7 @@ def load_own(name: str, checkpoint: str | Path | None, precision: Precision) -> 
         kind=getattr(made, "kind", "embedding"),
     )
     # after the first forward, which makes lazy layers; so that a changed function is another teacher
-    teacher.checkpoint_sha256 = digest or _digest(made, name)
+    teacher.info = replace(teacher.info, checkpoint_sha256=digest or _digest(made, name))
     return teacher
 
 

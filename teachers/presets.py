@@ -2,9 +2,8 @@
 
 from dataclasses import dataclass
 
-Rgb = tuple[float, float, float]
-IMAGENET_MEAN: Rgb = (0.485, 0.456, 0.406)
-IMAGENET_STD: Rgb = (0.229, 0.224, 0.225)
+from fkd_ssl.targets.info import IMAGENET_MEAN, IMAGENET_STD, Rgb
+
 SWAV_STD: Rgb = (0.228, 0.224, 0.225)
 
 _MOCO = "https://dl.fbaipublicfiles.com/moco/moco_checkpoints"

@@ -4,13 +4,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fkd_ssl.errors import CheckpointError, RequestError, did_you_mean
+from fkd_ssl.targets import Precision
 from fkd_ssl.teachers import fetch
 from fkd_ssl.teachers.lightly_checkpoints import load_lightly
 from fkd_ssl.teachers.moco import load_mocov2
 from fkd_ssl.teachers.own import load_own
 from fkd_ssl.teachers.presets import PRESETS
 from fkd_ssl.teachers.swav import load_swav
-from fkd_ssl.teachers.teacher import Precision, Teacher
+from fkd_ssl.teachers.teacher import Teacher
 from fkd_ssl.teachers.timm_models import load_timm
 from fkd_ssl.teachers.torchvision_models import load_torchvision
 from fkd_ssl.teachers.transformers_models import load_transformers
@@ -77,15 +78,15 @@ def _preset(name: str, checkpoint: str | Path | None, precision: Precision) -> T
     advice = f"pass --teacher {preset.family} for another checkpoint of this layout"
     norm = "with BatchNorm"
     fits = (
-        teacher.network.startswith(f"{preset.network},")
-        and teacher.dim == preset.dim
-        and (norm in teacher.network) == (norm in preset.head)
-        and len(teacher.arrays.get("prototypes", ())) == preset.prototypes
+        teacher.info.network.startswith(f"{preset.network},")
+        and teacher.info.spec.shape == (preset.dim,)
+        and (norm in teacher.info.network) == (norm in preset.head)
+        and len(teacher.info.arrays.get("prototypes", ())) == preset.prototypes
     )
     if not fits:
         raise CheckpointError(
-            f"{path}: holds a {teacher.network}; {name} is a {preset.network}, {preset.head}, with {preset.dim}-d targets; "
-            f"{advice}"
+            f"{path}: holds a {teacher.info.network}; {name} is a {preset.network}, {preset.head}, with {preset.dim}-d "
+            f"targets; {advice}"
         )
     try:
         fetch.check_file(path, preset)

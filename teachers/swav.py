@@ -6,8 +6,9 @@ from typing import Any
 import numpy as np
 
 from fkd_ssl.errors import CheckpointError
+from fkd_ssl.targets.info import IMAGENET_MEAN
 from fkd_ssl.teachers import state_dicts
-from fkd_ssl.teachers.presets import IMAGENET_MEAN, SWAV_STD
+from fkd_ssl.teachers.presets import SWAV_STD
 from fkd_ssl.teachers.resnet import read_architecture
 from fkd_ssl.teachers.teacher import Teacher
 
@@ -49,7 +50,7 @@ def load_swav(path: str | Path, *, name: str = "swav", **about: Any) -> Teacher:
         encoder,
         projection,
         name=name,
-        dim=dim,
+        shape=(dim,),
         feature_dim=architecture.feature_dim,
         network=f"{architecture.name}, {words}, {len(prototypes)} prototypes{average}",
         mean=IMAGENET_MEAN,

@@ -2,29 +2,15 @@
 
 import re
 from contextlib import AbstractContextManager
-from typing import Any, Literal, Self, get_args
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from fkd_ssl.arrays import Float32Array
-from fkd_ssl.errors import FkdError, RequestError
-from fkd_ssl.kinds import Kind
-from fkd_ssl.teachers.presets import IMAGENET_MEAN, IMAGENET_STD, Rgb
-
-Precision = Literal["fp32", "bf16", "fp16"]
+from fkd_ssl.errors import FkdError
+from fkd_ssl.targets import TargetSpec, TeacherInfo
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def _rgb(values: Any, what: str) -> Rgb:
-    """Three numbers, however they came."""
-    try:
-        red, green, blue = (float(value) for value in values)
-    except (TypeError, ValueError) as error:
-        raise RequestError(f"{what} {values!r}: expected three numbers, of R, G and B in 0 to 1") from error
-    return red, green, blue
 
 
 class Teacher(nn.Module):
@@ -32,23 +18,20 @@ class Teacher(nn.Module):
 
     Args:
         backbone: Normalised floats [B, 3, H, W] to features [B, F].
-        head: Features to embeddings [B, D].
+        head: Features to what targets are made of, [B, *shape]: vectors of any length, or logits.
         name: What a store's column is called by default.
-        dim: D.
-        feature_dim: F; D by default.
-        network: The architecture in words.
-        pixels: Native input size; other sizes work as far as the network does.
-        mean: Of RGB in 0 to 1.
-        std: Likewise.
-        licence: Of the weights.
-        source: Where the weights came from, a URL or module:function.
-        checkpoint: Name of the file of weights, without its folder.
-        checkpoint_sha256: Of that file.
-        precision: fp32, or bf16 and fp16 by autocast. fp32 on a GPU is what PyTorch's own switches make of it: by default
-            its convolutions use TF32.
-        arrays: What a store keeps beside the targets, for instance `prototypes` float32 [K, D].
+        shape: Of one target.
         kind: `embedding`: targets are L2-normalised vectors; `distribution`: class probabilities, the softmax of what the head
             gives.
+        feature_dim: F; by default the size of a target.
+        **about: As TeacherInfo takes it: network, pixels, mean, std, licence, source, checkpoint, checkpoint_sha256,
+            precision, arrays. fp32 on a GPU is what PyTorch's own switches make of it: by default its convolutions use TF32.
+
+    Attributes:
+        info: What is known of it.
+
+    Raises:
+        RequestError: A value is invalid.
     """
 
     _mean: Tensor
@@ -60,45 +43,19 @@ class Teacher(nn.Module):
         head: nn.Module,
         *,
         name: str,
-        dim: int,
-        network: str,
+        shape: tuple[int, ...],
+        kind: str = "embedding",
         feature_dim: int | None = None,
-        pixels: int = 224,
-        mean: Rgb = IMAGENET_MEAN,
-        std: Rgb = IMAGENET_STD,
-        licence: str = "not stated",
-        source: str | None = None,
-        checkpoint: str | None = None,
-        checkpoint_sha256: str | None = None,
-        precision: Precision = "fp32",
-        arrays: dict[str, Float32Array] | None = None,
-        kind: Kind = "embedding",
+        **about: Any,
     ) -> None:
-        if precision not in ("fp32", *_AUTOCAST):
-            raise RequestError(f"precision {precision!r}: expected fp32, {' or '.join(_AUTOCAST)}")
-        if kind not in get_args(Kind):
-            raise RequestError(f"teacher {name}: kind {kind!r}: expected {' or '.join(get_args(Kind))}")
         super().__init__()
-        self.kind: Kind = kind
+        about |= {key: str(about[key]) for key in ("source", "checkpoint") if about.get(key) is not None}  # paths too
+        self.info = TeacherInfo(name=name, spec=TargetSpec(kind, tuple(shape)), **about)
         self.backbone = backbone
         self.head = head
-        self.name = name
-        self.dim = dim
-        self.feature_dim = dim if feature_dim is None else feature_dim
-        self.network = network
-        self.pixels = pixels
-        self.mean = _rgb(mean, "mean")
-        self.std = _rgb(std, "std")
-        if min(self.std) <= 0:
-            raise RequestError(f"teacher {name}: std {self.std}: must be positive")
-        self.licence = licence or "not stated"
-        self.source = None if source is None else str(source)
-        self.checkpoint = None if checkpoint is None else str(checkpoint)
-        self.checkpoint_sha256 = checkpoint_sha256
-        self.precision = precision
-        self.arrays = arrays or {}
-        self.register_buffer("_mean", torch.tensor(self.mean).view(1, 3, 1, 1) * 255, persistent=False)
-        self.register_buffer("_std", torch.tensor(self.std).view(1, 3, 1, 1) * 255, persistent=False)
+        self.feature_dim = self.info.spec.size if feature_dim is None else feature_dim
+        for key, values in (("_mean", self.info.mean), ("_std", self.info.std)):
+            self.register_buffer(key, torch.tensor(values).view(1, 3, 1, 1) * 255, persistent=False)
         self.requires_grad_(False)
         self.to(memory_format=torch.channels_last)
         self.eval()
@@ -109,27 +66,23 @@ class Teacher(nn.Module):
 
     @torch.inference_mode()
     def embed(self, images: Tensor) -> Tensor:
-        """Targets float32 [B, D] of crops uint8 [B, 3, H, W]: L2-normalised, or probabilities; nothing is resized.
+        """Targets float32 [B, *shape] of crops uint8 [B, 3, H, W]: L2-normalised, or probabilities; nothing is resized.
 
         Raises:
-            FkdError: The network gives something other than finite [B, D].
+            FkdError: The network gives something other than finite [B, *shape].
         """
-        embedding = self.output(images)
-        return embedding.float().softmax(dim=1) if self.kind == "distribution" else F.normalize(embedding.float(), dim=1)
+        return self.info.spec.rules.of_output(self.output(images))
 
     @torch.inference_mode()
     def output(self, images: Tensor) -> Tensor:
-        """What `embed` makes targets of: embeddings of any length or logits [B, D], in the precision of the forward.
+        """What `embed` makes targets of: vectors of any length or logits [B, *shape], in the precision of the forward.
 
         Raises:
             FkdError: As `embed`.
         """
         with self._autocast():
             features = self._checked(self._run(self.backbone, self._prepare(images), images), images)
-            output = self._checked(self._run(self.head, features, images), images)
-        if output.shape[1] != self.dim:
-            raise FkdError(f"teacher {self.name}: gave D = {output.shape[1]}, expected {self.dim}")
-        return output
+            return self._checked(self._run(self.head, features, images), images, self.info.spec.shape)
 
     @torch.inference_mode()
     def features(self, images: Tensor) -> Tensor:
@@ -145,30 +98,35 @@ class Teacher(nn.Module):
             if re.search("out of memory|can't allocate memory", str(error)):
                 raise
             height, width = images.shape[2:]
-            own = "" if (height, width) == (self.pixels, self.pixels) else f"; its own size is {self.pixels} (--pixels)"
+            side = self.info.pixels
+            own = "" if (height, width) == (side, side) else f"; its own size is {side} (--pixels)"
             what = (str(error).splitlines() or [""])[0]
             raise FkdError(
-                f"teacher {self.name}: fails on crops of {width} x {height} px: {type(error).__name__}: {what}{own}"
+                f"teacher {self.info.name}: fails on crops of {width} x {height} px: {type(error).__name__}: {what}{own}"
             ) from error
 
     def _prepare(self, images: Tensor) -> Tensor:
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-            raise FkdError(f"teacher {self.name}: got {images.dtype} {list(images.shape)}, expected uint8 [B, 3, H, W]")
+            raise FkdError(f"teacher {self.info.name}: got {images.dtype} {list(images.shape)}, expected uint8 [B, 3, H, W]")
         images = images.to(self._mean.device, non_blocking=True).contiguous(memory_format=torch.channels_last)
         return (images - self._mean) / self._std
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        if self.precision == "fp32":  # also inside a student's own autocast
+        if self.info.precision == "fp32":  # also inside a student's own autocast
             return torch.autocast(self._mean.device.type, enabled=False)
-        return torch.autocast(self._mean.device.type, dtype=_AUTOCAST[self.precision])
+        return torch.autocast(self._mean.device.type, dtype=_AUTOCAST[self.info.precision])
 
-    def _checked(self, output: Any, images: Tensor) -> Tensor:
-        if not isinstance(output, Tensor) or output.ndim != 2 or len(output) != len(images) or not output.is_floating_point():
+    def _checked(self, output: Any, images: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
+        """A finite tensor of one row an image, of `shape` or of features [B, F]."""
+        right = isinstance(output, Tensor) and len(output) == len(images) and output.is_floating_point()
+        if not right or (output.ndim != 2 if shape is None else output.shape[1:] != shape):
             what = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
-            raise FkdError(f"teacher {self.name}: its network gave {what} for {len(images)} images, expected [B, D]")
-        if not output.isfinite().all():
+            wanted = "[B, D]" if shape is None else [len(images), *shape]
+            raise FkdError(f"teacher {self.info.name}: its network gave {what} for {len(images)} images, expected {wanted}")
+        checked: Tensor = output
+        if not checked.isfinite().all():
             advice = "its weights are damaged, or far from what its preprocessing gives it"
-            if self.precision != "fp32":
+            if self.info.precision != "fp32":
                 advice = "try --precision fp32"
-            raise FkdError(f"teacher {self.name}: its network gave NaN or infinity in {self.precision}: {advice}")
-        return output
+            raise FkdError(f"teacher {self.info.name}: its network gave NaN or infinity in {self.info.precision}: {advice}")
+        return checked

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from fkd_ssl.errors import CheckpointError, FkdError, RequestError, did_you_mean
+from fkd_ssl.targets import Precision
 from fkd_ssl.teachers import state_dicts
 from fkd_ssl.teachers.layers import PROBABILITIES, AtLayer
-from fkd_ssl.teachers.teacher import Precision, Teacher
+from fkd_ssl.teachers.teacher import Teacher
 from fkd_ssl.teachers.torchvision_models import PRETRAINED
 from fkd_ssl.teachers.wrap import wrap
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from fkd_ssl.errors import FkdError, RequestError, did_you_mean
-from fkd_ssl.kinds import Kind
+from fkd_ssl.targets import Precision
 from fkd_ssl.teachers import state_dicts
 from fkd_ssl.teachers.layers import PROBABILITIES, AtLayer
-from fkd_ssl.teachers.teacher import Precision, Teacher
+from fkd_ssl.teachers.teacher import Teacher
 from fkd_ssl.teachers.wrap import wrap
 
 PRETRAINED = "pretrained"
@@ -62,7 +62,7 @@ def load_torchvision(model: str, layer: str | None, checkpoint: str | Path | Non
         unused = f"{last}."
     name, digest, average = load_weights(network, checkpoint, spec, lambda: _download(weights, spec), unused)
     source = f"{spec} ({type(weights).__name__}.{weights.name})" if checkpoint == PRETRAINED else spec
-    kind: Kind = "distribution" if layer == PROBABILITIES else "embedding"
+    kind = "distribution" if layer == PROBABILITIES else "embedding"
     if layer not in (None, PROBABILITIES):
         network = AtLayer(network, layer, spec)
     return wrap(

@@ -8,8 +8,8 @@ import numpy as np
 from torch import Tensor, nn
 
 from fkd_ssl.errors import CheckpointError, RequestError
+from fkd_ssl.targets import Rgb
 from fkd_ssl.teachers import state_dicts
-from fkd_ssl.teachers.presets import Rgb
 from fkd_ssl.teachers.teacher import Teacher
 from fkd_ssl.teachers.wrap import wrap
 

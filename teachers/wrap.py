@@ -5,12 +5,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from fkd_ssl.errors import FkdError
+from fkd_ssl.errors import FkdError, RequestError
+from fkd_ssl.targets import KINDS
 from fkd_ssl.teachers.teacher import Teacher
 
 
 def wrap(module: nn.Module, *, name: str, source: str, pixels: int, probe: int | None = None, **about: Any) -> Teacher:
-    """A Teacher whose embedding is the module's own output, normalised; D is found by a forward of zeros.
+    """A Teacher whose embedding is the module's own output, normalised; its shape is found by a forward of zeros.
 
     Args:
         module: Normalised floats [B, 3, H, W] to [B, D].
@@ -28,15 +29,26 @@ def wrap(module: nn.Module, *, name: str, source: str, pixels: int, probe: int |
     try:
         with torch.inference_mode():
             output = module(torch.zeros(2, 3, side, side))
-            dim = int(output.shape[1]) if isinstance(output, torch.Tensor) and output.ndim == 2 and len(output) == 2 else 0
+            right = isinstance(output, torch.Tensor) and len(output) == 2 and _fits(output, about.get("kind", "embedding"))
     except Exception as error:  # one's own code may raise anything
         raise FkdError(
             f"teacher {source}: fails on [2, 3, {side}, {side}] floats: {type(error).__name__}: {error}; it must map "
             "them to [2, D]"
         ) from error
-    if dim and about.get("kind") == "distribution" and (output >= 0).all() and ((output.sum(dim=1) - 1).abs() < 1e-3).all():
+    if right and about.get("kind") == "distribution" and (output >= 0).all() and ((output.sum(dim=1) - 1).abs() < 1e-3).all():
         raise FkdError(f"teacher {source}: gives probabilities, expected logits: leave its own softmax out")
-    if not dim:
+    if not right:
         found = list(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
         raise FkdError(f"teacher {source}: gives {found} for [2, 3, {side}, {side}] floats, expected one tensor [2, D]")
-    return Teacher(module, nn.Identity(), name=name, dim=dim, pixels=pixels, source=source, **about)
+    return Teacher(module, nn.Identity(), name=name, shape=tuple(output.shape[1:]), pixels=pixels, source=source, **about)
+
+
+def _fits(output: torch.Tensor, kind: str) -> bool:
+    """Whether rows of `output` can be targets of that kind; an unknown kind is refused elsewhere."""
+    try:
+        KINDS[kind].check_shape(tuple(output.shape[1:]))
+    except RequestError:
+        return False
+    except KeyError:
+        return output.ndim == 2
+    return True

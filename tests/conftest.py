@@ -17,6 +17,7 @@ from fkd_ssl import images
 from fkd_ssl.crops import RECIPES
 from fkd_ssl.store import Store, open_store
 from fkd_ssl.store.write.precompute import precompute
+from fkd_ssl.targets import TargetSpec, TeacherInfo
 
 torch.set_num_threads(1)  # tiny networks only, and the same bytes in every process that loads this file
 
@@ -55,27 +56,22 @@ def write_images(folder: Path, *, per_class: int = PER_CLASS, seed: int = 0) -> 
 class TinyTeacher:
     """A random convolutional network, the same in every process; satisfies fkd_ssl.store.write.rows.Teacher."""
 
-    kind = "embedding"
-    dim = 16
-    pixels = 32
-    network = "random convolutions"
-    licence = "none"
-    source: str | None = None
-    mean = (0.485, 0.456, 0.406)
-    std = (0.229, 0.224, 0.225)
-    precision = "fp32"
-
     def __init__(self, seed: int = 0, name: str = "tiny") -> None:
-        self.name = name
-        self.checkpoint_sha256: str | None = f"{seed:064x}"
-        self.arrays: dict[str, npt.NDArray[np.float32]] = {}
+        self.info = TeacherInfo(
+            name=name,
+            spec=TargetSpec("embedding", (16,)),
+            network="random convolutions",
+            licence="none",
+            checkpoint_sha256=f"{seed:064x}",
+            pixels=32,
+        )
         self.calls = 0
         self.crops_seen = 0
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.module = nn.Sequential(
                 nn.Conv2d(3, 12, 5, stride=2), nn.ReLU(), nn.Conv2d(12, 24, 3, stride=2), nn.ReLU(),
-                nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(96, self.dim),
+                nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(96, 16),
             ).eval()  # fmt: skip
             with torch.no_grad():  # centred on coarse noise, so that targets point in all directions
                 noise = nn.functional.interpolate(torch.rand(64, 3, 4, 4), size=32, mode="bilinear")
@@ -87,7 +83,7 @@ class TinyTeacher:
         assert images.dtype == torch.uint8
         self.calls += 1
         self.crops_seen += len(images)
-        mean, std = torch.tensor(self.mean).view(3, 1, 1), torch.tensor(self.std).view(3, 1, 1)
+        mean, std = torch.tensor(self.info.mean).view(3, 1, 1), torch.tensor(self.info.std).view(3, 1, 1)
         return nn.functional.normalize(self.module((images.float() / 255 - mean) / std), dim=1)
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 from fkd_ssl import cli
-from fkd_ssl.objectives import TargetInfo
 from fkd_ssl.students import check_student
+from fkd_ssl.targets import TargetSpec, TeacherInfo
 from fkd_ssl.training.config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
@@ -45,7 +45,10 @@ def test_its_student_and_objective_are_there(path: Path, monkeypatch: pytest.Mon
     config = parsed(path, monkeypatch)
     check_student(config.student, config.pixels, head=config.head, stem=config.stem, width=config.width)
     if isinstance(config, TrainConfig):
-        objective_of(config, TargetInfo(name="t", dim=128, kind="distribution" if config.head == "classifier" else "embedding"))
+        objective_of(
+            config,
+            TeacherInfo(name="t", spec=TargetSpec("distribution" if config.head == "classifier" else "embedding", (128,))),
+        )
 
 
 def test_every_imagenet_run_has_a_small_twin() -> None:

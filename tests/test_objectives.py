@@ -9,7 +9,6 @@ import torch
 from torch.nn import functional as F
 
 from fkd_ssl.errors import RequestError
-from fkd_ssl.kinds import Kind
 from fkd_ssl.objectives import (
     OBJECTIVES,
     Cosine,
@@ -20,11 +19,11 @@ from fkd_ssl.objectives import (
     QueueKL,
     Relational,
     SoftCE,
-    TargetInfo,
     Weighted,
     make_objective,
     settings_of,
 )
+from fkd_ssl.targets import TargetSpec, TeacherInfo
 
 Array = npt.NDArray[np.float64]
 SUM = "feature_kl+0.5*relational+2*queue_kl"
@@ -34,7 +33,7 @@ OF_EMBEDDINGS = [name for name in OBJECTIVES if name not in ("soft_ce", "discrim
 def make(name: str, dim: int = 12) -> Objective:
     """An objective with its own temperature; thirty prototypes whose length is not one, or a queue of fifty."""
     prototypes = np.random.default_rng(3).normal(size=(30, dim)).astype(np.float32)
-    about = TargetInfo(name="swav", dim=dim, arrays={"prototypes": prototypes})
+    about = TeacherInfo(name="swav", spec=TargetSpec("embedding", (dim,)), arrays={"prototypes": prototypes})
     return make_objective(name.replace("queue_kl", "queue_kl(queue=50)"), about=about)
 
 
@@ -170,8 +169,8 @@ def test_an_unknown_objective_is_refused_with_the_list() -> None:
 @pytest.mark.parametrize("name", [name for name in OBJECTIVES if settings_of(name)])
 @pytest.mark.parametrize("value", ["0.0", "-0.2", "1e999", "'1'", "True"])
 def test_a_setting_must_be_positive(name: str, value: str) -> None:
-    kind: Kind = "distribution" if name == "soft_ce" else "embedding"
-    about = TargetInfo(name="t", dim=4, arrays={"prototypes": np.ones((3, 4))}, kind=kind)
+    kind = "distribution" if name == "soft_ce" else "embedding"
+    about = TeacherInfo(name="t", spec=TargetSpec(kind, (4,)), arrays={"prototypes": np.ones((3, 4))})
     for setting in settings_of(name):
         with pytest.raises(RequestError, match=rf"objective {name}: .*{setting} .*must be positive and finite"):
             make_objective(f"{name}({setting}={value})", about=about)
@@ -193,7 +192,7 @@ def test_a_setting_must_be_positive(name: str, value: str) -> None:
 )
 def test_a_setting_that_an_objective_does_not_have_is_refused(expression: str, said: str) -> None:
     with pytest.raises(RequestError, match=said):
-        make_objective(expression, about=TargetInfo(name="t", dim=4))
+        make_objective(expression, about=TeacherInfo(name="t", spec=TargetSpec("embedding", (4,))))
 
 
 @pytest.mark.parametrize("temperature", [0.04, 0.1, 1.0])
@@ -231,15 +230,17 @@ def test_prototypes_are_frozen_and_no_part_of_a_checkpoint() -> None:
     assert objective.double().prototypes.dtype == torch.float64  # they move with the module
 
 
-@pytest.mark.parametrize("about", [None, TargetInfo(name="mocov2", dim=12)])
-def test_targets_without_prototypes_are_refused(about: TargetInfo | None) -> None:
+@pytest.mark.parametrize("about", [None, TeacherInfo(name="mocov2", spec=TargetSpec("embedding", (12,)))])
+def test_targets_without_prototypes_are_refused(about: TeacherInfo | None) -> None:
     named = "" if about is None else " of 'mocov2'"
     with pytest.raises(RequestError, match=rf"prototype_ce: the targets{named} have no prototypes; use a SwAV teacher"):
         make_objective("prototype_ce", about=about)
 
 
 def test_prototypes_of_another_dimension_are_refused() -> None:
-    about = TargetInfo(name="swav", dim=128, arrays={"prototypes": np.ones((30, 64), dtype=np.float32)})
+    about = TeacherInfo(
+        name="swav", spec=TargetSpec("embedding", (128,)), arrays={"prototypes": np.ones((30, 64), dtype=np.float32)}
+    )
     with pytest.raises(RequestError, match=r"the prototypes of 'swav' are \[30, 64\], expected \[K, 128\]"):
         make_objective("prototype_ce", about=about)
 
@@ -319,8 +320,8 @@ class TestQueueKL:
         with pytest.raises(RequestError, match=r"objective queue_kl: queue 0: must be positive and finite"):
             QueueKL(4, queue=0)
         with pytest.raises(RequestError, match=r"objective queue_kl: queue 2.5: must be a whole number"):
-            make_objective("queue_kl(queue=2.5)", about=TargetInfo(name="t", dim=4))
-        with pytest.raises(RequestError, match=r"queue_kl: needs to know the targets' dimension"):
+            make_objective("queue_kl(queue=2.5)", about=TeacherInfo(name="t", spec=TargetSpec("embedding", (4,))))
+        with pytest.raises(RequestError, match=r"queue_kl: the size of the targets is needed"):
             make_objective("queue_kl")
 
 
@@ -361,7 +362,7 @@ class TestSums:
 
     def test_the_kind_is_that_of_the_parts(self) -> None:
         assert make_objective("feature_kl+cosine").kind == "embedding"
-        about = TargetInfo(name="r50", dim=10, kind="distribution")
+        about = TeacherInfo(name="r50", spec=TargetSpec("distribution", (10,)))
         assert make_objective("soft_ce+discriminator", about=about).kind == "distribution"
         with pytest.raises(RequestError, match="objectives for distribution and embedding targets cannot be summed"):
             Weighted([FeatureKL(), SoftCE()], [1, 1])
@@ -406,7 +407,7 @@ class TestSums:
 
 def test_settings_arrive() -> None:
     expression = "queue_kl(temperature=0.07, teacher_temperature=0.08, queue=9)"
-    objective = make_objective(expression, about=TargetInfo(name="t", dim=4))
+    objective = make_objective(expression, about=TeacherInfo(name="t", spec=TargetSpec("embedding", (4,))))
     assert isinstance(objective, QueueKL)
     assert (objective.temperature, objective.teacher_temperature, objective.queue.shape) == (0.07, 0.08, (9, 4))
 
@@ -467,12 +468,12 @@ def test_soft_ce_gradients_floor_and_bfloat16(temperature: float) -> None:
 
 
 def test_an_objective_is_for_one_kind_of_targets() -> None:
-    about = TargetInfo(name="r50", dim=10, kind="distribution")
+    about = TeacherInfo(name="r50", spec=TargetSpec("distribution", (10,)))
     assert isinstance(make_objective("soft_ce(temperature=2, teacher_temperature=1)", about=about), SoftCE)
     with pytest.raises(RequestError, match="targets of 'r50' are class probabilities: choose --objective soft_ce and --head"):
         make_objective("feature_kl", about=about)
     with pytest.raises(RequestError, match="objective soft_ce: the targets of 'moco' are embeddings"):
-        make_objective("feature_kl+soft_ce", about=TargetInfo(name="moco", dim=10))
+        make_objective("feature_kl+soft_ce", about=TeacherInfo(name="moco", spec=TargetSpec("embedding", (10,))))
 
 
 class TestDiscriminator:
@@ -510,7 +511,7 @@ class TestDiscriminator:
         torch.manual_seed(0)
         expected = torch.rand(3)
         torch.manual_seed(0)
-        make_objective("soft_ce+discriminator", about=TargetInfo(name="r50", dim=10, kind="distribution"))
+        make_objective("soft_ce+discriminator", about=TeacherInfo(name="r50", spec=TargetSpec("distribution", (10,))))
         assert torch.equal(torch.rand(3), expected)
 
     def test_bfloat16_and_autocast_are_near(self) -> None:
@@ -522,5 +523,5 @@ class TestDiscriminator:
             assert objective(student.float(), target.float()).item() == pytest.approx(expected, rel=1e-2)
 
     def test_it_needs_the_number_of_classes(self) -> None:
-        with pytest.raises(RequestError, match="objective discriminator: needs to know the targets' dimension"):
+        with pytest.raises(RequestError, match="objective discriminator: the size of the targets is needed"):
             make_objective("discriminator")

@@ -49,7 +49,7 @@ if __name__ == "__main__":
         drop_last=True,
         num_workers=args.workers,
     )
-    model = Student(dim=dataset.columns[0].meta.dim).to(device)
+    model = Student(dim=dataset.columns[0].meta.target.size).to(device)
     criterion = fkd_ssl.objectives.FeatureKL()  # stored
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-4)
 

@@ -61,5 +61,5 @@ if __name__ == "__main__":
         num_workers=args.workers,
     )
     trainer = pl.Trainer(max_epochs=args.epochs, devices=1, logger=False, enable_checkpointing=False)
-    trainer.fit(Distillation(dim=dataset.columns[0].meta.dim), dataloader)
+    trainer.fit(Distillation(dim=dataset.columns[0].meta.target.size), dataloader)
     print(f"loss: {trainer.callback_metrics['loss']:.5f}")

@@ -70,7 +70,7 @@ if __name__ == "__main__":
         logger=False,
         enable_checkpointing=False,
     )
-    trainer.fit(Distillation(dim=dataset.columns[0].meta.dim), dataloader)
+    trainer.fit(Distillation(dim=dataset.columns[0].meta.target.size), dataloader)
     if trainer.is_global_zero:
         print(f"loss: {trainer.callback_metrics['loss']:.5f}")
     torch.distributed.destroy_process_group()  # or gloo's threads, on CPUs, may abort a Python that is ending

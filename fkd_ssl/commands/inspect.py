@@ -1,6 +1,6 @@
 """Shows the contents of a store: images, crops, teachers, codecs, sizes, and what is missing."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from fkd_ssl.text import format_bytes, printable
@@ -30,7 +30,7 @@ def describe(folder: str) -> dict[str, Any]:
     for name in store.teachers:
         column = store.column(name)
         columns[name] = {
-            **asdict(column.meta),
+            **column.meta.to_json(),
             "bytes_per_crop": column.meta.code_size + CROP_DTYPE.itemsize,
             "missing_shards": column.missing_shards,
         }
@@ -55,7 +55,8 @@ def describe(folder: str) -> dict[str, Any]:
 def run(config: Config) -> int:
     """Describes the store."""
     from fkd_ssl.commands import console
-    from fkd_ssl.store.write.columns import in_words, normalisation_in_words
+    from fkd_ssl.store.write.columns import in_words
+    from fkd_ssl.targets import TeacherInfo
 
     about = describe(config.store)
     if config.json:
@@ -72,14 +73,14 @@ def run(config: Config) -> int:
     if not about["teachers"]:
         lines.append("NOT FINISHED: it has no targets; fkd-ssl precompute writes them")
     for name, column in about["teachers"].items():
-        fidelity, teacher = column["fidelity"], column["teacher"]
+        fidelity, teacher = column["fidelity"], TeacherInfo.from_json(column["teacher"])
         measured = f" of {fidelity['sample']}" if fidelity["sample"] else ""
         lines += [
-            f"teacher {name}: {teacher['network']}, D = {column['dim']}, seen at {column['pixels']} px, {column['precision']}",
+            f"teacher {name}: {teacher.network}, {teacher.spec}, seen at {teacher.pixels} px, {teacher.precision}",
             f"  codec {column['codec']}: {column['bytes_per_crop']} bytes a crop with its record; {in_words(fidelity)}"
             f"{measured}",
-            f"  {normalisation_in_words(**column['preprocessing'])}",
-            f"  licence {teacher['licence']}; checkpoint sha256 {str(teacher['checkpoint_sha256'])[:16]}",
+            f"  {teacher.normalisation}",
+            f"  licence {teacher.licence}; checkpoint sha256 {str(teacher.checkpoint_sha256)[:16]}",
         ]
         if "source_codec" in fidelity:
             lines.append(f"  recoded from {fidelity['source_codec']}: information that it discarded cannot be recovered")

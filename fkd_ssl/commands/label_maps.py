@@ -50,7 +50,7 @@ def run(config: Config) -> int:
 
     images = images_of(config.images)
     teacher = resolve.teacher_of(config.teacher, config.checkpoint, config.precision)
-    dense = DenseTeacher(teacher, pixels=resolve.pixels_of(config.pixels, teacher.pixels))
+    dense = DenseTeacher(teacher, pixels=resolve.pixels_of(config.pixels, teacher.info.pixels))
     with console.skipping(config.on_unreadable) as skipped:
         made = generate(
             images, config.out, dense, k=config.k, batch_size=config.batch_size,
@@ -59,6 +59,7 @@ def run(config: Config) -> int:
         )  # fmt: skip
         if skipped is not None:
             skipped.update(made.unreadable)
+    classes = teacher.info.spec.size
     if made.busy:
         console.say(f"{len(made.busy)} shards are being written by another process; if that is stopped, run this again")
     else:
@@ -66,12 +67,12 @@ def run(config: Config) -> int:
     if config.json:
         values = asdict(made)
         values["unreadable_images"] = len(values.pop("unreadable"))
-        console.show_json({**values, "classes": teacher.dim, "k": config.k, "height": dense.height, "width": dense.width})
+        console.show_json({**values, "classes": classes, "k": config.k, "height": dense.height, "width": dense.width})
     elif not made.made and not made.busy:
         console.show(f"{config.out}: complete, and every file has its checksum; {format_bytes(made.bytes)}")
     else:
         console.show(
-            f"{config.out}: {made.made:,} images in {format_duration(made.seconds)}, {config.k} of {teacher.dim:,} classes at "
+            f"{config.out}: {made.made:,} images in {format_duration(made.seconds)}, {config.k} of {classes:,} classes at "
             f"each of {dense.height} x {dense.width} places; {format_bytes(made.bytes)} on disk"
         )
     return 0

@@ -6,9 +6,12 @@ Hours depend on the teacher and the machine: the same precompute with --limit 50
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fkd_ssl.text import format_bytes
+
+if TYPE_CHECKING:
+    from fkd_ssl.targets import TargetSpec
 
 CODECS = ("Flat", "SQfp16", "SQ8", "SQ6", "SQ4", "OPQ32,PQ32x8", "OPQ16,PQ16x8")
 
@@ -42,8 +45,6 @@ def run(config: Config) -> int:
     from fkd_ssl.commands.images import images_of
     from fkd_ssl.crops import CROP_DTYPE
     from fkd_ssl.errors import RequestError
-    from fkd_ssl.store.codecs import check_kind, code_size, usual_codec
-    from fkd_ssl.store.label_codecs import LABELS
     from fkd_ssl.store.manifest import limit_images
 
     if config.crops <= 0:
@@ -52,19 +53,19 @@ def run(config: Config) -> int:
     teacher = resolve.teacher_of(config.teacher, config.checkpoint)
     targets = len(images) * config.crops
     per_image = sum(len(name.encode()) + 80 for name in images.names)  # its line, its size, its checksum
-    chosen = config.codec or usual_codec(teacher.kind, teacher.dim)
-    check_kind(teacher.kind, chosen, teacher.name)
-    sizes = {chosen: code_size(chosen, teacher.dim)}
-    for codec in CODECS if teacher.kind == "embedding" else LABELS:
+    target = teacher.info.spec
+    chosen = config.codec or target.rules.default_codec(target.shape)
+    sizes = {chosen: target.check_codec(chosen, teacher.info.name)}
+    for codec in CODECS if target.kind == "embedding" else target.rules.examples:
         try:
-            sizes[codec] = code_size(codec, teacher.dim)
+            sizes[codec] = target.rules.code_size(codec, target.shape)
         except RequestError:
             continue  # its parts do not divide D, or it keeps all classes
     codecs: dict[str, dict[str, Any]] = {
         codec: {
             "bytes_per_crop": size + CROP_DTYPE.itemsize,
             "bytes": per_image + targets * (size + CROP_DTYPE.itemsize),
-            "refused": _refused(codec, targets),
+            "refused": _refused(codec, target, targets),
         }
         for codec, size in sorted(sizes.items(), key=lambda item: -item[1])
     }
@@ -72,7 +73,8 @@ def run(config: Config) -> int:
     disk = next(place for place in (store, *store.absolute().parents) if place.exists())
     free = shutil.disk_usage(disk).free
     plan: dict[str, Any] = {
-        "images": len(images), "crops": config.crops, "targets": targets, "dim": teacher.dim, "teacher": teacher.network,
+        "images": len(images), "crops": config.crops, "targets": targets, "dim": target.size,
+        "teacher": teacher.info.network,
         "codec": chosen, "codecs": codecs, "free_bytes": free, "fits": codecs[chosen]["bytes"] < free,
     }  # fmt: skip
     if config.json:
@@ -103,13 +105,13 @@ def describe(config: Config, plan: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _refused(codec: str, targets: int) -> str | None:
+def _refused(codec: str, target: "TargetSpec", targets: int) -> str | None:
     """Why so many targets are too few to train a codec on; None if they are enough."""
     from fkd_ssl.errors import RequestError
     from fkd_ssl.store.write.columns import check_sample, sample_targets
 
     try:
-        check_sample(codec, sample_targets(codec, targets))
+        check_sample(codec, target, sample_targets(codec, target, targets))
     except RequestError as error:
         return str(error)
     return None

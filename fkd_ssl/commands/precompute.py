@@ -163,9 +163,9 @@ def write(
     if config.device_crops:
         check_device(resolve.device())
     images, teachers = (load or load_all)(config)
-    sides = [resolve.pixels_of(config.pixels, teacher.pixels) for teacher in teachers]
+    sides = [resolve.pixels_of(config.pixels, teacher.info.pixels) for teacher in teachers]
     for teacher, side in zip(teachers, sides, strict=True):
-        if side != teacher.pixels:  # one that cannot take it says so now, not after the store is begun
+        if side != teacher.info.pixels:  # one that cannot take it says so now, not after the store is begun
             teacher.embed(torch.zeros(2, 3, side, side, dtype=torch.uint8))
     if config.evaluate is not None and not processes.rank()[0] and (share is None or not share.index):
         _evaluate(config, config.evaluate, teachers, log)
@@ -197,16 +197,16 @@ def _evaluate(config: Config, folder: str, teachers: "Sequence[Teacher]", log: C
     from fkd_ssl.eval import classify
 
     val = images_of(folder)
-    if all(teacher.kind != "distribution" for teacher in teachers):
+    if all(teacher.info.spec.kind != "distribution" for teacher in teachers):
         raise RequestError(
             f"--evaluate {folder}: no teacher gives class probabilities; fkd-ssl knn and linear score embeddings"
         )
     for teacher in teachers:
-        if teacher.kind == "distribution":
-            side = resolve.pixels_of(config.pixels, teacher.pixels)
-            found = classify.evaluate(teacher.embed, val, pixels=side, classes=teacher.dim, workers=0)
+        if teacher.info.spec.kind == "distribution":
+            side = resolve.pixels_of(config.pixels, teacher.info.pixels)
+            found = classify.evaluate(teacher.embed, val, pixels=side, classes=teacher.info.spec.size, workers=0)
             scores = f"top-1 {found['top1']:.2f} %, top-5 {found['top5']:.2f} %"
-            log(f"teacher {teacher.name}: {scores} of {len(val):,} images at {side} px")
+            log(f"teacher {teacher.info.name}: {scores} of {len(val):,} images at {side} px")
 
 
 def load_all(config: Config) -> "tuple[ImageSource, list[Teacher]]":

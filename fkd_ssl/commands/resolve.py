@@ -4,7 +4,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -13,12 +13,11 @@ from torch import Tensor, nn
 from fkd_ssl.crops import IMPORTED, RECIPES, Recipe
 from fkd_ssl.errors import RequestError, did_you_mean
 from fkd_ssl.files import sha256
-from fkd_ssl.store.write.columns import normalisation_in_words
 from fkd_ssl.students import CLASSIFIER, EXPORTED, MEAN, STD, Student, load_student
+from fkd_ssl.targets import Precision
 from fkd_ssl.teachers import Ensemble, Teacher, load_teacher
 from fkd_ssl.teachers.registry import LIBRARIES
 from fkd_ssl.teachers.state_dicts import tensors_digest, weights_digest
-from fkd_ssl.teachers.teacher import Precision
 from fkd_ssl.training.groups import checkpoints_of, split
 from fkd_ssl.training.monitor import last_checkpoint
 
@@ -111,9 +110,10 @@ def teachers_of(names: str, checkpoints: str | None, precision: Precision = "fp3
     teachers = [teacher_of(name, file, precision) for name, file in asked]
     taken: Counter[str] = Counter()
     for teacher in teachers:
-        taken[teacher.name] += 1
-        if taken[teacher.name] > 1:
-            teacher.name += f"-{taken[teacher.name]}"
+        name = teacher.info.name
+        taken[name] += 1
+        if taken[name] > 1:
+            teacher.info = replace(teacher.info, name=f"{name}-{taken[name]}")
     return teachers
 
 
@@ -136,7 +136,7 @@ def _one_teacher(name: str, checkpoint: str | None, precision: Precision) -> Tea
         student.backbone,
         student.head,
         name=re.sub(r"[^A-Za-z0-9._-]", "-", run.name),
-        dim=student.dims[0],
+        shape=(student.dims[0],),
         feature_dim=student.feature_dim,
         network=", ".join(f"{key} {value}" for key, value in student.made_of.items()),
         pixels=pixels,
@@ -161,11 +161,15 @@ def model_of(spec: str, checkpoint: str | None = None) -> Model:
     path = Path(spec)
     if spec.startswith("teacher:") or (not path.exists() and (":" in spec or spec.partition("/")[0] in LIBRARIES)):
         teacher = teacher_of(spec.removeprefix("teacher:"), checkpoint)
-        about = {"checkpoint": teacher.checkpoint, "checkpoint_sha256": teacher.checkpoint_sha256, "licence": teacher.licence}
-        seen = normalisation_in_words(teacher.mean, teacher.std)
-        return _model(
-            spec, teacher, teacher.features, teacher.pixels, {"network": teacher.network, "normalisation": seen, **about}
-        )
+        info = teacher.info
+        about = {
+            "network": info.network,
+            "normalisation": info.normalisation,
+            "checkpoint": info.checkpoint,
+            "checkpoint_sha256": info.checkpoint_sha256,
+            "licence": info.licence,
+        }
+        return _model(spec, teacher, teacher.features, info.pixels, about)
     if checkpoint is not None:
         raise RequestError("--checkpoint goes with --model teacher:NAME; a run's own checkpoint is named as --model")
     student, pixels = student_of(spec)

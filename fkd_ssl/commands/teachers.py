@@ -96,7 +96,7 @@ def _fetch(config: Config, name: str) -> int:
 
     def check(path: "Path") -> None:
         nonlocal network
-        network = load_teacher(name, checkpoint=path).network
+        network = load_teacher(name, checkpoint=path).info.network
 
     with tqdm(unit="B", unit_scale=True, desc=preset.file, disable=hidden(show=present is None)) as bar:
 

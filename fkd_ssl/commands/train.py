@@ -154,10 +154,10 @@ def _check(config: Config, images: "ImageSource", data: "TrainingData", init: "S
     for about in data.targets:
         objective_of(config, about)
         if config.calibrate_below is not None:
-            check_classes(images, about.dim)
+            check_classes(images, about.spec.size)
     if config.logger is not None:
         check_logger(config.logger)
-    dims = [about.dim for about in data.targets]
+    dims = [about.spec.size for about in data.targets]
     student = Student(config.student, *dims, head=config.head, stem=config.stem, width=config.width)
     if init is not None:
         student.start_from(init)

@@ -15,13 +15,13 @@ from fkd_ssl.data import Crops, FreshCrops, RecordedCrops, RelabelledCrops, Stor
 from fkd_ssl.eval.classify import check_classes
 from fkd_ssl.eval.features import require_two_classes
 from fkd_ssl.images import ImageSource
-from fkd_ssl.objectives import TargetInfo
 from fkd_ssl.relabel import LabelMaps
 from fkd_ssl.store import Store, open_store
 from fkd_ssl.store.maintain.verify import check_files
 from fkd_ssl.store.reader import Column
 from fkd_ssl.store.write.precompute import prepare
 from fkd_ssl.store.write.recording import Recording, is_published
+from fkd_ssl.targets import TargetSpec, TeacherInfo
 from fkd_ssl.teachers import Teacher
 from fkd_ssl.text import format_bytes
 from fkd_ssl.training.config import TrainConfig
@@ -36,7 +36,7 @@ class TrainingData:
 
     crops: Crops | None
     """The crops, with targets if these are stored; None until the store that is recorded is planned."""
-    targets: list[TargetInfo]
+    targets: list[TeacherInfo]
     """What is known about the targets of each teacher."""
     inputs: dict[str, str] = field(default_factory=dict)
     """What the targets are read from or computed with, with digests; see `runs.Inputs`."""
@@ -80,7 +80,7 @@ def _stored(config: TrainConfig, images: ImageSource, store: Store | None) -> Tr
     crops = StoredCrops(store, images, teacher=config.teachers or None, scale_boxes=config.scale_boxes, **_crop_options(config))
     return TrainingData(
         crops=crops,
-        targets=[TargetInfo(name=c.name, dim=c.meta.dim, arrays=c.teacher_arrays(), kind=c.meta.kind) for c in crops.columns],
+        targets=[column.info for column in crops.columns],
         inputs=_store_inputs(store) | {f"column {column.name}": f"sha256 {column.digest}" for column in crops.columns},
         check=lambda: _check_store(config, store, crops.columns),
     )
@@ -92,7 +92,7 @@ def _labels(config: TrainConfig, images: ImageSource, store: Store | None) -> Tr
     require_two_classes(images)
     return TrainingData(
         crops=_crops_without_targets(config, images, store),
-        targets=[TargetInfo(name="labels", dim=len(images.classes), kind="distribution")],
+        targets=[TeacherInfo(name="labels", spec=TargetSpec("distribution", (len(images.classes),)))],
         inputs={} if store is None else _store_inputs(store),
     )
 
@@ -103,7 +103,7 @@ def _relabel(config: TrainConfig, images: ImageSource, store: Store | None) -> T
     maps = LabelMaps(config.label_maps)
     return TrainingData(
         crops=RelabelledCrops(images, maps, resolve.recipe_of(config.recipe), **_crop_options(config)),
-        targets=[TargetInfo(name=maps.manifest.teacher["name"], dim=maps.classes, kind="distribution")],
+        targets=[maps.manifest.teacher],
         inputs={"label maps": f"sha256 {maps.manifest.digest}"},
         check=lambda: maps.verify() if files.total_bytes(maps.folder) < _CHECKED_BYTES else None,
     )
@@ -113,10 +113,10 @@ def _online(config: TrainConfig, images: ImageSource, store: Store | None) -> Tr
     """Crops of the store or fresh ones, with targets that the teachers compute for every batch."""
     assert config.teacher is not None  # by TrainConfig
     teachers = resolve.teachers_of(config.teacher, config.checkpoint)
-    inputs = {f"teacher {teacher.name}": f"{teacher.network}, sha256 {teacher.checkpoint_sha256}" for teacher in teachers}
+    inputs = {f"teacher {t.info.name}": f"{t.info.network}, sha256 {t.info.checkpoint_sha256}" for t in teachers}
     return TrainingData(
         crops=None if config.record is not None else _crops_without_targets(config, images, store),
-        targets=[TargetInfo(name=t.name, dim=t.dim, arrays=t.arrays, kind=t.kind) for t in teachers],
+        targets=[teacher.info for teacher in teachers],
         inputs=({} if store is None else _store_inputs(store)) | inputs,
         teachers=teachers,
     )
@@ -153,8 +153,9 @@ def _check_store(config: TrainConfig, store: Store, columns: list[Column]) -> No
             check_files(store, column)
         else:
             console.say("note: the store's checksums are not read here; fkd-ssl verify does that")
-        if column.meta.pixels != config.pixels:
-            console.say(f"note: the teacher saw crops of {column.meta.pixels} px, the student trains on {config.pixels} px")
+        seen = column.meta.teacher.pixels
+        if seen != config.pixels:
+            console.say(f"note: the teacher saw crops of {seen} px, the student trains on {config.pixels} px")
         if column.meta.probe_digest != probe_digest(str(resolve.device()) if config.device_crops else None):
             where = f"{resolve.device().type} makes" if config.device_crops else "this machine makes"
             console.say(f"warning: {where} slightly other pixels of a crop than the one that ran the teacher")
@@ -234,7 +235,7 @@ def publish(config: TrainConfig, data: TrainingData) -> None:
                 "crops": store.crops_per_image,
                 "recipe": config.recipe,
                 "codec": column.meta.codec,
-                "pixels": column.meta.pixels,
+                "pixels": column.meta.teacher.pixels,
                 "seed": config.seed,
                 "chunk_size": column.meta.chunk_size,
                 "on_unreadable": "skip" if config.on_unreadable == "skip" else None,
@@ -248,7 +249,7 @@ def publish(config: TrainConfig, data: TrainingData) -> None:
 
 def describe(config: TrainConfig, data: TrainingData) -> dict[str, Any]:
     """What a run's card says about its teachers, its store and its crops."""
-    known = [vars(teacher) for teacher in data.teachers]
+    known = [teacher.info for teacher in data.teachers]
     crops = data.crops
     if not isinstance(crops, StoredCrops):
         maps = [crops.maps.manifest.teacher] if isinstance(crops, RelabelledCrops) else []
@@ -261,7 +262,7 @@ def describe(config: TrainConfig, data: TrainingData) -> dict[str, Any]:
         "stored an image": manifest.crops_per_image,
         "seed of the draw": manifest.seed,
     }
-    about = known or [{**column.meta.teacher, "name": column.name} for column in crops.columns]
+    about = known or [column.info for column in crops.columns]
     return {"teachers": about, "store": store, "recipe": _describe_recipe(manifest.recipe)}
 
 

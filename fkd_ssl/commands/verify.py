@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from fkd_ssl.store import Store
-    from fkd_ssl.teachers.teacher import Precision
+    from fkd_ssl.targets import Precision
 
 POSITIONALS = ("store",)
 

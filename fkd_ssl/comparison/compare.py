@@ -18,11 +18,9 @@ from fkd_ssl.errors import FkdError, RequestError
 from fkd_ssl.eval.classify import check_classes
 from fkd_ssl.eval.features import match_classes
 from fkd_ssl.images import ImageSource, open_images
-from fkd_ssl.objectives import TargetInfo
 from fkd_ssl.pretraining.config import PretrainConfig
 from fkd_ssl.pretraining.engine import check_pretraining, weights_file
 from fkd_ssl.relabel import generate
-from fkd_ssl.store.codecs import check_kind, code_size, usual_codec
 from fkd_ssl.store.maintain.recode import recode
 from fkd_ssl.store.maintain.subset import subset
 from fkd_ssl.store.reader import Store
@@ -88,12 +86,12 @@ def compare(config: CompareConfig, tools: Tools) -> dict[str, Any]:
     match_classes(images, val)
     check_student(config.student, config.pixels, head=config.head, stem=config.stem, width=config.width)
     teachers = tools.load_teachers()
-    arms = arms_of(config, [teacher.name for teacher in teachers])
+    arms = arms_of(config, [teacher.info.name for teacher in teachers])
     _check(config, images, val, teachers, arms)
     # before anything is written: not every network can make maps
     dense = DenseTeacher(teachers[0], pixels=config.pixels) if any(arm.kind == "relabel" for arm in arms) else None
     inputs = {**images.identity(), **val.identity("val images")}
-    inputs |= {f"teacher {teacher.name}": f"{teacher.network}, sha256 {teacher.checkpoint_sha256}" for teacher in teachers}
+    inputs |= {f"teacher {t.info.name}": f"{t.info.network}, sha256 {t.info.checkpoint_sha256}" for t in teachers}
     with runs.open_run(config.out, config, inputs) as (folder, state):
         if state == "done" and all(
             runs.read_config(folder).get(key) == getattr(config, key) for key in ("further_arms", "seeds")
@@ -101,12 +99,12 @@ def compare(config: CompareConfig, tools: Tools) -> dict[str, Any]:
             tools.log(f"{folder}: this comparison is done")
             return runs.read_results(folder)
         files.replace(folder / runs.CONFIG, runs.to_yaml(config).encode())  # seeds and further arms may be new
-        work = _Comparison(config, tools, folder, images, val, arms, [teacher.name for teacher in teachers])
+        work = _Comparison(config, tools, folder, images, val, arms, [teacher.info.name for teacher in teachers])
         for teacher in teachers:
             work.use_teacher(teacher)
         if dense is not None:
             work.make_label_maps(dense)
-        dim = teachers[0].dim
+        dim = teachers[0].info.spec.size
         del teachers, teacher, dense  # the trainings are processes of their own and need the memory
         work.make_stores()
         for seed in range(config.seeds):
@@ -119,17 +117,16 @@ def compare(config: CompareConfig, tools: Tools) -> dict[str, Any]:
 
 def _check(config: CompareConfig, images: ImageSource, val: ImageSource, teachers: list[Teacher], arms: list[Arm]) -> None:
     """Raises RequestError for what would fail later: codecs, classes, objective and batch."""
-    plain = training(arms[0], config, 0, [teacher.name for teacher in teachers])
+    plain = training(arms[0], config, 0, [teacher.info.name for teacher in teachers])
     for teacher in teachers:
-        objective_of(plain, TargetInfo(name=teacher.name, dim=teacher.dim, arrays=teacher.arrays, kind=teacher.kind))
-        own = config.codec or usual_codec(teacher.kind, teacher.dim)
+        objective_of(plain, teacher.info)
+        own = config.codec or teacher.info.spec.rules.default_codec(teacher.info.spec.shape)
         for codec in (own, *(arm.codec for arm in arms if arm.codec is not None)):
-            code_size(codec, teacher.dim)
-            check_kind(teacher.kind, codec, teacher.name)
+            teacher.info.spec.check_codec(codec, teacher.info.name)
         if own in [arm.codec for arm in arms]:
             raise RequestError(f"further_arms 'stored:{own}': the store has that codec")
         if config.head == CLASSIFIER:
-            check_classes(val, teacher.dim)
+            check_classes(val, teacher.info.spec.size)
     for arm in arms:
         if arm.kind == "alone":
             check_pretraining(pretraining(config, "alone", seed=0, epochs=1), images)
@@ -168,7 +165,7 @@ class _Comparison:
     def use_teacher(self, teacher: Teacher) -> None:
         """Scores a teacher and writes its column of the store."""
         single = len(self.columns) == 1
-        name = "teacher" if single else f"teacher:{teacher.name}"
+        name = "teacher" if single else f"teacher:{teacher.info.name}"
         scores = self.scorer.score(name.replace(":", "-"), teacher.features, classify=teacher.embed)
         self.lines.append({"name": name, "seed": None, **scores, **_UNTRAINED})
         summary = precompute(
@@ -186,7 +183,7 @@ class _Comparison:
         seconds = None
         if summary.crops:  # this call may have computed a part only
             seconds = summary.seconds * len(self.images) * self.config.stored_crops / summary.crops
-        self.seconds.append(self._noted("precompute.json" if single else f"precompute-{teacher.name}.json", seconds))
+        self.seconds.append(self._noted("precompute.json" if single else f"precompute-{teacher.info.name}.json", seconds))
 
     def make_label_maps(self, dense: DenseTeacher) -> None:
         """Makes the label maps of the arm relabel."""
@@ -194,7 +191,7 @@ class _Comparison:
             self.images,
             self.folder / MAPS,
             dense,
-            k=min(5, dense.teacher.dim),
+            k=min(5, dense.teacher.info.spec.size),
             threads=self.tools.threads,
             log=self.tools.log,
         )

@@ -1,14 +1,8 @@
 """Objectives: the loss between a student's output and a target, both [B, D]."""
 
 import inspect
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Any
-
-import numpy.typing as npt
 
 from fkd_ssl.errors import RequestError, did_you_mean
-from fkd_ssl.kinds import Kind
 from fkd_ssl.objectives.cosine import Cosine
 from fkd_ssl.objectives.discriminator import Discriminator
 from fkd_ssl.objectives.expression import Term, parse
@@ -19,21 +13,7 @@ from fkd_ssl.objectives.queue_kl import QueueKL
 from fkd_ssl.objectives.relational import Relational
 from fkd_ssl.objectives.soft_ce import SoftCE
 from fkd_ssl.objectives.weighted import Weighted
-
-
-@dataclass(frozen=True, kw_only=True)
-class TargetInfo:
-    """What is known of one teacher's targets before the first of them is seen: of a store's column, or of a teacher."""
-
-    name: str
-    """The column or the teacher."""
-    dim: int
-    """D."""
-    arrays: Mapping[str, npt.NDArray[Any]] = field(default_factory=dict)
-    """What the teacher has beside its embeddings, for instance `prototypes` float32 [K, D]."""
-    kind: Kind = "embedding"
-    """L2-normalised vectors, or class probabilities."""
-
+from fkd_ssl.targets import KINDS, TeacherInfo
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "feature_kl": FeatureKL,
@@ -46,13 +26,13 @@ OBJECTIVES: dict[str, type[Objective]] = {
 }
 
 
-def make_objective(expression: str, *, about: TargetInfo | None = None) -> Objective:
+def make_objective(expression: str, *, about: TeacherInfo | None = None) -> Objective:
     """The objective that an expression names, or a weighted sum of several.
 
     Args:
         expression: A name of OBJECTIVES, perhaps with settings, `queue_kl(queue=4096, temperature=0.07)`; or a sum of such,
             perhaps with weights, `feature_kl + 0.5*relational`. A setting that is not given has the paper's value.
-        about: The targets that it is for; an objective that needs only its two vectors does without.
+        about: Whose targets it is for; an objective that needs only its two vectors does without.
 
     Raises:
         RequestError: The expression cannot be read, a name or a setting is unknown, a value is wrong, or the targets lack what
@@ -71,7 +51,7 @@ def settings_of(name: str) -> list[str]:
     return [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
 
 
-def _part(term: Term, about: TargetInfo | None) -> Objective:
+def _part(term: Term, about: TeacherInfo | None) -> Objective:
     if term.name not in OBJECTIVES:
         raise RequestError(
             f"objective {term.name!r} is unknown; there are {', '.join(OBJECTIVES)}{did_you_mean(term.name, OBJECTIVES)}"
@@ -84,14 +64,14 @@ def _part(term: Term, about: TargetInfo | None) -> Objective:
     return _fitting(OBJECTIVES[term.name].for_targets(about, **term.settings), term.name, about)
 
 
-def _fitting(objective: Objective, name: str, about: TargetInfo | None) -> Objective:
+def _fitting(objective: Objective, name: str, about: TeacherInfo | None) -> Objective:
     """The objective; raises RequestError if it is for another kind of targets."""
-    if about is not None and about.kind != objective.kind:
-        what, fits = {
-            "embedding": ("embeddings", "feature_kl, for instance, and --head mocov2"),
-            "distribution": ("class probabilities", "soft_ce and --head classifier"),
-        }[about.kind]
-        raise RequestError(f"objective {name}: the targets of {about.name!r} are {what}: choose --objective {fits}")
+    if about is not None and about.spec.kind != objective.kind:
+        advice = {
+            "embedding": "choose --objective feature_kl, for instance, and --head mocov2",
+            "distribution": "choose --objective soft_ce and --head classifier",
+        }.get(about.spec.kind, f"{name} is for {KINDS[objective.kind].words}")
+        raise RequestError(f"objective {name}: the targets of {about.name!r} are {about.spec.rules.words}: {advice}")
     return objective
 
 
@@ -105,7 +85,6 @@ __all__ = [
     "QueueKL",
     "Relational",
     "SoftCE",
-    "TargetInfo",
     "Weighted",
     "make_objective",
     "settings_of",

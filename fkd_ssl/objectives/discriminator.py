@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor, nn
 
-from fkd_ssl.objectives.objective import Objective, dim_of
+from fkd_ssl.objectives.objective import Objective, size_of
 
 if TYPE_CHECKING:
-    from fkd_ssl.objectives import TargetInfo
+    from fkd_ssl.targets import TeacherInfo
 
 
 class Discriminator(Objective):
@@ -33,9 +33,9 @@ class Discriminator(Objective):
             )  # fmt: skip
 
     @classmethod
-    def for_targets(cls, about: "TargetInfo | None", **settings: Any) -> Self:
+    def for_targets(cls, about: "TeacherInfo | None", **settings: Any) -> Self:
         """The objective for targets of their number of classes."""
-        return cls(dim_of(about, "discriminator"), **settings)
+        return cls(size_of(about, "discriminator"), **settings)
 
     def forward(self, student: Tensor, target: Tensor) -> Tensor:
         """The mean cross-entropy in nats, a scalar, of student logits [B, K] and target probabilities [B, K]."""

@@ -8,26 +8,27 @@ import torch
 from torch import Tensor, nn
 
 from fkd_ssl.errors import RequestError
-from fkd_ssl.kinds import Kind
 
 if TYPE_CHECKING:
-    from fkd_ssl.objectives import TargetInfo
+    from fkd_ssl.targets import TeacherInfo
 
 
 class Objective(nn.Module):
-    """A loss between a student's outputs and their targets, both [B, D]: L2-normalised, or logits and class probabilities.
+    """A loss between a student's outputs [B, D] and their targets: L2-normalised [B, D], or logits and class probabilities.
+
+    An objective for targets of another shape is given as many outputs as a target has numbers.
 
     Its settings are the keyword-only arguments of its constructor, each of them a number with a default:
     `--objective "name(setting=value)"` sets them, and nothing outside its module knows their names.
 
     Attributes:
-        kind: Of the targets.
+        kind: Of the targets, one of fkd_ssl.targets.KINDS.
     """
 
-    kind: Kind = "embedding"
+    kind: str = "embedding"
 
     @classmethod
-    def for_targets(cls, about: "TargetInfo | None", **settings: Any) -> Self:
+    def for_targets(cls, about: "TeacherInfo | None", **settings: Any) -> Self:
         """The objective for targets of which `about` is known; what needs more of them than its settings overrides this.
 
         Raises:
@@ -54,13 +55,13 @@ def check_positive(objective: str, **settings: float) -> None:
             raise RequestError(f"objective {objective}: {name} {value!r}: must be positive and finite")
 
 
-def dim_of(about: "TargetInfo | None", objective: str) -> int:
-    """The targets' dimension; raises RequestError if nothing is known of them."""
+def size_of(about: "TeacherInfo | None", objective: str) -> int:
+    """Numbers in one target; raises RequestError if nothing is known of them."""
     if about is None:
         raise RequestError(
-            f"objective {objective}: needs to know the targets' dimension; pass about=TargetInfo(name=..., dim=...)"
+            f"objective {objective}: the size of the targets is needed; pass about=TeacherInfo(name=..., spec=TargetSpec(...))"
         )
-    return about.dim
+    return about.spec.size
 
 
 def scores(rows: Tensor, columns: Tensor) -> Tensor:

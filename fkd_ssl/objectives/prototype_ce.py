@@ -11,7 +11,7 @@ from fkd_ssl.errors import RequestError
 from fkd_ssl.objectives.objective import Objective, check_positive, cross_entropy, scores
 
 if TYPE_CHECKING:
-    from fkd_ssl.objectives import TargetInfo
+    from fkd_ssl.targets import TeacherInfo
 
 
 class PrototypeCE(Objective):
@@ -43,7 +43,7 @@ class PrototypeCE(Objective):
         self.register_buffer("prototypes", F.normalize(prototypes, dim=1), persistent=False)
 
     @classmethod
-    def for_targets(cls, about: "TargetInfo | None", **settings: Any) -> Self:
+    def for_targets(cls, about: "TeacherInfo | None", **settings: Any) -> Self:
         """The objective with the prototypes of the targets' teacher, its array `prototypes` float32 [K, D].
 
         Raises:
@@ -53,9 +53,10 @@ class PrototypeCE(Objective):
             where = "the targets" if about is None else f"the targets of {about.name!r}"
             raise RequestError(f"objective prototype_ce: {where} have no prototypes; use a SwAV teacher, or another objective")
         found = about.arrays["prototypes"].astype(np.float32, copy=False)
-        if found.ndim != 2 or found.shape[1] != about.dim:
+        if found.ndim != 2 or found.shape[1:] != about.spec.shape:
             raise RequestError(
-                f"objective prototype_ce: the prototypes of {about.name!r} are {list(found.shape)}, expected [K, {about.dim}]"
+                f"objective prototype_ce: the prototypes of {about.name!r} are {list(found.shape)}, expected "
+                f"[K, {about.spec.size}]"
             )
         return cls(torch.from_numpy(found), **settings)
 

@@ -8,10 +8,10 @@ from torch import distributed as dist
 from torch.nn import functional as F
 
 from fkd_ssl.errors import RequestError
-from fkd_ssl.objectives.objective import Objective, check_positive, cross_entropy, dim_of, scores
+from fkd_ssl.objectives.objective import Objective, check_positive, cross_entropy, scores, size_of
 
 if TYPE_CHECKING:
-    from fkd_ssl.objectives import TargetInfo
+    from fkd_ssl.targets import TeacherInfo
 
 
 class QueueKL(Objective):
@@ -49,9 +49,9 @@ class QueueKL(Objective):
         self.register_buffer("next", torch.zeros((), dtype=torch.int64))
 
     @classmethod
-    def for_targets(cls, about: "TargetInfo | None", **settings: Any) -> Self:
+    def for_targets(cls, about: "TeacherInfo | None", **settings: Any) -> Self:
         """The objective for targets of their dimension."""
-        return cls(dim_of(about, "queue_kl"), **settings)
+        return cls(size_of(about, "queue_kl"), **settings)
 
     def forward(self, student: Tensor, target: Tensor) -> Tensor:
         """The mean cross-entropy in nats, a scalar, of L2-normalised student [B, D] and target [B, D]."""

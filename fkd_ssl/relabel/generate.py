@@ -7,7 +7,7 @@ are what the teacher runs on and what a killed run resumes from.
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -28,27 +28,16 @@ from fkd_ssl.relabel import layout
 from fkd_ssl.store.listing import MANIFEST, read_images, write_sidecar
 from fkd_ssl.store.write import publish, work
 from fkd_ssl.store.write.rows import in_order
+from fkd_ssl.targets import TeacherInfo
 from fkd_ssl.text import format_bytes
 
 _LATER = "-"  # a checksum that is not known yet
 
 
-class About(Protocol):
-    """What a manifest says of a teacher; fkd_ssl.teachers.Teacher has it."""
+class Described(Protocol):
+    """A teacher; fkd_ssl.teachers.Teacher is one."""
 
-    name: str
-    network: str
-    licence: str
-    source: str | None
-    checkpoint: str | None
-    checkpoint_sha256: str | None
-    dim: int
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-
-    @property
-    def precision(self) -> str:
-        """Arithmetic of its forward."""
+    info: TeacherInfo
 
 
 class Dense(Protocol):
@@ -59,7 +48,7 @@ class Dense(Protocol):
     width: int
 
     @property
-    def teacher(self) -> About:
+    def teacher(self) -> Described:
         """Whose logits these are."""
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
@@ -174,28 +163,32 @@ def generate(
 
 def _wanted(images: ImageSource, dense: Dense, *, k: int, batch_size: int) -> layout.Manifest:
     """The manifest that is asked for, but for the images' sizes."""
-    teacher = dense.teacher
-    if not 1 <= k <= teacher.dim:
-        raise RequestError(f"k {k}: teacher {teacher.name} has {teacher.dim} classes; k must lie in 1 to {teacher.dim}")
+    teacher = replace(dense.teacher.info, pixels=dense.pixels)
+    classes = teacher.spec.size
+    if not 1 <= k <= classes:
+        raise RequestError(f"k {k}: teacher {teacher.name} has {classes} classes; k must lie in 1 to {classes}")
     if not 1 <= batch_size <= 2**16:
         raise RequestError(f"batch_size {batch_size}: must lie in 1 to {2**16}")
-    if teacher.dim > layout.MOST_CLASSES:
-        raise RequestError(f"teacher {teacher.name}: {teacher.dim} classes, over {layout.MOST_CLASSES}")
-    if 4 * teacher.dim * dense.height * dense.width > layout.MOST_BYTES:
+    if classes > layout.MOST_CLASSES:
+        raise RequestError(f"teacher {teacher.name}: {classes} classes, over {layout.MOST_CLASSES}")
+    if 4 * classes * dense.height * dense.width > layout.MOST_BYTES:
         raise RequestError(
-            f"teacher {teacher.name}: {teacher.dim} classes at {dense.height} x {dense.width} places are more than label maps "
+            f"teacher {teacher.name}: {classes} classes at {dense.height} x {dense.width} places are more than label maps "
             "hold; choose fewer --pixels"
         )
     publish.check_names(images)
     return layout.Manifest(
-        teacher={
-            **{name: getattr(teacher, name) for name in ("name", "network", "licence", "source", "checkpoint")},
-            "checkpoint_sha256": teacher.checkpoint_sha256, "mean": list(teacher.mean), "std": list(teacher.std),
-        },
-        pixels=dense.pixels, precision=teacher.precision, batch_size=batch_size, probe_digest=probe_digest(),
-        classes=teacher.dim, k=k, height=dense.height, width=dense.width, rows_per_shard=layout.ROWS_PER_SHARD,
-        count=len(images), images_sha256=files.sha256(images.names.lines), sizes_sha256=_LATER,
-    )  # fmt: skip
+        teacher=teacher,
+        batch_size=batch_size,
+        probe_digest=probe_digest(),
+        k=k,
+        height=dense.height,
+        width=dense.width,
+        rows_per_shard=layout.ROWS_PER_SHARD,
+        count=len(images),
+        images_sha256=files.sha256(images.names.lines),
+        sizes_sha256=_LATER,
+    )
 
 
 def _check(folder: Path, wanted: layout.Manifest, images: ImageSource) -> None:
@@ -220,14 +213,8 @@ def _check(folder: Path, wanted: layout.Manifest, images: ImageSource) -> None:
                 "were begun; restore it, or choose another --out"
             )
     same = replace(wanted, sizes_sha256=here.sizes_sha256, rows_per_shard=here.rows_per_shard)
-    for key, value in asdict(same).items():
-        found = getattr(here, key)
-        if key == "teacher":  # the name of the file of weights is not their identity
-            found, value = ({**about, "checkpoint": None} for about in (found, value))
-        if found != value:
-            raise RequestError(
-                f"{folder}: label maps whose {key} is {found}, not {value}; give the same, or choose another --out"
-            )
+    if other := here.difference(same):
+        raise RequestError(f"{folder}: label maps whose {other}; give the same, or choose another --out")
 
 
 def _announce(folder: Path, wanted: layout.Manifest) -> str:
@@ -264,7 +251,7 @@ def _views(
     *, skip_unreadable: bool,
 ) -> Iterator[tuple[list[UInt8Array | None], list[str]]]:  # fmt: skip
     """Batches of whole images with their sha256; the next one is read while the teacher sees this one."""
-    calls = (partial(_whole, images, row, sizes[row], manifest.pixels, skip_unreadable) for row in rows)
+    calls = (partial(_whole, images, row, sizes[row], manifest.teacher.pixels, skip_unreadable) for row in rows)
     found = in_order(pool, calls, manifest.batch_size)
     while batch := list(islice(found, manifest.batch_size)):
         yield [view for view, _ in batch], [checksum for _, checksum in batch]
@@ -298,7 +285,7 @@ def _whole(images: ImageSource, row: int, size: np.void, pixels: int, skip_unrea
 
 def _sparse(dense: Dense, views: list[UInt8Array | None], manifest: layout.Manifest) -> npt.NDArray[Any]:
     """The maps [n] of a batch, NaN for skipped images; the teacher always runs on `batch_size` images, the rest black."""
-    batch = np.zeros((manifest.batch_size, 3, manifest.pixels, manifest.pixels), dtype=np.uint8)
+    batch = np.zeros((manifest.batch_size, 3, manifest.teacher.pixels, manifest.teacher.pixels), dtype=np.uint8)
     for k, view in enumerate(views):
         if view is not None:
             batch[k] = view
@@ -306,7 +293,7 @@ def _sparse(dense: Dense, views: list[UInt8Array | None], manifest: layout.Manif
     maps = np.zeros(len(views), dtype=manifest.dtype)
     maps["classes"], maps["logits"] = found.indices.cpu().numpy(), found.values.half().cpu().numpy()
     if not np.isfinite(maps["logits"]).all():
-        raise FkdError(f"teacher {dense.teacher.name}: gave logits that float16 cannot hold, of over 65,504 or not finite")
+        raise FkdError(f"teacher {dense.teacher.info.name}: gave logits that float16 cannot hold, of over 65,504 or not finite")
     for k, view in enumerate(views):
         if view is None:
             maps[k]["classes"], maps[k]["logits"] = 0, np.nan

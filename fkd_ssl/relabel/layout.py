@@ -16,15 +16,16 @@ import numpy as np
 import numpy.typing as npt
 
 from fkd_ssl import files
-from fkd_ssl.errors import StoreError
+from fkd_ssl.errors import RequestError, StoreError
 from fkd_ssl.store import listing
 from fkd_ssl.store.listing import MANIFEST, Listing, read_values
 from fkd_ssl.store.manifest import string_list
+from fkd_ssl.targets import TeacherInfo
+from fkd_ssl.targets.info import difference
 
 ROWS_PER_SHARD = 16384  # few files, since each that is mapped stays open
 MOST_CLASSES = 2**16
 MOST_BYTES = 2**28  # of an image's logits of all classes at each place, which a crop's targets are pooled from
-_ABOUT = {"name", "network", "licence", "source", "checkpoint_sha256"}  # of a teacher
 
 MAPS = "maps"
 
@@ -34,27 +35,34 @@ class Manifest(Listing):
     """What label maps are made of.
 
     Attributes:
-        teacher: `name`, `network`, `licence`, `source`, `checkpoint`, `checkpoint_sha256`, `mean` and `std`.
-        pixels: Side of what the teacher saw: the whole image, squashed to a square.
-        precision: Of its forward.
+        teacher: Whose logits these are; its `pixels` are the side of what it saw: the whole image, squashed to a square.
         batch_size: Images in one forward.
         probe_digest: Of the pixels that replay makes.
-        classes: K.
         k: Logits kept at each place.
         height: h.
         width: w.
     """
 
     FORMAT: ClassVar[str] = "fkd_ssl label maps"
-    teacher: dict[str, Any]
-    pixels: int
-    precision: str
+    teacher: TeacherInfo
     batch_size: int
     probe_digest: str
-    classes: int
     k: int
     height: int
     width: int
+
+    @property
+    def classes(self) -> int:
+        """K."""
+        return self.teacher.spec.size
+
+    @property
+    def _values(self) -> dict[str, Any]:
+        return {**super()._values, "teacher": self.teacher.to_json()}
+
+    def difference(self, other: "Manifest") -> str:
+        """The first key in which they differ, and its values; "" where they are the same."""
+        return difference(self._values, other._values)
 
     @property
     def dtype(self) -> np.dtype[np.void]:
@@ -73,19 +81,17 @@ def read_manifest(folder: Path) -> Manifest:
     values, digest = read_values(folder, Manifest.FORMAT, what="a folder of label maps", command="fkd-ssl label-maps")
     path = folder / MANIFEST
     try:
-        manifest = Manifest(**values)
-    except TypeError as error:
-        raise StoreError(f"{path}: keys are missing or unknown: {error}") from error
+        manifest = Manifest(**{**values, "teacher": TeacherInfo.from_json(values.get("teacher"))})
+    except (TypeError, RequestError) as error:
+        raise StoreError(f"{path}: keys are missing or unknown, or a value is invalid: {error}") from error
     most = {
-        "classes": MOST_CLASSES, "k": MOST_CLASSES, "height": 4096, "width": 4096, "rows_per_shard": 2**31, "count": 2**31,
-        "pixels": 4096, "batch_size": 2**16,
+        "k": MOST_CLASSES, "height": 4096, "width": 4096, "rows_per_shard": 2**31, "count": 2**31, "batch_size": 2**16,
     }  # fmt: skip
     numbers = {name: values[name] for name in most}
     fits = all(type(n) is int and 0 < n <= most[name] for name, n in numbers.items()) and manifest.k <= manifest.classes
     fits = fits and 4 * manifest.classes * manifest.height * manifest.width <= MOST_BYTES
-    teacher = manifest.teacher
-    if not fits or not isinstance(teacher, dict) or not teacher.keys() >= _ABOUT or not isinstance(teacher["name"], str):
-        raise StoreError(f"{path}: impossible numbers {numbers}, or no teacher; the file is damaged")
+    if not fits or manifest.teacher.spec.kind != "distribution":
+        raise StoreError(f"{path}: impossible numbers {numbers}, or another kind of teacher; the file is damaged")
     manifest.__dict__["digest"] = digest
     return manifest
 

@@ -3,26 +3,23 @@
 import re
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 
 from fkd_ssl import files
 from fkd_ssl.arrays import Float32Array, Int64Array, UInt8Array
 from fkd_ssl.crops import CROP_DTYPE, Records
-from fkd_ssl.errors import NotFoundError, StoreError
+from fkd_ssl.errors import NotFoundError, RequestError, StoreError
 from fkd_ssl.images import ImageSource
-from fkd_ssl.kinds import Kind
 from fkd_ssl.store import manifest as layout
-from fkd_ssl.store.codecs import kind_of, load_codec, parameter_shapes
 from fkd_ssl.store.listing import read_images, read_sidecar
 from fkd_ssl.store.shards import Index, ShardFiles
+from fkd_ssl.targets import TargetSpec, TeacherInfo
 
-Precision = Literal["fp32", "bf16", "fp16"]
-_MAX_DIM = 65536
 _TEACHERS = "teacher-"  # what the arrays that a teacher brings begin with
 _MAX_NUMBER = 2.0**53
 MAX_ARRAY = 2**28  # bytes of all arrays that a teacher brings, with their headers; of a codec's array at most
@@ -36,18 +33,14 @@ _CROPS_SIDECAR = re.compile(
 
 
 COSINES = ("cosine_mean", "cosine_min")
-_FIDELITY = (*COSINES, "sample")
-_FIDELITY_OF = {"distribution": ("total_variation_mean", "total_variation_max")}
 
 
 @dataclass(frozen=True, kw_only=True)
 class ColumnMeta:
     """meta.json of a column: whose targets these are and how they are encoded."""
 
-    kind: Kind
-    """`embedding`: L2-normalised vectors; `distribution`: class probabilities."""
-    dim: int
-    """D."""
+    teacher: TeacherInfo
+    """Who said them: kind and shape of a target are there, and `pixels` is the side of the crops that it saw."""
     codec: str
     """faiss factory string, or one of FKD's names for class probabilities."""
     code_size: int
@@ -56,20 +49,21 @@ class ColumnMeta:
     """Cosine of decoded to original targets on a held-out sample: `cosine_mean`, `cosine_min`, `sample`. A recoded column's
     are measured against its source's targets; it also has `source_codec`, `source_column` (sha256 of the source's meta.json as
     sidecars have it), and the source's own cosines to the teacher's targets, `source_cosine_mean` and `source_cosine_min`."""
-    teacher: dict[str, Any]
-    """name, network, licence, source, checkpoint_sha256."""
-    preprocessing: dict[str, list[float]]
-    """`mean` and `std` of RGB in 0 to 1."""
-    pixels: int
-    """Side of the crops that the teacher saw."""
-    precision: Precision
-    """Arithmetic of the teacher's forward."""
     chunk_size: int
     """Crops in one forward: another size gives other last bits."""
     probe_digest: str
     """Which pixel path made the crops; see fkd_ssl.crops.probe_digest."""
     arrays: dict[str, str]
     """sha256 of each .npy beside it: the codec's parameters, and the teacher's own under `teacher-`."""
+
+    @property
+    def target(self) -> TargetSpec:
+        """Kind and shape of the targets."""
+        return self.teacher.spec
+
+    def to_json(self) -> dict[str, Any]:
+        """As the file has it."""
+        return {**vars(self), "teacher": self.teacher.to_json()}
 
 
 def cosine_to_teacher(meta: ColumnMeta, key: str) -> float:
@@ -81,40 +75,30 @@ def read_meta(path: Path) -> tuple[ColumnMeta, str]:
     """A column's meta.json, and the digest that its sidecars have of it.
 
     Raises:
-        StoreError: It cannot be read, or a value is none that `precompute` writes.
+        StoreError: It cannot be read, or a value is not one that `precompute` writes.
     """
     values = files.read_json(path)
     try:
-        meta = ColumnMeta(**values)
-    except TypeError as error:
+        teacher = TeacherInfo.from_json(values.get("teacher"))
+        meta = ColumnMeta(**{**values, "teacher": teacher})
+    except (TypeError, RequestError) as error:
         raise StoreError(f"{path}: {error}; the file is damaged or newer") from error
     _check_meta(meta, path)
     return meta, files.sha256(files.canonical(values))
 
 
 def _check_meta(meta: ColumnMeta, path: Path) -> None:
-    """Raises StoreError where a value is none that `precompute` writes."""
-    if meta.kind not in get_args(Kind) or (isinstance(meta.codec, str) and kind_of(meta.codec) != meta.kind):
-        raise StoreError(f"{path}: a kind {meta.kind!r} that this version does not read in codec {meta.codec!r}")
-    if meta.precision not in get_args(Precision):
-        raise StoreError(f"{path}: precision {meta.precision!r} is unknown; the file is damaged or newer")
-    if type(meta.dim) is not int or not 0 < meta.dim <= _MAX_DIM:
-        raise StoreError(f"{path}: dimension {meta.dim!r} is impossible")
-    about, colours, fidelity = meta.teacher, meta.preprocessing, meta.fidelity
+    """Raises StoreError where a value is not one that `precompute` writes."""
+    fidelity, rules = meta.fidelity, meta.target.rules
     right = {
-        "codec": isinstance(meta.codec, str),
+        "codec": isinstance(meta.codec, str) and rules.has_codec(meta.codec),
         "code_size": type(meta.code_size) is int,
-        "pixels": type(meta.pixels) is int and 0 < meta.pixels <= 4096,
         "chunk_size": type(meta.chunk_size) is int and 0 < meta.chunk_size <= 2**16,
         "probe_digest": isinstance(meta.probe_digest, str),
         "fidelity": isinstance(fidelity, dict)
-        and all(isinstance(fidelity.get(key), (int, float)) for key in (*_FIDELITY, *_FIDELITY_OF.get(meta.kind, ())))
+        and all(isinstance(fidelity.get(key), (int, float)) for key in (*rules.measures, "sample"))
         and all(isinstance(fidelity.get(f"source_{key}", 1.0), (int, float)) for key in COSINES)
         and all(abs(value) <= _MAX_NUMBER for value in fidelity.values() if isinstance(value, (int, float))),
-        "teacher": isinstance(about, dict)
-        and all(isinstance(about.get(key), str) for key in ("name", "network", "licence"))
-        and all(isinstance(about.get(key, 0), (str, type(None))) for key in ("source", "checkpoint_sha256")),
-        "preprocessing": isinstance(colours, dict) and all(_is_colour(colours.get(key)) for key in ("mean", "std")),
         "arrays": isinstance(meta.arrays, dict)
         and all(layout.COLUMN_NAME.fullmatch(name) for name in meta.arrays)  # each is a file's name
         and all(isinstance(value, str) and _SHA256.fullmatch(value) for value in meta.arrays.values()),
@@ -122,10 +106,6 @@ def _check_meta(meta: ColumnMeta, path: Path) -> None:
     wrong = [key for key, fits in right.items() if not fits]
     if wrong:
         raise StoreError(f"{path}: a {wrong[0]} that this version does not read; the file is damaged or newer")
-
-
-def _is_colour(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 3 and all(isinstance(v, (int, float)) and abs(v) < 256 for v in value)
 
 
 def _check_digests(values: Iterable[Any], path: Path) -> None:
@@ -145,13 +125,14 @@ class Column:
         self.meta, self.digest = read_meta(path)
         meta = self.meta
         try:
-            shapes = parameter_shapes(meta.codec, meta.dim)
+            shapes = meta.target.rules.parameter_shapes(meta.codec, meta.target.shape)
         except StoreError as error:
             raise StoreError(f"{path}: {error}") from error
         own = {name for name in meta.arrays if not name.startswith(_TEACHERS)}
         if own != set(shapes):
             raise StoreError(f"{path}: codec {meta.codec}: has arrays {sorted(own)}, expected {sorted(shapes)}")
-        self.codec = load_codec(meta.codec, meta.dim, {name: self._array(name, shape) for name, shape in shapes.items()})
+        parameters = {name: self._array(name, shape) for name, shape in shapes.items()}
+        self.codec = meta.target.rules.load(meta.codec, meta.target.shape, parameters)
         if self.codec.code_size != meta.code_size:
             raise StoreError(f"{path}: code size {meta.code_size}, {meta.codec} has another")
         self._files = ShardFiles(self._finished, np.dtype(np.uint8), (store.crops_per_image, meta.code_size))
@@ -163,7 +144,7 @@ class Column:
         """An array stored beside the codes, for instance a SwAV teacher's `teacher-prototypes` float32 [K, D]."""
         if name not in self.meta.arrays or not layout.COLUMN_NAME.fullmatch(name):
             raise StoreError(f"{self.folder}: no array {name!r}; there are {sorted(self.meta.arrays)}")
-        shapes = parameter_shapes(self.meta.codec, self.meta.dim)
+        shapes = self.meta.target.rules.parameter_shapes(self.meta.codec, self.meta.target.shape)
         return self._array(name, shapes.get(name))
 
     def _array(self, name: str, shape: tuple[int, ...] | None) -> Float32Array:
@@ -186,10 +167,11 @@ class Column:
         if total > MAX_ARRAY:
             raise StoreError(f"{self.folder}: arrays of its teacher have {total:,} bytes in all, over {MAX_ARRAY:,}")
 
-    def teacher_arrays(self) -> dict[str, Float32Array]:
-        """The teacher's own arrays as it named them, for instance `prototypes` float32 [K, D]."""
-        prefix = "teacher-"
-        return {name.removeprefix(prefix): self.array(name) for name in self.meta.arrays if name.startswith(prefix)}
+    @property
+    def info(self) -> TeacherInfo:
+        """Its teacher, under the column's name and with its arrays, for instance `prototypes` float32 [K, D]."""
+        own = {name.removeprefix(_TEACHERS): self.array(name) for name in self.meta.arrays if name.startswith(_TEACHERS)}
+        return replace(self.meta.teacher, name=self.name, arrays=own)
 
     @cached_property
     def missing_shards(self) -> list[int]:

@@ -13,9 +13,10 @@ from torch.distributed import is_torchelastic_launched
 from fkd_ssl import runs
 from fkd_ssl.data import Crops, Loader, StoredCrops, whole_batch
 from fkd_ssl.errors import RequestError
-from fkd_ssl.objectives import Objective, TargetInfo, make_objective
+from fkd_ssl.objectives import Objective, make_objective
 from fkd_ssl.store.write.recording import Recording
 from fkd_ssl.students import CLASSIFIER, Student
+from fkd_ssl.targets import TeacherInfo
 from fkd_ssl.training.config import TrainConfig
 from fkd_ssl.training.distiller import Distiller
 from fkd_ssl.training.fit import fit
@@ -26,15 +27,17 @@ from fkd_ssl.training.sampler import PassSampler
 from fkd_ssl.training.targets import Calibrated, LabelTargets, OnlineTargets, Targets, stored_targets
 
 
-def objective_of(config: TrainConfig, about: TargetInfo) -> Objective:
+def objective_of(config: TrainConfig, about: TeacherInfo) -> Objective:
     """The config's objective for one teacher's targets; raises as make_objective, and if the head is for others."""
-    if (config.head == CLASSIFIER) != (about.kind == "distribution"):
-        what, head = ("class probabilities", CLASSIFIER) if about.kind == "distribution" else ("embeddings", "mocov2 or simreg")
-        objective = "--objective soft_ce and " if (about.kind == "distribution") and "soft_ce" not in config.objective else ""
+    if (config.head == CLASSIFIER) != (about.spec.kind == "distribution"):
+        what, head = about.spec.rules.words, CLASSIFIER if about.spec.kind == "distribution" else "mocov2 or simreg"
+        objective = "--objective soft_ce and " if head == CLASSIFIER and "soft_ce" not in config.objective else ""
         raise RequestError(f"head {config.head}: the targets of {about.name!r} are {what}: choose {objective}--head {head}")
     for option, value in (("mixup", config.mixup), ("cutmix", config.cutmix), ("calibrate_below", config.calibrate_below)):
-        if value and about.kind != "distribution":
-            raise RequestError(f"{option} {value}: the targets of {about.name!r} are embeddings; it is for class probabilities")
+        if value and about.spec.kind != "distribution":
+            raise RequestError(
+                f"{option} {value}: the targets of {about.name!r} are {about.spec.rules.words}; it is for class probabilities"
+            )
     return make_objective(config.objective, about=about)
 
 
@@ -80,7 +83,7 @@ def train(
     data: Crops,
     folder: Path,
     *,
-    targets: Sequence[TargetInfo],
+    targets: Sequence[TeacherInfo],
     embeds: Sequence[Callable[[Tensor], Tensor]] | None = None,
     recordings: Sequence[Recording | None] | None = None,
     score: Score | None = None,
@@ -118,7 +121,7 @@ def train(
     torch.manual_seed(config.seed)
     objectives = [objective_of(config, about) for about in targets]
     shape: dict[str, Any] = {"head": config.head, "stem": config.stem, "width": config.width}
-    student = Student(config.student, *(about.dim for about in targets), **shape)
+    student = Student(config.student, *(about.spec.size for about in targets), **shape)
     if init is not None:
         student.start_from(init)
     source: Targets = stored_targets if embeds is None else OnlineTargets(*embeds)
@@ -127,9 +130,9 @@ def train(
         source = RecordingTargets(recordings, *embeds)
         callbacks = [RecordingCallback(source, config.batch_size)]
     if config.targets == "labels":
-        source = LabelTargets(targets[0].dim, config.label_smoothing)
+        source = LabelTargets(targets[0].spec.size, config.label_smoothing)
     elif config.calibrate_below:
-        source = Calibrated(source, config.calibrate_below, LabelTargets(targets[0].dim, config.label_smoothing))
+        source = Calibrated(source, config.calibrate_below, LabelTargets(targets[0].spec.size, config.label_smoothing))
     module = Distiller(student, objectives, source, config, steps)
     single = single_steps(config, len(data))
     sampler = PassSampler(

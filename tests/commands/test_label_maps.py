@@ -70,8 +70,8 @@ def test_json_and_other_sizes(place: Path, call: Any) -> None:
         "made": len(scan(place / "train")), "busy": [], "classes": 3, "k": 2, "height": 8, "width": 8,
     }  # fmt: skip
     manifest = LabelMaps(place / "maps").manifest
-    assert (manifest.pixels, manifest.batch_size, manifest.precision) == (64, 5, "bf16")
-    assert (manifest.teacher["name"], manifest.teacher["source"]) == ("colours", "cells_teacher:colours")
+    assert (manifest.teacher.pixels, manifest.batch_size, manifest.teacher.precision) == (64, 5, "bf16")
+    assert (manifest.teacher.name, manifest.teacher.source) == ("colours", "cells_teacher:colours")
     assert json.loads(call(f"{LINE} --pixels 64 --batch_size 5 --precision bf16 --json").out)["made"] == 0
 
 

@@ -22,7 +22,8 @@ def test_torchvisions_network_fills_a_column_and_is_verified(weights: Path, call
     assert call(f"{LINE} --teacher torchvision/resnet18 --checkpoint w.pth").status == 0
     assert call(f"{LINE} --teacher torchvision/resnet18@layer2 --checkpoint w.pth").status == 0
     columns = json.loads(call("inspect lib --json").out)["teachers"]
-    assert {name: column["dim"] for name, column in columns.items()} == {"resnet18": 512, "resnet18-layer2": 128}
+    shapes = {name: column["teacher"]["shape"] for name, column in columns.items()}
+    assert shapes == {"resnet18": [512], "resnet18-layer2": [128]}
     assert columns["resnet18"]["teacher"]["source"] == "torchvision/resnet18"
     for name in ("torchvision/resnet18", "torchvision/resnet18@layer2"):
         status, out, _ = call(f"verify lib --images train --teacher {name} --checkpoint w.pth --sample 8 --json")
@@ -49,5 +50,5 @@ def test_timms_dinov2_fills_a_column(work: Path, call: Any) -> None:
     status, _, err = call(f"{LINE.replace('32', '28')} --teacher timm/{name} --checkpoint d.pth")
     assert status == 0, err
     column = json.loads(call("inspect lib --json").out)["teachers"][name]
-    assert (column["dim"], column["pixels"]) == (384, 28)
-    assert column["preprocessing"] == {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+    assert (column["teacher"]["shape"], column["teacher"]["pixels"]) == ([384], 28)
+    assert (column["teacher"]["mean"], column["teacher"]["std"]) == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])

@@ -107,7 +107,7 @@ class TestInspect:
         status, out, _ = call("inspect store --json")
         about = json.loads(out)
         assert (status, about["images"], about["readable"], about["crops_per_image"]) == (0, 18, 18, 4)
-        assert about["teachers"]["make"]["dim"] == 16
+        assert about["teachers"]["make"]["teacher"]["shape"] == [16]
         assert about["teachers"]["make"]["missing_shards"] == []
         assert about["bytes"] == sum(len(data) for data in contents(work / "store").values())
 

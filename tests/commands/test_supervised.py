@@ -31,7 +31,7 @@ def labels(work: Path, call: Any) -> Path:
 
 def test_probabilities_are_stored_and_read(labels: Path, call: Any, work: Path) -> None:
     about = json.loads(call("inspect labels --json").out)["teachers"]["classes"]
-    assert (about["codec"], about["dim"], about["kind"]) == ("full", 3, "distribution")
+    assert (about["codec"], about["teacher"]["shape"], about["teacher"]["kind"]) == ("full", [3], "distribution")
     assert "total variation to the teacher's own targets 0.000" in call("inspect labels").out
     data = StoredCrops(open_store(labels), work / "train", crops_per_image=4, pixels=32)
     batch = data.__getitems__(list(range(len(data)))).batch
@@ -173,7 +173,7 @@ class TestTeachers:
         assert answer.status == 0, answer.err
         assert "teacher teacher: top-1 " in answer.err
         about = json.loads(call("inspect new --json").out)["teachers"]["teacher"]
-        assert (about["kind"], about["dim"]) == ("distribution", 3)
+        assert (about["teacher"]["kind"], about["teacher"]["shape"]) == ("distribution", [3])
         assert call("verify new --images train --teacher run --checkpoint runs/teacher/checkpoints/last.ckpt").status == 0
         assert call(f"{line.replace('runs/teacher', 'runs/other')}").status == 2
         assert call("export --model runs/teacher --out teacher.safetensors").status == 0

@@ -80,7 +80,7 @@ def test_fetch_says_the_licence_and_makes_the_name_enough(call: Any, cache: Path
     assert err.index("licence of the weights: CC BY-NC 4.0") < err.index("http://127.0.0.1")
     assert f"{cache}/swav.pth.tar: downloaded, " in out
     assert "loads as resnet18, MLP 512-16-128 with BatchNorm, 30 prototypes; use it as --teacher swav_r50_800ep" in out
-    assert load_teacher(NAME).checkpoint == "swav.pth.tar"
+    assert load_teacher(NAME).info.checkpoint == "swav.pth.tar"
     (served / "swav.pth.tar").unlink()
     said = call(f"teachers fetch {NAME}")
     assert "was here" in said.out

@@ -30,7 +30,7 @@ def test_the_checkpoint_is_mocos_and_loads_as_a_teacher(trained: Any, make_confi
     assert state["module.queue"].shape == (32, 8)
     torch.testing.assert_close(state["module.queue"].norm(dim=0), torch.ones(8))
     teacher = load_teacher("mocov2", checkpoint=trained("mocov2"))
-    assert (teacher.network, teacher.dim) == ("resnet18, MLP 512-512-32", 32)
+    assert (teacher.info.network, teacher.info.spec.size) == ("resnet18, MLP 512-512-32", 32)
     module = MoCo(make_config(), 16).eval()
     module.encoder_q.load_state_dict(
         {key.removeprefix("module.encoder_q."): value for key, value in state.items() if "encoder_q." in key}

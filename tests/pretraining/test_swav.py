@@ -123,7 +123,7 @@ def test_the_checkpoint_is_swavs_and_loads_as_a_teacher(trained: Any, make_confi
     assert others == norm | layers | {"prototypes.weight"}
     assert state["prototypes.weight"].shape == (12, 32)
     teacher = load_teacher("swav", checkpoint=trained("swav"))
-    assert teacher.network == "resnet18, MLP 512-2048-32 with BatchNorm, 12 prototypes"
+    assert teacher.info.network == "resnet18, MLP 512-2048-32 with BatchNorm, 12 prototypes"
     module = SwAV(make_config(method="swav"), 16).eval()
     module.backbone.load_state_dict({key: value for key, value in state.items() if key not in others})
     head = {key.removeprefix("projection_head."): value for key, value in state.items() if key.startswith("projection_head.")}
@@ -140,5 +140,5 @@ def test_a_store_with_prototypes_can_be_made_of_it(trained: Any, folder: Path, t
     precompute(scan(folder / "images"), tmp_path / "store", teacher, crops=2, recipe=RECIPES["swav"], pixels=16, codec="Flat")
     column = open_store(tmp_path / "store").column("swav")
     prototypes = torch.load(trained("swav"), weights_only=True)["state_dict"]["module.prototypes.weight"]
-    assert list(column.teacher_arrays()) == ["prototypes"]
-    np.testing.assert_array_equal(column.teacher_arrays()["prototypes"], prototypes.numpy())
+    assert list(column.info.arrays) == ["prototypes"]
+    np.testing.assert_array_equal(column.info.arrays["prototypes"], prototypes.numpy())

@@ -38,7 +38,7 @@ def make_dense(seed: int = 0, classes: int = CLASSES, pixels: int = PIXELS, **ab
         )  # fmt: skip
         network[-1].weight.data *= 20  # logits of several units
     teacher = Teacher(
-        network, nn.Identity(), name="small", dim=classes, network="convolutions", pixels=pixels, kind="distribution",
+        network, nn.Identity(), name="small", shape=(classes,), network="convolutions", pixels=pixels, kind="distribution",
         **{"checkpoint_sha256": f"{seed:064x}", "licence": "none", **about},
     )  # fmt: skip
     dense = Counting(teacher, pixels=pixels)

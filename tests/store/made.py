@@ -9,9 +9,10 @@ from fkd_ssl import files
 from fkd_ssl.crops import CROP_DTYPE, RECIPES, draw, image_key, probe_digest
 from fkd_ssl.crops.records import neutral
 from fkd_ssl.store import manifest as layout
-from fkd_ssl.store.codecs import Codec, kind_of, load_codec, parameter_shapes
 from fkd_ssl.store.listing import SIZE_DTYPE
 from fkd_ssl.store.write import publish
+from fkd_ssl.targets import Codec, TargetSpec, TeacherInfo
+from fkd_ssl.targets.label_codecs import is_label
 
 DIM, CROPS, ROWS_PER_SHARD = 16, 3, 4
 PATHS = ["a/1.jpg", "a/2.jpg", "b/3.jpg", "b/ä.jpg", "c/5.jpg", "c/6.jpg"]
@@ -39,18 +40,23 @@ def probabilities(count: int, seed: int = 0) -> npt.NDArray[np.float32]:
     return (powers / powers.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
+def target_of(spec: str) -> TargetSpec:
+    """The kind and shape of the targets of a codec's column."""
+    return TargetSpec("distribution" if is_label(spec) else "embedding", (DIM,))
+
+
 def random_codec(spec: str) -> Codec:
     """A codec of random parameters: nothing is trained, and the parameters are not of a kind that hides mistakes."""
     generator = np.random.default_rng(5)
     arrays: dict[str, npt.NDArray[np.float32]] = {}
-    for name, shape in parameter_shapes(spec, DIM).items():
+    for name, shape in target_of(spec).rules.parameter_shapes(spec, (DIM,)).items():
         values = generator.normal(size=shape) * 0.3
         if name == "transform":
             values = np.linalg.qr(generator.normal(size=(DIM, DIM)))[0][: shape[0]]
         elif name == "ranges":
             values = np.stack([-0.6 - abs(values[0]), 1.2 + 2 * abs(values[0])])
         arrays[name] = np.ascontiguousarray(values, dtype=np.float32)
-    return load_codec(spec, DIM, arrays)
+    return target_of(spec).rules.load(spec, (DIM,), arrays)
 
 
 def make(folder: Path, specs: tuple[str, ...] = SPECS) -> dict[str, npt.NDArray[np.float32]]:
@@ -82,15 +88,14 @@ def make(folder: Path, specs: tuple[str, ...] = SPECS) -> dict[str, npt.NDArray[
         if spec == "SQ8":
             arrays["teacher-prototypes"] = files.write_npy(column / "teacher-prototypes.npy", targets(5))
         meta = {
-            "kind": kind_of(spec), "dim": DIM, "codec": spec, "code_size": codec.code_size, "pixels": 64, "precision": "fp32",
-            "fidelity": {"cosine_mean": 0.99, "cosine_min": 0.9, "sample": 100, **FIDELITY.get(kind_of(spec), {})},
+            "codec": spec, "code_size": codec.code_size,
+            "fidelity": {"cosine_mean": 0.99, "cosine_min": 0.9, "sample": 100, **FIDELITY.get(target_of(spec).kind, {})},
             "chunk_size": 16,
-            "teacher": {"name": "t", "network": "n", "licence": "l", "source": None, "checkpoint_sha256": None},
-            "preprocessing": {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]},
+            "teacher": TeacherInfo(name="t", spec=target_of(spec), network="n", licence="l", pixels=64).to_json(),
             "probe_digest": probe_digest(), "arrays": arrays,
         }  # fmt: skip
         files.write_json(column / "meta.json", meta)
-        some = probabilities if kind_of(spec) == "distribution" else targets
+        some = probabilities if target_of(spec).kind == "distribution" else targets
         exact = some(len(PATHS) * CROPS, seed=number + 1).reshape(len(PATHS), CROPS, DIM)
         for shard in range(manifest.shards):
             rows = manifest.shard_rows(shard)

@@ -135,9 +135,9 @@ def read_store(folder: Path) -> dict[str, Any]:
             assert set(about) == {"column", "file", "manifest", "shard"}
             assert (about["manifest"], about["shard"], about["column"]) == (digest, shard, sha256(canonical(meta)))
             codes.append(read_npy(column / f"codes-{shard:05d}.npy", about["file"], "u1", (rows, crops, meta["code_size"])))
-        every = np.concatenate(codes)
-        targets = decode(meta["codec"], meta["dim"], arrays, every.reshape(-1, meta["code_size"]))
-        store["columns"][column.name] = targets.reshape(count, crops, meta["dim"])
+        every, (dim,) = np.concatenate(codes), meta["teacher"]["shape"]
+        targets = decode(meta["codec"], dim, arrays, every.reshape(-1, meta["code_size"]))
+        store["columns"][column.name] = targets.reshape(count, crops, dim)
     return store
 
 
@@ -145,7 +145,7 @@ def shape_of(meta: dict[str, Any], name: str) -> tuple[int, ...]:
     match = SPEC.fullmatch(meta["codec"])
     assert match is not None
     pre, a, b, _, parts, width = match.groups()
-    dim = meta["dim"]
+    (dim,) = meta["teacher"]["shape"]
     inner = dim if not pre or (pre == "OPQ" and b is None) else int(b or a)
     if name == "centroids":
         return (int(parts), 2 ** int(width or 8), inner // int(parts))

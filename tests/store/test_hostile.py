@@ -27,10 +27,10 @@ from fkd_ssl import files
 from fkd_ssl.commands import inspect
 from fkd_ssl.errors import RequestError, StoreError
 from fkd_ssl.store import faiss_codecs, open_store
-from fkd_ssl.store.label_codecs import is_label
 from fkd_ssl.store.maintain.recode import recode
 from fkd_ssl.store.maintain.subset import subset
 from fkd_ssl.store.maintain.verify import verify
+from fkd_ssl.targets.label_codecs import is_label
 
 spec = importlib.util.spec_from_file_location("made_store", Path(__file__).with_name("made.py"))
 assert spec is not None
@@ -116,9 +116,9 @@ def read(folder: Path) -> dict[str, Any]:
             said[name] = []
             for row in rows:
                 decoded = store.targets(name, row, np.array([1, 0]))
-                assert decoded.shape == (2, column.meta.dim)
+                assert decoded.shape == (2, column.meta.target.size)
                 assert np.isfinite(decoded).all()
-                norms = decoded.sum(axis=1) if column.meta.kind == "distribution" else np.linalg.norm(decoded, axis=1)
+                norms = decoded.sum(axis=1) if column.meta.target.kind == "distribution" else np.linalg.norm(decoded, axis=1)
                 assert column.meta.codec == "Flat" or (np.isclose(norms, 1, atol=1e-4) | (norms == 0)).all()
                 said[name].append(decoded)
         assert inspect.run(inspect.Config(store=str(folder))) == bool(store.broken_columns())

@@ -320,13 +320,20 @@ def test_columns_that_are_not_there_are_named(folder):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"kind": "distribution"}, "a kind 'distribution' that this version does not read"),
-        ({"dim": ...}, "missing 1 required keyword-only argument: 'dim'; the file is damaged or newer"),
+        ({"kind": "distribution"}, "a codec that this version does not read"),
+        ({"kind": "tokens"}, "kind 'tokens': expected embedding or distribution"),
+        ({"kind": ["embedding"]}, "the file is damaged or newer"),
+        ({"network": 5}, "name, network, licence, source and checksum are strings; the file is damaged or newer"),
+        ({"colour": 5}, "unexpected keyword argument 'colour'; the file is damaged or newer"),
         ({"temperature": 0.1}, "unexpected keyword argument 'temperature'; the file is damaged or newer"),
-        ({"dim": 0}, "dimension 0 is impossible"),
-        ({"dim": "16"}, "dimension '16' is impossible"),
-        ({"dim": 32}, r"ranges\.npy: holds float32 \[2, 16\], expected float32 \[2, 32\]"),
-        ({"precision": "int3"}, "precision 'int3' is unknown"),
+        ({"shape": [0]}, r"targets of shape \[0\]: expected positive lengths"),
+        ({"shape": ["16"]}, r"targets of shape \['16'\]: expected positive lengths"),
+        ({"shape": []}, r"targets of shape \[\]: expected positive lengths"),
+        ({"shape": [2**20, 2**20]}, "at most 65536 numbers"),
+        ({"shape": [4, 4]}, r"targets of shape \[4, 4\]: embeddings are vectors"),
+        ({"shape": 16}, "shape 16"),
+        ({"shape": [32]}, r"ranges\.npy: holds float32 \[2, 16\], expected float32 \[2, 32\]"),
+        ({"precision": "int3"}, "precision 'int3': expected fp32 or bf16 or fp16"),
         ({"code_size": 15}, "code size 15, SQ8 has another"),
         ({"codec": "SQ4"}, "code size 16, SQ4 has another"),
         ({"codec": "IVF10,Flat"}, "codec 'IVF10,Flat' is none of those accepted"),
@@ -336,21 +343,25 @@ def test_columns_that_are_not_there_are_named(folder):
         ({"arrays": []}, "that this version does not read"),
         ({"arrays": {"../../images": "0" * 64}}, "a arrays that this version does not read"),
         ({"arrays": {"images": "0" * 64}}, r"codec SQ8: has arrays \['images'\], expected \['ranges'\]"),
-        ({"pixels": 10**9}, "a pixels that this version does not read"),
+        ({"pixels": 10**9}, "pixels 1000000000: expected 1 to 4096"),
         ({"chunk_size": True}, "a chunk_size that this version does not read"),
         ({"code_size": 16.0}, "a code_size that this version does not read"),
         ({"fidelity": {"cosine_mean": 1.0}}, "a fidelity that this version does not read"),
         ({"fidelity": {"cosine_mean": 10**400, "cosine_min": 1, "sample": 1}}, "a fidelity that this version does not read"),
-        ({"teacher": {"name": "x"}}, "a teacher that this version does not read"),
-        ({"teacher": None}, "a teacher that this version does not read"),
-        ({"preprocessing": {"mean": [0.5], "std": [1, 1, 1]}}, "a preprocessing that this version does not read"),
+        ({"teacher": {"name": "x"}}, "shape None; the file is damaged or newer"),
+        ({"teacher": None}, "the file is damaged or newer"),
+        ({"mean": [0.5]}, "expected three numbers"),
         ({"probe_digest": 5}, "a probe_digest that this version does not read"),
-        ({"codec": "PCA9999,Flat", "dim": 60000}, "parameters for 60000 dimensions, over"),
+        ({"codec": "PCA9999,Flat", "shape": [60000]}, "parameters for 60000 dimensions, over"),
         ({"arrays": {"ranges": "0"}}, "a arrays that this version does not read"),
     ],
 )
 def test_metas_of_others_are_refused(folder, changes, message):
-    resign(folder / "targets" / "tiny" / "meta.json", **changes)
+    path = folder / "targets" / "tiny" / "meta.json"
+    known = files.read_json(path)
+    own = {key: value for key, value in changes.items() if key in known or key == "temperature"}
+    of_teacher = {key: value for key, value in changes.items() if key not in own}
+    resign(path, **({"teacher": {**known["teacher"], **of_teacher}} if of_teacher else {}), **own)
     with pytest.raises(StoreError, match=message):
         open_store(folder).column("tiny")
 
@@ -396,10 +407,10 @@ def test_arrays_of_a_teacher_that_are_too_large_are_not_read(folder, monkeypatch
     assert open_store(folder).column().array("teacher-prototypes").shape == (3, 16)
     digest = files.write_npy(path.with_name("teacher-more.npy"), np.zeros((3, 16), dtype=np.float32))
     resign(folder / "targets/tiny/meta.json", arrays={**arrays, "teacher-prototypes": digest, "teacher-more": digest})
-    assert open_store(folder).column().teacher_arrays().keys() == {"prototypes", "more"}
+    assert open_store(folder).column().info.arrays.keys() == {"prototypes", "more"}
     monkeypatch.setattr(reader, "MAX_ARRAY", 600)  # either fits, and both together do not
     with pytest.raises(StoreError, match=r"targets/tiny: arrays of its teacher have 640 bytes in all, over 600"):
-        open_store(folder).column().teacher_arrays()
+        open_store(folder).column().info.arrays.keys()
 
 
 def test_skipped_rows_are_found_without_parsing_and_with(folder, monkeypatch):

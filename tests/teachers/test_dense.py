@@ -14,7 +14,7 @@ from fkd_ssl.teachers.dense import DenseTeacher
 
 def classifier(network: nn.Module, *, pixels: int = 64, dim: int = 10, **options: Any) -> Teacher:
     asked: dict[str, Any] = {"name": "mine", "network": "test", "kind": "distribution", **options}
-    return Teacher(network, asked.pop("head", nn.Identity()), dim=dim, pixels=pixels, **asked)
+    return Teacher(network, asked.pop("head", nn.Identity()), shape=(dim,), pixels=pixels, **asked)
 
 
 def seeded(make: Any) -> nn.Module:

@@ -17,7 +17,14 @@ def classifier(name: str, seed: int, **about: Any) -> Teacher:
     backbone = nn.Sequential(nn.Conv2d(3, 6, 5), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     usual = {"pixels": 32, "kind": "distribution", "licence": "mine", "checkpoint": f"{name}.pth", "checkpoint_sha256": name}
     return Teacher(
-        backbone, nn.Linear(6, dim), name=name, dim=dim, feature_dim=6, network=f"net {name}", source=name, **{**usual, **about}
+        backbone,
+        nn.Linear(6, dim),
+        name=name,
+        shape=(dim,),
+        feature_dim=6,
+        network=f"net {name}",
+        source=name,
+        **{**usual, **about},
     )
 
 
@@ -31,26 +38,31 @@ def test_it_is_the_mean_of_the_members_with_their_own_preprocessing(images: torc
     ensemble = Ensemble([a, b])
     expected = torch.zeros(4, 5)
     for teacher in (a, b):
-        floats = (images / 255 - torch.tensor(teacher.mean).view(3, 1, 1)) / torch.tensor(teacher.std).view(3, 1, 1)
+        floats = (images / 255 - torch.tensor(teacher.info.mean).view(3, 1, 1)) / torch.tensor(teacher.info.std).view(3, 1, 1)
         logits = teacher.head(teacher.backbone(floats))
         expected += (logits.exp() / logits.exp().sum(dim=1, keepdim=True)) / 2
     found = ensemble.embed(images)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(found.sum(dim=1), torch.ones(4))
-    assert (ensemble.name, ensemble.dim, ensemble.kind, ensemble.pixels) == ("a-and-b", 5, "distribution", 32)
-    assert (ensemble.mean, ensemble.std) == ((0, 0, 0), (1, 1, 1))  # crops come as they are
-    assert ensemble.network == "mean probabilities of: net a; net b"
-    assert (ensemble.licence, ensemble.source, ensemble.checkpoint) == ("mine; theirs", "a + b", "a.pth + b.pth")
+    assert (ensemble.info.name, ensemble.info.spec.size, ensemble.info.spec.kind, ensemble.info.pixels) == (
+        "a-and-b",
+        5,
+        "distribution",
+        32,
+    )
+    assert (ensemble.info.mean, ensemble.info.std) == ((0, 0, 0), (1, 1, 1))  # crops come as they are
+    assert ensemble.info.network == "mean probabilities of: net a; net b"
+    assert (ensemble.info.licence, ensemble.info.source, ensemble.info.checkpoint) == ("mine; theirs", "a + b", "a.pth + b.pth")
     assert ensemble.features(images).shape == (4, ensemble.feature_dim) == (4, 12)
 
 
 def test_what_members_have_in_common_it_has() -> None:
     ensemble = Ensemble([classifier("a", 0), classifier("b", 1)])
-    assert ensemble.mean == classifier("a", 0).mean
-    assert ensemble.licence == "mine"
-    assert ensemble.checkpoint_sha256 != Ensemble([classifier("b", 1), classifier("a", 0)]).checkpoint_sha256
-    assert len(str(ensemble.checkpoint_sha256)) == 64
-    assert Ensemble([classifier("a", 0), classifier("b", 1, checkpoint_sha256=None)]).checkpoint_sha256 is None
+    assert ensemble.info.mean == classifier("a", 0).info.mean
+    assert ensemble.info.licence == "mine"
+    assert ensemble.info.checkpoint_sha256 != Ensemble([classifier("b", 1), classifier("a", 0)]).info.checkpoint_sha256
+    assert len(str(ensemble.info.checkpoint_sha256)) == 64
+    assert Ensemble([classifier("a", 0), classifier("b", 1, checkpoint_sha256=None)]).info.checkpoint_sha256 is None
 
 
 @pytest.mark.parametrize(

@@ -55,8 +55,8 @@ def test_a_checkpoint_of_a_training_with_lightly(form: Any, crops: Tensor, tmp_p
     trainer.fit(module, data)
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     teacher = load_teacher("lightly", checkpoint=tmp_path / "last.ckpt")
-    assert (teacher.name, teacher.dim, teacher.feature_dim) == ("lightly", 512, 512)
-    assert teacher.network == "resnet18, pooled features"
+    assert (teacher.info.name, teacher.info.spec.size, teacher.feature_dim) == ("lightly", 512, 512)
+    assert teacher.info.network == "resnet18, pooled features"
     mean, std = torch.tensor((0.485, 0.456, 0.406)).view(3, 1, 1), torch.tensor((0.229, 0.224, 0.225)).view(3, 1, 1)
     module.eval()
     with torch.inference_mode():

@@ -19,9 +19,9 @@ def test_embedding_and_features_are_the_forward_written_out(kit: SimpleNamespace
     torch.testing.assert_close(teacher.embed(crops).double(), kit.moco_target(state, crops), rtol=0, atol=1e-5)
     scale = float(expected.abs().max())
     torch.testing.assert_close(teacher.features(crops).double() / scale, expected / scale, rtol=0, atol=1e-5)
-    assert (teacher.dim, teacher.feature_dim, teacher.name) == (128, 512, "mocov2")
-    assert teacher.network == "resnet18, MLP 512-512-128"
-    assert teacher.std == STD
+    assert (teacher.info.spec.size, teacher.feature_dim, teacher.info.name) == (128, 512, "mocov2")
+    assert teacher.info.network == "resnet18, MLP 512-512-128"
+    assert teacher.info.std == STD
 
 
 def test_the_linear_head_of_version_1_without_module(kit: SimpleNamespace, crops: Any, write: Any) -> None:
@@ -30,12 +30,12 @@ def test_the_linear_head_of_version_1_without_module(kit: SimpleNamespace, crops
     features = kit.forward(state, "encoder_q.", crops, STD, swav_stem=False)
     target = F.linear(features, state["encoder_q.fc.weight"].double(), state["encoder_q.fc.bias"].double())
     torch.testing.assert_close(teacher.embed(crops).double(), F.normalize(target, dim=1), rtol=0, atol=1e-5)
-    assert teacher.network == "resnet18, linear 512-128"
+    assert teacher.info.network == "resnet18, linear 512-128"
 
 
 def test_a_wide_resnet_of_torchvision_is_known_by_its_shapes(kit: SimpleNamespace, write: Any) -> None:
     teacher = load_teacher("mocov2", checkpoint=write(kit.hollow(kit.moco("resnet50", inner=2))))
-    assert teacher.network == "wide_resnet50_2, MLP 2048-2048-128"
+    assert teacher.info.network == "wide_resnet50_2, MLP 2048-2048-128"
 
 
 def test_swavs_layout_is_refused_and_named(kit: SimpleNamespace, write: Any) -> None:
@@ -85,7 +85,7 @@ def test_keys_of_the_key_encoder_that_no_encoder_has_are_refused(kit: SimpleName
 
 def test_counters_may_be_absent_and_integers_are_no_weights(kit: SimpleNamespace, moco18: tuple[Path, Any], write: Any) -> None:
     state = {key: value for key, value in moco18[1].items() if not key.endswith("num_batches_tracked")}
-    assert load_teacher("mocov2", checkpoint=write(state)).dim == 128
+    assert load_teacher("mocov2", checkpoint=write(state)).info.spec.size == 128
     state["module.encoder_q.conv1.weight"] = state["module.encoder_q.conv1.weight"].to(torch.int8)
     with pytest.raises(CheckpointError, match=r"conv1\.weight int8 \[64, 3, 7, 7\], expected float32"):
         load_teacher("mocov2", checkpoint=write(state))

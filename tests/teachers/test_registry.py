@@ -34,7 +34,7 @@ def weights(checkpoint=None):
 def needs(checkpoint):
     return Net()
 def teacher():
-    return Teacher(Net(), nn.Identity(), name="special", dim=6, network="net", licence="mine", precision="bf16")
+    return Teacher(Net(), nn.Identity(), name="special", shape=(6,), network="net", licence="mine", precision="bf16")
 def fails():
     raise OSError("disk on fire")
 def number():
@@ -64,11 +64,11 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def test_a_network_of_ones_own_becomes_a_teacher(here: Path, crops: Any) -> None:
     teacher = load_teacher("own_teachers:plain")
-    assert (teacher.name, teacher.dim, teacher.feature_dim, teacher.pixels) == ("plain", 6, 6, 32)
-    assert (teacher.source, teacher.network) == ("own_teachers:plain", "Net")
-    assert teacher.checkpoint_sha256 == weights_digest(teacher.backbone)  # a changed function is another teacher
+    assert (teacher.info.name, teacher.info.spec.size, teacher.feature_dim, teacher.info.pixels) == ("plain", 6, 6, 32)
+    assert (teacher.info.source, teacher.info.network) == ("own_teachers:plain", "Net")
+    assert teacher.info.checkpoint_sha256 == weights_digest(teacher.backbone)  # a changed function is another teacher
     torch.testing.assert_close(teacher.embed(crops).norm(dim=1), torch.ones(3))
-    pixels = (crops / 255 - torch.tensor(teacher.mean).view(3, 1, 1)) / torch.tensor(teacher.std).view(3, 1, 1)
+    pixels = (crops / 255 - torch.tensor(teacher.info.mean).view(3, 1, 1)) / torch.tensor(teacher.info.std).view(3, 1, 1)
     torch.testing.assert_close(teacher.features(crops).clone(), teacher.backbone(pixels), rtol=1e-4, atol=1e-5)
 
 
@@ -79,14 +79,14 @@ def test_a_checkpoint_is_handed_to_the_function_and_noted(here: Path) -> None:
     torch.save(wanted, here / "mine.pth")
     teacher = load_teacher("own_teachers:weights", checkpoint="mine.pth")
     assert torch.equal(teacher.backbone.conv.weight, wanted["conv.weight"])  # type: ignore[union-attr]
-    assert (teacher.checkpoint, teacher.checkpoint_sha256) == ("mine.pth", digest(here / "mine.pth"))
+    assert (teacher.info.checkpoint, teacher.info.checkpoint_sha256) == ("mine.pth", digest(here / "mine.pth"))
 
 
 def test_a_teacher_of_ones_own_is_taken_as_it_is(here: Path) -> None:
     teacher = load_teacher("own_teachers:teacher")
     assert isinstance(teacher, Teacher)
-    assert (teacher.name, teacher.licence, teacher.precision) == ("special", "mine", "bf16")
-    assert load_teacher("own_teachers:teacher", precision="fp16").precision == "fp16"
+    assert (teacher.info.name, teacher.info.licence, teacher.info.precision) == ("special", "mine", "bf16")
+    assert load_teacher("own_teachers:teacher", precision="fp16").info.precision == "fp16"
 
 
 @pytest.mark.parametrize(
@@ -143,7 +143,7 @@ def test_a_preset_is_found_in_the_cache_folder(kit: SimpleNamespace, tmp_path: P
     monkeypatch.setenv("FKD_SSL_CACHE", str(tmp_path))
     kit.save(tmp_path / PRESETS["swav_r50_800ep"].file, kit.hollow(kit.swav("resnet50", prototypes=3000)))
     teacher = load_teacher("swav_r50_800ep")
-    assert (teacher.name, teacher.checkpoint) == ("swav_r50_800ep", "swav_800ep_pretrain.pth.tar")
+    assert (teacher.info.name, teacher.info.checkpoint) == ("swav_r50_800ep", "swav_800ep_pretrain.pth.tar")
 
 
 def test_a_preset_is_held_against_the_shapes_and_the_md5(kit: SimpleNamespace, write: Any) -> None:
@@ -160,8 +160,8 @@ def test_a_preset_is_held_against_the_shapes_and_the_md5(kit: SimpleNamespace, w
         load_teacher("swav_r50_800ep", checkpoint=write(kit.hollow(kit.swav("resnet50"))))
     path = write(kit.hollow(kit.swav("resnet50", prototypes=3000)))
     teacher = load_teacher("swav_r50_800ep", checkpoint=path)
-    assert (teacher.name, teacher.source) == ("swav_r50_800ep", PRESETS["swav_r50_800ep"].url)
-    assert "NC" in teacher.licence
+    assert (teacher.info.name, teacher.info.source) == ("swav_r50_800ep", PRESETS["swav_r50_800ep"].url)
+    assert "NC" in teacher.info.licence
     with pytest.raises(CheckpointError, match=r"holds a resnet50, .*swav_r50w2_400ep is a resnet50w2"):
         load_teacher("swav_r50w2_400ep", checkpoint=path)
 
@@ -183,7 +183,7 @@ def test_the_page_on_teachers_shows_a_function_that_works(tmp_path: Path, monkey
     torch.save(torch.nn.Sequential(torch.nn.Conv2d(3, 512, 32, stride=32)).state_dict(), tmp_path / "w.pth")
     teacher = load_teacher("page_teachers:clip", checkpoint=tmp_path / "w.pth")
     sys.modules.pop("page_teachers")
-    assert (teacher.name, teacher.licence, teacher.embed(crops).shape) == ("clip", "mine", (3, 512))
+    assert (teacher.info.name, teacher.info.licence, teacher.embed(crops).shape) == ("clip", "mine", (3, 512))
 
 
 def test_a_library_stands_before_a_slash_and_a_module_before_a_colon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -191,7 +191,7 @@ def test_a_library_stands_before_a_slash_and_a_module_before_a_colon(tmp_path: P
     (tmp_path / "swav.py").write_text(MODULE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
-    assert load_teacher("swav:plain").source == "swav:plain"
+    assert load_teacher("swav:plain").info.source == "swav:plain"
     sys.modules.pop("swav")
     with pytest.raises(RequestError, match=r"torchvision has no such classifier"):
         load_teacher("torchvision/plain")
@@ -234,7 +234,7 @@ def needs(checkpoint):
 def takes_any(**options):
     return Net()
 def own(**about):
-    return Teacher(Net(), nn.Identity(), name="own", dim=4, network="net", pixels=32, **about)
+    return Teacher(Net(), nn.Identity(), name="own", shape=(4,), network="net", pixels=32, **about)
 def tensors():
     return own(mean=torch.full((3,), 0.5), std=torch.full((3,), 0.25), licence=None, source=__import__("pathlib").Path("x"))
 def flat():
@@ -272,13 +272,13 @@ class TestOwnMistakes:
     def test_unusual_networks_are_taken(self, name: str) -> None:
         teacher = load_teacher(f"own_mistakes:{name}")
         assert teacher.embed(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)).shape == (2, 4)
-        assert len(teacher.checkpoint_sha256 or "") == 64
-        assert all(type(value) is float for value in (*teacher.mean, *teacher.std))
-        assert teacher.licence == "not stated"
+        assert len(teacher.info.checkpoint_sha256 or "") == 64
+        assert all(type(value) is float for value in (*teacher.info.mean, *teacher.info.std))
+        assert teacher.info.licence == "not stated"
 
     def test_a_function_of_any_options_takes_a_checkpoint(self, tmp_path: Path) -> None:
         (tmp_path / "w.pth").write_bytes(b"x")
-        assert load_teacher("own_mistakes:takes_any", checkpoint=tmp_path / "w.pth").checkpoint == "w.pth"
+        assert load_teacher("own_mistakes:takes_any", checkpoint=tmp_path / "w.pth").info.checkpoint == "w.pth"
 
     def test_a_size_that_it_cannot_take_is_said_with_its_own(self) -> None:
         teacher = load_teacher("own_mistakes:fixed")

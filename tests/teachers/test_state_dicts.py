@@ -123,7 +123,7 @@ def test_layouts(layout: str, name: str, save: Any, networks: dict[str, nn.Modul
     teacher = load_teacher(name, checkpoint=tmp_path / "w.pth")
     side = 160 if name == VIT else 64
     images = torch.randint(0, 256, (2, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    x = (images / 255 - torch.tensor(teacher.mean).view(3, 1, 1)) / torch.tensor(teacher.std).view(3, 1, 1)
+    x = (images / 255 - torch.tensor(teacher.info.mean).view(3, 1, 1)) / torch.tensor(teacher.info.std).view(3, 1, 1)
     whole: Any = network
     with torch.inference_mode():
         if name == VIT:
@@ -134,8 +134,8 @@ def test_layouts(layout: str, name: str, save: Any, networks: dict[str, nn.Modul
         else:
             expected = nn.Sequential(*list(whole.children())[:-1])(x).flatten(1)
     torch.testing.assert_close(teacher.features(images), expected, rtol=1e-4, atol=1e-5)
-    assert ("moving average" in teacher.network) == (layout in AVERAGES)
-    assert AVERAGES.get(layout, "") in teacher.network
+    assert ("moving average" in teacher.info.network) == (layout in AVERAGES)
+    assert AVERAGES.get(layout, "") in teacher.info.network
 
 
 @pytest.mark.parametrize(

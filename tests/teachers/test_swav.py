@@ -20,9 +20,9 @@ def test_embedding_is_the_forward_written_out(
     torch.testing.assert_close(teacher.embed(crops).double(), kit.swav_target(state, crops, prefix), rtol=0, atol=1e-5)
     wide = "" if width == 1 else f"w{width}"
     words = " with BatchNorm" if batch_norm else ""
-    assert teacher.network == f"resnet18{wide}, MLP {512 * width}-96-128{words}, 30 prototypes"
-    assert (teacher.dim, teacher.feature_dim, teacher.std) == (128, 512 * width, STD)
-    prototypes = teacher.arrays["prototypes"]
+    assert teacher.info.network == f"resnet18{wide}, MLP {512 * width}-96-128{words}, 30 prototypes"
+    assert (teacher.info.spec.size, teacher.feature_dim, teacher.info.std) == (128, 512 * width, STD)
+    prototypes = teacher.info.arrays["prototypes"]
     assert prototypes.dtype == np.float32
     np.testing.assert_array_equal(prototypes, state[f"{prefix}prototypes.weight"].numpy())
 

@@ -11,7 +11,7 @@ from fkd_ssl.teachers import Teacher, load_teacher
 
 
 def make(network: nn.Module, **options: Any) -> Teacher:
-    return Teacher(network, nn.Identity(), name="mine", network="test", **{"dim": 8, **options})
+    return Teacher(network, nn.Identity(), name="mine", network="test", **{"shape": (8,), **options})
 
 
 class Pooled(nn.Module):
@@ -62,7 +62,7 @@ def test_pixels_are_normalised_as_torchvision_does(crops: Tensor) -> None:
         return x.mean(dim=(2, 3))
 
     mean, std = (0.1, 0.2, 0.3), (0.4, 0.5, 0.6)
-    make(Answer(look), dim=3, mean=mean, std=std).features(crops)
+    make(Answer(look), shape=(3,), mean=mean, std=std).features(crops)
     expected = torch.stack([(crops[:, c] / 255 - mean[c]) / std[c] for c in range(3)], dim=1)
     torch.testing.assert_close(seen[0], expected)
     assert seen[0].is_contiguous(memory_format=torch.channels_last)
@@ -75,7 +75,7 @@ def test_pixels_are_normalised_as_torchvision_does(crops: Tensor) -> None:
         (lambda x: x, r"gave \[3, 3, 32, 32\] for 3 images"),
         (lambda x: x.mean(dim=(2, 3))[:2], r"gave \[2, 3\] for 3 images"),
         (lambda x: x.mean(dim=(2, 3)) * float("nan"), r"NaN or infinity in fp32"),
-        (lambda x: x.flatten(1)[:, :5], r"gave D = 5, expected 8"),
+        (lambda x: x.flatten(1)[:, :5], r"its network gave \[3, 5\] for 3 images, expected \[3, 8\]"),
     ],
 )
 def test_outputs_that_are_no_targets_are_refused(answer: Any, message: str, crops: Tensor) -> None:
@@ -91,7 +91,7 @@ def test_inputs_that_are_no_crops_are_refused(crops: Tensor) -> None:
 
 
 def test_unknown_precisions_are_refused() -> None:
-    with pytest.raises(RequestError, match=r"precision 'fp8': expected fp32, bf16 or fp16"):
+    with pytest.raises(RequestError, match=r"precision 'fp8': expected fp32 or bf16 or fp16"):
         make(Pooled(), precision="fp8")
 
 
@@ -114,7 +114,7 @@ def test_half_precisions_are_pytorchs_own_autocast(precision: Any, crops: Tensor
     network.fc = nn.Sequential(nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 128))
     network.load_state_dict(state)
     network = network.eval().to(memory_format=torch.channels_last)
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) * 255 for values in (teacher.mean, teacher.std))
+    mean, std = (torch.tensor(values).view(1, 3, 1, 1) * 255 for values in (teacher.info.mean, teacher.info.std))
     pixels = ((crops - mean) / std).contiguous(memory_format=torch.channels_last)
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     with torch.inference_mode(), torch.autocast("cpu", dtype=kind):
@@ -156,7 +156,7 @@ def test_the_real_teacher_tells_images_apart() -> None:
 
     data = Path(os.environ["FKD_SSL_DATA"])
     teacher = load_teacher("mocov2", checkpoint=data / "teachers" / "mocov2_r18_imagenette.pth.tar")
-    assert (teacher.network, teacher.dim) == ("resnet18, MLP 512-512-128", 128)
+    assert (teacher.info.network, teacher.info.spec.size) == ("resnet18, MLP 512-512-128", 128)
     images = scan(data / "data" / "imagenette" / "val")
     pixels = [read_image(images.file(i)) for i in range(0, len(images), 100)]
     views = torch.stack([torch.from_numpy(replay(p, centre(*p.shape[:2], 64), 64)[0]) for p in pixels])

@@ -46,14 +46,18 @@ def test_pooled_features_and_preprocessing_are_timms(name: str, suffix: str, tmp
     network = saved(name, file)
     teacher = load_teacher(f"timm/{name}", checkpoint=file)
     config = timm.data.resolve_model_data_config(network)
-    assert (teacher.mean, teacher.std, teacher.pixels) == (config["mean"], config["std"], config["input_size"][1])
-    assert config["interpolation"] in teacher.network
+    assert (teacher.info.mean, teacher.info.std, teacher.info.pixels) == (
+        config["mean"],
+        config["std"],
+        config["input_size"][1],
+    )
+    assert config["interpolation"] in teacher.info.network
     # a file of one's own need not have the licence of timm's weights
-    assert teacher.licence == f"not stated; timm's own weights of {name}: {network.pretrained_cfg['license']}"
-    assert (teacher.name, teacher.source, teacher.dim) == (name, f"timm/{name}", network.num_features)
-    assert (teacher.checkpoint, teacher.checkpoint_sha256) == (file.name, digest(file))
+    assert teacher.info.licence == f"not stated; timm's own weights of {name}: {network.pretrained_cfg['license']}"
+    assert (teacher.info.name, teacher.info.source, teacher.info.spec.size) == (name, f"timm/{name}", network.num_features)
+    assert (teacher.info.checkpoint, teacher.info.checkpoint_sha256) == (file.name, digest(file))
     network.reset_classifier(0)
-    images = pixels(teacher.pixels)
+    images = pixels(teacher.info.pixels)
     with torch.inference_mode():
         expected = network(normalised(images, config))
     torch.testing.assert_close(teacher.features(images), expected, rtol=1e-4, atol=1e-5)
@@ -63,13 +67,13 @@ def test_pooled_features_and_preprocessing_are_timms(name: str, suffix: str, tmp
 def test_normalisation_other_than_imagenets_is_taken_over(tmp_path: Path) -> None:
     network = saved(SMALL, tmp_path / "w.pth")
     assert network.pretrained_cfg["mean"] == (0.5, 0.5, 0.5)  # else this test says nothing
-    assert load_teacher(f"timm/{SMALL}", checkpoint=tmp_path / "w.pth").std == (0.5, 0.5, 0.5)
+    assert load_teacher(f"timm/{SMALL}", checkpoint=tmp_path / "w.pth").info.std == (0.5, 0.5, 0.5)
 
 
 def test_dinov2_takes_other_sizes_than_its_own(tmp_path: Path) -> None:
     network = saved(DINOV2, tmp_path / "w.pth", num_classes=0, dynamic_img_size=True)
     teacher = load_teacher(f"timm/{DINOV2}", checkpoint=tmp_path / "w.pth")
-    assert (teacher.pixels, teacher.dim) == (518, 384)
+    assert (teacher.info.pixels, teacher.info.spec.size) == (518, 384)
     images = pixels(98)
     with torch.inference_mode():
         expected = network(normalised(images, network.pretrained_cfg))
@@ -88,7 +92,7 @@ def test_dinov2s_own_file_is_converted_by_timm(tmp_path: Path) -> None:
 def test_a_named_layer(layer: str, dim: int, tmp_path: Path) -> None:
     network = saved("resnet18.a1_in1k", tmp_path / "w.pth")
     teacher = load_teacher(f"timm/resnet18.a1_in1k@{layer}", checkpoint=tmp_path / "w.pth")
-    assert (teacher.dim, teacher.name) == (dim, f"resnet18.a1_in1k-{layer}")
+    assert (teacher.info.spec.size, teacher.info.name) == (dim, f"resnet18.a1_in1k-{layer}")
     seen: list[Tensor] = []
     network.get_submodule(layer).register_forward_hook(lambda module, inputs, output: seen.append(output.clone()))
     images = pixels(64)
@@ -158,7 +162,7 @@ def test_its_own_weights_when_asked(tmp_path: Path) -> None:
         "import sys, torch; from fkd_ssl.errors import FkdError; from fkd_ssl.teachers import load_teacher\n"
         "a, b = (load_teacher('timm/resnet18.a1_in1k', checkpoint=c) for c in ('pretrained', sys.argv[1]))\n"
         "crops = torch.arange(2 * 3 * 64 * 64).view(2, 3, 64, 64).to(torch.uint8)\n"
-        "print(torch.equal(a.embed(crops), b.embed(crops)), a.checkpoint, a.checkpoint_sha256 != b.checkpoint_sha256)\n"
+        "print(torch.equal(a.embed(crops), b.embed(crops)), a.info.checkpoint, a.info != b.info)\n"
         "try: load_teacher('timm/resnet34.a1_in1k', checkpoint='pretrained')\n"
         "except FkdError as error: print(error.exit_status, ' '.join(str(error).split()))"
     )
@@ -192,15 +196,15 @@ def test_only_the_classifiers_own_keys_are_left_out(tmp_path: Path, name: str, k
 def test_a_classifier_with_a_batchnorm_of_its_own_is_left_out_whole(tmp_path: Path) -> None:
     name = "levit_128s.fb_dist_in1k"
     saved(name, tmp_path / "w.pth")
-    assert load_teacher(f"timm/{name}", checkpoint=tmp_path / "w.pth").dim == 384
+    assert load_teacher(f"timm/{name}", checkpoint=tmp_path / "w.pth").info.spec.size == 384
 
 
 @pytest.mark.parametrize("name", ["resnet18.a1_in1k", SMALL])
 def test_probabilities_are_the_softmax_of_the_whole_classifier(name: str, tmp_path: Path) -> None:
     network = saved(name, tmp_path / "w.pth")
     teacher = load_teacher(f"timm/{name}@probabilities", checkpoint=tmp_path / "w.pth")
-    assert (teacher.kind, teacher.dim) == ("distribution", 1000)
-    images = pixels(teacher.pixels)
+    assert (teacher.info.spec.kind, teacher.info.spec.size) == ("distribution", 1000)
+    images = pixels(teacher.info.pixels)
     with torch.inference_mode():
         expected = network(normalised(images, timm.data.resolve_model_data_config(network))).softmax(dim=1)
     torch.testing.assert_close(teacher.embed(images), expected, rtol=1e-4, atol=1e-7)

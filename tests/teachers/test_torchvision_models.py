@@ -46,10 +46,19 @@ def test_features_are_what_the_last_linear_layer_is_given(
     network = saved(name, tmp_path / "w.pth", **options)
     teacher = load_teacher(f"torchvision/{name}", checkpoint=tmp_path / "w.pth")
     preset = models.get_model_weights(name).DEFAULT.transforms()
-    assert (teacher.mean, teacher.std, teacher.pixels) == (tuple(preset.mean), tuple(preset.std), preset.crop_size[0])
-    assert preset.interpolation.value in teacher.network
-    assert (teacher.name, teacher.dim, teacher.feature_dim, teacher.source) == (name, dim, dim, f"torchvision/{name}")
-    assert (teacher.checkpoint, teacher.checkpoint_sha256) == ("w.pth", digest(tmp_path / "w.pth"))
+    assert (teacher.info.mean, teacher.info.std, teacher.info.pixels) == (
+        tuple(preset.mean),
+        tuple(preset.std),
+        preset.crop_size[0],
+    )
+    assert preset.interpolation.value in teacher.info.network
+    assert (teacher.info.name, teacher.info.spec.size, teacher.feature_dim, teacher.info.source) == (
+        name,
+        dim,
+        dim,
+        f"torchvision/{name}",
+    )
+    assert (teacher.info.checkpoint, teacher.info.checkpoint_sha256) == ("w.pth", digest(tmp_path / "w.pth"))
     given: list[Tensor] = []
     network.get_submodule(last).register_forward_pre_hook(lambda module, inputs: given.append(inputs[0]))
     with torch.inference_mode():
@@ -61,8 +70,8 @@ def test_features_are_what_the_last_linear_layer_is_given(
 def test_a_named_layer(images: Tensor, tmp_path: Path) -> None:
     network: Any = saved("resnet18", tmp_path / "w.pth")
     teacher = load_teacher("torchvision/resnet18@layer3", checkpoint=tmp_path / "w.pth")
-    assert (teacher.name, teacher.dim) == ("resnet18-layer3", 256)
-    assert "layer3" in teacher.network
+    assert (teacher.info.name, teacher.info.spec.size) == ("resnet18-layer3", 256)
+    assert "layer3" in teacher.info.network
     with torch.inference_mode():
         x = normalised(images, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
         x = network.maxpool(network.bn1(network.conv1(x)).relu())
@@ -85,7 +94,10 @@ def test_its_own_weights_only_when_asked_and_never_unpickled(
     teacher = load_teacher("torchvision/resnet18", checkpoint="pretrained")
     same = load_teacher("torchvision/resnet18", checkpoint=place)
     assert torch.equal(teacher.embed(images), same.embed(images))
-    assert (teacher.checkpoint, teacher.source) == ("pretrained", "torchvision/resnet18 (ResNet18_Weights.IMAGENET1K_V1)")
+    assert (teacher.info.checkpoint, teacher.info.source) == (
+        "pretrained",
+        "torchvision/resnet18 (ResNet18_Weights.IMAGENET1K_V1)",
+    )
 
     class Bomb:
         def __reduce__(self) -> Any:
@@ -137,7 +149,11 @@ def test_another_networks_weights_are_refused(tmp_path: Path) -> None:
 def test_probabilities_are_the_softmax_of_the_whole_classifier(name: str, images: Tensor, tmp_path: Path) -> None:
     network = saved(name, tmp_path / "w.pth")
     teacher = load_teacher(f"torchvision/{name}@probabilities", checkpoint=tmp_path / "w.pth")
-    assert (teacher.kind, teacher.dim, teacher.name) == ("distribution", 1000, f"{name}-probabilities")
+    assert (teacher.info.spec.kind, teacher.info.spec.size, teacher.info.name) == (
+        "distribution",
+        1000,
+        f"{name}-probabilities",
+    )
     preset = models.get_model_weights(name).DEFAULT.transforms()
     with torch.inference_mode():
         expected = network(normalised(images, preset.mean, preset.std)).softmax(dim=1)

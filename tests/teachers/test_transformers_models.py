@@ -49,8 +49,11 @@ def vit(**options: Any) -> Any:
 def test_the_pooled_output_and_preprocessing(make: Any, images: Tensor, normalised: Tensor, tmp_path: Path) -> None:
     model = saved(make(), tmp_path / "model")
     teacher = load_teacher("transformers", checkpoint=tmp_path / "model")
-    assert (teacher.mean, teacher.std, teacher.pixels, teacher.dim) == (MEAN, STD, 28, 32)
-    assert (teacher.checkpoint, teacher.network) == ("model", f"{type(model).__name__} of transformers, pooled output")
+    assert (teacher.info.mean, teacher.info.std, teacher.info.pixels, teacher.info.spec.size) == (MEAN, STD, 28, 32)
+    assert (teacher.info.checkpoint, teacher.info.network) == (
+        "model",
+        f"{type(model).__name__} of transformers, pooled output",
+    )
     with torch.inference_mode():
         expected = model(pixel_values=normalised).pooler_output
     torch.testing.assert_close(teacher.features(images), expected, rtol=1e-4, atol=1e-5)
@@ -61,7 +64,7 @@ def test_the_pooled_output_and_preprocessing(make: Any, images: Tensor, normalis
 def test_the_class_token_where_the_pooler_has_no_weights(images: Tensor, normalised: Tensor, tmp_path: Path) -> None:
     model = saved(vit(add_pooling_layer=False), tmp_path)
     teacher = load_teacher("transformers", checkpoint=tmp_path)
-    assert teacher.network == "ViTModel of transformers, class token"
+    assert teacher.info.network == "ViTModel of transformers, class token"
     with torch.inference_mode():
         expected = model(pixel_values=normalised).last_hidden_state[:, 0]
     torch.testing.assert_close(teacher.features(images), expected, rtol=1e-4, atol=1e-5)
@@ -72,7 +75,7 @@ def test_the_class_token_where_the_pooler_has_no_weights(images: Tensor, normali
 def test_the_size_without_a_centre_crop_and_pixels_that_are_not_normalised(tmp_path: Path) -> None:
     saved(dinov2(), tmp_path, do_center_crop=False, do_normalize=False, size={"height": 42, "width": 42})
     teacher = load_teacher("transformers", checkpoint=tmp_path)
-    assert (teacher.pixels, teacher.mean, teacher.std) == (42, (0, 0, 0), (1, 1, 1))
+    assert (teacher.info.pixels, teacher.info.mean, teacher.info.std) == (42, (0, 0, 0), (1, 1, 1))
 
 
 def test_a_model_that_lacks_weights_is_refused(tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from fkd_ssl.data import Crops, StoredCrops
-from fkd_ssl.objectives import TargetInfo
 from fkd_ssl.store import Store
+from fkd_ssl.targets import TargetSpec, TeacherInfo
 from fkd_ssl.training.config import TrainConfig
 from fkd_ssl.training.engine import train
 from fkd_ssl.training.metrics import read_metrics
@@ -31,7 +31,11 @@ class Run:
     def train(self, **options: Any) -> "Run":
         self.folder.mkdir(exist_ok=True)
         embed = options.pop("embed", None)
-        given = {"targets": [TargetInfo(name="tiny", dim=16)], "embeds": None if embed is None else [embed], **options}
+        given = {
+            "targets": [TeacherInfo(name="tiny", spec=TargetSpec("embedding", (16,)))],
+            "embeds": None if embed is None else [embed],
+            **options,
+        }
         self.results = train(self.config, self.data, self.folder, **given)
         return self
 

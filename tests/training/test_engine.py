@@ -19,8 +19,8 @@ from fkd_ssl.crops import RECIPES
 from fkd_ssl.data import FreshCrops, StoredCrops
 from fkd_ssl.errors import FkdError, RequestError
 from fkd_ssl.images import scan
-from fkd_ssl.objectives import TargetInfo
 from fkd_ssl.students import Student
+from fkd_ssl.targets import TargetSpec, TeacherInfo
 from fkd_ssl.training.config import TrainConfig
 from fkd_ssl.training.engine import total_steps
 
@@ -84,7 +84,7 @@ class TestSeveralTeachers:
         teachers = [new_teacher(seed=seed, name=name) for seed, name in enumerate(self.NAMES)]
         for seed, teacher in enumerate(teachers):
             generator = torch.Generator().manual_seed(seed)
-            teacher.arrays["prototypes"] = torch.randn(20, 16, generator=generator).numpy()
+            teacher.info.arrays["prototypes"] = torch.randn(20, 16, generator=generator).numpy()
         return teachers
 
     @pytest.fixture
@@ -97,8 +97,8 @@ class TestSeveralTeachers:
             data = StoredCrops(store, image_folder, crops_per_image=2, pixels=32, teacher=list(names))
             crops = StoredCrops(store, image_folder, crops_per_image=2, pixels=32, with_targets=False)
             columns = [store.column(name) for name in names]
-            infos = [TargetInfo(name=c.name, dim=c.meta.dim, arrays=c.teacher_arrays()) for c in columns]
-            embeds = [teacher.embed for teacher in teachers if teacher.name in names]
+            infos = [c.info for c in columns]
+            embeds = [teacher.embed for teacher in teachers if teacher.info.name in names]
             options = {"teacher": ",".join(names), **options}
             stored = make_run("stored", data, **options).train(targets=infos)
             online = make_run("online", crops, targets="online", **options).train(targets=infos, embeds=embeds)
@@ -136,7 +136,7 @@ class TestSeveralTeachers:
 
     def test_a_killed_training_continues_to_the_same_bits(self, make_run: Any, teachers: list[Any]) -> None:
         options = {"targets": "online", "teacher": "a,b", "epochs": 3}
-        infos = [TargetInfo(name=teacher.name, dim=16) for teacher in teachers]
+        infos = [TeacherInfo(name=teacher.info.name, spec=TargetSpec("embedding", (16,))) for teacher in teachers]
         embeds = [teacher.embed for teacher in teachers]
         whole = make_run("whole", **options).train(targets=infos, embeds=embeds)
         run = make_run("run", **options)
@@ -286,7 +286,7 @@ class TestResume:
         with pytest.raises(KilledError):
             run.train(embed=dies_after(3, tiny_teacher.embed))
         with pytest.raises(RequestError, match=r"last.ckpt: was trained on targets of D = 16, and now they have D = 5: give"):
-            run.train(embed=tiny_teacher.embed, targets=[TargetInfo(name="tiny", dim=5)])
+            run.train(embed=tiny_teacher.embed, targets=[TeacherInfo(name="tiny", spec=TargetSpec("embedding", (5,)))])
 
     def test_a_line_of_several_steps_survives(self, make_run: Any, tiny_teacher: Any) -> None:
         options = {"targets": "online", "teacher": "tiny", "log_every": 4}
@@ -351,7 +351,7 @@ class TestResume:
             "from pathlib import Path\n"
             "import fkd_ssl\n"
             "from fkd_ssl.data import StoredCrops\n"
-            "from fkd_ssl.objectives import TargetInfo\n"
+            "from fkd_ssl.targets import TargetSpec, TeacherInfo\n"
             "from fkd_ssl.training.metrics import MetricsWriter\n"
             "from fkd_ssl.training.config import TrainConfig\n"
             "from fkd_ssl.training.engine import train\n"
@@ -363,7 +363,7 @@ class TestResume:
             "    if step == 5: os._exit(9)\n"
             "MetricsWriter._append = dying\n"
             "data = StoredCrops(fkd_ssl.open_store(config.store), config.images, crops_per_image=2, pixels=32)\n"
-            "train(config, data, Path(config.out), targets=[TargetInfo(name='tiny', dim=16)])\n"
+            "train(config, data, Path(config.out), targets=[TeacherInfo(name='tiny', spec=TargetSpec('embedding', (16,)))])\n"
         )
         done = subprocess.run(
             [sys.executable, "-c", script], capture_output=True, text=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": ""}

@@ -17,8 +17,8 @@ from torch import nn
 
 from fkd_ssl.data import FreshCrops
 from fkd_ssl.errors import FkdError, RequestError
-from fkd_ssl.objectives import TargetInfo
 from fkd_ssl.students import Student, load_student
+from fkd_ssl.targets import TargetSpec, TeacherInfo
 from fkd_ssl.training import loggers
 from fkd_ssl.training.config import TrainConfig
 from fkd_ssl.training.distiller import Distiller, update_average
@@ -100,7 +100,7 @@ class TestResume:
             "targets": "labels", "objective": "soft_ce+0.1*discriminator", "head": "classifier", "label_smoothing": 0.1,
             "mixup": 0.8, "cutmix": 1.0, "accumulate": 2, "lr_drops": "2,4",
         }  # fmt: skip
-        about = [TargetInfo(name="labels", dim=3, kind="distribution")]
+        about = [TeacherInfo(name="labels", spec=TargetSpec("distribution", (3,)))]
         whole = make_run("whole", **options).train(targets=about)
         first = whole.config.lr
         assert whole.column("lr") == pytest.approx([first] * 3 + [first / 10] * 3 + [first / 100] * 3)
@@ -122,7 +122,7 @@ class TestResume:
 
     def test_a_discriminator_learns_with_the_student(self, make_run: Any) -> None:
         options = {"targets": "labels", "objective": "discriminator", "head": "classifier"}
-        about = [TargetInfo(name="labels", dim=3, kind="distribution")]
+        about = [TeacherInfo(name="labels", spec=TargetSpec("distribution", (3,)))]
         one, more = (make_run(f"{n}", epochs=n, **options).train(targets=about) for n in (1, 6))
         key = next(key for key in one.weights if key.startswith("parts"))
         assert not torch.equal(one.weights[key], more.weights[key])

@@ -30,7 +30,7 @@ from fkd_ssl.crops.records import neutral
 from fkd_ssl.errors import CheckpointError, RequestError, StoreError
 from fkd_ssl.pickles import UnsafePickleError
 from fkd_ssl.store import manifest as layout
-from fkd_ssl.store.label_codecs import LabelCodec
+from fkd_ssl.targets.label_codecs import LabelCodec
 
 _MOST_BYTES = 2**28  # of a file: 500 crops of 21,841 classes in fp32 are 44 MB
 _DTYPES = ("BoolDType", "Float16DType", "Float32DType", "Float64DType", "Int32DType", "Int64DType")

@@ -18,12 +18,13 @@ from fkd_ssl.errors import ImageError, RequestError, StoreError
 from fkd_ssl.images import ImageSource
 from fkd_ssl.store import manifest as layout
 from fkd_ssl.store.exchange import fkd_files
-from fkd_ssl.store.label_codecs import LabelCodec
 from fkd_ssl.store.listing import MANIFEST
 from fkd_ssl.store.maintain.subset import whole_folder
 from fkd_ssl.store.reader import Column, Store
 from fkd_ssl.store.write import publish
 from fkd_ssl.store.write.columns import publish_column
+from fkd_ssl.targets import TargetSpec, TeacherInfo
+from fkd_ssl.targets.label_codecs import LabelCodec
 
 _LISTED = 10
 
@@ -184,19 +185,17 @@ def _publish(store: Store, name: str, shard: int, column: str, made: list[tuple[
 def _meta(codec: LabelCodec, folder: str, pixels: int) -> dict[str, Any]:
     """meta.json of imported labels: nothing is lost of the files, and of their teacher nothing is known."""
     exact = {"cosine_mean": 1.0, "cosine_min": 1.0, "sample": 0, "total_variation_mean": 0.0, "total_variation_max": 0.0}
+    teacher = TeacherInfo(
+        name="fkd",
+        spec=TargetSpec("distribution", (codec.dim,)),
+        network=f"not known: imported from {folder}",
+        pixels=pixels,
+    )
     return {
-        "kind": "distribution",
-        "dim": codec.dim,
         "codec": codec.spec,
         "code_size": codec.code_size,
         "fidelity": exact,
-        "teacher": {
-            "name": "fkd", "network": f"not known: imported from {folder}", "licence": "not stated", "source": None,
-            "checkpoint_sha256": None,
-        },
-        "preprocessing": {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]},
-        "pixels": pixels,
-        "precision": "fp32",
+        "teacher": teacher.to_json(),
         "chunk_size": 1,
         "probe_digest": probe_digest(),
-    }  # fmt: skip
+    }

@@ -34,7 +34,7 @@ def nearest(
 
     Args:
         column: Whose crops.
-        targets: float32 [m, D].
+        targets: float32 [m, *shape].
         count: Neighbours of each.
         crops: Crops of each image that are looked at, the first ones.
         without: Row of the image that is left out.
@@ -70,6 +70,7 @@ def nearest(
 
 
 def _normalised(vectors: Float32Array) -> Float32Array:
+    vectors = vectors.reshape(len(vectors), -1)
     norms = np.linalg.norm(vectors, axis=1, keepdims=True)
     unit: Float32Array = (vectors / np.maximum(norms, 1e-12)).astype(np.float32)
     return unit

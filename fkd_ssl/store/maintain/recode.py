@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,6 @@ from fkd_ssl import files
 from fkd_ssl.arrays import Float32Array, UInt8Array
 from fkd_ssl.errors import RequestError, StoreError
 from fkd_ssl.store import manifest as layout
-from fkd_ssl.store.codecs import check_kind, code_size
 from fkd_ssl.store.maintain.subset import Part, whole_folder
 from fkd_ssl.store.maintain.verify import check_files
 from fkd_ssl.store.reader import COSINES, Column, Store, cosine_to_teacher
@@ -21,7 +20,6 @@ from fkd_ssl.store.write.columns import check_sample, sample_rows, train_and_mea
 from fkd_ssl.store.write.publish import publish_codes
 
 _BLOCK = 2**23  # numbers that are decoded at once
-_AS_THEY_ARE = {"mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]}
 
 
 def recode(
@@ -51,8 +49,7 @@ def recode(
     """
     names = [name] if name is None or isinstance(name, str) else [*name]
     source = Source([store.column(each) for each in names])
-    code_size(codec, source.meta.dim)
-    check_kind(source.meta.kind, codec, source.name)
+    source.meta.target.check_codec(codec, source.name)
     if to is None:
         to = source.name if out is not None else f"{source.name}-{codec.replace(',', '-')}"
     to = layout.checked_name(to)
@@ -62,7 +59,7 @@ def recode(
         target = store.folder / layout.TARGETS / to
         if target.exists():
             return _same(store, source, codec, to)
-        check_sample(codec, _sample(source, codec)[2])
+        check_sample(codec, source.meta.target, _sample(source, codec)[2])
         _check_files(source)
         with whole_folder(target) as folder:
             _fill(source, codec, store, folder.name)
@@ -70,7 +67,7 @@ def recode(
     out = Path(out).resolve()  # '.' has no name to put another beside
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         return _same(Store(out), source, codec, to)
-    check_sample(codec, _sample(source, codec)[2])
+    check_sample(codec, source.meta.target, _sample(source, codec)[2])
     _check_files(source)
     with whole_folder(out) as folder:
         Part(store, teachers=[]).write(folder, beside=to)
@@ -97,37 +94,35 @@ class Source:
             self._mean(columns)
 
     def _mean(self, columns: Sequence[Column]) -> None:
-        first, *others = metas = [column.meta for column in columns]
+        first, *_ = metas = [column.meta for column in columns]
         names = [column.name for column in columns]
         if len(set(names)) < len(names):
             raise RequestError(f"name {','.join(names)}: a column is named twice")
         for name, meta in zip(names, metas, strict=True):
-            if (meta.kind, meta.dim) != ("distribution", first.dim):
-                what = f"{meta.dim} classes" if meta.kind == "distribution" else "embeddings"
+            if (meta.target.kind, meta.target) != ("distribution", first.target):
                 raise RequestError(
-                    f"name {','.join(names)}: {name} has {what}; a mean is taken of class probabilities of the same "
-                    f"{first.dim if first.kind == 'distribution' else ''} classes"
+                    f"name {','.join(names)}: {name} has {meta.target.rules.words}, {meta.target}; a mean is taken of class "
+                    "probabilities of the same classes"
                 )
         self.name = "-and-".join(names)
         self.digest = hashlib.sha256(" ".join(column.digest for column in columns).encode()).hexdigest()
-        about = {
-            key: [str(meta.teacher.get(key) or "not stated") for meta in metas] for key in ("network", "licence", "source")
-        }
-        teacher = {
-            "name": self.name,
-            "network": f"mean probabilities of: {'; '.join(about['network'])}",
-            "licence": "; ".join(dict.fromkeys(about["licence"])),
-            "source": " + ".join(about["source"]),
-            "checkpoint_sha256": None,
-        }
-        alike = all(other.preprocessing == first.preprocessing for other in others)
-        codec = " + ".join(meta.codec for meta in metas)
-        self.meta = replace(
-            first, codec=codec, teacher=teacher, preprocessing=first.preprocessing if alike else _AS_THEY_ARE, arrays={}
+        teachers = [meta.teacher for meta in metas]
+        one = first.teacher
+        alike = all((other.mean, other.std) == (one.mean, one.std) for other in teachers)
+        teacher = replace(
+            one,
+            name=self.name,
+            network=f"mean probabilities of: {'; '.join(each.network for each in teachers)}",
+            licence="; ".join(dict.fromkeys(each.licence for each in teachers)),
+            source=" + ".join(each.source or "not stated" for each in teachers),
+            checkpoint_sha256=None,
+            mean=one.mean if alike else (0, 0, 0),  # crops come as they are
+            std=one.std if alike else (1, 1, 1),
         )
+        self.meta = replace(first, codec=" + ".join(meta.codec for meta in metas), teacher=teacher, arrays={})
 
     def decode(self, codes: Sequence[UInt8Array]) -> Float32Array:
-        """Targets float32 [n, D] of each column's codes [n, code_size]."""
+        """Targets float32 [n, *shape] of each column's codes [n, code_size]."""
         decoded = [column.codec.decode(part) for column, part in zip(self.columns, codes, strict=True)]
         return decoded[0] if len(decoded) == 1 else np.mean(decoded, axis=0, dtype=np.float32)
 
@@ -168,7 +163,7 @@ def _fill(source: Source, codec: str, store: Store, to: str) -> None:
     column = Column(store, to)
     if not _is_of(column, source, codec):
         raise RequestError(
-            f"{folder}: {column.meta.codec} of {column.meta.teacher['name']} was begun there and not finished, not {codec} of "
+            f"{folder}: {column.meta.codec} of {column.meta.teacher.name} was begun there and not finished, not {codec} of "
             f"this {source.name}; delete that folder, or choose another --to or --out"
         )
     for shard in tqdm(range(store.manifest.shards), desc=f"recode {source.name}", unit="shard"):
@@ -179,7 +174,7 @@ def _fill(source: Source, codec: str, store: Store, to: str) -> None:
         read[np.array(source.store.skipped(shard), dtype=np.int64) - store.manifest.shard_rows(shard).start] = False
         flat = [of_one[read].reshape(-1, of_one.shape[-1]) for of_one in codes]
         made = np.zeros((*codes[0].shape[:2], column.meta.code_size), dtype=np.uint8)
-        block = max(1, _BLOCK // source.meta.dim)
+        block = max(1, _BLOCK // source.meta.target.size)
         parts = [
             column.codec.encode(source.decode([of_one[k : k + block] for of_one in flat]))
             for k in range(0, len(flat[0]), block)
@@ -191,7 +186,7 @@ def _fill(source: Source, codec: str, store: Store, to: str) -> None:
 
 def _sample(source: Source, codec: str) -> tuple[list[int], int, int]:
     """As `sample_rows`, without images that were skipped."""
-    order, per_image, size = sample_rows(source.store, codec)
+    order, per_image, size = sample_rows(source.store, codec, source.meta.target)
     readable = set(source.store.rows.tolist())
     rows = [row for row in order if row in readable]
     return rows, per_image, min(size, len(rows) * per_image)
@@ -201,13 +196,13 @@ def _train(source: Source, codec: str) -> tuple[dict[str, Any], dict[str, Float3
     """meta.json of the recoded column, without its arrays' checksums, and its arrays."""
     rows, per_image, size = _sample(source, codec)
     codes = [np.concatenate([one.codes(row, slice(per_image)) for row in rows])[:size] for one in source.columns]
-    trained, fidelity = train_and_measure(codec, source.decode(codes))
+    trained, fidelity = train_and_measure(codec, source.meta.target, source.decode(codes))
     fidelity |= {
         "source_codec": source.meta.codec,
         "source_column": source.digest,
         **{f"source_{key}": min(cosine_to_teacher(one.meta, key) for one in source.columns) for key in COSINES},
     }
-    meta = {**asdict(source.meta), "codec": codec, "code_size": trained.code_size, "fidelity": fidelity}
+    meta = {**source.meta.to_json(), "codec": codec, "code_size": trained.code_size, "fidelity": fidelity}
     del meta["arrays"]
     extra = {array: source.columns[0].array(array) for array in source.meta.arrays if array.startswith("teacher-")}
     return meta, {**trained.arrays(), **extra}

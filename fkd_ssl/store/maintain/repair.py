@@ -4,7 +4,6 @@ import io
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -130,11 +129,10 @@ def _retrain(store: Store, name: str, teacher: Teacher, reader: RowReader, pool:
             "away and precompute it again"
         )
         return
-    request = Request(name=name, teacher=teacher, codec=meta.codec, pixels=meta.pixels, chunk_size=meta.chunk_size)
-    for key, value in request.meta().items():
-        if asdict(meta)[key] != value:
-            raise RequestError(f"{folder}: its {key} is {asdict(meta)[key]}, not {value}: another teacher than the column's")
-    arrays: dict[str, Float32Array] = {f"teacher-{key}": array for key, array in teacher.arrays.items()}
+    request = Request(name=name, teacher=teacher, codec=meta.codec, pixels=meta.teacher.pixels, chunk_size=meta.chunk_size)
+    if difference := request.difference(meta):
+        raise RequestError(f"{folder}: its {difference}: another teacher than the column's")
+    arrays: dict[str, Float32Array] = {f"teacher-{key}": array for key, array in teacher.info.arrays.items()}
     bad = [array for array, digest in meta.arrays.items() if _digest(folder / f"{array}.npy") != digest]
     if any(array not in arrays for array in bad):
         train_columns(store, [request], reader, pool, lambda _, __, trained: arrays.update(trained), always=True)
@@ -168,7 +166,7 @@ def _recompute(
         _remove(path)
     precompute(
         images, store.folder, teacher, crops=m.crops_per_image, recipe=m.recipe, codec=column.meta.codec,
-        pixels=column.meta.pixels, seed=m.seed, chunk_size=column.meta.chunk_size, name=name, skip_unreadable=True,
+        pixels=column.meta.teacher.pixels, seed=m.seed, chunk_size=column.meta.chunk_size, name=name, skip_unreadable=True,
         threads=threads, log=log,
     )  # fmt: skip
     for path, digest in was.items():

@@ -282,15 +282,16 @@ def _check_targets(
     for k, row in enumerate(tqdm(order, desc="verify targets", unit="crop")):
         file, pixels = images.where(int(where[row])), images.pixels(int(where[row]))
         index = np.array([k % store.crops_per_image])
-        crop = replay(pixels, np.asarray(store.crops(row, index)), column.meta.pixels)
+        crop = replay(pixels, np.asarray(store.crops(row, index)), column.meta.teacher.pixels)
         try:
             now = teacher.embed(torch.from_numpy(crop)).float().cpu().numpy()[0].astype(np.float64)
         except FkdError as error:
             raise FkdError(f"{file}: {error}") from error
         stored = column.codec.decode(column.codes(row, index))[0].astype(np.float64)
         if now.shape != stored.shape:
-            report.add(f"{column.folder}: holds D = {len(stored)}, this teacher gives D = {len(now)}")
+            report.add(f"{column.folder}: holds targets {list(stored.shape)}, this teacher gives {list(now.shape)}")
             return
+        now, stored = now.ravel(), stored.ravel()
         cosines.append(float(now @ stored / max(1e-12, np.linalg.norm(now) * np.linalg.norm(stored))))
     if not cosines:
         return

@@ -1,38 +1,41 @@
 """Advice before a store is written that is larger than necessary."""
 
 from fkd_ssl.crops import CROP_DTYPE
-from fkd_ssl.store.codecs import code_size, usual_codec
-from fkd_ssl.store.label_codecs import is_label
+from fkd_ssl.targets import TargetSpec
 from fkd_ssl.text import format_bytes
 
 LARGE = 512  # bytes of a code: four times a 128-d target's in SQ8
 _SMALLER = ("RR256,SQ8", "PCA256,SQ8")
 
 
-def on_size(dim: int, codec: str, crops: int) -> str | None:
-    """A note if D makes the codes large, with the sizes of smaller codecs; None if the codes are small.
+def on_size(target: TargetSpec, codec: str, crops: int) -> str | None:
+    """A note if the codes are large, with the sizes of smaller codecs; None if the codes are small.
 
     Args:
-        dim: D.
+        target: Kind and shape.
         codec: The codec that was chosen.
         crops: Crops of all images together.
 
     Raises:
-        RequestError: There is no such codec for this D.
+        RequestError: There is no such codec for these targets.
     """
-    size = code_size(codec, dim)
-    if size <= LARGE or dim <= 256:
+    rules, shape = target.rules, target.shape
+    size = rules.code_size(codec, shape)
+    if size <= LARGE or target.size <= 256:
         return None
 
     def total(code: int) -> str:
         return f"{code} bytes a crop ({format_bytes(crops * (code + CROP_DTYPE.itemsize))} in all)"
 
-    if is_label(codec):
-        usual = usual_codec("distribution", dim)
-        smaller = code_size(usual, dim)
-        return f"note: {dim} class probabilities take {total(size)} in {codec}; --codec {usual} takes {total(smaller)}"
-    smaller = code_size(_SMALLER[0], dim)
+    if target.kind == "distribution":
+        default = rules.default_codec(shape)
+        smaller = total(rules.code_size(default, shape))
+        return f"note: {target.size} class probabilities take {total(size)} in {codec}; --codec {default} takes {smaller}"
+    said = f"note: targets of {target} take {total(size)} in {codec}"
+    if target.kind != "embedding":
+        return said
+    smaller = total(rules.code_size(_SMALLER[0], shape))
     return (
-        f"note: targets of D = {dim} take {total(size)} in {codec}; --codec {_SMALLER[0]} (random projection) or {_SMALLER[1]} "
-        f"takes {total(smaller)}; docs/teachers.md shows what either loses"
+        f"{said}; --codec {_SMALLER[0]} (random projection) or {_SMALLER[1]} takes {smaller}; docs/teachers.md shows what "
+        "either loses"
     )

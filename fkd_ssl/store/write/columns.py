@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +16,14 @@ from fkd_ssl.arrays import Float32Array
 from fkd_ssl.crops import probe_digest
 from fkd_ssl.errors import ImageError, RequestError
 from fkd_ssl.store import manifest as layout
-from fkd_ssl.store.codecs import Codec, check_kind, code_size, kind_of, sample_size, smallest_sample, train_codec
-from fkd_ssl.store.reader import Column, Store
+from fkd_ssl.store.reader import Column, ColumnMeta, Store
 from fkd_ssl.store.write import work
 from fkd_ssl.store.write.rows import Row, RowReader, Teacher
 from fkd_ssl.store.write.streams import Lane, sweep
+from fkd_ssl.targets import Codec, TargetSpec
+from fkd_ssl.targets.info import difference
 
 FIDELITY_SHARE = 9  # one target in nine of the codec's sample is held out to measure its fidelity on
-LEAST_COSINE = 0.5  # in the mean, of a column that is worth its place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,29 +42,26 @@ class Request:
     """Where the crops are made, in torch's terms; None for this process's usual path."""
 
     def __post_init__(self) -> None:
-        check_kind(self.teacher.kind, self.codec, self.teacher.name)
+        self.teacher.info.spec.check_codec(self.codec, self.teacher.info.name)
+
+    @property
+    def target(self) -> TargetSpec:
+        """Kind and shape of its targets."""
+        return self.teacher.info.spec
 
     def meta(self) -> dict[str, Any]:
         """What meta.json must say of it: all but what is measured."""
-        teacher = self.teacher
         return {
-            "kind": teacher.kind,
-            "dim": teacher.dim,
             "codec": self.codec,
-            "code_size": code_size(self.codec, teacher.dim),
-            "teacher": {
-                "name": teacher.name,
-                "network": teacher.network,
-                "licence": teacher.licence,
-                "source": teacher.source,
-                "checkpoint_sha256": teacher.checkpoint_sha256,
-            },
-            "preprocessing": {"mean": list(teacher.mean), "std": list(teacher.std)},
-            "pixels": self.pixels,
-            "precision": teacher.precision,
+            "code_size": self.target.check_codec(self.codec, self.teacher.info.name),
+            "teacher": replace(self.teacher.info, pixels=self.pixels).to_json(),
             "chunk_size": self.chunk_size,
             "probe_digest": probe_digest(self.device),
         }
+
+    def difference(self, meta: ColumnMeta) -> str:
+        """What a column's meta.json says other than this request, in words; "" if nothing."""
+        return difference(meta.to_json(), self.meta())
 
 
 class _PublishedError(Exception):
@@ -80,8 +77,7 @@ def open_or_train(
         RequestError: A column of that name is of another teacher, or was made otherwise.
     """
     for request in requests:
-        teacher = request.teacher
-        log(f"teacher {request.name}: {teacher.network}; {normalisation_in_words(teacher.mean, teacher.std)}")
+        log(f"teacher {request.name}: {request.teacher.info.network}; {request.teacher.info.normalisation}")
     for request in requests:  # before any work
         target = store.folder / layout.TARGETS / request.name
         if target.is_dir() and any(target.iterdir()) and not _published(store, request):
@@ -89,11 +85,11 @@ def open_or_train(
         if _published(store, request):
             _check(store, request)
     new = [request for request in requests if not _published(store, request)]
-    for codec in dict.fromkeys(request.codec for request in new):
+    for codec, kind in dict.fromkeys((request.codec, request.target.kind) for request in new):
         log(f"training the codec {codec} on a sample")
         train_columns(
             store,
-            [request for request in new if request.codec == codec],
+            [request for request in new if (request.codec, request.target.kind) == (codec, kind)],
             reader,
             pool,
             lambda request, meta, arrays: publish_column(store.folder / layout.TARGETS / request.name, meta, arrays),
@@ -108,38 +104,41 @@ def open_or_train(
 
 def train(request: Request, sample: Float32Array) -> tuple[dict[str, Any], dict[str, Float32Array]]:
     """A column's meta.json, without the arrays' checksums, and its arrays; part of the sample is held out."""
-    trained, fidelity = train_and_measure(request.codec, sample)
+    trained, fidelity = train_and_measure(request.codec, request.target, sample)
     meta = {**request.meta(), "fidelity": fidelity}
-    return meta, {**trained.arrays(), **{f"teacher-{key}": a for key, a in request.teacher.arrays.items()}}
+    return meta, {**trained.arrays(), **{f"teacher-{key}": a for key, a in request.teacher.info.arrays.items()}}
 
 
-def train_and_measure(spec: str, sample: Float32Array) -> tuple[Codec, dict[str, Any]]:
+def train_and_measure(codec: str, target: TargetSpec, sample: Float32Array) -> tuple[Codec, dict[str, Any]]:
     """A codec trained on a sample but for what is held out, and its fidelity on that.
 
     Raises:
-        RequestError: The sample is too small for it, or what it leaves of the targets is of no use.
+        RequestError: The sample is too small for it, or the decoded targets are too far from the original ones.
     """
-    check_sample(spec, len(sample))
+    check_sample(codec, target, len(sample))
+    rules = target.rules
     held_out = max(1, len(sample) // FIDELITY_SHARE)
-    codec = train_codec(spec, sample[: _trained_on(len(sample))])
-    fidelity = measure(codec, sample[-held_out:])
-    if kind_of(spec) == "embedding" and not fidelity["cosine_mean"] >= LEAST_COSINE:
-        larger = [other for other in ("SQ8", "SQfp16", "Flat") if code_size(other, codec.dim) > codec.code_size]
+    trained = rules.train(codec, sample[: _trained_on(len(sample))])
+    exact = sample[-held_out:]
+    fidelity = {**rules.measure(exact, trained.decode(trained.encode(exact))), "sample": held_out}
+    if not fidelity["cosine_mean"] >= rules.min_cosine:
+        larger = [other for other in rules.larger if rules.code_size(other, target.shape) > trained.code_size]
         raise RequestError(
-            f"codec {spec}: trained on {_trained_on(len(sample))} targets it leaves cosine {fidelity['cosine_mean']:.3f} in "
-            f"the mean of {held_out}, and under {LEAST_COSINE} there is nothing to learn from: choose a larger codec "
-            f"({', '.join(larger) or 'Flat'})"
+            f"codec {codec}: trained on {_trained_on(len(sample))} targets it leaves cosine {fidelity['cosine_mean']:.3f} in "
+            f"the mean of {held_out}, and under {rules.min_cosine} there is nothing to learn from: choose a larger codec "
+            f"({', '.join(larger or rules.larger[-1:])})"
         )
-    return codec, fidelity
+    return trained, fidelity
 
 
-def check_sample(codec: str, sample: int) -> None:
+def check_sample(codec: str, target: TargetSpec, sample: int) -> None:
     """Raises RequestError where a codec cannot be trained on a sample of so many targets, part of which is held out."""
-    needed = smallest_sample(codec)
+    needed = target.rules.min_sample(codec)
     if _trained_on(sample) < needed:
         raise RequestError(
             f"codec {codec} needs at least {needed} targets to be trained on, and there are {_trained_on(sample)}, besides one "
-            f"in {FIDELITY_SHARE} that is held out: store more crops or images, or choose SQ8"
+            f"in {FIDELITY_SHARE} that is held out: store more crops or images, or choose "
+            f"{target.rules.default_codec(target.shape)}"
         )
 
 
@@ -147,25 +146,10 @@ def _trained_on(sample: int) -> int:
     return sample - sample // FIDELITY_SHARE if sample >= FIDELITY_SHARE else max(1, sample - 1) if sample else 0
 
 
-def sample_targets(codec: str, targets: int) -> int:
+def sample_targets(codec: str, target: TargetSpec, targets: int) -> int:
     """How many of a store's targets are a codec's sample, with those that are held out."""
-    size = sample_size(codec)
+    size = target.rules.sample_size(codec)
     return min(size + size // (FIDELITY_SHARE - 1), targets)
-
-
-def measure(codec: Codec, targets: Float32Array) -> dict[str, Any]:
-    """Cosine of decoded to original targets: `cosine_mean`, `cosine_min`, `sample`.
-
-    Of class probabilities also `total_variation_mean` and `total_variation_max`, half the sum of absolute differences.
-    """
-    decoded, exact = codec.decode(codec.encode(targets)).astype(np.float64), targets.astype(np.float64)
-    norms = np.linalg.norm(decoded, axis=1) * np.linalg.norm(exact, axis=1)
-    cosines = (decoded * exact).sum(axis=1) / np.maximum(norms, 1e-12)
-    found = {"cosine_mean": float(cosines.mean()), "cosine_min": float(cosines.min()), "sample": len(targets)}
-    if kind_of(codec.spec) == "distribution":
-        variations = np.abs(decoded - exact).sum(axis=1) / 2
-        found |= {"total_variation_mean": float(variations.mean()), "total_variation_max": float(variations.max())}
-    return found
 
 
 def in_words(fidelity: dict[str, Any]) -> str:
@@ -179,15 +163,10 @@ def in_words(fidelity: dict[str, Any]) -> str:
     return f"cosine to {whose} {f['cosine_mean']:.5f} mean, {f['cosine_min']:.5f} min"
 
 
-def normalisation_in_words(mean: Sequence[float], std: Sequence[float]) -> str:
-    """What is subtracted from RGB in 0 to 1, and what it is divided by."""
-    return "pixels normalised by mean {}, std {}".format(*(" ".join(f"{value:g}" for value in rgb) for rgb in (mean, std)))
-
-
-def sample_rows(store: Store, codec: str) -> tuple[list[int], int, int]:
+def sample_rows(store: Store, codec: str, target: TargetSpec) -> tuple[list[int], int, int]:
     """Which crops a codec is trained on: rows in the order of a hash that the seed fixes, crops of each, crops in all."""
     m = store.manifest
-    size = sample_targets(codec, m.count * m.crops_per_image)
+    size = sample_targets(codec, target, m.count * m.crops_per_image)
     per_image = -(-size // m.count)
     return layout.in_hash_order(list(store.paths), f"codec {m.seed}")[: -(-size // per_image)], per_image, size
 
@@ -196,19 +175,19 @@ def train_columns(
     store: Store, requests: Sequence[Request], reader: RowReader, pool: ThreadPoolExecutor,
     publish: Callable[[Request, dict[str, Any], dict[str, Float32Array]], None], *, always: bool = False,
 ) -> None:  # fmt: skip
-    """Trains the codecs of requests of one codec on what their teachers say of the sample, which is read once for all.
+    """Trains the codecs of requests of one codec and kind on what their teachers say of the sample, which is read once for all.
 
     What is done of the sample survives a kill.
 
     Args:
         store: The store.
-        requests: Columns that do not exist.
+        requests: Columns that do not exist, of one codec.
         reader: Reads the sample.
         pool: Threads that read ahead.
         publish: Takes each column's meta.json and arrays.
         always: Also where another process publishes the columns meanwhile; otherwise theirs stand.
     """
-    order, per_image, size = sample_rows(store, requests[0].codec)
+    order, per_image, size = sample_rows(store, requests[0].codec, requests[0].target)
     parts: list[list[Float32Array]] = [[] for _ in requests]
 
     def overtaken() -> bool:
@@ -218,7 +197,7 @@ def train_columns(
         lanes = []
         for request, mine in zip(requests, parts, strict=True):
             owner = files.sha256(files.canonical({"sample": request.meta()}))
-            unit = request.teacher.dim * np.dtype(np.float32).itemsize
+            unit = request.target.size * np.dtype(np.float32).itemsize
             progress = stack.enter_context(
                 work.open_work(_sample_file(store, request), owner, unit=unit, crops=len(order) * per_image, per_row=per_image)
             )
@@ -248,7 +227,7 @@ def _sample_lane(
         progress.restart()
         done, checksums, readable, first = 0, progress.checksums, 0, 0
     if progress is not None and done:
-        parts.append(np.frombuffer(progress.read(), dtype=np.float32).reshape(done, request.teacher.dim))
+        parts.append(np.frombuffer(progress.read(), dtype=np.float32).reshape(done, *request.target.shape))
 
     def seen(row: Row) -> bool:
         checksums.append("+" if row.checksum else "")  # whether it was read is all: 300,000 of them go into one journal
@@ -278,13 +257,8 @@ def _published(store: Store, request: Request) -> bool:
 def _check(store: Store, request: Request) -> Column:
     """The column of that name, if it is the one asked for."""
     column = store.column(request.name)
-    found = asdict(column.meta)
-    for key, value in request.meta().items():
-        if found[key] != value:
-            raise RequestError(
-                f"{column.folder}: this column's {key} is {found[key]}, not {value}; give the same, or have precompute --name "
-                "another column"
-            )
+    if other := request.difference(column.meta):
+        raise RequestError(f"{column.folder}: this column's {other}; give the same, or have precompute --name another column")
     return column
 
 

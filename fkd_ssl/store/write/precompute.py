@@ -24,7 +24,6 @@ from fkd_ssl.errors import RequestError
 from fkd_ssl.images import ImageSource
 from fkd_ssl.progress import hidden
 from fkd_ssl.store import manifest as layout
-from fkd_ssl.store.codecs import code_size, usual_codec
 from fkd_ssl.store.listing import MANIFEST
 from fkd_ssl.store.reader import MAX_ARRAY, Column, Store
 from fkd_ssl.store.write import advice, work
@@ -215,7 +214,7 @@ def _requests(
     """The columns that are asked for; raises RequestError where one cannot be."""
     teachers = [*teacher] if isinstance(teacher, Sequence) else [teacher]
     sides = [pixels] * len(teachers) if isinstance(pixels, int) else [*pixels]
-    names = [t.name for t in teachers] if name is None else [name] if isinstance(name, str) else [*name]
+    names = [t.info.name for t in teachers] if name is None else [name] if isinstance(name, str) else [*name]
     for what, value, most in (("chunk_size", chunk_size, 2**16), *(("pixels", side, 4096) for side in sides)):
         _in_range(what, value, most)
     if not len(teachers) == len(names) == len(sides) or len(set(names)) < len(names):
@@ -223,7 +222,7 @@ def _requests(
             f"{len(teachers)} teachers, columns {names}, pixels {sides}: each teacher needs one size and a name of its own "
             "(--name a,b)"
         )
-    for each in teachers:
+    for each in (teacher.info for teacher in teachers):
         if strange := [key for key in each.arrays if not layout.COLUMN_NAME.fullmatch(f"teacher-{key}")]:
             raise RequestError(
                 f"teacher {each.name}: an array named {strange[0]!r} cannot be stored; letters, digits, '.', '_' and '-' only"
@@ -235,7 +234,7 @@ def _requests(
         Request(
             name=layout.checked_name(n),
             teacher=t,
-            codec=codec or usual_codec(t.kind, t.dim),
+            codec=codec or t.info.spec.rules.default_codec(t.info.spec.shape),
             pixels=side,
             chunk_size=chunk_size,
             device=device,
@@ -259,10 +258,10 @@ def _begin(
         raise RequestError(f"--threads {threads}: must be at least 1")
     for request in requests:
         if not (folder / layout.TARGETS / request.name / "meta.json").exists():  # a column that is there has its codec
-            check_sample(request.codec, sample_targets(request.codec, len(images) * crops))
+            check_sample(request.codec, request.target, sample_targets(request.codec, request.target, len(images) * crops))
     log(_announce(folder, len(images), crops, requests))
     for request in requests:
-        if warning := advice.on_size(request.teacher.dim, request.codec, len(images) * crops):
+        if warning := advice.on_size(request.target, request.codec, len(images) * crops):
             log(warning)
     store = _open_or_create(
         folder, images, seed=seed, recipe=recipe, crops=crops, skip_unreadable=skip_unreadable, progress=progress
@@ -303,7 +302,7 @@ def _open_or_create(
 
 def _announce(folder: Path, count: int, crops: int, requests: Sequence[Request]) -> str:
     """What will be written, in words; raises FkdError where the disk cannot hold it. Nothing is written before."""
-    sizes = [code_size(request.codec, request.teacher.dim) for request in requests]
+    sizes = [request.target.check_codec(request.codec, request.name) for request in requests]
     needed = count * crops * (CROP_DTYPE.itemsize + sum(sizes))
     own = [*(folder / layout.CROPS).glob("*.npy")]
     recorded = 0

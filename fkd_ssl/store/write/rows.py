@@ -17,9 +17,9 @@ from fkd_ssl.crops.device import PendingCrops, concatenate, plan_crops, replay_p
 from fkd_ssl.crops.records import neutral
 from fkd_ssl.errors import FkdError, ImageError, StoreError
 from fkd_ssl.images import ImageSource, decode
-from fkd_ssl.kinds import Kind
 from fkd_ssl.store.reader import Store
 from fkd_ssl.store.write import publish
+from fkd_ssl.targets import TeacherInfo
 
 T = TypeVar("T")
 
@@ -27,23 +27,10 @@ T = TypeVar("T")
 class Teacher(Protocol):
     """What precompute asks of a teacher; fkd_ssl.teachers.Teacher is one."""
 
-    name: str
-    kind: Kind
-    dim: int
-    network: str
-    licence: str
-    source: str | None
-    checkpoint_sha256: str | None
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    arrays: dict[str, Float32Array]
-
-    @property
-    def precision(self) -> str:
-        """Arithmetic of its forward: fp32, bf16 or fp16."""
+    info: TeacherInfo
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
-        """Targets float32 [B, D] of crops uint8 [B, 3, H, W]."""
+        """Targets float32 [B, *shape] of crops uint8 [B, 3, H, W]."""
 
 
 Views = UInt8Array | PendingCrops
@@ -189,8 +176,7 @@ def embed(teacher: Teacher, chunk: torch.Tensor, chunk_size: int) -> Float32Arra
     padded = torch.cat([chunk, chunk.new_zeros(missing, *chunk.shape[1:])]) if missing else chunk
     targets = teacher.embed(padded.contiguous(memory_format=torch.channels_last))
     result: Float32Array = targets[: len(chunk)].float().cpu().numpy()
-    if result.shape != (len(chunk), teacher.dim) or not np.isfinite(result).all():
-        raise FkdError(
-            f"teacher {teacher.name}: gave targets {list(result.shape)}, expected finite [{len(chunk)}, {teacher.dim}]"
-        )
+    expected = (len(chunk), *teacher.info.spec.shape)
+    if result.shape != expected or not np.isfinite(result).all():
+        raise FkdError(f"teacher {teacher.info.name}: gave targets {list(result.shape)}, expected finite {list(expected)}")
     return result

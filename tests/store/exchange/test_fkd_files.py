@@ -24,11 +24,11 @@ from fkd_ssl.store import open_store
 from fkd_ssl.store.exchange import fkd_files
 from fkd_ssl.store.exchange import fkd_store as fkd_exchange
 from fkd_ssl.store.exchange.fkd_store import export_fkd, import_fkd
-from fkd_ssl.store.label_codecs import LabelCodec
 from fkd_ssl.store.maintain.repair import repair
 from fkd_ssl.store.maintain.verify import verify
 from fkd_ssl.store.write.columns import in_words
 from fkd_ssl.store.write.precompute import precompute
+from fkd_ssl.targets.label_codecs import LabelCodec
 
 C, K = 6, 20
 
@@ -284,7 +284,7 @@ def test_wrong_options_leave_nothing_in_the_way(images: Path, tmp_path: Path) ->
     published(tmp_path / "labels", images)
     with pytest.raises(StoreError, match="no probabilities of 6 classes"):
         import_fkd(tmp_path / "labels", scan(images), tmp_path / "store", classes=6)
-    assert import_fkd(tmp_path / "labels", scan(images), tmp_path / "store", classes=K).column().meta.dim == K
+    assert import_fkd(tmp_path / "labels", scan(images), tmp_path / "store", classes=K).column().meta.target.size == K
 
 
 def test_none_can_be_read(images: Path, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """A column in another codec, without the teacher."""
 
 import importlib.util
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,9 @@ def small_shards(monkeypatch):
 
 @pytest.fixture
 def source(tmp_path, make_store, tiny_teacher):
-    tiny_teacher.arrays = {"prototypes": np.random.default_rng(0).normal(size=(30, 16)).astype(np.float32)}
+    tiny_teacher.info = replace(
+        tiny_teacher.info, arrays={"prototypes": np.random.default_rng(0).normal(size=(30, 16)).astype(np.float32)}
+    )
     return make_store(tmp_path / "source", crops=12, teacher=tiny_teacher)
 
 
@@ -163,7 +166,10 @@ def test_another_codec_that_was_begun_is_refused(source, killed_behind_meta):
 def test_another_column_that_was_begun_is_refused(tmp_path, source, make_store, new_teacher, killed_behind_meta, other, out):
     """Two teachers' codes in one column would be found by nobody: each shard's sidecar would be right."""
     teacher = new_teacher(other.get("teacher", 0), "tiny")
-    teacher.arrays = {"prototypes": np.random.default_rng(other.get("arrays", 0)).normal(size=(30, 16)).astype(np.float32)}
+    teacher.info = replace(
+        teacher.info,
+        arrays={"prototypes": np.random.default_rng(other.get("arrays", 0)).normal(size=(30, 16)).astype(np.float32)},
+    )
     options = {key: value for key, value in other.items() if key in ("codec", "chunk_size")}
     store = make_store(source.folder, crops=12, teacher=teacher, name="other", **options)
     place = {"to": "new"} | ({} if out is None else {"out": tmp_path / out})
@@ -271,7 +277,7 @@ class TestMean:
         torch.manual_seed(seed)
         layers = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten(), torch.nn.Linear(12, classes))
         return Teacher(
-            layers, torch.nn.Identity(), name=name, dim=classes, network=f"net {name}", pixels=32, kind="distribution",
+            layers, torch.nn.Identity(), name=name, shape=(classes,), network=f"net {name}", pixels=32, kind="distribution",
             licence=f"licence {name}", source=f"source {name}",
         )  # fmt: skip
 
@@ -288,10 +294,8 @@ class TestMean:
         f = column.meta.fidelity
         assert distances.mean() <= f["total_variation_mean"] * 1.2  # measured on a part of them
         assert f["source_codec"] == "full + full"
-        assert (
-            column.meta.teacher["network"] == direct.column().meta.teacher["network"] == "mean probabilities of: net a; net b"
-        )
-        assert column.meta.teacher["licence"] == "licence a; licence b"
+        assert column.meta.teacher.network == direct.column().meta.teacher.network == "mean probabilities of: net a; net b"
+        assert column.meta.teacher.licence == "licence a; licence b"
         assert verify(column.store, images.scan(image_folder), ensemble, name=column.name).problems == []
 
     def test_a_second_call_finds_it_and_another_order_is_another_mean(self, two, tree):
@@ -317,9 +321,9 @@ class TestMean:
         before = tree(folder)
         store = open_store(folder)
         for names, message in (
-            (["a", "c"], "name a,c: c has 9 classes; a mean is taken of class probabilities of the same 7 classes"),
-            (["a", "d"], "name a,d: d has embeddings; a mean is taken of class probabilities"),
-            (["d", "a"], "name d,a: d has embeddings; a mean is taken of class probabilities"),
+            (["a", "c"], "name a,c: c has class probabilities, D = 9; a mean is taken of class probabilities of the"),
+            (["a", "d"], "name a,d: d has embeddings, D = 16; a mean is taken of class probabilities"),
+            (["d", "a"], "name d,a: d has embeddings, D = 16; a mean is taken of class probabilities"),
             (["a", "a"], "name a,a: a column is named twice"),
         ):
             with pytest.raises(RequestError, match=message):

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,9 @@ def template(tmp_path_factory, image_folder, new_teacher):
         patch.setattr(manifest, "ROWS_PER_SHARD", 10)
         for seed, name in enumerate(("tiny", "other")):
             teacher = new_teacher(seed, name)
-            teacher.arrays = {"prototypes": np.random.default_rng(seed).normal(size=(30, 16)).astype(np.float32)}
+            teacher.info = replace(
+                teacher.info, arrays={"prototypes": np.random.default_rng(seed).normal(size=(30, 16)).astype(np.float32)}
+            )
             precompute(images.scan(image_folder), folder, teacher, crops=4, recipe=RECIPES["mocov2"], pixels=32, chunk_size=16)
     return folder
 
@@ -51,7 +54,9 @@ def mend(folder, *arguments, **options):
 @pytest.fixture
 def teacher(new_teacher):
     teacher = new_teacher()
-    teacher.arrays = {"prototypes": np.random.default_rng(0).normal(size=(30, 16)).astype(np.float32)}
+    teacher.info = replace(
+        teacher.info, arrays={"prototypes": np.random.default_rng(0).normal(size=(30, 16)).astype(np.float32)}
+    )
     return teacher
 
 
@@ -171,7 +176,7 @@ def test_an_array_that_the_teacher_does_not_bring(folder, tmp_path, image_folder
 def test_another_teacher_repairs_nothing(folder, tree, image_folder, new_teacher):
     flip(folder / "targets/tiny/ranges.npy")
     before = tree(folder)
-    with pytest.raises(RequestError, match=r"tiny: its teacher is .*: another teacher than the column's"):
+    with pytest.raises(RequestError, match=r"tiny: its checkpoint_sha256 is 0+, not 0+5: another teacher than the column's"):
         mend(folder, images.scan(image_folder), new_teacher(5, "tiny"), name="tiny")
     assert tree(folder) == before
 
@@ -233,7 +238,9 @@ def test_random_flips_anywhere_are_found_and_repaired(folder, tree, image_folder
         repair_lists(folder, found, lambda line: None)
         for seed, column in enumerate(("tiny", "other")):
             teacher = new_teacher(seed, column)
-            teacher.arrays = {"prototypes": np.random.default_rng(seed).normal(size=(30, 16)).astype(np.float32)}
+            teacher.info = replace(
+                teacher.info, arrays={"prototypes": np.random.default_rng(seed).normal(size=(30, 16)).astype(np.float32)}
+            )
             mend(folder, found, teacher, name=column)
         assert tree(folder) == before, name
 

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -178,7 +179,9 @@ def test_a_damaged_shard_is_not_copied(tmp_path, source):
 @pytest.fixture
 def prototyped(tmp_path, make_store, new_teacher):
     teacher = new_teacher()
-    teacher.arrays = {"prototypes": np.random.default_rng(0).normal(size=(30, 16)).astype(np.float32)}
+    teacher.info = replace(
+        teacher.info, arrays={"prototypes": np.random.default_rng(0).normal(size=(30, 16)).astype(np.float32)}
+    )
     return make_store(tmp_path / "prototyped", teacher=teacher)
 
 

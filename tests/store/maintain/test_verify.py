@@ -1,5 +1,6 @@
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,9 @@ FILES = [
 def template(tmp_path_factory, image_folder, new_teacher):
     folder = tmp_path_factory.mktemp("template") / "store"
     teacher = new_teacher()
-    teacher.arrays = {"prototypes": np.random.default_rng(0).normal(size=(30, 16)).astype(np.float32)}
+    teacher.info = replace(
+        teacher.info, arrays={"prototypes": np.random.default_rng(0).normal(size=(30, 16)).astype(np.float32)}
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(manifest, "ROWS_PER_SHARD", 20)
         precompute(images.scan(image_folder), folder, teacher, crops=4, recipe=RECIPES["mocov2"], pixels=32, chunk_size=16)
@@ -128,7 +131,7 @@ def test_a_teacher_of_another_dimension_is_found(folder, image_folder, tiny_teac
     real = tiny_teacher.embed
     tiny_teacher.embed = lambda views: real(views)[:, :8]
     found = problems(folder, images.scan(image_folder), tiny_teacher)
-    assert found == [f"{folder}/targets/tiny: holds D = 16, this teacher gives D = 8"]
+    assert found == [f"{folder}/targets/tiny: holds targets [16], this teacher gives [8]"]
 
 
 @pytest.mark.parametrize("rows", [[4], [4, 5, 6, 7]])

@@ -4,13 +4,14 @@ import pytest
 
 from fkd_ssl.errors import RequestError
 from fkd_ssl.store.write import advice
+from fkd_ssl.targets import TargetSpec
 
 
 @pytest.mark.parametrize(
     ("dim", "codec"), [(128, "SQ8"), (128, "Flat"), (512, "SQ8"), (2048, "OPQ16,PQ16x8"), (2048, "PCA256,SQ8"), (1024, "SQ4")]
 )
 def test_small_codes_need_no_advice(dim: int, codec: str) -> None:
-    assert advice.on_size(dim, codec, 10**9) is None
+    assert advice.on_size(TargetSpec("embedding", (dim,)), codec, 10**9) is None
 
 
 @pytest.mark.parametrize(
@@ -25,7 +26,7 @@ def test_small_codes_need_no_advice(dim: int, codec: str) -> None:
 def test_large_ones_are_told_with_what_would_be_smaller(dim: int, codec: str, size: int, whole: str) -> None:
     """ImageNet's 1,281,167 images x 400 crops; a record is 20 bytes."""
     crops = 1_281_167 * 400
-    said = advice.on_size(dim, codec, crops)
+    said = advice.on_size(TargetSpec("embedding", (dim,)), codec, crops)
     assert said is not None
     assert f"D = {dim} take {size} bytes a crop ({whole} in all) in {codec};" in said
     assert "--codec RR256,SQ8 (random projection) or PCA256,SQ8 takes 256 bytes a crop (141.4 GB in all)" in said
@@ -35,11 +36,11 @@ def test_precompute_says_it(make_store: Any, tiny_teacher: Any, tmp_path: Any, m
     lines: list[str] = []
     make_store(tmp_path / "small", log=lines.append)
     assert not [line for line in lines if line.startswith("note: targets of D")]
-    monkeypatch.setattr(advice, "on_size", lambda dim, codec, crops: f"advice on {dim} {codec} {crops}")
+    monkeypatch.setattr(advice, "on_size", lambda target, codec, crops: f"advice on {target} {codec} {crops}")
     make_store(tmp_path / "store", codec="SQ8", log=lines.append)
-    assert "advice on 16 SQ8 96" in lines
+    assert "advice on D = 16 SQ8 96" in lines
 
 
 def test_a_codec_that_cannot_be_is_refused() -> None:
     with pytest.raises(RequestError, match=r"codec 'SQ9' is none of those accepted"):
-        advice.on_size(2048, "SQ9", 1)
+        advice.on_size(TargetSpec("embedding", (2048,)), "SQ9", 1)

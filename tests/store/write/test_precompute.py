@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from fkd_ssl.store import manifest, open_store
 from fkd_ssl.store.maintain.subset import subset
 from fkd_ssl.store.maintain.verify import verify
 from fkd_ssl.store.write.precompute import precompute
+from fkd_ssl.targets import TargetSpec
 
 
 def embedded(store, root, teacher, pixels):
@@ -75,16 +77,9 @@ def test_the_store_says_what_it_holds(tmp_path, make_store, image_folder):
             expected = ((image_folder / path).stat().st_size, *picture.size)
         assert tuple(store.sizes[row]) == expected
     meta = store.column().meta
-    assert (meta.kind, meta.dim, meta.codec, meta.code_size, meta.pixels, meta.chunk_size) == (
-        "embedding",
-        16,
-        "SQ4",
-        8,
-        32,
-        16,
-    )
-    assert meta.teacher["name"] == "tiny"
-    assert meta.preprocessing == {"mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225]}
+    assert (meta.target, meta.codec, meta.code_size, meta.chunk_size) == (TargetSpec("embedding", (16,)), "SQ4", 8, 16)
+    assert (meta.teacher.name, meta.teacher.pixels) == ("tiny", 32)
+    assert (meta.teacher.mean, meta.teacher.std) == ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     assert store.crops_sidecar(0)["images"] == [files.sha256_file(image_folder / path) for path in store.paths]
 
 
@@ -173,7 +168,7 @@ def test_columns_do_not_depend_on_their_order(tmp_path, make_store, tree, new_te
 
 def test_a_column_has_the_name_that_it_is_given(tmp_path, make_store, new_teacher):
     make_store(tmp_path / "store")
-    with pytest.raises(RequestError, match=r"this column's teacher is .*or have precompute --name another column"):
+    with pytest.raises(RequestError, match=r"this column's checkpoint_sha256 is 0+, not 0+5; .*--name another column"):
         make_store(tmp_path / "store", teacher=new_teacher(seed=5))
     store = make_store(tmp_path / "store", teacher=new_teacher(seed=5), name="tiny-5")
     assert store.teachers == ["tiny", "tiny-5"]
@@ -183,15 +178,17 @@ def test_a_column_has_the_name_that_it_is_given(tmp_path, make_store, new_teache
 
 
 def test_a_teachers_own_arrays_are_kept(tmp_path, make_store, tiny_teacher):
-    tiny_teacher.arrays = {"prototypes": np.random.default_rng(0).normal(size=(30, 16)).astype(np.float32)}
+    tiny_teacher.info = replace(
+        tiny_teacher.info, arrays={"prototypes": np.random.default_rng(0).normal(size=(30, 16)).astype(np.float32)}
+    )
     column = make_store(tmp_path / "store", teacher=tiny_teacher).column()
-    np.testing.assert_array_equal(column.array("teacher-prototypes"), tiny_teacher.arrays["prototypes"])
+    np.testing.assert_array_equal(column.array("teacher-prototypes"), tiny_teacher.info.arrays["prototypes"])
     with pytest.raises(StoreError, match=r"no array 'more'; there are \['ranges', 'teacher-prototypes'\]"):
         column.array("more")
 
 
 def test_an_array_that_cannot_be_a_files_name_is_refused_before_the_work(tmp_path, make_store, tiny_teacher):
-    tiny_teacher.arrays = {"my prototypes": np.zeros((3, 16), dtype=np.float32)}
+    tiny_teacher.info = replace(tiny_teacher.info, arrays={"my prototypes": np.zeros((3, 16), dtype=np.float32)})
     with pytest.raises(RequestError, match=r"teacher tiny: an array named 'my prototypes' cannot be stored; letters, digits"):
         make_store(tmp_path / "store", teacher=tiny_teacher)
     assert not (tmp_path / "store").exists()

@@ -15,10 +15,10 @@ from fkd_ssl.data import RecordedCrops, StoredCrops
 from fkd_ssl.errors import FkdError, ImageError, RequestError, StoreError
 from fkd_ssl.store import manifest, open_store
 from fkd_ssl.store.maintain.verify import verify
-from fkd_ssl.store.write import columns
 from fkd_ssl.store.write import precompute as precompute_module
 from fkd_ssl.store.write.precompute import precompute, prepare
 from fkd_ssl.store.write.recording import Recording
+from fkd_ssl.targets.embedding import Embedding
 
 CROPS, BLOCK = 6, 2
 ORDER = np.random.default_rng(0).permutation(24)
@@ -230,7 +230,7 @@ def test_unreadable_images(tmp_path, begin, train, pictures):
 
 def test_an_image_that_cannot_be_decoded_is_found_before_the_training(begin, pictures, monkeypatch):
     """A store that counted it as readable could not be gone on with when the training comes to it."""
-    monkeypatch.setattr(columns, "sample_size", lambda codec: 8)
+    monkeypatch.setattr(Embedding, "sample_size", lambda self, codec: 8)
     paths = images.scan(pictures).names
     last = paths[manifest.in_hash_order(paths, "codec 0")[-1]]  # no part of the codec's sample
     (pictures / last).write_bytes((pictures / last).read_bytes()[:-400])

@@ -12,11 +12,12 @@ import pytest
 from fkd_ssl import images
 from fkd_ssl.crops import RECIPES
 from fkd_ssl.errors import FkdError
-from fkd_ssl.store import codecs, manifest, open_store
+from fkd_ssl.store import manifest, open_store
 from fkd_ssl.store.maintain.verify import verify
 from fkd_ssl.store.write import columns, work
 from fkd_ssl.store.write.precompute import precompute
 from fkd_ssl.store.write.rows import Row
+from fkd_ssl.targets import faiss_codecs
 
 OPTIONS = {"crops": 6, "chunk_size": 7}  # 24 rows x 6 crops; rows and chunks do not fall together
 CROPS = 24 * 6
@@ -169,7 +170,7 @@ def test_damaged_progress_is_not_trusted(tmp_path, whole, start, tiny_teacher, t
 def test_the_largest_codecs_sample_is_resumed(tmp_path, new_teacher):
     """Of one crop of each of 294,912 images: their checksums would be more than a file of JSON may hold."""
     request = columns.Request(name="tiny", teacher=new_teacher(), codec="PQ4x12", pixels=32, chunk_size=7)
-    count = codecs.sample_size("PQ4x12") * 9 // 8
+    count = faiss_codecs.sample_size("PQ4x12") * 9 // 8
     sizes = {"unit": 64, "crops": count, "per_row": 1}
     with suppress(StopError), work.open_work(tmp_path / "sample", "me", **sizes) as progress:
         lane = columns._sample_lane(request, [], progress, 1, lambda: False)

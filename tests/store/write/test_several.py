@@ -131,7 +131,7 @@ def test_stopped_together_each_goes_on_from_where_it_is(tmp_path, image_folder, 
                 if left[0] == 0:
                     raise PulledError
                 left[0] -= 1
-                seen[teacher.name] += 1
+                seen[teacher.info.name] += 1
                 return real(views)
 
             teacher.embed = embed

@@ -8,8 +8,8 @@ import torch
 from torch.nn import functional as F
 
 from fkd_ssl.errors import RequestError, StoreError
-from fkd_ssl.store.codecs import check_kind, code_size, load_codec, parameter_shapes, train_codec
-from fkd_ssl.store.label_codecs import LABELS, LabelCodec
+from fkd_ssl.targets import KINDS, TargetSpec
+from fkd_ssl.targets.label_codecs import LABELS, LabelCodec
 
 K = 40
 
@@ -38,7 +38,7 @@ def recovered(name: str, p: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("name", [*LABELS, "marginal_smoothing_k3", "marginal_renorm_k39"])
 def test_decoding_is_what_fkd_recovers(name: str) -> None:
     p = probabilities(50)
-    codec = train_codec(name, p)
+    codec = KINDS["distribution"].train(name, p)
     codes = codec.encode(p)
     assert (codes.dtype, codes.shape) == (np.uint8, (50, codec.code_size))
     decoded = codec.decode(codes)
@@ -46,9 +46,9 @@ def test_decoding_is_what_fkd_recovers(name: str) -> None:
     np.testing.assert_allclose(decoded.sum(axis=1, dtype=np.float64), 1, atol=1e-6)
     expected = recovered(name, torch.from_numpy(p)).numpy()
     np.testing.assert_allclose(decoded, expected, rtol=2e-3, atol=2e-5)  # float16's 11 bits, and what they do to the rest
-    again = load_codec(name, K, {})
+    again = KINDS["distribution"].load(name, (K,), {})
     assert (again.decode(codes) == decoded).all()
-    assert parameter_shapes(name, K) == {}
+    assert KINDS["distribution"].parameter_shapes(name, (K,)) == {}
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_decoding_is_what_fkd_recovers(name: str) -> None:
     ],
 )  # fmt: skip
 def test_bytes_of_a_crop(name: str, classes: int, size: int) -> None:
-    assert code_size(name, classes) == size
+    assert LabelCodec(name, classes).code_size == size
 
 
 def test_the_last_class_of_many() -> None:
@@ -149,10 +149,10 @@ def test_names() -> None:
         with pytest.raises(RequestError, match=said):
             LabelCodec(name, 8)
     with pytest.raises(RequestError, match=r"the targets of r50 are class probabilities, whose codecs are, for instance, hard"):
-        check_kind("distribution", "SQ8", "r50")
+        TargetSpec("distribution", (8,)).check_codec("SQ8", "r50")
     with pytest.raises(RequestError, match="the targets of moco are embeddings"):
-        check_kind("embedding", "hard", "moco")
+        TargetSpec("embedding", (8,)).check_codec("hard", "moco")
     with pytest.raises(StoreError, match="has arrays"):
-        load_codec("hard", 8, {"ranges": np.zeros(2)})
+        KINDS["distribution"].load("hard", (8,), {"ranges": np.zeros(2)})
     with pytest.raises(StoreError, match="keeps 8 of 8"):
-        parameter_shapes("marginal_renorm_k8", 8)
+        KINDS["distribution"].parameter_shapes("marginal_renorm_k8", (8,))

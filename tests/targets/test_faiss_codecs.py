@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 
 from fkd_ssl.errors import RequestError, StoreError
-from fkd_ssl.store.codecs import Codec, code_size, load_codec, parameter_shapes, sample_size, smallest_sample, train_codec
-from fkd_ssl.store.faiss_codecs import _parameters
+from fkd_ssl.targets import Codec
+from fkd_ssl.targets.faiss_codecs import FaissCodec, _parameters, code_size, parameter_shapes, sample_size, smallest_sample
 
 DIM = 32
 # spec: bytes of a code, least mean cosine on targets that the codec was not trained on
@@ -35,7 +35,7 @@ def targets(count: int, seed: int = 0, dim: int = DIM) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def trained() -> dict[str, Codec]:
-    return {spec: train_codec(spec, sample_for(spec)) for spec in SPECS}
+    return {spec: FaissCodec.train(spec, sample_for(spec)) for spec in SPECS}
 
 
 def test_pca_gives_the_mean_back_that_lies_outside_its_subspace():
@@ -45,14 +45,14 @@ def test_pca_gives_the_mean_back_that_lies_outside_its_subspace():
     values = (values / np.linalg.norm(values, axis=1, keepdims=True)).astype(np.float32)
     sample, fresh = values[:600], values[600:]
     for spec in ("PCA16,SQ8", "PCAR16,SQ8"):
-        codec = train_codec(spec, sample)
+        codec = FaissCodec.train(spec, sample)
         decoded = codec.decode(codec.encode(fresh))
         mean = sample.astype(float).mean(axis=0)
         rows = np.linalg.svd(sample - mean)[2][:16]  # what 16 components can hold at best
         best = mean + (fresh - mean) @ rows.T @ rows
         best /= np.linalg.norm(best, axis=1, keepdims=True)
         assert cosine(decoded, fresh) == pytest.approx(cosine(best, fresh), abs=1e-4)
-        again = load_codec(spec, DIM, codec.arrays())
+        again = FaissCodec.load(spec, DIM, codec.arrays())
         np.testing.assert_array_equal(again.decode(codec.encode(fresh)), decoded)
 
 
@@ -80,14 +80,14 @@ def test_size_and_fidelity(trained, spec):
 
 def test_flat_is_exact_and_not_normalised():
     values = 3 * targets(10)
-    codec = train_codec("Flat", values)
+    codec = FaissCodec.train("Flat", values)
     np.testing.assert_array_equal(codec.decode(codec.encode(values)), values)
 
 
 @pytest.mark.parametrize("spec", SPECS)
 def test_codec_rebuilt_from_its_arrays_is_the_same(trained, spec):
     arrays = {name: np.array(array) for name, array in trained[spec].arrays().items()}
-    rebuilt = load_codec(spec, DIM, arrays)
+    rebuilt = FaissCodec.load(spec, DIM, arrays)
     fresh = targets(200, seed=2)
     codes = trained[spec].encode(fresh)
     np.testing.assert_array_equal(rebuilt.encode(fresh), codes)
@@ -102,7 +102,7 @@ def test_the_same_sample_gives_the_same_parameters(trained, spec):
     before = faiss.omp_get_max_threads()
     for threads in (3,) if spec.startswith("OPQ") else (1, 3):  # OPQ takes seconds
         faiss.omp_set_num_threads(threads)
-        again = train_codec(spec, sample_for(spec).copy())
+        again = FaissCodec.train(spec, sample_for(spec).copy())
         assert again.arrays()
         for name, array in again.arrays().items():
             np.testing.assert_array_equal(array, trained[spec].arrays()[name])
@@ -162,7 +162,7 @@ def test_specs_off_the_list_are_refused(spec):
     with pytest.raises(RequestError, match="is none of those accepted, for instance SQ8"):
         code_size(spec, DIM)
     with pytest.raises(RequestError, match="is none of those accepted"):
-        train_codec(spec, targets(10))
+        FaissCodec.train(spec, targets(10))
 
 
 @pytest.mark.parametrize(
@@ -186,12 +186,12 @@ def test_specs_that_do_not_fit_the_dimension_are_refused(spec, message):
 @pytest.mark.parametrize(("spec", "needed"), [("PQ8x8", 39 * 256), ("PQ8x4", 39 * 16), ("PCA16,SQ8", 16), ("SQ8", 1)])
 def test_samples_that_are_too_small_are_refused(spec, needed):
     assert smallest_sample(spec) == needed
-    train_codec(spec, targets(needed))
+    FaissCodec.train(spec, targets(needed))
     if needed > 1:
         with pytest.raises(
             RequestError, match=rf"codec {spec} needs at least {needed} targets .* there are {needed - 1}: store"
         ):
-            train_codec(spec, targets(needed - 1))
+            FaissCodec.train(spec, targets(needed - 1))
 
 
 def test_sample_sizes():
@@ -215,19 +215,19 @@ def test_sample_sizes():
 )
 def test_arrays_that_do_not_fit_the_spec_are_refused(trained, change, message):
     with pytest.raises(StoreError, match=message):
-        load_codec("SQ8", DIM, change(trained["SQ8"].arrays()))
+        FaissCodec.load("SQ8", DIM, change(trained["SQ8"].arrays()))
 
 
 def test_a_spec_off_the_list_in_a_store_is_a_store_error():
     with pytest.raises(StoreError, match="is none of those accepted"):
-        load_codec("IVF1,Flat", DIM, {})
+        FaissCodec.load("IVF1,Flat", DIM, {})
 
 
 def test_a_transform_that_is_not_orthonormal_is_refused(trained):
     arrays = {name: np.array(array) for name, array in trained["RR32,SQ8"].arrays().items()}
     arrays["transform"][0] *= 2
     with pytest.raises(StoreError, match="codec RR32,SQ8: the rows of its transform are not orthonormal"):
-        load_codec("RR32,SQ8", DIM, arrays)
+        FaissCodec.load("RR32,SQ8", DIM, arrays)
 
 
 @pytest.mark.parametrize("spec", ["SQfp16", "SQbf16", "Flat"])
@@ -248,7 +248,7 @@ def test_codecs_of_too_many_parameters_are_refused_before_any_memory_is_taken(sp
     ):
         code_size(spec, dim)
     with pytest.raises(StoreError, match="choose SQ8"):
-        load_codec(spec, dim, {})
+        FaissCodec.load(spec, dim, {})
 
 
 def test_shapes_of_parameters_are_those_that_training_makes(trained):

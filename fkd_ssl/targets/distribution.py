@@ -1,0 +1,75 @@
+"""Class probabilities [K], in FKD's codecs."""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fkd_ssl.arrays import Float32Array
+from fkd_ssl.errors import RequestError, StoreError
+from fkd_ssl.targets.kind import Codec, Kind, Shape
+from fkd_ssl.targets.label_codecs import LABELS, LabelCodec, is_label
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+_FEW = 10  # classes: all of them take no more bytes than five and their numbers
+_SAMPLE = 512  # nothing is trained: fidelity is all that these targets are for
+
+
+class Distribution(Kind):
+    """Class probabilities."""
+
+    name = "distribution"
+    words = "class probabilities"
+    examples = LABELS
+    measures = ("cosine_mean", "cosine_min", "total_variation_mean", "total_variation_max")
+    min_cosine = 0.0
+
+    def describe(self, shape: Shape) -> str:
+        """Their number."""
+        return f"D = {shape[0]}"
+
+    def of_output(self, output: "Tensor") -> "Tensor":
+        """The softmax of logits."""
+        return output.float().softmax(dim=1)
+
+    def has_codec(self, codec: str) -> bool:
+        """Whether it is one of FKD's names."""
+        return is_label(codec)
+
+    def default_codec(self, shape: Shape) -> str:
+        """All classes where they are few, otherwise the five most probable."""
+        return "full" if shape[0] <= _FEW else "marginal_smoothing_k5"
+
+    def train(self, codec: str, sample: Float32Array) -> Codec:
+        """As LabelCodec: there is nothing to train."""
+        return LabelCodec(codec, sample.shape[1])
+
+    def load(self, codec: str, shape: Shape, arrays: dict[str, npt.NDArray[Any]]) -> Codec:
+        """As LabelCodec, which has no arrays."""
+        if arrays:
+            raise StoreError(f"codec {codec}: has arrays {sorted(arrays)}, expected none")
+        return LabelCodec(codec, shape[0])
+
+    def code_size(self, codec: str, shape: Shape) -> int:
+        """Bytes of one code."""
+        return LabelCodec(codec, shape[0]).code_size
+
+    def parameter_shapes(self, codec: str, shape: Shape) -> dict[str, Shape]:
+        """None."""
+        try:
+            LabelCodec(codec, shape[0])
+        except RequestError as error:
+            raise StoreError(str(error)) from error
+        return {}
+
+    def sample_size(self, codec: str) -> int:
+        """A few, to measure on."""
+        return _SAMPLE
+
+    def measure(self, exact: Float32Array, decoded: Float32Array) -> dict[str, float]:
+        """The total variation too: half the sum of absolute differences."""
+        variations = np.abs(decoded.astype(np.float64) - exact).sum(axis=1) / 2
+        found = {"total_variation_mean": float(variations.mean()), "total_variation_max": float(variations.max())}
+        return super().measure(exact, decoded) | found
