@@ -13,7 +13,7 @@ def test_the_queue_is_a_multiple_of_the_batch_and_at_most_half_of_the_images(met
         assert queue_length(asked, 100) == 48
     with pytest.warns(UserWarning, match=r"queue 60: shortened to 56"):
         assert queue_length(make_config(method=method, queue=60), 1000) == 56
-    with pytest.warns(UserWarning, match=r"8 are kept"):
+    with pytest.warns(UserWarning, match=r"queue 64: shortened to 8"):
         assert queue_length(asked, 9) == 8
 
 
