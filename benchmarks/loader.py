@@ -113,8 +113,8 @@ def ours(data: StoredCrops, workers: int = 0, passes: int = 1, batch: int = GROU
 def breakdown(data: StoredCrops, rounds: int) -> dict[str, float]:
     """Milliseconds an image of each stage; those of replay by leaving out flags one after the other."""
     count = len(data)
-    files = [data._read(i) for i in range(count)]
-    images = [decode(files[i], data._where(i)) for i in range(count)]
+    files = [data.read(i) for i in range(count)]
+    images = [decode(files[i], data.where(i)) for i in range(count)]
     records = [data._records(0, i, 0, 0) for i in range(count)]
     views = np.empty((data.crops_per_image, data.pixels, data.pixels, 3), dtype=np.uint8)
 
@@ -127,13 +127,13 @@ def breakdown(data: StoredCrops, rounds: int) -> dict[str, float]:
     colour = JITTER | GREY
     works: dict[Any, Work] = {
         "read": each(data._read, count),
-        "decode": each(lambda i: decode(files[i], data._where(i)), count),
+        "decode": each(lambda i: decode(files[i], data.where(i)), count),
         "records": each(lambda i: data._records(0, i, 0, 0), count),
         0: with_flags(0),
         1: with_flags(FLIP),
         2: with_flags(FLIP | colour),
         3: with_flags(FLIP | colour | BLUR),
-        "targets": lambda k: data._more([(0, i) for i in range(k * GROUP, min((k + 1) * GROUP, count))]),
+        "targets": lambda k: data._targets([(0, i) for i in range(k * GROUP, min((k + 1) * GROUP, count))]),
         "all": batches(ours(data)),
     }
     if replays._avx2 is not None:

@@ -127,7 +127,7 @@ class Reads(Dataset[dict[str, Any]]):
     def __getitem__(self, i: int) -> dict[str, Any]:
         if self.data is not None:
             self.data._records(0, i, 375, 500)
-            self.data._more([(0, i)])
+            self.data._targets([(0, i)])
         return {"worker": os.getpid()}
 
 
@@ -135,19 +135,19 @@ def reading(data: StoredCrops, count: int, seed: int) -> dict[str, float]:
     """Microseconds to read 4 crops and their targets of random images, every shard having been read before."""
     order = np.random.default_rng(seed).permutation(len(data))
     for i in order[: 4 * data.store.manifest.shards]:
-        data._records(0, int(i), 375, 500), data._more([(0, int(i))])
+        data._records(0, int(i), 375, 500), data._targets([(0, int(i))])
     times = []
     for i in order[:count]:  # read again: these pages are in memory
-        data._records(0, int(i), 375, 500), data._more([(0, int(i))])
+        data._records(0, int(i), 375, 500), data._targets([(0, int(i))])
     for i in order[:count]:
         start = time.perf_counter()
         data._records(0, int(i), 375, 500)
-        data._more([(0, int(i))])
+        data._targets([(0, int(i))])
         times.append(1e6 * (time.perf_counter() - start))
     used = time.process_time()
     for i in order[:count]:
         data._records(0, int(i), 375, 500)
-        data._more([(0, int(i))])
+        data._targets([(0, int(i))])
     used = 1e6 * (time.process_time() - used) / count
     quantiles = np.quantile(times, [0.5, 0.99])
     return {

@@ -467,7 +467,7 @@ class TestWorkers:
         """And send that, not the tensor, which would be copied into other shared memory."""
 
         def collate(samples: Any) -> bool:
-            return bool(memory._loans[samples.batch["images"].data_ptr()].block.is_shared())
+            return bool(memory._leases[samples.batch["images"].data_ptr()].block.is_shared())
 
         for workers in (0, 1):
             assert list(Loader(fresh(images), [[0, 1], [2, 3]], workers=workers, collate=collate)) == [workers > 0] * 2
@@ -546,5 +546,5 @@ class TestDecodeOnly:
         assert same(usual, replay_on_device(later))
 
     def test_single_images_of_it_are_refused(self, store: Store, images: Folder) -> None:
-        with pytest.raises(RequestError, match="decoded images come as whole batches"):
+        with pytest.raises(RequestError, match="decode_only gives whole batches"):
             StoredCrops(store, images, decode_only=True)[0]

@@ -25,7 +25,7 @@ def own_pool(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def address_of_a_new_one(*shape: int) -> int:
-    return memory.new(*shape).data_ptr()
+    return memory.empty(*shape).data_ptr()
 
 
 class TestInOneProcess:
@@ -47,11 +47,11 @@ class TestInOneProcess:
         ],
     )
     def test_but_not_while_something_shows_it(self, shown: Any) -> None:
-        tensor = memory.new(4, SIZE)
+        tensor = memory.empty(4, SIZE)
         address, kept = tensor.data_ptr(), shown(tensor)
         del tensor
         gc.collect()
-        other = memory.new(4, SIZE)
+        other = memory.empty(4, SIZE)
         assert other.data_ptr() != address
         del kept
         gc.collect()
@@ -60,30 +60,30 @@ class TestInOneProcess:
     def test_sizes_that_differ_little_share_and_others_do_not_pile_up(self) -> None:
         assert address_of_a_new_one(1000) == address_of_a_new_one(1020)
         for size in range(1, 40):
-            memory.new(size * 1000)
+            memory.empty(size * 1000)
         assert len(memory._pool.blocks) == 1
 
     def test_two_sizes_in_turn_keep_their_blocks(self) -> None:
-        first = [memory.new(SIZE), memory.new(4 * SIZE)]
+        first = [memory.empty(SIZE), memory.empty(4 * SIZE)]
         addresses = [tensor.data_ptr() for tensor in first]
         del first
         for _ in range(3):
-            pair = [memory.new(SIZE), memory.new(4 * SIZE)]
+            pair = [memory.empty(SIZE), memory.empty(4 * SIZE)]
             assert [tensor.data_ptr() for tensor in pair] == addresses
             del pair
 
     def test_any_number_can_be_kept(self) -> None:
-        kept = [memory.new(SIZE).fill_(k) for k in range(3 * memory._MOST)]
+        kept = [memory.empty(SIZE).fill_(k) for k in range(3 * memory._MAX_BLOCKS)]
         assert len({tensor.data_ptr() for tensor in kept}) == len(kept)
         assert all((tensor == k).all() for k, tensor in enumerate(kept))
-        assert len(memory._pool.blocks) == memory._MOST
+        assert len(memory._pool.blocks) == memory._MAX_BLOCKS
 
     def test_threads_never_share_a_block(self) -> None:
         wrong: list[int] = []
 
         def work(k: int) -> None:
             for _ in range(200):
-                tensor = memory.new(SIZE).fill_(k)
+                tensor = memory.empty(SIZE).fill_(k)
                 wrong.extend([k] * int((tensor != k).any()))
 
         threads = [threading.Thread(target=work, args=(k,)) for k in range(8)]
@@ -94,14 +94,14 @@ class TestInOneProcess:
         assert not wrong
 
     def test_no_bytes_at_all(self) -> None:
-        assert memory.new(0, 3).shape == (0, 3)
+        assert memory.empty(0, 3).shape == (0, 3)
 
 
 class Numbers(Dataset[Any]):
     """Batch k is full of k, and says how many blocks its process has."""
 
     def __getitems__(self, indices: list[int]) -> Any:
-        images = memory.new(len(indices), 64, 64, 3)
+        images = memory.empty(len(indices), 64, 64, 3)
         images[:] = torch.tensor(indices, dtype=torch.uint8)[:, None, None, None]
         return {"images": images.permute(0, 3, 1, 2), "blocks": len(memory._pool.blocks), "worker": get_worker_info().id}
 
@@ -149,25 +149,25 @@ class TestFromAWorker:
         """It has copies of the objects, and the same shared memory."""
         loader = batches(workers=1)
         images = next(loader)["images"]
-        (loan,) = [loan for loan in memory._loans.values() if loan.block.data_ptr() == images.data_ptr()]
+        (lease,) = [lease for lease in memory._leases.values() if lease.block.data_ptr() == images.data_ptr()]
         child = os.fork()
         if child == 0:
             del images
             gc.collect()
             os._exit(0)
         assert os.waitpid(child, 0)[1] == 0
-        assert loan.block[-1] == memory._TAKEN
-        block = loan.block
-        del images, loan
+        assert lease.block[-1] == memory._IN_USE
+        block = lease.block
+        del images, lease
         gc.collect()
         assert block[-1] == memory._FREE
         assert all(right(k + 1, batch["images"]) for k, batch in enumerate(loader))
 
     def test_a_forked_process_has_blocks_of_its_own(self) -> None:
-        memory.new(SIZE)
+        memory.empty(SIZE)
         context = multiprocessing.get_context("fork")
         reader, writer = context.Pipe(duplex=False)
-        process = context.Process(target=lambda: writer.send((memory.new(SIZE).shape, len(memory._pool.blocks))))
+        process = context.Process(target=lambda: writer.send((memory.empty(SIZE).shape, len(memory._pool.blocks))))
         process.start()
         assert reader.recv() == ((SIZE,), 1)
         process.join()

@@ -74,7 +74,7 @@ def test_batches_come_in_order_and_in_shared_memory(workers: int) -> None:
 def test_every_tensor_of_a_batch_is_shared_in_the_worker() -> None:
     """By the time that it is sent, so that an error of it is the batch's."""
 
-    batch = memory.to_send(
+    batch = memory.share(
         {"a": torch.tensor([1, 2]), "b": [torch.zeros(3), {"c": torch.ones(2)}], "d": "x", "e": (torch.ones(1), 5)}
     )
     assert all(tensor.is_shared() for tensor in (batch["a"], batch["b"][0], batch["b"][1]["c"], batch["e"][0]))

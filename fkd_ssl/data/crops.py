@@ -1,79 +1,98 @@
 """Data sets of crops: an image is read and decoded once for all its crops."""
 
 from abc import abstractmethod
+from collections.abc import Sequence
 
 import torch
 from torch.utils.data import Dataset
 
+from fkd_ssl.arrays import Int64Array
 from fkd_ssl.crops import Records
+from fkd_ssl.data.contents import Contents
 from fkd_ssl.data.pixels import Batch, Pixels, Planned, Replayed, Sides
 from fkd_ssl.data.samples import Samples
 from fkd_ssl.errors import ImageError, RequestError
-from fkd_ssl.images import decode
+from fkd_ssl.images import ImageSource, decode
 
-Index = int | tuple[int, int]  # an image, or a pass and an image
+Key = int | tuple[int, int]  # an image, or a pass and an image
 
 
 class Crops(Dataset[Batch]):
-    """M crops of each image, one decode for all of them.
+    """Base class of data sets of crops: M crops of each image, which is decoded once for all of them.
 
-    `data[i]` reads image `i` in pass 0, `data[p, i]` in pass `p`. A DataLoader reads a list of such indices at once; with
-    `collate_fn=whole_batch` it gives crops [B M, ...] without another copy, otherwise stacked [B, M, ...].
+    `data[i]` reads image `i` in pass 0, `data[p, i]` in pass `p`. A DataLoader reads a list of such keys at once. With
+    `collate_fn=whole_batch` it gives crops [B M, ...] without another copy, by default [B, M, ...].
+
+    Args:
+        images: The image set.
+        positions: Where in the image set each image of the data set is: N of them.
+        crops_per_image: M.
+        pixels: P, the side of the crops.
+        teacher_pixels: Side at which the crops are made once more, for a teacher; by default they are not.
+        skip_unreadable: Replace a damaged image by another one of its batch instead of raising an error.
+        decode_only: Give decoded images and plans of the crops, from which `replay_on_device` makes them.
+        contents: What the images held before, if they must not have changed.
     """
 
     def __init__(
         self,
-        length: int,
+        images: ImageSource,
+        positions: Sequence[int] | Int64Array,
+        *,
         crops_per_image: int,
         pixels: int,
         teacher_pixels: int | None = None,
-        *,
         skip_unreadable: bool = False,
         decode_only: bool = False,
+        contents: Contents | None = None,
     ) -> None:
         if crops_per_image < 1 or pixels < 1:
             raise RequestError(f"crops_per_image {crops_per_image} and pixels {pixels} must be at least 1")
-        self._length = length
+        self.images = images
         self.crops_per_image = crops_per_image
         self.pixels = pixels
         self.teacher_pixels = None if teacher_pixels == pixels else teacher_pixels
         self.skip_unreadable = skip_unreadable
         self.decode_only = decode_only
+        self._positions = positions
+        self._contents = contents
 
     @property
     def sides(self) -> Sides:
-        """Sides of the crops by what a batch calls them."""
+        """Side of the crops by their key in a batch."""
         return {"images": self.pixels} | ({"teacher_images": self.teacher_pixels} if self.teacher_pixels else {})
 
     def __len__(self) -> int:
-        return self._length
+        return len(self._positions)
 
-    def __getitem__(self, index: Index) -> Batch:
-        """One image.
+    def __getitem__(self, key: Key) -> Batch:
+        """The crops of one image.
 
-        `images` uint8 [M, 3, P, P], `targets` float32 [M, D] if stored (of several teachers a dict of such, by name), `label`
-        and `path`.
+        Returns:
+            `images` uint8 [M, 3, P, P]; `targets` float32 [M, D] if they are stored, for several teachers a dict by name;
+            `label` and `path`.
         """
-        pass_, i = index if isinstance(index, tuple) else (0, index)
+        pass_, i = key if isinstance(key, tuple) else (0, key)
         if not 0 <= i < len(self):
             raise IndexError(f"image {i} of {len(self)}")
         return self.__getitems__([(pass_, i)])[0]
 
-    def __getitems__(self, indices: list[Index]) -> Samples:
-        """B images, as a list of what `data[i]` gives; its attribute `batch` holds them as one.
+    def __getitems__(self, keys: Sequence[Key]) -> Samples:
+        """The crops of B images.
 
         Returns:
-            Its `batch` has `images` uint8 [B M, 3, P, P] in channels-last memory, the crops of an image side by side;
-            `targets` float32 [B M, D] if stored, or a dict of such by teacher; `teacher_images` if the teacher's size is
-            another; `labels` int64 [B]; `paths`; `unreadable`, what was skipped and why. With `decode_only` it has
-            a CropPlan in the place of each tensor of crops, which `replay_on_device` turns into them.
+            A list of what `data[key]` gives. Its attribute `batch` has all of it: `images` uint8 [B M, 3, P, P] in
+            channels-last memory, the crops of an image side by side; `teacher_images`, if the teacher's size is another;
+            `targets` float32 [B M, D] if they are stored, for several teachers a dict by name; `labels` int64 [B]; `paths`; and
+            `unreadable`, an error message for each image that was skipped. With `decode_only` it has a CropPlan in place of
+            each tensor of crops, from which `replay_on_device` makes them.
 
         Raises:
             ImageAccessError: An image cannot be opened; the message names it.
             ImageError: An image is damaged or changed, and such images are not skipped, or no image of the batch could be
                 read; the message names it.
         """
-        pairs = [index if isinstance(index, tuple) else (0, index) for index in indices]
+        pairs = [key if isinstance(key, tuple) else (0, key) for key in keys]
         pixels = self._new_pixels(len(pairs))
         failed: dict[int, ImageError] = {}
         for k, (pass_, i) in enumerate(pairs):
@@ -84,53 +103,59 @@ class Crops(Dataset[Batch]):
                     raise
                 failed[k] = error
         if failed:
-            _fill(pairs, pixels, failed)
+            _replace(failed, pairs, pixels)
         batch: Batch = {
             **pixels.tensors(),
-            "labels": torch.tensor([self._label(i) for _, i in pairs]),
-            "paths": [self._path(i) for _, i in pairs],
+            "labels": torch.tensor([int(self.images.labels[self._positions[i]]) for _, i in pairs]),
+            "paths": [self.name(i) for _, i in pairs],
             "unreadable": [str(error) for error in failed.values()],
         }
-        return Samples({**batch, **self._more(pairs)}, self.crops_per_image)
+        return Samples({**batch, **self._targets(pairs)}, self.crops_per_image)
+
+    def name(self, i: int) -> str:
+        """The name of image `i` in its image set."""
+        return self.images.names[int(self._positions[i])]
+
+    def where(self, i: int) -> str:
+        """The place of image `i`, for messages."""
+        return self.images.where(int(self._positions[i]))
+
+    def read(self, i: int) -> bytes:
+        """The encoded image `i`.
+
+        Raises:
+            ImageAccessError: It cannot be opened.
+            ImageError: It has changed.
+        """
+        data = self.images.read(int(self._positions[i]))
+        if self._contents is not None:
+            self._contents.check(i, data, self.where(i))
+        return data
 
     def _new_pixels(self, count: int) -> Pixels:
-        """Takes the crops of so many images."""
+        """Takes the crops of `count` images."""
         return (Planned if self.decode_only else Replayed)(count, self.crops_per_image, self.sides)
 
     def _put(self, pixels: Pixels, k: int, pass_: int, i: int) -> None:
-        """An image and its crops as the k-th of a batch."""
-        path = self._where(i)
-        image = decode(self._read(i), path)
+        """Puts the crops of image `i` in the k-th place of a batch."""
+        where = self.where(i)
+        image = decode(self.read(i), where)
         try:
             pixels.put(k, image, self._records(pass_, i, image.shape[0], image.shape[1]))
         except ImageError as error:
-            raise ImageError(f"{path}: {error}") from error
-
-    def _more(self, pairs: list[tuple[int, int]]) -> Batch:
-        """What else a batch has of these passes and images."""
-        return {}
+            raise ImageError(f"{where}: {error}") from error
 
     @abstractmethod
     def _records(self, pass_: int, i: int, height: int, width: int) -> Records:
-        """Records [M] of an image in a pass."""
+        """Records [M] of image `i` in a pass."""
 
-    @abstractmethod
-    def _read(self, i: int) -> bytes:
-        """The encoded image."""
-
-    @abstractmethod
-    def _where(self, i: int) -> str:
-        """The place of an image, for messages."""
-
-    @abstractmethod
-    def _path(self, i: int) -> str: ...
-
-    @abstractmethod
-    def _label(self, i: int) -> int: ...
+    def _targets(self, pairs: list[tuple[int, int]]) -> Batch:
+        """What else a batch has of these passes and images: `targets`, if they are stored."""
+        return {}
 
 
-def _fill(pairs: list[tuple[int, int]], pixels: Pixels, failed: dict[int, ImageError]) -> None:
-    """The readable images of a batch once more, in turn, in the places of those that could not be read."""
+def _replace(failed: dict[int, ImageError], pairs: list[tuple[int, int]], pixels: Pixels) -> None:
+    """Puts the other images of a batch, in turn, in the places of those that cannot be read."""
     good = [k for k in range(len(pairs)) if k not in failed]
     if not good:
         first = next(iter(failed.values()))

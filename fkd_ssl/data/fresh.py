@@ -3,6 +3,7 @@
 import hashlib
 
 from fkd_ssl.crops import Recipe, Records, draw, image_key
+from fkd_ssl.data.contents import Contents
 from fkd_ssl.data.crops import Crops
 from fkd_ssl.images import ImageSource
 
@@ -19,6 +20,7 @@ class FreshCrops(Crops):
         teacher_pixels: Side at which the crops are made once more, for the teacher.
         skip_unreadable: As in StoredCrops.
         decode_only: As in StoredCrops.
+        contents: As in Crops.
     """
 
     def __init__(
@@ -32,26 +34,21 @@ class FreshCrops(Crops):
         teacher_pixels: int | None = None,
         skip_unreadable: bool = False,
         decode_only: bool = False,
+        contents: Contents | None = None,
     ) -> None:
-        self.images = images
         self.recipe = recipe
         self._draw_seed = int.from_bytes(hashlib.blake2b(f"fresh {seed}".encode(), digest_size=8).digest(), "little")
         super().__init__(
-            len(images), crops_per_image, pixels, teacher_pixels, skip_unreadable=skip_unreadable, decode_only=decode_only
+            images,
+            range(len(images)),
+            crops_per_image=crops_per_image,
+            pixels=pixels,
+            teacher_pixels=teacher_pixels,
+            skip_unreadable=skip_unreadable,
+            decode_only=decode_only,
+            contents=contents,
         )
 
     def _records(self, pass_: int, i: int, height: int, width: int) -> Records:
-        key = image_key(self._draw_seed, self._path(i))
+        key = image_key(self._draw_seed, self.name(i))
         return draw(self.recipe, key, height, width, pass_ * self.crops_per_image, self.crops_per_image)
-
-    def _read(self, i: int) -> bytes:
-        return self.images.read(i)
-
-    def _where(self, i: int) -> str:
-        return self.images.where(i)
-
-    def _path(self, i: int) -> str:
-        return self.images.names[i]
-
-    def _label(self, i: int) -> int:
-        return int(self.images.labels[i])

@@ -1,4 +1,4 @@
-"""The one DataLoader of this library: its failures are short errors that say what to do, and none of them hangs."""
+"""The DataLoader of this library. Its errors are short and say what to do, and none of them hangs."""
 
 import contextlib
 import multiprocessing
@@ -25,15 +25,13 @@ _abandoned: list[Iterator[Any]] = []
 
 
 class Loader(DataLoader[Any]):
-    """A DataLoader over batches of keys, with one worker start-up, one place for shared memory and one for errors.
+    """A DataLoader over batches of keys whose errors are short and never make the parent wait.
 
-    Three things differ from torch's loader:
-
-    - A worker moves its batch into shared memory while it collates. torch does so in a thread of the queue, where an error is
-      only printed, and this process would wait for the batch for ever.
-    - A worker that dies raises FkdError from `next`, and from nowhere else. torch raises in a signal handler at any point of
-      this process, and other exceptions where the worker died while it sent a batch.
-    - Workers ignore Ctrl-C. This process ends them.
+    - A worker moves its batch into shared memory when it collates it, so an error of that is raised here. In torch a thread of
+      the queue does it, which only prints the error, and the parent waits for ever.
+    - If a worker dies, `next` raises FkdError. In torch a signal handler raises at any point of the parent, or the parent
+      raises whatever a batch that was sent in part leads to.
+    - Workers ignore Ctrl-C; the parent ends them.
 
     Args:
         dataset: Read by `dataset.__getitems__(keys)` if it has that, else by `dataset[key]`.
@@ -72,17 +70,17 @@ class Loader(DataLoader[Any]):
         )
 
     def __iter__(self) -> Any:
-        """Starts the workers; the iterator raises what they raise."""
+        """Starts the workers and returns an iterator over the batches."""
         if not self.num_workers:
             return map(_raised, super().__iter__())
         others = multiprocessing.active_children()
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # in the workers too, which inherit it
         try:
-            # torch needs as many; where its own attempt fails, its destructor prints a traceback
+            # torch needs as many; if its own attempt fails, its destructor prints a traceback
             [multiprocessing.Queue() for _ in range(self.num_workers + 1)]
             batches: Any = super().__iter__()
-            # torch's signal handler raises at any point of this process: it is not to watch these workers
-            signal_handling._remove_worker_pids(id(batches))
+            # so that torch's signal handler ignores these workers
+            signal_handling._remove_worker_pids(id(batches))  # type: ignore[attr-defined]
             batches._worker_pids_set = False
         except OSError as error:
             raise FkdError(
@@ -92,12 +90,12 @@ class Loader(DataLoader[Any]):
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
         workers = [child for child in multiprocessing.active_children() if child not in others]
-        weakref.finalize(batches, _kill, workers)  # also at exit, where Python waits for them
+        weakref.finalize(batches, _kill, workers)  # also at exit, when Python would wait for them
         return _Reader(batches, workers)
 
 
 class _Batches(Dataset[Any]):
-    """Whole batches of a data set, collated and in shared memory; or the error that a batch raised."""
+    """Whole batches of a data set, collated and in shared memory, or the error of a batch."""
 
     def __init__(self, dataset: Dataset[Any], collate: Callable[[Any], Any]) -> None:
         self.dataset = dataset
@@ -111,7 +109,7 @@ class _Batches(Dataset[Any]):
         try:
             read = getattr(self.dataset, "__getitems__", None)
             batch = self.collate([self.dataset[key] for key in keys] if read is None else read(keys))
-            return batch if get_worker_info() is None else memory.to_send(batch)
+            return batch if get_worker_info() is None else memory.share(batch)
         except _SENT as error:
             return error
 
@@ -121,14 +119,14 @@ def _unchanged(batch: Any) -> Any:
 
 
 def _raised(batch: Any) -> Any:
-    """The batch; raises it if it is an error."""
+    """Returns a batch, raises an error."""
     if isinstance(batch, _SENT):
         raise batch
     return batch
 
 
 class _Reader:
-    """Torch's iterator, whose workers these are. Not a generator, which would keep a batch while the next one is made."""
+    """torch's iterator with the errors of Loader. A generator would keep each batch until the next one is there."""
 
     def __init__(self, batches: Iterator[Any], workers: list[Any]) -> None:
         self._batches = batches

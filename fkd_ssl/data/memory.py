@@ -1,8 +1,8 @@
-"""Memory of batches, used again once a batch is gone.
+"""Memory blocks for batches, which are used again when a batch is freed.
 
-A batch of crops is tens of megabytes. To get them from the system anew, page by page, costs a worker process a good part
-of what decoding costs. So each process keeps its blocks, and a block is free again when the last tensor or array that shows
-it is gone, also in a process that it was sent to. A block's last byte says whether it is taken: both processes see it.
+A batch of crops has tens of megabytes, and new pages for it cost a worker process a good part of what decoding costs. So each
+process keeps its blocks. A block is free again when the last tensor or array that shows it is freed, also in a process that it
+was sent to: its last byte says whether it is in use, and both processes see it.
 """
 
 import math
@@ -23,12 +23,12 @@ from fkd_ssl.errors import FkdError
 from fkd_ssl.text import format_bytes
 
 SHARED = Path("/dev/shm")  # noqa: S108
-_FREE, _TAKEN = 0, 1
-_MOST = 16  # blocks that a process keeps; more than a DataLoader has on the way only where the batches are all kept
+_FREE, _IN_USE = 0, 1
+_MAX_BLOCKS = 16  # of a process; a DataLoader has fewer on the way, unless all batches are kept
 
 
-class _Loan:
-    """A block in the hands of this process, until the array that shows it is gone."""
+class _Lease:
+    """The use of a block by this process. It ends when the array that shows the block is freed."""
 
     def __init__(self, block: Tensor) -> None:
         self.block = block
@@ -36,7 +36,7 @@ class _Loan:
         self._process = os.getpid()
 
     def end(self) -> None:
-        if not self.sent and self._process == os.getpid():  # a forked process has copies of our objects and owns no block
+        if not self.sent and self._process == os.getpid():  # a forked process has copies of the leases, and none of the blocks
             self.block[-1] = _FREE
 
 
@@ -48,97 +48,102 @@ class _Pool:
 
 
 _pool = _Pool()
-_loans: weakref.WeakValueDictionary[int, _Loan] = weakref.WeakValueDictionary()  # by address
+_leases: weakref.WeakValueDictionary[int, _Lease] = weakref.WeakValueDictionary()  # by address
 
 
-def new(*shape: int) -> Tensor:
-    """An uninitialised uint8 tensor; in a DataLoader's worker in shared memory, where its parent reads it without a copy."""
-    return _lent(_taken(math.prod(shape)), math.prod(shape)).view(shape)
+def empty(*shape: int) -> Tensor:
+    """An uninitialized uint8 tensor; in a worker of a DataLoader in shared memory, where its parent reads it without a copy.
+
+    Raises:
+        FkdError: Shared memory has no room for it.
+    """
+    size = math.prod(shape)
+    return _tensor(_acquire(size), size).view(shape)
 
 
-def to_send(value: Any) -> Any:
-    """What a worker sends for a batch or a part of it: all its tensors in shared memory, those of `new` as their blocks.
+def share(value: Any) -> Any:
+    """What a worker sends for a batch or a part of it: all tensors in shared memory, those of `empty` as their blocks.
 
     The queue would share the other tensors too, but in a thread of its own, which prints an error and sends nothing.
 
     Raises:
-        FkdError: A tensor does not fit into shared memory.
+        FkdError: Shared memory has no room for a tensor.
     """
     if isinstance(value, Tensor):
-        loan = _loans.get(value.data_ptr())
-        if loan is not None:
-            return _Sent(loan, value)
+        lease = _leases.get(value.data_ptr())
+        if lease is not None:
+            return _SharedTensor(lease, value)
         try:
-            return value.share_memory_()
+            return value.share_memory_()  # type: ignore[no-untyped-call]
         except RuntimeError as error:
-            raise too_small(value.untyped_storage().nbytes(), error) from error
+            raise _no_room(value.untyped_storage().nbytes(), error) from error
     if isinstance(value, dict):
-        return {key: to_send(part) for key, part in value.items()}
+        return {key: share(part) for key, part in value.items()}
     if isinstance(value, (list, tuple)):
-        return type(value)(map(to_send, value))
+        return type(value)(map(share, value))
     if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{field.name: to_send(getattr(value, field.name)) for field in fields(value)})
+        return replace(value, **{field.name: share(getattr(value, field.name)) for field in fields(value)})
     return value
 
 
-class _Sent:
-    """A tensor on its way to another process, where it is unpickled as the tensor that it was."""
+class _SharedTensor:
+    """A tensor of `empty` that is sent to another process, where it is unpickled as a tensor of the same block."""
 
-    def __init__(self, loan: _Loan, tensor: Tensor) -> None:
-        loan.sent = True
-        self._parts = loan.block, tuple(tensor.shape), tensor.stride()
+    def __init__(self, lease: _Lease, tensor: Tensor) -> None:
+        lease.sent = True
+        self._parts = lease.block, tuple(tensor.shape), tensor.stride()
 
     def __reduce__(self) -> Any:
-        return _received, self._parts
+        return _rebuild, self._parts
 
 
-def _received(block: Tensor, shape: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
-    return _lent(block, math.prod(shape)).as_strided(shape, stride)
+def _rebuild(block: Tensor, shape: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
+    return _tensor(block, math.prod(shape)).as_strided(shape, stride)
 
 
-def _lent(block: Tensor, size: int) -> Tensor:
-    """The first bytes of a block. Whatever shows them keeps one array alive, and the block is free when that is gone."""
+def _tensor(block: Tensor, size: int) -> Tensor:
+    """The first bytes of a block. All views of them keep one array alive, and the lease ends when it is freed."""
     array = block.numpy()[:size]
-    loan = _Loan(block)
-    weakref.finalize(array, loan.end).atexit = False
+    lease = _Lease(block)
+    weakref.finalize(array, lease.end).atexit = False
     tensor = torch.from_numpy(array)
-    _loans[tensor.data_ptr()] = loan
+    _leases[tensor.data_ptr()] = lease
     return tensor
 
 
-def _taken(size: int) -> Tensor:
-    """A block of so many bytes or some more, and one."""
+def _acquire(size: int) -> Tensor:
+    """A block of at least `size` bytes and the byte that says whether it is in use."""
     global _pool
     if _pool.process != os.getpid():  # forked: these blocks are the parent's
         _pool = _Pool()
     step = 1 << max(0, size.bit_length() - 3)
-    length = -(-size // step) * step + 1  # sizes that differ little share blocks; what is never written takes no memory
+    length = -(-size // step) * step + 1  # similar sizes share blocks; pages that are never written take no memory
     with _pool.lock:
         for block in _pool.blocks:
             if len(block) == length and block[-1] == _FREE:
-                block[-1] = _TAKEN
+                block[-1] = _IN_USE
                 return block
-        block = _allocated(length)
-        block[-1] = _TAKEN
-        _pool.blocks = [other for other in _pool.blocks if len(other) == length or other[-1] == _TAKEN]
-        if len(_pool.blocks) < _MOST:
+        block = _allocate(length)
+        block[-1] = _IN_USE
+        _pool.blocks = [other for other in _pool.blocks if len(other) == length or other[-1] == _IN_USE]
+        if len(_pool.blocks) < _MAX_BLOCKS:
             _pool.blocks.append(block)
         return block
 
 
-def _allocated(length: int) -> Tensor:
+def _allocate(length: int) -> Tensor:
     if get_worker_info() is None:
         return torch.from_numpy(np.empty(length, dtype=np.uint8))  # NumPy asks for huge pages, which torch does not
-    # what torch's own default_collate does in a worker; there is no public name for it
     try:
+        # as torch's default_collate does in a worker; it has no public name
         storage: torch.UntypedStorage = torch.UntypedStorage._new_shared(length)  # type: ignore[no-untyped-call]
     except RuntimeError as error:
-        raise too_small(length, error) from error
+        raise _no_room(length, error) from error
     return torch.empty(0, dtype=torch.uint8).set_(storage)
 
 
-def too_small(size: int, error: RuntimeError) -> FkdError:
-    """The error for `size` bytes that shared memory has no room for."""
+def _no_room(size: int, error: RuntimeError) -> FkdError:
+    """The error of a tensor of `size` bytes that does not fit into shared memory."""
     reason = str(error).splitlines()[0]
     if SHARED.is_dir():
         total, _, free = shutil.disk_usage(SHARED)

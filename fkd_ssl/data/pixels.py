@@ -29,7 +29,7 @@ class Replayed:
 
     def __init__(self, count: int, crops_per_image: int, sides: Sides) -> None:
         self._m = crops_per_image
-        self._views = {name: memory.new(count * crops_per_image, side, side, 3) for name, side in sides.items()}
+        self._views = {name: memory.empty(count * crops_per_image, side, side, 3) for name, side in sides.items()}
         self._arrays: list[UInt8Array] = [views.numpy() for views in self._views.values()]
 
     def put(self, k: int, image: UInt8Array, records: Records) -> None:
@@ -68,7 +68,7 @@ class Planned:
     def tensors(self) -> Batch:
         """A CropPlan by the key of the crops in the batch. The plans share the pixels of the images."""
         crops = [of_image for of_image in self._crops if of_image is not None]
-        sources = concatenate(crops, memory.new(sum(of_image.image.size for of_image in crops)))
+        sources = concatenate(crops, memory.empty(sum(of_image.image.size for of_image in crops)))
         return {name: plan_crops(crops, side, sources) for name, side in self._sides.items()}
 
 

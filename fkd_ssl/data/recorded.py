@@ -14,10 +14,10 @@ class RecordedCrops(StoredCrops):
     checked in every pass, since its targets are kept.
     """
 
-    _compare_again = True
+    _every_pass = True
 
     def _first(self, pass_: int, i: int) -> int:
         return pass_ * self.crops_per_image % self.store.crops_per_image
 
-    def _more(self, pairs: list[tuple[int, int]]) -> Batch:
+    def _targets(self, pairs: list[tuple[int, int]]) -> Batch:
         return {"places": torch.tensor([(int(self._rows[i]), self._first(pass_, i)) for pass_, i in pairs])}

@@ -2,8 +2,9 @@
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from fkd_ssl.crops import Recipe, Records
+from fkd_ssl.crops import Recipe
 from fkd_ssl.data.contents import Contents
 from fkd_ssl.data.fresh import FreshCrops
 from fkd_ssl.data.pixels import Batch
@@ -47,29 +48,29 @@ class RelabelledCrops(FreshCrops):
     ) -> None:
         self.maps = maps
         self._rows = maps.rows(images)
-        self._contents = Contents(maps.image_checksums()[self._rows], maps.sizes["bytes"][self._rows].astype(np.int64))
         super().__init__(
             images, recipe, crops_per_image=crops_per_image, pixels=pixels, seed=seed, teacher_pixels=teacher_pixels,
             skip_unreadable=skip_unreadable, decode_only=decode_only,
+            contents=Contents(
+                maps.image_checksums()[self._rows],
+                maps.sizes["bytes"][self._rows].astype(np.int64),
+                since="its label map was made",
+                advice="restore it, or make label maps of these images",
+            ),
         )  # fmt: skip
 
-    def _read(self, i: int) -> bytes:
+    def read(self, i: int) -> bytes:
+        """The encoded image `i`; raises as `Crops.read`, and ImageError if it has no label map."""
         if not self.maps.sizes["width"][self._rows[i]]:
             raise ImageError(
-                f"{self._where(i)}: could not be read when the label maps were made; make label maps of these images"
+                f"{self.where(i)}: could not be read when the label maps were made; make label maps of these images"
             )
-        data = super()._read(i)
-        if change := self._contents.change(i, data):
-            raise ImageError(
-                f"{self._where(i)}: changed since its label map was made: {change}; restore it, or make label maps of "
-                "these images"
-            )
-        return data
+        return super().read(i)
 
-    def _drawn(self, pass_: int, i: int) -> Records:
-        """The records that a pass draws of an image, whose size the maps know."""
-        size = self.maps.sizes[self._rows[i]]
-        return self._records(pass_, i, int(size["height"]), int(size["width"]))
+    def _targets(self, pairs: list[tuple[int, int]]) -> Batch:
+        return {"targets": torch.cat([self._pooled(pass_, i) for pass_, i in pairs])}
 
-    def _more(self, pairs: list[tuple[int, int]]) -> Batch:
-        return {"targets": torch.cat([self.maps.targets(int(self._rows[i]), self._drawn(pass_, i)) for pass_, i in pairs])}
+    def _pooled(self, pass_: int, i: int) -> Tensor:
+        row = int(self._rows[i])
+        size = self.maps.sizes[row]
+        return self.maps.targets(row, self._records(pass_, i, int(size["height"]), int(size["width"])))

@@ -1,4 +1,4 @@
-"""Batches as they come from a data set of crops, and what a DataLoader needs to keep them whole."""
+"""Batches of a data set of crops, and the collate function that keeps them whole."""
 
 from collections.abc import Sequence
 from typing import Any, overload
@@ -13,7 +13,7 @@ Targets = Tensor | dict[str, Tensor]  # of one teacher, or of several by name
 
 
 class Samples(Sequence[Batch]):
-    """What was read at once: a list of images, each a view into `batch`, made when it is asked for."""
+    """A batch as the list of its images. Each is a view of the tensors in `batch`."""
 
     def __init__(self, batch: Batch, crops_per_image: int) -> None:
         self.batch = batch
@@ -32,7 +32,7 @@ class Samples(Sequence[Batch]):
         if isinstance(index, slice):
             return [self[k] for k in range(*index.indices(len(self)))]
         if isinstance(self.batch["images"], CropPlan):
-            raise RequestError("decoded images come as whole batches: give the DataLoader collate_fn=whole_batch")
+            raise RequestError("decode_only gives whole batches: pass collate_fn=whole_batch to the DataLoader")
         k, m = range(len(self))[index], self._m
         stacked = [key for key in ("images", "teacher_images", "targets") if key in self.batch]
         crops: Batch = {key: _rows_of(self.batch[key], slice(k * m, (k + 1) * m)) for key in stacked}
@@ -44,6 +44,6 @@ def _rows_of(stacked: Targets, rows: slice) -> Targets:
 
 
 def whole_batch(samples: Any) -> Batch:
-    """The collate function that keeps the batch as it was read: `images` [B M, 3, P, P], `targets` [B M, D]."""
+    """Returns the batch of `Crops.__getitems__` as it is, with `images` [B M, 3, P, P]; for `collate_fn` of a DataLoader."""
     batch: Batch = samples.batch
     return batch

@@ -48,7 +48,7 @@ class StoredCrops(Crops):
         RequestError: A column is named twice, or crops_per_image is more than the store holds.
     """
 
-    _compare_again = False  # the content of an image, in every pass
+    _every_pass = False  # whether the content of an image is checked in every pass
 
     def __init__(
         self,
@@ -66,7 +66,7 @@ class StoredCrops(Crops):
         skip_unreadable: bool = False,
         decode_only: bool = False,
     ) -> None:
-        self.images = open_images(images)
+        opened = open_images(images)
         self.store = store
         names = [teacher] if teacher is None or isinstance(teacher, str) else list(teacher)
         if len(set(names)) != len(names):
@@ -92,15 +92,18 @@ class StoredCrops(Crops):
             raise StoreError(
                 f"{store.folder}: holds no finished {'targets' if self.columns else 'crops'}; run fkd-ssl precompute"
             )
-        self.classes = self.images.classes
-        self._positions = store.find_images(self.images, rows)
-        self.labels = self.images.labels[self._positions]
         self._rows = rows
-        self._contents = None if scale_boxes else _contents(store, rows)
         self.seed = seed
         self.scale_boxes = scale_boxes
         super().__init__(
-            len(rows), crops_per_image, pixels, teacher_pixels, skip_unreadable=skip_unreadable, decode_only=decode_only
+            opened,
+            store.find_images(opened, rows),
+            crops_per_image=crops_per_image,
+            pixels=pixels,
+            teacher_pixels=teacher_pixels,
+            skip_unreadable=skip_unreadable,
+            decode_only=decode_only,
+            contents=None if scale_boxes else _contents(store, rows, every_pass=self._every_pass),
         )
 
     def _index(self, pass_: int, i: int) -> slice | Int64Array:
@@ -110,17 +113,8 @@ class StoredCrops(Crops):
 
     def _first(self, pass_: int, i: int) -> int:
         """The first of the crops that a pass reads of an image."""
-        digest = hashlib.blake2b(f"{self.seed}\n{self._path(i)}".encode(), digest_size=8, person=b"start").digest()
+        digest = hashlib.blake2b(f"{self.seed}\n{self.name(i)}".encode(), digest_size=8, person=b"start").digest()
         return (int.from_bytes(digest, "little") + pass_ * self.crops_per_image) % self.store.crops_per_image
-
-    def _read(self, i: int) -> bytes:
-        data = self.images.read(int(self._positions[i]))
-        if self._contents is not None and (change := self._contents.change(i, data, again=self._compare_again)):
-            raise ImageError(
-                f"{self._where(i)}: changed since the store was made: {change}; restore it, or if these are smaller copies of "
-                "the store's images, ask for --scale_boxes"
-            )
-        return data
 
     def _records(self, pass_: int, i: int, height: int, width: int) -> Records:
         row = int(self._rows[i])
@@ -130,7 +124,7 @@ class StoredCrops(Crops):
             return scaled(records, (int(size["height"]), int(size["width"])), (height, width))
         return records
 
-    def _more(self, pairs: list[tuple[int, int]]) -> Batch:
+    def _targets(self, pairs: list[tuple[int, int]]) -> Batch:
         if not self.columns:
             return {}
         where = [(int(self._rows[i]), self._index(pass_, i)) for pass_, i in pairs]
@@ -140,23 +134,20 @@ class StoredCrops(Crops):
         }
         return {"targets": targets if self.by_name else targets[self.columns[0].name]}
 
-    def _where(self, i: int) -> str:
-        return self.images.where(int(self._positions[i]))
 
-    def _path(self, i: int) -> str:
-        return self.store.paths[int(self._rows[i])]
-
-    def _label(self, i: int) -> int:
-        return int(self.labels[i])
-
-
-def _contents(store: Store, rows: Int64Array) -> Contents:
-    """What these rows' images held when the store was made."""
+def _contents(store: Store, rows: Int64Array, *, every_pass: bool) -> Contents:
+    """What the images of these rows held when the store was made."""
     checksums, each = np.empty((len(rows), 32), dtype=np.uint8), store.manifest.rows_per_shard
     for shard in np.unique(rows // each).tolist():
         first, end = np.searchsorted(rows, (shard * each, (shard + 1) * each))
         checksums[first:end] = store.image_checksums(shard)[rows[first:end] - shard * each]
-    return Contents(checksums, store.sizes["bytes"][rows].astype(np.int64))
+    return Contents(
+        checksums,
+        store.sizes["bytes"][rows].astype(np.int64),
+        since="the store was made",
+        advice="restore it, or if these are smaller copies of the store's images, ask for --scale_boxes",
+        every_pass=every_pass,
+    )
 
 
 def scaled(records: Records, stored: tuple[int, int], found: tuple[int, int]) -> Records:

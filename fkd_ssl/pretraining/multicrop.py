@@ -56,7 +56,7 @@ class MultiCrops(FreshCrops):
         drawn = []
         for recipe, count in self.kinds:
             seed = hashlib.blake2b(f"{recipe.name} {self.seed}".encode(), digest_size=8).digest()
-            key = image_key(int.from_bytes(seed, "little"), self._path(i))
+            key = image_key(int.from_bytes(seed, "little"), self.name(i))
             drawn.append(draw(recipe, key, height, width, pass_ * count, count))
         return np.concatenate(drawn)
 
