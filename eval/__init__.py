@@ -1,6 +1,6 @@
-"""Evaluation of any callable that maps crops to features: kNN, linear probes, retrieval, and what a difference is worth.
+"""Evaluation of any callable that maps crops to features: kNN, linear probes, retrieval, and intervals of differences.
 
-Names are loaded when they are first used (PEP 562): faiss and the probes are not needed to ask for help.
+Names are loaded when they are first used (PEP 562), so that `--help` does not load faiss and the probes.
 """
 
 import importlib

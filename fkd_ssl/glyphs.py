@@ -1,12 +1,12 @@
 """The demo's image set: patterns of one glyph over photographs, made in seconds.
 
-Ten classes, each a symbol of matplotlib's DejaVu fonts, set many times on a turned lattice over a patch of one of
-two photographs. Phase, turn, size, spacing, polarity and tint differ from image to image, so that pixels
-and colours hardly tell the classes apart, while any crop of an image shows its glyph: what instance discrimination can
-learn in a minute or two.
+Ten classes, each a symbol of matplotlib's DejaVu fonts (Pillow's own font lacks them), repeated on a rotated lattice over a
+patch of one of two photographs. Phase, rotation, size, spacing, polarity and tint vary between images, so that pixels and
+colours hardly tell the classes apart, while any crop of an image shows its glyph: instance discrimination can learn that in a
+minute or two.
 
-Draws are numpy's Philox `random_raw`, one key an image; training backgrounds come from the left halves of the
-photographs, validation's from the right halves. The same versions on the same kind of machine make the same bytes.
+Random numbers are numpy's Philox `random_raw`, with one key per image. Training backgrounds come from the left halves of the
+photographs, validation backgrounds from the right halves. The same versions on the same kind of machine make the same bytes.
 """
 
 import hashlib
@@ -46,7 +46,7 @@ FONTS = ("DejaVuSans", "DejaVuSans-Bold")
 PHOTOS = ("china.jpg", "flower.jpg")
 SPLITS = ("train", "val")
 MANIFEST = "glyphs.json"
-VERSION = 1  # of the pictures: raised whenever the same parameters give other pictures
+VERSION = 1  # increased whenever the same parameters give other images
 
 _QUALITY = 90
 _CLUTTER = 0.2  # share of the photograph in the background
@@ -69,31 +69,31 @@ def make_glyphs(
     seed: int = 0,
     progress: bool = True,
 ) -> Path:
-    """Writes OUT/train/<class>/NNNNN.jpg and OUT/val/<class>/NNNNN.jpg, whole or not at all.
+    """Writes OUT/train/<class>/NNNNN.jpg and OUT/val/<class>/NNNNN.jpg, completely or not at all.
 
-    A complete set of the same parameters in `out` is kept as it is.
+    An existing complete set of the same parameters is kept.
 
     Args:
-        out: The folder, which must be new, empty or such a set.
+        out: The folder; it must be missing, empty or such a set.
         train_per_class: Training images of each of the ten classes.
-        val_per_class: Validation images of each.
+        val_per_class: Validation images of each class.
         pixels: Side of the images, 16 to 1024.
-        seed: Of all draws.
-        progress: Shows a bar on standard error.
+        seed: Seed of all random numbers.
+        progress: Show a progress bar on standard error.
 
     Returns:
         `out`.
 
     Raises:
-        RequestError: A parameter out of range, or `out` holds something else: another set, or one that was altered.
+        RequestError: A parameter is out of range, or `out` has other files, another set, or a set that was changed.
     """
     out = Path(out)
     if min(train_per_class, val_per_class) < 1 or max(train_per_class, val_per_class) > 99999:
-        raise RequestError(f"train_per_class {train_per_class}, val_per_class {val_per_class}: both must lie in 1 to 99999")
+        raise RequestError(f"train_per_class {train_per_class}, val_per_class {val_per_class}: both must be 1 to 99999")
     if not 16 <= pixels <= 1024:
-        raise RequestError(f"pixels {pixels}: the images' side must lie in 16 to 1024")
+        raise RequestError(f"pixels {pixels}: the side must be 16 to 1024")
     if not 0 <= seed < 2**64:
-        raise RequestError(f"seed {seed}: must lie in 0 to 2^64 - 1")
+        raise RequestError(f"seed {seed}: must be 0 to 2^64 - 1")
     counts = {"train": train_per_class, "val": val_per_class}
     asked = {"version": VERSION, "pixels": pixels, "seed": seed, **counts}
     if _is_made(out, asked):
@@ -219,14 +219,14 @@ def _is_made(out: Path, asked: dict[str, Any]) -> bool:
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
     if not (out / MANIFEST).is_file():
-        raise RequestError(f"{out}: exists and holds no {MANIFEST}, so it was not made here; choose another folder")
+        raise RequestError(f"{out}: exists and has no {MANIFEST}, so it is not a set of glyphs; choose another folder")
     try:
         found = files.read_json(out / MANIFEST)
     except StoreError as error:
         raise RequestError(f"{error}; delete {out} or choose another folder") from error
     content = found.pop("content", None)
     if found != asked:
-        raise RequestError(f"{out}: holds glyphs of {found}, asked for {asked}; choose another folder")
+        raise RequestError(f"{out}: has glyphs of {found}, expected {asked}; choose another folder")
     if content != _digest(out):
-        raise RequestError(f"{out}: its images were altered, added or deleted; delete it or choose another folder")
+        raise RequestError(f"{out}: its images were changed, added or deleted; delete it or choose another folder")
     return True

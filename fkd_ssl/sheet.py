@@ -1,4 +1,4 @@
-"""Contact sheets: an image with the boxes of its stored crops, the crops and their neighbours; a query and what was found."""
+"""Contact sheets: an image with its stored crops and their neighbours; a query with the images found."""
 
 import io
 import math
@@ -24,7 +24,7 @@ _GAP = 6
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """A crop and what is written under it."""
+    """A crop and its caption."""
 
     pixels: UInt8Array
     """uint8 [P, P, 3]."""
@@ -32,7 +32,7 @@ class Picture:
 
 
 def describe(record: Any) -> str:
-    """What a crop record does besides cutting its box, in three short lines."""
+    """The operations of a crop record, in up to three short lines."""
     flags = int(record["flags"])
     lines = [f"{record['width']} x {record['height']}" + (", flip" if flags & FLIP else "")]
     if flags & JITTER:
@@ -50,8 +50,8 @@ def draw(image: UInt8Array, records: Records, crops: Sequence[Picture], near: Se
         image: uint8 [H, W, 3].
         records: The crops' records [m], in the image's pixels.
         crops: The crops [m].
-        near: Of each crop its neighbours; empty where there is no teacher.
-        title: Over it all.
+        near: The neighbours of each crop; empty without a teacher.
+        title: Title of the sheet.
     """
     from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -100,10 +100,10 @@ def draw(image: UInt8Array, records: Records, crops: Sequence[Picture], near: Se
 
 
 def write_found(path: Path, query: UInt8Array, title: str, found: Sequence[tuple[UInt8Array, str]]) -> None:
-    """Writes the query above the images found, each with its caption, best first, five in a row.
+    """Writes the query above the images found, best first, five in a row, each with its caption.
 
     Args:
-        path: A PNG; it is replaced where it exists.
+        path: The PNG to write; an existing file is replaced.
         query: uint8 [H, W, 3].
         title: Its caption.
         found: Pictures uint8 [H, W, 3] and their captions.
@@ -127,7 +127,7 @@ def write_found(path: Path, query: UInt8Array, title: str, found: Sequence[tuple
 
 
 def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """Matplotlib's DejaVu Sans, which has more letters than Pillow's own."""
+    """Matplotlib's DejaVu Sans, which has more characters than Pillow's own font."""
     import matplotlib
 
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"), 11)

@@ -92,19 +92,19 @@ def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
 
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(RequestError, match=r"holds no glyphs\.json"):
+    with pytest.raises(RequestError, match=r"has no glyphs\.json"):
         make_glyphs(tmp_path, **FEW)
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
 def test_a_file_in_the_place_is_refused(tmp_path: Path) -> None:
     (tmp_path / "set").write_text("mine")
-    with pytest.raises(RequestError, match="holds no"):
+    with pytest.raises(RequestError, match="has no"):
         make_glyphs(tmp_path / "set", **FEW)
 
 
 def test_a_set_of_other_parameters_is_refused(few: Path) -> None:
-    with pytest.raises(RequestError, match=r"'seed': 0.*asked for.*'seed': 5"):
+    with pytest.raises(RequestError, match=r"'seed': 0.*expected.*'seed': 5"):
         make_glyphs(few, seed=5, **FEW)
 
 
@@ -118,7 +118,7 @@ def test_an_altered_set_is_refused(damage: str, tmp_path: Path) -> None:
         picture.with_name("00009.jpg").write_bytes(picture.read_bytes())
     else:
         picture.unlink()
-    with pytest.raises(RequestError, match="altered, added or deleted"):
+    with pytest.raises(RequestError, match="changed, added or deleted"):
         make_glyphs(out, train_per_class=1, val_per_class=1, progress=False)
 
 
