@@ -12,7 +12,7 @@ import signal
 import sys
 import threading
 import typing
-from types import ModuleType
+from types import FrameType, ModuleType
 from typing import Any
 
 from fkd_ssl import __version__, options, processes
@@ -44,6 +44,7 @@ VERBS = {
     "compare": "stored against online: same students, table, plots, break-even",
 }
 _SHARED = ("precompute", "train", "features", "label-maps")  # several processes started by torchrun share the work
+_STOPPED = "stopped; the same command continues where it can"
 _USAGE = "usage: fkd-ssl VERB [options]     (fkd-ssl VERB --help explains one)"
 
 
@@ -59,12 +60,10 @@ def main(argv: list[str] | None = None) -> int:
     verb = args[0]
     if parent := os.environ.pop(processes.PARENT, None):
         processes.end_with_parent(int(parent))
-    with _CtrlC() as ctrl_c:
+    with _CtrlC(verb):
         try:
             return _run(verb, args[1:])
         except BaseException as error:
-            if ctrl_c.heard or isinstance(error, KeyboardInterrupt):  # an import that it cuts short may raise anything
-                return _fail(verb, "stopped; the same command continues where it can", 130)
             return _status_of(verb, error)
 
 
@@ -83,6 +82,8 @@ def _status_of(verb: str, error: BaseException) -> int:
     """Prints what is wrong and returns the exit status; raises the error again if it is not the user's to mend."""
     if isinstance(error, FkdError):
         return _fail(verb, str(error), error.exit_status)
+    if isinstance(error, KeyboardInterrupt):
+        return _fail(verb, _STOPPED, 130)
     if isinstance(error, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader of our output has ended
         return 0
@@ -98,29 +99,32 @@ def _status_of(verb: str, error: BaseException) -> int:
 
 
 class _CtrlC:
-    """Ctrl-C during a command, as KeyboardInterrupt; raised again if a destructor swallows it.
+    """Ctrl-C during a command: KeyboardInterrupt, which is raised again if a destructor swallows it.
 
-    Attributes:
-        heard: Whether there was one.
+    During an import it ends the process. A module that was imported in part raises anything later, and torch's abort Python.
     """
 
-    heard = False
+    def __init__(self, verb: str) -> None:
+        self._verb = verb
 
-    def __enter__(self) -> "_CtrlC":
+    def __enter__(self) -> None:
         self._hook, sys.unraisablehook = sys.unraisablehook, self._unraisable
         main = threading.current_thread() is threading.main_thread()
         self._ours = main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
         if self._ours:
-            signal.signal(signal.SIGINT, self._raise)
-        return self
+            signal.signal(signal.SIGINT, self._stop)
 
     def __exit__(self, *_: object) -> None:
         sys.unraisablehook = self._hook
         if self._ours:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
-    def _raise(self, *_: object) -> None:
-        self.heard = True
+    def _stop(self, number: int, frame: FrameType | None) -> None:
+        while frame is not None:
+            if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+                sys.stdout.flush()
+                os._exit(_fail(self._verb, _STOPPED, 130))
+            frame = frame.f_back
         raise KeyboardInterrupt
 
     def _unraisable(self, unraisable: "sys.UnraisableHookArgs") -> None:

@@ -154,6 +154,17 @@ def test_a_signal_handler_of_the_program_stays() -> None:
         signal.signal(signal.SIGCHLD, before)
 
 
+def test_a_worker_that_dies_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is asked of it."""
+    from fkd_ssl.data import loading
+
+    monkeypatch.setattr(loading, "start_worker", lambda worker: kill())
+    batches = iter(loader(lambda key: key, workers=2))
+    time.sleep(1)
+    with pytest.raises(FkdError, match="SIGKILL"):
+        next(batches)
+
+
 def test_torch_raises_nothing_of_a_worker_that_was_ended() -> None:
     """Its signal handler is in force where another DataLoader was used before."""
     list(DataLoader(Reads(lambda key: key), num_workers=1))

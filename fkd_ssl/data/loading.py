@@ -3,10 +3,12 @@
 import contextlib
 import multiprocessing
 import signal
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from multiprocessing import connection
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -73,7 +75,6 @@ class Loader(DataLoader[Any]):
         """Starts the workers and returns an iterator over the batches."""
         if not self.num_workers:
             return map(_raised, super().__iter__())
-        others = multiprocessing.active_children()
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # in the workers too, which inherit it
         try:
             # torch needs as many; if its own attempt fails, its destructor prints a traceback
@@ -82,6 +83,7 @@ class Loader(DataLoader[Any]):
             # so that torch's signal handler ignores these workers
             signal_handling._remove_worker_pids(id(batches))  # type: ignore[attr-defined]
             batches._worker_pids_set = False
+            workers: list[Any] = batches._workers
         except OSError as error:
             raise FkdError(
                 f"cannot start {self.num_workers} processes that read images: {error.strerror or error} (is {memory.SHARED} "
@@ -89,7 +91,6 @@ class Loader(DataLoader[Any]):
             ) from error
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-        workers = [child for child in multiprocessing.active_children() if child not in others]
         weakref.finalize(batches, _kill, workers)  # also at exit, when Python would wait for them
         return _Reader(batches, workers)
 
@@ -200,4 +201,11 @@ def start_worker(worker: int) -> None:
     faiss.omp_set_num_threads(1)
     if get_worker_info() is not None:
         processes.end_with_parent()
+        sys.excepthook = _except_broken_connections
         signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_GRACE))
+
+
+def _except_broken_connections(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Prints errors of a worker's threads, but not that the parent has left while a batch was sent."""
+    if not issubclass(kind, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, error, trace)

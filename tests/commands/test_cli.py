@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import yaml
+from PIL import Image
 
 from fkd_ssl import __version__, cli, files, options
 
@@ -218,18 +219,25 @@ class TestInterrupts:
 
         return patch
 
-    @pytest.mark.parametrize("where", ["import", "destructor"])
-    def test_ctrl_c_that_is_swallowed(self, call: Any, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    def test_ctrl_c_during_an_import(self, tmp_path: Path) -> None:
+        """Whatever the module makes of it."""
+        code = "import signal\ntry:\n    signal.raise_signal(signal.SIGINT)\nexcept BaseException:\n    raise RecursionError\n"
+        (tmp_path / "own.py").write_text(code)
+        (tmp_path / "images").mkdir()
+        Image.new("RGB", (8, 8)).save(tmp_path / "images/0.png")
+        line = "precompute --images images --store store --teacher own:network --crops 2"
+        done = subprocess.run(
+            [sys.executable, "-m", "fkd_ssl", *line.split()], capture_output=True, text=True, cwd=tmp_path, timeout=120
+        )
+        assert (done.returncode, done.stdout) == (130, "")
+        assert done.stderr == "fkd-ssl precompute: stopped; the same command continues where it can\n"
+
+    def test_ctrl_c_in_a_destructor(self, call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         class Swallows:
             def __del__(self) -> None:
                 signal.raise_signal(signal.SIGINT)
 
         def run(config: Any) -> int:
-            if where == "import":
-                try:
-                    signal.raise_signal(signal.SIGINT)
-                except KeyboardInterrupt:
-                    raise RecursionError("a module that was imported in part") from None
             Swallows()
             time.sleep(20)
             return 0
