@@ -26,6 +26,7 @@ import numpy.typing as npt
 from fkd_ssl.errors import RequestError, StoreAccessError, StoreError
 
 TEMPORARY = ".tmp-"
+CACHE_VARIABLE = "FKD_SSL_CACHE"
 _MAX_JSON = 8 * 2**20  # a shard's sidecar has 67 bytes an image; parsed, JSON takes up to 30 times its size
 MAX_HEADER = 4096
 # NumPy parses a header as Python text, and Python 3.11's parser fails now and then where two threads do that at once
@@ -220,6 +221,15 @@ def publish(path: Path) -> Iterator[BinaryIO]:
     finally:
         with suppress(FileNotFoundError):
             temporary.unlink()
+
+
+def cache_folder(given: str | Path | None = None) -> Path:
+    """The folder of downloads and digests: `given`, else the environment's FKD_SSL_CACHE, else `fkd_ssl` in the user's cache."""
+    chosen = given or os.environ.get(CACHE_VARIABLE)
+    if chosen:
+        return Path(chosen).expanduser()
+    home = os.environ.get("XDG_CACHE_HOME")
+    return (Path(home) if home else Path.home() / ".cache") / "fkd_ssl"
 
 
 def replace(path: Path, data: bytes | memoryview) -> None:

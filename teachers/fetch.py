@@ -16,7 +16,6 @@ from fkd_ssl.checkpoints import digest
 from fkd_ssl.errors import CheckpointError, FkdError, RequestError
 from fkd_ssl.teachers.presets import Preset
 
-CACHE_VARIABLE = "FKD_SSL_CACHE"
 _TRIES = 5
 _PIECE = 2**20
 _TIMEOUT = 60  # seconds without a byte
@@ -27,31 +26,22 @@ Progress = Callable[[int, int | None], None]
 """Bytes here and bytes in all, where the server says how many."""
 
 
-def cache_folder(given: str | Path | None = None) -> Path:
-    """Where checkpoints are kept: `given`, else the environment's FKD_SSL_CACHE, else `fkd_ssl` in the user's cache."""
-    chosen = given or os.environ.get(CACHE_VARIABLE)
-    if chosen:
-        return Path(chosen).expanduser()
-    home = os.environ.get("XDG_CACHE_HOME")
-    return (Path(home) if home else Path.home() / ".cache") / "fkd_ssl"
-
-
 def find(preset: Preset, cache: str | Path | None = None) -> Path | None:
     """The preset's file in the cache folder, None if it is not there."""
-    path = cache_folder(cache) / preset.file
+    path = files.cache_folder(cache) / preset.file
     return path if path.is_file() else None
 
 
 def parts(preset: Preset, cache: str | Path | None = None) -> list[Path]:
     """Unfinished downloads of the preset's file; the name holds a digest of the server's ETag, so that no two files mix."""
-    return sorted(cache_folder(cache).glob(f"{preset.file}.*.part"))
+    return sorted(files.cache_folder(cache).glob(f"{preset.file}.*.part"))
 
 
 def by_hand(preset: Preset, cache: str | Path | None = None) -> str:
     """What to do without a network, in words."""
     return (
         f"download {preset.url} (licence: {preset.licence}) by any other way and put it at "
-        f"{cache_folder(cache) / preset.file}, or pass it as --checkpoint"
+        f"{files.cache_folder(cache) / preset.file}, or pass it as --checkpoint"
     )
 
 
@@ -81,7 +71,7 @@ def fetch(
         CheckpointError: The file that came is another one; it is deleted.
         FkdError: The connection failed, the server answered with an error or too slowly, or the disk is too small.
     """
-    folder = cache_folder(cache)
+    folder = files.cache_folder(cache)
     target = folder / preset.file
     folder.mkdir(parents=True, exist_ok=True)
     with locks.locked(folder / f"{preset.file}.lock") as ours:

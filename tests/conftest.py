@@ -87,6 +87,14 @@ class TinyTeacher:
         return nn.functional.normalize(self.module((images.float() / 255 - mean) / std), dim=1)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keeps the library's cache folder out of the user's home, also in processes that tests start."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FKD_SSL_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def smooth() -> Callable[..., npt.NDArray[np.uint8]]:
     """smooth(seed, height, width) -> uint8 [H, W, 3]."""

@@ -1,4 +1,6 @@
 import os
+import shutil
+import time
 import unicodedata
 from pathlib import Path
 
@@ -8,6 +10,7 @@ from PIL import Image
 
 from fkd_ssl import images
 from fkd_ssl.errors import ImageAccessError, ImageError, RequestError
+from fkd_ssl.images import source
 
 COLOUR = (200, 80, 40)
 
@@ -343,3 +346,47 @@ def test_subset_keeps_classes_and_order(image_folder):
     assert part.classes == found.classes
     assert (part.where(1), part.read(1), part.size(1)) == (found.where(3), found.read(3), found.size(3))
     assert part.subset([1]).read(0) == found.read(3)
+
+
+class TestDigest:
+    """`digest` reads every image once, and again only if a file may have changed."""
+
+    @pytest.fixture
+    def folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        monkeypatch.setenv("FKD_SSL_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setattr(source, "_SETTLED", -60)  # files of this very moment count as settled
+        for k in range(3):
+            save(tmp_path / "set" / "ash" / f"{k}.bmp", Image.fromarray(np.full((8, 8, 3), k, dtype=np.uint8)))
+        return tmp_path / "set"
+
+    def test_it_is_kept_while_no_file_changes(self, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        first = images.scan(folder).digest()
+        monkeypatch.setattr(images.Folder, "read", lambda self, index: pytest.fail("an image was read again"))
+        assert images.scan(folder).digest() == first
+
+    def test_another_content_of_the_same_size_and_time_is_noticed(self, folder: Path) -> None:
+        first = images.scan(folder).digest()
+        path = folder / "ash" / "1.bmp"
+        before = path.stat()
+        time.sleep(0.05)  # the change time moves in ticks
+        save(path, Image.fromarray(np.full((8, 8, 3), 9, dtype=np.uint8)))
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+        assert path.stat().st_size == before.st_size
+        assert images.scan(folder).digest() != first
+
+    def test_a_copy_has_the_same_one(self, folder: Path, tmp_path: Path) -> None:
+        shutil.copytree(folder, tmp_path / "copy")
+        assert images.scan(tmp_path / "copy").digest() == images.scan(folder).digest()
+
+    def test_files_that_changed_just_now_are_read_each_time(
+        self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(source, "_SETTLED", 3600)
+        images.scan(folder).digest()
+        assert not (tmp_path / "cache").exists()
+
+    def test_a_damaged_entry_is_ignored(self, folder: Path, tmp_path: Path) -> None:
+        first = images.scan(folder).digest()
+        (kept,) = (tmp_path / "cache" / "digests").iterdir()
+        kept.write_text("not a digest")
+        assert images.scan(folder).digest() == first

@@ -7,9 +7,9 @@ from pathlib import Path
 REPOSITORY = Path(__file__).parents[1]
 SOURCES = {"fkd_ssl": "fkd_ssl", "teachers": "fkd_ssl.teachers", "eval": "fkd_ssl.eval"}
 
-# From the bottom up. CONTRIBUTING.md draws the same order.
-ORDER = """
-    kinds errors arrays text progress options own_code processes files pickles locks checkpoints
+# From the bottom up, as CONTRIBUTING.md draws them.
+LAYERS = """
+    errors arrays text progress options own_code processes files pickles locks checkpoints
     images runs
     crops targets
     sheet glyphs card objectives students teachers
@@ -20,7 +20,8 @@ ORDER = """
     training pretraining
     comparison
     commands cli __main__ __init__
-""".split()
+"""
+ORDER = LAYERS.split()
 
 
 def room(module: str) -> str:

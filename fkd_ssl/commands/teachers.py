@@ -44,6 +44,7 @@ def run(config: Config) -> int:
 def _list(config: Config) -> int:
     from dataclasses import asdict
 
+    from fkd_ssl import files
     from fkd_ssl.commands import console
     from fkd_ssl.teachers import fetch
     from fkd_ssl.teachers.presets import PRESETS
@@ -61,7 +62,7 @@ def _list(config: Config) -> int:
     seen += [[name, f"{p.pixels} px", _rgb(p.mean), _rgb(p.std), f"{p.source}: {p.url}"] for name, p in PRESETS.items()]
     console.show(
         f"{console.table(rows)}\n\n{console.table(seen)}\n\n"
-        f"Cache folder: {fetch.cache_folder(config.cache)} (--cache or {fetch.CACHE_VARIABLE} sets another)\n"
+        f"Cache folder: {files.cache_folder(config.cache)} (--cache or {files.CACHE_VARIABLE} sets another)\n"
         "Download: fkd-ssl teachers fetch NAME; --teacher NAME then finds it. A file from elsewhere: --checkpoint FILE.\n\n"
         "Families: --teacher mocov2 or swav takes any checkpoint in that layout (fkd-ssl pretrain makes one), lightly a\n"
         "  LightningModule's with a ResNet as backbone.*, transformers a folder that save_pretrained wrote.\n"
@@ -79,6 +80,7 @@ def _list(config: Config) -> int:
 def _fetch(config: Config, name: str) -> int:
     from tqdm import tqdm
 
+    from fkd_ssl import files
     from fkd_ssl.commands import console
     from fkd_ssl.progress import hidden
     from fkd_ssl.teachers import fetch, load_teacher
@@ -91,7 +93,7 @@ def _fetch(config: Config, name: str) -> int:
     console.say(f"licence of the weights: {preset.licence}")
     present = fetch.find(preset, config.cache)
     if present is None:
-        console.say(f"{preset.url} -> {fetch.cache_folder(config.cache) / preset.file}")
+        console.say(f"{preset.url} -> {files.cache_folder(config.cache) / preset.file}")
     network = ""
 
     def check(path: "Path") -> None:
@@ -112,7 +114,7 @@ def _fetch(config: Config, name: str) -> int:
         how = "was here" if present else "downloaded"
         console.show(f"{path}: {how}, {about['bytes']:,} bytes, loads as {network}; use it as --teacher {name}")
     if config.cache is not None and fetch.find(preset) is None:
-        console.say(f"--teacher {name} finds it there with {fetch.CACHE_VARIABLE}={config.cache} in the environment")
+        console.say(f"--teacher {name} finds it there with {files.CACHE_VARIABLE}={config.cache} in the environment")
     return 0
 
 

@@ -2,15 +2,20 @@
 
 import hashlib
 import io
+import re
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
+from fkd_ssl import files
 from fkd_ssl.arrays import Int64Array, UInt8Array
 from fkd_ssl.errors import RequestError
 from fkd_ssl.images.decoding import decode, header_size
@@ -19,6 +24,8 @@ from fkd_ssl.progress import hidden
 
 CONTENTS = "contents of "
 """How the names of those entries of an identity begin that change when a damaged image is replaced."""
+_SHA256 = re.compile("[0-9a-f]{64}")
+_SETTLED = 10  # seconds: a file that changed later may change again within one tick of its file system's clock
 _READERS, _PIECE = 16, 4096  # threads that read for `digest`, and images handed to them at once
 
 
@@ -92,25 +99,58 @@ class ImageSource(ABC):
         return decode(self.read(index), self.where(index))
 
     def digest(self) -> str:
-        """Hex sha256 of the names, classes and bytes of all images, which are read once: a copy has the same digest.
+        """Hex sha256 of the names, classes and bytes of all images: a copy has the same digest.
+
+        The images are read once. The digest is then kept in the cache folder, and found there as long as no `stamp` changes.
 
         Raises:
             ImageAccessError: An image cannot be opened.
         """
         return self._digest
 
+    def stamp(self, index: int) -> tuple[str, float] | None:
+        """What changes whenever the bytes of image `index` do, and the time of its last change; nothing is read.
+
+        Returns:
+            The stamp and seconds since the epoch; None if the source cannot tell.
+
+        Raises:
+            ImageAccessError: The image is missing.
+        """
+        return None
+
     @cached_property
     def _digest(self) -> str:
+        kept = self._kept_digest()
+        if kept is not None and kept.exists() and _SHA256.fullmatch(found := kept.read_text(errors="replace")):
+            return found
         sums = hashlib.sha256()
         bar = tqdm(total=len(self), desc="checksums", unit="img", disable=hidden(show=len(self) > _PIECE))
         with ThreadPoolExecutor(_READERS) as pool, bar:
             for first in range(0, len(self), _PIECE):
                 rows = range(first, min(first + _PIECE, len(self)))
                 for index, content in zip(rows, pool.map(self._sha256, rows), strict=True):
-                    name = self.classes[self.labels[index]] if self.labels[index] >= 0 else ""
-                    sums.update(f"{self.names[index]}\n{name}\n".encode() + content)
+                    sums.update(f"{self.names[index]}\n{self._class_of(index)}\n".encode() + content)
                 bar.update(len(rows))
+        if kept is not None:
+            with suppress(OSError):  # a cache folder that cannot be written costs time, nothing else
+                kept.parent.mkdir(parents=True, exist_ok=True)
+                files.replace(kept, sums.hexdigest().encode())
         return sums.hexdigest()
+
+    def _kept_digest(self) -> Path | None:
+        """The file of the cache folder that keeps the digest; None if stamps cannot be relied on."""
+        stamps, newest = hashlib.sha256(), time.time() - _SETTLED
+        for index in range(len(self)):
+            stamp = self.stamp(index)
+            if stamp is None or stamp[1] > newest:
+                return None
+            stamps.update(f"{self.names[index]}\n{self._class_of(index)}\n{stamp[0]}\n".encode())
+        return files.cache_folder() / "digests" / stamps.hexdigest()
+
+    def _class_of(self, index: int) -> str:
+        label = int(self.labels[index])
+        return self.classes[label] if label >= 0 else ""
 
     def _sha256(self, index: int) -> bytes:
         return hashlib.sha256(self.read(index)).digest()
@@ -154,6 +194,9 @@ class _Subset(ImageSource):
 
     def byte_size(self, index: int) -> int:
         return self._source.byte_size(int(self._indices[index]))
+
+    def stamp(self, index: int) -> tuple[str, float] | None:
+        return self._source.stamp(int(self._indices[index]))
 
     def group(self, index: int) -> int:
         return self._source.group(int(self._indices[index]))

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from fkd_ssl import files
 from fkd_ssl.errors import CheckpointError, FkdError, RequestError
 from fkd_ssl.teachers import PRESETS, Preset, fetch
 
@@ -369,9 +370,9 @@ def test_where_the_cache_folder_is(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.delenv("FKD_SSL_CACHE", raising=False)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert fetch.cache_folder() == tmp_path / ".cache" / "fkd_ssl"
+    assert files.cache_folder() == tmp_path / ".cache" / "fkd_ssl"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "x"))
-    assert fetch.cache_folder() == tmp_path / "x" / "fkd_ssl"
+    assert files.cache_folder() == tmp_path / "x" / "fkd_ssl"
     monkeypatch.setenv("FKD_SSL_CACHE", "~/mine")
-    assert fetch.cache_folder() == tmp_path / "mine"
-    assert fetch.cache_folder("given") == Path("given")
+    assert files.cache_folder() == tmp_path / "mine"
+    assert files.cache_folder("given") == Path("given")
