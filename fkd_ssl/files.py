@@ -224,7 +224,7 @@ def publish(path: Path) -> Iterator[BinaryIO]:
 
 
 def cache_folder(given: str | Path | None = None) -> Path:
-    """The folder of downloads and digests: `given`, else the environment's FKD_SSL_CACHE, else `fkd_ssl` in the user's cache."""
+    """The folder of downloads and digests: `given`, else FKD_SSL_CACHE of the environment, else `fkd_ssl` in the user's cache."""
     chosen = given or os.environ.get(CACHE_VARIABLE)
     if chosen:
         return Path(chosen).expanduser()
