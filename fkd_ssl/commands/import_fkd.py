@@ -15,7 +15,7 @@ class Config:
     """Options of import-fkd."""
 
     labels: str
-    """Folder of label files (.tar), as images lie in theirs, perhaps below train or imagenet/train."""
+    """Folder of label files (.tar) with the images' folder structure, perhaps below train or imagenet/train."""
     images: str
     """The images that they were made of, as precompute takes them."""
     store: str

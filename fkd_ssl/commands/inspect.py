@@ -55,7 +55,7 @@ def describe(folder: str) -> dict[str, Any]:
 def run(config: Config) -> int:
     """Describes the store."""
     from fkd_ssl.commands import console
-    from fkd_ssl.store.write.columns import in_words
+    from fkd_ssl.store.write.columns import describe_fidelity
     from fkd_ssl.targets import TeacherInfo
 
     about = describe(config.store)
@@ -77,7 +77,7 @@ def run(config: Config) -> int:
         measured = f" of {fidelity['sample']}" if fidelity["sample"] else ""
         lines += [
             f"teacher {name}: {teacher.network}, {teacher.spec}, seen at {teacher.pixels} px, {teacher.precision}",
-            f"  codec {column['codec']}: {column['bytes_per_crop']} bytes a crop with its record; {in_words(fidelity)}"
+            f"  codec {column['codec']}: {column['bytes_per_crop']} bytes a crop with its record; {describe_fidelity(fidelity)}"
             f"{measured}",
             f"  {teacher.normalisation}",
             f"  licence {teacher.licence}; checkpoint sha256 {str(teacher.checkpoint_sha256)[:16]}",

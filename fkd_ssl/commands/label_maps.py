@@ -32,7 +32,7 @@ class Config:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of the teacher's forward."""
     threads: int | None = None
-    """Threads that read and resize beside the teacher; the number of processors, at most 16, by default."""
+    """Threads that read and resize while the teacher runs; the number of processors, at most 16, by default."""
     on_unreadable: Literal["stop", "skip"] = "stop"
     """What to do about a damaged image: stop and name it, or make no map of it and count it."""
     json: bool = False

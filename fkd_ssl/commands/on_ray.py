@@ -11,7 +11,7 @@ from fkd_ssl.errors import FkdError, RequestError
 if TYPE_CHECKING:
     from fkd_ssl.store.write.precompute import Summary
 
-RETRIES = 20  # of one shard: preemption is no fault of its
+RETRIES = 20  # of one shard: workers are preempted
 
 
 def run(write: "Callable[[Any, int], Summary]", config: Any, *, log: Callable[[str], None]) -> "Summary":

@@ -46,8 +46,8 @@ class Config:
     min_scale: float | None = None
     """Least share of the image that a crop covers, if not the recipe's."""
     codec: str | None = None
-    """Of embeddings SQ8 (D bytes, usual), SQ4 (D/2), OPQ16,PQ16x8 (16), Flat (exact), ...; of class probabilities
-    marginal_smoothing_k5 (20 bytes, usual), hard, smoothing, marginal_renorm_k5, full, ..."""
+    """Of embeddings SQ8 (D bytes, the default), SQ4 (D/2), OPQ16,PQ16x8 (16), Flat (exact), ...; of class probabilities
+    marginal_smoothing_k5 (20 bytes, the default), hard, smoothing, marginal_renorm_k5, full, ..."""
     pixels: int | None = None
     """Side of the crops that the teacher sees; its native size by default."""
     seed: int = 0
@@ -64,9 +64,9 @@ class Config:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of the teacher's forward."""
     threads: int | None = None
-    """Threads that read and replay beside the teacher; the number of processors, at most 16, by default."""
+    """Threads that read and replay while the teacher runs; the number of processors, at most 16, by default."""
     device_crops: bool = False
-    """Threads only decode, and the GPU makes the crops: for few processors beside a fast GPU. The pixels are the same."""
+    """Threads only decode, and the GPU makes the crops: for few processors and a fast GPU. The pixels are the same."""
     evaluate: str | None = None
     """Folder of labelled test images on which a classifier's accuracy is said first."""
     shards: str | None = None
@@ -103,7 +103,7 @@ def run(config: Config) -> int:
     elif world > 1:
         speaks = rank == 0
         summary = write(
-            config, share=Share(index=rank, of=world, helps=True), progress=speaks, log=console.say if speaks else _nothing
+            config, share=Share(index=rank, of=world, steal=True), progress=speaks, log=console.say if speaks else _nothing
         )
         if not speaks:
             return 0
@@ -251,7 +251,7 @@ def _with_absolute_paths(config: Config) -> Config:
 
 
 def _absolute_checkpoint(teacher: str, checkpoint: str | None) -> str:
-    """A teacher's checkpoint likewise, or F+G of A+B; what is no path stays as it is."""
+    """A teacher's checkpoint with an absolute path, or F+G of A+B; a word such as pretrained stays as it is."""
     parts = (checkpoint or "").split("+") if "+" in teacher else [checkpoint or ""]
     return "+".join(part if part.strip() in ("", "pretrained") else str(Path(part.strip()).absolute()) for part in parts)
 

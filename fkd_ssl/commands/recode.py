@@ -33,7 +33,7 @@ def run(config: Config) -> int:
     from fkd_ssl.commands import console
     from fkd_ssl.store import open_store
     from fkd_ssl.store.maintain.recode import recode
-    from fkd_ssl.store.write.columns import in_words
+    from fkd_ssl.store.write.columns import describe_fidelity
     from fkd_ssl.training.groups import split
 
     store = open_store(config.store)
@@ -49,6 +49,6 @@ def run(config: Config) -> int:
         console.say(f"note: information that {f['source_codec']} discarded cannot be recovered")
     console.show(
         f"{column.folder}: {' and '.join(source.name for source in sources)} from {codecs} to {column.meta.codec} "
-        f"({column.meta.code_size} bytes); {in_words(f)}, of {f['sample']}"
+        f"({column.meta.code_size} bytes); {describe_fidelity(f)}, of {f['sample']}"
     )
     return 0

@@ -67,9 +67,9 @@ def run(config: Config) -> int:
     if name is not None and name not in store.teachers:
         raise NotFoundError(f"{store.folder}: no column {name!r}; there are {store.teachers or 'none yet'}")
     # what precompute names a column by default; a run's, which is another name, must be said where there are several
-    usual = "-and-".join(re.split("[:/]", one)[-1].strip().replace("@", "-") for one in (config.teacher or "").split("+"))
-    if name is None and usual in store.teachers:
-        name = usual
+    default = "-and-".join(re.split("[:/]", one)[-1].strip().replace("@", "-") for one in (config.teacher or "").split("+"))
+    if name is None and default in store.teachers:
+        name = default
     teacher = None
     if config.teacher:
         name = store.column().name if name is None and len(store.teachers) != 1 else name or store.teachers[0]

@@ -1,4 +1,4 @@
-"""Makes label maps: a classifier sees every whole image once. The authors of ReLabel published theirs, and not what made them.
+"""Makes label maps: a classifier sees every whole image once. ReLabel's authors published their maps, but not this code.
 
 A shard is a pure function of images, teacher and batch size; its images, in order, are cut into batches of a fixed size, which
 are what the teacher runs on and what a killed run resumes from.
@@ -27,7 +27,7 @@ from fkd_ssl.progress import hidden
 from fkd_ssl.relabel import layout
 from fkd_ssl.store.listing import MANIFEST, read_images, write_sidecar
 from fkd_ssl.store.write import publish, work
-from fkd_ssl.store.write.rows import in_order
+from fkd_ssl.store.write.rows import read_ahead
 from fkd_ssl.targets import TeacherInfo
 from fkd_ssl.text import format_bytes
 
@@ -56,7 +56,7 @@ class Dense(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Made:
+class MapSummary:
     """What a call of `generate` did."""
 
     images: int
@@ -84,7 +84,7 @@ def generate(
     skip_unreadable: bool = False,
     progress: bool = True,
     log: Callable[[str], None] = lambda message: None,
-) -> Made:
+) -> MapSummary:
     """Writes the label maps of every image into `folder`; the same call continues one that was killed.
 
     Args:
@@ -92,8 +92,8 @@ def generate(
         folder: Of the maps; made if it does not exist.
         dense: A classifier that gives logits at each place.
         k: Logits kept at each place; the authors keep 5.
-        batch_size: Images in one forward; fixed for a folder, since another gives other last bits.
-        threads: That read, decode and resize beside the teacher.
+        batch_size: Images in one forward; fixed for a folder, since another size changes the last bits.
+        threads: Threads that read, decode and resize while the teacher runs.
         skip_unreadable: Skip damaged images, which then have no label map, instead of stopping.
         progress: Whether to show a bar.
         log: Takes lines for the user.
@@ -146,7 +146,7 @@ def generate(
     for shard in range(manifest.shards):  # what a process left that was killed before it could remove it
         if shard not in unfinished:
             work.clear(work.shard_file(layout.maps_file(folder, shard)))
-    return Made(
+    return MapSummary(
         images=manifest.count,
         made=made,
         busy=unfinished,
@@ -169,9 +169,9 @@ def _wanted(images: ImageSource, dense: Dense, *, k: int, batch_size: int) -> la
         raise RequestError(f"k {k}: teacher {teacher.name} has {classes} classes; k must lie in 1 to {classes}")
     if not 1 <= batch_size <= 2**16:
         raise RequestError(f"batch_size {batch_size}: must lie in 1 to {2**16}")
-    if classes > layout.MOST_CLASSES:
-        raise RequestError(f"teacher {teacher.name}: {classes} classes, over {layout.MOST_CLASSES}")
-    if 4 * classes * dense.height * dense.width > layout.MOST_BYTES:
+    if classes > layout.MAX_CLASSES:
+        raise RequestError(f"teacher {teacher.name}: {classes} classes, over {layout.MAX_CLASSES}")
+    if 4 * classes * dense.height * dense.width > layout.MAX_MAP_BYTES:
         raise RequestError(
             f"teacher {teacher.name}: {classes} classes at {dense.height} x {dense.width} places are more than label maps "
             "hold; choose fewer --pixels"
@@ -252,7 +252,7 @@ def _views(
 ) -> Iterator[tuple[list[UInt8Array | None], list[str]]]:  # fmt: skip
     """Batches of whole images with their sha256; the next one is read while the teacher sees this one."""
     calls = (partial(_whole, images, row, sizes[row], manifest.teacher.pixels, skip_unreadable) for row in rows)
-    found = in_order(pool, calls, manifest.batch_size)
+    found = read_ahead(pool, calls, manifest.batch_size)
     while batch := list(islice(found, manifest.batch_size)):
         yield [view for view, _ in batch], [checksum for _, checksum in batch]
 

@@ -24,8 +24,8 @@ from fkd_ssl.targets import TeacherInfo
 from fkd_ssl.targets.info import difference
 
 ROWS_PER_SHARD = 16384  # few files, since each that is mapped stays open
-MOST_CLASSES = 2**16
-MOST_BYTES = 2**28  # of an image's logits of all classes at each place, which a crop's targets are pooled from
+MAX_CLASSES = 2**16
+MAX_MAP_BYTES = 2**28  # of an image's logits of all classes at each place, from which targets are pooled
 
 MAPS = "maps"
 
@@ -85,11 +85,11 @@ def read_manifest(folder: Path) -> Manifest:
     except (TypeError, RequestError) as error:
         raise StoreError(f"{path}: keys are missing or unknown, or a value is invalid: {error}") from error
     most = {
-        "k": MOST_CLASSES, "height": 4096, "width": 4096, "rows_per_shard": 2**31, "count": 2**31, "batch_size": 2**16,
+        "k": MAX_CLASSES, "height": 4096, "width": 4096, "rows_per_shard": 2**31, "count": 2**31, "batch_size": 2**16,
     }  # fmt: skip
     numbers = {name: values[name] for name in most}
     fits = all(type(n) is int and 0 < n <= most[name] for name, n in numbers.items()) and manifest.k <= manifest.classes
-    fits = fits and 4 * manifest.classes * manifest.height * manifest.width <= MOST_BYTES
+    fits = fits and 4 * manifest.classes * manifest.height * manifest.width <= MAX_MAP_BYTES
     if not fits or manifest.teacher.spec.kind != "distribution":
         raise StoreError(f"{path}: impossible numbers {numbers}, or another kind of teacher; the file is damaged")
     manifest.__dict__["digest"] = digest

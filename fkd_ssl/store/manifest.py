@@ -13,7 +13,7 @@ from fkd_ssl.images import ImageSource
 from fkd_ssl.store.listing import MANIFEST, Listing, read_values
 
 ROWS_PER_SHARD = 1024
-MOST_CROPS = 10**6
+MAX_CROPS = 10**6
 CROPS, TARGETS = "crops", "targets"
 COLUMN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -50,7 +50,7 @@ def read_manifest(folder: Path) -> Manifest:
     except StoreError as error:
         raise StoreError(f"{path}: {error}") from error
     counts = (manifest.crops_per_image, manifest.rows_per_shard, manifest.count)
-    most = (MOST_CROPS, 2**31, 2**31)
+    most = (MAX_CROPS, 2**31, 2**31)
     fits = all(type(n) is int and 0 < n <= limit for n, limit in zip(counts, most, strict=True))
     if not fits or type(manifest.seed) is not int:
         raise StoreError(f"{path}: seed {manifest.seed!r} or counts {counts} are impossible")
@@ -87,14 +87,14 @@ def codes_file(folder: Path, column: str, shard: int) -> Path:
 
 
 def checked_name(name: str) -> str:
-    """A column's name, which is a folder's name too; raises RequestError where it cannot be one."""
+    """A column's name, which is also a folder's name; raises RequestError if it is invalid."""
     if not COLUMN_NAME.fullmatch(name):
         raise RequestError(f"--name {name!r}: letters, digits, '.', '_' and '-' only, and no '.' first")
     return name
 
 
 def string_list(value: Any, length: int, path: Path) -> list[str]:
-    """`value` as a list of `length` strings; raises StoreError, naming `path`, where it is none."""
+    """`value` as a list of `length` strings; raises StoreError, naming `path`, if it is something else."""
     if not isinstance(value, list) or len(value) != length or not all(isinstance(v, str) for v in value):
         raise StoreError(f"{path}: expected {length} strings; the file is damaged")
     return value

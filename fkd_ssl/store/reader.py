@@ -37,7 +37,7 @@ COSINES = ("cosine_mean", "cosine_min")
 
 @dataclass(frozen=True, kw_only=True)
 class ColumnMeta:
-    """meta.json of a column: whose targets these are and how they are encoded."""
+    """meta.json of a column: what its targets are and how they are encoded."""
 
     teacher: TeacherInfo
     """Who said them: kind and shape of a target are there, and `pixels` is the side of the crops that it saw."""
@@ -141,7 +141,7 @@ class Column:
         return (Store.column, (self.store, self.name))
 
     def array(self, name: str) -> Float32Array:
-        """An array stored beside the codes, for instance a SwAV teacher's `teacher-prototypes` float32 [K, D]."""
+        """An array stored with the codes, for instance a SwAV teacher's `teacher-prototypes` float32 [K, D]."""
         if name not in self.meta.arrays or not layout.COLUMN_NAME.fullmatch(name):
             raise StoreError(f"{self.folder}: no array {name!r}; there are {sorted(self.meta.arrays)}")
         shapes = self.meta.target.rules.parameter_shapes(self.meta.codec, self.meta.target.shape)
@@ -175,7 +175,7 @@ class Column:
 
     @cached_property
     def missing_shards(self) -> list[int]:
-        """Shards without all their codes or without crops, as the folder stood when this was first asked."""
+        """Shards without codes or without crops, as the folder was when this was first asked."""
         there, crops = files.names(self.folder), self.store.shards_with_crops()
         return [s for s in range(self.store.manifest.shards) if f"codes-{s:05d}.json" not in there or s not in crops]
 
@@ -249,7 +249,7 @@ class Store:
         return (Store, (self.folder,))  # a worker process maps the files itself
 
     def __len__(self) -> int:
-        """Images whose crops are stored: finished shards, without the rows skipped as unreadable."""
+        """Number of images with stored crops: those of finished shards that were not skipped as unreadable."""
         return len(self.rows)
 
     @property
@@ -297,7 +297,7 @@ class Store:
         return np.flatnonzero(readable)
 
     def shards_with_crops(self) -> set[int]:
-        """Shards whose crops are finished, as the folder stands now: one listing, however many there are."""
+        """Shards with finished crops, from one listing of the folder as it is now."""
         there = files.names(self.folder / layout.CROPS)
         return {shard for shard in range(self.manifest.shards) if f"{shard:05d}.json" in there}
 
@@ -364,7 +364,7 @@ class Store:
         return self._files.map(shard)
 
     def locate(self, row: int) -> tuple[int, int]:
-        """A row's shard, and its place there; raises IndexError where there is no such row."""
+        """A row's shard, and its place there; raises IndexError if the row does not exist."""
         if not 0 <= row < self.manifest.count:
             raise IndexError(f"row {row} of {self.manifest.count}")
         return divmod(row, self.manifest.rows_per_shard)
@@ -373,7 +373,7 @@ class Store:
         path = layout.crops_file(self.folder, shard)
         if not self.has_crops(shard):
             raise StoreError(f"{path}: this shard is not finished; run the same fkd-ssl precompute again")
-        self.skipped(shard)  # whose sidecar says that this is the shard's file
+        self.skipped(shard)  # checks that the sidecar is this shard's
         return path, len(self.manifest.shard_rows(shard))
 
     def column(self, name: str | None = None) -> Column:

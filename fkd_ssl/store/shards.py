@@ -20,7 +20,7 @@ from fkd_ssl.arrays import Int64Array
 from fkd_ssl.errors import StoreError
 
 Index = slice | Int64Array
-MOST_OPEN = 128  # files of one reader: many systems allow a process 1024 in all
+MAX_OPEN_FILES = 128  # files of one reader: many systems allow a process 1024 in all
 
 
 class _OpenFile:
@@ -36,7 +36,7 @@ class _OpenFile:
 
 @dataclass(frozen=True)
 class _Shard:
-    """A shard whose header was found right."""
+    """A shard with a valid header."""
 
     path: Path
     offset: int
@@ -69,7 +69,7 @@ class ShardFiles:
         """Crops `index` of a shard's row `within`: [m, ...], read-only.
 
         Raises:
-            IndexError: There are no such crops.
+            IndexError: A crop does not exist.
             StoreError: The file is missing, cannot be read, is not such an array, or became shorter since it was opened.
         """
         unit, crops, parts = self._crop_bytes, self._row_shape[0], []
@@ -99,7 +99,7 @@ class ShardFiles:
             file = _OpenFile(known.path)
             if os.fstat(file.descriptor).st_size != known.size:
                 raise StoreError(f"{known.path}: has another size than when it was first read; run fkd-ssl verify")
-        while len(self._open) >= MOST_OPEN:
+        while len(self._open) >= MAX_OPEN_FILES:
             with suppress(KeyError, StopIteration, RuntimeError):  # another thread did it
                 del self._open[next(iter(self._open))]
         self._open[shard] = file
@@ -107,7 +107,7 @@ class ShardFiles:
 
 
 def _runs(index: Index, crops: int) -> list[tuple[int, int]]:
-    """The crops `index` as stretches that lie side by side in the file: first and number of each."""
+    """The crops `index` as runs of neighbours in the file: first and number of each."""
     if isinstance(index, slice):
         chosen = range(crops)[index]
         if chosen.step == 1:

@@ -18,7 +18,7 @@ from fkd_ssl.crops import RECIPES, box_record, draw
 from fkd_ssl.crops.operations import FLIP
 from fkd_ssl.errors import ImageError, StoreError
 from fkd_ssl.images import scan
-from fkd_ssl.relabel import LabelMaps
+from fkd_ssl.relabel import LabelMaps, generate, layout
 
 Array = npt.NDArray[np.float64]
 
@@ -244,3 +244,27 @@ class TestDamage:
         with pytest.raises(StoreError, match=r"written for another folder"):
             LabelMaps(own).verify()
         assert json.loads(path.read_text())["manifest"] == "0"
+
+    def test_swapped_shards_are_found_when_they_are_read_and_by_verify(
+        self, tmp_path: Path, image_folder: Path, new_dense: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(layout, "ROWS_PER_SHARD", 12)
+        generate(scan(image_folder), tmp_path / "maps", new_dense(), batch_size=7, progress=False)
+        LabelMaps(tmp_path / "maps").read(20)
+        for suffix in ("npy", "json"):
+            one, two = (tmp_path / f"maps/maps/0000{shard}.{suffix}" for shard in (0, 1))
+            data = one.read_bytes()
+            one.write_bytes(two.read_bytes())
+            two.write_bytes(data)
+        maps = LabelMaps(tmp_path / "maps")
+        for row, shard in ((3, 1), (20, 0)):
+            with pytest.raises(StoreError, match=rf"written for shard {shard}: files were swapped"):
+                maps.read(row)
+        with pytest.raises(StoreError, match="written for shard 1"):
+            maps.verify()
+
+    def test_maps_that_take_much_memory_are_refused_before_a_file_is_read(self, own: Path) -> None:
+        """Of one logit at each of many places: what is pooled has all classes at each place."""
+        self.rewrite(own, k=1, height=3000, width=3000)
+        with pytest.raises(StoreError, match="impossible numbers"):
+            LabelMaps(own)

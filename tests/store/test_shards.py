@@ -73,7 +73,7 @@ def test_records_are_read_as_records(tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="counts descriptors in /proc")
 def test_few_files_are_open_at_once_and_none_when_the_reader_is_gone(folder, monkeypatch):
-    monkeypatch.setattr(shards, "MOST_OPEN", 4)
+    monkeypatch.setattr(shards, "MAX_OPEN_FILES", 4)
     read = reader(folder)
     for shard in [*range(COUNT), *range(COUNT), 3, 3, 0]:
         np.testing.assert_array_equal(read.read(shard, 2, slice(1, 3)), contents(shard)[2, 1:3])
@@ -84,7 +84,7 @@ def test_few_files_are_open_at_once_and_none_when_the_reader_is_gone(folder, mon
 
 
 def test_threads_read_what_is_theirs_while_files_are_let_go(folder, monkeypatch):
-    monkeypatch.setattr(shards, "MOST_OPEN", 2)
+    monkeypatch.setattr(shards, "MAX_OPEN_FILES", 2)
     read, wrong = reader(folder), []
 
     def work(seed: int) -> None:
@@ -114,7 +114,7 @@ def test_a_file_that_becomes_shorter_is_an_error_and_kills_nothing(tmp_path):
 
 
 def test_a_file_of_another_size_when_opened_again_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "MOST_OPEN", 1)
+    monkeypatch.setattr(shards, "MAX_OPEN_FILES", 1)
     for shard in range(2):
         files.write_npy(tmp_path / f"{shard}.npy", contents(shard))
     read = reader(tmp_path)

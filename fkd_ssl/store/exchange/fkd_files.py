@@ -97,7 +97,7 @@ class Labels:
         return "smoothing" if self.labels.shape[1] == 2 else "full"
 
     def codes(self, codec: LabelCodec) -> UInt8Array:
-        """Their codes uint8 [C, code_size]; raises StoreError where they are no labels of that codec's number of classes."""
+        """Their codes uint8 [C, code_size]; raises StoreError if they do not fit the codec's number of classes."""
         of_a_crop = {"hard": (), "smoothing": (2,), "full": (codec.dim,)}.get(codec.spec, (2, codec.kept))
         if self.labels.shape[1:] != of_a_crop:
             expected = ", ".join(map(str, ("C", *of_a_crop)))
@@ -114,7 +114,7 @@ class Labels:
         if self.labels.dtype == np.float16 and codec.dim > LARGEST_EXACT:
             raise StoreError(f"class numbers in float16, which is exact up to {LARGEST_EXACT}, of {codec.dim} classes")
         if (classes < 0).any() or (classes >= codec.dim).any() or (values < 0).any() or (values.sum(axis=1) > 1 + _OFF).any():
-            raise StoreError(f"labels that are no probabilities of {codec.dim} classes")
+            raise StoreError(f"labels that are not probabilities of {codec.dim} classes")
         rest = (1 - values.sum(axis=1, keepdims=True)) / (codec.dim - codec.kept)
         if (1.01 * values + _OFF / (codec.dim - codec.kept) < rest).any():
             raise StoreError(f"labels whose classes are not the most probable of {codec.dim}")
@@ -152,7 +152,7 @@ def read(path: Path) -> Labels:
     count = len(boxes) if boxes.ndim else 0
     right = (
         boxes.shape == (count, 4) and flips.shape == (count,) and labels.ndim in (1, 2, 3) and len(labels) == count > 0
-        and count <= layout.MOST_CROPS  # checked before anything is copied
+        and count <= layout.MAX_CROPS  # checked before anything is copied
         and boxes.dtype.kind == "f" and flips.dtype.kind in "biu" and labels.dtype.kind in "fiu"
         and np.isfinite(boxes.astype(np.float64)).all()
         and (labels.ndim < 3 or labels.shape[1] == 2) and np.isin(flips, (0, 1)).all()
@@ -209,7 +209,7 @@ def check_names(paths: Iterable[str]) -> None:
 
 
 def find(folder: Path, paths: Sequence[str]) -> Path:
-    """The folder below which label files lie as images do, `folder` or one in it.
+    """The folder with the label files, `folder` or one in it, whose structure is that of the images.
 
     Raises:
         RequestError: No file of these images is there.

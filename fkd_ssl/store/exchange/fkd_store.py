@@ -19,7 +19,7 @@ from fkd_ssl.images import ImageSource
 from fkd_ssl.store import manifest as layout
 from fkd_ssl.store.exchange import fkd_files
 from fkd_ssl.store.listing import MANIFEST
-from fkd_ssl.store.maintain.subset import whole_folder
+from fkd_ssl.store.maintain.subset import atomic_folder
 from fkd_ssl.store.reader import Column, Store
 from fkd_ssl.store.write import publish
 from fkd_ssl.store.write.columns import publish_column
@@ -38,7 +38,7 @@ def import_fkd(
     It appears when it is whole; a killed call continues. Labels are kept as they are, but for float16.
 
     Args:
-        labels: Folder of label files, as images lie in theirs, perhaps below `train` or `imagenet/train`.
+        labels: Folder of label files with the images' folder structure, perhaps below `train` or `imagenet/train`.
         images: The images that they were made of.
         out: The new store.
         classes: K.
@@ -63,13 +63,13 @@ def import_fkd(
     kept = LabelCodec(codec or first.codec(), classes)
     log(f"{len(images):,} images x {len(first)} crops, {kept.spec} of {classes} classes: {kept.code_size} + 20 bytes a crop")
     layout.checked_name(name)
-    with whole_folder(out) as new, ThreadPoolExecutor(threads) as pool:
-        if not any(new.glob(f"{layout.CROPS}/*.json")):  # nothing to go on with, and perhaps begun with wrong options
+    with atomic_folder(out) as new, ThreadPoolExecutor(threads) as pool:
+        if not any(new.glob(f"{layout.CROPS}/*.json")):  # nothing to continue, and perhaps begun with wrong options
             for left in new.iterdir():
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
         if not (new / MANIFEST).exists():
             publish.create_store(
-                new, images, seed=0, recipe=IMPORTED, crops=len(first), skip_unreadable=False, advice="mend or remove it",
+                new, images, seed=0, recipe=IMPORTED, crops=len(first), skip_unreadable=False, advice="repair or remove it",
             )  # fmt: skip
         store, meta = Store(new), _meta(kept, Path(labels).name, pixels)
         if not store.teachers:

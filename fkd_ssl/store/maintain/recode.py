@@ -13,7 +13,7 @@ from fkd_ssl import files
 from fkd_ssl.arrays import Float32Array, UInt8Array
 from fkd_ssl.errors import RequestError, StoreError
 from fkd_ssl.store import manifest as layout
-from fkd_ssl.store.maintain.subset import Part, whole_folder
+from fkd_ssl.store.maintain.subset import Part, atomic_folder
 from fkd_ssl.store.maintain.verify import check_files
 from fkd_ssl.store.reader import COSINES, Column, Store, cosine_to_teacher
 from fkd_ssl.store.write.columns import check_sample, sample_rows, train_and_measure
@@ -61,7 +61,7 @@ def recode(
             return _same(store, source, codec, to)
         check_sample(codec, source.meta.target, _sample(source, codec)[2])
         _check_files(source)
-        with whole_folder(target) as folder:
+        with atomic_folder(target) as folder:
             _fill(source, codec, store, folder.name)
         return Store(store.folder).column(to)
     out = Path(out).resolve()  # '.' has no name to put another beside
@@ -69,7 +69,7 @@ def recode(
         return _same(Store(out), source, codec, to)
     check_sample(codec, source.meta.target, _sample(source, codec)[2])
     _check_files(source)
-    with whole_folder(out) as folder:
+    with atomic_folder(out) as folder:
         Part(store, teachers=[]).write(folder, beside=to)
         _fill(source, codec, Store(folder), to)
     return Store(out).column(to)

@@ -1,4 +1,4 @@
-"""Repair: what `verify` found damaged is made again, and nothing else; what is made again must be what was there."""
+"""Repair: makes again what `verify` found damaged, and nothing else; the result must be what was there."""
 
 import io
 from collections.abc import Callable
@@ -57,7 +57,7 @@ def repair(
     """Makes the damaged parts of a store again; the rest is not touched.
 
     Crop records are drawn again, without images where their sidecar is whole, otherwise with the images' contents. A
-    codec's arrays are trained again, and kept only if they are byte for byte those that meta.json tells of. Codes need
+    codec's arrays are trained again, and kept only if their checksums are those in meta.json. Codes need
     their teacher.
 
     Args:
@@ -71,7 +71,7 @@ def repair(
     """
     own = None if images is None else images.subset(store.find_images(images))
     crops = [d.shard for d in damage if d.kind == "crops" and d.shard is not None]
-    if crops and store.manifest.recipe == IMPORTED:  # their files are all that tells of them
+    if crops and store.manifest.recipe == IMPORTED:  # nothing else describes them
         log(f"crops of {len(crops)} shards: were imported and cannot be drawn again: restore them from a copy, or import again")
         crops = []
     crops = [shard for shard in crops if not _redraw(store, shard, log)]

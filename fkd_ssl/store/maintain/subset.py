@@ -1,4 +1,4 @@
-"""Subset: the first crops, some teachers or some images of a store, as a store of its own; the teacher is not needed."""
+"""Subset: copies the first crops, some teachers or some images of a store into a new store; the teacher is not needed."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -41,7 +41,7 @@ def subset(
         paths: Only these images, as images.txt lists them, in any order.
 
     Raises:
-        RequestError: More crops than there are, an image or a column that is not there, or `out` is something else.
+        RequestError: There are fewer crops, an image or a column is missing, or `out` is something else.
         StoreError: The source is damaged or lacks shards that are needed.
     """
     part = Part(store, crops=crops, teachers=teachers, paths=paths)
@@ -51,7 +51,7 @@ def subset(
             raise RequestError(f"{out}: exists and is not this subset; choose another --out")
         return Store(out)
     part.require()
-    with whole_folder(out) as folder:
+    with atomic_folder(out) as folder:
         part.write(folder)
     return Store(out)
 
@@ -110,8 +110,8 @@ class Part:
         """Writes what `folder` lacks of the part.
 
         Args:
-            folder: Of a `whole_folder`.
-            beside: Another column that may lie there.
+            folder: Of a `atomic_folder`.
+            beside: Another column that may be there.
 
         Raises:
             RequestError: Something else was begun there.
@@ -160,7 +160,7 @@ class Part:
 
 
 @contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
+def atomic_folder(target: Path) -> Iterator[Path]:
     """Yields a folder to fill, which becomes `target` when the block ends well; after a kill, what was filled is found.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Verify: that a store is whole and right, file by file, and that its targets are still what the teacher says."""
+"""Verify: checks a store file by file, and a sample of its targets against the teacher."""
 
 import functools
 from collections.abc import Iterator, Sequence
@@ -19,11 +19,11 @@ from fkd_ssl.store import manifest as layout
 from fkd_ssl.store.reader import COSINES, Column, Store, cosine_to_teacher
 from fkd_ssl.store.write.rows import Teacher
 
-# a fresh sample's least cosine may lie this many times further from 1 than the recorded one, plus the slack of another
+# the min cosine of a new sample may be this many times further from 1 than the recorded one, plus the slack of another
 # machine's arithmetic
 _TIMES, _SLACK = 4.0, 1e-3
 _RECORDS_AT_ONCE = 2**18  # crop records that are checked at once: some 20 MB
-_ENOUGH = 16  # crops whose mean cosine says something
+_ENOUGH = 16  # crops for a meaningful mean cosine
 
 
 @dataclass(frozen=True, kw_only=True)

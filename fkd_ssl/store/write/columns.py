@@ -19,7 +19,7 @@ from fkd_ssl.store import manifest as layout
 from fkd_ssl.store.reader import Column, ColumnMeta, Store
 from fkd_ssl.store.write import work
 from fkd_ssl.store.write.rows import Row, RowReader, Teacher
-from fkd_ssl.store.write.streams import Lane, sweep
+from fkd_ssl.store.write.streams import TeacherStream, feed
 from fkd_ssl.targets import Codec, TargetSpec
 from fkd_ssl.targets.info import difference
 
@@ -39,7 +39,7 @@ class Request:
     chunk_size: int
     """Crops in one forward."""
     device: str | None = None
-    """Where the crops are made, in torch's terms; None for this process's usual path."""
+    """Device that makes the crops, in torch's terms; None for the threads."""
 
     def __post_init__(self) -> None:
         self.teacher.info.spec.check_codec(self.codec, self.teacher.info.name)
@@ -81,7 +81,7 @@ def open_or_train(
     for request in requests:  # before any work
         target = store.folder / layout.TARGETS / request.name
         if target.is_dir() and any(target.iterdir()) and not _published(store, request):
-            raise RequestError(_nobodys(target))
+            raise RequestError(_missing_meta(target))
         if _published(store, request):
             _check(store, request)
     new = [request for request in requests if not _published(store, request)]
@@ -98,7 +98,7 @@ def open_or_train(
         work.clear(_sample_file(store, request))
     columns = [_check(store, request) for request in requests]
     for column in columns:
-        log(f"codec {column.meta.codec}: {in_words(column.meta.fidelity)}")
+        log(f"codec {column.meta.codec}: {describe_fidelity(column.meta.fidelity)}")
     return columns
 
 
@@ -152,7 +152,7 @@ def sample_targets(codec: str, target: TargetSpec, targets: int) -> int:
     return min(size + size // (FIDELITY_SHARE - 1), targets)
 
 
-def in_words(fidelity: dict[str, Any]) -> str:
+def describe_fidelity(fidelity: dict[str, Any]) -> str:
     """How near decoded targets are to what was encoded: the teacher's own targets, or a source column's."""
     f = fidelity
     whose = "the source column's targets" if "source_codec" in f else "the teacher's own targets"
@@ -185,7 +185,7 @@ def train_columns(
         reader: Reads the sample.
         pool: Threads that read ahead.
         publish: Takes each column's meta.json and arrays.
-        always: Also where another process publishes the columns meanwhile; otherwise theirs stand.
+        always: Also if another process publishes the columns at the same time; otherwise its columns are kept.
     """
     order, per_image, size = sample_rows(store, requests[0].codec, requests[0].target)
     parts: list[list[Float32Array]] = [[] for _ in requests]
@@ -194,25 +194,25 @@ def train_columns(
         return not always and all(_published(store, request) for request in requests)
 
     with ExitStack() as stack:
-        lanes = []
+        streams = []
         for request, mine in zip(requests, parts, strict=True):
             owner = files.sha256(files.canonical({"sample": request.meta()}))
             unit = request.target.size * np.dtype(np.float32).itemsize
             progress = stack.enter_context(
                 work.open_work(_sample_file(store, request), owner, unit=unit, crops=len(order) * per_image, per_row=per_image)
             )
-            lanes.append(_sample_lane(request, mine, progress, per_image, overtaken))
+            streams.append(_sample_stream(request, mine, progress, per_image, overtaken))
         with suppress(_PublishedError):
-            sweep(reader, order, per_image, lanes, pool)
+            feed(reader, order, per_image, streams, pool)
             for request, mine in zip(requests, parts, strict=True):
                 if not mine:
                     raise ImageError(f"{reader.images.spec}: none of the images in the codec's sample can be read")
                 publish(request, *train(request, np.concatenate(mine)[:size]))
 
 
-def _sample_lane(
-    request: Request, parts: list[Float32Array], progress: work.Progress | None, per_image: int, overtaken: Callable[[], bool]
-) -> Lane:
+def _sample_stream(
+    request: Request, parts: list[Float32Array], progress: work.WorkFile | None, per_image: int, overtaken: Callable[[], bool]
+) -> TeacherStream:
     """A teacher's part in the sample: targets go into `parts`, and into `progress` unless another process has that."""
     done: int = 0
     checksums: list[str] = []
@@ -223,27 +223,33 @@ def _sample_lane(
         readable += per_image if checksums[first] else 0
         first += 1
     del checksums[first:]
-    if progress is not None and done - readable >= per_image:  # the journal tells of fewer rows than of crops
+    if progress is not None and done - readable >= per_image:  # the journal has fewer rows than crops
         progress.restart()
         done, checksums, readable, first = 0, progress.checksums, 0, 0
     if progress is not None and done:
         parts.append(np.frombuffer(progress.read(), dtype=np.float32).reshape(done, *request.target.shape))
 
-    def seen(row: Row) -> bool:
+    def on_row(row: Row) -> bool:
         checksums.append("+" if row.checksum else "")  # whether it was read is all: 300,000 of them go into one journal
         return bool(row.checksum)
 
-    def take(targets: Float32Array) -> None:
+    def on_targets(targets: Float32Array) -> None:
         if overtaken():
             raise _PublishedError
         parts.append(targets)
         if progress is not None:
             progress.add(targets)
 
-    return Lane(
-        request.teacher, pixels=request.pixels, chunk_size=request.chunk_size, first=first, skip=done - readable,
-        seen=seen, take=take, device=request.device,
-    )  # fmt: skip
+    return TeacherStream(
+        request.teacher,
+        pixels=request.pixels,
+        chunk_size=request.chunk_size,
+        first=first,
+        skip=done - readable,
+        on_row=on_row,
+        on_targets=on_targets,
+        device=request.device,
+    )
 
 
 def _sample_file(store: Store, request: Request) -> Path:
@@ -266,7 +272,7 @@ def publish_column(target: Path, meta: dict[str, Any], arrays: dict[str, Float32
     """Publishes a column's folder whole; if another process was first, its column stands.
 
     Raises:
-        RequestError: There is a folder of that name that is no column.
+        RequestError: A folder of that name exists and is not a column.
     """
     temporary = target.with_name(f"{files.TEMPORARY}{target.name}-{secrets.token_hex(6)}")
     temporary.mkdir(parents=True)
@@ -279,14 +285,14 @@ def publish_column(target: Path, meta: dict[str, Any], arrays: dict[str, Float32
             if not target.exists():
                 raise
             if not (target / "meta.json").exists():
-                raise RequestError(_nobodys(target)) from error
+                raise RequestError(_missing_meta(target)) from error
         files.sync_folder(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _nobodys(target: Path) -> str:
+def _missing_meta(target: Path) -> str:
     return (
-        f"{target}: there is such a folder, and no meta.json in it to say whose targets it holds: restore its meta.json from a "
-        "copy, or move the folder away and run this again"
+        f"{target}: the folder exists, and its meta.json is missing, so nothing says whose targets it holds: restore meta.json "
+        "from a copy, or move the folder away and run this again"
     )

@@ -31,7 +31,7 @@ from fkd_ssl.store.write.columns import Request, check_sample, open_or_train, sa
 from fkd_ssl.store.write.publish import create_store, publish_codes, require_space
 from fkd_ssl.store.write.recording import recorded_bytes, require_not_recording
 from fkd_ssl.store.write.rows import Row, RowReader, Teacher, image_checksums, publish_crops
-from fkd_ssl.store.write.streams import Lane, sweep
+from fkd_ssl.store.write.streams import TeacherStream, feed
 from fkd_ssl.text import format_bytes
 
 
@@ -41,8 +41,8 @@ class Share:
 
     index: int
     of: int
-    helps: bool = False
-    """Whether it goes on with what the others have not begun, once its own are done."""
+    steal: bool = False
+    """Whether it continues with shards of other processes that are not begun, once its own are done."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.index < self.of:
@@ -98,15 +98,15 @@ def precompute(
         teacher: The frozen network, or several.
         crops: C, crops stored per image; fixed when the store is made.
         recipe: What crops are drawn from; likewise.
-        codec: faiss factory string, or of class probabilities a name of FKD's, of each column; None for what is usual: SQ8, and
+        codec: faiss factory string, or of class probabilities a name of FKD's, of each column; None for the default: SQ8, and
             marginal_smoothing_k5 (full up to 10 classes).
         pixels: Side of the crops that the teacher sees; one for all, or one for each.
-        seed: Of the crops' draw.
-        limit: Only the first so many images in hash order.
+        seed: Seed of the crops' draw.
+        limit: Only this many images, the first in hash order.
         chunk_size: Crops in one forward of a teacher.
-        name: Of each teacher's column; the teacher's own by default.
+        name: Name of each teacher's column; the teacher's own by default.
         skip_unreadable: Leave out images that cannot be decoded, and note it in the store, instead of stopping.
-        threads: That read, decode and replay beside the teacher.
+        threads: Threads that read, decode and replay while the teacher runs.
         device: Where the crops are made, in torch's terms, if not by the threads: same pixels, for few processors.
         share: Which shards are this process's; all by default.
         progress: Whether to show a bar.
@@ -143,8 +143,8 @@ def precompute(
         )
         with bar:
             writer = _Writer(store, requests, columns, reader, pool, bar)
-            busy = writer.write(mine + others if share is None or share.helps else mine)
-            busy = writer.write(busy)  # whose process may have been killed
+            busy = writer.write(mine + others if share is None or share.steal else mine)
+            busy = writer.write(busy)  # their processes may have been killed
     for column in columns:  # what processes left that were killed before they could remove it
         for path in column.folder.glob(".work-codes-*[0-9]"):
             if (column.folder / f"{path.name.removeprefix('.work-')}.json").exists():
@@ -152,7 +152,7 @@ def precompute(
     return Summary(
         shards=store.manifest.shards,
         busy=busy,
-        left=[] if share is None or share.helps else [s for s in others if not _finished(store, columns, s)],
+        left=[] if share is None or share.steal else [s for s in others if not _finished(store, columns, s)],
         crops=writer.seen,
         seconds=time.perf_counter() - started,
         store_bytes=files.total_bytes(store.folder),
@@ -174,10 +174,10 @@ def prepare(
     threads: int = 2,
     log: Callable[[str], None] = lambda message: None,
 ) -> list[Column]:
-    """Plans a store as `precompute` would, for teachers whose targets will be recorded: all of it but the codes.
+    """Makes a store for teachers whose targets will be recorded: all of it but the codes.
 
-    Arguments and errors as of `precompute`; a column that is there keeps its chunk_size, which is that of a training's
-    batches on as many processes as began it.
+    Arguments and errors are those of `precompute`. An existing column keeps its chunk_size, which is the batch size of the
+    processes that began the training.
 
     Returns:
         Each teacher's column, of a store that has all crops.
@@ -211,7 +211,7 @@ def _requests(
     teacher: Teacher | Sequence[Teacher], codec: str | None, pixels: int | Sequence[int], chunk_size: int,
     name: str | Sequence[str] | None, device: str | None,
 ) -> list[Request]:  # fmt: skip
-    """The columns that are asked for; raises RequestError where one cannot be."""
+    """The columns that are asked for; raises RequestError if one is not possible."""
     teachers = [*teacher] if isinstance(teacher, Sequence) else [teacher]
     sides = [pixels] * len(teachers) if isinstance(pixels, int) else [*pixels]
     names = [t.info.name for t in teachers] if name is None else [name] if isinstance(name, str) else [*name]
@@ -252,8 +252,8 @@ def _begin(
     images: ImageSource, folder: Path, requests: Sequence[Request], *, crops: int, recipe: Recipe, seed: int,
     skip_unreadable: bool, threads: int, progress: bool, log: Callable[[str], None],
 ) -> Store:  # fmt: skip
-    """The store, made if it is not there, after it was said how large it will be."""
-    _in_range("crops", crops, layout.MOST_CROPS)
+    """The store, made if it does not exist, after its size was announced."""
+    _in_range("crops", crops, layout.MAX_CROPS)
     if threads < 1:
         raise RequestError(f"--threads {threads}: must be at least 1")
     for request in requests:
@@ -277,7 +277,7 @@ def _open_or_create(
 ) -> Store:
     if not (folder / MANIFEST).exists():
         if recipe == IMPORTED:
-            raise RequestError(f"recipe {recipe.name}: is that of a store made by import-fkd, and {folder} is none")
+            raise RequestError(f"recipe {recipe.name}: is for stores made by import-fkd, and {folder} is not one")
         create_store(folder, images, seed=seed, recipe=recipe, crops=crops, skip_unreadable=skip_unreadable, progress=progress)
         return Store(folder)
     store = Store(folder)
@@ -301,7 +301,7 @@ def _open_or_create(
 
 
 def _announce(folder: Path, count: int, crops: int, requests: Sequence[Request]) -> str:
-    """What will be written, in words; raises FkdError where the disk cannot hold it. Nothing is written before."""
+    """What will be written, in words; raises FkdError if the disk cannot hold it. Nothing is written before."""
     sizes = [request.target.check_codec(request.codec, request.name) for request in requests]
     needed = count * crops * (CROP_DTYPE.itemsize + sum(sizes))
     own = [*(folder / layout.CROPS).glob("*.npy")]
@@ -359,12 +359,12 @@ class _Writer:
         return [shard for shard in shards if not self._shard(shard)]
 
     def _shard(self, shard: int) -> bool:
-        """Writes the columns of a shard that no other process has; returns whether that were all."""
+        """Writes the columns of a shard that no other process is writing; returns whether the shard is finished."""
         store, m = self._store, self._store.manifest
         rows, per_row = m.shard_rows(shard), m.crops_per_image
         with ExitStack() as stack:
-            held: list[tuple[Column, work.Progress, int]] = []
-            lanes = []
+            held: list[tuple[Column, work.WorkFile, int]] = []
+            streams = []
             for request, column in zip(self._requests, self._columns, strict=True):
                 codes = layout.codes_file(store.folder, column.name, shard)
                 if codes.with_suffix(".json").exists():  # perhaps by another process since we looked
@@ -378,9 +378,9 @@ class _Writer:
                     continue
                 self._bar.update(progress.crops)
                 held.append((column, progress, progress.crops))
-                lanes.append(self._lane(request, column, progress))
+                streams.append(self._stream(request, column, progress))
             known = store.crops_sidecar(shard)["images"] if store.has_crops(shard) else None
-            sweep(self._reader, rows, per_row, lanes, self._pool, known)
+            feed(self._reader, rows, per_row, streams, self._pool, known)
             if known is None and (held or self._encoded(shard)):
                 checksums = held[0][1].checksums if held else image_checksums(self._reader, rows, self._pool)
                 publish_crops(self._reader, shard, checksums)
@@ -404,22 +404,28 @@ class _Writer:
             self._counted.add((column.name, shard))
             self._bar.update(crops)
 
-    def _lane(self, request: Request, column: Column, progress: work.Progress) -> Lane:
+    def _stream(self, request: Request, column: Column, progress: work.WorkFile) -> TeacherStream:
         per_row, bar = self._store.manifest.crops_per_image, self._bar
         first, skip = divmod(progress.crops, per_row)
         del progress.checksums[first:]
 
-        def seen(row: Row) -> bool:
+        def on_row(row: Row) -> bool:
             progress.checksums.append(row.checksum)
             return True
 
-        def take(targets: Float32Array) -> None:
+        def on_targets(targets: Float32Array) -> None:
             progress.add(column.codec.encode(targets))
             bar.update(len(targets))
             rate = (bar.format_dict["rate"] or 0) / per_row / len(self._columns)
             bar.set_postfix_str(f"{rate:.1f} img/s", refresh=False)
 
-        return Lane(
-            request.teacher, pixels=request.pixels, chunk_size=request.chunk_size, first=first, skip=skip, seen=seen, take=take,
+        return TeacherStream(
+            request.teacher,
+            pixels=request.pixels,
+            chunk_size=request.chunk_size,
+            first=first,
+            skip=skip,
+            on_row=on_row,
+            on_targets=on_targets,
             device=request.device,
-        )  # fmt: skip
+        )

@@ -1,4 +1,4 @@
-"""Rows for a teacher: images read and decoded once, and replayed at each size that is wanted, beside the teacher."""
+"""Rows for a teacher: images are read, decoded and replayed by threads, once for each size, while the teacher runs."""
 
 import functools
 from collections import deque
@@ -38,7 +38,7 @@ Views = UInt8Array | PendingCrops
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One image, read once and replayed at each size that was wanted, or yet to be replayed."""
+    """One image's crops at each size."""
 
     views: dict[int, Views]  # by their side P: [m, P, P, 3], the last m of the row's crops
     checksum: str  # of the file's bytes; empty where the image was skipped
@@ -47,7 +47,7 @@ class Row:
 class RowReader:
     """Reads, decodes and replays the crops of a row; safe to call from several threads.
 
-    With `device` it leaves the replay to that device: rows have `PendingCrops`.
+    With `device` the crops are made on that device later: rows have `PendingCrops`.
     """
 
     def __init__(
@@ -63,10 +63,10 @@ class RowReader:
         """The crops of a row.
 
         Args:
-            row: Which.
-            count: Its first so many crops.
-            wanted: By the side of the crops, how many of the first ones are left out.
-            expected: sha256 that the image's file must have, empty for one that was skipped; None where it is not known.
+            row: The row.
+            count: Crops, the first ones.
+            wanted: The sides of the crops, and how many of the first crops are left out of each.
+            expected: sha256 that the image's file must have, empty for a skipped image; None if it is not known.
         """
         views: dict[int, Views] = {side: self._blank(count - first, side) for side, first in wanted.items()}
         size = self.store.sizes[row]
@@ -125,7 +125,7 @@ def records_of(store: Store, row: int, count: int) -> Records:
     return draw(m.recipe, key, int(size["height"]), int(size["width"]), 0, count)
 
 
-def in_order(pool: ThreadPoolExecutor, calls: Iterable[Callable[[], T]], ahead: int) -> Iterator[T]:
+def read_ahead(pool: ThreadPoolExecutor, calls: Iterable[Callable[[], T]], ahead: int) -> Iterator[T]:
     """Results in the calls' order, at most `ahead` of them in memory."""
     waiting: deque[Future[T]] = deque()
     try:
@@ -144,7 +144,7 @@ def image_checksums(reader: RowReader, rows: Sequence[int], pool: ThreadPoolExec
     """sha256 of the rows' images, empty for those that are skipped as unreadable; `bar` moves on with each."""
     calls = (functools.partial(reader, row, 0, {}) for row in rows)
     checksums = []
-    for row in in_order(pool, calls, reader.ahead):
+    for row in read_ahead(pool, calls, reader.ahead):
         checksums.append(row.checksum)
         if bar is not None:
             bar.update(1)
@@ -152,13 +152,13 @@ def image_checksums(reader: RowReader, rows: Sequence[int], pool: ThreadPoolExec
 
 
 def publish_crops(reader: RowReader, shard: int, checksums: Sequence[str]) -> None:
-    """Publishes the crop records of a shard, with the `checksums` of its images; raises StoreError where others are there."""
+    """Publishes the crop records of a shard, with the `checksums` of its images; raises StoreError if they exist and differ."""
     store = reader.store
     records = np.stack([records_of(store, row, store.crops_per_image) for row in store.manifest.shard_rows(shard)])
     try:
         publish.publish_crops(store.folder, store.manifest, shard, records, checksums)
     except StoreError as error:
-        raise StoreError(f"{error}; another process read other image files: see that all see the same folder") from error
+        raise StoreError(f"{error}; another process read other image files: check that all see the same images") from error
 
 
 def join(parts: Sequence[Views], pixels: int, device: str | None) -> torch.Tensor:

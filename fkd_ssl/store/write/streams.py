@@ -1,60 +1,60 @@
-"""A sweep over rows for one or several teachers: every image is read and decoded once, and replayed once for each size."""
+"""One pass over rows for one or several teachers: each image is read and decoded once, and replayed once for each size."""
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
 
 from fkd_ssl.arrays import Float32Array
-from fkd_ssl.store.write.rows import Row, RowReader, Teacher, Views, embed, in_order, join
+from fkd_ssl.store.write.rows import Row, RowReader, Teacher, Views, embed, join, read_ahead
 
 
-class Seen(Protocol):
-    """What a lane tells of a row before the teacher sees its crops."""
-
-    def __call__(self, row: Row) -> bool:
-        """Whether the teacher is to see them."""
-
-
-class Lane:
-    """One teacher's part in a sweep: the crops that it has not seen yet, cut into chunks of its own fixed size.
+class TeacherStream:
+    """The crops that one teacher has not seen yet, cut into chunks of a fixed size.
 
     Args:
         teacher: The frozen network.
         pixels: Side of its crops.
         chunk_size: Crops in one forward.
-        first: Position of the first row that it needs.
+        first: Position of the first row with crops that it has not seen.
         skip: Crops of that row that it has seen.
-        seen: Takes each row from `first` on.
-        device: Where crops that are yet to be made are made.
-        take: Takes the targets float32 [n, D] of each chunk.
+        on_row: Called with each row from `first` on; returns whether the teacher should see its crops.
+        on_targets: Called with the targets float32 [n, D] of each chunk.
+        device: Device that makes the crops; None if the rows bring them.
     """
 
     def __init__(
-        self, teacher: Teacher, *, pixels: int, chunk_size: int, first: int, skip: int, seen: Seen,
-        take: Callable[[Float32Array], None], device: str | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        teacher: Teacher,
+        *,
+        pixels: int,
+        chunk_size: int,
+        first: int,
+        skip: int,
+        on_row: Callable[[Row], bool],
+        on_targets: Callable[[Float32Array], None],
+        device: str | None = None,
+    ) -> None:
         self.pixels = pixels
         self.first = first
-        self._skip = skip
+        self.skip = skip
+        self.on_row = on_row
+        self.on_targets = on_targets
         self._teacher = teacher
         self._chunk_size = chunk_size
-        self._seen = seen
-        self._take = take
         self._device = device
         self._parts: list[Views] = []
         self._held = 0
 
-    def left_out(self, position: int) -> int:
-        """First crops of the row at a position, from `first` on, that the teacher does not see."""
-        return self._skip if position == self.first else 0
+    def crops_seen(self, position: int) -> int:
+        """How many crops of the row at a position, from `first` on, the teacher has seen."""
+        return self.skip if position == self.first else 0
 
     def push(self, position: int, row: Row, count: int) -> None:
-        """Takes a row of `count` crops, of which those that another lane is behind with are left out."""
-        if position < self.first or not self._seen(row):
+        """Takes the crops of a row that the teacher has not seen; `row` may bring more of its `count` crops."""
+        if position < self.first or not self.on_row(row):
             return
         of_row = row.views[self.pixels]
-        views = of_row[len(of_row) - (count - self.left_out(position)) :]
+        views = of_row[len(of_row) - (count - self.crops_seen(position)) :]
         while len(views):
             part = views[: self._chunk_size - self._held]
             self._parts.append(part)
@@ -64,40 +64,43 @@ class Lane:
                 self.flush()
 
     def flush(self) -> None:
-        """The teacher sees what is held, a whole chunk or the last one."""
+        """Runs the teacher on the crops that are held: a full chunk, or the last one."""
         if self._held:
             chunk = join(self._parts, self.pixels, self._device)
             self._parts, self._held = [], 0
-            self._take(embed(self._teacher, chunk, self._chunk_size))
+            self.on_targets(embed(self._teacher, chunk, self._chunk_size))
 
 
-def sweep(
-    reader: RowReader, rows: Sequence[int], count: int, lanes: Sequence[Lane], pool: ThreadPoolExecutor,
-    known: Sequence[str] | None = None,
-) -> None:  # fmt: skip
-    """Shows every lane the crops that it lacks, in order.
+def feed(
+    reader: RowReader,
+    rows: Sequence[int],
+    count: int,
+    streams: Sequence[TeacherStream],
+    pool: ThreadPoolExecutor,
+    checksums: Sequence[str] | None = None,
+) -> None:
+    """Shows every teacher the crops that it has not seen, in order.
 
     Args:
         reader: Reads a row.
-        rows: Rows of the store; a lane's `first` counts in them.
+        rows: Rows of the store; the positions of `streams` count in this list.
         count: Crops of each row.
-        lanes: Whose crops.
+        streams: One for each teacher.
         pool: Threads that read ahead.
-        known: sha256 of each row's image, empty for a skipped one, where they are known.
+        checksums: sha256 of each row's image, empty for a skipped one, if they are known.
     """
-    begin = min((lane.first for lane in lanes), default=len(rows))
+    begin = min((stream.first for stream in streams), default=len(rows))
 
     def calls() -> Iterator[Callable[[], Row]]:
         for k in range(begin, len(rows)):
-            wanted: dict[int, int] = {}
-            for lane in lanes:
-                if k >= lane.first:
-                    left_out = lane.left_out(k)
-                    wanted[lane.pixels] = min(left_out, wanted.get(lane.pixels, left_out))
-            yield functools.partial(reader, rows[k], count, wanted, known[k] if known else None)
+            seen: dict[int, int] = {}  # by size, what all teachers have seen
+            for stream in streams:
+                if k >= stream.first:
+                    seen[stream.pixels] = min(stream.crops_seen(k), seen.get(stream.pixels, count))
+            yield functools.partial(reader, rows[k], count, seen, checksums[k] if checksums else None)
 
-    for k, row in enumerate(in_order(pool, calls(), reader.ahead), begin):
-        for lane in lanes:
-            lane.push(k, row, count)
-    for lane in lanes:
-        lane.flush()
+    for k, row in enumerate(read_ahead(pool, calls(), reader.ahead), begin):
+        for stream in streams:
+            stream.push(k, row, count)
+    for stream in streams:
+        stream.flush()

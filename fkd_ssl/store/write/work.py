@@ -1,4 +1,4 @@
-"""Unfinished work: what a teacher has said so far of a shard (or of the codec's sample), and a journal of what counts."""
+"""Unfinished work: the targets of a shard (or of the codec's sample) so far, in a work file with a journal."""
 
 import hashlib
 import math
@@ -19,12 +19,12 @@ SECONDS_BETWEEN_JOURNALS = 15.0
 _PIECE = 2**20
 
 
-class Progress:
-    """Rows of bytes, one a crop, that are being written.
+class WorkFile:
+    """A file of fixed-size records, one for each crop, that is being written.
 
     Attributes:
-        crops: How many crops are done.
-        checksums: sha256 of the image of each row that was read, the caller appends; at least those of all whole rows.
+        crops: Crops that are done.
+        checksums: sha256 of the image of each row, appended by the caller: at least of the rows whose crops are all done.
     """
 
     def __init__(self, file: BinaryIO, path: Path, owner: str, *, unit: int, crops: int, per_row: int) -> None:
@@ -39,7 +39,7 @@ class Progress:
         self._resume(crops, per_row)
 
     def add(self, array: npt.NDArray[Any]) -> None:
-        """Appends a chunk, an array of one row a crop; now and then all that was added is made safe."""
+        """Appends a chunk, an array with one row for each crop; saves from time to time."""
         data = array.tobytes()
         with files.annotate_oserror(self._path):
             self._file.write(data)
@@ -79,7 +79,7 @@ class Progress:
         return digest.hexdigest()
 
     def _pieces(self) -> Iterator[bytes]:
-        """The file from its start; raises StoreError at its end if it does not hold what this process wrote."""
+        """The file from its start; raises StoreError at its end if its content is not what this process wrote."""
         self._file.seek(0)
         digest = hashlib.sha256()
         while piece := self._file.read(_PIECE):
@@ -87,19 +87,19 @@ class Progress:
             yield piece
         if digest.digest() != self._digest.digest():  # on a file system without locks, or a failing disk
             raise StoreError(
-                f"{self._path}: holds other bytes than were written to it: another process writes it "
-                "too, or the disk fails; run the same command again"
+                f"{self._path}: its content is not what was written: another process writes it too, or the "
+                "disk fails; run the same command again"
             )
 
     def restart(self) -> None:
-        """Forgets what is there."""
+        """Discards all crops."""
         self._digest = hashlib.sha256()
         self.crops, self.checksums = 0, []
         self._file.truncate(0)
         self._file.seek(0)
 
     def _resume(self, most: int, per_row: int) -> None:
-        """Takes what the journal counts, if that is possible and the bytes are what it says; otherwise all starts anew."""
+        """Continues from the journal if it is valid and matches the file; otherwise starts from the beginning."""
         try:
             values = files.read_json(self._journal)
             crops, checksums = values["crops"], values["images"]
@@ -132,15 +132,15 @@ def shard_file(codes: Path) -> Path:
 
 
 @contextmanager
-def open_work(path: Path, owner: str, *, unit: int, crops: int, per_row: int = 0) -> Iterator[Progress | None]:
-    """The progress kept in `path`, which goes when the block ends well; None if another process is writing it.
+def open_work(path: Path, owner: str, *, unit: int, crops: int, per_row: int = 0) -> Iterator[WorkFile | None]:
+    """The work file `path`, which is removed if the block ends without an error; None if another process is writing it.
 
-    The work file is locked (flock) while it is open, and the lock goes with the process. Where the file system has no
+    The file is locked (flock) while it is open, and the kernel drops the lock when the process ends. On a file system without
     locks two processes may do the same work; both would publish the same bytes.
 
     Args:
-        path: The work file; its journal lies beside it.
-        owner: What the work belongs to: progress of another owner does not count.
+        path: The work file; its journal is in the same folder.
+        owner: What the work belongs to: work of another owner is discarded.
         unit: Bytes of a crop.
         crops: How many there will be.
         per_row: Crops of a row, each of which has its checksum; 0 where no checksums are kept.
@@ -153,7 +153,7 @@ def open_work(path: Path, owner: str, *, unit: int, crops: int, per_row: int = 0
         if not path.exists() or not os.path.samestat(path.stat(), os.fstat(file.fileno())):
             yield None  # finished and removed by another process between our open and our lock
             return
-        progress = Progress(file, path, owner, unit=unit, crops=crops, per_row=per_row)
+        progress = WorkFile(file, path, owner, unit=unit, crops=crops, per_row=per_row)
         try:
             yield progress
         except BaseException:
@@ -168,7 +168,7 @@ def open_work(path: Path, owner: str, *, unit: int, crops: int, per_row: int = 0
 
 
 def clear(path: Path) -> None:
-    """Removes a work file whose work is published, if no process holds it: one was killed before it could."""
+    """Removes a work file whose work is published, which a process was killed before it could do; not if it is locked."""
     with suppress(FileNotFoundError), path.open("r+b") as file:
         if locks.try_lock(file.fileno()):
             path.unlink(missing_ok=True)

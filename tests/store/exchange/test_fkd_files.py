@@ -26,7 +26,7 @@ from fkd_ssl.store.exchange import fkd_store as fkd_exchange
 from fkd_ssl.store.exchange.fkd_store import export_fkd, import_fkd
 from fkd_ssl.store.maintain.repair import repair
 from fkd_ssl.store.maintain.verify import verify
-from fkd_ssl.store.write.columns import in_words
+from fkd_ssl.store.write.columns import describe_fidelity
 from fkd_ssl.store.write.precompute import precompute
 from fkd_ssl.targets.label_codecs import LabelCodec
 
@@ -147,7 +147,7 @@ def test_another_teacher_sees_the_imported_crops(images: Path, tmp_path: Path, t
 
     crops = torch.from_numpy(replay(read_image(images / store.paths[2]), records, 32))
     np.testing.assert_allclose(store.targets("tiny", 2, slice(0, C)), tiny_teacher.embed(crops).numpy(), atol=1e-5)
-    with pytest.raises(RequestError, match="recipe imported: is that of a store made by import-fkd"):
+    with pytest.raises(RequestError, match="recipe imported: is for stores made by import-fkd"):
         precompute(found, tmp_path / "new", tiny_teacher, crops=C, recipe=IMPORTED, pixels=32)
 
 
@@ -218,7 +218,7 @@ FIVE = np.stack([CLASSES, VALUES], axis=1)
         (FIVE[:, :, 0], "full", r"expected \[C, 20\]"),
         (np.stack([CLASSES, 0 * VALUES], axis=1), "marginal_smoothing_k5", "not the most probable of 20"),
         (np.float32([[3, 0.01]] * C), "smoothing", "not the most probable of 20"),
-        (FIVE + 100, "marginal_smoothing_k5", "no probabilities of 20 classes"),
+        (FIVE + 100, "marginal_smoothing_k5", "not probabilities of 20 classes"),
     ],
 )
 def test_labels_of_another_kind(labels: Any, spec: str, said: str) -> None:
@@ -282,7 +282,7 @@ def test_a_class_without_labels_does_not_hide_the_others(tmp_path: Path) -> None
 
 def test_wrong_options_leave_nothing_in_the_way(images: Path, tmp_path: Path) -> None:
     published(tmp_path / "labels", images)
-    with pytest.raises(StoreError, match="no probabilities of 6 classes"):
+    with pytest.raises(StoreError, match="not probabilities of 6 classes"):
         import_fkd(tmp_path / "labels", scan(images), tmp_path / "store", classes=6)
     assert import_fkd(tmp_path / "labels", scan(images), tmp_path / "store", classes=K).column().meta.target.size == K
 
@@ -378,4 +378,4 @@ def test_imported_crops_are_not_made_again(images: Path, tmp_path: Path, damage:
 def test_what_imported_labels_leave_of_their_teachers_is_not_known(images: Path, tmp_path: Path) -> None:
     published(tmp_path / "labels", images)
     store = import_fkd(tmp_path / "labels", scan(images), tmp_path / "store", classes=K)
-    assert in_words(store.column().meta.fidelity) == "the loss to the teacher's own targets is unknown"
+    assert describe_fidelity(store.column().meta.fidelity) == "the loss to the teacher's own targets is unknown"

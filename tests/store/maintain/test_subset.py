@@ -11,7 +11,7 @@ from fkd_ssl import files, images
 from fkd_ssl.crops import RECIPES
 from fkd_ssl.errors import RequestError, StoreError
 from fkd_ssl.store import manifest, open_store
-from fkd_ssl.store.maintain.subset import subset, whole_folder
+from fkd_ssl.store.maintain.subset import atomic_folder, subset
 from fkd_ssl.store.maintain.verify import verify
 from fkd_ssl.store.write import publish
 from fkd_ssl.store.write.precompute import precompute
@@ -129,7 +129,7 @@ def test_another_column_that_was_begun_is_refused(tmp_path, source, monkeypatch)
 
 def test_two_at_once_are_refused(tmp_path, source):
     with (
-        whole_folder(tmp_path / "part"),
+        atomic_folder(tmp_path / "part"),
         pytest.raises(RequestError, match="part: another process is writing it; wait for it"),
     ):
         subset(source, tmp_path / "part")

@@ -196,7 +196,7 @@ def test_codes_without_a_meta_json_are_found_beside_another_column(folder, make_
     (found,) = problems(folder)
     assert "targets/tiny: meta.json is missing, so nothing says whose targets these are: restore" in found
     teacher = new_teacher()
-    with pytest.raises(RequestError, match=r"targets/tiny: there is such a folder, and no meta\.json .* move the folder away"):
+    with pytest.raises(RequestError, match=r"targets/tiny: the folder exists, and its meta\.json is missing.* move the folder"):
         make_store(folder, teacher=teacher)
     assert teacher.calls == 0
     assert tree(folder) == before
@@ -217,7 +217,7 @@ def test_a_folder_that_comes_while_the_codec_is_trained_is_left(folder, make_sto
 
     teacher.embed = embed
     with pytest.raises(
-        RequestError, match=r"targets/other: there is such a folder, and no meta\.json in it .* move the folder"
+        RequestError, match=r"targets/other: the folder exists, and its meta\.json is missing.* move the folder"
     ):
         make_store(folder, teacher=teacher)
     assert path.read_bytes() == b"mine"

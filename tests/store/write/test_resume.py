@@ -173,14 +173,14 @@ def test_the_largest_codecs_sample_is_resumed(tmp_path, new_teacher):
     count = faiss_codecs.sample_size("PQ4x12") * 9 // 8
     sizes = {"unit": 64, "crops": count, "per_row": 1}
     with suppress(StopError), work.open_work(tmp_path / "sample", "me", **sizes) as progress:
-        lane = columns._sample_lane(request, [], progress, 1, lambda: False)
+        stream = columns._sample_stream(request, [], progress, 1, lambda: False)
         for row in range(count):
-            lane._seen(Row(views={}, checksum="" if row == 5 else "0" * 64))
-        lane._take(np.zeros((count - 1, 16), dtype=np.float32))
+            stream.on_row(Row(views={}, checksum="" if row == 5 else "0" * 64))
+        stream.on_targets(np.zeros((count - 1, 16), dtype=np.float32))
         raise StopError
     with work.open_work(tmp_path / "sample", "me", **sizes) as progress:
-        lane = columns._sample_lane(request, [], progress, 1, lambda: False)
-        assert (count, lane.first, lane._skip) == (294_912, count, 0)
+        stream = columns._sample_stream(request, [], progress, 1, lambda: False)
+        assert (count, stream.first, stream.skip) == (294_912, count, 0)
 
 
 def test_a_finished_store_is_left_as_it_is(tmp_path, whole, whole_folder, image_folder, tree, tiny_teacher):

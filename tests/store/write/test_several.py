@@ -220,7 +220,7 @@ def test_one_that_helps_does_its_own_first_and_then_the_rest(tmp_path, image_fol
         return real(path)
 
     monkeypatch.setattr(work, "shard_file", noting)
-    summary = make(tmp_path / "store", image_folder, new_teacher(), share=Share(index=1, of=2, helps=True))
+    summary = make(tmp_path / "store", image_folder, new_teacher(), share=Share(index=1, of=2, steal=True))
     assert order == [1, 3, 0, 2, 4]
     assert (summary.left, summary.busy) == ([], [])
 
