@@ -86,8 +86,8 @@ def feature_notes(train: Float32Array, features: Float32Array | None) -> list[st
     notes = []
     sample = train[:: max(1, len(train) // _SAMPLE)]
     length = np.linalg.norm(sample, axis=1, keepdims=True)
-    centre = (sample / np.where(length > 0, length, 1)).mean(axis=0, dtype=np.float64)
-    if len(train) > 1 and 1 - centre @ centre < _COLLAPSED:
+    unit = sample / np.where(length > 0, length, 1)
+    if len(train) > 1 and unit.var(axis=0, dtype=np.float64).sum() < _COLLAPSED:  # zeros too
         notes.append("the features are nearly constant (collapsed): the model hardly tells images apart")
     if features is not None and train.shape == features.shape and np.array_equal(train, features):
         notes.append("the features to score are the training features: every image finds itself; use other images")

@@ -27,7 +27,7 @@ from fkd_ssl.errors import RequestError, StoreAccessError, StoreError
 
 TEMPORARY = ".tmp-"
 CACHE_VARIABLE = "FKD_SSL_CACHE"
-_MAX_JSON = 8 * 2**20  # a shard's sidecar has 67 bytes an image; parsed, JSON takes up to 30 times its size
+MAX_JSON = 8 * 2**20  # a shard's sidecar has 67 bytes an image; parsed, JSON takes up to 30 times its size
 MAX_HEADER = 4096
 # NumPy parses a header as Python text, and Python 3.11's parser fails now and then where two threads do that at once
 _ONE_AT_A_TIME = threading.Lock()
@@ -112,6 +112,29 @@ def read_regular(path: Path, max_bytes: int) -> bytes:
         return file.read(size)
 
 
+@contextmanager
+def open_user_file(path: Path) -> Iterator[io.BufferedReader]:
+    """A regular file of the user's to read, outside a store: links are followed. Raises RequestError if it cannot be opened."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe must not wait for a writer
+    except OSError as error:
+        raise RequestError(f"{path}: cannot be read: {error.strerror}") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise RequestError(f"{path}: not a regular file")
+    with os.fdopen(descriptor, "rb") as file:
+        yield file
+
+
+def read_user_file(path: Path, max_bytes: int) -> bytes:
+    """The bytes of a file; raises RequestError as `open_user_file` does, or if there are more than `max_bytes`."""
+    with open_user_file(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > max_bytes:
+            raise RequestError(f"{path}: {size:,} bytes, and at most {max_bytes:,} are expected; the file is damaged")
+        return file.read(size)
+
+
 def sha256_file(path: Path) -> str:
     """Hex sha256 of a file, read in pieces; raises StoreError as `open_regular` does."""
     with open_regular(path) as file:
@@ -140,7 +163,7 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         StoreError: The file is missing, is not a JSON object, or does not match its sha256.
     """
-    data = read_regular(path, _MAX_JSON)
+    data = read_regular(path, MAX_JSON)
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -169,7 +192,7 @@ def match_with_checksum(path: Path, pattern: re.Pattern[bytes]) -> re.Match[byte
     Raises:
         StoreError: The file cannot be read.
     """
-    data = read_regular(path, _MAX_JSON)
+    data = read_regular(path, MAX_JSON)
     match = pattern.fullmatch(data)
     if match is None:
         return None
@@ -352,33 +375,32 @@ def npy_body(
     return offset, found
 
 
-def map_user_npy(path: Path) -> npt.NDArray[Any]:
-    """A read-only memory map of a .npy file of numbers from elsewhere: of any numeric dtype, shape and order.
+def map_user_npy(path: Path, *, kinds: str = "fiu") -> npt.NDArray[Any]:
+    """A read-only memory map of a .npy file of numbers from elsewhere, of one or two dimensions, in any order.
+
+    Args:
+        path: The file.
+        kinds: NumPy's letters for the kinds of dtype that are accepted: floats and integers by default.
 
     The path is the user's own, so links are followed.
 
     Raises:
         RequestError: It is missing, is not a regular file, or is not a .npy file of numbers. Nothing is unpickled.
     """
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe must not wait for a writer
-    except OSError as error:
-        raise RequestError(f"{path}: cannot be read: {error.strerror}") from error
-    with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(descriptor)
-        if not stat.S_ISREG(status.st_mode):
-            raise RequestError(f"{path}: not a regular file; give a .npy file")
+    with open_user_file(path) as file:
         try:
             shape, fortran, dtype = _read_npy_header(file, path, ((1, 0), (2, 0)))
         except StoreError as error:
             raise RequestError(f"{path}: not a .npy file of numbers; save it with numpy.save") from error
-        if dtype.kind not in "fiu":
+        if dtype.kind not in kinds:
             raise RequestError(f"{path}: holds {_short(dtype)}, expected numbers")
         if not all(type(n) is int and n >= 0 for n in shape):
             raise RequestError(f"{path}: not a .npy file of numbers: its shape is {_short(list(shape))}")
-        offset = file.tell()
-        if status.st_size < offset + math.prod(shape) * dtype.itemsize:
-            raise RequestError(f"{path}: {status.st_size} bytes, too short for {_short(dtype)} {_short(list(shape))}")
+        if len(shape) > 2:
+            raise RequestError(f"{path}: has {len(shape)} dimensions, expected one or two")
+        offset, size = file.tell(), os.fstat(file.fileno()).st_size
+        if size < offset + math.prod(shape) * dtype.itemsize:
+            raise RequestError(f"{path}: {size} bytes, too short for {_short(dtype)} {_short(list(shape))}")
         if not math.prod(shape):
             return np.zeros(shape, dtype=dtype)
         return np.memmap(file, dtype=dtype, mode="r", offset=offset, shape=shape, order="F" if fortran else "C")

@@ -28,6 +28,7 @@ from fkd_ssl.images import CONTENTS
 from fkd_ssl.options import declared, nested
 
 CONFIG, INPUTS, RESULTS, LOCK = "config.yaml", "inputs.json", "results.json", ".lock"
+_MAX_CONFIG = 2**16  # bytes
 _WRITTEN = (".", "checkpoints", "scores")  # the folders of a run that only the process that holds its lock writes to
 _BEFORE_RESULTS = {CONFIG, INPUTS, "metrics.csv"}  # a run with nothing else has saved nothing yet: its inputs may still change
 State = Literal["new", "resume", "done"]
@@ -119,13 +120,14 @@ def require_held(folder: Path) -> None:
 def read_config(out: str | Path) -> dict[str, Any]:
     """The options by name in the config.yaml of the run folder `out`; empty if there is none, or it is not one of ours."""
     try:
-        values = yaml.safe_load((Path(out) / CONFIG).read_text(errors="replace"))
-    except (OSError, yaml.YAMLError):
+        values = yaml.safe_load(files.read_user_file(Path(out) / CONFIG, _MAX_CONFIG).decode(errors="replace"))
+    except Exception:  # PyYAML raises many kinds of error on damaged text
         return {}
     found: dict[str, Any] = {}
     for key, value in values.items() if isinstance(values, dict) else ():
         found |= value if isinstance(value, dict) else {key: value}  # of a section, its options
-    return found
+    # an option is one word or number: a list of lists of aliases has more text than fits in memory
+    return {} if any(isinstance(value, (dict, list, set)) for value in found.values()) else found
 
 
 def check_config(place: Path, found: Mapping[str, Any], config: Any) -> None:
@@ -193,10 +195,20 @@ def _names(folder: Path) -> set[str]:
 def _read_inputs(folder: Path) -> dict[str, str]:
     """The inputs.json of a run folder."""
     try:
-        inputs = json.loads((folder / INPUTS).read_text())
-    except (OSError, ValueError) as error:
-        raise RequestError(f"{folder / INPUTS}: cannot be read: {error}; restore it or choose another --out") from error
-    return inputs if isinstance(inputs, dict) else {}
+        return _read_json(folder / INPUTS)
+    except RequestError as error:
+        raise RequestError(f"{error}; restore it or choose another --out") from error
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a run folder; raises RequestError if it cannot be read."""
+    try:
+        value = json.loads(files.read_user_file(path, files.MAX_JSON))
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{path}: not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise RequestError(f"{path}: holds a JSON {type(value).__name__}, expected an object")
+    return value
 
 
 def _json(values: Mapping[str, Any]) -> bytes:
@@ -221,10 +233,9 @@ def finish(folder: Path, results: dict[str, Any]) -> None:
 def read_results(folder: Path) -> dict[str, Any]:
     """The results.json of a finished run; raises RequestError if there is none."""
     try:
-        results: dict[str, Any] = json.loads((folder / RESULTS).read_text())
-    except (OSError, ValueError) as error:
-        raise RequestError(f"{folder}: not a finished run: {RESULTS}: {error}") from error
-    return results
+        return _read_json(folder / RESULTS)
+    except RequestError as error:
+        raise RequestError(f"{folder}: not a finished run: {error}") from error
 
 
 def to_yaml(config: Any) -> str:

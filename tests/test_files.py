@@ -96,7 +96,7 @@ def test_missing_and_huge_json_are_refused(tmp_path, monkeypatch):
     with pytest.raises(StoreError, match=r"a\.json: cannot be read: No such file"):
         files.read_json(tmp_path / "a.json")
     files.write_json(tmp_path / "a.json", {"a": 1})
-    monkeypatch.setattr(files, "_MAX_JSON", 10)
+    monkeypatch.setattr(files, "MAX_JSON", 10)
     with pytest.raises(StoreError, match="and at most 10 are expected"):
         files.read_json(tmp_path / "a.json")
 
@@ -408,13 +408,17 @@ def npy(shape: str, descr: str = "<f4") -> bytes:
         (npy("(2, 1000000000000)"), "too short for float32 [2, 1000000000000]"),
         (npy("(2, 8)", "|O"), "holds object, expected numbers"),
         (npy("(2, 8)", "|b1"), "holds bool, expected numbers"),
+        (npy(f"({'1, ' * 100})"), "has 100 dimensions"),
         (None, "not a regular file"),
+        ("folder", "f.npy: not a regular file"),
     ],
 )
 def test_other_files_of_a_user_are_refused(tmp_path, content, message):
     path = tmp_path / "f.npy"
     if content is None:
         os.mkfifo(path)
+    elif content == "folder":
+        path.mkdir()
     else:
         path.write_bytes(content)
     with pytest.raises(RequestError, match=re.escape(message)):

@@ -1,6 +1,8 @@
 """Run folders: new, resumed, done, or refused."""
 
 import json
+import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -73,7 +75,7 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
 def test_results_that_are_missing_or_torn_are_refused(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "results.json").write_text(content)
-    with pytest.raises(RequestError, match=r"not a finished run: results\.json"):
+    with pytest.raises(RequestError, match=r"not a finished run: .*results\.json"):
         runs.read_results(tmp_path)
 
 
@@ -237,3 +239,44 @@ def test_a_folder_that_was_removed_or_replaced_is_not_finished(tmp_path: Path) -
         with pytest.raises(FkdError, match=r"run: the run folder was removed or replaced"):
             runs.finish(run, {})
     assert [path.name for path in run.iterdir()] == [runs.LOCK]  # another process's
+
+
+def _pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def _sparse(path: Path) -> None:
+    os.truncate(path, 2**40)
+
+
+DAMAGES = {
+    "pipe": _pipe,
+    "sparse": _sparse,
+    "deep": lambda path: path.write_text("[" * 50_000),
+    "list": lambda path: path.write_text("[1]"),
+    "not text": lambda path: path.write_bytes(b"\xff\xfe\0"),
+    "date": lambda path: path.write_text("lr: 2001-99-99"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("name", [runs.CONFIG, runs.INPUTS, runs.RESULTS])
+def test_damaged_files_of_a_run_are_refused_at_once(tmp_path: Path, name: str, damage: str) -> None:
+    folder = tmp_path / "run"
+    begin(folder, Config(), {"images": "1"})
+    (folder / "last.ckpt").write_text("")  # so that the inputs are compared
+    runs.finish(folder, {})
+    DAMAGES[damage](folder / name)
+    with pytest.raises(RequestError, match=rf"run.*{re.escape(name)}"):
+        runs.read_results(folder) if name == runs.RESULTS else runs.peek(folder, Config(), {"images": "1"})
+
+
+def test_a_config_of_aliases_is_not_spelled_out(tmp_path: Path) -> None:
+    begin(tmp_path / "run", Config(), {})
+    lines = ["lr: &a [x, x]"] + [
+        f"store: &{b} [{', '.join([f'*{a}'] * 9)}]" for a, b in zip("abcdefghijkl", "bcdefghijklm", strict=True)
+    ]
+    (tmp_path / "run/config.yaml").write_text("\n".join(lines))
+    with pytest.raises(RequestError, match=r"its config\.yaml cannot be read"):
+        runs.peek(tmp_path / "run", Config())

@@ -96,10 +96,7 @@ def finish(value: dict[str, Any], line: str, config: Any, correct: Any = None) -
 
 def read_correct(folder: Path) -> Any:
     """Which images of the evaluation in `folder` were right, bool [n]; raises RequestError if that cannot be read."""
-    try:
-        correct = np.load(folder / CORRECT, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise RequestError(f"{folder / CORRECT}: cannot be read: {error}") from error
+    correct = files.map_user_npy(folder / CORRECT, kinds="fiub")
     if correct.dtype != np.bool_ or correct.ndim != 1:
         raise RequestError(
             f"{folder / CORRECT}: holds {correct.dtype} {list(correct.shape)}, expected one boolean for each image"

@@ -92,5 +92,5 @@ class Scorer:
 
     def correct(self, name: str, probe: str) -> BoolArray:
         """Correctness of every test image: bool [n]."""
-        array: BoolArray = np.load(self.folder / f"{name}.npy", allow_pickle=False)[self.probes.index(probe)]
+        array: BoolArray = files.map_user_npy(self.folder / f"{name}.npy", kinds="b")[self.probes.index(probe)]
         return array

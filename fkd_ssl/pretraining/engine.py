@@ -78,7 +78,7 @@ def _pretrain(config: PretrainConfig, image_set: images.ImageSource, folder: Pat
         "epochs": config.epochs,
         "images": len(image_set),
         "queue": module.queue,
-        "loss": read_metrics(folder / METRICS)[-1]["loss"],
+        "loss": next((line["loss"] for line in reversed(read_metrics(folder / METRICS))), None),
         **{key: found[key] for key in ("steps", "train_seconds", "data_wait", "peak_memory_bytes", "unreadable_images")},
     }
     runs.finish(folder, results)

@@ -1,6 +1,5 @@
 """metrics.csv, the clock and the progress bar of a run."""
 
-import csv
 import os
 import resource
 import sys
@@ -13,10 +12,12 @@ import torch
 from tqdm import tqdm
 
 from fkd_ssl import files
+from fkd_ssl.errors import RequestError
 from fkd_ssl.progress import hidden
 from fkd_ssl.training.module import TrainingModule
 
 METRICS = "metrics.csv"
+_MAX_BYTES = 2**30
 FIELDS = ("step", "epoch", "crops", "seconds", "loss", "kl", "lr", "wait", "knn_top1")
 
 
@@ -93,7 +94,8 @@ class MetricsWriter(pl.Callback):
         self._loggers = trainer.loggers
         if not first:
             return
-        kept = [line for line in _lines(self.path) if int(line[0]) <= trainer.global_step]
+        lines = _lines(self.path) if self.path.exists() else []
+        kept = [line for line in lines if int(line[0]) <= trainer.global_step]
         text = "".join(f"{','.join(line)}\n" for line in [FIELDS, *kept])
         files.replace(self.path, text.encode())
         self._file = self.path.open("a", buffering=1)  # by lines
@@ -199,11 +201,16 @@ def step_ends(trainer: pl.Trainer, batch_idx: int) -> bool:
 
 
 def _lines(path: Path) -> list[list[str]]:
-    """The complete lines of a metrics.csv that may be missing; a last line that a kill cut off is left out."""
-    if not path.exists():
-        return []
-    rows = [line.split(",") for line in path.read_text().splitlines()[1:]]
-    return [row for row in rows if len(row) == len(FIELDS)]
+    """The complete lines of a metrics.csv, without one that a kill cut off; raises RequestError as `read_metrics`."""
+    text = files.read_user_file(path, _MAX_BYTES).decode(errors="replace")
+    rows = [line.split(",") for line in text.splitlines()[1:]]
+    rows = [row for row in rows if len(row) == len(FIELDS)]
+    for row in rows:
+        try:
+            [int(row[0]), *(float(cell) for cell in row if cell)]
+        except ValueError as error:
+            raise RequestError(f"{path}: damaged ({error}); restore it, or delete it to continue without its lines") from error
+    return rows
 
 
 def peak_memory() -> int:
@@ -217,6 +224,5 @@ def peak_memory() -> int:
 
 
 def read_metrics(path: Path) -> list[dict[str, float | None]]:
-    """The lines of a metrics.csv; an empty cell is None."""
-    with path.open(newline="") as file:
-        return [{key: float(value) if value else None for key, value in line.items()} for line in csv.DictReader(file)]
+    """The complete lines of a metrics.csv; an empty cell is None. Raises RequestError if it is missing or damaged."""
+    return [{key: float(cell) if cell else None for key, cell in zip(FIELDS, row, strict=True)} for row in _lines(path)]

@@ -311,7 +311,12 @@ def test_the_same_images_twice_and_collapsed_features_get_a_note(work: Path, cal
     )
     rows = np.random.default_rng(0).normal(size=(60, 8)).astype(np.float32)
     collapsed = "the features are nearly constant (collapsed)"
-    for name, value, noted in (("spread", rows, False), ("constant", rows * 1e-3 + 1, True), ("close", rows * 0.2 + 1, False)):
+    for name, value, noted in (
+        ("spread", rows, False),
+        ("constant", rows * 1e-3 + 1, True),
+        ("close", rows * 0.2 + 1, False),
+        ("zero", rows * 0, True),
+    ):
         np.save(work / f"{name}.npy", value)
         np.save(work / "y.npy", np.arange(60) % 3)
         for line in (f"knn --train {name}.npy,y.npy --leave_one_out", f"retrieve --gallery {name}.npy,y.npy"):

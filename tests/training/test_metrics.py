@@ -1,5 +1,6 @@
 """metrics.csv: appended, cut back to a checkpoint, and read; the clock and the memory beside it."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,16 +11,31 @@ import numpy as np
 import pytest
 import torch
 
+from fkd_ssl.errors import RequestError
 from fkd_ssl.training.distiller import Distiller
-from fkd_ssl.training.metrics import MetricsWriter, peak_memory, read_metrics
+from fkd_ssl.training.metrics import FIELDS, MetricsWriter, peak_memory, read_metrics
 
 
 def test_an_empty_cell_is_none(tmp_path: Path) -> None:
-    (tmp_path / "metrics.csv").write_text("step,loss,knn_top1\n4,2.5,\n4,,50.0\n")
-    assert read_metrics(tmp_path / "metrics.csv") == [
-        {"step": 4, "loss": 2.5, "knn_top1": None},
-        {"step": 4, "loss": None, "knn_top1": 50.0},
-    ]
+    (tmp_path / "metrics.csv").write_text(",".join(FIELDS) + "\n4,1,8,0.5,2.5,,0.1,0,\n4,1,8,0.5,,,,,50.0\n")
+    lines = read_metrics(tmp_path / "metrics.csv")
+    assert [(line["step"], line["loss"], line["knn_top1"]) for line in lines] == [(4, 2.5, None), (4, None, 50.0)]
+
+
+@pytest.mark.parametrize(
+    "damage", [b"4,1,8,0.5,2.x,,0.1,0,\n", b"4.5,1,8,0.5,2.5,,0.1,0,\n", b"4,1,\xff8,0.5,2.5,,0.1,0,\n", b",,,,,,,,\n"]
+)
+def test_a_damaged_line_is_refused_and_its_file_named(tmp_path: Path, damage: bytes) -> None:
+    path = tmp_path / "metrics.csv"
+    path.write_bytes(f"{','.join(FIELDS)}\n2,1,8,0.5,2.5,,0.1,0,\n".encode() + damage)
+    with pytest.raises(RequestError, match=r"metrics\.csv: damaged .*delete it to continue without its lines"):
+        read_metrics(path)
+    with pytest.raises(RequestError, match=r"metrics\.csv: damaged"):
+        start(writer(tmp_path), 4)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(RequestError, match=r"metrics\.csv: not a regular file"):
+        start(writer(tmp_path), 4)
 
 
 def writer(folder: Path) -> MetricsWriter:
@@ -73,7 +89,7 @@ def test_the_peak_is_this_process_s_own() -> None:
 
 
 def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=r"metrics\.csv"):
+    with pytest.raises(RequestError, match=r"metrics\.csv"):
         read_metrics(tmp_path / "metrics.csv")
 
 
