@@ -235,7 +235,7 @@ def read_results(folder: Path) -> dict[str, Any]:
     try:
         return _read_json(folder / RESULTS)
     except RequestError as error:
-        raise RequestError(f"{folder}: not a finished run: {error}") from error
+        raise RequestError(f"{error}; not a finished run") from error
 
 
 def to_yaml(config: Any) -> str:

@@ -75,7 +75,7 @@ def test_a_file_is_no_folder(tmp_path: Path) -> None:
 def test_results_that_are_missing_or_torn_are_refused(tmp_path: Path, content: str | None) -> None:
     if content is not None:
         (tmp_path / "results.json").write_text(content)
-    with pytest.raises(RequestError, match=r"not a finished run: .*results\.json"):
+    with pytest.raises(RequestError, match=r"results\.json: .*; not a finished run"):
         runs.read_results(tmp_path)
 
 

@@ -113,7 +113,7 @@ def test_what_is_refused(folders: dict[str, list[float]], call: Any, tmp_path: P
     for line, said in {
         "report nowhere": "nowhere: no such folder of results",
         "report empty": "empty: no results.json of knn, linear, retrieve; evaluate with --out first",
-        "report torn": "torn: not a finished run: results.json",
+        "report torn": "torn/results.json: not JSON (Expecting property name",
         "report r --baseline bse": "--baseline bse: no such model in the table; did you mean base?",
         "report r --baseline lone": "runs/a_b has seeds 0 / 1 / 2, the baseline none (moco)",
         "report": "folders",
