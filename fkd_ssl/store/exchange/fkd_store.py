@@ -3,7 +3,6 @@
 import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -75,9 +74,9 @@ def import_fkd(
         if not store.teachers:
             publish_column(new / layout.TARGETS / name, meta, {})
         same = store.paths == images.names and (store.crops_per_image, store.teachers) == (len(first), [name])
-        if not same or asdict(store.column(name).meta) != {**meta, "arrays": {}}:
+        digest = files.sha256(files.canonical({**meta, "arrays": {}}))
+        if not same or store.column(name).digest != digest:
             raise RequestError(_other(new))
-        digest = store.column(name).digest
         wrong: list[str] = []
         with tqdm(total=len(images), unit="img", desc="labels") as bar:
             for shard in range(store.manifest.shards):
