@@ -68,6 +68,8 @@ class Part:
         self.crops = m.crops_per_image if crops is None else crops
         if not 1 <= self.crops <= m.crops_per_image:
             raise RequestError(f"--crops {crops}: {store.folder} holds {m.crops_per_image} of each image")
+        if teachers is None and (broken := store.broken_columns()):
+            raise StoreError(f"{broken[0]}; or name the teachers to copy")
         names = store.teachers if teachers is None else list(dict.fromkeys(teachers))
         absent = sorted(set(names) - set(store.teachers))
         if absent:

@@ -58,6 +58,15 @@ def test_only_some_teachers(tmp_path, source, names):
     assert (tmp_path / "part" / "targets").is_dir()
 
 
+def test_a_damaged_column_is_not_left_out_without_a_word(tmp_path, source):
+    (source.folder / "targets" / "b" / "meta.json").unlink()
+    damaged = open_store(source.folder)
+    with pytest.raises(StoreError, match=r"targets/b: meta\.json is missing.*; or name the teachers to copy"):
+        subset(damaged, tmp_path / "part")
+    assert not (tmp_path / "part").exists()
+    assert subset(damaged, tmp_path / "part", teachers=["a"]).teachers == ["a"]
+
+
 def test_a_list_of_images_in_any_order(tmp_path, source, image_folder, new_teacher):
     chosen = ["cedar/007.jpg", "ash/001.jpg", "birch/000.jpg", "cedar/001.jpg", "ash/004.jpg", "ash/007.jpg", "ash/001.jpg"]
     part = subset(source, tmp_path / "part", paths=chosen)
