@@ -256,7 +256,8 @@ def test_a_small_shared_memory_ends_a_verb_at_once(verb: str, small_memory: dict
     status, said = small_memory[verb]
     assert (status, "Traceback" in said) == (1, False), said
     assert re.fullmatch(
-        rf"fkd-ssl {VERBS[verb].split()[0]}: a batch of (1\.8|3\.[67]) MB does not fit into shared memory: {memory.SHARED} has "
-        r"\d+\.\d kB of its 1\.0 MB free; enlarge it \(docker run --shm-size=2g\), or use fewer --workers, or --workers 0",
+        rf"fkd-ssl {VERBS[verb].split()[0]}: a batch does not fit into shared memory: it needs (1\.8|3\.[67]) MB, and "
+        rf"{memory.SHARED} has \d+\.\d kB of its 1\.0 MB free; enlarge it \(docker run --shm-size=2g\), or use fewer "
+        r"--workers, or --workers 0",
         said.splitlines()[-1],
     )

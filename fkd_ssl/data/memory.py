@@ -147,8 +147,8 @@ def _no_room(size: int, error: RuntimeError) -> FkdError:
     reason = str(error).splitlines()[0]
     if SHARED.is_dir():
         total, _, free = shutil.disk_usage(SHARED)
-        reason = f"{SHARED} has {format_bytes(free)} of its {format_bytes(total)} free"
+        reason = f"it needs {format_bytes(size)}, and {SHARED} has {format_bytes(free)} of its {format_bytes(total)} free"
     return FkdError(
-        f"a batch of {format_bytes(size)} does not fit into shared memory: {reason}; enlarge it (docker run --shm-size=2g), or "
-        "use fewer --workers, or --workers 0"
+        f"a batch does not fit into shared memory: {reason}; enlarge it (docker run --shm-size=2g), or use fewer --workers, or "
+        "--workers 0"
     )
