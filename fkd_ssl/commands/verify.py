@@ -96,7 +96,7 @@ def _precision(store: "Store", name: str) -> "Precision":
     from fkd_ssl.errors import StoreError
 
     try:
-        found = files.read_json(store.folder / "targets" / name / "meta.json")["precision"]
-    except (StoreError, KeyError):
+        found = files.read_json(store.folder / "targets" / name / "meta.json")["teacher"]["precision"]
+    except (StoreError, KeyError, TypeError):
         return "fp32"
     return found if found in ("bf16", "fp16") else "fp32"

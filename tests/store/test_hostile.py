@@ -26,10 +26,11 @@ from tqdm import tqdm
 from fkd_ssl import files
 from fkd_ssl.commands import inspect
 from fkd_ssl.errors import RequestError, StoreError
-from fkd_ssl.store import faiss_codecs, open_store
+from fkd_ssl.store import open_store
 from fkd_ssl.store.maintain.recode import recode
 from fkd_ssl.store.maintain.subset import subset
 from fkd_ssl.store.maintain.verify import verify
+from fkd_ssl.targets import faiss_codecs
 from fkd_ssl.targets.label_codecs import is_label
 
 spec = importlib.util.spec_from_file_location("made_store", Path(__file__).with_name("made.py"))
