@@ -1,4 +1,4 @@
-"""README.md of a run: what was trained from what, how it scored, how it is loaded."""
+"""README.md of a run: what was trained, on which targets, its scores, and how to load it."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,16 +15,16 @@ def write(
     folder: Path, *, config: Mapping[str, Any], results: Mapping[str, Any], teachers: Sequence[TeacherInfo],
     store: Mapping[str, Any] | None, student: Mapping[str, Any], recipe: Mapping[str, Any],
 ) -> None:  # fmt: skip
-    """Writes the card of a finished run.
+    """Writes the README.md of a finished run.
 
     Args:
-        folder: The run's.
-        config: Its options.
-        results: What results.json says.
-        teachers: Whose targets they were.
-        store: `column digests`, `images` and others by name; None of an online training.
-        student: What it is made of, and its size in words.
-        recipe: What the crops were drawn from.
+        folder: The run folder.
+        config: Options of the run.
+        results: The values of results.json.
+        teachers: The teachers of the targets.
+        store: What identifies the store, by name (`column digests`, `images` and others); None for online training.
+        student: Description of the student, such as its architecture and size.
+        recipe: The recipe that the crops were drawn from.
     """
     steps = (
         f"{results['epochs']:g} epochs of one crop an image ({results['steps']:,} steps of {config['batch_size']} crops, "

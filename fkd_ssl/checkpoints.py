@@ -1,4 +1,4 @@
-"""Loading files of weights: nothing in them is executed, and none takes more memory than it has bytes."""
+"""Loads files of weights without executing anything in them. No file can take more memory than its own size."""
 
 import errno
 import hashlib
@@ -19,32 +19,32 @@ from safetensors import safe_open
 from fkd_ssl import pickles
 from fkd_ssl.errors import CheckpointError, FkdError, RequestError
 
-_MAX_HEADER = 2**23  # of safetensors: a network of 1,000 tensors has 100 kB
+_MAX_HEADER = 2**23  # bytes of a safetensors header; a network of 1,000 tensors needs 100 kB
 _MAX_STORAGES = 2**20
-_LEGACY = bytes.fromhex("80028a0a6cfc9c46f9")  # how a file of PyTorch before 1.6 begins
-_LEGACY_PICKLES = 5  # magic number, version, system, the object, the keys of its storages
-_LOADING = threading.Lock()  # torch has one list of safe globals for all threads
-# errors of the disk, or of one's rights on it, and not of a damaged file
+_LEGACY = bytes.fromhex("80028a0a6cfc9c46f9")  # the first bytes of a file from PyTorch before 1.6
+_LEGACY_PICKLES = 5  # magic number, version, system, the object, and the keys of its storages
+_LOADING = threading.Lock()  # all threads share torch's list of safe globals
+# errors of the disk or of its permissions, which do not mean that the file is damaged
 _DISK = (errno.EIO, errno.EACCES, errno.EPERM, errno.ESTALE, errno.ENOENT)
 
 
 def load(path: str | Path, *, mapped: bool = False, allowed: Mapping[str, Any] | None = None) -> Any:
-    """What a file of torch.save or safetensors holds, on the CPU.
+    """Loads a file of torch.save or safetensors on the CPU.
 
     Files of torch.save are read with `weights_only`, which unpickles tensors and plain values. Objects of other types, such as
-    the options and paths that training scripts save beside the weights, are replaced by objects without content. Of a file of
-    safetensors the result is a dict of its tensors.
+    the options and paths that training scripts save with the weights, are replaced by empty objects. A file of safetensors
+    gives a dict of its tensors.
 
     Args:
         path: The file.
-        mapped: Map the file into memory where its format allows it: for tensors that are copied at once, since a file that is
-            overwritten while it is mapped ends the process.
-        allowed: Further functions and types that may be run, by their names in a pickle.
+        mapped: Map the file into memory if its format allows it. Use this only for tensors that are copied at once: if the file
+            is overwritten while it is mapped, the process is killed.
+        allowed: Further functions and types that the pickle may call, by their names in the pickle.
 
     Raises:
         RequestError: The file is missing.
-        CheckpointError: It is not a checkpoint, needs code that is not run, or needs more memory than it has bytes.
-        FkdError: There is too little memory for it.
+        CheckpointError: The file is not a checkpoint, needs code that is not executed, or needs more memory than its size.
+        FkdError: There is not enough memory.
     """
     path = Path(path)
     if not path.is_file():
@@ -63,14 +63,14 @@ def load(path: str | Path, *, mapped: bool = False, allowed: Mapping[str, Any] |
         safe: list[Any] = [(_stand_in(name, kind), name) for name, kind in names.stand_ins.items()]
         safe += [(value, name) for name, value in (allowed or {}).items()]
         with _LOADING, torch.serialization.safe_globals(safe):
-            # the format of PyTorch before 1.6, which is not a zip, cannot be mapped
+            # only zip files can be mapped; PyTorch before 1.6 did not write zip files
             return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped and start.startswith(b"PK"))
     except pickles.UnsafePickleError as error:
         raise CheckpointError(
             f"{path}: {error}. Only tensors and plain values are loaded, and nothing in a checkpoint is executed: if you trust "
             "the file, load it yourself, save its state_dict alone and pass that"
         ) from error
-    except Exception as error:  # whatever a foreign file makes torch raise
+    except Exception as error:  # an unknown file can make torch raise any error
         if isinstance(error, OSError) and error.errno in _DISK:
             raise
         out_of_memory = isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM
@@ -80,7 +80,7 @@ def load(path: str | Path, *, mapped: bool = False, allowed: Mapping[str, Any] |
 
 
 def metadata(path: str | Path) -> dict[str, str]:
-    """The metadata of a file of safetensors that `load` has read."""
+    """Returns the metadata of a safetensors file that `load` has read."""
     with safe_open(path, framework="pt") as file:
         return dict(file.metadata() or {})
 
@@ -100,11 +100,11 @@ def _load_safetensors(path: Path, start: bytes) -> dict[str, torch.Tensor]:
 
 
 def _scan_zip(file: BinaryIO, allowed: Mapping[str, Any]) -> pickles.Names:
-    """The names in a zip of torch.save's; its entries must lie in it as torch writes them, each once and not compressed."""
+    """Returns the names in a zip file of torch.save. Its entries must be unique, uncompressed and laid out as by torch."""
     size = file.seek(0, io.SEEK_END)
     file.seek(max(0, size - 98))
     tail = file.read()
-    # Two readers of a zip can differ in where they look for its list of entries, unless it ends in one way.
+    # Two zip readers may find different lists of entries in one file, unless the file ends in exactly this way.
     end, locator = tail[-22:], tail[-42:-22]
     listed = int(struct.unpack("<L", end[16:20])[0])
     if end[:4] != b"PK\5\6" or end[20:] != b"\0\0":
@@ -128,26 +128,26 @@ def _scan_zip(file: BinaryIO, allowed: Mapping[str, Any]) -> pickles.Names:
     names = pickles.Names()
     pickles.scan(io.BytesIO(data), len(data), names, allowed)
     sizes = {entry.filename: entry.file_size for entry in entries}
-    for key, taken in names.storage_bytes.items():  # torch would read on behind a shorter one
+    for key, taken in names.storage_bytes.items():  # torch would read past the end of a storage that is too short
         if sizes.get(f"{folder}/data/{key}", 0) < taken:
             raise pickles.UnsafePickleError(f"asks for {taken:,} bytes of its entry data/{key}, which has fewer")
     return names
 
 
 def _scan_legacy(file: BinaryIO, allowed: Mapping[str, Any]) -> pickles.Names:
-    """The names in a file of torch.save's before PyTorch 1.6: pickles, one behind the other, and the storages."""
+    """Returns the names in a file of torch.save from before PyTorch 1.6: several pickles in sequence, then the storages."""
     file.seek(0)
     if file.read(len(_LEGACY)) != _LEGACY:
         raise ValueError("not a file of torch.save")
     names = pickles.Names()
-    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:  # reads of any length end with the file
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:  # no read goes past the end of the file
         for _ in range(_LEGACY_PICKLES):
             pickles.scan(data, len(data), names, allowed)  # type: ignore[arg-type]
     return names
 
 
 class _StandIn:
-    """Stands for an object that nobody needs: takes any arguments and any state, and keeps nothing."""
+    """Replaces an object that is not needed: accepts any arguments and any state, and keeps nothing."""
 
     def __new__(cls, *args: Any) -> "_StandIn":
         return super().__new__(cls)
@@ -160,16 +160,16 @@ class _StandIn:
 
 
 def _stand_in(name: str, kind: str) -> Any:
-    """A type called as `name` says, of objects without content; as a dict or a list it keeps its items alone."""
+    """Returns a type called `name` for empty objects. If `kind` is dict or list, its objects keep their items only."""
     about: dict[str, Any] = {"__module__": name.rpartition(".")[0]}
-    if kind != "object":  # torch sets the items of these types alone
+    if kind != "object":  # torch sets items only for these types
         content: type[Any] = list if kind == "list" else OrderedDict
         about["__new__"] = lambda cls, *args: content()
     return type(name.rpartition(".")[2], (_StandIn,), about)
 
 
 def _describe(start: bytes) -> str:
-    """What a file that cannot be loaded seems to be, by its first bytes; torch's own message advises to unpickle it."""
+    """Guesses from the first bytes what a file is that cannot be loaded. Torch's own message advises to unpickle it."""
     if start.lstrip()[:1] == b"<":
         return "it is a web page, not the file: download it again"
     if start == b"version h":

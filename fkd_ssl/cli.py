@@ -1,6 +1,6 @@
-"""The command line: one verb a file of `fkd_ssl.commands`, options from its config dataclass, errors without traceback.
+"""The command line. Each file of `fkd_ssl.commands` is one verb, with options from its config dataclass.
 
-Nothing heavy is imported before it is known what is asked for, so that `--help` answers at once.
+Errors are shown without a traceback. Heavy modules are imported only when a command needs them, so that `--help` is fast.
 """
 
 import dataclasses
@@ -43,13 +43,13 @@ VERBS = {
     "report": "results.json of many evaluations as one table, mean and deviation over seeds",
     "compare": "stored against online: same students, table, plots, break-even",
 }
-_SHARED = ("precompute", "train", "features", "label-maps")  # several processes started by torchrun share the work
+_SHARED = ("precompute", "train", "features", "label-maps")  # verbs whose work can be shared by processes that torchrun starts
 _STOPPED = "stopped; the same command continues where it can"
 _USAGE = "usage: fkd-ssl VERB [options]     (fkd-ssl VERB --help explains one)"
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command line; returns 0 done, 1 the work failed or a check did not hold, 2 the request was wrong."""
+    """Runs a command line. Returns 0 if it is done, 1 if the work or a check failed, and 2 if the request was wrong."""
     args = sys.argv[1:] if argv is None else argv
     if not args or args[0] in ("-h", "--help", "help"):
         print(_help())  # noqa: T201
@@ -79,13 +79,13 @@ def _run(verb: str, args: list[str]) -> int:
 
 
 def _status_of(verb: str, error: BaseException) -> int:
-    """Prints what is wrong and returns the exit status; raises the error again if it is not the user's to mend."""
+    """Prints the error and returns the exit status. Raises the error again if the user cannot fix it."""
     if isinstance(error, FkdError):
         return _fail(verb, str(error), error.exit_status)
     if isinstance(error, KeyboardInterrupt):
         return _fail(verb, _STOPPED, 130)
     if isinstance(error, BrokenPipeError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader of our output has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the process that reads our output has ended
         return 0
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
@@ -99,9 +99,9 @@ def _status_of(verb: str, error: BaseException) -> int:
 
 
 class _CtrlC:
-    """Ctrl-C during a command: KeyboardInterrupt, which is raised again if a destructor swallows it.
+    """Handles Ctrl-C during a command: raises KeyboardInterrupt, and raises it again if a destructor swallows it.
 
-    During an import it ends the process. A module that was imported in part raises anything later, and torch's abort Python.
+    During an import, Ctrl-C ends the process: a partly imported module can fail in any way later, and torch can abort Python.
     """
 
     def __init__(self, verb: str) -> None:
@@ -136,12 +136,12 @@ class _CtrlC:
 
 
 def command_of(verb: str) -> ModuleType:
-    """The module of a verb."""
+    """Returns the module of a verb."""
     return importlib.import_module(f"fkd_ssl.commands.{verb.replace('-', '_')}")
 
 
 def parse(verb: str, command: ModuleType, args: list[str]) -> Any:
-    """The config dataclass of a command from its options and `--config` files.
+    """Returns the config dataclass of a command, built from its options and `--config` files.
 
     Raises:
         RequestError: An option or a key is unknown, missing or of the wrong type; the message names it.
@@ -192,7 +192,7 @@ def parse(verb: str, command: ModuleType, args: list[str]) -> Any:
 
 
 def _yaml_in_sections(config: type) -> str:
-    """A mode of jsonargparse that reads and prints YAML in the sections of a config's groups; its own if there are none."""
+    """Returns the parser mode of jsonargparse that reads and prints YAML in sections, one per group; "yaml" without groups."""
     import jsonargparse
     import yaml
 
@@ -221,7 +221,7 @@ def _help() -> str:
 
 
 def option_helps(config: type) -> dict[str, str]:
-    """The help of each option: the docstring below its field."""
+    """Returns the help of each option: the docstring below its field."""
     import docstring_parser
 
     parents = [parent for parent in config.__mro__ if dataclasses.is_dataclass(parent)]
@@ -229,12 +229,12 @@ def option_helps(config: type) -> dict[str, str]:
 
 
 def _summary(group: type) -> str:
-    """The first line of a group's docstring."""
+    """Returns the first line of a group's docstring."""
     return (group.__doc__ or "").split("\n", 1)[0]
 
 
 def _explain(message: str, known: list[str]) -> str:
-    """Jsonargparse's message in the words of the command line."""
+    """Rewrites a message of jsonargparse in the words of the command line."""
     if match := re.search(r"(?:Option|Key|key) '([^']+)' is not (?:accepted|expected)", message):
         return f"no key {match[1]!r}{did_you_mean(match[1], known)}"
     if match := re.search(r"Parser key \"([^\"]+)\":\s*(.*)", message, re.DOTALL):

@@ -1,47 +1,47 @@
-"""What can go wrong, as exceptions: each names what came, what was expected and what to do."""
+"""The exceptions of this library. Each message says what was found, what was expected and what to do."""
 
 import difflib
 from collections.abc import Iterable
 
 
 class FkdError(Exception):
-    """Work that failed or a check that did not hold; the command line ends with `exit_status` and no traceback."""
+    """The work or a check failed. The command line prints the message without a traceback and exits with `exit_status`."""
 
     exit_status = 1
 
 
 class RequestError(FkdError):
-    """A request that cannot be right: a missing folder, a wrong option, an output that belongs to another config."""
+    """The request is invalid: a missing folder, a wrong option, or an output that belongs to another config."""
 
     exit_status = 2
 
 
 class ImageError(FkdError):
-    """An image whose bytes are damaged, changed or not an image; the message names it. `--on_unreadable skip` skips it."""
+    """An image is damaged or changed, or is not an image. The message names it. `--on_unreadable skip` skips it."""
 
 
 class ImageAccessError(FkdError):
-    """An image that cannot be opened (missing, no permission, a failing disk): it may be sound, so it is never skipped."""
+    """An image cannot be opened (missing, no permission, a failing disk). It may be intact, so it is never skipped."""
 
 
 class StoreError(FkdError):
-    """A store that is missing, incomplete, foreign, newer, altered, or made from other images."""
+    """A store is missing, incomplete, altered, of an unknown or newer format, or made from other images."""
 
 
 class StoreAccessError(StoreError):
-    """A part of a store that cannot be opened or listed (no permission, a failing disk): it may be sound."""
+    """A part of a store cannot be opened or listed (no permission, a failing disk). It may be intact."""
 
 
 class NotFoundError(StoreError, RequestError):
-    """A store, a column of a store or label maps that the user named and that do not exist: the request is wrong."""
+    """The store, the column or the label maps that the user named do not exist, so the request is wrong."""
 
 
 class CheckpointError(RequestError):
-    """A checkpoint of another layout than the one asked for, or one that cannot be read without executing code."""
+    """A checkpoint does not have the requested layout, or cannot be read without executing code."""
 
 
 def did_you_mean(word: str, known: Iterable[str], dashes: str = "") -> str:
-    """The end of a message about an unknown word: the nearest known one, or nothing where none is near.
+    """Returns the end of a message about an unknown word: the most similar known word, or "" if no word is similar.
 
     >>> did_you_mean("feature_k", ["feature_kl", "cosine"])
     '; did you mean feature_kl?'

@@ -1,7 +1,7 @@
-"""Files that are never half written: canonical JSON that carries its own sha256, and exclusive publication.
+"""Atomic writes and safe reads of files: canonical JSON that contains its own sha256, .npy arrays and user files.
 
-Everything is written under a temporary name in the same folder, synced, and then given its final name in one step.
-What is read must be a regular file. Links are not followed, since those of an untrusted store may lead anywhere.
+Every file is written under a temporary name in the same folder, synced, and then renamed to its final name in one step.
+Only regular files are read. Links in a store are not followed, since those of an untrusted store may point anywhere.
 """
 
 import errno
@@ -27,9 +27,9 @@ from fkd_ssl.errors import RequestError, StoreAccessError, StoreError
 
 TEMPORARY = ".tmp-"
 CACHE_VARIABLE = "FKD_SSL_CACHE"
-MAX_JSON = 8 * 2**20  # a shard's sidecar has 67 bytes an image; parsed, JSON takes up to 30 times its size
+MAX_JSON = 8 * 2**20  # a shard's sidecar has 67 bytes per image; parsed JSON takes up to 30 times its size
 MAX_HEADER = 4096
-# NumPy parses a header as Python text, and Python 3.11's parser fails now and then where two threads do that at once
+# NumPy parses a header as Python code, and the parser of Python 3.11 sometimes fails if two threads use it at once
 _ONE_AT_A_TIME = threading.Lock()
 
 
@@ -40,11 +40,11 @@ def sha256(data: bytes | memoryview) -> str:
 
 @contextmanager
 def open_regular(path: Path) -> Iterator[io.BufferedReader]:
-    """A file to read.
+    """Opens a file for reading.
 
     Raises:
         StoreError: The file is missing, or is a link, a pipe or a device.
-        StoreAccessError: The system does not let us read it.
+        StoreAccessError: The file exists but cannot be opened.
     """
     try:
         with os.fdopen(open_descriptor(path), "rb") as file:
@@ -54,14 +54,14 @@ def open_regular(path: Path) -> Iterator[io.BufferedReader]:
 
 
 def access_error(path: Path, error: OSError) -> StoreError:
-    """The error for a file or folder of a store that cannot be opened: only a missing one is known to be lost."""
+    """Returns the error for a file or folder of a store that cannot be opened: StoreError if it is missing, else access."""
     if error.errno in (errno.ENOENT, errno.ENOTDIR):
         return StoreError(f"{path}: cannot be read: {error.strerror}")
     return StoreAccessError(f"{path}: cannot be read: {error.strerror}; check its permissions and its disk")
 
 
 def exists(path: Path) -> bool:
-    """Whether a file of a store is there, links included; raises StoreAccessError if its folder does not let us know."""
+    """Whether a file of a store exists, links included. Raises StoreAccessError if its folder cannot be searched."""
     try:
         path.lstat()
     except OSError as error:
@@ -72,9 +72,9 @@ def exists(path: Path) -> bool:
 
 
 def names(folder: Path) -> set[str]:
-    """What a folder of a store holds, nothing if it is missing; raises StoreAccessError if it cannot be listed."""
+    """Returns the names in a folder of a store, none if it is missing. Raises StoreAccessError if it cannot be listed."""
     try:
-        return set(os.listdir(folder))  # noqa: PTH208  (names, by the thousand)
+        return set(os.listdir(folder))  # noqa: PTH208  (thousands of names)
     except OSError as error:
         if type(found := access_error(folder, error)) is StoreAccessError:
             raise found from error
@@ -82,7 +82,7 @@ def names(folder: Path) -> set[str]:
 
 
 def open_descriptor(path: Path, flags: int = os.O_RDONLY) -> int:
-    """A descriptor of a regular file, which the caller closes. Raises StoreError, or OSError if the file cannot be opened."""
+    """Opens a regular file; the caller closes the descriptor. Raises StoreError, or OSError if the file cannot be opened."""
     try:
         # without O_NONBLOCK, opening a pipe without a writer never returns
         descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
@@ -97,14 +97,14 @@ def open_descriptor(path: Path, flags: int = os.O_RDONLY) -> int:
 
 
 def reject_symlink(path: Path) -> Path:
-    """Returns `path`, which may be missing; raises StoreError if it is a link, which may lead out of the store."""
+    """Returns `path`, which may be missing. Raises StoreError if it is a link, which may point out of the store."""
     if path.is_symlink():
         raise StoreError(f"{path}: a symbolic link; links inside a store are not followed: put the folder there")
     return path
 
 
 def read_regular(path: Path, max_bytes: int) -> bytes:
-    """The bytes of a file; raises StoreError as `open_regular` does, or if there are more than `max_bytes`."""
+    """Returns the bytes of a file. Raises StoreError as `open_regular` does, and if there are more than `max_bytes`."""
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > max_bytes:
@@ -114,9 +114,9 @@ def read_regular(path: Path, max_bytes: int) -> bytes:
 
 @contextmanager
 def open_user_file(path: Path) -> Iterator[io.BufferedReader]:
-    """A regular file of the user's to read, outside a store: links are followed. Raises RequestError if it cannot be opened."""
+    """Opens a regular file outside a store for reading. Follows links. Raises RequestError if it cannot be opened."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe must not wait for a writer
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # does not wait for a pipe's writer
     except OSError as error:
         raise RequestError(f"{path}: cannot be read: {error.strerror}") from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -127,7 +127,7 @@ def open_user_file(path: Path) -> Iterator[io.BufferedReader]:
 
 
 def read_user_file(path: Path, max_bytes: int) -> bytes:
-    """The bytes of a file; raises RequestError as `open_user_file` does, or if there are more than `max_bytes`."""
+    """Returns the bytes of a file. Raises RequestError as `open_user_file` does, and if there are more than `max_bytes`."""
     with open_user_file(path) as file:
         size = os.fstat(file.fileno()).st_size
         if size > max_bytes:
@@ -136,29 +136,29 @@ def read_user_file(path: Path, max_bytes: int) -> bytes:
 
 
 def sha256_file(path: Path) -> str:
-    """Hex sha256 of a file, read in pieces; raises StoreError as `open_regular` does."""
+    """Returns the hex sha256 of a file, which is read in pieces. Raises StoreError as `open_regular` does."""
     with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def canonical(value: Any) -> bytes:
-    """One spelling of a JSON value: sorted keys, no spaces, ASCII, a final newline."""
+    """Encodes a JSON value in its canonical form: sorted keys, no spaces, ASCII, a final newline."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode() + b"\n"
 
 
 def with_checksum(value: dict[str, Any]) -> bytes:
-    """`value` with its own sha256 under the key `sha256`, as it is spelled in a file."""
+    """Encodes `value` in canonical form, with its own sha256 under the key `sha256`."""
     return canonical({**value, "sha256": sha256(canonical(value))})
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Publishes what `with_checksum` makes of `value`; see `publish`."""
+    """Publishes `with_checksum(value)` as a file; see `publish`."""
     with publish(path) as file:
         file.write(with_checksum(value))
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """What `write_json` wrote, without its `sha256`.
+    """Reads a file of `write_json`; returns its values without `sha256`.
 
     Raises:
         StoreError: The file is missing, is not a JSON object, or does not match its sha256.
@@ -184,10 +184,10 @@ def read_json(path: Path) -> dict[str, Any]:
 def match_with_checksum(path: Path, pattern: re.Pattern[bytes]) -> re.Match[bytes] | None:
     """Matches a file of `write_json` against a regular expression, which is faster than parsing thousands of files.
 
-    Its sha256 is checked as in `read_json`. The group `sha256` of `pattern` is the value of that key.
+    Checks its sha256 as `read_json` does. The group `sha256` of `pattern` must match the value of that key.
 
     Returns:
-        The match; None if the file does not match or its sha256 is wrong: `read_json` says which.
+        The match; None if the file does not match or its sha256 is wrong. `read_json` then tells which of the two.
 
     Raises:
         StoreError: The file cannot be read.
@@ -208,7 +208,7 @@ def _short(value: Any) -> str:
 
 @contextmanager
 def annotate_oserror(path: Path) -> Iterator[None]:
-    """Adds the name of the file to the OSError of a full or failing disk, which has none."""
+    """Adds the file's name to an OSError that has none, such as that of a full or failing disk."""
     try:
         yield
     except OSError as error:
@@ -219,9 +219,9 @@ def annotate_oserror(path: Path) -> Iterator[None]:
 
 @contextmanager
 def publish(path: Path) -> Iterator[BinaryIO]:
-    """A file to write that appears as `path`, complete and synced, if the block ends without an error.
+    """Opens a file for writing that appears as `path`, complete and synced, if the block ends without an error.
 
-    An existing file is kept: if its bytes differ, a StoreError is raised. Two processes can publish the same bytes at once.
+    An existing file is kept; StoreError is raised if its bytes differ. Several processes can publish the same bytes at once.
     """
     temporary = path.with_name(f"{TEMPORARY}{path.name}-{secrets.token_hex(6)}")
     try:
@@ -247,7 +247,7 @@ def publish(path: Path) -> Iterator[BinaryIO]:
 
 
 def cache_folder(given: str | Path | None = None) -> Path:
-    """The folder of downloads and digests: `given`, else FKD_SSL_CACHE of the environment, else `fkd_ssl` in the user's cache."""
+    """Returns the folder of downloads and digests: `given`, else $FKD_SSL_CACHE, else `fkd_ssl` in the user's cache folder."""
     chosen = given or os.environ.get(CACHE_VARIABLE)
     if chosen:
         return Path(chosen).expanduser()
@@ -256,7 +256,7 @@ def cache_folder(given: str | Path | None = None) -> Path:
 
 
 def replace(path: Path, data: bytes | memoryview) -> None:
-    """Replaces a file that only one process writes (progress, a report) in one step, synced."""
+    """Replaces a file in one step and syncs it, for files that only one process writes (progress, a report)."""
     temporary = path.with_name(f"{TEMPORARY}{path.name}-{secrets.token_hex(6)}")
     try:
         with annotate_oserror(path), temporary.open("xb") as file:
@@ -270,15 +270,15 @@ def replace(path: Path, data: bytes | memoryview) -> None:
 
 
 def remove_leftovers(folder: Path, *, seconds: float = 3600) -> None:
-    """Removes temporary files that killed processes left in `folder` at least `seconds` ago.
+    """Removes temporary files of killed processes from `folder` that are at least `seconds` old.
 
-    Ages are measured by the file system's own clock: a machine's clock may be hours off.
+    Ages are measured by the file system's clock, since the machine's clock may differ from it by hours.
     """
     left = list(folder.glob(f"{TEMPORARY}*-{'[0-9a-f]' * 12}"))
     if not left:
         return
     clock = folder / f"{TEMPORARY}clock-{secrets.token_hex(6)}"
-    with suppress(OSError):  # a folder that cannot be written to is left as it is
+    with suppress(OSError):  # a folder without write permission is left unchanged
         try:
             clock.touch(exist_ok=False)
             now = clock.stat().st_mtime
@@ -291,7 +291,7 @@ def remove_leftovers(folder: Path, *, seconds: float = 3600) -> None:
 
 
 def total_bytes(folder: Path) -> int:
-    """Bytes of the files in a folder, without hidden ones and those that another process removes at the same time."""
+    """Returns the total bytes of the files in a folder, without hidden files and files that are removed meanwhile."""
     total = 0
     for place, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
@@ -303,7 +303,7 @@ def total_bytes(folder: Path) -> int:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes names given in `folder` survive a power cut, where the system can."""
+    """Syncs the names in `folder` to disk, if the system supports it, so that they survive a power failure."""
     with suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -313,7 +313,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def npy_header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
-    """The header of a version 1.0 .npy file of a C-ordered array."""
+    """Returns the header of a .npy file (version 1.0) for a C-ordered array."""
     buffer = io.BytesIO()
     np.lib.format.write_array_header_1_0(
         buffer, {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
@@ -322,7 +322,7 @@ def npy_header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
 
 
 def digest_array(digests: Sequence[str], path: Path) -> npt.NDArray[np.uint8]:
-    """Hex sha256 as uint8 [n, 32], zeros for empty ones; raises StoreError, naming the file `path`, if one is not a sha256."""
+    """Converts hex sha256 digests to uint8 [n, 32], with zeros for empty strings. Raises StoreError if a digest is invalid."""
     try:
         if all(len(digest) in (0, 64) for digest in digests):
             values = bytes.fromhex("".join(digest or "0" * 64 for digest in digests))
@@ -333,7 +333,7 @@ def digest_array(digests: Sequence[str], path: Path) -> npt.NDArray[np.uint8]:
 
 
 def write_npy(path: Path, array: npt.NDArray[Any]) -> str:
-    """Publishes an array as .npy; returns the file's sha256."""
+    """Publishes an array as a .npy file; returns the file's sha256."""
     data = npy_header(array.dtype, array.shape) + np.ascontiguousarray(array).tobytes()
     with publish(path) as file:
         file.write(data)
@@ -341,15 +341,15 @@ def write_npy(path: Path, array: npt.NDArray[Any]) -> str:
 
 
 def map_npy(path: Path, dtype: np.dtype[Any], shape: tuple[int | None, ...] | None) -> npt.NDArray[Any]:
-    """A read-only memory map of a .npy file.
+    """Maps a .npy file into memory, read-only.
 
     Args:
         path: The file.
-        dtype: The dtype that it must have.
-        shape: The shape that it must have; None means any length, or any shape.
+        dtype: The dtype that the array must have.
+        shape: The shape that the array must have. None in it means any length; None for all of it means any shape.
 
     Raises:
-        StoreError: The file is missing, or its header or size is not that of such an array. Nothing is unpickled.
+        StoreError: The file is missing, or its header or size does not fit such an array. Nothing is unpickled.
     """
     with open_regular(path) as file:
         offset, found = npy_body(file, path, dtype, shape)
@@ -361,7 +361,7 @@ def map_npy(path: Path, dtype: np.dtype[Any], shape: tuple[int | None, ...] | No
 def npy_body(
     file: BinaryIO, path: Path, dtype: np.dtype[Any], shape: tuple[int | None, ...] | None
 ) -> tuple[int, tuple[int, ...]]:
-    """Where the values of an open .npy file begin, and its shape; see `map_npy`. `path` is for messages."""
+    """Returns the offset of the values in an open .npy file, and its shape; see `map_npy`. `path` is used in messages."""
     found, fortran, kind = _read_npy_header(file, path)
     offset = file.tell()
     lengths = (None,) * len(found) if shape is None else shape
@@ -376,16 +376,16 @@ def npy_body(
 
 
 def map_user_npy(path: Path, *, kinds: str = "fiu") -> npt.NDArray[Any]:
-    """A read-only memory map of a .npy file of numbers from elsewhere, of one or two dimensions, in any order.
+    """Maps a user's .npy file of numbers into memory, read-only. It has one or two dimensions, in C or Fortran order.
 
     Args:
         path: The file.
         kinds: NumPy's letters for the kinds of dtype that are accepted: floats and integers by default.
 
-    The path is the user's own, so links are followed.
+    Links are followed, since the user gave the path.
 
     Raises:
-        RequestError: It is missing, is not a regular file, or is not a .npy file of numbers. Nothing is unpickled.
+        RequestError: The file is missing, is not a regular file, or is not a .npy file of numbers. Nothing is unpickled.
     """
     with open_user_file(path) as file:
         try:
@@ -409,10 +409,10 @@ def map_user_npy(path: Path, *, kinds: str = "fiu") -> npt.NDArray[Any]:
 def _read_npy_header(
     file: BinaryIO, path: Path, versions: Sequence[tuple[int, int]] = ((1, 0),)
 ) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    """Shape, whether in Fortran's order, and dtype, as the header of an open .npy file says; `path` is for messages.
+    """Reads the header of an open .npy file: shape, whether in Fortran order, and dtype. `path` is used in messages.
 
     Raises:
-        StoreError: The header is missing, or of another version of the format.
+        StoreError: The header is damaged, or has another version of the format.
     """
     read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
     try:

@@ -1,4 +1,4 @@
-"""The demo's image set: patterns of one glyph over photographs, made in seconds.
+"""Makes the demo's image set in seconds: patterns of one glyph over photographs.
 
 Ten classes, each a symbol of matplotlib's DejaVu fonts (Pillow's own font lacks them), repeated on a rotated lattice over a
 patch of one of two photographs. Phase, rotation, size, spacing, polarity and tint vary between images, so that pixels and
@@ -74,7 +74,7 @@ def make_glyphs(
     An existing complete set of the same parameters is kept.
 
     Args:
-        out: The folder; it must be missing, empty or such a set.
+        out: The folder; it must be missing or empty, or contain the same set.
         train_per_class: Training images of each of the ten classes.
         val_per_class: Validation images of each class.
         pixels: Side of the images, 16 to 1024.
@@ -85,7 +85,7 @@ def make_glyphs(
         `out`.
 
     Raises:
-        RequestError: A parameter is out of range, or `out` has other files, another set, or a set that was changed.
+        RequestError: A parameter is out of range, or `out` contains other files, another set, or a changed set.
     """
     out = Path(out)
     if min(train_per_class, val_per_class) < 1 or max(train_per_class, val_per_class) > 99999:
@@ -105,7 +105,7 @@ def make_glyphs(
         _write(temporary, counts, pixels, seed, progress)
         files.write_json(temporary / MANIFEST, {**asked, "content": _digest(temporary)})
         try:
-            temporary.rename(out)  # over an empty folder too, but never over one that holds something
+            temporary.rename(out)  # replaces an empty folder, but fails if the folder contains something
         except OSError as error:
             if not _is_made(out, asked):  # else another process was faster
                 raise RequestError(f"{out}: cannot be written: {error.strerror}") from error
@@ -116,7 +116,7 @@ def make_glyphs(
 
 
 def glyph_image(name: str, split: str, index: int, *, pixels: int = 64, seed: int = 0) -> UInt8Array:
-    """The pixels uint8 [pixels, pixels, 3] of one image before JPEG; it depends on the arguments alone."""
+    """Returns the pixels of one image before JPEG, uint8 [pixels, pixels, 3]. They depend only on the arguments."""
     draws = _Draws(f"{seed}\n{split}\n{name}\n{index}")
     photo = _photos()[draws.below(len(PHOTOS))]
     height, width = photo.shape[:2]
@@ -135,7 +135,7 @@ def glyph_image(name: str, split: str, index: int, *, pixels: int = 64, seed: in
 
 
 def _pattern(glyph: str, draws: "_Draws", pixels: int) -> Image.Image:
-    """Coverage (mode L) of one glyph repeated on a lattice of any phase and direction."""
+    """Returns the coverage (mode L) of one glyph repeated on a lattice of random phase and direction."""
     size = round(pixels * draws.uniform(*_SIZE))
     stamp = _stamp(glyph, FONTS[draws.below(len(FONTS))], size)
     turn, step, direction = draws.uniform(-_TURN, _TURN), size * draws.uniform(*_GAP), draws.uniform(0, 2 * math.pi)
@@ -157,7 +157,7 @@ def _pattern(glyph: str, draws: "_Draws", pixels: int) -> Image.Image:
 
 
 class _Draws:
-    """Uniform numbers from Philox's raw stream, which NumPy keeps for ever (its distributions it does not)."""
+    """Uniform numbers from Philox's raw stream. NumPy never changes that stream, but may change its distributions."""
 
     def __init__(self, key: str) -> None:
         digest = hashlib.blake2b(key.encode(), digest_size=16).digest()
@@ -178,11 +178,11 @@ def _photos() -> tuple[UInt8Array, ...]:
 
 @cache
 def _stamp(glyph: str, name: str, size: int) -> Image.Image:
-    """A glyph's coverage (mode L), cut to its ink and a margin of two pixels."""
+    """Returns a glyph's coverage (mode L), cropped to its ink and a margin of two pixels."""
     import matplotlib
 
     path = Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{name}.ttf"
-    # Raqm, where Pillow has it, shapes text by the system's own library
+    # not Raqm, which shapes text with the system's library and is missing from some builds of Pillow
     font = ImageFont.truetype(str(path), size, layout_engine=ImageFont.Layout.BASIC)
     left, top, right, bottom = (round(side) for side in font.getbbox(glyph))
     stamp = Image.new("L", (right - left + 4, bottom - top + 4))
@@ -205,7 +205,7 @@ def _write(folder: Path, counts: dict[str, int], pixels: int, seed: int, progres
 
 
 def _digest(folder: Path) -> str:
-    """sha256 of the names and bytes of all files below `train` and `val`."""
+    """Returns the sha256 of the names and bytes of all files below `train` and `val`."""
     digest = hashlib.sha256()
     paths = sorted(path for split in SPLITS for path in (folder / split).rglob("*") if not path.is_dir())
     for path in paths:
@@ -215,7 +215,7 @@ def _digest(folder: Path) -> str:
 
 
 def _is_made(out: Path, asked: dict[str, Any]) -> bool:
-    """Whether `out` is the whole set that is asked for (True) or free (False); RequestError otherwise."""
+    """Returns True if `out` is the complete requested set, and False if it is free. Raises RequestError otherwise."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return False
     if not (out / MANIFEST).is_file():

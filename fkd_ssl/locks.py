@@ -1,6 +1,6 @@
-"""Locks between processes. The kernel holds them (flock) and drops them when a process ends, however it ends.
+"""Locks between processes (flock). The kernel releases them when a process ends, also if it is killed.
 
-On a file system without locks every attempt succeeds.
+On a file system without locks, every attempt to lock succeeds.
 """
 
 import fcntl
@@ -11,12 +11,12 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 PATIENCE = 5.0
-"""Seconds to wait for the lock of a process that was just killed: with gigabytes or a GPU its end takes a while."""
+"""Seconds to wait for the lock of a process that was just killed: one with much memory or a GPU takes a while to end."""
 _held: dict[Path, int] = {}
 
 
 def try_lock(descriptor: int, *, seconds: float = 0.0) -> bool:
-    """Locks an open file, which another process may hold for `seconds` more; returns whether this process has it now."""
+    """Tries for up to `seconds` to lock an open file; returns whether this process has the lock."""
     end = time.monotonic() + seconds
     while True:
         try:
@@ -33,9 +33,9 @@ def try_lock(descriptor: int, *, seconds: float = 0.0) -> bool:
 
 @contextmanager
 def locked(path: Path, *, seconds: float = 0.0) -> Iterator[bool]:
-    """Locks the file `path` until the block ends, and yields whether this process has the lock.
+    """Tries to lock the file `path` until the block ends; yields whether this process has the lock.
 
-    The file is made if it is missing, and removed by the process that held it.
+    Creates the file if it is missing. The process that held the lock removes it.
     """
     end = time.monotonic() + seconds
     while True:
@@ -46,12 +46,12 @@ def locked(path: Path, *, seconds: float = 0.0) -> Iterator[bool]:
             return
         if _is_named(descriptor, path):
             break
-        os.close(descriptor)  # the last process that held it removed it between our open and our lock
+        os.close(descriptor)  # the previous holder removed the file between our open and our lock
     _held[path] = descriptor
     try:
         yield True
     finally:
-        if _held.pop(path, None) is not None:  # a forked process has closed it already
+        if _held.pop(path, None) is not None:  # a forked process has already closed it
             if _is_named(descriptor, path):
                 with suppress(OSError):
                     path.unlink()
@@ -59,12 +59,12 @@ def locked(path: Path, *, seconds: float = 0.0) -> Iterator[bool]:
 
 
 def is_lost(path: Path) -> bool:
-    """Whether the lock file that this process holds as `path` was removed, or replaced by another."""
+    """Whether the lock file `path`, which this process holds, was removed or replaced."""
     return path in _held and not _is_named(_held[path], path)
 
 
 def _is_named(descriptor: int, path: Path) -> bool:
-    """Whether an open file is the one that stands in the folder under its name."""
+    """Whether `path` still names this open file."""
     try:
         return os.path.samestat(path.stat(), os.fstat(descriptor))
     except FileNotFoundError:
@@ -72,7 +72,7 @@ def _is_named(descriptor: int, path: Path) -> bool:
 
 
 def _forget() -> None:
-    """Closes the locks in a forked process, which would otherwise keep them when this one is killed."""
+    """Closes the locks in a forked process, which would otherwise keep them after its parent is killed."""
     for descriptor in _held.values():
         os.close(descriptor)
     _held.clear()

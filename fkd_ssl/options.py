@@ -1,4 +1,4 @@
-"""Config dataclasses with groups of options: a YAML file has a section for each group, and everything else has flat names."""
+"""Config dataclasses with groups of options. A YAML file has one section per group; everywhere else the names are flat."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -8,17 +8,17 @@ from fkd_ssl.errors import RequestError, did_you_mean
 
 
 def groups_of(config: type) -> dict[str, list[str]]:
-    """Names of the options in each group of a config dataclass; empty if it has no groups."""
+    """Returns the names of the options in each group of a config dataclass; empty if it has no groups."""
     return {name: [f.name for f in dataclasses.fields(group)] for name, group in getattr(config, "GROUPS", {}).items()}
 
 
 def declared(config: type, attribute: str) -> set[str]:
-    """The option names that a config dataclass and its groups list in a class attribute."""
+    """Returns the option names that a config dataclass and its groups list in a class attribute."""
     return {name for parent in config.__mro__ for name in parent.__dict__.get(attribute, ())}
 
 
 def nested(values: Mapping[str, Any], config: type) -> dict[str, Any]:
-    """Values by name in sections, in the order of the groups."""
+    """Sorts flat values into sections, in the order of the groups."""
     groups = groups_of(config)
     if not groups:
         return dict(values)
@@ -26,7 +26,7 @@ def nested(values: Mapping[str, Any], config: type) -> dict[str, Any]:
 
 
 def flat(values: Mapping[str, Any], config: type) -> dict[str, Any]:
-    """Values in sections by name.
+    """Flattens values in sections; the inverse of `nested`.
 
     Raises:
         RequestError: A key is unknown or in the wrong section; the message says where it belongs.

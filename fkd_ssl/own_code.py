@@ -1,4 +1,4 @@
-"""Functions of the user's own, named as module:function on the command line."""
+"""The user's own functions, written as module:function on the command line."""
 
 import importlib
 import sys
@@ -10,7 +10,7 @@ from fkd_ssl.errors import FkdError, RequestError, did_you_mean
 
 
 def load_function(name: str, what: str) -> Callable[..., Any]:
-    """The function `module:function`; the current folder is on the path. `what` it makes begins the messages.
+    """Imports the function `module:function`, also from the current folder. Messages begin with `what`, the thing it makes.
 
     Raises:
         RequestError: The module or the function does not exist.
@@ -36,7 +36,7 @@ def load_function(name: str, what: str) -> Callable[..., Any]:
 
 
 def call(function: Callable[..., Any], name: str, what: str, **given: Any) -> Any:
-    """What the function returns; raises FkdError, beginning with `what` and `name`, if it fails."""
+    """Calls the function and returns its result. Raises FkdError, with `what` and `name` in the message, if it fails."""
     try:
         return function(**given)
     except FkdError:

@@ -1,9 +1,9 @@
-"""What a file of torch.save would do to memory, found by reading its pickle without running it.
+"""Bounds the memory that a file of torch.save can take, by reading its pickle without running it.
 
-`torch.load(weights_only=True)` executes nothing of a file's, but it does as the file asks: `bytearray(2**36)`,
-`torch.FloatTensor(2**31)`, a tensor of stride 0 that fills the memory when it is copied. So the pickle is read first with the
-stack that the unpickler will have, and every call in it must be one of those that tensors and plain values need, with
-arguments that bound the result.
+`torch.load(weights_only=True)` executes no code of the file, but it allocates what the file asks for: `bytearray(2**36)`,
+`torch.FloatTensor(2**31)`, or a tensor of stride 0 that fills the memory when it is copied. So the pickle is read first, with
+the same stack as the unpickler. Only the calls that tensors and plain values need are allowed, with arguments that bound the
+size of the result.
 """
 
 import math
@@ -15,10 +15,10 @@ from typing import Any, BinaryIO
 
 
 class UnsafePickleError(Exception):
-    """The pickle asks for something that a checkpoint of weights does not need; the message says for what."""
+    """The pickle needs something that a checkpoint of weights does not need; the message says what."""
 
 
-# The calls that make tensors and plain values, by name; arguments are copied, so that they bound the result.
+# The calls that make tensors and plain values, by name. Arguments are copied, so their size bounds the result.
 _TENSORS = {f"torch._utils._rebuild_tensor{version}" for version in ("", "_v2", "_v3")}
 _PARAMETERS = {"torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state"}
 _VALUES = {
@@ -30,8 +30,8 @@ _VALUES = {
     "builtins.set",
     "builtins.complex",
 }
-_BYTES = "_codecs.encode"  # as protocol 2 spells bytes
-# Modules with functions that torch runs as they are; whatever else is named in a pickle gets a stand-in.
+_BYTES = "_codecs.encode"  # how protocol 2 encodes bytes
+# Modules with functions that torch runs itself. Any other name in a pickle gets a stand-in.
 _RUN_BY_TORCH = {
     "torch", "torch._utils", "torch._tensor", "torch.storage", "torch.serialization", "torch.nn.parameter", "torch.sparse",
     "torch.cuda", "torch.cuda.sparse",
@@ -46,28 +46,28 @@ _ITEM_BYTES = {
 _CONSTANTS = {
     "NONE", "NEWFALSE", "NEWTRUE", "BININT", "BININT1", "BININT2", "BINFLOAT", "BINUNICODE", "SHORT_BINSTRING", "LONG1",
 }  # fmt: skip
-_MOST = 2**62  # no sum is larger: a tuple may hold itself doubled, many times over
+_MOST = 2**62  # limits sums: nested tuples that each contain the previous one twice grow exponentially
 
 
 @dataclass(eq=False, slots=True)
 class _Node:
-    """A value of the pickle, as far as it matters here."""
+    """What is known about a value of the pickle."""
 
     kind: str
-    """constant, tuple, container, global, storage, or the name of the call that made it."""
+    """One of constant, tuple, container, global and storage, or the name of the call that made it."""
     value: Any = None
     """The constant, the tuple's items, the global's name, the storage's elements."""
     size: int = 1
-    """At least what a copy of it takes, in items or bytes."""
+    """Upper bound of the size of a copy, in items or bytes."""
 
 
 @dataclass(eq=False, slots=True)
 class Names:
-    """What the pickles of a file name and take.
+    """The names and storages in the pickles of a file.
 
     Attributes:
-        stand_ins: Names that mean nothing to a checkpoint, and what an object of that name is used as: object, dict or list.
-        storage_bytes: Bytes of each storage, by its key.
+        stand_ins: Names that a checkpoint does not need, with how their objects are used: as object, dict or list.
+        storage_bytes: Bytes of each storage, by key.
     """
 
     stand_ins: dict[str, str] = field(default_factory=dict)
@@ -75,27 +75,27 @@ class Names:
 
 
 def scan(stream: BinaryIO, length: int, names: Names, allowed: Collection[str] = ()) -> None:
-    """Reads one pickle of `stream`, adding to `names` what is in it.
+    """Reads one pickle from `stream` and adds its contents to `names`.
 
     Args:
-        stream: At the beginning of a pickle; left behind its end.
-        length: Bytes that the pickle has at most.
-        names: Added to.
-        allowed: Names of further functions and types that the caller lets torch run on bounded arguments.
+        stream: Positioned at the start of a pickle; afterwards at its end.
+        length: Maximum number of bytes of the pickle.
+        names: Receives the names and storages.
+        allowed: Names of further functions and types that torch may call with arguments of bounded size.
 
     Raises:
-        UnsafePickleError: The pickle calls something else, or asks for more memory than it has bytes.
-        Exception: It is damaged.
+        UnsafePickleError: The pickle calls something else, or needs more memory than its size.
+        Exception: The pickle is damaged.
     """
     scanner = _Scanner(names, allowed)
     for opcode, argument, _ in pickletools.genops(stream):
         scanner.step(opcode.name, argument)
-    if scanner.copied > 16 * length + 2**20:  # a short string in many calls is spelled once
+    if scanner.copied > 16 * length + 2**20:  # a string can be stored once and copied by many calls
         raise UnsafePickleError("copies the same values over and over")
 
 
 class _Scanner:
-    """The stack of an unpickler, holding what is known of each value."""
+    """The stack of an unpickler, with what is known about each value."""
 
     def __init__(self, names: Names, allowed: Collection[str]) -> None:
         self.names = names
@@ -106,7 +106,7 @@ class _Scanner:
         self.copied = 0
 
     def step(self, opcode: str, argument: Any) -> None:
-        """Does what one opcode does."""
+        """Applies one opcode to the stack."""
         stack = self.stack
         if opcode in _CONSTANTS:
             stack.append(_Node("constant", argument, len(argument) if isinstance(argument, str) else 1))
@@ -150,7 +150,7 @@ class _Scanner:
         return items
 
     def _name(self, argument: str) -> str:
-        """A global's name as torch's unpickler spells it, noted if it needs a stand-in."""
+        """Returns a global's name as torch's unpickler writes it; records it if it needs a stand-in."""
         module, _, name = argument.partition(" ")
         module, name = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
         full = f"{module}.{name}"
@@ -184,8 +184,8 @@ class _Scanner:
         return _Node(name, size=arguments.size)
 
     def _storage(self, given: list[Any]) -> _Node:
-        """A storage, of the tuple that torch writes in its place."""
-        if given[0] == "module":  # of PyTorch before 1.6
+        """Returns the storage for the tuple that torch writes in its place."""
+        if given[0] == "module":  # written by PyTorch before 1.6
             raise UnsafePickleError("holds a whole network and not its state_dict")
         what, kind, key, _, elements, *_ = given
         if what != "storage" or not isinstance(elements, int) or elements < 0:

@@ -1,4 +1,4 @@
-"""This process among others: its number, and that it ends with its parent."""
+"""The rank of this process, and how to end it with its parent."""
 
 import ctypes
 import os
@@ -8,21 +8,21 @@ import threading
 import time
 
 PARENT = "FKD_SSL_PARENT"
-"""Environment variable with the process id of a parent that a command must not outlive."""
+"""Environment variable with the process id of the parent: the command ends when the parent does."""
 _PR_SET_PDEATHSIG = 1
 
 
 def rank() -> tuple[int, int]:
-    """This process's number and how many there are, as torchrun or Lightning says; 0 of 1 without them."""
-    number = os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or "0"  # Lightning sets the latter alone
+    """Returns the rank and the number of processes, as set by torchrun or Lightning; (0, 1) without them."""
+    number = os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or "0"  # Lightning sets only LOCAL_RANK
     return int(number), int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def end_with_parent(parent: int | None = None) -> None:
-    """Makes the system kill this process when its parent ends, also when that is killed.
+    """Makes the system kill this process when its parent ends, also if the parent is killed.
 
     Args:
-        parent: The parent's process id, if it may have ended already; by default the current one.
+        parent: The parent's process id, for a parent that may already have ended. Default: the current parent.
     """
     parent = os.getppid() if parent is None else parent
     if not (sys.platform == "linux" and ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL) == 0):

@@ -1,8 +1,8 @@
-"""Whether progress bars are shown: tqdm heeds TQDM_DISABLE only where a bar's `disable` is not given."""
+"""Whether to show progress bars. tqdm reads TQDM_DISABLE only if `disable` is not given."""
 
 import os
 
 
 def hidden(*, show: bool) -> bool:
-    """A bar's `disable`: True where the caller does not want one or the environment has TQDM_DISABLE."""
+    """Returns a bar's `disable`: True if `show` is False or TQDM_DISABLE is set."""
     return not show or "TQDM_DISABLE" in os.environ

@@ -1,13 +1,13 @@
 """Run folders: where a command writes its results, and what identifies a run.
 
-A run is identified by its options (config.yaml) and by digests of its inputs (inputs.json). The same options and inputs resume
-an unfinished run and show a finished one; others are refused. Paths are not compared: inputs and run folders may be moved,
-copied or written in another way.
+A run is identified by its options (config.yaml) and by digests of its inputs (inputs.json). With the same options and inputs,
+an unfinished run is resumed and the results of a finished run are shown; other options or inputs raise an error. Paths are not
+compared, so inputs and run folders may be moved or copied.
 
-One process at a time uses a run folder: it holds the lock of the file `.lock` in it.
+Only one process at a time uses a run folder: the one that has locked the file `.lock` in it.
 
-A config dataclass names its fields that are not compared: `EXECUTION`, which say how a run is executed and not what it
-computes, and `PATHS`, whose contents are compared by digest instead.
+A config dataclass lists the fields that are not compared: `EXECUTION`, which change how a run is executed but not its
+results, and `PATHS`, whose contents are compared by digest instead.
 """
 
 import dataclasses
@@ -29,24 +29,24 @@ from fkd_ssl.options import declared, nested
 
 CONFIG, INPUTS, RESULTS, LOCK = "config.yaml", "inputs.json", "results.json", ".lock"
 _MAX_CONFIG = 2**16  # bytes
-_WRITTEN = (".", "checkpoints", "scores")  # the folders of a run that only the process that holds its lock writes to
-_BEFORE_RESULTS = {CONFIG, INPUTS, "metrics.csv"}  # a run with nothing else has saved nothing yet: its inputs may still change
+_WRITTEN = (".", "checkpoints", "scores")  # the folders of a run; only the process that holds the lock writes to them
+_BEFORE_RESULTS = {CONFIG, INPUTS, "metrics.csv"}  # a run with only these files has no results: its inputs may still change
 State = Literal["new", "resume", "done"]
 Inputs = Mapping[str, str]
-"""What a run reads, by name, each with its digest: two runs of the same config and the same inputs give the same results."""
+"""Digests of a run's inputs, by name. Two runs with the same config and the same inputs give the same results."""
 
 
 def peek(out: str | Path, config: Any, inputs: Inputs | None = None) -> State:
-    """The state of the run folder `out`: new, to be resumed, or done (it has a results.json).
+    """Returns the state of the run folder `out`: new, to be resumed, or done (it has a results.json).
 
     Args:
         out: The run folder; it may be missing.
         config: A config dataclass.
-        inputs: What the run reads; None compares the config alone.
+        inputs: The run's inputs; None compares only the config.
 
     Raises:
-        RequestError: The folder has a run of another config or of other inputs, or files that are not a run's, or another
-            process is using it.
+        RequestError: The folder contains a run with another config or other inputs, or files that do not belong to a run, or
+            another process is using it.
     """
     state = _state(Path(out), config, inputs)
     if state != "done" and (Path(out) / LOCK).exists() and not processes.rank()[0]:
@@ -74,26 +74,26 @@ def _state(folder: Path, config: Any, inputs: Inputs | None) -> State:
 
 @contextmanager
 def open_run(out: str | Path, config: Any, inputs: Inputs | None) -> Iterator[tuple[Path, State]]:
-    """Creates or reopens the run folder `out` and locks it until the block ends; yields it and its state.
+    """Creates or reopens the run folder `out` and locks it until the block ends; yields the folder and its state.
 
-    Of several processes of one training the first one holds the lock. A run that an unreadable image ends can continue when
-    the image is repaired.
+    If a training has several processes, the first one holds the lock. A run that stopped at an unreadable image can continue
+    after the image is repaired.
 
     Raises:
-        RequestError: As `peek`.
+        RequestError: As in `peek`.
     """
     folder = Path(out)
     try:
         if processes.rank()[0]:
             yield folder, "resume"
             return
-        _state(folder, config, inputs)  # before a folder is made
+        _state(folder, config, inputs)  # before creating the folder
         folder.mkdir(parents=True, exist_ok=True)
         with _hold(folder):
-            state = _state(folder, config, inputs)  # again: another process may have written to it meanwhile
+            state = _state(folder, config, inputs)  # again, since another process may have written to the folder meanwhile
             if state == "new":
                 files.replace(folder / CONFIG, to_yaml(config).encode())
-            if state != "done":  # the contents of repaired images may be new
+            if state != "done":  # the contents of repaired images may have changed
                 files.replace(folder / INPUTS, _json(inputs or {}))
             for name in _WRITTEN:
                 files.remove_leftovers(folder / name, seconds=0)  # temporary files of a process that was killed
@@ -112,28 +112,28 @@ def _hold(folder: Path) -> Iterator[None]:
 
 
 def require_held(folder: Path) -> None:
-    """Raises FkdError if the run folder was removed, or replaced by another, since this process opened it."""
+    """Raises FkdError if the run folder was removed or replaced since this process opened it."""
     if locks.is_lost(folder / LOCK):
         raise FkdError(f"{folder}: the run folder was removed or replaced while the run was writing to it; start the run again")
 
 
 def read_config(out: str | Path) -> dict[str, Any]:
-    """The options by name in the config.yaml of the run folder `out`; empty if there is none, or it is not one of ours."""
+    """Returns the options in the config.yaml of the run folder `out`; empty if the file is missing or not valid."""
     try:
         values = yaml.safe_load(files.read_user_file(Path(out) / CONFIG, _MAX_CONFIG).decode(errors="replace"))
     except Exception:  # PyYAML raises many kinds of error on damaged text
         return {}
     found: dict[str, Any] = {}
     for key, value in values.items() if isinstance(values, dict) else ():
-        found |= value if isinstance(value, dict) else {key: value}  # of a section, its options
-    # an option is one word or number: a list of lists of aliases has more text than fits in memory
+        found |= value if isinstance(value, dict) else {key: value}  # a section contributes its options
+    # an option is one word or number; nested lists of YAML aliases could expand to more text than fits in memory
     return {} if any(isinstance(value, (dict, list, set)) for value in found.values()) else found
 
 
 def check_config(place: Path, found: Mapping[str, Any], config: Any) -> None:
-    """Raises RequestError if `found`, the options of the run in `place`, give other results than `config`.
+    """Raises RequestError if `found`, the options of the run in `place`, would give other results than `config`.
 
-    An option that `found` lacks has its default: a later version may have added it.
+    An option missing from `found` has its default value, since a later version may have added it.
     """
     try:
         if not found:
@@ -154,7 +154,7 @@ def check_config(place: Path, found: Mapping[str, Any], config: Any) -> None:
 
 
 def check_inputs(place: Path, found: Inputs, inputs: Inputs) -> None:
-    """Raises RequestError if `found`, what the run in `place` began with, are not these inputs; the message names one."""
+    """Raises RequestError if `found`, the inputs that the run in `place` began with, differ from `inputs`."""
     for name in {**found, **inputs}:
         was, now = found.get(name, "missing"), inputs.get(name, "missing")
         if was != now:
@@ -165,20 +165,20 @@ def check_inputs(place: Path, found: Inputs, inputs: Inputs) -> None:
 
 
 def forget_contents(folder: Path) -> None:
-    """Lets a run continue with images of other contents, since one was damaged."""
+    """Removes the digests of image contents from a run, so that it can continue after a damaged image is repaired."""
     if (folder / INPUTS).exists():
         kept = {name: value for name, value in _read_inputs(folder).items() if not name.startswith(CONTENTS)}
         files.replace(folder / INPUTS, _json(kept))
 
 
 def identity(config: Any, inputs: Inputs) -> dict[str, dict[str, Any]]:
-    """What a checkpoint keeps of its run, for `check_identity`: a damaged image may be repaired, so no contents."""
+    """Returns what a checkpoint stores for `check_identity`. It omits image contents, so that images can be repaired."""
     kept = {name: value for name, value in inputs.items() if not name.startswith(CONTENTS)}
     return {"config": dataclasses.asdict(config), "inputs": kept}
 
 
 def check_identity(checkpoint: Path, found: Any, config: Any, inputs: Inputs | None) -> None:
-    """Raises RequestError if a checkpoint, whose `identity` is `found`, is not of the run of `config` and `inputs`."""
+    """Raises RequestError if `found`, the `identity` in a checkpoint, is not that of a run with `config` and `inputs`."""
     if not isinstance(found, dict) or not all(isinstance(found.get(key), dict) for key in ("config", "inputs")):
         raise RequestError(f"{checkpoint}: does not say which run it is of; delete it to train from the start")
     check_config(checkpoint, found["config"], config)
@@ -187,13 +187,13 @@ def check_identity(checkpoint: Path, found: Any, config: Any, inputs: Inputs | N
 
 
 def _names(folder: Path) -> set[str]:
-    """The names in a folder that may be missing, without the lock and temporary files."""
+    """Returns the names in a folder, without the lock and temporary files; empty if the folder is missing."""
     ours = (files.TEMPORARY, LOCK)
     return {path.name for path in folder.iterdir() if not path.name.startswith(ours)} if folder.exists() else set()
 
 
 def _read_inputs(folder: Path) -> dict[str, str]:
-    """The inputs.json of a run folder."""
+    """Returns the values of a run folder's inputs.json."""
     try:
         return _read_json(folder / INPUTS)
     except RequestError as error:
@@ -201,7 +201,7 @@ def _read_inputs(folder: Path) -> dict[str, str]:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file of a run folder; raises RequestError if it cannot be read."""
+    """Returns the object in a JSON file of a run folder. Raises RequestError if it cannot be read."""
     try:
         value = json.loads(files.read_user_file(path, files.MAX_JSON))
     except (ValueError, RecursionError) as error:
@@ -216,22 +216,22 @@ def _json(values: Mapping[str, Any]) -> bytes:
 
 
 def _short(value: Any) -> str:
-    """The text of an input with its digests cut, which are long."""
+    """Returns the text of an input with its long digests shortened."""
     return re.sub(r"([0-9a-f]{12})[0-9a-f]{52}", r"\1...", str(value))
 
 
 def finish(folder: Path, results: dict[str, Any]) -> None:
-    """Writes results.json, which marks the run as done; the versions that made it are added.
+    """Writes results.json, which marks the run as done, and adds the versions of the software to it.
 
     Raises:
-        FkdError: As `require_held`.
+        FkdError: As in `require_held`.
     """
     require_held(folder)
     files.replace(folder / RESULTS, _json({**results, "versions": versions()}))
 
 
 def read_results(folder: Path) -> dict[str, Any]:
-    """The results.json of a finished run; raises RequestError if there is none."""
+    """Returns the results.json of a finished run. Raises RequestError if the file is missing."""
     try:
         return _read_json(folder / RESULTS)
     except RequestError as error:
@@ -239,11 +239,11 @@ def read_results(folder: Path) -> dict[str, Any]:
 
 
 def to_yaml(config: Any) -> str:
-    """The config as YAML, one key a line, in the order of its fields or in sections if it has groups."""
+    """Returns the config as YAML, one key per line, in the order of its fields, with one section per group."""
     return yaml.safe_dump(nested(dataclasses.asdict(config), type(config)), sort_keys=False)
 
 
 def versions() -> dict[str, str]:
-    """Versions of the software that results depend on."""
+    """Returns the versions of the software that results depend on."""
     names = ("fkd_ssl", "torch", "torchvision", "lightly", "pytorch_lightning", "faiss-cpu", "numpy")
     return {"python": platform.python_version(), **{name: version(name) for name in names}}

@@ -1,4 +1,4 @@
-"""Contact sheets: an image with its stored crops and their neighbours; a query with the images found."""
+"""Contact sheets: an image with its stored crops and their neighbours, or a query with the images found."""
 
 import io
 import math
@@ -32,7 +32,7 @@ class Picture:
 
 
 def describe(record: Any) -> str:
-    """The operations of a crop record, in up to three short lines."""
+    """Describes the operations of a crop record in up to three short lines."""
     flags = int(record["flags"])
     lines = [f"{record['width']} x {record['height']}" + (", flip" if flags & FLIP else "")]
     if flags & JITTER:
@@ -44,11 +44,11 @@ def describe(record: Any) -> str:
 
 
 def draw(image: UInt8Array, records: Records, crops: Sequence[Picture], near: Sequence[Sequence[Picture]], title: str) -> bytes:
-    """A contact sheet as PNG.
+    """Draws a contact sheet; returns it as PNG.
 
     Args:
         image: uint8 [H, W, 3].
-        records: The crops' records [m], in the image's pixels.
+        records: Crop records [m], with boxes in pixels of the image.
         crops: The crops [m].
         near: The neighbours of each crop; empty without a teacher.
         title: Title of the sheet.
@@ -60,7 +60,7 @@ def draw(image: UInt8Array, records: Records, crops: Sequence[Picture], near: Se
 
     colours = [colormaps["tab10"](k % 10) for k in range(len(crops))]
     cells = [[crop, *neighbours] for crop, neighbours in zip(crops, near, strict=True)]
-    # without neighbours the crops stand in rows of their own
+    # without neighbours, the crops themselves fill the rows
     wide = max(map(len, cells)) if any(near) else min(6, len(crops))
     rows = cells if any(near) else [list(crops[k : k + wide]) for k in range(0, len(crops), wide)]
     side = 3.2 * image.shape[1] / max(image.shape[:2])
@@ -100,12 +100,12 @@ def draw(image: UInt8Array, records: Records, crops: Sequence[Picture], near: Se
 
 
 def write_found(path: Path, query: UInt8Array, title: str, found: Sequence[tuple[UInt8Array, str]]) -> None:
-    """Writes the query above the images found, best first, five in a row, each with its caption.
+    """Writes the query above the images found: best first, five per row, each with its caption.
 
     Args:
         path: The PNG to write; an existing file is replaced.
         query: uint8 [H, W, 3].
-        title: Its caption.
+        title: Caption of the query.
         found: Pictures uint8 [H, W, 3] and their captions.
     """
     cell = (TILE + _GAP, TILE + CAPTION + _GAP)

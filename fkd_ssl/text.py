@@ -1,13 +1,13 @@
-"""Text for people: what a terminal can show, byte counts and durations."""
+"""Text for people: escapes for the terminal, byte counts and durations."""
 
 import re
 
-# control characters but tab and newline, line and paragraph separators, changes of direction, lone surrogates
+# control characters except tab and newline, line and paragraph separators, changes of direction, lone surrogates
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def printable(text: str, *, encoding: str | None = None, one_line: bool = False) -> str:
-    r"""`text` with backslash escapes for what would control a terminal or cannot be encoded, and for newlines of `one_line`.
+    r"""Escapes what would control a terminal or cannot be encoded with backslashes, and newlines too if `one_line`.
 
     >>> printable("a\x1b[2Jb\ud800")
     'a\\x1b[2Jb\\ud800'
@@ -20,7 +20,7 @@ def printable(text: str, *, encoding: str | None = None, one_line: bool = False)
 
 
 def format_bytes(count: float) -> str:
-    """A number of bytes for people.
+    """Formats a number of bytes for people.
 
     >>> format_bytes(840), format_bytes(74_900), format_bytes(1.1e12)
     ('840 bytes', '74.9 kB', '1.1 TB')
@@ -32,7 +32,7 @@ def format_bytes(count: float) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """A duration for people.
+    """Formats a duration for people.
 
     >>> format_duration(42), format_duration(5400), format_duration(400_000)
     ('42 s', '1.5 hours', '4.6 days')
