@@ -39,7 +39,9 @@ def resnet50() -> Teacher:
     torch.manual_seed(0)
     network = torchvision.models.resnet50()
     network.fc = nn.Identity()
-    return Teacher(network, nn.Linear(2048, 128), name="resnet50", dim=128, feature_dim=2048, network="resnet50, linear 128")
+    return Teacher(
+        network, nn.Linear(2048, 128), name="resnet50", shape=(128,), feature_dim=2048, network="resnet50, linear 128"
+    )
 
 
 def main() -> None:

@@ -64,7 +64,7 @@ def teacher_of(name: str, checkpoint: str | None) -> Teacher:
     norm = [nn.BatchNorm1d(hidden)] if name.startswith("swav") else []
     head = nn.Sequential(nn.Linear(wide, hidden), *norm, nn.ReLU(), nn.Linear(hidden, 128))
     network = f"{name}, random weights"
-    return Teacher(backbone, head, name=name, dim=128, network=network).to(resolve.device())
+    return Teacher(backbone, head, name=name, shape=(128,), network=network).to(resolve.device())
 
 
 def measure(args: argparse.Namespace, teacher_name: str, student_name: str, side: str, *numbers: str) -> dict[str, Any]:

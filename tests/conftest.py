@@ -128,8 +128,8 @@ def unprivileged(tmp_path: Path) -> Callable[[], AbstractContextManager[None]]:
         if os.geteuid() != 0:
             yield
             return
-        for folder in (tmp_path, *tmp_path.parents[:2]):
-            folder.chmod(folder.stat().st_mode | 0o011)  # pytest's own folders
+        for folder in (tmp_path, *tmp_path.parents[:3]):
+            folder.chmod(folder.stat().st_mode | 0o011)  # pytest's own folders, of which pytest-xdist has one more
         os.seteuid(65534)
         try:
             yield

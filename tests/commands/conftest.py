@@ -45,7 +45,7 @@ def prototyped(checkpoint=None):
     network = Prototyped(seed=2 if checkpoint is None else 3)
     prototypes = torch.eye(16).numpy()
     return Teacher(
-        network, nn.Identity(), name="prototyped", dim=16, feature_dim=16, network="colours", pixels=32,
+        network, nn.Identity(), name="prototyped", shape=(16,), network="colours", pixels=32,
         arrays={"prototypes": prototypes},
     )
 

@@ -334,7 +334,7 @@ from fkd_ssl.teachers import Teacher
 from own_teacher import Network
 
 def make(std):
-    return Teacher(Network(), nn.Identity(), name="t", dim=16, network="colours", pixels=32, std=(std, 0.224, 0.225))
+    return Teacher(Network(), nn.Identity(), name="t", shape=(16,), network="colours", pixels=32, std=(std, 0.224, 0.225))
 
 def imagenet():
     return make(0.229)

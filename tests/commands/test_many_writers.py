@@ -102,6 +102,8 @@ class TestShards:
         monkeypatch.setenv("RANK", "1")
         monkeypatch.setenv("WORLD_SIZE", "2")
         assert call(f"{LINE} --store new") == (0, "", "")
+        monkeypatch.delenv("RANK")
+        monkeypatch.delenv("WORLD_SIZE")
         assert json.loads(call("inspect new --json").out)["teachers"]["make"]["missing_shards"] == []
 
 

@@ -241,7 +241,7 @@ def test_a_store_has_the_crops_of_whole_passes(work: Path, call: Any, epochs: st
         ("--crops 8", "must be a multiple of crops_per_image 2, at most 6"),
         ("--epochs 1.5", "1.5 epochs are less than one pass of crops_per_image 2"),
         ("--student resnet19", "resnet18"),
-        ("--batch_size 72", "there are 18"),
+        ("--batch_size 72", "the data set 18"),
         ("--objective prototype_ce", "prototypes"),
         ("--recipe none", "--recipe 'none' is unknown"),
         ("--codec SQ9", "SQ9"),
