@@ -17,7 +17,7 @@ _NAMES = {
 }
 
 if TYPE_CHECKING:
-    from fkd_ssl.crops import replay as replay
+    from fkd_ssl.crops.replay import replay as replay
     from fkd_ssl.data import StoredCrops as StoredCrops
     from fkd_ssl.store import open_store as open_store
     from fkd_ssl.students import load_student as load_student

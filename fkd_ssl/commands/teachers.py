@@ -51,8 +51,8 @@ def _list(config: Config) -> int:
 
     here = {name: fetch.find(preset, config.cache) for name, preset in PRESETS.items()}
     if config.json:
-        files = {name: None if path is None else str(path) for name, path in here.items()}
-        console.show_json({name: {**asdict(preset), "here": files[name]} for name, preset in PRESETS.items()})
+        paths = {name: None if path is None else str(path) for name, path in here.items()}
+        console.show_json({name: {**asdict(preset), "here": paths[name]} for name, preset in PRESETS.items()})
         return 0
     rows = [["preset", "here", "network", "head", "target", "linear top-1", "licence of the weights"]]
     for name, p in PRESETS.items():
