@@ -18,7 +18,7 @@ class Teacher(nn.Module):
 
     Args:
         backbone: Normalised floats [B, 3, H, W] to features [B, F].
-        head: Features to what targets are made of, [B, *shape]: vectors of any length, or logits.
+        head: Features to what targets are made of, `[B, *shape]`: vectors of any length, or logits.
         name: What a store's column is called by default.
         shape: Of one target.
         kind: `embedding`: targets are L2-normalised vectors; `distribution`: class probabilities, the softmax of what the head
@@ -66,16 +66,16 @@ class Teacher(nn.Module):
 
     @torch.inference_mode()
     def embed(self, images: Tensor) -> Tensor:
-        """Targets float32 [B, *shape] of crops uint8 [B, 3, H, W]: L2-normalised, or probabilities; nothing is resized.
+        """Targets float32 `[B, *shape]` of crops uint8 [B, 3, H, W]: L2-normalised, or probabilities; nothing is resized.
 
         Raises:
-            FkdError: The network gives something other than finite [B, *shape].
+            FkdError: The network gives something other than finite `[B, *shape]`.
         """
         return self.info.spec.rules.of_output(self.output(images))
 
     @torch.inference_mode()
     def output(self, images: Tensor) -> Tensor:
-        """What `embed` makes targets of: vectors of any length or logits [B, *shape], in the precision of the forward.
+        """What `embed` makes targets of: vectors of any length or logits `[B, *shape]`, in the precision of the forward.
 
         Raises:
             FkdError: As `embed`.
