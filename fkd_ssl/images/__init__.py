@@ -1,4 +1,4 @@
-"""Where images come from, and the one way to read an image's pixels."""
+"""Image sources, and the decoder that all of them share."""
 
 from fkd_ssl.images.decoding import (
     MAX_PIXELS,

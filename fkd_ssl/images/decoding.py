@@ -1,4 +1,4 @@
-"""Encoded images: their size from the header, and their pixels. All images of this library are opened and decoded here."""
+"""Reads the size and the pixels of encoded images. All images of this library are opened and decoded here."""
 
 import io
 import os
@@ -16,9 +16,9 @@ from fkd_ssl.arrays import UInt8Array
 from fkd_ssl.errors import ImageAccessError, ImageError
 
 MAX_SIDE = 65535  # boxes are uint16
-MAX_PIXELS = 178_956_970  # where Pillow suspects a decompression bomb
+MAX_PIXELS = 178_956_970  # Pillow suspects a decompression bomb in larger images
 _ORIENTATION = 0x0112
-# what undoes Pillow's transposition for each EXIF orientation
+# the inverse of Pillow's transposition for each EXIF orientation
 _UNDO = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -32,7 +32,7 @@ _INVALID = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)  # w
 
 
 def open_file(path: str | Path, buffering: int = -1) -> BinaryIO:
-    """Opens the file of an image; links are followed.
+    """Opens an image file. Links are followed.
 
     Raises:
         ImageAccessError: The file cannot be opened, or is a pipe, a device or a folder.
@@ -48,7 +48,7 @@ def open_file(path: str | Path, buffering: int = -1) -> BinaryIO:
 
 
 def read_bytes(path: str | Path) -> bytes:
-    """The bytes of an image's file; raises ImageAccessError, with its name, if it cannot be read."""
+    """Returns the bytes of an image file. Raises ImageAccessError, with the file's name, if it cannot be read."""
     try:
         with open_file(path, buffering=0) as file:
             return file.read()
@@ -57,18 +57,18 @@ def read_bytes(path: str | Path) -> bytes:
 
 
 def read_size(path: str | Path) -> tuple[int, int]:
-    """Width and height in pixels of an image's file, from the header alone, without EXIF orientation.
+    """Reads width and height of an image file in pixels, from the header only, without applying EXIF orientation.
 
     Raises:
         ImageAccessError: The file cannot be read.
-        ImageError: It is not an image, or is too large.
+        ImageError: The file is not an image, or the image is too large.
     """
     with open_file(path) as file:
         return header_size(file, path)
 
 
 def header_size(file: BinaryIO, name: str | Path) -> tuple[int, int]:
-    """Width and height of an encoded image, from the header alone, without EXIF orientation; raises as `read_size`."""
+    """Reads width and height of an encoded image from its header, without EXIF orientation. Raises as `read_size` does."""
     try:
         with Image.open(file) as header:
             width, height = _stored_size(header)
@@ -79,23 +79,22 @@ def header_size(file: BinaryIO, name: str | Path) -> tuple[int, int]:
 
 
 def decode(data: bytes, name: str | Path) -> UInt8Array:
-    """Pixels uint8 [H, W, 3] RGB of an encoded image.
+    """Decodes an image to RGB pixels uint8 [H, W, 3].
 
-    simplejpeg (libjpeg-turbo) decodes JPEGs, and Pillow everything else. Pillow also decides about a JPEG that simplejpeg
-    refuses: both give the same pixels (of CMYK, up to a level), and Pillow accepts corrupt data but no truncated file. Of an
-    animation the first frame is taken. Greyscale, palette and CMYK images become RGB, alpha is dropped, and EXIF orientation
-    is never applied.
+    simplejpeg (libjpeg-turbo) decodes JPEGs, and Pillow decodes everything else, including JPEGs that simplejpeg rejects. Both
+    give the same pixels (up to one level for CMYK). Pillow accepts corrupt data, but no truncated file. Animations give their
+    first frame. Greyscale, palette and CMYK images are converted to RGB, alpha is dropped, and EXIF orientation is not applied.
 
-    Greyscale of more than 8 bits becomes 8 bits by its range. 16 bits lose the low byte. 32-bit integers, whose range a file
-    does not say, keep values up to 255, and lose the low byte of values up to 65535. Floats in 0 to 1 are multiplied by
-    255, and floats in 0 to 255 are rounded. Other values are refused.
+    Greyscale images of more than 8 bits are converted to 8 bits by their range. 16-bit values lose the low byte. Files do not
+    state the range of 32-bit integers: images with values up to 255 are kept, and images with values up to 65535 lose the low
+    byte. Floats in 0 to 1 are multiplied by 255, and floats in 0 to 255 are rounded. Other values raise an error.
 
     Raises:
-        ImageError: The bytes are truncated, are not an image, or have values of no known range; the message starts with `name`.
+        ImageError: The bytes are truncated, are not an image, or have values of an unknown range. Messages start with `name`.
     """
     try:
         if data[:3] == b"\xff\xd8\xff":
-            with suppress(ValueError):  # not quite a JPEG: Pillow decides
+            with suppress(ValueError):  # not a valid JPEG: try Pillow
                 height, width, *_ = simplejpeg.decode_jpeg_header(data)
                 _check_size(height, width, name)
                 pixels: UInt8Array = simplejpeg.decode_jpeg(data, "RGB")
@@ -113,12 +112,12 @@ def decode(data: bytes, name: str | Path) -> UInt8Array:
 
 
 def read_image(path: str | Path) -> UInt8Array:
-    """Pixels uint8 [H, W, 3] RGB of an image's file; raises as `read_bytes` and `decode`."""
+    """Decodes an image file to RGB pixels uint8 [H, W, 3]. Raises as `read_bytes` and `decode` do."""
     return decode(read_bytes(path), path)
 
 
 def _stored_size(picture: Image.Image) -> tuple[int, int]:
-    """Width and height as stored: those that Pillow gives of a TIFF have its orientation applied, in some versions."""
+    """Returns width and height as stored. Some versions of Pillow apply the orientation of a TIFF to its size."""
     if picture.format == "TIFF":
         tags = picture.tag_v2  # type: ignore[attr-defined]
         return int(tags[256]), int(tags[257])
@@ -126,7 +125,7 @@ def _stored_size(picture: Image.Image) -> tuple[int, int]:
 
 
 def _as_stored(picture: Image.Image) -> Image.Image:
-    """The image without its orientation: Pillow applies that of TIFF when it loads the pixels, and of no other format."""
+    """Undoes the orientation. Pillow applies it for TIFF only, when it loads the pixels."""
     if picture.format != "TIFF":
         return picture
     orientation = picture.getexif().get(_ORIENTATION, 1)
@@ -139,7 +138,7 @@ def _as_stored(picture: Image.Image) -> Image.Image:
 
 
 def _eight_bits(values: npt.NDArray[Any], format_: str | None) -> UInt8Array:
-    """Greyscale of more than 8 bits as uint8, by the range of its values; raises ValueError if that is not known."""
+    """Converts greyscale of more than 8 bits to uint8 by the range of its values. Raises ValueError if that is unknown."""
     low, high = values.min(), values.max()
     if values.dtype.kind == "f":
         if not (low >= 0 and high <= 255):  # also for NaN
@@ -148,7 +147,7 @@ def _eight_bits(values: npt.NDArray[Any], format_: str | None) -> UInt8Array:
         return scaled
     if low < 0 or high > 65535:
         raise ValueError(f"integers from {low} to {high}; expected 0 to 255 or 0 to 65535")
-    sixteen = values.dtype.itemsize == 2 or format_ in ("PNG", "PPM")  # whose 16 bits Pillow may give as 32
+    sixteen = values.dtype.itemsize == 2 or format_ in ("PNG", "PPM")  # Pillow may load their 16 bits as 32
     shifted: UInt8Array = (values >> 8 if sixteen or high > 255 else values).astype(np.uint8)
     return shifted
 
@@ -159,12 +158,12 @@ def _check_size(height: int, width: int, name: str | Path) -> None:
 
 
 def inaccessible(name: str | Path, error: OSError) -> ImageAccessError:
-    """The error for an image that the system does not let us read."""
+    """Returns the error for an image that cannot be opened or read."""
     return ImageAccessError(f"{name}: cannot be read: {error.strerror}; restore the file, its permissions or its disk")
 
 
 def _unreadable(error: BaseException, name: str | Path) -> ImageError | ImageAccessError:
-    """What to raise instead of an error of Pillow; one with an errno came from the system and says nothing of the data."""
+    """Returns the error to raise for one of Pillow's. An errno means that the system failed, not that the data is damaged."""
     if isinstance(error, OSError) and error.errno is not None:
         return inaccessible(name, error)
     if isinstance(error, UnidentifiedImageError):

@@ -13,22 +13,22 @@ from fkd_ssl.images.decoding import header_size, inaccessible, open_file, read_b
 from fkd_ssl.images.names import is_line, refuse
 from fkd_ssl.images.source import ImageSource
 
-# one list for all machines, since a store of the same folder must list the same images
+# the same on all machines, since a store of the same folder must list the same images
 SUFFIXES = frozenset(
     {".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".dib", ".gif", ".webp", ".avif", ".jp2", ".j2k"}
     | {".pbm", ".pgm", ".ppm", ".pnm", ".tga", ".tif", ".tiff"}
 )
-_OPTIONAL = {".avif": "avif", ".webp": "webp", ".jp2": "jpg_2000", ".j2k": "jpg_2000"}  # what Pillow may be built without
-_LISTED = 10  # kinds of files in a message
+_OPTIONAL = {".avif": "avif", ".webp": "webp", ".jp2": "jpg_2000", ".j2k": "jpg_2000"}  # Pillow may lack these formats
+_LISTED = 10  # maximum number of kinds of files in a message
 
 
 class Folder(ImageSource):
-    """The images of a folder, in the order of their relative paths; an image's first folder is its class.
+    """The images of a folder, in the order of their relative paths. The first folder of a path is the image's class.
 
     Args:
         root: The folder.
-        paths: Relative POSIX paths as the file system spells them.
-        left_out: How many files were left out, by their suffix.
+        paths: Relative POSIX paths as the file system returns them.
+        left_out: Number of files that were left out, by suffix.
 
     Attributes:
         root: The folder.
@@ -47,26 +47,26 @@ class Folder(ImageSource):
             self.notes.append(f"{root}: {left_out.total():,} files are not images by their names: {_kinds(left_out)}")
 
     def where(self, index: int) -> str:
-        """The path of image `index`."""
+        """Returns the path of image `index`."""
         return f"{self.root}/{self._spelled.get(index) or self.names[index]}"
 
     def file(self, index: int) -> Path:
-        """The file of image `index`."""
+        """Returns the file of image `index`."""
         return Path(self.where(index))
 
     def read(self, index: int) -> bytes:
-        """The bytes of the file of image `index`; raises ImageAccessError if it cannot be read."""
+        """Returns the bytes of the file of image `index`. Raises ImageAccessError if it cannot be read."""
         return read_bytes(self.where(index))
 
     def byte_size(self, index: int) -> int:
-        """Bytes of the file of image `index`; raises ImageAccessError if it is missing."""
+        """Returns the size in bytes of the file of image `index`. Raises ImageAccessError if it is missing."""
         try:
             return os.stat(self.where(index)).st_size  # noqa: PTH116  (of a million files)
         except OSError as error:
             raise inaccessible(self.where(index), error) from error
 
     def stamp(self, index: int) -> tuple[str, float]:
-        """Device, inode, size and times of the file of image `index`; raises ImageAccessError if it is missing."""
+        """Returns device, inode, size and times of the file of image `index`. Raises ImageAccessError if it is missing."""
         try:
             stat = os.stat(self.where(index))  # noqa: PTH116  (of a million files)
         except OSError as error:
@@ -74,7 +74,7 @@ class Folder(ImageSource):
         return f"{stat.st_dev} {stat.st_ino} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}", stat.st_ctime
 
     def size(self, index: int) -> tuple[int, int, int]:
-        """Bytes, width and height of image `index`; only its header is read."""
+        """Returns bytes, width and height of image `index`. Reads only its header."""
         path = self.where(index)
         with open_file(path) as file:
             return os.fstat(file.fileno()).st_size, *header_size(file, path)
@@ -84,8 +84,8 @@ def scan(root: str | Path) -> Folder:
     """Lists the images under `root`, following links to folders as torchvision's `ImageFolder` does.
 
     Raises:
-        RequestError: `root` is not a folder, holds no image, holds a folder that cannot be listed, images of a format that
-            this Pillow was built without, or names that a list of lines cannot hold.
+        RequestError: `root` is not a folder, or has no images, a folder that cannot be listed, images of a format that the
+            installed Pillow cannot read, or names that cannot be stored as lines.
     """
     if not str(root):
         raise RequestError("an empty name for a folder of images")
@@ -114,7 +114,7 @@ def scan(root: str | Path) -> Folder:
 
 
 def _check_formats(root: Path, paths: Iterable[str]) -> None:
-    """Raises RequestError if images have a format that this Pillow does not read: they would count as damaged."""
+    """Raises RequestError if the installed Pillow cannot read the format of an image, which would count as damaged."""
     suffixes = {os.path.splitext(path)[1].lower() for path in paths}  # noqa: PTH122  (a million of them)
     for suffix in sorted(suffixes & _OPTIONAL.keys()):
         if not features.check(_OPTIONAL[suffix]):
@@ -122,13 +122,13 @@ def _check_formats(root: Path, paths: Iterable[str]) -> None:
 
 
 def _kinds(left_out: Counter[str]) -> str:
-    """Files by their suffix, in words."""
+    """Describes the number of files of each suffix."""
     common = sorted(left_out.items(), key=lambda item: (-item[1], item[0] or "~"))[:_LISTED]
     return ", ".join(f"{count:,} {suffix or 'without a suffix'}" for suffix, count in common)
 
 
 def _walk(folder: str | Path, above: tuple[tuple[int, int], ...], left_out: Counter[str]) -> list[str]:
-    """Files with an image's suffix under `folder`, the others counted; a link to a folder above it is not followed."""
+    """Lists the files with an image suffix under `folder` and counts the others. Links to a parent folder are not followed."""
     stat = Path(folder).stat()
     here = (stat.st_dev, stat.st_ino)
     if here in above:

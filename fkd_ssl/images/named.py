@@ -1,4 +1,4 @@
-"""Image sets by name, as NAME:SPLIT:ROOT with torchvision's ROOT: `cifar10:test:/data`, `imagenette:val:/data`.
+"""Image sets by name, as NAME:SPLIT:ROOT with the `root` of torchvision: `cifar10:test:/data`, `imagenette:val:/data`.
 
 Nothing is downloaded.
 """
@@ -24,7 +24,7 @@ _FOLDERS = {"imagenette": ("imagenette2", "imagenette2-320", "imagenette2-160", 
 
 
 class Arrays(ImageSource):
-    """Images in memory, which are read as PPM files; their names are CLASS/NUMBER.ppm.
+    """Images in memory. They are encoded as PPM files, with names CLASS/NUMBER.ppm.
 
     Args:
         spec: As in ImageSource.
@@ -43,19 +43,19 @@ class Arrays(ImageSource):
         super().__init__(spec, names[self._order].tolist(), to_sorted[given[self._order]], in_order)
 
     def read(self, index: int) -> bytes:
-        """Image `index` as a PPM file."""
+        """Returns image `index` as a PPM file."""
         image = np.ascontiguousarray(self._pixels[self._order[index]])
         return b"P6 %d %d 255\n" % (image.shape[1], image.shape[0]) + image.tobytes()
 
     def identity(self, name: str = "images", *, sizes: bool = True) -> dict[str, str]:
-        """What a run keeps of this set to know it again: its digest, since all images have the same number of bytes."""
+        """Returns what identifies this set in a run: its digest, since all images have the same number of bytes."""
         return {name: f"{len(self)} images in {len(self.classes)} classes, sha256 {self.digest()}"}
 
 
 def load(spec: str) -> ImageSource:
-    """The image set NAME:SPLIT:ROOT, where torchvision keeps it under ROOT.
+    """Loads the image set NAME:SPLIT:ROOT from the files of torchvision under ROOT.
 
-    CIFAR's files are pickles: torchvision opens them only where their md5 is the published one, so nobody else's is run.
+    CIFAR's files are pickles. Torchvision opens them only if their md5 is the published one, so no other code is executed.
 
     Raises:
         RequestError: The split is unknown, or the set is not found.

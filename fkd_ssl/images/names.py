@@ -1,4 +1,4 @@
-"""The names of images, kept as the lines of one text."""
+"""The names of images, stored as the lines of one text."""
 
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,19 +11,19 @@ from fkd_ssl.arrays import Int64Array
 from fkd_ssl.errors import RequestError
 
 _PIECE = 2**18  # bytes
-_LISTED = 10  # names in a message
+_LISTED = 10  # maximum number of names in a message
 
 
 class Names(Sequence[str]):
-    """A list of names that holds their bytes and decodes one when it is asked for: millions of names cost little more.
+    """A list of names that stores their bytes and decodes a name when it is read, so that millions of names take little memory.
 
-    Processes that are forked share it: reading a name writes nothing, where a list of strings counts references.
+    Forked processes share it, since reading a name writes nothing. A list of strings would write reference counts.
 
     Args:
-        names: Names without newlines, or their lines, each with a newline at its end.
+        names: Names without newlines, or the bytes of their lines, each of which ends with a newline.
 
     Attributes:
-        lines: The lines.
+        lines: The bytes of all lines.
     """
 
     def __init__(self, names: Iterable[str] | bytes) -> None:
@@ -59,10 +59,10 @@ class Names(Sequence[str]):
             return self.lines == other.lines
         return isinstance(other, Sequence) and list(self) == list(other)
 
-    __hash__ = None  # type: ignore[assignment]  # it is compared like a list
+    __hash__ = None  # type: ignore[assignment]  # compared like a list, and so not hashable
 
     def positions(self, names: Iterable[str]) -> Int64Array:
-        """Where each of `names` is in this list, -1 if it is not in it: int64 [len(names)]."""
+        """Returns the index of each of `names` in this list, -1 if it is missing: int64 [len(names)]."""
         if isinstance(names, Names) and self == names:  # the common case, fast for a million names
             return np.arange(len(self), dtype=np.int64)
         where = {name: k for k, name in enumerate(self)}
@@ -70,12 +70,12 @@ class Names(Sequence[str]):
 
 
 def is_line(name: str) -> bool:
-    """Whether a text file can hold the name as one line: it has no control character, line separator or lone surrogate."""
+    """Whether a text file can store the name as one line: no control characters, line separators or lone surrogates."""
     return name.isprintable() or not any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in name)
 
 
 def refuse(spec: str | Path, names: Iterable[str], why: str) -> None:
-    """Raises RequestError if there are such names, with the first ones and their number."""
+    """Raises RequestError, with the first names and their number, unless `names` is empty."""
     if wrong := sorted(names):
         some = "".join(f"\n  {name!r}" for name in wrong[:_LISTED])
         more = f"\n  and {len(wrong) - _LISTED:,} more" if len(wrong) > _LISTED else ""

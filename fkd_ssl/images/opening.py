@@ -1,4 +1,4 @@
-"""From what users write to an image source."""
+"""Opens the image source that a user names."""
 
 import unicodedata
 from collections.abc import Callable
@@ -12,17 +12,17 @@ from fkd_ssl.images.source import ImageSource
 from fkd_ssl.own_code import call, load_function
 
 SOURCES: dict[str, Callable[[str], ImageSource]] = dict.fromkeys(named.SPLITS, named.load)
-"""What opens KIND:REST, by its KIND."""
+"""Functions that open KIND:REST, by KIND."""
 
 
 def open_images(spec: str | Path | ImageSource) -> ImageSource:
-    """A folder of images, or a set KIND:REST whose KIND is in `SOURCES`, or what a function of one's own returns.
+    """Opens a folder of images, a set KIND:REST with a KIND in `SOURCES`, or the source that the user's function returns.
 
-    A folder of that name comes first. The function is written as `module:function` and called without arguments. A source is
-    returned as it is.
+    A folder of that name takes precedence. The function is written as `module:function` and called without arguments. An
+    ImageSource is returned unchanged.
 
     Raises:
-        RequestError: It does not exist, or has names that a store cannot keep.
+        RequestError: The source does not exist, or has names that a store cannot keep.
         FkdError: The function failed, or returned something else than an ImageSource.
     """
     if isinstance(spec, ImageSource):
@@ -41,13 +41,13 @@ def open_images(spec: str | Path | ImageSource) -> ImageSource:
         known = f"known: {', '.join(sorted(SOURCES))}"
         near = did_you_mean(kind, SOURCES)
         raise RequestError(f"{spec}: no such folder of images, and no kind of image set {kind!r} ({known}){near}")
-    if not isinstance(source, Folder):  # whose names were checked
+    if not isinstance(source, Folder):  # the names of a folder are already checked
         _check_names(source)
     return source
 
 
 def _check_names(source: ImageSource) -> None:
-    """Raises RequestError if names are not those that a store can keep and find again."""
+    """Raises RequestError if a store cannot keep the names and find them again."""
     names = list(source.names)
     refuse(source.spec, (name for name in names if not is_line(name)), "have control characters or line separators")
     refuse(source.spec, (n for n in names if n != unicodedata.normalize("NFC", n)), "are not in Unicode's NFC form")

@@ -1,4 +1,4 @@
-"""A smaller copy of an image set, as ordinary files in the same folders: small crops then read no full-size picture."""
+"""Makes a smaller copy of an image set, as files in the same folders, so that small crops need no full-size images."""
 
 import io
 import shutil
@@ -21,26 +21,26 @@ from fkd_ssl.images import ImageSource, decode, read_size
 from fkd_ssl.text import format_bytes
 
 _JPEG = frozenset({".jpg", ".jpeg", ".jpe", ".jfif"})
-_SAMPLED = 32  # images that are shrunk beforehand to tell how large the copy will be
+_SAMPLED = 32  # images that are shrunk first to estimate the size of the copy
 _AHEAD = 64  # images in work at a time
 
 
 @dataclass(frozen=True, kw_only=True)
 class Copied:
-    """What a call of `shrink_set` did."""
+    """Result of `shrink_set`."""
 
     written: int
     """Images written by this call."""
     unreadable: list[str]
     """Relative paths that were skipped."""
     bytes: int
-    """Of all images of the copy."""
+    """Bytes of all images of the copy."""
     source_bytes: int
-    """Of the images that they were made from."""
+    """Bytes of the images that the copy was made from."""
 
 
 def shrink(image: UInt8Array, short_side: int) -> UInt8Array:
-    """The image with its short side at most `short_side`, by area means: uint8 [h, w, 3]; a smaller one as it is."""
+    """Shrinks an image to a short side of at most `short_side`, by area means: uint8 [h, w, 3]. Keeps a smaller image."""
     height, width = image.shape[:2]
     size = _scaled(width, height, short_side)
     if size == (width, height):
@@ -55,7 +55,7 @@ def _scaled(width: int, height: int, short_side: int) -> tuple[int, int]:
 
 
 def encode(image: UInt8Array, name: str, quality: int) -> bytes:
-    """The bytes of uint8 [H, W, 3] in the format of a file's suffix.
+    """Encodes uint8 [H, W, 3] in the format that the suffix of `name` states.
 
     JPEG keeps full colour resolution; Pillow writes the other formats, GIF with 256 colours.
     """
@@ -79,24 +79,24 @@ def shrink_set(
     threads: int = 2,
     log: Callable[[str], None] = lambda message: None,
 ) -> Copied:
-    """Writes a smaller copy of every image under the same relative path and in the same format; continues where it was.
+    """Writes a smaller copy of every image, with the same relative path and format. Continues after an interruption.
 
-    An image that is not larger than asked for is copied byte for byte.
+    Images that are small enough are copied byte for byte.
 
     Args:
         images: The image set.
-        folder: Of the copy; what is there already is kept if it is a readable image of the right size.
-        short_side: Of the copies, in pixels.
-        quality: Of JPEG and WebP.
+        folder: Folder of the copy. Existing files are kept if they are readable images of the right size.
+        short_side: Maximum short side of the copies, in pixels.
+        quality: Quality of JPEG and WebP.
         skip_unreadable: Leave out damaged images instead of stopping.
-        threads: That read, shrink and write.
-        log: Takes lines for the user.
+        threads: Number of threads that read, shrink and write.
+        log: Called with each line for the user.
 
     Raises:
-        RequestError: The copy would lie within the image set, or a setting is impossible.
+        RequestError: One folder would be inside the other, or a setting is invalid.
         ImageAccessError: An image cannot be opened.
-        ImageError: An image is damaged, or a file of the copy is not one that this makes.
-        FkdError: The disk cannot hold the copy.
+        ImageError: An image is damaged, or an existing file in `folder` does not belong to the copy.
+        FkdError: There is not enough disk space.
     """
     if not 8 <= short_side <= 4096 or not 1 <= quality <= 100 or threads < 1:
         raise RequestError(
@@ -106,7 +106,7 @@ def shrink_set(
     log(_announce(images, folder, short_side, quality))
     for place in sorted({folder / Path(name).parent for name in images.names}):
         place.mkdir(parents=True, exist_ok=True)
-        files.remove_leftovers(place, seconds=0)  # the folder's lock says that nobody else writes here
+        files.remove_leftovers(place, seconds=0)  # safe, since this process holds the folder's lock
 
     def one(index: int) -> tuple[int, int, bool] | str:
         try:
@@ -133,17 +133,17 @@ def shrink_set(
 
 
 def check_apart(source: str, folder: Path) -> None:
-    """Raises RequestError if the folder of a copy is in the folder of its images, or around it."""
+    """Raises RequestError if the folder of a copy is inside the folder of its images, or contains it."""
     a, b = Path(source).resolve(), folder.resolve()
     if a.is_relative_to(b) or b.is_relative_to(a):
         raise RequestError(f"{folder}: lies within {source}, or around it: the copies would be taken for its images")
 
 
 def _announce(images: ImageSource, folder: Path, short_side: int, quality: int) -> str:
-    """How large the copy will be, from a sample; raises FkdError where the disk cannot hold it."""
+    """Describes the estimated size of the copy, from a sample. Raises FkdError if there is not enough disk space."""
     sizes = []
     for index in np.linspace(0, len(images) - 1, min(_SAMPLED, len(images))).astype(int):
-        with suppress(ImageError):  # said when its turn comes
+        with suppress(ImageError):  # reported when the image is copied
             data = images.read(int(index))
             sizes.append((len(data), len(_shrunk(data, images.where(int(index)), short_side, quality))))
     if not sizes:
@@ -170,7 +170,7 @@ def _shrunk(data: bytes, name: str, short_side: int, quality: int) -> bytes:
 
 
 def _copy(images: ImageSource, index: int, copy: Path, short_side: int, quality: int) -> tuple[int, int, bool]:
-    """Bytes of an image, bytes of its copy, and whether it was written now."""
+    """Returns the bytes of an image, the bytes of its copy, and whether the copy was written now."""
     if copy.exists():
         with suppress(ImageError):
             size, width, height = images.size(index)

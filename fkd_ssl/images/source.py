@@ -1,4 +1,4 @@
-"""What every room of this library asks of a set of images, whatever holds them."""
+"""The base class of all image sets, wherever the images are stored."""
 
 import hashlib
 import io
@@ -23,30 +23,30 @@ from fkd_ssl.images.names import Names
 from fkd_ssl.progress import hidden
 
 CONTENTS = "contents of "
-"""How the names of those entries of an identity begin that change when a damaged image is replaced."""
+"""Prefix of the entries of an identity that change when a damaged image is replaced."""
 _SHA256 = re.compile("[0-9a-f]{64}")
-_SETTLED = 10  # seconds: a file that changed later may change again within one tick of its file system's clock
-_READERS, _PIECE = 16, 4096  # threads that read for `digest`, and images handed to them at once
+_SETTLED = 10  # seconds; a file that changed more recently may change again within one tick of its file system's clock
+_READERS, _PIECE = 16, 4096  # threads that read for `digest`, and images per batch for them
 
 
 class ImageSource(ABC):
-    """A set of labelled images, known by their names.
+    """A set of labelled images, identified by their names.
 
-    A store keeps nothing but the names of its images, and their crops are drawn from nothing else: the same images under the
-    same names make the same store, whatever holds them.
+    A store refers to its images by name only, and their crops are drawn from their names. So the same images with the same
+    names give the same store, wherever the images are stored.
 
-    A source of one's own subclasses this and writes `read`; `module:function` in place of a folder opens it, or a function in
-    `SOURCES`. A source whose headers can be read alone overrides `size`, and one that reads some images together (a tar,
-    a row group) overrides `group`. `read` is called from threads and from forked processes.
+    To add a source, subclass this class and implement `read`. Open it with `module:function` in place of a folder, or with a
+    function in `SOURCES`. Override `size` if headers can be read without the rest of the image, and `group` if some images are
+    read together (a tar, a row group). `read` is called from threads and from forked processes.
 
     Args:
-        spec: What was asked for, as `open_images` takes it.
-        names: Of the images: "/"-separated, in Unicode's NFC form, each one only once, in the order of the set.
+        spec: The argument of `open_images`.
+        names: Names of the images in the order of the set: "/"-separated, in Unicode's NFC form, and unique.
         labels: Indices into `classes` [N]; -1 for an image without a class.
         classes: Names of the classes.
 
     Attributes:
-        spec: As given; messages and results name it.
+        spec: As given; used in messages and results.
         names: As given.
         labels: int64 [N].
         classes: As given.
@@ -70,38 +70,38 @@ class ImageSource(ABC):
 
     @abstractmethod
     def read(self, index: int) -> bytes:
-        """The encoded image `index`.
+        """Returns the encoded image `index`.
 
         Raises:
-            ImageAccessError: It cannot be opened.
-            ImageError: It is damaged.
+            ImageAccessError: The image cannot be opened.
+            ImageError: The image is damaged.
         """
 
     def size(self, index: int) -> tuple[int, int, int]:
-        """Bytes, width and height of image `index`, from its header; raises as `read`, and ImageError if it is not an image."""
+        """Returns bytes, width and height of image `index`, from its header. Raises as `read` does, and if it is not an image."""
         data = self.read(index)
         return len(data), *header_size(io.BytesIO(data), self.where(index))
 
     def byte_size(self, index: int) -> int:
-        """Bytes of the encoded image `index`; raises as `read`."""
+        """Returns the number of bytes of the encoded image `index`. Raises as `read` does."""
         return len(self.read(index))
 
     def group(self, index: int) -> int:
-        """Images of one group are read faster one after another; 0 for all if there are no groups."""
+        """Returns the group of image `index`: images of one group are read faster in sequence. Default: 0 for all images."""
         return 0
 
     def where(self, index: int) -> str:
-        """The place of image `index`, for messages."""
+        """Returns the location of image `index`, for messages."""
         return f"{self.spec}/{self.names[index]}"
 
     def pixels(self, index: int) -> UInt8Array:
-        """Pixels uint8 [H, W, 3] RGB of image `index`; raises as `read` and `decode`."""
+        """Decodes image `index` to RGB pixels uint8 [H, W, 3]. Raises as `read` and `decode` do."""
         return decode(self.read(index), self.where(index))
 
     def digest(self) -> str:
-        """Hex sha256 of the names, classes and bytes of all images: a copy has the same digest.
+        """Returns the hex sha256 of the names, classes and bytes of all images. A copy has the same digest.
 
-        The images are read once. The digest is then kept in the cache folder, and found there as long as no `stamp` changes.
+        The digest is kept in the cache folder, so that the images are read again only after a `stamp` has changed.
 
         Raises:
             ImageAccessError: An image cannot be opened.
@@ -109,10 +109,10 @@ class ImageSource(ABC):
         return self._digest
 
     def stamp(self, index: int) -> tuple[str, float] | None:
-        """What changes whenever the bytes of image `index` do, and the time of its last change; nothing is read.
+        """Returns a value that changes whenever image `index` changes, and the time of the last change. Reads no image.
 
         Returns:
-            The stamp and seconds since the epoch; None if the source cannot tell.
+            The stamp, and the time in seconds since the epoch; None if the source has no stamps.
 
         Raises:
             ImageAccessError: The image is missing.
@@ -133,13 +133,13 @@ class ImageSource(ABC):
                     sums.update(f"{self.names[index]}\n{self._class_of(index)}\n".encode() + content)
                 bar.update(len(rows))
         if kept is not None:
-            with suppress(OSError):  # a cache folder that cannot be written costs time, nothing else
+            with suppress(OSError):  # without a writable cache folder, the images are only read again
                 kept.parent.mkdir(parents=True, exist_ok=True)
                 files.replace(kept, sums.hexdigest().encode())
         return sums.hexdigest()
 
     def _kept_digest(self) -> Path | None:
-        """The file of the cache folder that keeps the digest; None if stamps cannot be relied on."""
+        """Returns the file in the cache folder that keeps the digest; None if the stamps are not reliable."""
         stamps, newest = hashlib.sha256(), time.time() - _SETTLED
         for index in range(len(self)):
             stamp = self.stamp(index)
@@ -156,14 +156,14 @@ class ImageSource(ABC):
         return hashlib.sha256(self.read(index)).digest()
 
     def identity(self, name: str = "images", *, sizes: bool = True) -> dict[str, str]:
-        """What a run keeps of this set to know it again: digests of names and classes, and of byte sizes; nothing is read.
+        """Returns what identifies this set in a run: digests of names and classes, and of byte sizes. Reads no image.
 
-        Where the images are does not count: a copy has the same identity. An image that was replaced by another one of the
-        same number of bytes is not noticed; `digest` would notice it, and reads every image.
+        The location of the images does not matter: a copy has the same identity. An image that was replaced by another one of
+        the same size in bytes is not detected; `digest` detects it, but reads every image.
 
         Args:
-            name: What the set is for the run.
-            sizes: Include byte sizes. A store has its own, which each image is compared with when it is read.
+            name: Name of the set in the run.
+            sizes: Include byte sizes. A store has its own, and compares each image with them when it is read.
 
         Raises:
             ImageAccessError: An image is missing.
@@ -177,7 +177,7 @@ class ImageSource(ABC):
         return found | ({f"{CONTENTS}{name}": f"sha256 {lengths.hexdigest()}"} if sizes else {})
 
     def subset(self, indices: npt.ArrayLike) -> "ImageSource":
-        """The images at `indices`, in that order, with the same classes."""
+        """Returns the images at `indices`, in that order, with the same classes."""
         return _Subset(self, np.asarray(indices, dtype=np.int64))
 
 

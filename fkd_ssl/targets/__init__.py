@@ -1,6 +1,6 @@
-"""What a teacher says of a crop: its kind and shape, who said it, and the codecs that turn it into bytes and back.
+"""The targets that a teacher gives for a crop: their kind and shape, their teacher, and the codecs that store them.
 
-A kind of targets is a `Kind` in `KINDS`; a new one is added there, and an objective for it in `fkd_ssl.objectives`.
+Each kind of targets is a `Kind` in `KINDS`. To add one, add it there, and an objective for it in `fkd_ssl.objectives`.
 """
 
 from fkd_ssl.targets.info import Precision, Rgb, TeacherInfo

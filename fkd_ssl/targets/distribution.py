@@ -1,4 +1,4 @@
-"""Class probabilities [K], in FKD's codecs."""
+"""Class probabilities [K], stored with FKD's codecs."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -13,8 +13,8 @@ from fkd_ssl.targets.label_codecs import LABELS, LabelCodec, is_label
 if TYPE_CHECKING:
     from torch import Tensor
 
-_FEW = 10  # classes: all of them take no more bytes than five and their numbers
-_SAMPLE = 512  # nothing is trained: fidelity is all that these targets are for
+_FEW = 10  # up to 10 classes, all probabilities take no more bytes than five probabilities and their class numbers
+_SAMPLE = 512  # only for measuring the fidelity, since nothing is trained
 
 
 class Distribution(Kind):
@@ -27,37 +27,37 @@ class Distribution(Kind):
     min_cosine = 0.0
 
     def describe(self, shape: Shape) -> str:
-        """Their number."""
+        """Describes the number of classes."""
         return f"D = {shape[0]}"
 
     def of_output(self, output: "Tensor") -> "Tensor":
-        """The softmax of logits."""
+        """Returns the softmax of the logits."""
         return output.float().softmax(dim=1)
 
     def has_codec(self, codec: str) -> bool:
-        """Whether it is one of FKD's names."""
+        """Whether `codec` is one of FKD's names."""
         return is_label(codec)
 
     def default_codec(self, shape: Shape) -> str:
-        """All classes where they are few, otherwise the five most probable."""
+        """Returns the codec of all classes if there are few of them, otherwise that of the five most probable ones."""
         return "full" if shape[0] <= _FEW else "marginal_smoothing_k5"
 
     def train(self, codec: str, sample: Float32Array) -> Codec:
-        """As LabelCodec: there is nothing to train."""
+        """Returns the LabelCodec, which needs no training."""
         return LabelCodec(codec, sample.shape[1])
 
     def load(self, codec: str, shape: Shape, arrays: dict[str, npt.NDArray[Any]]) -> Codec:
-        """As LabelCodec, which has no arrays."""
+        """Returns the LabelCodec, which has no arrays."""
         if arrays:
             raise StoreError(f"codec {codec}: has arrays {sorted(arrays)}, expected none")
         return LabelCodec(codec, shape[0])
 
     def code_size(self, codec: str, shape: Shape) -> int:
-        """Bytes of one code."""
+        """Returns the bytes of one code."""
         return LabelCodec(codec, shape[0]).code_size
 
     def parameter_shapes(self, codec: str, shape: Shape) -> dict[str, Shape]:
-        """None."""
+        """Returns an empty dict, since these codecs have no parameters."""
         try:
             LabelCodec(codec, shape[0])
         except RequestError as error:
@@ -65,11 +65,11 @@ class Distribution(Kind):
         return {}
 
     def sample_size(self, codec: str) -> int:
-        """A few, to measure on."""
+        """Returns a small number, for measuring only."""
         return _SAMPLE
 
     def measure(self, exact: Float32Array, decoded: Float32Array) -> dict[str, float]:
-        """The total variation too: half the sum of absolute differences."""
+        """Measures the total variation too: half the sum of absolute differences."""
         variations = np.abs(decoded.astype(np.float64) - exact).sum(axis=1) / 2
         found = {"total_variation_mean": float(variations.mean()), "total_variation_max": float(variations.max())}
         return super().measure(exact, decoded) | found

@@ -1,4 +1,4 @@
-"""Embeddings: L2-normalised vectors [D], in faiss's codecs."""
+"""Embeddings: L2-normalised vectors [D], stored with faiss's codecs."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -23,43 +23,43 @@ class Embedding(Kind):
     larger = ("SQ8", "SQfp16", "Flat")
 
     def describe(self, shape: Shape) -> str:
-        """Their dimension."""
+        """Describes the dimension."""
         return f"D = {shape[0]}"
 
     def of_output(self, output: "Tensor") -> "Tensor":
-        """The vectors, normalised."""
+        """Returns the normalised vectors."""
         from torch.nn import functional as F
 
         return F.normalize(output.float(), dim=1)
 
     def has_codec(self, codec: str) -> bool:
-        """Whether it is not one of class probabilities: faiss's names are checked when they are used."""
+        """Whether `codec` is not one for class probabilities. Faiss's names are checked when they are used."""
         return not is_label(codec)
 
     def default_codec(self, shape: Shape) -> str:
-        """A byte a dimension."""
+        """Returns SQ8, which takes one byte per dimension."""
         return "SQ8"
 
     def train(self, codec: str, sample: Float32Array) -> Codec:
-        """As FaissCodec.train."""
+        """Trains a FaissCodec."""
         return FaissCodec.train(codec, sample)
 
     def load(self, codec: str, shape: Shape, arrays: dict[str, npt.NDArray[Any]]) -> Codec:
-        """As FaissCodec.load."""
+        """Loads a FaissCodec."""
         return FaissCodec.load(codec, shape[0], arrays)
 
     def code_size(self, codec: str, shape: Shape) -> int:
-        """Bytes of one code."""
+        """Returns the bytes of one code."""
         return faiss_codecs.code_size(codec, shape[0])
 
     def parameter_shapes(self, codec: str, shape: Shape) -> dict[str, Shape]:
-        """The arrays of faiss's index."""
+        """Returns the shapes of the arrays of the faiss index."""
         return faiss_codecs.parameter_shapes(codec, shape[0])
 
     def sample_size(self, codec: str) -> int:
-        """More for more centroids."""
+        """Returns the size of the sample, which grows with the number of centroids."""
         return faiss_codecs.sample_size(codec)
 
     def min_sample(self, codec: str) -> int:
-        """More for more centroids."""
+        """Returns the minimum size of the sample, which grows with the number of centroids."""
         return faiss_codecs.smallest_sample(codec)

@@ -1,7 +1,7 @@
-"""Codecs of embeddings: faiss's standalone codecs, their parameters kept as plain arrays.
+"""Codecs for embeddings: faiss's standalone codecs, with their parameters stored as plain arrays.
 
-A codec is named by faiss's own factory string. Its parameters are stored as .npy and the faiss object is built anew from
-them: faiss's own files are never read, since damaged ones can load silently.
+The name of a codec is a faiss factory string. Its parameters are stored as .npy files, and the faiss object is rebuilt from
+them. Faiss's own files are never read, since damaged ones can load without an error.
 """
 
 import math
@@ -21,14 +21,14 @@ _SPEC = re.compile(
 )
 EXAMPLES = ("SQ8", "SQ6", "SQ4", "SQfp16", "SQbf16", "Flat", "PQ16x8", "OPQ16,PQ16x8", "PCA64,SQ8")
 _RANGE_MARGIN = 0.1  # of max - min at each end, since values beyond the sample's range would be clipped
-_TAIL = 0.01  # with 16 steps a margin costs more than clipping: SQ4's range leaves out this share of the values at each end
+_TAIL = 0.01  # SQ4's range excludes this share of the values at each end: with 16 steps, a margin loses more than clipping
 _INTEGERS = ("SQ8", "SQ6", "SQ4")
-_MOST_PARAMETERS = 2**26  # a square transform of 8,192 dimensions; faiss would take any number from a stranger's file
+_MOST_PARAMETERS = 2**26  # a square transform of 8,192 dimensions; faiss itself has no limit for an untrusted file
 _NOT_FINITE = "codes stand for targets that are not finite: a file of the store is damaged; run fkd-ssl verify"
 _SAMPLES = 4096
 _SAMPLES_PER_CENTROID = 64
-_FEWEST_PER_CENTROID = 39  # faiss's own; with fewer, centroids follow single targets
-_OPQ_CENTROIDS = 256  # of the codec that OPQ trains for itself, whatever follows
+_FEWEST_PER_CENTROID = 39  # faiss's own minimum; with fewer, centroids fit single targets
+_OPQ_CENTROIDS = 256  # of the PQ that OPQ trains internally, whichever codec follows
 
 
 class FaissCodec:
@@ -49,10 +49,10 @@ class FaissCodec:
 
     @classmethod
     def train(cls, spec: str, sample: Float32Array) -> "FaissCodec":
-        """Trains the codec `spec` on float32 [n, D]; the same sample gives the same parameters.
+        """Trains the codec `spec` on float32 [n, D]. The same sample gives the same parameters.
 
         Raises:
-            RequestError: The spec is none that is accepted, does not fit D, or needs a larger sample.
+            RequestError: The spec is not supported, does not fit D, or needs a larger sample.
         """
         dim = sample.shape[1]
         index = _build(spec, dim)
@@ -62,13 +62,13 @@ class FaissCodec:
                 f"codec {spec} needs at least {needed} targets to be trained on and there are {len(sample)}: "
                 "store more crops or images, or choose SQ8"
             )
-        with threadpool_limits(1):  # sums in another order would give other bytes
+        with threadpool_limits(1):  # another order of sums would give other bytes
             index.train(np.ascontiguousarray(sample, dtype=np.float32))
         return cls(spec, dim, index)
 
     @classmethod
     def load(cls, spec: str, dim: int, arrays: dict[str, npt.NDArray[Any]]) -> "FaissCodec":
-        """The codec whose `arrays` these are; raises StoreError where they do not fit the spec."""
+        """Loads the codec `spec` from its `arrays`. Raises StoreError if they do not fit the spec."""
         shapes = parameter_shapes(spec, dim)
         index = _build(spec, dim)
         if set(arrays) != set(shapes):
@@ -78,27 +78,27 @@ class FaissCodec:
                 raise StoreError(f"codec {spec}: {name} is {array.dtype} {array.shape} (or not finite), "
                                  f"expected float32 {shapes[name]}")  # fmt: skip
         _set_parameters(index, arrays)
-        if "transform" in arrays and not _transform(index).is_orthonormal:  # faiss turns back by its transpose
+        if "transform" in arrays and not _transform(index).is_orthonormal:  # faiss uses its transpose as the inverse
             raise StoreError(f"codec {spec}: the rows of its transform are not orthonormal; the file is damaged")
         return cls(spec, dim, index)
 
     def arrays(self) -> dict[str, Float32Array]:
-        """The trained parameters, by name; none for Flat and the float codecs."""
+        """Returns the trained parameters, by name; empty for Flat and the float codecs."""
         import faiss
 
         shapes = parameter_shapes(self.spec, self.dim)
         return {name: faiss.vector_to_array(vector).reshape(shapes[name]) for name, vector in _parameters(self._index).items()}
 
     def encode(self, targets: Float32Array) -> UInt8Array:
-        """Codes uint8 [n, code_size] of targets float32 [n, D]."""
+        """Encodes targets float32 [n, D] as uint8 [n, code_size]."""
         codes: UInt8Array = self._index.sa_encode(np.ascontiguousarray(targets, dtype=np.float32))
         return codes
 
     def decode(self, codes: UInt8Array) -> Float32Array:
-        """Targets float32 [n, D] of codes uint8 [n, code_size]: normalised again, except Flat's, which are exact.
+        """Decodes uint8 [n, code_size] to targets float32 [n, D]. They are normalised again, except those of Flat (exact).
 
         Raises:
-            StoreError: A code stands for a target that is not finite, as no encoded one does.
+            StoreError: A decoded target is not finite, so the codes are damaged.
         """
         if not len(codes):
             return np.zeros((0, self.dim), dtype=np.float32)
@@ -117,17 +117,17 @@ class FaissCodec:
 
 
 def code_size(spec: str, dim: int) -> int:
-    """Bytes of one code of `spec` for D = `dim`, without training; raises RequestError as `FaissCodec.train` does."""
+    """Returns the bytes of one code of `spec` for D = `dim`, without training. Raises RequestError as `FaissCodec.train`."""
     return int(_build(spec, dim).sa_code_size())
 
 
 def sample_size(spec: str) -> int:
-    """How many targets a codec is trained on, where there are so many."""
+    """Returns the maximum number of targets that a codec is trained on."""
     return max(_SAMPLES, _SAMPLES_PER_CENTROID * _centroids(spec), smallest_sample(spec))
 
 
 def smallest_sample(spec: str) -> int:
-    """How many targets a codec needs at least to be trained."""
+    """Returns the minimum number of targets for training a codec."""
     match = _match(spec)
     dimensions = int(match["pre_a"]) if match["pre"] in ("PCA", "PCAR") else 1
     return max(dimensions, _FEWEST_PER_CENTROID * _centroids(spec))
@@ -141,13 +141,13 @@ def _match(spec: str) -> re.Match[str]:
 
 
 def _centroids(spec: str) -> int:
-    """The most centroids of one part that training finds; 0 for codecs without any."""
+    """Returns the maximum number of centroids per part of a codec; 0 if it has no centroids."""
     match = _match(spec)
     return max(_OPQ_CENTROIDS if match["pre"] == "OPQ" else 0, 2 ** int(match["bits"] or 8) if match["m"] else 0)
 
 
 def parameter_shapes(spec: str, dim: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of the float32 arrays that a codec's training makes, by name; StoreError for a spec that does not fit D."""
+    """Returns the shapes of a codec's trained float32 arrays, by name. Raises StoreError if the spec does not fit D."""
     try:
         match, inner = _checked(spec, dim)
     except RequestError as error:
@@ -156,7 +156,7 @@ def parameter_shapes(spec: str, dim: int) -> dict[str, tuple[int, ...]]:
 
 
 def _checked(spec: str, dim: int) -> tuple[re.Match[str], int]:
-    """A spec's parts, and the dimension behind its transform; raises RequestError where they do not fit D."""
+    """Returns a spec's parts, and the dimension after its transform. Raises RequestError if they do not fit D."""
     match = _match(spec)
     if match["bits"] and not 4 <= int(match["bits"]) <= 12:
         raise RequestError(f"codec {spec}: {match['bits']} bits a sub-vector; 4 to 12 are accepted")
@@ -192,14 +192,14 @@ def _shapes(match: re.Match[str], inner: int, dim: int) -> dict[str, tuple[int, 
 
 
 def _build(spec: str, dim: int) -> Any:
-    """The untrained faiss index of a spec that is on the list."""
+    """Builds the untrained faiss index of a supported spec."""
     import faiss
 
     match, _ = _checked(spec, dim)
     index = faiss.index_factory(dim, spec)
     base = _base(index)
     if match["m"]:
-        base.do_polysemous_training = False  # it orders centroids for a search that a store never makes
+        base.do_polysemous_training = False  # it only orders centroids for a kind of search that a store does not need
     elif match["base"] == "SQ4":
         base.sq.rangestat = faiss.ScalarQuantizer.RS_quantiles
         base.sq.rangestat_arg = _TAIL
@@ -223,7 +223,7 @@ def _transform(index: Any) -> Any:
 
 
 def _mean_outside(index: Any) -> Float32Array | None:
-    """The part float32 [D] of a trained PCA's mean that lies outside its subspace, which faiss's decoding leaves out."""
+    """Returns the part of a trained PCA's mean outside its subspace, float32 [D], which faiss omits when decoding."""
     vectors = _parameters(index)
     if "transform_mean" not in vectors:
         return None
@@ -236,7 +236,7 @@ def _mean_outside(index: Any) -> Float32Array | None:
 
 
 def _parameters(index: Any) -> dict[str, Any]:
-    """Faiss's vectors that training fills, by the name they are stored under."""
+    """Returns the faiss vectors that training fills, by the name they are stored under."""
     import faiss
 
     outer: Any = faiss.downcast_index(index)

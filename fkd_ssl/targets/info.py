@@ -1,4 +1,4 @@
-"""What is known of a teacher: the one record of it in a network, a column, a card and an objective."""
+"""The description of a teacher that networks, columns, cards and objectives share."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -26,29 +26,29 @@ class TeacherInfo:
     """
 
     name: str
-    """What its column is called by default."""
+    """Default name of its column."""
     spec: TargetSpec
-    """Of its targets."""
+    """Kind and shape of its targets."""
     network: str = "not stated"
     """The architecture in words."""
     licence: str = "not stated"
-    """Of the weights."""
+    """Licence of the weights."""
     source: str | None = None
-    """Where the weights came from, a URL or module:function."""
+    """Origin of the weights: a URL or module:function."""
     checkpoint_sha256: str | None = None
-    """Of the file of weights."""
+    """sha256 of the file of weights."""
     checkpoint: str | None = field(default=None, compare=False)
-    """Name of that file, without its folder; not stored."""
+    """Name of the file of weights, without its folder; not stored."""
     pixels: int = 224
-    """Side of the crops that it sees: the network's own, or in a store that of the column."""
+    """Side of the crops that it sees: the network's default or, in a store, that of the column."""
     mean: Rgb = IMAGENET_MEAN
-    """Of RGB in 0 to 1."""
+    """Mean of RGB in 0 to 1."""
     std: Rgb = IMAGENET_STD
-    """Likewise."""
+    """Standard deviation of RGB in 0 to 1."""
     precision: Precision = "fp32"
-    """Arithmetic of the forward."""
+    """Arithmetic of the forward pass."""
     arrays: Mapping[str, npt.NDArray[np.float32]] = field(default_factory=dict, compare=False)
-    """What it has beside its targets, for instance `prototypes` float32 [K, D]; stored as files."""
+    """Additional arrays, for instance `prototypes` float32 [K, D]; stored as files."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "mean", _rgb(self.mean, f"teacher {self.name}: mean"))
@@ -68,19 +68,19 @@ class TeacherInfo:
 
     @property
     def normalisation(self) -> str:
-        """Mean and std in words."""
+        """Describes mean and standard deviation."""
         mean, std = (" ".join(f"{value:g}" for value in rgb) for rgb in (self.mean, self.std))
         return f"pixels normalised by mean {mean}, std {std}"
 
     def to_json(self) -> dict[str, Any]:
-        """As meta.json has it: without the arrays, which are files, and the checkpoint's name."""
+        """Returns the values for meta.json: all but the arrays, which are files, and the checkpoint's name."""
         values = {key: value for key, value in vars(self).items() if key not in ("spec", "checkpoint", "arrays")}
         values |= {"kind": self.spec.kind, "shape": list(self.spec.shape)}
         return {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
 
     @classmethod
     def from_json(cls, values: Any) -> "TeacherInfo":
-        """The teacher of meta.json.
+        """Returns the teacher that meta.json describes.
 
         Raises:
             RequestError: A value is invalid.
@@ -94,14 +94,14 @@ class TeacherInfo:
 
 
 def difference(found: Mapping[str, Any], asked: Mapping[str, Any]) -> str:
-    """The first key in which two JSON objects with a `teacher` differ, and its values; "" where they are the same."""
+    """Describes the first key in which two JSON objects with a `teacher` differ; "" if they are equal."""
     here, there = ({**values["teacher"], **values} for values in (found, asked))
     keys = [key for key in there if key != "teacher" and here[key] != there[key]]
     return f"{keys[0]} is {here[keys[0]]}, not {there[keys[0]]}" if keys else ""
 
 
 def _rgb(values: Any, what: str) -> Rgb:
-    """Three numbers, however they came."""
+    """Converts three numbers to an RGB tuple."""
     try:
         red, green, blue = (float(value) for value in values)
     except (TypeError, ValueError, OverflowError) as error:

@@ -1,4 +1,4 @@
-"""What a kind of targets must know of itself."""
+"""The interfaces of a kind of targets and of a codec."""
 
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any, Protocol
@@ -17,10 +17,10 @@ Shape = tuple[int, ...]
 
 
 class Codec(Protocol):
-    """Turns targets into bytes and back.
+    """Encodes targets as bytes and decodes them.
 
     Attributes:
-        spec: Its name.
+        spec: Name of the codec.
         code_size: Bytes of one code.
     """
 
@@ -28,25 +28,25 @@ class Codec(Protocol):
     code_size: int
 
     def arrays(self) -> dict[str, Float32Array]:
-        """What its training has found, by name."""
+        """Returns the trained parameters, by name."""
 
     def encode(self, targets: Float32Array) -> UInt8Array:
-        """Codes uint8 [n, code_size] of targets float32 [n, *shape]."""
+        """Encodes targets float32 [n, *shape] as uint8 [n, code_size]."""
 
     def decode(self, codes: UInt8Array) -> Float32Array:
-        """Targets float32 [n, *shape] of codes uint8 [n, code_size]; raises StoreError where they are damaged."""
+        """Decodes uint8 [n, code_size] to targets float32 [n, *shape]. Raises StoreError if the codes are damaged."""
 
 
 class Kind(ABC):
     """A kind of targets and its codecs.
 
     Attributes:
-        name: As meta.json has it.
-        words: What such targets are called in messages.
-        examples: Names of codecs.
-        larger: Codecs to advise where another one loses too much, small ones first.
-        measures: What `measure` gives.
-        min_cosine: Of decoded to original targets in the mean, below which a codec is refused.
+        name: Name of the kind in meta.json.
+        words: Name of such targets in messages.
+        examples: Names of some codecs.
+        larger: Codecs to suggest if another one loses too much, smallest first.
+        measures: Names of the values that `measure` returns.
+        min_cosine: Minimum mean cosine of decoded to original targets; a codec below it is rejected.
     """
 
     name: str
@@ -57,52 +57,52 @@ class Kind(ABC):
     min_cosine: float = 0.5
 
     def check_shape(self, shape: Shape) -> None:
-        """Raises RequestError where no target of this kind has that shape."""
+        """Raises RequestError if the shape is invalid for this kind."""
         if len(shape) != 1:
             raise RequestError(f"targets of shape {list(shape)}: {self.words} are vectors")
 
     @abstractmethod
     def describe(self, shape: Shape) -> str:
-        """A shape in words, for instance `D = 128`."""
+        """Describes a shape, for instance as `D = 128`."""
 
     @abstractmethod
     def of_output(self, output: "Tensor") -> "Tensor":
-        """Targets float32 [B, *shape] of what a teacher's network gives [B, *shape]."""
+        """Converts the output of a teacher's network [B, *shape] to targets float32 [B, *shape]."""
 
     @abstractmethod
     def has_codec(self, codec: str) -> bool:
-        """Whether `codec` may be one of this kind's."""
+        """Whether `codec` can be a codec of this kind."""
 
     @abstractmethod
     def default_codec(self, shape: Shape) -> str:
-        """The codec that is used if none is asked for."""
+        """Returns the default codec."""
 
     @abstractmethod
     def train(self, codec: str, sample: Float32Array) -> Codec:
-        """The codec, trained on targets [n, *shape]; raises RequestError where the name is invalid or the sample too small."""
+        """Trains the codec on targets [n, *shape]. Raises RequestError if its name is invalid or the sample is too small."""
 
     @abstractmethod
     def load(self, codec: str, shape: Shape, arrays: dict[str, npt.NDArray[Any]]) -> Codec:
-        """The codec with these `arrays`; raises StoreError where they do not fit."""
+        """Loads the codec with these `arrays`. Raises StoreError if they do not fit it."""
 
     @abstractmethod
     def code_size(self, codec: str, shape: Shape) -> int:
-        """Bytes of one code, without training; raises RequestError where the codec does not fit the shape."""
+        """Returns the bytes of one code, without training. Raises RequestError if the codec does not fit the shape."""
 
     @abstractmethod
     def parameter_shapes(self, codec: str, shape: Shape) -> dict[str, Shape]:
-        """Shapes of the float32 arrays that a codec's training finds; raises StoreError where it does not fit the shape."""
+        """Returns the shapes of a codec's trained float32 arrays. Raises StoreError if the codec does not fit the shape."""
 
     @abstractmethod
     def sample_size(self, codec: str) -> int:
-        """How many targets a codec is trained and measured on, where there are so many."""
+        """Returns the maximum number of targets that a codec is trained and measured on."""
 
     def min_sample(self, codec: str) -> int:
-        """How many targets a codec needs at least to be trained."""
+        """Returns the minimum number of targets for training a codec."""
         return 1
 
     def measure(self, exact: Float32Array, decoded: Float32Array) -> dict[str, float]:
-        """How near decoded targets [n, *shape] are to the original ones: their cosines, each target taken as one vector."""
+        """Measures how close decoded targets [n, *shape] are to the originals, by the cosines of the flattened targets."""
         one, other = (values.astype(np.float64).reshape(len(values), -1) for values in (exact, decoded))
         norms = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)
         cosines = (one * other).sum(axis=1) / np.maximum(norms, 1e-12)

@@ -1,4 +1,4 @@
-"""Codecs of class probabilities: FKD's label quantisation, as fixed records.
+"""Codecs for class probabilities: FKD's label quantisation, with codes of a fixed size.
 
 Shen and Xing, "A Fast Knowledge Distillation Framework for Visual Recognition", ECCV 2022 (arXiv 2112.01528), section 3.2, with
 the names of its code. Class numbers are uint16, probabilities float16.
@@ -15,29 +15,29 @@ from fkd_ssl.errors import RequestError, StoreError
 
 _SPEC = re.compile(r"hard|smoothing|full|marginal_(?:smoothing|renorm)_k([1-9]\d{0,3})")
 LABELS = ("hard", "smoothing", "marginal_smoothing_k5", "marginal_smoothing_k10", "marginal_renorm_k5", "full")
-"""FKD's; `k` may be any number."""
+"""FKD's names; `k` may be any number."""
 _MOST = 2**16  # classes
 _DAMAGED = "a file of the store is damaged; run fkd-ssl verify"
 _SLACK = 2e-3  # float16 rounds each of the k values by at most 2^-12
 
 
 class LabelCodec:
-    """A codec between probabilities float32 [n, K] and uint8 [n, code_size]; there is nothing to train.
+    """A codec between probabilities float32 [n, K] and uint8 [n, code_size]. It needs no training.
 
     - `hard`: the most probable class.
-    - `smoothing`: that class and its probability; the rest is spread evenly over the others.
-    - `marginal_smoothing_kN`: the N most probable and their probabilities; the rest is spread evenly over the others.
-    - `marginal_renorm_kN`: the same, brought to a sum of 1; the others have nothing.
-    - `full`: all K.
+    - `smoothing`: the most probable class and its probability; the rest is spread evenly over the other classes.
+    - `marginal_smoothing_kN`: the N most probable classes and their probabilities; the rest is spread evenly.
+    - `marginal_renorm_kN`: the same, scaled to a sum of 1; the other classes have probability 0.
+    - `full`: the probabilities of all K classes.
 
     Attributes:
         spec: One of these names.
         dim: K.
         code_size: Bytes of one code.
-        kept: k, or K of full.
+        kept: k; K for `full`.
 
     Raises:
-        RequestError: The name is unknown, keeps as many classes as there are, or these are not 2 to 65,536.
+        RequestError: The name is unknown, k is not less than K, or K is not in 2 to 65,536.
     """
 
     def __init__(self, spec: str, dim: int) -> None:
@@ -60,14 +60,14 @@ class LabelCodec:
         self.code_size = self._record.itemsize
 
     def arrays(self) -> dict[str, Float32Array]:
-        """Parameters; there are none."""
+        """Returns the trained parameters, of which there are none."""
         return {}
 
     def encode(self, targets: Float32Array) -> UInt8Array:
-        """Codes uint8 [n, code_size] of probabilities float32 [n, K].
+        """Encodes probabilities float32 [n, K] as uint8 [n, code_size].
 
         Raises:
-            RequestError: Rows are no probabilities: not finite, negative, or of another sum than 1.
+            RequestError: A row is not a distribution: it has values that are not finite or negative, or its sum is not 1.
         """
         if not (np.isfinite(targets).all() and (targets >= 0).all() and (np.abs(targets.sum(axis=1) - 1) < _SLACK).all()):
             raise RequestError(
@@ -79,7 +79,7 @@ class LabelCodec:
         return self.pack(classes, np.take_along_axis(targets, classes, axis=1))
 
     def pack(self, classes: Int64Array | None, values: Float32Array) -> UInt8Array:
-        """Codes of class numbers [n, k] (none of `full`) and their probabilities [n, k], which `hard` does not keep."""
+        """Packs class numbers [n, k] (None for `full`) and their probabilities [n, k] (unused by `hard`) into codes."""
         records = np.zeros(len(values), dtype=self._record)
         if classes is not None:
             records["classes"] = classes
@@ -88,16 +88,16 @@ class LabelCodec:
         return records.view(np.uint8).reshape(len(values), self.code_size)
 
     def unpack(self, codes: UInt8Array) -> tuple[Int64Array, Float32Array]:
-        """Class numbers int64 [n, k] and their probabilities float32 [n, k] of codes, but of `full`'s."""
+        """Unpacks codes, except those of `full`, into class numbers int64 [n, k] and their probabilities float32 [n, k]."""
         records = np.ascontiguousarray(codes).view(self._record).reshape(len(codes))
         classes = records["classes"].astype(np.int64)
         return classes, np.ones_like(classes, np.float32) if self.spec == "hard" else records["values"].astype(np.float32)
 
     def decode(self, codes: UInt8Array) -> Float32Array:
-        """Probabilities float32 [n, K], each row with a sum of 1, of codes uint8 [n, code_size].
+        """Decodes uint8 [n, code_size] to probabilities float32 [n, K]. The sum of each row is 1.
 
         Raises:
-            StoreError: A code names a class that there is not or one twice, or holds no probabilities.
+            StoreError: A code contains an invalid or repeated class number, or invalid probabilities.
         """
         if self.spec == "full":
             records = np.ascontiguousarray(codes).view(self._record).reshape(len(codes))
@@ -120,14 +120,14 @@ class LabelCodec:
 
 
 def is_label(spec: str) -> bool:
-    """Whether a codec's name is one of class probabilities."""
+    """Whether `spec` names a codec for class probabilities."""
     return _SPEC.fullmatch(spec) is not None
 
 
 def _largest(targets: Float32Array, k: int) -> Int64Array:
-    """The classes of the k largest of each row, largest first; of equal ones the first: int64 [n, k]."""
+    """Returns the classes of the k largest values of each row, largest first, and the first of equal ones: int64 [n, k]."""
     last = targets.shape[1] - 1
-    # not negative, so their bits order them as they are; + 0 makes 0 of -0. To sort 21,841 of them takes a teacher's time
+    # Nonnegative floats sort like their bits; + 0 turns -0 into 0. Sorting all of 21,841 classes is as slow as a teacher.
     keys = (targets + np.float32(0)).view(np.uint32).astype(np.uint64) << np.uint64(32)
     keys |= np.arange(last, -1, -1, dtype=np.uint64)
     kept = np.sort(np.partition(keys, last + 1 - k, axis=1)[:, last + 1 - k :], axis=1)[:, ::-1]

@@ -11,19 +11,19 @@ from fkd_ssl.targets.kind import Kind, Shape
 KINDS: dict[str, Kind] = {kind.name: kind for kind in (Embedding(), Distribution())}
 """The kinds of targets, by name."""
 MAX_SIZE = 2**16
-"""Numbers in one target."""
+"""Maximum number of values in one target."""
 
 
 @dataclass(frozen=True)
 class TargetSpec:
-    """What one target is.
+    """The kind and shape of one target.
 
     Attributes:
-        kind: Of `KINDS`.
-        shape: Of one target: [D] of an embedding, [K] of class probabilities.
+        kind: A name in `KINDS`.
+        shape: Shape of one target: [D] for an embedding, [K] for class probabilities.
 
     Raises:
-        RequestError: The kind is unknown, or no target of it has that shape.
+        RequestError: The kind is unknown, or the shape is invalid for it.
     """
 
     kind: str
@@ -39,16 +39,16 @@ class TargetSpec:
 
     @property
     def rules(self) -> Kind:
-        """What the kind knows of itself."""
+        """The `Kind` of this name."""
         return KINDS[self.kind]
 
     @property
     def size(self) -> int:
-        """Numbers in one target."""
+        """Number of values in one target."""
         return math.prod(self.shape)
 
     def check_codec(self, codec: str, whose: str) -> int:
-        """Bytes of one code of `codec` for targets of `whose`; raises RequestError where it is for others."""
+        """Returns the bytes of one code of `codec`. Raises RequestError, naming `whose` targets, if it does not fit them."""
         if not self.rules.has_codec(codec):
             raise RequestError(
                 f"codec {codec!r}: the targets of {whose} are {self.rules.words}, whose codecs are, for instance, "
