@@ -78,7 +78,7 @@ class ImageSource(ABC):
         """
 
     def size(self, index: int) -> tuple[int, int, int]:
-        """Returns bytes, width and height of image `index`, from its header. Raises as `read` does, and if it is not an image."""
+        """Returns bytes, width and height of image `index` from its header. Raises as `read`, and if it is not an image."""
         data = self.read(index)
         return len(data), *header_size(io.BytesIO(data), self.where(index))
 

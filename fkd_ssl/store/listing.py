@@ -1,4 +1,4 @@
-"""A list of images, cut into shards, and its manifest: what the folders of stores and of label maps have in common."""
+"""The list of images, divided into shards, and its manifest. Stores and folders of label maps share them."""
 
 import codecs
 import re
@@ -18,10 +18,10 @@ from fkd_ssl.images import Names
 VERSION = 1
 MANIFEST, IMAGES, SIZES = "manifest.json", "images.txt", "images.npy"
 SIZE_DTYPE = np.dtype([("bytes", "<u8"), ("width", "<u2"), ("height", "<u2")])
-_MAX_LIST = 2**31  # bytes of images.txt, which is held in memory
-_LONGEST_PATH = 4097  # bytes with its newline: PATH_MAX of Linux
+_MAX_LIST = 2**31  # maximum bytes of images.txt, which is held in memory
+_LONGEST_PATH = 4097  # maximum bytes of a path and its newline: PATH_MAX of Linux
 _PIECE = 2**18
-# what only a path has that is empty, absolute, has a backslash or a NUL, or leads out of the folder; a newline before each
+# one of these occurs if a path is empty or absolute, contains a backslash or a NUL, or leads out of the folder
 _UNSAFE = (
     b"\\", b"\0", b"\n/", b"//", b"/\n", b"\n\n", b"\n./", b"\n../", b"\n.\n", b"\n..\n", b"/./", b"/../", b"/.\n", b"/..\n",
 )  # fmt: skip
@@ -30,13 +30,13 @@ _DRIVE = re.compile(rb"\n[A-Za-z]:")
 
 @dataclass(frozen=True, kw_only=True)
 class Listing:
-    """What a manifest says of its images.
+    """The part of a manifest that describes the list of images.
 
     Attributes:
-        rows_per_shard: Images in every shard but the last.
-        count: N, images.
-        images_sha256: Of images.txt.
-        sizes_sha256: Of images.npy.
+        rows_per_shard: Number of images in every shard but the last.
+        count: Number of images N.
+        images_sha256: sha256 of images.txt.
+        sizes_sha256: sha256 of images.npy.
     """
 
     FORMAT: ClassVar[str]
@@ -51,37 +51,37 @@ class Listing:
         return -(-self.count // self.rows_per_shard)
 
     def shard_rows(self, shard: int) -> range:
-        """The rows of a shard."""
+        """Returns the rows of a shard."""
         first = shard * self.rows_per_shard
         return range(first, min(first + self.rows_per_shard, self.count))
 
     @property
     def _values(self) -> dict[str, Any]:
-        """What manifest.json holds, without its own sha256."""
+        """Returns the values of manifest.json without its own sha256."""
         return {"format": self.FORMAT, "version": VERSION, **asdict(self)}
 
     @cached_property
     def digest(self) -> str:
-        """The `sha256` of manifest.json, by which sidecars name their folder."""
+        """The `sha256` of manifest.json, by which sidecars identify their folder."""
         return files.sha256(files.canonical(self._values))
 
     def write(self, folder: Path) -> None:
-        """Publishes manifest.json, the last file of a new folder."""
+        """Publishes manifest.json, which is the last file of a new folder."""
         files.write_json(folder / MANIFEST, self._values)
 
 
 def read_values(folder: Path, expected: str, *, what: str, command: str) -> tuple[dict[str, Any], str]:
-    """The values of a manifest but for its format and version, and its digest.
+    """Reads a manifest; returns its values without format and version, and its digest.
 
     Args:
-        folder: Where it is.
-        expected: Its format.
-        what: What the folder should be, in words.
-        command: What makes such a folder.
+        folder: Folder of the manifest.
+        expected: The expected format.
+        what: Name of such a folder in messages.
+        command: The command that makes such a folder.
 
     Raises:
         NotFoundError: The folder or its manifest is missing.
-        StoreError: The manifest is damaged, or of another format or version.
+        StoreError: The manifest is damaged, or has another format or version.
     """
     path = folder / MANIFEST
     if not files.exists(path):
@@ -98,11 +98,11 @@ def read_values(folder: Path, expected: str, *, what: str, command: str) -> tupl
 
 
 def read_images(folder: Path, manifest: Listing) -> tuple[Names, npt.NDArray[np.void]]:
-    """Paths and sizes of a folder's rows; raises StoreError where they differ from what the manifest says."""
+    """Returns paths and sizes of a folder's rows. Raises StoreError if they do not match the manifest."""
     data = files.read_regular(folder / IMAGES, min(_MAX_LIST, manifest.count * _LONGEST_PATH))
     if files.sha256(data) != manifest.images_sha256:
         raise StoreError(f"{folder / IMAGES}: altered: its sha256 is not the manifest's; restore it from a copy")
-    # all checks before an array is made: a million empty lines would take nine times their bytes
+    # checked before an array is created: for a million empty lines it would take nine times their bytes
     lines = data.count(b"\n")
     if lines != manifest.count or not data.endswith(b"\n"):
         raise StoreError(f"{folder / IMAGES}: {lines} lines, the manifest says {manifest.count}")
@@ -123,32 +123,32 @@ def read_images(folder: Path, manifest: Listing) -> tuple[Names, npt.NDArray[np.
 
 
 def is_unsafe(lines: bytes) -> bool:
-    """Whether one of the paths, a line each, is empty, absolute, or escapes the image folder.
+    """Whether one of the paths, one per line, is empty or absolute, or leads out of the image folder.
 
-    Plain searches, since one regular expression of them takes a second and a half over a million lines.
+    It searches for plain strings, since a regular expression takes 1.5 seconds for a million lines.
     """
-    first = b"\n" + lines[:_PIECE]  # of the whole file a copy would be made
+    first = b"\n" + lines[:_PIECE]  # avoids a copy of the whole file
     return any(
         any(part in text for part in _UNSAFE) or (b":" in text and _DRIVE.search(text) is not None) for text in (first, lines)
     )
 
 
 def write_sidecar(path: Path, manifest: Listing, shard: int, values: dict[str, Any]) -> None:
-    """Publishes the sidecar of an array of a shard, which finishes it: `values`, the shard and the manifest's digest."""
+    """Publishes the sidecar of a shard's array, which marks it as finished: `values`, the shard and the manifest's digest."""
     files.write_json(path.with_suffix(".json"), {**values, "shard": shard, "manifest": manifest.digest})
 
 
 def read_sidecar(path: Path, manifest: Listing, shard: int, keys: Set[str]) -> dict[str, Any]:
-    """The sidecar of an array of a shard.
+    """Reads the sidecar of a shard's array.
 
     Args:
-        path: The array.
-        manifest: The folder's.
+        path: The file of the array.
+        manifest: The folder's manifest.
         shard: The shard.
-        keys: What it has beside `file`, `shard` and `manifest`.
+        keys: Keys of the sidecar in addition to `file`, `shard` and `manifest`.
 
     Raises:
-        StoreError: It is damaged, or was written for another shard or another folder.
+        StoreError: The sidecar is damaged, or belongs to another shard or folder.
     """
     path = path.with_suffix(".json")
     values = files.read_json(path)

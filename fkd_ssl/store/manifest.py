@@ -1,4 +1,4 @@
-"""The manifest of a store, and where its files are."""
+"""The manifest of a store, and the paths of its files."""
 
 import hashlib
 import re
@@ -20,12 +20,12 @@ COLUMN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest(Listing):
-    """What a store is made of.
+    """The manifest of a store.
 
     Attributes:
-        seed: Seed of the crops' draw.
-        recipe: What the crops were drawn from.
-        crops_per_image: C.
+        seed: Seed of the crops.
+        recipe: Recipe that the crops were drawn from.
+        crops_per_image: Number of crops per image C.
     """
 
     FORMAT: ClassVar[str] = "fkd_ssl store"
@@ -35,11 +35,11 @@ class Manifest(Listing):
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a store.
+    """Reads the manifest of a store.
 
     Raises:
         NotFoundError: The folder is missing or is not a store.
-        StoreError: This version does not read it, or it is damaged.
+        StoreError: The manifest is damaged, or this version cannot read it.
     """
     values, digest = read_values(folder, Manifest.FORMAT, what="a store", command="fkd-ssl precompute")
     path = folder / MANIFEST
@@ -54,12 +54,12 @@ def read_manifest(folder: Path) -> Manifest:
     fits = all(type(n) is int and 0 < n <= limit for n, limit in zip(counts, most, strict=True))
     if not fits or type(manifest.seed) is not int:
         raise StoreError(f"{path}: seed {manifest.seed!r} or counts {counts} are impossible")
-    manifest.__dict__["digest"] = digest  # of the file: a later version's recipe has settings that this file lacks
+    manifest.__dict__["digest"] = digest  # of the file, which may lack settings of a later version's recipe
     return manifest
 
 
 def in_hash_order(paths: Sequence[str], purpose: str) -> list[int]:
-    """Rows ordered by a hash of their paths: any first part is a sample that no folder dominates."""
+    """Returns the rows in the order of a hash of their paths, so that any first part is a sample across all folders."""
 
     def key(row: int) -> bytes:
         return hashlib.blake2b(f"{purpose}\n{paths[row]}".encode(), digest_size=16).digest()
@@ -68,7 +68,7 @@ def in_hash_order(paths: Sequence[str], purpose: str) -> list[int]:
 
 
 def limit_images(images: ImageSource, limit: int | None) -> ImageSource:
-    """The first `limit` images in hash order, listed by path again."""
+    """Returns the first `limit` images in hash order, sorted by path."""
     if limit is None or limit >= len(images):
         return images
     if limit < 1:
@@ -77,24 +77,24 @@ def limit_images(images: ImageSource, limit: int | None) -> ImageSource:
 
 
 def crops_file(folder: Path, shard: int) -> Path:
-    """Crop records of a shard; its sidecar has the suffix .json."""
+    """Returns the file of a shard's crop records. Its sidecar has the suffix .json."""
     return folder / CROPS / f"{shard:05d}.npy"
 
 
 def codes_file(folder: Path, column: str, shard: int) -> Path:
-    """Codes of a shard; its sidecar has the suffix .json."""
+    """Returns the file of a shard's codes. Its sidecar has the suffix .json."""
     return folder / TARGETS / column / f"codes-{shard:05d}.npy"
 
 
 def checked_name(name: str) -> str:
-    """A column's name, which is also a folder's name; raises RequestError if it is invalid."""
+    """Returns the name of a column, which is also the name of a folder. Raises RequestError if it is invalid."""
     if not COLUMN_NAME.fullmatch(name):
         raise RequestError(f"--name {name!r}: letters, digits, '.', '_' and '-' only, and no '.' first")
     return name
 
 
 def string_list(value: Any, length: int, path: Path) -> list[str]:
-    """`value` as a list of `length` strings; raises StoreError, naming `path`, if it is something else."""
+    """Returns `value` if it is a list of `length` strings. Raises StoreError, naming `path`, otherwise."""
     if not isinstance(value, list) or len(value) != length or not all(isinstance(v, str) for v in value):
         raise StoreError(f"{path}: expected {length} strings; the file is damaged")
     return value

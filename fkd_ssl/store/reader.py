@@ -1,4 +1,4 @@
-"""Reading a store: crop records and decoded targets by row; nothing that is read is trusted."""
+"""Reads a store: crop records and decoded targets by row. All files are treated as untrusted."""
 
 import re
 from collections.abc import Iterable
@@ -20,11 +20,11 @@ from fkd_ssl.store.listing import read_images, read_sidecar
 from fkd_ssl.store.shards import Index, ShardFiles
 from fkd_ssl.targets import TargetSpec, TeacherInfo
 
-_TEACHERS = "teacher-"  # what the arrays that a teacher brings begin with
+_TEACHERS = "teacher-"  # prefix of the names of a teacher's arrays
 _MAX_NUMBER = 2.0**53
-MAX_ARRAY = 2**28  # bytes of all arrays that a teacher brings, with their headers; of a codec's array at most
+MAX_ARRAY = 2**28  # maximum bytes of all arrays of a teacher with their headers, and of one array of a codec
 _SHA256 = re.compile("[0-9a-f]{64}")
-# a sidecar of crops as it is spelled: to see which of a million rows were skipped, a million checksums are not parsed
+# matches a sidecar of crops, to find the skipped ones of a million rows without parsing a million checksums
 _CROPS_SIDECAR = re.compile(
     rb'\{"file":"[0-9a-f]{64}","images":\[(?P<images>[0-9a-f",]*+)\],"manifest":"(?P<manifest>[0-9a-f]{64})",'
     rb'"sha256":"(?P<sha256>[0-9a-f]{64})","shard":(?P<shard>\d{1,10}),'
@@ -37,24 +37,24 @@ COSINES = ("cosine_mean", "cosine_min")
 
 @dataclass(frozen=True, kw_only=True)
 class ColumnMeta:
-    """meta.json of a column: what its targets are and how they are encoded."""
+    """meta.json of a column: its targets and their encoding."""
 
     teacher: TeacherInfo
-    """Who said them: kind and shape of a target are there, and `pixels` is the side of the crops that it saw."""
+    """The teacher, with kind and shape of the targets. Its `pixels` is the side of the crops that it saw."""
     codec: str
-    """faiss factory string, or one of FKD's names for class probabilities."""
+    """faiss factory string for embeddings, or one of FKD's names for class probabilities."""
     code_size: int
     """Bytes of one code."""
     fidelity: dict[str, Any]
-    """Cosine of decoded to original targets on a held-out sample: `cosine_mean`, `cosine_min`, `sample`. A recoded column's
-    are measured against its source's targets; it also has `source_codec`, `source_column` (sha256 of the source's meta.json as
-    sidecars have it), and the source's own cosines to the teacher's targets, `source_cosine_mean` and `source_cosine_min`."""
+    """Cosine of decoded to original targets on a held-out sample: `cosine_mean`, `cosine_min`, `sample`. For a recoded column,
+    the originals are the targets of its source. It also has `source_codec`, `source_column` (sha256 of the source's meta.json
+    as in sidecars), and the source's cosines to the teacher's targets, `source_cosine_mean` and `source_cosine_min`."""
     chunk_size: int
-    """Crops in one forward: another size gives other last bits."""
+    """Number of crops per forward pass. Another number changes the last bits."""
     probe_digest: str
-    """Which pixel path made the crops; see fkd_ssl.crops.probe_digest."""
+    """Identifies the code that made the pixels; see fkd_ssl.crops.probe_digest."""
     arrays: dict[str, str]
-    """sha256 of each .npy beside it: the codec's parameters, and the teacher's own under `teacher-`."""
+    """sha256 of each .npy file of the column: the codec's parameters, and the teacher's arrays (`teacher-` and their name)."""
 
     @property
     def target(self) -> TargetSpec:
@@ -62,20 +62,20 @@ class ColumnMeta:
         return self.teacher.spec
 
     def to_json(self) -> dict[str, Any]:
-        """As the file has it."""
+        """Returns the values for the file."""
         return {**vars(self), "teacher": self.teacher.to_json()}
 
 
 def cosine_to_teacher(meta: ColumnMeta, key: str) -> float:
-    """About what cosine a column's targets have to the teacher's own: losses of a recoded one and of its source add up."""
+    """Estimates the cosine of a column's targets to the teacher's. The losses of a recoded column and its source add up."""
     return float(meta.fidelity[key] + meta.fidelity.get(f"source_{key}", 1.0) - 1)
 
 
 def read_meta(path: Path) -> tuple[ColumnMeta, str]:
-    """A column's meta.json, and the digest that its sidecars have of it.
+    """Reads a column's meta.json; returns it with the digest that the column's sidecars contain.
 
     Raises:
-        StoreError: It cannot be read, or a value is not one that `precompute` writes.
+        StoreError: The file cannot be read, or a value is invalid.
     """
     values = files.read_json(path)
     try:
@@ -88,7 +88,7 @@ def read_meta(path: Path) -> tuple[ColumnMeta, str]:
 
 
 def _check_meta(meta: ColumnMeta, path: Path) -> None:
-    """Raises StoreError where a value is not one that `precompute` writes."""
+    """Raises StoreError if a value is invalid."""
     fidelity, rules = meta.fidelity, meta.target.rules
     right = {
         "codec": isinstance(meta.codec, str) and rules.has_codec(meta.codec),
@@ -100,7 +100,7 @@ def _check_meta(meta: ColumnMeta, path: Path) -> None:
         and all(isinstance(fidelity.get(f"source_{key}", 1.0), (int, float)) for key in COSINES)
         and all(abs(value) <= _MAX_NUMBER for value in fidelity.values() if isinstance(value, (int, float))),
         "arrays": isinstance(meta.arrays, dict)
-        and all(layout.COLUMN_NAME.fullmatch(name) for name in meta.arrays)  # each is a file's name
+        and all(layout.COLUMN_NAME.fullmatch(name) for name in meta.arrays)  # each is the name of a file
         and all(isinstance(value, str) and _SHA256.fullmatch(value) for value in meta.arrays.values()),
     }
     wrong = [key for key, fits in right.items() if not fits]
@@ -109,7 +109,7 @@ def _check_meta(meta: ColumnMeta, path: Path) -> None:
 
 
 def _check_digests(values: Iterable[Any], path: Path) -> None:
-    """Raises StoreError where a value of the sidecar `path` is not a hexadecimal sha256."""
+    """Raises StoreError if a value of the sidecar `path` is not a hexadecimal sha256."""
     if not all(isinstance(value, str) and _SHA256.fullmatch(value) for value in values):
         raise StoreError(f"{path}: a checksum is missing or is not a hexadecimal sha256; the file is damaged")
 
@@ -141,14 +141,14 @@ class Column:
         return (Store.column, (self.store, self.name))
 
     def array(self, name: str) -> Float32Array:
-        """An array stored with the codes, for instance a SwAV teacher's `teacher-prototypes` float32 [K, D]."""
+        """Returns an array stored with the codes, for instance a SwAV teacher's `teacher-prototypes` float32 [K, D]."""
         if name not in self.meta.arrays or not layout.COLUMN_NAME.fullmatch(name):
             raise StoreError(f"{self.folder}: no array {name!r}; there are {sorted(self.meta.arrays)}")
         shapes = self.meta.target.rules.parameter_shapes(self.meta.codec, self.meta.target.shape)
         return self._array(name, shapes.get(name))
 
     def _array(self, name: str, shape: tuple[int, ...] | None) -> Float32Array:
-        """An array of `shape`, or of any that is not too large."""
+        """Returns an array of `shape`, or of any shape up to the maximum size if None."""
         path = self.folder / f"{name}.npy"
         if shape is None:
             self._check_teacher_bytes()
@@ -158,37 +158,37 @@ class Column:
         return np.array(mapped)
 
     def _check_teacher_bytes(self) -> None:
-        """Raises StoreError where the teacher's arrays together are larger than `MAX_ARRAY`, before one is read."""
+        """Raises StoreError, before any array is read, if the teacher's arrays together are larger than `MAX_ARRAY`."""
         total = 0
         for name in self.meta.arrays:
             if name.startswith(_TEACHERS):
-                with suppress(FileNotFoundError):  # said when it is read
+                with suppress(FileNotFoundError):  # reported when it is read
                     total += (self.folder / f"{name}.npy").lstat().st_size
         if total > MAX_ARRAY:
             raise StoreError(f"{self.folder}: arrays of its teacher have {total:,} bytes in all, over {MAX_ARRAY:,}")
 
     @property
     def info(self) -> TeacherInfo:
-        """Its teacher, under the column's name and with its arrays, for instance `prototypes` float32 [K, D]."""
+        """The teacher, with the column's name and with its arrays, for instance `prototypes` float32 [K, D]."""
         own = {name.removeprefix(_TEACHERS): self.array(name) for name in self.meta.arrays if name.startswith(_TEACHERS)}
         return replace(self.meta.teacher, name=self.name, arrays=own)
 
     @cached_property
     def missing_shards(self) -> list[int]:
-        """Shards without codes or without crops, as the folder was when this was first asked."""
+        """Shards without codes or crops. The folder is listed at the first access."""
         there, crops = files.names(self.folder), self.store.shards_with_crops()
         return [s for s in range(self.store.manifest.shards) if f"codes-{s:05d}.json" not in there or s not in crops]
 
     @cached_property
     def rows(self) -> Int64Array:
-        """Row numbers that have targets, ascending, without those skipped as unreadable."""
+        """Row numbers with targets in ascending order, without rows skipped as unreadable."""
         present = np.ones(self.store.manifest.shards, dtype=bool)
         present[self.missing_shards] = False
         rows = self.store.rows
         return rows[present[rows // self.store.manifest.rows_per_shard]]
 
     def require_complete(self) -> None:
-        """Raises StoreError where shards are missing, saying how many and what to do."""
+        """Raises StoreError, with their number and what to do, if shards are missing."""
         absent = self.missing_shards
         if absent:
             total = self.store.manifest.shards
@@ -198,15 +198,15 @@ class Column:
             )
 
     def codes(self, row: int, index: Index) -> UInt8Array:
-        """Codes uint8 [m, code_size] of the crops `index` of a row, read-only."""
+        """Returns the codes uint8 [m, code_size] of the crops `index` of a row, read-only."""
         return self._files.read(*self.store.locate(row), index)
 
     def shard(self, shard: int) -> UInt8Array:
-        """Codes of a shard, memory-mapped: uint8 [rows, C, code_size]."""
+        """Returns the codes of a shard, memory-mapped: uint8 [rows, C, code_size]."""
         return self._files.map(shard)
 
     def file(self, shard: int) -> Path:
-        """Where a shard's codes are; raises StoreError where they are not finished."""
+        """Returns the file of a shard's codes. Raises StoreError if they are not finished."""
         path = layout.codes_file(self.store.folder, self.name, shard)
         if not files.exists(path.with_suffix(".json")):
             raise StoreError(f"{path}: this shard is not finished; run the same fkd-ssl precompute again")
@@ -217,7 +217,7 @@ class Column:
         return self.file(shard), len(self.store.manifest.shard_rows(shard))
 
     def sidecar(self, shard: int) -> dict[str, Any]:
-        """The sidecar of a shard's codes; raises StoreError where it is damaged, or of another shard, column or store."""
+        """Reads the sidecar of a shard's codes. Raises StoreError if it is damaged, or of another shard, column or store."""
         path = self.file(shard)
         values = read_sidecar(path, self.store.manifest, shard, {"column"})
         _check_digests([values["file"], values["column"]], path.with_suffix(".json"))
@@ -230,8 +230,8 @@ class Store:
     """The crops and targets of one image set, opened for reading.
 
     Attributes:
-        folder: Where it lies.
-        manifest: What it is made of.
+        folder: The folder of the store.
+        manifest: The store's manifest.
         paths: Relative path of each row.
         sizes: Byte size, width and height of each row's image.
     """
@@ -246,10 +246,10 @@ class Store:
         self._columns: dict[str, Column] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (Store, (self.folder,))  # a worker process maps the files itself
+        return (Store, (self.folder,))  # a worker process opens the files itself
 
     def __len__(self) -> int:
-        """Number of images with stored crops: those of finished shards that were not skipped as unreadable."""
+        """Number of images with stored crops: all images of finished shards, without those skipped as unreadable."""
         return len(self.rows)
 
     @property
@@ -266,9 +266,9 @@ class Store:
         return sorted(folder.name for folder in folders if files.exists(folder / "meta.json"))
 
     def broken_columns(self) -> list[str]:
-        """What is wrong with each folder among the columns that has no meta.json, or is a link.
+        """Returns a message for each folder among the columns that has no meta.json or is a link.
 
-        A new column is made under a temporary name and renamed when its meta.json is there: a folder without it is damaged.
+        New columns are written under a temporary name and renamed when complete, so a folder without meta.json is damaged.
         """
         problems = []
         targets = self.folder / layout.TARGETS
@@ -286,7 +286,7 @@ class Store:
 
     @cached_property
     def rows(self) -> Int64Array:
-        """Row numbers that can be read, ascending."""
+        """Row numbers that can be read, in ascending order."""
         found = self.shards_with_crops()
         readable = np.zeros(self.manifest.count, dtype=bool)
         for shard in range(self.manifest.shards):
@@ -297,7 +297,7 @@ class Store:
         return np.flatnonzero(readable)
 
     def shards_with_crops(self) -> set[int]:
-        """Shards with finished crops, from one listing of the folder as it is now."""
+        """Returns the shards with finished crops, from one listing of the folder."""
         there = files.names(self.folder / layout.CROPS)
         return {shard for shard in range(self.manifest.shards) if f"{shard:05d}.json" in there}
 
@@ -306,35 +306,35 @@ class Store:
         return files.exists(layout.crops_file(self.folder, shard).with_suffix(".json"))
 
     def crops_sidecar(self, shard: int) -> dict[str, Any]:
-        """The sidecar of a shard's crops: `file`, `images` (sha256 of each), `skipped` (rows)."""
+        """Reads the sidecar of a shard's crops: `file`, `images` (sha256 of each), `skipped` (rows)."""
         path = layout.crops_file(self.folder, shard)
         values = read_sidecar(path, self.manifest, shard, {"images", "skipped"})
         rows, path = self.manifest.shard_rows(shard), path.with_suffix(".json")
         checksums = layout.string_list(values["images"], len(rows), path)
-        _check_digests([values["file"], *filter(None, checksums)], path)  # "" is an image that was skipped
+        _check_digests([values["file"], *filter(None, checksums)], path)  # "" stands for a skipped image
         skipped = values["skipped"]
         if not isinstance(skipped, list) or not all(type(row) is int and row in rows for row in skipped):
             raise StoreError(f"{path}: impossible list of skipped rows; the file is damaged")
         return values
 
     def skipped(self, shard: int) -> list[int]:
-        """Rows of a shard whose images were skipped as unreadable."""
+        """Returns the rows of a shard that were skipped as unreadable."""
         if match := self._match_sidecar(shard):
             skipped = [int(row) for row in match["skipped"].split(b",") if row]
             if all(row in self.manifest.shard_rows(shard) for row in skipped):
                 return skipped
-        whole: list[int] = self.crops_sidecar(shard)["skipped"]  # or what is wrong with it
+        whole: list[int] = self.crops_sidecar(shard)["skipped"]  # raises an error if it is damaged
         return whole
 
     def _match_sidecar(self, shard: int) -> re.Match[bytes] | None:
-        """The sidecar of a shard's crops without parsing its JSON; None if something is wrong with it."""
+        """Matches the sidecar of a shard's crops without parsing its JSON; None if it is not valid."""
         path, rows = layout.crops_file(self.folder, shard).with_suffix(".json"), self.manifest.shard_rows(shard)
         match = files.match_with_checksum(path, _CROPS_SIDECAR)
         own = match is not None and (match["manifest"].decode(), int(match["shard"])) == (self.manifest.digest, shard)
         return match if match is not None and own and match["images"].count(b'"') == 2 * len(rows) else None
 
     def find_images(self, images: ImageSource, rows: Int64Array | None = None) -> Int64Array:
-        """The index of each row's image in an image set, of all rows by default: int64 [len(rows)].
+        """Returns the index of each row's image in an image set: int64 [len(rows)]. Default: all rows.
 
         Raises:
             StoreError: An image is missing; the message names one.
@@ -350,21 +350,21 @@ class Store:
         return found
 
     def image_checksums(self, shard: int) -> UInt8Array:
-        """sha256 of a shard's images as uint8 [rows, 32], zeros for those skipped as unreadable."""
+        """Returns the sha256 of a shard's images as uint8 [rows, 32], zeros for those skipped as unreadable."""
         match = self._match_sidecar(shard)
         listed = match["images"].decode().replace('"', "").split(",") if match else self.crops_sidecar(shard)["images"]
         return files.digest_array(listed, layout.crops_file(self.folder, shard).with_suffix(".json"))
 
     def crops(self, row: int, index: Index) -> Records:
-        """Crop records [m] of the crops `index` of a row, read-only."""
+        """Returns the records [m] of the crops `index` of a row, read-only."""
         return self._files.read(*self.locate(row), index)
 
     def crop_shard(self, shard: int) -> Records:
-        """Crop records of a shard, memory-mapped: [rows, C]."""
+        """Returns the crop records of a shard, memory-mapped: [rows, C]."""
         return self._files.map(shard)
 
     def locate(self, row: int) -> tuple[int, int]:
-        """A row's shard, and its place there; raises IndexError if the row does not exist."""
+        """Returns the shard of a row, and the row's position in it. Raises IndexError if the row does not exist."""
         if not 0 <= row < self.manifest.count:
             raise IndexError(f"row {row} of {self.manifest.count}")
         return divmod(row, self.manifest.rows_per_shard)
@@ -373,14 +373,14 @@ class Store:
         path = layout.crops_file(self.folder, shard)
         if not self.has_crops(shard):
             raise StoreError(f"{path}: this shard is not finished; run the same fkd-ssl precompute again")
-        self.skipped(shard)  # checks that the sidecar is this shard's
+        self.skipped(shard)  # checks that the sidecar belongs to this shard
         return path, len(self.manifest.shard_rows(shard))
 
     def column(self, name: str | None = None) -> Column:
-        """One teacher's targets; without a name the only one there is.
+        """Opens the column of one teacher. Default: the only column.
 
         Raises:
-            NotFoundError: There is no such column, or several and none was named.
+            NotFoundError: The column does not exist, or no name is given and the store has several columns.
         """
         if name in self._columns:
             return self._columns[name]
@@ -397,11 +397,11 @@ class Store:
         return self._columns.setdefault(name, Column(self, name))
 
     def targets(self, name: str, row: int, index: Index) -> Float32Array:
-        """Decoded targets float32 [m, D] of the crops `index` of a row."""
+        """Returns the decoded targets float32 [m, D] of the crops `index` of a row."""
         column = self.column(name)
         return column.codec.decode(column.codes(row, index))
 
 
 def open_store(folder: str | Path) -> Store:
-    """Opens a store for reading; raises NotFoundError where there is none, StoreError where it is damaged."""
+    """Opens a store for reading. Raises NotFoundError if it does not exist, and StoreError if it is damaged."""
     return Store(folder)

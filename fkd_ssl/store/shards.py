@@ -1,7 +1,7 @@
-"""Crops out of shard files, read by position: no map, so memory and open files stay bounded and a lost disk is an error.
+"""Reads crops from shard files by position, without memory maps, which bounds the memory and the number of open files.
 
-A map of a file on a disk that goes away kills the process, every map holds a file open (a store of ImageNet has 2,504),
-and the pages that are read through it count as the process's own.
+A memory map kills the process if its disk disappears, keeps its file open (a store of ImageNet has 2,504 files), and its pages
+count as memory of the process.
 """
 
 import math
@@ -20,17 +20,17 @@ from fkd_ssl.arrays import Int64Array
 from fkd_ssl.errors import StoreError
 
 Index = slice | Int64Array
-MAX_OPEN_FILES = 128  # files of one reader: many systems allow a process 1024 in all
+MAX_OPEN_FILES = 128  # per reader; many systems limit a process to 1024 open files
 
 
 class _OpenFile:
-    """A descriptor that is closed when the last thread that reads from it has let go."""
+    """A descriptor that is closed when the last thread has released it."""
 
     def __init__(self, path: Path) -> None:
         self.descriptor = files.open_descriptor(path)
 
     def __del__(self) -> None:
-        with suppress(AttributeError, OSError):  # it may never have been opened
+        with suppress(AttributeError, OSError):  # opening may have failed
             os.close(self.descriptor)
 
 
@@ -47,9 +47,9 @@ class ShardFiles:
     """The .npy files [rows, C, ...] of all shards of one kind.
 
     Args:
-        locate: The file of a shard and its number of rows; raises StoreError where the shard is not finished.
-        dtype: Of a value.
-        row_shape: Of a row: C, and the shape of a crop.
+        locate: Returns the file of a shard and its number of rows. Raises StoreError if the shard is not finished.
+        dtype: dtype of the arrays.
+        row_shape: Shape of a row: C, and the shape of a crop.
     """
 
     def __init__(self, locate: Callable[[int], tuple[Path, int]], dtype: np.dtype[Any], row_shape: tuple[int, ...]) -> None:
@@ -58,19 +58,19 @@ class ShardFiles:
         self._row_shape = row_shape
         self._crop_bytes = math.prod(row_shape[1:]) * dtype.itemsize
         self._known: dict[int, _Shard] = {}
-        self._open: dict[int, _OpenFile] = {}  # the first one opened comes first
+        self._open: dict[int, _OpenFile] = {}  # in the order of opening
 
     def map(self, shard: int) -> npt.NDArray[Any]:
-        """A whole shard, memory-mapped; raises StoreError where its file is not such an array."""
+        """Maps a whole shard into memory. Raises StoreError if its file is not such an array."""
         path, rows = self._locate(shard)
         return files.map_npy(path, self._dtype, (rows, *self._row_shape))
 
     def read(self, shard: int, within: int, index: Index) -> npt.NDArray[Any]:
-        """Crops `index` of a shard's row `within`: [m, ...], read-only.
+        """Reads the crops `index` of row `within` of a shard: [m, ...], read-only.
 
         Raises:
             IndexError: A crop does not exist.
-            StoreError: The file is missing, cannot be read, is not such an array, or became shorter since it was opened.
+            StoreError: The file is missing, cannot be read, is not such an array, or was truncated after it was opened.
         """
         unit, crops, parts = self._crop_bytes, self._row_shape[0], []
         try:
@@ -87,7 +87,7 @@ class ShardFiles:
         return np.frombuffer(data, dtype=self._dtype).reshape(-1, *self._row_shape[1:])
 
     def _enter(self, shard: int) -> _OpenFile:
-        """Opens a shard's file, checks its header if it is the first time, and lets go of the file that was opened first."""
+        """Opens a shard's file, checks its header the first time, and releases the oldest open file if there are too many."""
         known = self._known.get(shard)
         if known is None:
             path, rows = self._locate(shard)
@@ -107,7 +107,7 @@ class ShardFiles:
 
 
 def _runs(index: Index, crops: int) -> list[tuple[int, int]]:
-    """The crops `index` as runs of neighbours in the file: first and number of each."""
+    """Returns the crops `index` as contiguous runs in the file: first crop and number of crops of each run."""
     if isinstance(index, slice):
         chosen = range(crops)[index]
         if chosen.step == 1:

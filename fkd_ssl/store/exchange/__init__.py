@@ -1,1 +1,1 @@
-"""FKD's published label files: stores made of them, and such files of a store."""
+"""Imports and exports FKD's published label files."""

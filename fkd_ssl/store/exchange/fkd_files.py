@@ -1,8 +1,8 @@
-"""FKD's published label files, read without executing anything, and written: one of torch's pickles an image.
+"""Reads (without executing anything) and writes FKD's published label files: one torch pickle per image.
 
-Each holds `[boxes, flips, labels]`.
+Each contains `[boxes, flips, labels]`.
 
-Shen and Xing, ECCV 2022 (arXiv 2112.01528), and Fast MEAL V2, whose files are made by the same script. Legend: `C` crops, `K`
+Shen and Xing, ECCV 2022 (arXiv 2112.01528), and Fast MEAL V2, which uses the same script for its files. Legend: `C` crops, `K`
 classes, `k` of them kept.
 
 - boxes float32 or float16 [C, 4]: top, left, height and width as fractions of the image's sides;
@@ -32,29 +32,29 @@ from fkd_ssl.pickles import UnsafePickleError
 from fkd_ssl.store import manifest as layout
 from fkd_ssl.targets.label_codecs import LabelCodec
 
-_MOST_BYTES = 2**28  # of a file: 500 crops of 21,841 classes in fp32 are 44 MB
+_MOST_BYTES = 2**28  # maximum bytes of a file; 500 crops of 21,841 classes in fp32 take 44 MB
 _DTYPES = ("BoolDType", "Float16DType", "Float32DType", "Float64DType", "Int32DType", "Int64DType")
-_rebuild: Any = np.zeros(0).__reduce__()[0]  # NumPy's own function, wherever this version keeps it
-# what such a file may name beside tensors; before version 2 NumPy's module had another name
+_rebuild: Any = np.zeros(0).__reduce__()[0]  # NumPy's own function; its module differs between versions
+# what such a file may name in addition to tensors; NumPy before version 2 has another module name
 _ALLOWED: dict[str, Any] = {
     **{f"numpy.{core}.multiarray._reconstruct": _rebuild for core in ("core", "_core")},
     "numpy.ndarray": np.ndarray,
     "numpy.dtype": np.dtype,
     **{f"numpy.dtypes.{name}": getattr(np.dtypes, name) for name in _DTYPES},
 }
-_OFF = 1e-2  # of a sum of probabilities
-_OUTSIDE = 1e-3  # of the image's side: what float16 makes of a box that ends with it
-LARGEST_EXACT = 2048  # whole numbers up to here are exact in float16
-_PLACES = ("", "train", "imagenet", "imagenet/train")  # below the folder of labels, as the authors' scripts lay files out
+_OFF = 1e-2  # tolerance of a sum of probabilities
+_OUTSIDE = 1e-3  # tolerance as a fraction of the image's side, for boxes rounded to float16
+LARGEST_EXACT = 2048  # integers up to this one are exact in float16
+_PLACES = ("", "train", "imagenet", "imagenet/train")  # subfolders of the labels in the layouts of the authors' scripts
 
 
 class Labels:
-    """What a file says of an image's crops.
+    """The crops and labels of one image.
 
     Attributes:
         boxes: Fractions float64 [C, 4] of top, left, height, width.
         flips: bool [C].
-        labels: As the file has them: [C], [C, 2], [C, 2, k] or [C, K].
+        labels: Labels as in the file: [C], [C, 2], [C, 2, k] or [C, K].
     """
 
     def __init__(self, boxes: npt.NDArray[Any], flips: npt.NDArray[Any], labels: npt.NDArray[Any]) -> None:
@@ -66,13 +66,13 @@ class Labels:
         return len(self.boxes)
 
     def records(self, height: int, width: int) -> Records:
-        """Crop records [C] of an image of these sides, of the very boxes that FKD's code cuts.
+        """Returns crop records [C] for an image of this size, with exactly the boxes that FKD's code crops.
 
-        It passes fractions times sides to torchvision's `resized_crop`, and Pillow rounds the box's four edges, halves to even.
-        What that leaves outside the image is cut off.
+        FKD passes fractions times sides to torchvision's `resized_crop`, and Pillow rounds the four edges of the box, half to
+        even. Parts outside the image are cut off.
 
         Raises:
-            StoreError: A box lies outside the image by more than float16's rounding, or has no area inside it.
+            StoreError: A box is outside the image by more than the rounding of float16, or has no area inside it.
         """
         if self.boxes.min() < -_OUTSIDE or (self.boxes[:, :2] + self.boxes[:, 2:]).max() > 1 + _OUTSIDE:
             raise StoreError("a box lies outside the image")
@@ -89,7 +89,7 @@ class Labels:
         return records
 
     def codec(self) -> str:
-        """The codec that keeps labels of this shape."""
+        """Returns the codec for labels of this shape."""
         if self.labels.ndim == 3:
             return f"marginal_smoothing_k{self.labels.shape[2]}"
         if self.labels.ndim == 1:
@@ -97,7 +97,7 @@ class Labels:
         return "smoothing" if self.labels.shape[1] == 2 else "full"
 
     def codes(self, codec: LabelCodec) -> UInt8Array:
-        """Their codes uint8 [C, code_size]; raises StoreError if they do not fit the codec's number of classes."""
+        """Returns the codes uint8 [C, code_size]. Raises StoreError if the labels do not fit the codec's number of classes."""
         of_a_crop = {"hard": (), "smoothing": (2,), "full": (codec.dim,)}.get(codec.spec, (2, codec.kept))
         if self.labels.shape[1:] != of_a_crop:
             expected = ", ".join(map(str, ("C", *of_a_crop)))
@@ -119,28 +119,28 @@ class Labels:
         if (1.01 * values + _OFF / (codec.dim - codec.kept) < rest).any():
             raise StoreError(f"labels whose classes are not the most probable of {codec.dim}")
         codes = codec.pack(classes.astype(np.int64), values.astype(np.float32))
-        codec.decode(codes)  # which refuses a class that is named twice
+        codec.decode(codes)  # raises an error if a class occurs twice
         return codes
 
 
 def read(path: Path) -> Labels:
-    """A label file.
+    """Reads a label file.
 
     Raises:
-        StoreError: It is missing, not a regular file or too large, or holds anything but three arrays.
+        StoreError: The file is missing, not a regular file or too large, or does not contain three arrays.
     """
     too_large = StoreError(f"{path}: over {_MOST_BYTES} bytes, not a label file of FKD's")
     try:
         about = path.stat()
-        if not stat.S_ISREG(about.st_mode):  # to open a pipe would wait for ever
+        if not stat.S_ISREG(about.st_mode):  # opening a pipe would wait forever
             raise StoreError(f"{path}: not a regular file")
         if about.st_size > _MOST_BYTES:
             raise too_large
         parts = checkpoints.load(path, allowed=_ALLOWED)
-        if not all(isinstance(part, np.ndarray | torch.Tensor) for part in parts):  # a list can hold itself many times
+        if not all(isinstance(part, np.ndarray | torch.Tensor) for part in parts):  # a list can contain itself
             raise TypeError
         boxes, flips, labels = (np.asarray(part) for part in parts)
-        if boxes.nbytes + flips.nbytes + labels.nbytes > _MOST_BYTES:  # which a view of one number can say
+        if boxes.nbytes + flips.nbytes + labels.nbytes > _MOST_BYTES:  # a view of one number can have any size
             raise too_large
     except OSError as error:
         raise StoreError(f"{path}: {error.strerror or error}") from error
@@ -164,7 +164,7 @@ def read(path: Path) -> Labels:
 
 
 def write(path: Path, records: Records, height: int, width: int, labels: npt.NDArray[Any], *, fp16: bool) -> bool:
-    """Writes a label file; returns whether it was not there. Raises StoreError where there is another."""
+    """Writes a label file; returns whether it is new. Raises StoreError if it exists with other contents."""
     sides = np.array([height, width, height, width], dtype=np.float64)
     boxes = np.stack([records[name] for name in ("top", "left", "height", "width")], axis=1) / sides
     flips = (records["flags"] & FLIP) != 0
@@ -185,7 +185,7 @@ def write(path: Path, records: Records, height: int, width: int, labels: npt.NDA
 
 
 def unpacked(codec: LabelCodec, codes: UInt8Array) -> npt.NDArray[Any]:
-    """The labels of codes as FKD's files have them."""
+    """Decodes codes to labels in the layout of FKD's files."""
     if codec.spec == "full":
         return codec.decode(codes)
     classes, values = codec.unpack(codes)
@@ -196,23 +196,23 @@ def unpacked(codec: LabelCodec, codes: UInt8Array) -> npt.NDArray[Any]:
 
 
 def stem(path: str) -> str:
-    """The label file of an image in its layout: FKD cuts a file's name at its first dot."""
+    """Returns the path of an image's label file without suffix. FKD cuts a file's name at its first dot."""
     folder, slash, name = path.rpartition("/")
     return f"{folder}{slash}{name.split('.')[0]}.tar"
 
 
 def check_names(paths: Iterable[str]) -> None:
-    """Raises RequestError where two of these sorted images have one label file."""
+    """Raises RequestError if two of these sorted images share a label file."""
     for one, other in pairwise(paths):
         if stem(one) == stem(other):
             raise RequestError(f"{one!r} and {other!r}: the label file of both is {stem(one)!r}; rename one of them")
 
 
 def find(folder: Path, paths: Sequence[str]) -> Path:
-    """The folder with the label files, `folder` or one in it, whose structure is that of the images.
+    """Returns the folder of the label files with the structure of the images: `folder` or a subfolder.
 
     Raises:
-        RequestError: No file of these images is there.
+        RequestError: No label file of these images is found.
     """
     for place in _PLACES:
         if any((folder / place / stem(path)).is_file() for path in paths[:: -(-len(paths) // 100)]):

@@ -1,4 +1,4 @@
-"""Stores of FKD's published label files, and such files of a store."""
+"""Converts FKD's published label files to stores, and stores to such files."""
 
 import shutil
 from collections.abc import Callable
@@ -32,24 +32,24 @@ def import_fkd(
     labels: str | Path, images: ImageSource, out: str | Path, *, classes: int, codec: str | None = None, name: str = "fkd",
     pixels: int = 224, threads: int = 2, log: Callable[[str], None] = lambda message: None,
 ) -> Store:  # fmt: skip
-    """A store of published label files: their boxes and flips as crops, their labels as a column.
+    """Makes a store of published label files: their boxes and flips become crops, their labels a column.
 
-    It appears when it is whole; a killed call continues. Labels are kept as they are, but for float16.
+    The store appears when it is complete. After a kill, call it again to continue. Labels are kept, rounded to float16.
 
     Args:
-        labels: Folder of label files with the images' folder structure, perhaps below `train` or `imagenet/train`.
-        images: The images that they were made of.
+        labels: Folder of label files with the folder structure of the images, possibly below `train` or `imagenet/train`.
+        images: The images that the label files were made from.
         out: The new store.
-        classes: K.
-        codec: How the labels are meant; by their shape by default, where five classes mean marginal_smoothing_k5 and not
-            marginal_renorm_k5.
-        name: Of the column.
-        pixels: Side of the crops that the labels' teacher saw.
-        threads: That read images and labels.
-        log: Takes lines for the user.
+        classes: Number of classes K.
+        codec: Codec of the labels. Default: inferred from their shape, as marginal_smoothing_k5, not marginal_renorm_k5, for
+            five classes.
+        name: Name of the column.
+        pixels: Side of the crops that the teacher saw.
+        threads: Number of threads that read images and labels.
+        log: Called with each line for the user.
 
     Raises:
-        RequestError: There are no labels of these images, two images have one file of labels, or `out` is something else.
+        RequestError: No label file of these images is found, two images share a label file, or `out` has other contents.
         StoreError: Label files are missing or damaged; the message lists them.
     """
     out = Path(out).resolve()
@@ -63,7 +63,7 @@ def import_fkd(
     log(f"{len(images):,} images x {len(first)} crops, {kept.spec} of {classes} classes: {kept.code_size} + 20 bytes a crop")
     layout.checked_name(name)
     with atomic_folder(out) as new, ThreadPoolExecutor(threads) as pool:
-        if not any(new.glob(f"{layout.CROPS}/*.json")):  # nothing to continue, and perhaps begun with wrong options
+        if not any(new.glob(f"{layout.CROPS}/*.json")):  # nothing to continue; it may have begun with wrong options
             for left in new.iterdir():
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
         if not (new / MANIFEST).exists():
@@ -103,12 +103,12 @@ def import_fkd(
 
 
 def export_fkd(column: Column, out: str | Path, *, fp16: bool = False) -> int:
-    """Writes FKD's label files of a column; returns how many were not there yet.
+    """Writes a column as FKD's label files; returns the number of new files.
 
     Raises:
-        RequestError: Its targets are embeddings, its crops do more than cut and flip, float16 cannot hold its class numbers,
-            or two images have one file of labels.
-        StoreError: It is not finished, or damaged, or there are files of other labels.
+        RequestError: The targets are embeddings, the crops have augmentations other than box and flip, float16 cannot represent
+            the class numbers, or two images share a label file.
+        StoreError: The column is incomplete or damaged, or a label file exists with other contents.
     """
     store, codec = column.store, column.codec
     if not isinstance(codec, LabelCodec):
@@ -133,7 +133,7 @@ def export_fkd(column: Column, out: str | Path, *, fp16: bool = False) -> int:
 
 
 def _first(paths: list[Path]) -> fkd_files.Labels:
-    """The first file that can be read: the others are listed, and not it alone."""
+    """Returns the first label file that can be read, so that later all damaged files can be listed together."""
     wrong: StoreError | None = None
     for path in paths:
         try:
@@ -148,7 +148,7 @@ def _other(folder: Path) -> str:
 
 
 def _is_of(column: Column, row: int, found: tuple[str, Records, UInt8Array] | str) -> bool:
-    """Whether a row that is done was made of this image and this label file."""
+    """Whether a finished row was made from this image and this label file."""
     if isinstance(found, str):
         return False
     checksum, records, codes = found
@@ -163,7 +163,7 @@ def _is_of(column: Column, row: int, found: tuple[str, Records, UInt8Array] | st
 def _row(
     store: Store, images: ImageSource, paths: list[Path], codec: LabelCodec, crops: int, row: int
 ) -> tuple[str, Records, UInt8Array] | str:
-    """An image's checksum, records and codes; or what is wrong with its label file."""
+    """Returns an image's checksum, records and codes, or a message if its label file is invalid."""
     size = store.sizes[row]
     try:
         labels = fkd_files.read(paths[row])
@@ -182,7 +182,7 @@ def _publish(store: Store, name: str, shard: int, column: str, made: list[tuple[
 
 
 def _meta(codec: LabelCodec, folder: str, pixels: int) -> dict[str, Any]:
-    """meta.json of imported labels: nothing is lost of the files, and of their teacher nothing is known."""
+    """Returns meta.json for imported labels. The codec is lossless for them, and their teacher is unknown."""
     exact = {"cosine_mean": 1.0, "cosine_min": 1.0, "sample": 0, "total_variation_mean": 0.0, "total_variation_max": 0.0}
     teacher = TeacherInfo(
         name="fkd",

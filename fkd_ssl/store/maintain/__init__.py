@@ -1,1 +1,1 @@
-"""Checking, repairing, copying and searching stores that are there."""
+"""Checks, repairs, copies and searches existing stores."""

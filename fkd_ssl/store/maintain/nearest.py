@@ -1,4 +1,4 @@
-"""Nearest stored crops of other images, in a teacher's space: what its targets hold alike."""
+"""Finds the nearest stored crops of other images by the cosine of a teacher's targets."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from fkd_ssl.store.reader import Column
 
 @dataclass(frozen=True, kw_only=True)
 class Neighbour:
-    """A crop of another image."""
+    """A nearby crop of another image."""
 
     row: int
     crop: int
@@ -28,20 +28,20 @@ def nearest(
     without: int,
     done: Callable[[int], object] = lambda n: None,
 ) -> list[list[Neighbour]]:
-    """Of each target the nearest crops by cosine, at most one of an image.
+    """Finds the nearest crops of each target by cosine, at most one per image.
 
-    A whole sweep over the finished shards, one shard in memory at a time.
+    It reads all finished shards, with one shard in memory at a time.
 
     Args:
-        column: Whose crops.
+        column: The column to search.
         targets: float32 [m, *shape].
-        count: Neighbours of each.
-        crops: Crops of each image that are looked at, the first ones.
-        without: Row of the image that is left out.
-        done: Is told how many images were looked at.
+        count: Number of neighbours per target.
+        crops: Number of crops to search per image, the first ones.
+        without: Row of an image to exclude.
+        done: Called with the number of images that were searched.
 
     Returns:
-        Of each target its neighbours, the nearest first; fewer where there are fewer images.
+        The neighbours of each target, nearest first; fewer than `count` if there are fewer images.
     """
     if not 1 <= crops <= column.store.crops_per_image:
         raise RequestError(f"crops {crops}: {column.store.folder} holds {column.store.crops_per_image} crops of each image")

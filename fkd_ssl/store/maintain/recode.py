@@ -1,4 +1,4 @@
-"""Recode: a column's targets in another codec, or the mean of several columns, from their codes; no teacher is needed."""
+"""Recode: re-encodes a column's targets, or the mean of several columns, with another codec. Needs no teacher."""
 
 import hashlib
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from fkd_ssl.store.reader import COSINES, Column, Store, cosine_to_teacher
 from fkd_ssl.store.write.columns import check_sample, sample_rows, train_and_measure
 from fkd_ssl.store.write.publish import publish_codes
 
-_BLOCK = 2**23  # numbers that are decoded at once
+_BLOCK = 2**23  # values that are decoded at once
 
 
 def recode(
@@ -30,22 +30,23 @@ def recode(
     to: str | None = None,
     out: str | Path | None = None,
 ) -> Column:
-    """Writes the targets of a column in another codec, as another column of the store or into a store of its own.
+    """Writes the targets of a column with another codec, as a new column of the store or into a new store.
 
-    The new column appears when it is whole; a killed call continues. The source stays as it is. Information that its codec
-    discarded cannot be recovered: the fidelity that is recorded is measured against the source's targets, not the teacher's.
+    The new column appears when it is complete. If the call is killed, call it again to continue. The source is not changed. The
+    information that its codec discarded is lost: the recorded fidelity is relative to the source's targets, not the teacher's.
 
     Args:
         store: The store.
-        codec: faiss factory string, or of class probabilities one of FKD's names.
-        name: The column to recode; the only one by default. Of several with class probabilities, the mean (MEAL V2, arXiv
-            2009.08453, section 3).
-        to: Name of the new column; by default the old one's with the codec's behind it, or the old one's in another store.
-        out: A new store for it, with the same crops; by default the column goes into the same store.
+        codec: faiss factory string for embeddings, one of FKD's names for class probabilities.
+        name: The column to recode. Default: the only column. A list of columns with class probabilities gives their mean (MEAL
+            V2, arXiv 2009.08453, section 3).
+        to: Name of the new column. Default: the source's name, followed by the codec's name unless `out` is given.
+        out: A new store for the column, with the same crops. Default: the same store.
 
     Raises:
-        RequestError: The codec does not fit, the columns have no mean, or the place is taken by something else.
-        StoreError: A source is damaged or not finished.
+        RequestError: The codec does not fit the targets, the columns cannot be averaged, or the new column or store already
+            exists with other contents.
+        StoreError: A source is damaged or incomplete.
     """
     names = [name] if name is None or isinstance(name, str) else [*name]
     source = Source([store.column(each) for each in names])
@@ -64,7 +65,7 @@ def recode(
         with atomic_folder(target) as folder:
             _fill(source, codec, store, folder.name)
         return Store(store.folder).column(to)
-    out = Path(out).resolve()  # '.' has no name to put another beside
+    out = Path(out).resolve()  # a temporary folder is named after it, and '.' has no name
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         return _same(Store(out), source, codec, to)
     check_sample(codec, source.meta.target, _sample(source, codec)[2])
@@ -76,13 +77,13 @@ def recode(
 
 
 class Source:
-    """What is recoded: a column, or the mean of several.
+    """The source of a recoding: a column, or the mean of several.
 
     Attributes:
-        columns: Of one store.
-        meta: The new column's, but for its codec and fidelity.
-        name: Of the column, or the names of all.
-        digest: What tells the sources from others.
+        columns: Columns of one store.
+        meta: meta.json of the new column, except for its codec and fidelity.
+        name: Name of the column, or the names of all columns.
+        digest: Digest that identifies the columns.
     """
 
     def __init__(self, columns: Sequence[Column]) -> None:
@@ -116,13 +117,13 @@ class Source:
             licence="; ".join(dict.fromkeys(each.licence for each in teachers)),
             source=" + ".join(each.source or "not stated" for each in teachers),
             checkpoint_sha256=None,
-            mean=one.mean if alike else (0, 0, 0),  # crops come as they are
+            mean=one.mean if alike else (0, 0, 0),  # no normalisation
             std=one.std if alike else (1, 1, 1),
         )
         self.meta = replace(first, codec=" + ".join(meta.codec for meta in metas), teacher=teacher, arrays={})
 
     def decode(self, codes: Sequence[UInt8Array]) -> Float32Array:
-        """Targets float32 [n, *shape] of each column's codes [n, code_size]."""
+        """Decodes each column's codes [n, code_size] and returns the mean targets float32 [n, *shape]."""
         decoded = [column.codec.decode(part) for column, part in zip(self.columns, codes, strict=True)]
         return decoded[0] if len(decoded) == 1 else np.mean(decoded, axis=0, dtype=np.float32)
 
@@ -133,7 +134,7 @@ def _check_files(source: Source) -> None:
 
 
 def _same(store: Store, source: Source, codec: str, to: str) -> Column:
-    """The column that is there, if it is the one asked for."""
+    """Returns the existing column, if it is the requested one."""
     try:
         there = store.column(to)
         if _is_of(there, source, codec) and store.manifest == source.store.manifest and not there.missing_shards:
@@ -146,14 +147,14 @@ def _same(store: Store, source: Source, codec: str, to: str) -> Column:
 
 
 def _is_of(column: Column, source: Source, codec: str) -> bool:
-    """Whether a column is what `recode` makes of the source."""
+    """Whether a column was recoded from this source with this codec."""
     meta, f = column.meta, column.meta.fidelity
     same = meta == replace(source.meta, codec=codec, code_size=meta.code_size, fidelity=f, arrays=meta.arrays)
     return same and (f.get("source_codec"), f.get("source_column")) == (source.meta.codec, source.digest)
 
 
 def _fill(source: Source, codec: str, store: Store, to: str) -> None:
-    """Fills the column `to` of a store that has the source's crops."""
+    """Writes the column `to` of a store that has the source's crops."""
     folder = store.folder / layout.TARGETS / to
     if not (folder / "meta.json").exists():
         meta, arrays = _train(source, codec)
@@ -170,7 +171,7 @@ def _fill(source: Source, codec: str, store: Store, to: str) -> None:
         if layout.codes_file(store.folder, to, shard).with_suffix(".json").exists():
             continue
         codes = [one.shard(shard) for one in source.columns]
-        read = np.ones(len(codes[0]), dtype=bool)  # what was skipped as unreadable has codes that need mean nothing
+        read = np.ones(len(codes[0]), dtype=bool)  # the codes of skipped images have no meaning
         read[np.array(source.store.skipped(shard), dtype=np.int64) - store.manifest.shard_rows(shard).start] = False
         flat = [of_one[read].reshape(-1, of_one.shape[-1]) for of_one in codes]
         made = np.zeros((*codes[0].shape[:2], column.meta.code_size), dtype=np.uint8)
@@ -185,7 +186,7 @@ def _fill(source: Source, codec: str, store: Store, to: str) -> None:
 
 
 def _sample(source: Source, codec: str) -> tuple[list[int], int, int]:
-    """As `sample_rows`, without images that were skipped."""
+    """Returns `sample_rows` without images that were skipped."""
     order, per_image, size = sample_rows(source.store, codec, source.meta.target)
     readable = set(source.store.rows.tolist())
     rows = [row for row in order if row in readable]
@@ -193,7 +194,7 @@ def _sample(source: Source, codec: str) -> tuple[list[int], int, int]:
 
 
 def _train(source: Source, codec: str) -> tuple[dict[str, Any], dict[str, Float32Array]]:
-    """meta.json of the recoded column, without its arrays' checksums, and its arrays."""
+    """Returns meta.json of the recoded column, without the checksums of its arrays, and the arrays."""
     rows, per_image, size = _sample(source, codec)
     codes = [np.concatenate([one.codes(row, slice(per_image)) for row in rows])[:size] for one in source.columns]
     trained, fidelity = train_and_measure(codec, source.meta.target, source.decode(codes))

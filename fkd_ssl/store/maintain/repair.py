@@ -1,4 +1,4 @@
-"""Repair: makes again what `verify` found damaged, and nothing else; the result must be what was there."""
+"""Repair: rebuilds only the parts that `verify` found damaged. The result must match the recorded checksums."""
 
 import io
 from collections.abc import Callable
@@ -25,10 +25,10 @@ Log = Callable[[str], None]
 
 
 def repair_lists(folder: Path, images: ImageSource, log: Log) -> None:
-    """Makes images.txt and images.npy again where they are not what the manifest says and the folder of images still is.
+    """Rebuilds images.txt and images.npy if they do not match the manifest but the folder of images still does.
 
     Raises:
-        StoreError: The manifest is damaged, or the images are others: only a copy can help.
+        StoreError: The manifest is damaged, or the images have changed. Only a backup can help then.
     """
     manifest = layout.read_manifest(folder)
     if files.sha256(images.names.lines) != manifest.images_sha256:
@@ -38,7 +38,7 @@ def repair_lists(folder: Path, images: ImageSource, log: Log) -> None:
     if _digest(folder / SIZES) != manifest.sizes_sha256:
         sizes = np.zeros(len(images), dtype=SIZE_DTYPE)
         for row in range(len(images)):
-            with suppress(ImageError):  # zeros for one that was skipped; for another the digest will differ
+            with suppress(ImageError):  # zeros for an image that was skipped; for any other image the digest will differ
                 sizes[row] = images.size(row)
         header = files.npy_header(sizes.dtype, sizes.shape)
         _replace(folder / SIZES, header + sizes.tobytes(), manifest.sizes_sha256, log)
@@ -54,24 +54,23 @@ def repair(
     threads: int = 2,
     log: Log = lambda message: None,
 ) -> None:
-    """Makes the damaged parts of a store again; the rest is not touched.
+    """Rebuilds the damaged parts of a store and changes nothing else.
 
-    Crop records are drawn again, without images where their sidecar is whole, otherwise with the images' contents. A
-    codec's arrays are trained again, and kept only if their checksums are those in meta.json. Codes need
-    their teacher.
+    Crop records are drawn again. This reads the images only if the sidecar is damaged. A codec is trained again, and its arrays
+    are kept only if they match the checksums in meta.json. Codes are computed again by their teacher.
 
     Args:
         store: The store.
-        damage: What `verify` found.
-        images: The store's images; the folder may hold more.
+        damage: The damage that `verify` found.
+        images: The store's images; the image set may have more.
         teacher: The teacher of column `name`.
-        name: Its column; the only one by default.
-        threads: That read images.
-        log: Takes a line for each thing done or not done.
+        name: The teacher's column. Default: the only column.
+        threads: Number of threads that read images.
+        log: Called with a line for each part that was or was not repaired.
     """
     own = None if images is None else images.subset(store.find_images(images))
     crops = [d.shard for d in damage if d.kind == "crops" and d.shard is not None]
-    if crops and store.manifest.recipe == IMPORTED:  # nothing else describes them
+    if crops and store.manifest.recipe == IMPORTED:  # imported crops cannot be drawn again
         log(f"crops of {len(crops)} shards: were imported and cannot be drawn again: restore them from a copy, or import again")
         crops = []
     crops = [shard for shard in crops if not _redraw(store, shard, log)]
@@ -90,7 +89,7 @@ def repair(
         for shard in crops:
             path = layout.crops_file(store.folder, shard)
             if not any(store.folder.glob(f"{layout.TARGETS}/*/codes-{shard:05d}.json")):
-                continue  # never finished: precompute makes them with the codes
+                continue  # never finished; precompute writes them with the codes
             _remove(path)
             publish_crops(reader, shard, image_checksums(reader, store.manifest.shard_rows(shard), pool))
             log(f"{path}: made again from the images")
@@ -102,7 +101,7 @@ def repair(
 
 
 def _redraw(store: Store, shard: int, log: Log) -> bool:
-    """Draws a shard's records again if its sidecar still tells what they must be; no image is needed."""
+    """Draws a shard's records again, without images, if its sidecar with their checksum is intact."""
     path = layout.crops_file(store.folder, shard)
     try:
         expected = store.crops_sidecar(shard).get("file")
@@ -119,7 +118,7 @@ def _redraw(store: Store, shard: int, log: Log) -> bool:
 
 
 def _retrain(store: Store, name: str, teacher: Teacher, reader: RowReader, pool: ThreadPoolExecutor, log: Log) -> None:
-    """Trains a column's codec again; its arrays are replaced where they come out as meta.json tells."""
+    """Trains a column's codec again, and replaces the arrays that match their checksums in meta.json."""
     folder = files.reject_symlink(store.folder / layout.TARGETS / name)
     try:
         meta, _ = read_meta(folder / "meta.json")
@@ -151,13 +150,13 @@ def _retrain(store: Store, name: str, teacher: Teacher, reader: RowReader, pool:
 def _recompute(
     store: Store, shards: list[int | None], images: ImageSource, teacher: Teacher, name: str, threads: int, log: Log
 ) -> None:
-    """Runs the teacher again for damaged or missing shards of its column."""
+    """Runs the teacher again for the damaged or missing shards of its column."""
     if not shards:
         return
-    column = Store(store.folder).column(name)  # its codec may have been damaged when it was opened
+    column = Store(store.folder).column(name)  # opened again, since its codec may have been repaired
     m, was = store.manifest, {}
     for shard in shards:
-        assert shard is not None  # codes have one
+        assert shard is not None  # codes always have a shard
         path = layout.codes_file(store.folder, name, shard)
         try:
             was[path] = column.sidecar(shard).get("file")
@@ -182,7 +181,7 @@ def _recompute(
 
 
 def _replace(path: Path, data: bytes, digest: str, log: Log) -> None:
-    """Puts `data` in place of a damaged file, if it is what was there."""
+    """Replaces a damaged file by `data`, if `data` matches the recorded digest."""
     if files.sha256(data) == digest:
         files.replace(path, data)
         log(f"{path}: made again, as it was")

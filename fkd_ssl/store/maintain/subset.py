@@ -1,4 +1,4 @@
-"""Subset: copies the first crops, some teachers or some images of a store into a new store; the teacher is not needed."""
+"""Subset: copies the first crops, some teachers or some images of a store into a new store. Needs no teacher."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -27,25 +27,25 @@ def subset(
     store: Store, out: str | Path, *, crops: int | None = None, teachers: Sequence[str] | None = None,
     paths: Sequence[str] | None = None,
 ) -> Store:  # fmt: skip
-    """Copies a part of a store into `out`, which appears when it is whole; a killed call continues.
+    """Copies a part of a store into `out`, which appears when it is complete. If the call is killed, call it again to continue.
 
-    What is copied is compared with its checksums on the way, and the source is only read. The records are those of a store
-    precomputed with the same seed, recipe, images and this number of crops, byte for byte. The codes are the source's own:
-    a teacher run on fewer crops would put them into other chunks, and its last bits would differ.
+    The copied data is compared with its checksums, and the source is not changed. The records are identical to those of a
+    store precomputed with the same seed, recipe, images and this number of crops. The codes are those of the source: running
+    the teacher on fewer crops would divide them into other chunks, so that the last bits would differ.
 
     Args:
-        store: The source; the shards that are copied from must be finished.
+        store: The source. The shards that contain the part must be finished.
         out: The new store.
-        crops: Only the first so many of each image.
-        teachers: Only these columns; all by default, and none where it is empty.
-        paths: Only these images, as images.txt lists them, in any order.
+        crops: Copy only this many crops per image, the first ones.
+        teachers: Copy only these columns. Default: all; an empty list copies the crops only.
+        paths: Copy only these images, as listed in images.txt, in any order.
 
     Raises:
-        RequestError: There are fewer crops, an image or a column is missing, or `out` is something else.
-        StoreError: The source is damaged or lacks shards that are needed.
+        RequestError: The source has fewer crops or lacks an image or a column, or `out` has other contents.
+        StoreError: The source is damaged, or a shard that is needed is not finished.
     """
     part = Part(store, crops=crops, teachers=teachers, paths=paths)
-    out = Path(out).resolve()  # '.' has no name to put another beside
+    out = Path(out).resolve()  # a temporary folder is named after it, and '.' has no name
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         if not part.is_in(out):
             raise RequestError(f"{out}: exists and is not this subset; choose another --out")
@@ -57,7 +57,7 @@ def subset(
 
 
 class Part:
-    """A part of a store; arguments and errors as of `subset`."""
+    """A part of a store. Arguments and errors are those of `subset`."""
 
     def __init__(
         self, store: Store, *, crops: int | None = None, teachers: Sequence[str] | None = None,
@@ -88,7 +88,7 @@ class Part:
         )
 
     def is_in(self, folder: Path) -> bool:
-        """Whether a folder is the finished store of this part."""
+        """Whether a folder is the finished copy of this part."""
         try:
             there = Store(folder)
             digests = {name: there.column(name).digest for name in there.teachers}
@@ -97,7 +97,7 @@ class Part:
         return there.manifest == self.manifest and digests == {column.name: column.digest for column in self.columns}
 
     def require(self) -> None:
-        """Raises StoreError where a shard that is needed is not finished."""
+        """Raises StoreError if a shard that is needed is not finished."""
         for shard in sorted({int(shard) for shard in self.rows // self.store.manifest.rows_per_shard}):
             path = layout.crops_file(self.store.folder, shard)
             if not self.store.has_crops(shard):
@@ -109,14 +109,14 @@ class Part:
                     raise StoreError(f"{error}, or leave out {column.name}") from error
 
     def write(self, folder: Path, *, beside: str | None = None) -> None:
-        """Writes what `folder` lacks of the part.
+        """Writes the missing files of the part.
 
         Args:
-            folder: Of a `atomic_folder`.
-            beside: Another column that may be there.
+            folder: A folder of `atomic_folder`.
+            beside: Name of another column that the folder may have.
 
         Raises:
-            RequestError: Something else was begun there.
+            RequestError: The folder has other contents.
             StoreError: The source is damaged.
         """
         for name in (layout.CROPS, layout.TARGETS):
@@ -163,10 +163,10 @@ class Part:
 
 @contextmanager
 def atomic_folder(target: Path) -> Iterator[Path]:
-    """Yields a folder to fill, which becomes `target` when the block ends well; after a kill, what was filled is found.
+    """Yields a folder that becomes `target` if the block ends without an error. After a kill, the next call continues in it.
 
     Raises:
-        RequestError: Another process fills it now.
+        RequestError: Another process is writing it now.
     """
     folder = target.with_name(f".unfinished-{target.name}")
     folder.mkdir(parents=True, exist_ok=True)
@@ -175,15 +175,15 @@ def atomic_folder(target: Path) -> Iterator[Path]:
         if not locks.try_lock(handle):
             raise RequestError(f"{target}: another process is writing it; wait for it")
         for left in (folder, *(path for path in folder.rglob("*") if path.is_dir())):
-            files.remove_leftovers(left, seconds=0)  # of a killed call: nobody else writes here
+            files.remove_leftovers(left, seconds=0)  # of a killed call; no other process writes here
         try:
             yield folder
         except BaseException:
             with suppress(OSError):
-                folder.rmdir()  # unless something is in it to go on with
+                folder.rmdir()  # fails if it has contents to continue from
             raise
         if target.exists():
-            target.rmdir()  # empty, or it would have been refused
+            target.rmdir()  # it is empty, since other contents were rejected
         folder.rename(target)
         files.sync_folder(target.parent)
     finally:
@@ -191,7 +191,7 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 
 
 def _rows(store: Store, paths: Sequence[str] | None) -> Rows:
-    """The rows of some images, ascending."""
+    """Returns the rows of some images in ascending order."""
     if paths is None:
         return np.arange(store.manifest.count)
     where = {path: row for row, path in enumerate(store.paths)}
@@ -208,7 +208,7 @@ def _other(folder: Path) -> str:
 
 
 def _publish(folder: Path, path: Path, data: bytes) -> None:
-    """Publishes a file of `folder`; raises RequestError where there is another."""
+    """Publishes a file of `folder`. Raises RequestError if it exists with other contents."""
     try:
         with files.publish(path) as file:
             file.write(data)
@@ -217,7 +217,7 @@ def _publish(folder: Path, path: Path, data: bytes) -> None:
 
 
 def _column_files(column: Column) -> Iterator[tuple[str, bytes]]:
-    """Name and bytes of meta.json and of each array; raises StoreError where they are not what the column was opened with."""
+    """Yields name and bytes of meta.json and of each array. Raises StoreError if they changed since the column was opened."""
     path = column.folder / "meta.json"
     values = files.read_json(path)
     if files.sha256(files.canonical(values)) != column.digest:
@@ -232,7 +232,7 @@ def _column_files(column: Column) -> Iterator[tuple[str, bytes]]:
 
 
 def _by_shard(store: Store, rows: Rows) -> list[Rows]:
-    """Ascending rows, cut where another shard begins."""
+    """Splits ascending rows into one array per shard."""
     return np.split(rows, np.flatnonzero(np.diff(rows // store.manifest.rows_per_shard)) + 1)
 
 
@@ -240,7 +240,7 @@ def _gather(
     store: Store, rows: Rows, locate: Callable[[int], Path], sidecar: Callable[[int], dict[str, Any]], dtype: np.dtype[Any],
     crop_shape: tuple[int, ...],
 ) -> npt.NDArray[Any]:  # fmt: skip
-    """The crops [rows, C, ...] of rows of some shards' files; raises StoreError where a file has another checksum."""
+    """Reads the crops [rows, C, ...] of some rows from the files of shards. Raises StoreError if a checksum differs."""
     parts = []
     for part in _by_shard(store, rows):
         shard = int(part[0]) // store.manifest.rows_per_shard

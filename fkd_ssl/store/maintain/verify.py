@@ -1,4 +1,4 @@
-"""Verify: checks a store file by file, and a sample of its targets against the teacher."""
+"""Verify: checks every file of a store, and compares a sample of its targets with the teacher."""
 
 import functools
 from collections.abc import Iterator, Sequence
@@ -19,34 +19,34 @@ from fkd_ssl.store import manifest as layout
 from fkd_ssl.store.reader import COSINES, Column, Store, cosine_to_teacher
 from fkd_ssl.store.write.rows import Teacher
 
-# the min cosine of a new sample may be this many times further from 1 than the recorded one, plus the slack of another
-# machine's arithmetic
+# the minimum cosine of a new sample may be this many times further from 1 than the recorded one, plus some slack for the
+# arithmetic of another machine
 _TIMES, _SLACK = 4.0, 1e-3
-_RECORDS_AT_ONCE = 2**18  # crop records that are checked at once: some 20 MB
-_ENOUGH = 16  # crops for a meaningful mean cosine
+_RECORDS_AT_ONCE = 2**18  # crop records that are checked at once, about 20 MB
+_ENOUGH = 16  # minimum number of crops for a meaningful mean cosine
 
 
 @dataclass(frozen=True, kw_only=True)
 class Damage:
-    """A part of a store that is missing or not what its checksum says."""
+    """A part of a store that is missing or does not match its checksum."""
 
     kind: Literal["crops", "codes", "array", "access"]
-    """Crop records of a shard, codes of a shard, an array of a column, or what cannot be opened and may be sound."""
+    """The kind of part: a shard's crop records or codes, a column's array, or something that cannot be opened."""
     shard: int | None = None
-    """Of crops, of codes, and of what cannot be opened."""
+    """The shard, for crops, codes and parts that cannot be opened."""
     column: str | None = None
-    """Of codes and arrays."""
+    """The column, for codes and arrays."""
 
 
 @dataclass(kw_only=True)
 class Report:
-    """What `verify` found.
+    """Result of `verify`.
 
     Attributes:
-        problems: One line each: the file or row, what is wrong, what to do.
-        damage: The parts of the store among them.
-        checked: How many files, rows and crops were looked at.
-        cosine: Mean and least cosine of the sampled crops to the teacher now; None without a teacher.
+        problems: One line per problem: the file or row, what is wrong, and what to do.
+        damage: The damaged parts of the store.
+        checked: Number of files, rows and crops that were checked.
+        cosine: Mean and minimum cosine of the stored targets of sampled crops to the teacher's; None without a teacher.
     """
 
     problems: list[str] = field(default_factory=list)
@@ -55,13 +55,13 @@ class Report:
     cosine: dict[str, float] | None = None
 
     def add(self, problem: str, damage: Damage | None = None) -> None:
-        """Notes a problem."""
+        """Adds a problem."""
         self.problems.append(problem)
         if damage is not None:
             self.damage.append(damage)
 
     def merge(self, part: "Report") -> None:
-        """Adds what was found in a part of the store."""
+        """Adds the report of a part of the store."""
         self.problems += part.problems
         self.damage += part.damage
         for what, count in part.checked.items():
@@ -77,15 +77,15 @@ def verify(
     sample: int = 64,
     threads: int = 2,
 ) -> Report:
-    """Checks every file's sha256, shape and records; every image, if given; and a sample of crops, if a teacher is.
+    """Checks the sha256, shape and records of every file; every image, if given; and a sample of targets, given a teacher.
 
     Args:
         store: The store.
-        images: Its images, whose contents are compared with what the teacher saw.
+        images: The store's images; their contents are compared with those that the teacher saw.
         teacher: The teacher of column `name`.
         name: The teacher's column.
-        sample: Crops that are replayed and embedded again.
-        threads: That read files.
+        sample: Number of crops to replay and embed again.
+        threads: Number of threads that read files.
     """
     report = Report()
     if not store.teachers and not store.shards_with_crops() and not store.sizes["width"].any():
@@ -115,7 +115,7 @@ def verify(
 
 
 def check_files(store: Store, column: Column) -> None:
-    """Raises StoreError where a file of a store's crops or of one column is not what its checksum says."""
+    """Raises StoreError if a file of the store's crops or of one column does not match its checksum."""
     report = Report()
     for shard in range(store.manifest.shards):
         report.merge(_check_shard(store, [column], shard))
@@ -162,7 +162,7 @@ def _check_shard(store: Store, columns: Sequence[Column], shard: int) -> Report:
     for check in (functools.partial(_check_crops, store), *(functools.partial(_check_codes, column) for column in columns)):
         try:
             check(shard, report)
-        except StoreAccessError as error:  # it may be sound: nothing to delete or to make again
+        except StoreAccessError as error:  # it may be intact, so nothing is deleted or repaired
             report.add(f"shard {shard}: {error}", Damage(kind="access", shard=shard))
     return report
 
@@ -197,7 +197,7 @@ def _check_crops(store: Store, shard: int, report: Report) -> None:
 
 
 def _impossible(store: Store, shard: int, records: Records, skipped: list[int]) -> int | None:
-    """The first row of a shard with a record that no recipe draws for its image; skipped rows hold neutral ones."""
+    """Returns the first row of a shard with a record that no recipe can draw for its image. Skipped rows have neutral ones."""
     rows = store.manifest.shard_rows(shard)
     step = max(1, _RECORDS_AT_ONCE // store.crops_per_image)
     for first in range(0, len(rows), step):
@@ -242,12 +242,12 @@ def _check_codes(column: Column, shard: int, report: Report) -> None:
 def _check_images(
     store: Store, images: ImageSource, shards: Sequence[int], pool: ThreadPoolExecutor, report: Report
 ) -> set[int]:
-    """Compares every image of these shards with what the teacher saw; returns the rows of those that are others now."""
+    """Compares every image of these shards with the one that the teacher saw; returns the rows of changed images."""
     where = store.find_images(images)
     bad: set[int] = set()
 
     def check(row: int, checksum: str) -> str | None:
-        """What is wrong with an image."""
+        """Returns the problem with an image, or None."""
         index = int(where[row])
         try:
             found = files.sha256(images.read(index)) if checksum else ""
@@ -272,7 +272,7 @@ def _check_images(
 def _check_targets(
     column: Column, images: ImageSource, teacher: Teacher, sample: int, shards: set[int], changed: set[int], report: Report
 ) -> None:
-    """Compares a sample of the targets in these shards with what the teacher says now."""
+    """Compares a sample of the targets in these shards with the teacher's targets now."""
     store = column.store
     where = store.find_images(images)
     left_out = changed.union(*(store.skipped(shard) for shard in shards))

@@ -1,1 +1,1 @@
-"""Making stores: precompute, recording, and what they share."""
+"""Writes stores: precompute, recording, and their shared parts."""

@@ -1,23 +1,23 @@
-"""Advice before a store is written that is larger than necessary."""
+"""Advice before writing a store that is larger than necessary."""
 
 from fkd_ssl.crops import CROP_DTYPE
 from fkd_ssl.targets import TargetSpec
 from fkd_ssl.text import format_bytes
 
-LARGE = 512  # bytes of a code: four times a 128-d target's in SQ8
+LARGE = 512  # bytes per code: four times those of a 128-d target with SQ8
 _SMALLER = ("RR256,SQ8", "PCA256,SQ8")
 
 
 def on_size(target: TargetSpec, codec: str, crops: int) -> str | None:
-    """A note if the codes are large, with the sizes of smaller codecs; None if the codes are small.
+    """Returns a note with the sizes of smaller codecs if the codes are large; None otherwise.
 
     Args:
-        target: Kind and shape.
-        codec: The codec that was chosen.
-        crops: Crops of all images together.
+        target: Kind and shape of the targets.
+        codec: The chosen codec.
+        crops: Total number of crops of all images.
 
     Raises:
-        RequestError: There is no such codec for these targets.
+        RequestError: The codec does not exist for these targets.
     """
     rules, shape = target.rules, target.shape
     size = rules.code_size(codec, shape)

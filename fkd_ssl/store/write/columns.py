@@ -1,4 +1,4 @@
-"""New columns of a store: their codecs, trained on a sample that the seed fixes, and their meta.json."""
+"""Creates new columns of a store: trains their codecs on a sample that depends on the seed, and writes their meta.json."""
 
 import secrets
 import shutil
@@ -23,12 +23,12 @@ from fkd_ssl.store.write.streams import TeacherStream, feed
 from fkd_ssl.targets import Codec, TargetSpec
 from fkd_ssl.targets.info import difference
 
-FIDELITY_SHARE = 9  # one target in nine of the codec's sample is held out to measure its fidelity on
+FIDELITY_SHARE = 9  # one target in nine of the codec's sample is held out for measuring the fidelity
 
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
-    """A column that is asked for."""
+    """A requested column."""
 
     name: str
     teacher: Teacher
@@ -37,9 +37,9 @@ class Request:
     pixels: int
     """Side of the crops that the teacher sees."""
     chunk_size: int
-    """Crops in one forward."""
+    """Number of crops per forward pass."""
     device: str | None = None
-    """Device that makes the crops, in torch's terms; None for the threads."""
+    """torch device that makes the crops; None for the threads."""
 
     def __post_init__(self) -> None:
         self.teacher.info.spec.check_codec(self.codec, self.teacher.info.name)
@@ -50,7 +50,7 @@ class Request:
         return self.teacher.info.spec
 
     def meta(self) -> dict[str, Any]:
-        """What meta.json must say of it: all but what is measured."""
+        """Returns the values that meta.json must have: all but the measured ones."""
         return {
             "codec": self.codec,
             "code_size": self.target.check_codec(self.codec, self.teacher.info.name),
@@ -60,25 +60,25 @@ class Request:
         }
 
     def difference(self, meta: ColumnMeta) -> str:
-        """What a column's meta.json says other than this request, in words; "" if nothing."""
+        """Describes the first difference of a column's meta.json from this request; "" if they are equal."""
         return difference(meta.to_json(), self.meta())
 
 
 class _PublishedError(Exception):
-    """Another process has published all the columns that we train codecs for."""
+    """Another process has published all the columns whose codecs this process is training."""
 
 
 def open_or_train(
     store: Store, requests: Sequence[Request], reader: RowReader, pool: ThreadPoolExecutor, log: Callable[[str], None]
 ) -> list[Column]:
-    """The columns asked for; those that do not exist get a codec, trained on a sample.
+    """Returns the requested columns, and creates missing ones with a codec trained on a sample.
 
     Raises:
-        RequestError: A column of that name is of another teacher, or was made otherwise.
+        RequestError: A column of that name belongs to another teacher, or has other settings.
     """
     for request in requests:
         log(f"teacher {request.name}: {request.teacher.info.network}; {request.teacher.info.normalisation}")
-    for request in requests:  # before any work
+    for request in requests:  # checked before any work
         target = store.folder / layout.TARGETS / request.name
         if target.is_dir() and any(target.iterdir()) and not _published(store, request):
             raise RequestError(_missing_meta(target))
@@ -103,17 +103,17 @@ def open_or_train(
 
 
 def train(request: Request, sample: Float32Array) -> tuple[dict[str, Any], dict[str, Float32Array]]:
-    """A column's meta.json, without the arrays' checksums, and its arrays; part of the sample is held out."""
+    """Trains a column's codec, with part of the sample held out. Returns meta.json without checksums, and the arrays."""
     trained, fidelity = train_and_measure(request.codec, request.target, sample)
     meta = {**request.meta(), "fidelity": fidelity}
     return meta, {**trained.arrays(), **{f"teacher-{key}": a for key, a in request.teacher.info.arrays.items()}}
 
 
 def train_and_measure(codec: str, target: TargetSpec, sample: Float32Array) -> tuple[Codec, dict[str, Any]]:
-    """A codec trained on a sample but for what is held out, and its fidelity on that.
+    """Trains a codec on a sample, with part of it held out. Returns the codec and its fidelity on the held-out part.
 
     Raises:
-        RequestError: The sample is too small for it, or the decoded targets are too far from the original ones.
+        RequestError: The sample is too small, or the decoded targets are too far from the original ones.
     """
     check_sample(codec, target, len(sample))
     rules = target.rules
@@ -132,7 +132,7 @@ def train_and_measure(codec: str, target: TargetSpec, sample: Float32Array) -> t
 
 
 def check_sample(codec: str, target: TargetSpec, sample: int) -> None:
-    """Raises RequestError where a codec cannot be trained on a sample of so many targets, part of which is held out."""
+    """Raises RequestError if a sample of this many targets, with part of them held out, is too small for a codec."""
     needed = target.rules.min_sample(codec)
     if _trained_on(sample) < needed:
         raise RequestError(
@@ -147,13 +147,13 @@ def _trained_on(sample: int) -> int:
 
 
 def sample_targets(codec: str, target: TargetSpec, targets: int) -> int:
-    """How many of a store's targets are a codec's sample, with those that are held out."""
+    """Returns how many of a store's `targets` form a codec's sample, including the held-out ones."""
     size = target.rules.sample_size(codec)
     return min(size + size // (FIDELITY_SHARE - 1), targets)
 
 
 def describe_fidelity(fidelity: dict[str, Any]) -> str:
-    """How near decoded targets are to what was encoded: the teacher's own targets, or a source column's."""
+    """Describes how close decoded targets are to the encoded ones: those of the teacher, or of a source column."""
     f = fidelity
     whose = "the source column's targets" if "source_codec" in f else "the teacher's own targets"
     if not f.get("sample", 1):
@@ -164,7 +164,7 @@ def describe_fidelity(fidelity: dict[str, Any]) -> str:
 
 
 def sample_rows(store: Store, codec: str, target: TargetSpec) -> tuple[list[int], int, int]:
-    """Which crops a codec is trained on: rows in the order of a hash that the seed fixes, crops of each, crops in all."""
+    """Returns the crops that a codec is trained on: rows in an order hashed from the seed, crops per row, total crops."""
     m = store.manifest
     size = sample_targets(codec, target, m.count * m.crops_per_image)
     per_image = -(-size // m.count)
@@ -175,17 +175,17 @@ def train_columns(
     store: Store, requests: Sequence[Request], reader: RowReader, pool: ThreadPoolExecutor,
     publish: Callable[[Request, dict[str, Any], dict[str, Float32Array]], None], *, always: bool = False,
 ) -> None:  # fmt: skip
-    """Trains the codecs of requests of one codec and kind on what their teachers say of the sample, which is read once for all.
+    """Trains the codecs of several requests, of one codec and kind, on their teachers' targets. Reads the sample once for all.
 
-    What is done of the sample survives a kill.
+    The finished part of the sample survives a kill.
 
     Args:
         store: The store.
-        requests: Columns that do not exist, of one codec.
+        requests: Columns that do not exist, with one codec.
         reader: Reads the sample.
         pool: Threads that read ahead.
-        publish: Takes each column's meta.json and arrays.
-        always: Also if another process publishes the columns at the same time; otherwise its columns are kept.
+        publish: Called with meta.json and arrays of each column.
+        always: Publish even if another process has published the columns meanwhile. By default its columns are kept.
     """
     order, per_image, size = sample_rows(store, requests[0].codec, requests[0].target)
     parts: list[list[Float32Array]] = [[] for _ in requests]
@@ -213,7 +213,7 @@ def train_columns(
 def _sample_stream(
     request: Request, parts: list[Float32Array], progress: work.WorkFile | None, per_image: int, overtaken: Callable[[], bool]
 ) -> TeacherStream:
-    """A teacher's part in the sample: targets go into `parts`, and into `progress` unless another process has that."""
+    """Returns a teacher's stream of the sample. Its targets go into `parts`, and into `progress` unless that is None."""
     done: int = 0
     checksums: list[str] = []
     if progress is not None:
@@ -223,14 +223,14 @@ def _sample_stream(
         readable += per_image if checksums[first] else 0
         first += 1
     del checksums[first:]
-    if progress is not None and done - readable >= per_image:  # the journal has fewer rows than crops
+    if progress is not None and done - readable >= per_image:  # the journal counts crops whose rows it lacks
         progress.restart()
         done, checksums, readable, first = 0, progress.checksums, 0, 0
     if progress is not None and done:
         parts.append(np.frombuffer(progress.read(), dtype=np.float32).reshape(done, *request.target.shape))
 
     def on_row(row: Row) -> bool:
-        checksums.append("+" if row.checksum else "")  # whether it was read is all: 300,000 of them go into one journal
+        checksums.append("+" if row.checksum else "")  # keeps the journal small: it lists up to 300,000 rows
         return bool(row.checksum)
 
     def on_targets(targets: Float32Array) -> None:
@@ -261,7 +261,7 @@ def _published(store: Store, request: Request) -> bool:
 
 
 def _check(store: Store, request: Request) -> Column:
-    """The column of that name, if it is the one asked for."""
+    """Returns the column of that name, if it is the requested one."""
     column = store.column(request.name)
     if other := request.difference(column.meta):
         raise RequestError(f"{column.folder}: this column's {other}; give the same, or have precompute --name another column")
@@ -269,10 +269,10 @@ def _check(store: Store, request: Request) -> Column:
 
 
 def publish_column(target: Path, meta: dict[str, Any], arrays: dict[str, Float32Array]) -> None:
-    """Publishes a column's folder whole; if another process was first, its column stands.
+    """Publishes the complete folder of a column. If another process was first, its column is kept.
 
     Raises:
-        RequestError: A folder of that name exists and is not a column.
+        RequestError: A folder of that name exists but is not a column.
     """
     temporary = target.with_name(f"{files.TEMPORARY}{target.name}-{secrets.token_hex(6)}")
     temporary.mkdir(parents=True)

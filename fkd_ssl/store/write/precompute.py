@@ -1,7 +1,7 @@
-"""Precompute: teachers see every stored crop of every image once, and their targets go into columns of a store.
+"""Precompute: runs teachers once on every stored crop of every image, and writes their targets into columns of a store.
 
-A shard is a pure function of images, recipe, seed, teacher and codec. Its crops, in order, are cut into chunks of a
-fixed size; a chunk is what a teacher runs on and what a killed run resumes from.
+A shard is a pure function of images, recipe, seed, teacher and codec. Its crops are divided, in order, into chunks of a fixed
+size. A teacher runs on one chunk at a time, and a killed run resumes at a chunk.
 """
 
 import functools
@@ -37,12 +37,12 @@ from fkd_ssl.text import format_bytes
 
 @dataclass(frozen=True, kw_only=True)
 class Share:
-    """A process's part of the shards: every `of`-th from `index` on."""
+    """A process's share of the shards: every `of`-th shard, starting at `index`."""
 
     index: int
     of: int
     steal: bool = False
-    """Whether it continues with shards of other processes that are not begun, once its own are done."""
+    """Whether to continue with the shards of other processes that are not begun, after its own."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.index < self.of:
@@ -51,20 +51,20 @@ class Share:
 
 @dataclass(frozen=True, kw_only=True)
 class Summary:
-    """What a call of `precompute` did."""
+    """Result of `precompute`."""
 
     shards: int
-    """Shards of the store."""
+    """Number of shards of the store."""
     busy: list[int]
-    """Shards left to another process that is writing them now."""
+    """Number of shards that another process is writing now."""
     left: list[int]
-    """Unfinished shards of other shares, which this call was not to write."""
+    """Number of unfinished shards that belong to other shares."""
     crops: int
-    """Crops that the teachers saw in this call for the store, without those that a codec was trained on."""
+    """Number of crops that the teachers saw in this call, without those for training a codec."""
     seconds: float
-    """Wall-clock of this call."""
+    """Wall-clock time of this call."""
     store_bytes: int
-    """Bytes of all files of the store."""
+    """Total bytes of the files of the store."""
 
 
 def precompute(
@@ -87,35 +87,35 @@ def precompute(
     progress: bool = True,
     log: Callable[[str], None] = lambda message: None,
 ) -> Summary:
-    """Writes teachers' targets into the store `folder`, which is made if it does not exist.
+    """Writes the targets of teachers into the store `folder`, which is created if it does not exist.
 
-    Whatever was killed is started again with the same arguments and continues; several processes can write one store.
-    Several teachers at once read and decode each image once, and replay its crops once for each size.
+    After a kill, call it again with the same arguments to continue. Several processes can write one store. With several
+    teachers, each image is read and decoded once, and its crops are replayed once per size.
 
     Args:
         images: The image set.
         folder: The store.
         teacher: The frozen network, or several.
-        crops: C, crops stored per image; fixed when the store is made.
-        recipe: What crops are drawn from; likewise.
-        codec: faiss factory string, or of class probabilities a name of FKD's, of each column; None for the default: SQ8, and
-            marginal_smoothing_k5 (full up to 10 classes).
-        pixels: Side of the crops that the teacher sees; one for all, or one for each.
-        seed: Seed of the crops' draw.
-        limit: Only this many images, the first in hash order.
-        chunk_size: Crops in one forward of a teacher.
-        name: Name of each teacher's column; the teacher's own by default.
-        skip_unreadable: Leave out images that cannot be decoded, and note it in the store, instead of stopping.
-        threads: Threads that read, decode and replay while the teacher runs.
-        device: Where the crops are made, in torch's terms, if not by the threads: same pixels, for few processors.
-        share: Which shards are this process's; all by default.
-        progress: Whether to show a bar.
-        log: Takes lines for the user.
+        crops: Number of crops per image C; fixed when the store is created.
+        recipe: Recipe that the crops are drawn from; fixed when the store is created.
+        codec: Codec of each column: a faiss factory string for embeddings, one of FKD's names for class probabilities. Default:
+            SQ8 for embeddings, marginal_smoothing_k5 for class probabilities (full for up to 10 classes).
+        pixels: Side of the crops that the teachers see: one for all, or one per teacher.
+        seed: Seed of the crops.
+        limit: Use only this many images, the first in hash order.
+        chunk_size: Number of crops per forward pass of a teacher.
+        name: Name of each teacher's column. Default: the teacher's name.
+        skip_unreadable: Skip images that cannot be decoded, and record this in the store, instead of stopping.
+        threads: Number of threads that read, decode and replay while the teacher runs.
+        device: torch device that makes the crops. Default: the threads make them. The pixels are the same.
+        share: The shards that this process writes. Default: all.
+        progress: Whether to show a progress bar.
+        log: Called with each line for the user.
 
     Raises:
-        RequestError: The store or the column was made with other arguments.
-        ImageError: An image cannot be read or has changed since the store's crops were made.
-        FkdError: The disk cannot hold the store.
+        RequestError: The store or the column was created with other arguments.
+        ImageError: An image cannot be read, or has changed since the store's crops were drawn.
+        FkdError: There is not enough disk space for the store.
     """
     started = time.perf_counter()
     requests = _requests(teacher, codec, pixels, chunk_size, name, device)
@@ -144,8 +144,8 @@ def precompute(
         with bar:
             writer = _Writer(store, requests, columns, reader, pool, bar)
             busy = writer.write(mine + others if share is None or share.steal else mine)
-            busy = writer.write(busy)  # their processes may have been killed
-    for column in columns:  # what processes left that were killed before they could remove it
+            busy = writer.write(busy)  # the processes that wrote them may have been killed
+    for column in columns:  # work files that killed processes did not remove
         for path in column.folder.glob(".work-codes-*[0-9]"):
             if (column.folder / f"{path.name.removeprefix('.work-')}.json").exists():
                 work.clear(path)
@@ -174,13 +174,13 @@ def prepare(
     threads: int = 2,
     log: Callable[[str], None] = lambda message: None,
 ) -> list[Column]:
-    """Makes a store for teachers whose targets will be recorded: all of it but the codes.
+    """Creates a store for teachers whose targets will be recorded: everything but the codes.
 
-    Arguments and errors are those of `precompute`. An existing column keeps its chunk_size, which is the batch size of the
-    processes that began the training.
+    Arguments and errors are those of `precompute`. An existing column keeps its chunk_size, which is the batch size with which
+    the training began.
 
     Returns:
-        Each teacher's column, of a store that has all crops.
+        The column of each teacher, in a store that has all crops.
     """
     requests = _requests(teacher, codec, pixels, chunk_size, None, None)
     store = _begin(
@@ -197,7 +197,7 @@ def prepare(
         there = store.shards_with_crops()
         absent = [shard for shard in range(store.manifest.shards) if shard not in there]
         with tqdm(total=_rows(store, absent), desc="crops", unit="img", disable=hidden(show=bool(absent))) as bar:
-            for shard in random.sample(absent, len(absent)):  # processes of one training share them out by chance
+            for shard in random.sample(absent, len(absent)):  # in random order, to share them between processes
                 rows = store.manifest.shard_rows(shard)
                 if store.has_crops(shard):
                     bar.update(len(rows))
@@ -211,7 +211,7 @@ def _requests(
     teacher: Teacher | Sequence[Teacher], codec: str | None, pixels: int | Sequence[int], chunk_size: int,
     name: str | Sequence[str] | None, device: str | None,
 ) -> list[Request]:  # fmt: skip
-    """The columns that are asked for; raises RequestError if one is not possible."""
+    """Returns the requested columns. Raises RequestError if one is invalid."""
     teachers = [*teacher] if isinstance(teacher, Sequence) else [teacher]
     sides = [pixels] * len(teachers) if isinstance(pixels, int) else [*pixels]
     names = [t.info.name for t in teachers] if name is None else [name] if isinstance(name, str) else [*name]
@@ -252,12 +252,12 @@ def _begin(
     images: ImageSource, folder: Path, requests: Sequence[Request], *, crops: int, recipe: Recipe, seed: int,
     skip_unreadable: bool, threads: int, progress: bool, log: Callable[[str], None],
 ) -> Store:  # fmt: skip
-    """The store, made if it does not exist, after its size was announced."""
+    """Announces the size of the store, then opens it, and creates it if it does not exist."""
     _in_range("crops", crops, layout.MAX_CROPS)
     if threads < 1:
         raise RequestError(f"--threads {threads}: must be at least 1")
     for request in requests:
-        if not (folder / layout.TARGETS / request.name / "meta.json").exists():  # a column that is there has its codec
+        if not (folder / layout.TARGETS / request.name / "meta.json").exists():  # an existing column has its codec
             check_sample(request.codec, request.target, sample_targets(request.codec, request.target, len(images) * crops))
     log(_announce(folder, len(images), crops, requests))
     for request in requests:
@@ -301,7 +301,7 @@ def _open_or_create(
 
 
 def _announce(folder: Path, count: int, crops: int, requests: Sequence[Request]) -> str:
-    """What will be written, in words; raises FkdError if the disk cannot hold it. Nothing is written before."""
+    """Describes what will be written. Raises FkdError, before anything is written, if there is not enough disk space."""
     sizes = [request.target.check_codec(request.codec, request.name) for request in requests]
     needed = count * crops * (CROP_DTYPE.itemsize + sum(sizes))
     own = [*(folder / layout.CROPS).glob("*.npy")]
@@ -327,7 +327,7 @@ def _rows(store: Store, shards: Sequence[int]) -> int:
 
 
 def _finished(store: Store, columns: Sequence[Column], shard: int) -> bool:
-    """Whether a shard's crops and its codes of every column are there now."""
+    """Whether a shard now has its crops and the codes of every column."""
     sidecars = [layout.codes_file(store.folder, c.name, shard).with_suffix(".json") for c in columns]
     return store.has_crops(shard) and all(path.exists() for path in sidecars)
 
@@ -336,7 +336,7 @@ class _Writer:
     """Writes shards of some columns.
 
     Attributes:
-        seen: Crops that the teachers saw.
+        seen: Number of crops that the teachers saw.
     """
 
     def __init__(
@@ -355,11 +355,11 @@ class _Writer:
         }
 
     def write(self, shards: Sequence[int]) -> list[int]:
-        """Writes what these shards lack; returns those of which another process is writing a column now."""
+        """Completes these shards; returns those with a column that another process is writing now."""
         return [shard for shard in shards if not self._shard(shard)]
 
     def _shard(self, shard: int) -> bool:
-        """Writes the columns of a shard that no other process is writing; returns whether the shard is finished."""
+        """Writes the columns of a shard that no other process is writing. Returns whether the shard is finished."""
         store, m = self._store, self._store.manifest
         rows, per_row = m.shard_rows(shard), m.crops_per_image
         with ExitStack() as stack:
@@ -367,7 +367,7 @@ class _Writer:
             streams = []
             for request, column in zip(self._requests, self._columns, strict=True):
                 codes = layout.codes_file(store.folder, column.name, shard)
-                if codes.with_suffix(".json").exists():  # perhaps by another process since we looked
+                if codes.with_suffix(".json").exists():  # another process may have finished it since we looked
                     self._count(column, shard, len(rows) * per_row)
                     continue
                 unit, there = column.meta.code_size, len(rows) * per_row
@@ -394,12 +394,12 @@ class _Writer:
         return _finished(store, self._columns, shard)
 
     def _encoded(self, shard: int) -> bool:
-        """Whether every column's codes are there, and the crops alone were lost: no teacher is needed for those."""
+        """Whether the codes of every column exist, so that only the crops are missing. Those need no teacher."""
         paths = [layout.codes_file(self._store.folder, column.name, shard) for column in self._columns]
         return all(path.with_suffix(".json").exists() for path in paths)
 
     def _count(self, column: Column, shard: int, crops: int) -> None:
-        """Moves the bar over a shard that another process has finished."""
+        """Advances the progress bar for a shard that another process has finished."""
         if (column.name, shard) not in self._counted:
             self._counted.add((column.name, shard))
             self._bar.update(crops)

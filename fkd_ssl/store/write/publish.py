@@ -1,4 +1,4 @@
-"""Publishing the files of a store: its lists and manifest, and the arrays of a shard with their sidecars."""
+"""Publishes the files of a store: its lists and manifest, and the arrays of a shard with their sidecars."""
 
 import shutil
 from collections.abc import Callable, Sequence, Set
@@ -25,12 +25,12 @@ def create_store(
     folder: Path, images: ImageSource, *, seed: int, recipe: Recipe, crops: int, skip_unreadable: bool, progress: bool = True,
     advice: str = "remove it or pass --on_unreadable skip",
 ) -> Manifest:  # fmt: skip
-    """Lists the images and their sizes into a new store, the manifest last; `advice` ends the error of an unreadable one.
+    """Writes the lists of images and sizes of a new store, then its manifest. `advice` ends errors about unreadable images.
 
     Raises:
-        RequestError: The folder holds something else.
+        RequestError: The folder has other contents.
         ImageAccessError: An image cannot be opened.
-        ImageError: A header is damaged, unless `skip_unreadable`.
+        ImageError: A header is damaged, and `skip_unreadable` is False.
     """
     check_folder(folder, {layout.CROPS, layout.TARGETS}, what="a store")
     check_names(images)
@@ -44,17 +44,17 @@ def create_store(
 
 
 def check_folder(folder: Path, parts: Set[str], *, what: str) -> None:
-    """Raises RequestError where a folder holds something else than `what`, whose folders are `parts`."""
+    """Raises RequestError if a folder contains anything but the files of `what` and its subfolders `parts`."""
     if folder.exists() and not folder.is_dir():
         raise RequestError(f"{folder}: is a file, and a folder for {what} is expected; choose another name")
     there = {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")} if folder.is_dir() else set()
-    foreign = there - {MANIFEST, IMAGES, SIZES, *parts}  # the manifest, where another process was faster
+    foreign = there - {MANIFEST, IMAGES, SIZES, *parts}  # another process may have written the manifest
     if foreign:
         raise RequestError(f"{folder}: holds {sorted(foreign)[0]!r}, which is not part of {what}; choose another folder")
 
 
 def require_space(folder: Path, needed: int, advice: str) -> int:
-    """Free bytes of the disk that `folder` is on, or will be; raises FkdError where they are fewer than `needed`."""
+    """Returns the free bytes on the disk of `folder`, which may be missing. Raises FkdError if fewer than `needed`."""
     disk = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     free = shutil.disk_usage(disk).free
     if needed > free:
@@ -65,7 +65,7 @@ def require_space(folder: Path, needed: int, advice: str) -> int:
 
 
 def check_names(images: ImageSource) -> None:
-    """Raises RequestError if a name cannot be kept in a store, since it could lead out of a folder of images."""
+    """Raises RequestError if a name is unsafe in a store, since it could lead out of a folder of images."""
     if is_unsafe(images.names.lines):
         wrong = [name for name in images.names if is_unsafe(f"{name}\n".encode())]
         some = ", ".join(repr(name) for name in wrong[:10])
@@ -77,7 +77,7 @@ def check_names(images: ImageSource) -> None:
 def read_sizes(
     images: ImageSource, *, skip_unreadable: bool, progress: bool, advice: str | None = None
 ) -> npt.NDArray[np.void]:
-    """Byte size, width and height of each image, 0 of those that are skipped; `advice` and errors as of `create_store`."""
+    """Reads byte size, width and height of each image, 0 for skipped images. `advice` and errors are as in `create_store`."""
     sizes = np.zeros(len(images), dtype=SIZE_DTYPE)
     hide = hidden(show=progress and len(images) >= 2000)
     for row in tqdm(range(len(images)), desc="image headers", unit="img", disable=hide):
@@ -90,7 +90,7 @@ def read_sizes(
 
 
 def publish_lists(folder: Path, images: ImageSource, sizes: npt.NDArray[np.void]) -> dict[str, Any]:
-    """Publishes images.txt and images.npy; returns what a manifest says of them."""
+    """Publishes images.txt and images.npy; returns their values for the manifest."""
     with files.publish(folder / IMAGES) as file:
         file.write(images.names.lines)
     sha256 = files.write_npy(folder / SIZES, sizes)
@@ -98,14 +98,14 @@ def publish_lists(folder: Path, images: ImageSource, sizes: npt.NDArray[np.void]
 
 
 def publish_crops(folder: Path, manifest: Manifest, shard: int, records: Records, images: Sequence[str]) -> None:
-    """Publishes the crop records of a shard, then the sidecar that finishes it.
+    """Publishes the crop records of a shard, then the sidecar that marks them as finished.
 
     Args:
         folder: The store.
-        manifest: Its manifest.
+        manifest: The store's manifest.
         shard: The shard.
         records: Crop records [rows, C].
-        images: sha256 of each row's image; empty for one that was skipped as unreadable.
+        images: sha256 of each row's image; empty for an image that was skipped as unreadable.
     """
     path, rows = layout.crops_file(folder, shard), manifest.shard_rows(shard)
     skipped = [row for row, checksum in zip(rows, images, strict=True) if not checksum]
@@ -116,15 +116,15 @@ def publish_crops(folder: Path, manifest: Manifest, shard: int, records: Records
 def publish_codes(
     folder: Path, manifest: Manifest, shard: int, codes: UInt8Array | Callable[[Path], str], *, column: str, digest: str
 ) -> None:
-    """Publishes the codes of a shard, then the sidecar that finishes it.
+    """Publishes the codes of a shard, then the sidecar that marks them as finished.
 
     Args:
         folder: The store.
-        manifest: Its manifest.
+        manifest: The store's manifest.
         shard: The shard.
-        codes: Codes uint8 [rows, C, code_size]; or what publishes them as a file, and returns its sha256.
+        codes: Codes uint8 [rows, C, code_size], or a function that publishes them as a file and returns its sha256.
         column: Name of the column.
-        digest: Of its meta.json.
+        digest: Digest of the column's meta.json.
     """
     path = layout.codes_file(folder, column, shard)
     written = codes(path) if callable(codes) else files.write_npy(path, codes)

@@ -1,8 +1,8 @@
-"""Recording: the targets that a training's teacher gives, kept as the column that precompute would have written.
+"""Recording: stores the targets that a teacher gives during training, as the column that precompute would have written.
 
-While it trains, codes go into one work file, in blocks: M crops of an image, and their CRC-32. The blocks that one pass gives
-of a shard are side by side. A journal counts what survives a kill. At the end each shard's blocks become its file of codes. A
-shard with a missing or altered block is left out: precompute computes it.
+During training, codes are written to one work file, in blocks of M crops of one image with their CRC-32. The blocks of one pass
+over a shard are contiguous. A journal counts the synced blocks. At the end, the blocks of each shard become its file of codes.
+A shard with a missing or altered block is omitted, and precompute computes it.
 """
 
 import errno
@@ -26,18 +26,18 @@ _CHECKSUM = np.dtype("<u4")
 
 
 class Recording:
-    """One column that is being recorded; at most one process has it.
+    """A column that is being recorded, by one process at a time.
 
     Args:
-        column: Of a store whose crops are finished; it has no codes yet.
-        block: M, crops of an image that are recorded at once; divides C.
+        column: A column without codes, of a store with finished crops.
+        block: M, the number of crops per image that are recorded at once; must divide C.
 
     Attributes:
-        crops: Crops whose targets were added by the training so far.
+        crops: Number of crops that the training has recorded so far.
 
     Raises:
-        RequestError: M does not divide C, the column holds codes, or another process records it.
-        StoreError: The journal is damaged, or of another recording.
+        RequestError: M does not divide C, the column has codes, or another process is recording it.
+        StoreError: The journal is damaged, or belongs to another recording.
     """
 
     def __init__(self, column: Column, block: int) -> None:
@@ -65,10 +65,10 @@ class Recording:
             raise
 
     def add(self, places: Int64Array, targets: Float32Array) -> None:
-        """Writes what a teacher said of some blocks; crops that were written before are written again.
+        """Writes the targets of some blocks, and overwrites blocks that were written before.
 
         Args:
-            places: Row, and first of its M crops, of each block: [B, 2].
+            places: Row and first crop of each block: [B, 2].
             targets: [B M, D].
 
         Raises:
@@ -82,19 +82,19 @@ class Recording:
             rows = len(self.column.store.manifest.shard_rows(shard))
             number = first // self._block * rows + within
             data = code.tobytes()
-            # of the number too, so that a block in the place of another is found
+            # includes the block's number, so that a misplaced block is detected
             checksum = np.array(zlib.crc32(data, number), dtype=_CHECKSUM).tobytes()
             self._write(data + checksum, shard * self._shard_bytes + number * self._unit)
         self.crops += len(targets)
 
     def sync(self) -> None:
-        """Makes what was added survive a kill: the blocks are synced before the journal counts them."""
+        """Saves the blocks so that they survive a kill: syncs them, then counts them in the journal."""
         os.fsync(self._file)
         values = {"column": self.column.digest, "block": self._block, "crops": self.crops}
         files.replace(self.column.folder / _JOURNAL, files.with_checksum(values))
 
     def resume(self, crops: int) -> None:
-        """Goes on after the first `crops` crops of the training; raises FkdError where fewer were recorded here."""
+        """Continues after the first `crops` crops of the training. Raises FkdError if fewer were recorded."""
         if self.crops < crops:
             raise FkdError(
                 f"{self.column.folder}: holds {self.crops:,} recorded targets, and this run recorded {crops:,} before its last "
@@ -103,10 +103,10 @@ class Recording:
         self.crops = crops
 
     def publish(self) -> list[int]:
-        """Makes codes of the store from what was added, the last shard first; called again after a kill, it continues.
+        """Publishes the blocks as codes of the store, last shard first. Call it again after a kill to continue.
 
         Returns:
-            Shards that are left out, since a block of them is missing or was altered.
+            Shards that were omitted, since one of their blocks is missing or altered.
         """
         store, m = self.column.store, self.column.store.manifest
         self.sync()
@@ -119,8 +119,8 @@ class Recording:
                     left_out.append(shard)
                 else:
                     publish_codes(store.folder, m, shard, codes, column=self.column.name, digest=self.column.digest)
-            os.ftruncate(self._file, shard * self._shard_bytes)  # so that a disk never holds both copies of everything
-        files.remove_leftovers(self.column.folder, seconds=0)  # of killed processes: nobody else writes here
+            os.ftruncate(self._file, shard * self._shard_bytes)  # frees the space of each shard at once
+        files.remove_leftovers(self.column.folder, seconds=0)  # of killed processes; no other process writes here
         for name in (_WORK, _JOURNAL):
             (self.column.folder / name).unlink(missing_ok=True)
         files.sync_folder(self.column.folder)
@@ -128,17 +128,17 @@ class Recording:
         return left_out
 
     def close(self) -> None:
-        """Lets another process have the column."""
+        """Releases the lock of the column."""
         os.close(self._file)
 
     def _write(self, data: bytes, place: int) -> None:
-        """Writes a block; raises OSError, with the file's name, where the disk is full or fails."""
+        """Writes a block. Raises OSError, with the file's name, if the disk is full or fails."""
         with files.annotate_oserror(self.column.folder / _WORK):
             if os.pwrite(self._file, data, place) < len(data):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def _codes(self, shard: int) -> UInt8Array | None:
-        """Codes of a shard: uint8 [rows, C, code_size]; None where a block is missing or was altered."""
+        """Returns the codes of a shard, uint8 [rows, C, code_size]; None if a block is missing or altered."""
         store, m, size = self.column.store, self.column.store.manifest, self.column.meta.code_size
         rows = m.shard_rows(shard)
         units = self._blocks * len(rows)
@@ -161,7 +161,7 @@ class Recording:
         return np.ascontiguousarray(by_row).reshape(len(rows), m.crops_per_image, size)
 
     def _read_journal(self) -> int:
-        """How many crops were recorded before; the file is emptied where there is no journal that counts them."""
+        """Returns the number of crops recorded before. Empties the work file if it has no journal."""
         path = self.column.folder / _JOURNAL
         if not path.exists():
             os.ftruncate(self._file, 0)
@@ -178,19 +178,19 @@ class Recording:
 
 
 def recorded_bytes(folder: Path) -> int:
-    """What the recording of a column takes on the disk now; its file is sparse."""
+    """Returns the bytes that the recording of a column takes on disk. Its file is sparse."""
     path = folder / _WORK
     return 512 * path.stat().st_blocks if path.exists() else 0
 
 
 def is_published(column: Column) -> bool:
-    """Whether a column holds targets, or precompute has begun them, and no training is recording it."""
+    """Whether a column has targets, or precompute has begun them, and no training is recording it."""
     some = any(column.folder.glob(".work-codes-*")) or len(column.missing_shards) < column.store.manifest.shards
     return some and not (column.folder / _JOURNAL).exists()
 
 
 def require_not_recording(column: Column) -> None:
-    """Raises RequestError where a training records a column, or was stopped before it had finished."""
+    """Raises RequestError if a training is recording the column, or was stopped before it finished."""
     work, journal = column.folder / _WORK, column.folder / _JOURNAL
     if not os.path.lexists(work) and not os.path.lexists(journal):
         return
@@ -200,11 +200,11 @@ def require_not_recording(column: Column) -> None:
             f"{column.folder}: a training that records this column was stopped: run the same fkd-ssl train command again to "
             f"finish it, precompute --name another column, or delete {_WORK} and {_JOURNAL} there to discard what it recorded"
         )
-    work.unlink()  # of a training that was killed before its first checkpoint
+    work.unlink()  # left by a training that was killed before its first checkpoint
 
 
 def _acquire(column: Column) -> int:
-    """A descriptor of the work file of a column's recording, locked; raises RequestError where another process has it."""
+    """Opens and locks the work file of a column's recording. Raises RequestError if another process has locked it."""
     path = column.folder / _WORK
     while True:
         file = files.open_descriptor(path, os.O_RDWR | os.O_CREAT)

@@ -1,4 +1,4 @@
-"""Rows for a teacher: images are read, decoded and replayed by threads, once for each size, while the teacher runs."""
+"""Rows for a teacher: threads read, decode and replay images, once per size, while the teacher runs."""
 
 import functools
 from collections import deque
@@ -25,12 +25,12 @@ T = TypeVar("T")
 
 
 class Teacher(Protocol):
-    """What precompute asks of a teacher; fkd_ssl.teachers.Teacher is one."""
+    """Interface of a teacher for precompute; fkd_ssl.teachers.Teacher implements it."""
 
     info: TeacherInfo
 
     def embed(self, images: torch.Tensor) -> torch.Tensor:
-        """Targets float32 [B, *shape] of crops uint8 [B, 3, H, W]."""
+        """Returns the targets float32 [B, *shape] of crops uint8 [B, 3, H, W]."""
 
 
 Views = UInt8Array | PendingCrops
@@ -38,16 +38,16 @@ Views = UInt8Array | PendingCrops
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One image's crops at each size."""
+    """The crops of one image at each size."""
 
     views: dict[int, Views]  # by their side P: [m, P, P, 3], the last m of the row's crops
-    checksum: str  # of the file's bytes; empty where the image was skipped
+    checksum: str  # sha256 of the file; empty if the image was skipped
 
 
 class RowReader:
-    """Reads, decodes and replays the crops of a row; safe to call from several threads.
+    """Reads, decodes and replays the crops of a row. It is thread-safe.
 
-    With `device` the crops are made on that device later: rows have `PendingCrops`.
+    With `device`, the rows have `PendingCrops`, and the crops are made on that device later.
     """
 
     def __init__(
@@ -57,20 +57,20 @@ class RowReader:
         self.images = images
         self.skip_unreadable = skip_unreadable
         self.device = device
-        self.ahead = ahead  # images held in memory before the teacher has seen them
+        self.ahead = ahead  # maximum number of images in memory that the teacher has not seen
 
     def __call__(self, row: int, count: int, wanted: Mapping[int, int], expected: str | None = None) -> Row:
-        """The crops of a row.
+        """Returns the crops of a row.
 
         Args:
             row: The row.
-            count: Crops, the first ones.
-            wanted: The sides of the crops, and how many of the first crops are left out of each.
-            expected: sha256 that the image's file must have, empty for a skipped image; None if it is not known.
+            count: Number of crops, from the first one.
+            wanted: The sides of the crops, each with the number of first crops to omit.
+            expected: sha256 that the image file must have, empty for a skipped image; None if it is unknown.
         """
         views: dict[int, Views] = {side: self._blank(count - first, side) for side, first in wanted.items()}
         size = self.store.sizes[row]
-        if expected == "":  # skipped when the crops were made: skipped for every teacher
+        if expected == "":  # skipped when the crops were drawn, and so for every teacher
             return Row(views=views, checksum="")
         if expected is None and self.skip_unreadable and not size["width"]:  # its header was unreadable
             return Row(views=views, checksum="")
@@ -106,7 +106,7 @@ class RowReader:
         return Row(views=views, checksum=checksum)
 
     def _blank(self, count: int, side: int) -> Views:
-        """Crops of an image that is skipped."""
+        """Returns the crops of a skipped image."""
         if self.device is None:
             return np.zeros((count, side, side, 3), dtype=np.uint8)
         records = neutral(count)
@@ -115,7 +115,7 @@ class RowReader:
 
 
 def records_of(store: Store, row: int, count: int) -> Records:
-    """The first crops of a row, drawn anew unless they were imported; neutral ones if the image's header was damaged."""
+    """Returns the first records of a row, drawn again unless they were imported; neutral if the image header is damaged."""
     m, size = store.manifest, store.sizes[row]
     if not size["width"]:
         return neutral(count)
@@ -126,7 +126,7 @@ def records_of(store: Store, row: int, count: int) -> Records:
 
 
 def read_ahead(pool: ThreadPoolExecutor, calls: Iterable[Callable[[], T]], ahead: int) -> Iterator[T]:
-    """Results in the calls' order, at most `ahead` of them in memory."""
+    """Yields the results in the order of the calls, with at most `ahead` of them in memory."""
     waiting: deque[Future[T]] = deque()
     try:
         for call in calls:
@@ -141,7 +141,7 @@ def read_ahead(pool: ThreadPoolExecutor, calls: Iterable[Callable[[], T]], ahead
 
 
 def image_checksums(reader: RowReader, rows: Sequence[int], pool: ThreadPoolExecutor, bar: Any = None) -> list[str]:
-    """sha256 of the rows' images, empty for those that are skipped as unreadable; `bar` moves on with each."""
+    """Returns the sha256 of the rows' images, empty for those skipped as unreadable. Advances `bar` with each."""
     calls = (functools.partial(reader, row, 0, {}) for row in rows)
     checksums = []
     for row in read_ahead(pool, calls, reader.ahead):
@@ -152,7 +152,7 @@ def image_checksums(reader: RowReader, rows: Sequence[int], pool: ThreadPoolExec
 
 
 def publish_crops(reader: RowReader, shard: int, checksums: Sequence[str]) -> None:
-    """Publishes the crop records of a shard, with the `checksums` of its images; raises StoreError if they exist and differ."""
+    """Publishes a shard's crop records, with the `checksums` of its images. Raises StoreError if they exist and differ."""
     store = reader.store
     records = np.stack([records_of(store, row, store.crops_per_image) for row in store.manifest.shard_rows(shard)])
     try:
@@ -162,7 +162,7 @@ def publish_crops(reader: RowReader, shard: int, checksums: Sequence[str]) -> No
 
 
 def join(parts: Sequence[Views], pixels: int, device: str | None) -> torch.Tensor:
-    """Crops of several rows as uint8 [n, 3, P, P] with P = `pixels`; pending ones are made now, on `device`."""
+    """Joins the crops of several rows to uint8 [n, 3, P, P] with P = `pixels`. Makes pending crops on `device`."""
     pending = [part for part in parts if isinstance(part, PendingCrops)]
     if pending:
         return replay_plan(plan_crops(pending, pixels, concatenate(pending)).to(device or "cpu"))
@@ -171,7 +171,7 @@ def join(parts: Sequence[Views], pixels: int, device: str | None) -> torch.Tenso
 
 
 def embed(teacher: Teacher, chunk: torch.Tensor, chunk_size: int) -> Float32Array:
-    """Targets of at most `chunk_size` crops uint8 [n, 3, P, P]; always run on `chunk_size`, the rest zeros."""
+    """Returns the targets of at most `chunk_size` crops uint8 [n, 3, P, P], padded with zeros to exactly `chunk_size`."""
     missing = chunk_size - len(chunk)
     padded = torch.cat([chunk, chunk.new_zeros(missing, *chunk.shape[1:])]) if missing else chunk
     targets = teacher.embed(padded.contiguous(memory_format=torch.channels_last))

@@ -1,4 +1,4 @@
-"""One pass over rows for one or several teachers: each image is read and decoded once, and replayed once for each size."""
+"""One pass over rows for one or more teachers. Each image is read and decoded once, and replayed once per size."""
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
@@ -9,17 +9,17 @@ from fkd_ssl.store.write.rows import Row, RowReader, Teacher, Views, embed, join
 
 
 class TeacherStream:
-    """The crops that one teacher has not seen yet, cut into chunks of a fixed size.
+    """The crops that one teacher has not seen yet, divided into chunks of a fixed size.
 
     Args:
         teacher: The frozen network.
         pixels: Side of its crops.
-        chunk_size: Crops in one forward.
-        first: Position of the first row with crops that it has not seen.
-        skip: Crops of that row that it has seen.
+        chunk_size: Number of crops per forward pass.
+        first: Position of the first row with crops that the teacher has not seen.
+        skip: Number of crops of that row that the teacher has seen.
         on_row: Called with each row from `first` on; returns whether the teacher should see its crops.
         on_targets: Called with the targets float32 [n, D] of each chunk.
-        device: Device that makes the crops; None if the rows bring them.
+        device: Device that makes the crops; None if the rows contain them.
     """
 
     def __init__(
@@ -46,11 +46,11 @@ class TeacherStream:
         self._held = 0
 
     def crops_seen(self, position: int) -> int:
-        """How many crops of the row at a position, from `first` on, the teacher has seen."""
+        """Returns the number of crops that the teacher has seen of the row at `position`, which is at least `first`."""
         return self.skip if position == self.first else 0
 
     def push(self, position: int, row: Row, count: int) -> None:
-        """Takes the crops of a row that the teacher has not seen; `row` may bring more of its `count` crops."""
+        """Adds the crops of a row that the teacher has not seen. `row` may contain more of its `count` crops."""
         if position < self.first or not self.on_row(row):
             return
         of_row = row.views[self.pixels]
@@ -64,7 +64,7 @@ class TeacherStream:
                 self.flush()
 
     def flush(self) -> None:
-        """Runs the teacher on the crops that are held: a full chunk, or the last one."""
+        """Runs the teacher on the crops added so far: a full chunk, or the last one."""
         if self._held:
             chunk = join(self._parts, self.pixels, self._device)
             self._parts, self._held = [], 0
@@ -79,21 +79,21 @@ def feed(
     pool: ThreadPoolExecutor,
     checksums: Sequence[str] | None = None,
 ) -> None:
-    """Shows every teacher the crops that it has not seen, in order.
+    """Runs every teacher on the crops that it has not seen, in order.
 
     Args:
         reader: Reads a row.
-        rows: Rows of the store; the positions of `streams` count in this list.
-        count: Crops of each row.
-        streams: One for each teacher.
+        rows: Rows of the store. The positions in `streams` are indices into this list.
+        count: Number of crops per row.
+        streams: One stream per teacher.
         pool: Threads that read ahead.
-        checksums: sha256 of each row's image, empty for a skipped one, if they are known.
+        checksums: sha256 of each row's image, empty for a skipped image; None if they are unknown.
     """
     begin = min((stream.first for stream in streams), default=len(rows))
 
     def calls() -> Iterator[Callable[[], Row]]:
         for k in range(begin, len(rows)):
-            seen: dict[int, int] = {}  # by size, what all teachers have seen
+            seen: dict[int, int] = {}  # number of crops that all teachers have seen, by size
             for stream in streams:
                 if k >= stream.first:
                     seen[stream.pixels] = min(stream.crops_seen(k), seen.get(stream.pixels, count))

@@ -1,4 +1,4 @@
-"""Unfinished work: the targets of a shard (or of the codec's sample) so far, in a work file with a journal."""
+"""Unfinished work: a work file with a journal, for the targets so far of a shard or of the codec's sample."""
 
 import hashlib
 import math
@@ -20,11 +20,11 @@ _PIECE = 2**20
 
 
 class WorkFile:
-    """A file of fixed-size records, one for each crop, that is being written.
+    """A file of fixed-size records, one per crop, that is being written.
 
     Attributes:
-        crops: Crops that are done.
-        checksums: sha256 of the image of each row, appended by the caller: at least of the rows whose crops are all done.
+        crops: Number of crops that are done.
+        checksums: sha256 of each row's image. The caller appends them, at the latest when all crops of a row are done.
     """
 
     def __init__(self, file: BinaryIO, path: Path, owner: str, *, unit: int, crops: int, per_row: int) -> None:
@@ -39,7 +39,7 @@ class WorkFile:
         self._resume(crops, per_row)
 
     def add(self, array: npt.NDArray[Any]) -> None:
-        """Appends a chunk, an array with one row for each crop; saves from time to time."""
+        """Appends a chunk, an array with one row per crop. Saves from time to time."""
         data = array.tobytes()
         with files.annotate_oserror(self._path):
             self._file.write(data)
@@ -49,7 +49,7 @@ class WorkFile:
             self.save()
 
     def save(self) -> None:
-        """Makes what was added survive a kill: the bytes are synced before the journal counts them."""
+        """Saves the records so that they survive a kill: syncs the bytes, then counts them in the journal."""
         with files.annotate_oserror(self._path):
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -63,11 +63,11 @@ class WorkFile:
         self._written = time.monotonic()
 
     def read(self) -> bytes:
-        """All that was added."""
+        """Returns all records."""
         return b"".join(self._pieces())
 
     def publish(self, path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> str:
-        """Publishes what was added as the .npy array `path`; returns the file's sha256."""
+        """Publishes the records as the .npy array `path`; returns the file's sha256."""
         assert self.crops * self._unit == math.prod(shape) * dtype.itemsize
         header = files.npy_header(dtype, shape)
         digest = hashlib.sha256(header)
@@ -79,13 +79,13 @@ class WorkFile:
         return digest.hexdigest()
 
     def _pieces(self) -> Iterator[bytes]:
-        """The file from its start; raises StoreError at its end if its content is not what this process wrote."""
+        """Yields the file in pieces. Raises StoreError at its end if its contents are not those that this process wrote."""
         self._file.seek(0)
         digest = hashlib.sha256()
         while piece := self._file.read(_PIECE):
             digest.update(piece)
             yield piece
-        if digest.digest() != self._digest.digest():  # on a file system without locks, or a failing disk
+        if digest.digest() != self._digest.digest():  # happens on a file system without locks, or a failing disk
             raise StoreError(
                 f"{self._path}: its content is not what was written: another process writes it too, or the "
                 "disk fails; run the same command again"
@@ -99,7 +99,7 @@ class WorkFile:
         self._file.seek(0)
 
     def _resume(self, most: int, per_row: int) -> None:
-        """Continues from the journal if it is valid and matches the file; otherwise starts from the beginning."""
+        """Continues from the journal if it is valid and matches the file. Otherwise starts from the beginning."""
         try:
             values = files.read_json(self._journal)
             crops, checksums = values["crops"], values["images"]
@@ -127,23 +127,23 @@ class WorkFile:
 
 
 def shard_file(codes: Path) -> Path:
-    """The work file of the shard that will be published as `codes`."""
+    """Returns the work file of the shard that will be published as `codes`."""
     return codes.with_name(f".work-{codes.stem}")
 
 
 @contextmanager
 def open_work(path: Path, owner: str, *, unit: int, crops: int, per_row: int = 0) -> Iterator[WorkFile | None]:
-    """The work file `path`, which is removed if the block ends without an error; None if another process is writing it.
+    """Opens the work file `path` and removes it if the block ends without an error. Yields None if another process has it.
 
-    The file is locked (flock) while it is open, and the kernel drops the lock when the process ends. On a file system without
-    locks two processes may do the same work; both would publish the same bytes.
+    The file is locked (flock) while it is open, and the kernel releases the lock when the process ends. On a file system
+    without locks, two processes may do the same work, and publish the same bytes.
 
     Args:
         path: The work file; its journal is in the same folder.
-        owner: What the work belongs to: work of another owner is discarded.
-        unit: Bytes of a crop.
-        crops: How many there will be.
-        per_row: Crops of a row, each of which has its checksum; 0 where no checksums are kept.
+        owner: Identifies the work. Existing work of another owner is discarded.
+        unit: Bytes per crop.
+        crops: Total number of crops.
+        per_row: Number of crops per row, each row with a checksum; 0 if no checksums are kept.
     """
     file = os.fdopen(files.open_descriptor(path, os.O_RDWR | os.O_CREAT), "r+b")
     try:
@@ -157,18 +157,18 @@ def open_work(path: Path, owner: str, *, unit: int, crops: int, per_row: int = 0
         try:
             yield progress
         except BaseException:
-            with suppress(OSError):  # the disk may be what failed
+            with suppress(OSError):  # the disk may have failed
                 progress.save()
             raise
         path.unlink(missing_ok=True)
         _journal(path).unlink(missing_ok=True)
     finally:
-        with files.annotate_oserror(path):  # it may have to write what is left in its buffer
+        with files.annotate_oserror(path):  # closing writes the rest of the buffer
             file.close()
 
 
 def clear(path: Path) -> None:
-    """Removes a work file whose work is published, which a process was killed before it could do; not if it is locked."""
+    """Removes the work file of published work, left by a killed process. Keeps it if it is locked."""
     with suppress(FileNotFoundError), path.open("r+b") as file:
         if locks.try_lock(file.fileno()):
             path.unlink(missing_ok=True)
