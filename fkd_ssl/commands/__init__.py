@@ -1,1 +1,1 @@
-"""One file a verb; the only room that knows all others: it resolves names and hands callables down."""
+"""The commands, one file each. Only this package imports all others: it resolves names and passes callables down."""

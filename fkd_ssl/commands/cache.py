@@ -1,7 +1,7 @@
-"""Makes a smaller copy of a folder of images, so that training on small crops reads no full-size picture.
+"""Makes a smaller copy of a folder of images, so that training on small crops does not read full-size images.
 
-The copy has the same paths and formats, only smaller: precompute, train, knn and any other tool take it as they take the
-originals. The same options continue a killed run.
+The copy keeps the paths and formats, so precompute, train, knn and any other tool read it like the originals. To continue a
+killed run, repeat the command.
 """
 
 from dataclasses import dataclass
@@ -24,13 +24,13 @@ class Config:
     out: str
     """Folder of the copy; nothing in it is overwritten."""
     short_side: int = 128
-    """Of the copies, in pixels; twice the side of the crops keeps most detail. Smaller images are copied as they are."""
+    """Short side of the copies in pixels; twice the side of the crops keeps most detail. Smaller images are not resized."""
     quality: int = 95
-    """Of JPEG and WebP files; colours are kept at full resolution."""
+    """Quality of JPEG and WebP files; colours are kept at full resolution."""
     on_unreadable: Literal["stop", "skip"] = "stop"
-    """What to do about a damaged image: stop and name it, or leave it out and go on."""
+    """What to do if an image is damaged: stop and name it, or leave it out and continue."""
     threads: int | None = None
-    """Threads that read, shrink and write; the number of processors, at most 16, by default."""
+    """Threads that read, shrink and write; by default one per processor, at most 16."""
     json: bool = False
     """Print one JSON object on standard output."""
 
@@ -39,7 +39,7 @@ class Config:
 
 
 def run(config: Config) -> int:
-    """Copies and says how large the copy is."""
+    """Makes the copy and reports its size."""
     from pathlib import Path
 
     from fkd_ssl import runs
@@ -58,7 +58,7 @@ def run(config: Config) -> int:
 
 
 def _shrink(config: Config, images: "ImageSource", folder: "Path") -> None:
-    """Copies the images and shows what was copied."""
+    """Copies the images and reports the result."""
     from fkd_ssl import runs
     from fkd_ssl.commands import console, resolve
     from fkd_ssl.images.shrinking import shrink_set

@@ -1,10 +1,10 @@
-"""Stored against online, over several seeds: table, curves, and the break-even.
+"""Compares stored with online distillation over several seeds: table, curves and break-even.
 
-The same student, initial weights, order of images, schedule and epochs, with targets from a
-store or from the teacher itself, over several seeds. Scores teacher, trained and untrained students by kNN, a linear
-probe and retrieval, and says after how many students the store has paid for itself. Arms that are done are not run again:
-ask for more seeds or further arms in the same --out. Of two teachers A,B it compares three trainings in each way: from A,
-from B, and from both (arms stored:A, stored:B, stored:A+B, ...).
+Trains the same student with the same initial weights, order of images, schedule and epochs, once with targets from a store
+and once with the teacher online. Scores the teacher and the trained and untrained students by kNN, a linear probe and
+retrieval, and reports after how many students the store pays off. Finished arms are not run again, so you can add seeds or
+further arms in the same --out. With two teachers A,B it trains from A, from B and from both, stored and online (arms
+stored:A, stored:B, stored:A+B, ...).
 """
 
 import os
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def run(config: Config) -> int:
-    """Compares and prints the table."""
+    """Runs the comparison and prints the table."""
     from dataclasses import replace
 
     from fkd_ssl.commands import console, resolve
@@ -51,7 +51,7 @@ def run(config: Config) -> int:
 
 
 def _train(config: "TrainConfig | PretrainConfig") -> dict[str, Any]:
-    """Runs `train` or `pretrain` in a process of its own, unless the run is done; returns its results.
+    """Runs `train` or `pretrain` in a separate process unless the run is finished; returns its results.
 
     Raises:
         FkdError: The training failed.
@@ -70,14 +70,14 @@ def _train(config: "TrainConfig | PretrainConfig") -> dict[str, Any]:
         env = {**os.environ, processes.PARENT: str(os.getpid())}  # it ends with this process
         ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=env)  # noqa: S603
         if ended.returncode:
-            runs.forget_contents(run.parent.parent)  # an image may have been unreadable, and can be repaired
+            runs.forget_contents(run.parent.parent)  # an unreadable image may be repaired before the next call
             raise FkdError(f"{run}: training ended with status {ended.returncode}; the same compare continues it")
         console.say(ended.stdout.strip())
     return runs.read_results(run)
 
 
 def _draw_sheet(config: Config, store: "Store") -> bytes:
-    """The contact sheet of an image in the middle of the store, as PNG."""
+    """Draws the contact sheet of an image in the middle of the store, as PNG."""
     from fkd_ssl.commands import show
 
     column = store.column(store.teachers[0])

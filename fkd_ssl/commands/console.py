@@ -1,6 +1,6 @@
-"""Where commands write: results to standard output, everything else to standard error.
+"""Output of the commands: results to standard output, everything else to standard error.
 
-Names, licences and paths may come from a stranger's store or checkpoint, so everything goes through `printable`.
+Names, licences and paths may come from an untrusted store or checkpoint, so all text passes through `printable`.
 """
 
 import json
@@ -16,36 +16,36 @@ _muted = False
 
 
 def mute() -> None:
-    """From now on nothing is said or shown: of several processes of one command the first one speaks."""
+    """Silences this process; if a command runs in several processes, only the first one prints."""
     global _muted
     _muted = True
 
 
 def say(message: str) -> None:
-    """A line for the user, on standard error."""
+    """Prints a line for the user on standard error."""
     if not _muted:
         print(printable(message, encoding=sys.stderr.encoding), file=sys.stderr, flush=True)  # noqa: T201
 
 
 def show(text: str) -> None:
-    """The command's result, on standard output."""
+    """Prints the command's result on standard output."""
     if not _muted:
         print(printable(text, encoding=sys.stdout.encoding), flush=True)  # noqa: T201
 
 
 def show_json(value: dict[str, Any]) -> None:
-    """The command's result as one JSON object on standard output."""
+    """Prints the command's result on standard output as one JSON object."""
     show(json.dumps(value))
 
 
 @contextmanager
 def skipping(on_unreadable: str) -> Iterator[set[str] | None]:
-    """What `--on_unreadable` means: a set that takes the error message of each damaged image for `skip`, None for `stop`.
+    """Implements `--on_unreadable`: yields a set that collects the error messages of damaged images (skip), or None (stop).
 
-    Says at the end how many there were.
+    Reports the number of damaged images at the end.
 
     Raises:
-        ImageError: An image is damaged, with the advice to skip it, or all are.
+        ImageError: An image is damaged and `on_unreadable` is `stop`, or all images are damaged.
     """
     skipped: set[str] | None = set() if on_unreadable == "skip" else None
     try:
@@ -59,7 +59,7 @@ def skipping(on_unreadable: str) -> Iterator[set[str] | None]:
 
 
 def table(rows: list[list[str]]) -> str:
-    """Rows as aligned columns, the first row a heading."""
+    """Formats rows as aligned columns; the first row is the heading."""
     rows = [[printable(cell, one_line=True) for cell in row] for row in rows]
     widths = [max(len(row[k]) for row in rows) for k in range(len(rows[0]))]
     return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows)

@@ -1,7 +1,8 @@
-"""The whole job in minutes on an embedded image set: symbols of bundled fonts over two bundled photographs.
+"""Runs the whole method in minutes on generated images: symbols of bundled fonts over two bundled photographs.
 
-Makes the images, pretrains a small MoCo v2 teacher on them without labels, precomputes its targets, trains a student
-on them and the same student online, and scores everything. Nothing is downloaded. Run again, it continues.
+Makes the images, pretrains a small MoCo v2 teacher on them without labels, precomputes its targets, trains one student from
+the store and the same student online, and scores everything. Nothing is downloaded. To continue a killed run, repeat the
+command.
 """
 
 from dataclasses import dataclass
@@ -16,11 +17,11 @@ class Config:
     out: str = "fkd-ssl-demo"
     """Folder of the demo: images, teacher, comparison."""
     smoke: bool = False
-    """Few images and epochs, to see that everything runs; the figures mean nothing then."""
+    """Few images and epochs, only to check that everything runs; the scores are then meaningless."""
 
 
 def run(config: Config) -> int:
-    """Runs it and prints the table."""
+    """Runs the demo and prints the table."""
     import time
     from pathlib import Path
     from typing import Any

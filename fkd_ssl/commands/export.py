@@ -1,6 +1,6 @@
-"""A student's backbone as one file of safetensors, in the layout of torchvision or timm.
+"""Exports a student's backbone to one safetensors file, in the layout of torchvision or timm.
 
-The projection head stays behind; a classifier's last layer comes along. The file is what --model and --init take too.
+The projection head is dropped; the last layer of a classifier is kept. --model and --init also accept the file.
 """
 
 from dataclasses import dataclass
@@ -12,15 +12,15 @@ class Config:
     """Options of export."""
 
     model: str
-    """A run folder, a .ckpt of one, or an exported file."""
+    """A run folder, one of its .ckpt files, or an exported file."""
     out: str
-    """The file, called .safetensors; one that is there is not overwritten."""
+    """The .safetensors file to write; an existing file is not overwritten."""
     layout: Literal["torchvision", "timm"] | None = None
-    """Whose names the weights have; the student's own library's by default."""
+    """Library whose names the weights get; by default the library of the student's backbone."""
 
 
 def run(config: Config) -> int:
-    """Writes it and says how it is loaded."""
+    """Writes the file and prints how to load it."""
     from pathlib import Path
 
     from fkd_ssl.commands import console, resolve

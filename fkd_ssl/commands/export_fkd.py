@@ -1,7 +1,7 @@
-"""Writes FKD's label files of a store's class probabilities, one an image, for its authors' training code.
+"""Writes a store's class probabilities as FKD label files, one per image, for the training code of FKD's authors.
 
-The crops must be boxes and flips alone (recipe fkd, or imported). A killed run continues; files of other labels that are there
-are not overwritten.
+The crops must consist of boxes and flips only (recipe fkd, or imported). To continue a killed run, repeat the command. Existing
+files with other labels are not overwritten.
 """
 
 from dataclasses import dataclass
@@ -16,15 +16,15 @@ class Config:
     store: str
     """Folder of the store."""
     out: str
-    """Folder of the files, for instance labels/imagenet/train."""
+    """Folder for the files, for instance labels/imagenet/train."""
     name: str | None = None
-    """The column, if there are several."""
+    """Column to export; needed only if the store has several."""
     fp16: bool = False
-    """Boxes and labels in half precision, as the authors' --use_fp16; boxes of large images then move by a pixel."""
+    """Write boxes and labels in half precision, like the authors' --use_fp16; boxes of large images shift by a pixel."""
 
 
 def run(config: Config) -> int:
-    """Exports."""
+    """Writes the files and reports the result."""
     from fkd_ssl.commands import console
     from fkd_ssl.store import open_store
     from fkd_ssl.store.exchange.fkd_store import export_fkd

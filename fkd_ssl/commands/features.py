@@ -1,7 +1,7 @@
-"""Computes features of images once and stores them for knn, linear and retrieve.
+"""Computes the features of images once and caches them for knn, linear and retrieve.
 
-Prints the paths of features.npy and labels.npy. The other commands find them in the same --features folder, or take
-FEATURES.npy,LABELS.npy instead of images. Several processes that are started with the same command share the work.
+Prints the paths of features.npy and labels.npy. The other commands find them if given the same --features folder; they also
+accept FEATURES.npy,LABELS.npy in place of images. Several processes started with the same command share the work.
 """
 
 from dataclasses import dataclass
@@ -19,19 +19,19 @@ class Config:
     features: str
     """Cache folder."""
     pixels: int | None = None
-    """Side of the centre crop; the size that the model was trained at by default."""
+    """Side of the centre crop; by default the size that the model was trained at."""
     checkpoint: str | None = None
-    """Weights of the teacher; `pretrained` downloads those of its library."""
+    """Checkpoint of the teacher; `pretrained` downloads its library's weights."""
     workers: int = 2
     """Processes that read images."""
     on_unreadable: Literal["stop", "skip"] = "stop"
-    """What to do about a damaged image: stop and name it, or leave it out and count it."""
+    """What to do if an image is damaged: stop and name it, or leave it out and count it."""
     json: bool = False
     """Print one JSON object on standard output."""
 
 
 def run(config: Config) -> int:
-    """Computes the features that are missing."""
+    """Computes the missing features."""
     from pathlib import Path
 
     from fkd_ssl.commands import console, sources

@@ -9,7 +9,7 @@ _said: set[str] = set()
 
 
 def images_of(spec: str | Path) -> ImageSource:
-    """The images of `open_images`; says once what was left out of them."""
+    """Opens an image set with `open_images`; reports once which files were left out."""
     images = open_images(spec)
     for note in images.notes:
         if note not in _said:

@@ -1,8 +1,8 @@
-"""Makes a store of FKD's or Fast MEAL V2's published label files.
+"""Makes a store from the published label files of FKD or Fast MEAL V2.
 
-Their boxes and flips become the store's crops, to the pixel as FKD's code cuts them, and their labels a column, which train
---objective soft_ce --head classifier reads. The files are pickles: they are read by a loader that admits only arrays. The store
-appears when it is whole; a killed run continues with the same command.
+The boxes and flips become the store's crops, identical to the pixel to FKD's own, and the labels become a column for train
+--objective soft_ce --head classifier. The files are pickles; the loader accepts only arrays. The store appears when it is
+complete. To continue a killed run, repeat the command.
 """
 
 from dataclasses import dataclass
@@ -15,23 +15,23 @@ class Config:
     """Options of import-fkd."""
 
     labels: str
-    """Folder of label files (.tar) with the images' folder structure, perhaps below train or imagenet/train."""
+    """Folder of label files (.tar) with the folder structure of the images, optionally below train or imagenet/train."""
     images: str
-    """The images that they were made of, as precompute takes them."""
+    """Images that the labels were made from, in any form that precompute accepts."""
     store: str
-    """The new store."""
+    """Folder of the new store."""
     codec: str | None = None
-    """What the labels are; by their shape by default. Say marginal_renorm_k5 where the others' share is to be 0."""
+    """Form of the labels; by default inferred from their shape. marginal_renorm_k5 gives all other classes probability 0."""
     classes: int | None = None
-    """K; as many as class folders by default."""
+    """K, number of classes; by default the number of class folders."""
     name: str = "fkd"
-    """Of the column."""
+    """Name of the column."""
     pixels: int = 224
-    """Side of the crops that the labels' teacher saw, for the record."""
+    """Side of the crops that the teacher of the labels saw; only recorded."""
 
 
 def run(config: Config) -> int:
-    """Imports and says what the store holds."""
+    """Imports the labels and reports the contents of the store."""
     from fkd_ssl.commands import console, resolve
     from fkd_ssl.commands.images import images_of
     from fkd_ssl.errors import RequestError

@@ -1,4 +1,4 @@
-"""Shows the contents of a store: images, crops, teachers, codecs, sizes, and what is missing."""
+"""Shows the contents of a store: images, crops, teachers, codecs, sizes and missing parts."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ class Config:
 
 
 def describe(folder: str) -> dict[str, Any]:
-    """A store as a JSON object."""
+    """Describes a store as a JSON object."""
     from fkd_ssl import files
     from fkd_ssl.crops import CROP_DTYPE
     from fkd_ssl.store import open_store

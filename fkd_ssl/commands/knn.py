@@ -1,8 +1,8 @@
-"""k-nearest-neighbour accuracy of a model's features: exact search, votes weighted by exp(similarity / T).
+"""Measures the k-nearest-neighbour accuracy of a model's features: exact search, votes weighted by exp(similarity / T).
 
-The model is a run folder (its last checkpoint is scored), a checkpoint, or a teacher. Several k and temperatures take one
-search; the headline is k 20 and T 0.07 if these are among them, and never the best. --train and --val also take
-FEATURES.npy,LABELS.npy.
+The model is a run folder (its last checkpoint is scored), a checkpoint, or a teacher. Several k and temperatures share one
+search. The reported accuracy is that of k = 20 and T = 0.07 if they are given; it is never chosen by its value. --train and
+--val also accept FEATURES.npy,LABELS.npy.
 """
 
 from dataclasses import dataclass, replace
@@ -22,37 +22,37 @@ class Config:
     PATHS: ClassVar[tuple[str, ...]] = ("model", "checkpoint", "train", "val", "out")
 
     model: str | None = None
-    """A run folder, one of its .ckpt files, teacher:NAME, torchvision/NAME, timm/NAME or module:function; for files a name."""
+    """A run folder, one of its .ckpt files, teacher:NAME, torchvision/NAME, timm/NAME or module:function; with files, any name."""
     train: str
     """Labelled images to search in: a folder, NAME:SPLIT:ROOT, or FEATURES.npy,LABELS.npy."""
     val: str | None = None
-    """Labelled images to classify, likewise."""
+    """Labelled images to classify, in the same forms as --train."""
     leave_one_out: bool = False
-    """Classify each training image by all others, without --val."""
+    """Classify each training image by all others, instead of --val."""
     k: int | str = 20
-    """Number of neighbours; 10,20,100 scores several."""
+    """Number of neighbours, or several: 10,20,100."""
     temperature: float | str = 0.07
-    """T of the weights exp(similarity / T); inf gives each neighbour one vote; 0.07,0.1 scores several."""
+    """T of the weights exp(similarity / T), or several: 0.07,0.1. inf gives each neighbour one vote."""
     preset: Literal["dino", "instdisc", "lightly"] | None = None
-    """k and T of a publication, instead of --k and --temperature."""
+    """k and T of a publication, in place of --k and --temperature."""
     metric: Literal["cosine", "euclidean"] = "cosine"
     """Similarity: the cosine, or minus half the squared Euclidean distance."""
     shots: str | None = None
-    """Use only this many training images of each class: 5, or 1%."""
+    """Use only so many training images per class: 5, or 1%."""
     draws: int = 5
-    """Number of random draws of --shots; their mean and standard deviation are reported."""
+    """Number of random draws for --shots; the mean and standard deviation are reported."""
     seed: int = 0
-    """Seed of these draws."""
+    """Seed of the draws for --shots."""
     pixels: int | None = None
-    """Side of the centre crop; the size that the model was trained at by default."""
+    """Side of the centre crop; by default the size that the model was trained at."""
     checkpoint: str | None = None
-    """Weights of the teacher; `pretrained` downloads those of its library."""
+    """Checkpoint of the teacher; `pretrained` downloads its library's weights."""
     features: str | None = None
     """Cache folder of features (see fkd-ssl features)."""
     workers: int = 2
     """Processes that read images."""
     on_unreadable: Literal["stop", "skip"] = "stop"
-    """What to do about a damaged image: stop and name it, or leave it out and count it."""
+    """What to do if an image is damaged: stop and name it, or leave it out and count it."""
     out: str | None = None
     """Folder for results.json."""
     json: bool = False
@@ -127,7 +127,7 @@ def _score(
 
 
 def numbers(option: str, value: float | str, kind: type[int] | type[float]) -> list[Any]:
-    """The numbers of an option, separated by commas; raises RequestError if one is not a number."""
+    """Parses the comma-separated numbers of an option; raises RequestError if one is not a number."""
     try:
         return [kind(part) for part in str(value).split(",")]
     except ValueError as error:
@@ -135,7 +135,7 @@ def numbers(option: str, value: float | str, kind: type[int] | type[float]) -> l
 
 
 def shots_of(text: str) -> float:
-    """`shots` of `knn.few_shot`, from 5 or 1%; raises RequestError for anything else."""
+    """Parses --shots, 5 or 1%, for `knn.few_shot`; raises RequestError if it has another form."""
     try:
         value = float(text.removesuffix("%"))
     except ValueError:

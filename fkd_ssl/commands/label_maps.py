@@ -1,8 +1,8 @@
-"""Makes ReLabel's label maps: what a classifier says at each place of every image, the k largest logits.
+"""Makes ReLabel's label maps: the k largest logits of a classifier at each position of every image.
 
-The teacher sees every image once, whole and squashed to a square. A crop's targets are then read off its image's map, without
-the teacher: k x h x w x 4 bytes an image, for any number of crops. The network must end in global average pooling and one
-linear layer, as ResNet does, which is checked. A killed run continues with the same command.
+The teacher sees every image once, resized to a square. Training then reads the targets of any number of crops from the maps,
+without the teacher; a map takes k x h x w x 4 bytes per image. The network must end in global average pooling and one linear
+layer, like ResNet; this is checked. To continue a killed run, repeat the command.
 """
 
 from dataclasses import dataclass
@@ -18,29 +18,29 @@ class Config:
     images: str
     """Folder of images, NAME:SPLIT:ROOT (cifar10:train:/data), or module:function."""
     out: str
-    """Folder of the maps; nothing in it is overwritten."""
+    """Folder for the maps; nothing in it is overwritten."""
     teacher: str
     """A classifier: torchvision/NAME@probabilities, timm/NAME@probabilities, or module:function of your own."""
     checkpoint: str | None = None
-    """The teacher's weights; a library's teacher takes the word pretrained and downloads its own."""
+    """Checkpoint of the teacher; `pretrained` downloads its library's weights."""
     pixels: int | None = None
-    """Side of the square that the teacher sees; its native size by default. A larger one gives more places."""
+    """Side of the square that the teacher sees; by default its native size. A larger side gives more positions."""
     k: int = 5
-    """Logits kept at each place; the others count as 0."""
+    """Number of logits kept at each position; the others count as 0."""
     batch_size: int = 64
-    """Images in one forward of the teacher; fixed for a folder, since another gives other last bits."""
+    """Images per forward pass of the teacher. Fixed for a folder, since another size changes the last bits of the logits."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Arithmetic of the teacher's forward."""
+    """Precision of the teacher's forward pass."""
     threads: int | None = None
-    """Threads that read and resize while the teacher runs; the number of processors, at most 16, by default."""
+    """Threads that read and resize while the teacher runs; by default one per processor, at most 16."""
     on_unreadable: Literal["stop", "skip"] = "stop"
-    """What to do about a damaged image: stop and name it, or make no map of it and count it."""
+    """What to do if an image is damaged: stop and name it, or leave it out and count it."""
     json: bool = False
     """Print one JSON object on standard output."""
 
 
 def run(config: Config) -> int:
-    """Makes the maps and says what they hold."""
+    """Makes the maps and reports their size and contents."""
     from dataclasses import asdict
 
     from fkd_ssl.commands import console, resolve

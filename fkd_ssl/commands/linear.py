@@ -1,10 +1,10 @@
-"""Linear probe of a model's features.
+"""Trains a linear probe on a model's features.
 
-On random crops, with the backbone frozen in eval mode, as published: moco (SGD, learning rate 30, 100 epochs), swav, simsiam
-(LARS, batch 4096), simclr (lightly's). Several, such as moco,swav, share one pass over the crops, which is nearly all of the
-work. On features extracted once, in seconds: sweep (DINOv2's 13 learning rates at once) and logreg (L-BFGS), which choose
-their settings on a held-out part of train and also take FEATURES.npy,LABELS.npy. With --out a killed run continues after its
-last epoch.
+Published protocols on random crops, with the backbone frozen in eval mode: moco (SGD, learning rate 30, 100 epochs), swav,
+simsiam (LARS, batch 4096) and simclr (lightly's). Several of them, such as moco,swav, share the forward passes over the crops,
+which take most of the time. Protocols on features extracted once, which take seconds: sweep (DINOv2's 13 learning rates at
+once) and logreg (L-BFGS). These two choose their settings on a held-out part of --train and also accept
+FEATURES.npy,LABELS.npy. To continue a killed run with --out after its last epoch, repeat the command.
 """
 
 from contextlib import ExitStack
@@ -29,35 +29,35 @@ class Config:
     PATHS: ClassVar[tuple[str, ...]] = ("model", "checkpoint", "train", "val", "out")
 
     model: str | None = None
-    """A run folder, one of its .ckpt files, teacher:NAME, torchvision/NAME, timm/NAME or module:function; for files a name."""
+    """A run folder, one of its .ckpt files, teacher:NAME, torchvision/NAME, timm/NAME or module:function; with files, any name."""
     train: str
     """Labelled images to train the probe on: a folder, NAME:SPLIT:ROOT, or FEATURES.npy,LABELS.npy."""
     val: str
-    """Labelled images to score it on, likewise."""
+    """Labelled images to score the probe on, in the same forms as --train."""
     protocol: str = "moco"
-    """moco, swav, simsiam, simclr, sweep or logreg, or several separated by commas."""
+    """moco, swav, simsiam, simclr, sweep or logreg; several with commas between them."""
     pixels: int | None = None
-    """Side of the crops; the size that the model was trained at by default."""
+    """Side of the crops; by default the size that the model was trained at."""
     checkpoint: str | None = None
-    """Weights of the teacher; `pretrained` downloads those of its library."""
+    """Checkpoint of the teacher; `pretrained` downloads its library's weights."""
     epochs: int | None = None
-    """Epochs of moco, swav, simsiam and simclr; as published by default."""
+    """Epochs of moco, swav, simsiam and simclr; by default the published number."""
     batch_size: int | None = None
-    """Their batch size; as published by default. The learning rate of simsiam and simclr is proportional to it."""
+    """Batch size of these four; by default as published. The learning rate of simsiam and simclr is proportional to it."""
     lr: float | None = None
-    """Their learning rate; as published by default."""
+    """Learning rate of these four; by default the published rate."""
     seed: int = 0
-    """Seed of the probe's weights, order and crops, and of the held-out part of sweep and logreg."""
+    """Seed of the probe's weights, the order of images and the crops, and of the held-out part of sweep and logreg."""
     features: str | None = None
     """Cache folder of features (see fkd-ssl features), for sweep and logreg."""
     workers: int = 2
     """Processes that read images."""
     on_unreadable: Literal["stop", "skip"] = "stop"
-    """What to do about a damaged image: stop and name it, or leave it out and count it."""
+    """What to do if an image is damaged: stop and name it, or leave it out and count it."""
     out: str | None = None
-    """Run folder for results.json and checkpoints; several protocols get a folder each in it."""
+    """Run folder for results.json and checkpoints; if there are several protocols, each gets a subfolder."""
     json: bool = False
-    """Print one JSON object per protocol on standard output, a line each."""
+    """Print one JSON object per protocol on standard output, one per line."""
 
     @property
     def protocols(self) -> list[str]:
@@ -101,7 +101,7 @@ def run(config: Config) -> int:
     evaluation = sources.open_evaluation(config, config.train, config.val)
     for part in parts.values():
         if part.out is not None:
-            runs.peek(part.out, part, evaluation.inputs)  # all of them before the first is begun
+            runs.peek(part.out, part, evaluation.inputs)  # check all of them before starting the first
     asked = {name: part for name, part in parts.items() if not results.show_finished(part, evaluation.inputs)}
     _on_crops({name: asked[name] for name in on_crops if name in asked}, evaluation)
     _on_features({name: part for name, part in asked.items() if name in ON_FEATURES}, evaluation)
@@ -109,7 +109,7 @@ def run(config: Config) -> int:
 
 
 def _part(config: Config, name: str) -> Config:
-    """The config of one of the protocols of `config` alone."""
+    """The config of a single protocol of `config`."""
     if config.protocol == name:
         return config
     out = None if config.out is None else str(Path(config.out) / name)

@@ -1,4 +1,4 @@
-"""Shards as tasks of a Ray cluster, tried again when a worker or a machine is lost."""
+"""Writes shards as tasks of a Ray cluster; retries them if a worker or a machine is lost."""
 
 import importlib
 import time
@@ -11,19 +11,19 @@ from fkd_ssl.errors import FkdError, RequestError
 if TYPE_CHECKING:
     from fkd_ssl.store.write.precompute import Summary
 
-RETRIES = 20  # of one shard: workers are preempted
+RETRIES = 20  # per shard, since workers may be preempted
 
 
 def run(write: "Callable[[Any, int], Summary]", config: Any, *, log: Callable[[str], None]) -> "Summary":
-    """Writes the shards of a store on Ray; every machine must see the same files under the same paths.
+    """Writes the shards of a store on Ray. Every machine must see the same files under the same paths.
 
-    The first task makes the store and its codec with the first shard; the others follow, each on a processor (and a GPU, if
-    the cluster has any) of its own. What a lost task had done of its shard is not done again.
+    The first task creates the store, its codec and the first shard. The other tasks follow, each on its own processor (and GPU,
+    if the cluster has any). A retried task continues the shard where the lost one stopped.
 
     Args:
-        write: Called as write(config, shard) in a worker; a function of a module.
-        config: What it takes.
-        log: Takes lines for the user.
+        write: Called as write(config, shard) in a worker; a module-level function.
+        config: First argument of `write`.
+        log: Called with each line for the user.
 
     Raises:
         RequestError: Ray is not installed.
@@ -70,7 +70,7 @@ def run(write: "Callable[[Any, int], Summary]", config: Any, *, log: Callable[[s
 
 
 def _result(ray: Any, reference: Any) -> "Summary":
-    """What a task returned; raises FkdError where it failed."""
+    """Returns the result of a task; raises FkdError if it failed."""
     try:
         summary: Summary = ray.get(reference)
         return summary

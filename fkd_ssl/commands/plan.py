@@ -1,6 +1,7 @@
-"""Prints the bytes of a store in each codec before it is made, and whether the disk can hold it; writes nothing.
+"""Estimates the size of a store for each codec and checks the free disk space; writes nothing.
 
-Hours depend on the teacher and the machine: the same precompute with --limit 500 into a store of its own prints crops a second.
+The time depends on the teacher and the machine. To measure it, run precompute with --limit 500 into a separate store, which
+prints crops per second.
 """
 
 import shutil
@@ -23,18 +24,18 @@ class Config:
     images: str
     """Folder of images, NAME:SPLIT:ROOT (cifar10:train:/data), or module:function."""
     teacher: str
-    """As precompute takes it: a family (mocov2, swav, lightly, transformers), a preset (fkd-ssl teachers lists them),
+    """A teacher of precompute: a family (mocov2, swav, lightly, transformers), a preset (fkd-ssl teachers lists them),
     torchvision/NAME, timm/NAME, run, or module:function of your own."""
     checkpoint: str | None = None
-    """The teacher's weights."""
+    """Checkpoint of the teacher."""
     crops: int = 400
     """C, crops stored per image."""
     codec: str | None = None
-    """The codec to check the disk for; the table shows others. By default that of precompute."""
+    """Codec that the disk is checked for; by default the default of precompute. The table also shows other codecs."""
     limit: int | None = None
-    """Only so many images."""
+    """Use only so many images."""
     store: str = "."
-    """Where the store will be, for the free space of its disk."""
+    """Planned folder of the store, to check the free space on its disk."""
     json: bool = False
     """Print one JSON object on standard output."""
 
@@ -52,7 +53,7 @@ def run(config: Config) -> int:
     images = limit_images(images_of(config.images), config.limit)
     teacher = resolve.teacher_of(config.teacher, config.checkpoint)
     targets = len(images) * config.crops
-    per_image = sum(len(name.encode()) + 80 for name in images.names)  # its line, its size, its checksum
+    per_image = sum(len(name.encode()) + 80 for name in images.names)  # path, size and checksum
     target = teacher.info.spec
     chosen = config.codec or target.rules.default_codec(target.shape)
     sizes = {chosen: target.check_codec(chosen, teacher.info.name)}
@@ -60,7 +61,7 @@ def run(config: Config) -> int:
         try:
             sizes[codec] = target.rules.code_size(codec, target.shape)
         except RequestError:
-            continue  # its parts do not divide D, or it keeps all classes
+            continue  # the codec's parts do not divide D, or it keeps all classes
     codecs: dict[str, dict[str, Any]] = {
         codec: {
             "bytes_per_crop": size + CROP_DTYPE.itemsize,
@@ -85,7 +86,7 @@ def run(config: Config) -> int:
 
 
 def describe(config: Config, plan: dict[str, Any]) -> str:
-    """The plan for people."""
+    """Formats the plan as text."""
     from fkd_ssl.commands import console
 
     rows = [["codec", "bytes a crop", "store", ""]]
@@ -106,7 +107,7 @@ def describe(config: Config, plan: dict[str, Any]) -> str:
 
 
 def _refused(codec: str, target: "TargetSpec", targets: int) -> str | None:
-    """Why so many targets are too few to train a codec on; None if they are enough."""
+    """Explains why `targets` are too few to train the codec; None if they are enough."""
     from fkd_ssl.errors import RequestError
     from fkd_ssl.store.write.columns import check_sample, sample_targets
 

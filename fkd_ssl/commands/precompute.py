@@ -1,10 +1,9 @@
 """Runs a teacher once over C random crops of every image and stores its targets with the crops.
 
-The store can then train any number of students. Started again with the same options, a killed run continues, and the
-store comes out the same. Several processes can write one store at a time, on one machine or on many that share a file
-system; none waits for another: torchrun --nproc-per-node 8 -m fkd_ssl precompute ... (a GPU each, shards shared out), or
-jobs of your own with --shards 0/4, 1/4, ..., or --runner ray on a Ray cluster. Several teachers at once (--teacher a,b)
-read and decode each image once.
+The store can then train any number of students. To continue a killed run, repeat the command; the store comes out the same.
+Several processes can write one store at once, on one machine or on several that share a file system, without waiting for each
+other: use torchrun --nproc-per-node 8 -m fkd_ssl precompute ... (one GPU each), start your own jobs with --shards 0/4, 1/4,
+..., or use --runner ray on a Ray cluster. With several teachers (--teacher a,b) each image is read and decoded only once.
 """
 
 import contextlib
@@ -31,54 +30,54 @@ class Config:
     images: str
     """Folder of images, NAME:SPLIT:ROOT (cifar10:train:/data), or module:function; class folders are not needed."""
     store: str
-    """Folder of the store; a store that is there gets another column, or is continued."""
+    """Folder of the store. An existing store is continued, or gets another column."""
     teacher: str
     """A family (mocov2, swav, lightly, transformers), a preset (fkd-ssl teachers lists them), torchvision/NAME or timm/NAME
-    (with @LAYER for a layer's features, @probabilities for class probabilities), run (its checkpoint is a run of train), or
-    module:function of your own; several with commas between them. A+B is the mean of two classifiers' probabilities."""
+    (with @LAYER for a layer's features, @probabilities for class probabilities), run (--checkpoint is a run of train), or
+    module:function of your own; several with commas between them. A+B averages the probabilities of two classifiers."""
     checkpoint: str | None = None
-    """The teacher's weights; a library's teacher takes the word pretrained and downloads its own, a preset needs none once
-    it was fetched. With several teachers one each, with commas between them; of A+B F+G."""
+    """Checkpoint of the teacher; `pretrained` downloads the weights of a library's teacher; a fetched preset needs none.
+    With several teachers, one each with commas between them; F+G for the teacher A+B."""
     crops: int = 400
-    """C, crops stored per image; more than the epochs that you train for are never read."""
+    """C, crops stored per image. More crops than training epochs are never read."""
     recipe: str = "mocov2"
-    """What crops are drawn from: mocov2, s2bnn, swav or fkd."""
+    """Augmentation that the crops are drawn from: mocov2, s2bnn, swav or fkd."""
     min_scale: float | None = None
-    """Least share of the image that a crop covers, if not the recipe's."""
+    """Minimum share of the image that a crop covers; by default that of the recipe."""
     codec: str | None = None
-    """Of embeddings SQ8 (D bytes, the default), SQ4 (D/2), OPQ16,PQ16x8 (16), Flat (exact), ...; of class probabilities
-    marginal_smoothing_k5 (20 bytes, the default), hard, smoothing, marginal_renorm_k5, full, ..."""
+    """Codec of the targets. For embeddings SQ8 (D bytes, the default), SQ4 (D/2), OPQ16,PQ16x8 (16), Flat (exact), ...; for
+    class probabilities marginal_smoothing_k5 (20 bytes, the default), hard, smoothing, marginal_renorm_k5, full, ..."""
     pixels: int | None = None
-    """Side of the crops that the teacher sees; its native size by default."""
+    """Side of the crops that the teacher sees; by default its native size."""
     seed: int = 0
-    """Of the crops' draw."""
+    """Seed of the crops."""
     limit: int | None = None
-    """Only so many images, spread over all folders."""
+    """Use only so many images, spread over all folders."""
     chunk_size: int = 128
-    """Crops in one forward of the teacher; fixed for a column, since another gives other last bits."""
+    """Crops per forward pass of the teacher. Fixed for a column, since another size changes the last bits of the targets."""
     name: str | None = None
-    """Name of the column; the teacher's by default, with -2 behind it for a second teacher of that name. With several
-    teachers one each, with commas between them."""
+    """Name of the column; by default the teacher's name, with -2 appended for a second teacher of that name. With several
+    teachers, one each with commas between them."""
     on_unreadable: Literal["stop", "skip"] = "stop"
-    """What to do about a damaged image: stop and name it, or note it in the store and go on."""
+    """What to do if an image is damaged: stop and name it, or record it in the store and continue."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    """Arithmetic of the teacher's forward."""
+    """Precision of the teacher's forward pass."""
     threads: int | None = None
-    """Threads that read and replay while the teacher runs; the number of processors, at most 16, by default."""
+    """Threads that read images and make crops while the teacher runs; by default one per processor, at most 16."""
     device_crops: bool = False
-    """Threads only decode, and the GPU makes the crops: for few processors and a fast GPU. The pixels are the same."""
+    """Make crops on the GPU, so that threads only decode: for few processors and a fast GPU. The pixels are the same."""
     evaluate: str | None = None
-    """Folder of labelled test images on which a classifier's accuracy is said first."""
+    """Folder of labelled test images; if given, a classifier's accuracy on them is reported first."""
     shards: str | None = None
-    """Only this share of the shards, i/n with i from 0: for n jobs, of which each takes one; any other n may follow."""
+    """Write only share i of n of the shards, as i/n with i from 0, for n parallel jobs. A later run may use another n."""
     runner: Literal["here", "ray"] = "here"
-    """Where shards are written: by this process, or as tasks of a Ray cluster (RAY_ADDRESS; one on this machine without)."""
+    """Write shards in this process, or as tasks of a Ray cluster (at RAY_ADDRESS; without it, Ray starts on this machine)."""
     json: bool = False
     """Print one JSON object on standard output."""
 
 
 def run(config: Config) -> int:
-    """Precomputes and says what was written."""
+    """Writes the store and reports the result."""
     from fkd_ssl import processes
     from fkd_ssl.commands import console
     from fkd_ssl.store.write.precompute import Share
@@ -94,7 +93,7 @@ def run(config: Config) -> int:
                 "--evaluate: is said by this process, and with --runner ray it has no teacher: leave it out, or run this once "
                 "without --runner and with --shards 0/1000"
             )
-        with contextlib.redirect_stdout(sys.stderr):  # where Ray tells of workers that died
+        with contextlib.redirect_stdout(sys.stderr):  # Ray reports dead workers on standard output
             summary = on_ray.run(_write_shard, _with_absolute_paths(config), log=console.say)
     elif config.shards is not None:
         if world > 1:
@@ -132,7 +131,7 @@ def run(config: Config) -> int:
 
 
 def _say_skipped(folder: str) -> None:
-    """Which images the store does without."""
+    """Reports which images were skipped."""
     from fkd_ssl.commands import console
     from fkd_ssl.store import open_store
 
@@ -151,7 +150,7 @@ def write(
     log: Callable[[str], None],
     load: "Callable[[Config], tuple[ImageSource, list[Teacher]]] | None" = None,
 ) -> "Summary":
-    """What `run` does, in this process; `load` stands in for this module's."""
+    """Does the work of `run` in this process; `load` replaces `load_all`."""
     import torch
 
     from fkd_ssl import processes
@@ -165,7 +164,7 @@ def write(
     images, teachers = (load or load_all)(config)
     sides = [resolve.pixels_of(config.pixels, teacher.info.pixels) for teacher in teachers]
     for teacher, side in zip(teachers, sides, strict=True):
-        if side != teacher.info.pixels:  # one that cannot take it says so now, not after the store is begun
+        if side != teacher.info.pixels:  # fails now, not after the store was created, if the teacher cannot take this size
             teacher.embed(torch.zeros(2, 3, side, side, dtype=torch.uint8))
     if config.evaluate is not None and not processes.rank()[0] and (share is None or not share.index):
         _evaluate(config, config.evaluate, teachers, log)
@@ -191,7 +190,7 @@ def write(
 
 
 def _evaluate(config: Config, folder: str, teachers: "Sequence[Teacher]", log: Callable[[str], None]) -> None:
-    """Says how good the classifiers among the teachers are, before their labels are made, as FKD's instructions ask."""
+    """Reports the accuracy of the classifiers among the teachers before labels are made, as FKD's instructions advise."""
     from fkd_ssl.commands import resolve
     from fkd_ssl.commands.images import images_of
     from fkd_ssl.eval import classify
@@ -210,7 +209,7 @@ def _evaluate(config: Config, folder: str, teachers: "Sequence[Teacher]", log: C
 
 
 def load_all(config: Config) -> "tuple[ImageSource, list[Teacher]]":
-    """The images and the teachers that were asked for, in columns of their own names, as `train --record` has them."""
+    """Loads the images and the requested teachers; each column gets its teacher's name, as with `train --record`."""
     from fkd_ssl.commands import resolve
     from fkd_ssl.commands.images import images_of
 
@@ -221,14 +220,14 @@ def load_all(config: Config) -> "tuple[ImageSource, list[Teacher]]":
 
 
 def teachers_of(config: Config) -> list[tuple[str, str | None]]:
-    """The teachers that were asked for, each with its checkpoint."""
+    """The requested teachers, each with its checkpoint."""
     from fkd_ssl.training.groups import checkpoints_of, split
 
     return list(zip(split(config.teacher), checkpoints_of(config.teacher, config.checkpoint), strict=True))
 
 
 def share_of(text: str) -> "Share":
-    """The share that `i/n` means; raises RequestError where it means none."""
+    """Parses a share `i/n`; raises RequestError if it is invalid."""
     from fkd_ssl.store.write.precompute import Share
 
     index, slash, of = text.partition("/")
@@ -238,7 +237,7 @@ def share_of(text: str) -> "Share":
 
 
 def _with_absolute_paths(config: Config) -> Config:
-    """The config with paths that mean the same from any folder."""
+    """The config with absolute paths."""
     files = [_absolute_checkpoint(teacher, file) for teacher, file in teachers_of(config)]
     return replace(
         config,
@@ -251,13 +250,13 @@ def _with_absolute_paths(config: Config) -> Config:
 
 
 def _absolute_checkpoint(teacher: str, checkpoint: str | None) -> str:
-    """A teacher's checkpoint with an absolute path, or F+G of A+B; a word such as pretrained stays as it is."""
+    """A teacher's checkpoint, or F+G for A+B, with absolute paths; a word such as pretrained is left unchanged."""
     parts = (checkpoint or "").split("+") if "+" in teacher else [checkpoint or ""]
     return "+".join(part if part.strip() in ("", "pretrained") else str(Path(part.strip()).absolute()) for part in parts)
 
 
 def _write_shard(config: Config, shard: int) -> "Summary":
-    """Writes one shard, as a task of Ray."""
+    """Writes one shard; runs as a Ray task."""
     from fkd_ssl.store.write.precompute import Share
 
     return write(config, share=Share(index=shard, of=2**62), progress=False, log=_nothing, load=_load_once)
@@ -265,9 +264,9 @@ def _write_shard(config: Config, shard: int) -> "Summary":
 
 @functools.cache
 def _load_once(config: Config) -> "tuple[ImageSource, list[Teacher]]":
-    """Images and teachers, once for all tasks of a worker."""
+    """Loads images and teachers once per worker."""
     return load_all(config)
 
 
 def _nothing(message: str) -> None:
-    """Says nothing: one process of many speaks for all."""
+    """Discards a message, since only the first process prints."""

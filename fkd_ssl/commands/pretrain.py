@@ -1,14 +1,14 @@
-"""Pretrains a teacher on a folder of images: MoCo v2 or SwAV, with lightly's parts, saved in the method's own layout.
+"""Pretrains a teacher on a folder of images with MoCo v2 or SwAV, and saves it in the layout of the method's own code.
 
-For ImageNet use a published teacher (fkd-ssl teachers); this is for images of your own. MoCo v2 also trains a small network
-without a teacher, to compare with. The same options continue a killed run.
+It is meant for your own images; for ImageNet use a published teacher (fkd-ssl teachers). MoCo v2 can also train a small network
+without a teacher, as a baseline. To continue a killed run, repeat the command.
 """
 
 from fkd_ssl.pretraining.config import PretrainConfig as Config
 
 
 def run(config: Config) -> int:
-    """Pretrains and says where the teacher, or the student, is."""
+    """Pretrains a network and prints the path of its weights."""
     from fkd_ssl.commands import console
     from fkd_ssl.pretraining.engine import pretrain
 

@@ -1,8 +1,8 @@
-"""Writes a teacher's targets in another codec, from their codes: as another column of the store, or with --out as a store.
+"""Converts a column of targets to another codec: into another column of the store, or with --out into a new store.
 
-The teacher is not needed and the source is only read. The new column appears when it is whole; a killed run continues.
-Information that the source codec discarded cannot be recovered: the fidelity that is recorded is measured against the source
-column's targets.
+The teacher is not needed, and the source column is not changed. The new column appears when it is complete. To continue a
+killed run, repeat the command. Information that the source codec discarded is lost: the recorded fidelity is measured against
+the targets of the source column.
 """
 
 from dataclasses import dataclass
@@ -17,19 +17,19 @@ class Config:
     store: str
     """Folder of the store."""
     codec: str
-    """Codec of the new column: SQ4, OPQ16,PQ16x8, ...; of class probabilities hard, marginal_smoothing_k5, ..."""
+    """Codec of the new column: SQ4, OPQ16,PQ16x8, ...; for class probabilities hard, marginal_smoothing_k5, ..."""
     name: str | None = None
-    """The column to recode, if there are several; A,B is the mean of two teachers' class probabilities."""
+    """Column to recode; needed only if the store has several. A,B averages the class probabilities of two teachers."""
     to: str | None = None
-    """Name of the new column; the old one's with the codec's behind it by default."""
+    """Name of the new column; by default the old name with the codec appended."""
     out: str | None = None
-    """A new store for it, with the same crops; the column keeps its name there."""
+    """Folder of a new store with the same crops; the column keeps its name there."""
     json: bool = False
     """Print one JSON object on standard output."""
 
 
 def run(config: Config) -> int:
-    """Recodes and says what that costs."""
+    """Recodes the column and reports the loss of fidelity."""
     from fkd_ssl.commands import console
     from fkd_ssl.store import open_store
     from fkd_ssl.store.maintain.recode import recode

@@ -1,8 +1,9 @@
-"""One table of many evaluations: results.json of knn, linear and retrieve, mean and standard deviation over seeds.
+"""Collects the results.json files of knn, linear and retrieve in one table: mean and standard deviation over seeds.
 
-A row has the evaluations of one model, protocol, image set and image size. Seeds share a row: seed0, seed-0 or seed_0 in the
-model's name, and the evaluation's --seed. A changed protocol, as with --epochs, has a row of its own. --baseline NAME adds the
-difference to that model under the same protocol, with the 90 % interval of a bootstrap over images and seeds, paired by seed.
+Each row has the evaluations of one model, protocol, image set and image size. Evaluations that differ only in their seed share
+a row: the seed is seed0, seed-0 or seed_0 in the model's name, and the evaluation's --seed. A changed protocol, for instance
+with --epochs, gets its own row. --baseline NAME adds the difference to that model under the same protocol, with the 90 %
+interval of a bootstrap over images and seeds, paired by seed.
 """
 
 import re
@@ -23,11 +24,11 @@ class Config:
     """Options of report."""
 
     folders: list[str]
-    """Folders of --out, or folders that hold such folders."""
+    """--out folders of evaluations, or folders that contain them."""
     format: Literal["markdown", "csv", "latex"] = "markdown"
     """Format of the table."""
     baseline: str | None = None
-    """A model in the table to compare the others with."""
+    """Model in the table that the others are compared with."""
     json: bool = False
     """Print one JSON object on standard output."""
 
@@ -48,10 +49,10 @@ def run(config: Config) -> int:
 
 
 def collect(folders: list[str]) -> list[tuple["Path", dict[str, Any]]]:
-    """Folder and results.json of each evaluation, in the order of their paths.
+    """Finds the folder and results.json of each evaluation, sorted by path.
 
     Raises:
-        RequestError: A folder does not exist, there is no evaluation, or a results.json cannot be read.
+        RequestError: A folder does not exist, no evaluation was found, or a results.json cannot be read.
     """
     from pathlib import Path
 
@@ -71,9 +72,9 @@ def collect(folders: list[str]) -> list[tuple["Path", dict[str, Any]]]:
 
 
 def grouped(evaluations: list[tuple["Path", dict[str, Any]]]) -> list[dict[str, Any]]:
-    """A row for each model, protocol, images and size: `seeds`, and mean and standard deviation of each metric.
+    """Makes a row for each model, protocol, image set and size: `seeds`, and mean and standard deviation of each metric.
 
-    `runs` has each run's seeds (of the model's name and of the evaluation) and its folder.
+    `runs` has the folder and the seeds (from the model's name and of the evaluation) of each run.
     """
     import json
     import statistics
@@ -86,7 +87,7 @@ def grouped(evaluations: list[tuple["Path", dict[str, Any]]]) -> list[dict[str, 
         pixels = (results["transform"] or {}).get("centre_crop")
         key = (model, results["kind"], _protocol(results), scored["source"], scored["images"], pixels)
         once = (json.dumps(results["model"], sort_keys=True), results.get("seed"))
-        groups.setdefault(key, {}).setdefault(once, (folder, results))  # an evaluation that was made twice is one
+        groups.setdefault(key, {}).setdefault(once, (folder, results))  # a repeated evaluation counts once
     rows = []
     for (model, kind, protocol, source, images, pixels), evaluated in groups.items():
         members = list(evaluated.values())
@@ -104,24 +105,24 @@ _SEED = re.compile(r"[-_./]?seed[-_]?(\d+)")
 
 
 def _name(results: dict[str, Any]) -> str:
-    """The model's name, or that of the first set where features came from files."""
+    """The model's name, or that of the first set if features came from files."""
     name: str = (results["model"] or {}).get("name") or next(iter(results["data"].values()))["source"]
     return name
 
 
 def _seeds(results: dict[str, Any]) -> str:
-    """The seeds of a run in words: those in the model's name, and the evaluation's own."""
+    """The seeds of a run as text: the seed in the model's name, and the seed of the evaluation."""
     return ", ".join([*_SEED.findall(_name(results)), *([f"--seed {results['seed']}"] if results.get("seed") else [])])
 
 
 def _protocol(results: dict[str, Any]) -> str:
-    """The protocol, with the changes to it."""
+    """The protocol and the settings that differ from it."""
     notes = [note.partition(": ")[2] for note in results.get("notes", []) if note.startswith("departs from")]
     return f"{results['protocol']} ({', '.join(notes)})" if notes else results["protocol"]
 
 
 def compare(rows: list[dict[str, Any]], baseline: str) -> None:
-    """Adds `difference`, `low` and `high` in top-1 points to each row that has a counterpart of the baseline.
+    """Adds `difference`, `low` and `high` in top-1 points to each row that has a matching row of the baseline.
 
     Runs are paired by their seeds.
 
@@ -162,7 +163,7 @@ def _listed(seeds: list[str]) -> str:
 
 
 def cells(rows: list[dict[str, Any]]) -> list[list[str]]:
-    """The table as text, with a heading; empty columns are left out."""
+    """Formats the rows as text cells, with a heading; empty columns are left out."""
 
     def score(row: dict[str, Any], metric: str) -> str:
         if row[metric] is None:
@@ -186,13 +187,13 @@ def cells(rows: list[dict[str, Any]]) -> list[list[str]]:
 
 
 def markdown(table: list[list[str]]) -> str:
-    """A GitHub table."""
+    """Formats a table as GitHub Markdown."""
     lines = [f"| {' | '.join(cell.replace('|', '/') for cell in row)} |" for row in table]
     return "\n".join([lines[0], "|" + "---|" * len(table[0]), *lines[1:]])
 
 
 def csv(table: list[list[str]]) -> str:
-    """Comma-separated values."""
+    """Formats a table as comma-separated values."""
     import csv as library
     import io
 
@@ -202,7 +203,7 @@ def csv(table: list[list[str]]) -> str:
 
 
 def latex(table: list[list[str]]) -> str:
-    """A LaTeX tabular with booktabs."""
+    """Formats a table as a LaTeX tabular with booktabs."""
     special = {char: f"\\{char}" for char in "&%$#_{}"} | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\^{}"}
     special |= {"±": r"$\pm$"}
 

@@ -1,4 +1,4 @@
-"""From names on the command line to networks."""
+"""Turns names on the command line into networks."""
 
 import os
 import re
@@ -22,55 +22,55 @@ from fkd_ssl.training.groups import checkpoints_of, split
 from fkd_ssl.training.monitor import last_checkpoint
 
 RUN = "run"
-"""The teacher that is a student of `fkd-ssl train`, with its head."""
+"""Name of the teacher that is a student of `fkd-ssl train`, with its head."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """A network to be evaluated."""
+    """A network to evaluate."""
 
     name: str
     features: Callable[[Tensor], Tensor]
-    """uint8 [B, 3, P, P] to backbone features [B, F]."""
+    """Maps uint8 images [B, 3, P, P] to backbone features [B, F]."""
     pixels: int
-    """Side that it was trained at."""
+    """Side of the images that it was trained at."""
     network: nn.Module
-    """What `features` runs, in eval mode."""
+    """The network that `features` runs, in eval mode."""
     about: dict[str, str | None]
-    """What results say of it: its network, the sha256 of its weights, and of a teacher its checkpoint and licence."""
+    """Entry in results.json: the network, the sha256 of its weights, and a teacher's checkpoint and licence."""
 
     @property
     def identity(self) -> str:
-        """What tells its features from another model's: weights, mean and std, layers and their settings, precision."""
+        """Identifies its features: weights, mean and std, layers and their settings, precision."""
         precision = getattr(self.network, "precision", "fp32")
-        saved = self.network.state_dict()  # weights_sha256 is of these; mean and std are buffers that it lacks
+        saved = self.network.state_dict()  # weights_sha256 covers these, but not mean and std, which are non-persistent buffers
         buffers = {name: value for name, value in self.network.named_buffers() if name not in saved}
         return sha256(f"{self.about['weights_sha256']} {tensors_digest(buffers)} {precision}\n{self.network}".encode())
 
 
 def device() -> torch.device:
-    """The GPU if there is one; under torchrun each process of a machine has its own, as far as there are."""
+    """The GPU if available, otherwise the CPU; under torchrun the processes of a machine use different GPUs if possible."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
 
 
 def cpu_threads() -> int:
-    """Processors that this process may use; under torchrun its part of them."""
+    """Number of processors that this process may use; under torchrun its share of them."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, count // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 def pixels_of(asked: int | None, default: int) -> int:
-    """The side of an evaluation's crops; raises RequestError where the one asked for is impossible."""
+    """The side of an evaluation's crops; raises RequestError if the requested side is invalid."""
     if asked is not None and not 1 <= asked <= 4096:
         raise RequestError(f"--pixels {asked}: must lie in 1 to 4096")
     return default if asked is None else asked
 
 
 def recipe_of(name: str, min_scale: float | None = None) -> Recipe:
-    """A recipe by name, perhaps with another least scale; raises RequestError where there is none of that name."""
-    if name == IMPORTED.name:  # a store's that import-fkd made
+    """A recipe by name, optionally with another minimum scale; raises RequestError if the name is unknown."""
+    if name == IMPORTED.name:  # the recipe of stores made by import-fkd
         return IMPORTED
     if name not in RECIPES:
         raise RequestError(f"--recipe {name!r} is unknown; there are {', '.join(RECIPES)}{did_you_mean(name, RECIPES)}")
@@ -81,10 +81,10 @@ def recipe_of(name: str, min_scale: float | None = None) -> Recipe:
 
 
 def teacher_of(name: str, checkpoint: str | None, precision: Precision = "fp32") -> Teacher:
-    """A teacher on the device that this machine has: `run`, what fkd_ssl.teachers.load_teacher gives, or A+B of such.
+    """Loads a teacher onto `device()`: `run`, a teacher of fkd_ssl.teachers.load_teacher, or the mean A+B of two.
 
     Raises:
-        RequestError: As load_teacher, or A+B has not F+G for its checkpoints.
+        RequestError: `load_teacher` raises it, or the checkpoints of A+B are not given as F+G.
     """
     names = [part.strip() for part in name.split("+")]
     if len(names) == 1:
@@ -99,10 +99,10 @@ def teacher_of(name: str, checkpoint: str | None, precision: Precision = "fp32")
 
 
 def teachers_of(names: str, checkpoints: str | None, precision: Precision = "fp32") -> list[Teacher]:
-    """The teachers A,B with their checkpoints F,G; a second one of a name gets -2 behind it: two checkpoints of one family.
+    """Loads the teachers A,B with their checkpoints F,G; a second teacher of the same name gets the suffix -2.
 
     Raises:
-        RequestError: As teacher_of, or a teacher is named twice with one checkpoint.
+        RequestError: `teacher_of` raises it, or a teacher is given twice with the same checkpoint.
     """
     asked = list(zip(split(names), checkpoints_of(names, checkpoints), strict=True))
     if len(set(asked)) < len(asked):
@@ -151,12 +151,12 @@ def _one_teacher(name: str, checkpoint: str | None, precision: Precision) -> Tea
 
 
 def model_of(spec: str, checkpoint: str | None = None) -> Model:
-    """A run folder, one of its checkpoints, an exported file, or any teacher: NAME, LIBRARY/NAME or module:function.
+    """Loads a model: a run folder, one of its checkpoints, an exported file, or a teacher.
 
-    `teacher:` before a teacher is needed only where a file or folder has its name.
+    A teacher is NAME, LIBRARY/NAME or module:function. The prefix `teacher:` is needed only if a file or folder has its name.
 
     Raises:
-        RequestError: It is none of these.
+        RequestError: `spec` is none of these.
     """
     path = Path(spec)
     if spec.startswith("teacher:") or (not path.exists() and (":" in spec or spec.partition("/")[0] in LIBRARIES)):
@@ -178,11 +178,11 @@ def model_of(spec: str, checkpoint: str | None = None) -> Model:
 
 
 def student_of(spec: str, option: str = "--model") -> tuple[Student, int]:
-    """The student of a run folder, of one of its checkpoints or of an exported file, and the side of its crops.
+    """Loads the student of a run folder, a checkpoint or an exported file; returns it and the side of its crops.
 
     Raises:
-        RequestError: There is no such file; `option` is how the user named it.
-        CheckpointError: It is no student's.
+        RequestError: The file does not exist; the message names `option`.
+        CheckpointError: The file is not a student.
     """
     path = Path(spec)
     if path.is_dir():

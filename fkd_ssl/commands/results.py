@@ -1,4 +1,4 @@
-"""Output of an evaluation: a line or a JSON object, and with --out a results.json with everything that led to the score."""
+"""Output of an evaluation: a line or a JSON object, and with --out a results.json with everything that affects the score."""
 
 import dataclasses
 import io
@@ -18,10 +18,10 @@ CORRECT = "correct.npy"
 
 
 def show_finished(config: Any, inputs: runs.Inputs) -> bool:
-    """Shows the results in `config.out` if it has this evaluation already; returns whether it has.
+    """Shows the results of this evaluation if `config.out` already has them; returns whether it has.
 
     Raises:
-        RequestError: The folder has another evaluation, this one of other inputs, or something else.
+        RequestError: The folder has another evaluation, this evaluation with other inputs, or other files.
     """
     if config.out is None or runs.peek(config.out, config, inputs) != "done":
         return False
@@ -36,10 +36,10 @@ def show_finished(config: Any, inputs: runs.Inputs) -> bool:
 
 @contextmanager
 def opened(config: Any, inputs: runs.Inputs) -> Iterator[None]:
-    """Opens the run folder `config.out`, if one is asked for, once nothing can be wrong with the request any more.
+    """Opens the run folder `config.out`, if given; call it after the request has been checked.
 
     Raises:
-        RequestError: As `show_finished`, or another process is using the folder.
+        RequestError: `show_finished` raises it, or another process is using the folder.
     """
     if config.out is None:
         yield
@@ -49,15 +49,15 @@ def opened(config: Any, inputs: runs.Inputs) -> Iterator[None]:
 
 
 def show(kind: str, title: str, config: Any, protocol: str, about: dict[str, Any], result: dict[str, Any]) -> None:
-    """Shows the result of an evaluation: a line, or with `--json` all of it with the config and the versions.
+    """Shows the result of an evaluation: a line, or with `--json` the full result with config and versions.
 
     Args:
-        kind: The verb.
+        kind: Name of the command.
         title: Start of the line.
-        config: The command's, with the `pixels` that were used.
+        config: Config of the command, with the `pixels` that were used.
         protocol: The protocol's name or settings.
         about: `model`, `data` and `transform`.
-        result: `top1`, `top5`, `correct`, `notes`, and other values of the evaluation.
+        result: `top1`, `top5`, `correct`, `notes` and other values of the evaluation.
     """
     from fkd_ssl.eval.stats import wilson
 
@@ -75,10 +75,10 @@ def show(kind: str, title: str, config: Any, protocol: str, about: dict[str, Any
 
 
 def finish(value: dict[str, Any], line: str, config: Any, correct: Any = None) -> None:
-    """Writes results.json and correct.npy (which images were right) if there is an --out, and shows `value` or `line`."""
+    """Shows `value` or `line`; with --out also writes results.json and correct.npy (which images were classified correctly)."""
     settings = dataclasses.asdict(config)
     whole = {"seed": settings.get("seed"), **value, "line": line, "config": settings}
-    whole = json.loads(json.dumps(whole), parse_constant=str)  # JSON has no word for an infinite temperature
+    whole = json.loads(json.dumps(whole), parse_constant=str)  # JSON cannot represent an infinite temperature
     if config.out is not None:
         folder = Path(config.out)
         if correct is not None:
@@ -95,7 +95,7 @@ def finish(value: dict[str, Any], line: str, config: Any, correct: Any = None) -
 
 
 def read_correct(folder: Path) -> Any:
-    """Which images of the evaluation in `folder` were right, bool [n]; raises RequestError if that cannot be read."""
+    """Reads which images the evaluation in `folder` classified correctly, bool [n]; raises RequestError if unreadable."""
     correct = files.map_user_npy(folder / CORRECT, kinds="fiub")
     if correct.dtype != np.bool_ or correct.ndim != 1:
         raise RequestError(

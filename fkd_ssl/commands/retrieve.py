@@ -1,8 +1,8 @@
-"""Retrieval with a model's features: recall@1/5/10, precision@5/10 and mAP@R; approximate indexes; nearest images.
+"""Measures retrieval with a model's features: recall@1/5/10, precision@5/10 and mAP@R; also approximate indexes and queries.
 
---gallery DIR --queries DIR scores exact search; without --queries each gallery image is searched for among the others.
---curve --out OUT measures recall against queries per second of all indexes. --query IMAGE lists the gallery images nearest to
-one and draws a contact sheet. --gallery and --queries also take FEATURES.npy,LABELS.npy.
+--gallery DIR --queries DIR scores exact search; without --queries, each gallery image is a query among the others. --curve --out
+OUT measures recall against queries per second for all indexes. --query IMAGE lists the gallery images nearest to that image and
+draws a contact sheet. --gallery and --queries also accept FEATURES.npy,LABELS.npy.
 """
 
 from dataclasses import dataclass, replace
@@ -24,31 +24,31 @@ class Config:
     PATHS: ClassVar[tuple[str, ...]] = ("model", "checkpoint", "gallery", "queries", "query", "sheet", "out")
 
     model: str | None = None
-    """A run folder, one of its .ckpt files, teacher:NAME, torchvision/NAME, timm/NAME or module:function; for files a name."""
+    """A run folder, one of its .ckpt files, teacher:NAME, torchvision/NAME, timm/NAME or module:function; with files, any name."""
     gallery: str
     """Labelled images to search in: a folder, NAME:SPLIT:ROOT, or FEATURES.npy,LABELS.npy."""
     queries: str | None = None
-    """Labelled images to search for, likewise; the gallery's own by default."""
+    """Labelled query images, in the same forms as --gallery; by default the gallery itself."""
     index: Literal["exact", "hnsw", "ivfflat", "ivfpq"] = "exact"
-    """Index to search with."""
+    """Search index."""
     curve: bool = False
-    """Measure all indexes at several efforts: a table, and with --out a plot."""
+    """Measure all indexes at several search efforts: prints a table, and with --out draws a plot."""
     query: str | None = None
-    """An image file: list the gallery images nearest to it, and draw them in --sheet. Labels are not needed."""
+    """Image file: list the gallery images nearest to it and draw them in --sheet. Labels are not needed."""
     nearest: int = 10
     """Number of images that --query lists."""
     sheet: str = "nearest.png"
-    """Contact sheet of --query, a PNG."""
+    """PNG file for the contact sheet of --query."""
     pixels: int | None = None
-    """Side of the centre crop; the size that the model was trained at by default."""
+    """Side of the centre crop; by default the size that the model was trained at."""
     checkpoint: str | None = None
-    """Weights of the teacher; `pretrained` downloads those of its library."""
+    """Checkpoint of the teacher; `pretrained` downloads its library's weights."""
     features: str | None = None
     """Cache folder of features (see fkd-ssl features)."""
     workers: int = 2
     """Processes that read images."""
     on_unreadable: Literal["stop", "skip"] = "stop"
-    """What to do about a damaged image: stop and name it, or leave it out and count it."""
+    """What to do if an image is damaged: stop and name it, or leave it out and count it."""
     out: str | None = None
     """Folder for results.json and the plot."""
     json: bool = False
@@ -62,7 +62,7 @@ class Config:
 
 
 def run(config: Config) -> int:
-    """Scores the search, or shows the nearest images of one."""
+    """Scores the search, or shows the images nearest to --query."""
     from fkd_ssl.commands import results, sources
 
     if config.query is not None:
@@ -120,7 +120,7 @@ def _report(config: Config, about: dict[str, Any], result: dict[str, Any]) -> No
 
 
 def curve_table(rows: list[dict[str, Any]]) -> str:
-    """The rows of `indexes.curve` as a table."""
+    """Formats the rows of `indexes.curve` as a table."""
     from fkd_ssl.commands import console
 
     cells = [
@@ -138,7 +138,7 @@ def curve_table(rows: list[dict[str, Any]]) -> str:
 
 
 def plot(rows: list[dict[str, Any]], path: "Path") -> None:
-    """Writes a plot of recall against queries per second, one line for each index, as in ann-benchmarks."""
+    """Plots recall against queries per second, one line per index, as in ann-benchmarks."""
     import io
 
     import matplotlib
@@ -164,7 +164,7 @@ def plot(rows: list[dict[str, Any]], path: "Path") -> None:
 
 
 def _show_nearest(config: Config, query: str) -> int:
-    """Lists the images nearest to one, and draws them as a contact sheet."""
+    """Lists the images nearest to `query` and draws them as a contact sheet."""
     from pathlib import Path
 
     from fkd_ssl import sheet

@@ -1,7 +1,7 @@
 """Draws the stored crops of an image: their boxes, their pixels, and the nearest crops of other images.
 
-The sheet is a PNG. The neighbours are those crops of other images whose stored targets are nearest by cosine: what the teacher
-finds similar.
+The sheet is a PNG. Neighbours are the crops of other images with the highest cosine similarity of stored targets, so they show
+what the teacher considers similar.
 """
 
 import unicodedata
@@ -27,19 +27,19 @@ class Config:
     store: str
     """Folder of the store."""
     images: str
-    """The store's images, as given to precompute."""
+    """The images of the store, as given to precompute."""
     image: str
-    """Path of the image inside that folder."""
+    """Path of the image in that folder."""
     out: str = "sheet.png"
     """The PNG to write; an existing file is not overwritten."""
     teacher: str | None = None
-    """Column to find neighbours by, if there are several."""
+    """Column to find neighbours with; needed only if the store has several."""
     crops: int | None = None
-    """Number of crops to show, the first ones; 6 by default, or all if fewer are stored."""
+    """Show the first so many crops; by default 6, or all if fewer are stored."""
     neighbours: int = 5
     """Number of neighbours of each crop; 0 for none."""
     among: int = 1
-    """Number of crops of each other image to search in."""
+    """Search the first so many crops of each other image."""
     pixels: int = 96
     """Side of the drawn crops."""
 
@@ -69,7 +69,7 @@ def run(config: Config) -> int:
 
 
 def sheet_of(config: Config, store: "Store") -> tuple[bytes, str]:
-    """The sheet as PNG, and what it shows."""
+    """Draws the sheet as PNG; also returns a description of it."""
     from tqdm import tqdm
 
     from fkd_ssl import sheet
@@ -104,7 +104,7 @@ def sheet_of(config: Config, store: "Store") -> tuple[bytes, str]:
 
 
 def _row(store: "Store", image: str) -> int:
-    """The row of an image that is named, and that can be shown."""
+    """The row of an image; raises RequestError if it is unknown or cannot be shown."""
     import difflib
 
     names, image = list(store.paths), unicodedata.normalize("NFC", image)
@@ -119,14 +119,14 @@ def _row(store: "Store", image: str) -> int:
 
 
 def _image(store: "Store", images: "ImageSource", row: int) -> "UInt8Array":
-    """Pixels uint8 [H, W, 3] of the image of a row."""
+    """Reads the pixels uint8 [H, W, 3] of a row's image."""
     import numpy as np
 
     return images.pixels(int(store.find_images(images, np.array([row]))[0]))
 
 
 def _picture(store: "Store", images: "ImageSource", pixels: int, neighbour: "Neighbour") -> "Picture":
-    """A neighbour as it is shown."""
+    """The picture of a neighbour."""
     from fkd_ssl.crops import replay
     from fkd_ssl.sheet import Picture
 

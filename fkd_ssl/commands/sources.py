@@ -1,4 +1,4 @@
-"""Models, image sets and files of features of the evaluation commands, and the features that are computed from them."""
+"""Opens the models, image sets and feature files of the evaluation commands, and computes features."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -39,7 +39,7 @@ class Options(Protocol):
 
 
 class ScoreOptions(Options, Protocol):
-    """Options of the evaluation commands that give scores."""
+    """Options of the evaluation commands that report scores."""
 
     @property
     def out(self) -> str | None: ...  # noqa: D102
@@ -47,19 +47,19 @@ class ScoreOptions(Options, Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """Features of one set."""
+    """Features of one image set."""
 
     features: Float32Array
     labels: Int64Array
     about: dict[str, Any]
     rows: Int64Array
-    """Numbers of the images, or of the rows of a file; without the images that were skipped."""
+    """Indices of the images, or of the rows of a file, without skipped images."""
     skipped: int = 0
-    """Images that were skipped."""
+    """Number of skipped images."""
 
 
 def is_files(spec: str) -> bool:
-    """Whether it is FEATURES.npy,LABELS.npy."""
+    """Whether `spec` is FEATURES.npy,LABELS.npy."""
     return spec.endswith(".npy")
 
 
@@ -67,7 +67,7 @@ def read_pair(spec: str) -> Source:
     """Reads FEATURES.npy,LABELS.npy.
 
     Raises:
-        RequestError: These are not two .npy files of numbers, or they do not fit together.
+        RequestError: These are not two .npy files of numbers, or their lengths do not match.
         FkdError: A feature is not finite.
     """
     names = spec.split(",")
@@ -81,7 +81,7 @@ def read_pair(spec: str) -> Source:
 
 
 def load_model(config: Options) -> tuple[resolve.Model, int]:
-    """The model and the side of its crops; raises RequestError if there is none."""
+    """Loads the model; returns it and the side of its crops. Raises RequestError if no model is given."""
     if config.model is None:
         raise RequestError("--model is needed; without one give features as FEATURES.npy,LABELS.npy")
     model = resolve.model_of(config.model, config.checkpoint)
@@ -89,7 +89,7 @@ def load_model(config: Options) -> tuple[resolve.Model, int]:
 
 
 def features_of(model: resolve.Model, pixels: int, spec: str, images: ImageSource, config: Options, desc: str) -> Source:
-    """Features of images, from the cache if there is one."""
+    """Computes the features of images, or reads them from the cache."""
     about = about_images(spec, images)
     options: dict[str, Any] = {"pixels": pixels, "workers": config.workers, "desc": desc}
     with console.skipping(config.on_unreadable) as skipped:
@@ -105,37 +105,37 @@ def features_of(model: resolve.Model, pixels: int, spec: str, images: ImageSourc
 
 
 def about_images(spec: str, images: ImageSource) -> dict[str, Any]:
-    """The entry of a set of images in results.json."""
+    """The entry of an image set in results.json."""
     return {"source": spec, "images": len(images), "classes": len(images.classes), "sha256": images.digest()}
 
 
 def about_model(model: resolve.Model | None, pixels: int | None) -> dict[str, Any]:
-    """The entries of model and transform in results.json."""
+    """The entries `model` and `transform` in results.json."""
     transform = None if pixels is None else cache.transform_of(pixels)
     return {"model": None if model is None else model.about, "transform": transform}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What an evaluation is given, opened and not computed on yet: a model and its images, or files of features."""
+    """The opened inputs of an evaluation: a model and images, or feature files."""
 
     names: Sequence[str]
-    """What the sets are for the evaluation: train, and val if there is one."""
+    """Names of the sets in the evaluation: train, and val if given."""
     specs: list[str]
     """The sets as the user named them."""
     sets: list[ImageSource]
-    """Of images; empty if `pairs` has files of features."""
+    """The image sets; empty if `pairs` has feature files."""
     pairs: list[Source]
     model: resolve.Model | None
     pixels: int | None
     name: str | None
-    """Of the model, as the user gave it."""
+    """The model as the user named it."""
     out: str | None
     """The run folder."""
 
     @cached_property
     def inputs(self) -> dict[str, str]:
-        """What a run folder keeps of the model and the sets, to know them again; empty without a run folder."""
+        """Identifies the model and the sets in the run folder; empty without a run folder."""
         if self.out is None:
             return {}
         if self.model is None:
@@ -150,10 +150,10 @@ class Evaluation:
 
 
 def open_evaluation(config: ScoreOptions, train: str, val: str | None, names: Sequence[str] = ("train", "val")) -> Evaluation:
-    """The model and the sets of an evaluation, checked against each other.
+    """Opens the model and the sets of an evaluation and checks them against each other.
 
     Raises:
-        RequestError: One set is images and the other files, classes do not fit, or something does not exist.
+        RequestError: One set is images and the other files, classes do not match, or an input does not exist.
     """
     specs = [train] if val is None else [train, val]
     if len({is_files(spec) for spec in specs}) > 1:
@@ -172,9 +172,9 @@ def open_evaluation(config: ScoreOptions, train: str, val: str | None, names: Se
 
 
 def split_of(evaluation: Evaluation, config: Options) -> tuple[Split, dict[str, Any]]:
-    """Features of a training and a validation set, and what results.json says of them.
+    """Computes the features of a training and a validation set, and their entries in results.json.
 
-    Without a validation set its features and labels are empty. Classes of images are matched by folder name, those of
+    Without a validation set, its features and labels are empty. Classes of images are matched by folder name, classes of
     files by number.
     """
     sources, sets, model, pixels = evaluation.pairs, evaluation.sets, evaluation.model, evaluation.pixels
@@ -203,10 +203,10 @@ def split_of(evaluation: Evaluation, config: Options) -> tuple[Split, dict[str, 
 
 
 def _files_digest(spec: str) -> str:
-    """Digests of FEATURES.npy,LABELS.npy."""
+    """The digests of FEATURES.npy,LABELS.npy."""
     return ", ".join(f"sha256 {digest(name)}" for name in spec.split(","))
 
 
 def search_device() -> torch.device:
-    """Where searches and probes on features run."""
+    """The device of searches and of probes on features."""
     return resolve.device()

@@ -1,7 +1,7 @@
-"""Copies a part of a store into a store of its own: the first k crops, some teachers, some images.
+"""Copies part of a store into a new store: the first k crops, some teachers or some images.
 
-The teacher is not needed and the source is only read. The copy appears when it is whole; a killed one continues. Its crop
-records are those that precompute --crops k writes, byte for byte; its codes are the source's.
+The teacher is not needed, and the source is not changed. The copy appears when it is complete. To continue a killed run, repeat
+the command. The crop records are identical to those of precompute --crops k; the codes are copied from the source.
 """
 
 import unicodedata
@@ -21,17 +21,17 @@ class Config:
     out: str
     """Folder of the new store."""
     crops: int | None = None
-    """Only the first so many crops of each image."""
+    """Copy only the first so many crops of each image."""
     teachers: str | None = None
-    """Only these columns, with commas between them; all by default."""
+    """Copy only these columns, with commas between them; all by default."""
     list: str | None = None
-    """Only these images: a text file of their paths, one a line, as images.txt of the store has them."""
+    """Copy only these images: a text file with one path per line, as in images.txt of the store."""
     json: bool = False
     """Print one JSON object on standard output."""
 
 
 def run(config: Config) -> int:
-    """Copies and says what."""
+    """Copies the part and reports its contents."""
     from fkd_ssl import files
     from fkd_ssl.commands import console
     from fkd_ssl.errors import RequestError
@@ -42,7 +42,7 @@ def run(config: Config) -> int:
     if config.list is not None:
         try:
             with open(config.list, encoding="utf-8") as file:  # noqa: PTH123
-                # a Mac lists names in another form of Unicode than a store
+                # macOS may list names in another Unicode normal form than the store's
                 paths = [unicodedata.normalize("NFC", line.rstrip("\n")) for line in file if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
             raise RequestError(f"--list {config.list}: cannot be read: {error}") from error

@@ -1,7 +1,7 @@
-"""Lists the teachers that are known by name, and which of them are here; `fkd-ssl teachers fetch NAME` downloads one.
+"""Lists the teachers known by name and which of them are downloaded; `fkd-ssl teachers fetch NAME` downloads one.
 
-Downloads go to the cache folder (--cache, or FKD_SSL_CACHE in the environment, or ~/.cache/fkd_ssl), where --teacher NAME
-finds them without --checkpoint. The same command continues a broken download.
+Downloads go to the cache folder (--cache, the environment variable FKD_SSL_CACHE, or ~/.cache/fkd_ssl), where --teacher NAME
+finds them without --checkpoint. To continue a broken download, repeat the command.
 """
 
 from dataclasses import dataclass
@@ -23,9 +23,9 @@ class Config:
     action: str = "list"
     """list (the default) or fetch."""
     name: str | None = None
-    """The preset to fetch."""
+    """Preset to fetch."""
     cache: str | None = None
-    """Folder of downloaded checkpoints; FKD_SSL_CACHE, or ~/.cache/fkd_ssl, by default."""
+    """Folder of downloaded checkpoints; by default FKD_SSL_CACHE, or ~/.cache/fkd_ssl."""
     json: bool = False
     """Print one JSON object on standard output."""
 
@@ -37,7 +37,7 @@ class Config:
 
 
 def run(config: Config) -> int:
-    """Lists or fetches."""
+    """Lists the teachers or fetches one."""
     return _list(config) if config.name is None else _fetch(config, config.name)
 
 

@@ -1,9 +1,9 @@
-"""Distils a student: from a store's targets, or online from the teacher itself, from the images' labels, or from ReLabel's.
+"""Trains a student from stored targets, a teacher that runs online, the labels of the images, or ReLabel's label maps.
 
-All are one training that differs in where targets come from. The run folder holds config.yaml, inputs.json, metrics.csv,
-checkpoints/, results.json and a README.md; the same options and inputs continue a killed run. Several processes: --devices, or
-torchrun. With --targets online --record STORE the teacher's targets are kept: the next student trains on them without the
-teacher.
+The training is the same for all of them; only the source of the targets differs. The run folder has config.yaml, inputs.json,
+metrics.csv, checkpoints/, results.json and README.md. To continue a killed run, repeat the command. For several processes use
+--devices or torchrun. --targets online --record STORE also stores the teacher's targets, so that further students can train on
+them without the teacher.
 """
 
 import os
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from fkd_ssl.students import Student
     from fkd_ssl.students.size import Size
 
-MUCH_WAITING = 0.2  # share of the training's time spent waiting for data above which advice is printed
+MUCH_WAITING = 0.2  # share of the training time spent waiting for data, above which advice is printed
 
 
 def run(config: Config) -> int:
@@ -84,7 +84,7 @@ def run(config: Config) -> int:
 
 
 def _join_processes(config: Config) -> tuple[int, int]:
-    """This process's rank and the number of processes; only the first process prints.
+    """Returns the rank of this process and the number of processes, and silences all but the first.
 
     Raises:
         RequestError: srun started this process as one of several.
@@ -97,7 +97,7 @@ def _join_processes(config: Config) -> tuple[int, int]:
     rank, world = processes.rank()
     if "LOCAL_RANK" in os.environ:  # Lightning or torchrun started this process
         processes.end_with_parent()
-    if not is_torchelastic_launched():  # torchrun's number of processes has priority over --devices
+    if not is_torchelastic_launched():  # torchrun's number of processes overrides --devices
         if int(os.environ.get("SLURM_PROCID", "0")):
             raise RequestError(
                 "srun started several tasks that do not know of one another: have it start torchrun, one on each machine, or "
@@ -110,10 +110,10 @@ def _join_processes(config: Config) -> tuple[int, int]:
 
 
 def _pin_defaults(config: Config) -> Config:
-    """The config with its defaults that depend on the machine and on the store.
+    """Resolves the defaults that depend on the machine and on the store.
 
-    The name of a store's only column, so that the run can be resumed when the store has another column; and the precision,
-    since Lightning takes bfloat16 on a CPU, which has no float16.
+    These are the name of a store's only column, so that the run can be resumed after a column was added to the store, and the
+    precision, since Lightning uses bfloat16 on a CPU, which does not support float16.
     """
     from fkd_ssl import runs
     from fkd_ssl.commands import console, resolve
@@ -131,7 +131,7 @@ def _pin_defaults(config: Config) -> Config:
 
 
 def _inputs(config: Config, images: "ImageSource", data: "TrainingData", init: "Student | None") -> dict[str, str]:
-    """What the run reads, with digests."""
+    """The digests of what the run reads."""
     from fkd_ssl.commands.images import images_of
     from fkd_ssl.teachers.state_dicts import weights_digest
 
@@ -144,7 +144,7 @@ def _inputs(config: Config, images: "ImageSource", data: "TrainingData", init: "
 
 
 def _check(config: Config, images: "ImageSource", data: "TrainingData", init: "Student | None", world: int) -> "Student":
-    """The student as training starts from it; raises RequestError for what would fail after the run folder is made."""
+    """Makes the initial student; raises RequestError for what would fail later, before the run folder is created."""
     from fkd_ssl.eval.classify import check_classes
     from fkd_ssl.students import Student
     from fkd_ssl.training.engine import check_batch, objective_of
@@ -174,7 +174,7 @@ def _show_done(config: Config) -> int:
 def _finish(
     config: Config, folder: Path, results: dict[str, Any], student: "Student", size: "Size", data: "TrainingData"
 ) -> None:
-    """Writes the card and results.json, and shows the results."""
+    """Writes the model card and results.json, and shows the results."""
     from fkd_ssl import card, runs
     from fkd_ssl.commands import console, resolve, training_data
     from fkd_ssl.students import CLASSIFIER
@@ -201,7 +201,7 @@ def _finish(
 
 
 def _classified(config: Config, folder: Path) -> dict[str, float]:
-    """`top1` and `top5` of the student's own classes on the test images, where these are as many as the folders."""
+    """`top1` and `top5` of the student's classifier on the test images, if it has as many classes as there are class folders."""
     from fkd_ssl.commands import console, resolve
     from fkd_ssl.commands.images import images_of
     from fkd_ssl.eval import classify
@@ -230,7 +230,7 @@ def _knn_score(config: Config, images: "ImageSource") -> "Callable[[Student], fl
 
     assert config.val is not None
     val = images_of(config.val)
-    match_classes(images, val)  # a folder without classes is refused before training, not after
+    match_classes(images, val)  # refuses a folder without classes before training, not after it
 
     def score(student: "Student") -> float:
         result = knn.evaluate(

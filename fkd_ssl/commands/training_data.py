@@ -1,4 +1,4 @@
-"""The crops and targets of `fkd-ssl train`: one function for each kind of --targets, and the recording of a store."""
+"""The crops and targets of `fkd-ssl train`: one function for each value of --targets, and the recording of a store."""
 
 import shlex
 from collections.abc import Callable
@@ -27,37 +27,37 @@ from fkd_ssl.text import format_bytes
 from fkd_ssl.training.config import TrainConfig
 from fkd_ssl.training.groups import checkpoints_of, split
 
-_CHECKED_BYTES = 10**9  # targets up to this size are read once before training, to find damaged files
+_CHECKED_BYTES = 10**9  # targets up to this size are read once before training to find damaged files
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingData:
-    """What a student is trained on."""
+    """The data that a student is trained on."""
 
     crops: Crops | None
-    """The crops, with targets if these are stored; None until the store that is recorded is planned."""
+    """The crops, with targets if these are stored; None until a store to record is planned."""
     targets: list[TeacherInfo]
-    """What is known about the targets of each teacher."""
+    """Information about each teacher's targets."""
     inputs: dict[str, str] = field(default_factory=dict)
-    """What the targets are read from or computed with, with digests; see `runs.Inputs`."""
+    """Digests of the sources of the targets; see `runs.Inputs`."""
     teachers: list[Teacher] = field(default_factory=list)
     """The online teachers."""
     recordings: list[Recording | None] | None = None
-    """Writes the targets of each online teacher to a store; None for a teacher whose targets are there already."""
+    """Recordings of each online teacher's targets; None for a teacher whose targets are already stored."""
     check: Callable[[], None] = lambda: None
-    """Checks the files; called before a training that is not done."""
+    """Checks the files; called before an unfinished training."""
 
     @property
     def embeds(self) -> list[Callable[[Tensor], Tensor]] | None:
-        """The functions that give each online teacher's targets; None if there is no online teacher."""
+        """The functions that compute each online teacher's targets; None without online teachers."""
         return [teacher.embed for teacher in self.teachers] or None
 
 
 def open_data(config: TrainConfig, images: ImageSource) -> TrainingData:
-    """The training data of a config.
+    """Opens the training data of a config.
 
     Raises:
-        RequestError: An input is missing or does not go with the others.
+        RequestError: An input is missing or does not match the others.
         StoreError: The store is damaged, or was made from other images.
     """
     store = open_store(config.store) if config.store else None
@@ -72,7 +72,7 @@ def open_data(config: TrainConfig, images: ImageSource) -> TrainingData:
 
 
 def _stored(config: TrainConfig, images: ImageSource, store: Store | None) -> TrainingData:
-    """The store's crops and targets."""
+    """Crops and targets of the store."""
     assert store is not None  # by TrainConfig
     for name in ("checkpoint", "teacher_pixels"):
         if getattr(config, name) is not None:
@@ -87,7 +87,7 @@ def _stored(config: TrainConfig, images: ImageSource, store: Store | None) -> Tr
 
 
 def _labels(config: TrainConfig, images: ImageSource, store: Store | None) -> TrainingData:
-    """Crops of the store or fresh ones, with the images' classes as targets."""
+    """Stored or fresh crops, with the classes of the images as targets."""
     check_classes(images, len(images.classes))
     require_two_classes(images)
     return TrainingData(
@@ -98,7 +98,7 @@ def _labels(config: TrainConfig, images: ImageSource, store: Store | None) -> Tr
 
 
 def _relabel(config: TrainConfig, images: ImageSource, store: Store | None) -> TrainingData:
-    """Fresh crops, with targets read off ReLabel's label maps."""
+    """Fresh crops, with targets from ReLabel's label maps."""
     assert config.label_maps is not None  # by TrainConfig
     maps = LabelMaps(config.label_maps)
     return TrainingData(
@@ -110,7 +110,7 @@ def _relabel(config: TrainConfig, images: ImageSource, store: Store | None) -> T
 
 
 def _online(config: TrainConfig, images: ImageSource, store: Store | None) -> TrainingData:
-    """Crops of the store or fresh ones, with targets that the teachers compute for every batch."""
+    """Stored or fresh crops, with targets that the teachers compute for every batch."""
     assert config.teacher is not None  # by TrainConfig
     teachers = resolve.teachers_of(config.teacher, config.checkpoint)
     inputs = {f"teacher {t.info.name}": f"{t.info.network}, sha256 {t.info.checkpoint_sha256}" for t in teachers}
@@ -147,7 +147,7 @@ def _store_inputs(store: Store) -> dict[str, str]:
 
 
 def _check_store(config: TrainConfig, store: Store, columns: list[Column]) -> None:
-    """Warns about what the user may not have meant; reads a store of up to a gigabyte once to find damaged files."""
+    """Warns about likely mistakes; reads targets of up to `_CHECKED_BYTES` once to find damaged files."""
     for column in columns:
         if len(store) * store.crops_per_image * column.meta.code_size < _CHECKED_BYTES:
             check_files(store, column)
@@ -171,11 +171,11 @@ def record(config: TrainConfig, images: ImageSource, data: TrainingData, world: 
         config: The run.
         images: The image set.
         data: The data, with online teachers.
-        world: Processes of the training.
-        resumes: Whether the run is resumed: targets that are in the store already are then its own.
+        world: Number of training processes.
+        resumes: Whether the run is resumed, so that targets already in the store are its own.
 
     Raises:
-        RequestError: The store was planned otherwise, or another process records it.
+        RequestError: The store was planned with other options, or another process records it.
     """
     assert config.record is not None
     columns = prepare(
@@ -192,7 +192,7 @@ def record(config: TrainConfig, images: ImageSource, data: TrainingData, world: 
         threads=min(16, resolve.cpu_threads()),
         log=console.say,
     )
-    # an image that can be read now and not later is no reason to leave a gap, so that none is skipped
+    # skips no images: a temporary read error must not leave a gap in the store
     crops = RecordedCrops(
         columns[0].store,
         images,
@@ -214,9 +214,9 @@ def record(config: TrainConfig, images: ImageSource, data: TrainingData, world: 
 
 
 def publish(config: TrainConfig, data: TrainingData) -> None:
-    """Puts what was recorded into the store, and says how to compute what was damaged on the disk meanwhile."""
+    """Publishes the recorded columns in the store; reports how to recompute targets that were damaged on disk meanwhile."""
     teachers = zip(split(config.teacher), checkpoints_of(config.teacher, config.checkpoint), strict=True)
-    for recording, (teacher, checkpoint) in zip(data.recordings or [], teachers, strict=False):  # the first process has them
+    for recording, (teacher, checkpoint) in zip(data.recordings or [], teachers, strict=False):  # only in the first process
         if recording is None:
             continue
         damaged = recording.publish()
@@ -248,7 +248,7 @@ def publish(config: TrainConfig, data: TrainingData) -> None:
 
 
 def describe(config: TrainConfig, data: TrainingData) -> dict[str, Any]:
-    """What a run's card says about its teachers, its store and its crops."""
+    """The model card's entries about teachers, store and crops."""
     known = [teacher.info for teacher in data.teachers]
     crops = data.crops
     if not isinstance(crops, StoredCrops):

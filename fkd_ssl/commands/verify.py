@@ -1,9 +1,8 @@
-"""Checks a store: every file against its sha256, every record.
+"""Checks a store: the sha256 of every file, and every record.
 
-With --images every image; with --teacher a sample of
-its targets, replayed and embedded again. Ends with status 1 where anything is wrong, and says what to do. With --repair
-what is damaged or missing is removed and made again, and nothing else: crop records alone, or with --images; codes and
-codecs with --images and --teacher too.
+--images also checks every image; --teacher also replays a sample of crops and embeds them again. The exit status is 1 if a
+problem is found; the output then tells what to do. --repair removes damaged parts, and makes only these and missing parts
+again: crop records alone or with --images; codes and codecs need --images and --teacher.
 """
 
 import re
@@ -25,23 +24,23 @@ class Config:
     store: str
     """Folder of the store."""
     images: str | None = None
-    """Its images, as precompute takes them: each is compared with what the teacher saw."""
+    """Images of the store, as given to precompute; each is compared with the image that the teacher saw."""
     teacher: str | None = None
-    """The teacher of --name, to embed a sample of crops again."""
+    """Teacher of column --name, to embed a sample of crops again."""
     checkpoint: str | None = None
-    """Its weights."""
+    """Checkpoint of the teacher."""
     name: str | None = None
-    """The teacher's column, if there are several."""
+    """Column of the teacher; needed only if the store has several."""
     sample: int = 64
-    """Crops to embed again."""
+    """Number of crops to embed again."""
     repair: bool = False
-    """Make again what is damaged or missing, as far as --images and --teacher allow, and check once more."""
+    """Make damaged and missing parts again, as far as --images and --teacher allow, then check again."""
     json: bool = False
     """Print one JSON object on standard output."""
 
 
 def run(config: Config) -> int:
-    """Verifies and lists the problems."""
+    """Checks the store and lists the problems."""
     from fkd_ssl.commands import console, resolve
     from fkd_ssl.commands.images import images_of
     from fkd_ssl.errors import NotFoundError, RequestError
@@ -66,7 +65,7 @@ def run(config: Config) -> int:
     name = config.name
     if name is not None and name not in store.teachers:
         raise NotFoundError(f"{store.folder}: no column {name!r}; there are {store.teachers or 'none yet'}")
-    # what precompute names a column by default; a run's, which is another name, must be said where there are several
+    # precompute's default name of a column; the column of a run has another name, so that several columns need --name
     default = "-and-".join(re.split("[:/]", one)[-1].strip().replace("@", "-") for one in (config.teacher or "").split("+"))
     if name is None and default in store.teachers:
         name = default
@@ -91,7 +90,7 @@ def run(config: Config) -> int:
 
 
 def _precision(store: "Store", name: str) -> "Precision":
-    """The precision that a column's targets were made in, also where its codec is damaged."""
+    """The precision that a column's targets were computed in, even if its codec is damaged."""
     from fkd_ssl import files
     from fkd_ssl.errors import StoreError
 
