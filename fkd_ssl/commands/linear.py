@@ -29,7 +29,7 @@ class Config:
     PATHS: ClassVar[tuple[str, ...]] = ("model", "checkpoint", "train", "val", "out")
 
     model: str | None = None
-    """A run folder, one of its .ckpt files, teacher:NAME, torchvision/NAME, timm/NAME or module:function; with files, any name."""
+    """A run folder, a .ckpt file, teacher:NAME, torchvision/NAME, timm/NAME or module:function; for files any name."""
     train: str
     """Labelled images to train the probe on: a folder, NAME:SPLIT:ROOT, or FEATURES.npy,LABELS.npy."""
     val: str

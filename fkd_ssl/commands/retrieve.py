@@ -1,8 +1,8 @@
-"""Measures retrieval with a model's features: recall@1/5/10, precision@5/10 and mAP@R; also approximate indexes and queries.
+"""Measures retrieval with a model's features: recall@1/5/10, precision@5/10 and mAP@R; approximate indexes; nearest images.
 
---gallery DIR --queries DIR scores exact search; without --queries, each gallery image is a query among the others. --curve --out
-OUT measures recall against queries per second for all indexes. --query IMAGE lists the gallery images nearest to that image and
-draws a contact sheet. --gallery and --queries also accept FEATURES.npy,LABELS.npy.
+--gallery DIR --queries DIR scores exact search; without --queries, each gallery image is a query among the others.
+--curve --out OUT measures recall against queries per second for all indexes. --query IMAGE lists the gallery images nearest to
+that image and draws a contact sheet. --gallery and --queries also accept FEATURES.npy,LABELS.npy.
 """
 
 from dataclasses import dataclass, replace
@@ -24,7 +24,7 @@ class Config:
     PATHS: ClassVar[tuple[str, ...]] = ("model", "checkpoint", "gallery", "queries", "query", "sheet", "out")
 
     model: str | None = None
-    """A run folder, one of its .ckpt files, teacher:NAME, torchvision/NAME, timm/NAME or module:function; with files, any name."""
+    """A run folder, a .ckpt file, teacher:NAME, torchvision/NAME, timm/NAME or module:function; for files any name."""
     gallery: str
     """Labelled images to search in: a folder, NAME:SPLIT:ROOT, or FEATURES.npy,LABELS.npy."""
     queries: str | None = None

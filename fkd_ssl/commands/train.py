@@ -201,7 +201,7 @@ def _finish(
 
 
 def _classified(config: Config, folder: Path) -> dict[str, float]:
-    """`top1` and `top5` of the student's classifier on the test images, if it has as many classes as there are class folders."""
+    """`top1` and `top5` of the student's classifier on the test images, if they have as many classes."""
     from fkd_ssl.commands import console, resolve
     from fkd_ssl.commands.images import images_of
     from fkd_ssl.eval import classify
