@@ -1,4 +1,4 @@
-"""Data sets of crops: stored ones with their targets, or fresh ones."""
+"""Data sets of crops: stored crops with their targets, or fresh crops."""
 
 from fkd_ssl.data.crops import Crops
 from fkd_ssl.data.fresh import FreshCrops

@@ -1,4 +1,4 @@
-"""Whether images are still those that crops or label maps were made of."""
+"""Checks that images have not changed since crops or label maps were made from them."""
 
 import hashlib
 
@@ -9,18 +9,18 @@ from fkd_ssl.errors import ImageError
 
 
 class Contents:
-    """What the images of a data set held when a store or label maps were made of them.
+    """The contents of a data set's images when a store or label maps were made from them.
 
-    The content is compared when a process reads an image for the first time, later only its number of bytes: images of one
-    size may have been swapped, and sha256 of a photograph takes 2 % of the time that its crops take, 7 % on processors
-    without instructions for it.
+    The sha256 is compared when a process reads an image for the first time, and only the number of bytes later. The sha256
+    detects images of the same size that were swapped. For a photograph it takes 2 % of the time of its crops, or 7 % on
+    processors without instructions for it.
 
     Args:
         checksums: sha256 of each image: uint8 [N, 32].
         sizes: Bytes of each image [N].
-        since: When that was, for the message about a changed image.
-        advice: What to do about it.
-        every_pass: Compare the content each time.
+        since: When the contents were recorded, for the message about a changed image.
+        advice: What to do about a changed image, for the message.
+        every_pass: Compare the sha256 every time.
     """
 
     def __init__(self, checksums: UInt8Array, sizes: Int64Array, *, since: str, advice: str, every_pass: bool = False) -> None:
@@ -29,7 +29,7 @@ class Contents:
         self._unread = np.ones(len(sizes), dtype=bool)
 
     def check(self, i: int, data: bytes, where: str) -> None:
-        """Raises ImageError if image `i` has changed; `where` it is starts the message."""
+        """Raises ImageError if image `i` has changed. The message starts with `where`."""
         change = ""
         if len(data) != self._sizes[i]:
             change = f"{len(data)} bytes now, {self._sizes[i]} then"

@@ -1,4 +1,4 @@
-"""Data sets of crops: an image is read and decoded once for all its crops."""
+"""Data sets of crops. Each image is read and decoded once for all its crops."""
 
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -18,20 +18,20 @@ Key = int | tuple[int, int]  # an image, or a pass and an image
 
 
 class Crops(Dataset[Batch]):
-    """Base class of data sets of crops: M crops of each image, which is decoded once for all of them.
+    """Base class of data sets of crops: M crops per image, which is decoded once for all of them.
 
-    `data[i]` reads image `i` in pass 0, `data[p, i]` in pass `p`. A DataLoader reads a list of such keys at once. With
-    `collate_fn=whole_batch` it gives crops [B M, ...] without another copy, by default [B, M, ...].
+    `data[i]` reads image `i` in pass 0, and `data[p, i]` reads it in pass `p`. A DataLoader reads a list of such keys at once.
+    With `collate_fn=whole_batch` it returns crops [B M, ...] without another copy; by default it returns [B, M, ...].
 
     Args:
         images: The image set.
-        positions: Where in the image set each image of the data set is: N of them.
-        crops_per_image: M.
+        positions: Index in the image set of each of the N images of the data set.
+        crops_per_image: Number of crops per image M.
         pixels: P, the side of the crops.
-        teacher_pixels: Side at which the crops are made once more, for a teacher; by default they are not.
+        teacher_pixels: Side of a second set of the same crops, for a teacher. Default: no second set.
         skip_unreadable: Replace a damaged image by another one of its batch instead of raising an error.
-        decode_only: Give decoded images and plans of the crops, from which `replay_on_device` makes them.
-        contents: What the images held before, if they must not have changed.
+        decode_only: Return decoded images and plans of the crops, from which `replay_on_device` makes them.
+        contents: The expected contents of the images. Default: not checked.
     """
 
     def __init__(
@@ -59,18 +59,18 @@ class Crops(Dataset[Batch]):
 
     @property
     def sides(self) -> Sides:
-        """Side of the crops by their key in a batch."""
+        """Side of the crops, by their key in a batch."""
         return {"images": self.pixels} | ({"teacher_images": self.teacher_pixels} if self.teacher_pixels else {})
 
     def __len__(self) -> int:
         return len(self._positions)
 
     def __getitem__(self, key: Key) -> Batch:
-        """The crops of one image.
+        """Returns the crops of one image.
 
         Returns:
-            `images` uint8 [M, 3, P, P]; `targets` float32 [M, D] if they are stored, for several teachers a dict by name;
-            `label` and `path`.
+            A dict of `images` uint8 [M, 3, P, P]; `targets` float32 [M, D] if they are stored, a dict by name for several
+            teachers; `label` and `path`.
         """
         pass_, i = key if isinstance(key, tuple) else (0, key)
         if not 0 <= i < len(self):
@@ -78,19 +78,19 @@ class Crops(Dataset[Batch]):
         return self.__getitems__([(pass_, i)])[0]
 
     def __getitems__(self, keys: Sequence[Key]) -> Samples:
-        """The crops of B images.
+        """Returns the crops of B images.
 
         Returns:
-            A list of what `data[key]` gives. Its attribute `batch` has all of it: `images` uint8 [B M, 3, P, P] in
-            channels-last memory, the crops of an image side by side; `teacher_images`, if the teacher's size is another;
-            `targets` float32 [B M, D] if they are stored, for several teachers a dict by name; `labels` int64 [B]; `paths`; and
-            `unreadable`, an error message for each image that was skipped. With `decode_only` it has a CropPlan in place of
-            each tensor of crops, from which `replay_on_device` makes them.
+            A list of the items `data[key]`. Its attribute `batch` is a dict of all of them: `images` uint8 [B M, 3, P, P] in
+            channels-last memory, with the crops of an image in sequence; `teacher_images`, if the teacher's size differs;
+            `targets` float32 [B M, D] if they are stored, a dict by name for several teachers; `labels` int64 [B]; `paths`;
+            and `unreadable`, an error message for each skipped image. With `decode_only`, each tensor of crops is replaced by
+            a CropPlan, from which `replay_on_device` makes it.
 
         Raises:
             ImageAccessError: An image cannot be opened; the message names it.
-            ImageError: An image is damaged or changed, and such images are not skipped, or no image of the batch could be
-                read; the message names it.
+            ImageError: An image is damaged or changed and `skip_unreadable` is False, or no image of the batch can be read;
+                the message names it.
         """
         pairs = [key if isinstance(key, tuple) else (0, key) for key in keys]
         pixels = self._new_pixels(len(pairs))
@@ -113,19 +113,19 @@ class Crops(Dataset[Batch]):
         return Samples({**batch, **self._targets(pairs)}, self.crops_per_image)
 
     def name(self, i: int) -> str:
-        """The name of image `i` in its image set."""
+        """Returns the name of image `i` in its image set."""
         return self.images.names[int(self._positions[i])]
 
     def where(self, i: int) -> str:
-        """The place of image `i`, for messages."""
+        """Returns the location of image `i`, for messages."""
         return self.images.where(int(self._positions[i]))
 
     def read(self, i: int) -> bytes:
-        """The encoded image `i`.
+        """Returns the encoded image `i`.
 
         Raises:
-            ImageAccessError: It cannot be opened.
-            ImageError: It has changed.
+            ImageAccessError: The image cannot be opened.
+            ImageError: The image has changed.
         """
         data = self.images.read(int(self._positions[i]))
         if self._contents is not None:
@@ -133,11 +133,11 @@ class Crops(Dataset[Batch]):
         return data
 
     def _new_pixels(self, count: int) -> Pixels:
-        """Takes the crops of `count` images."""
+        """Returns an empty container for the crops of `count` images."""
         return (Planned if self.decode_only else Replayed)(count, self.crops_per_image, self.sides)
 
     def _put(self, pixels: Pixels, k: int, pass_: int, i: int) -> None:
-        """Puts the crops of image `i` in the k-th place of a batch."""
+        """Puts the crops of image `i` at index `k` of a batch."""
         where = self.where(i)
         image = decode(self.read(i), where)
         try:
@@ -147,15 +147,15 @@ class Crops(Dataset[Batch]):
 
     @abstractmethod
     def _records(self, pass_: int, i: int, height: int, width: int) -> Records:
-        """Records [M] of image `i` in a pass."""
+        """Returns the records [M] of image `i` in a pass."""
 
     def _targets(self, pairs: list[tuple[int, int]]) -> Batch:
-        """What else a batch has of these passes and images: `targets`, if they are stored."""
+        """Returns the other entries of a batch of (pass, image) pairs: `targets`, if they are stored."""
         return {}
 
 
 def _replace(failed: dict[int, ImageError], pairs: list[tuple[int, int]], pixels: Pixels) -> None:
-    """Puts the other images of a batch, in turn, in the places of those that cannot be read."""
+    """Replaces the images of a batch that cannot be read by the other ones, in turn."""
     good = [k for k in range(len(pairs)) if k not in failed]
     if not good:
         first = next(iter(failed.values()))

@@ -1,4 +1,4 @@
-"""Crops drawn anew in every pass."""
+"""Fresh crops: drawn again in every pass."""
 
 import hashlib
 
@@ -9,15 +9,15 @@ from fkd_ssl.images import ImageSource
 
 
 class FreshCrops(Crops):
-    """Crops drawn anew in every pass, from a recipe: what online distillation reads. They go through the same record.
+    """Crops drawn again in every pass from a recipe, for online distillation. They use the same records as stored crops.
 
     Args:
         images: The image set.
-        recipe: What crops are drawn from.
-        crops_per_image: M.
+        recipe: The recipe that crops are drawn from.
+        crops_per_image: Number of crops per image M.
         pixels: P, the side of the crops.
-        seed: Of the draw; no store draws the same crops.
-        teacher_pixels: Side at which the crops are made once more, for the teacher.
+        seed: Seed of the crops. No store draws the same crops.
+        teacher_pixels: Side of a second set of the same crops, for the teacher.
         skip_unreadable: As in StoredCrops.
         decode_only: As in StoredCrops.
         contents: As in Crops.

@@ -1,4 +1,4 @@
-"""The DataLoader of this library. Its errors are short and say what to do, and none of them hangs."""
+"""The DataLoader of this library. Its errors are short and say what to do, and it never hangs."""
 
 import contextlib
 import multiprocessing
@@ -21,27 +21,27 @@ from fkd_ssl.errors import FkdError, RequestError
 
 _FEWER = "fewer --workers, or --workers 0"
 _SENT = (FkdError, OSError)
-"""Errors whose message is for the user: a worker sends them as they are, where torch would send their traceback as text."""
+"""Errors with a message for the user. Workers send them unchanged, while torch would send their traceback as text."""
 _GRACE = 60  # seconds
 _abandoned: list[Iterator[Any]] = []
 
 
 class Loader(DataLoader[Any]):
-    """A DataLoader over batches of keys whose errors are short and never make the parent wait.
+    """A DataLoader over batches of keys. Its errors are short, and an error never makes the parent wait.
 
-    - A worker moves its batch into shared memory when it collates it, so an error of that is raised here. In torch a thread of
-      the queue does it, which only prints the error, and the parent waits for ever.
-    - If a worker dies, `next` raises FkdError. In torch a signal handler raises at any point of the parent, or the parent
-      raises whatever a batch that was sent in part leads to.
+    - A worker moves its batch into shared memory when it collates it, so that an error is raised in the parent. In torch, a
+      thread of the queue moves it, which only prints the error, and the parent waits forever.
+    - If a worker dies, `next` raises FkdError. In torch, a signal handler raises an error at any point of the parent, or the
+      parent fails on a batch that was only partly sent.
     - Workers ignore Ctrl-C; the parent ends them.
 
     Args:
         dataset: Read by `dataset.__getitems__(keys)` if it has that, else by `dataset[key]`.
         batches: Lists of keys, as a list or a batch sampler.
-        workers: Processes that read; 0 reads in this one.
-        collate: Turns what was read into a batch.
-        prefetch: Batches that each worker reads ahead.
-        generator: Where the workers' seed is drawn from; torch's global generator by default.
+        workers: Number of processes that read; 0 reads in this process.
+        collate: Collates the items into a batch.
+        prefetch: Number of batches that each worker reads ahead.
+        generator: Generator of the workers' seed. Default: torch's global generator.
 
     Raises:
         RequestError: `workers` is negative.
@@ -75,7 +75,7 @@ class Loader(DataLoader[Any]):
         """Starts the workers and returns an iterator over the batches."""
         if not self.num_workers:
             return map(_raised, super().__iter__())
-        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # in the workers too, which inherit it
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # the workers inherit it
         try:
             # torch needs as many; if its own attempt fails, its destructor prints a traceback
             [multiprocessing.Queue() for _ in range(self.num_workers + 1)]
@@ -120,14 +120,14 @@ def _unchanged(batch: Any) -> Any:
 
 
 def _raised(batch: Any) -> Any:
-    """Returns a batch, raises an error."""
+    """Returns a batch, or raises it if it is an error."""
     if isinstance(batch, _SENT):
         raise batch
     return batch
 
 
 class _Reader:
-    """torch's iterator with the errors of Loader. A generator would keep each batch until the next one is there."""
+    """torch's iterator with the errors of Loader. A generator would keep each batch alive until the next one arrives."""
 
     def __init__(self, batches: Iterator[Any], workers: list[Any]) -> None:
         self._batches = batches
@@ -158,7 +158,7 @@ def _kill(workers: list[Any]) -> None:
 
 @contextlib.contextmanager
 def _interrupted_by_death(workers: list[Any]) -> Iterator[None]:
-    """Raises ChildProcessError as soon as one of the workers has died, also from a read that would never end."""
+    """Raises ChildProcessError as soon as a worker has died, also during a read that would never end."""
 
     def check(*_: Any) -> None:
         if any(worker.exitcode for worker in workers):  # None while it runs, 0 where it ended as told
@@ -175,7 +175,7 @@ def _interrupted_by_death(workers: list[Any]) -> Iterator[None]:
 
 
 def _how_died(workers: list[Any]) -> str:
-    """The message for a worker that has died; empty if none has."""
+    """Returns the message for a worker that has died; "" if none has."""
     sentinels = {worker.sentinel: worker for worker in workers}
     for sentinel in connection.wait(sentinels, timeout=1):  # a worker closes its pipes a little before it has ended
         sentinels[sentinel].join(1)
@@ -188,10 +188,10 @@ def _how_died(workers: list[Any]) -> str:
 
 
 def start_worker(worker: int) -> None:
-    """Prepares a worker: one thread for faiss; it ends with its parent, and 60 seconds after a SIGTERM.
+    """Prepares a worker: limits faiss to one thread, and ends the worker with its parent or 60 seconds after a SIGTERM.
 
-    A cluster sends SIGTERM to all processes of a job. The parent then saves a checkpoint and needs its workers until the step
-    is done.
+    A cluster sends SIGTERM to all processes of a job. The parent then finishes its step, for which it needs its workers, and
+    saves a checkpoint.
 
     Args:
         worker: Number of the worker.
@@ -206,6 +206,6 @@ def start_worker(worker: int) -> None:
 
 
 def _except_broken_connections(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Prints errors of a worker's threads, but not that the parent has left while a batch was sent."""
+    """Prints errors in a worker's threads, except that the parent has ended while a batch was sent."""
     if not issubclass(kind, (ConnectionError, EOFError)):
         sys.__excepthook__(kind, error, trace)

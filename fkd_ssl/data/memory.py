@@ -1,8 +1,8 @@
-"""Memory blocks for batches, which are used again when a batch is freed.
+"""Memory blocks for batches, which are reused when a batch is freed.
 
-A batch of crops has tens of megabytes, and new pages for it cost a worker process a good part of what decoding costs. So each
-process keeps its blocks. A block is free again when the last tensor or array that shows it is freed, also in a process that it
-was sent to: its last byte says whether it is in use, and both processes see it.
+A batch of crops takes tens of megabytes, and allocating new pages for it takes a large part of the time of decoding. So each
+process keeps its blocks. A block is free again when the last tensor or array that uses it is freed, also in a process that it
+was sent to: the last byte of the block, which both processes share, tells whether it is in use.
 """
 
 import math
@@ -24,11 +24,11 @@ from fkd_ssl.text import format_bytes
 
 SHARED = Path("/dev/shm")  # noqa: S108
 _FREE, _IN_USE = 0, 1
-_MAX_BLOCKS = 16  # of a process; a DataLoader has fewer on the way, unless all batches are kept
+_MAX_BLOCKS = 16  # per process; a DataLoader has fewer in use, unless the user keeps all batches
 
 
 class _Lease:
-    """The use of a block by this process. It ends when the array that shows the block is freed."""
+    """The use of a block by this process. It ends when the array that views the block is freed."""
 
     def __init__(self, block: Tensor) -> None:
         self.block = block
@@ -52,22 +52,23 @@ _leases: weakref.WeakValueDictionary[int, _Lease] = weakref.WeakValueDictionary(
 
 
 def empty(*shape: int) -> Tensor:
-    """An uninitialized uint8 tensor; in a worker of a DataLoader in shared memory, where its parent reads it without a copy.
+    """Returns an uninitialized uint8 tensor; in a DataLoader worker in shared memory, so that the parent needs no copy.
 
     Raises:
-        FkdError: Shared memory has no room for it.
+        FkdError: There is not enough shared memory.
     """
     size = math.prod(shape)
     return _tensor(_acquire(size), size).view(shape)
 
 
 def share(value: Any) -> Any:
-    """What a worker sends for a batch or a part of it: all tensors in shared memory, those of `empty` as their blocks.
+    """Moves all tensors of a batch, or of a part of it, to shared memory before a worker sends them.
 
-    The queue would share the other tensors too, but in a thread of its own, which prints an error and sends nothing.
+    Tensors of `empty` are sent as their blocks. The queue would share other tensors too, but in a thread of its own, where an
+    error is only printed, and nothing is sent.
 
     Raises:
-        FkdError: Shared memory has no room for a tensor.
+        FkdError: There is not enough shared memory.
     """
     if isinstance(value, Tensor):
         lease = _leases.get(value.data_ptr())
@@ -102,7 +103,7 @@ def _rebuild(block: Tensor, shape: tuple[int, ...], stride: tuple[int, ...]) -> 
 
 
 def _tensor(block: Tensor, size: int) -> Tensor:
-    """The first bytes of a block. All views of them keep one array alive, and the lease ends when it is freed."""
+    """Returns the first bytes of a block. All views of them keep one array alive, and the lease ends when it is freed."""
     array = block.numpy()[:size]
     lease = _Lease(block)
     weakref.finalize(array, lease.end).atexit = False
@@ -112,9 +113,9 @@ def _tensor(block: Tensor, size: int) -> Tensor:
 
 
 def _acquire(size: int) -> Tensor:
-    """A block of at least `size` bytes and the byte that says whether it is in use."""
+    """Returns a block of at least `size` bytes, plus the byte that tells whether it is in use."""
     global _pool
-    if _pool.process != os.getpid():  # forked: these blocks are the parent's
+    if _pool.process != os.getpid():  # forked: these blocks belong to the parent
         _pool = _Pool()
     step = 1 << max(0, size.bit_length() - 3)
     length = -(-size // step) * step + 1  # similar sizes share blocks; pages that are never written take no memory
@@ -143,7 +144,7 @@ def _allocate(length: int) -> Tensor:
 
 
 def _no_room(size: int, error: RuntimeError) -> FkdError:
-    """The error of a tensor of `size` bytes that does not fit into shared memory."""
+    """Returns the error for a tensor of `size` bytes that does not fit into shared memory."""
     reason = str(error).splitlines()[0]
     if SHARED.is_dir():
         total, _, free = shutil.disk_usage(SHARED)

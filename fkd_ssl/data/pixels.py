@@ -1,4 +1,4 @@
-"""The crops of a batch: their pixels, or plans from which a device makes them."""
+"""The crops of a batch, as pixels or as plans from which a device makes them."""
 
 from typing import Any, Protocol
 
@@ -12,20 +12,20 @@ Sides = dict[str, int]  # side of the crops by their key in a batch: images, and
 
 
 class Pixels(Protocol):
-    """Takes the crops of the images of a batch."""
+    """Container for the crops of a batch."""
 
     def put(self, k: int, image: UInt8Array, records: Records) -> None:
-        """Takes the crops of the k-th image; raises ImageError if a record does not fit it."""
+        """Adds the crops of the k-th image. Raises ImageError if a record does not fit it."""
 
     def repeat(self, k: int, other: int) -> None:
-        """Takes the crops of another image in place of the k-th one's."""
+        """Replaces the crops of the k-th image by those of another one."""
 
     def tensors(self) -> Batch:
-        """What the batch has of them."""
+        """Returns the entries of the batch."""
 
 
 class Replayed:
-    """Crops made by this process: for each side uint8 [B M, 3, P, P] in channels-last memory."""
+    """Crops made by this process, uint8 [B M, 3, P, P] in channels-last memory for each side."""
 
     def __init__(self, count: int, crops_per_image: int, sides: Sides) -> None:
         self._m = crops_per_image
@@ -33,17 +33,17 @@ class Replayed:
         self._arrays: list[UInt8Array] = [views.numpy() for views in self._views.values()]
 
     def put(self, k: int, image: UInt8Array, records: Records) -> None:
-        """Makes the crops of the k-th image; raises ImageError if a record is invalid."""
+        """Makes the crops of the k-th image. Raises ImageError if a record is invalid."""
         for array in self._arrays:
             replay_into(array[self._of(k)], image, records)
 
     def repeat(self, k: int, other: int) -> None:
-        """Puts the crops of another image in the place of the k-th one's."""
+        """Replaces the crops of the k-th image by those of another one."""
         for array in self._arrays:
             array[self._of(k)] = array[self._of(other)]
 
     def tensors(self) -> Batch:
-        """The crops by their key in the batch."""
+        """Returns the crops, by their key in the batch."""
         return {name: views.permute(0, 3, 1, 2) for name, views in self._views.items()}
 
     def _of(self, k: int) -> slice:
@@ -58,20 +58,20 @@ class Planned:
         self._crops: list[PendingCrops | None] = [None] * count
 
     def put(self, k: int, image: UInt8Array, records: Records) -> None:
-        """Takes the k-th image and the records of its crops; raises ImageError if a box is not inside the image."""
+        """Adds the k-th image and the records of its crops. Raises ImageError if a box is not inside the image."""
         self._crops[k] = PendingCrops(image=image, records=records)
 
     def repeat(self, k: int, other: int) -> None:
-        """Puts another image and its crops in the place of the k-th one."""
+        """Replaces the k-th image and its crops by another one."""
         self._crops[k] = self._crops[other]
 
     def tensors(self) -> Batch:
-        """A CropPlan by the key of the crops in the batch. The plans share the pixels of the images."""
+        """Returns a CropPlan for each key of the batch. The plans share the pixels of the images."""
         crops = [of_image for of_image in self._crops if of_image is not None]
         sources = concatenate(crops, memory.empty(sum(of_image.image.size for of_image in crops)))
         return {name: plan_crops(crops, side, sources) for name, side in self._sides.items()}
 
 
 def replay_on_device(batch: Batch) -> Batch:
-    """The batch with its planned crops made, on the device where the plans are."""
+    """Returns the batch with its planned crops made, on the device of the plans."""
     return {key: replay_plan(value) if isinstance(value, CropPlan) else value for key, value in batch.items()}

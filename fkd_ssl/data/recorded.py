@@ -1,4 +1,4 @@
-"""The crops of a store block by block, for a training that records what its teachers say of them."""
+"""The crops of a store, block by block, for a training that records its teachers' targets."""
 
 import torch
 
@@ -7,11 +7,11 @@ from fkd_ssl.data.stored import StoredCrops
 
 
 class RecordedCrops(StoredCrops):
-    """Crops of a store whose targets are yet to be recorded; arguments as of StoredCrops.
+    """Crops of a store whose targets are being recorded. The arguments are those of StoredCrops.
 
-    Pass p reads crops (p M + 0..M-1) mod C of every image, so what was used of an image is always its first crops. Batches
-    also bring `places` int64 [B, 2]: each image's row of the store, and the first of its M crops. The sha256 of an image is
-    checked in every pass, since its targets are kept.
+    Pass p reads crops (p M + 0..M-1) mod C of every image, so the crops used so far are always the first ones. Batches also
+    have `places` int64 [B, 2]: each image's row in the store, and the first of its M crops. The sha256 of an image is checked
+    in every pass, since its targets are kept.
     """
 
     _every_pass = True

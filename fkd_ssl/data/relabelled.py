@@ -1,4 +1,4 @@
-"""Crops drawn anew, with the targets that ReLabel's label maps have for them."""
+"""Fresh crops with targets from ReLabel's label maps."""
 
 import numpy as np
 import torch
@@ -14,18 +14,18 @@ from fkd_ssl.relabel.maps import LabelMaps
 
 
 class RelabelledCrops(FreshCrops):
-    """Crops drawn anew in every pass; a batch's `targets` float32 [B M, K] are read off the images' label maps by their boxes.
+    """Crops drawn again in every pass. Their `targets` float32 [B M, K] are pooled from the images' label maps at their boxes.
 
     Yun et al., "Re-labeling ImageNet", CVPR 2021 (arXiv 2101.05022).
 
     Args:
-        images: The image set; the maps may be of more images.
-        maps: Their label maps.
-        recipe: What crops are drawn from.
-        crops_per_image: M.
+        images: The image set. The label maps may have more images.
+        maps: The label maps.
+        recipe: The recipe that crops are drawn from.
+        crops_per_image: Number of crops per image M.
         pixels: P, the side of the crops.
-        seed: Of the draw, as in FreshCrops: the crops are the same.
-        teacher_pixels: Side at which the crops are made once more.
+        seed: Seed of the crops, which are the same as those of FreshCrops.
+        teacher_pixels: Side of a second set of the same crops.
         skip_unreadable: As in StoredCrops.
         decode_only: As in StoredCrops.
 
@@ -60,7 +60,7 @@ class RelabelledCrops(FreshCrops):
         )  # fmt: skip
 
     def read(self, i: int) -> bytes:
-        """The encoded image `i`; raises as `Crops.read`, and ImageError if it has no label map."""
+        """Returns the encoded image `i`. Raises as `Crops.read` does, and ImageError if it has no label map."""
         if not self.maps.sizes["width"][self._rows[i]]:
             raise ImageError(
                 f"{self.where(i)}: could not be read when the label maps were made; make label maps of these images"

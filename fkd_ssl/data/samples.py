@@ -1,4 +1,4 @@
-"""Batches of a data set of crops, and the collate function that keeps them whole."""
+"""Batches of a data set of crops, and the collate function that returns them without a copy."""
 
 from collections.abc import Sequence
 from typing import Any, overload
@@ -9,11 +9,11 @@ from fkd_ssl.crops.device import CropPlan
 from fkd_ssl.data.pixels import Batch
 from fkd_ssl.errors import RequestError
 
-Targets = Tensor | dict[str, Tensor]  # of one teacher, or of several by name
+Targets = Tensor | dict[str, Tensor]  # one teacher's, or those of several teachers by name
 
 
 class Samples(Sequence[Batch]):
-    """A batch as the list of its images. Each is a view of the tensors in `batch`."""
+    """A batch as a list of its images. Each item is a view of the tensors in `batch`."""
 
     def __init__(self, batch: Batch, crops_per_image: int) -> None:
         self.batch = batch
@@ -44,6 +44,6 @@ def _rows_of(stacked: Targets, rows: slice) -> Targets:
 
 
 def whole_batch(samples: Any) -> Batch:
-    """Returns the batch of `Crops.__getitems__` as it is, with `images` [B M, 3, P, P]; for `collate_fn` of a DataLoader."""
+    """Returns the batch of `Crops.__getitems__` unchanged, with `images` [B M, 3, P, P]; for `collate_fn` of a DataLoader."""
     batch: Batch = samples.batch
     return batch

@@ -1,4 +1,4 @@
-"""The crops of a store with their targets."""
+"""Stored crops with their targets."""
 
 import hashlib
 from collections.abc import Sequence
@@ -19,36 +19,36 @@ from fkd_ssl.store import Store
 
 
 class StoredCrops(Crops):
-    """The crops of a store, with the targets of one teacher or of several.
+    """The crops of a store, with the targets of one or more teachers.
 
-    Pass p reads crops (start + p M + 0..M-1) mod C of an image, start a hash of the seed and the image: every crop is
-    used before any is used twice.
+    Pass p reads crops (start + p M + 0..M-1) mod C of an image, where start is a hash of the seed and the image. So every crop
+    is used before any is used twice.
 
     Args:
         store: An opened store.
-        images: The image set, or what `open_images` takes; it may hold more than the store.
-        crops_per_image: M.
-        pixels: P, the side of the crops; it need not be what the teacher saw.
-        teacher: Name of the column; not needed where there is only one. A list of names gives `targets` as a dict of float32
-            [M, D] by name, in the list's order.
-        seed: Of the starts.
-        with_targets: False gives the crops alone, for a teacher that runs online on them.
-        teacher_pixels: Side at which the crops are made once more, for a teacher that runs online.
-        partial: Take the images whose shards are done from a store that is still being written, as it stands when it is
-            first looked at; open the store again to see more.
-        scale_boxes: The folder holds smaller copies of the store's images (fkd-ssl cache makes them): boxes are scaled to
-            a copy's size. Crops are then near what the teacher saw, and not the same bits.
-        skip_unreadable: An image that is damaged or changed is replaced by another one of its batch, and counted. One that
-            cannot be opened is not: it may be sound.
-        decode_only: Batches bring decoded images and plans of the crops, for a device to make them.
+        images: The image set, or an argument of `open_images`. It may have more images than the store.
+        crops_per_image: Number of crops per image M.
+        pixels: P, the side of the crops. It may differ from the side that the teacher saw.
+        teacher: Name of the column. Default: the only column. A list of names gives `targets` as a dict of float32 [M, D] by
+            name, in the order of the list.
+        seed: Seed of the starts.
+        with_targets: False returns the crops only, for a teacher that runs online.
+        teacher_pixels: Side of a second set of the same crops, for a teacher that runs online.
+        partial: Allow a store that is still being written, and use the images of its finished shards. They are listed once;
+            open the store again to use more.
+        scale_boxes: The images are smaller copies of the store's images (made by fkd-ssl cache). Boxes are scaled to the size
+            of a copy. The crops are then close to those that the teacher saw, but not identical.
+        skip_unreadable: Replace an image that is damaged or changed by another one of its batch, and count it. An image that
+            cannot be opened still raises an error, since it may be intact.
+        decode_only: Return decoded images and plans of the crops, from which a device makes them.
 
     Raises:
-        StoreError: A column is unknown or not finished, a sidecar of crops is damaged, or an image of the store is missing
-            from the folder.
-        RequestError: A column is named twice, or crops_per_image is more than the store holds.
+        StoreError: A column is unknown or incomplete, a sidecar of crops is damaged, or an image of the store is missing from
+            the image set.
+        RequestError: A column is named twice, or `crops_per_image` is larger than the store's.
     """
 
-    _every_pass = False  # whether the content of an image is checked in every pass
+    _every_pass = False  # whether to check the sha256 of images in every pass
 
     def __init__(
         self,
@@ -107,12 +107,12 @@ class StoredCrops(Crops):
         )
 
     def _index(self, pass_: int, i: int) -> slice | Int64Array:
-        """Which crops a pass reads of an image; a slice, which is read without a copy, unless they wrap around."""
+        """Returns the crops of an image that a pass reads: a slice, which needs no copy, unless they wrap around."""
         c, m, first = self.store.crops_per_image, self.crops_per_image, self._first(pass_, i)
         return slice(first, first + m) if first + m <= c else np.arange(first, first + m) % c
 
     def _first(self, pass_: int, i: int) -> int:
-        """The first of the crops that a pass reads of an image."""
+        """Returns the first crop of an image that a pass reads."""
         digest = hashlib.blake2b(f"{self.seed}\n{self.name(i)}".encode(), digest_size=8, person=b"start").digest()
         return (int.from_bytes(digest, "little") + pass_ * self.crops_per_image) % self.store.crops_per_image
 
@@ -136,7 +136,7 @@ class StoredCrops(Crops):
 
 
 def _contents(store: Store, rows: Int64Array, *, every_pass: bool) -> Contents:
-    """What the images of these rows held when the store was made."""
+    """Returns the contents of the images of these rows when the store was made."""
     checksums, each = np.empty((len(rows), 32), dtype=np.uint8), store.manifest.rows_per_shard
     for shard in np.unique(rows // each).tolist():
         first, end = np.searchsorted(rows, (shard * each, (shard + 1) * each))
@@ -151,7 +151,7 @@ def _contents(store: Store, rows: Int64Array, *, every_pass: bool) -> Contents:
 
 
 def scaled(records: Records, stored: tuple[int, int], found: tuple[int, int]) -> Records:
-    """Records whose boxes fit a smaller copy of their image.
+    """Scales the boxes of records to a smaller copy of their image.
 
     Args:
         records: Crop records [M].
@@ -159,12 +159,12 @@ def scaled(records: Records, stored: tuple[int, int], found: tuple[int, int]) ->
         found: Height and width of the copy.
 
     Raises:
-        ImageError: The copy has another shape, so that it is a copy of something else, or was cut.
+        ImageError: The copy has another aspect ratio, so it is cropped or belongs to another image.
     """
     if found == stored:
         return records
     (height, width), (h, w) = stored, found
-    if abs(h * width - w * height) > max(height, width):  # one side is at most one pixel off the other's scale
+    if abs(h * width - w * height) > max(height, width):  # allows for rounding by one pixel
         raise ImageError(f"{w} x {h} pixels, and the store's image has {width} x {height}: no scaled copy of it")
     copies = records.copy()
     for first, length, before, now in (("top", "height", height, h), ("left", "width", width, w)):

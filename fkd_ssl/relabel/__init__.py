@@ -1,4 +1,4 @@
-"""ReLabel's label maps: a classifier's logits at each place of every image, the k largest; made once, pooled for any crop."""
+"""ReLabel's label maps: the k largest logits of a classifier at each place of every image, made once and pooled per crop."""
 
 from fkd_ssl.relabel.generate import MapSummary, generate
 from fkd_ssl.relabel.maps import LabelMaps

@@ -1,7 +1,7 @@
-"""Makes label maps: a classifier sees every whole image once. ReLabel's authors published their maps, but not this code.
+"""Makes label maps: runs a classifier once on every whole image. ReLabel's authors published their maps, but not this code.
 
-A shard is a pure function of images, teacher and batch size; its images, in order, are cut into batches of a fixed size, which
-are what the teacher runs on and what a killed run resumes from.
+A shard is a pure function of images, teacher and batch size. Its images are divided, in order, into batches of a fixed size.
+The teacher runs on one batch at a time, and a killed run resumes at a batch.
 """
 
 import time
@@ -35,13 +35,13 @@ _LATER = "-"  # a checksum that is not known yet
 
 
 class Described(Protocol):
-    """A teacher; fkd_ssl.teachers.Teacher is one."""
+    """Interface of a teacher; fkd_ssl.teachers.Teacher implements it."""
 
     info: TeacherInfo
 
 
 class Dense(Protocol):
-    """What makes the maps; fkd_ssl.teachers.dense.DenseTeacher is one."""
+    """Interface of a dense classifier; fkd_ssl.teachers.dense.DenseTeacher implements it."""
 
     pixels: int
     height: int
@@ -49,28 +49,28 @@ class Dense(Protocol):
 
     @property
     def teacher(self) -> Described:
-        """Whose logits these are."""
+        """The teacher of the logits."""
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """Logits float32 [B, K, h, w] of uint8 [B, 3, P, P]."""
+        """Returns logits float32 [B, K, h, w] of images uint8 [B, 3, P, P]."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class MapSummary:
-    """What a call of `generate` did."""
+    """Result of `generate`."""
 
     images: int
-    """Of the folder."""
+    """Number of shards of the folder."""
     made: int
-    """Images that the teacher saw in this call."""
+    """Number of images that the teacher saw in this call."""
     busy: list[int]
-    """Shards left to another process that is writing them now."""
+    """Number of shards that another process is writing now."""
     seconds: float
-    """Wall-clock of this call."""
+    """Wall-clock time of this call."""
     bytes: int
-    """Of all files of the folder."""
+    """Total bytes of the files of the folder."""
     unreadable: list[str]
-    """Images of the finished shards that were skipped."""
+    """Number of skipped images in the finished shards."""
 
 
 def generate(
@@ -85,24 +85,24 @@ def generate(
     progress: bool = True,
     log: Callable[[str], None] = lambda message: None,
 ) -> MapSummary:
-    """Writes the label maps of every image into `folder`; the same call continues one that was killed.
+    """Writes the label maps of every image into `folder`. After a kill, call it again to continue.
 
     Args:
         images: The image set.
-        folder: Of the maps; made if it does not exist.
-        dense: A classifier that gives logits at each place.
-        k: Logits kept at each place; the authors keep 5.
-        batch_size: Images in one forward; fixed for a folder, since another size changes the last bits.
-        threads: Threads that read, decode and resize while the teacher runs.
+        folder: Folder of the maps, created if it does not exist.
+        dense: A classifier that returns logits at each place.
+        k: Number of logits kept at each place; the authors keep 5.
+        batch_size: Number of images per forward pass. It is fixed per folder, since another size changes the last bits.
+        threads: Number of threads that read, decode and resize while the teacher runs.
         skip_unreadable: Skip damaged images, which then have no label map, instead of stopping.
-        progress: Whether to show a bar.
-        log: Takes lines for the user.
+        progress: Whether to show a progress bar.
+        log: Called with each line for the user.
 
     Raises:
-        RequestError: The folder holds something else, or maps that were made otherwise, or a setting is impossible.
+        RequestError: The folder has other contents or maps with other settings, or a setting is invalid.
         ImageAccessError: An image cannot be opened.
-        ImageError: An image is damaged, and such images are not skipped, or has changed since the maps were begun.
-        FkdError: The disk cannot hold the maps, or the teacher fails.
+        ImageError: An image is damaged and `skip_unreadable` is False, or it has changed since the maps were begun.
+        FkdError: There is not enough disk space for the maps, or the teacher fails.
     """
     started = time.perf_counter()
     folder = Path(folder)
@@ -128,7 +128,7 @@ def generate(
             count = len(manifest.shard_rows(shard))
             file, unit = work.shard_file(path), manifest.dtype.itemsize
             with work.open_work(file, manifest.digest, unit=unit, crops=count, per_row=1) as rows:
-                if rows is None or path.with_suffix(".json").exists():  # another process is at it, or was faster
+                if rows is None or path.with_suffix(".json").exists():  # another process is writing or has finished it
                     continue
                 bar.update(rows.crops)
                 left = manifest.shard_rows(shard)[rows.crops :]
@@ -143,7 +143,7 @@ def generate(
                 sidecar = {"file": digest, "images": rows.checksums, "skipped": layout.skipped_in(maps)}
                 write_sidecar(path, manifest, shard, sidecar)
     unfinished = layout.missing_shards(folder, manifest)
-    for shard in range(manifest.shards):  # what a process left that was killed before it could remove it
+    for shard in range(manifest.shards):  # work files that killed processes did not remove
         if shard not in unfinished:
             work.clear(work.shard_file(layout.maps_file(folder, shard)))
     return MapSummary(
@@ -162,7 +162,7 @@ def generate(
 
 
 def _wanted(images: ImageSource, dense: Dense, *, k: int, batch_size: int) -> layout.Manifest:
-    """The manifest that is asked for, but for the images' sizes."""
+    """Returns the requested manifest, without the sizes of the images."""
     teacher = replace(dense.teacher.info, pixels=dense.pixels)
     classes = teacher.spec.size
     if not 1 <= k <= classes:
@@ -192,7 +192,7 @@ def _wanted(images: ImageSource, dense: Dense, *, k: int, batch_size: int) -> la
 
 
 def _check(folder: Path, wanted: layout.Manifest, images: ImageSource) -> None:
-    """Raises RequestError where the folder's maps are not those that are asked for."""
+    """Raises RequestError if the maps in the folder are not the requested ones."""
     if files.read_json(folder / MANIFEST).get("format") != layout.Manifest.FORMAT:
         raise RequestError(f"{folder}: its manifest is not that of label maps; choose another --out")
     here = layout.read_manifest(folder)
@@ -218,7 +218,7 @@ def _check(folder: Path, wanted: layout.Manifest, images: ImageSource) -> None:
 
 
 def _announce(folder: Path, wanted: layout.Manifest) -> str:
-    """What will be written, in words; raises FkdError where the disk cannot hold it."""
+    """Describes what will be written. Raises FkdError if there is not enough disk space."""
     each = wanted.dtype.itemsize
     there = sum(path.stat().st_size for path in (folder / layout.MAPS).glob("*.npy"))
     left = max(0, wanted.count * each - there)
@@ -238,7 +238,7 @@ def _create(
     progress: bool,
     log: Callable[[str], None],
 ) -> None:
-    """Lists the images and their sizes into a new folder, the manifest last."""
+    """Writes the lists of images and sizes of a new folder, then its manifest."""
     publish.check_folder(folder, {layout.MAPS}, what="label maps")
     log(_announce(folder, wanted))
     sizes = publish.read_sizes(images, skip_unreadable=skip_unreadable, progress=progress)
@@ -250,7 +250,7 @@ def _views(
     images: ImageSource, sizes: npt.NDArray[np.void], rows: range, manifest: layout.Manifest, pool: ThreadPoolExecutor,
     *, skip_unreadable: bool,
 ) -> Iterator[tuple[list[UInt8Array | None], list[str]]]:  # fmt: skip
-    """Batches of whole images with their sha256; the next one is read while the teacher sees this one."""
+    """Yields batches of whole images with their sha256. Reads the next batch while the teacher runs on this one."""
     calls = (partial(_whole, images, row, sizes[row], manifest.teacher.pixels, skip_unreadable) for row in rows)
     found = read_ahead(pool, calls, manifest.batch_size)
     while batch := list(islice(found, manifest.batch_size)):
@@ -258,7 +258,7 @@ def _views(
 
 
 def _whole(images: ImageSource, row: int, size: np.void, pixels: int, skip_unreadable: bool) -> tuple[UInt8Array | None, str]:
-    """A whole image squashed to a square, uint8 [3, P, P], and the sha256 of its bytes; None and "" if it is skipped."""
+    """Returns a whole image resized to a square, uint8 [3, P, P], and the sha256 of its bytes; None and "" if skipped."""
     path, height, width = images.where(row), int(size["height"]), int(size["width"])
     if not width:
         if skip_unreadable:
@@ -284,7 +284,7 @@ def _whole(images: ImageSource, row: int, size: np.void, pixels: int, skip_unrea
 
 
 def _sparse(dense: Dense, views: list[UInt8Array | None], manifest: layout.Manifest) -> npt.NDArray[Any]:
-    """The maps [n] of a batch, NaN for skipped images; the teacher always runs on `batch_size` images, the rest black."""
+    """Returns the maps [n] of a batch, NaN for skipped images. Pads the teacher's input with black to `batch_size` images."""
     batch = np.zeros((manifest.batch_size, 3, manifest.teacher.pixels, manifest.teacher.pixels), dtype=np.uint8)
     for k, view in enumerate(views):
         if view is not None:

@@ -1,9 +1,9 @@
 """The folder of label maps: written once, never rewritten.
 
-FOLDER/ holds `images.txt` (paths, a line each), `images.npy` (bytes, width and height of each), `manifest.json`, the last file
-of a new folder, and `maps/NNNNN.npy`, an array [rows] of records of `classes` uint16 [k, h, w] and `logits` float16 [k, h, w],
-the largest first, each with a sidecar NNNNN.json: its sha256, those of its images, its shard, the manifest's digest, and the
-images that were skipped, whose logits are NaN. numpy.load reads every array without pickle.
+FOLDER/ contains `images.txt` (paths, one per line), `images.npy` (bytes, width and height of each), `manifest.json` (the last
+file of a new folder) and `maps/NNNNN.npy`. Each of these is an array [rows] of records of `classes` uint16 [k, h, w] and
+`logits` float16 [k, h, w], largest first. Its sidecar NNNNN.json has its sha256, the sha256 of its images, its shard, the
+manifest's digest, and the skipped images, which have NaN logits. numpy.load reads every array without pickle.
 
 Legend: `K` classes, `k` of them kept at each of `h` x `w` places.
 """
@@ -23,24 +23,24 @@ from fkd_ssl.store.manifest import string_list
 from fkd_ssl.targets import TeacherInfo
 from fkd_ssl.targets.info import difference
 
-ROWS_PER_SHARD = 16384  # few files, since each that is mapped stays open
+ROWS_PER_SHARD = 16384  # large, since every mapped file stays open
 MAX_CLASSES = 2**16
-MAX_MAP_BYTES = 2**28  # of an image's logits of all classes at each place, from which targets are pooled
+MAX_MAP_BYTES = 2**28  # maximum bytes of an image's logits of all classes at each place, from which targets are pooled
 
 MAPS = "maps"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Manifest(Listing):
-    """What label maps are made of.
+    """The manifest of label maps.
 
     Attributes:
-        teacher: Whose logits these are; its `pixels` are the side of what it saw: the whole image, squashed to a square.
-        batch_size: Images in one forward.
-        probe_digest: Of the pixels that replay makes.
-        k: Logits kept at each place.
-        height: h.
-        width: w.
+        teacher: The classifier. Its `pixels` is the side of its input: the whole image, resized to a square.
+        batch_size: Number of images per forward pass.
+        probe_digest: Identifies the code that makes the pixels.
+        k: Number of logits kept at each place.
+        height: Height h of a map.
+        width: Width w of a map.
     """
 
     FORMAT: ClassVar[str] = "fkd_ssl label maps"
@@ -61,22 +61,22 @@ class Manifest(Listing):
         return {**super()._values, "teacher": self.teacher.to_json()}
 
     def difference(self, other: "Manifest") -> str:
-        """The first key in which they differ, and its values; "" where they are the same."""
+        """Describes the first key in which two manifests differ; "" if they are equal."""
         return difference(self._values, other._values)
 
     @property
     def dtype(self) -> np.dtype[np.void]:
-        """Of an image's map."""
+        """The dtype of an image's map."""
         shape = (self.k, self.height, self.width)
         return np.dtype([("classes", "<u2", shape), ("logits", "<f2", shape)])
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of label maps.
+    """Reads the manifest of label maps.
 
     Raises:
-        NotFoundError: The folder is missing or does not hold label maps.
-        StoreError: This version does not read them, or they are damaged.
+        NotFoundError: The folder is missing or does not contain label maps.
+        StoreError: The manifest is damaged, or this version cannot read it.
     """
     values, digest = read_values(folder, Manifest.FORMAT, what="a folder of label maps", command="fkd-ssl label-maps")
     path = folder / MANIFEST
@@ -97,12 +97,12 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def maps_file(folder: Path, shard: int) -> Path:
-    """Maps of a shard; its sidecar has the suffix .json."""
+    """Returns the file of a shard's maps. Its sidecar has the suffix .json."""
     return files.reject_symlink(folder / MAPS) / f"{shard:05d}.npy"
 
 
 def read_sidecar(path: Path, manifest: Manifest, shard: int) -> dict[str, Any]:
-    """The sidecar of a shard's maps; raises StoreError where it is damaged, or of another shard or other label maps."""
+    """Reads the sidecar of a shard's maps. Raises StoreError if it is damaged, or of another shard or other label maps."""
     values = listing.read_sidecar(path, manifest, shard, {"images", "skipped"})
     skipped, count = values["skipped"], len(manifest.shard_rows(shard))
     if not isinstance(skipped, list) or not all(type(row) is int and 0 <= row < count for row in skipped):
@@ -112,11 +112,11 @@ def read_sidecar(path: Path, manifest: Manifest, shard: int) -> dict[str, Any]:
 
 
 def skipped_in(maps: npt.NDArray[np.void]) -> list[int]:
-    """The images of a shard, from 0, that were skipped: their logits are NaN."""
+    """Returns the indices within a shard of the skipped images, which have NaN logits."""
     rows: list[int] = np.flatnonzero(np.isnan(maps["logits"][:, 0, 0, 0])).tolist()
     return rows
 
 
 def missing_shards(folder: Path, manifest: Manifest) -> list[int]:
-    """Shards that are not finished."""
+    """Returns the shards that are not finished."""
     return [s for s in range(manifest.shards) if not maps_file(folder, s).with_suffix(".json").exists()]

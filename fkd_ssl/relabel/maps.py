@@ -1,4 +1,4 @@
-"""Label maps on disk, and the targets that a crop has by them.
+"""Reads label maps from disk, and pools the targets of crops from them.
 
 Yun et al., "Re-labeling ImageNet", CVPR 2021 (arXiv 2101.05022), section 3.2, LabelPooling.
 
@@ -24,19 +24,19 @@ from fkd_ssl.store.listing import read_images
 
 
 class LabelMaps:
-    """A finished folder of label maps, memory-mapped; fkd-ssl label-maps makes one.
+    """A finished folder of label maps, memory-mapped. fkd-ssl label-maps creates it.
 
     Args:
         folder: The folder.
 
     Attributes:
         folder: The folder.
-        manifest: What the maps are made of: `teacher`, `classes` (K), `k`, `height`, `width`, `pixels` and more.
-        paths: Relative paths of the images, by row.
-        sizes: `bytes`, `width` and `height` of the images, by row.
+        manifest: The manifest: `teacher`, `classes` (K), `k`, `height`, `width`, `pixels` and more.
+        paths: Relative path of each row's image.
+        sizes: `bytes`, `width` and `height` of each row's image.
 
     Raises:
-        StoreError: There are no label maps, they are not finished, or the manifest or the list of images is damaged.
+        StoreError: The label maps are missing or not finished, or the manifest or the list of images is damaged.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -54,7 +54,7 @@ class LabelMaps:
         return len(self.paths)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_shards": {}}  # a pickled map would be a copy of the file
+        return {**self.__dict__, "_shards": {}}  # a pickled memory map would copy the file
 
     @property
     def classes(self) -> int:
@@ -62,7 +62,7 @@ class LabelMaps:
         return self.manifest.classes
 
     def rows(self, images: ImageSource) -> Int64Array:
-        """The row of each image, found by its name: int64 [N]; raises StoreError, naming the first, if one has none."""
+        """Returns the row of each image by its name: int64 [N]. Raises StoreError, naming the first image without a row."""
         rows = self.paths.positions(images.names)
         if missing := np.flatnonzero(rows < 0).tolist():
             raise StoreError(
@@ -73,10 +73,10 @@ class LabelMaps:
         return rows
 
     def read(self, row: int) -> tuple[Int64Array, Float32Array]:
-        """Class numbers int64 [k, h, w] and their logits float32 [k, h, w], the largest first, of an image.
+        """Returns class numbers int64 [k, h, w] and their logits float32 [k, h, w], largest first, of an image.
 
         Raises:
-            IndexError: There is no such row.
+            IndexError: The row does not exist.
             StoreError: The file is missing or damaged.
         """
         if not 0 <= row < len(self):
@@ -98,25 +98,24 @@ class LabelMaps:
         return classes, logits
 
     def targets(self, row: int, records: Records) -> Tensor:
-        """Class probabilities float32 [M, K] of crops of an image: RoIAlign of its map to one place, then the softmax.
+        """Returns class probabilities float32 [M, K] of crops of an image: RoIAlign of its map to one place, then the softmax.
 
-        A class that is not among a place's k has the logit 0 there, as in the authors' code. RoIAlign samples a box once for
-        each place that it is high and wide, by bilinear interpolation; of the whole image that is the mean of the map. A flip
-        changes nothing.
+        A class that is not among the k of a place has logit 0 there, as in the authors' code. RoIAlign takes one bilinear
+        sample per place that the box covers; for the whole image this gives the mean of the map. A flip changes nothing.
 
-        Departures from the authors' code. It gives roi_align (top, left, bottom, right) where that takes (x1, y1, x2, y2):
-        unless the maps that they publish are stored transposed, which cannot be told from their code, a crop gets the label of
-        the box mirrored at the diagonal. Here x runs along the width. It also makes a box that is smaller than a place as large
-        as one by moving its right and lower edge, as roi_align without `aligned` does; here a box keeps its middle. Crops of a
-        twelfth of the image, on maps of 15 x 15 places, are never so small.
+        There are two differences from the authors' code. First, it passes (top, left, bottom, right) to roi_align, which
+        expects (x1, y1, x2, y2). Unless the published maps are stored transposed, which their code does not show, a crop gets the label
+        of the box mirrored at the diagonal. Here x runs along the width. Second, it enlarges a box that is smaller than one
+        place by moving its right and lower edges, as roi_align without `aligned` does. Here such a box keeps its centre. Crops
+        of at least a twelfth of the image, on maps of 15 x 15 places, are never that small.
 
         Args:
-            row: Of the image.
-            records: Crop records [M], whose boxes are in pixels of the image that the map was made of.
+            row: Row of the image.
+            records: Crop records [M], with boxes in pixels of the image that the map was made from.
 
         Raises:
-            ImageError: A box lies outside that image.
-            StoreError: As `read`.
+            ImageError: A box is outside that image.
+            StoreError: As in `read`.
         """
         height, width = int(self.sizes["height"][row]), int(self.sizes["width"][row])
         boxes = np.array([box[:4] for box in unpack(records, height, width)], dtype=np.float64).reshape(-1, 4)
@@ -125,7 +124,7 @@ class LabelMaps:
         corners = np.stack([left * x, top * y, (left + wide) * x, (top + tall) * y], axis=1).astype(np.float32)
         classes, logits = self.read(row)
         present, place = np.unique(classes, return_inverse=True)
-        maps = np.zeros((len(present), *classes.shape[1:]), dtype=np.float32)  # of the others all is 0
+        maps = np.zeros((len(present), *classes.shape[1:]), dtype=np.float32)  # all logits of other classes are 0
         np.put_along_axis(maps, place.reshape(classes.shape), logits, axis=0)
         pooled = roi_align(torch.from_numpy(maps)[None], [torch.from_numpy(corners)], output_size=1, aligned=True)
         whole = torch.zeros(len(boxes), self.classes)
@@ -133,13 +132,13 @@ class LabelMaps:
         return whole.softmax(dim=1)
 
     def image_checksums(self) -> UInt8Array:
-        """sha256 of all images as uint8 [N, 32]; raises StoreError if a sidecar is damaged."""
+        """Returns the sha256 of all images as uint8 [N, 32]. Raises StoreError if a sidecar is damaged."""
         paths = [layout.maps_file(self.folder, shard) for shard in range(self.manifest.shards)]
         sidecars = [layout.read_sidecar(path, self.manifest, shard) for shard, path in enumerate(paths)]
         return np.concatenate([files.digest_array(s["images"], p) for s, p in zip(sidecars, paths, strict=True)])
 
     def verify(self) -> None:
-        """Compares every file of maps with its checksum; raises StoreError, naming the first that differs."""
+        """Compares every file of maps with its checksum. Raises StoreError, naming the first that differs."""
         for shard in range(self.manifest.shards):
             path = layout.maps_file(self.folder, shard)
             if files.sha256_file(path) != layout.read_sidecar(path, self.manifest, shard)["file"]:
