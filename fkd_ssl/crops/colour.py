@@ -35,11 +35,11 @@ JITTER, GREY = 2, 4
 _MAX_COEFFICIENT = 32.0
 
 Rgb = tuple[float, float, float]
-Column = tuple[Any, Any, Any]  # what an input contributes to output R, G and B: floats, or arrays of one value per crop
+Column = tuple[Any, Any, Any]  # contribution of one input to the outputs R, G and B: floats, or arrays with one value per crop
 
 
 def apply(view: UInt8Array, flags: int, order: int, brightness: float, contrast: float, saturation: float, hue: float) -> None:
-    """Jitters and greys a crop uint8 [P, P, 3] in place."""
+    """Applies colour jitter and greyscale to a crop uint8 [P, P, 3] in place."""
     mean = cv2.mean(view)
     transform = matrix(flags, order, brightness, contrast, saturation, hue, mean=(mean[0], mean[1], mean[2]))
     cv2.transform(view, transform, dst=view)
@@ -48,7 +48,7 @@ def apply(view: UInt8Array, flags: int, order: int, brightness: float, contrast:
 def matrix(
     flags: int, order: int, brightness: float, contrast: float, saturation: float, hue: float, *, mean: Rgb
 ) -> Float32Array:
-    """The colour matrix float32 [3, 4] of a crop: output = matrix @ (R, G, B, 1), before rounding and clamping.
+    """Returns the colour matrix float32 [3, 4] of a crop: output = matrix @ (R, G, B, 1), before rounding and clamping.
 
     Args:
         flags: Flags of the crop's record.
@@ -57,9 +57,9 @@ def matrix(
         contrast: Factor.
         saturation: Factor.
         hue: Shift in full circles.
-        mean: Mean R, G and B of the resized crop. Contrast pivots on its grey, as in torchvision's `adjust_contrast`.
+        mean: Mean R, G and B of the resized crop. Its grey is the pivot of contrast, as in torchvision's `adjust_contrast`.
 
-    It computes in scalars, so that the result depends on this record alone and not on how a vector unit rounds.
+    It computes with scalars, so that the result depends only on this record, and not on the rounding of a vector unit.
     """
     columns: list[Column] = [(1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0), (0.0, 0.0, 0.0)]
     if flags & JITTER:
@@ -85,10 +85,10 @@ def matrix(
 def parameters(
     pixels: int, applied: BoolArray, flags: UInt8Array, *factors: npt.NDArray[Any]
 ) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float64]]:
-    """What a device needs for n crops: `matrices`, the columns of R, G and B rounded to 1024ths as in OpenCV.
+    """Returns the parameters of n crops for a device: `matrices`, with columns of R, G and B rounded to 1024ths as in OpenCV.
 
     Raises:
-        RequestError: A coefficient is 32 or more, where OpenCV does not compute in integers. No recipe reaches it.
+        RequestError: A coefficient is 32 or more, for which OpenCV does not use integers. No recipe reaches this.
     """
     linear, offsets = matrices(flags, *factors)
     largest = np.maximum(np.abs(linear).max(axis=(1, 2)), np.abs(offsets).sum(axis=2).max(axis=1))
@@ -101,16 +101,16 @@ def matrices(
     flags: npt.NDArray[Any], order: npt.NDArray[Any], brightness: npt.NDArray[Any], contrast: npt.NDArray[Any],
     saturation: npt.NDArray[Any], hue: npt.NDArray[Any],
 ) -> tuple[Float32Array, npt.NDArray[np.float64]]:  # fmt: skip
-    """`matrix` of n well-formed records whose means are not known yet, with the same bits.
+    """Computes `matrix` for n well-formed records with unknown means, with the same bits.
 
-    Every operation is applied at each of the four positions. Where the record's order has another operation there, its factor
-    is one that changes no bit.
+    Every operation is applied at each of the four positions. If the record's order has another operation at a position, a
+    factor is used that changes no bit.
 
     Returns:
         The columns of R, G and B, float32 [n, 3, 3], and the map from a crop's mean to its last column, float64 [n, 3, 3].
     """
     jitter, (cos, sin) = (flags & JITTER) > 0, _cos_sin(hue)
-    columns = np.zeros((3, 6, len(flags)))  # what R, G, B, and 1 for a mean of (1, 0, 0), (0, 1, 0), (0, 0, 1) contribute
+    columns = np.zeros((3, 6, len(flags)))  # contributions of R, G, B, and of 1 for a mean of (1, 0, 0), (0, 1, 0), (0, 0, 1)
     columns[np.arange(3), np.arange(3)] = 1.0
     r, g, b = columns
     for position in range(4):
@@ -132,7 +132,7 @@ def matrices(
 
 @cache
 def _circle() -> npt.NDArray[np.float64]:
-    """Cosine and sine of each float16 hue in 0 to 0.5, indexed by its bits. NumPy's may differ from math's in the last bit."""
+    """Returns cosine and sine of each float16 hue in 0 to 0.5, indexed by its bits. NumPy's last bit may differ from math's."""
     hues = np.arange(int(np.float16(0.5).view(np.uint16)) + 1, dtype=np.uint16).view(np.float16).astype(float).tolist()
     return np.array([(math.cos(2 * math.pi * hue), math.sin(2 * math.pi * hue)) for hue in hues])
 
@@ -160,7 +160,7 @@ def _saturate(column: Column, factor: Any) -> Column:
 
 
 def _rotate(column: Column, cos: Any, sin: Any) -> Column:
-    """Hue shifted: grey + cos (x - grey) + sin d(x)/d(angle)."""
+    """Shifts the hue: grey + cos (x - grey) + sin d(x)/d(angle)."""
     r, g, b = column
     grey = (1 - cos) * _luma(column)
     (rr, rg, rb), (gr, gg, gb), (br, bg, bb) = _ROTATION

@@ -1,6 +1,6 @@
 """Replay on a GPU: the crops of many images at once, with the same bits as on the CPU.
 
-The CPU reads and decodes the images and plans the crops. The GPU cuts, halves, resizes and augments them, with the kernels in
+The CPU reads and decodes the images and plans the crops. The GPU crops, halves, resizes and augments them, with the kernels in
 `kernels.py`. `probe_digest(device)` shows whether the two make the same pixels on a machine.
 
 Shape letters: n crops, P their side.
@@ -51,7 +51,7 @@ class PendingCrops:
 class CropPlan:
     """Everything that a device needs to make crops of several images at one size.
 
-    A DataLoader pins it, and Lightning moves it to a device, as if it were a tensor.
+    A DataLoader can pin it, and Lightning can move it to a device, like a tensor.
     """
 
     pixels: int
@@ -69,9 +69,9 @@ class CropPlan:
     largest: int
     """Number of pixels of the largest halved box."""
     halved: BoolArray
-    """Whether the crop's box is halved before the linear resize: bool [n], always on the CPU, like the next two."""
+    """Whether the crop's box is halved before the linear resize: bool [n]. This and the next two are always on the CPU."""
     doubled: BoolArray
-    """Whether it is resized to 2 P and halved once more: bool [n]."""
+    """Whether the box is resized to 2 P and halved once more: bool [n]."""
     flags: UInt8Array
     """Flags of each record: uint8 [n]."""
 
@@ -79,11 +79,11 @@ class CropPlan:
         return len(self.flags)
 
     def to(self, device: str | torch.device, **options: Any) -> "CropPlan":
-        """The plan with its tensors on a device; `options` are those of `Tensor.to`."""
+        """Returns the plan with its tensors on a device. `options` are those of `Tensor.to`."""
         return self._each(lambda tensor: tensor.to(device, **options))
 
     def pin_memory(self, device: Any = None) -> "CropPlan":
-        """The plan with its tensors in pinned memory."""
+        """Returns the plan with its tensors in pinned memory."""
         return self._each(lambda tensor: tensor.pin_memory(device))
 
     def _each(self, function: Callable[[Tensor], Tensor]) -> "CropPlan":
@@ -93,7 +93,7 @@ class CropPlan:
 
 
 def concatenate(crops: Sequence[PendingCrops], out: Tensor | None = None) -> Tensor:
-    """The pixels of the crops' images, one image after the other: uint8 [S]; `out` is used if given."""
+    """Concatenates the pixels of the crops' images, in `out` if given: uint8 [S]."""
     sources = torch.empty(sum(some.image.size for some in crops), dtype=torch.uint8) if out is None else out
     np.concatenate([some.image.reshape(-1) for some in crops], out=sources.numpy())
     return sources
@@ -115,7 +115,7 @@ def plan_crops(crops: Sequence[PendingCrops], pixels: int, sources: Tensor) -> C
     if not well_formed(records):
         raise ImageError("invalid crop record: its file is damaged; run fkd-ssl verify")
     counts, (heights, widths) = [len(some) for some in crops], np.array([some.image.shape[:2] for some in crops]).T
-    first = np.repeat(np.cumsum(heights * widths) - heights * widths, counts)  # pixel of the image in the sources
+    first = np.repeat(np.cumsum(heights * widths) - heights * widths, counts)  # first pixel of each image in the sources
     stride = np.repeat(widths, counts)
     top, left, height, width = (records[name].astype(np.int64) for name in ("top", "left", "height", "width"))
     halvings, doubled = resize_plans(height, width, pixels)
@@ -143,7 +143,7 @@ def plan_crops(crops: Sequence[PendingCrops], pixels: int, sources: Tensor) -> C
 
 
 def _halvings(boxes: Int64Array, halvings: Int64Array) -> tuple[tuple[Tensor, ...], int, int]:
-    """Plans the halvings of boxes int64 [n, 4], which become the halved boxes. Returns `passes`, `scratch` and `largest`."""
+    """Plans the halvings of boxes int64 [n, 4], and updates the boxes in place. Returns `passes`, `scratch` and `largest`."""
     passes, scratch, largest = [], 0, 0
     for level in range(halvings.max(initial=0)):
         some = np.flatnonzero(halvings > level)
@@ -157,7 +157,7 @@ def _halvings(boxes: Int64Array, halvings: Int64Array) -> tuple[tuple[Tensor, ..
 
 
 def resize_plans(height: Int64Array, width: Int64Array, pixels: int) -> tuple[Int64Array, BoolArray]:
-    """`resize_plan` of many boxes: halvings int64 [n], and bool [n]."""
+    """Computes `resize_plan` for many boxes: halvings int64 [n], and bool [n]."""
     doubled = 5 * np.maximum(height, width) > 6 * pixels
     lengths = np.frexp(np.minimum(height, width) // (2 * pixels))[1].astype(np.int64)  # in bits
     return np.where(doubled, np.maximum(lengths - 1, 0), 0), doubled
@@ -174,13 +174,13 @@ def check_device(device: torch.device) -> None:
 
 
 def replay_plan(plan: CropPlan) -> Tensor:
-    """Makes planned crops on the device where the plan is.
+    """Makes planned crops on the device of the plan.
 
     Returns:
         uint8 [n, 3, P, P] in channels-last memory, on that device.
 
     Raises:
-        RequestError: There is no Triton, or the device is not a CUDA GPU.
+        RequestError: Triton is not installed, or the device is not a CUDA GPU.
     """
     device = plan.sources.device
     check_device(device)
@@ -205,7 +205,7 @@ def _where(mask: npt.NDArray[Any], device: torch.device) -> Tensor:
 
 
 def replay_on(device: str | torch.device, image: UInt8Array, records: Records, pixels: int) -> UInt8Array:
-    """`replay` of one image's crops on a device: uint8 [M, 3, P, P]."""
+    """Makes one image's crops on a device, as `replay` does: uint8 [M, 3, P, P]."""
     crops = [PendingCrops(image=image, records=records)]
     views: UInt8Array = replay_plan(plan_crops(crops, pixels, concatenate(crops)).to(device)).cpu().numpy()
     return views

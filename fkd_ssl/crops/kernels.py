@@ -1,8 +1,8 @@
-"""Replay on a GPU: Triton kernels with the integer arithmetic of OpenCV, and so the same bits as on the CPU.
+"""Replay on a GPU: Triton kernels with the integer arithmetic of OpenCV, and therefore the same bits as on the CPU.
 
-Each operation in `fkd_ssl.crops.operations` has one function of its name here, which changes some of the crops in place. It can
-be written in Triton or in torch. The kernels use integer arithmetic only. Floating point is computed in torch, so that no fused
-multiply-add of a compiler changes a bit. For tests without a GPU they run in Triton's interpreter (TRITON_INTERPRET=1).
+Each operation in `fkd_ssl.crops.operations` has a function of the same name here, which changes some of the crops in place. It
+can be written in Triton or in torch. The kernels use integer arithmetic only. Floating-point values are computed in torch, so
+that no fused multiply-add of a compiler changes a bit. Tests without a GPU use Triton's interpreter (TRITON_INTERPRET=1).
 
 Shape letters: n crops, k of them, P their side.
 """
@@ -18,8 +18,8 @@ from torch import Tensor
 
 MAX_BLOCK = (
     1 << 16 if os.environ.get("TRITON_INTERPRET") == "1" else 1024
-)  # values per program; the interpreter is faster with many
-VALUES = 1 << 26  # size of the largest temporary array; more crops are made in several parts
+)  # values per program; the interpreter is faster with more
+VALUES = 1 << 26  # maximum size of a temporary array; larger batches are made in several parts
 
 
 def halve(source: Tensor, scratch: Tensor, boxes: Tensor, largest: int) -> None:
@@ -66,7 +66,7 @@ def colour(views: Tensor, crops: Tensor, linear: Tensor, offsets: Tensor) -> Non
     for some in _parts(views, crops):
         mean = views[some].sum((1, 2), dtype=torch.int64).double() * (1.0 / (pixels * pixels))
         products = offsets[some] * mean[:, None, :]
-        constant = (products[..., 0] + products[..., 1] + products[..., 2]).float()  # in an order that no device changes
+        constant = (products[..., 0] + products[..., 1] + products[..., 2]).float()  # the same order of sums on all devices
         count = len(some) * pixels * pixels
         tiles, block = _tiles(count)
         _colour[(tiles,)](views, some, linear, ((constant + 0.5) * 1024).round().int(), count, P=pixels, BLOCK=block)
@@ -95,20 +95,20 @@ def flip(views: Tensor, crops: Tensor) -> None:
 
 
 def _parts(views: Tensor, crops: Tensor) -> tuple[Tensor, ...]:
-    """Crops, as many at a time as fit in the temporary memory."""
+    """Splits crops into parts that fit in the temporary memory."""
     return torch.split(crops, max(1, VALUES // views[0].numel()))
 
 
 def _tiles(count: int) -> tuple[int, int]:
-    """Programs for `count` values, and values of each."""
+    """Returns the number of programs for `count` values, and the number of values per program."""
     block = min(triton.next_power_of_2(count), MAX_BLOCK)
     return triton.cdiv(count, block), block
 
 
 def _taps(size: Tensor, pixels: int) -> Tensor:
-    """The two neighbours of each output pixel and their weights in 2048ths, for boxes of sizes [k]: int64 [k, P], packed.
+    """Returns the two neighbours of each output pixel and their weights in 2048ths, packed in int64 [k, P], for sizes [k].
 
-    As OpenCV's resize computes them: positions in float64, weights in float32. `_unpack` is the inverse.
+    They are computed as in OpenCV's resize: positions in float64, weights in float32. `_unpack` is the inverse.
     """
     scale = 1.0 / torch.div(
         torch.tensor(pixels, dtype=torch.float64, device=size.device), size
@@ -123,7 +123,7 @@ def _taps(size: Tensor, pixels: int) -> Tensor:
 
 @triton.jit
 def _unpack(taps):
-    """First and second neighbour and their weights."""
+    """Returns the first and second neighbour and their weights."""
     first = taps >> 25
     return first, first + ((taps >> 24) & 1), ((taps >> 12) & 4095).to(tl.int32), (taps & 4095).to(tl.int32)
 

@@ -1,6 +1,6 @@
-"""The table of augmentations: for each one its flags, its fields in a crop record, how they are drawn, and how it is applied.
+"""The table of augmentations: their flags, their fields in a crop record, and how they are drawn and applied.
 
-The record's dtype, the fields of `Recipe`, `well_formed`, the draw and `replay` are built from this table. To add an
+The dtype of records, the fields of `Recipe`, `well_formed`, the draw and `replay` are built from this table. To add an
 augmentation, add an entry with its CPU implementation here, and the device implementation of the same name in `kernels.py`.
 """
 
@@ -17,7 +17,7 @@ Uniform = npt.NDArray[np.float64]  # random numbers in [0, 1), one per crop
 
 
 def setting(default: Any, low: float, high: float) -> Any:
-    """A dataclass field of a recipe: a number or a (low, high) pair, which must lie between `low` and `high`."""
+    """Returns a dataclass field of a recipe: a number or a (low, high) pair, which must be between `low` and `high`."""
     return field(default=default, metadata={"low": low, "high": high})
 
 
@@ -27,7 +27,7 @@ class Flag:
 
     bit: int
     word: int
-    """Index of the random word, of the 64 that a crop has, that decides whether the bit is set."""
+    """Index, among a crop's 64 random words, of the word that decides whether the bit is set."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,11 +36,11 @@ class Field:
 
     dtype: str
     word: int
-    """Index of the random word from which it is drawn."""
+    """Index of the random word that it is drawn from."""
     draw: Callable[[Any, Uniform], npt.NDArray[Any]]
-    """`draw(recipe, u)`: the values of n crops, from their random words as numbers `u` in [0, 1)."""
+    """`draw(recipe, u)` returns the values of n crops from their random words, given as numbers `u` in [0, 1)."""
     default: float
-    """Value in crops in which the first flag of the operation is not set."""
+    """Value in crops without the first flag of the operation."""
     low: float
     high: float
     """Smallest and largest valid value."""
@@ -48,22 +48,22 @@ class Field:
 
 @dataclass(frozen=True, kw_only=True)
 class Operation:
-    """One augmentation. It has several flags if their effects are computed in one pass, as `jitter` and `grey` are."""
+    """An augmentation. It has several flags if their effects are computed in one pass, such as `jitter` and `grey`."""
 
     name: str
     settings: type
-    """Dataclass of its settings in a recipe, from which `Recipe` inherits."""
+    """Dataclass of its settings in a recipe, a base class of `Recipe`."""
     flags: Mapping[str, Flag]
     fields: Mapping[str, Field] = field(default_factory=dict)
     on_cpu: Callable[..., None]
-    """`on_cpu(view, flags, *fields)` changes a crop, uint8 [P, P, 3], in place. Called if any of the flags is set."""
+    """`on_cpu(view, flags, *fields)` changes a crop, uint8 [P, P, 3], in place. It is called if any of the flags is set."""
     parameters: Callable[..., tuple[npt.NDArray[Any], ...]] = lambda pixels, applied, flags, *fields: ()
-    """`parameters(pixels, applied, flags, *fields)`: arrays [n, ...] that the device implementation needs for n records of
-    crops of `pixels`. `applied`, bool [n], marks the records that have any of the flags."""
+    """`parameters(pixels, applied, flags, *fields)` returns the arrays [n, ...] that the device implementation needs for n
+    records of crops of `pixels`. `applied`, bool [n], marks the records that have any of the flags."""
 
     @property
     def bits(self) -> int:
-        """All of its flags."""
+        """All of its flags, combined."""
         return sum(flag.bit for flag in self.flags.values())
 
 

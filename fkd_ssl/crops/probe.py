@@ -17,10 +17,10 @@ PROBED = ("fkd", "mocov2", "s2bnn", "swav")
 
 @functools.cache
 def probe_digest(device: str | None = None) -> str:
-    """sha256 of a decoded built-in JPEG and of 16 crops of it by each recipe in `PROBED`, at 224, 98, 96 and 64 pixels.
+    """Returns the sha256 of a decoded built-in JPEG and of 16 crops of it per recipe in `PROBED`, at 224, 98, 96 and 64 px.
 
     Args:
-        device: torch device that makes the crops. Default: the CPU, by `replay`.
+        device: torch device that makes the crops. Default: the CPU, with `replay`.
     """
     make = replay
     if device is not None:

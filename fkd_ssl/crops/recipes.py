@@ -1,8 +1,8 @@
 """Recipes: the distributions that crops are drawn from, and the draw itself.
 
-A crop depends on the store's seed, the image's path and the crop's index, and on nothing else: Philox4x64 is keyed by
-blake2b-128 of seed and path, and crop `c` uses the 16 counter blocks from 16 c on. NumPy guarantees that the raw stream of
-Philox never changes, but not its distributions, so the conversion to floats is our own.
+A crop depends only on the store's seed, the image's path and the crop's index: the key of Philox4x64 is blake2b-128 of seed and
+path, and crop `c` uses the 16 counter blocks from 16 c on. NumPy guarantees that the raw stream of Philox never changes, but
+not its distributions, so this module converts the stream to floats itself.
 """
 
 import hashlib
@@ -23,12 +23,12 @@ BLOCKS = 16  # Philox blocks of four 64-bit words per crop; the attempts' (area,
 
 @dataclass(frozen=True, kw_only=True)
 class BoxSettings:
-    """The name, and the box as in torchvision's RandomResizedCrop."""
+    """The recipe's name, and the box as in torchvision's RandomResizedCrop."""
 
     name: str
     """A name in `RECIPES`, or a new one."""
     scale: tuple[float, float]
-    """Range of the box's share of the image area."""
+    """Range of the area of the box, as a fraction of the image."""
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Range of width divided by height, log-uniform."""
 
@@ -40,7 +40,7 @@ class Recipe(BlurSettings, ColourSettings, FlipSettings, BoxSettings):
     Its fields are those of the box and the settings of each operation in `fkd_ssl.crops.operations.OPERATIONS`.
 
     Raises:
-        RequestError: A value is not in its valid range.
+        RequestError: A value is out of range.
     """
 
     def __post_init__(self) -> None:
@@ -59,12 +59,12 @@ class Recipe(BlurSettings, ColourSettings, FlipSettings, BoxSettings):
                 raise RequestError(f"recipe {self.name}: {setting.name} {value} is not in {low} to {high}")
 
     def to_dict(self) -> dict[str, Any]:
-        """The recipe as a dictionary for JSON."""
+        """Returns the recipe as a dictionary for JSON."""
         return {key: list(v) if isinstance(v, tuple) else v for key, v in asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Recipe":
-        """The recipe of `to_dict`; a missing setting has its default. Raises StoreError if the values are not a recipe."""
+        """Returns the recipe of `to_dict`. A missing setting has its default. Raises StoreError if the values are invalid."""
         try:
             pairs = {key: tuple(map(float, value)) for key, value in values.items() if isinstance(value, list)}
             if any(len(pair) != 2 for pair in pairs.values()):
@@ -89,16 +89,16 @@ RECIPES: dict[str, Recipe] = {
 }
 """MoCo v2 (arXiv 2003.04297), S2-BNN (2102.08946), SwAV's global crops (2006.09882), FKD (2112.01528)."""
 IMPORTED = Recipe(name="imported", scale=(0.08, 1.0))
-"""The recipe of stores with imported crops, which are read and never drawn."""
+"""The recipe of stores with imported crops, which cannot be drawn again."""
 
 
 def image_key(seed: int, path: str) -> bytes:
-    """The 16-byte Philox key of an image: blake2b-128 of the seed and the NFC POSIX relative path."""
+    """Returns the 16-byte Philox key of an image: blake2b-128 of the seed and the NFC POSIX relative path."""
     return hashlib.blake2b(f"{seed}\n{path}".encode(), digest_size=16).digest()
 
 
 def draw(recipe: Recipe, key: bytes, height: int, width: int, first: int, count: int) -> Records:
-    """Crops `first` to `first + count - 1` of an image of `height` x `width` pixels: records [count].
+    """Draws crops `first` to `first + count - 1` of an image of `height` x `width` pixels: records [count].
 
     The box follows torchvision's RandomResizedCrop: ten attempts of a uniform area and a log-uniform ratio, then the
     central fallback.

@@ -21,7 +21,7 @@ Fields = tuple[Any, ...]  # one record as plain numbers, in the order of CROP_DT
 
 
 def neutral(count: int) -> Records:
-    """Records [count] that change no colour. Their boxes are zero and must still be set."""
+    """Returns records [count] that change no colour. Their boxes are zero; the caller must set them."""
     records = np.zeros(count, dtype=CROP_DTYPE)
     for name, field in FIELDS.items():
         if field.default:
@@ -30,16 +30,16 @@ def neutral(count: int) -> Records:
 
 
 def box_record(top: int, left: int, height: int, width: int) -> Records:
-    """One record [1] that cuts a box, in pixels of the stored image, and changes nothing else."""
+    """Returns a record [1] that crops a box, in pixels of the stored image, and changes nothing else."""
     record = neutral(1)
     record["top"], record["left"], record["height"], record["width"] = top, left, height, width
     return record
 
 
 def centre(height: int, width: int, pixels: int) -> Records:
-    """The record [1] of the standard evaluation view: short side to round(8/7 `pixels`), then the central square.
+    """Returns the record [1] of the standard evaluation view: short side to round(8/7 `pixels`), then the central square.
 
-    The view is one box in an image of `height` x `width`, so that evaluation resizes in the same way as training.
+    The view is a single box in an image of `height` x `width`, so that evaluation resizes in the same way as training.
     """
     short = min(height, width)
     side = min(short, max(1, round(short * pixels / round(pixels * 8 / 7))))
@@ -47,7 +47,7 @@ def centre(height: int, width: int, pixels: int) -> Records:
 
 
 def unpack(records: Records, height: int, width: int) -> list[Fields]:
-    """Records as plain numbers: reading a field of a structured scalar costs as much as flipping a small crop.
+    """Converts records to plain numbers, since reading a field of a structured scalar is as slow as flipping a small crop.
 
     Raises:
         ImageError: A box is empty or not inside an image of `height` x `width` pixels.
@@ -60,7 +60,7 @@ def unpack(records: Records, height: int, width: int) -> list[Fields]:
 
 
 def boxes(records: Records, height: int, width: int) -> Int64Array:
-    """Top, left, height and width of records [M], as `unpack` checks them: int64 [M, 4]."""
+    """Returns top, left, height and width of records [M], with the checks of `unpack`: int64 [M, 4]."""
     numbers = np.frombuffer(records.tobytes(), dtype="<u2").reshape(-1, CROP_DTYPE.itemsize // 2)  # much faster than by field
     found = numbers[:, :4].astype(np.int64)
     bad = (found[:, :2] + found[:, 2:] > (height, width)) | (found[:, 2:] == 0)

@@ -1,4 +1,4 @@
-"""Replay: makes a crop's pixels from the image and the crop's record. Teacher and student use the same code."""
+"""Replay: makes the pixels of a crop from the image and the crop's record. Teacher and student use the same code."""
 
 from contextlib import suppress
 from importlib import import_module
@@ -13,7 +13,7 @@ from fkd_ssl.crops.records import CROP_DTYPE, Fields, Records, unpack
 from fkd_ssl.errors import ImageError
 
 _avx2: Any = None
-with suppress(ImportError):  # another processor, or no compiler at build time: OpenCV makes the same pixels
+with suppress(ImportError):  # without the C extension, OpenCV makes the same pixels
     _avx2 = import_module("fkd_ssl.crops._avx2")
 
 # Threads and worker processes each handle whole images. OpenCV's own thread pool would gain nothing on crops of this size,
@@ -22,7 +22,7 @@ cv2.setNumThreads(0)
 
 
 def _steps() -> list[tuple[int, Any, slice]]:
-    """Of each operation its flags, its function, and where its fields are in a record."""
+    """Returns the flags, the function and the slice of record fields of each operation."""
     steps, first = [], CROP_DTYPE.names.index("flags") + 1 if CROP_DTYPE.names else 0
     for operation in OPERATIONS:
         steps.append((operation.bits, operation.on_cpu, slice(first, first + len(operation.fields))))
@@ -36,10 +36,10 @@ _STEPS = _steps()
 def replay(image: UInt8Array, records: Records, pixels: int) -> UInt8Array:
     """Makes the pixels of crops of one image.
 
-    Each crop depends on the image and on its own record, never on the other records of the call. The same versions on the same
+    Each crop depends only on the image and on its own record, not on other records of the call. The same versions on the same
     type of machine always make the same bits.
 
-    Geometry: the box is cut from the full image. If its long side is at most 1.2 times `pixels`, it is resized linearly. A
+    Geometry: the box is cropped from the full image. If its long side is at most 1.2 times `pixels`, it is resized linearly. A
     larger box is halved by exact 2 x 2 means (an odd last row or column is dropped) while its short side is at least four
     times `pixels`, resized linearly to twice `pixels`, and halved once more, so that no pixel is skipped.
 
@@ -80,7 +80,7 @@ def _replay_one(view: UInt8Array, image: UInt8Array, record: Fields) -> None:
 
 
 def resize_plan(height: int, width: int, pixels: int) -> tuple[int, bool]:
-    """How often a box is halved before the linear resize, and whether it is resized to twice the size and halved again."""
+    """Returns how often a box is halved before the linear resize, and whether it is resized to twice the size and halved."""
     if 5 * max(height, width) <= 6 * pixels:
         return 0, False
     return max(0, (min(height, width) // (2 * pixels)).bit_length() - 1), True

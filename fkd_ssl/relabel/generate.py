@@ -60,17 +60,17 @@ class MapSummary:
     """Result of `generate`."""
 
     images: int
-    """Number of shards of the folder."""
+    """Number of images of the folder."""
     made: int
     """Number of images that the teacher saw in this call."""
     busy: list[int]
-    """Number of shards that another process is writing now."""
+    """Shards that another process is writing now."""
     seconds: float
     """Wall-clock time of this call."""
     bytes: int
     """Total bytes of the files of the folder."""
     unreadable: list[str]
-    """Number of skipped images in the finished shards."""
+    """Names of the skipped images in the finished shards."""
 
 
 def generate(

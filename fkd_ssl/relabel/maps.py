@@ -104,10 +104,10 @@ class LabelMaps:
         sample per place that the box covers; for the whole image this gives the mean of the map. A flip changes nothing.
 
         There are two differences from the authors' code. First, it passes (top, left, bottom, right) to roi_align, which
-        expects (x1, y1, x2, y2). Unless the published maps are stored transposed, which their code does not show, a crop gets the label
-        of the box mirrored at the diagonal. Here x runs along the width. Second, it enlarges a box that is smaller than one
-        place by moving its right and lower edges, as roi_align without `aligned` does. Here such a box keeps its centre. Crops
-        of at least a twelfth of the image, on maps of 15 x 15 places, are never that small.
+        expects (x1, y1, x2, y2). Unless the published maps are stored transposed, which their code does not show, a crop gets
+        the label of the box mirrored at the diagonal. Here x runs along the width. Second, it enlarges a box that is smaller
+        than one place by moving its right and lower edges, as roi_align without `aligned` does. Here such a box keeps its
+        centre. Crops of at least a twelfth of the image, on maps of 15 x 15 places, are never that small.
 
         Args:
             row: Row of the image.

@@ -56,9 +56,9 @@ class Summary:
     shards: int
     """Number of shards of the store."""
     busy: list[int]
-    """Number of shards that another process is writing now."""
+    """Shards that another process is writing now."""
     left: list[int]
-    """Number of unfinished shards that belong to other shares."""
+    """Unfinished shards that belong to other shares."""
     crops: int
     """Number of crops that the teachers saw in this call, without those for training a codec."""
     seconds: float
