@@ -1,4 +1,4 @@
-"""What a comparison is made of. No torch here: the command line's help is built from it."""
+"""The config of a comparison. This module does not import torch, since the command line's help is built from it."""
 
 import math
 from dataclasses import dataclass
@@ -13,67 +13,67 @@ class CompareConfig:
     """Options of compare."""
 
     images: str
-    """Folder of training images in class folders; the labels are used by the probes, and by the arm labels, alone."""
+    """Folder of training images in class folders; only the probes and the arm labels use the labels."""
     val: str
     """Folder of test images in class folders."""
     teacher: str
     """A family, a preset, torchvision/NAME, timm/NAME, or module:function of your own (fkd-ssl teachers explains them); A,B
     for two."""
     teacher_weights: str | None = None
-    """With two teachers: each one's share of the loss of both, as 2,1; equal by default."""
+    """Weight of each of two teachers in the loss, for instance 2,1; by default equal."""
     checkpoint: str | None = None
-    """The teacher's weights; of two teachers F,G in their order."""
+    """Checkpoint of the teacher; F,G for teachers A,B."""
     out: str
-    """Folder of the comparison: store, runs, report.html, report.md, results.json, plots."""
+    """Folder of the comparison, for store, runs, report.html, report.md, results.json and plots."""
     further_arms: str = ""
-    """Beside stored and online, with blanks between them: online:stored_crops (the teacher runs on the store's crops),
-    alone (no teacher: MoCo v2, for as long as stored takes with its precomputing), stored:C=4 (only the first 4 crops),
-    stored:SQ4 (that codec); of a classifier also labels (plain training, no teacher) and
-    relabel (ReLabel's maps)."""
+    """Arms in addition to stored and online, with blanks between them: online:stored_crops (the teacher runs on the store's
+    crops), alone (MoCo v2 without a teacher, for as long as precompute and stored together), stored:C=4 (only the first 4
+    crops), stored:SQ4 (another codec); with a classifier as teacher also labels (supervised training without a teacher) and
+    relabel (ReLabel's label maps)."""
     student: str = "resnet18"
-    """As train takes it."""
+    """Student network, as for train."""
     head: str = "mocov2"
     """Projection head: mocov2 or simreg; classifier for class probabilities."""
     stem: Literal["standard", "small"] = "standard"
-    """small for images of 32 or 64 px."""
+    """Stem of the student; small is for images of 32 or 64 px."""
     width: float = 1.0
-    """Factor of the student's channels, as train takes it."""
+    """Multiplier of the student's number of channels, as for train."""
     epochs: float = 100
-    """Of every arm with a teacher; one epoch is one crop of every image."""
+    """Number of epochs of every arm with a teacher; one epoch is one crop of every image."""
     seeds: int = 1
-    """Repetitions, with seeds 0, 1, ...; more of them can be asked for later."""
+    """Number of repetitions, with seeds 0, 1, ...; you can increase it later."""
     crops: int | None = None
-    """C, stored crops per image; as many as epochs by default, since more are never read."""
+    """C, stored crops per image; by default the number of epochs, since more are never read."""
     codec: str | None = None
-    """Of the store, as precompute takes it."""
+    """Codec of the store, as for precompute."""
     recipe: str = "mocov2"
-    """What crops are drawn from, in all arms with a teacher."""
+    """Augmentation that crops are drawn from, in all arms with a teacher."""
     pixels: int = 224
     """Side of all crops."""
     crops_per_image: int = 4
-    """M, in all arms with a teacher."""
+    """M, crops per image in a batch, in all arms with a teacher."""
     batch_size: int = 256
-    """Crops in a batch; for the arm alone images, of two crops each."""
+    """Number of crops in a batch; in the arm alone, number of images with two crops each."""
     objective: str = "feature_kl"
-    """As train takes it; prototype_ce if every teacher has prototypes."""
+    """Loss, as for train; prototype_ce only if every teacher has prototypes."""
     optimizer: Literal["adam", "adamw", "sgd", "lars"] = "adam"
-    """Of all arms with a teacher."""
+    """Optimizer of all arms with a teacher."""
     lr: float = 3e-4
     """Peak learning rate."""
     weight_decay: float = 0.0
-    """Of weights."""
+    """Weight decay; biases and normalisation parameters get none."""
     warmup_epochs: float = 0.0
-    """Linear warm-up."""
+    """Epochs of linear warm-up."""
     alone_lr: float = 0.03
     """Peak learning rate of the arm alone (MoCo's SGD)."""
     alone_momentum: float = 0.999
-    """Of its key encoder's running mean; near 0.99 for some thousand images."""
+    """Momentum of the key encoder's moving average in the arm alone; use about 0.99 for a few thousand images."""
     workers: int = 2
     """Processes that read images."""
     knn_every: float = 5
-    """Epochs between the kNN scores that the curves are drawn from."""
+    """Number of epochs between the kNN scores of the curves."""
     knn_k: int = 20
-    """Neighbours."""
+    """Number of neighbours of kNN."""
     json: bool = False
     """Print results.json on standard output."""
 
@@ -95,5 +95,5 @@ class CompareConfig:
 
     @property
     def stored_crops(self) -> int:
-        """C of the store."""
+        """C, crops per image in the store."""
         return math.ceil(self.epochs) if self.crops is None else self.crops

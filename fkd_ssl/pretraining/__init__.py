@@ -1,1 +1,1 @@
-"""Pretraining of a teacher on one's own images, with lightly's parts."""
+"""Pretraining of a teacher on your own images, with modules of lightly."""

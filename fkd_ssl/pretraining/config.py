@@ -1,11 +1,11 @@
-"""What the pretraining of a teacher is made of. No torch here: the command line's help is built from it."""
+"""The config of a pretraining. This module does not import torch, since the command line's help is built from it."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from fkd_ssl.errors import RequestError
 
-# what each method has of its own, with its published value
+# options of one method only, with their published values
 METHODS: dict[str, dict[str, float]] = {
     "mocov2": {"lr": 0.03, "weight_decay": 1e-4, "temperature": 0.2, "queue": 65536, "momentum": 0.999},
     "swav": {
@@ -27,65 +27,65 @@ _FROM_ZERO = ("weight_decay", "workers", "queue_epoch", "frozen_epochs", "small_
 
 @dataclass(frozen=True, kw_only=True)
 class PretrainConfig:
-    """A teacher trained without labels by MoCo v2 (arXiv 2003.04297) or SwAV (2006.09882), with their published settings.
+    """Config of a teacher's pretraining by MoCo v2 (arXiv 2003.04297) or SwAV (2006.09882), by default as published.
 
-    They are ImageNet's for 256 images a batch. On some thousand images take more epochs; for MoCo a shorter queue and a
-    momentum near 0.99; for SwAV fewer prototypes (some ten a class that may be there), since 3,000 cannot be told apart by
-    few images, the queue only when the features have settled, and --epsilon 0.03 if the loss stays at ln(prototypes).
+    The defaults are for ImageNet and batches of 256 images. For a few thousand images, use more epochs. For MoCo also use a
+    shorter queue and a momentum near 0.99; for SwAV use fewer prototypes (about ten per expected class), start the queue only
+    after the features have stabilised, and set --epsilon 0.03 if the loss stays at ln(prototypes).
     """
 
     images: str
-    """Folder of images, NAME:SPLIT:ROOT (cifar10:train:/data), or module:function; class folders are not needed."""
+    """Folder of images, NAME:SPLIT:ROOT (cifar10:train:/data), or module:function; labels are not needed."""
     out: str
-    """Run folder: checkpoint.pth.tar in the method's own layout (or student.safetensors), config.yaml, metrics.csv,
-    results.json."""
+    """Run folder for checkpoint.pth.tar in the method's own layout (or student.safetensors), config.yaml, metrics.csv and
+    results.json. Repeat the command to resume."""
     method: Literal["mocov2", "swav"] = "mocov2"
-    """How it is trained; also the --teacher that loads it."""
+    """Method of pretraining; also the name of the --teacher that loads the checkpoint."""
     arch: str = "resnet18"
-    """A ResNet of torchvision's, whose checkpoint is a teacher. MoCo also trains any student that train knows, without a
-    teacher: its backbone is then what is written, as export writes it."""
+    """Network to train: a ResNet of torchvision, whose checkpoint is a teacher. MoCo can also train any student of train
+    without a teacher; its backbone is then written in the format of export."""
     stem: Literal["standard", "small"] = "standard"
-    """Of such a student, as train takes it."""
+    """Stem of such a student, as for train."""
     width: float = 1.0
-    """Likewise."""
+    """Multiplier of the number of channels of such a student, as for train."""
     dim: int = 128
-    """D of its embeddings, and so of the targets."""
+    """D, dimension of the embeddings and so of the targets."""
     epochs: int = 200
-    """Sweeps over the images; each gives fresh crops of every image: two, and SwAV's small ones."""
+    """Number of passes over the images. Each draws new crops of every image: two, and SwAV's small crops."""
     batch_size: int = 256
-    """Images in a batch; at least twice as many crops."""
+    """Number of images in a batch; each gives two or more crops."""
     pixels: int = 224
-    """Side of the crops; SwAV's small ones have 96/224 of it."""
+    """Side of the crops; the side of SwAV's small crops is 96/224 of it."""
     lr: float | None = None
-    """Peak learning rate, for the batch size as it is; 0.03 (MoCo's SGD) or 0.6 (SwAV's LARS). A cosine to zero follows."""
+    """Peak learning rate of a cosine schedule to zero, not scaled with the batch size; 0.03 (MoCo, SGD) or 0.6 (SwAV, LARS)."""
     weight_decay: float | None = None
-    """Of all parameters; 1e-4 (MoCo) or 1e-6 (SwAV, where 0 would also switch LARS's scaling off)."""
+    """Weight decay of all parameters; 1e-4 (MoCo) or 1e-6 (SwAV, where 0 would also disable the scaling of LARS)."""
     temperature: float | None = None
-    """Of the loss; 0.2 (MoCo) or 0.1 (SwAV)."""
+    """Temperature of the loss; 0.2 (MoCo) or 0.1 (SwAV)."""
     queue: int | None = None
-    """Earlier embeddings kept: 65536 negatives (MoCo), 3840 for the assignment (SwAV); shortened to half of the images."""
+    """Number of earlier embeddings kept: 65536 negatives (MoCo) or 3840 for the assignment (SwAV); at most half the images."""
     momentum: float | None = None
-    """MoCo: of the key encoder's running mean; 0.999."""
+    """MoCo: momentum of the key encoder's moving average; 0.999."""
     queue_epoch: int | None = None
-    """SwAV: epochs before the queue is filled and used; 15."""
+    """SwAV: number of epochs before the queue is filled and used; 15."""
     prototypes: int | None = None
-    """SwAV: K; 3000."""
+    """SwAV: K, number of prototypes; 3000."""
     frozen_epochs: float | None = None
-    """SwAV: epochs in which the prototypes stay as they were drawn; 1."""
+    """SwAV: number of epochs at the start in which the prototypes are frozen; 1."""
     epsilon: float | None = None
-    """SwAV: of Sinkhorn's assignment, smaller is sharper; 0.05."""
+    """SwAV: epsilon of the Sinkhorn assignment; smaller is sharper; 0.05."""
     small_crops: int | None = None
-    """SwAV: small crops beside the two large ones; 6."""
+    """SwAV: number of small crops per image, in addition to two large ones; 6."""
     seed: int = 0
-    """Of the initial weights, the order of images and the crops."""
+    """Seed of the initial weights, the order of images and the crops."""
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
-    """Arithmetic, in Lightning's terms."""
+    """Precision, in Lightning's terms."""
     workers: int = 2
     """Processes that read images."""
     on_unreadable: Literal["stop", "skip"] = "stop"
-    """What to do about a damaged image: stop and name it, or train on another one of its batch and count it."""
+    """What to do if an image is damaged: stop and name it, or replace it by another image of its batch and count it."""
     log_every: int = 20
-    """Steps in one line of metrics.csv."""
+    """Steps per line of metrics.csv."""
 
     EXECUTION: ClassVar[tuple[str, ...]] = ("workers", "on_unreadable")
     PATHS: ClassVar[tuple[str, ...]] = ("images", "out")
@@ -97,7 +97,7 @@ class PretrainConfig:
                 others = " and ".join(method for method, names in METHODS.items() if name in names)
                 raise RequestError(f"{name} {getattr(self, name)}: {self.method} has none; it belongs to {others}")
             if name in own and getattr(self, name) is None:
-                object.__setattr__(self, name, own[name])  # so that config.yaml says what was run
+                object.__setattr__(self, name, own[name])  # so that config.yaml has the value that was used
         if self.method == "swav" and not self.is_teacher:
             raise RequestError(
                 f"arch {self.arch!r}: swav trains teachers, of the standard stem and width: {', '.join(RESNETS)}"
@@ -115,5 +115,5 @@ class PretrainConfig:
 
     @property
     def is_teacher(self) -> bool:
-        """Whether the method's own layout has such a network."""
+        """Whether the checkpoint layout of the method supports the network."""
         return self.arch in RESNETS and (self.stem, self.width) == ("standard", 1.0)

@@ -1,4 +1,4 @@
-"""Pretraining a teacher: the one path for all methods, under Lightning."""
+"""Pretraining of a teacher, with the same Lightning code for all methods."""
 
 import io
 from collections.abc import Callable
@@ -24,17 +24,18 @@ _METHODS: dict[str, type[MoCo] | type[SwAV]] = {"mocov2": MoCo, "swav": SwAV}
 
 
 def pretrain(config: PretrainConfig, *, log: Callable[[str], None] = lambda message: None) -> Path:
-    """Trains a teacher or a student without a teacher; continues an interrupted run of the same config from its last epoch.
+    """Pretrains a teacher, or a student without a teacher; continues an interrupted run of the same config from its last epoch.
 
     Args:
-        config: The run.
-        log: Takes lines for the user.
+        config: Config of the run.
+        log: Called with each line for the user.
 
     Returns:
-        The checkpoint, for `load_teacher(config.method, checkpoint=...)`; or a student's backbone, for `load_student`.
+        The path of the checkpoint, for `load_teacher(config.method, checkpoint=...)`, or of a student's backbone, for
+        `load_student`.
 
     Raises:
-        RequestError: The output folder holds another run, there are fewer images than a batch has, or the network is unknown.
+        RequestError: The output folder has another run, the set has fewer images than a batch, or the network is unknown.
         ImageError: An image cannot be read.
     """
     image_set = images.open_images(config.images)
@@ -52,7 +53,7 @@ def pretrain(config: PretrainConfig, *, log: Callable[[str], None] = lambda mess
 
 
 def _pretrain(config: PretrainConfig, image_set: images.ImageSource, folder: Path, inputs: runs.Inputs) -> int:
-    """Trains in the run folder, which is locked, and writes weights and results.json; returns how many images it skipped."""
+    """Trains in the locked run folder and writes weights and results.json; returns the number of skipped images."""
     torch.manual_seed(config.seed)
     module: Method = _METHODS[config.method](config, len(image_set))
     sampler = PassSampler(len(image_set), config.batch_size, module.steps, seed=config.seed)
@@ -86,7 +87,7 @@ def _pretrain(config: PretrainConfig, image_set: images.ImageSource, folder: Pat
 
 
 def check_pretraining(config: PretrainConfig, image_set: images.ImageSource) -> None:
-    """Raises RequestError if there are too few images, or the network is unknown."""
+    """Raises RequestError if the set has too few images or the network is unknown."""
     if not config.is_teacher:
         check_student(config.arch, config.pixels, stem=config.stem, width=config.width)
     if config.batch_size > len(image_set):
@@ -94,5 +95,5 @@ def check_pretraining(config: PretrainConfig, image_set: images.ImageSource) -> 
 
 
 def weights_file(config: PretrainConfig) -> str:
-    """The name of the file in the run folder with the weights that were trained."""
+    """The name of the file with the trained weights in the run folder."""
     return CHECKPOINT if config.is_teacher else STUDENT

@@ -1,4 +1,4 @@
-"""What the methods of pretraining share: a training module with its crops and the layout of its checkpoints."""
+"""The base class of the pretraining methods: a training module with its crops and its checkpoint layout."""
 
 import math
 import warnings
@@ -18,14 +18,14 @@ class Method(TrainingModule):
     """A teacher in training, for ceil(epochs x count / batch_size) steps.
 
     Args:
-        config: The run.
+        config: Config of the run.
         count: Number of images.
-        mean: Of the pixels that the network takes, per channel, in 0 to 1.
-        std: Likewise.
+        mean: Per-channel mean of the network's input normalisation, for pixels in 0 to 1.
+        std: Per-channel standard deviation of it.
 
     Attributes:
-        queue: Number of earlier embeddings that are kept.
-        views: Crops of an image in a batch.
+        queue: Number of earlier embeddings kept.
+        views: Number of crops per image in a batch.
     """
 
     views: int
@@ -43,16 +43,16 @@ class Method(TrainingModule):
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1) * 255, persistent=False)
 
     def normalised(self, images: Tensor) -> Tensor:
-        """Images uint8 [B, 3, H, W], normalised for the network."""
+        """Normalises images uint8 [B, 3, H, W] for the network."""
         return (images - self.mean) / self.std
 
     def with_cosine(self, optimizer: torch.optim.Optimizer) -> Any:
-        """The optimiser and a cosine to zero by steps."""
+        """Returns the optimiser and a per-step cosine schedule to zero."""
         return self.by_steps(optimizer, lambda step: cosine(step, self.steps, 0))
 
     @abstractmethod
     def crops(self, images: ImageSource) -> Crops:
-        """The data set of this method's crops."""
+        """Makes the data set of this method's crops."""
 
     @abstractmethod
     def teacher_state(self) -> dict[str, Tensor]:
@@ -60,9 +60,9 @@ class Method(TrainingModule):
 
 
 def queue_length(config: PretrainConfig, count: int) -> int:
-    """The length of the queue for `count` images: a multiple of the batch, as both codes require, and at most half of them.
+    """The length of the queue for `count` images: a multiple of the batch size, as the methods require, and at most half of them.
 
-    A longer queue would often hold an earlier embedding of the same image. 0 if the config has no queue.
+    A longer queue would often have an earlier embedding of the same image. Returns 0 if the config has no queue.
     """
     assert config.queue is not None  # by PretrainConfig
     if config.queue == 0:

@@ -1,11 +1,11 @@
-"""MoCo v2 with lightly's parts.
+"""MoCo v2 with modules of lightly.
 
 He et al., CVPR 2020 (arXiv 1911.05722), algorithm 1; Chen et al. 2020 (arXiv 2003.04297) for the head, the
 augmentation, the cosine and the temperature.
 
-The two views are crops of the recipe `mocov2`, drawn and replayed as everywhere in this library; lightly's
-MoCoV2Transform is the same recipe. MoCo shuffles the keys' batch between GPUs, so that BatchNorm cannot give the
-positive away; in one process a shuffled batch has the same statistics, and nothing is shuffled.
+The two views are crops of the recipe `mocov2`, the same as lightly's MoCoV2Transform, drawn and replayed as everywhere in
+this library. MoCo shuffles the batch of keys between GPUs, so that BatchNorm does not leak the positive; in one process a
+shuffled batch has the same statistics, so nothing is shuffled.
 """
 
 import copy
@@ -56,30 +56,30 @@ class MoCo(Method):
         with torch.no_grad():
             update_momentum(self.encoder_q, self.encoder_k, m=self.config.momentum)
             keys = self.encoder_k(views[1::2])
-        with torch.autocast(self.device.type, enabled=False):  # 65,537 logits at temperature 0.2 need their digits
+        with torch.autocast(self.device.type, enabled=False):  # 65,537 logits at temperature 0.2 need full precision
             loss: Tensor = self.loss(queries.float(), keys.float())
         self.last_loss = loss.detach()
         return loss
 
     def configure_optimizers(self) -> Any:
-        """SGD over the query encoder, and a cosine to zero by steps."""
+        """Makes SGD for the query encoder, and a per-step cosine schedule to zero."""
         config = self.config
         assert config.lr is not None and config.weight_decay is not None  # by PretrainConfig  # noqa: PT018
         parameters = self.encoder_q.parameters()
         return self.with_cosine(torch.optim.SGD(parameters, lr=config.lr, momentum=0.9, weight_decay=config.weight_decay))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps the queue, which lightly's memory bank leaves out of its state."""
+        """Saves the queue, which lightly's memory bank leaves out of its state."""
         bank = self.loss.memory_bank
         checkpoint["queue"] = {"bank": bank.bank.clone(), "ptr": bank.bank_ptr.clone()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Brings the queue back."""
+        """Restores the queue."""
         self.loss.memory_bank.bank.copy_(checkpoint["queue"]["bank"])
         self.loss.memory_bank.bank_ptr.copy_(checkpoint["queue"]["ptr"])
 
     def student(self) -> Student:
-        """The backbone that was trained, in eval mode, where it is no teacher's; the head is another, untrained one."""
+        """A student with the trained backbone, in eval mode; its head is new and untrained."""
         student = Student(self.config.arch, self.config.dim, stem=self.config.stem, width=self.config.width)
         student.backbone.load_state_dict(self.encoder_q.get_submodule("backbone").state_dict())
         return student.eval()
@@ -97,7 +97,7 @@ class MoCo(Method):
 
 
 def make_encoder(config: PretrainConfig) -> nn.Module:
-    """A backbone and MoCo v2's head: of a teacher as its layout has them, a ResNet whose `fc` is Linear, ReLU, Linear."""
+    """Makes a backbone with MoCo v2's head. A teacher has the layout of MoCo: a ResNet whose `fc` is Linear, ReLU, Linear."""
     if not config.is_teacher:
         backbone, features = make_backbone(config.arch, stem=config.stem, width=config.width)
         return nn.Sequential(OrderedDict(backbone=backbone, head=make_head("mocov2", features, config.dim)))

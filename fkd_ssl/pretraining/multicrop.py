@@ -1,4 +1,4 @@
-"""SwAV's multi-crop (arXiv 2006.09882, section 3.2): two large crops of an image and several small ones, one decode for all."""
+"""SwAV's multi-crop (arXiv 2006.09882, section 3.2): two large and several small crops per image, decoded once."""
 
 import hashlib
 
@@ -12,28 +12,28 @@ from fkd_ssl.images import ImageSource
 
 LARGE = RECIPES["swav"]
 SMALL = Recipe(**{**LARGE.__dict__, "name": "swav_small", "scale": (0.05, LARGE.scale[0])})
-"""The recipe of SwAV's small crops: they cover 5 to 14 % of the image, the large ones 14 to 100 %.
+"""The recipe of SwAV's small crops, which cover 5 to 14 % of the image; large crops cover 14 to 100 %.
 
-Their blur scales with the crop, as all blur does here; SwAV's code takes the same 0.1 to 2 pixels for both sizes.
+The blur scales with the crop, as in all recipes here; SwAV's code uses 0.1 to 2 pixels for both sizes.
 """
 
 
 def small_side(pixels: int) -> int:
-    """The side of the small crops, SwAV's 96 for 224."""
+    """The side of the small crops: 96 for 224, as in SwAV."""
     return max(1, round(pixels * 96 / 224))
 
 
 class MultiCrops(FreshCrops):
     """Large and small crops of each image, drawn anew in every pass and replayed as everywhere in this library.
 
-    A batch has `images` uint8 [2 B, 3, P, P] and `small_images` uint8 [S B, 3, p, p], the crops of an image side by side, in
-    channels-last memory.
+    A batch has `images` uint8 [2 B, 3, P, P] and `small_images` uint8 [S B, 3, p, p] in channels-last memory format; crops of
+    the same image are adjacent.
 
     Args:
         images: The image set.
         pixels: Side P of the large crops.
-        small_crops: S, small crops of each image.
-        seed: Of the draw.
+        small_crops: S, number of small crops per image.
+        seed: Seed of the crops.
         skip_unreadable: As in StoredCrops.
     """
 
@@ -62,7 +62,7 @@ class MultiCrops(FreshCrops):
 
 
 class _LargeAndSmall:
-    """Takes the first records of an image as large crops, `count` of them, and the others as small ones."""
+    """Makes large crops from the first `count` records of an image and small crops from the others."""
 
     def __init__(self, large: Replayed, small: Replayed, count: int) -> None:
         self._large, self._small, self._count = large, small, count

@@ -1,8 +1,8 @@
-"""SwAV with lightly's parts.
+"""SwAV with modules of lightly.
 
 Caron et al., NeurIPS 2020 (arXiv 2006.09882): swapped prediction of Sinkhorn assignments to prototypes, multi-crop, a
-queue once the features have settled, LARS. Departures from its code: the cosine ends at 0 and not at a thousandth of the
-peak; one process, so BatchNorm is synchronous by itself.
+queue that starts after some epochs, LARS. It differs from SwAV's code in two points: the cosine ends at 0, not at a
+thousandth of the peak, and there is one process, so that BatchNorm needs no synchronisation.
 """
 
 from typing import Any
@@ -22,7 +22,7 @@ from fkd_ssl.pretraining.method import Method
 from fkd_ssl.pretraining.multicrop import MultiCrops
 from fkd_ssl.students import MEAN
 
-STD = (0.228, 0.224, 0.225)  # SwAV's own, with which its checkpoints are read
+STD = (0.228, 0.224, 0.225)  # of SwAV's code and its published checkpoints
 HIDDEN = 2048  # of the projection head, for every backbone
 
 
@@ -48,7 +48,7 @@ class SwAV(Method):
         self.prototypes = SwaVPrototypes(
             config.dim, config.prototypes, n_steps_frozen_prototypes=round(config.frozen_epochs * epoch)
         )
-        self.prototypes.heads[0].register_parameter("bias", None)  # lightly's have one, SwAV's none
+        self.prototypes.heads[0].register_parameter("bias", None)  # lightly's prototypes have a bias, SwAV's do not
         self.loss = SwaVLoss(temperature=config.temperature, sinkhorn_epsilon=config.epsilon)
         self.queues = nn.ModuleList(
             MemoryBankModule((self.queue, config.dim), feature_dim_first=False) for _ in range(2 if self.queue else 0)
@@ -56,7 +56,7 @@ class SwAV(Method):
         self.to(memory_format=torch.channels_last)
 
     def crops(self, images: ImageSource) -> Crops:
-        """Two large crops of each image and the small ones, side by side."""
+        """Two large crops and the small crops of each image; crops of the same image are adjacent."""
         config = self.config
         return MultiCrops(
             images, pixels=config.pixels, small_crops=self.small_crops, seed=config.seed,
@@ -64,7 +64,7 @@ class SwAV(Method):
         )  # fmt: skip
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The swapped prediction of every crop from the large crops' assignments (arXiv 2006.09882, eq. 2 to 4 and 6)."""
+        """The swapped prediction of every crop from the assignments of the large crops (arXiv 2006.09882, eq. 2 to 4 and 6)."""
         step = self.global_step
         self.prototypes.normalize()
         features = [self.backbone(self.normalised(batch["images"]))]
@@ -83,7 +83,7 @@ class SwAV(Method):
 
     @torch.no_grad()
     def _earlier(self, embeddings: list[Tensor], step: int) -> list[Tensor] | None:
-        """The scores of earlier batches' large crops, once the queue is full; then the queue takes this batch."""
+        """Returns the scores of the large crops in the queue if it is full; then adds this batch to the queue."""
         if not self.queues or step < self.queue_step:
             return None
         full = (step - self.queue_step) * self.config.batch_size >= self.queue
@@ -91,17 +91,17 @@ class SwAV(Method):
         return [self.prototypes(bank, step) for bank in banks] if full else None
 
     def configure_optimizers(self) -> Any:
-        """LARS over all parameters, and a cosine to zero by steps."""
+        """Makes LARS for all parameters, and a per-step cosine schedule to zero."""
         config = self.config
         assert config.lr is not None and config.weight_decay is not None  # by PretrainConfig  # noqa: PT018
         return self.with_cosine(LARS(self.parameters(), lr=config.lr, momentum=0.9, weight_decay=config.weight_decay))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keeps the queues, which lightly's memory bank leaves out of its state."""
+        """Saves the queues, which lightly's memory bank leaves out of its state."""
         checkpoint["queues"] = [{"bank": q.bank.clone(), "ptr": q.bank_ptr.clone()} for q in self._banks()]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Brings the queues back."""
+        """Restores the queues."""
         for queue, saved in zip(self._banks(), checkpoint["queues"], strict=True):
             queue.bank.copy_(saved["bank"])
             queue.bank_ptr.copy_(saved["ptr"])
@@ -112,7 +112,7 @@ class SwAV(Method):
     def teacher_state(self) -> dict[str, Tensor]:
         """The `state_dict` of SwAV's own checkpoints: backbone, `projection_head.0/1/3`, `prototypes.weight` [K, D]."""
         head = self.projection_head.layers.state_dict()
-        # lightly leaves this bias out, since BatchNorm takes it away again; in SwAV's layout it is there
+        # lightly omits this bias, since BatchNorm cancels it; SwAV's layout has it
         head.setdefault("0.bias", torch.zeros(HIDDEN))
         state = {
             **self.backbone.state_dict(),

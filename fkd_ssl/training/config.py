@@ -1,4 +1,4 @@
-"""What a training run is made of: groups of options, and what they must fulfil together."""
+"""The config of a training run: groups of options, and the checks that involve several groups."""
 
 import math
 from dataclasses import dataclass
@@ -19,10 +19,10 @@ from fkd_ssl.training.groups import (
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(DataConfig, TargetsConfig, StudentConfig, ObjectiveConfig, OptimizerConfig, EngineConfig, LoggingConfig):
-    """A student distilled from a teacher, over stored targets or online.
+    """Config of a student's training, from stored or online targets.
 
-    Stored and online differ in where a batch's crops and targets come from, and in nothing else. In a YAML file the options
-    stand under the names of their groups; on the command line and in code their own names are enough.
+    Stored and online training differ only in where the crops and targets of a batch come from. In a YAML file the options are
+    nested under the names of their groups; on the command line and in code they are not.
     """
 
     GROUPS: ClassVar = {
@@ -47,12 +47,12 @@ class TrainConfig(DataConfig, TargetsConfig, StudentConfig, ObjectiveConfig, Opt
 
     @property
     def recorded_crops(self) -> int:
-        """C of a store that is recorded."""
+        """C of a store to record."""
         return self._whole_passes if self.crops is None else self.crops
 
     @property
     def _whole_passes(self) -> int:
-        """Crops of every image that the training sees in whole passes."""
+        """Number of crops of every image that the training uses in complete passes."""
         return math.floor(self.epochs / self.crops_per_image) * self.crops_per_image
 
     def _check_record(self, record: str) -> None:

@@ -1,4 +1,4 @@
-"""The training step: the student's outputs of a batch, its targets, and an objective between them."""
+"""The training step: a student's outputs, the targets of the batch and the objective between them."""
 
 import copy
 from collections.abc import Sequence
@@ -23,14 +23,14 @@ class Distiller(TrainingModule):
 
     Args:
         student: The student.
-        objectives: One for each teacher.
-        targets: Gives each teacher's targets of a batch.
-        config: The run.
-        steps: Optimiser steps of the whole training.
+        objectives: One objective per teacher.
+        targets: Returns each teacher's targets of a batch.
+        config: Config of the run.
+        steps: Number of optimiser steps of the training.
 
     Attributes:
         student: The student.
-        average: The moving average of its weights if the config asks for one: it is scored and read from checkpoints.
+        average: Moving average of its weights, which is scored and exported; None without `ema`.
     """
 
     def __init__(
@@ -41,27 +41,27 @@ class Distiller(TrainingModule):
         self.student = student
         self.objectives = objectives
         self.weights = config.weights(len(objectives))
-        # registered, so that what an objective holds moves to the student's device
+        # registered as submodules, so that their buffers move to the student's device
         self.parts = nn.ModuleList(part for part in objectives if isinstance(part, nn.Module))
         self.targets = targets
         self.mixing = Mixing(config.mixup, config.cutmix) if config.mixup or config.cutmix else None
         self.config = config
-        self._seen: list[list[Tensor]] = []  # targets of the batches of this step
+        self._seen: list[list[Tensor]] = []  # targets of this step's batches
         self.average = None if config.ema is None else copy.deepcopy(student).eval().requires_grad_(False)
         if config.compile:
-            student.backbone.compile()  # in place, so that the names of its weights stay
+            student.backbone.compile()  # in place, so that the names of the weights do not change
 
     @property
     def result(self) -> Student:
-        """The student that is scored and used: its average if there is one."""
+        """The student to score and export: the moving average if enabled."""
         return self.student if self.average is None else self.average
 
     def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Makes the crops on the device, if workers only decoded."""
+        """Makes the crops on the device if the workers only decoded."""
         return replay_on_device(batch)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """The loss of a batch; with several teachers their weighted sum (SimReg, arXiv 2201.05131)."""
+        """Computes the loss of a batch; with several teachers, the weighted sum of their losses (SimReg, arXiv 2201.05131)."""
         images, targets = batch["images"], self.targets(batch)
         if self.mixing is not None:
             images, targets = self.mixing(images, targets)
@@ -73,18 +73,18 @@ class Distiller(TrainingModule):
         return loss
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        """Takes the step; then the objectives keep its targets, and the average is updated."""
+        """Takes the step, then passes its targets to the objectives and updates the moving average."""
         super().optimizer_step(*args, **kwargs)
         for objective, *parts in zip(self.objectives, *self._seen, strict=True):
             objective.remember(torch.cat(parts))
         self._seen.clear()
         if self.average is not None:
             assert self.config.ema is not None
-            # a smaller decay at first, so that the initial weights soon vanish (as in TensorFlow's and timm's averages)
+            # a smaller decay at first, so that the initial weights soon lose their influence (as in TensorFlow and timm)
             update_average(self.average, self.student, min(self.config.ema, (1 + self.global_step) / (10 + self.global_step)))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Raises RequestError if a checkpoint is of targets of other dimensions: of other classes or another teacher."""
+        """Raises RequestError if a checkpoint's targets have other dimensions, for instance of another teacher."""
         saved = checkpoint[STUDENT_KEY]["dim"]
         dims = saved if isinstance(saved, list) else [saved]
         if dims != self.student.dims:
@@ -95,7 +95,7 @@ class Distiller(TrainingModule):
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds what is needed to rebuild the student without its run folder."""
+        """Adds the data to rebuild the student without its run folder."""
         dims = self.student.dims
         checkpoint[STUDENT_KEY] = {
             **self.student.made_of,
@@ -104,7 +104,7 @@ class Distiller(TrainingModule):
         }
 
     def configure_optimizers(self) -> Any:
-        """The optimiser and the schedule by steps: a linear warm-up, then a cosine to zero or drops."""
+        """Makes the optimiser and its per-step schedule: a linear warm-up, then a cosine to zero or drops."""
         optimizer = make_optimizer(nn.ModuleList([self.student, self.parts]), self.config)
         warmup, *drops = (
             round(epochs / self.config.epochs * self.steps) for epochs in (self.config.warmup_epochs, *self.config.drops)
@@ -116,10 +116,10 @@ class Distiller(TrainingModule):
 
 @torch.no_grad()
 def update_average(average: nn.Module, network: nn.Module, decay: float) -> None:
-    """Weights and running statistics: average <- decay average + (1 - decay) network; integers are copied.
+    """Updates weights and running statistics: average <- decay average + (1 - decay) network; integers are copied.
 
-    Tarvainen and Valpola, NeurIPS 2017 (arXiv 1703.01780), eq. 1. torch's AveragedModel would replace the initial weights at
-    the first update, and average the integers.
+    Tarvainen and Valpola, NeurIPS 2017 (arXiv 1703.01780), eq. 1. torch's AveragedModel is not used, since it replaces the
+    initial weights at the first update and averages the integers.
     """
     for mean, now in zip(average.state_dict().values(), network.state_dict().values(), strict=True):
         if mean.is_floating_point():
@@ -129,7 +129,7 @@ def update_average(average: nn.Module, network: nn.Module, decay: float) -> None
 
 
 def make_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """The config's optimiser over a network's parameters; biases and norms have no weight decay."""
+    """Makes the config's optimiser for a network; biases and normalisation parameters get no weight decay."""
     parameters = [p for p in network.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},

@@ -1,4 +1,4 @@
-"""Training of a student: one path for stored and for online targets."""
+"""Training of a student, with the same code for stored and online targets."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -28,7 +28,7 @@ from fkd_ssl.training.targets import Calibrated, LabelTargets, OnlineTargets, Ta
 
 
 def objective_of(config: TrainConfig, about: TeacherInfo) -> Objective:
-    """The config's objective for one teacher's targets; raises as make_objective, and if the head is for others."""
+    """Makes the objective for one teacher's targets; raises RequestError as make_objective, or if the head does not fit."""
     if (config.head == CLASSIFIER) != (about.spec.kind == "distribution"):
         what, head = about.spec.rules.words, CLASSIFIER if about.spec.kind == "distribution" else "mocov2 or simreg"
         objective = "--objective soft_ce and " if head == CLASSIFIER and "soft_ce" not in config.objective else ""
@@ -42,19 +42,19 @@ def objective_of(config: TrainConfig, about: TeacherInfo) -> Objective:
 
 
 def total_steps(config: TrainConfig, images: int) -> int:
-    """Steps of a training: ceil(epochs x N / batch_size), an epoch being one crop of every image."""
+    """Number of steps of a training: ceil(epochs x N / batch_size); an epoch is one crop of every image."""
     return math.ceil(config.epochs * images / config.batch_size)
 
 
 def single_steps(config: TrainConfig, images: int) -> int:
-    """The number of last steps whose batches have one crop of an image."""
+    """Number of steps at the end whose batches have one crop per image."""
     if config.crops_per_image == 1:
         return 0
     return min(total_steps(config, images), math.ceil(config.single_crop_epochs * images / config.batch_size))
 
 
 def check_batch(config: TrainConfig, images: int, *, world: int = 1) -> None:
-    """Raises RequestError if a batch needs more images than there are, or `world` processes do not divide it."""
+    """Raises RequestError if a batch needs more images than the set has, or is not divisible by `world` processes."""
     m = config.crops_per_image
     batch_images = config.batch_size // m
     most = config.batch_size if single_steps(config, images) else batch_images
@@ -91,29 +91,29 @@ def train(
     logger: Logger | None = None,
     inputs: runs.Inputs | None = None,
 ) -> dict[str, Any]:
-    """Trains a student, from the run's last checkpoint on if there is one; writes metrics.csv and checkpoints/ in `folder`.
+    """Trains a student, resuming from the run's last checkpoint if any; writes metrics.csv and checkpoints/ to `folder`.
 
     Args:
-        config: The run.
-        data: Crops, with targets if they are stored.
+        config: Config of the run.
+        data: Crops, including targets if these are stored.
         folder: The run folder.
-        targets: What is known about each teacher's targets, in the order of the data's.
-        embeds: The online teachers in the same order, uint8 [B, 3, H, W] to [B, D]; None reads the targets from the batches.
-        recordings: Write each online teacher's targets to a store; `data` is then RecordedCrops. None for a teacher whose
-            targets are in the store already; empty in all processes but the first.
-        score: kNN accuracy in percent of a student in eval mode.
-        init: The student whose weights training starts from.
-        logger: Takes the lines of metrics.csv too.
-        inputs: What the run reads; see `runs.Inputs`. None does not compare them with the checkpoint's.
+        targets: Information about each teacher's targets, in the order of the data.
+        embeds: Online teachers in the same order, uint8 [B, 3, H, W] to [B, D]. If None, the batches have the targets.
+        recordings: Recordings that write each online teacher's targets to a store; `data` must then be RecordedCrops. None for
+            a teacher whose targets are already stored; empty in all processes except the first.
+        score: Returns the kNN accuracy in percent of a student in eval mode.
+        init: Student with the initial weights.
+        logger: Also receives the lines of metrics.csv.
+        inputs: Inputs of the run; see `runs.Inputs`. If None, they are not compared with the checkpoint's.
 
     Returns:
-        The keys of results.json about the training.
+        The entries of results.json about the training.
 
     Raises:
-        RequestError: A batch needs more images than there are, the targets lack what the objective needs, or the last
-            checkpoint is of another config, of other inputs or of targets of other dimensions.
+        RequestError: A batch needs more images than the set has, the targets lack what the objective needs, or the last
+            checkpoint belongs to another config, other inputs or targets of other dimensions.
         ImageError: An image cannot be read; the message names it.
-        KeyboardInterrupt: The training was stopped; called again, it continues.
+        KeyboardInterrupt: The training was stopped. Call it again to continue.
     """
     check_batch(config, len(data))
     batch_images = config.batch_size // config.crops_per_image

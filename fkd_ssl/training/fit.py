@@ -1,4 +1,4 @@
-"""The one loop of all trainings: Lightning's Trainer by steps, with our own metrics.csv, checkpoints and resume."""
+"""The training loop of students and teachers: Lightning's Trainer by steps, with our own metrics, checkpoints and resume."""
 
 import io
 import logging
@@ -27,14 +27,14 @@ from fkd_ssl.training.monitor import Monitor, Score, last_checkpoint, saved_word
 from fkd_ssl.training.sampler import PassSampler
 
 RUN_KEY = "fkd_ssl_run"
-"""The key in a checkpoint of the run that it belongs to."""
+"""Key in a checkpoint that identifies its run."""
 
 
 class WholeCheckpoints(TorchCheckpointIO):
-    """Writes checkpoints atomically: after a crash or a power cut the file is complete, or the one before it.
+    """Writes checkpoints atomically: after a crash or a power cut the file is complete or still the previous one.
 
-    Lightning writes to the system's temporary folder, from where a file is copied over the last good one if the run folder is
-    on another disk.
+    Lightning itself writes to the system's temporary folder; if the run folder is on another disk, it then copies the file over
+    the last good one, which is not atomic.
 
     Args:
         folder: The run folder.
@@ -44,12 +44,12 @@ class WholeCheckpoints(TorchCheckpointIO):
         self.folder = folder
 
     def load_checkpoint(self, path: Any, *args: Any, **options: Any) -> dict[str, Any]:
-        """Reads one as every file of weights is read here."""
+        """Reads a checkpoint without executing code from it."""
         loaded: dict[str, Any] = checkpoints.load(path)
         return loaded
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Writes a temporary file and renames it; raises FkdError if the run folder was removed."""
+        """Writes a temporary file and renames it. Raises FkdError if the run folder was removed."""
         runs.require_held(self.folder)
         data = io.BytesIO()
         torch.save(checkpoint, data)
@@ -76,34 +76,34 @@ def fit(
     logger: Logger | None = None,
     title: str = "train",
 ) -> dict[str, Any]:
-    """Trains a module to its last step, from the run's last checkpoint on if there is one.
+    """Trains a module to its last step, resuming from the run's last checkpoint if any.
 
-    Leaves metrics.csv, and checkpoints/ with a checkpoint of every epoch, in the run folder.
+    Writes metrics.csv and checkpoints/, with a checkpoint after every epoch, to the run folder.
 
     Args:
-        module: The network in training.
-        loader: Its batches; the batch sampler is a PassSampler, which is told here which process this is.
+        module: The network to train.
+        loader: Its batches. The batch sampler must be a PassSampler; its rank is set here.
         folder: The run folder.
         config: The run's config, with `precision` and `log_every`.
-        inputs: What the run reads; see `runs.Inputs`. None does not compare them with the checkpoint's.
-        crops_per_step: Crops in a step.
-        crops_per_epoch: Crops in an epoch.
+        inputs: Inputs of the run; see `runs.Inputs`. If None, they are not compared with the checkpoint's.
+        crops_per_step: Number of crops per step.
+        crops_per_epoch: Number of crops per epoch.
         callbacks: Further callbacks, called before those of this function.
-        score: kNN accuracy in percent of a student in eval mode.
-        score_every: Epochs between two scores.
-        devices: Processes on this machine. Lightning starts them as further calls of this command line, unless torchrun has
-            started this process, and says how many there are.
-        sync_batchnorm: Whether BatchNorm is over the crops of all processes.
-        clip: Greatest norm of the gradient.
-        logger: Takes the lines of metrics.csv too.
-        title: Of the progress bar.
+        score: Returns the kNN accuracy in percent of a student in eval mode.
+        score_every: Number of epochs between two scores.
+        devices: Number of processes on this machine. Lightning starts them with the same command line. Under torchrun, the
+            number that torchrun gives is used instead.
+        sync_batchnorm: Whether BatchNorm uses the crops of all processes.
+        clip: Maximum norm of the gradient.
+        logger: Also receives the lines of metrics.csv.
+        title: Title of the progress bar.
 
     Returns:
         `steps`, `train_seconds`, `data_wait`, `unreadable_images`, `peak_memory_bytes`, `knn_top1`, `knn_best`.
 
     Raises:
         CheckpointError: The last checkpoint is damaged.
-        RequestError: It is of another config or other inputs, or the processes do not divide a batch.
+        RequestError: The checkpoint belongs to another config or other inputs, or the processes do not divide a batch.
         FkdError: The training diverged.
         KeyboardInterrupt: The training was stopped.
     """
@@ -159,19 +159,19 @@ def _run_trainer(
     logger: Logger | None,
     last: Path | None,
 ) -> None:
-    """Lightning's Trainer as `fit` uses it: by steps, with our own sampler, progress bar, metrics and checkpoints."""
+    """Runs Lightning's Trainer by steps, with our own sampler, progress bar, metrics and checkpoints."""
     logging.getLogger("pytorch_lightning").setLevel(logging.WARNING)
     sampler = loader.batch_sampler
     assert isinstance(sampler, PassSampler)
     nodes = 1
     plugins: list[Any] = [WholeCheckpoints(folder)]
-    if not is_torchelastic_launched():  # nor does SLURM start the processes, or Lightning save and queue the job again
+    if not is_torchelastic_launched():  # or Lightning adapts to SLURM and requeues the job
         plugins.append(LightningEnvironment())
     else:
         devices = int(os.environ["LOCAL_WORLD_SIZE"])
         nodes = int(os.environ["WORLD_SIZE"]) // devices
     with warnings.catch_warnings():
-        # Lightning recommends more workers than a small machine has, and warns about the length of our loader
+        # Lightning warns about few workers, even on a small machine, and about the length of our loader
         warnings.filterwarnings("ignore", module="pytorch_lightning")
         trainer = pl.Trainer(
             max_steps=module.steps,
@@ -179,8 +179,8 @@ def _run_trainer(
             accelerator="gpu" if torch.cuda.is_available() else "cpu",
             devices=devices,
             num_nodes=nodes,
-            # The other processes wait while the first one scores. Buffers are not broadcast at each step: running means do not
-            # change the training, the first process's are saved, and queues are the same in all processes.
+            # Long timeout: the other processes wait while the first one scores. Buffers need no broadcast at each step: running
+            # means do not affect training and only the first process saves them, and queues are equal in all processes.
             strategy="auto" if devices * nodes == 1 else DDPStrategy(timeout=timedelta(hours=2), broadcast_buffers=False),
             sync_batchnorm=sync_batchnorm,
             accumulate_grad_batches=sampler.parts,
@@ -212,31 +212,31 @@ def _run_trainer(
 
 
 class _Identity(pl.Callback):
-    """Writes into each checkpoint which run it belongs to."""
+    """Writes the identity of the run into each checkpoint."""
 
     def __init__(self, identity: dict[str, Any]) -> None:
         self.identity = identity
 
     def on_save_checkpoint(self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Adds what `step_of` checks."""
+        """Adds the identity, which `step_of` checks."""
         checkpoint[RUN_KEY] = self.identity
 
 
 def _end_gloo() -> None:
-    """Ends gloo's threads, which abort Python at exit if they still hold a tensor; Lightning ends NCCL's.
+    """Ends gloo's threads, which abort Python at exit if they still hold a tensor; Lightning itself ends NCCL's.
 
-    Not for a training that failed: this waits for a running collective, which another process may never join.
+    Do not call it after a failed training: it waits for running collectives, which another process may never join.
     """
     if torch.distributed.is_initialized() and torch.distributed.get_backend() == "gloo":
         torch.distributed.destroy_process_group()
 
 
 def step_of(checkpoint: Path, config: Any, inputs: runs.Inputs | None) -> int:
-    """The step that a checkpoint of this run was saved at.
+    """Returns the step of a checkpoint of this run.
 
     Raises:
         CheckpointError: The file is damaged.
-        RequestError: It is of another config, or of other inputs unless `inputs` is None.
+        RequestError: It belongs to another config, or to other inputs unless `inputs` is None.
     """
     try:
         saved = checkpoints.load(checkpoint, mapped=True)

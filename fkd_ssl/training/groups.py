@@ -1,6 +1,6 @@
-"""The options of a training, grouped by what they configure. Each group checks its own; `TrainConfig` checks them together.
+"""The options of a training in groups. Each group checks its own options; `TrainConfig` checks combinations of groups.
 
-There is no torch here, since the command line's help is built from these classes.
+This module does not import torch, so that the command line's help, which is built from these classes, is fast.
 """
 
 import math
@@ -12,7 +12,7 @@ from fkd_ssl.errors import RequestError
 
 
 def split(names: str | None) -> list[str]:
-    """The parts of A,B without the blanks around them; raises RequestError if one is empty."""
+    """Splits A,B at commas and strips blanks; raises RequestError if a part is empty."""
     parts = [] if names is None else [part.strip() for part in names.split(",")]
     if "" in parts:
         raise RequestError(f"{names!r}: has an empty part; write A,B, without a comma at either end")
@@ -20,10 +20,10 @@ def split(names: str | None) -> list[str]:
 
 
 def checkpoints_of(teacher: str | None, checkpoint: str | None) -> list[str | None]:
-    """Each teacher's checkpoint: F,G for A,B; one teacher's file may have a comma in its name.
+    """Splits the checkpoints F,G of the teachers A,B. With a single teacher, the file name may have a comma.
 
     Raises:
-        RequestError: There are several teachers and another number of checkpoints.
+        RequestError: The number of checkpoints differs from the number of several teachers.
     """
     teachers = split(teacher)
     if checkpoint is None or len(teachers) <= 1:
@@ -38,7 +38,7 @@ def checkpoints_of(teacher: str | None, checkpoint: str | None) -> list[str | No
 
 
 def check_positive(config: Any, *names: str) -> None:
-    """Raises RequestError if one of these numbers is given and is not positive and finite."""
+    """Raises RequestError if one of these numbers is neither None nor positive and finite."""
     for name in names:
         value = getattr(config, name)
         if value is not None and not 0 < value < math.inf:
@@ -59,23 +59,23 @@ class DataConfig:
     images: str
     """Folder of images; class folders are needed only for kNN."""
     recipe: str = "mocov2"
-    """Augmentation that online crops are drawn from: mocov2, s2bnn, swav or fkd. Stored crops have the store's."""
+    """Augmentation that online crops are drawn from: mocov2, s2bnn, swav or fkd. Stored crops use that of the store."""
     crops_per_image: int = 4
-    """M, crops read of an image at once. A larger M decodes fewer images, and makes the crops of a batch more alike."""
+    """M, crops per image in a batch. A larger M decodes fewer images, but makes the crops of a batch more alike."""
     batch_size: int = 256
-    """Crops in a batch, a multiple of crops_per_image."""
+    """Number of crops in a batch, a multiple of crops_per_image."""
     pixels: int = 224
     """Side of the student's crops."""
     mixup: float = 0.0
-    """Mixup of crops and class probabilities: parameter of the Beta distribution, 0.8 in FKD; 0 turns it off."""
+    """Mixup of crops and class probabilities: parameter of the Beta distribution, 0.8 in FKD. 0 disables it."""
     cutmix: float = 0.0
-    """CutMix, likewise; 1 in FKD. With both, each batch uses one of them at random."""
+    """CutMix: parameter of the Beta distribution, 1 in FKD. 0 disables it. With both, each batch uses one of them at random."""
     scale_boxes: bool = False
-    """The images are smaller copies of the store's (fkd-ssl cache): scale the crops' boxes to them."""
+    """Scale the stored boxes to the images, which are smaller copies of the store's images (made by fkd-ssl cache)."""
     device_crops: bool = False
-    """Workers only decode and the GPU makes the crops, for machines with few CPU cores. The pixels are the same."""
+    """Make crops on the GPU, so that workers only decode: for machines with few CPU cores. The pixels are the same."""
     on_unreadable: Literal["stop", "skip"] = "stop"
-    """A damaged or changed image stops the training and is named (stop), or another image of its batch replaces it (skip)."""
+    """What to do if an image is damaged or changed: stop and name it, or replace it by another image of its batch (skip)."""
     workers: int = 2
     """Processes that read images."""
 
@@ -95,34 +95,34 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TargetsConfig:
-    """Where the targets come from."""
+    """Source of the targets."""
 
     targets: Literal["stored", "online", "labels", "relabel"] = "stored"
-    """Where the targets come from: the --store, a teacher that runs on every batch (online), the images' class folders
-    (labels), or ReLabel's --label_maps (relabel)."""
+    """Source of the targets: the --store (stored), a teacher that runs on every batch (online), the class folders of the
+    images (labels), or ReLabel's --label_maps (relabel)."""
     store: str | None = None
-    """Store made by precompute. With --targets online or labels only its crops are used."""
+    """Store made by precompute. With --targets online or labels, only its crops are used."""
     teacher: str | None = None
-    """With --targets stored, the column of the store if there are several; with online, the teacher as precompute takes it.
-    A,B for two."""
+    """With --targets stored, the column of the store, needed only if it has several; with online, the teacher, named as for
+    precompute. A,B uses two."""
     teacher_weights: str | None = None
-    """Weight of each teacher in the loss, as 2,1; equal by default."""
+    """Weight of each teacher in the loss, for instance 2,1; by default equal."""
     checkpoint: str | None = None
     """Checkpoint of the online teacher; F,G for teachers A,B."""
     teacher_pixels: int | None = None
-    """Side of the online teacher's crops, if it differs: each crop is then made twice."""
+    """Side of the online teacher's crops; by default that of the student. If it differs, each crop is made twice."""
     label_maps: str | None = None
     """Folder made by fkd-ssl label-maps, for --targets relabel."""
     label_smoothing: float = 0.0
-    """Share of a label's probability that is spread over all classes, for --targets labels and --calibrate_below."""
+    """Probability that is spread evenly over all classes, for --targets labels and --calibrate_below."""
     calibrate_below: float | None = None
-    """Crops whose largest class probability is below this get their image's label as the target, as in FerKD."""
+    """Replace the target by the label of the image if the teacher's largest class probability is below this, as in FerKD."""
     record: str | None = None
-    """With --targets online: a store that the teacher's targets are written to, for later students."""
+    """With --targets online: folder of a store to which the teacher's targets are written, for later students."""
     crops: int | None = None
-    """C of a recorded store: a multiple of crops_per_image, at most the epochs; by default as many as possible."""
+    """C of the recorded store: a multiple of crops_per_image and at most the epochs; by default as many as possible."""
     codec: str | None = None
-    """Codec of recorded targets, as precompute takes it; SQ8 by default, marginal_smoothing_k5 for class probabilities."""
+    """Codec of recorded targets, as for precompute; by default SQ8, or marginal_smoothing_k5 for class probabilities."""
 
     PATHS: ClassVar[tuple[str, ...]] = ("store", "checkpoint", "label_maps", "record")
 
@@ -168,7 +168,7 @@ class TargetsConfig:
 
     @property
     def teachers(self) -> list[str]:
-        """The teachers by name; none where the only column of a store is meant."""
+        """Names of the teachers; empty if the store's only column is meant."""
         return split(self.teacher)
 
     def weights(self, teachers: int) -> list[float]:
@@ -191,18 +191,18 @@ class TargetsConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StudentConfig:
-    """The network that is trained."""
+    """Network to train."""
 
     student: str = "resnet18"
-    """A classifier of torchvision, timm/NAME, reactnet or reactnet_step1; its classifier is replaced by a projection head."""
+    """A classifier of torchvision, timm/NAME, reactnet or reactnet_step1; a projection head replaces its last layers."""
     head: str = "mocov2"
     """Projection head: mocov2 (2 layers) or simreg (4 layers with BatchNorm); classifier (linear) for class probabilities."""
     stem: Literal["standard", "small"] = "standard"
-    """small is for images of 32 or 64 px: the first convolution is 3 x 3 with stride 1, without max-pooling."""
+    """small, for images of 32 or 64 px, has a first convolution of 3 x 3 with stride 1, and no max-pooling after it."""
     width: float = 1.0
-    """Multiplier of the channels of reactnet and of torchvision's mobilenets."""
+    """Multiplier of the number of channels, for reactnet and torchvision's mobilenets."""
     init: str | None = None
-    """Run, checkpoint or exported file that the student's weights start from; reactnet starts from a reactnet_step1."""
+    """Run, checkpoint or exported file with the initial weights; reactnet can start from a reactnet_step1."""
 
     PATHS: ClassVar[tuple[str, ...]] = ("init",)
 
@@ -212,39 +212,39 @@ class StudentConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """The loss between the student's output and the targets."""
+    """Loss between the student's output and the targets."""
 
     objective: str = "feature_kl"
-    """feature_kl (S2-BNN's), cosine (SimReg's), queue_kl (SEED's), prototype_ce (SwAV's, from a SwAV teacher's prototypes),
-    relational (within the batch); for class probabilities soft_ce (FKD's), or soft_ce+discriminator (MEAL V2's). Their settings
-    are in parentheses, and sums have weights: "feature_kl + 0.5*queue_kl(queue=4096)". The documentation lists the settings."""
+    """For embeddings: feature_kl (S2-BNN), cosine (SimReg), queue_kl (SEED), prototype_ce (SwAV; needs a SwAV teacher) or
+    relational (similarities within the batch). For class probabilities: soft_ce (FKD) or soft_ce+discriminator (MEAL V2). Give
+    settings in parentheses and weights as factors: "feature_kl + 0.5*queue_kl(queue=4096)"; the documentation lists them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """The optimizer, and how long it runs."""
+    """Optimizer, learning rate schedule and number of epochs."""
 
     optimizer: Literal["adam", "adamw", "sgd", "lars"] = "adam"
-    """adam is S2-BNN's."""
+    """Optimizer; S2-BNN uses adam."""
     lr: float = 3e-4
-    """Peak learning rate, for this batch size."""
+    """Peak learning rate; it is not scaled with the batch size."""
     weight_decay: float = 0.0
-    """Weight decay of weights; biases and norms have none."""
+    """Weight decay; biases and normalisation parameters get none."""
     momentum: float = 0.9
     """Momentum of sgd and lars."""
     epochs: float = 100
-    """One epoch is one crop of every image, so the amount of training does not depend on crops_per_image."""
+    """Number of epochs. One epoch is one crop of every image, whatever crops_per_image is."""
     warmup_epochs: float = 0.0
-    """Epochs of linear warm-up; a cosine to zero follows."""
+    """Epochs of linear warm-up, before a cosine to zero (or --lr_drops)."""
     lr_drops: str | None = None
-    """Epochs after which the learning rate is divided by 10, instead of the cosine, as 120,240. In a YAML file, quote a
-    single one."""
+    """Epochs after which the learning rate is divided by 10, in place of the cosine, for instance 120,240. In a YAML file,
+    quote a single number."""
     single_crop_epochs: float = 0.0
-    """Last epochs, in which a batch has one crop of an image, as in FKD."""
+    """Number of epochs at the end whose batches have one crop per image, as in FKD."""
     clip: float | None = None
     """Maximum norm of the gradient."""
     ema: float | None = None
-    """Decay of a moving average of the weights, for instance 0.999; the average is then scored and exported."""
+    """Decay of a moving average of the weights, for instance 0.999. The average is then scored and exported."""
 
     def __post_init__(self) -> None:
         check_positive(self, "lr", "epochs", "clip")
@@ -264,7 +264,7 @@ class OptimizerConfig:
 
     @property
     def drops(self) -> list[float]:
-        """Epochs of `lr_drops`."""
+        """The epochs in `lr_drops`."""
         try:
             drops = [float(epoch) for epoch in split(self.lr_drops)]
         except ValueError:
@@ -276,22 +276,22 @@ class OptimizerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """Where and how the training runs."""
+    """Run folder, seed, devices and precision."""
 
     out: str
-    """Run folder: config.yaml, inputs.json, metrics.csv, results.json, checkpoints/. The same options and inputs resume it."""
+    """Run folder for config.yaml, inputs.json, metrics.csv, results.json and checkpoints/. Repeat the command to resume."""
     seed: int = 0
     """Seed of the initial weights, the order of images and the online crops."""
     devices: int = 1
-    """Processes on this machine, one for each GPU if there are any; torchrun overrides it."""
+    """Number of processes on this machine, one per GPU if there are GPUs; torchrun overrides it."""
     accumulate: int = 1
-    """Parts that a batch is run in if it does not fit into memory; their gradients are added up."""
+    """Split each batch into so many parts and accumulate their gradients, if a batch does not fit into memory."""
     sync_batchnorm: bool = False
-    """Synchronize BatchNorm over all processes; GPUs only."""
+    """Synchronize BatchNorm over all processes (GPUs only)."""
     compile: bool = False
     """Compile the student's backbone (torch.compile)."""
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
-    """Precision of the student, as in Lightning."""
+    """Precision of the student, in Lightning's terms."""
 
     EXECUTION: ClassVar[tuple[str, ...]] = ("devices",)
     PATHS: ClassVar[tuple[str, ...]] = ("out",)
@@ -302,18 +302,18 @@ class EngineConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class LoggingConfig:
-    """What is measured and logged during training."""
+    """Logging and scores during training."""
 
     log_every: int = 20
     """Steps per line of metrics.csv."""
     logger: Literal["tensorboard", "wandb", "mlflow"] | None = None
-    """Also log the lines of metrics.csv there; its package is the extra of the same name."""
+    """Also log the lines of metrics.csv to this tool; install it with the extra of the same name."""
     val: str | None = None
-    """Folder of labelled test images for kNN during training."""
+    """Folder of labelled test images, for kNN scores during training."""
     knn_every: float = 5
-    """Epochs between kNN scores, if --val is given; the last epoch is always scored."""
+    """Number of epochs between kNN scores, if --val is given; the last epoch is always scored."""
     knn_k: int = 20
-    """Neighbours of kNN."""
+    """Number of neighbours of kNN."""
 
     PATHS: ClassVar[tuple[str, ...]] = ("val",)
 

@@ -1,4 +1,4 @@
-"""FKD's last epochs: a batch has one crop of an image, so that the last BatchNorm statistics are not of similar crops."""
+"""FKD's last epochs: one crop per image in a batch, so that the final BatchNorm statistics do not come from similar crops."""
 
 import copy
 
@@ -9,9 +9,9 @@ from fkd_ssl.training.sampler import Pairs, PassSampler
 
 
 class LastSingle(Dataset[Batch]):
-    """M crops of an image, and one crop of an image in the passes that the sampler names (FKD, arXiv 2112.01528, its code).
+    """M crops per image, or one crop per image in the sampler's single-crop passes (as in the code of FKD, arXiv 2112.01528).
 
-    Both count the crops of an image in the same way, so that every crop is used once before any is used twice.
+    Both kinds of pass count the crops of an image in the same way, so that every crop is used once before any is used twice.
 
     Args:
         data: The crops.
@@ -28,6 +28,6 @@ class LastSingle(Dataset[Batch]):
         return len(self.data)
 
     def __getitems__(self, indices: Pairs) -> Samples:
-        """As `Crops.__getitems__`; all indices are of one kind of pass."""
+        """Like `Crops.__getitems__`; all indices must be of one kind of pass."""
         data = self.one if self.sampler.is_single(indices[0][0]) else self.data
         return data.__getitems__([*indices])

@@ -1,4 +1,4 @@
-"""Loggers by name, which get the lines of metrics.csv too."""
+"""Loggers by name; they also receive the lines of metrics.csv."""
 
 import os
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from fkd_ssl.errors import RequestError
 _LOGGERS: dict[str, Callable[[Path], Logger]] = {
     "tensorboard": lambda folder: lightning.TensorBoardLogger(folder, name="", version="tensorboard"),
     "wandb": lambda folder: lightning.WandbLogger(name=folder.name, save_dir=folder),
-    # a database, since MLflow no longer accepts folders; a server if the environment names one
+    # a local database, since MLflow no longer accepts folders, or the server in the environment variable
     "mlflow": lambda folder: lightning.MLFlowLogger(
         run_name=folder.name,
         tracking_uri=os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{folder.resolve()}/mlflow.db",
@@ -23,11 +23,11 @@ _LOGGERS: dict[str, Callable[[Path], Logger]] = {
 
 
 def check_logger(name: str) -> None:
-    """Raises RequestError if the package of a logger, which has the logger's name, is not installed."""
+    """Raises RequestError if the package of a logger is not installed; it has the same name as the logger."""
     if find_spec(name) is None:
         raise RequestError(f"logger {name}: {name} is not installed: pip install 'fkd_ssl[{name}]'")
 
 
 def make_logger(name: str, folder: Path) -> Logger:
-    """Lightning's logger of a name, for a run folder."""
+    """Makes Lightning's logger `name` for a run folder."""
     return _LOGGERS[name](folder)

@@ -22,26 +22,26 @@ FIELDS = ("step", "epoch", "crops", "seconds", "loss", "kl", "lr", "wait", "knn_
 
 
 class MetricsWriter(pl.Callback):
-    """Writes a line of metrics.csv every `every` steps, to loggers too, and shows progress on standard error.
+    """Writes a line to metrics.csv and the loggers every `every` steps, and shows progress on standard error.
 
-    If a training has several processes, the first one writes; losses are means over all.
+    With several processes, only the first one writes; losses are means over all processes.
 
-    `loss` is the mean over the steps since the last line, `kl` the same without the smallest loss that the targets allow.
-    `lr` is the learning rate of the line's step. `seconds` is the time spent training, without scoring and saving, over all
-    sessions of the run; `wait` is the share of it that was spent waiting for data.
+    `loss` is the mean over the steps since the last line; `kl` is `loss` minus the smallest loss that the targets allow.
+    `lr` is the learning rate of that step. `seconds` is the training time over all sessions of the run, without scoring and
+    saving; `wait` is the share of it spent waiting for data.
 
     Args:
-        path: The metrics.csv.
-        every: Steps in a line.
-        crops_per_step: Crops in a step.
-        crops_per_epoch: Crops in an epoch.
-        title: Of the progress bar.
+        path: Path of metrics.csv.
+        every: Number of steps per line.
+        crops_per_step: Number of crops per step.
+        crops_per_epoch: Number of crops per epoch.
+        title: Title of the progress bar.
 
     Attributes:
-        seconds: Time spent training so far.
-        waited: Seconds of it spent waiting for data.
-        peak: Peak memory in bytes of the sessions before this one.
-        unreadable: A message for each image that was skipped because it cannot be read.
+        seconds: Training time so far.
+        waited: Time spent waiting for data, in seconds.
+        peak: Peak memory in bytes of earlier sessions.
+        unreadable: Error message of each image that was skipped because it cannot be read.
     """
 
     def __init__(self, path: Path, *, every: int, crops_per_step: int, crops_per_epoch: int, title: str = "train") -> None:
@@ -53,7 +53,7 @@ class MetricsWriter(pl.Callback):
         self.seconds = self.waited = 0.0
         self.peak = 0
         self.unreadable: set[str] = set()
-        self._sums = torch.zeros(2)  # of the loss and of its floor
+        self._sums = torch.zeros(2)  # sums of the loss and of its floor
         self._count = 0
         self._mark = self._ended = self._lr = 0.0
         self._file: Any = None
@@ -61,7 +61,7 @@ class MetricsWriter(pl.Callback):
         self._loggers: list[Any] = []
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps of this callback."""
+        """Returns the state for a checkpoint."""
         sums, peak = self._sums.tolist(), max(self.peak, peak_memory())
         return {
             "seconds": self.seconds,
@@ -73,13 +73,13 @@ class MetricsWriter(pl.Callback):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues from a checkpoint."""
+        """Restores the state from a checkpoint."""
         self.seconds, self.waited, self.peak = state_dict["seconds"], state_dict["waited"], state_dict["peak"]
         self._sums, self._count = torch.tensor(state_dict["sums"]), state_dict["count"]
         self.unreadable = set(state_dict["unreadable"])
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Removes the lines after the checkpoint, which will be written again; starts the clock and the bar."""
+        """Removes the lines after the checkpoint, since they are written again; starts the clock and the progress bar."""
         self._sums = self._sums.to(pl_module.device)
         first = trainer.is_global_zero
         self._bar = tqdm(
@@ -98,7 +98,7 @@ class MetricsWriter(pl.Callback):
         kept = [line for line in lines if int(line[0]) <= trainer.global_step]
         text = "".join(f"{','.join(line)}\n" for line in [FIELDS, *kept])
         files.replace(self.path, text.encode())
-        self._file = self.path.open("a", buffering=1)  # by lines
+        self._file = self.path.open("a", buffering=1)  # line-buffered
 
     def on_train_batch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int) -> None:
         """Counts the time since the last batch as waiting; reads the learning rate before the schedule changes it."""
@@ -112,7 +112,7 @@ class MetricsWriter(pl.Callback):
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Adds the batch; writes a line when one is due."""
+        """Adds the batch; writes a line if one is due."""
         assert isinstance(pl_module, TrainingModule)
         floor = pl_module.last_floor
         self._sums += torch.stack([pl_module.last_loss, torch.zeros_like(pl_module.last_loss) if floor is None else floor])
@@ -125,7 +125,7 @@ class MetricsWriter(pl.Callback):
         if due:
             pl_module.require_finite(step)
             self._gather(trainer)
-            loss, least = (self._sums.double() / self._count).tolist()  # waits for the device, so before the clock is read
+            loss, least = (self._sums.double() / self._count).tolist()  # waits for the device, so before the clock
         self._tick()
         self._bar.update(1)
         if due:
@@ -138,22 +138,22 @@ class MetricsWriter(pl.Callback):
             self._bar.set_postfix({name: f"{value:.4f}", "wait": f"{100 * wait:.0f}%"})
 
     def add_score(self, trainer: pl.Trainer, top1: float) -> None:
-        """Writes a kNN score at this step, in a line of its own."""
+        """Writes a kNN score at this step, on a separate line."""
         self._append(trainer.global_step, knn_top1=top1)
 
     def sync(self, trainer: pl.Trainer) -> None:
-        """Makes the lines so far survive a power cut, as the checkpoint does that is saved with them."""
-        self._gather(trainer)  # the checkpoint has the first process's sums, and gives them to all
+        """Syncs the file to disk, so that it survives a power cut together with the checkpoint saved next."""
+        self._gather(trainer)  # a checkpoint has only the first process's sums, which all processes load
         if self._file is not None:
             with files.annotate_oserror(self.path):
                 os.fsync(self._file.fileno())
 
     def restart_clock(self) -> None:
-        """Leaves the time since the last step's end out of the training's."""
+        """Excludes the time since the end of the last step from the training time."""
         self._mark = self._ended = time.perf_counter()
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Closes the bar and the file; the processes exchange the messages about images that they could not read."""
+        """Closes the progress bar and the file; gathers the messages about unreadable images from all processes."""
         self._bar.close()
         if self._file is not None:
             with files.annotate_oserror(self.path):
@@ -164,12 +164,12 @@ class MetricsWriter(pl.Callback):
             self.unreadable = set().union(*messages)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Closes the bar, so that the error stands on a line of its own."""
+        """Closes the progress bar, so that the error is printed on a new line."""
         if self._bar is not None:
             self._bar.close()
 
     def _gather(self, trainer: pl.Trainer) -> None:
-        """Replaces this process's sums by the mean of all processes'."""
+        """Replaces the sums of this process by the mean over all processes."""
         if trainer.world_size > 1:
             self._sums = trainer.strategy.reduce(self._sums, reduce_op="mean")
 
@@ -196,12 +196,12 @@ class MetricsWriter(pl.Callback):
 
 
 def step_ends(trainer: pl.Trainer, batch_idx: int) -> bool:
-    """Whether this batch is the last part of a step of the optimiser."""
+    """Whether this batch is the last part of an optimiser step."""
     return (batch_idx + 1) % trainer.accumulate_grad_batches == 0
 
 
 def _lines(path: Path) -> list[list[str]]:
-    """The complete lines of a metrics.csv, without one that a kill cut off; raises RequestError as `read_metrics`."""
+    """The complete lines of a metrics.csv, without a truncated last line; raises RequestError as `read_metrics`."""
     text = files.read_user_file(path, _MAX_BYTES).decode(errors="replace")
     rows = [line.split(",") for line in text.splitlines()[1:]]
     rows = [row for row in rows if len(row) == len(FIELDS)]
@@ -214,15 +214,15 @@ def _lines(path: Path) -> list[list[str]]:
 
 
 def peak_memory() -> int:
-    """The peak memory of this process in bytes: of the GPU if there is one, otherwise resident memory."""
+    """The peak memory of this process in bytes: GPU memory if a GPU is used, otherwise resident memory."""
     if torch.cuda.is_available():
         return int(torch.cuda.max_memory_allocated())
     status = Path("/proc/self/status")
-    if status.exists():  # ru_maxrss would include what the parent had used before it started us
+    if status.exists():  # ru_maxrss would include the parent's memory at the time of the fork
         return next(1024 * int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM"))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def read_metrics(path: Path) -> list[dict[str, float | None]]:
-    """The complete lines of a metrics.csv; an empty cell is None. Raises RequestError if it is missing or damaged."""
+    """Reads the complete lines of a metrics.csv; empty cells are None. Raises RequestError if it is missing or damaged."""
     return [{key: float(cell) if cell else None for key, cell in zip(FIELDS, row, strict=True)} for row in _lines(path)]

@@ -1,19 +1,19 @@
-"""Mixup and CutMix: mix pairs of crops of a batch, and their class probabilities."""
+"""Mixup and CutMix: mix pairs of crops of a batch and their class probabilities."""
 
 import torch
 from torch import Tensor
 
 
 class Mixing:
-    """Mixes each crop of a batch with another one, of the same image or another.
+    """Mixes each crop of a batch with another crop of the batch, possibly of the same image.
 
-    Mixup (Zhang et al., ICLR 2018, arXiv 1710.09412, eq. 1) adds pixels, CutMix (Yun et al., ICCV 2019, arXiv 1905.04899, eq. 1
-    and 2) replaces a rectangle. With both, one of them is drawn for each batch. The share of the first crop is drawn once for
-    the batch, from Beta(a, a), as in both papers' code; torch's global generator draws.
+    Mixup (Zhang et al., ICLR 2018, arXiv 1710.09412, eq. 1) averages the pixels; CutMix (Yun et al., ICCV 2019, arXiv
+    1905.04899, eq. 1 and 2) replaces a rectangle. If both are enabled, each batch uses one of them at random. The share of the
+    first crop is drawn from Beta(a, a) once per batch, as in the code of both papers, with torch's global generator.
 
     Args:
-        mixup: a of mixup; 0 switches it off.
-        cutmix: a of CutMix; 0 switches it off.
+        mixup: a of mixup; 0 disables it.
+        cutmix: a of CutMix; 0 disables it.
     """
 
     def __init__(self, mixup: float, cutmix: float) -> None:
@@ -21,7 +21,7 @@ class Mixing:
         self.cutmix = cutmix
 
     def __call__(self, images: Tensor, targets: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """Mixed crops [B M, 3, P, P], float32 by mixup and uint8 by CutMix, and each teacher's targets [B M, K]."""
+        """Returns mixed crops [B M, 3, P, P], float32 (mixup) or uint8 (CutMix), and each teacher's targets [B M, K]."""
         other = torch.randperm(len(images)).to(images.device)
         if self.mixup and (not self.cutmix or torch.rand(()) < 0.5):
             share = _beta(self.mixup)
@@ -36,7 +36,7 @@ class Mixing:
 
 
 def rectangle(height: int, width: int, share: float) -> tuple[int, int, int, int]:
-    """Top, bottom, left and right of a rectangle of 1 - share of the area around a uniform point, clipped at the edges."""
+    """Draws a rectangle (top, bottom, left, right) of 1 - `share` of the area at a uniform centre, clipped to the image."""
     side = (1 - share) ** 0.5
     half_height, half_width = int(height * side) // 2, int(width * side) // 2
     y, x = int(torch.randint(height, ())), int(torch.randint(width, ()))

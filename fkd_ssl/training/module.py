@@ -1,4 +1,4 @@
-"""What the trainings of students and of teachers share: a Lightning module that knows its last loss and its run's state."""
+"""The base class of training modules for students and teachers: a Lightning module that keeps its last loss."""
 
 import hashlib
 import math
@@ -14,17 +14,17 @@ from fkd_ssl.errors import FkdError
 
 
 class TrainingModule(pl.LightningModule):
-    """A network in training.
+    """Base class of a network in training.
 
     Args:
-        steps: Optimiser steps of the whole training.
+        steps: Number of optimiser steps of the training.
         seed: Seed of the run.
 
     Attributes:
         last_loss: The loss of the last batch.
-        last_floor: The smallest value that the targets of the last batch allow; None where there is no such value.
-        saved: Which checkpoint is the last one, in words.
-        advice: What to do about a training that diverged.
+        last_floor: The smallest loss that the targets of the last batch allow; None if the method has no such bound.
+        saved: Text that names the last checkpoint.
+        advice: Advice for the error message if the training diverges.
     """
 
     advice = "choose a smaller --lr and another --out"
@@ -38,12 +38,12 @@ class TrainingModule(pl.LightningModule):
         self.saved = "there is no earlier checkpoint"
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Seeds torch with seed, step and process, so that a resumed training draws the same dropout, depth and mixing."""
+        """Seeds torch with seed, step and rank, so that a resumed training draws the same dropout, drop path and mixing."""
         text = f"{self.seed} {batch_idx} {self.global_rank}"
         torch.manual_seed(int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "little"))
 
     def require_finite(self, step: int) -> None:
-        """Raises FkdError, in all processes, if the last loss of one of them is not finite: the training has diverged."""
+        """Raises FkdError in all processes if the last loss of any of them is not finite, since the training has diverged."""
         loss = self.last_loss
         if self.trainer.world_size > 1:
             loss = self.trainer.strategy.reduce(loss.clone(), reduce_op="mean")
@@ -52,16 +52,16 @@ class TrainingModule(pl.LightningModule):
 
     @staticmethod
     def by_steps(optimizer: torch.optim.Optimizer, factor: Callable[[int], float]) -> Any:
-        """The optimiser and a schedule that multiplies its learning rate with `factor` of the step, as Lightning takes them."""
+        """Returns, in Lightning's format, the optimiser and a schedule that multiplies its learning rate by `factor(step)`."""
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
 
 def cosine(step: int, steps: int, warmup: int) -> float:
-    """The learning rate's factor at a step: linear up to 1 over `warmup` steps, then a cosine that ends near 0.
+    """The factor of the learning rate at a step: linear up to 1 over `warmup` steps, then a cosine to almost 0.
 
-    Loshchilov and Hutter, ICLR 2017 (arXiv 1608.03983), eq. 5, without restarts. torch's SequentialLR of LinearLR and
-    CosineAnnealingLR multiplies from step to step, and gives other last bits.
+    Loshchilov and Hutter, ICLR 2017 (arXiv 1608.03983), eq. 5, without restarts. torch's schedulers are not used, since they
+    multiply from step to step and so differ in the last bits.
     """
     if step < warmup:
         return (step + 1) / warmup
@@ -69,7 +69,7 @@ def cosine(step: int, steps: int, warmup: int) -> float:
 
 
 def dropping(step: int, drops: Sequence[int], warmup: int) -> float:
-    """The learning rate's factor at a step: linear up to 1 over `warmup` steps, a tenth after each of the steps `drops`."""
+    """The factor of the learning rate at a step: linear up to 1 over `warmup` steps, divided by 10 at each step in `drops`."""
     if step < warmup:
         return (step + 1) / warmup
     return float(0.1 ** sum(step >= drop for drop in drops))

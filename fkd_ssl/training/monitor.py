@@ -1,4 +1,4 @@
-"""The checkpoints of a run, and kNN scores of the student during training."""
+"""Checkpoints of a run and kNN scores of the student during training."""
 
 import signal
 import threading
@@ -19,21 +19,21 @@ Score = Callable[[Student], float]
 
 
 def last_checkpoint(run: Path) -> Path:
-    """The last checkpoint of a run folder."""
+    """The path of the last checkpoint of a run folder."""
     return run / "checkpoints" / "last.ckpt"
 
 
 class Monitor(pl.Callback):
-    """Saves `last.ckpt` every `save_every` steps; scores the student every `score_every` steps and saves the best.
+    """Saves `last.ckpt` every `save_every` steps; scores the student every `score_every` steps and saves the best one.
 
-    On SIGTERM, which a cluster sends before it takes a machine away, it saves a checkpoint after the current step and stops.
+    On SIGTERM, which a cluster sends before it preempts a machine, it saves a checkpoint after the current step and stops.
 
     Args:
         run: The run folder.
-        metrics: Takes the scores.
-        score: kNN accuracy in percent of a student in eval mode; None scores nothing.
-        score_every: Steps between two scores; the last step is always scored.
-        save_every: Steps between two checkpoints; the last step is always saved.
+        metrics: Writes the scores to metrics.csv.
+        score: Returns the kNN accuracy in percent of a student in eval mode; None disables scoring.
+        score_every: Number of steps between two scores; the last step is always scored.
+        save_every: Number of steps between two checkpoints; the last step is always saved.
 
     Attributes:
         best: Highest score so far and its step.
@@ -51,7 +51,7 @@ class Monitor(pl.Callback):
         self._stopping = False
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Handles SIGTERM instead of Lightning, which stops without saving; Lightning restores the handler at the end."""
+        """Replaces Lightning's SIGTERM handler, which stops without saving; Lightning restores the handler at the end."""
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._stop)
 
@@ -59,24 +59,24 @@ class Monitor(pl.Callback):
         self._stopping = True
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint keeps of this callback."""
+        """Returns the state for a checkpoint."""
         return {"best": self.best, "last": self.last}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continues from a checkpoint."""
+        """Restores the state from a checkpoint."""
         self.best, self.last = state_dict["best"], state_dict["last"]
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Scores and saves when it is time.
+        """Scores and saves if due.
 
         Raises:
-            KeyboardInterrupt: There was a SIGTERM.
+            KeyboardInterrupt: SIGTERM was received.
         """
         if not step_ends(trainer, batch_idx):
             return
-        # each process may have received it in another step
+        # processes may receive SIGTERM at different steps
         stop = (
             self._stopping if trainer.world_size == 1 else trainer.strategy.reduce_boolean_decision(self._stopping, all=False)
         )
@@ -85,12 +85,12 @@ class Monitor(pl.Callback):
         save = end or stop or step % self.save_every == 0
         assert isinstance(pl_module, TrainingModule)
         if save or due:
-            pl_module.require_finite(step)  # no checkpoint of a training that diverged
+            pl_module.require_finite(step)  # does not save a diverged training
         if self.score is not None and (end or due):
             try:
                 self._score(trainer, pl_module, self.score)
             except BaseException:
-                if not end and trainer.world_size == 1:  # keeps what was trained; the last step is scored again
+                if not end and trainer.world_size == 1:  # saves the progress; the last step is scored again
                     self._save(trainer, pl_module)
                 raise
         if save:
@@ -121,5 +121,5 @@ class Monitor(pl.Callback):
 
 
 def saved_words(checkpoint: Path, step: int) -> str:
-    """What an error message says about the last checkpoint."""
+    """The sentence of an error message about the last checkpoint."""
     return f"the last good checkpoint is {checkpoint}, of step {step}"

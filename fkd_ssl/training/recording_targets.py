@@ -1,4 +1,4 @@
-"""Recording: the targets that online teachers compute are written to a store while the student trains on them."""
+"""Writes the targets that online teachers compute to a store while the student trains on them."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,12 +14,12 @@ from fkd_ssl.training.targets import OnlineTargets
 
 
 class RecordingTargets(OnlineTargets):
-    """Targets that are computed for every batch, and written to a store by the first process for all processes.
+    """Computes targets for every batch; the first process writes those of all processes to a store.
 
-    A batch is written when the next one is computed: by then a GPU has finished it, and nothing waits.
+    A batch is written when the next one is computed: by then the GPU has finished it, so that nothing waits.
 
     Args:
-        recordings: One for each teacher, None if its targets are in the store already; empty in all processes but the first.
+        recordings: One per teacher, None if its targets are already stored; empty in all processes except the first.
         embeds: The teachers.
     """
 
@@ -30,7 +30,7 @@ class RecordingTargets(OnlineTargets):
         self._ready: Any = None
 
     def __call__(self, batch: Batch) -> list[Tensor]:
-        """Targets of a batch's crops, which has `places`."""
+        """Computes the targets of a batch; it must have `places`."""
         self.write()
         targets = super().__call__(batch)
         given = [all_gather(tensor) for tensor in (batch["places"], *targets)]
@@ -55,14 +55,14 @@ class RecordingTargets(OnlineTargets):
 
 
 class RecordingCallback(pl.Callback):
-    """Syncs what was recorded before a checkpoint counts on it."""
+    """Syncs the recorded targets to disk before each checkpoint that relies on them."""
 
     def __init__(self, targets: RecordingTargets, crops_per_step: int) -> None:
         self.targets = targets
         self.crops_per_step = crops_per_step
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Raises FkdError if the store lacks what this run recorded before its checkpoint."""
+        """Raises FkdError if the store lacks targets that this run recorded before its checkpoint."""
         for recording in filter(None, self.targets.recordings):
             recording.resume(trainer.global_step * self.crops_per_step)
 
@@ -83,6 +83,6 @@ def all_gather(tensor: Tensor) -> Tensor:
 
 
 def to_cpu_async(tensor: Tensor) -> Tensor:
-    """A copy in CPU memory; from a GPU it is complete only after a synchronisation."""
+    """Copies a tensor to CPU memory; a copy from a GPU is complete only after a synchronisation."""
     tensor = tensor.detach()
     return torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda).copy_(tensor, non_blocking=True)

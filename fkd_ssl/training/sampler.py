@@ -1,4 +1,4 @@
-"""The order of images: an endless sequence of permutations, cut into equal batches; a pure function of seed and step."""
+"""The order of images: an endless sequence of permutations, cut into equal batches; it depends only on seed and step."""
 
 from collections.abc import Iterator
 from functools import lru_cache
@@ -15,25 +15,25 @@ Pairs = list[tuple[int, int]]
 class PassSampler(Sampler[Pairs]):
     """Batches of (pass, image) for every step of a training.
 
-    The permutations of all passes are joined and cut into global batches, of which each rank takes every `world`-th image:
-    nothing is dropped or padded, and the batch of any step is computed without those before it.
+    The permutations of all passes are concatenated and cut into global batches; each rank takes every `world`-th image of a
+    batch. Nothing is dropped or padded, and the batch of any step can be computed without the batches before it.
 
-    In the last `single` steps an image gives one crop instead of M, so a batch has M times as many images. A pass is then one
-    crop of each image, and passes are numbered as if all earlier ones had had one crop too: pass p reads crop p.
+    In the last `single` steps a batch has one crop per image instead of M, and so M times as many images. A pass is then one
+    crop of each image, and passes are numbered as if all earlier passes had one crop too, so that pass p reads crop p.
 
     Args:
         length: Number of images.
         batch_images: Images in a global batch.
-        steps: Steps of the whole training.
+        steps: Number of steps of the training.
         seed: Seed of the permutations.
         rank: Rank of this process.
         world: Number of processes; it must divide `batch_images`.
-        parts: Number of batches in which a step's batch is given.
-        single: Number of last steps in which an image gives one crop.
-        crops_per_image: M; used if there are such steps.
+        parts: Number of parts that a step's batch is split into.
+        single: Number of steps at the end with one crop per image.
+        crops_per_image: M; used only if `single` is positive.
 
     Attributes:
-        start: The step that iteration starts from, for a training that is resumed.
+        start: The step that iteration starts from, for a resumed training.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class PassSampler(Sampler[Pairs]):
         self.share(rank, world)
 
     def share(self, rank: int, world: int) -> None:
-        """Sets the rank; raises ValueError if `world` processes of `parts` parts do not divide a batch."""
+        """Sets the rank and the number of processes; raises ValueError if `world` x `parts` does not divide a batch."""
         if self.batch_images % (world * self.parts):
             each = "" if self.parts == 1 else f" of {self.parts} parts"
             raise ValueError(f"{world} processes{each} do not divide a batch of {self.batch_images} images")
@@ -68,7 +68,7 @@ class PassSampler(Sampler[Pairs]):
         self.world = world
 
     def __len__(self) -> int:
-        """Batches of the whole training, also when it starts later: Lightning counts resumed steps itself."""
+        """Number of batches of the whole training, even if it is resumed, since Lightning counts earlier steps itself."""
         return self.steps * self.parts
 
     def __iter__(self) -> Iterator[Pairs]:
@@ -78,7 +78,7 @@ class PassSampler(Sampler[Pairs]):
             yield from (batch[first : first + size] for first in range(0, len(batch), size))
 
     def is_single(self, pass_: int) -> bool:
-        """Whether a pass reads one crop of an image."""
+        """Whether a pass reads one crop per image."""
         return self.turn < self.steps and pass_ >= self._first_single
 
     def batch(self, step: int) -> Pairs:
@@ -92,13 +92,13 @@ class PassSampler(Sampler[Pairs]):
 
     @property
     def _first_single(self) -> int:
-        """The first pass of one crop: after all crops that were read before, also in a pass that was not finished."""
+        """The first single-crop pass: after all crops that were read before, including those of an unfinished pass."""
         return -(-self.turn * self.batch_images // self.length) * self.crops_per_image
 
 
 @lru_cache(maxsize=4)
 def permutation(seed: int, pass_: int, length: int) -> Int64Array:
-    """The order of `length` images in a pass: int64 [length], by sorting Philox's raw words."""
+    """The order of `length` images in a pass: int64 [length], from sorting raw output of Philox."""
     key = int.from_bytes(image_key(seed, f"pass {pass_}"), "little")
     words = np.random.Philox(key=key).random_raw(length)
     return np.argsort(words, kind="stable")

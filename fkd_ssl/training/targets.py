@@ -1,4 +1,4 @@
-"""Sources of a batch's targets: a store, the teachers, or the classes of the images."""
+"""Sources of the targets of a batch: a store, the teachers, or the classes of the images."""
 
 from collections.abc import Callable
 
@@ -12,19 +12,19 @@ Targets = Callable[[Batch], list[Tensor]]
 
 
 def stored_targets(batch: Batch) -> list[Tensor]:
-    """Each teacher's targets [B M, D], which the batch has from its store."""
+    """Each teacher's targets [B M, D], from the batch, which read them from the store."""
     targets: Tensor | dict[str, Tensor] = batch["targets"]
     return list(targets.values()) if isinstance(targets, dict) else [targets]
 
 
 class OnlineTargets:
-    """Each teacher's targets [B M, D], computed for every batch.
+    """Computes each teacher's targets [B M, D] for every batch.
 
     Args:
         embeds: The teachers.
 
     Attributes:
-        forwards: Number of crops that the teachers have computed targets of, all together.
+        forwards: Total number of crops that the teachers have computed targets for.
     """
 
     def __init__(self, *embeds: Callable[[Tensor], Tensor]) -> None:
@@ -32,17 +32,17 @@ class OnlineTargets:
         self.forwards = 0
 
     def __call__(self, batch: Batch) -> list[Tensor]:
-        """Targets of a batch's crops."""
+        """Computes the targets of a batch."""
         images: Tensor = batch["teacher_images"] if "teacher_images" in batch else batch["images"]
         self.forwards += len(images) * len(self.embeds)
-        # cloned out of inference mode, so that autograd may keep it
+        # cloned, since autograd cannot save inference tensors
         return [embed(images).to(batch["images"].device).clone() for embed in self.embeds]
 
 
 class LabelTargets:
-    """The class of an image for each of its crops, smoothed: 1 - e + e / K for it and e / K for the others [B M, K].
+    """Targets [B M, K] from class labels with label smoothing: 1 - e + e / K for the true class and e / K for the others.
 
-    Szegedy et al., CVPR 2016 (arXiv 1512.00567), section 7. With e = 0 this is plain training.
+    Szegedy et al., CVPR 2016 (arXiv 1512.00567), section 7. With e = 0 this is ordinary supervised training.
 
     Args:
         classes: K.
@@ -54,11 +54,11 @@ class LabelTargets:
         self.smoothing = smoothing
 
     def __call__(self, batch: Batch) -> list[Tensor]:
-        """Targets of a batch's crops, one teacher's."""
+        """Returns the targets of a batch, in a list of one."""
         return [self.of(batch)]
 
     def of(self, batch: Batch) -> Tensor:
-        """Float32 [B M, K] of a batch with `labels` [B]."""
+        """The targets float32 [B M, K] of a batch with `labels` [B]."""
         images: Tensor = batch["images"]
         labels = batch["labels"].to(images.device)
         each = F.one_hot(labels, self.classes).float() * (1 - self.smoothing) + self.smoothing / self.classes
@@ -66,14 +66,14 @@ class LabelTargets:
 
 
 class Calibrated:
-    """The teacher's targets; crops of which it is not sure get the smoothed class of their image.
+    """The teacher's targets, replaced by the smoothed label of the image where the teacher is not confident.
 
-    After FerKD (Shen, ICCV 2023, arXiv 2312.17473), which also has several degrees of doubt, and mixes crops of an image.
+    After FerKD (Shen, ICCV 2023, arXiv 2312.17473), which also has several levels of confidence and mixes crops of an image.
 
     Args:
-        targets: Class probabilities.
-        below: A row whose greatest probability is less than this is replaced.
-        labels: Gives the replacement.
+        targets: Source of class probabilities.
+        below: A row is replaced if its largest probability is below this.
+        labels: Source of the replacement.
     """
 
     def __init__(self, targets: Targets, below: float, labels: LabelTargets) -> None:
