@@ -1,6 +1,6 @@
 """Fast knowledge distillation of self-supervised teachers into small models.
 
-Importing this package imports nothing heavy: names are loaded when they are first used (PEP 562).
+Importing this package is fast: its names are imported when they are first used (PEP 562).
 """
 
 import importlib

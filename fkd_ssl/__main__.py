@@ -1,4 +1,4 @@
-"""`python -m fkd_ssl` is `fkd-ssl`."""
+"""Runs `fkd-ssl` as `python -m fkd_ssl`."""
 
 import sys
 

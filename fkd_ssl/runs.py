@@ -7,7 +7,7 @@ compared, so inputs and run folders may be moved or copied.
 Only one process at a time uses a run folder: the one that has locked the file `.lock` in it.
 
 A config dataclass lists the fields that are not compared: `EXECUTION`, which change how a run is executed but not its
-results, and `PATHS`, whose contents are compared by digest instead.
+results, and `PATHS`, which are compared by the digests of their contents instead.
 """
 
 import dataclasses

@@ -36,7 +36,7 @@ class _Lease:
         self._process = os.getpid()
 
     def end(self) -> None:
-        if not self.sent and self._process == os.getpid():  # a forked process has copies of the leases, and none of the blocks
+        if not self.sent and self._process == os.getpid():  # in a forked process, the blocks belong to the parent
             self.block[-1] = _FREE
 
 

@@ -60,7 +60,7 @@ class LabelCodec:
         self.code_size = self._record.itemsize
 
     def arrays(self) -> dict[str, Float32Array]:
-        """Returns the trained parameters, of which there are none."""
+        """Returns an empty dict, since there are no trained parameters."""
         return {}
 
     def encode(self, targets: Float32Array) -> UInt8Array:

@@ -65,7 +65,7 @@ class Request:
 
 
 class _PublishedError(Exception):
-    """Another process has published all the columns whose codecs this process is training."""
+    """Another process has published all the columns that this process is training codecs for."""
 
 
 def open_or_train(
