@@ -1,4 +1,4 @@
-"""Frozen teachers: MoCo's and SwAV's checkpoints, and one's own networks."""
+"""Frozen teachers: published checkpoints, networks of libraries, and your own networks."""
 
 from fkd_ssl.teachers.ensemble import Ensemble
 from fkd_ssl.teachers.presets import PRESETS, Preset

@@ -1,10 +1,10 @@
-"""A classifier's logits at each place, before global average pooling: what ReLabel's label maps are made of.
+"""A classifier's logits at each position, before global average pooling, for ReLabel's label maps.
 
-Yun et al., "Re-labeling ImageNet", CVPR 2021 (arXiv 2101.05022), section 3.1. Where a network ends in global average pooling
-and one linear layer, the mean over places and the layer can be exchanged, so that the layer gives logits at each place whose
-mean is what the network says of the image.
+Yun et al., "Re-labeling ImageNet", CVPR 2021 (arXiv 2101.05022), section 3.1. If a network ends in global average pooling and
+one linear layer, the two can be exchanged: the layer then gives logits at each position, and their mean equals the network's
+output for the image.
 
-Legend: `B` images, `P` their side, `F` features, `K` classes, `h`, `w` places.
+Legend: `B` images, `P` their side, `F` features, `K` classes, `h` x `w` positions.
 """
 
 from typing import Any
@@ -18,22 +18,22 @@ from fkd_ssl.errors import RequestError
 from fkd_ssl.teachers.teacher import Teacher
 
 TOLERANCE = {"fp32": 1e-3, "fp16": 2e-2, "bf16": 5e-2}
-"""Of the mean over places to the network's own logits, as a share of the largest of these, by the forward's precision."""
+"""Precision -> tolerance between the mean over positions and the network's logits, relative to the largest logit."""
 
 
 class DenseTeacher:
-    """Logits of a classifier at each place: a callable of uint8 [B, 3, P, P] that gives float32 [B, K, h, w].
+    """Logits of a classifier at each position: maps uint8 [B, 3, P, P] to float32 [B, K, h, w].
 
-    For networks that end in global average pooling of [B, F, h, w] and one linear layer, perhaps with flattening and dropout
-    between them: ResNet, RegNet, DenseNet, EfficientNet, MobileNetV2, and so on. The network is watched while it runs, so it
-    may be written in any way. That the mean over places is the network's own answer is checked in every call: what has anything
-    else behind its pooling (ConvNeXt's norm, MobileNetV3's second layer) is refused, as is a vision transformer.
+    It supports networks that end in global average pooling of [B, F, h, w] and one linear layer, optionally with flattening and
+    dropout between them: ResNet, RegNet, DenseNet, EfficientNet, MobileNetV2 and so on. The layers are found by observing a
+    forward pass, so the network's code does not matter. Every call checks that the mean over positions equals the network's
+    output, and refuses other networks, such as ConvNeXt (a norm after pooling), MobileNetV3 and vision transformers.
 
-    The forward has the teacher's normalisation and precision; the linear layer at each place is in fp32 whatever that is.
+    The forward pass uses the teacher's normalisation and precision; the linear layer at each position always uses fp32.
 
     Args:
-        teacher: Of the kind `distribution`.
-        pixels: P; the teacher's native size by default.
+        teacher: Teacher of the kind `distribution`.
+        pixels: P; by default the teacher's native size.
 
     Attributes:
         teacher: The teacher.
@@ -42,7 +42,7 @@ class DenseTeacher:
         width: w.
 
     Raises:
-        RequestError: The teacher gives no class probabilities, or its network is another one at this size.
+        RequestError: The teacher does not give class probabilities, or its network is not supported.
         FkdError: The network fails on images of this size.
     """
 
@@ -64,8 +64,8 @@ class DenseTeacher:
         """Logits float32 [B, K, h, w] of images uint8 [B, 3, P, P].
 
         Raises:
-            RequestError: The mean over places is not what the network says.
-            FkdError: The network fails, or gives other than finite logits.
+            RequestError: The mean over positions differs from the network's output.
+            FkdError: The network fails, or its logits are not finite.
         """
         with _Watch() as watch:
             logits = self.teacher.output(images)
@@ -91,10 +91,10 @@ class DenseTeacher:
 
 
 class _Watch(TorchFunctionMode):
-    """Notes the last linear layer of vectors that a network runs, and the last map that it pools to one value a channel.
+    """Records the last linear layer that a network applies to vectors, and the last map that it pools to one value per channel.
 
     Attributes:
-        pooled: The map [B, F, h, w], of several places; None if there was none.
+        pooled: The map [B, F, h, w] with several positions; None if nothing was pooled.
         linear: Weight [K, F] and bias [K] or None.
     """
 
@@ -116,5 +116,5 @@ class _Watch(TorchFunctionMode):
 
 
 def _parameters(weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """The arguments of torch.nn.functional.linear, however they were given."""
+    """The weight and bias in the arguments of torch.nn.functional.linear, positional or by keyword."""
     return weight, bias

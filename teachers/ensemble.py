@@ -11,16 +11,16 @@ from fkd_ssl.teachers.teacher import Teacher
 
 
 class Ensemble(Teacher):
-    """The mean of several classifiers' probabilities over the same crops.
+    """The mean of several classifiers' probabilities for the same crops.
 
-    MEAL V2 (Shen and Savvides, arXiv 2009.08453, section 3), and so Fast MEAL V2 in FKD. Each member has its own mean and
-    std. Its features are all members', one behind the other.
+    As in MEAL V2 (Shen and Savvides, arXiv 2009.08453, section 3) and Fast MEAL V2 in FKD. Each member uses its own mean and
+    std. The features are the concatenated features of all members.
 
     Args:
-        members: With class probabilities of the same classes.
+        members: Teachers with class probabilities of the same classes.
 
     Raises:
-        RequestError: One gives embeddings, or another number of classes, or has another native size.
+        RequestError: A member gives embeddings, or members differ in their number of classes or native size.
     """
 
     def __init__(self, members: Sequence[Teacher]) -> None:
@@ -53,7 +53,7 @@ class Ensemble(Teacher):
             feature_dim=sum(member.feature_dim for member in members),
             network=f"mean probabilities of: {'; '.join(member.info.network for member in members)}",
             pixels=first.pixels,
-            mean=first.mean if alike else (0, 0, 0),  # crops come as they are
+            mean=first.mean if alike else (0, 0, 0),  # no common normalisation
             std=first.std if alike else (1, 1, 1),
             licence="; ".join(dict.fromkeys(member.info.licence for member in members)),
             source=" + ".join(str(member.info.source) for member in members),
@@ -71,7 +71,7 @@ class Ensemble(Teacher):
 
     @torch.inference_mode()
     def output(self, images: Tensor) -> Tensor:
-        """Their logarithms [B, K], which are logits whose softmax they are."""
+        """The logarithms [B, K] of the mean probabilities, whose softmax gives the probabilities again."""
         return self.embed(images).log()
 
     @torch.inference_mode()

@@ -1,4 +1,4 @@
-"""Published checkpoints in a cache folder: found there, or downloaded and checked."""
+"""Finds published checkpoints in a cache folder, or downloads and checks them."""
 
 import hashlib
 import os
@@ -18,27 +18,27 @@ from fkd_ssl.teachers.presets import Preset
 
 _TRIES = 5
 _PIECE = 2**20
-_TIMEOUT = 60  # seconds without a byte
-_MAX_BYTES = 2**34  # where neither the preset nor the server says how many: the largest preset has 1.5 GB
-_MIN_SPEED = 2**10  # bytes a second, in the mean of a connection's time after the first _TIMEOUT seconds
+_TIMEOUT = 60  # seconds without data
+_MAX_BYTES = 2**34  # if neither the preset nor the server gives the size; the largest preset has 1.5 GB
+_MIN_SPEED = 2**10  # mean bytes per second of a connection, checked after the first _TIMEOUT seconds
 
 Progress = Callable[[int, int | None], None]
-"""Bytes here and bytes in all, where the server says how many."""
+"""Called with the bytes received and the total, or None if the server does not give it."""
 
 
 def find(preset: Preset, cache: str | Path | None = None) -> Path | None:
-    """The preset's file in the cache folder, None if it is not there."""
+    """The preset's file in the cache folder, None if it is missing."""
     path = files.cache_folder(cache) / preset.file
     return path if path.is_file() else None
 
 
 def parts(preset: Preset, cache: str | Path | None = None) -> list[Path]:
-    """Unfinished downloads of the preset's file; the name holds a digest of the server's ETag, so that no two files mix."""
+    """Unfinished downloads of the preset's file; their names have a digest of the server's ETag, so that files do not mix."""
     return sorted(files.cache_folder(cache).glob(f"{preset.file}.*.part"))
 
 
 def by_hand(preset: Preset, cache: str | Path | None = None) -> str:
-    """What to do without a network, in words."""
+    """Instructions for downloading the file by hand."""
     return (
         f"download {preset.url} (licence: {preset.licence}) by any other way and put it at "
         f"{files.cache_folder(cache) / preset.file}, or pass it as --checkpoint"
@@ -53,23 +53,23 @@ def fetch(
     check: Callable[[Path], None] = lambda path: None,
     pause: float = 1.0,
 ) -> Path:
-    """The preset's checkpoint in the cache folder, downloaded if it is not there.
+    """Returns the path of the preset's checkpoint in the cache folder, after downloading it if it is missing.
 
-    A broken download is continued, now and by the next call, where the server gives its file an ETag and takes ranges. The
-    file gets its name only when it is whole: of the size that the server and the preset say, with the md5 that its authors
-    give, and accepted by `check`.
+    A broken download is continued, in this call and the next, if the server gives an ETag and supports ranges. The file gets
+    its final name only when it is complete: it has the size given by the server and the preset and the md5 given by its
+    authors, and `check` accepts it.
 
     Args:
         preset: One of `PRESETS`.
         cache: The cache folder; see `cache_folder`.
-        progress: Called as bytes come.
-        check: Raises CheckpointError on a file that is not such a checkpoint; it is given the unpublished file.
+        progress: Called while data arrives.
+        check: Raises CheckpointError if a file is not such a checkpoint; called before the file gets its final name.
         pause: Seconds before a broken connection is tried again, doubled each time.
 
     Raises:
         RequestError: Another process is downloading it.
-        CheckpointError: The file that came is another one; it is deleted.
-        FkdError: The connection failed, the server answered with an error or too slowly, or the disk is too small.
+        CheckpointError: The downloaded file is another one; it is deleted.
+        FkdError: The connection failed, the server returned an error or was too slow, or the disk has too little space.
     """
     folder = files.cache_folder(cache)
     target = folder / preset.file
@@ -77,7 +77,7 @@ def fetch(
     with locks.locked(folder / f"{preset.file}.lock") as ours:
         if not ours:
             raise RequestError(f"{target}: another process is downloading it now")
-        if target.is_file():  # a user's own or an earlier call's: never replaced
+        if target.is_file():  # never replaces an existing file
             try:
                 check_file(target, preset)
                 check(target)
@@ -93,7 +93,7 @@ def fetch(
             raise
         try:
             os.link(part, target)
-        except FileExistsError:  # put there by hand meanwhile: it stays
+        except FileExistsError:  # the file was put there meanwhile; keep it
             check(target)
         except OSError:  # a file system without hard links
             part.rename(target)
@@ -103,7 +103,7 @@ def fetch(
 
 
 def check_file(path: Path, preset: Preset) -> None:
-    """Raises CheckpointError where the size or the md5 of a file is not the preset's, as far as they are known."""
+    """Raises CheckpointError if the size or md5 of a file differs from the preset's, if these are known."""
     if preset.size is not None and path.stat().st_size != preset.size:
         raise CheckpointError(f"{path}: {path.stat().st_size:,} bytes, {preset.file} has {preset.size:,}: another file")
     if preset.md5 is not None:
@@ -116,7 +116,7 @@ def check_file(path: Path, preset: Preset) -> None:
 
 
 def _download(preset: Preset, folder: Path, progress: Progress, pause: float) -> Path:
-    """The whole file under a temporary name, over at most _TRIES connections."""
+    """Downloads the complete file under a temporary name, with at most _TRIES connections."""
     for attempt in range(_TRIES):
         if attempt:
             time.sleep(pause * 2 ** (attempt - 1))
@@ -139,13 +139,13 @@ def _download(preset: Preset, folder: Path, progress: Progress, pause: float) ->
 
 
 def _once(preset: Preset, folder: Path, progress: Progress) -> Path:
-    """One try: the whole file; raises OSError where the connection breaks before its end."""
+    """Tries once to download the file; raises OSError if the connection breaks early."""
     response = _open(preset, {})
     tag = response.headers.get("ETag", "")
     part = folder / f"{preset.file}.{hashlib.sha256(tag.encode()).hexdigest()[:8]}.part"
     start, total = 0, _number(response.headers.get("Content-Length"))
     here = part.stat().st_size if part.exists() else 0
-    # a weak tag, W/"...", says nothing of bytes
+    # a weak tag, W/"...", does not identify the bytes
     if tag.startswith('"') and here and total:
         response.close()
         if here == total:
@@ -184,7 +184,7 @@ def _once(preset: Preset, folder: Path, progress: Progress) -> Path:
 
 
 def _open(preset: Preset, headers: dict[str, str]) -> HTTPResponse:
-    """An answer with a file: over https where the preset says so, and not a proxy's page."""
+    """Opens the preset's URL; refuses a redirection from https to http, and a page in place of a file."""
     headers = {"Accept-Encoding": "identity", "User-Agent": "fkd_ssl", **headers}
     request = urllib.request.Request(preset.url, headers=headers)  # noqa: S310 presets name http(s) alone
     response: HTTPResponse = urllib.request.urlopen(request, timeout=_TIMEOUT)  # noqa: S310
@@ -196,5 +196,5 @@ def _open(preset: Preset, headers: dict[str, str]) -> HTTPResponse:
 
 
 def _number(text: str | None) -> int | None:
-    """A length in a header, None where there is none or it is not a number."""
+    """A length in a header, None if it is missing or not a number."""
     return int(text) if text and text.isascii() and text.isdecimal() and len(text) < 20 else None

@@ -1,4 +1,4 @@
-"""Features of a named layer of a network, pooled to one vector an image."""
+"""Features of a named layer of a network, pooled to one vector per image."""
 
 from typing import Any
 
@@ -7,22 +7,22 @@ from torch import Tensor, nn
 from fkd_ssl.errors import RequestError, did_you_mean
 
 PROBABILITIES = "probabilities"
-"""What stands in a layer's place for the softmax of a whole classifier."""
+"""Name in place of a layer for the softmax of the whole classifier."""
 
 
 class AtLayer(nn.Module):
-    """A network up to one of its layers: [B, 3, H, W] to [B, F]; what comes after the layer is not run.
+    """A network up to one of its layers: maps [B, 3, H, W] to [B, F]. Later layers are not run.
 
-    Maps [B, F, h, w] (and [B, h, w, F], which the layout of a square input tells apart) are averaged over places, tokens
-    [B, T, F] over all tokens, class token included; vectors [B, F] are taken as they are.
+    Maps [B, F, h, w] (or [B, h, w, F], recognised by h = w for square inputs) are averaged over positions, tokens [B, T, F]
+    over all tokens including the class token; vectors [B, F] are used unchanged.
 
     Args:
         network: Any network.
-        layer: A submodule's name, as `network.named_modules()` gives it.
-        teacher: What the user called the teacher; errors begin with it.
+        layer: Name of a submodule, as in `network.named_modules()`.
+        teacher: The user's name of the teacher; error messages begin with it.
 
     Raises:
-        RequestError: The network has no such layer.
+        RequestError: The network does not have the layer.
     """
 
     def __init__(self, network: nn.Module, layer: str, teacher: str) -> None:
@@ -47,7 +47,7 @@ class AtLayer(nn.Module):
 
 
 def pool(output: Any) -> Tensor:
-    """[B, F] of a layer's output; raises ValueError where it is no tensor of 2 to 4 dimensions or its layout is unclear."""
+    """Pools a layer's output to [B, F]; raises ValueError if it is not a 2- to 4-D tensor or its layout is unclear."""
     if not isinstance(output, Tensor) or output.ndim not in (2, 3, 4):
         what = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise ValueError(f"the layer gives {what}, expected a tensor [B, F], [B, T, F] or [B, F, h, w]")
@@ -62,7 +62,7 @@ def pool(output: Any) -> Tensor:
 
 
 class _ReachedError(Exception):
-    """Ends a forward at the layer that was asked for."""
+    """Ends a forward pass at the requested layer."""
 
     def __init__(self, output: Any) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""One's own teachers: module:function."""
+"""Your own teachers: module:function."""
 
 import inspect
 from dataclasses import replace
@@ -17,15 +17,15 @@ from fkd_ssl.teachers.wrap import wrap
 
 
 def load_own(name: str, checkpoint: str | Path | None, precision: Precision) -> Teacher:
-    """What the function of `module:function` returns; the current folder is on the path.
+    """Calls `module:function` and makes its result a Teacher; the current folder is on the path.
 
-    It is called without arguments, or with `checkpoint=` if one is given, and returns a Teacher, or an nn.Module that maps
-    ImageNet-normalised floats [B, 3, H, W] to [B, D], whose `pixels`, if it has them, are its native size, and whose `kind`, if
-    it has one, says `distribution` where these are a classifier's logits.
+    The function is called without arguments, or with `checkpoint=` if given. It returns a Teacher, or an nn.Module that maps
+    ImageNet-normalised floats [B, 3, H, W] to [B, D]. The module can have the attributes `pixels`, its native size, and `kind`,
+    which is `distribution` if the outputs are a classifier's logits.
 
     Raises:
-        RequestError: There is no such module or function, or it takes no checkpoint and one is given.
-        FkdError: It failed, or returned something else.
+        RequestError: The module or function does not exist, or a checkpoint is given but not accepted.
+        FkdError: The function failed, or returned something else.
     """
     function = load_function(name, "teacher")
     given: dict[str, Any] = {}
@@ -62,7 +62,7 @@ def load_own(name: str, checkpoint: str | Path | None, precision: Precision) -> 
         precision=precision,
         kind=getattr(made, "kind", "embedding"),
     )
-    # after the first forward, which makes lazy layers; so that a changed function is another teacher
+    # the digest makes a changed function another teacher; after the first forward, which creates lazy layers
     teacher.info = replace(teacher.info, checkpoint_sha256=digest or _digest(made, name))
     return teacher
 

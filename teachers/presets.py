@@ -1,4 +1,4 @@
-"""Published checkpoints, by name. No torch here: `fkd-ssl teachers` lists them."""
+"""Published checkpoints by name. This module does not import torch, so that `fkd-ssl teachers` is fast."""
 
 from dataclasses import dataclass
 
@@ -20,37 +20,37 @@ class Preset:
     """A published checkpoint."""
 
     family: str
-    """Its layout: mocov2 or swav."""
+    """Layout of the file: mocov2 or swav."""
     network: str
-    """Its backbone, which the file's shapes are held against."""
+    """Backbone; the shapes in the file must match it."""
     head: str
-    """Its projection head in words."""
+    """Description of the projection head."""
     url: str
-    """Where its authors publish it."""
+    """URL of the authors' file."""
     source: str
-    """The repository and paper that it belongs to."""
+    """Repository and paper."""
     licence: str
-    """Of the weights."""
+    """Licence of the weights."""
     top1: float
     """ImageNet linear top-1 in percent, as its authors report it."""
     dim: int = 128
-    """D of its targets."""
+    """D of the targets."""
     prototypes: int = 0
-    """K, which its file must hold."""
+    """K, number of prototypes that the file must have."""
     pixels: int = 224
     """Side of the crops that it was trained on."""
     mean: Rgb = IMAGENET_MEAN
-    """Of RGB in 0 to 1, subtracted."""
+    """Mean of the normalisation, for RGB in 0 to 1."""
     std: Rgb = IMAGENET_STD
-    """Divided by."""
+    """Standard deviation of the normalisation."""
     size: int | None = None
-    """Bytes of the file, where they are known."""
+    """Size of the file in bytes, if known."""
     md5: str | None = None
-    """First digits of the file's md5, where the authors give them."""
+    """First digits of the file's md5, if the authors give them."""
 
     @property
     def file(self) -> str:
-        """The name of the file, which it also has in the cache folder."""
+        """The name of the file, also in the cache folder."""
         return self.url.rpartition("/")[2]
 
 

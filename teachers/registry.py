@@ -1,4 +1,4 @@
-"""Teachers by name: families, published presets, libraries, and one's own as module:function."""
+"""Teachers by name: families, published presets, libraries, and your own as module:function."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,28 +22,28 @@ FAMILIES: dict[str, Callable[..., Teacher]] = {
     "lightly": load_lightly,
     "transformers": load_transformers,
 }
-"""Loaders (path, *, name, precision, ...) of checkpoints that say themselves which network they are."""
+"""Loaders (path, *, name, precision, ...) of checkpoints whose weights determine the network."""
 LIBRARIES: dict[str, Callable[..., Teacher]] = {"torchvision": load_torchvision, "timm": load_timm}
 """Loaders (model, layer, checkpoint, *, precision) of LIBRARY/MODEL."""
 
 
 def load_teacher(name: str, *, checkpoint: str | Path | None = None, precision: Precision = "fp32") -> Teacher:
-    """A frozen teacher.
+    """Loads a frozen teacher.
 
     Args:
-        name: A family (`mocov2`, `swav`, `lightly`, `transformers`: the architecture is read off the checkpoint), a preset of
-            `PRESETS`, a network of a library as `torchvision/NAME` or `timm/NAME`, its pooled features, with `@LAYER` those of
-            a layer, or with `@probabilities` its class probabilities; or `module:function` of one's own. The function is called
-            without arguments, or with `checkpoint=` if one is given; it returns a Teacher, or an nn.Module that maps
-            ImageNet-normalised floats [B, 3, H, W] to [B, D]. Several classifiers' mean: Ensemble.
-        checkpoint: File of weights; `transformers` takes a folder. A preset is looked for in the cache folder without it.
-            For a library `pretrained` lets it download its own weights.
-        precision: Arithmetic of the forward.
+        name: A family (`mocov2`, `swav`, `lightly` or `transformers`; the checkpoint determines the architecture), a preset in
+            `PRESETS`, a network of a library as `torchvision/NAME` or `timm/NAME`, or your own `module:function`. The target of
+            a library's network is its pooled features; `@LAYER` selects those of a layer, `@probabilities` the class
+            probabilities. Your function is called without arguments, or with `checkpoint=` if given; it returns a Teacher, or
+            an nn.Module that maps ImageNet-normalised floats [B, 3, H, W] to [B, D]. To average classifiers, use Ensemble.
+        checkpoint: File of weights; a folder for `transformers`. By default a preset is searched for in the cache folder.
+            `pretrained` downloads the weights of a library's network.
+        precision: Precision of the forward pass.
 
     Raises:
         RequestError: The name is unknown or needs a checkpoint.
-        CheckpointError: The checkpoint is of another layout or network.
-        FkdError: One's own function failed, or a library could not download its weights.
+        CheckpointError: The checkpoint has another layout or is of another network.
+        FkdError: Your function failed, or a library could not download its weights.
     """
     if ":" in name:
         return load_own(name, checkpoint, precision)

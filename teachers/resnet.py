@@ -1,4 +1,4 @@
-"""ResNets of any width, in torchvision's names, and reading their architecture off a checkpoint's shapes."""
+"""ResNets of any width with torchvision's names; their architecture is inferred from the shapes in a checkpoint."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ _NAMES: dict[tuple[str, tuple[int, ...]], str] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """What a ResNet's shapes say."""
+    """The architecture of a ResNet, inferred from shapes."""
 
     block: type[BasicBlock] | type[Bottleneck]
     depths: tuple[int, ...]
@@ -32,26 +32,26 @@ class Architecture:
 
     @property
     def name(self) -> str:
-        """In the field's words, for instance resnet50w4."""
+        """The usual name, for instance resnet50w4."""
         known = _NAMES[self.block.__name__, self.depths]
         name = f"wide_{known}_2" if self.base_width == 128 else known
         return name + (f"w{self.width}" if self.width > 1 else "")
 
     @property
     def feature_dim(self) -> int:
-        """F, of the pooled features."""
+        """F, the dimension of the pooled features."""
         return int(_STAGE_WIDTHS[-1] * self.width * self.block.expansion)
 
     def build(self) -> ResNet:
-        """The backbone without memory behind its weights, to be loaded; its `fc` is the identity."""
+        """Makes the backbone on the meta device; its `fc` is the identity."""
         with torch.device("meta"):
             return WidthResNet(self)
 
 
 class WidthResNet(ResNet):  # type: ignore[misc]
-    """torchvision's ResNet with every width multiplied, as in SwAV's code; torchvision itself widens only 3 x 3s.
+    """torchvision's ResNet with all widths multiplied, as in SwAV's code; torchvision itself widens only 3 x 3 convolutions.
 
-    SwAV pads the stem by 1 and then by 2, which is the same as torchvision's 3 of zeros.
+    SwAV pads the stem by 1 and then by 2, which equals torchvision's zero padding of 3.
     """
 
     def __init__(self, architecture: Architecture) -> None:
@@ -69,10 +69,10 @@ class WidthResNet(ResNet):  # type: ignore[misc]
 
 
 def read_architecture(weights: Mapping[str, Tensor], where: str) -> Architecture:
-    """The architecture that `weights` (torchvision's names) were trained with.
+    """Infers the architecture from `weights` with torchvision's names.
 
     Raises:
-        CheckpointError: They are no ResNet's; `where` names the file.
+        CheckpointError: They are not the weights of a ResNet; `where` names the file.
     """
     try:
         stem = weights["conv1.weight"].shape

@@ -1,4 +1,4 @@
-"""A frozen network that maps crops to targets."""
+"""Teachers: frozen networks that map crops to targets."""
 
 import re
 from contextlib import AbstractContextManager
@@ -14,7 +14,7 @@ _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Teacher(nn.Module):
-    """A backbone and a projection head, frozen, always in eval mode, with their own preprocessing.
+    """A frozen backbone and projection head with their own preprocessing, always in eval mode.
 
     Args:
         backbone: Normalised floats [B, 3, H, W] to features [B, F].
@@ -24,11 +24,11 @@ class Teacher(nn.Module):
         kind: `embedding`: targets are L2-normalised vectors; `distribution`: class probabilities, the softmax of what the head
             gives.
         feature_dim: F; by default the size of a target.
-        **about: As TeacherInfo takes it: network, pixels, mean, std, licence, source, checkpoint, checkpoint_sha256,
-            precision, arrays. fp32 on a GPU is what PyTorch's own switches make of it: by default its convolutions use TF32.
+        **about: Fields of TeacherInfo: network, pixels, mean, std, licence, source, checkpoint, checkpoint_sha256, precision,
+            arrays. On a GPU, fp32 follows PyTorch's settings: by default convolutions use TF32.
 
     Attributes:
-        info: What is known of it.
+        info: Information about the teacher and its targets.
 
     Raises:
         RequestError: A value is invalid.
@@ -86,12 +86,12 @@ class Teacher(nn.Module):
 
     @torch.inference_mode()
     def features(self, images: Tensor) -> Tensor:
-        """Backbone features float32 [B, F] of uint8 [B, 3, H, W]: what probes and kNN are run on."""
+        """Backbone features float32 [B, F] of uint8 [B, 3, H, W], used by probes and kNN."""
         with self._autocast():
             return self._checked(self._run(self.backbone, self._prepare(images), images), images).float()
 
     def _run(self, part: nn.Module, given: Tensor, images: Tensor) -> Any:
-        """A part's output; what it raises, but for want of memory, becomes an error that names the size of the crops."""
+        """Runs a part; turns its exceptions, except out of memory, into an FkdError that names the size of the crops."""
         try:
             return part(given)
         except (RuntimeError, ValueError, TypeError, AssertionError, IndexError) as error:
@@ -117,7 +117,7 @@ class Teacher(nn.Module):
         return torch.autocast(self._mean.device.type, dtype=_AUTOCAST[self.info.precision])
 
     def _checked(self, output: Any, images: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
-        """A finite tensor of one row an image, of `shape` or of features [B, F]."""
+        """Checks that an output is a finite tensor with one row per image, of `shape` or of features [B, F]."""
         right = isinstance(output, Tensor) and len(output) == len(images) and output.is_floating_point()
         if not right or (output.ndim != 2 if shape is None else output.shape[1:] != shape):
             what = list(output.shape) if isinstance(output, Tensor) else type(output).__name__

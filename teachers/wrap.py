@@ -1,4 +1,4 @@
-"""A Teacher around any network that maps floats to one vector an image."""
+"""Makes a Teacher from any network that maps floats to one vector per image."""
 
 from typing import Any
 
@@ -11,18 +11,18 @@ from fkd_ssl.teachers.teacher import Teacher
 
 
 def wrap(module: nn.Module, *, name: str, source: str, pixels: int, probe: int | None = None, **about: Any) -> Teacher:
-    """A Teacher whose embedding is the module's own output, normalised; its shape is found by a forward of zeros.
+    """Makes a Teacher whose targets are the module's normalised outputs; a forward pass of zeros determines their shape.
 
     Args:
-        module: Normalised floats [B, 3, H, W] to [B, D].
-        name: Of the column.
-        source: What the user called it by; errors begin with it.
+        module: Maps normalised floats [B, 3, H, W] to [B, D].
+        name: Name of the column.
+        source: The user's name of the teacher; error messages begin with it.
         pixels: Its native size.
-        probe: Side of the zeros, if not the native size.
-        **about: As Teacher takes it.
+        probe: Side of the zeros; by default the native size.
+        **about: Further arguments of Teacher.
 
     Raises:
-        FkdError: The module does not take [2, 3, probe, probe] floats to one tensor [2, D], or gives probabilities for logits.
+        FkdError: The module does not map [2, 3, probe, probe] floats to one tensor [2, D], or gives probabilities, not logits.
     """
     module.eval()
     side = probe or pixels
@@ -44,7 +44,7 @@ def wrap(module: nn.Module, *, name: str, source: str, pixels: int, probe: int |
 
 
 def _fits(output: torch.Tensor, kind: str) -> bool:
-    """Whether rows of `output` can be targets of that kind; an unknown kind is refused elsewhere."""
+    """Whether rows of `output` can be targets of this kind; unknown kinds are refused elsewhere."""
     try:
         KINDS[kind].check_shape(tuple(output.shape[1:]))
     except RequestError:

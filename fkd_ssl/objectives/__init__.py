@@ -27,12 +27,12 @@ OBJECTIVES: dict[str, type[Objective]] = {
 
 
 def make_objective(expression: str, *, about: TeacherInfo | None = None) -> Objective:
-    """The objective that an expression names, or a weighted sum of several.
+    """Makes the objective of an expression: a single objective or a weighted sum.
 
     Args:
-        expression: A name of OBJECTIVES, perhaps with settings, `queue_kl(queue=4096, temperature=0.07)`; or a sum of such,
-            perhaps with weights, `feature_kl + 0.5*relational`. A setting that is not given has the paper's value.
-        about: Whose targets it is for; an objective that needs only its two vectors does without.
+        expression: A name in OBJECTIVES, optionally with settings: `queue_kl(queue=4096, temperature=0.07)`; or a sum of them,
+            optionally with weights: `feature_kl + 0.5*relational`. Settings default to the values of the paper.
+        about: Information about the targets; optional for objectives that need only the two vectors.
 
     Raises:
         RequestError: The expression cannot be read, a name or a setting is unknown, a value is wrong, or the targets lack what
@@ -46,7 +46,7 @@ def make_objective(expression: str, *, about: TeacherInfo | None = None) -> Obje
 
 
 def settings_of(name: str) -> list[str]:
-    """Names of an objective's settings: the keyword-only arguments of its constructor."""
+    """The names of an objective's settings, which are the keyword-only arguments of its constructor."""
     parameters = inspect.signature(OBJECTIVES[name]).parameters.values()
     return [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
 
@@ -65,7 +65,7 @@ def _part(term: Term, about: TeacherInfo | None) -> Objective:
 
 
 def _fitting(objective: Objective, name: str, about: TeacherInfo | None) -> Objective:
-    """The objective; raises RequestError if it is for another kind of targets."""
+    """Returns the objective; raises RequestError if it is for another kind of targets."""
     if about is not None and about.spec.kind != objective.kind:
         advice = {
             "embedding": "choose --objective feature_kl, for instance, and --head mocov2",

@@ -1,4 +1,4 @@
-"""Squared distance of normalised features."""
+"""Squared distance between normalised features."""
 
 from torch import Tensor
 
@@ -16,5 +16,5 @@ class Cosine(Objective):
         return 2 - 2 * (student * target).sum(dim=1).mean()
 
     def floor(self, target: Tensor) -> Tensor:
-        """The least value that `forward` can take for these targets [B, D]: 0."""
+        """The minimum of `forward` for these targets [B, D], which is 0."""
         return target.new_zeros(())

@@ -1,4 +1,4 @@
-"""MEAL V2's discriminator: the student is to be mistaken for its teacher."""
+"""MEAL V2's discriminator, which the student learns to fool."""
 
 from typing import TYPE_CHECKING, Any, Self
 
@@ -12,11 +12,12 @@ if TYPE_CHECKING:
 
 
 class Discriminator(Objective):
-    """Cross-entropy of a small network that tells teachers' class probabilities from a student's, which the student raises.
+    """Cross-entropy of a small network that tells the teacher's probabilities from the student's; the student maximises it.
 
-    MEAL V2 (Shen and Savvides, arXiv 2009.08453, section 3; MEAL, arXiv 1812.02425, eq. 6): layers of K/8, K/64 (of few classes
-    16) and one number, with ReLU between. It is trained along with the student, whose gradient is turned round, so that both
-    play the game of the paper; in its code both lower the same loss. It sees probabilities, since stores have no logits.
+    MEAL V2 (Shen and Savvides, arXiv 2009.08453, section 3; MEAL, arXiv 1812.02425, eq. 6): layers of K/8, K/64 (each at least
+    16) and 1 output, with ReLU between them. The network is trained together with the student, and the student's gradient is
+    reversed, as in the adversarial game of the paper; in the authors' code both minimise the same loss. The input is
+    probabilities, since stores have no logits.
 
     Args:
         dim: K.
@@ -27,14 +28,14 @@ class Discriminator(Objective):
     def __init__(self, dim: int) -> None:
         super().__init__()
         wide, narrow = max(16, dim // 8), max(16, dim // 64)
-        with torch.random.fork_rng(devices=[]):  # the student's own initial weights are the same without it
+        with torch.random.fork_rng(devices=[]):  # does not change the initial weights of the student
             self.layers = nn.Sequential(
                 nn.Linear(dim, wide), nn.ReLU(), nn.Linear(wide, narrow), nn.ReLU(), nn.Linear(narrow, 1)
             )  # fmt: skip
 
     @classmethod
     def for_targets(cls, about: "TeacherInfo | None", **settings: Any) -> Self:
-        """The objective for targets of their number of classes."""
+        """Makes the objective for the number of classes of the targets."""
         return cls(size_of(about, "discriminator"), **settings)
 
     def forward(self, student: Tensor, target: Tensor) -> Tensor:
@@ -47,12 +48,12 @@ class Discriminator(Objective):
             return nn.functional.binary_cross_entropy_with_logits(judged, teachers.to(judged.dtype))
 
     def floor(self, target: Tensor) -> Tensor:
-        """Zero: of a discriminator that is never mistaken."""
+        """Zero, the loss of a perfect discriminator."""
         return target.new_zeros(())
 
 
 class _Turned(torch.autograd.Function):
-    """Itself, with its gradient's sign changed (Ganin et al., JMLR 2016, arXiv 1505.07818, section 4.2)."""
+    """The identity with a reversed gradient (Ganin et al., JMLR 2016, arXiv 1505.07818, section 4.2)."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:

@@ -20,13 +20,13 @@ class Term:
 
 
 def parse(expression: str) -> list[Term]:
-    """The terms of an expression; nothing in it is executed.
+    """Parses an expression into its terms without executing it.
 
     >>> parse("0.5*queue_kl(queue=4096)")
     [Term(weight=0.5, name='queue_kl', settings={'queue': 4096})]
 
     Raises:
-        RequestError: It is not a sum of names, each with a positive weight or none, and with settings or none.
+        RequestError: It is not a sum of names, each with an optional positive weight and optional settings.
     """
     try:
         terms = _terms(ast.parse(expression.strip(), mode="eval").body)

@@ -1,4 +1,4 @@
-"""Cross-entropy of softmaxed features: S2-BNN's distillation, which FKD-SSL follows."""
+"""Cross-entropy of softmaxed features: the loss of S2-BNN, which FKD-SSL uses."""
 
 import torch
 from torch import Tensor
@@ -10,8 +10,8 @@ from fkd_ssl.objectives.objective import Objective, check_positive
 class FeatureKL(Objective):
     """Cross-entropy between softmax(target / T) and softmax(student / T) over the D feature dimensions.
 
-    S2-BNN (Shen et al., CVPR 2021, arXiv 2102.08946, eq. 6) with T = 0.2; it has the gradient of the KL divergence. Its
-    floor is the target's entropy, so `floor` is what to subtract to see the KL itself.
+    S2-BNN (Shen et al., CVPR 2021, arXiv 2102.08946, eq. 6) with T = 0.2. It has the same gradient as the KL divergence;
+    subtract `floor`, the entropy of the targets, to get the KL divergence itself.
 
     Args:
         temperature: T.

@@ -1,4 +1,4 @@
-"""What training asks of a loss."""
+"""The base class of losses."""
 
 import math
 from abc import abstractmethod
@@ -14,38 +14,38 @@ if TYPE_CHECKING:
 
 
 class Objective(nn.Module):
-    """A loss between a student's outputs [B, D] and their targets: L2-normalised [B, D], or logits and class probabilities.
+    """Base class of losses between student outputs [B, D] and targets [B, D]: L2-normalised, or logits and class probabilities.
 
-    An objective for targets of another shape is given as many outputs as a target has numbers.
+    For targets of another shape, the student has as many outputs as a target has elements.
 
-    Its settings are the keyword-only arguments of its constructor, each of them a number with a default:
-    `--objective "name(setting=value)"` sets them, and nothing outside its module knows their names.
+    The settings of an objective are the keyword-only arguments of its constructor, each a number with a default. Users set them
+    with `--objective "name(setting=value)"`; no other module needs to know their names.
 
     Attributes:
-        kind: Of the targets, one of fkd_ssl.targets.KINDS.
+        kind: Kind of the targets, one of fkd_ssl.targets.KINDS.
     """
 
     kind: str = "embedding"
 
     @classmethod
     def for_targets(cls, about: "TeacherInfo | None", **settings: Any) -> Self:
-        """The objective for targets of which `about` is known; what needs more of them than its settings overrides this.
+        """Makes the objective for targets described by `about`. Override it if the constructor needs more than the settings.
 
         Raises:
-            RequestError: The targets lack what it needs, or a setting has a wrong value.
+            RequestError: The targets lack what the objective needs, or a setting is invalid.
         """
         return cls(**settings)
 
     @abstractmethod
     def forward(self, student: Tensor, target: Tensor) -> Tensor:
-        """The loss, a scalar, of student [B, D] and target [B, D]; the same for the same arguments until `remember`."""
+        """The loss, a scalar, of student [B, D] and target [B, D]. It changes for the same arguments only after `remember`."""
 
     def floor(self, target: Tensor) -> Tensor:
-        """The least value that `forward` can take for these targets [B, D]: a cross-entropy's is their mean entropy in nats."""
+        """The minimum of `forward` for these targets [B, D]; for a cross-entropy, their mean entropy in nats."""
         return self(target, target)  # type: ignore[no-any-return]
 
     def remember(self, target: Tensor) -> None:
-        """Takes the targets [B, D] of a step that is done; most objectives need none."""
+        """Receives the targets [B, D] of a finished step; does nothing by default."""
 
 
 def check_positive(objective: str, **settings: float) -> None:
@@ -56,7 +56,7 @@ def check_positive(objective: str, **settings: float) -> None:
 
 
 def size_of(about: "TeacherInfo | None", objective: str) -> int:
-    """Numbers in one target; raises RequestError if nothing is known of them."""
+    """The number of elements of a target; raises RequestError if `about` is None."""
     if about is None:
         raise RequestError(
             f"objective {objective}: the size of the targets is needed; pass about=TeacherInfo(name=..., spec=TargetSpec(...))"
@@ -65,12 +65,12 @@ def size_of(about: "TeacherInfo | None", objective: str) -> int:
 
 
 def scores(rows: Tensor, columns: Tensor) -> Tensor:
-    """Products [B, K] of rows [B, D] and columns [K, D], in fp32 at least: over a small T bf16 is off by nats."""
+    """Dot products [B, K] of rows [B, D] and columns [K, D], in at least fp32: with a small T, bf16 is off by nats."""
     exact = torch.promote_types(torch.promote_types(rows.dtype, columns.dtype), torch.float32)
     with torch.autocast(rows.device.type, enabled=False):
         return rows.to(exact) @ columns.to(exact).T
 
 
 def cross_entropy(student: Tensor, target: Tensor) -> Tensor:
-    """Mean over rows of the cross-entropy in nats of softmax(target) and softmax(student), both [B, K]; a scalar."""
+    """The mean cross-entropy in nats between softmax(target) and softmax(student), logits [B, K]; a scalar."""
     return -(torch.softmax(target, dim=1) * torch.log_softmax(student, dim=1)).sum(dim=1).mean()

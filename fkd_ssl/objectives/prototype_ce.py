@@ -17,18 +17,18 @@ if TYPE_CHECKING:
 class PrototypeCE(Objective):
     """Cross-entropy between softmax(target P' / T) and softmax(student P' / T) over K prototypes P.
 
-    SwAV (Caron et al., NeurIPS 2020, arXiv 2006.09882, eq. 2) with T = 0.1 and its softmax in the place of its Sinkhorn
-    assignment on the teacher's side too, since an assignment in equal parts belongs to a batch and not to a stored target.
+    SwAV (Caron et al., NeurIPS 2020, arXiv 2006.09882, eq. 2) with T = 0.1. The teacher's side also uses the softmax, not the
+    Sinkhorn assignment, since a balanced assignment depends on the batch and cannot be stored per target.
 
-    The rows of P are brought to unit length here. SwAV's code does so at the beginning of every step, so its scores are
-    cosines; its checkpoints are saved after a step of the optimiser, so their rows are of nearly, not exactly, that length.
+    The rows of P are normalised to unit length. SwAV's code does so at the start of every step, so that scores are cosines, but
+    saves checkpoints after an optimiser step, so that their rows have only approximately unit length.
 
     Args:
         prototypes: P, floats [K, D], frozen.
         temperature: T.
 
     Raises:
-        RequestError: `prototypes` is not a matrix, or has a row of zeros, or `temperature` is not positive.
+        RequestError: `prototypes` is not a matrix or has a row of zeros, or `temperature` is not positive.
     """
 
     prototypes: Tensor
@@ -39,15 +39,15 @@ class PrototypeCE(Objective):
         if prototypes.ndim != 2 or not prototypes.isfinite().all() or not prototypes.norm(dim=1).min() > 0:
             raise RequestError(f"prototypes {list(prototypes.shape)}: expected a finite matrix [K, D] without a row of zeros")
         self.temperature = temperature
-        # the teacher's, not the student's: no part of its checkpoints
+        # they belong to the teacher, so the student's checkpoints do not have them
         self.register_buffer("prototypes", F.normalize(prototypes, dim=1), persistent=False)
 
     @classmethod
     def for_targets(cls, about: "TeacherInfo | None", **settings: Any) -> Self:
-        """The objective with the prototypes of the targets' teacher, its array `prototypes` float32 [K, D].
+        """Makes the objective with the teacher's array `prototypes` float32 [K, D].
 
         Raises:
-            RequestError: The teacher has none, or they are not for such targets.
+            RequestError: The teacher has no prototypes, or they do not fit the targets.
         """
         if about is None or "prototypes" not in about.arrays:
             where = "the targets" if about is None else f"the targets of {about.name!r}"

@@ -1,4 +1,4 @@
-"""Cross-entropy of similarities to a queue of targets: SEED's distillation."""
+"""Cross-entropy of similarities to a queue of targets: the loss of SEED."""
 
 from typing import TYPE_CHECKING, Any, Self
 
@@ -18,17 +18,17 @@ class QueueKL(Objective):
     """Cross-entropy between softmax([t.t, t Q'] / T_t) and softmax([s.t, s Q'] / T) over a queue Q of the latest targets.
 
     SEED (Fang et al., ICLR 2021, arXiv 2101.04731, eq. 4 to 7) with T = 0.2, T_t = 1e-4 and K = 65536. The target itself is
-    logit 0, as in its code; the queue is filled with the targets of past batches, which come from a store here, so that no
-    teacher is run for it. lightly-train's variant has 0.07 for both temperatures.
+    logit 0, as in SEED's code. The queue has the targets of past batches; if these come from a store, no teacher is run.
+    lightly-train's variant uses 0.07 for both temperatures.
 
-    The queue starts with random unit vectors, as MoCo's and SEED's do, and is part of a checkpoint. Of several processes
-    each holds the targets of all.
+    The queue starts with random unit vectors, as in MoCo and SEED, and is saved in checkpoints. With several processes, each
+    has the targets of all processes.
 
     Args:
         dim: D.
-        queue: K, targets in the queue.
-        temperature: T, the student's.
-        teacher_temperature: T_t.
+        queue: K, number of targets in the queue.
+        temperature: T, temperature of the student.
+        teacher_temperature: T_t, temperature of the teacher.
 
     Raises:
         RequestError: A setting is not positive, or `queue` is not a whole number.
@@ -44,13 +44,13 @@ class QueueKL(Objective):
             raise RequestError(f"objective queue_kl: queue {queue}: must be a whole number")
         self.temperature = temperature
         self.teacher_temperature = teacher_temperature
-        noise = torch.randn(queue, dim, generator=torch.Generator().manual_seed(0))  # leaves the student's draw alone
+        noise = torch.randn(queue, dim, generator=torch.Generator().manual_seed(0))  # does not change the global generator
         self.register_buffer("queue", F.normalize(noise, dim=1))
         self.register_buffer("next", torch.zeros((), dtype=torch.int64))
 
     @classmethod
     def for_targets(cls, about: "TeacherInfo | None", **settings: Any) -> Self:
-        """The objective for targets of their dimension."""
+        """Makes the objective for the dimension of the targets."""
         return cls(size_of(about, "queue_kl"), **settings)
 
     def forward(self, student: Tensor, target: Tensor) -> Tensor:
@@ -60,13 +60,13 @@ class QueueKL(Objective):
         return cross_entropy(of_student, of_target)
 
     def floor(self, target: Tensor) -> Tensor:
-        """The targets' mean entropy in nats at T_t [B, D]: a bound, which the student's larger T may keep it from reaching."""
+        """The mean entropy in nats of the targets at T_t: a lower bound, perhaps out of reach, since the student's T is larger."""
         of_target = torch.cat([_own(target, target), scores(target, self.queue)], dim=1) / self.teacher_temperature
         return cross_entropy(of_target, of_target)
 
     @torch.no_grad()
     def remember(self, target: Tensor) -> None:
-        """Puts the targets [B, D] of all processes in the places of the oldest ones."""
+        """Replaces the oldest targets in the queue by the targets [B, D] of all processes."""
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             parts = [torch.empty_like(target) for _ in range(dist.get_world_size())]
             dist.all_gather(parts, target.contiguous())
@@ -79,6 +79,6 @@ class QueueKL(Objective):
 
 
 def _own(rows: Tensor, target: Tensor) -> Tensor:
-    """Each row's product with its own target: [B, 1]."""
+    """The dot product of each row with its own target: [B, 1]."""
     exact = torch.promote_types(rows.dtype, torch.float32)
     return (rows.to(exact) * target.to(exact)).sum(dim=1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Cross-entropy of similarities within the batch: the student keeps who is near whom."""
+"""Cross-entropy of similarities within the batch."""
 
 import torch
 from torch import Tensor
@@ -8,13 +8,13 @@ from fkd_ssl.objectives.objective import Objective, check_positive, cross_entrop
 
 
 class Relational(Objective):
-    """Cross-entropy between softmax over j of t_i.t_j / T and of s_i.s_j / T, j all other crops of the batch.
+    """Cross-entropy between the softmax over j of t_i.t_j / T and that of s_i.s_j / T; j are all other crops of the batch.
 
-    CompRess's distributions (Koohpayegani et al., NeurIPS 2020, arXiv 2010.14713, eq. 1 to 3) with T = 0.04, over the batch
-    in the place of its memory bank, as in probabilistic knowledge transfer (Passalis and Tefas, arXiv 1803.10837): nothing
-    to keep, and the student's side has a gradient too. A crop's likeness to itself is left out, since it is 1 on both sides.
+    The distributions of CompRess (Koohpayegani et al., NeurIPS 2020, arXiv 2010.14713, eq. 1 to 3) with T = 0.04, over the
+    batch instead of a memory bank, as in probabilistic knowledge transfer (Passalis and Tefas, arXiv 1803.10837). So nothing is
+    kept, and both factors of a student's similarity have gradients. The similarity of a crop to itself is left out: it is 1.
 
-    Of several processes, and where a step's batch is run in parts, each compares its own part.
+    With several processes or `accumulate`, each part of the batch is compared within itself.
 
     Args:
         temperature: T.
@@ -37,7 +37,7 @@ class Relational(Objective):
 
 
 def _others(rows: Tensor) -> Tensor:
-    """Products [B, B - 1] of each row [B, D] with every other."""
+    """Dot products [B, B - 1] of each row [B, D] with every other row."""
     count = len(rows)
     apart = ~torch.eye(count, dtype=torch.bool, device=rows.device)
     return scores(rows, rows)[apart].view(count, count - 1)

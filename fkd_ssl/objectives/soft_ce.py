@@ -1,4 +1,4 @@
-"""Cross-entropy of class probabilities: FKD's loss, and Hinton's with a temperature."""
+"""Cross-entropy of class probabilities: the loss of FKD; with a temperature, that of Hinton et al."""
 
 import torch
 from torch import Tensor
@@ -9,13 +9,13 @@ from fkd_ssl.objectives.objective import Objective, check_positive
 class SoftCE(Objective):
     """Cross-entropy between the teacher's probabilities at a temperature and softmax(student / T), over K classes.
 
-    FKD (Shen and Xing, ECCV 2022, arXiv 2112.01528, eq. 2) has T = 1. With another T (Hinton et al., arXiv 1503.02531, section
-    2) the stored probabilities p become p^(1/T) / sum p^(1/T), which is the softmax of the teacher's logits at that T as far as
-    the codec has kept them. There is no factor T^2 here.
+    FKD (Shen and Xing, ECCV 2022, arXiv 2112.01528, eq. 2) uses T = 1. With another T (Hinton et al., arXiv 1503.02531, section
+    2) the stored probabilities p become p^(1/T) / sum p^(1/T), which equals the softmax of the teacher's logits at that T up to
+    the loss of the codec. The loss is not multiplied by T^2.
 
     Args:
-        temperature: T of the student.
-        teacher_temperature: Of the teacher; the student's by default.
+        temperature: Temperature of the student.
+        teacher_temperature: Temperature of the teacher; by default that of the student.
     """
 
     kind = "distribution"
@@ -34,7 +34,7 @@ class SoftCE(Objective):
         return loss
 
     def floor(self, target: Tensor) -> Tensor:
-        """The targets' mean entropy in nats."""
+        """The mean entropy in nats of the targets."""
         p = self._target(target)
         entropy: Tensor = -torch.special.xlogy(p, p).sum(dim=1).mean()
         return entropy

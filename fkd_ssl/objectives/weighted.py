@@ -10,11 +10,11 @@ from fkd_ssl.objectives.objective import Objective
 
 
 class Weighted(Objective):
-    """w_1 L_1 + w_2 L_2 + ...
+    """The weighted sum w_1 L_1 + w_2 L_2 + ...
 
     Args:
         parts: The objectives L.
-        weights: Their positive weights w, as they are: the learning rate belongs to their sum.
+        weights: Their positive weights w. They are not normalised, so the learning rate depends on their sum.
 
     Raises:
         RequestError: The objectives are for different kinds of targets.
@@ -39,6 +39,6 @@ class Weighted(Objective):
         return torch.stack(floors).sum()
 
     def remember(self, target: Tensor) -> None:
-        """Every part takes the targets [B, D]."""
+        """Passes the targets [B, D] to every part."""
         for part in self.parts:
             part.remember(target)  # type: ignore[operator]

@@ -60,7 +60,7 @@ class Method(TrainingModule):
 
 
 def queue_length(config: PretrainConfig, count: int) -> int:
-    """The length of the queue for `count` images: a multiple of the batch size, as the methods require, and at most half of them.
+    """The queue length for `count` images: a multiple of the batch size, as both methods require, and at most half of `count`.
 
     A longer queue would often have an earlier embedding of the same image. Returns 0 if the config has no queue.
     """

@@ -1,4 +1,4 @@
-"""Students: the networks that are trained."""
+"""Students: the networks that distillation trains."""
 
 from fkd_ssl.students.backbones import REACTNETS, TIMM, make_backbone
 from fkd_ssl.students.heads import CLASSIFIER, HEADS, make_head

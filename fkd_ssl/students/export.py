@@ -1,4 +1,4 @@
-"""A student's backbone, and a classifier's last layer, in the layout of a library, as safetensors."""
+"""Export of a student's backbone, and a classifier's last layer, to safetensors in the layout of a library."""
 
 import copy
 import json
@@ -17,29 +17,29 @@ from fkd_ssl.students.saved import EXPORTED, LAST_LAYER, STUDENT_KEY
 from fkd_ssl.students.student import Student
 
 Layout = Literal["torchvision", "timm"]
-_TWINS = {"mobilenet_v2": "mobilenetv2_100"}  # networks that timm calls otherwise
+_TWINS = {"mobilenet_v2": "mobilenetv2_100"}  # networks with another name in timm
 _EXACT = 1e-6
-_OWN_LAST = "head.0"  # what the last layer is called where the library has no place for it
+_OWN_LAST = "head.0"  # name of the last layer if the library's network has no layer for it
 
 
 def export(student: Student, path: Path, *, layout: Layout | None, pixels: int) -> str:
-    """Writes a backbone's weights under the library's own names, without a projection head.
+    """Writes a backbone's weights with the library's names, without the projection head.
 
-    Another library's layout is found by laying both networks' weights side by side, and is written only if its network then
-    gives the same features. The last layer of a student of class probabilities is written too: as the library's own, where its
-    network ends in one linear layer on these features.
+    The layout of another library is found by pairing the weights of both networks in order, and is written only if its network
+    then gives the same features. The last layer of a classifier is also written, under the library's name if its network ends
+    in one linear layer on these features.
 
     Args:
-        student: In eval mode.
-        path: The file; one that is there is never overwritten.
-        layout: Whose; the student's own library's by default.
+        student: Student in eval mode.
+        path: File to write; an existing file is never overwritten.
+        layout: Library that defines the names; by default the library of the student.
         pixels: Side of the crops that it was trained on, for the file's metadata.
 
     Returns:
-        The line of Python that loads it.
+        A line of Python code that loads the file.
 
     Raises:
-        RequestError: The library has no such network, or the file is not called .safetensors.
+        RequestError: The library does not have the network, or the file name does not end in .safetensors.
         StoreError: The file exists with other content.
     """
     if path.suffix != EXPORTED:
@@ -63,15 +63,15 @@ def export(student: Student, path: Path, *, layout: Layout | None, pixels: int) 
 
 
 def library(name: str) -> str:
-    """Whose network a student's name means: torchvision, timm or fkd_ssl."""
+    """The library of a student's network: torchvision, timm or fkd_ssl."""
     return "fkd_ssl" if name in REACTNETS else "timm" if name.startswith(TIMM) else "torchvision"
 
 
 def loading(made_of: dict[str, Any], path: Path) -> str:
-    """The line of Python that loads an exported file of such a student into its library's network."""
+    """A line of Python code that loads an exported file into the library's network."""
     name, classes = str(made_of["name"]), made_of.get("dim")
-    unusual = set(made_of) - {"name", "head", "dim", LAST_LAYER}  # another stem or width than the library's
-    foreign = made_of.get(LAST_LAYER) == _OWN_LAST  # a last layer that the library's network has not
+    unusual = set(made_of) - {"name", "head", "dim", LAST_LAYER}  # a stem or width that the library does not have
+    foreign = made_of.get(LAST_LAYER) == _OWN_LAST  # the library's network lacks this last layer
     if unusual or foreign or name in REACTNETS or name.startswith("mnasnet"):  # whose layers ask for a version that no file has
         return f'student, pixels = fkd_ssl.load_student("{path}")'
     if name.startswith(TIMM):
@@ -91,7 +91,7 @@ def loading(made_of: dict[str, Any], path: Path) -> str:
 
 
 def _translated(student: Student, layout: Layout, weights: dict[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
-    """The name of the other library's network, and the weights by its names."""
+    """Returns the name of the network in the other library, and the weights by its names."""
     name = str(student.made_of["name"])
     if layout == "timm":
         other = f"{TIMM}{_TWINS.get(name, name)}"
@@ -116,7 +116,7 @@ def _translated(student: Student, layout: Layout, weights: dict[str, Tensor]) ->
 
 
 def _same(one: nn.Module, other: nn.Module) -> bool:
-    """Whether two networks give the same features of noise, in double precision."""
+    """Whether two networks give the same features for noise, in double precision."""
     noise = torch.randn(2, 3, 96, 96, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     with torch.no_grad():
         a, b = (copy.deepcopy(network).cpu().double().eval()(noise) for network in (one, other))

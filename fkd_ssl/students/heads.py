@@ -1,4 +1,4 @@
-"""Projection heads: from a backbone's features to the teacher's dimension; they are dropped after training."""
+"""Projection heads, which map backbone features to the teacher's dimension; they are dropped after training."""
 
 from collections.abc import Callable
 
@@ -13,9 +13,9 @@ def mocov2(features: int, dim: int) -> nn.Sequential:
 
 
 def simreg(features: int, dim: int) -> nn.Sequential:
-    """SimReg's four layers F, 2F, F, 2F, D, BatchNorm and ReLU after the first and the third (arXiv 2201.05131, section 3).
+    """SimReg's four layers F, 2F, F, 2F, D, with BatchNorm and ReLU after layers 1 and 3 (arXiv 2201.05131, section 3).
 
-    Its projection and its prediction of two layers each meet without a non-linearity, as in its code.
+    These are a projection and a prediction of two layers each, without a non-linearity between them, as in SimReg's code.
     """
     return nn.Sequential(
         nn.Linear(features, 2 * features), nn.BatchNorm1d(2 * features), nn.ReLU(inplace=True),
@@ -26,7 +26,7 @@ def simreg(features: int, dim: int) -> nn.Sequential:
 
 
 def classifier(features: int, dim: int) -> nn.Sequential:
-    """One linear layer to the logits of K classes, which stay as long as they are."""
+    """One linear layer to the logits of K classes, which are not normalised."""
     return nn.Sequential(nn.Linear(features, dim))
 
 
@@ -35,7 +35,7 @@ HEADS: dict[str, Callable[[int, int], nn.Sequential]] = {"mocov2": mocov2, "simr
 
 
 def make_head(name: str, features: int, dim: int) -> nn.Sequential:
-    """A head, F to D; raises RequestError where there is none of that name."""
+    """Makes a head from F to D; raises RequestError if the name is unknown."""
     if name not in HEADS:
         raise RequestError(f"head {name!r} is unknown; there are {', '.join(HEADS)}{did_you_mean(name, HEADS)}")
     return HEADS[name](features, dim)

@@ -1,8 +1,8 @@
-"""ReActNet-A: a MobileNet whose convolutions are binary, but for the first; the student of S2-BNN.
+"""ReActNet-A: a MobileNet with binary convolutions except the first; the student of S2-BNN.
 
 Liu et al., "ReActNet: Towards Precise Binary Neural Network with Generalized Activation Functions", ECCV 2020 (arXiv
-2003.03488). Its two steps: `reactnet_step1` has binary activations and real weights, `reactnet` has both binary and starts
-from the former's weights. Both have the same parameters by the same names.
+2003.03488). It is trained in two steps: `reactnet_step1` has binary activations and real weights; `reactnet` has binary
+activations and weights, and starts from the weights of step 1. Both have the same parameters with the same names.
 """
 
 from itertools import pairwise
@@ -13,13 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 STAGES = (32, 64, 128, 128, 256, 256, 512, 512, 512, 512, 512, 512, 1024, 1024)
-"""Channels after the first convolution and each of 13 blocks; where they double, but in the first block, the stride is 2."""
+"""Channels after the first convolution and each of 13 blocks. Blocks that double them, except the first, have stride 2."""
 
 
 class Sign(torch.autograd.Function):
-    """1 where x > 0, -1 elsewhere, with the gradient of a piecewise quadratic (Bi-Real net's, arXiv 1808.00278, eq. 8).
+    """1 if x > 0 and -1 otherwise, with the gradient of a piecewise quadratic (Bi-Real Net, arXiv 1808.00278, eq. 8).
 
-    The gradient is 2 + 2x from -1 to 0, 2 - 2x from 0 to 1 and 0 outside: 2 - 2|x|, cut at 0.
+    The gradient is max(0, 2 - 2|x|).
     """
 
     @staticmethod
@@ -38,10 +38,10 @@ class Sign(torch.autograd.Function):
 
 
 class BinaryConv2d(nn.Conv2d):
-    """A convolution whose weights are mean |w| of their output channel, times sign(w) (ReActNet, eq. 1; XNOR-Net's scale).
+    """A convolution with the weights sign(w) times the mean |w| of the output channel (ReActNet, eq. 1; XNOR-Net's scale).
 
-    A weight's gradient is its binary one's where |w| <= 1 and 0 elsewhere; the scale has none. The real weights are what is
-    trained and saved.
+    The gradient of a weight is that of its binary weight if |w| <= 1, otherwise 0; the scale has no gradient. The real weights
+    are trained and saved.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ class BinaryConv2d(nn.Conv2d):
 
 
 class Shift(nn.Module):
-    """A learned number added to each channel: a sign's threshold, and both shifts of a PReLU."""
+    """Adds a learned number to each channel: the threshold of a sign, or a shift of a PReLU."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -108,11 +108,11 @@ class Block(nn.Module):
 
 
 class ReActNet(nn.Module):
-    """The backbone: pooled features [B, 1024 x width] of normalised floats [B, 3, H, W].
+    """The backbone, from normalised floats [B, 3, H, W] to pooled features [B, 1024 x width].
 
     Args:
         binary_weights: False for the first step of the training.
-        width: Every number of channels is multiplied by it.
+        width: Multiplier of all numbers of channels.
     """
 
     def __init__(self, *, binary_weights: bool = True, width: float = 1.0) -> None:

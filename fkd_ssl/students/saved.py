@@ -1,4 +1,4 @@
-"""Students out of files: a checkpoint of a run, or what `fkd-ssl export` wrote."""
+"""Loading of students from files: a checkpoint of a run, or a file written by `fkd-ssl export`."""
 
 import json
 import reprlib
@@ -14,18 +14,18 @@ from fkd_ssl.errors import CheckpointError
 from fkd_ssl.students.student import Student
 
 STUDENT_KEY = "fkd_ssl_student"
-"""Where a checkpoint of Lightning's, and an exported file's metadata, say what the student is."""
+"""Key of the student's description in a Lightning checkpoint and in the metadata of an exported file."""
 LAST_LAYER = "last_layer"
-"""What an exported classifier's last layer is called in its file, in that metadata."""
+"""Key in that metadata of the name of an exported classifier's last layer."""
 EXPORTED = ".safetensors"
 _MOST_PIXELS, _MOST_DIM = 4096, 2**20
 
 
 def load_student(path: str | Path) -> tuple[Student, int]:
-    """The student of a file, in eval mode, and the side of the crops that it was trained on.
+    """Loads the student of a file, in eval mode; returns it and the side of the crops that it was trained on.
 
-    Of a training with a moving average it is the average. An exported file has a classifier's last layer and no
-    projection head: that of its student is untrained.
+    If the training kept a moving average of the weights, the average is loaded. An exported file has a classifier's last layer
+    but no projection head, so the head of its student is untrained.
 
     Raises:
         CheckpointError: The file is not a checkpoint of fkd-ssl train nor a file of fkd-ssl export.
@@ -41,7 +41,7 @@ def load_student(path: str | Path) -> tuple[Student, int]:
         ):
             raise ValueError(f"pixels {reprlib.repr(pixels)}, dim {reprlib.repr(dims)}")
         heads = {len(value) for key, value in weights.items() if key.startswith(("head.", "more_heads.")) and value.ndim}
-        if not exported and (len(dims) > len(weights) or not heads >= set(dims)):  # before they ask for any memory
+        if not exported and (len(dims) > len(weights) or not heads >= set(dims)):  # before any memory is allocated
             raise ValueError(f"dim {reprlib.repr(dims)}, and no head gives as many")
         options = {key: about[key] for key in ("head", "stem", "width") if key in about}
         student = Student(str(about["name"]), *dims, **options)
@@ -51,7 +51,7 @@ def load_student(path: str | Path) -> tuple[Student, int]:
         versioned = OrderedDict(weights)
         versioned._metadata = state._metadata  # type: ignore[attr-defined]  # MNASNet's layers ask for their version
         student.load_state_dict(versioned)
-    except Exception as error:  # whatever a foreign file makes torch raise
+    except Exception as error:  # torch may raise anything for an untrusted file
         what = "file of fkd-ssl export" if exported else "checkpoint of fkd-ssl train"
         reason = f"{(str(error).splitlines() or [type(error).__name__])[0]:.200}"
         reason = f"no {error} in it" if isinstance(error, KeyError) else reason
@@ -70,5 +70,5 @@ def _exported(path: str | Path, weights: dict[str, Tensor]) -> tuple[dict[str, A
     last, dim = about.get(LAST_LAYER), 1
     head = {} if last is None else {f"head.0.{part}": weights.pop(f"{last}.{part}") for part in ("weight", "bias")}
     if head:
-        dim = len(head["head.0.bias"])  # and not the metadata's, which may ask for any memory
+        dim = len(head["head.0.bias"])  # not from the metadata, which may ask for any amount of memory
     return {**about, "dim": dim}, {**{f"backbone.{key}": value for key, value in weights.items()}, **head}

@@ -1,4 +1,4 @@
-"""How large a student is: parameters and multiply-adds."""
+"""The size of a student: parameters and multiply-adds."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -12,14 +12,14 @@ from fkd_ssl.students.reactnet import BinaryConv2d
 
 @dataclass(frozen=True, kw_only=True)
 class Size:
-    """Of a backbone, without its head."""
+    """The size of a backbone, without its head."""
 
     parameters: int
-    """All of them."""
+    """Number of parameters."""
     multiply_adds: int
-    """Of one image, in convolutions, linear layers and attention, without the binary ones."""
+    """Multiply-adds per image in convolutions, linear layers and attention, without binary convolutions."""
     binary_multiply_adds: int
-    """Of one image, in binary convolutions: a processor does 64 of them at once (ReActNet, section 5.1)."""
+    """Multiply-adds per image in binary convolutions; a processor does 64 of them at once (ReActNet, section 5.1)."""
 
     def __str__(self) -> str:
         binary = f" and {self.binary_multiply_adds / 1e6:,.1f} M binary ones" if self.binary_multiply_adds else ""
@@ -27,7 +27,7 @@ class Size:
 
 
 def measure(backbone: nn.Module, pixels: int) -> Size:
-    """The size of a backbone that takes [1, 3, P, P]; it is left as it was."""
+    """Measures a backbone with an input [1, 3, P, P]; the backbone is not changed."""
     binary = [0]
 
     def count(module: BinaryConv2d, inputs: Any, output: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""A student: a backbone and a projection head for each teacher."""
+"""A student: a backbone and one projection head per teacher."""
 
 from typing import Any
 
@@ -14,27 +14,27 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Student(nn.Module):
-    """A backbone and a projection head, MoCo v2's by default.
+    """A backbone and a projection head, by default that of MoCo v2.
 
-    A student of several teachers has a head for each, as in SimReg (arXiv 2201.05131).
+    A student of several teachers has one head per teacher, as in SimReg (arXiv 2201.05131).
 
     Args:
-        name: Of the backbone: a classifier of torchvision's, timm/NAME, reactnet or reactnet_step1.
+        name: Name of the backbone: a classifier of torchvision, timm/NAME, reactnet or reactnet_step1.
         dims: D of each teacher's targets.
-        head: Of `HEADS`.
-        stem: As make_backbone takes it.
-        width: Likewise.
+        head: Name in `HEADS`.
+        stem: Stem of the backbone; see make_backbone.
+        width: Multiplier of the number of channels; see make_backbone.
 
     Attributes:
-        backbone: [B, 3, H, W] to features [B, F]; what is kept after training.
-        head: Features [B, F] to the first teacher's [B, D].
-        more_heads: The other teachers'.
+        backbone: Maps [B, 3, H, W] to features [B, F]; it is kept after training.
+        head: Maps features [B, F] to the first teacher's targets [B, D].
+        more_heads: Heads of the other teachers.
         feature_dim: F.
-        made_of: What makes such a student again, beside its dimensions: `name`, and of `head`, `stem` and `width` what is not
-            as usual.
+        made_of: Arguments that make the same student again, except `dims`: `name`, and those of `head`, `stem` and `width` that
+            differ from their defaults.
 
     Raises:
-        RequestError: There is no such backbone, head, stem or width.
+        RequestError: The backbone, head, stem or width is unknown or not supported.
     """
 
     mean: Tensor
@@ -57,7 +57,7 @@ class Student(nn.Module):
         return features
 
     def start_from(self, other: "Student") -> None:
-        """Takes the weights of a student of the same backbone; the heads' too where their shapes are the same.
+        """Copies the weights of a student with the same backbone, and those of its heads if their shapes are equal.
 
         Raises:
             RequestError: The backbones differ.
@@ -77,11 +77,11 @@ class Student(nn.Module):
         return [int(head[-1].out_features) for head in (self.head, *self.more_heads)]
 
     def forward(self, images: Tensor) -> Tensor:
-        """L2-normalised embeddings [B, D], or a classifier's logits [B, K], of uint8 [B, 3, H, W], by the first head."""
+        """L2-normalised embeddings [B, D], or logits [B, K] of a classifier, of uint8 [B, 3, H, W], from the first head."""
         return self._output(self.head(self.features(images)))
 
     def embeddings(self, images: Tensor) -> list[Tensor]:
-        """What `forward` gives, for each teacher."""
+        """The output of `forward` for each teacher's head."""
         features = self.features(images)
         return [self._output(head(features)) for head in (self.head, *self.more_heads)]
 
@@ -90,7 +90,7 @@ class Student(nn.Module):
 
 
 def check_student(name: str, pixels: int, *, head: str = "mocov2", stem: str = "standard", width: float = 1.0) -> None:
-    """Raises RequestError where there is no such student, or it cannot take crops of `pixels`."""
+    """Raises RequestError if the student cannot be made, or does not accept crops of side `pixels`."""
     student = Student(name, 2, head=head, stem=stem, width=width)
     try:
         with torch.no_grad():
