@@ -3,10 +3,10 @@
     python benchmarks/cache.py --images DIR --out DIR [--short_sides 128 192] [--qualities 90 95] \
         [--train DIR --val DIR --teacher mocov2 --checkpoint FILE --knn_pixels 64]
 
-Crops (recipe fkd, 4 an image) of the copy, with scaled boxes, against those of the originals: PSNR, mean and least. Reading
-is decoding and replaying 4 crops an image on one core (processor time, best of interleaved rounds): of the originals, of
-the copy, and of the copy's pixels kept raw in one memory-mapped array. With --train, --val and a teacher: its kNN on the
-originals and on copies of both.
+Compares crops (recipe fkd, 4 per image) of the copy, with scaled boxes, with those of the originals: mean and minimum PSNR.
+Reading means decoding and replaying 4 crops per image on one core (processor time, best of interleaved rounds): of the
+originals, of the copy, and of the copy's raw pixels in one memory-mapped array. With --train, --val and a teacher, also scores
+its kNN on the originals and on copies of both.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What ImageNet costs, before one has it: bytes of a store by crops and codec, hours of precompute by the teacher's speed.
+"""Estimates the cost of ImageNet: bytes of a store by crops and codec, hours of precompute by the teacher's speed.
 
     python benchmarks/imagenet.py
     python benchmarks/imagenet.py --photos photos --folder scratch --teacher mocov2 --checkpoint F.pth.tar

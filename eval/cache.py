@@ -1,4 +1,4 @@
-"""Features that are computed once: a folder of memory-mapped .npy files, keyed by model, images and transform.
+"""Cache of features: a folder of memory-mapped .npy files, keyed by model, images and transform.
 
 CACHE/KEY/ has `about.json` (what the key is made of), `labels.npy` int64 [N], `features.npy` float32 [N, D], and `done.json`
 (the sha256 of both arrays), written last; until then it has parts of 2048 images. Several processes can fill one entry: a part
@@ -50,19 +50,19 @@ def cached(
     desc: str = "features",
     skipped: set[str] | None = None,
 ) -> tuple[Float32Array, Int64Array, Path]:
-    """`extract_rows` by way of a cache: what is there is mapped, what is missing is computed and kept.
+    """`extract_rows` with a cache: maps stored features, and computes and stores missing ones.
 
     Args:
         model: uint8 [B, 3, P, P] -> float [B, D].
         images: Of any sizes.
         folder: CACHE; made if it is missing.
-        identity: What tells this model from others, such as a digest of its weights, layers and preprocessing.
+        identity: Identifies the model, for instance a digest of its weights, layers and preprocessing.
         pixels: P.
         batch_size: Images the model gets at once.
         workers: Processes that decode.
         progress: Show a bar on standard error.
-        desc: What the bar is called.
-        skipped: As in `extract`; of an image that was skipped before it takes the name.
+        desc: Title of the bar.
+        skipped: As in `extract`; for an image that was skipped in an earlier call, it gets the name.
 
     Returns:
         Features float32 [N, D], mapped and read-only, numbers of the images int64 [N], and the entry's folder.
@@ -94,7 +94,7 @@ def cached(
                     files.write_npy(part, _part(model, subset, pixels, batch_size, workers, skip=skipped is not None))
                     bar.update()
             if busy:
-                time.sleep(0.2)  # another process computes the rest
+                time.sleep(0.2)  # other processes compute the rest
             elif not (entry / "done.json").exists():
                 _assemble(entry, parts, images)
     done = files.read_json(entry / "done.json")
@@ -114,7 +114,7 @@ def cached(
 
 
 def _part(model: Model, images: ImageSource, pixels: int, batch_size: int, workers: int, *, skip: bool) -> Float32Array:
-    """Features float32 [n, D] of the images of a part: NaN for those that are skipped, and D = 0 if all are."""
+    """Features float32 [n, D] of the images of a part: NaN for skipped images, and D = 0 if all are skipped."""
     skipped: set[str] | None = set() if skip else None
     try:
         found, rows = extract_rows(
@@ -159,9 +159,9 @@ def _assemble(entry: Path, parts: list[Path], images: ImageSource) -> None:
 
 
 def _same_answers(model: Model, entry: Path, images: ImageSource, pixels: int) -> None:
-    """Raises StoreError where the model's answers to noise are not those of the model that made the entry.
+    """Raises StoreError if the model's outputs for noise differ from those of the model that made the entry.
 
-    A function of the same name and weights may have been rewritten.
+    This detects a rewritten function with the same name and weights.
     """
     noise = np.random.default_rng(0).integers(0, 256, size=(2, 3, pixels, pixels), dtype=np.uint8)
     with frozen(model), torch.inference_mode():

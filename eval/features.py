@@ -72,8 +72,8 @@ def extract(
 ) -> tuple[Float32Array, Int64Array]:
     """Features of every image, in the set's order, and their labels (-1 for an image outside any class).
 
-    Beside the result, memory is bounded by a few batches. An `nn.Module` is put into eval mode meanwhile; any other
-    callable sees to that itself. No random state is touched, so this can run in the middle of a training.
+    Besides the result, memory is bounded by a few batches. An `nn.Module` is in eval mode during the call; any other callable
+    must ensure that itself. No random state changes, so you can call it in the middle of a training.
 
     Args:
         model: uint8 [B, 3, P, P] -> float [B, D].
@@ -82,17 +82,17 @@ def extract(
         batch_size: Images the model gets at once.
         workers: Processes that decode; 0 decodes in this one.
         progress: Show a bar on standard error.
-        desc: What the bar is called.
-        skipped: Takes the error message of each damaged image, which is then left out. By default the first one is raised.
+        desc: Title of the bar.
+        skipped: Collects the error message of each damaged image, which is left out. By default the first error is raised.
 
     Returns:
         Features float32 [N, D] and labels int64 [N].
 
     Raises:
-        RequestError: The set is empty, or a number is below its least sensible value.
+        RequestError: The set is empty, or a number is below its minimum.
         ImageAccessError: An image cannot be opened.
         ImageError: An image is damaged, and is not left out, or all are.
-        FkdError: The model returned no finite [B, D] tensor of floats.
+        FkdError: The output of the model is not a finite [B, D] tensor of floats.
     """
     features, rows = extract_rows(
         model, images, pixels=pixels, batch_size=batch_size, workers=workers, progress=progress, desc=desc, skipped=skipped

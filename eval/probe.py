@@ -24,7 +24,7 @@ from fkd_ssl.images import ImageSource
 WEIGHT_DEVIATION = 0.01  # of the layer's initial weights in moco, swav and simsiam; the bias starts at 0
 DECAY = 0.1  # at each milestone
 TRUST = 0.001  # trust coefficient of LARS
-_SAMPLE, _TOLERANCE = 16, 1e-2  # validation features in a checkpoint, and how near to them those of a resumed run must be
+_SAMPLE, _TOLERANCE = 16, 1e-2  # validation features in a checkpoint, and their tolerance in a resumed run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +54,7 @@ class ProbeProtocol:
     lars: bool = False
     """Whether each gradient is scaled to TRUST times the length of its tensor (apex's LARC, without clipping)."""
     small_start: bool = True
-    """Whether weights start from N(0, 0.01) and biases from 0, or as in torch's Linear."""
+    """Whether weights start from N(0, 0.01) and biases from 0; otherwise as in torch's Linear."""
 
     def __post_init__(self) -> None:
         check_counts(epochs=self.epochs, batch_size=self.batch_size)
@@ -97,7 +97,7 @@ class Probe:
             self._load(file)
 
     def learn(self, features: Tensor, target: Tensor) -> None:
-        """Takes features float [B, D] and labels int64 [B], and does a step for each full batch."""
+        """Adds features float [B, D] and labels int64 [B]; does a step for each full batch."""
         if features.shape[1] != self.layer.in_features:
             raise FkdError(
                 f"the model returned {self.layer.in_features} dimensions, then {features.shape[1]}: expected one size"

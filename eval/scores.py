@@ -1,4 +1,4 @@
-"""What the probes share: checked arrays of features and labels, and accuracy from class scores.
+"""Functions shared by the probes: checks of features and labels, and accuracy from class scores.
 
 Legend: `n` images, `N` training images, `D` feature dimension, `C` classes.
 """
@@ -22,7 +22,7 @@ def as_features(values: Any, name: str) -> Float32Array:
 
     Args:
         values: Array, or tensor on any device.
-        name: What messages call them.
+        name: Name of the features in error messages.
 
     Raises:
         RequestError: They are not two-dimensional, or empty.
@@ -171,7 +171,7 @@ def per_class(rank: Int64Array, labels: Int64Array, names: Sequence[str]) -> dic
 
 
 def few_classes(num_classes: int) -> list[str]:
-    """A note if top-5 says nothing, because there are at most five classes."""
+    """A note that top-5 is meaningless, if there are at most five classes."""
     return [f"top5 is 100 by definition: there are {num_classes} classes"] if num_classes <= 5 else []
 
 

@@ -1,9 +1,9 @@
 """Exact nearest neighbours in blocks of bounded memory: a matrix product, and the k largest values of each row.
 
-The product is numpy's on the CPU and torch's on a GPU. faiss's exact index is not used: on processors that the OpenBLAS in its
-wheel does not know it has a third of the speed, elsewhere about the same, and it needs normalised copies of the features
-(benchmarks/knn.py). The training features are neither copied nor normalised for the cosine: the products are divided by their
-lengths. So they may be memory-mapped files.
+The product uses numpy on the CPU and torch on a GPU. faiss's exact index is not used: it has a third of the speed on
+processors unknown to the OpenBLAS in its wheel, about the same speed elsewhere, and needs normalised copies of the features
+(benchmarks/knn.py). For the cosine, products are divided by the lengths, so that the training features are neither copied nor
+normalised and can be memory-mapped files.
 
 Legend: `N` training images, `n` queries, `D` feature dimension, `Q` queries in a chunk, `W` training images in a block.
 """

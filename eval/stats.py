@@ -49,12 +49,12 @@ def paired_bootstrap(
     """Accuracy of `a` minus that of `b` in percentage points, with the percentile interval of a paired bootstrap.
 
     Each draw takes S seeds and n images with replacement, the same for both arms: the arms share their images, and a seed gives
-    both the same initial weights and order. With few seeds the interval says little of the variance between seeds, with one
-    nothing: the true interval is wider.
+    both the same initial weights and order. With few seeds the interval misses much of the variance between seeds, with one seed
+    all of it: the true interval is wider.
 
     Args:
         a: Whether each image was classified correctly, bool [S, n], or [n] for one seed.
-        b: Likewise, in the same order of seeds and images.
+        b: The same for the other arm, with the same order of seeds and images.
         level: Share of the draws inside the interval.
         draws: Number of bootstrap draws.
         seed: Seed of the draws.

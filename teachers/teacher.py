@@ -17,12 +17,12 @@ class Teacher(nn.Module):
     """A frozen backbone and projection head with their own preprocessing, always in eval mode.
 
     Args:
-        backbone: Normalised floats [B, 3, H, W] to features [B, F].
-        head: Features to what targets are made of, `[B, *shape]`: vectors of any length, or logits.
-        name: What a store's column is called by default.
-        shape: Of one target.
-        kind: `embedding`: targets are L2-normalised vectors; `distribution`: class probabilities, the softmax of what the head
-            gives.
+        backbone: Maps normalised floats [B, 3, H, W] to features [B, F].
+        head: Maps features to vectors of any length, or logits, `[B, *shape]`.
+        name: Default name of the column in a store.
+        shape: Shape of one target.
+        kind: `embedding`: targets are the L2-normalised outputs of the head; `distribution`: targets are class probabilities,
+            the softmax of the head's outputs.
         feature_dim: F; by default the size of a target.
         **about: Fields of TeacherInfo: network, pixels, mean, std, licence, source, checkpoint, checkpoint_sha256, precision,
             arrays. On a GPU, fp32 follows PyTorch's settings: by default convolutions use TF32.
