@@ -49,7 +49,7 @@ def paired_bootstrap(
     """Accuracy of `a` minus that of `b` in percentage points, with the percentile interval of a paired bootstrap.
 
     Each draw takes S seeds and n images with replacement, the same for both arms: the arms share their images, and a seed gives
-    both the same initial weights and order. With few seeds the interval misses much of the variance between seeds, with one seed
+    both the same initial weights and order. With few seeds the interval misses much of the variance between seeds, with one
     all of it: the true interval is wider.
 
     Args:
