@@ -35,9 +35,21 @@ from fkd_ssl.store.write.publish import publish_codes
 from fkd_ssl.targets.faiss_codecs import FaissCodec, sample_size
 
 SPECS = (
-    "Flat", "SQbf16", "SQfp16", "SQ8", "SQ6", "SQ4", "PQ32x8", "PQ16x8", "PQ64x4", "PQ32x4", "OPQ16,PQ16x8", "OPQ8,PQ8x8",
-    "OPQ32,PQ32x8", "OPQ64,PQ64x4",
-)  # fmt: skip
+    "Flat",
+    "SQbf16",
+    "SQfp16",
+    "SQ8",
+    "SQ6",
+    "SQ4",
+    "PQ32x8",
+    "PQ16x8",
+    "PQ64x4",
+    "PQ32x4",
+    "OPQ16,PQ16x8",
+    "OPQ8,PQ8x8",
+    "OPQ32,PQ32x8",
+    "OPQ64,PQ64x4",
+)
 STUDENTS = ("Flat", "SQ4", "OPQ16,PQ16x8")
 HELD_OUT = 9  # one image in so many
 PROBES = ("knn_top1", "linear_top1")
@@ -92,10 +104,15 @@ def codec_table(fresh: Float32Array, seen: Float32Array, specs: list[str], saved
         codes = codec.encode(exact)
         encode, decode = microseconds(codec.encode, exact, 128), microseconds(codec.decode, codes, 512)
         rows[spec] = {
-            "codec": spec, "bytes": codec.code_size, "with_record": codec.code_size + CROP_DTYPE.itemsize,
-            **fidelity(codec.decode(codes), exact), "encode_us": encode, "decode_us": decode, "train_s": seconds,
+            "codec": spec,
+            "bytes": codec.code_size,
+            "with_record": codec.code_size + CROP_DTYPE.itemsize,
+            **fidelity(codec.decode(codes), exact),
+            "encode_us": encode,
+            "decode_us": decode,
+            "train_s": seconds,
             "train_cpu_s": used,
-        }  # fmt: skip
+        }
         print(json.dumps(rows[spec]), file=sys.stderr)
         saved.write_text(json.dumps(rows))
     other = fidelity(np.roll(fresh, 1, axis=1).reshape(exact.shape), exact)
@@ -147,10 +164,20 @@ def write_column(store: Store, spec: str) -> str:
 def training(args: argparse.Namespace, store: Store, name: str, seed: int, out: Path) -> list[str]:
     """The command that trains a student on a column."""
     options = {
-        "images": args.images, "store": store.folder, "teacher": name, "student": args.student, "pixels": args.pixels,
-        "epochs": args.epochs, "lr": args.lr, "warmup_epochs": 1, "batch_size": 128, "crops_per_image": 4, "seed": seed,
-        "workers": 1, "out": out,
-    }  # fmt: skip
+        "images": args.images,
+        "store": store.folder,
+        "teacher": name,
+        "student": args.student,
+        "pixels": args.pixels,
+        "epochs": args.epochs,
+        "lr": args.lr,
+        "warmup_epochs": 1,
+        "batch_size": 128,
+        "crops_per_image": 4,
+        "seed": seed,
+        "workers": 1,
+        "out": out,
+    }
     return [sys.executable, "-m", "fkd_ssl", "train", *(str(part) for k, v in options.items() for part in (f"--{k}", v))]
 
 
@@ -162,12 +189,18 @@ def scores(args: argparse.Namespace, run: Path) -> npt.NDArray[np.bool_]:
     features = resolve.model_of(str(run)).features
     split = extract_split(features, scan(args.images), scan(args.val), pixels=args.pixels, workers=1, progress=False)
     common = {
-        "train_features": split.train_features, "train_labels": split.train_labels, "features": split.features,
-        "labels": split.labels, "num_classes": len(split.classes),
-    }  # fmt: skip
-    correct = np.stack([
-        knn.evaluate_features(k=20, **common)["correct"], logreg.evaluate(progress=False, **common)["correct"],
-    ])  # fmt: skip
+        "train_features": split.train_features,
+        "train_labels": split.train_labels,
+        "features": split.features,
+        "labels": split.labels,
+        "num_classes": len(split.classes),
+    }
+    correct = np.stack(
+        [
+            knn.evaluate_features(k=20, **common)["correct"],
+            logreg.evaluate(progress=False, **common)["correct"],
+        ]
+    )
     np.save(path, correct)
     return correct
 
@@ -191,10 +224,14 @@ def student_table(args: argparse.Namespace, store: Store) -> list[dict[str, obje
             difference, low, high = stats.paired_bootstrap(here, flat)
             by_seed = (100 * (here.mean(axis=1) - flat.mean(axis=1))).round(2).tolist()
             row[probe] = {
-                "mean": round(100 * float(here.mean()), 2), "deviation": round(100 * float(here.mean(axis=1).std(ddof=1)), 2)
-                if args.seeds > 1 else None, "minus_flat": round(difference, 2), "low": round(low, 2), "high": round(high, 2),
-                "equal": stats.equal(low, high), "by_seed": by_seed,
-            }  # fmt: skip
+                "mean": round(100 * float(here.mean()), 2),
+                "deviation": round(100 * float(here.mean(axis=1).std(ddof=1)), 2) if args.seeds > 1 else None,
+                "minus_flat": round(difference, 2),
+                "low": round(low, 2),
+                "high": round(high, 2),
+                "equal": stats.equal(low, high),
+                "by_seed": by_seed,
+            }
         rows.append(row)
     return rows
 
@@ -218,9 +255,16 @@ def main() -> None:
         parser.error("--seeds needs --val")
     teacher = resolve.teacher_of(args.teacher, args.checkpoint)
     precompute(
-        scan(args.images), Path(args.out) / "store", teacher, crops=args.crops, recipe=resolve.recipe_of("mocov2"),
-        codec="Flat", pixels=args.pixels, name="Flat", log=lambda line: print(line, file=sys.stderr),
-    )  # fmt: skip
+        scan(args.images),
+        Path(args.out) / "store",
+        teacher,
+        crops=args.crops,
+        recipe=resolve.recipe_of("mocov2"),
+        codec="Flat",
+        pixels=args.pixels,
+        name="Flat",
+        log=lambda line: print(line, file=sys.stderr),
+    )
     store = open_store(Path(args.out) / "store")
     fresh, seen = split(store)
     specs = args.codecs or list(SPECS)

@@ -63,9 +63,18 @@ class Bench:
         crops, pixels = max(math.ceil(self.args.rate_epochs), values["crops_per_image"]), values["pixels"]
         store = self.args.out / f"store-{pixels}px-{crops}"
         fkd_ssl(
-            "precompute", "--images", self.fit, "--store", store, *self.weights, "--pixels", pixels, "--crops", crops,
+            "precompute",
+            "--images",
+            self.fit,
+            "--store",
+            store,
+            *self.weights,
+            "--pixels",
+            pixels,
+            "--crops",
+            crops,
             *shlex.split(self.args.precompute),
-        )  # fmt: skip
+        )
         scores = {}
         for lr in rates:
             command = ["train", "--config", config, "--targets", "stored", "--images", self.fit, "--store", store, "--lr", lr]
@@ -89,9 +98,19 @@ class Bench:
         command += ["--val", args.val, "--knn_every", 10]
         run = done(out / "run", *command, *shlex.split(args.options))
         probe = done(
-            out / "logreg", "linear", "--protocol", "logreg", "--model", out / "run", "--train", args.images, "--val", args.val,
-            "--workers", 1,
-        )  # fmt: skip
+            out / "logreg",
+            "linear",
+            "--protocol",
+            "logreg",
+            "--model",
+            out / "run",
+            "--train",
+            args.images,
+            "--val",
+            args.val,
+            "--workers",
+            1,
+        )
         student = run["student"]
         return [
             config.stem,

@@ -65,12 +65,15 @@ def measure(args: argparse.Namespace, pixels: int, m: int, device: torch.device)
     usually, decodes, decode, there = seconds
     replay = max(usually - decode, 1e-9)
     return {
-        "px": pixels, "M": m, "worker_ms_an_image": round(1000 * usually / len(order), 2),
+        "px": pixels,
+        "M": m,
+        "worker_ms_an_image": round(1000 * usually / len(order), 2),
         "decoding_worker_ms_an_image": round(1000 * decodes / len(order), 2),
         "worker_time_spared": round(1 - decodes / usually, 2),
-        "device_over_one_core": round(replay / there, 2), "device_crops_a_second": round(len(order) * m / there),
+        "device_over_one_core": round(replay / there, 2),
+        "device_crops_a_second": round(len(order) * m / there),
         "same_bits": equal,
-    }  # fmt: skip
+    }
 
 
 def main() -> None:

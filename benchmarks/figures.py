@@ -19,9 +19,16 @@ from matplotlib.axes import Axes
 DOCS = Path(__file__).parents[1] / "docs"
 GREY, STORED, ONLINE, TEACHER = "#7d8794", "#2e8b57", "#d08a2e", "#5b7fb5"
 STYLE = {
-    "svg.hashsalt": "fkd_ssl", "text.color": GREY, "axes.labelcolor": GREY, "xtick.color": GREY, "ytick.color": GREY,
-    "axes.edgecolor": GREY, "font.size": 10, "axes.spines.top": False, "axes.spines.right": False,
-}  # fmt: skip
+    "svg.hashsalt": "fkd_ssl",
+    "text.color": GREY,
+    "axes.labelcolor": GREY,
+    "xtick.color": GREY,
+    "ytick.color": GREY,
+    "axes.edgecolor": GREY,
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
 
 Row = dict[str, str]
 

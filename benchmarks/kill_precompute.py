@@ -41,9 +41,13 @@ class Counted(Teacher):
     def __init__(self, seed: int, log: Path, pause: float) -> None:
         torch.manual_seed(seed)
         backbone = nn.Sequential(
-            nn.Conv2d(3, 16, 5, stride=2), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(2),
+            nn.Conv2d(3, 16, 5, stride=2),
+            nn.ReLU(),
+            nn.Conv2d(16, 32, 3, stride=2),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(2),
             nn.Flatten(),
-        )  # fmt: skip
+        )
         super().__init__(backbone, nn.Linear(128, 32), name=f"random{seed}", dim=32, network="random", pixels=32)
         self._log = log
         self._pause = pause
@@ -65,9 +69,17 @@ def write(pictures: Path, store: Path, log: Path, pause: float, share: Share | N
     os.environ["TQDM_DISABLE"] = "1"
     teachers = [Counted(seed, log, pause) for seed in (0, 1)]
     summary = precompute(
-        images.scan(pictures), store, teachers, crops=CROPS, recipe=RECIPES["mocov2"], pixels=[32, 40], chunk_size=50,
-        threads=1, share=share, progress=False,
-    )  # fmt: skip
+        images.scan(pictures),
+        store,
+        teachers,
+        crops=CROPS,
+        recipe=RECIPES["mocov2"],
+        pixels=[32, 40],
+        chunk_size=50,
+        threads=1,
+        share=share,
+        progress=False,
+    )
     if summary.busy or summary.left:
         sys.exit(UNFINISHED)
 

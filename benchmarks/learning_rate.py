@@ -58,18 +58,48 @@ def main() -> None:
     store = args.out / "store"
     weights = ["--checkpoint", args.checkpoint] if args.checkpoint else []
     fkd_ssl(
-        "precompute", "--images", fit, "--store", store, "--teacher", args.teacher, *weights, "--pixels", args.pixels,
-        "--crops", math.ceil(args.epochs),
-    )  # fmt: skip
+        "precompute",
+        "--images",
+        fit,
+        "--store",
+        store,
+        "--teacher",
+        args.teacher,
+        *weights,
+        "--pixels",
+        args.pixels,
+        "--crops",
+        math.ceil(args.epochs),
+    )
     scores: dict[str, dict[str, float]] = {}
     for objective in args.objectives:
         for lr in args.lrs:
             run = args.out / f"{objective}-{lr:g}"
             fkd_ssl(
-                "train", "--images", fit, "--store", store, "--student", args.student, "--pixels", args.pixels, "--epochs",
-                args.epochs, "--batch_size", args.batch_size, "--objective", objective, "--lr", lr, "--warmup_epochs",
-                args.warmup_epochs, "--workers", 1, "--out", run,
-            )  # fmt: skip
+                "train",
+                "--images",
+                fit,
+                "--store",
+                store,
+                "--student",
+                args.student,
+                "--pixels",
+                args.pixels,
+                "--epochs",
+                args.epochs,
+                "--batch_size",
+                args.batch_size,
+                "--objective",
+                objective,
+                "--lr",
+                lr,
+                "--warmup_epochs",
+                args.warmup_epochs,
+                "--workers",
+                1,
+                "--out",
+                run,
+            )
             scored = json.loads(fkd_ssl("knn", "--model", run, "--train", fit, "--val", held_out, "--json"))
             scores.setdefault(objective, {})[f"{lr:g}"] = round(scored["top1"], 2)
     best = {objective: max(rates, key=rates.__getitem__) for objective, rates in scores.items()}

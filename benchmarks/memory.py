@@ -43,9 +43,21 @@ def main() -> None:
             )
             out, epochs = str(Path(folder) / f"run{size}"), str(60 * 128 / size)
             train = peak(
-                "train", *common, "--store", store, "--out", out, "--student", args.student, "--epochs", epochs,
-                "--batch_size", "128", "--lr", "1e-3",
-            )  # fmt: skip
+                "train",
+                *common,
+                "--store",
+                store,
+                "--out",
+                out,
+                "--student",
+                args.student,
+                "--epochs",
+                epochs,
+                "--batch_size",
+                "128",
+                "--lr",
+                "1e-3",
+            )
             rows[size] = {"precompute_megabytes": round(precompute / 1e6), "train_megabytes": round(train / 1e6)}
     print(json.dumps(rows, indent=2))
 

@@ -58,17 +58,51 @@ def arm_scores(args: argparse.Namespace, arm: str) -> npt.NDArray[np.bool_]:
     store = args.out / f"store-{arm}"
     weights = ["--checkpoint", args.checkpoint] if args.checkpoint else []
     as_arm(
-        arm, "precompute", "--images", args.images, "--store", store, "--teacher", args.teacher, *weights, "--pixels",
-        args.pixels, "--crops", args.crops, "--codec", "Flat",
-    )  # fmt: skip
+        arm,
+        "precompute",
+        "--images",
+        args.images,
+        "--store",
+        store,
+        "--teacher",
+        args.teacher,
+        *weights,
+        "--pixels",
+        args.pixels,
+        "--crops",
+        args.crops,
+        "--codec",
+        "Flat",
+    )
     for seed in range(args.seeds):
         run = args.out / f"{arm}-seed{seed}"
         if not (run / "correct.npy").exists():
             as_arm(
-                arm, "train", "--images", args.images, "--store", store, "--student", args.student, "--pixels", args.pixels,
-                "--epochs", args.epochs, "--lr", args.lr, "--warmup_epochs", 1, "--batch_size", 128, "--workers", 1, "--seed",
-                seed, "--out", run,
-            )  # fmt: skip
+                arm,
+                "train",
+                "--images",
+                args.images,
+                "--store",
+                store,
+                "--student",
+                args.student,
+                "--pixels",
+                args.pixels,
+                "--epochs",
+                args.epochs,
+                "--lr",
+                args.lr,
+                "--warmup_epochs",
+                1,
+                "--batch_size",
+                128,
+                "--workers",
+                1,
+                "--seed",
+                seed,
+                "--out",
+                run,
+            )
             as_arm(arm, "score", run, args.images, args.val)
     return np.stack([np.load(args.out / f"{arm}-seed{seed}" / "correct.npy") for seed in range(args.seeds)])
 

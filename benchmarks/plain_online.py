@@ -59,20 +59,26 @@ def train_plain(args: argparse.Namespace) -> None:
 
     torch.manual_seed(args.seed)
     scale = args.pixels / 224  # the blur of 224 px, at this size
-    transform = v2.Compose([
-        v2.RandomResizedCrop(args.pixels, scale=(0.2, 1.0)),
-        v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
-        v2.RandomGrayscale(p=0.2),
-        v2.RandomApply([v2.GaussianBlur(2 * math.ceil(6 * scale) // 2 + 1, (0.1 * scale, 2 * scale))]),
-        v2.RandomHorizontalFlip(),
-        v2.ToImage(),
-        v2.ToDtype(torch.float32, scale=True),
-        v2.Normalize(MEAN, STD),
-    ])  # fmt: skip
+    transform = v2.Compose(
+        [
+            v2.RandomResizedCrop(args.pixels, scale=(0.2, 1.0)),
+            v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8),
+            v2.RandomGrayscale(p=0.2),
+            v2.RandomApply([v2.GaussianBlur(2 * math.ceil(6 * scale) // 2 + 1, (0.1 * scale, 2 * scale))]),
+            v2.RandomHorizontalFlip(),
+            v2.ToImage(),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(MEAN, STD),
+        ]
+    )
     loader: DataLoader[Any] = DataLoader(
-        LightlyDataset(str(args.images), transform=transform), batch_size=args.batch_size, shuffle=True, drop_last=True,
-        num_workers=args.workers, persistent_workers=args.workers > 0,
-    )  # fmt: skip
+        LightlyDataset(str(args.images), transform=transform),
+        batch_size=args.batch_size,
+        shuffle=True,
+        drop_last=True,
+        num_workers=args.workers,
+        persistent_workers=args.workers > 0,
+    )
     teacher = teacher_of(args.checkpoint)
     backbone, head = student_of(args.student, teacher.fc[2].out_features)  # type: ignore[index,union-attr]
     optimizer = torch.optim.Adam([*backbone.parameters(), *head.parameters()], lr=args.lr)

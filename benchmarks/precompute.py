@@ -99,9 +99,16 @@ def main() -> None:
         """Crops a second of precompute from the first forward on, the teacher's share, seconds of a core to read a crop."""
         timed = Timed(folder)
         precompute(
-            images, folder, timed, crops=args.crops, recipe=RECIPES["mocov2"], pixels=args.pixels, threads=args.threads,
-            chunk_size=args.chunk_size, progress=False,
-        )  # fmt: skip
+            images,
+            folder,
+            timed,
+            crops=args.crops,
+            recipe=RECIPES["mocov2"],
+            pixels=args.pixels,
+            threads=args.threads,
+            chunk_size=args.chunk_size,
+            progress=False,
+        )
         if timed.began is None:
             raise SystemExit("precompute ran without the teacher")
         took = time.perf_counter() - timed.began

@@ -58,9 +58,13 @@ def main() -> None:
         decoded = [codec.decode(codec.encode(part)) for part in features]
         cosine = (decoded[1] * features[1]).sum(axis=1) / np.linalg.norm(decoded[1], axis=1)
         score = knn.evaluate_features(
-            train_features=decoded[0], train_labels=train.labels, features=decoded[1], labels=labels, k=K,
+            train_features=decoded[0],
+            train_labels=train.labels,
+            features=decoded[1],
+            labels=labels,
+            k=K,
             num_classes=len(train.classes),
-        )  # fmt: skip
+        )
         figures = {
             "codec": spec,
             "dim": dim,

@@ -43,9 +43,19 @@ def main() -> None:
     weights = ["--checkpoint", args.checkpoint] if args.checkpoint else []
     teacher = ["--images", args.images, "--teacher", args.teacher, *weights, "--pixels", args.pixels]
     training = [
-        "train", *teacher, "--targets", "online", "--student", args.student, "--epochs", args.epochs, "--batch_size",
-        args.batch_size, "--workers", args.workers,
-    ]  # fmt: skip
+        "train",
+        *teacher,
+        "--targets",
+        "online",
+        "--student",
+        args.student,
+        "--epochs",
+        args.epochs,
+        "--batch_size",
+        args.batch_size,
+        "--workers",
+        args.workers,
+    ]
     taken: dict[str, list[float]] = {"online": [], "recorded": []}
     for k in range(args.repeats):
         taken["online"].append(seconds(*training, "--out", args.out / f"online{k}"))

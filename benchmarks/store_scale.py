@@ -69,18 +69,26 @@ def make(folder: Path, images: Folder, crops: int) -> None:
     with files.publish(folder / IMAGES) as file:
         file.write(images.names.lines)
     manifest = layout.Manifest(
-        seed=0, recipe=RECIPES["mocov2"], crops_per_image=crops, rows_per_shard=layout.ROWS_PER_SHARD, count=len(images),
-        images_sha256=files.sha256(images.names.lines), sizes_sha256=files.write_npy(folder / SIZES, sizes),
-    )  # fmt: skip
+        seed=0,
+        recipe=RECIPES["mocov2"],
+        crops_per_image=crops,
+        rows_per_shard=layout.ROWS_PER_SHARD,
+        count=len(images),
+        images_sha256=files.sha256(images.names.lines),
+        sizes_sha256=files.write_npy(folder / SIZES, sizes),
+    )
     generator = np.random.default_rng(0)
     sample = generator.normal(size=(4096, DIM)).astype(np.float32)
     codec = FaissCodec.train("SQ8", sample / np.linalg.norm(sample, axis=1, keepdims=True))
     meta = ColumnMeta(
-        codec="SQ8", code_size=DIM, fidelity={"cosine_mean": 1.0, "cosine_min": 1.0, "sample": 1},
+        codec="SQ8",
+        code_size=DIM,
+        fidelity={"cosine_mean": 1.0, "cosine_min": 1.0, "sample": 1},
         teacher=TeacherInfo(name=COLUMN, spec=TargetSpec("embedding", (DIM,)), network="none", licence="none"),
-        chunk_size=128, probe_digest=probe_digest(),
+        chunk_size=128,
+        probe_digest=probe_digest(),
         arrays={name: files.write_npy(column / f"{name}.npy", array) for name, array in codec.arrays().items()},
-    )  # fmt: skip
+    )
     files.write_json(column / "meta.json", meta.to_json())
     digest = files.sha256(files.canonical(meta.to_json()))
     known: dict[Any, str] = {}
@@ -88,9 +96,10 @@ def make(folder: Path, images: Folder, crops: int) -> None:
         rows = manifest.shard_rows(shard)
         records, codes = layout.crops_file(folder, shard), layout.codes_file(folder, COLUMN, shard)
         values = {
-            "file": sparse(records, CROP_DTYPE, (len(rows), crops), known), "skipped": [],
+            "file": sparse(records, CROP_DTYPE, (len(rows), crops), known),
+            "skipped": [],
             "images": [files.sha256(str(row).encode()) for row in rows],
-        }  # fmt: skip
+        }
         for path, value in (
             (records, values),
             (codes, {"file": sparse(codes, np.dtype(np.uint8), (len(rows), crops, DIM), known), "column": digest}),
@@ -163,17 +172,27 @@ def loaders(data: StoredCrops | None, count: int, workers: int, method: str) -> 
     length = count if data is None else len(data)
     order = np.random.default_rng(1).permutation(length)[:count].tolist()
     loader = DataLoader(
-        Reads(data, length), batch_size=64, sampler=order, num_workers=workers, multiprocessing_context=method,
-        worker_init_fn=start_worker, persistent_workers=True,
-    )  # fmt: skip
+        Reads(data, length),
+        batch_size=64,
+        sampler=order,
+        num_workers=workers,
+        multiprocessing_context=method,
+        worker_init_fn=start_worker,
+        persistent_workers=True,
+    )
     pids = set()
     for batch in loader:
         pids |= set(batch["worker"].tolist())
     each = [memory(pid) for pid in sorted(pids)]
     parent = memory()
     mean = {key: round(statistics.mean(m[key] for m in each), 1) for key in ("rss", "pss", "own")}
-    return {"workers": len(each), "worker_mean": mean, "worker_most_rss": max(m["rss"] for m in each), "parent": parent,
-            "sum_pss": round(parent["pss"] + sum(m["pss"] for m in each), 1)}  # fmt: skip
+    return {
+        "workers": len(each),
+        "worker_mean": mean,
+        "worker_most_rss": max(m["rss"] for m in each),
+        "parent": parent,
+        "sum_pss": round(parent["pss"] + sum(m["pss"] for m in each), 1),
+    }
 
 
 def main() -> None:
@@ -218,9 +237,14 @@ def main() -> None:
     result["data_set_s"] = round(time.perf_counter() - start, 2)
     del images
     if args.part == "open":
-        result |= {"images": images_ready, "bytes_claimed": sum(p.stat().st_size for p in store.rglob("*") if p.is_file()),
-                   "memory_before": before, "memory_opened": after, **reading(data, args.reads, 0),
-                   "open_files": open_files()}  # fmt: skip
+        result |= {
+            "images": images_ready,
+            "bytes_claimed": sum(p.stat().st_size for p in store.rglob("*") if p.is_file()),
+            "memory_before": before,
+            "memory_opened": after,
+            **reading(data, args.reads, 0),
+            "open_files": open_files(),
+        }
     else:
         result |= loaders(data, args.reads, args.workers, args.part)
     print(json.dumps(result))

@@ -111,14 +111,26 @@ def reactnet(args: argparse.Namespace) -> list[Arm]:
 
 
 EXPERIMENTS: dict[str, Callable[[argparse.Namespace], list[Arm]]] = {
-    "rates": rates, "objectives": objectives, "crops": crops, "many": many, "per_image": per_image, "reactnet": reactnet,
-}  # fmt: skip
+    "rates": rates,
+    "objectives": objectives,
+    "crops": crops,
+    "many": many,
+    "per_image": per_image,
+    "reactnet": reactnet,
+}
 
 
 def student(
-    args: argparse.Namespace, name: str, folder: str, lr: float | None, *, objective: str = "feature_kl", m: int = 4,
-    start: Arm | None = None, **options: Any,
-) -> Arm:  # fmt: skip
+    args: argparse.Namespace,
+    name: str,
+    folder: str,
+    lr: float | None,
+    *,
+    objective: str = "feature_kl",
+    m: int = 4,
+    start: Arm | None = None,
+    **options: Any,
+) -> Arm:
     """An arm on stored crops of all images, as many as epochs (and as M may be)."""
     expression = f"queue_kl(queue={QUEUE})" if objective == "queue_kl" else objective
     options |= {"objective": expression, "lr": lr, "crops_per_image": m}
@@ -132,9 +144,13 @@ def part(args: argparse.Namespace, kind: str, c: int | None, most: int | None = 
     with lock(args.out / "images.lock", wait=True):
         images = two_teachers.subset(args.images, args.out / f"images-{args.subset}", args.subset // groups)
     return Arm(
-        name=name, folder=f"{kind}-{'online' if c is None else c}", options=options, images=images, crops=c,
+        name=name,
+        folder=f"{kind}-{'online' if c is None else c}",
+        options=options,
+        images=images,
+        crops=c,
         cut_from=None if c == most else most,
-    )  # fmt: skip
+    )
 
 
 def rate(args: argparse.Namespace, objective: str) -> float | None:
@@ -172,9 +188,20 @@ def store_of(args: argparse.Namespace, images: Path, c: int, cut_from: int | Non
         else:
             weights = ["--checkpoint", args.checkpoint] if args.checkpoint else []
             made = learning_rate.fkd_ssl(
-                "precompute", "--images", images, "--store", store, "--teacher", args.teacher, *weights, "--pixels",
-                args.pixels, "--crops", c, "--json",
-            )  # fmt: skip
+                "precompute",
+                "--images",
+                images,
+                "--store",
+                store,
+                "--teacher",
+                args.teacher,
+                *weights,
+                "--pixels",
+                args.pixels,
+                "--crops",
+                c,
+                "--json",
+            )
             if json.loads(made)["busy"]:
                 sys.exit(f"{store}: another process is writing it; start again when that is done")
         files.replace(note, made.encode())
@@ -203,9 +230,16 @@ def finish(args: argparse.Namespace, arm: Arm, seed: int) -> bool:
 def training(args: argparse.Namespace, arm: Arm, seed: int) -> list[str]:
     """The command of a run."""
     options = {
-        "images": arm.images, "student": args.student, "pixels": args.pixels, "epochs": args.epochs, "workers": 1,
-        "batch_size": args.batch_size, "seed": seed, "out": run_of(args, arm, seed), **arm.options,
-    }  # fmt: skip
+        "images": arm.images,
+        "student": args.student,
+        "pixels": args.pixels,
+        "epochs": args.epochs,
+        "workers": 1,
+        "batch_size": args.batch_size,
+        "seed": seed,
+        "out": run_of(args, arm, seed),
+        **arm.options,
+    }
     if options["lr"] is None:
         sys.exit(f"{arm.name}: its learning rate is not known; run `rates` first, or say --rate OBJECTIVE=1e-2")
     options["warmup_epochs"] = min(1, options["epochs"] / 2)
@@ -227,12 +261,16 @@ def row(args: argparse.Namespace, arm: Arm, reference: Arm | None) -> dict[str, 
     results = [[runs.read_results(run_of(args, one, seed)) for one in parts] for seed in seeds]
     seconds = [sum(result["train_seconds"] for result in of_seed) for of_seed in results]
     found: dict[str, Any] = {
-        "arm": arm.name, "lr": results[0][-1]["config"]["lr"], "steps": sum(result["steps"] for result in results[0]),
-        "stored": arm.crops, "images": results[0][0]["images"], "train_seconds": seconds,
+        "arm": arm.name,
+        "lr": results[0][-1]["config"]["lr"],
+        "steps": sum(result["steps"] for result in results[0]),
+        "stored": arm.crops,
+        "images": results[0][0]["images"],
+        "train_seconds": seconds,
         "crops_a_second": sum(r["crops_seen"] for of_seed in results for r in of_seed) / sum(seconds),
         "data_wait": [of_seed[-1]["data_wait"] for of_seed in results],
         "teacher_forwards": sum(result["teacher_forwards"] for result in results[0]),
-    }  # fmt: skip
+    }
     here = correct(args, arm)
     for k, probe in enumerate(PROBES):
         found[probe] = (100 * here[:, k].mean(axis=1)).round(2).tolist()

@@ -7,8 +7,19 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 _MODULES = {
-    "cache", "features", "indexes", "knn", "linear", "logreg", "online", "retrieval", "scores", "search", "stats", "sweep",
-}  # fmt: skip
+    "cache",
+    "features",
+    "indexes",
+    "knn",
+    "linear",
+    "logreg",
+    "online",
+    "retrieval",
+    "scores",
+    "search",
+    "stats",
+    "sweep",
+}
 _NAMES = {
     "extract": "fkd_ssl.eval.features",
     "knn_predict": "fkd_ssl.eval.knn",

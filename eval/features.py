@@ -153,8 +153,12 @@ def extract_split(
     """`extract` of both sets, with the classes matched first, so that a wrong pair of folders fails at once."""
     labels = match_classes(train, val)
     options: dict[str, Any] = {
-        "pixels": pixels, "batch_size": batch_size, "workers": workers, "progress": progress, "skipped": skipped,
-    }  # fmt: skip
+        "pixels": pixels,
+        "batch_size": batch_size,
+        "workers": workers,
+        "progress": progress,
+        "skipped": skipped,
+    }
     train_features, train_labels = extract(model, train, desc="features of train", **options)
     features, rows = extract_rows(model, val, desc="features of val", **options)
     return Split(

@@ -275,9 +275,15 @@ def evaluate(
     """
     check_search(_several(k), _several(temperature))
     split = features_.extract_split(
-        model, train, val, pixels=pixels, batch_size=batch_size, workers=workers, progress=progress,
+        model,
+        train,
+        val,
+        pixels=pixels,
+        batch_size=batch_size,
+        workers=workers,
+        progress=progress,
         skipped=skipped,
-    )  # fmt: skip
+    )
     result = evaluate_features(
         **split.common,
         names=split.classes,

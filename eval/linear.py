@@ -158,9 +158,16 @@ def evaluate_together(
         probes.append(Probe(protocol, features, train, seed, file, digest))
     with frozen(model):
         _train(
-            model, probes, train, (features, labels), pixels=pixels, seed=seed, workers=workers, progress=progress,
+            model,
+            probes,
+            train,
+            (features, labels),
+            pixels=pixels,
+            seed=seed,
+            workers=workers,
+            progress=progress,
             skipped=skipped,
-        )  # fmt: skip
+        )
     suspicions = feature_notes(features, None)
     if train.digest() == val.digest():
         suspicions.append("val has the same images as train: the probe is scored on what it learned from; use other images")

@@ -12,9 +12,15 @@ README = "README.md"
 
 
 def write(
-    folder: Path, *, config: Mapping[str, Any], results: Mapping[str, Any], teachers: Sequence[TeacherInfo],
-    store: Mapping[str, Any] | None, student: Mapping[str, Any], recipe: Mapping[str, Any],
-) -> None:  # fmt: skip
+    folder: Path,
+    *,
+    config: Mapping[str, Any],
+    results: Mapping[str, Any],
+    teachers: Sequence[TeacherInfo],
+    store: Mapping[str, Any] | None,
+    student: Mapping[str, Any],
+    recipe: Mapping[str, Any],
+) -> None:
     """Writes the README.md of a finished run.
 
     Args:
@@ -76,10 +82,24 @@ def write(
 
 _TEACHER = ("network", "licence", "source", "checkpoint_sha256")
 _SETTINGS = (
-    "objective", "teacher_weights", "label_smoothing", "calibrate_below",
-    "mixup", "cutmix", "crops_per_image", "single_crop_epochs", "optimizer", "lr", "weight_decay", "warmup_epochs", "lr_drops",
-    "clip", "ema", "precision", "seed",
-)  # fmt: skip
+    "objective",
+    "teacher_weights",
+    "label_smoothing",
+    "calibrate_below",
+    "mixup",
+    "cutmix",
+    "crops_per_image",
+    "single_crop_epochs",
+    "optimizer",
+    "lr",
+    "weight_decay",
+    "warmup_epochs",
+    "lr_drops",
+    "clip",
+    "ema",
+    "precision",
+    "seed",
+)
 
 
 def _row(teacher: TeacherInfo, key: str) -> str:

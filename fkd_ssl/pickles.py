@@ -33,9 +33,16 @@ _VALUES = {
 _BYTES = "_codecs.encode"  # how protocol 2 encodes bytes
 # Modules with functions that torch runs itself. Any other name in a pickle gets a stand-in.
 _RUN_BY_TORCH = {
-    "torch", "torch._utils", "torch._tensor", "torch.storage", "torch.serialization", "torch.nn.parameter", "torch.sparse",
-    "torch.cuda", "torch.cuda.sparse",
-}  # fmt: skip
+    "torch",
+    "torch._utils",
+    "torch._tensor",
+    "torch.storage",
+    "torch.serialization",
+    "torch.nn.parameter",
+    "torch.sparse",
+    "torch.cuda",
+    "torch.cuda.sparse",
+}
 _ITEM_BYTES = {
     **dict.fromkeys(("ByteStorage", "CharStorage", "BoolStorage", "QUInt8Storage", "QInt8Storage", "UntypedStorage"), 1),
     **dict.fromkeys(("HalfStorage", "BFloat16Storage", "ShortStorage"), 2),
@@ -44,8 +51,17 @@ _ITEM_BYTES = {
     "ComplexDoubleStorage": 16,
 }
 _CONSTANTS = {
-    "NONE", "NEWFALSE", "NEWTRUE", "BININT", "BININT1", "BININT2", "BINFLOAT", "BINUNICODE", "SHORT_BINSTRING", "LONG1",
-}  # fmt: skip
+    "NONE",
+    "NEWFALSE",
+    "NEWTRUE",
+    "BININT",
+    "BININT1",
+    "BININT2",
+    "BINFLOAT",
+    "BINUNICODE",
+    "SHORT_BINSTRING",
+    "LONG1",
+}
 _MOST = 2**62  # limits sums: nested tuples that each contain the previous one twice grow exponentially
 
 

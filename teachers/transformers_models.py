@@ -78,9 +78,18 @@ def load_transformers(path: str | Path, *, name: str = "transformers", **about: 
 
 # what a file may hold beside the vision model: its classifiers, a decoder of pixels, the text's half of a pair
 _HEADS = (
-    "classifier.", "cls_classifier.", "distillation_classifier.", "head.", "lm_head.", "decoder.", "text_model.",
-    "text_projection.", "visual_projection.", "logit_scale", "logit_bias",
-)  # fmt: skip
+    "classifier.",
+    "cls_classifier.",
+    "distillation_classifier.",
+    "head.",
+    "lm_head.",
+    "decoder.",
+    "text_model.",
+    "text_projection.",
+    "visual_projection.",
+    "logit_scale",
+    "logit_bias",
+)
 
 
 class _Pooled(nn.Module):

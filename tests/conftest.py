@@ -70,9 +70,14 @@ class TinyTeacher:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.module = nn.Sequential(
-                nn.Conv2d(3, 12, 5, stride=2), nn.ReLU(), nn.Conv2d(12, 24, 3, stride=2), nn.ReLU(),
-                nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(96, 16),
-            ).eval()  # fmt: skip
+                nn.Conv2d(3, 12, 5, stride=2),
+                nn.ReLU(),
+                nn.Conv2d(12, 24, 3, stride=2),
+                nn.ReLU(),
+                nn.AdaptiveAvgPool2d(2),
+                nn.Flatten(),
+                nn.Linear(96, 16),
+            ).eval()
             with torch.no_grad():  # centred on coarse noise, so that targets point in all directions
                 noise = nn.functional.interpolate(torch.rand(64, 3, 4, 4), size=32, mode="bilinear")
                 self.module[-1].bias -= self.module((noise - 0.45) / 0.225).mean(dim=0)

@@ -21,8 +21,10 @@ def test_a_record_in_words():
 
 def drawn(near):
     """A sheet of a grey image with two crops, one red and one green, and blue neighbours."""
-    plain = {name: np.full((8, 8, 3), colour, dtype=np.uint8) for name, colour in
-             {"red": (250, 0, 0), "green": (0, 250, 0), "blue": (0, 0, 250)}.items()}  # fmt: skip
+    plain = {
+        name: np.full((8, 8, 3), colour, dtype=np.uint8)
+        for name, colour in {"red": (250, 0, 0), "green": (0, 250, 0), "blue": (0, 0, 250)}.items()
+    }
     crops = [sheet.Picture(pixels=plain[name], caption=name) for name in ("red", "green")]
     neighbours = [[sheet.Picture(pixels=plain["blue"], caption="blue")] * near for _ in crops]
     records = np.concatenate([box_record(0, 0, 20, 20), box_record(10, 10, 20, 30)])

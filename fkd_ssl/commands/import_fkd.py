@@ -42,9 +42,16 @@ def run(config: Config) -> int:
     if classes < 2:
         raise RequestError(f"{classes} classes, and {config.images} has {len(images.classes)} class folders; say --classes")
     store = import_fkd(
-        config.labels, images, config.store, classes=classes, codec=config.codec, name=config.name,
-        pixels=resolve.pixels_of(config.pixels, 224), threads=min(16, resolve.cpu_threads()), log=console.say,
-    )  # fmt: skip
+        config.labels,
+        images,
+        config.store,
+        classes=classes,
+        codec=config.codec,
+        name=config.name,
+        pixels=resolve.pixels_of(config.pixels, 224),
+        threads=min(16, resolve.cpu_threads()),
+        log=console.say,
+    )
     codec = store.column(config.name).meta.codec
     console.show(f"{config.store}: {len(store):,} images x {store.crops_per_image} crops, labels {codec} of {classes} classes")
     return 0

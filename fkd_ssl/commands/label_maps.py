@@ -53,10 +53,15 @@ def run(config: Config) -> int:
     dense = DenseTeacher(teacher, pixels=resolve.pixels_of(config.pixels, teacher.info.pixels))
     with console.skipping(config.on_unreadable) as skipped:
         made = generate(
-            images, config.out, dense, k=config.k, batch_size=config.batch_size,
+            images,
+            config.out,
+            dense,
+            k=config.k,
+            batch_size=config.batch_size,
             threads=min(16, resolve.cpu_threads()) if config.threads is None else config.threads,
-            skip_unreadable=skipped is not None, log=console.say,
-        )  # fmt: skip
+            skip_unreadable=skipped is not None,
+            log=console.say,
+        )
         if skipped is not None:
             skipped.update(made.unreadable)
     classes = teacher.info.spec.size

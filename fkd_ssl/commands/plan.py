@@ -74,10 +74,16 @@ def run(config: Config) -> int:
     disk = next(place for place in (store, *store.absolute().parents) if place.exists())
     free = shutil.disk_usage(disk).free
     plan: dict[str, Any] = {
-        "images": len(images), "crops": config.crops, "targets": targets, "dim": target.size,
+        "images": len(images),
+        "crops": config.crops,
+        "targets": targets,
+        "dim": target.size,
         "teacher": teacher.info.network,
-        "codec": chosen, "codecs": codecs, "free_bytes": free, "fits": codecs[chosen]["bytes"] < free,
-    }  # fmt: skip
+        "codec": chosen,
+        "codecs": codecs,
+        "free_bytes": free,
+        "fits": codecs[chosen]["bytes"] < free,
+    }
     if config.json:
         console.show_json(plan)
     else:

@@ -94,9 +94,13 @@ def sheet_of(config: Config, store: "Store") -> tuple[bytes, str]:
         column = store.column(config.teacher)
         with tqdm(total=len(column.rows) - 1, unit="img", desc="neighbours", disable=hidden(show=True)) as bar:
             found = nearest(
-                column, store.targets(column.name, row, slice(0, count)), count=config.neighbours, crops=config.among,
-                without=row, done=bar.update,
-            )  # fmt: skip
+                column,
+                store.targets(column.name, row, slice(0, count)),
+                count=config.neighbours,
+                crops=config.among,
+                without=row,
+                done=bar.update,
+            )
         for line, neighbours in zip(near, found, strict=True):
             line += [_picture(store, images, config.pixels, neighbour) for neighbour in neighbours]
         title += f", and the nearest of {len(column.rows) - 1:,} other images to {column.name}"

@@ -234,9 +234,15 @@ def _knn_score(config: Config, images: "ImageSource") -> "Callable[[Student], fl
 
     def score(student: "Student") -> float:
         result = knn.evaluate(
-            model=student.features, train=images, val=val, pixels=config.pixels, k=config.knn_k, workers=config.workers,
-            progress=False, skipped=set() if config.on_unreadable == "skip" else None,
-        )  # fmt: skip
+            model=student.features,
+            train=images,
+            val=val,
+            pixels=config.pixels,
+            k=config.knn_k,
+            workers=config.workers,
+            progress=False,
+            skipped=set() if config.on_unreadable == "skip" else None,
+        )
         return float(result["top1"])
 
     return score

@@ -82,9 +82,11 @@ def run(config: Config) -> int:
         console.show_json({"store": config.store, "ok": not report.problems, **asdict(report), "repaired": repaired})
     else:
         checked = ", ".join(f"{count:,} {what}" for what, count in report.checked.items() if count)
-        cosine = "" if report.cosine is None else (
-            f"; cosine to the teacher {report.cosine['mean']:.5f} mean, {report.cosine['min']:.5f} least"
-        )  # fmt: skip
+        cosine = (
+            ""
+            if report.cosine is None
+            else (f"; cosine to the teacher {report.cosine['mean']:.5f} mean, {report.cosine['min']:.5f} least")
+        )
         console.show("\n".join([*report.problems, f"checked {checked}{cosine}: {len(report.problems)} problems"]))
     return 1 if report.problems else 0
 

@@ -14,9 +14,14 @@ from fkd_ssl.training.metrics import read_metrics
 
 _LINES = ("-", "--", "-.", (0, (3, 1, 1, 1, 1, 1)))  # of several arms of one kind
 _COLOURS = {
-    "stored": "#1a9a6c", "online": "#d1603d", "alone": "#7a5fc7", "labels": "#b5892a", "relabel": "#b0457f",
-    "teacher": "#5b7fb8", "untrained": "#9a9a9a",
-}  # fmt: skip
+    "stored": "#1a9a6c",
+    "online": "#d1603d",
+    "alone": "#7a5fc7",
+    "labels": "#b5892a",
+    "relabel": "#b0457f",
+    "teacher": "#5b7fb8",
+    "untrained": "#9a9a9a",
+}
 _INK = "#101213"  # in SVG it becomes the page's own
 _PROBES = {"knn_top1": "kNN top-1, %", "linear_top1": "linear top-1, %"}
 
@@ -144,9 +149,12 @@ def _stores(axes: Sequence[Any], results: dict[str, Any], names: Sequence[str], 
             if probe == "linear_top1":
                 for point in points:
                     axis.annotate(
-                        point[4].removeprefix("stored:"), (point[place], point[2]), xytext=(4, 6), fontsize=7,
+                        point[4].removeprefix("stored:"),
+                        (point[place], point[2]),
+                        xytext=(4, 6),
+                        fontsize=7,
                         textcoords="offset points",
-                    )  # fmt: skip
+                    )
     online = results["differences"][0]["minus"]
     for probe, style in (("knn_top1", "--"), ("linear_top1", "-.")):
         score = statistics.mean(arm[probe] for arm in results["arms"] if arm["name"] == online)

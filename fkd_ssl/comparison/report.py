@@ -24,9 +24,16 @@ SHEET_CAPTION = (
     "for the teacher, by the cosine of their stored targets"
 )
 _COLUMNS = (
-    "arm", "kNN top-1", "linear top-1", "mAP@R", "training seconds", "seconds an epoch", "waiting for data", "teacher forwards",
+    "arm",
+    "kNN top-1",
+    "linear top-1",
+    "mAP@R",
+    "training seconds",
+    "seconds an epoch",
+    "waiting for data",
+    "teacher forwards",
     "peak memory",
-)  # fmt: skip
+)
 
 
 def write(results: dict[str, Any], folder: Path, draw_sheet: Callable[[Store], bytes] | None = None) -> str:
@@ -48,20 +55,37 @@ def write(results: dict[str, Any], folder: Path, draw_sheet: Callable[[Store], b
     config = {k: v for k, v in results["config"].items() if v not in (None, "") and k != "json"}
     sheet, commands = _sheet(folder, draw_sheet), _commands(results)
     page = [
-        f"# {TITLE}", "", text, "",
+        f"# {TITLE}",
+        "",
+        text,
+        "",
         *(line for plot in drawn for line in (f"![{plot.caption}]({plot.name}.png)", "")),
         *([f"![{SHEET_CAPTION}]({SHEET})", ""] if sheet else []),
-        "## What was run", "", "```bash", *commands, "```", "",
+        "## What was run",
+        "",
+        "```bash",
+        *commands,
+        "```",
+        "",
         *(f"- `{key}`: {value}" for key, value in config.items()),
-        *(f"- {name} {version}" for name, version in results["versions"].items()), "",
-    ]  # fmt: skip
+        *(f"- {name} {version}" for name, version in results["versions"].items()),
+        "",
+    ]
     files.replace(folder / "report.md", printable("\n".join(page)).encode())
     loader = jinja2.PackageLoader("fkd_ssl.comparison", ".")
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     html = environment.get_template("report.html.jinja").render(
-        title=TITLE, what=what(results), table=table, findings=findings, plots=drawn, commands=commands, config=config,
-        versions=results["versions"], sheet=base64.b64encode(sheet).decode(), caption=SHEET_CAPTION,
-    )  # fmt: skip
+        title=TITLE,
+        what=what(results),
+        table=table,
+        findings=findings,
+        plots=drawn,
+        commands=commands,
+        config=config,
+        versions=results["versions"],
+        sheet=base64.b64encode(sheet).decode(),
+        caption=SHEET_CAPTION,
+    )
     files.replace(folder / "report.html", printable(html).encode())
     return text
 

@@ -98,9 +98,13 @@ def parameters(
 
 
 def matrices(
-    flags: npt.NDArray[Any], order: npt.NDArray[Any], brightness: npt.NDArray[Any], contrast: npt.NDArray[Any],
-    saturation: npt.NDArray[Any], hue: npt.NDArray[Any],
-) -> tuple[Float32Array, npt.NDArray[np.float64]]:  # fmt: skip
+    flags: npt.NDArray[Any],
+    order: npt.NDArray[Any],
+    brightness: npt.NDArray[Any],
+    contrast: npt.NDArray[Any],
+    saturation: npt.NDArray[Any],
+    hue: npt.NDArray[Any],
+) -> tuple[Float32Array, npt.NDArray[np.float64]]:
     """Computes `matrix` for n well-formed records with unknown means, with the same bits.
 
     Every operation is applied at each of the four positions. If the record's order has another operation at a position, a

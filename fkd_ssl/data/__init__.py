@@ -10,6 +10,15 @@ from fkd_ssl.data.samples import Samples, whole_batch
 from fkd_ssl.data.stored import StoredCrops, scaled
 
 __all__ = [
-    "Batch", "Crops", "FreshCrops", "Loader", "RecordedCrops", "RelabelledCrops", "Samples", "StoredCrops", "replay_on_device",
-    "scaled", "whole_batch",
-]  # fmt: skip
+    "Batch",
+    "Crops",
+    "FreshCrops",
+    "Loader",
+    "RecordedCrops",
+    "RelabelledCrops",
+    "Samples",
+    "StoredCrops",
+    "replay_on_device",
+    "scaled",
+    "whole_batch",
+]

@@ -49,15 +49,21 @@ class RelabelledCrops(FreshCrops):
         self.maps = maps
         self._rows = maps.rows(images)
         super().__init__(
-            images, recipe, crops_per_image=crops_per_image, pixels=pixels, seed=seed, teacher_pixels=teacher_pixels,
-            skip_unreadable=skip_unreadable, decode_only=decode_only,
+            images,
+            recipe,
+            crops_per_image=crops_per_image,
+            pixels=pixels,
+            seed=seed,
+            teacher_pixels=teacher_pixels,
+            skip_unreadable=skip_unreadable,
+            decode_only=decode_only,
             contents=Contents(
                 maps.image_checksums()[self._rows],
                 maps.sizes["bytes"][self._rows].astype(np.int64),
                 since="its label map was made",
                 advice="restore it, or make label maps of these images",
             ),
-        )  # fmt: skip
+        )
 
     def read(self, i: int) -> bytes:
         """Returns the encoded image `i`. Raises as `Crops.read` does, and ImageError if it has no label map."""

@@ -31,7 +31,7 @@ class Discriminator(Objective):
         with torch.random.fork_rng(devices=[]):  # does not change the initial weights of the student
             self.layers = nn.Sequential(
                 nn.Linear(dim, wide), nn.ReLU(), nn.Linear(wide, narrow), nn.ReLU(), nn.Linear(narrow, 1)
-            )  # fmt: skip
+            )
 
     @classmethod
     def for_targets(cls, about: "TeacherInfo | None", **settings: Any) -> Self:

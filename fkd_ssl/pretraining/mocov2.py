@@ -44,9 +44,13 @@ class MoCo(Method):
         """Two crops of each image, side by side."""
         config = self.config
         return FreshCrops(
-            images, RECIPES["mocov2"], crops_per_image=2, pixels=config.pixels, seed=config.seed,
+            images,
+            RECIPES["mocov2"],
+            crops_per_image=2,
+            pixels=config.pixels,
+            seed=config.seed,
             skip_unreadable=config.on_unreadable == "skip",
-        )  # fmt: skip
+        )
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """InfoNCE of the first views' queries to the second views' keys and the queue (arXiv 1911.05722, eq. 1)."""

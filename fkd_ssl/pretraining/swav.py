@@ -59,9 +59,12 @@ class SwAV(Method):
         """Two large crops and the small crops of each image; crops of the same image are adjacent."""
         config = self.config
         return MultiCrops(
-            images, pixels=config.pixels, small_crops=self.small_crops, seed=config.seed,
+            images,
+            pixels=config.pixels,
+            small_crops=self.small_crops,
+            seed=config.seed,
             skip_unreadable=config.on_unreadable == "skip",
-        )  # fmt: skip
+        )
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The swapped prediction of every crop from the assignments of the large crops (arXiv 2006.09882, eq. 2 to 4 and 6)."""

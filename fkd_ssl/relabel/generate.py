@@ -247,9 +247,14 @@ def _create(
 
 
 def _views(
-    images: ImageSource, sizes: npt.NDArray[np.void], rows: range, manifest: layout.Manifest, pool: ThreadPoolExecutor,
-    *, skip_unreadable: bool,
-) -> Iterator[tuple[list[UInt8Array | None], list[str]]]:  # fmt: skip
+    images: ImageSource,
+    sizes: npt.NDArray[np.void],
+    rows: range,
+    manifest: layout.Manifest,
+    pool: ThreadPoolExecutor,
+    *,
+    skip_unreadable: bool,
+) -> Iterator[tuple[list[UInt8Array | None], list[str]]]:
     """Yields batches of whole images with their sha256. Reads the next batch while the teacher runs on this one."""
     calls = (partial(_whole, images, row, sizes[row], manifest.teacher.pixels, skip_unreadable) for row in rows)
     found = read_ahead(pool, calls, manifest.batch_size)

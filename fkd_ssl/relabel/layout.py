@@ -85,8 +85,13 @@ def read_manifest(folder: Path) -> Manifest:
     except (TypeError, RequestError) as error:
         raise StoreError(f"{path}: keys are missing or unknown, or a value is invalid: {error}") from error
     most = {
-        "k": MAX_CLASSES, "height": 4096, "width": 4096, "rows_per_shard": 2**31, "count": 2**31, "batch_size": 2**16,
-    }  # fmt: skip
+        "k": MAX_CLASSES,
+        "height": 4096,
+        "width": 4096,
+        "rows_per_shard": 2**31,
+        "count": 2**31,
+        "batch_size": 2**16,
+    }
     numbers = {name: values[name] for name in most}
     fits = all(type(n) is int and 0 < n <= most[name] for name, n in numbers.items()) and manifest.k <= manifest.classes
     fits = fits and 4 * manifest.classes * manifest.height * manifest.width <= MAX_MAP_BYTES

@@ -23,8 +23,21 @@ _LONGEST_PATH = 4097  # maximum bytes of a path and its newline: PATH_MAX of Lin
 _PIECE = 2**18
 # one of these occurs if a path is empty or absolute, contains a backslash or a NUL, or leads out of the folder
 _UNSAFE = (
-    b"\\", b"\0", b"\n/", b"//", b"/\n", b"\n\n", b"\n./", b"\n../", b"\n.\n", b"\n..\n", b"/./", b"/../", b"/.\n", b"/..\n",
-)  # fmt: skip
+    b"\\",
+    b"\0",
+    b"\n/",
+    b"//",
+    b"/\n",
+    b"\n\n",
+    b"\n./",
+    b"\n../",
+    b"\n.\n",
+    b"\n..\n",
+    b"/./",
+    b"/../",
+    b"/.\n",
+    b"/..\n",
+)
 _DRIVE = re.compile(rb"\n[A-Za-z]:")
 
 

@@ -18,11 +18,15 @@ def simreg(features: int, dim: int) -> nn.Sequential:
     These are a projection and a prediction of two layers each, without a non-linearity between them, as in SimReg's code.
     """
     return nn.Sequential(
-        nn.Linear(features, 2 * features), nn.BatchNorm1d(2 * features), nn.ReLU(inplace=True),
+        nn.Linear(features, 2 * features),
+        nn.BatchNorm1d(2 * features),
+        nn.ReLU(inplace=True),
         nn.Linear(2 * features, features),
-        nn.Linear(features, 2 * features), nn.BatchNorm1d(2 * features), nn.ReLU(inplace=True),
+        nn.Linear(features, 2 * features),
+        nn.BatchNorm1d(2 * features),
+        nn.ReLU(inplace=True),
         nn.Linear(2 * features, dim),
-    )  # fmt: skip
+    )
 
 
 def classifier(features: int, dim: int) -> nn.Sequential:

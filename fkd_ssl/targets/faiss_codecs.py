@@ -75,8 +75,9 @@ class FaissCodec:
             raise StoreError(f"codec {spec}: has arrays {sorted(arrays)}, expected {sorted(shapes)}")
         for name, array in arrays.items():
             if array.dtype != np.float32 or array.shape != shapes[name] or not np.isfinite(array).all():
-                raise StoreError(f"codec {spec}: {name} is {array.dtype} {array.shape} (or not finite), "
-                                 f"expected float32 {shapes[name]}")  # fmt: skip
+                raise StoreError(
+                    f"codec {spec}: {name} is {array.dtype} {array.shape} (or not finite), expected float32 {shapes[name]}"
+                )
         _set_parameters(index, arrays)
         if "transform" in arrays and not _transform(index).is_orthonormal:  # faiss uses its transpose as the inverse
             raise StoreError(f"codec {spec}: the rows of its transform are not orthonormal; the file is damaged")

@@ -136,9 +136,14 @@ def train(
     module = Distiller(student, objectives, source, config, steps)
     single = single_steps(config, len(data))
     sampler = PassSampler(
-        len(data), batch_images, steps, seed=config.seed, parts=config.accumulate, single=single,
+        len(data),
+        batch_images,
+        steps,
+        seed=config.seed,
+        parts=config.accumulate,
+        single=single,
         crops_per_image=config.crops_per_image,
-    )  # fmt: skip
+    )
     source_of_crops = LastSingle(data, sampler) if single else data
     loader = Loader(source_of_crops, sampler, workers=config.workers, collate=whole_batch, prefetch=4)
     found = fit(

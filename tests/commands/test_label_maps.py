@@ -67,8 +67,13 @@ def test_json_and_other_sizes(place: Path, call: Any) -> None:
     assert answer.status == 0, answer.err
     about = json.loads(answer.out)
     assert {key: about[key] for key in ("made", "busy", "classes", "k", "height", "width")} == {
-        "made": len(scan(place / "train")), "busy": [], "classes": 3, "k": 2, "height": 8, "width": 8,
-    }  # fmt: skip
+        "made": len(scan(place / "train")),
+        "busy": [],
+        "classes": 3,
+        "k": 2,
+        "height": 8,
+        "width": 8,
+    }
     manifest = LabelMaps(place / "maps").manifest
     assert (manifest.teacher.pixels, manifest.batch_size, manifest.teacher.precision) == (64, 5, "bf16")
     assert (manifest.teacher.name, manifest.teacher.source) == ("colours", "cells_teacher:colours")

@@ -40,8 +40,13 @@ class TestPlan:
         plan = json.loads(out)
         assert (status, plan["images"], plan["targets"], plan["codec"], plan["fits"]) == (0, 7, 70, "SQ4", True)
         assert {codec: size["bytes_per_crop"] for codec, size in plan["codecs"].items()} == {
-            "Flat": 84, "SQfp16": 52, "SQ8": 36, "SQ6": 32, "SQ4": 28, "OPQ16,PQ16x8": 36,
-        }  # fmt: skip
+            "Flat": 84,
+            "SQfp16": 52,
+            "SQ8": 36,
+            "SQ6": 32,
+            "SQ4": 28,
+            "OPQ16,PQ16x8": 36,
+        }
 
     def test_the_bytes_are_those_that_precompute_writes(self, work: Path, call: Any) -> None:
         plan = json.loads(call(f"{PLAN} --crops 200 --json").out)
@@ -94,8 +99,12 @@ class TestSubset:
         assert contents(work / "store") == before
         again = call("subset store --out part --crops 2 --list some.txt --json")
         assert json.loads(again.out) == {
-            "store": "part", "images": 2, "crops_per_image": 2, "teachers": ["make"], "store_bytes": about["bytes"],
-        }  # fmt: skip
+            "store": "part",
+            "images": 2,
+            "crops_per_image": 2,
+            "teachers": ["make"],
+            "store_bytes": about["bytes"],
+        }
 
     @pytest.mark.parametrize("verb", ["subset ../store", "recode ../store --codec SQ8"])
     def test_into_the_empty_folder_where_one_stands(

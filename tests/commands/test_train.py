@@ -41,8 +41,13 @@ def test_a_run_folder_is_complete(work: Path, call: Any, train_line: str) -> Non
     assert out.count("\n") == 1
     assert "training squeezenet1_1 on 18 images, stored targets, D = 16; 2 epochs of one crop an image" in err
     assert {path.name for path in (work / "run").iterdir()} == {
-        "config.yaml", "inputs.json", "metrics.csv", "results.json", "checkpoints", "README.md",
-    }  # fmt: skip
+        "config.yaml",
+        "inputs.json",
+        "metrics.csv",
+        "results.json",
+        "checkpoints",
+        "README.md",
+    }
     assert yaml.safe_load((work / "run/config.yaml").read_text())["student"]["student"] == "squeezenet1_1"
     results = json.loads((work / "run/results.json").read_text())
     assert (results["steps"], results["crops_seen"], results["config"]["batch_size"]) == (2, 36, 18)

@@ -13,8 +13,15 @@ from fkd_ssl.text import format_bytes
 from fkd_ssl.training.metrics import read_metrics
 
 ARM_KEYS = {
-    "name", "seed", "knn_top1", "linear_top1", "train_seconds", "teacher_forwards", "peak_memory_bytes", "epochs",
-}  # fmt: skip
+    "name",
+    "seed",
+    "knn_top1",
+    "linear_top1",
+    "train_seconds",
+    "teacher_forwards",
+    "peak_memory_bytes",
+    "epochs",
+}
 
 
 def test_precompute_to_linear(work: Path, call: Any, train_line: str) -> None:
@@ -148,9 +155,12 @@ def test_compare_further_arms_and_seeds(work: Path, call: Any) -> None:
         "alone",
     ]
     assert [(pair["arm"], pair["minus"]) for pair in results["differences"]] == [
-        ("stored", "online"), ("online:stored_crops", "online"), ("stored", "alone"), ("stored:C=2", "stored"),
+        ("stored", "online"),
+        ("online:stored_crops", "online"),
+        ("stored", "alone"),
+        ("stored:C=2", "stored"),
         ("stored:SQ4", "stored"),
-    ]  # fmt: skip
+    ]
     assert (arms["online:stored_crops"]["teacher_forwards"], arms["alone"]["teacher_forwards"]) == (72, 0)
     assert {name: store["crops"] for name, store in results["stores"].items()} == {
         "stored": 4,

@@ -19,8 +19,12 @@ METRICS = (
 
 def arm(name: str, seed: int | None, knn: float, linear: float, seconds: float | None = None) -> dict[str, Any]:
     trained: dict[str, Any] = {
-        "train_seconds": seconds, "teacher_forwards": 0, "peak_memory_bytes": 5e8, "epochs": 2, "data_wait": 0.1,
-    }  # fmt: skip
+        "train_seconds": seconds,
+        "teacher_forwards": 0,
+        "peak_memory_bytes": 5e8,
+        "epochs": 2,
+        "data_wait": 0.1,
+    }
     if seconds is None:
         trained = dict.fromkeys(trained)
     return {"name": name, "seed": seed, "knn_top1": knn, "linear_top1": linear, "map_at_r": 30.0, **trained}

@@ -172,8 +172,12 @@ def test_matrices_of_many_crops_have_the_bits_of_each():
         records[name] = rng.uniform(0, 3, 4000)
     records["hue"] = rng.uniform(-0.5, 0.5, 4000)
     records["hue"][:2], records["brightness"][2:4], records["contrast"][4:6] = (-0.5, 0.5), (0, 16), (0, 16)
-    linear, offsets = colour.matrices(*(records[name].astype(float) if name != "flags" and name != "order" else records[name]
-                                        for name in records.dtype.names[4:10]))  # fmt: skip
+    linear, offsets = colour.matrices(
+        *(
+            records[name].astype(float) if name != "flags" and name != "order" else records[name]
+            for name in records.dtype.names[4:10]
+        )
+    )
     assert (linear.dtype, offsets.dtype) == (np.float32, np.float64)
     for k, record in enumerate(records.tolist()):
         for channel, mean in enumerate(np.eye(3).tolist()):

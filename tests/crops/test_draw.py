@@ -84,9 +84,13 @@ def test_boxes_are_distributed_as_torchvisions(height, width, name):
     def views(boxes: np.ndarray) -> dict[str, np.ndarray]:
         top, left, h, w = boxes.T
         return {
-            "area": h * w / (height * width), "ratio": w / h, "top": top, "left": left,
-            "bottom": height - top - h, "right": width - left - w,
-        }  # fmt: skip
+            "area": h * w / (height * width),
+            "ratio": w / h,
+            "top": top,
+            "left": left,
+            "bottom": height - top - h,
+            "right": width - left - w,
+        }
 
     for what, values in views(mine).items():
         result = stats.ks_2samp(values, views(theirs)[what])
@@ -201,10 +205,19 @@ def test_impossible_recipes_are_refused(change, message):
 @pytest.mark.parametrize(
     "change",
     [
-        {"scale": [0.1]}, {"scale": None}, {"sigma": ["a", "b"]}, {"sigma": 1.0}, {"sigma": [1.0]}, {"unknown": 1}, {"flip": 2},
-        {"flip": [0.0, 1.0]}, {"name": 3}, {"hue": "red"}, {"ratio": [1, 2, 3]},
+        {"scale": [0.1]},
+        {"scale": None},
+        {"sigma": ["a", "b"]},
+        {"sigma": 1.0},
+        {"sigma": [1.0]},
+        {"unknown": 1},
+        {"flip": 2},
+        {"flip": [0.0, 1.0]},
+        {"name": 3},
+        {"hue": "red"},
+        {"ratio": [1, 2, 3]},
     ],
-)  # fmt: skip
+)
 def test_damaged_recipes_are_store_errors(change):
     with pytest.raises(StoreError, match="not a crop recipe: "):
         Recipe.from_dict({**RECIPES["mocov2"].to_dict(), **change})

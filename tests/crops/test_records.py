@@ -78,10 +78,19 @@ def test_well_formed():
         assert well_formed(np.concatenate([record(), record(**good)])), good
     nan = float("nan")
     for bad in (
-        {"flags": FLAGS + 1}, {"flags": 255}, {"order": 24}, {"hue": 0.6}, {"hue": nan}, {"brightness": -1},
-        {"contrast": nan}, {"saturation": 17},
-        {"sigma": -1}, {"sigma": nan}, {"sigma": 65}, {"brightness": float("inf")},
-    ):  # fmt: skip
+        {"flags": FLAGS + 1},
+        {"flags": 255},
+        {"order": 24},
+        {"hue": 0.6},
+        {"hue": nan},
+        {"brightness": -1},
+        {"contrast": nan},
+        {"saturation": 17},
+        {"sigma": -1},
+        {"sigma": nan},
+        {"sigma": 65},
+        {"brightness": float("inf")},
+    ):
         assert not well_formed(np.concatenate([record(), record(**bad)])), bad
 
 

@@ -104,12 +104,15 @@ def blocks_of(page: Path) -> list[Block]:
     text = page.read_text()
     return [
         Block(
-            page=str(page.relative_to(ROOT)), line=text.count("\n", 0, found.start("fence")) + 1,
-            language=found["language"].strip(), text=textwrap.dedent(found["text"]), why=found["why"],
+            page=str(page.relative_to(ROOT)),
+            line=text.count("\n", 0, found.start("fence")) + 1,
+            language=found["language"].strip(),
+            text=textwrap.dedent(found["text"]),
+            why=found["why"],
         )
         for found in FENCE.finditer(text)
         if not found["language"].startswith("{")
-    ]  # fmt: skip
+    ]
 
 
 def given_to(page: Path) -> list[str]:

@@ -55,8 +55,12 @@ def test_it_is_extract(make_set, backbone, tmp_path, per_class: int) -> None:
         np.testing.assert_array_equal(rows, np.arange(len(images)))
     assert model.seen - 2 == len(images)  # the second time asked only the check
     assert sorted(path.name for path in entry.iterdir()) == [
-        "about.json", "done.json", "features.npy", "labels.npy", "noise.npy"
-    ]  # fmt: skip
+        "about.json",
+        "done.json",
+        "features.npy",
+        "labels.npy",
+        "noise.npy",
+    ]
     np.testing.assert_array_equal(np.load(entry / "labels.npy", allow_pickle=False), labels)
     assert isinstance(features, np.memmap)
     assert not features.flags.writeable

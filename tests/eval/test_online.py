@@ -42,9 +42,15 @@ def loaders():
 
 def train(module, loaders, callbacks, epochs: int = 3, **options) -> pl.Trainer:
     trainer = pl.Trainer(
-        max_epochs=epochs, accelerator="cpu", callbacks=callbacks, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, **options,
-    )  # fmt: skip
+        max_epochs=epochs,
+        accelerator="cpu",
+        callbacks=callbacks,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **options,
+    )
     trainer.fit(module, *loaders)
     return trainer
 

@@ -38,9 +38,15 @@ def make_config(folder: Path) -> MakeConfig:
 
     def make(out: str = "run", method: str = "mocov2", **changes: Any) -> PretrainConfig:
         options: dict[str, Any] = {
-            "epochs": 3, "batch_size": 8, "pixels": 16, "dim": 32, "workers": 0, "log_every": 1,
-            "method": method, **OWN[method],
-        }  # fmt: skip
+            "epochs": 3,
+            "batch_size": 8,
+            "pixels": 16,
+            "dim": 32,
+            "workers": 0,
+            "log_every": 1,
+            "method": method,
+            **OWN[method],
+        }
         return PretrainConfig(images=str(folder / "images"), out=str(folder / out), **{**options, **changes})
 
     return make

@@ -33,14 +33,25 @@ def make_dense(seed: int = 0, classes: int = CLASSES, pixels: int = PIXELS, **ab
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = nn.Sequential(
-            nn.Conv2d(3, 16, 5, stride=4), nn.ReLU(), nn.Conv2d(16, 32, 3, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(1),
-            nn.Flatten(), nn.Linear(32, classes),
-        )  # fmt: skip
+            nn.Conv2d(3, 16, 5, stride=4),
+            nn.ReLU(),
+            nn.Conv2d(16, 32, 3, stride=2),
+            nn.ReLU(),
+            nn.AdaptiveAvgPool2d(1),
+            nn.Flatten(),
+            nn.Linear(32, classes),
+        )
         network[-1].weight.data *= 20  # logits of several units
     teacher = Teacher(
-        network, nn.Identity(), name="small", shape=(classes,), network="convolutions", pixels=pixels, kind="distribution",
+        network,
+        nn.Identity(),
+        name="small",
+        shape=(classes,),
+        network="convolutions",
+        pixels=pixels,
+        kind="distribution",
         **{"checkpoint_sha256": f"{seed:064x}", "licence": "none", **about},
-    )  # fmt: skip
+    )
     dense = Counting(teacher, pixels=pixels)
     dense.calls = 0
     return dense

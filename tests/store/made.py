@@ -18,8 +18,26 @@ DIM, CROPS, ROWS_PER_SHARD = 16, 3, 4
 PATHS = ["a/1.jpg", "a/2.jpg", "b/3.jpg", "b/ä.jpg", "c/5.jpg", "c/6.jpg"]
 SKIPPED = 4
 FIDELITY = {"distribution": {"total_variation_mean": 0.1, "total_variation_max": 0.2}}
-SPECS = ("Flat", "SQfp16", "SQbf16", "SQ8", "SQ6", "SQ4", "PQ4x8", "PQ4x4", "PQ2x10", "OPQ4_8,PQ4x4", "PCA8,SQ4", "PCAR8,SQ8",
-         "RR16,SQ6", "hard", "smoothing", "marginal_smoothing_k5", "marginal_renorm_k3", "full")  # fmt: skip
+SPECS = (
+    "Flat",
+    "SQfp16",
+    "SQbf16",
+    "SQ8",
+    "SQ6",
+    "SQ4",
+    "PQ4x8",
+    "PQ4x4",
+    "PQ2x10",
+    "OPQ4_8,PQ4x4",
+    "PCA8,SQ4",
+    "PCAR8,SQ8",
+    "RR16,SQ6",
+    "hard",
+    "smoothing",
+    "marginal_smoothing_k5",
+    "marginal_renorm_k3",
+    "full",
+)
 
 
 def name_of(spec: str) -> str:
@@ -67,9 +85,14 @@ def make(folder: Path, specs: tuple[str, ...] = SPECS) -> dict[str, npt.NDArray[
     lines = "".join(f"{path}\n" for path in PATHS).encode()
     (folder / "images.txt").write_bytes(lines)
     manifest = layout.Manifest(
-        seed=7, recipe=RECIPES["mocov2"], crops_per_image=CROPS, rows_per_shard=ROWS_PER_SHARD, count=len(PATHS),
-        images_sha256=files.sha256(lines), sizes_sha256=files.write_npy(folder / "images.npy", sizes),
-    )  # fmt: skip
+        seed=7,
+        recipe=RECIPES["mocov2"],
+        crops_per_image=CROPS,
+        rows_per_shard=ROWS_PER_SHARD,
+        count=len(PATHS),
+        images_sha256=files.sha256(lines),
+        sizes_sha256=files.write_npy(folder / "images.npy", sizes),
+    )
     manifest.write(folder)
     for shard in range(manifest.shards):
         rows = manifest.shard_rows(shard)
@@ -88,12 +111,14 @@ def make(folder: Path, specs: tuple[str, ...] = SPECS) -> dict[str, npt.NDArray[
         if spec == "SQ8":
             arrays["teacher-prototypes"] = files.write_npy(column / "teacher-prototypes.npy", targets(5))
         meta = {
-            "codec": spec, "code_size": codec.code_size,
+            "codec": spec,
+            "code_size": codec.code_size,
             "fidelity": {"cosine_mean": 0.99, "cosine_min": 0.9, "sample": 100, **FIDELITY.get(target_of(spec).kind, {})},
             "chunk_size": 16,
             "teacher": TeacherInfo(name="t", spec=target_of(spec), network="n", licence="l", pixels=64).to_json(),
-            "probe_digest": probe_digest(), "arrays": arrays,
-        }  # fmt: skip
+            "probe_digest": probe_digest(),
+            "arrays": arrays,
+        }
         files.write_json(column / "meta.json", meta)
         some = probabilities if target_of(spec).kind == "distribution" else targets
         exact = some(len(PATHS) * CROPS, seed=number + 1).reshape(len(PATHS), CROPS, DIM)

@@ -9,9 +9,20 @@ from typing import Any
 import numpy as np
 
 RECORD = np.dtype(
-    [("top", "<u2"), ("left", "<u2"), ("height", "<u2"), ("width", "<u2"), ("flags", "u1"), ("order", "u1"),
-     ("brightness", "<f2"), ("contrast", "<f2"), ("saturation", "<f2"), ("hue", "<f2"), ("sigma", "<f2")]
-)  # fmt: skip
+    [
+        ("top", "<u2"),
+        ("left", "<u2"),
+        ("height", "<u2"),
+        ("width", "<u2"),
+        ("flags", "u1"),
+        ("order", "u1"),
+        ("brightness", "<f2"),
+        ("contrast", "<f2"),
+        ("saturation", "<f2"),
+        ("hue", "<f2"),
+        ("sigma", "<f2"),
+    ]
+)
 LABEL = re.compile(r"hard|smoothing|full|marginal_(?:smoothing|renorm)_k([1-9]\d*)")
 SPEC = re.compile(r"(?:(OPQ|PCAR?|RR)(\d+)(?:_(\d+))?,)?(?:(Flat|SQ8|SQ6|SQ4|SQfp16|SQbf16)|PQ(\d+)(?:x(\d+))?)")
 
@@ -114,9 +125,12 @@ def read_store(folder: Path) -> dict[str, Any]:
     assert len(paths) == count
     sizes = np.dtype([("bytes", "<u8"), ("width", "<u2"), ("height", "<u2")])
     store: dict[str, Any] = {
-        "paths": paths, "skipped": [], "crops": [], "columns": {},
+        "paths": paths,
+        "skipped": [],
+        "crops": [],
+        "columns": {},
         "sizes": read_npy(folder / "images.npy", m["sizes_sha256"], sizes, (count,)),
-    }  # fmt: skip
+    }
     shards = [min(size, count - first) for first in range(0, count, size)]
     for shard, rows in enumerate(shards):
         about = read_json(folder / "crops" / f"{shard:05d}.json")

@@ -44,8 +44,21 @@ LARGEST = 2**25  # bytes of a file that a test reads
 ROOM = 2**30  # bytes of address space that a hostile store may take
 SPECS = ("Flat", "SQfp16", "SQ8", "PQ4x4", "OPQ4_8,PQ4x4", "PCA8,SQ4", "hard", "marginal_smoothing_k5", "full")
 NAMES = [made.name_of(spec) for spec in SPECS]
-RUNS = {"pickle.find_class", "subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "socket.connect",
-        "ctypes.dlopen", "marshal.loads", "os.remove", "os.rename", "os.mkdir", "os.truncate"}  # fmt: skip
+RUNS = {
+    "pickle.find_class",
+    "subprocess.Popen",
+    "os.system",
+    "os.exec",
+    "os.posix_spawn",
+    "os.fork",
+    "socket.connect",
+    "ctypes.dlopen",
+    "marshal.loads",
+    "os.remove",
+    "os.rename",
+    "os.mkdir",
+    "os.truncate",
+}
 watched: list[Path] = []
 outputs: list[Path] = []  # where a verb may write
 seen: list[str] = []
@@ -172,12 +185,55 @@ def rewrite(path: Path, change: Any) -> None:
 
 # mutations: each changes a store, and says whether it signed what it changed
 
-# fmt: off
 VALUES: list[Any] = [
-    None, True, False, -1, 0, 1, 2, 3, 7, 15, 17, 64, 2**16, 2**20, 2**31, 2**63, 2**64 + 1, 10**400, -(10**400),
-    0.5, 16.0, 1e308, 1e-320, "", "16", "..", "../outside", "/etc/passwd", "a/b", "\ud800", "\0", "x" * 5000,
-    "Flat", "SQ4", "SQ8", "PQ4x12", "PQ16x4", "OPQ4,PQ4x4", "PCA8,SQ4", "PCA9999,Flat", "IVF1,Flat",
-    "0" * 64, [], {}, [0], [[0]], {"a": 1}, ["0" * 64] * 3,
+    None,
+    True,
+    False,
+    -1,
+    0,
+    1,
+    2,
+    3,
+    7,
+    15,
+    17,
+    64,
+    2**16,
+    2**20,
+    2**31,
+    2**63,
+    2**64 + 1,
+    10**400,
+    -(10**400),
+    0.5,
+    16.0,
+    1e308,
+    1e-320,
+    "",
+    "16",
+    "..",
+    "../outside",
+    "/etc/passwd",
+    "a/b",
+    "\ud800",
+    "\0",
+    "x" * 5000,
+    "Flat",
+    "SQ4",
+    "SQ8",
+    "PQ4x12",
+    "PQ16x4",
+    "OPQ4,PQ4x4",
+    "PCA8,SQ4",
+    "PCA9999,Flat",
+    "IVF1,Flat",
+    "0" * 64,
+    [],
+    {},
+    [0],
+    [[0]],
+    {"a": 1},
+    ["0" * 64] * 3,
     [0.5] * 3,
 ]
 HEADERS = [
@@ -188,10 +244,24 @@ HEADERS = [
     "__import__('os').system('touch ran')",
 ]
 DTYPES = ["<f4", ">f4", "<f8", "|u1", "|O", "|V20", "|S5", "<U9", "|b1", "<M8[ns]", "<c8", "4<f4", "(2,)<f4", "?"]
-SHAPES = ["(2, 16)", "(2, 8)", "(4, 3)", "(2, 3)", "(6,)", "(4, 3, 16)", "()", "(0,)", "(-1,)", "(4611686018427387904, 4)",
-          "(10000000000000000000000, 0)", "(4, 3, 0)", "(True, 16)", "(1000000000,)", "((2,), 16)",
-          "(" * 90 + ")" * 90]
-# fmt: on
+SHAPES = [
+    "(2, 16)",
+    "(2, 8)",
+    "(4, 3)",
+    "(2, 3)",
+    "(6,)",
+    "(4, 3, 16)",
+    "()",
+    "(0,)",
+    "(-1,)",
+    "(4611686018427387904, 4)",
+    "(10000000000000000000000, 0)",
+    "(4, 3, 0)",
+    "(True, 16)",
+    "(1000000000,)",
+    "((2,), 16)",
+    "(" * 90 + ")" * 90,
+]
 
 
 def store_files(folder: Path) -> list[Path]:
@@ -271,12 +341,27 @@ def mutate_json(draw: Any, folder: Path) -> bool:
 def raw_json(draw: Any, folder: Path) -> bool:
     path = draw(st.sampled_from([path for path in store_files(folder) if path.suffix == ".json"]))
     depth = draw(st.sampled_from([10, 900, 1100, 20_000, 3_000_000]))
-    text = draw(st.sampled_from([
-        "[" * depth, "[" * depth + "]" * depth, '{"a":' * depth + "1" + "}" * depth, "9" * depth, f"[{'9' * depth}]",
-        '{"a":' + "9" * depth + "}", '{"a":NaN}', '{"a":1e999}', '{"a":-Infinity,"sha256":"0"}',
-        '{"a":[' + "{}," * depth + "1]}",
-        '"' + "x" * depth + '"', "", "\0", "nul", '{"a":1,"a":2}',
-    ]))  # fmt: skip
+    text = draw(
+        st.sampled_from(
+            [
+                "[" * depth,
+                "[" * depth + "]" * depth,
+                '{"a":' * depth + "1" + "}" * depth,
+                "9" * depth,
+                f"[{'9' * depth}]",
+                '{"a":' + "9" * depth + "}",
+                '{"a":NaN}',
+                '{"a":1e999}',
+                '{"a":-Infinity,"sha256":"0"}',
+                '{"a":[' + "{}," * depth + "1]}",
+                '"' + "x" * depth + '"',
+                "",
+                "\0",
+                "nul",
+                '{"a":1,"a":2}',
+            ]
+        )
+    )
     path.write_text(text)
     return False
 
@@ -373,9 +458,13 @@ MUTATIONS = [
 
 
 FUZZ = settings(
-    max_examples=EXAMPLES, deadline=None, database=None, derandomize=EXAMPLES <= 300, phases=(Phase.generate,),
+    max_examples=EXAMPLES,
+    deadline=None,
+    database=None,
+    derandomize=EXAMPLES <= 300,
+    phases=(Phase.generate,),
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture],
-)  # fmt: skip
+)
 
 
 def mutated(original: Path, data: Any) -> tuple[Path, list[bool]]:

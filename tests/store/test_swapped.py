@@ -27,9 +27,16 @@ def templates(tmp_path_factory, image_folder, new_teacher) -> Path:
         patch.setattr(manifest, "ROWS_PER_SHARD", 12)
         for seed, name in enumerate(("store", "other")):
             precompute(
-                images.scan(image_folder), folder / name, [new_teacher(0, "a"), new_teacher(1, "b")], crops=3,
-                recipe=RECIPES["mocov2"], codec="Flat", pixels=32, seed=seed, chunk_size=16,
-            )  # fmt: skip
+                images.scan(image_folder),
+                folder / name,
+                [new_teacher(0, "a"), new_teacher(1, "b")],
+                crops=3,
+                recipe=RECIPES["mocov2"],
+                codec="Flat",
+                pixels=32,
+                seed=seed,
+                chunk_size=16,
+            )
     return folder
 
 

@@ -157,8 +157,12 @@ def test_the_same_export_gives_the_same_bytes_and_another_does_not_overwrite(tmp
 )
 def test_what_a_library_lacks_is_refused(name: str, layout: Any, said: str, tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=said):
-        export(Student(name, 8, width=0.125 if name.startswith("reactnet") else 1.0), tmp_path / "f.safetensors", layout=layout,
-               pixels=64)  # fmt: skip
+        export(
+            Student(name, 8, width=0.125 if name.startswith("reactnet") else 1.0),
+            tmp_path / "f.safetensors",
+            layout=layout,
+            pixels=64,
+        )
     assert list(tmp_path.iterdir()) == []
 
 
@@ -185,10 +189,18 @@ def test_somebody_elses_file_is_no_student(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        {"pixels": None}, {"pixels": "64"}, {"pixels": -5}, {"pixels": 10**12}, {"pixels": True}, {"pixels": 1.5},
-        {"last_layer": "layer1"}, {"last_layer": 3}, {"name": 5}, {"head": []},
+        {"pixels": None},
+        {"pixels": "64"},
+        {"pixels": -5},
+        {"pixels": 10**12},
+        {"pixels": True},
+        {"pixels": 1.5},
+        {"last_layer": "layer1"},
+        {"last_layer": 3},
+        {"name": 5},
+        {"head": []},
     ],
-)  # fmt: skip
+)
 def test_impossible_metadata_is_refused(change: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "f.safetensors"
     export(Student("squeezenet1_1", 3, head="classifier").eval(), path, layout=None, pixels=64)

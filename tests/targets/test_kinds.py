@@ -146,10 +146,21 @@ def test_a_grid_is_stored_verified_recoded_and_trained_on(image_folder: Path, tm
     assert len(nearest(column, store.targets("grid", 0, slice(1)), count=3, crops=2, without=0)[0]) == 3
 
     config = TrainConfig(
-        images=str(image_folder), out=str(tmp_path / "run"), targets="stored", store=str(store.folder), teacher="small",
-        student="squeezenet1_1", objective="token_cosine", epochs=4, batch_size=16, crops_per_image=2, pixels=32, lr=1e-3,
-        workers=0, log_every=1,
-    )  # fmt: skip
+        images=str(image_folder),
+        out=str(tmp_path / "run"),
+        targets="stored",
+        store=str(store.folder),
+        teacher="small",
+        student="squeezenet1_1",
+        objective="token_cosine",
+        epochs=4,
+        batch_size=16,
+        crops_per_image=2,
+        pixels=32,
+        lr=1e-3,
+        workers=0,
+        log_every=1,
+    )
     (tmp_path / "run").mkdir()
     data = StoredCrops(store, found, crops_per_image=2, pixels=32, teacher=["small"])
     train(config, data, tmp_path / "run", targets=[small.info])

@@ -54,11 +54,15 @@ def test_decoding_is_what_fkd_recovers(name: str) -> None:
 @pytest.mark.parametrize(
     ("name", "classes", "size"),
     [
-        ("hard", 1000, 2), ("smoothing", 1000, 4), ("marginal_smoothing_k5", 1000, 20), ("marginal_smoothing_k10", 1000, 40),
-        ("marginal_renorm_k5", 21841, 20), ("marginal_renorm_k5", 65536, 20),
+        ("hard", 1000, 2),
+        ("smoothing", 1000, 4),
+        ("marginal_smoothing_k5", 1000, 20),
+        ("marginal_smoothing_k10", 1000, 40),
+        ("marginal_renorm_k5", 21841, 20),
+        ("marginal_renorm_k5", 65536, 20),
         ("full", 1000, 2000),
     ],
-)  # fmt: skip
+)
 def test_bytes_of_a_crop(name: str, classes: int, size: int) -> None:
     assert LabelCodec(name, classes).code_size == size
 

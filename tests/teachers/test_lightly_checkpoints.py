@@ -49,9 +49,13 @@ def test_a_checkpoint_of_a_training_with_lightly(form: Any, crops: Tensor, tmp_p
     module = Module(form(resnet18(weights=None)))
     data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.rand(4, 3, 32, 32)), batch_size=2)
     trainer = pl.Trainer(
-        max_epochs=1, accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False,
+        max_epochs=1,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
         default_root_dir=tmp_path,
-    )  # fmt: skip
+    )
     trainer.fit(module, data)
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     teacher = load_teacher("lightly", checkpoint=tmp_path / "last.ckpt")

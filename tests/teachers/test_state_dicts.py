@@ -99,7 +99,7 @@ LAYOUTS: list[tuple[str, str, Callable[[State], Any]]] = [
     ("lightly_compiled_module", LIGHTLY, lambda s: {"state_dict": before("_orig_mod.backbone.", s)}),
     ("solo_learn", LIGHTLY, lambda s: {"state_dict": {**before("encoder.", s), "classifier.weight": torch.ones(2)}}),
     ("solo_learn_new", LIGHTLY, lambda s: {"state_dict": {**before("backbone.", s), "momentum_backbone.w": torch.ones(2)}}),
-]  # fmt: skip
+]
 AVERAGES = {"model_ema": "model_ema", **dict.fromkeys(("state_dict_ema", "timm_training", "timm_ddp_ema"), "state_dict_ema")}
 
 
@@ -154,7 +154,7 @@ def test_layouts(layout: str, name: str, save: Any, networks: dict[str, nn.Modul
         (SHUFFLE, lambda s: {**s, "conv1.0.weight": s["conv1.0.weight"].to_sparse()}, r"calls torch\._utils\._rebuild_sparse"),
         (LIGHTLY, lambda s: s, r"not lightly's layout: no keys backbone\.\* or encoder\.\*"),
     ],
-)  # fmt: skip
+)
 def test_layouts_that_are_refused(name: str, save: Any, said: str, networks: dict[str, nn.Module], tmp_path: Path) -> None:
     torch.save(save(networks[name.partition("@")[0]].state_dict()), tmp_path / "w.pth")
     with pytest.raises(CheckpointError, match=said):

@@ -107,9 +107,13 @@ def test_tokens_of_a_block(tmp_path: Path) -> None:
     teacher = load_teacher(f"timm/{SMALL}@blocks.3", checkpoint=tmp_path / "w.pth")
     with torch.inference_mode():
         tokens = network.forward_intermediates(
-            normalised(pixels(224), network.pretrained_cfg), indices=[3], output_fmt="NLC", intermediates_only=True,
-            return_prefix_tokens=True, norm=False,
-        )  # fmt: skip
+            normalised(pixels(224), network.pretrained_cfg),
+            indices=[3],
+            output_fmt="NLC",
+            intermediates_only=True,
+            return_prefix_tokens=True,
+            norm=False,
+        )
     patches, prefix = tokens[0]
     expected = torch.cat([prefix, patches], dim=1).mean(dim=1)
     torch.testing.assert_close(teacher.features(pixels(224)), expected, rtol=1e-4, atol=1e-5)
@@ -169,8 +173,10 @@ def test_its_own_weights_when_asked(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", code, str(snapshot / "model.safetensors")],
         env={**os.environ, "HF_HUB_OFFLINE": "1", "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HOME": str(tmp_path)},
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     first, second = done.stdout.splitlines()
     assert first == "True pretrained True"
     assert second.startswith("1 teacher timm/resnet34.a1_in1k: timm could not download its weights")

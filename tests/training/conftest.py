@@ -78,9 +78,17 @@ def make_run(flat_store: Store, image_folder: Path, tmp_path: Path) -> MakeRun:
 
     def make(name: str = "run", data: Crops | None = None, **options: Any) -> Run:
         defaults: dict[str, Any] = {
-            "images": str(image_folder), "store": str(flat_store.folder), "student": STUDENT, "epochs": 6, "pixels": 32,
-            "crops_per_image": 2, "batch_size": 16, "lr": 1e-3, "workers": 0, "log_every": 1,
-        }  # fmt: skip
+            "images": str(image_folder),
+            "store": str(flat_store.folder),
+            "student": STUDENT,
+            "epochs": 6,
+            "pixels": 32,
+            "crops_per_image": 2,
+            "batch_size": 16,
+            "lr": 1e-3,
+            "workers": 0,
+            "log_every": 1,
+        }
         config = TrainConfig(**{**defaults, **options}, out=str(tmp_path / name))
         if data is None:
             data = StoredCrops(

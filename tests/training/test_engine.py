@@ -180,9 +180,15 @@ class TestResults:
     def test_what_results_say(self, make_run: Any) -> None:
         results = make_run().train().results
         expected = {
-            "epochs": 6, "steps": 9, "images": 24, "crops_seen": 144, "stored_crops_per_image": 4, "teacher_forwards": 0,
-            "knn_top1": None, "knn_best": None,
-        }  # fmt: skip
+            "epochs": 6,
+            "steps": 9,
+            "images": 24,
+            "crops_seen": 144,
+            "stored_crops_per_image": 4,
+            "teacher_forwards": 0,
+            "knn_top1": None,
+            "knn_best": None,
+        }
         assert {key: results[key] for key in expected} == expected
         assert results["train_seconds"] > 0
         assert 0 <= results["data_wait"] <= 1

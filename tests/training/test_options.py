@@ -28,9 +28,14 @@ from fkd_ssl.training.last_single import LastSingle
 from fkd_ssl.training.sampler import PassSampler
 
 ALL = {
-    "head": "simreg", "ema": 0.9, "objective": "feature_kl+0.1*queue_kl(queue=40)",
-    "clip": 1.0, "single_crop_epochs": 2, "accumulate": 2, "warmup_epochs": 1,
-}  # fmt: skip
+    "head": "simreg",
+    "ema": 0.9,
+    "objective": "feature_kl+0.1*queue_kl(queue=40)",
+    "clip": 1.0,
+    "single_crop_epochs": 2,
+    "accumulate": 2,
+    "warmup_epochs": 1,
+}
 """All that keeps something between steps, and all that changes what a step is."""
 
 
@@ -97,9 +102,15 @@ class TestResume:
     @pytest.mark.parametrize("after", [1, 8, 13])
     def test_labels_mixing_a_discriminator_and_drops(self, make_run: Any, after: int) -> None:
         options = {
-            "targets": "labels", "objective": "soft_ce+0.1*discriminator", "head": "classifier", "label_smoothing": 0.1,
-            "mixup": 0.8, "cutmix": 1.0, "accumulate": 2, "lr_drops": "2,4",
-        }  # fmt: skip
+            "targets": "labels",
+            "objective": "soft_ce+0.1*discriminator",
+            "head": "classifier",
+            "label_smoothing": 0.1,
+            "mixup": 0.8,
+            "cutmix": 1.0,
+            "accumulate": 2,
+            "lr_drops": "2,4",
+        }
         about = [TeacherInfo(name="labels", spec=TargetSpec("distribution", (3,)))]
         whole = make_run("whole", **options).train(targets=about)
         first = whole.config.lr
@@ -343,8 +354,12 @@ class TestInit:
         for key in ("student.backbone.blocks.3.conv1.weight", "student.head.0.weight"):
             torch.testing.assert_close(second.weights[key], first.weights[key], rtol=0, atol=1e-7)
         assert second.checkpoint()["fkd_ssl_student"] == {
-            "name": "reactnet", "stem": "small", "width": 0.125, "dim": 16, "pixels": 32,
-        }  # fmt: skip
+            "name": "reactnet",
+            "stem": "small",
+            "width": 0.125,
+            "dim": 16,
+            "pixels": 32,
+        }
         student, _ = load_student(second.folder / "checkpoints" / "last.ckpt")
         assert student.feature_dim == 128
 

@@ -151,12 +151,18 @@ def read(path: Path) -> Labels:
         raise StoreError(f"{path}: not a label file of FKD's ({reason})") from error
     count = len(boxes) if boxes.ndim else 0
     right = (
-        boxes.shape == (count, 4) and flips.shape == (count,) and labels.ndim in (1, 2, 3) and len(labels) == count > 0
+        boxes.shape == (count, 4)
+        and flips.shape == (count,)
+        and labels.ndim in (1, 2, 3)
+        and len(labels) == count > 0
         and count <= layout.MAX_CROPS  # checked before anything is copied
-        and boxes.dtype.kind == "f" and flips.dtype.kind in "biu" and labels.dtype.kind in "fiu"
+        and boxes.dtype.kind == "f"
+        and flips.dtype.kind in "biu"
+        and labels.dtype.kind in "fiu"
         and np.isfinite(boxes.astype(np.float64)).all()
-        and (labels.ndim < 3 or labels.shape[1] == 2) and np.isin(flips, (0, 1)).all()
-    )  # fmt: skip
+        and (labels.ndim < 3 or labels.shape[1] == 2)
+        and np.isin(flips, (0, 1)).all()
+    )
     if not right:
         shapes = ", ".join(f"{part.dtype} {list(part.shape)}" for part in (boxes, flips, labels))
         raise StoreError(f"{path}: holds {shapes}; expected boxes [C, 4], flips [C] and labels")

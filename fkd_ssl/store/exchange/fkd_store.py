@@ -29,9 +29,17 @@ _LISTED = 10
 
 
 def import_fkd(
-    labels: str | Path, images: ImageSource, out: str | Path, *, classes: int, codec: str | None = None, name: str = "fkd",
-    pixels: int = 224, threads: int = 2, log: Callable[[str], None] = lambda message: None,
-) -> Store:  # fmt: skip
+    labels: str | Path,
+    images: ImageSource,
+    out: str | Path,
+    *,
+    classes: int,
+    codec: str | None = None,
+    name: str = "fkd",
+    pixels: int = 224,
+    threads: int = 2,
+    log: Callable[[str], None] = lambda message: None,
+) -> Store:
     """Makes a store of published label files: their boxes and flips become crops, their labels a column.
 
     The store appears when it is complete. After a kill, call it again to continue. Labels are kept, rounded to float16.
@@ -68,8 +76,14 @@ def import_fkd(
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
         if not (new / MANIFEST).exists():
             publish.create_store(
-                new, images, seed=0, recipe=IMPORTED, crops=len(first), skip_unreadable=False, advice="repair or remove it",
-            )  # fmt: skip
+                new,
+                images,
+                seed=0,
+                recipe=IMPORTED,
+                crops=len(first),
+                skip_unreadable=False,
+                advice="repair or remove it",
+            )
         store, meta = Store(new), _meta(kept, Path(labels).name, pixels)
         if not store.teachers:
             publish_column(new / layout.TARGETS / name, meta, {})

@@ -164,10 +164,20 @@ def _recompute(
             was[path] = None
         _remove(path)
     precompute(
-        images, store.folder, teacher, crops=m.crops_per_image, recipe=m.recipe, codec=column.meta.codec,
-        pixels=column.meta.teacher.pixels, seed=m.seed, chunk_size=column.meta.chunk_size, name=name, skip_unreadable=True,
-        threads=threads, log=log,
-    )  # fmt: skip
+        images,
+        store.folder,
+        teacher,
+        crops=m.crops_per_image,
+        recipe=m.recipe,
+        codec=column.meta.codec,
+        pixels=column.meta.teacher.pixels,
+        seed=m.seed,
+        chunk_size=column.meta.chunk_size,
+        name=name,
+        skip_unreadable=True,
+        threads=threads,
+        log=log,
+    )
     for path, digest in was.items():
         now = _digest(path)
         how = (

@@ -24,9 +24,13 @@ Rows = Int64Array
 
 
 def subset(
-    store: Store, out: str | Path, *, crops: int | None = None, teachers: Sequence[str] | None = None,
+    store: Store,
+    out: str | Path,
+    *,
+    crops: int | None = None,
+    teachers: Sequence[str] | None = None,
     paths: Sequence[str] | None = None,
-) -> Store:  # fmt: skip
+) -> Store:
     """Copies a part of a store into `out`, which appears when it is complete. If the call is killed, call it again to continue.
 
     The copied data is compared with its checksums, and the source is not changed. The records are identical to those of a
@@ -60,9 +64,13 @@ class Part:
     """A part of a store. Arguments and errors are those of `subset`."""
 
     def __init__(
-        self, store: Store, *, crops: int | None = None, teachers: Sequence[str] | None = None,
+        self,
+        store: Store,
+        *,
+        crops: int | None = None,
+        teachers: Sequence[str] | None = None,
         paths: Sequence[str] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         m = store.manifest
         self.store = store
         self.crops = m.crops_per_image if crops is None else crops
@@ -237,9 +245,13 @@ def _by_shard(store: Store, rows: Rows) -> list[Rows]:
 
 
 def _gather(
-    store: Store, rows: Rows, locate: Callable[[int], Path], sidecar: Callable[[int], dict[str, Any]], dtype: np.dtype[Any],
+    store: Store,
+    rows: Rows,
+    locate: Callable[[int], Path],
+    sidecar: Callable[[int], dict[str, Any]],
+    dtype: np.dtype[Any],
     crop_shape: tuple[int, ...],
-) -> npt.NDArray[Any]:  # fmt: skip
+) -> npt.NDArray[Any]:
     """Reads the crops [rows, C, ...] of some rows from the files of shards. Raises StoreError if a checksum differs."""
     parts = []
     for part in _by_shard(store, rows):

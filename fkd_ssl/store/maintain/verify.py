@@ -253,9 +253,11 @@ def _check_images(
             found = files.sha256(images.read(index)) if checksum else ""
         except ImageAccessError as error:
             return f"row {row}: {error}"
-        return None if found == checksum else (
-            f"row {row}: {images.where(index)}: changed since its crops were made; restore it or make another store"
-        )  # fmt: skip
+        return (
+            None
+            if found == checksum
+            else (f"row {row}: {images.where(index)}: changed since its crops were made; restore it or make another store")
+        )
 
     with tqdm(total=store.manifest.count, desc="verify images", unit="img") as bar:
         for shard in shards:

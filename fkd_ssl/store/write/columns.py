@@ -172,9 +172,14 @@ def sample_rows(store: Store, codec: str, target: TargetSpec) -> tuple[list[int]
 
 
 def train_columns(
-    store: Store, requests: Sequence[Request], reader: RowReader, pool: ThreadPoolExecutor,
-    publish: Callable[[Request, dict[str, Any], dict[str, Float32Array]], None], *, always: bool = False,
-) -> None:  # fmt: skip
+    store: Store,
+    requests: Sequence[Request],
+    reader: RowReader,
+    pool: ThreadPoolExecutor,
+    publish: Callable[[Request, dict[str, Any], dict[str, Float32Array]], None],
+    *,
+    always: bool = False,
+) -> None:
     """Trains the codecs of several requests, of one codec and kind, on their teachers' targets. Reads the sample once for all.
 
     The finished part of the sample survives a kill.

@@ -122,9 +122,17 @@ def precompute(
     names = [request.name for request in requests]
     images = layout.limit_images(images, limit)
     store = _begin(
-        images, Path(folder), requests, crops=crops, recipe=recipe, seed=seed, skip_unreadable=skip_unreadable, threads=threads,
-        progress=progress, log=log,
-    )  # fmt: skip
+        images,
+        Path(folder),
+        requests,
+        crops=crops,
+        recipe=recipe,
+        seed=seed,
+        skip_unreadable=skip_unreadable,
+        threads=threads,
+        progress=progress,
+        log=log,
+    )
     reader = RowReader(store, images, skip_unreadable, ahead=threads + 1, device=device)
     with ThreadPoolExecutor(threads) as pool:
         columns = open_or_train(store, requests, reader, pool, log)
@@ -184,9 +192,17 @@ def prepare(
     """
     requests = _requests(teacher, codec, pixels, chunk_size, None, None)
     store = _begin(
-        images, Path(folder), requests, crops=crops, recipe=recipe, seed=seed, skip_unreadable=skip_unreadable, threads=threads,
-        progress=True, log=log,
-    )  # fmt: skip
+        images,
+        Path(folder),
+        requests,
+        crops=crops,
+        recipe=recipe,
+        seed=seed,
+        skip_unreadable=skip_unreadable,
+        threads=threads,
+        progress=True,
+        log=log,
+    )
     requests = [
         replace(request, chunk_size=store.column(request.name).meta.chunk_size) if request.name in store.teachers else request
         for request in requests
@@ -208,9 +224,13 @@ def prepare(
 
 
 def _requests(
-    teacher: Teacher | Sequence[Teacher], codec: str | None, pixels: int | Sequence[int], chunk_size: int,
-    name: str | Sequence[str] | None, device: str | None,
-) -> list[Request]:  # fmt: skip
+    teacher: Teacher | Sequence[Teacher],
+    codec: str | None,
+    pixels: int | Sequence[int],
+    chunk_size: int,
+    name: str | Sequence[str] | None,
+    device: str | None,
+) -> list[Request]:
     """Returns the requested columns. Raises RequestError if one is invalid."""
     teachers = [*teacher] if isinstance(teacher, Sequence) else [teacher]
     sides = [pixels] * len(teachers) if isinstance(pixels, int) else [*pixels]
@@ -249,9 +269,18 @@ def _in_range(what: str, value: int, most: int) -> None:
 
 
 def _begin(
-    images: ImageSource, folder: Path, requests: Sequence[Request], *, crops: int, recipe: Recipe, seed: int,
-    skip_unreadable: bool, threads: int, progress: bool, log: Callable[[str], None],
-) -> Store:  # fmt: skip
+    images: ImageSource,
+    folder: Path,
+    requests: Sequence[Request],
+    *,
+    crops: int,
+    recipe: Recipe,
+    seed: int,
+    skip_unreadable: bool,
+    threads: int,
+    progress: bool,
+    log: Callable[[str], None],
+) -> Store:
     """Announces the size of the store, then opens it, and creates it if it does not exist."""
     _in_range("crops", crops, layout.MAX_CROPS)
     if threads < 1:
@@ -340,9 +369,14 @@ class _Writer:
     """
 
     def __init__(
-        self, store: Store, requests: Sequence[Request], columns: Sequence[Column], reader: RowReader,
-        pool: ThreadPoolExecutor, bar: Any,
-    ) -> None:  # fmt: skip
+        self,
+        store: Store,
+        requests: Sequence[Request],
+        columns: Sequence[Column],
+        reader: RowReader,
+        pool: ThreadPoolExecutor,
+        bar: Any,
+    ) -> None:
         self.seen = 0
         self._store = store
         self._requests = requests

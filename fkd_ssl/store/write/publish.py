@@ -22,9 +22,16 @@ from fkd_ssl.text import format_bytes
 
 
 def create_store(
-    folder: Path, images: ImageSource, *, seed: int, recipe: Recipe, crops: int, skip_unreadable: bool, progress: bool = True,
+    folder: Path,
+    images: ImageSource,
+    *,
+    seed: int,
+    recipe: Recipe,
+    crops: int,
+    skip_unreadable: bool,
+    progress: bool = True,
     advice: str = "remove it or pass --on_unreadable skip",
-) -> Manifest:  # fmt: skip
+) -> Manifest:
     """Writes the lists of images and sizes of a new store, then its manifest. `advice` ends errors about unreadable images.
 
     Raises:

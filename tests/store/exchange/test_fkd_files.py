@@ -94,10 +94,13 @@ def test_boxes_are_fkds_to_the_pixel(images: Path, tmp_path: Path, fp16: bool) -
 @pytest.mark.parametrize(
     ("kind", "fp16", "place"),
     [
-        ("hard", False, ""), ("smoothing", False, "train"), ("marginal_smoothing_k5", False, "imagenet/train"),
-        ("marginal_smoothing_k5", True, "imagenet"), ("full", True, ""),
+        ("hard", False, ""),
+        ("smoothing", False, "train"),
+        ("marginal_smoothing_k5", False, "imagenet/train"),
+        ("marginal_smoothing_k5", True, "imagenet"),
+        ("full", True, ""),
     ],
-)  # fmt: skip
+)
 def test_a_store_of_label_files(images: Path, tmp_path: Path, kind: str, fp16: bool, place: str) -> None:
     made = published(tmp_path / "labels" / place, images, kind=kind, fp16=fp16)
     store = import_fkd(tmp_path / "labels", scan(images), tmp_path / "store", classes=K)
@@ -229,10 +232,12 @@ def test_labels_of_another_kind(labels: Any, spec: str, said: str) -> None:
 @pytest.mark.parametrize(
     ("box", "said"),
     [
-        ([0.5, 0.5, 10, 10], "lies outside the image"), ([-0.2, 0, 0.9, 1], "lies outside the image"),
-        ([0.5, 0.5, 0.51, 0.4], "lies outside the image"), ([0.5, 0.5, 0.001, 0.5], "no area inside the image"),
+        ([0.5, 0.5, 10, 10], "lies outside the image"),
+        ([-0.2, 0, 0.9, 1], "lies outside the image"),
+        ([0.5, 0.5, 0.51, 0.4], "lies outside the image"),
+        ([0.5, 0.5, 0.001, 0.5], "no area inside the image"),
     ],
-)  # fmt: skip
+)
 def test_boxes_of_no_image(box: Any, said: str) -> None:
     with pytest.raises(StoreError, match=said):
         fkd_files.Labels(np.float32([box]), FLIPS[:1], LABELS[:1]).records(100, 100)
@@ -347,9 +352,12 @@ def test_a_killed_import_goes_on_with_the_same_only(
     monkeypatch.setattr(fkd_exchange, "_publish", publish)
     fewer = scan(images).subset(range(1, 8))
     for labels, found, options in (
-        ("b", scan(images), {}), ("a", fewer, {}), ("a", scan(images), {"classes": K + 1}),
-        ("a", scan(images), {"name": "other"}), ("a", scan(images), {"codec": "marginal_renorm_k5"}),
-    ):  # fmt: skip
+        ("b", scan(images), {}),
+        ("a", fewer, {}),
+        ("a", scan(images), {"classes": K + 1}),
+        ("a", scan(images), {"name": "other"}),
+        ("a", scan(images), {"codec": "marginal_renorm_k5"}),
+    ):
         with pytest.raises(RequestError, match="something else was begun here and not finished"):
             import_fkd(tmp_path / labels / "labels", found, tmp_path / "store", **{"classes": K, **options})
     import_fkd(tmp_path / "a/labels", scan(images), tmp_path / "store", classes=K)

@@ -277,9 +277,16 @@ class TestMean:
         torch.manual_seed(seed)
         layers = torch.nn.Sequential(torch.nn.AdaptiveAvgPool2d(2), torch.nn.Flatten(), torch.nn.Linear(12, classes))
         return Teacher(
-            layers, torch.nn.Identity(), name=name, shape=(classes,), network=f"net {name}", pixels=32, kind="distribution",
-            licence=f"licence {name}", source=f"source {name}",
-        )  # fmt: skip
+            layers,
+            torch.nn.Identity(),
+            name=name,
+            shape=(classes,),
+            network=f"net {name}",
+            pixels=32,
+            kind="distribution",
+            licence=f"licence {name}",
+            source=f"source {name}",
+        )
 
     @pytest.mark.parametrize("codec", ["full", "marginal_smoothing_k3", "hard"])
     def test_it_is_what_an_ensemble_would_have_stored(self, two, codec, tmp_path, make_store, image_folder):

@@ -20,11 +20,15 @@ from fkd_ssl.store.write.precompute import precompute
 
 # every file of the store that `template` makes
 FILES = [
-    "manifest.json", "images.txt", "images.npy",
+    "manifest.json",
+    "images.txt",
+    "images.npy",
     *(f"crops/{shard:05d}.{suffix}" for shard in range(2) for suffix in ("npy", "json")),
-    "targets/tiny/meta.json", "targets/tiny/ranges.npy", "targets/tiny/teacher-prototypes.npy",
+    "targets/tiny/meta.json",
+    "targets/tiny/ranges.npy",
+    "targets/tiny/teacher-prototypes.npy",
     *(f"targets/tiny/codes-{shard:05d}.{suffix}" for shard in range(2) for suffix in ("npy", "json")),
-]  # fmt: skip
+]
 
 
 @pytest.fixture(scope="module")
