@@ -19,7 +19,7 @@ from fkd_ssl.relabel import LabelMaps
 from fkd_ssl.store import Store, open_store
 from fkd_ssl.store.maintain.verify import check_files
 from fkd_ssl.store.reader import Column
-from fkd_ssl.store.write.precompute import prepare
+from fkd_ssl.store.write.prepare import prepare
 from fkd_ssl.store.write.recording import Recording, is_published
 from fkd_ssl.targets import TargetSpec, TeacherInfo
 from fkd_ssl.teachers import Teacher

@@ -15,8 +15,9 @@ from fkd_ssl.data import RecordedCrops, StoredCrops
 from fkd_ssl.errors import FkdError, ImageError, RequestError, StoreError
 from fkd_ssl.store import manifest, open_store
 from fkd_ssl.store.maintain.verify import verify
-from fkd_ssl.store.write import precompute as precompute_module
-from fkd_ssl.store.write.precompute import precompute, prepare
+from fkd_ssl.store.write import prepare as prepare_module
+from fkd_ssl.store.write.precompute import precompute
+from fkd_ssl.store.write.prepare import prepare
 from fkd_ssl.store.write.recording import Recording
 from fkd_ssl.targets.embedding import Embedding
 
@@ -240,7 +241,7 @@ def test_an_image_that_cannot_be_decoded_is_found_before_the_training(begin, pic
 
 
 def test_processes_that_plan_one_store_share_its_images(begin, monkeypatch):
-    checksums, read = precompute_module.image_checksums, []
+    checksums, read = prepare_module.image_checksums, []
 
     def meanwhile(reader, rows, pool, bar):
         read.append(rows)
@@ -248,7 +249,7 @@ def test_processes_that_plan_one_store_share_its_images(begin, monkeypatch):
             begin().close()  # another process, which is faster
         return checksums(reader, rows, pool, bar)
 
-    monkeypatch.setattr(precompute_module, "image_checksums", meanwhile)
+    monkeypatch.setattr(prepare_module, "image_checksums", meanwhile)
     begin()
     assert len(read) == 1 + 3
 

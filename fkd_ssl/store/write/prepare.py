@@ -1,0 +1,210 @@
+"""Prepares a store for the targets of teachers: checks the request, creates the store and its columns."""
+
+import random
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+from tqdm import tqdm
+
+from fkd_ssl import files
+from fkd_ssl.crops import CROP_DTYPE, IMPORTED, Recipe
+from fkd_ssl.errors import RequestError
+from fkd_ssl.images import ImageSource
+from fkd_ssl.progress import hidden
+from fkd_ssl.store import manifest as layout
+from fkd_ssl.store.listing import MANIFEST
+from fkd_ssl.store.reader import MAX_ARRAY, Column, Store
+from fkd_ssl.store.write import advice
+from fkd_ssl.store.write.columns import Request, check_sample, open_or_train, sample_targets
+from fkd_ssl.store.write.publish import create_store, require_space
+from fkd_ssl.store.write.recording import recorded_bytes
+from fkd_ssl.store.write.rows import RowReader, Teacher, image_checksums, publish_crops
+from fkd_ssl.text import format_bytes
+
+
+def prepare(
+    images: ImageSource,
+    folder: str | Path,
+    teacher: Sequence[Teacher],
+    *,
+    crops: int,
+    recipe: Recipe,
+    codec: str | None,
+    pixels: int,
+    seed: int,
+    chunk_size: int,
+    skip_unreadable: bool = False,
+    threads: int = 2,
+    log: Callable[[str], None] = lambda message: None,
+) -> list[Column]:
+    """Creates a store for teachers whose targets will be recorded: everything but the codes.
+
+    Arguments and errors are those of `precompute`. An existing column keeps its chunk_size, which is the batch size with which
+    the training began.
+
+    Returns:
+        The column of each teacher, in a store that has all crops.
+    """
+    requests = make_requests(teacher, codec, pixels, chunk_size, None, None)
+    store = begin(
+        images,
+        Path(folder),
+        requests,
+        crops=crops,
+        recipe=recipe,
+        seed=seed,
+        skip_unreadable=skip_unreadable,
+        progress=True,
+        log=log,
+    )
+    requests = [
+        replace(request, chunk_size=store.column(request.name).meta.chunk_size) if request.name in store.teachers else request
+        for request in requests
+    ]
+    reader = RowReader(store, images, skip_unreadable, ahead=threads + 1)
+    with ThreadPoolExecutor(threads) as pool:
+        open_or_train(store, requests, reader, pool, log)
+        there = store.shards_with_crops()
+        absent = [shard for shard in range(store.manifest.shards) if shard not in there]
+        with tqdm(total=count_rows(store, absent), desc="crops", unit="img", disable=hidden(show=bool(absent))) as bar:
+            for shard in random.sample(absent, len(absent)):  # in random order, to share them between processes
+                rows = store.manifest.shard_rows(shard)
+                if store.has_crops(shard):
+                    bar.update(len(rows))
+                else:
+                    publish_crops(reader, shard, image_checksums(reader, rows, pool, bar))
+    store = Store(store.folder)
+    return [store.column(request.name) for request in requests]
+
+
+def make_requests(
+    teacher: Teacher | Sequence[Teacher],
+    codec: str | None,
+    pixels: int | Sequence[int],
+    chunk_size: int,
+    name: str | Sequence[str] | None,
+    device: str | None,
+) -> list[Request]:
+    """Returns the requested columns. Raises RequestError if one is invalid."""
+    teachers = [*teacher] if isinstance(teacher, Sequence) else [teacher]
+    sides = [pixels] * len(teachers) if isinstance(pixels, int) else [*pixels]
+    names = [t.info.name for t in teachers] if name is None else [name] if isinstance(name, str) else [*name]
+    for what, value, most in (("chunk_size", chunk_size, 2**16), *(("pixels", side, 4096) for side in sides)):
+        in_range(what, value, most)
+    if not len(teachers) == len(names) == len(sides) or len(set(names)) < len(names):
+        raise RequestError(
+            f"{len(teachers)} teachers, columns {names}, pixels {sides}: each teacher needs one size and a name of its own "
+            "(--name a,b)"
+        )
+    for each in (teacher.info for teacher in teachers):
+        if strange := [key for key in each.arrays if not layout.COLUMN_NAME.fullmatch(f"teacher-{key}")]:
+            raise RequestError(
+                f"teacher {each.name}: an array named {strange[0]!r} cannot be stored; letters, digits, '.', '_' and '-' only"
+            )
+        size = sum(array.nbytes + files.MAX_HEADER for array in each.arrays.values())
+        if size > MAX_ARRAY:
+            raise RequestError(f"teacher {each.name}: its arrays have {size:,} bytes, and a column holds at most {MAX_ARRAY:,}")
+    return [
+        Request(
+            name=layout.checked_name(n),
+            teacher=t,
+            codec=codec or t.info.spec.rules.default_codec(t.info.spec.shape),
+            pixels=side,
+            chunk_size=chunk_size,
+            device=device,
+        )
+        for n, t, side in zip(names, teachers, sides, strict=True)
+    ]
+
+
+def in_range(what: str, value: int, most: int) -> None:
+    """Raises RequestError if an option is not in 1 to `most`."""
+    if not 1 <= value <= most:
+        raise RequestError(f"--{what} {value}: must lie in 1 to {most}")
+
+
+def begin(
+    images: ImageSource,
+    folder: Path,
+    requests: Sequence[Request],
+    *,
+    crops: int,
+    recipe: Recipe,
+    seed: int,
+    skip_unreadable: bool,
+    progress: bool,
+    log: Callable[[str], None],
+) -> Store:
+    """Announces the size of the store, then opens it, and creates it if it does not exist."""
+    in_range("crops", crops, layout.MAX_CROPS)
+    for request in requests:
+        if not (folder / layout.TARGETS / request.name / "meta.json").exists():  # an existing column has its codec
+            check_sample(request.codec, request.target, sample_targets(request.codec, request.target, len(images) * crops))
+    log(_announce(folder, len(images), crops, requests))
+    for request in requests:
+        if warning := advice.on_size(request.target, request.codec, len(images) * crops):
+            log(warning)
+    store = _open_or_create(
+        folder, images, seed=seed, recipe=recipe, crops=crops, skip_unreadable=skip_unreadable, progress=progress
+    )
+    columns = [folder / layout.TARGETS / request.name for request in requests]
+    for part in (folder, folder / layout.CROPS, folder / layout.TARGETS, *columns):
+        files.remove_leftovers(part)
+    return store
+
+
+def _open_or_create(
+    folder: Path, images: ImageSource, *, seed: int, recipe: Recipe, crops: int, skip_unreadable: bool, progress: bool
+) -> Store:
+    if not (folder / MANIFEST).exists():
+        if recipe == IMPORTED:
+            raise RequestError(f"recipe {recipe.name}: is for stores made by import-fkd, and {folder} is not one")
+        create_store(folder, images, seed=seed, recipe=recipe, crops=crops, skip_unreadable=skip_unreadable, progress=progress)
+        return Store(folder)
+    store = Store(folder)
+    m = store.manifest
+    for what, here, asked in (
+        ("seed", m.seed, seed),
+        ("crops per image", m.crops_per_image, crops),
+        ("recipe", m.recipe, recipe),
+    ):
+        if here != asked:
+            raise RequestError(f"{folder}: this store's {what} is {here}, not {asked}; give the same, or choose another folder")
+    if images.names != store.paths:
+        stored, given = set(store.paths), set(images.names)
+        first = sorted(stored ^ given)[0]
+        where = f"{images.spec} lacks" if first in stored else "the store lacks"
+        raise RequestError(
+            f"{folder}: a store of other images: it lists {m.count}, {images.spec} (with --limit, if any) gives "
+            f"{len(images)}; {where} {first!r}. Give the same images, or choose another folder"
+        )
+    return store
+
+
+def _announce(folder: Path, count: int, crops: int, requests: Sequence[Request]) -> str:
+    """Describes what will be written. Raises FkdError, before anything is written, if there is not enough disk space."""
+    sizes = [request.target.check_codec(request.codec, request.name) for request in requests]
+    needed = count * crops * (CROP_DTYPE.itemsize + sum(sizes))
+    own = [*(folder / layout.CROPS).glob("*.npy")]
+    recorded = 0
+    for request in requests:
+        column = folder / layout.TARGETS / request.name
+        own += column.glob("codes-*.npy")
+        recorded += recorded_bytes(column)
+    missing = needed - recorded - sum(path.stat().st_size for path in own)
+    free = require_space(folder, missing, "choose a smaller --codec (SQ4, PQ16x8) or fewer --crops")
+    shards = -(-count // layout.ROWS_PER_SHARD)
+    each = " and ".join(
+        f"{count * crops:,} targets of {request.name!r} at {size}" for request, size in zip(requests, sizes, strict=True)
+    )
+    return (
+        f"{count:,} images x {crops} crops = {each} + {CROP_DTYPE.itemsize} bytes: "
+        f"{format_bytes(needed)} in {shards} shards; {format_bytes(free)} free on the disk"
+    )
+
+
+def count_rows(store: Store, shards: Sequence[int]) -> int:
+    """Returns the number of rows of some shards."""
+    return sum(len(store.manifest.shard_rows(shard)) for shard in shards)

@@ -1,0 +1,128 @@
+"""Writes shards: runs the teachers on the crops of a shard, and publishes their codes with the crops."""
+
+import functools
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from typing import Any
+
+import numpy as np
+
+from fkd_ssl.arrays import Float32Array
+from fkd_ssl.store import manifest as layout
+from fkd_ssl.store.reader import Column, Store
+from fkd_ssl.store.write import work
+from fkd_ssl.store.write.columns import Request
+from fkd_ssl.store.write.publish import publish_codes
+from fkd_ssl.store.write.rows import Row, RowReader, image_checksums, publish_crops
+from fkd_ssl.store.write.streams import TeacherStream, feed
+
+
+class ShardWriter:
+    """Writes shards of some columns.
+
+    Attributes:
+        seen: Number of crops that the teachers saw.
+    """
+
+    def __init__(
+        self,
+        store: Store,
+        requests: Sequence[Request],
+        columns: Sequence[Column],
+        reader: RowReader,
+        pool: ThreadPoolExecutor,
+        bar: Any,
+    ) -> None:
+        self.seen = 0
+        self._store = store
+        self._requests = requests
+        self._columns = columns
+        self._reader = reader
+        self._pool = pool
+        self._bar = bar
+        self._counted = {(c.name, s) for c in columns for s in range(store.manifest.shards)} - {
+            (c.name, s) for c in columns for s in c.missing_shards
+        }
+
+    def write(self, shards: Sequence[int]) -> list[int]:
+        """Completes these shards; returns those with a column that another process is writing now."""
+        return [shard for shard in shards if not self._shard(shard)]
+
+    def _shard(self, shard: int) -> bool:
+        """Writes the columns of a shard that no other process is writing. Returns whether the shard is finished."""
+        store, m = self._store, self._store.manifest
+        rows, per_row = m.shard_rows(shard), m.crops_per_image
+        with ExitStack() as stack:
+            held: list[tuple[Column, work.WorkFile, int]] = []
+            streams = []
+            for request, column in zip(self._requests, self._columns, strict=True):
+                codes = layout.codes_file(store.folder, column.name, shard)
+                if codes.with_suffix(".json").exists():  # another process may have finished it since we looked
+                    self._count(column, shard, len(rows) * per_row)
+                    continue
+                unit, there = column.meta.code_size, len(rows) * per_row
+                progress = stack.enter_context(
+                    work.open_work(work.shard_file(codes), column.digest, unit=unit, crops=there, per_row=per_row)
+                )
+                if progress is None or codes.with_suffix(".json").exists():
+                    continue
+                self._bar.update(progress.crops)
+                held.append((column, progress, progress.crops))
+                streams.append(self._stream(request, column, progress))
+            known = store.crops_sidecar(shard)["images"] if store.has_crops(shard) else None
+            feed(self._reader, rows, per_row, streams, self._pool, known)
+            if known is None and (held or self._encoded(shard)):
+                checksums = held[0][1].checksums if held else image_checksums(self._reader, rows, self._pool)
+                publish_crops(self._reader, shard, checksums)
+            for column, progress, already in held:
+                self.seen += progress.crops - already
+                publish = functools.partial(
+                    progress.publish, dtype=np.dtype(np.uint8), shape=(len(rows), per_row, column.meta.code_size)
+                )
+                publish_codes(store.folder, m, shard, publish, column=column.name, digest=column.digest)
+                self._counted.add((column.name, shard))
+        return finished(store, self._columns, shard)
+
+    def _encoded(self, shard: int) -> bool:
+        """Whether the codes of every column exist, so that only the crops are missing. Those need no teacher."""
+        paths = [layout.codes_file(self._store.folder, column.name, shard) for column in self._columns]
+        return all(path.with_suffix(".json").exists() for path in paths)
+
+    def _count(self, column: Column, shard: int, crops: int) -> None:
+        """Advances the progress bar for a shard that another process has finished."""
+        if (column.name, shard) not in self._counted:
+            self._counted.add((column.name, shard))
+            self._bar.update(crops)
+
+    def _stream(self, request: Request, column: Column, progress: work.WorkFile) -> TeacherStream:
+        per_row, bar = self._store.manifest.crops_per_image, self._bar
+        first, skip = divmod(progress.crops, per_row)
+        del progress.checksums[first:]
+
+        def on_row(row: Row) -> bool:
+            progress.checksums.append(row.checksum)
+            return True
+
+        def on_targets(targets: Float32Array) -> None:
+            progress.add(column.codec.encode(targets))
+            bar.update(len(targets))
+            rate = (bar.format_dict["rate"] or 0) / per_row / len(self._columns)
+            bar.set_postfix_str(f"{rate:.1f} img/s", refresh=False)
+
+        return TeacherStream(
+            request.teacher,
+            pixels=request.pixels,
+            chunk_size=request.chunk_size,
+            first=first,
+            skip=skip,
+            on_row=on_row,
+            on_targets=on_targets,
+            device=request.device,
+        )
+
+
+def finished(store: Store, columns: Sequence[Column], shard: int) -> bool:
+    """Whether a shard now has its crops and the codes of every column."""
+    sidecars = [layout.codes_file(store.folder, c.name, shard).with_suffix(".json") for c in columns]
+    return store.has_crops(shard) and all(path.exists() for path in sidecars)
