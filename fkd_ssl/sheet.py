@@ -1,133 +1,183 @@
-"""Contact sheets: an image with its stored crops and their neighbours, or a query with the images found."""
+"""Contact sheets as PNG: an image with its stored crops and their neighbours, or a query with the images found."""
 
 import io
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from fkd_ssl import files
 from fkd_ssl.arrays import UInt8Array
 from fkd_ssl.crops import Records
-from fkd_ssl.crops.operations import FLIP, JITTER, OPERATIONS
+from fkd_ssl.crops.operations import BLUR, FLIP, GREY, JITTER, OPERATIONS
 
-_INK, _PAPER = "#1d1d1f", "#ffffff"
-_CELL = 1.25  # inches
-
-
-TILE, CAPTION, ACROSS = 128, 16, 5
-_GAP = 6
+TILE, ACROSS = 168, 6
+"""Side of a small picture in pixels, and the number of them in a row."""
+_LARGE = 448  # side of the picture at the top
+_GAP, _MARGIN, _LINE = 16, 24, 21
+_INK, _QUIET, _PAPER, _HIT = "#16181a", "#5c666c", "#ffffff", "#00795a"
+# of boxes, which also have their number
+_COLOURS = ("#0072b2", "#d55e00", "#b0457f", "#8a6d00", "#5b4fc4", "#5f6b73")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Picture:
-    """A crop and its caption."""
+    """A small picture of a sheet.
+
+    Attributes:
+        pixels: uint8 [H, W, 3].
+        lines: Lines of text below it.
+        same_class: Whether it has the class of the sheet's main image; None if a class is unknown.
+    """
 
     pixels: UInt8Array
-    """uint8 [P, P, 3]."""
-    caption: str
+    lines: Sequence[str] = ()
+    same_class: bool | None = None
 
 
-def describe(record: Any) -> str:
-    """Describes the operations of a crop record in up to three short lines."""
+def describe(record: Any) -> list[str]:
+    """Describes a crop record in up to three lines: its box, its colours, and what else was done to it."""
     flags = int(record["flags"])
-    lines = [f"{record['width']} x {record['height']}" + (", flip" if flags & FLIP else "")]
+    lines = [f"box {record['width']} x {record['height']} px at left {record['left']}, top {record['top']}"]
     if flags & JITTER:
-        factors = ", ".join(f"{float(record[name]):.2f}" for name in ("brightness", "contrast", "saturation"))
-        lines.append(f"{factors}, {float(record['hue']):+.2f}")
-    names = [name for operation in OPERATIONS for name, flag in operation.flags.items() if flags & flag.bit & ~(FLIP | JITTER)]
-    rest = ", ".join(f"blur {float(record['sigma']):.1f}" if name == "blur" else name for name in names)
-    return "\n".join([*lines, *([rest] if rest else [])])
+        factors = ", ".join(f"{name} ×{float(record[name]):.2f}" for name in ("brightness", "contrast", "saturation"))
+        lines.append(f"{factors}, hue {360 * float(record['hue']):+.0f}°")
+    words = {FLIP: "flipped", GREY: "greyscale", BLUR: f"blur sigma {float(record['sigma']):.1f} px (in a crop of 224 px)"}
+    set_flags = [(name, flag.bit) for operation in OPERATIONS for name, flag in operation.flags.items() if flags & flag.bit]
+    if rest := [words.get(bit, name) for name, bit in set_flags if bit != JITTER]:
+        lines.append(", ".join(rest))
+    return lines
 
 
-def draw(image: UInt8Array, records: Records, crops: Sequence[Picture], near: Sequence[Sequence[Picture]], title: str) -> bytes:
-    """Draws a contact sheet; returns it as PNG.
+def draw_crops(
+    image: UInt8Array, records: Records, crops: Sequence[UInt8Array], near: Sequence[Sequence[Picture]], title: str, note: str
+) -> bytes:
+    """Draws an image with the boxes of its crops, and each crop followed by its neighbours; returns PNG.
 
     Args:
         image: uint8 [H, W, 3].
         records: Crop records [m], with boxes in pixels of the image.
-        crops: The crops [m].
+        crops: The crops [m], uint8 [P, P, 3].
         near: The neighbours of each crop; empty without a teacher.
         title: Title of the sheet.
+        note: Line below the title.
     """
-    from matplotlib import colormaps
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Rectangle
-
-    colours = [colormaps["tab10"](k % 10) for k in range(len(crops))]
-    cells = [[crop, *neighbours] for crop, neighbours in zip(crops, near, strict=True)]
-    # without neighbours, the crops themselves fill the rows
-    wide = max(map(len, cells)) if any(near) else min(6, len(crops))
-    rows = cells if any(near) else [list(crops[k : k + wide]) for k in range(0, len(crops), wide)]
-    side = 3.2 * image.shape[1] / max(image.shape[:2])
-    figure = Figure(
-        figsize=(side + 0.4 + wide * _CELL, max(3.6, 0.5 + len(rows) * (_CELL + 0.35))), facecolor=_PAPER, layout="constrained"
-    )
-    FigureCanvasAgg(figure)
-    halves: Any = figure.subfigures(1, 2, width_ratios=[side + 0.4, wide * _CELL])
-    left, right = halves
-    figure.suptitle(title, color=_INK, fontsize=9)
-    axes = left.subplots()
-    axes.imshow(image)
-    axes.axis("off")
+    large = _contain(image, _LARGE)
+    draw, scale = ImageDraw.Draw(large), large.width / image.shape[1]
+    colours = [_COLOURS[k % len(_COLOURS)] for k in range(len(crops))]
+    corners = []
     for colour, record in zip(colours, records, strict=True):
-        place = float(record["left"]) - 0.5, float(record["top"]) - 0.5
-        box = Rectangle(place, int(record["width"]), int(record["height"]), fill=False, edgecolor=colour, linewidth=1.4)
-        axes.add_patch(box)
-    grid = right.subplots(len(rows), wide, squeeze=False)
-    number = 0
-    for k, line in enumerate(grid):
-        for j, cell in enumerate(line):
-            cell.set_xticks([])
-            cell.set_yticks([])
-            if j >= len(rows[k]):
-                cell.axis("off")
-                continue
-            picture = rows[k][j]
-            cell.imshow(picture.pixels)
-            cell.set_xlabel(picture.caption, fontsize=6, color=_INK)
-            own = j == 0 or not any(near)
-            for spine in cell.spines.values():
-                spine.set(visible=own, edgecolor=colours[number] if own else _INK, linewidth=2)
-            number += own
+        left, top, width, height = (int(record[name]) * scale for name in ("left", "top", "width", "height"))
+        box = (left, top, max(left, left + width - 1), max(top, top + height - 1))
+        draw.rectangle(box, outline=_PAPER, width=5)
+        draw.rectangle(box, outline=colour, width=3)
+        corners.append((left, top))
+    for number, (corner, colour) in enumerate(zip(corners, colours, strict=True), 1):  # above all boxes
+        _badge(draw, corner, colour, number)
+    notes = [(colour, describe(record)) for colour, record in zip(colours, records, strict=True)]
+    cells = [[(Picture(pixels=crop), number)] for number, crop in enumerate(crops, 1)]
+    if any(near):
+        rows = [[*own, *((picture, 0) for picture in others)] for own, others in zip(cells, near, strict=True)]
+    else:
+        rows = [[own[0] for own in cells[k : k + ACROSS]] for k in range(0, len(cells), ACROSS)]
+    return _draw(title, note, large, notes, rows)
+
+
+def draw_found(query: UInt8Array, title: str, note: str, found: Sequence[Picture]) -> bytes:
+    """Draws a query, uint8 [H, W, 3], and beside it the pictures found, the nearest first; returns PNG."""
+    rows: list[list[tuple[Picture | None, int]]] = []
+    for k in range(0, len(found), ACROSS - 1):
+        first = None if rows else Picture(pixels=query, lines=("query",))
+        rows.append([(first, 0), *((picture, 0) for picture in found[k : k + ACROSS - 1])])
+    return _draw(title, note, None, [], rows)
+
+
+def _draw(
+    title: str,
+    note: str,
+    large: Image.Image | None,
+    notes: Sequence[tuple[str, Sequence[str]]],
+    rows: Sequence[Sequence[tuple[Picture | None, int]]],
+) -> bytes:
+    """Draws a title, a large picture with numbered notes beside it, and rows of small pictures.
+
+    A small picture comes with the number of its note, or 0; None leaves its place empty.
+    """
+    body, bold = _font("DejaVuSans", 16), _font("DejaVuSans-Bold", 22)
+    lines = max((len(picture.lines) for row in rows for picture, _ in row if picture), default=0)
+    step = TILE + _GAP, TILE + _GAP + 6 + lines * _LINE
+    width = 2 * _MARGIN + max(ACROSS, *map(len, rows)) * step[0] - _GAP
+    head = _MARGIN + 64
+    noted = sum(len(words) * _LINE + _GAP for _, words in notes)
+    body_top = head + (max(large.height, noted) + _MARGIN if large else 0)
+    sheet = Image.new("RGB", (width, body_top + len(rows) * step[1] + _MARGIN - _GAP), _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    room = width - 2 * _MARGIN
+    draw.text((_MARGIN, _MARGIN - 4), _shorten(title, bold, room), fill=_INK, font=bold)
+    draw.text((_MARGIN, _MARGIN + 30), _shorten(note, body, room), fill=_QUIET, font=body)
+    left, top = _MARGIN, head
+    if large:
+        sheet.paste(large, (left, top))
+        left += large.width + _MARGIN
+    for number, (colour, words) in enumerate(notes, 1):
+        _badge(draw, (left, top), colour, number)
+        for line in words:
+            draw.text((left + 36, top), _shorten(line, body, width - left - 36 - _MARGIN), fill=_INK, font=body)
+            top += _LINE
+        top += _GAP
+    for k, row in enumerate(rows):
+        for j, (picture, number) in enumerate(row):
+            place = (_MARGIN + j * step[0], body_top + k * step[1])
+            if picture:
+                _tile(sheet, place, picture, notes[number - 1][0] if number else "", number)
     png = io.BytesIO()
-    figure.savefig(png, format="png", dpi=150)
+    sheet.save(png, format="PNG")
     return png.getvalue()
 
 
-def write_found(path: Path, query: UInt8Array, title: str, found: Sequence[tuple[UInt8Array, str]]) -> None:
-    """Writes the query above the images found: best first, five per row, each with its caption.
-
-    Args:
-        path: The PNG to write; an existing file is replaced.
-        query: uint8 [H, W, 3].
-        title: Caption of the query.
-        found: Pictures uint8 [H, W, 3] and their captions.
-    """
-    cell = (TILE + _GAP, TILE + CAPTION + _GAP)
-    sheet = Image.new("RGB", (ACROSS * cell[0] + _GAP, (1 + math.ceil(len(found) / ACROSS)) * cell[1] + _GAP), "white")
-    draw = ImageDraw.Draw(sheet)
-    font = _font()
-    for place, (pixels, caption) in enumerate([(query, title), *found]):
-        across, down = (0, 0) if place == 0 else ((place - 1) % ACROSS, 1 + (place - 1) // ACROSS)
-        left, top = _GAP + across * cell[0], _GAP + down * cell[1]
-        tile = ImageOps.contain(Image.fromarray(pixels), (TILE, TILE))
-        sheet.paste(tile, (left + (TILE - tile.width) // 2, top + (TILE - tile.height) // 2))
-        room = TILE if place else sheet.width - 2 * _GAP
-        while caption and draw.textlength(caption, font=font) > room:
-            caption = caption[:-1]
-        draw.text((left, top + TILE + 1), caption, fill="black", font=font)
-    buffer = io.BytesIO()
-    sheet.save(buffer, format="PNG")
-    files.replace(path, buffer.getvalue())
+def _tile(sheet: Image.Image, place: tuple[int, int], picture: Picture, colour: str, number: int) -> None:
+    """Draws a small picture, its frame and its lines. A hit has a frame and a mark, so that it can be told without colour."""
+    draw, font, (left, top) = ImageDraw.Draw(sheet), _font("DejaVuSans", 15), place
+    tile = _contain(picture.pixels, TILE)
+    x, y = left + (TILE - tile.width) // 2, top + (TILE - tile.height) // 2
+    sheet.paste(tile, (x, y))
+    colour = _HIT if picture.same_class else colour
+    if colour:
+        draw.rectangle((x - 5, y - 5, x + tile.width + 4, y + tile.height + 4), outline=colour, width=4)
+    if number:
+        _badge(draw, (x - 5, y - 5), colour, number)
+    for k, line in enumerate(picture.lines):
+        mark = "" if k or picture.same_class is None else "✓ " if picture.same_class else "✗ "
+        fill = _HIT if mark and picture.same_class else _QUIET if k else _INK
+        draw.text((left, top + TILE + 8 + k * _LINE), _shorten(mark + line, font, TILE), fill=fill, font=font)
 
 
-def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+def _badge(draw: ImageDraw.ImageDraw, place: tuple[float, float], colour: str, number: int) -> None:
+    """Draws a number on a ground of its crop's colour."""
+    font = _font("DejaVuSans-Bold", 15)
+    x, y = place
+    draw.rectangle((x, y, x + (22 if number < 10 else 30), y + 21), fill=colour)
+    draw.text((x + (11 if number < 10 else 15), y + 11), str(number), fill=_PAPER, font=font, anchor="mm")
+
+
+def _contain(pixels: UInt8Array, side: int) -> Image.Image:
+    return ImageOps.contain(Image.fromarray(np.ascontiguousarray(pixels)), (side, side), Image.Resampling.LANCZOS)
+
+
+def _shorten(text: str, font: ImageFont.FreeTypeFont, room: float) -> str:
+    """Shortens a text in its middle until it fits: names often differ at both ends."""
+    kept = text
+    for length in range(len(text) - 1, 0, -1):
+        if font.getlength(kept) <= room:
+            break
+        kept = f"{text[: (length + 1) // 2]}…{text[len(text) - length // 2 :]}"
+    return kept
+
+
+def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
     """Matplotlib's DejaVu Sans, which has more characters than Pillow's own font."""
     import matplotlib
 
-    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"), 11)
+    return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts/ttf" / f"{name}.ttf"), size)

@@ -1,4 +1,4 @@
-"""Contact sheets: what a record is said to do, and that boxes and crops are really drawn."""
+"""Contact sheets: what a record is said to do, and that boxes, crops, frames and texts are really drawn."""
 
 import io
 
@@ -10,27 +10,36 @@ from fkd_ssl import sheet
 from fkd_ssl.crops import box_record
 from fkd_ssl.crops.operations import BLUR, FLIP, GREY, JITTER
 
+PLAIN = {
+    name: np.full((8, 8, 3), colour, dtype=np.uint8)
+    for name, colour in {"red": (250, 0, 0), "green": (0, 250, 0), "blue": (0, 0, 250)}.items()
+}
+HIT = (0x00, 0x79, 0x5A)
+
 
 def test_a_record_in_words():
-    record = box_record(0, 0, 30, 40)
-    assert sheet.describe(record[0]) == "40 x 30"
+    record = box_record(0, 5, 30, 40)
+    assert sheet.describe(record[0]) == ["box 40 x 30 px at left 5, top 0"]
     record["flags"] = FLIP | JITTER | GREY | BLUR
     record["brightness"], record["hue"], record["sigma"] = 1.25, -0.05, 1.5
-    assert sheet.describe(record[0]) == "40 x 30, flip\n1.25, 1.00, 1.00, -0.05\ngrey, blur 1.5"
+    assert sheet.describe(record[0]) == [
+        "box 40 x 30 px at left 5, top 0",
+        "brightness ×1.25, contrast ×1.00, saturation ×1.00, hue -18°",
+        "greyscale, blur sigma 1.5 px (in a crop of 224 px), flipped",
+    ]
 
 
-def drawn(near):
-    """A sheet of a grey image with two crops, one red and one green, and blue neighbours."""
-    plain = {
-        name: np.full((8, 8, 3), colour, dtype=np.uint8)
-        for name, colour in {"red": (250, 0, 0), "green": (0, 250, 0), "blue": (0, 0, 250)}.items()
-    }
-    crops = [sheet.Picture(pixels=plain[name], caption=name) for name in ("red", "green")]
-    neighbours = [[sheet.Picture(pixels=plain["blue"], caption="blue")] * near for _ in crops]
-    records = np.concatenate([box_record(0, 0, 20, 20), box_record(10, 10, 20, 30)])
-    png = sheet.draw(np.full((40, 60, 3), 128, dtype=np.uint8), records, crops, neighbours, "title")
+def opened(png):
     with Image.open(io.BytesIO(png)) as picture:
         return np.asarray(picture.convert("RGB")).astype(int)
+
+
+def drawn(near, title="title", same_class=None):
+    """A sheet of a grey image with two crops, one red and one green, and blue neighbours."""
+    neighbours = [[sheet.Picture(pixels=PLAIN["blue"], lines=("ash", "0.9"), same_class=same_class)] * near for _ in range(2)]
+    records = np.concatenate([box_record(0, 0, 20, 20), box_record(10, 10, 20, 30)])
+    image = np.full((40, 60, 3), 128, dtype=np.uint8)
+    return opened(sheet.draw_crops(image, records, [PLAIN["red"], PLAIN["green"]], neighbours, title, "note"))
 
 
 def share(pixels, colour):
@@ -44,5 +53,43 @@ def test_everything_is_on_it(near):
     assert share(pixels, (250, 0, 0)) > 0.01
     assert share(pixels, (128, 128, 128)) > 0.05
     assert share(pixels, (0, 0, 250)) == pytest.approx(2 * near * share(pixels, (250, 0, 0)), rel=0.1)
-    for box in ((31, 119, 180), (255, 127, 14)):  # matplotlib's first two colours
+    for box in ((0x00, 0x72, 0xB2), (0xD5, 0x5E, 0x00)):
         assert share(pixels, box) > 0.001
+
+
+def test_the_large_picture_keeps_its_edges():
+    """The picture is resampled once and pasted pixel by pixel, so a step of the image stays as steep as resampling makes it."""
+    image = np.zeros((448, 448, 3), dtype=np.uint8)
+    image[:, 224:] = 255
+    png = sheet.draw_crops(image, box_record(0, 0, 1, 1), [PLAIN["red"]], [[]], "", "")
+    row = opened(png)[300, :, 0]
+    black = np.flatnonzero(row == 0)
+    assert row[black[-1] + 1] == 255
+    assert len(black) == 224
+
+
+def test_a_picture_of_the_same_class_has_a_frame_and_a_mark():
+    same, other, unknown = (drawn(2, same_class=value) for value in (True, False, None))
+    frames = 4 * 4 * sheet.TILE * 4 / same[:, :, 0].size  # 4 pictures, 4 sides, 4 pixels wide
+    assert share(same, HIT) == pytest.approx(frames, rel=0.25)
+    assert share(other, HIT) == share(unknown, HIT) == 0
+    assert (other != unknown).any()  # a cross
+
+
+def test_long_names_are_shortened_in_their_middle():
+    short, long = drawn(0), drawn(0, title="n01440764/" + "x" * 400 + "293.JPEG")
+    assert short.shape == long.shape
+    assert (long[:, -10:] == 255).all()
+    pictures = [sheet.Picture(pixels=PLAIN["red"], lines=("y" * 90,))] * 2
+    beside = opened(sheet.draw_found(PLAIN["blue"], "", "", pictures))
+    text = (beside[sheet.TILE + 100 :] < 128).all(axis=2).any(axis=0)
+    assert not text[: sheet.TILE + 30].all()
+    assert not text[24 + 2 * sheet.TILE + 17 : 24 + 2 * sheet.TILE + 31].any()  # the gap between two pictures
+
+
+@pytest.mark.parametrize(("found", "rows"), [(1, 1), (5, 1), (6, 2)])
+def test_a_query_has_its_pictures_beside_it(found, rows):
+    pictures = [sheet.Picture(pixels=PLAIN["red"], lines=("ash", "cosine 0.900", "0.png"))] * found
+    pixels = opened(sheet.draw_found(PLAIN["blue"], "query", "note", pictures))
+    assert pixels.shape[:2] == (96 + rows * (168 + 16 + 6 + 3 * 21), 48 + 6 * 168 + 5 * 16)
+    assert share(pixels, (250, 0, 0)) == pytest.approx(found * share(pixels, (0, 0, 250)), rel=0.01)

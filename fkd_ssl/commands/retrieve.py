@@ -167,7 +167,7 @@ def _show_nearest(config: Config, query: str) -> int:
     """Lists the images nearest to `query` and draws them as a contact sheet."""
     from pathlib import Path
 
-    from fkd_ssl import sheet
+    from fkd_ssl import files, sheet
     from fkd_ssl.commands import console, sources
     from fkd_ssl.commands.images import images_of
     from fkd_ssl.eval import search
@@ -190,12 +190,19 @@ def _show_nearest(config: Config, query: str) -> int:
     one = Folder(path.parent, [path.name])
     feature, _ = extract(model.features, one, pixels=pixels, workers=0, progress=False)
     [(_, similarity, rows)] = search.nearest(gallery, feature, min(config.nearest, len(gallery)))
+    own = path.absolute().parent.name  # its class, if the gallery has a class of that name
     near, shown = [], []
     for row, cosine in zip(rows[0].tolist(), similarity[0].tolist(), strict=True):
-        name = images.classes[images.labels[row]] if images.labels[row] >= 0 else ""
+        name = images.class_of(row)
         near.append({"image": images.names[row], "class": name, "cosine": cosine})
-        shown.append((images.pixels(row), f"{name} {cosine:.3f}"))
-    sheet.write_found(out, picture, f"query {path.name}", shown)
+        lines = [*([name] if name else []), f"cosine {cosine:.3f}", images.names[row].rpartition("/")[2]]
+        same = name == own if own in images.classes else None
+        shown.append(sheet.Picture(pixels=images.pixels(row), lines=lines, same_class=same))
+    title, note = f"query: {path.name}", f"the {len(near)} nearest of {len(gallery):,} images to {config.model}"
+    if own in images.classes:
+        title = f"query: {own} / {path.name}"
+        note += f"; ✓ and a frame: the same class ({sum(item['class'] == own for item in near)} of {len(near)})"
+    files.replace(out, sheet.draw_found(picture, title, note, shown))
     if config.json:
         console.show_json({"kind": "retrieve", "query": query, "gallery": config.gallery, "sheet": str(out), "nearest": near})
     else:

@@ -40,8 +40,8 @@ class Config:
     """Number of neighbours of each crop; 0 for none."""
     among: int = 1
     """Search the first so many crops of each other image."""
-    pixels: int = 96
-    """Side of the drawn crops."""
+    pixels: int = 168
+    """Side of the crops in pixels; set the training's own to see them as a student does."""
 
     def __post_init__(self) -> None:
         for name, least, most in (("crops", 1, 24), ("neighbours", 0, 12), ("among", 1, 10**6), ("pixels", 8, 512)):
@@ -83,13 +83,11 @@ def sheet_of(config: Config, store: "Store") -> tuple[bytes, str]:
         raise RequestError(f"crops {count}: {store.folder} holds {store.crops_per_image} crops of each image")
     row = _row(store, config.image)
     images = images_of(config.images)
-    image, records = _image(store, images, row), store.crops(row, slice(0, count))
-    crops = [
-        sheet.Picture(pixels=view.transpose(1, 2, 0), caption=sheet.describe(record))
-        for view, record in zip(replay(image, records, config.pixels), records, strict=True)
-    ]
+    image, name_of_class = _image(store, images, row)
+    records = store.crops(row, slice(0, count))
+    crops = [view.transpose(1, 2, 0) for view in replay(image, records, config.pixels)]
     near: list[list[Picture]] = [[] for _ in crops]
-    title = f"{config.image}: the first {len(crops)} of {store.crops_per_image} stored crops"
+    said = f"the first {len(crops)} of {store.crops_per_image} stored crops"
     if config.neighbours:
         column = store.column(config.teacher)
         with tqdm(total=len(column.rows) - 1, unit="img", desc="neighbours", disable=hidden(show=True)) as bar:
@@ -102,9 +100,12 @@ def sheet_of(config: Config, store: "Store") -> tuple[bytes, str]:
                 done=bar.update,
             )
         for line, neighbours in zip(near, found, strict=True):
-            line += [_picture(store, images, config.pixels, neighbour) for neighbour in neighbours]
-        title += f", and the nearest of {len(column.rows) - 1:,} other images to {column.name}"
-    return sheet.draw(image, records, crops, near, title), title
+            line += [_picture(store, images, config.pixels, neighbour, name_of_class) for neighbour in neighbours]
+        said += f", each with its nearest crops of {len(column.rows) - 1:,} other images by the targets of {column.name}"
+    name = config.image.rpartition("/")[2]
+    title = f"{name_of_class} / {name}" if name_of_class else name
+    note = f"{said}; ✓ and a frame: the same class" if name_of_class and config.neighbours else said
+    return sheet.draw_crops(image, records, crops, near, title, note), f"{config.image}: {said}"
 
 
 def _row(store: "Store", image: str) -> int:
@@ -122,19 +123,21 @@ def _row(store: "Store", image: str) -> int:
     return row
 
 
-def _image(store: "Store", images: "ImageSource", row: int) -> "UInt8Array":
-    """Reads the pixels uint8 [H, W, 3] of a row's image."""
+def _image(store: "Store", images: "ImageSource", row: int) -> tuple["UInt8Array", str]:
+    """Reads the pixels uint8 [H, W, 3] of a row's image, and its class, empty if it has none."""
     import numpy as np
 
-    return images.pixels(int(store.find_images(images, np.array([row]))[0]))
+    index = int(store.find_images(images, np.array([row]))[0])
+    return images.pixels(index), images.class_of(index)
 
 
-def _picture(store: "Store", images: "ImageSource", pixels: int, neighbour: "Neighbour") -> "Picture":
-    """The picture of a neighbour."""
+def _picture(store: "Store", images: "ImageSource", pixels: int, neighbour: "Neighbour", name_of_class: str) -> "Picture":
+    """The picture of a neighbour of an image of a class."""
     from fkd_ssl.crops import replay
     from fkd_ssl.sheet import Picture
 
-    path = store.paths[neighbour.row]
-    record = store.crops(neighbour.row, slice(neighbour.crop, neighbour.crop + 1))
-    view = replay(_image(store, images, neighbour.row), record, pixels)[0]
-    return Picture(pixels=view.transpose(1, 2, 0), caption=f"{neighbour.cosine:.3f}\n{path.rpartition('/')[2][:18]}")
+    image, own = _image(store, images, neighbour.row)
+    view = replay(image, store.crops(neighbour.row, slice(neighbour.crop, neighbour.crop + 1)), pixels)[0]
+    lines = [*([own] if own else []), f"cosine {neighbour.cosine:.3f}", store.paths[neighbour.row].rpartition("/")[2]]
+    same = own == name_of_class if own and name_of_class else None
+    return Picture(pixels=view.transpose(1, 2, 0), lines=lines, same_class=same)

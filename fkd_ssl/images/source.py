@@ -130,7 +130,7 @@ class ImageSource(ABC):
             for first in range(0, len(self), _PIECE):
                 rows = range(first, min(first + _PIECE, len(self)))
                 for index, content in zip(rows, pool.map(self._sha256, rows), strict=True):
-                    sums.update(f"{self.names[index]}\n{self._class_of(index)}\n".encode() + content)
+                    sums.update(f"{self.names[index]}\n{self.class_of(index)}\n".encode() + content)
                 bar.update(len(rows))
         if kept is not None:
             with suppress(OSError):  # without a writable cache folder, the images are only read again
@@ -145,10 +145,11 @@ class ImageSource(ABC):
             stamp = self.stamp(index)
             if stamp is None or stamp[1] > newest:
                 return None
-            stamps.update(f"{self.names[index]}\n{self._class_of(index)}\n{stamp[0]}\n".encode())
+            stamps.update(f"{self.names[index]}\n{self.class_of(index)}\n{stamp[0]}\n".encode())
         return files.cache_folder() / "digests" / stamps.hexdigest()
 
-    def _class_of(self, index: int) -> str:
+    def class_of(self, index: int) -> str:
+        """Returns the name of an image's class; empty if it has none."""
         label = int(self.labels[index])
         return self.classes[label] if label >= 0 else ""
 

@@ -59,7 +59,11 @@ def test_the_images_nearest_to_one(work: Path, call: Any) -> None:
     assert all((work / "train" / item["image"]).is_file() for item in near)
     assert [item["cosine"] for item in near] == sorted((item["cosine"] for item in near), reverse=True)
     with Image.open(work / "nearest.png") as sheet:
-        assert (sheet.width, sheet.height) == (5 * 134 + 6, 3 * 150 + 6)
+        assert (sheet.width, sheet.height) == (1136, 96 + 2 * 253)
+        pixels = np.asarray(sheet.convert("RGB"))
+    framed = (pixels == (0x00, 0x79, 0x5A)).all(axis=2)  # hits of the query's class, which is its folder's
+    assert framed[88 - 5 : 88 + 200, 24 + 184 - 5 : 24 + 184 + 170].sum() > 4 * 4 * 168 * 0.7
+    assert framed.sum() < 8 * 4 * 4 * 168
     again = call(line)
     assert (again.status, again.out) == (2, "")
     assert "nearest.png: exists; choose another --sheet" in again.err
@@ -74,6 +78,8 @@ def test_the_images_nearest_to_one_need_no_classes(work: Path, call: Any) -> Non
     near = json.loads(answer.out)["nearest"]
     assert (near[0]["image"], near[0]["class"]) == ("0.png", "")
     assert near[0]["cosine"] == pytest.approx(1)
+    with Image.open(work / "nearest.png") as sheet:
+        assert not (np.asarray(sheet.convert("RGB")) == (0x00, 0x79, 0x5A)).all(axis=2).any()
 
 
 def test_the_images_nearest_to_one_of_a_set_in_memory(work: Path, call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
