@@ -215,7 +215,9 @@ class TestShow:
     def test_a_sheet_is_drawn(self, work: Path, call: Any) -> None:
         status, out, _ = call(f"{self.LINE.removesuffix('--crops 3')} --neighbours 2 --among 4")
         assert status == 0
-        assert out.startswith("sheet.png: ash/0.png: the first 4 of 4 stored crops, each with its nearest crops of 17 other images")
+        assert out.startswith(
+            "sheet.png: ash/0.png: the first 4 of 4 stored crops, each with its nearest crops of 17 other images"
+        )
         with Image.open("train/ash/0.png") as image, Image.open("sheet.png") as picture:
             large = round(448 * min(1, image.height / image.width))
             assert (picture.width, picture.height) == (1136, 88 + large + 24 + 4 * (168 + 16 + 6 + 3 * 21) + 8)
