@@ -29,5 +29,5 @@ setup(
     package_dir={"fkd_ssl": "fkd_ssl", "fkd_ssl.teachers": "teachers", "fkd_ssl.eval": "eval"},
     ext_modules=[AVX2] if BUILT else [],
     options={"bdist_wheel": {"py_limited_api": "cp311"}} if BUILT else {},
-    package_data={"fkd_ssl": ["py.typed", "comparison/report.html.jinja", "crops/probe.jpg", "photos/*"]},
+    package_data={"fkd_ssl": ["py.typed", "comparison/report.html.jinja", "crops/digest.jpg", "photos/*"]},
 )

@@ -21,7 +21,7 @@ import torch
 from lightning_fabric.utilities import move_data_to_device
 
 from fkd_ssl.commands import resolve
-from fkd_ssl.crops import RECIPES, probe_digest
+from fkd_ssl.crops import RECIPES, replay_digest
 from fkd_ssl.crops.device import check_device
 from fkd_ssl.data import FreshCrops, replay_on_device
 from fkd_ssl.images import scan
@@ -30,14 +30,14 @@ BATCH = 16  # images
 
 
 def best(works: list[Callable[[], Any]], rounds: int, clock: Callable[[], float]) -> list[float]:
-    """The least seconds of each work; they take turns."""
-    least = [float("inf")] * len(works)
+    """The fastest seconds of each work; they take turns."""
+    fastest = [float("inf")] * len(works)
     for _ in range(rounds):
         for k, work in enumerate(works):
             start = clock()
             work()
-            least[k] = min(least[k], clock() - start)
-    return least
+            fastest[k] = min(fastest[k], clock() - start)
+    return fastest
 
 
 def measure(args: argparse.Namespace, pixels: int, m: int, device: torch.device) -> dict[str, Any]:
@@ -89,7 +89,7 @@ def main() -> None:
     check_device(device)
     rows = [measure(args, pixels, m, device) for pixels in args.pixels for m in args.crops_per_image]
     name = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
-    result = {"device": name, "torch": torch.__version__, "same_probe": probe_digest(str(device)) == probe_digest()}
+    result = {"device": name, "torch": torch.__version__, "same_pixels": replay_digest(str(device)) == replay_digest()}
     print(json.dumps({**result, "rows": rows}, indent=1))
 
 

@@ -61,15 +61,15 @@ def stand_in() -> Teacher:
 
 
 def best(works: dict[Any, Work], groups: int, rounds: int, clock: Callable[[], float]) -> dict[Any, float]:
-    """Seconds of each of several works, which take turns in every round: for each group of images the least of the rounds."""
-    least = {name: np.full(groups, np.inf) for name in works}
+    """Seconds of each of several works, which take turns in every round: for each group of images the fastest round."""
+    fastest = {name: np.full(groups, np.inf) for name in works}
     for _ in range(rounds):
         for name, work in works.items():
             for k in range(groups):
                 start = clock()
                 work(k)
-                least[name][k] = min(least[name][k], clock() - start)
-    return {name: float(seconds.sum()) for name, seconds in least.items()}
+                fastest[name][k] = min(fastest[name][k], clock() - start)
+    return {name: float(seconds.sum()) for name, seconds in fastest.items()}
 
 
 def drain(loader: Iterable[Any]) -> None:

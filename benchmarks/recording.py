@@ -63,17 +63,17 @@ def main() -> None:
     crops = 4 * math.ceil(args.epochs / 4)  # the epochs as whole blocks of crops_per_image
     precompute = seconds("precompute", *teacher, "--crops", crops, "--store", args.out / "precomputed")
     subprocess.run([sys.executable, "-m", "fkd_ssl", "verify", args.out / "store0"], check=True, stdout=subprocess.DEVNULL)
-    least = {name: min(values) for name, values in taken.items()}
+    fastest = {name: min(values) for name, values in taken.items()}
     own = {
         name: [json.loads((args.out / f"{name}{k}" / "results.json").read_text())["train_seconds"] for k in range(args.repeats)]
         for name in taken
     }
     result = {
         "seconds": {name: [round(value, 1) for value in values] for name, values in taken.items()},
-        "recorded_over_online": round(least["recorded"] / least["online"], 4),
+        "recorded_over_online": round(fastest["recorded"] / fastest["online"], 4),
         "around_training": {name: round(min(np.subtract(taken[name], own[name])), 1) for name in taken},
         "training_over_online": round(min(own["recorded"]) / min(own["online"]), 4),
-        "precompute_over_online": round(precompute / least["online"], 4),
+        "precompute_over_online": round(precompute / fastest["online"], 4),
         "epochs": args.epochs,
         "crops": crops,
     }

@@ -27,7 +27,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from fkd_ssl import files
-from fkd_ssl.crops import CROP_DTYPE, RECIPES, probe_digest
+from fkd_ssl.crops import CROP_DTYPE, RECIPES, replay_digest
 from fkd_ssl.data import StoredCrops
 from fkd_ssl.data.loading import start_worker
 from fkd_ssl.images import Folder
@@ -86,7 +86,7 @@ def make(folder: Path, images: Folder, crops: int) -> None:
         fidelity={"cosine_mean": 1.0, "cosine_min": 1.0, "sample": 1},
         teacher=TeacherInfo(name=COLUMN, spec=TargetSpec("embedding", (DIM,)), network="none", licence="none"),
         chunk_size=128,
-        probe_digest=probe_digest(),
+        replay_digest=replay_digest(),
         arrays={name: files.write_npy(column / f"{name}.npy", array) for name, array in codec.arrays().items()},
     )
     files.write_json(column / "meta.json", meta.to_json())

@@ -21,11 +21,11 @@ from tqdm import tqdm
 
 from fkd_ssl import files, locks
 from fkd_ssl.arrays import Float32Array, Int64Array
-from fkd_ssl.crops.probe import probe_digest
+from fkd_ssl.crops.digest import replay_digest
 from fkd_ssl.errors import FkdError, ImageError, StoreError
 from fkd_ssl.eval.features import Model, checked, extract_rows, frozen
 from fkd_ssl.images import ImageSource
-from fkd_ssl.progress import hidden
+from fkd_ssl.progress import bar_disabled
 
 ROWS = 2048
 VERSION = 1
@@ -34,7 +34,7 @@ _TOLERANCE = 0.01  # relative distance between a model's answers on two machines
 
 def transform_of(pixels: int) -> dict[str, Any]:
     """The evaluation transform, for cache keys and results."""
-    return {"resize": round(8 / 7 * pixels), "centre_crop": pixels, "pixels_sha256": probe_digest()}
+    return {"resize": round(8 / 7 * pixels), "centre_crop": pixels, "pixels_sha256": replay_digest()}
 
 
 def cached(
@@ -78,7 +78,7 @@ def cached(
     files.write_json(entry / "about.json", {**about, "classes": images.classes})
     _same_answers(model, entry, images, pixels)
     parts = [entry / f"part-{row // ROWS:06d}.npy" for row in range(0, len(images), ROWS)]
-    with tqdm(total=len(parts), desc=desc, unit="part", file=sys.stderr, disable=hidden(show=progress)) as bar:
+    with tqdm(total=len(parts), desc=desc, unit="part", file=sys.stderr, disable=bar_disabled(show=progress)) as bar:
         while not (entry / "done.json").exists():
             bar.update(sum(part.exists() for part in parts) - bar.n)
             busy = False

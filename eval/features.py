@@ -24,7 +24,7 @@ from fkd_ssl.crops import Records, centre, replay
 from fkd_ssl.data import Loader
 from fkd_ssl.errors import FkdError, ImageError, RequestError
 from fkd_ssl.images import ImageSource
-from fkd_ssl.progress import hidden
+from fkd_ssl.progress import bar_disabled
 
 Model = Callable[[torch.Tensor], torch.Tensor]
 """Maps uint8 [B, 3, P, P] on the CPU to float [B, D] on any device; normalises and moves the pixels itself."""
@@ -121,7 +121,7 @@ def extract_rows(
     with (
         frozen(model),
         torch.inference_mode(),
-        tqdm(total=len(images), desc=desc, unit="img", file=sys.stderr, disable=hidden(show=progress)) as bar,
+        tqdm(total=len(images), desc=desc, unit="img", file=sys.stderr, disable=bar_disabled(show=progress)) as bar,
     ):
         for views, indices in load(_Centred(images, pixels), rows, workers=workers, skipped=skipped):
             if not len(indices):

@@ -35,7 +35,7 @@ from fkd_ssl.eval.features import Model, View, checked, extract_rows, frozen, lo
 from fkd_ssl.eval.probe import Probe, ProbeProtocol
 from fkd_ssl.eval.scores import accuracy, feature_notes, few_classes, per_class
 from fkd_ssl.images import ImageSource
-from fkd_ssl.progress import hidden
+from fkd_ssl.progress import bar_disabled
 
 RECIPE = RECIPES["fkd"]
 MAX_FORWARD = 256  # images per forward of the model; larger batches are made of their features
@@ -253,7 +253,7 @@ def _train(
     batches = load(_Drawn(train, pixels, seed), order, workers=workers, skipped=skipped)
     names = ", ".join(probe.protocol.name for probe in probes)
     total, before = last * len(train), (last - len(learning)) * len(train)
-    with tqdm(total=total, initial=before, unit="img", file=sys.stderr, disable=hidden(show=progress)) as bar:
+    with tqdm(total=total, initial=before, unit="img", file=sys.stderr, disable=bar_disabled(show=progress)) as bar:
         for epoch, learners in learning.items():
             bar.set_description(f"{names} epoch {epoch + 1}/{last}")
             for views, indices in islice(batches, math.ceil(len(train) / at_once)):

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from fkd_ssl.arrays import Float32Array, Int64Array
 from fkd_ssl.errors import FkdError, RequestError
 from fkd_ssl.eval.scores import accuracy, as_probe, probe_result, ranks
-from fkd_ssl.progress import hidden
+from fkd_ssl.progress import bar_disabled
 
 STRENGTHS = tuple(float(10 ** (power / 2)) for power in range(-10, 5))
 """Inverse L2 strengths C in scikit-learn's sense, C x sum of losses + |W|^2 / 2: 1e-5 to 100 in half decades."""
@@ -74,7 +74,7 @@ def evaluate(
         raise RequestError(f"strengths must be positive, got {list(strengths)}")
 
     held = held_out(known, seed=seed)
-    with tqdm(total=len(strengths) + 1, desc="logreg", file=sys.stderr, disable=hidden(show=progress)) as bar:
+    with tqdm(total=len(strengths) + 1, desc="logreg", file=sys.stderr, disable=bar_disabled(show=progress)) as bar:
         sweep = _sweep(train, known, held, classes, sorted(strengths), bar)
         best = max(sweep, key=lambda row: (row["top1"], -row["loss"]))
         data, (mean, scale) = standardised(train, None)

@@ -25,7 +25,7 @@ from fkd_ssl.arrays import Float32Array, Int64Array
 from fkd_ssl.errors import RequestError
 from fkd_ssl.eval.logreg import held_out, standardised
 from fkd_ssl.eval.scores import accuracy, as_probe, probe_result, ranks
-from fkd_ssl.progress import hidden
+from fkd_ssl.progress import bar_disabled
 
 RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
 """DINOv2's learning rates, for a batch of 256."""
@@ -80,7 +80,7 @@ def evaluate(
     held = held_out(known, seed=seed)
     batch = min(BATCH, len(train))
     steps = max(MIN_STEPS, math.ceil(EPOCHS * len(train) / batch))
-    with tqdm(total=2 * steps, desc="sweep", unit="step", file=sys.stderr, disable=hidden(show=progress)) as bar:
+    with tqdm(total=2 * steps, desc="sweep", unit="step", file=sys.stderr, disable=bar_disabled(show=progress)) as bar:
         rest, (mean, scale) = standardised(train, ~held)
         layers = train_layers(
             rest, torch.from_numpy(known[~held]), classes, sorted(rates), steps, seed=seed, device=device, bar=bar

@@ -30,7 +30,7 @@ CACHE_VARIABLE = "FKD_SSL_CACHE"
 MAX_JSON = 8 * 2**20  # a shard's sidecar has 67 bytes per image; parsed JSON takes up to 30 times its size
 MAX_HEADER = 4096
 # NumPy parses a header as Python code, and the parser of Python 3.11 sometimes fails if two threads use it at once
-_ONE_AT_A_TIME = threading.Lock()
+_HEADER_LOCK = threading.Lock()
 
 
 def sha256(data: bytes | memoryview) -> str:
@@ -419,7 +419,7 @@ def _read_npy_header(
         version = np.lib.format.read_magic(file)
         if version not in versions:
             raise ValueError(f"not version {' or '.join(f'{major}.{minor}' for major, minor in versions)} of the format")
-        with _ONE_AT_A_TIME:
+        with _HEADER_LOCK:
             found: tuple[tuple[int, ...], bool, np.dtype[Any]] = read[version](file, max_header_size=MAX_HEADER)
     except Exception as error:  # NumPy's header reader raises many kinds of error on damaged text
         raise StoreError(f"{path}: no .npy header ({_short(error)}); the file is damaged") from error

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from fkd_ssl import files
 from fkd_ssl.arrays import UInt8Array
 from fkd_ssl.errors import RequestError, StoreError
-from fkd_ssl.progress import hidden
+from fkd_ssl.progress import bar_disabled
 
 CLASSES: dict[str, str] = {
     "circle": "●",
@@ -192,7 +192,7 @@ def _stamp(glyph: str, name: str, size: int) -> Image.Image:
 
 def _write(folder: Path, counts: dict[str, int], pixels: int, seed: int, progress: bool) -> None:
     total = len(CLASSES) * sum(counts.values())
-    with tqdm(total=total, unit="image", desc="glyphs", disable=hidden(show=progress)) as bar:
+    with tqdm(total=total, unit="image", desc="glyphs", disable=bar_disabled(show=progress)) as bar:
         for split, count in counts.items():
             for name in CLASSES:
                 (folder / split / name).mkdir(parents=True)

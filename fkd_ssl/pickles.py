@@ -62,7 +62,7 @@ _CONSTANTS = {
     "SHORT_BINSTRING",
     "LONG1",
 }
-_MOST = 2**62  # limits sums: nested tuples that each contain the previous one twice grow exponentially
+_MAX_SIZE = 2**62  # limits sums: nested tuples that each contain the previous one twice grow exponentially
 
 
 @dataclass(eq=False, slots=True)
@@ -136,14 +136,14 @@ class _Scanner:
         elif opcode in ("TUPLE", "EMPTY_TUPLE", "TUPLE1", "TUPLE2", "TUPLE3"):
             count = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}.get(opcode)
             items = self._marked() if count is None else [stack.pop() for _ in range(count)][::-1]
-            self.stack.append(_Node("tuple", items, min(_MOST, 1 + sum(item.size for item in items))))
+            self.stack.append(_Node("tuple", items, min(_MAX_SIZE, 1 + sum(item.size for item in items))))
         elif opcode in ("EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET"):
             stack.append(_Node("container"))
         elif opcode in ("APPEND", "APPENDS", "SETITEM", "SETITEMS"):
             count = {"APPEND": 1, "SETITEM": 2}.get(opcode)
             items = self._marked() if count is None else [stack.pop() for _ in range(count)]
             target = self.stack[-1]
-            target.size = min(_MOST, target.size + sum(item.size for item in items))
+            target.size = min(_MAX_SIZE, target.size + sum(item.size for item in items))
             if target.kind in self.names.stand_ins:
                 self.names.stand_ins[target.kind] = "dict" if opcode.startswith("SETITEM") else "list"
         elif opcode == "GLOBAL":

@@ -3,6 +3,6 @@
 import os
 
 
-def hidden(*, show: bool) -> bool:
+def bar_disabled(*, show: bool) -> bool:
     """Returns a bar's `disable`: True if `show` is False or TQDM_DISABLE is set."""
     return not show or "TQDM_DISABLE" in os.environ

@@ -37,7 +37,7 @@ def format_duration(seconds: float) -> str:
     >>> format_duration(42), format_duration(5400), format_duration(400_000)
     ('42 s', '1.5 hours', '4.6 days')
     """
-    for unit, size, least in (("days", 86400, 2 * 86400), ("hours", 3600, 3600), ("minutes", 60, 120)):
-        if seconds >= least:
+    for unit, size, from_seconds in (("days", 86400, 2 * 86400), ("hours", 3600, 3600), ("minutes", 60, 120)):
+        if seconds >= from_seconds:
             return f"{seconds / size:.1f} {unit}"
     return f"{seconds:.0f} s"

@@ -29,8 +29,8 @@ class Ensemble(Teacher):
         for member in members:
             if member.info.spec.kind != "distribution":
                 raise RequestError(
-                    f"teacher {names}: {member.info.name} gives {member.info.spec.rules.words}, of which there is no "
-                    "mean; name several teachers with commas between them, for a column each"
+                    f"teacher {names}: {member.info.name} gives {member.info.spec.definition.display_name}, of which "
+                    "there is no mean; name several teachers with commas between them, for a column each"
                 )
             if member.info.spec != first.spec:
                 raise RequestError(

@@ -37,7 +37,7 @@ def parts(preset: Preset, cache: str | Path | None = None) -> list[Path]:
     return sorted(files.cache_folder(cache).glob(f"{preset.file}.*.part"))
 
 
-def by_hand(preset: Preset, cache: str | Path | None = None) -> str:
+def manual_download(preset: Preset, cache: str | Path | None = None) -> str:
     """Instructions for downloading the file by hand."""
     return (
         f"download {preset.url} (licence: {preset.licence}) by any other way and put it at "
@@ -135,7 +135,7 @@ def _download(preset: Preset, folder: Path, progress: Progress, pause: float) ->
                 break
     here = sum(part.stat().st_size for part in parts(preset, folder))
     kept = f"; {here:,} bytes are kept and the same command continues" if here else ""
-    raise FkdError(f"{preset.url}: cannot be downloaded: {problem}{kept}. Without a network: {by_hand(preset, folder)}")
+    raise FkdError(f"{preset.url}: cannot be downloaded: {problem}{kept}. Without a network: {manual_download(preset, folder)}")
 
 
 def _once(preset: Preset, folder: Path, progress: Progress) -> Path:

@@ -72,7 +72,7 @@ def _preset(name: str, checkpoint: str | Path | None, precision: Precision) -> T
     if path is None:
         raise RequestError(
             f"teacher {name}: its weights are not here: fkd-ssl teachers fetch {name} downloads them; without a network "
-            f"{fetch.by_hand(preset)}"
+            f"{fetch.manual_download(preset)}"
         )
     teacher = FAMILIES[preset.family](path, name=name, precision=precision, licence=preset.licence, source=preset.url)
     advice = f"pass --teacher {preset.family} for another checkpoint of this layout"

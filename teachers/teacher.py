@@ -71,7 +71,7 @@ class Teacher(nn.Module):
         Raises:
             FkdError: The network gives something other than finite `[B, *shape]`.
         """
-        return self.info.spec.rules.of_output(self.output(images))
+        return self.info.spec.definition.of_output(self.output(images))
 
     @torch.inference_mode()
     def output(self, images: Tensor) -> Tensor:

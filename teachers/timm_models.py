@@ -73,7 +73,9 @@ def load_timm(model: str, layer: str | None, checkpoint: str | Path | None, *, p
         f"{'trained on' if own else 'timm prepares'} {config['interpolation']} {pixels} px",
         source=spec,
         pixels=pixels,
-        probe=min(pixels, 224) if getattr(network, "dynamic_img_size", False) else pixels,  # at 518 px it would take minutes
+        test_pixels=min(pixels, 224)
+        if getattr(network, "dynamic_img_size", False)
+        else pixels,  # at 518 px it would take minutes
         mean=tuple(config["mean"]),
         std=tuple(config["std"]),
         licence=licence if own else f"not stated; timm's own weights of {model}: {licence}",

@@ -10,7 +10,7 @@ from fkd_ssl.targets import KINDS
 from fkd_ssl.teachers.teacher import Teacher
 
 
-def wrap(module: nn.Module, *, name: str, source: str, pixels: int, probe: int | None = None, **about: Any) -> Teacher:
+def wrap(module: nn.Module, *, name: str, source: str, pixels: int, test_pixels: int | None = None, **about: Any) -> Teacher:
     """Makes a Teacher whose targets are the module's normalised outputs; a forward pass of zeros determines their shape.
 
     Args:
@@ -18,18 +18,18 @@ def wrap(module: nn.Module, *, name: str, source: str, pixels: int, probe: int |
         name: Name of the column.
         source: The user's name of the teacher; error messages begin with it.
         pixels: Its native size.
-        probe: Side of the zeros; by default the native size.
+        test_pixels: Side of the zeros; by default the native size.
         **about: Further arguments of Teacher.
 
     Raises:
-        FkdError: The module does not map [2, 3, probe, probe] floats to one tensor [2, D], or gives probabilities, not logits.
+        FkdError: The module does not map [2, 3, P, P] floats to one tensor [2, D], or gives probabilities, not logits.
     """
     module.eval()
-    side = probe or pixels
+    side = test_pixels or pixels
     try:
         with torch.inference_mode():
             output = module(torch.zeros(2, 3, side, side))
-            right = isinstance(output, torch.Tensor) and len(output) == 2 and _fits(output, about.get("kind", "embedding"))
+            right = isinstance(output, torch.Tensor) and len(output) == 2 and _is_target(output, about.get("kind", "embedding"))
     except Exception as error:  # one's own code may raise anything
         raise FkdError(
             f"teacher {source}: fails on [2, 3, {side}, {side}] floats: {type(error).__name__}: {error}; it must map "
@@ -43,7 +43,7 @@ def wrap(module: nn.Module, *, name: str, source: str, pixels: int, probe: int |
     return Teacher(module, nn.Identity(), name=name, shape=tuple(output.shape[1:]), pixels=pixels, source=source, **about)
 
 
-def _fits(output: torch.Tensor, kind: str) -> bool:
+def _is_target(output: torch.Tensor, kind: str) -> bool:
     """Whether rows of `output` can be targets of this kind; unknown kinds are refused elsewhere."""
     try:
         KINDS[kind].check_shape(tuple(output.shape[1:]))

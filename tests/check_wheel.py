@@ -24,8 +24,8 @@ for info in pkgutil.walk_packages(fkd_ssl.__path__, "fkd_ssl."):
 assert sys.argv[1] in fkd_ssl.__file__, fkd_ssl.__file__
 import fkd_ssl.teachers, fkd_ssl.eval
 assert sys.argv[1] in fkd_ssl.teachers.__file__ and sys.argv[1] in fkd_ssl.eval.__file__
-from fkd_ssl.crops import probe_digest
-probe_digest()
+from fkd_ssl.crops import replay_digest
+replay_digest()
 assert str("fkd_ssl.crops._avx2" in sys.modules) == sys.argv[2], "compiled in one of both environments only"
 print(f"doctests: {tested} run, {failed} failed")
 sys.exit(bool(failed) or not tested)

@@ -482,10 +482,10 @@ def test_workers_start_after_the_parent_has_replayed(image_folder: Path) -> None
     """A worker forked beside a running pool of OpenCV's would hang; the parent has replayed crops before."""
     script = (
         "import sys\n"
-        "from fkd_ssl.crops import RECIPES, probe_digest\n"
+        "from fkd_ssl.crops import RECIPES, replay_digest\n"
         "from fkd_ssl.data import FreshCrops, Loader, whole_batch\n"
         "from fkd_ssl.images import scan\n"
-        "probe_digest()\n"
+        "replay_digest()\n"
         "data = FreshCrops(scan(sys.argv[1]), RECIPES['mocov2'], crops_per_image=2, pixels=224)\n"
         "batches = [[4 * k, 4 * k + 1, 4 * k + 2, 4 * k + 3] for k in range(6)]\n"
         "loader = Loader(data, batches, workers=2, collate=whole_batch)\n"

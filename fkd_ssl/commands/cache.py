@@ -51,7 +51,7 @@ def run(config: Config) -> int:
     check_apart(images.spec, Path(config.out))
     with runs.open_run(config.out, config, images.identity(sizes=False)) as (folder, state):
         if state == "done":
-            console.say(f"{folder}: this copy is done; results.json says what it holds")
+            console.log(f"{folder}: this copy is done; results.json says what it holds")
         else:
             _shrink(config, images, folder)
     return 0
@@ -70,16 +70,16 @@ def _shrink(config: Config, images: "ImageSource", folder: "Path") -> None:
         quality=config.quality,
         skip_unreadable=config.on_unreadable == "skip",
         threads=min(16, resolve.cpu_threads()) if config.threads is None else config.threads,
-        log=console.say,
+        log=console.log,
     )
     results = {"images": len(images) - len(copied.unreadable), "config": config.__dict__, **copied.__dict__}
     runs.finish(folder, results)
     for path in copied.unreadable:
-        console.say(f"warning: {path} cannot be read and is left out")
+        console.log(f"warning: {path} cannot be read and is left out")
     if config.json:
-        console.show_json(results)
+        console.print_json(results)
     else:
-        console.show(
+        console.print_result(
             f"{folder}: {results['images']:,} images, {format_bytes(copied.bytes)} of {format_bytes(copied.source_bytes)}; use "
             f"it as --images"
         )

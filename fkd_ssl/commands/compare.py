@@ -38,15 +38,15 @@ def run(config: Config) -> int:
         train=_train,
         device=resolve.device(),
         threads=min(16, resolve.cpu_threads()),
-        log=console.say,
+        log=console.log,
     )
     results = compare(replace(config, json=False), tools)  # the results do not depend on how they are printed
     text = report.write(results, folder, lambda store: _draw_sheet(config, store))
     if config.json:
-        console.show_json(results)
+        console.print_json(results)
     else:
-        console.show(text)
-    console.say(f"report: {folder / 'report.html'}")
+        console.print_result(text)
+    console.log(f"report: {folder / 'report.html'}")
     return 0
 
 
@@ -72,7 +72,7 @@ def _train(config: "TrainConfig | PretrainConfig") -> dict[str, Any]:
         if ended.returncode:
             runs.forget_contents(run.parent.parent)  # an unreadable image may be repaired before the next call
             raise FkdError(f"{run}: training ended with status {ended.returncode}; the same compare continues it")
-        console.say(ended.stdout.strip())
+        console.log(ended.stdout.strip())
     return runs.read_results(run)
 
 

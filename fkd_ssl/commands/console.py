@@ -15,27 +15,27 @@ from fkd_ssl.text import printable
 _muted = False
 
 
-def mute() -> None:
+def silence() -> None:
     """Silences this process; if a command runs in several processes, only the first one prints."""
     global _muted
     _muted = True
 
 
-def say(message: str) -> None:
+def log(message: str) -> None:
     """Prints a line for the user on standard error."""
     if not _muted:
         print(printable(message, encoding=sys.stderr.encoding), file=sys.stderr, flush=True)  # noqa: T201
 
 
-def show(text: str) -> None:
+def print_result(text: str) -> None:
     """Prints the command's result on standard output."""
     if not _muted:
         print(printable(text, encoding=sys.stdout.encoding), flush=True)  # noqa: T201
 
 
-def show_json(value: dict[str, Any]) -> None:
+def print_json(value: dict[str, Any]) -> None:
     """Prints the command's result on standard output as one JSON object."""
-    show(json.dumps(value))
+    print_result(json.dumps(value))
 
 
 @contextmanager
@@ -55,7 +55,7 @@ def skipping(on_unreadable: str) -> Iterator[set[str] | None]:
             raise ImageError(f"{error}; remove it or pass --on_unreadable skip") from error
         raise
     if skipped:
-        say(f"warning: {len(skipped)} images cannot be read and were skipped, for instance {min(skipped)}")
+        log(f"warning: {len(skipped)} images cannot be read and were skipped, for instance {min(skipped)}")
 
 
 def table(rows: list[list[str]]) -> str:

@@ -35,9 +35,9 @@ def run(config: Config) -> int:
     started = time.perf_counter()
     out = Path(config.out)
     counts: dict[str, Any] = {"train_per_class": 20, "val_per_class": 10} if config.smoke else {}
-    console.say(f"1/3 images: {out / 'images'}")
+    console.log(f"1/3 images: {out / 'images'}")
     images = make_glyphs(out / "images", **counts)
-    console.say(f"2/3 teacher: MoCo v2 on {images / 'train'}, without labels")
+    console.log(f"2/3 teacher: MoCo v2 on {images / 'train'}, without labels")
     checkpoint = pretrain(
         PretrainConfig(
             images=str(images / "train"),
@@ -49,9 +49,9 @@ def run(config: Config) -> int:
             momentum=0.98,
             lr=0.03,
         ),
-        log=console.say,
+        log=console.log,
     )
-    console.say("3/3 stored against online: a store of the teacher's targets, two students, their scores")
+    console.log("3/3 stored against online: a store of the teacher's targets, two students, their scores")
     comparison = CompareConfig(
         images=str(images / "train"),
         val=str(images / "val"),
@@ -68,5 +68,5 @@ def run(config: Config) -> int:
         knn_every=1 if config.smoke else 5,
     )
     status = compare.run(comparison)
-    console.say(f"demo done in {format_duration(time.perf_counter() - started)}; everything is in {out}")
+    console.log(f"demo done in {format_duration(time.perf_counter() - started)}; everything is in {out}")
     return status

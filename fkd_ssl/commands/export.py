@@ -28,6 +28,6 @@ def run(config: Config) -> int:
 
     student, pixels = resolve.student_of(config.model)
     line = export(student, Path(config.out), layout=config.layout, pixels=pixels)
-    console.say(f"{config.out}: loads, for normalised floats [B, 3, {pixels}, {pixels}], with")
-    console.show(line)
+    console.log(f"{config.out}: loads, for normalised floats [B, 3, {pixels}, {pixels}], with")
+    console.print_result(line)
     return 0

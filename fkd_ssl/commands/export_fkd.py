@@ -30,5 +30,5 @@ def run(config: Config) -> int:
     from fkd_ssl.store.exchange.fkd_store import export_fkd
 
     written = export_fkd(open_store(config.store).column(config.name), config.out, fp16=config.fp16)
-    console.show(f"{config.out}: {written:,} label files written")
+    console.print_result(f"{config.out}: {written:,} label files written")
     return 0

@@ -45,7 +45,7 @@ def run(config: Config) -> int:
     about = sources.about_model(model, pixels)
     if config.json:
         counts = {"images": count, "unreadable_images": source.skipped, "feature_dim": dim}
-        console.show_json({"kind": "features", "entry": str(entry), **counts, **about})
+        console.print_json({"kind": "features", "entry": str(entry), **counts, **about})
     else:
-        console.show(f"{entry / 'features.npy'},{entry / 'labels.npy'}: {count} images, {dim} dimensions")
+        console.print_result(f"{entry / 'features.npy'},{entry / 'labels.npy'}: {count} images, {dim} dimensions")
     return 0

@@ -14,5 +14,5 @@ def images_of(spec: str | Path) -> ImageSource:
     for note in images.notes:
         if note not in _said:
             _said.add(note)
-            console.say(f"note: {note}")
+            console.log(f"note: {note}")
     return images

@@ -50,8 +50,10 @@ def run(config: Config) -> int:
         name=config.name,
         pixels=resolve.pixels_of(config.pixels, 224),
         threads=min(16, resolve.cpu_threads()),
-        log=console.say,
+        log=console.log,
     )
     codec = store.column(config.name).meta.codec
-    console.show(f"{config.store}: {len(store):,} images x {store.crops_per_image} crops, labels {codec} of {classes} classes")
+    console.print_result(
+        f"{config.store}: {len(store):,} images x {store.crops_per_image} crops, labels {codec} of {classes} classes"
+    )
     return 0

@@ -60,7 +60,7 @@ def run(config: Config) -> int:
 
     about = describe(config.store)
     if config.json:
-        console.show_json(about)
+        console.print_json(about)
         return 1 if about["damaged"] else 0
     lines = [
         f"{about['store']}: {about['images']:,} images x {about['crops_per_image']} crops, {format_bytes(about['bytes'])}",
@@ -87,5 +87,5 @@ def run(config: Config) -> int:
         if column["missing_shards"]:
             lines.append(f"  NOT FINISHED: {len(column['missing_shards'])} of {about['shards']} shards are missing")
     lines += [f"DAMAGED: {problem}" for problem in about["damaged"]]
-    console.show("\n".join(printable(line, one_line=True) for line in lines))
+    console.print_result("\n".join(printable(line, one_line=True) for line in lines))
     return 1 if about["damaged"] else 0

@@ -122,7 +122,7 @@ def _score(
         rows = [
             [f"{row['k']}", f"{row['temperature']:g}", f"{row['top1']:.2f}", f"{row['top5']:.2f}"] for row in result["sweep"]
         ]
-        console.show(console.table([["k", "T", "top-1", "top-5"], *rows]))
+        console.print_result(console.table([["k", "T", "top-1", "top-5"], *rows]))
     results.show("knn", title, replace(config, pixels=pixels), protocol, about, result)
 
 

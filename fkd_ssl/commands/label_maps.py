@@ -60,23 +60,23 @@ def run(config: Config) -> int:
             batch_size=config.batch_size,
             threads=min(16, resolve.cpu_threads()) if config.threads is None else config.threads,
             skip_unreadable=skipped is not None,
-            log=console.say,
+            log=console.log,
         )
         if skipped is not None:
             skipped.update(made.unreadable)
     classes = teacher.info.spec.size
     if made.busy:
-        console.say(f"{len(made.busy)} shards are being written by another process; if that is stopped, run this again")
+        console.log(f"{len(made.busy)} shards are being written by another process; if that is stopped, run this again")
     else:
         LabelMaps(config.out).verify()
     if config.json:
         values = asdict(made)
         values["unreadable_images"] = len(values.pop("unreadable"))
-        console.show_json({**values, "classes": classes, "k": config.k, "height": dense.height, "width": dense.width})
+        console.print_json({**values, "classes": classes, "k": config.k, "height": dense.height, "width": dense.width})
     elif not made.made and not made.busy:
-        console.show(f"{config.out}: complete, and every file has its checksum; {format_bytes(made.bytes)}")
+        console.print_result(f"{config.out}: complete, and every file has its checksum; {format_bytes(made.bytes)}")
     else:
-        console.show(
+        console.print_result(
             f"{config.out}: {made.made:,} images in {format_duration(made.seconds)}, {config.k} of {classes:,} classes at "
             f"each of {dense.height} x {dense.width} places; {format_bytes(made.bytes)} on disk"
         )

@@ -35,7 +35,7 @@ def run(write: "Callable[[Any, int], Summary]", config: Any, *, log: Callable[[s
         raise RequestError("--runner ray needs Ray: pip install 'fkd_ssl[ray]'") from error
     from tqdm import tqdm
 
-    from fkd_ssl.progress import hidden
+    from fkd_ssl.progress import bar_disabled
 
     started = time.perf_counter()
     began = not ray.is_initialized()
@@ -49,7 +49,7 @@ def run(write: "Callable[[Any, int], Summary]", config: Any, *, log: Callable[[s
         task = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0, max_retries=RETRIES)(write)
         summary = _result(ray, task.remote(config, 0))
         waiting = {task.remote(config, shard): shard for shard in range(1, summary.shards)}
-        with tqdm(total=summary.shards, initial=1, desc="precompute", unit="shard", disable=hidden(show=True)) as bar:
+        with tqdm(total=summary.shards, initial=1, desc="precompute", unit="shard", disable=bar_disabled(show=True)) as bar:
             while waiting:
                 (ready,), _ = ray.wait(list(waiting), num_returns=1)
                 del waiting[ready]

@@ -55,11 +55,11 @@ def run(config: Config) -> int:
     targets = len(images) * config.crops
     per_image = sum(len(name.encode()) + 80 for name in images.names)  # path, size and checksum
     target = teacher.info.spec
-    chosen = config.codec or target.rules.default_codec(target.shape)
+    chosen = config.codec or target.definition.default_codec(target.shape)
     sizes = {chosen: target.check_codec(chosen, teacher.info.name)}
-    for codec in CODECS if target.kind == "embedding" else target.rules.examples:
+    for codec in CODECS if target.kind == "embedding" else target.definition.example_codecs:
         try:
-            sizes[codec] = target.rules.code_size(codec, target.shape)
+            sizes[codec] = target.definition.code_size(codec, target.shape)
         except RequestError:
             continue  # the codec's parts do not divide D, or it keeps all classes
     codecs: dict[str, dict[str, Any]] = {
@@ -85,9 +85,9 @@ def run(config: Config) -> int:
         "fits": codecs[chosen]["bytes"] < free,
     }
     if config.json:
-        console.show_json(plan)
+        console.print_json(plan)
     else:
-        console.show(describe(config, plan))
+        console.print_result(describe(config, plan))
     return 0
 
 

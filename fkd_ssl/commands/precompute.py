@@ -94,22 +94,22 @@ def run(config: Config) -> int:
                 "without --runner and with --shards 0/1000"
             )
         with contextlib.redirect_stdout(sys.stderr):  # Ray reports dead workers on standard output
-            summary = on_ray.run(_write_shard, _with_absolute_paths(config), log=console.say)
+            summary = on_ray.run(_write_shard, _with_absolute_paths(config), log=console.log)
     elif config.shards is not None:
         if world > 1:
             raise RequestError("--shards is for processes of their own; under torchrun each takes its share by itself")
-        summary = write(config, share=share_of(config.shards), log=console.say)
+        summary = write(config, share=share_of(config.shards), log=console.log)
     elif world > 1:
         speaks = rank == 0
         summary = write(
-            config, share=Share(index=rank, of=world, steal=True), progress=speaks, log=console.say if speaks else _nothing
+            config, share=Share(index=rank, of=world, steal=True), progress=speaks, log=console.log if speaks else _nothing
         )
         if not speaks:
             return 0
     else:
-        summary = write(config, log=console.say)
+        summary = write(config, log=console.log)
     if config.json:
-        console.show_json(summary.__dict__)
+        console.print_json(summary.__dict__)
     else:
         rate = summary.crops / summary.seconds
         done = "nothing to do"
@@ -117,16 +117,16 @@ def run(config: Config) -> int:
             done = f"{summary.crops:,} crops in {format_duration(summary.seconds)} ({rate:,.0f} a second)"
         elif summary.busy or summary.left:
             done = "nothing left for this process"
-        console.show(f"{config.store}: {done}; {format_bytes(summary.store_bytes)} on disk")
+        console.print_result(f"{config.store}: {done}; {format_bytes(summary.store_bytes)} on disk")
     if config.on_unreadable == "skip":
         _say_skipped(config.store)
     if summary.busy:
-        console.say(
+        console.log(
             f"{len(summary.busy)} of {summary.shards} shards are being written by other processes, which finish them; if one "
             "is stopped, run it again"
         )
     if summary.left:
-        console.say(f"{len(summary.left)} of {summary.shards} shards are left to the other --shards")
+        console.log(f"{len(summary.left)} of {summary.shards} shards are left to the other --shards")
     return 0
 
 
@@ -139,7 +139,7 @@ def _say_skipped(folder: str) -> None:
     rows = [row for shard in sorted(store.shards_with_crops()) for row in store.skipped(shard)]
     if rows:
         some = ", ".join(store.paths[row] for row in rows[:3]) + (", ..." if len(rows) > 3 else "")
-        console.say(f"warning: {len(rows)} of {len(store.paths):,} images could not be read and are left out: {some}")
+        console.log(f"warning: {len(rows)} of {len(store.paths):,} images could not be read and are left out: {some}")
 
 
 def write(

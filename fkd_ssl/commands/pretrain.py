@@ -13,7 +13,7 @@ def run(config: Config) -> int:
     from fkd_ssl.pretraining.engine import pretrain
 
     with console.skipping(config.on_unreadable):
-        checkpoint = pretrain(config, log=console.say)
+        checkpoint = pretrain(config, log=console.log)
     use = f"--teacher {config.method} --checkpoint {checkpoint}" if config.is_teacher else f"--model {checkpoint} or --init"
-    console.show(f"{checkpoint}: pass it as {use}")
+    console.print_result(f"{checkpoint}: pass it as {use}")
     return 0

@@ -42,12 +42,12 @@ def run(config: Config) -> int:
     f = column.meta.fidelity
     if config.json:
         sizes = {"source_code_size": sum(source.meta.code_size for source in sources), "code_size": column.meta.code_size}
-        console.show_json({"store": str(column.store.folder), "column": column.name, **sizes, "fidelity": f})
+        console.print_json({"store": str(column.store.folder), "column": column.name, **sizes, "fidelity": f})
         return 0
     codecs = " and ".join(f"{source.meta.codec} ({source.meta.code_size} bytes)" for source in sources)
     if any(source.meta.codec not in ("Flat", "full") for source in sources):
-        console.say(f"note: information that {f['source_codec']} discarded cannot be recovered")
-    console.show(
+        console.log(f"note: information that {f['source_codec']} discarded cannot be recovered")
+    console.print_result(
         f"{column.folder}: {' and '.join(source.name for source in sources)} from {codecs} to {column.meta.codec} "
         f"({column.meta.code_size} bytes); {describe_fidelity(f)}, of {f['sample']}"
     )

@@ -42,9 +42,9 @@ def run(config: Config) -> int:
         compare(rows, config.baseline)
     if config.json:
         shown = [{key: value for key, value in row.items() if key != "runs"} for row in rows]
-        console.show_json({"kind": "report", "rows": shown})
+        console.print_json({"kind": "report", "rows": shown})
         return 0
-    console.show(FORMATS[config.format](cells(rows)))
+    console.print_result(FORMATS[config.format](cells(rows)))
     return 0
 
 

@@ -126,7 +126,7 @@ def _one_teacher(name: str, checkpoint: str | None, precision: Precision) -> Tea
         )
     path = Path(checkpoint)
     student, pixels = student_of(checkpoint, "--checkpoint")
-    if path.suffix == EXPORTED and student.made_of.get("head") != CLASSIFIER:
+    if path.suffix == EXPORTED and student.spec.get("head") != CLASSIFIER:
         raise RequestError(f"teacher {RUN}: {checkpoint} is an export, which has no projection head; give the run itself")
     if path.suffix == EXPORTED:
         run = path.resolve().with_suffix("")
@@ -138,7 +138,7 @@ def _one_teacher(name: str, checkpoint: str | None, precision: Precision) -> Tea
         name=re.sub(r"[^A-Za-z0-9._-]", "-", run.name),
         shape=(student.dims[0],),
         feature_dim=student.feature_dim,
-        network=", ".join(f"{key} {value}" for key, value in student.made_of.items()),
+        network=", ".join(f"{key} {value}" for key, value in student.spec.items()),
         pixels=pixels,
         mean=MEAN,
         std=STD,
@@ -146,7 +146,7 @@ def _one_teacher(name: str, checkpoint: str | None, precision: Precision) -> Tea
         checkpoint=path.name,
         checkpoint_sha256=weights_digest(student),
         precision=precision,
-        kind="distribution" if student.made_of.get("head") == CLASSIFIER else "embedding",
+        kind="distribution" if student.spec.get("head") == CLASSIFIER else "embedding",
     )
 
 

@@ -26,11 +26,11 @@ def show_finished(config: Any, inputs: runs.Inputs) -> bool:
     if config.out is None or runs.peek(config.out, config, inputs) != "done":
         return False
     found = runs.read_results(Path(config.out))
-    console.say(f"{config.out}: this evaluation is done")
+    console.log(f"{config.out}: this evaluation is done")
     if config.json:
-        console.show_json(found)
+        console.print_json(found)
     else:
-        console.show(found["line"])
+        console.print_result(found["line"])
     return True
 
 
@@ -87,11 +87,11 @@ def finish(value: dict[str, Any], line: str, config: Any, correct: Any = None) -
             files.replace(folder / CORRECT, buffer.getvalue())
         runs.finish(folder, whole)
     if config.json:
-        console.show_json({**whole, "versions": runs.versions()})
+        console.print_json({**whole, "versions": runs.versions()})
         return
     for note in value.get("notes", []):
-        console.say(f"note: {note}")
-    console.show(line)
+        console.log(f"note: {note}")
+    console.print_result(line)
 
 
 def read_correct(folder: Path) -> Any:

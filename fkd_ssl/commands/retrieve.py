@@ -109,7 +109,7 @@ def _report(config: Config, about: dict[str, Any], result: dict[str, Any]) -> No
         if config.out is not None:
             plot(result["curve"], Path(config.out) / "recall_speed.png")
         if not config.json:
-            console.show(curve_table(result["curve"]))
+            console.print_result(curve_table(result["curve"]))
     where = "" if config.pixels is None else f" at {config.pixels} px"
     said = [f"recall@{k} {value:.2f} %" for k, value in result["recall"].items()]
     said += [f"precision@{k} {value:.2f} %" for k, value in result["precision"].items() if k != "1"]
@@ -204,9 +204,9 @@ def _show_nearest(config: Config, query: str) -> int:
         note += f"; ✓ and a frame: the same class ({sum(item['class'] == own for item in near)} of {len(near)})"
     files.replace(out, sheet.draw_found(picture, title, note, shown))
     if config.json:
-        console.show_json({"kind": "retrieve", "query": query, "gallery": config.gallery, "sheet": str(out), "nearest": near})
+        console.print_json({"kind": "retrieve", "query": query, "gallery": config.gallery, "sheet": str(out), "nearest": near})
     else:
         rows_of_table = [[f"{item['cosine']:.3f}", item["class"], item["image"]] for item in near]
-        console.show(console.table([["cosine", "class", "image"], *rows_of_table]))
-        console.say(f"contact sheet: {out}")
+        console.print_result(console.table([["cosine", "class", "image"], *rows_of_table]))
+        console.log(f"contact sheet: {out}")
     return 0

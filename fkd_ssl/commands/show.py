@@ -64,7 +64,7 @@ def run(config: Config) -> int:
     picture, title = sheet_of(config, open_store(config.store))
     with files.publish(out) as file:
         file.write(picture)
-    console.show(f"{out}: {title}")
+    console.print_result(f"{out}: {title}")
     return 0
 
 
@@ -75,7 +75,7 @@ def sheet_of(config: Config, store: "Store") -> tuple[bytes, str]:
     from fkd_ssl import sheet
     from fkd_ssl.commands.images import images_of
     from fkd_ssl.crops import replay
-    from fkd_ssl.progress import hidden
+    from fkd_ssl.progress import bar_disabled
     from fkd_ssl.store.maintain.nearest import nearest
 
     count = min(6, store.crops_per_image) if config.crops is None else config.crops
@@ -90,7 +90,7 @@ def sheet_of(config: Config, store: "Store") -> tuple[bytes, str]:
     said = f"the first {len(crops)} of {store.crops_per_image} stored crops"
     if config.neighbours:
         column = store.column(config.teacher)
-        with tqdm(total=len(column.rows) - 1, unit="img", desc="neighbours", disable=hidden(show=True)) as bar:
+        with tqdm(total=len(column.rows) - 1, unit="img", desc="neighbours", disable=bar_disabled(show=True)) as bar:
             found = nearest(
                 column,
                 store.targets(column.name, row, slice(0, count)),

@@ -51,9 +51,9 @@ def run(config: Config) -> int:
     size = files.total_bytes(made.folder)
     if config.json:
         about = {"images": made.manifest.count, "crops_per_image": made.crops_per_image, "teachers": made.teachers}
-        console.show_json({"store": config.out, **about, "store_bytes": size})
+        console.print_json({"store": config.out, **about, "store_bytes": size})
     else:
-        console.show(
+        console.print_result(
             f"{config.out}: {made.manifest.count:,} images x {made.crops_per_image} crops, targets of "
             f"{', '.join(made.teachers) or 'no teacher'}; {format_bytes(size)} on disk"
         )

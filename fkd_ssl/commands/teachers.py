@@ -52,7 +52,7 @@ def _list(config: Config) -> int:
     here = {name: fetch.find(preset, config.cache) for name, preset in PRESETS.items()}
     if config.json:
         paths = {name: None if path is None else str(path) for name, path in here.items()}
-        console.show_json({name: {**asdict(preset), "here": paths[name]} for name, preset in PRESETS.items()})
+        console.print_json({name: {**asdict(preset), "here": paths[name]} for name, preset in PRESETS.items()})
         return 0
     rows = [["preset", "here", "network", "head", "target", "linear top-1", "licence of the weights"]]
     for name, p in PRESETS.items():
@@ -60,7 +60,7 @@ def _list(config: Config) -> int:
         rows.append([name, there, p.network, p.head, f"{p.dim}-d", f"{p.top1:.1f} %", p.licence])
     seen = [["preset", "crops", "mean", "std", "from"]]
     seen += [[name, f"{p.pixels} px", _rgb(p.mean), _rgb(p.std), f"{p.source}: {p.url}"] for name, p in PRESETS.items()]
-    console.show(
+    console.print_result(
         f"{console.table(rows)}\n\n{console.table(seen)}\n\n"
         f"Cache folder: {files.cache_folder(config.cache)} (--cache or {files.CACHE_VARIABLE} sets another)\n"
         "Download: fkd-ssl teachers fetch NAME; --teacher NAME then finds it. A file from elsewhere: --checkpoint FILE.\n\n"
@@ -82,25 +82,25 @@ def _fetch(config: Config, name: str) -> int:
 
     from fkd_ssl import files
     from fkd_ssl.commands import console
-    from fkd_ssl.progress import hidden
+    from fkd_ssl.progress import bar_disabled
     from fkd_ssl.teachers import fetch, load_teacher
     from fkd_ssl.teachers.presets import PRESETS
 
     if name not in PRESETS:
         raise RequestError(f"no preset {name!r}{did_you_mean(name, PRESETS)} (there are {', '.join(PRESETS)})")
     preset = PRESETS[name]
-    console.say(f"{name}: {preset.network}, {preset.head}; {preset.source}")
-    console.say(f"licence of the weights: {preset.licence}")
+    console.log(f"{name}: {preset.network}, {preset.head}; {preset.source}")
+    console.log(f"licence of the weights: {preset.licence}")
     present = fetch.find(preset, config.cache)
     if present is None:
-        console.say(f"{preset.url} -> {files.cache_folder(config.cache) / preset.file}")
+        console.log(f"{preset.url} -> {files.cache_folder(config.cache) / preset.file}")
     network = ""
 
     def check(path: "Path") -> None:
         nonlocal network
         network = load_teacher(name, checkpoint=path).info.network
 
-    with tqdm(unit="B", unit_scale=True, desc=preset.file, disable=hidden(show=present is None)) as bar:
+    with tqdm(unit="B", unit_scale=True, desc=preset.file, disable=bar_disabled(show=present is None)) as bar:
 
         def progress(here: int, total: int | None) -> None:
             bar.total = total
@@ -109,12 +109,12 @@ def _fetch(config: Config, name: str) -> int:
         path = fetch.fetch(preset, cache=config.cache, progress=progress, check=check)
     about: dict[str, Any] = {"name": name, "path": str(path), "bytes": path.stat().st_size, "licence": preset.licence}
     if config.json:
-        console.show_json({**about, "network": network, "downloaded": present is None})
+        console.print_json({**about, "network": network, "downloaded": present is None})
     else:
         how = "was here" if present else "downloaded"
-        console.show(f"{path}: {how}, {about['bytes']:,} bytes, loads as {network}; use it as --teacher {name}")
+        console.print_result(f"{path}: {how}, {about['bytes']:,} bytes, loads as {network}; use it as --teacher {name}")
     if config.cache is not None and fetch.find(preset) is None:
-        console.say(f"--teacher {name} finds it there with {files.CACHE_VARIABLE}={config.cache} in the environment")
+        console.log(f"--teacher {name} finds it there with {files.CACHE_VARIABLE}={config.cache} in the environment")
     return 0
 
 

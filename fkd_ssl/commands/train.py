@@ -60,11 +60,11 @@ def run(config: Config) -> int:
         folder, state = stack.enter_context(runs.open_run(config.out, config, inputs))
         if state == "done":  # another process finished it while this one was starting
             return _show_done(config)
-        console.say(
+        console.log(
             f"{'continuing' if state == 'resume' else 'training'} {config.student} on {len(crops):,} images, {config.targets} "
             f"targets, D = {' and '.join(map(str, student.dims))}; {config.epochs:g} epochs of one crop an image"
         )
-        console.say(f"{config.student} at {config.pixels} px: {size}")
+        console.log(f"{config.student} at {config.pixels} px: {size}")
         results = train(
             config,
             crops,
@@ -105,7 +105,7 @@ def _join_processes(config: Config) -> tuple[int, int]:
             )
         world = max(world, config.devices)
     if rank:
-        console.mute()
+        console.silence()
     return rank, world
 
 
@@ -120,7 +120,7 @@ def _pin_defaults(config: Config) -> Config:
     from fkd_ssl.store import open_store
 
     if config.precision == "16-mixed" and resolve.device().type == "cpu":
-        console.say("warning: --precision 16-mixed is for GPUs: here it is bf16-mixed")
+        console.log("warning: --precision 16-mixed is for GPUs: here it is bf16-mixed")
         config = replace(config, precision="bf16-mixed")
     if config.targets != "stored" or config.teacher is not None:
         return config
@@ -167,7 +167,7 @@ def _check(config: Config, images: "ImageSource", data: "TrainingData", init: "S
 def _show_done(config: Config) -> int:
     from fkd_ssl.commands import console
 
-    console.say(f"{config.out}: this run is done; its results are in results.json")
+    console.log(f"{config.out}: this run is done; its results are in results.json")
     return 0
 
 
@@ -179,25 +179,25 @@ def _finish(
     from fkd_ssl.commands import console, resolve, training_data
     from fkd_ssl.students import CLASSIFIER
 
-    results |= {"student": {**student.made_of, **vars(size)}}
+    results |= {"student": {**student.spec, **vars(size)}}
     if config.head == CLASSIFIER and config.val is not None:
         results |= _classified(config, folder)
-    described = {**student.made_of, "size": size, "feature dimension": student.feature_dim}
+    described = {**student.spec, "size": size, "feature dimension": student.feature_dim}
     if config.init is not None:
         described["started from"] = Path(config.init).name
     card.write(folder, config=vars(config), results=results, student=described, **training_data.describe(config, data))
     runs.finish(folder, {"config": config.__dict__, **results})
     if results["data_wait"] > MUCH_WAITING:
-        console.say(
+        console.log(
             f"note: {100 * results['data_wait']:.0f} % of the time was spent waiting for data: try more --workers than "
             f"{config.workers} (this process may use {resolve.cpu_threads()} processors), more --crops_per_image, or, for "
             "small crops of large images, a smaller copy of them (fkd-ssl cache)"
         )
     if results["unreadable_images"]:
-        console.say(f"warning: {results['unreadable_images']} images could not be read and were skipped")
+        console.log(f"warning: {results['unreadable_images']} images could not be read and were skipped")
     knn = "" if results["knn_top1"] is None else f"; kNN {results['knn_top1']:.2f} %"
     own = f"; top-1 {results['top1']:.2f} %, top-5 {results['top5']:.2f} %" if "top1" in results else ""
-    console.show(f"{config.out}: {results['steps']} steps in {format_duration(results['train_seconds'])}{own}{knn}")
+    console.print_result(f"{config.out}: {results['steps']} steps in {format_duration(results['train_seconds'])}{own}{knn}")
 
 
 def _classified(config: Config, folder: Path) -> dict[str, float]:
@@ -218,7 +218,7 @@ def _classified(config: Config, folder: Path) -> dict[str, float]:
             progress=False,
         )
     except (RequestError, ImageError, ImageAccessError) as error:
-        console.say(f"note: no top-1 of the student's own classes: {error}")
+        console.log(f"note: no top-1 of the student's own classes: {error}")
         return {}
     return {key: found[key] for key in ("top1", "top5")}
 

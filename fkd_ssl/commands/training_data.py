@@ -9,9 +9,9 @@ from torch import Tensor
 
 from fkd_ssl import files, processes
 from fkd_ssl.commands import console, resolve
-from fkd_ssl.crops import Recipe, probe_digest
+from fkd_ssl.crops import Recipe, replay_digest
 from fkd_ssl.crops.device import check_device
-from fkd_ssl.data import Crops, FreshCrops, RecordedCrops, RelabelledCrops, StoredCrops
+from fkd_ssl.data import Crops, FreshCrops, RecordingCrops, RelabelledCrops, StoredCrops
 from fkd_ssl.eval.classify import check_classes
 from fkd_ssl.eval.features import require_two_classes
 from fkd_ssl.images import ImageSource
@@ -63,9 +63,9 @@ def open_data(config: TrainConfig, images: ImageSource) -> TrainingData:
     store = open_store(config.store) if config.store else None
     if config.scale_boxes:
         what = "ignored: there is no --store" if store is None else "the student's crops are not bit for bit the teacher's"
-        console.say(f"warning: --scale_boxes: {what}")
+        console.log(f"warning: --scale_boxes: {what}")
     if store is not None and config.targets != "stored" and config.recipe not in ("mocov2", store.manifest.recipe.name):
-        console.say(f"warning: --recipe {config.recipe} is ignored: the crops are those of --store")
+        console.log(f"warning: --recipe {config.recipe} is ignored: the crops are those of --store")
     if config.device_crops:
         check_device(resolve.device())
     return _OPEN[config.targets](config, images, store)
@@ -76,7 +76,7 @@ def _stored(config: TrainConfig, images: ImageSource, store: Store | None) -> Tr
     assert store is not None  # by TrainConfig
     for name in ("checkpoint", "teacher_pixels"):
         if getattr(config, name) is not None:
-            console.say(f"warning: --{name} is ignored: stored targets need no teacher")
+            console.log(f"warning: --{name} is ignored: stored targets need no teacher")
     crops = StoredCrops(store, images, teacher=config.teachers or None, scale_boxes=config.scale_boxes, **_crop_options(config))
     return TrainingData(
         crops=crops,
@@ -152,16 +152,16 @@ def _check_store(config: TrainConfig, store: Store, columns: list[Column]) -> No
         if len(store) * store.crops_per_image * column.meta.code_size < _CHECKED_BYTES:
             check_files(store, column)
         else:
-            console.say("note: the store's checksums are not read here; fkd-ssl verify does that")
+            console.log("note: the store's checksums are not read here; fkd-ssl verify does that")
         seen = column.meta.teacher.pixels
         if seen != config.pixels:
-            console.say(f"note: the teacher saw crops of {seen} px, the student trains on {config.pixels} px")
-        if column.meta.probe_digest != probe_digest(str(resolve.device()) if config.device_crops else None):
+            console.log(f"note: the teacher saw crops of {seen} px, the student trains on {config.pixels} px")
+        if column.meta.replay_digest != replay_digest(str(resolve.device()) if config.device_crops else None):
             where = f"{resolve.device().type} makes" if config.device_crops else "this machine makes"
-            console.say(f"warning: {where} slightly other pixels of a crop than the one that ran the teacher")
+            console.log(f"warning: {where} slightly other pixels of a crop than the one that ran the teacher")
     if config.epochs > store.crops_per_image:
         uses = config.epochs / store.crops_per_image
-        console.say(f"note: {store.crops_per_image} crops an image are stored, so each is used {uses:.1f} times")
+        console.log(f"note: {store.crops_per_image} crops an image are stored, so each is used {uses:.1f} times")
 
 
 def record(config: TrainConfig, images: ImageSource, data: TrainingData, world: int, *, resumes: bool) -> TrainingData:
@@ -190,10 +190,10 @@ def record(config: TrainConfig, images: ImageSource, data: TrainingData, world: 
         chunk_size=config.batch_size // config.accumulate // world,
         skip_unreadable=config.on_unreadable == "skip",
         threads=min(16, resolve.cpu_threads()),
-        log=console.say,
+        log=console.log,
     )
     # skips no images: a temporary read error must not leave a gap in the store
-    crops = RecordedCrops(
+    crops = RecordingCrops(
         columns[0].store,
         images,
         with_targets=False,
@@ -204,7 +204,7 @@ def record(config: TrainConfig, images: ImageSource, data: TrainingData, world: 
     )
     published = [column for column in columns if resumes and is_published(column)]
     for column in published:
-        console.say(f"note: {column.folder}: its targets are in the store, nothing is left to record")
+        console.log(f"note: {column.folder}: its targets are in the store, nothing is left to record")
     recordings: list[Recording | None] | None = None
     if len(published) < len(columns):
         recordings = []
@@ -222,7 +222,7 @@ def publish(config: TrainConfig, data: TrainingData) -> None:
         damaged = recording.publish()
         column, store = recording.column, recording.column.store
         size = format_bytes(files.total_bytes(store.folder))
-        console.say(
+        console.log(
             f"{config.record}: targets of {column.name}: {len(store):,} images x {store.crops_per_image} crops; {size} on disk"
         )
         if damaged:
@@ -241,7 +241,7 @@ def publish(config: TrainConfig, data: TrainingData) -> None:
                 "on_unreadable": "skip" if config.on_unreadable == "skip" else None,
             }
             options = [f"--{key} {shlex.quote(str(value))}" for key, value in asked.items() if value is not None]
-            console.say(
+            console.log(
                 f"warning: {len(damaged)} of {store.manifest.shards} shards were damaged on the disk after they were recorded, "
                 f"and are left out; to compute them: fkd-ssl precompute {' '.join(options)}"
             )

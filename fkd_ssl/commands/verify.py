@@ -57,7 +57,7 @@ def run(config: Config) -> int:
 
     def note(line: str) -> None:
         repaired.append(line)
-        console.say(line)
+        console.log(line)
 
     if config.repair and images is not None:
         repair_lists(Path(config.store), images, note)
@@ -79,7 +79,7 @@ def run(config: Config) -> int:
         repair(store, report.damage, images, teacher, name=name, threads=threads, log=note)
         report = verify(open_store(config.store), images, teacher, name=name, sample=config.sample, threads=threads)
     if config.json:
-        console.show_json({"store": config.store, "ok": not report.problems, **asdict(report), "repaired": repaired})
+        console.print_json({"store": config.store, "ok": not report.problems, **asdict(report), "repaired": repaired})
     else:
         checked = ", ".join(f"{count:,} {what}" for what, count in report.checked.items() if count)
         cosine = (
@@ -87,7 +87,7 @@ def run(config: Config) -> int:
             if report.cosine is None
             else (f"; cosine to the teacher {report.cosine['mean']:.5f} mean, {report.cosine['min']:.5f} least")
         )
-        console.show("\n".join([*report.problems, f"checked {checked}{cosine}: {len(report.problems)} problems"]))
+        console.print_result("\n".join([*report.problems, f"checked {checked}{cosine}: {len(report.problems)} problems"]))
     return 1 if report.problems else 0
 
 

@@ -120,7 +120,7 @@ def _check(config: CompareConfig, images: ImageSource, val: ImageSource, teacher
     plain = training(arms[0], config, 0, [teacher.info.name for teacher in teachers])
     for teacher in teachers:
         objective_of(plain, teacher.info)
-        own = config.codec or teacher.info.spec.rules.default_codec(teacher.info.spec.shape)
+        own = config.codec or teacher.info.spec.definition.default_codec(teacher.info.spec.shape)
         for codec in (own, *(arm.codec for arm in arms if arm.codec is not None)):
             teacher.info.spec.check_codec(codec, teacher.info.name)
         if own in [arm.codec for arm in arms]:

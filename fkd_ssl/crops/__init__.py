@@ -1,6 +1,6 @@
 """Crops: records, recipes and replay."""
 
-from fkd_ssl.crops.probe import probe_digest
+from fkd_ssl.crops.digest import replay_digest
 from fkd_ssl.crops.recipes import IMPORTED, RECIPES, Recipe, draw, image_key
 from fkd_ssl.crops.records import CROP_DTYPE, Records, box_record, centre, unpack, well_formed
 from fkd_ssl.crops.replay import replay, replay_into
@@ -15,8 +15,8 @@ __all__ = [
     "centre",
     "draw",
     "image_key",
-    "probe_digest",
     "replay",
+    "replay_digest",
     "replay_into",
     "unpack",
     "well_formed",

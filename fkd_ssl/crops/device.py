@@ -1,7 +1,7 @@
 """Replay on a GPU: the crops of many images at once, with the same bits as on the CPU.
 
 The CPU reads and decodes the images and plans the crops. The GPU crops, halves, resizes and augments them, with the kernels in
-`kernels.py`. `probe_digest(device)` shows whether the two make the same pixels on a machine.
+`kernels.py`. `replay_digest(device)` shows whether the two make the same pixels on a machine.
 
 Shape letters: n crops, P their side.
 """

@@ -4,7 +4,7 @@ from fkd_ssl.data.crops import Crops
 from fkd_ssl.data.fresh import FreshCrops
 from fkd_ssl.data.loading import Loader
 from fkd_ssl.data.pixels import Batch, replay_on_device
-from fkd_ssl.data.recorded import RecordedCrops
+from fkd_ssl.data.recording import RecordingCrops
 from fkd_ssl.data.relabelled import RelabelledCrops
 from fkd_ssl.data.samples import Samples, whole_batch
 from fkd_ssl.data.stored import StoredCrops, scaled
@@ -14,7 +14,7 @@ __all__ = [
     "Crops",
     "FreshCrops",
     "Loader",
-    "RecordedCrops",
+    "RecordingCrops",
     "RelabelledCrops",
     "Samples",
     "StoredCrops",

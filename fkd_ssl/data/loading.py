@@ -22,7 +22,7 @@ from fkd_ssl.errors import FkdError, RequestError
 _FEWER = "fewer --workers, or --workers 0"
 _SENT = (FkdError, OSError)
 """Errors with a message for the user. Workers send them unchanged, while torch would send their traceback as text."""
-_GRACE = 60  # seconds
+_GRACE_SECONDS = 60  # seconds
 _abandoned: list[Iterator[Any]] = []
 
 
@@ -202,7 +202,7 @@ def start_worker(worker: int) -> None:
     if get_worker_info() is not None:
         processes.end_with_parent()
         sys.excepthook = _except_broken_connections
-        signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_GRACE))
+        signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_GRACE_SECONDS))
 
 
 def _except_broken_connections(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

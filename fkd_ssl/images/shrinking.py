@@ -26,7 +26,7 @@ _AHEAD = 64  # images in work at a time
 
 
 @dataclass(frozen=True, kw_only=True)
-class Copied:
+class CacheSummary:
     """Result of `shrink_set`."""
 
     written: int
@@ -78,7 +78,7 @@ def shrink_set(
     skip_unreadable: bool = False,
     threads: int = 2,
     log: Callable[[str], None] = lambda message: None,
-) -> Copied:
+) -> CacheSummary:
     """Writes a smaller copy of every image, with the same relative path and format. Continues after an interruption.
 
     Images that are small enough are copied byte for byte.
@@ -118,7 +118,7 @@ def shrink_set(
 
     written = size = source = 0
     unreadable = []
-    bar = tqdm(total=len(images), unit="img", desc="cache", disable=progress.hidden(show=True), smoothing=0.05)
+    bar = tqdm(total=len(images), unit="img", desc="cache", disable=progress.bar_disabled(show=True), smoothing=0.05)
     with ThreadPoolExecutor(threads) as pool, bar:
         for first in range(0, len(images), _AHEAD):
             for result in pool.map(one, range(first, min(first + _AHEAD, len(images)))):
@@ -129,7 +129,7 @@ def shrink_set(
                     size += result[1]
                     written += result[2]
                 bar.update(1)
-    return Copied(written=written, unreadable=unreadable, bytes=size, source_bytes=source)
+    return CacheSummary(written=written, unreadable=unreadable, bytes=size, source_bytes=source)
 
 
 def check_apart(source: str, folder: Path) -> None:

@@ -20,7 +20,7 @@ from fkd_ssl.arrays import Int64Array, UInt8Array
 from fkd_ssl.errors import RequestError
 from fkd_ssl.images.decoding import decode, header_size
 from fkd_ssl.images.names import Names
-from fkd_ssl.progress import hidden
+from fkd_ssl.progress import bar_disabled
 
 CONTENTS = "contents of "
 """Prefix of the entries of an identity that change when a damaged image is replaced."""
@@ -125,7 +125,7 @@ class ImageSource(ABC):
         if kept is not None and kept.exists() and _SHA256.fullmatch(found := kept.read_text(errors="replace")):
             return found
         sums = hashlib.sha256()
-        bar = tqdm(total=len(self), desc="checksums", unit="img", disable=hidden(show=len(self) > _PIECE))
+        bar = tqdm(total=len(self), desc="checksums", unit="img", disable=bar_disabled(show=len(self) > _PIECE))
         with ThreadPoolExecutor(_READERS) as pool, bar:
             for first in range(0, len(self), _PIECE):
                 rows = range(first, min(first + _PIECE, len(self)))

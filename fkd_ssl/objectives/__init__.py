@@ -61,18 +61,21 @@ def _part(term: Term, about: TeacherInfo | None) -> Objective:
         if setting not in known:
             has = f"it has {', '.join(known)}" if known else "it has none"
             raise RequestError(f"objective {term.name}: no setting {setting!r}{did_you_mean(setting, known)}; {has}")
-    return _fitting(OBJECTIVES[term.name].for_targets(about, **term.settings), term.name, about)
+    objective = OBJECTIVES[term.name].for_targets(about, **term.settings)
+    _check_kind(objective, term.name, about)
+    return objective
 
 
-def _fitting(objective: Objective, name: str, about: TeacherInfo | None) -> Objective:
-    """Returns the objective; raises RequestError if it is for another kind of targets."""
+def _check_kind(objective: Objective, name: str, about: TeacherInfo | None) -> None:
+    """Raises RequestError if the objective is for another kind of targets."""
     if about is not None and about.spec.kind != objective.kind:
         advice = {
             "embedding": "choose --objective feature_kl, for instance, and --head mocov2",
             "distribution": "choose --objective soft_ce and --head classifier",
-        }.get(about.spec.kind, f"{name} is for {KINDS[objective.kind].words}")
-        raise RequestError(f"objective {name}: the targets of {about.name!r} are {about.spec.rules.words}: {advice}")
-    return objective
+        }.get(about.spec.kind, f"{name} is for {KINDS[objective.kind].display_name}")
+        raise RequestError(
+            f"objective {name}: the targets of {about.name!r} are {about.spec.definition.display_name}: {advice}"
+        )
 
 
 __all__ = [

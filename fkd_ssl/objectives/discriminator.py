@@ -42,7 +42,7 @@ class Discriminator(Objective):
         """The mean cross-entropy in nats, a scalar, of student logits [B, K] and target probabilities [B, K]."""
         weight: Tensor = self.layers[0].weight  # type: ignore[assignment]
         with torch.autocast(student.device.type, enabled=False):
-            of_student = _turned(torch.softmax(student.to(weight.dtype), dim=1))
+            of_student = _reverse_gradient(torch.softmax(student.to(weight.dtype), dim=1))
             judged = self.layers(torch.cat([target.to(weight.dtype), of_student])).squeeze(1)
             teachers = torch.arange(len(judged), device=judged.device) < len(target)
             return nn.functional.binary_cross_entropy_with_logits(judged, teachers.to(judged.dtype))
@@ -52,7 +52,7 @@ class Discriminator(Objective):
         return target.new_zeros(())
 
 
-class _Turned(torch.autograd.Function):
+class _ReverseGradient(torch.autograd.Function):
     """The identity with a reversed gradient (Ganin et al., JMLR 2016, arXiv 1505.07818, section 4.2)."""
 
     @staticmethod
@@ -64,5 +64,5 @@ class _Turned(torch.autograd.Function):
         return -gradients[0]
 
 
-def _turned(values: Tensor) -> Tensor:
-    return _Turned.apply(values)  # type: ignore[no-any-return]
+def _reverse_gradient(values: Tensor) -> Tensor:
+    return _ReverseGradient.apply(values)  # type: ignore[no-any-return]

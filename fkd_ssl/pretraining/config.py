@@ -21,8 +21,8 @@ METHODS: dict[str, dict[str, float]] = {
     },
 }
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2", "wide_resnet101_2")
-_OF_A_METHOD = sorted({name for own in METHODS.values() for name in own})
-_FROM_ZERO = ("weight_decay", "workers", "queue_epoch", "frozen_epochs", "small_crops")
+_METHOD_OPTIONS = sorted({name for own in METHODS.values() for name in own})
+_MAY_BE_ZERO = ("weight_decay", "workers", "queue_epoch", "frozen_epochs", "small_crops")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +92,7 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         own = METHODS[self.method]
-        for name in _OF_A_METHOD:
+        for name in _METHOD_OPTIONS:
             if name not in own and getattr(self, name) is not None:
                 others = " and ".join(method for method, names in METHODS.items() if name in names)
                 raise RequestError(f"{name} {getattr(self, name)}: {self.method} has none; it belongs to {others}")
@@ -103,7 +103,7 @@ class PretrainConfig:
                 f"arch {self.arch!r}: swav trains teachers, of the standard stem and width: {', '.join(RESNETS)}"
             )
         for name in ("dim", "epochs", "batch_size", "pixels", "log_every", "workers", *own):
-            least_is_zero = name in _FROM_ZERO or (self.method, name) == ("swav", "queue")
+            least_is_zero = name in _MAY_BE_ZERO or (self.method, name) == ("swav", "queue")
             if getattr(self, name) < 0 or (getattr(self, name) == 0 and not least_is_zero):
                 raise RequestError(
                     f"{name} {getattr(self, name)}: must {'not be negative' if least_is_zero else 'be positive'}"

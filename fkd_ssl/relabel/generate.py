@@ -20,10 +20,10 @@ from tqdm import tqdm
 
 from fkd_ssl import files
 from fkd_ssl.arrays import UInt8Array
-from fkd_ssl.crops import box_record, probe_digest, replay
+from fkd_ssl.crops import box_record, replay, replay_digest
 from fkd_ssl.errors import FkdError, ImageError, RequestError
 from fkd_ssl.images import ImageSource, decode
-from fkd_ssl.progress import hidden
+from fkd_ssl.progress import bar_disabled
 from fkd_ssl.relabel import layout
 from fkd_ssl.store.listing import MANIFEST, read_images, write_sidecar
 from fkd_ssl.store.write import publish, work
@@ -31,7 +31,7 @@ from fkd_ssl.store.write.rows import read_ahead
 from fkd_ssl.targets import TeacherInfo
 from fkd_ssl.text import format_bytes
 
-_LATER = "-"  # a checksum that is not known yet
+_UNKNOWN = "-"  # a checksum that is not known yet
 
 
 class Described(Protocol):
@@ -121,7 +121,9 @@ def generate(
     missing = layout.missing_shards(folder, manifest)
     done = manifest.count - sum(len(manifest.shard_rows(shard)) for shard in missing)
     made = 0
-    bar = tqdm(total=manifest.count, initial=done, unit="img", desc="label-maps", smoothing=0.05, disable=hidden(show=progress))
+    bar = tqdm(
+        total=manifest.count, initial=done, unit="img", desc="label-maps", smoothing=0.05, disable=bar_disabled(show=progress)
+    )
     with ThreadPoolExecutor(threads) as pool, bar:
         for shard in missing:
             path = layout.maps_file(folder, shard)
@@ -180,14 +182,14 @@ def _wanted(images: ImageSource, dense: Dense, *, k: int, batch_size: int) -> la
     return layout.Manifest(
         teacher=teacher,
         batch_size=batch_size,
-        probe_digest=probe_digest(),
+        replay_digest=replay_digest(),
         k=k,
         height=dense.height,
         width=dense.width,
         rows_per_shard=layout.ROWS_PER_SHARD,
         count=len(images),
         images_sha256=files.sha256(images.names.lines),
-        sizes_sha256=_LATER,
+        sizes_sha256=_UNKNOWN,
     )
 
 

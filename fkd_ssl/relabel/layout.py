@@ -37,7 +37,7 @@ class Manifest(Listing):
     Attributes:
         teacher: The classifier. Its `pixels` is the side of its input: the whole image, resized to a square.
         batch_size: Number of images per forward pass.
-        probe_digest: Identifies the code that makes the pixels.
+        replay_digest: Identifies the code that makes the pixels.
         k: Number of logits kept at each place.
         height: Height h of a map.
         width: Width w of a map.
@@ -46,7 +46,7 @@ class Manifest(Listing):
     FORMAT: ClassVar[str] = "fkd_ssl label maps"
     teacher: TeacherInfo
     batch_size: int
-    probe_digest: str
+    replay_digest: str
     k: int
     height: int
     width: int
@@ -84,7 +84,7 @@ def read_manifest(folder: Path) -> Manifest:
         manifest = Manifest(**{**values, "teacher": TeacherInfo.from_json(values.get("teacher"))})
     except (TypeError, RequestError) as error:
         raise StoreError(f"{path}: keys are missing or unknown, or a value is invalid: {error}") from error
-    most = {
+    limits = {
         "k": MAX_CLASSES,
         "height": 4096,
         "width": 4096,
@@ -92,8 +92,8 @@ def read_manifest(folder: Path) -> Manifest:
         "count": 2**31,
         "batch_size": 2**16,
     }
-    numbers = {name: values[name] for name in most}
-    fits = all(type(n) is int and 0 < n <= most[name] for name, n in numbers.items()) and manifest.k <= manifest.classes
+    numbers = {name: values[name] for name in limits}
+    fits = all(type(n) is int and 0 < n <= limits[name] for name, n in numbers.items()) and manifest.k <= manifest.classes
     fits = fits and 4 * manifest.classes * manifest.height * manifest.width <= MAX_MAP_BYTES
     if not fits or manifest.teacher.spec.kind != "distribution":
         raise StoreError(f"{path}: impossible numbers {numbers}, or another kind of teacher; the file is damaged")

@@ -50,8 +50,8 @@ def read_manifest(folder: Path) -> Manifest:
     except StoreError as error:
         raise StoreError(f"{path}: {error}") from error
     counts = (manifest.crops_per_image, manifest.rows_per_shard, manifest.count)
-    most = (MAX_CROPS, 2**31, 2**31)
-    fits = all(type(n) is int and 0 < n <= limit for n, limit in zip(counts, most, strict=True))
+    limits = (MAX_CROPS, 2**31, 2**31)
+    fits = all(type(n) is int and 0 < n <= limit for n, limit in zip(counts, limits, strict=True))
     if not fits or type(manifest.seed) is not int:
         raise StoreError(f"{path}: seed {manifest.seed!r} or counts {counts} are impossible")
     manifest.__dict__["digest"] = digest  # of the file, which may lack settings of a later version's recipe

@@ -51,8 +51,8 @@ class ColumnMeta:
     as in sidecars), and the source's cosines to the teacher's targets, `source_cosine_mean` and `source_cosine_min`."""
     chunk_size: int
     """Number of crops per forward pass. Another number changes the last bits."""
-    probe_digest: str
-    """Identifies the code that made the pixels; see fkd_ssl.crops.probe_digest."""
+    replay_digest: str
+    """Identifies the code that made the pixels; see fkd_ssl.crops.replay_digest."""
     arrays: dict[str, str]
     """sha256 of each .npy file of the column: the codec's parameters, and the teacher's arrays (`teacher-` and their name)."""
 
@@ -89,14 +89,14 @@ def read_meta(path: Path) -> tuple[ColumnMeta, str]:
 
 def _check_meta(meta: ColumnMeta, path: Path) -> None:
     """Raises StoreError if a value is invalid."""
-    fidelity, rules = meta.fidelity, meta.target.rules
+    fidelity, definition = meta.fidelity, meta.target.definition
     right = {
-        "codec": isinstance(meta.codec, str) and rules.has_codec(meta.codec),
+        "codec": isinstance(meta.codec, str) and definition.has_codec(meta.codec),
         "code_size": type(meta.code_size) is int,
         "chunk_size": type(meta.chunk_size) is int and 0 < meta.chunk_size <= 2**16,
-        "probe_digest": isinstance(meta.probe_digest, str),
+        "replay_digest": isinstance(meta.replay_digest, str),
         "fidelity": isinstance(fidelity, dict)
-        and all(isinstance(fidelity.get(key), (int, float)) for key in (*rules.measures, "sample"))
+        and all(isinstance(fidelity.get(key), (int, float)) for key in (*definition.fidelity_keys, "sample"))
         and all(isinstance(fidelity.get(f"source_{key}", 1.0), (int, float)) for key in COSINES)
         and all(abs(value) <= _MAX_NUMBER for value in fidelity.values() if isinstance(value, (int, float))),
         "arrays": isinstance(meta.arrays, dict)
@@ -125,14 +125,14 @@ class Column:
         self.meta, self.digest = read_meta(path)
         meta = self.meta
         try:
-            shapes = meta.target.rules.parameter_shapes(meta.codec, meta.target.shape)
+            shapes = meta.target.definition.parameter_shapes(meta.codec, meta.target.shape)
         except StoreError as error:
             raise StoreError(f"{path}: {error}") from error
         own = {name for name in meta.arrays if not name.startswith(_TEACHERS)}
         if own != set(shapes):
             raise StoreError(f"{path}: codec {meta.codec}: has arrays {sorted(own)}, expected {sorted(shapes)}")
         parameters = {name: self._array(name, shape) for name, shape in shapes.items()}
-        self.codec = meta.target.rules.load(meta.codec, meta.target.shape, parameters)
+        self.codec = meta.target.definition.load(meta.codec, meta.target.shape, parameters)
         if self.codec.code_size != meta.code_size:
             raise StoreError(f"{path}: code size {meta.code_size}, {meta.codec} has another")
         self._files = ShardFiles(self._finished, np.dtype(np.uint8), (store.crops_per_image, meta.code_size))
@@ -144,7 +144,7 @@ class Column:
         """Returns an array stored with the codes, for instance a SwAV teacher's `teacher-prototypes` float32 [K, D]."""
         if name not in self.meta.arrays or not layout.COLUMN_NAME.fullmatch(name):
             raise StoreError(f"{self.folder}: no array {name!r}; there are {sorted(self.meta.arrays)}")
-        shapes = self.meta.target.rules.parameter_shapes(self.meta.codec, self.meta.target.shape)
+        shapes = self.meta.target.definition.parameter_shapes(self.meta.codec, self.meta.target.shape)
         return self._array(name, shapes.get(name))
 
     def _array(self, name: str, shape: tuple[int, ...] | None) -> Float32Array:

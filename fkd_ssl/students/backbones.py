@@ -47,7 +47,7 @@ def make_backbone(name: str, *, stem: str = "standard", width: float = 1.0) -> t
     network.eval()
     try:
         with torch.no_grad():
-            dim = network(torch.zeros(1, 3, *_probe(network))).shape[1]
+            dim = network(torch.zeros(1, 3, *_input_size(network))).shape[1]
     except Exception as error:  # the network may raise anything, for instance if its input is not images
         raise RequestError(f"student {name!r}: gives no features of images: {type(error).__name__}: {error}") from error
     network.train()
@@ -142,7 +142,7 @@ def _whole_timm(name: str, **more: Any) -> nn.Module:
     return network
 
 
-def _probe(network: Any) -> tuple[int, int]:
+def _input_size(network: Any) -> tuple[int, int]:
     """The image size at which the feature dimension is measured."""
     size = getattr(network, "pretrained_cfg", {}).get("input_size", (3, 224, 224))
     return size[1], size[2]

@@ -44,7 +44,7 @@ def export(student: Student, path: Path, *, layout: Layout | None, pixels: int) 
     """
     if path.suffix != EXPORTED:
         raise RequestError(f"out {path}: the file is one of safetensors; call it {path.with_suffix(EXPORTED)}")
-    name, about = str(student.made_of["name"]), dict(student.made_of)
+    name, about = str(student.spec["name"]), dict(student.spec)
     head = about.pop("head", None)
     own = library(name)
     weights = {key: value.detach().cpu().contiguous() for key, value in student.backbone.state_dict().items()}
@@ -59,7 +59,7 @@ def export(student: Student, path: Path, *, layout: Layout | None, pixels: int) 
     metadata = {STUDENT_KEY: json.dumps({**about, "pixels": pixels}, sort_keys=True)}
     with files.publish(path) as file:
         file.write(safetensors.torch.save(weights, metadata))
-    return loading(about, path)
+    return loading_code(about, path)
 
 
 def library(name: str) -> str:
@@ -67,11 +67,11 @@ def library(name: str) -> str:
     return "fkd_ssl" if name in REACTNETS else "timm" if name.startswith(TIMM) else "torchvision"
 
 
-def loading(made_of: dict[str, Any], path: Path) -> str:
+def loading_code(spec: dict[str, Any], path: Path) -> str:
     """A line of Python code that loads an exported file into the library's network."""
-    name, classes = str(made_of["name"]), made_of.get("dim")
-    unusual = set(made_of) - {"name", "head", "dim", LAST_LAYER}  # a stem or width that the library does not have
-    foreign = made_of.get(LAST_LAYER) == _OWN_LAST  # the library's network lacks this last layer
+    name, classes = str(spec["name"]), spec.get("dim")
+    unusual = set(spec) - {"name", "head", "dim", LAST_LAYER}  # a stem or width that the library does not have
+    foreign = spec.get(LAST_LAYER) == _OWN_LAST  # the library's network lacks this last layer
     if unusual or foreign or name in REACTNETS or name.startswith("mnasnet"):  # whose layers ask for a version that no file has
         return f'student, pixels = fkd_ssl.load_student("{path}")'
     if name.startswith(TIMM):
@@ -92,7 +92,7 @@ def loading(made_of: dict[str, Any], path: Path) -> str:
 
 def _translated(student: Student, layout: Layout, weights: dict[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
     """Returns the name of the network in the other library, and the weights by its names."""
-    name = str(student.made_of["name"])
+    name = str(student.spec["name"])
     if layout == "timm":
         other = f"{TIMM}{_TWINS.get(name, name)}"
     else:
@@ -102,7 +102,7 @@ def _translated(student: Student, layout: Layout, weights: dict[str, Tensor]) ->
     if name in REACTNETS:
         raise RequestError(refused)
     try:
-        twin, _ = make_backbone(other, stem=student.made_of.get("stem", "standard"), width=student.made_of.get("width", 1.0))
+        twin, _ = make_backbone(other, stem=student.spec.get("stem", "standard"), width=student.spec.get("width", 1.0))
     except RequestError as error:
         raise RequestError(f"{refused} ({error})") from error
     theirs = twin.state_dict()

@@ -18,7 +18,7 @@ STUDENT_KEY = "fkd_ssl_student"
 LAST_LAYER = "last_layer"
 """Key in that metadata of the name of an exported classifier's last layer."""
 EXPORTED = ".safetensors"
-_MOST_PIXELS, _MOST_DIM = 4096, 2**20
+_MAX_PIXELS, _MAX_DIM = 4096, 2**20
 
 
 def load_student(path: str | Path) -> tuple[Student, int]:
@@ -37,7 +37,7 @@ def load_student(path: str | Path) -> tuple[Student, int]:
         dims = about["dim"] if isinstance(about["dim"], list) else [about["dim"]]
         pixels = about["pixels"]
         if not all(
-            type(n) is int and 1 <= n <= most for n, most in ((pixels, _MOST_PIXELS), *((dim, _MOST_DIM) for dim in dims))
+            type(n) is int and 1 <= n <= limit for n, limit in ((pixels, _MAX_PIXELS), *((dim, _MAX_DIM) for dim in dims))
         ):
             raise ValueError(f"pixels {reprlib.repr(pixels)}, dim {reprlib.repr(dims)}")
         heads = {len(value) for key, value in weights.items() if key.startswith(("head.", "more_heads.")) and value.ndim}

@@ -30,7 +30,7 @@ class Student(nn.Module):
         head: Maps features [B, F] to the first teacher's targets [B, D].
         more_heads: Heads of the other teachers.
         feature_dim: F.
-        made_of: Arguments that make the same student again, except `dims`: `name`, and those of `head`, `stem` and `width` that
+        spec: Arguments that make the same student again, except `dims`: `name`, and those of `head`, `stem` and `width` that
             differ from their defaults.
 
     Raises:
@@ -43,7 +43,7 @@ class Student(nn.Module):
     def __init__(self, name: str, *dims: int, head: str = "mocov2", stem: str = "standard", width: float = 1.0) -> None:
         super().__init__()
         unusual = {"head": (head, "mocov2"), "stem": (stem, "standard"), "width": (width, 1.0)}
-        self.made_of: dict[str, Any] = {"name": name, **{key: is_ for key, (is_, usual) in unusual.items() if is_ != usual}}
+        self.spec: dict[str, Any] = {"name": name, **{key: is_ for key, (is_, usual) in unusual.items() if is_ != usual}}
         self.backbone, self.feature_dim = make_backbone(name, stem=stem, width=width)
         self.head, *more = (make_head(head, self.feature_dim, dim) for dim in dims)
         self.more_heads = nn.ModuleList(more)
@@ -67,7 +67,7 @@ class Student(nn.Module):
         backbone = {key for key in (*own, *given) if key.startswith("backbone.")}
         if absent := sorted(backbone - taken.keys()):
             raise RequestError(
-                f"init: {other.made_of} cannot start {self.made_of}: their {absent[0]!r} differ; give one of the same network"
+                f"init: {other.spec} cannot start {self.spec}: their {absent[0]!r} differ; give one of the same network"
             )
         self.load_state_dict({**own, **taken})
 
@@ -86,7 +86,7 @@ class Student(nn.Module):
         return [self._output(head(features)) for head in (self.head, *self.more_heads)]
 
     def _output(self, projected: Tensor) -> Tensor:
-        return projected if self.made_of.get("head") == CLASSIFIER else F.normalize(projected, dim=1)
+        return projected if self.spec.get("head") == CLASSIFIER else F.normalize(projected, dim=1)
 
 
 def check_student(name: str, pixels: int, *, head: str = "mocov2", stem: str = "standard", width: float = 1.0) -> None:

@@ -13,7 +13,7 @@ from fkd_ssl.targets.label_codecs import LABELS, LabelCodec, is_label
 if TYPE_CHECKING:
     from torch import Tensor
 
-_FEW = 10  # up to 10 classes, all probabilities take no more bytes than five probabilities and their class numbers
+_MAX_CLASSES_FULL = 10  # up to here, all probabilities take no more bytes than five probabilities and their class numbers
 _SAMPLE = 512  # only for measuring the fidelity, since nothing is trained
 
 
@@ -21,9 +21,9 @@ class Distribution(Kind):
     """Class probabilities."""
 
     name = "distribution"
-    words = "class probabilities"
-    examples = LABELS
-    measures = ("cosine_mean", "cosine_min", "total_variation_mean", "total_variation_max")
+    display_name = "class probabilities"
+    example_codecs = LABELS
+    fidelity_keys = ("cosine_mean", "cosine_min", "total_variation_mean", "total_variation_max")
     min_cosine = 0.0
 
     def describe(self, shape: Shape) -> str:
@@ -40,7 +40,7 @@ class Distribution(Kind):
 
     def default_codec(self, shape: Shape) -> str:
         """Returns the codec of all classes if there are few of them, otherwise that of the five most probable ones."""
-        return "full" if shape[0] <= _FEW else "marginal_smoothing_k5"
+        return "full" if shape[0] <= _MAX_CLASSES_FULL else "marginal_smoothing_k5"
 
     def train(self, codec: str, sample: Float32Array) -> Codec:
         """Returns the LabelCodec, which needs no training."""
@@ -68,8 +68,8 @@ class Distribution(Kind):
         """Returns a small number, for measuring only."""
         return _SAMPLE
 
-    def measure(self, exact: Float32Array, decoded: Float32Array) -> dict[str, float]:
+    def fidelity(self, exact: Float32Array, decoded: Float32Array) -> dict[str, float]:
         """Measures the total variation too: half the sum of absolute differences."""
         variations = np.abs(decoded.astype(np.float64) - exact).sum(axis=1) / 2
         found = {"total_variation_mean": float(variations.mean()), "total_variation_max": float(variations.max())}
-        return super().measure(exact, decoded) | found
+        return super().fidelity(exact, decoded) | found

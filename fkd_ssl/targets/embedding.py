@@ -18,9 +18,9 @@ class Embedding(Kind):
     """L2-normalised vectors."""
 
     name = "embedding"
-    words = "embeddings"
-    examples = faiss_codecs.EXAMPLES
-    larger = ("SQ8", "SQfp16", "Flat")
+    display_name = "embeddings"
+    example_codecs = faiss_codecs.EXAMPLES
+    larger_codecs = ("SQ8", "SQfp16", "Flat")
 
     def describe(self, shape: Shape) -> str:
         """Describes the dimension."""
@@ -62,4 +62,4 @@ class Embedding(Kind):
 
     def min_sample(self, codec: str) -> int:
         """Returns the minimum size of the sample, which grows with the number of centroids."""
-        return faiss_codecs.smallest_sample(codec)
+        return faiss_codecs.min_sample(codec)

@@ -23,11 +23,11 @@ EXAMPLES = ("SQ8", "SQ6", "SQ4", "SQfp16", "SQbf16", "Flat", "PQ16x8", "OPQ16,PQ
 _RANGE_MARGIN = 0.1  # of max - min at each end, since values beyond the sample's range would be clipped
 _TAIL = 0.01  # SQ4's range excludes this share of the values at each end: with 16 steps, a margin loses more than clipping
 _INTEGERS = ("SQ8", "SQ6", "SQ4")
-_MOST_PARAMETERS = 2**26  # a square transform of 8,192 dimensions; faiss itself has no limit for an untrusted file
+_MAX_PARAMETERS = 2**26  # a square transform of 8,192 dimensions; faiss itself has no limit for an untrusted file
 _NOT_FINITE = "codes stand for targets that are not finite: a file of the store is damaged; run fkd-ssl verify"
 _SAMPLES = 4096
 _SAMPLES_PER_CENTROID = 64
-_FEWEST_PER_CENTROID = 39  # faiss's own minimum; with fewer, centroids fit single targets
+_MIN_PER_CENTROID = 39  # faiss's own minimum; with fewer, centroids fit single targets
 _OPQ_CENTROIDS = 256  # of the PQ that OPQ trains internally, whichever codec follows
 
 
@@ -56,7 +56,7 @@ class FaissCodec:
         """
         dim = sample.shape[1]
         index = _build(spec, dim)
-        needed = smallest_sample(spec)
+        needed = min_sample(spec)
         if len(sample) < needed:
             raise RequestError(
                 f"codec {spec} needs at least {needed} targets to be trained on and there are {len(sample)}: "
@@ -124,14 +124,14 @@ def code_size(spec: str, dim: int) -> int:
 
 def sample_size(spec: str) -> int:
     """Returns the maximum number of targets that a codec is trained on."""
-    return max(_SAMPLES, _SAMPLES_PER_CENTROID * _centroids(spec), smallest_sample(spec))
+    return max(_SAMPLES, _SAMPLES_PER_CENTROID * _centroids(spec), min_sample(spec))
 
 
-def smallest_sample(spec: str) -> int:
+def min_sample(spec: str) -> int:
     """Returns the minimum number of targets for training a codec."""
     match = _match(spec)
     dimensions = int(match["pre_a"]) if match["pre"] in ("PCA", "PCAR") else 1
-    return max(dimensions, _FEWEST_PER_CENTROID * _centroids(spec))
+    return max(dimensions, _MIN_PER_CENTROID * _centroids(spec))
 
 
 def _match(spec: str) -> re.Match[str]:
@@ -173,8 +173,8 @@ def _checked(spec: str, dim: int) -> tuple[re.Match[str], int]:
     if match["m"] and inner % int(match["m"]):
         raise RequestError(f"codec {spec}: {match['m']} sub-vectors do not divide {inner} dimensions")
     count = sum(math.prod(shape) for shape in _shapes(match, inner, dim).values())
-    if count > _MOST_PARAMETERS:
-        raise RequestError(f"codec {spec}: {count:,} parameters for {dim} dimensions, over {_MOST_PARAMETERS:,}; choose SQ8")
+    if count > _MAX_PARAMETERS:
+        raise RequestError(f"codec {spec}: {count:,} parameters for {dim} dimensions, over {_MAX_PARAMETERS:,}; choose SQ8")
     return match, inner
 
 

@@ -42,24 +42,24 @@ class Kind(ABC):
 
     Attributes:
         name: Name of the kind in meta.json.
-        words: Name of such targets in messages.
-        examples: Names of some codecs.
-        larger: Codecs to suggest if another one loses too much, smallest first.
-        measures: Names of the values that `measure` returns.
+        display_name: Name of such targets in messages.
+        example_codecs: Names of some codecs.
+        larger_codecs: Codecs to suggest if another one loses too much, smallest first.
+        fidelity_keys: Names of the values that `fidelity` returns.
         min_cosine: Minimum mean cosine of decoded to original targets; a codec below it is rejected.
     """
 
     name: str
-    words: str
-    examples: tuple[str, ...]
-    larger: tuple[str, ...] = ()
-    measures: tuple[str, ...] = ("cosine_mean", "cosine_min")
+    display_name: str
+    example_codecs: tuple[str, ...]
+    larger_codecs: tuple[str, ...] = ()
+    fidelity_keys: tuple[str, ...] = ("cosine_mean", "cosine_min")
     min_cosine: float = 0.5
 
     def check_shape(self, shape: Shape) -> None:
         """Raises RequestError if the shape is invalid for this kind."""
         if len(shape) != 1:
-            raise RequestError(f"targets of shape {list(shape)}: {self.words} are vectors")
+            raise RequestError(f"targets of shape {list(shape)}: {self.display_name} are vectors")
 
     @abstractmethod
     def describe(self, shape: Shape) -> str:
@@ -101,7 +101,7 @@ class Kind(ABC):
         """Returns the minimum number of targets for training a codec."""
         return 1
 
-    def measure(self, exact: Float32Array, decoded: Float32Array) -> dict[str, float]:
+    def fidelity(self, exact: Float32Array, decoded: Float32Array) -> dict[str, float]:
         """Measures how close decoded targets [n, *shape] are to the originals, by the cosines of the flattened targets."""
         one, other = (values.astype(np.float64).reshape(len(values), -1) for values in (exact, decoded))
         norms = np.linalg.norm(one, axis=1) * np.linalg.norm(other, axis=1)

@@ -16,7 +16,7 @@ from fkd_ssl.errors import RequestError, StoreError
 _SPEC = re.compile(r"hard|smoothing|full|marginal_(?:smoothing|renorm)_k([1-9]\d{0,3})")
 LABELS = ("hard", "smoothing", "marginal_smoothing_k5", "marginal_smoothing_k10", "marginal_renorm_k5", "full")
 """FKD's names; `k` may be any number."""
-_MOST = 2**16  # classes
+_MAX_CLASSES = 2**16
 _DAMAGED = "a file of the store is damaged; run fkd-ssl verify"
 _SLACK = 2e-3  # float16 rounds each of the k values by at most 2^-12
 
@@ -49,8 +49,8 @@ class LabelCodec:
         self.kept = dim if spec == "full" else int(match[1] or 1)
         if spec != "full" and self.kept >= dim:
             raise RequestError(f"codec {spec}: keeps {self.kept} of {dim} classes; choose full, or a smaller k")
-        if not 2 <= dim <= _MOST:
-            raise RequestError(f"codec {spec}: {dim} classes, expected 2 to {_MOST}")
+        if not 2 <= dim <= _MAX_CLASSES:
+            raise RequestError(f"codec {spec}: {dim} classes, expected 2 to {_MAX_CLASSES}")
         record: list[tuple[str, np.dtype[np.generic], tuple[int]]] = []
         if spec != "full":
             record.append(("classes", np.dtype("<u2"), (self.kept,)))

@@ -35,10 +35,10 @@ class TargetSpec:
         whole = all(type(length) is int and length > 0 for length in self.shape)
         if not whole or not self.shape or math.prod(self.shape) > MAX_SIZE:
             raise RequestError(f"targets of shape {list(self.shape)}: expected positive lengths, at most {MAX_SIZE} numbers")
-        self.rules.check_shape(self.shape)
+        self.definition.check_shape(self.shape)
 
     @property
-    def rules(self) -> Kind:
+    def definition(self) -> Kind:
         """The `Kind` of this name."""
         return KINDS[self.kind]
 
@@ -49,12 +49,12 @@ class TargetSpec:
 
     def check_codec(self, codec: str, whose: str) -> int:
         """Returns the bytes of one code of `codec`. Raises RequestError, naming `whose` targets, if it does not fit them."""
-        if not self.rules.has_codec(codec):
+        if not self.definition.has_codec(codec):
             raise RequestError(
-                f"codec {codec!r}: the targets of {whose} are {self.rules.words}, whose codecs are, for instance, "
-                f"{', '.join(self.rules.examples)}"
+                f"codec {codec!r}: the targets of {whose} are {self.definition.display_name}, whose codecs are, for instance, "
+                f"{', '.join(self.definition.example_codecs)}"
             )
-        return self.rules.code_size(codec, self.shape)
+        return self.definition.code_size(codec, self.shape)
 
     def __str__(self) -> str:
-        return self.rules.describe(self.shape)
+        return self.definition.describe(self.shape)

@@ -98,7 +98,7 @@ class Distiller(TrainingModule):
         """Adds the data to rebuild the student without its run folder."""
         dims = self.student.dims
         checkpoint[STUDENT_KEY] = {
-            **self.student.made_of,
+            **self.student.spec,
             "dim": dims[0] if len(dims) == 1 else dims,
             "pixels": self.config.pixels,
         }

@@ -20,23 +20,24 @@ from fkd_ssl.targets import TeacherInfo
 from fkd_ssl.training.config import TrainConfig
 from fkd_ssl.training.distiller import Distiller
 from fkd_ssl.training.fit import fit
-from fkd_ssl.training.last_single import LastSingle
 from fkd_ssl.training.monitor import Score
 from fkd_ssl.training.recording_targets import RecordingCallback, RecordingTargets
 from fkd_ssl.training.sampler import PassSampler
-from fkd_ssl.training.targets import Calibrated, LabelTargets, OnlineTargets, Targets, stored_targets
+from fkd_ssl.training.single_crop import SingleCropPasses
+from fkd_ssl.training.targets import CalibratedTargets, LabelTargets, OnlineTargets, Targets, stored_targets
 
 
 def objective_of(config: TrainConfig, about: TeacherInfo) -> Objective:
     """Makes the objective for one teacher's targets; raises RequestError as make_objective, or if the head does not fit."""
     if (config.head == CLASSIFIER) != (about.spec.kind == "distribution"):
-        what, head = about.spec.rules.words, CLASSIFIER if about.spec.kind == "distribution" else "mocov2 or simreg"
+        what, head = about.spec.definition.display_name, CLASSIFIER if about.spec.kind == "distribution" else "mocov2 or simreg"
         objective = "--objective soft_ce and " if head == CLASSIFIER and "soft_ce" not in config.objective else ""
         raise RequestError(f"head {config.head}: the targets of {about.name!r} are {what}: choose {objective}--head {head}")
     for option, value in (("mixup", config.mixup), ("cutmix", config.cutmix), ("calibrate_below", config.calibrate_below)):
         if value and about.spec.kind != "distribution":
             raise RequestError(
-                f"{option} {value}: the targets of {about.name!r} are {about.spec.rules.words}; it is for class probabilities"
+                f"{option} {value}: the targets of {about.name!r} are {about.spec.definition.display_name}; "
+                "it is for class probabilities"
             )
     return make_objective(config.objective, about=about)
 
@@ -57,11 +58,11 @@ def check_batch(config: TrainConfig, images: int, *, world: int = 1) -> None:
     """Raises RequestError if a batch needs more images than the set has, or is not divisible by `world` processes."""
     m = config.crops_per_image
     batch_images = config.batch_size // m
-    most = config.batch_size if single_steps(config, images) else batch_images
-    if most > images:
+    max_images = config.batch_size if single_steps(config, images) else batch_images
+    if max_images > images:
         raise RequestError(
-            f"batch_size {config.batch_size}: a batch has {most} images, the data set {images}; choose at most "
-            f"{images * (m if most == batch_images else 1)}"
+            f"batch_size {config.batch_size}: a batch has {max_images} images, the data set {images}; choose at most "
+            f"{images * (m if max_images == batch_images else 1)}"
         )
     if batch_images % (world * config.accumulate):
         raise RequestError(
@@ -99,7 +100,7 @@ def train(
         folder: The run folder.
         targets: Information about each teacher's targets, in the order of the data.
         embeds: Online teachers in the same order, uint8 [B, 3, H, W] to [B, D]. If None, the batches have the targets.
-        recordings: Recordings that write each online teacher's targets to a store; `data` must then be RecordedCrops. None for
+        recordings: Recordings that write each online teacher's targets to a store; `data` must then be RecordingCrops. None for
             a teacher whose targets are already stored; empty in all processes except the first.
         score: Returns the kNN accuracy in percent of a student in eval mode.
         init: Student with the initial weights.
@@ -132,7 +133,7 @@ def train(
     if config.targets == "labels":
         source = LabelTargets(targets[0].spec.size, config.label_smoothing)
     elif config.calibrate_below:
-        source = Calibrated(source, config.calibrate_below, LabelTargets(targets[0].spec.size, config.label_smoothing))
+        source = CalibratedTargets(source, config.calibrate_below, LabelTargets(targets[0].spec.size, config.label_smoothing))
     module = Distiller(student, objectives, source, config, steps)
     single = single_steps(config, len(data))
     sampler = PassSampler(
@@ -144,7 +145,7 @@ def train(
         single=single,
         crops_per_image=config.crops_per_image,
     )
-    source_of_crops = LastSingle(data, sampler) if single else data
+    source_of_crops = SingleCropPasses(data, sampler) if single else data
     loader = Loader(source_of_crops, sampler, workers=config.workers, collate=whole_batch, prefetch=4)
     found = fit(
         module,

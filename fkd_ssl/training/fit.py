@@ -23,14 +23,14 @@ from fkd_ssl.data import Loader
 from fkd_ssl.errors import CheckpointError, RequestError
 from fkd_ssl.training.metrics import METRICS, MetricsWriter, peak_memory
 from fkd_ssl.training.module import TrainingModule
-from fkd_ssl.training.monitor import Monitor, Score, last_checkpoint, saved_words
+from fkd_ssl.training.monitor import Monitor, Score, checkpoint_message, last_checkpoint
 from fkd_ssl.training.sampler import PassSampler
 
 RUN_KEY = "fkd_ssl_run"
 """Key in a checkpoint that identifies its run."""
 
 
-class WholeCheckpoints(TorchCheckpointIO):
+class AtomicCheckpoints(TorchCheckpointIO):
     """Writes checkpoints atomically: after a crash or a power cut the file is complete or still the previous one.
 
     Lightning itself writes to the system's temporary folder; if the run folder is on another disk, it then copies the file over
@@ -122,7 +122,7 @@ def fit(
     if last.exists():
         assert isinstance(loader.batch_sampler, PassSampler)
         loader.batch_sampler.start = step_of(last, config, inputs)
-        module.saved = saved_words(last, loader.batch_sampler.start)
+        module.saved = checkpoint_message(last, loader.batch_sampler.start)
     _run_trainer(
         module,
         loader,
@@ -164,7 +164,7 @@ def _run_trainer(
     sampler = loader.batch_sampler
     assert isinstance(sampler, PassSampler)
     nodes = 1
-    plugins: list[Any] = [WholeCheckpoints(folder)]
+    plugins: list[Any] = [AtomicCheckpoints(folder)]
     if not is_torchelastic_launched():  # or Lightning adapts to SLURM and requeues the job
         plugins.append(LightningEnvironment())
     else:
@@ -196,7 +196,7 @@ def _run_trainer(
             default_root_dir=str(folder),
         )
         try:
-            sampler.share(trainer.global_rank, trainer.world_size)
+            sampler.set_rank(trainer.global_rank, trainer.world_size)
         except ValueError as error:
             raise RequestError(f"batch_size: {error}; choose another --batch_size or number of processes") from error
         ours = not torch.distributed.is_initialized()

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from fkd_ssl import files
 from fkd_ssl.errors import RequestError
-from fkd_ssl.progress import hidden
+from fkd_ssl.progress import bar_disabled
 from fkd_ssl.training.module import TrainingModule
 
 METRICS = "metrics.csv"
@@ -88,7 +88,7 @@ class MetricsWriter(pl.Callback):
             unit="step",
             desc=self.title,
             smoothing=0.05,
-            disable=hidden(show=first),
+            disable=bar_disabled(show=first),
         )
         self.restart_clock()
         self._loggers = trainer.loggers
@@ -125,11 +125,11 @@ class MetricsWriter(pl.Callback):
         if due:
             pl_module.require_finite(step)
             self._gather(trainer)
-            loss, least = (self._sums.double() / self._count).tolist()  # waits for the device, so before the clock
+            loss, floor_mean = (self._sums.double() / self._count).tolist()  # waits for the device, so before the clock
         self._tick()
         self._bar.update(1)
         if due:
-            kl = {} if floor is None else {"kl": loss - least}
+            kl = {} if floor is None else {"kl": loss - floor_mean}
             wait = self.waited / self.seconds
             self._append(step, loss=loss, **kl, lr=self._lr, wait=round(wait, 4))
             self._sums.zero_()

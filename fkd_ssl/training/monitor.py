@@ -102,7 +102,7 @@ class Monitor(pl.Callback):
     def _save(self, trainer: pl.Trainer, module: TrainingModule) -> None:
         self.metrics.sync(trainer)
         trainer.save_checkpoint(self.checkpoint)
-        module.saved = saved_words(self.checkpoint, trainer.global_step)
+        module.saved = checkpoint_message(self.checkpoint, trainer.global_step)
 
     def _score(self, trainer: pl.Trainer, module: TrainingModule, score: Score) -> None:
         assert isinstance(module, Distiller)
@@ -120,6 +120,6 @@ class Monitor(pl.Callback):
             trainer.save_checkpoint(self.checkpoint.with_name(BEST))
 
 
-def saved_words(checkpoint: Path, step: int) -> str:
+def checkpoint_message(checkpoint: Path, step: int) -> str:
     """The sentence of an error message about the last checkpoint."""
     return f"the last good checkpoint is {checkpoint}, of step {step}"

@@ -54,12 +54,12 @@ class PassSampler(Sampler[Pairs]):
         self.steps = steps
         self.seed = seed
         self.parts = parts
-        self.turn = steps - single
+        self.first_single_step = steps - single
         self.crops_per_image = crops_per_image
         self.start = 0
-        self.share(rank, world)
+        self.set_rank(rank, world)
 
-    def share(self, rank: int, world: int) -> None:
+    def set_rank(self, rank: int, world: int) -> None:
         """Sets the rank and the number of processes; raises ValueError if `world` x `parts` does not divide a batch."""
         if self.batch_images % (world * self.parts):
             each = "" if self.parts == 1 else f" of {self.parts} parts"
@@ -79,21 +79,21 @@ class PassSampler(Sampler[Pairs]):
 
     def is_single(self, pass_: int) -> bool:
         """Whether a pass reads one crop per image."""
-        return self.turn < self.steps and pass_ >= self._first_single
+        return self.first_single_step < self.steps and pass_ >= self._first_single
 
     def batch(self, step: int) -> Pairs:
         """This rank's part of a step's batch."""
         size, first, before = self.batch_images, step * self.batch_images, 0
-        if step >= self.turn:
+        if step >= self.first_single_step:
             size *= self.crops_per_image
-            first, before = (step - self.turn) * size, self._first_single
+            first, before = (step - self.first_single_step) * size, self._first_single
         split = (divmod(position, self.length) for position in range(first + self.rank, first + size, self.world))
         return [(before + p, int(permutation(self.seed, before + p, self.length)[k])) for p, k in split]
 
     @property
     def _first_single(self) -> int:
         """The first single-crop pass: after all crops that were read before, including those of an unfinished pass."""
-        return -(-self.turn * self.batch_images // self.length) * self.crops_per_image
+        return -(-self.first_single_step * self.batch_images // self.length) * self.crops_per_image
 
 
 @lru_cache(maxsize=4)

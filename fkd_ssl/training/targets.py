@@ -65,7 +65,7 @@ class LabelTargets:
         return each.repeat_interleave(len(images) // len(labels), dim=0)
 
 
-class Calibrated:
+class CalibratedTargets:
     """The teacher's targets, replaced by the smoothed label of the image where the teacher is not confident.
 
     After FerKD (Shen, ICCV 2023, arXiv 2312.17473), which also has several levels of confidence and mixes crops of an image.

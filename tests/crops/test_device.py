@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from fkd_ssl.crops import CROP_DTYPE, RECIPES, box_record, draw, image_key, kernels, probe_digest, replay
+from fkd_ssl.crops import CROP_DTYPE, RECIPES, box_record, draw, image_key, kernels, replay, replay_digest
 from fkd_ssl.crops.device import PendingCrops, check_device, concatenate, plan_crops, replay_on, replay_plan, resize_plans
 from fkd_ssl.crops.operations import BLUR, FLAGS, JITTER, OPERATIONS
 from fkd_ssl.crops.replay import resize_plan
@@ -195,8 +195,8 @@ def test_a_slice_of_pending_crops_has_the_same_image():
 
 
 @pytest.mark.slow
-def test_the_probe_digest_says_that_both_agree(device):
-    assert probe_digest(device) == probe_digest()
+def test_the_replay_digest_says_that_both_agree(device):
+    assert replay_digest(device) == replay_digest()
 
 
 def test_a_box_outside_the_image_is_refused():

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import functional
 
 from fkd_ssl import files
-from fkd_ssl.crops import CROP_DTYPE, RECIPES, Recipe, box_record, draw, image_key, probe_digest, replay, replay_into
+from fkd_ssl.crops import CROP_DTYPE, RECIPES, Recipe, box_record, draw, image_key, replay, replay_digest, replay_into
 from fkd_ssl.crops.blur import blur_kernel, kernels
 from fkd_ssl.crops.operations import BLUR, FLIP
 from fkd_ssl.errors import ImageError
@@ -140,31 +140,31 @@ def test_threads_of_opencv_do_not_matter(smooth):
     assert found[0] == found[1]
 
 
-def test_probe_digest_is_equal_in_another_process():
-    here = probe_digest()
-    probe_digest.cache_clear()
-    assert probe_digest() == here
-    code = "from fkd_ssl.crops import probe_digest; print(probe_digest())"
+def test_replay_digest_is_equal_in_another_process():
+    here = replay_digest()
+    replay_digest.cache_clear()
+    assert replay_digest() == here
+    code = "from fkd_ssl.crops import replay_digest; print(replay_digest())"
     there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
     assert there == here
     assert len(here) == 64
 
 
-def test_probe_digest_sees_a_change_of_one_level(monkeypatch):
-    from fkd_ssl.crops import probe
+def test_replay_digest_sees_a_change_of_one_level(monkeypatch):
+    from fkd_ssl.crops import digest
 
-    before = probe_digest()
-    real = probe.replay
+    before = replay_digest()
+    real = digest.replay
 
     def changed(*arguments: object) -> np.ndarray:
         views = real(*arguments).copy()
         views[0, 0, 0, 0] ^= 1
         return views
 
-    monkeypatch.setattr(probe, "replay", changed)
-    probe_digest.cache_clear()
-    assert probe_digest() != before
-    probe_digest.cache_clear()
+    monkeypatch.setattr(digest, "replay", changed)
+    replay_digest.cache_clear()
+    assert replay_digest() != before
+    replay_digest.cache_clear()
 
 
 # geometry

@@ -87,7 +87,7 @@ def test_a_small_network_is_trained_without_a_teacher(folder: Path, make_config:
     config = make_config("alone", arch="shufflenet_v2_x0_5", stem="small", epochs=1)
     path = pretrain(config)
     student, pixels = load_student(path)
-    assert (student.made_of, pixels) == ({"name": "shufflenet_v2_x0_5", "stem": "small"}, 16)
+    assert (student.spec, pixels) == ({"name": "shufflenet_v2_x0_5", "stem": "small"}, 16)
     torch.manual_seed(0)
     module = MoCo(config, 16)  # what the training started from
     torch.manual_seed(0)

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fkd_ssl import files
-from fkd_ssl.crops import CROP_DTYPE, RECIPES, draw, image_key, probe_digest
+from fkd_ssl.crops import CROP_DTYPE, RECIPES, draw, image_key, replay_digest
 from fkd_ssl.crops.records import neutral
 from fkd_ssl.store import manifest as layout
 from fkd_ssl.store.listing import SIZE_DTYPE
@@ -67,14 +67,14 @@ def random_codec(spec: str) -> Codec:
     """A codec of random parameters: nothing is trained, and the parameters are not of a kind that hides mistakes."""
     generator = np.random.default_rng(5)
     arrays: dict[str, npt.NDArray[np.float32]] = {}
-    for name, shape in target_of(spec).rules.parameter_shapes(spec, (DIM,)).items():
+    for name, shape in target_of(spec).definition.parameter_shapes(spec, (DIM,)).items():
         values = generator.normal(size=shape) * 0.3
         if name == "transform":
             values = np.linalg.qr(generator.normal(size=(DIM, DIM)))[0][: shape[0]]
         elif name == "ranges":
             values = np.stack([-0.6 - abs(values[0]), 1.2 + 2 * abs(values[0])])
         arrays[name] = np.ascontiguousarray(values, dtype=np.float32)
-    return target_of(spec).rules.load(spec, (DIM,), arrays)
+    return target_of(spec).definition.load(spec, (DIM,), arrays)
 
 
 def make(folder: Path, specs: tuple[str, ...] = SPECS) -> dict[str, npt.NDArray[np.float32]]:
@@ -116,7 +116,7 @@ def make(folder: Path, specs: tuple[str, ...] = SPECS) -> dict[str, npt.NDArray[
             "fidelity": {"cosine_mean": 0.99, "cosine_min": 0.9, "sample": 100, **FIDELITY.get(target_of(spec).kind, {})},
             "chunk_size": 16,
             "teacher": TeacherInfo(name="t", spec=target_of(spec), network="n", licence="l", pixels=64).to_json(),
-            "probe_digest": probe_digest(),
+            "replay_digest": replay_digest(),
             "arrays": arrays,
         }
         files.write_json(column / "meta.json", meta)

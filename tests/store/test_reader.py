@@ -351,7 +351,7 @@ def test_columns_that_are_not_there_are_named(folder):
         ({"teacher": {"name": "x"}}, "shape None; the file is damaged or newer"),
         ({"teacher": None}, "the file is damaged or newer"),
         ({"mean": [0.5]}, "expected three numbers"),
-        ({"probe_digest": 5}, "a probe_digest that this version does not read"),
+        ({"replay_digest": 5}, "a replay_digest that this version does not read"),
         ({"codec": "PCA9999,Flat", "shape": [60000]}, "parameters for 60000 dimensions, over"),
         ({"arrays": {"ranges": "0"}}, "a arrays that this version does not read"),
     ],

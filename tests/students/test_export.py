@@ -94,7 +94,7 @@ def test_a_classifier_takes_its_last_layer_along(name: str, layout: Any, tmp_pat
         expected = one.head(one.backbone(images))
         for got in (names["model"].eval()(images), again.head(again.backbone(images))):
             assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()
-    assert again.made_of["head"] == "classifier"
+    assert again.spec["head"] == "classifier"
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_a_narrow_reactnet_is_its_own_layout(tmp_path: Path) -> None:
     one = student("reactnet", width=0.125)
     export(one, tmp_path / "f.safetensors", layout=None, pixels=32)
     again, _ = load_student(tmp_path / "f.safetensors")
-    assert again.made_of == {"name": "reactnet", "width": 0.125}
+    assert again.spec == {"name": "reactnet", "width": 0.125}
     assert same(one.backbone, again.backbone)
     assert library("reactnet") == "fkd_ssl"
 

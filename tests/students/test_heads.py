@@ -38,9 +38,9 @@ def test_a_student_has_one_for_each_teacher(head: str) -> None:
 
 
 def test_a_student_says_what_makes_it_again() -> None:
-    assert Student("squeezenet1_1", 8).made_of == {"name": "squeezenet1_1"}
+    assert Student("squeezenet1_1", 8).spec == {"name": "squeezenet1_1"}
     narrow = Student("reactnet", 8, head="simreg", stem="small", width=0.25)
-    assert narrow.made_of == {"name": "reactnet", "head": "simreg", "stem": "small", "width": 0.25}
-    name, *options = narrow.made_of
-    again = Student(narrow.made_of[name], 8, **{key: narrow.made_of[key] for key in options})
+    assert narrow.spec == {"name": "reactnet", "head": "simreg", "stem": "small", "width": 0.25}
+    name, *options = narrow.spec
+    again = Student(narrow.spec[name], 8, **{key: narrow.spec[key] for key in options})
     again.load_state_dict(narrow.state_dict())

@@ -4,7 +4,7 @@ import pytest
 
 from fkd_ssl.errors import RequestError, StoreError
 from fkd_ssl.targets import Codec
-from fkd_ssl.targets.faiss_codecs import FaissCodec, _parameters, code_size, parameter_shapes, sample_size, smallest_sample
+from fkd_ssl.targets.faiss_codecs import FaissCodec, _parameters, code_size, min_sample, parameter_shapes, sample_size
 
 DIM = 32
 # spec: bytes of a code, least mean cosine on targets that the codec was not trained on
@@ -57,7 +57,7 @@ def test_pca_gives_the_mean_back_that_lies_outside_its_subspace():
 
 
 def sample_for(spec: str) -> np.ndarray:
-    return targets(max(600, smallest_sample(spec)))
+    return targets(max(600, min_sample(spec)))
 
 
 def cosine(a: np.ndarray, b: np.ndarray) -> float:
@@ -185,7 +185,7 @@ def test_specs_that_do_not_fit_the_dimension_are_refused(spec, message):
 
 @pytest.mark.parametrize(("spec", "needed"), [("PQ8x8", 39 * 256), ("PQ8x4", 39 * 16), ("PCA16,SQ8", 16), ("SQ8", 1)])
 def test_samples_that_are_too_small_are_refused(spec, needed):
-    assert smallest_sample(spec) == needed
+    assert min_sample(spec) == needed
     FaissCodec.train(spec, targets(needed))
     if needed > 1:
         with pytest.raises(
@@ -199,8 +199,8 @@ def test_sample_sizes():
     assert sample_size("PQ8x8") == 64 * 256
     assert sample_size("PQ16x4") == 4096
     assert sample_size("OPQ16,PQ16x4") == 64 * 256  # OPQ trains a codec of 256 centroids of its own
-    assert smallest_sample("OPQ8,PQ8x4") == 39 * 256
-    assert all(sample_size(spec) >= smallest_sample(spec) for spec in SPECS)
+    assert min_sample("OPQ8,PQ8x4") == 39 * 256
+    assert all(sample_size(spec) >= min_sample(spec) for spec in SPECS)
 
 
 @pytest.mark.parametrize(

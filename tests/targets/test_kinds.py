@@ -54,8 +54,8 @@ class Grid(Kind):
     """[2, 2, D], each token L2-normalised."""
 
     name = "grid"
-    words = "grids of tokens"
-    examples = ("bytes", "half")
+    display_name = "grids of tokens"
+    example_codecs = ("bytes", "half")
     larger = ("half",)
 
     def check_shape(self, shape: Shape) -> None:
@@ -69,7 +69,7 @@ class Grid(Kind):
         return F.normalize(output.float(), dim=-1)
 
     def has_codec(self, codec: str) -> bool:
-        return codec in self.examples
+        return codec in self.example_codecs
 
     def default_codec(self, shape: Shape) -> str:
         return "bytes"
@@ -111,7 +111,7 @@ class GridTeacher:
 
     @torch.no_grad()
     def embed(self, crops: Tensor) -> Tensor:
-        return self.info.spec.rules.of_output(self.module(crops / 255 - 0.45).permute(0, 2, 3, 1))
+        return self.info.spec.definition.of_output(self.module(crops / 255 - 0.45).permute(0, 2, 3, 1))
 
 
 @pytest.fixture

@@ -23,9 +23,9 @@ from fkd_ssl.training import loggers
 from fkd_ssl.training.config import TrainConfig
 from fkd_ssl.training.distiller import Distiller, update_average
 from fkd_ssl.training.engine import check_batch, single_steps
-from fkd_ssl.training.fit import WholeCheckpoints
-from fkd_ssl.training.last_single import LastSingle
+from fkd_ssl.training.fit import AtomicCheckpoints
 from fkd_ssl.training.sampler import PassSampler
+from fkd_ssl.training.single_crop import SingleCropPasses
 
 ALL = {
     "head": "simreg",
@@ -166,7 +166,7 @@ class TestCheckpoints:
     def test_they_never_pass_through_another_folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """From a temporary folder on another disk a file would be copied over the last good one."""
         monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
-        WholeCheckpoints(tmp_path).save_checkpoint({"step": 1}, tmp_path / "new" / "last.ckpt")
+        AtomicCheckpoints(tmp_path).save_checkpoint({"step": 1}, tmp_path / "new" / "last.ckpt")
         assert torch.load(tmp_path / "new" / "last.ckpt", weights_only=True) == {"step": 1}
         assert [path.name for path in (tmp_path / "new").iterdir()] == ["last.ckpt"]
 
@@ -174,8 +174,8 @@ class TestCheckpoints:
         script = (
             "import os, sys, torch\n"
             "from pathlib import Path\n"
-            "from fkd_ssl.training.fit import WholeCheckpoints\n"
-            "checkpoints = WholeCheckpoints(Path(sys.argv[1]).parent)\n"
+            "from fkd_ssl.training.fit import AtomicCheckpoints\n"
+            "checkpoints = AtomicCheckpoints(Path(sys.argv[1]).parent)\n"
             "checkpoints.save_checkpoint({'step': 1}, sys.argv[1])\n"
             "sync = os.fsync\n"
             "os.fsync = lambda number: os.kill(os.getpid(), 9)\n"
@@ -303,7 +303,7 @@ class TestSingleCrops:
         """C = 4, M = 2: after the pass of crops a, a + 1 the single ones are a + 2, a + 3, a."""
         run = make_run()
         sampler = PassSampler(24, 12, 8, seed=0, single=6, crops_per_image=2)
-        data = LastSingle(run.data, sampler)
+        data = SingleCropPasses(run.data, sampler)
         two, third, fourth, again = (data.__getitems__([(p, 5)]).batch["images"] for p in (0, 2, 3, 4))
         assert (len(two), len(third)) == (2, 1)
         rest = run.data.__getitems__([(1, 5)]).batch["images"]
@@ -329,7 +329,7 @@ class TestSingleCrops:
         from fkd_ssl.images import scan
 
         fresh = FreshCrops(scan(image_folder), RECIPES["mocov2"], crops_per_image=2, pixels=32)
-        data = LastSingle(fresh, PassSampler(24, 12, 8, seed=0, single=6, crops_per_image=2))
+        data = SingleCropPasses(fresh, PassSampler(24, 12, 8, seed=0, single=6, crops_per_image=2))
         third = data.__getitems__([(3, 5)]).batch["images"]
         assert torch.equal(third[0], fresh.__getitems__([(1, 5)]).batch["images"][1])
 

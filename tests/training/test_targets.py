@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fkd_ssl.training.targets import Calibrated, LabelTargets, stored_targets
+from fkd_ssl.training.targets import CalibratedTargets, LabelTargets, stored_targets
 
 BATCH = {"images": torch.zeros(6, 3, 8, 8, dtype=torch.uint8), "labels": torch.tensor([2, 0, 1])}
 
@@ -27,7 +27,7 @@ def test_smoothing_is_torchs() -> None:
 def test_doubtful_targets_become_smoothed_labels() -> None:
     sure, doubtful = [0.7, 0.1, 0.1, 0.1], [0.4, 0.3, 0.2, 0.1]
     targets = torch.tensor([sure, doubtful, sure, sure, doubtful, [0.5, 0.5, 0.0, 0.0]])
-    calibrated = Calibrated(stored_targets, 0.5, LabelTargets(4, 0.2))
+    calibrated = CalibratedTargets(stored_targets, 0.5, LabelTargets(4, 0.2))
     (found,) = calibrated({**BATCH, "targets": targets})
     expected = targets.clone()
     expected[1] = torch.tensor([0.05, 0.05, 0.85, 0.05])
@@ -39,6 +39,6 @@ def test_doubtful_targets_become_smoothed_labels() -> None:
 
 def test_every_teachers_targets_are_calibrated() -> None:
     targets = {"a": torch.full((6, 4), 0.25), "b": torch.eye(4)[[0, 1, 2, 3, 0, 1]]}
-    a, b = Calibrated(stored_targets, 0.5, LabelTargets(4))({**BATCH, "targets": targets})
+    a, b = CalibratedTargets(stored_targets, 0.5, LabelTargets(4))({**BATCH, "targets": targets})
     assert torch.equal(a, torch.eye(4)[[2, 2, 0, 0, 1, 1]])
     assert torch.equal(b, targets["b"])

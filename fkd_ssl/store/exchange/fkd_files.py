@@ -32,7 +32,7 @@ from fkd_ssl.pickles import UnsafePickleError
 from fkd_ssl.store import manifest as layout
 from fkd_ssl.targets.label_codecs import LabelCodec
 
-_MOST_BYTES = 2**28  # maximum bytes of a file; 500 crops of 21,841 classes in fp32 take 44 MB
+_MAX_BYTES = 2**28  # maximum bytes of a file; 500 crops of 21,841 classes in fp32 take 44 MB
 _DTYPES = ("BoolDType", "Float16DType", "Float32DType", "Float64DType", "Int32DType", "Int64DType")
 _rebuild: Any = np.zeros(0).__reduce__()[0]  # NumPy's own function; its module differs between versions
 # what such a file may name in addition to tensors; NumPy before version 2 has another module name
@@ -42,8 +42,8 @@ _ALLOWED: dict[str, Any] = {
     "numpy.dtype": np.dtype,
     **{f"numpy.dtypes.{name}": getattr(np.dtypes, name) for name in _DTYPES},
 }
-_OFF = 1e-2  # tolerance of a sum of probabilities
-_OUTSIDE = 1e-3  # tolerance as a fraction of the image's side, for boxes rounded to float16
+_TOLERANCE = 1e-2  # tolerance of a sum of probabilities
+_BOX_TOLERANCE = 1e-3  # tolerance as a fraction of the image's side, for boxes rounded to float16
 LARGEST_EXACT = 2048  # integers up to this one are exact in float16
 _PLACES = ("", "train", "imagenet", "imagenet/train")  # subfolders of the labels in the layouts of the authors' scripts
 
@@ -74,7 +74,7 @@ class Labels:
         Raises:
             StoreError: A box is outside the image by more than the rounding of float16, or has no area inside it.
         """
-        if self.boxes.min() < -_OUTSIDE or (self.boxes[:, :2] + self.boxes[:, 2:]).max() > 1 + _OUTSIDE:
+        if self.boxes.min() < -_BOX_TOLERANCE or (self.boxes[:, :2] + self.boxes[:, 2:]).max() > 1 + _BOX_TOLERANCE:
             raise StoreError("a box lies outside the image")
         top, left, high, wide = (self.boxes * [height, width, height, width]).T
         edges = [np.rint(edge) for edge in (top, left, top + high, left + wide)]
@@ -113,10 +113,15 @@ class Labels:
             raise StoreError(f"labels {list(self.labels.shape)} that are none of {codec.spec}")
         if self.labels.dtype == np.float16 and codec.dim > LARGEST_EXACT:
             raise StoreError(f"class numbers in float16, which is exact up to {LARGEST_EXACT}, of {codec.dim} classes")
-        if (classes < 0).any() or (classes >= codec.dim).any() or (values < 0).any() or (values.sum(axis=1) > 1 + _OFF).any():
+        if (
+            (classes < 0).any()
+            or (classes >= codec.dim).any()
+            or (values < 0).any()
+            or (values.sum(axis=1) > 1 + _TOLERANCE).any()
+        ):
             raise StoreError(f"labels that are not probabilities of {codec.dim} classes")
         rest = (1 - values.sum(axis=1, keepdims=True)) / (codec.dim - codec.kept)
-        if (1.01 * values + _OFF / (codec.dim - codec.kept) < rest).any():
+        if (1.01 * values + _TOLERANCE / (codec.dim - codec.kept) < rest).any():
             raise StoreError(f"labels whose classes are not the most probable of {codec.dim}")
         codes = codec.pack(classes.astype(np.int64), values.astype(np.float32))
         codec.decode(codes)  # raises an error if a class occurs twice
@@ -129,18 +134,18 @@ def read(path: Path) -> Labels:
     Raises:
         StoreError: The file is missing, not a regular file or too large, or does not contain three arrays.
     """
-    too_large = StoreError(f"{path}: over {_MOST_BYTES} bytes, not a label file of FKD's")
+    too_large = StoreError(f"{path}: over {_MAX_BYTES} bytes, not a label file of FKD's")
     try:
         about = path.stat()
         if not stat.S_ISREG(about.st_mode):  # opening a pipe would wait forever
             raise StoreError(f"{path}: not a regular file")
-        if about.st_size > _MOST_BYTES:
+        if about.st_size > _MAX_BYTES:
             raise too_large
         parts = checkpoints.load(path, allowed=_ALLOWED)
         if not all(isinstance(part, np.ndarray | torch.Tensor) for part in parts):  # a list can contain itself
             raise TypeError
         boxes, flips, labels = (np.asarray(part) for part in parts)
-        if boxes.nbytes + flips.nbytes + labels.nbytes > _MOST_BYTES:  # a view of one number can have any size
+        if boxes.nbytes + flips.nbytes + labels.nbytes > _MAX_BYTES:  # a view of one number can have any size
             raise too_large
     except OSError as error:
         raise StoreError(f"{path}: {error.strerror or error}") from error

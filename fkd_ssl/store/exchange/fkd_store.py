@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from fkd_ssl import files
 from fkd_ssl.arrays import UInt8Array
-from fkd_ssl.crops import IMPORTED, Records, probe_digest
+from fkd_ssl.crops import IMPORTED, Records, replay_digest
 from fkd_ssl.errors import ImageError, RequestError, StoreError
 from fkd_ssl.images import ImageSource
 from fkd_ssl.store import manifest as layout
@@ -210,5 +210,5 @@ def _meta(codec: LabelCodec, folder: str, pixels: int) -> dict[str, Any]:
         "fidelity": exact,
         "teacher": teacher.to_json(),
         "chunk_size": 1,
-        "probe_digest": probe_digest(),
+        "replay_digest": replay_digest(),
     }

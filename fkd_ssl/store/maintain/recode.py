@@ -16,7 +16,7 @@ from fkd_ssl.store import manifest as layout
 from fkd_ssl.store.maintain.subset import Part, atomic_folder
 from fkd_ssl.store.maintain.verify import check_files
 from fkd_ssl.store.reader import COSINES, Column, Store, cosine_to_teacher
-from fkd_ssl.store.write.columns import check_sample, sample_rows, train_and_measure
+from fkd_ssl.store.write.columns import check_sample, sample_rows, train_codec
 from fkd_ssl.store.write.publish import publish_codes
 
 _BLOCK = 2**23  # values that are decoded at once
@@ -102,8 +102,8 @@ class Source:
         for name, meta in zip(names, metas, strict=True):
             if (meta.target.kind, meta.target) != ("distribution", first.target):
                 raise RequestError(
-                    f"name {','.join(names)}: {name} has {meta.target.rules.words}, {meta.target}; a mean is taken of class "
-                    "probabilities of the same classes"
+                    f"name {','.join(names)}: {name} has {meta.target.definition.display_name}, {meta.target}; "
+                    "a mean is taken of class probabilities of the same classes"
                 )
         self.name = "-and-".join(names)
         self.digest = hashlib.sha256(" ".join(column.digest for column in columns).encode()).hexdigest()
@@ -197,7 +197,7 @@ def _train(source: Source, codec: str) -> tuple[dict[str, Any], dict[str, Float3
     """Returns meta.json of the recoded column, without the checksums of its arrays, and the arrays."""
     rows, per_image, size = _sample(source, codec)
     codes = [np.concatenate([one.codes(row, slice(per_image)) for row in rows])[:size] for one in source.columns]
-    trained, fidelity = train_and_measure(codec, source.meta.target, source.decode(codes))
+    trained, fidelity = train_codec(codec, source.meta.target, source.decode(codes))
     fidelity |= {
         "source_codec": source.meta.codec,
         "source_column": source.digest,

@@ -12,7 +12,7 @@ import torch
 from tqdm import tqdm
 
 from fkd_ssl import files
-from fkd_ssl.crops import CROP_DTYPE, Records, probe_digest, replay, well_formed
+from fkd_ssl.crops import CROP_DTYPE, Records, replay, replay_digest, well_formed
 from fkd_ssl.errors import FkdError, ImageAccessError, RequestError, StoreAccessError, StoreError
 from fkd_ssl.images import ImageSource
 from fkd_ssl.store import manifest as layout
@@ -21,9 +21,9 @@ from fkd_ssl.store.write.rows import Teacher
 
 # the minimum cosine of a new sample may be this many times further from 1 than the recorded one, plus some slack for the
 # arithmetic of another machine
-_TIMES, _SLACK = 4.0, 1e-3
+_MAX_RATIO, _SLACK = 4.0, 1e-3
 _RECORDS_AT_ONCE = 2**18  # crop records that are checked at once, about 20 MB
-_ENOUGH = 16  # minimum number of crops for a meaningful mean cosine
+_MIN_CROPS = 16  # minimum number of crops for a meaningful mean cosine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +140,7 @@ def _columns(store: Store, report: Report) -> Iterator[Column]:
                 column.array(array)
             except StoreError as error:
                 report.add(str(error), sound if isinstance(error, StoreAccessError) else damage)
-        if column.meta.probe_digest != probe_digest():
+        if column.meta.replay_digest != replay_digest():
             report.add(
                 f"{column.folder}: its crops were made by another pixel path (OpenCV, torchvision or processor) than this "
                 "machine's: students here see slightly other pixels; precompute here, or train where it was made"
@@ -299,17 +299,18 @@ def _check_targets(
         return
     report.checked["crops"] = len(cosines)
     report.cosine = {"mean": float(np.mean(cosines)), "min": float(np.min(cosines))}
-    mean, least = (1 - _TIMES * (1 - cosine_to_teacher(column.meta, key)) - _SLACK for key in COSINES)
-    bad = [row for row, cosine in zip(order, cosines, strict=True) if cosine < least]
+    min_mean, min_cosine = (1 - _MAX_RATIO * (1 - cosine_to_teacher(column.meta, key)) - _SLACK for key in COSINES)
+    bad = [row for row, cosine in zip(order, cosines, strict=True) if cosine < min_cosine]
     if bad:
         shard = bad[0] // store.manifest.rows_per_shard
         report.add(
             f"{column.folder}: {len(bad)} of {len(cosines)} sampled targets are not what this teacher says (cosine "
-            f"{min(cosines):.4f} at least, {least:.4f} expected), first row {bad[0]} ({store.paths[bad[0]]}, shard {shard}): "
-            "another teacher, another checkpoint or another pixel path; give the one of meta.json or precompute another column"
+            f"{min(cosines):.4f} at least, {min_cosine:.4f} expected), first row {bad[0]} ({store.paths[bad[0]]}, shard "
+            f"{shard}): another teacher, another checkpoint or another pixel path; give the one of meta.json or precompute "
+            "another column"
         )
-    elif len(cosines) >= _ENOUGH and report.cosine["mean"] < mean:
+    elif len(cosines) >= _MIN_CROPS and report.cosine["mean"] < min_mean:
         report.add(
             f"{column.folder}: {len(cosines)} sampled targets have cosine {report.cosine['mean']:.4f} in the mean to what this "
-            f"teacher says, {mean:.4f} expected: its checkpoint or the pixel path has drifted; precompute another column"
+            f"teacher says, {min_mean:.4f} expected: its checkpoint or the pixel path has drifted; precompute another column"
         )

@@ -19,8 +19,8 @@ def on_size(target: TargetSpec, codec: str, crops: int) -> str | None:
     Raises:
         RequestError: The codec does not exist for these targets.
     """
-    rules, shape = target.rules, target.shape
-    size = rules.code_size(codec, shape)
+    definition, shape = target.definition, target.shape
+    size = definition.code_size(codec, shape)
     if size <= LARGE or target.size <= 256:
         return None
 
@@ -28,13 +28,13 @@ def on_size(target: TargetSpec, codec: str, crops: int) -> str | None:
         return f"{code} bytes a crop ({format_bytes(crops * (code + CROP_DTYPE.itemsize))} in all)"
 
     if target.kind == "distribution":
-        default = rules.default_codec(shape)
-        smaller = total(rules.code_size(default, shape))
+        default = definition.default_codec(shape)
+        smaller = total(definition.code_size(default, shape))
         return f"note: {target.size} class probabilities take {total(size)} in {codec}; --codec {default} takes {smaller}"
     said = f"note: targets of {target} take {total(size)} in {codec}"
     if target.kind != "embedding":
         return said
-    smaller = total(rules.code_size(_SMALLER[0], shape))
+    smaller = total(definition.code_size(_SMALLER[0], shape))
     return (
         f"{said}; --codec {_SMALLER[0]} (random projection) or {_SMALLER[1]} takes {smaller}; docs/teachers.md shows what "
         "either loses"

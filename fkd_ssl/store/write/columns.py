@@ -13,7 +13,7 @@ import numpy as np
 
 from fkd_ssl import files
 from fkd_ssl.arrays import Float32Array
-from fkd_ssl.crops import probe_digest
+from fkd_ssl.crops import replay_digest
 from fkd_ssl.errors import ImageError, RequestError
 from fkd_ssl.store import manifest as layout
 from fkd_ssl.store.reader import Column, ColumnMeta, Store
@@ -56,7 +56,7 @@ class Request:
             "code_size": self.target.check_codec(self.codec, self.teacher.info.name),
             "teacher": replace(self.teacher.info, pixels=self.pixels).to_json(),
             "chunk_size": self.chunk_size,
-            "probe_digest": probe_digest(self.device),
+            "replay_digest": replay_digest(self.device),
         }
 
     def difference(self, meta: ColumnMeta) -> str:
@@ -104,41 +104,41 @@ def open_or_train(
 
 def train(request: Request, sample: Float32Array) -> tuple[dict[str, Any], dict[str, Float32Array]]:
     """Trains a column's codec, with part of the sample held out. Returns meta.json without checksums, and the arrays."""
-    trained, fidelity = train_and_measure(request.codec, request.target, sample)
+    trained, fidelity = train_codec(request.codec, request.target, sample)
     meta = {**request.meta(), "fidelity": fidelity}
     return meta, {**trained.arrays(), **{f"teacher-{key}": a for key, a in request.teacher.info.arrays.items()}}
 
 
-def train_and_measure(codec: str, target: TargetSpec, sample: Float32Array) -> tuple[Codec, dict[str, Any]]:
+def train_codec(codec: str, target: TargetSpec, sample: Float32Array) -> tuple[Codec, dict[str, Any]]:
     """Trains a codec on a sample, with part of it held out. Returns the codec and its fidelity on the held-out part.
 
     Raises:
         RequestError: The sample is too small, or the decoded targets are too far from the original ones.
     """
     check_sample(codec, target, len(sample))
-    rules = target.rules
+    definition = target.definition
     held_out = max(1, len(sample) // FIDELITY_SHARE)
-    trained = rules.train(codec, sample[: _trained_on(len(sample))])
+    trained = definition.train(codec, sample[: _trained_on(len(sample))])
     exact = sample[-held_out:]
-    fidelity = {**rules.measure(exact, trained.decode(trained.encode(exact))), "sample": held_out}
-    if not fidelity["cosine_mean"] >= rules.min_cosine:
-        larger = [other for other in rules.larger if rules.code_size(other, target.shape) > trained.code_size]
+    fidelity = {**definition.fidelity(exact, trained.decode(trained.encode(exact))), "sample": held_out}
+    if not fidelity["cosine_mean"] >= definition.min_cosine:
+        larger = [other for other in definition.larger_codecs if definition.code_size(other, target.shape) > trained.code_size]
         raise RequestError(
             f"codec {codec}: trained on {_trained_on(len(sample))} targets it leaves cosine {fidelity['cosine_mean']:.3f} in "
-            f"the mean of {held_out}, and under {rules.min_cosine} there is nothing to learn from: choose a larger codec "
-            f"({', '.join(larger or rules.larger[-1:])})"
+            f"the mean of {held_out}, and under {definition.min_cosine} there is nothing to learn from: choose a larger codec "
+            f"({', '.join(larger or definition.larger_codecs[-1:])})"
         )
     return trained, fidelity
 
 
 def check_sample(codec: str, target: TargetSpec, sample: int) -> None:
     """Raises RequestError if a sample of this many targets, with part of them held out, is too small for a codec."""
-    needed = target.rules.min_sample(codec)
+    needed = target.definition.min_sample(codec)
     if _trained_on(sample) < needed:
         raise RequestError(
             f"codec {codec} needs at least {needed} targets to be trained on, and there are {_trained_on(sample)}, besides one "
             f"in {FIDELITY_SHARE} that is held out: store more crops or images, or choose "
-            f"{target.rules.default_codec(target.shape)}"
+            f"{target.definition.default_codec(target.shape)}"
         )
 
 
@@ -148,7 +148,7 @@ def _trained_on(sample: int) -> int:
 
 def sample_targets(codec: str, target: TargetSpec, targets: int) -> int:
     """Returns how many of a store's `targets` form a codec's sample, including the held-out ones."""
-    size = target.rules.sample_size(codec)
+    size = target.definition.sample_size(codec)
     return min(size + size // (FIDELITY_SHARE - 1), targets)
 
 

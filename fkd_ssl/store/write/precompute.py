@@ -16,7 +16,7 @@ from fkd_ssl import files
 from fkd_ssl.crops import Recipe
 from fkd_ssl.errors import RequestError
 from fkd_ssl.images import ImageSource
-from fkd_ssl.progress import hidden
+from fkd_ssl.progress import bar_disabled
 from fkd_ssl.store import manifest as layout
 from fkd_ssl.store.write import work
 from fkd_ssl.store.write.columns import open_or_train
@@ -138,7 +138,7 @@ def precompute(
             unit="crop",
             desc=f"precompute {', '.join(names)}",
             smoothing=0.05,
-            disable=hidden(show=progress),
+            disable=bar_disabled(show=progress),
         )
         with bar:
             writer = ShardWriter(store, requests, columns, reader, pool, bar)

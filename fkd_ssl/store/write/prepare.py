@@ -12,7 +12,7 @@ from fkd_ssl import files
 from fkd_ssl.crops import CROP_DTYPE, IMPORTED, Recipe
 from fkd_ssl.errors import RequestError
 from fkd_ssl.images import ImageSource
-from fkd_ssl.progress import hidden
+from fkd_ssl.progress import bar_disabled
 from fkd_ssl.store import manifest as layout
 from fkd_ssl.store.listing import MANIFEST
 from fkd_ssl.store.reader import MAX_ARRAY, Column, Store
@@ -68,7 +68,7 @@ def prepare(
         open_or_train(store, requests, reader, pool, log)
         there = store.shards_with_crops()
         absent = [shard for shard in range(store.manifest.shards) if shard not in there]
-        with tqdm(total=count_rows(store, absent), desc="crops", unit="img", disable=hidden(show=bool(absent))) as bar:
+        with tqdm(total=count_rows(store, absent), desc="crops", unit="img", disable=bar_disabled(show=bool(absent))) as bar:
             for shard in random.sample(absent, len(absent)):  # in random order, to share them between processes
                 rows = store.manifest.shard_rows(shard)
                 if store.has_crops(shard):
@@ -110,7 +110,7 @@ def make_requests(
         Request(
             name=layout.checked_name(n),
             teacher=t,
-            codec=codec or t.info.spec.rules.default_codec(t.info.spec.shape),
+            codec=codec or t.info.spec.definition.default_codec(t.info.spec.shape),
             pixels=side,
             chunk_size=chunk_size,
             device=device,

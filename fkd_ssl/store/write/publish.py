@@ -14,7 +14,7 @@ from fkd_ssl.arrays import UInt8Array
 from fkd_ssl.crops import Recipe, Records
 from fkd_ssl.errors import FkdError, ImageError, RequestError
 from fkd_ssl.images import ImageSource
-from fkd_ssl.progress import hidden
+from fkd_ssl.progress import bar_disabled
 from fkd_ssl.store import manifest as layout
 from fkd_ssl.store.listing import IMAGES, MANIFEST, SIZE_DTYPE, SIZES, is_unsafe, write_sidecar
 from fkd_ssl.store.manifest import Manifest
@@ -86,7 +86,7 @@ def read_sizes(
 ) -> npt.NDArray[np.void]:
     """Reads byte size, width and height of each image, 0 for skipped images. `advice` and errors are as in `create_store`."""
     sizes = np.zeros(len(images), dtype=SIZE_DTYPE)
-    hide = hidden(show=progress and len(images) >= 2000)
+    hide = bar_disabled(show=progress and len(images) >= 2000)
     for row in tqdm(range(len(images)), desc="image headers", unit="img", disable=hide):
         try:
             sizes[row] = images.size(row)

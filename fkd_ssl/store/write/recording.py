@@ -16,7 +16,7 @@ from tqdm import tqdm
 from fkd_ssl import files, locks
 from fkd_ssl.arrays import Float32Array, Int64Array, UInt8Array
 from fkd_ssl.errors import FkdError, RequestError, StoreError
-from fkd_ssl.progress import hidden
+from fkd_ssl.progress import bar_disabled
 from fkd_ssl.store import manifest as layout
 from fkd_ssl.store.reader import Column, Store
 from fkd_ssl.store.write.publish import publish_codes
@@ -112,7 +112,7 @@ class Recording:
         self.sync()
         shards = range(m.shards - 1, -1, -1)
         left_out = []
-        for shard in tqdm(shards, desc="store", unit="shard", disable=hidden(show=m.shards > 50)):
+        for shard in tqdm(shards, desc="store", unit="shard", disable=bar_disabled(show=m.shards > 50)):
             if not layout.codes_file(store.folder, self.column.name, shard).with_suffix(".json").exists():
                 codes = self._codes(shard)
                 if codes is None:

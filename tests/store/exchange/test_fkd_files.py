@@ -192,7 +192,7 @@ def test_what_is_no_label_file(tmp_path: Path, content: bytes, said: str) -> Non
 
 def test_what_would_fill_the_memory_or_wait_for_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = saved(BOXES, FLIPS, torch.zeros(C, 2, 50_000))
-    monkeypatch.setattr(fkd_files, "_MOST_BYTES", len(whole) // 2)
+    monkeypatch.setattr(fkd_files, "_MAX_BYTES", len(whole) // 2)
     with zipfile.ZipFile(io.BytesIO(whole)) as entries, zipfile.ZipFile(tmp_path / "a.tar", "w", zipfile.ZIP_DEFLATED) as small:
         for name in entries.namelist():
             small.writestr(name, entries.read(name))

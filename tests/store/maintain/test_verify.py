@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fkd_ssl import files, images
-from fkd_ssl.crops import RECIPES, box_record, probe_digest
+from fkd_ssl.crops import RECIPES, box_record, replay_digest
 from fkd_ssl.data import StoredCrops
 from fkd_ssl.errors import FkdError, ImageError, RequestError, StoreAccessError, StoreError
 from fkd_ssl.store import manifest, open_store
@@ -246,8 +246,8 @@ def test_a_part_of_skipped_images_alone_is_right(tmp_path, make_store, pictures)
 
 
 def test_another_pixel_path_is_found(folder, monkeypatch):
-    assert probe_digest() == open_store(folder).column().meta.probe_digest
-    monkeypatch.setattr(verifying, "probe_digest", lambda: "0" * 64)
+    assert replay_digest() == open_store(folder).column().meta.replay_digest
+    monkeypatch.setattr(verifying, "replay_digest", lambda: "0" * 64)
     (found,) = problems(folder)
     assert "its crops were made by another pixel path" in found
 

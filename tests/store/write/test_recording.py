@@ -11,7 +11,7 @@ import pytest
 
 from fkd_ssl import files, images, locks
 from fkd_ssl.crops import RECIPES
-from fkd_ssl.data import RecordedCrops, StoredCrops
+from fkd_ssl.data import RecordingCrops, StoredCrops
 from fkd_ssl.errors import FkdError, ImageError, RequestError, StoreError
 from fkd_ssl.store import manifest, open_store
 from fkd_ssl.store.maintain.verify import verify
@@ -50,7 +50,7 @@ def train(image_folder, new_teacher):
 
     def add(recording, first, last, pictures=image_folder):
         store = recording.column.store
-        data = RecordedCrops(store, pictures, with_targets=False, crops_per_image=BLOCK, pixels=32)
+        data = RecordingCrops(store, pictures, with_targets=False, crops_per_image=BLOCK, pixels=32)
         teacher = new_teacher()
         for begin in range(first, last, 4):
             places = range(begin, min(last, begin + 4))
@@ -97,7 +97,7 @@ def test_a_whole_recording_is_what_precompute_writes(tmp_path, begin, train, who
 
 def test_crops_are_used_in_the_order_of_the_store(tmp_path, begin, image_folder):
     recording = begin()
-    data = RecordedCrops(recording.column.store, image_folder, with_targets=False, crops_per_image=BLOCK, pixels=32)
+    data = RecordingCrops(recording.column.store, image_folder, with_targets=False, crops_per_image=BLOCK, pixels=32)
     firsts = [data.__getitems__([(p, 5)]).batch["places"].tolist() for p in range(4)]
     assert firsts == [[[5, 0]], [[5, 2]], [[5, 4]], [[5, 0]]]
     whole = StoredCrops(recording.column.store, image_folder, with_targets=False, crops_per_image=CROPS, pixels=32)
@@ -216,7 +216,7 @@ def test_targets_that_are_not_finite(begin):
 def test_unreadable_images(tmp_path, begin, train, pictures):
     (pictures / "ash/003.jpg").write_bytes((pictures / "ash/003.jpg").read_bytes()[:300])  # a header, and nothing behind it
     recording = begin(images=pictures, skip_unreadable=True)
-    data = RecordedCrops(recording.column.store, pictures, with_targets=False, crops_per_image=BLOCK, pixels=32)
+    data = RecordingCrops(recording.column.store, pictures, with_targets=False, crops_per_image=BLOCK, pixels=32)
     assert len(data) == 23
     for p in range(3):
         for i in range(23):
@@ -257,7 +257,7 @@ def test_processes_that_plan_one_store_share_its_images(begin, monkeypatch):
 def test_an_image_that_changed_is_not_recorded(begin, pictures):
     """Its size is the same, and the store would say that the teacher saw another."""
     recording = begin(images=pictures)
-    data = RecordedCrops(recording.column.store, pictures, with_targets=False, crops_per_image=BLOCK, pixels=32)
+    data = RecordingCrops(recording.column.store, pictures, with_targets=False, crops_per_image=BLOCK, pixels=32)
     assert len(data[0, 3]["images"]) == BLOCK
     path = pictures / "ash/003.jpg"
     changed = bytearray(path.read_bytes())

@@ -6,7 +6,7 @@ from fkd_ssl.data.pixels import Batch
 from fkd_ssl.data.stored import StoredCrops
 
 
-class RecordedCrops(StoredCrops):
+class RecordingCrops(StoredCrops):
     """Crops of a store whose targets are being recorded. The arguments are those of StoredCrops.
 
     Pass p reads crops (p M + 0..M-1) mod C of every image, so the crops used so far are always the first ones. Batches also

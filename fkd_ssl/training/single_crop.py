@@ -8,7 +8,7 @@ from fkd_ssl.data import Batch, Crops, Samples
 from fkd_ssl.training.sampler import Pairs, PassSampler
 
 
-class LastSingle(Dataset[Batch]):
+class SingleCropPasses(Dataset[Batch]):
     """M crops per image, or one crop per image in the sampler's single-crop passes (as in the code of FKD, arXiv 2112.01528).
 
     Both kinds of pass count the crops of an image in the same way, so that every crop is used once before any is used twice.

@@ -1,4 +1,4 @@
-"""The probe digest shows whether two machines make the same pixels from the same bytes and records."""
+"""The replay digest shows whether two machines make the same pixels from the same bytes and records."""
 
 import functools
 import hashlib
@@ -11,13 +11,13 @@ from fkd_ssl.crops.recipes import RECIPES, draw, image_key
 from fkd_ssl.crops.replay import replay
 from fkd_ssl.images import decode
 
-PROBED = ("fkd", "mocov2", "s2bnn", "swav")
+DIGEST_RECIPES = ("fkd", "mocov2", "s2bnn", "swav")
 """Fixed, so that a new recipe does not change the digest of the existing stores."""
 
 
 @functools.cache
-def probe_digest(device: str | None = None) -> str:
-    """Returns the sha256 of a decoded built-in JPEG and of 16 crops of it per recipe in `PROBED`, at 224, 98, 96 and 64 px.
+def replay_digest(device: str | None = None) -> str:
+    """Returns the sha256 of a decoded built-in JPEG and of crops of it: 16 per recipe in `DIGEST_RECIPES`, at 4 sizes each.
 
     Args:
         device: torch device that makes the crops. Default: the CPU, with `replay`.
@@ -27,11 +27,11 @@ def probe_digest(device: str | None = None) -> str:
         from fkd_ssl.crops.device import replay_on
 
         make = functools.partial(replay_on, device)
-    data = resources.files("fkd_ssl.crops").joinpath("probe.jpg").read_bytes()
-    image = decode(data, Path("probe.jpg"))
+    data = resources.files("fkd_ssl.crops").joinpath("digest.jpg").read_bytes()
+    image = decode(data, Path("digest.jpg"))
     height, width = image.shape[:2]
     digest = hashlib.sha256(np.ascontiguousarray(image).tobytes())
-    for name in PROBED:
+    for name in DIGEST_RECIPES:
         records = draw(RECIPES[name], image_key(0, f"probe/{name}"), height, width, 0, 16)
         for pixels in (224, 98, 96, 64):
             digest.update(make(image, records, pixels).tobytes())
