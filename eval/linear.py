@@ -83,7 +83,7 @@ PROTOCOLS = {
 }
 
 
-def evaluate(*, protocol: str = "moco", **options: Any) -> dict[str, Any]:
+def evaluate(*, protocol: str, **options: Any) -> dict[str, Any]:
     """The result of `evaluate_together` for one protocol."""
     return evaluate_together([protocol], **options)[protocol]
 

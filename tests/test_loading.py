@@ -213,7 +213,7 @@ VERBS = {
     "knn": "knn --model net:net --pixels 224 --train train --leave_one_out --workers 2",
     "features": "features --model net:net --pixels 224 --images train --features kept --workers 2",
     "retrieve": "retrieve --model net:net --pixels 224 --gallery train --workers 2",
-    "linear": "linear --model net:net --pixels 224 --train train --val train --workers 2",
+    "linear": "linear --protocol moco --model net:net --pixels 224 --train train --val train --workers 2",
     "sweep": "linear --protocol sweep --model net:net --pixels 224 --train train --val train --workers 2",
     "mocov2": "pretrain --images train --out moco --batch_size 6 --epochs 2 --queue 6 --workers 2",
     "swav": "pretrain --method swav --images train --out swav --batch_size 6 --epochs 2 --workers 2",

@@ -1,10 +1,11 @@
 """Trains a linear probe on a model's features.
 
-Published protocols on random crops, with the backbone frozen in eval mode: moco (SGD, learning rate 30, 100 epochs), swav,
-simsiam (LARS, batch 4096) and simclr (lightly's). Several of them, such as moco,swav, share the forward passes over the crops,
-which take most of the time. Protocols on features extracted once, which take seconds: sweep (DINOv2's 13 learning rates at
-once) and logreg (L-BFGS). These two choose their settings on a held-out part of --train and also accept
-FEATURES.npy,LABELS.npy. To continue a killed run with --out after its last epoch, repeat the command.
+Two protocols use features that are extracted once: logreg (L-BFGS, the default) and sweep (DINOv2's 13 learning rates at once).
+They take seconds, choose their settings on a held-out part of --train, and accept FEATURES.npy,LABELS.npy. Four published
+protocols train on random crops, with the backbone frozen in eval mode: moco (SGD, learning rate 30, 100 epochs), swav, simsiam
+(LARS, batch 4096) and simclr (lightly's). Use them to compare with papers: their learning rates are for ImageNet. Several of
+them, such as moco,swav, share the forward passes over the crops, which take most of the time. If a run with --out was killed,
+repeat the command to continue after its last epoch.
 """
 
 from contextlib import ExitStack
@@ -34,8 +35,8 @@ class Config:
     """Labelled images to train the probe on: a folder, NAME:SPLIT:ROOT, or FEATURES.npy,LABELS.npy."""
     val: str
     """Labelled images to score the probe on, in the same forms as --train."""
-    protocol: str = "moco"
-    """moco, swav, simsiam, simclr, sweep or logreg; several with commas between them."""
+    protocol: str = "logreg"
+    """logreg, sweep, moco, swav, simsiam or simclr; several with commas between them."""
     pixels: int | None = None
     """Side of the crops; by default the size that the model was trained at."""
     checkpoint: str | None = None

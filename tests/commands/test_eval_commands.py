@@ -144,7 +144,7 @@ def test_a_run_is_a_model_and_so_is_its_checkpoint(work: Path, call: Any, train_
         (f"linear {TEACHER} {SETS} --protocol moco,", 2, "--protocol moco,: no protocol ''"),
         (f"linear {TEACHER} {SETS} --protocol swav,swav", 2, "--protocol swav,swav: has a protocol twice"),
         (f"linear {TEACHER} {SETS} --protocol sweep --lr 3", 2, "--lr needs --protocol moco, swav"),
-        (f"linear {TEACHER} {SETS} --features cache", 2, "--features needs --protocol sweep or logreg; moco trains on"),
+        (f"linear {TEACHER} {SETS} --protocol moco --features cache", 2, "--features needs --protocol sweep or logreg; moco trains on"),
         (f"linear {TEACHER} --protocol logreg --train one --val one", 2, "one: one class only, 'ash'; expected a folder"),
         (f"linear {TEACHER} --protocol moco --train one --val one", 2, "one: one class only, 'ash'; expected a folder"),
         (f"knn {TEACHER} --train one --val one", 2, "one: one class only, 'ash'; expected a folder for each of two or more"),
@@ -181,7 +181,7 @@ def test_a_run_is_a_model_and_so_is_its_checkpoint(work: Path, call: Any, train_
         ("knn --train x.npy,y.npy --val x.npy,other.npy", 2, "labels: label 8 is not one of the 3 classes in the training"),
         ("knn --train x.npy,y.npy --val x.npy,none.npy", 2, "none.npy: 9 of 9 have no class (label -1)"),
         ("knn --train words.npy,y.npy --val x.npy,y.npy", 2, "words.npy: holds <U1, expected numbers"),
-        ("linear --train x.npy,y.npy --val x.npy,y.npy", 2, "--protocol moco trains on random crops of images"),
+        ("linear --protocol moco --train x.npy,y.npy --val x.npy,y.npy", 2, "--protocol moco trains on random crops of images"),
     ],
 )
 def test_what_is_refused(work: Path, call: Any, line: str, status: int, said: str) -> None:
@@ -355,7 +355,7 @@ def swav():
         ("knn --train train --leave_one_out --k 3", {"n_train": 17}),
         ("knn --train train --val val --k 3 --features kept", {"n_train": 17, "n_val": 11}),
         ("linear --train train --val val --protocol sweep", {"n_train": 17, "n_val": 11}),
-        ("linear --train train --val val --epochs 2 --out probe", {"n_train": 17, "n_val": 11}),
+        ("linear --train train --val val --protocol moco --epochs 2 --out probe", {"n_train": 17, "n_val": 11}),
         ("retrieve --gallery train --queries val", {"n_gallery": 17, "n_queries": 11}),
         ("features --images train --features kept", {"images": 17}),
     ],
