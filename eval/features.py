@@ -183,7 +183,8 @@ def match_classes(train: ImageSource, val: ImageSource) -> Int64Array:
         if len(outside):
             raise RequestError(
                 f"{images.spec}: {len(outside)} of {len(images)} images are outside any class folder "
-                f"(first {images.names[outside[0]]!r}); a probe needs FOLDER/CLASS/IMAGE"
+                f"(first {images.names[outside[0]]!r}); scores need FOLDER/CLASS/IMAGE "
+                "(retrieve --query IMAGE does not)"
             )
     require_two_classes(train)
     known = {train.classes[i]: int(i) for i in np.unique(train.labels)}

@@ -1,6 +1,8 @@
 """Contact sheets as PNG: an image with its stored crops and their neighbours, or a query with the images found."""
 
 import io
+import struct
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,14 +11,17 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from fkd_ssl import files
 from fkd_ssl.arrays import UInt8Array
 from fkd_ssl.crops import Records
 from fkd_ssl.crops.operations import BLUR, FLIP, GREY, JITTER, OPERATIONS
+from fkd_ssl.errors import RequestError
 
 TILE, ACROSS = 168, 6
 """Side of a small picture in pixels, and the number of them in a row."""
 _LARGE = 448  # side of the picture at the top
 _GAP, _MARGIN, _LINE = 16, 24, 21
+_PNG_HEADER, _MAX_BYTES = 33, 2**28  # bytes of a PNG's signature and IHDR chunk; of a file that may be a sheet
 _INK, _QUIET, _PAPER, _HIT = "#16181a", "#5c666c", "#ffffff", "#00795a"
 # of boxes, which also have their number
 _COLOURS = ("#0072b2", "#d55e00", "#b0457f", "#8a6d00", "#5b4fc4", "#5f6b73")
@@ -181,3 +186,27 @@ def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
     import matplotlib
 
     return ImageFont.truetype(str(Path(matplotlib.get_data_path()) / "fonts/ttf" / f"{name}.ttf"), size)
+
+
+def check_replaceable(path: Path, option: str) -> None:
+    """Raises RequestError if `path` exists and is not an unchanged PNG of `write`; the message names `option`."""
+    if path.exists() or path.is_symlink():
+        found = files.read_user_file(path, _MAX_BYTES) if path.is_file() else b""
+        if found != _marked(found[:_PNG_HEADER] + found[_PNG_HEADER + len(_mark(b"")) :]):
+            raise RequestError(f"{path}: exists and is not an unchanged sheet of fkd-ssl; choose another {option}")
+
+
+def write(path: Path, png: bytes, option: str) -> None:
+    """Writes a sheet, with a chunk that tells it from other files; raises RequestError as `check_replaceable`."""
+    check_replaceable(path, option)
+    files.replace(path, _marked(png))
+
+
+def _marked(png: bytes) -> bytes:
+    return png[:_PNG_HEADER] + _mark(png) + png[_PNG_HEADER:]
+
+
+def _mark(png: bytes) -> bytes:
+    """A tEXt chunk with the sha256 of the rest of the file."""
+    body = b"tEXtfkd_ssl\0" + files.sha256(png).encode()
+    return struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))

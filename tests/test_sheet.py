@@ -9,6 +9,7 @@ from PIL import Image
 from fkd_ssl import sheet
 from fkd_ssl.crops import box_record
 from fkd_ssl.crops.operations import BLUR, FLIP, GREY, JITTER
+from fkd_ssl.errors import RequestError
 
 PLAIN = {
     name: np.full((8, 8, 3), colour, dtype=np.uint8)
@@ -93,3 +94,33 @@ def test_a_query_has_its_pictures_beside_it(found, rows):
     pixels = opened(sheet.draw_found(PLAIN["blue"], "query", "note", pictures))
     assert pixels.shape[:2] == (96 + rows * (168 + 16 + 6 + 3 * 21), 48 + 6 * 168 + 5 * 16)
     assert share(pixels, (250, 0, 0)) == pytest.approx(found * share(pixels, (0, 0, 250)), rel=0.01)
+
+
+PNG = sheet.draw_found(np.zeros((8, 8, 3), dtype=np.uint8), "title", "", [sheet.Picture(pixels=PLAIN["red"])])
+
+
+def test_a_sheet_replaces_a_sheet(tmp_path):
+    path = tmp_path / "sheet.png"
+    for _ in range(2):
+        sheet.write(path, PNG, "--out")
+    with Image.open(path) as picture, Image.open(io.BytesIO(PNG)) as bare:
+        picture.load()
+        assert len(picture.info["fkd_ssl"]) == 64
+        assert np.array_equal(picture, bare)
+
+
+@pytest.mark.parametrize("kind", ["foreign", "changed", "folder", "link", "empty"])
+def test_a_sheet_replaces_nothing_else(tmp_path, kind):
+    path = tmp_path / "sheet.png"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "link":
+        path.symlink_to("nowhere")
+    else:
+        sheet.write(path, PNG, "--out")
+        path.write_bytes({"foreign": PNG, "changed": path.read_bytes()[:-1], "empty": b""}[kind])
+    with pytest.raises(
+        RequestError, match=r"sheet\.png: exists and is not an unchanged sheet of fkd-ssl; choose another --out"
+    ):
+        sheet.write(path, PNG, "--out")
+    assert kind != "foreign" or path.read_bytes() == PNG

@@ -38,7 +38,7 @@ class Config:
     nearest: int = 10
     """Number of images that --query lists."""
     sheet: str = "nearest.png"
-    """PNG file for the contact sheet of --query."""
+    """PNG file for the contact sheet of --query. It replaces an earlier sheet, but no other file."""
     pixels: int | None = None
     """Side of the centre crop; by default the size that the model was trained at."""
     checkpoint: str | None = None
@@ -167,7 +167,7 @@ def _show_nearest(config: Config, query: str) -> int:
     """Lists the images nearest to `query` and draws them as a contact sheet."""
     from pathlib import Path
 
-    from fkd_ssl import files, sheet
+    from fkd_ssl import sheet
     from fkd_ssl.commands import console, sources
     from fkd_ssl.commands.images import images_of
     from fkd_ssl.eval import search
@@ -175,8 +175,7 @@ def _show_nearest(config: Config, query: str) -> int:
     from fkd_ssl.images import Folder, read_image
 
     out, path = Path(config.sheet), Path(query)
-    if out.exists():
-        raise RequestError(f"{out}: exists; choose another --sheet")
+    sheet.check_replaceable(out, "--sheet")
     try:
         picture = read_image(path)
     except (ImageAccessError, ImageError) as error:  # the user named this file
@@ -202,7 +201,7 @@ def _show_nearest(config: Config, query: str) -> int:
     if own in images.classes:
         title = f"query: {own} / {path.name}"
         note += f"; ✓ and a frame: the same class ({sum(item['class'] == own for item in near)} of {len(near)})"
-    files.replace(out, sheet.draw_found(picture, title, note, shown))
+    sheet.write(out, sheet.draw_found(picture, title, note, shown), "--sheet")
     if config.json:
         console.print_json({"kind": "retrieve", "query": query, "gallery": config.gallery, "sheet": str(out), "nearest": near})
     else:

@@ -31,7 +31,7 @@ class Config:
     image: str
     """Path of the image in that folder."""
     out: str = "sheet.png"
-    """The PNG to write; an existing file is not overwritten."""
+    """The PNG to write. It replaces an earlier sheet, but no other file."""
     teacher: str | None = None
     """Column to find neighbours with; needed only if the store has several."""
     crops: int | None = None
@@ -54,16 +54,14 @@ def run(config: Config) -> int:
     """Draws the sheet."""
     from pathlib import Path
 
-    from fkd_ssl import files
+    from fkd_ssl import sheet
     from fkd_ssl.commands import console
     from fkd_ssl.store import open_store
 
     out = Path(config.out)
-    if out.exists():
-        raise RequestError(f"{out}: exists; choose another --out")
+    sheet.check_replaceable(out, "--out")
     picture, title = sheet_of(config, open_store(config.store))
-    with files.publish(out) as file:
-        file.write(picture)
+    sheet.write(out, picture, "--out")
     console.print_result(f"{out}: {title}")
     return 0
 

@@ -29,7 +29,7 @@ COMPARE = (
 COMMANDS = {
     "train": f"{TRAIN} --epochs 2 --workers 0",
     "pretrain": "pretrain --images train --arch squeezenet1_1 --epochs 2 --batch_size 9 --pixels 32 --queue 9 --workers 0",
-    "linear": "linear --protocol moco --model own_teacher:make --train train --val val --pixels 32 --epochs 2 --batch_size 9 --workers 0",
+    "linear": "linear --protocol moco --model own_teacher:make --train train --val val --epochs 2 --batch_size 9 --workers 0",
     "cache": "cache --images train --short_side 16 --threads 1",
     "compare": f"{COMPARE} --epochs 2",
 }

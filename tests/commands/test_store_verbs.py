@@ -221,10 +221,11 @@ class TestShow:
         with Image.open("train/ash/0.png") as image, Image.open("sheet.png") as picture:
             large = round(448 * min(1, image.height / image.width))
             assert (picture.width, picture.height) == (1136, 88 + large + 24 + 4 * (168 + 16 + 6 + 3 * 21) + 8)
-        before = Path("sheet.png").read_bytes()
+        assert call(self.LINE).status == 0  # replaces its own sheet
+        Path("sheet.png").write_bytes(edited := Path("sheet.png").read_bytes() + b"edited")
         again = call(self.LINE)
-        assert (again.status, "sheet.png: exists" in again.err) == (2, True)
-        assert Path("sheet.png").read_bytes() == before
+        assert (again.status, "sheet.png: exists and is not an unchanged sheet" in again.err) == (2, True)
+        assert Path("sheet.png").read_bytes() == edited
 
     def test_a_name_in_another_unicode_form_is_found(self, work: Path, call: Any) -> None:
         """macOS stores names in NFD; the store lists them in NFC, and a shell may complete either."""

@@ -23,7 +23,16 @@ def digest(module: torch.nn.Module) -> str:
 
 def run(model, train, val, **options):
     return linear.evaluate(
-        **{"model": model, "train": train, "val": val, "pixels": 16, "workers": 0, "progress": False, **options}
+        **{
+            "protocol": "moco",
+            "model": model,
+            "train": train,
+            "val": val,
+            "pixels": 16,
+            "workers": 0,
+            "progress": False,
+            **options,
+        }
     )
 
 
