@@ -8,15 +8,20 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_MODULES = {"crops", "errors", "eval", "images", "objectives", "store", "students", "teachers", "training"}
+_MODULES = {"crops", "errors", "eval", "images", "objectives", "results", "store", "students", "teachers", "training"}
 _NAMES = {
     "open_store": "fkd_ssl.store",
     "replay": "fkd_ssl.crops",
     "StoredCrops": "fkd_ssl.data",
     "load_student": "fkd_ssl.students",
+    **dict.fromkeys(("knn", "linear", "retrieve", "train"), "fkd_ssl.api"),
 }
 
 if TYPE_CHECKING:
+    from fkd_ssl.api import knn as knn
+    from fkd_ssl.api import linear as linear
+    from fkd_ssl.api import retrieve as retrieve
+    from fkd_ssl.api import train as train
     from fkd_ssl.crops.replay import replay as replay
     from fkd_ssl.data import StoredCrops as StoredCrops
     from fkd_ssl.store import open_store as open_store

@@ -16,6 +16,7 @@ from types import FrameType, ModuleType
 from typing import Any
 
 from fkd_ssl import __version__, options, processes
+from fkd_ssl.commands import console
 from fkd_ssl.errors import FkdError, RequestError, did_you_mean
 from fkd_ssl.text import printable
 
@@ -60,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     verb = args[0]
     if parent := os.environ.pop(processes.PARENT, None):
         processes.end_with_parent(int(parent))
-    with _CtrlC(verb):
+    with _CtrlC(verb), console.printing():
         try:
             return _run(verb, args[1:])
         except BaseException as error:
@@ -186,9 +187,14 @@ def parse(verb: str, command: ModuleType, args: list[str]) -> Any:
         values = parser.parse_args(args).as_dict()
     except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
         raise RequestError(_explain(str(error), known)) from error
-    if not 0 <= values.get("seed", 0) < 2**63:
-        raise RequestError(f"--seed {values['seed']}: must lie in 0 to 2^63 - 1")
+    check_seed(values.get("seed", 0))
     return config(**{name: values[name] for name in fields})
+
+
+def check_seed(seed: int) -> None:
+    """Raises RequestError if a seed is too large for the generators of torch and numpy."""
+    if not 0 <= seed < 2**63:
+        raise RequestError(f"--seed {seed}: must lie in 0 to 2^63 - 1")
 
 
 def _yaml_in_sections(config: type) -> str:

@@ -2,9 +2,39 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 from fkd_ssl.errors import RequestError, did_you_mean
+
+OBJECT = "object:"
+"""Start of the names of Python objects."""
+
+
+class Named(str):
+    """The name of a Python object in a config, with the object. Copies, files and other processes get the name only.
+
+    Attributes:
+        value: The object; a list of names for several objects.
+        pixels: Side of the images that a network is used at, if it was given.
+    """
+
+    value: Any
+    pixels: int | None
+
+    def __new__(cls, name: str, value: Any, pixels: int | None = None) -> Self:
+        """Makes the name."""
+        named = super().__new__(cls, name)
+        named.value, named.pixels = value, pixels
+        return named
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return str, (str(self),)
+
+
+def names_of(config: type) -> list[str]:
+    """Returns the names of the options of a config dataclass, in the order of its groups."""
+    groups = groups_of(config)
+    return [name for names in groups.values() for name in names] or [field.name for field in dataclasses.fields(config)]
 
 
 def groups_of(config: type) -> dict[str, list[str]]:

@@ -1,14 +1,18 @@
 """Your own teachers: module:function."""
 
+import copy
 import inspect
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from fkd_ssl import checkpoints
 from fkd_ssl.errors import FkdError, RequestError
+from fkd_ssl.options import OBJECT, Named
 from fkd_ssl.own_code import call, load_function
 from fkd_ssl.targets import Precision
 from fkd_ssl.teachers import state_dicts
@@ -41,6 +45,70 @@ def load_own(name: str, checkpoint: str | Path | None, precision: Precision) -> 
             raise RequestError(f"teacher {name}: takes no checkpoint=, and --checkpoint was given")
         given, digest = {"checkpoint": str(checkpoint)}, checkpoints.digest(checkpoint)
     made = call(function, name, "teacher", **given)
+    file = None if checkpoint is None else Path(checkpoint).name
+    return as_teacher(made, name, name.partition(":")[2], precision=precision, checkpoint=file, digest=digest)
+
+
+def of_object(named: Named, precision: Precision = "fp32") -> Teacher:
+    """Makes a Teacher of a copy of an nn.Module, a Teacher or a function, so that the user's own is not changed.
+
+    A module is identified by its weights, a function by what it gives for noise.
+
+    Raises:
+        FkdError: It cannot be copied, is something else, or does not work.
+    """
+    if not callable(named.value):
+        raise RequestError(f"{named}: expected a torch.nn.Module or a function, got {type(named.value).__name__}")
+    try:
+        made = copy.deepcopy(named.value) if isinstance(named.value, nn.Module) else _Function(named.value)
+    except Exception as error:  # one's own code may raise anything
+        raise FkdError(f"{named}: cannot be copied: {type(error).__name__}: {error}") from error
+    teacher = as_teacher(made, str(named), named.removeprefix(OBJECT), precision=precision, pixels=named.pixels)
+    if isinstance(made, _Function):
+        side = teacher.info.pixels
+        noise = torch.randint(256, (2, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+        made.register_buffer("output", teacher.output(noise))
+        teacher.info = replace(teacher.info, checkpoint_sha256=_digest(made, str(named)))
+    return teacher
+
+
+class _Function(nn.Module):
+    """A function as a module, without weights that are known."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+        self.pixels, self.kind = getattr(function, "pixels", 224), getattr(function, "kind", "embedding")
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Calls the function."""
+        return self.function(images)
+
+
+def as_teacher(
+    made: Any,
+    name: str,
+    column: str,
+    *,
+    precision: Precision = "fp32",
+    pixels: int | None = None,
+    checkpoint: str | None = None,
+    digest: str | None = None,
+) -> Teacher:
+    """Makes a Teacher of the user's network.
+
+    Args:
+        made: A Teacher, or an nn.Module as for `load_own`.
+        name: The user's name of it, for messages.
+        column: Default name of its column.
+        precision: Precision of the forward pass.
+        pixels: Its native size; by default its attribute `pixels`, or 224.
+        checkpoint: Name of its file of weights.
+        digest: sha256 of that file; by default that of its weights.
+
+    Raises:
+        FkdError: It is something else, or does not work.
+    """
     if isinstance(made, Teacher):
         known = made.info.checkpoint_sha256 or digest or _digest(made, name)
         made.info = replace(
@@ -49,16 +117,16 @@ def load_own(name: str, checkpoint: str | Path | None, precision: Precision) -> 
         return made
     if not isinstance(made, nn.Module):
         raise FkdError(f"teacher {name}: returned a {type(made).__name__}, expected a torch.nn.Module or a Teacher")
-    pixels = getattr(made, "pixels", 224)
+    pixels = getattr(made, "pixels", 224) if pixels is None else pixels
     if not isinstance(pixels, int):
         raise FkdError(f"teacher {name}: its pixels are {pixels!r}, expected one whole number, the side of its input")
     teacher = wrap(
         made,
-        name=name.partition(":")[2],
+        name=column,
         network=type(made).__name__,
         pixels=pixels,
         source=name,
-        checkpoint=None if checkpoint is None else Path(checkpoint).name,
+        checkpoint=checkpoint,
         precision=precision,
         kind=getattr(made, "kind", "embedding"),
     )

@@ -38,7 +38,7 @@ def test_only_the_command_line_imports_commands() -> None:
     modules = [path for room in ("fkd_ssl", "eval", "teachers") for path in (root / room).rglob("*.py")]
     importing = [str(path.relative_to(root)) for path in modules if imports.search(path.read_text())]
     assert len(modules) > 100
-    assert [path for path in importing if not path.startswith("fkd_ssl/commands/")] == []
+    assert [path for path in importing if not path.startswith("fkd_ssl/commands/")] == ["fkd_ssl/cli.py"]
 
 
 def test_no_command_is_long() -> None:

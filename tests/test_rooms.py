@@ -19,7 +19,8 @@ LAYERS = """
     eval
     training pretraining
     comparison
-    commands cli __main__ __init__
+    results
+    commands cli api __main__ __init__
 """
 ORDER = LAYERS.split()
 

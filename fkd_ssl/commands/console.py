@@ -1,9 +1,13 @@
 """Output of the commands: results to standard output, everything else to standard error.
 
+Lines that are not results go to the logger `fkd_ssl`. The command line prints them; in a library call they appear only if the
+user configures logging.
+
 Names, licences and paths may come from an untrusted store or checkpoint, so all text passes through `printable`.
 """
 
 import json
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +16,8 @@ from typing import Any
 from fkd_ssl.errors import ImageError
 from fkd_ssl.text import printable
 
+_logger = logging.getLogger("fkd_ssl")
+_logger.addHandler(logging.NullHandler())  # without it, Python prints warnings of loggers that nobody configured
 _muted = False
 
 
@@ -22,9 +28,31 @@ def silence() -> None:
 
 
 def log(message: str) -> None:
-    """Prints a line for the user on standard error."""
+    """Logs a line for the user."""
     if not _muted:
-        print(printable(message, encoding=sys.stderr.encoding), file=sys.stderr, flush=True)  # noqa: T201
+        _logger.log(logging.WARNING if message.startswith("warning:") else logging.INFO, "%s", message)
+
+
+class _Printer(logging.Handler):
+    """Prints the lines on standard error."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(printable(record.getMessage(), encoding=sys.stderr.encoding), file=sys.stderr, flush=True)  # noqa: T201
+
+
+@contextmanager
+def printing() -> Iterator[None]:
+    """Prints the lines of `log` while the block runs."""
+    printer, level = _Printer(), _logger.level
+    _logger.addHandler(printer)
+    _logger.setLevel(logging.INFO)
+    _logger.propagate = False  # other libraries may print what reaches the root logger
+    try:
+        yield
+    finally:
+        _logger.removeHandler(printer)
+        _logger.propagate = True
+        _logger.setLevel(level)
 
 
 def print_result(text: str) -> None:

@@ -12,6 +12,7 @@ from fkd_ssl.errors import RequestError
 
 if TYPE_CHECKING:
     from fkd_ssl.eval.features import Split
+    from fkd_ssl.results import Score
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,9 +71,23 @@ class Config:
 
 
 def run(config: Config) -> int:
+    """Prints the score, after a table if there are several k or temperatures."""
+    from fkd_ssl.commands import console, results
+
+    score = work(config)
+    sweep = score.values["sweep"]
+    if len(sweep) > 1 and not config.json:
+        rows = [[f"{row['k']}", f"{float(row['temperature']):g}", f"{row['top1']:.2f}", f"{row['top5']:.2f}"] for row in sweep]
+        console.print_result(console.table([["k", "T", "top-1", "top-5"], *rows]))
+    results.show(score, json=config.json)
+    return 0
+
+
+def work(config: Config) -> "Score":
     """Scores the model."""
     from fkd_ssl.commands import results, sources
     from fkd_ssl.eval import knn
+    from fkd_ssl.results import Score
 
     ks, temperatures = numbers("--k", config.k, int), numbers("--temperature", config.temperature, float)
     if config.preset is not None:
@@ -81,19 +96,18 @@ def run(config: Config) -> int:
     knn.check_search(ks, temperatures)
     shots = None if config.shots is None else shots_of(config.shots)
     evaluation = sources.open_evaluation(config, config.train, config.val)
-    if results.show_finished(config, evaluation.inputs):
-        return 0
+    if found := results.finished(config, evaluation.inputs):
+        return Score.of(*found)
     split, about = sources.split_of(evaluation, config)
     with results.opened(config, evaluation.inputs):
-        _score(config, ks, temperatures, shots, split, about)
-    return 0
+        return _score(config, ks, temperatures, shots, split, about)
 
 
 def _score(
     config: Config, ks: list[int], temperatures: list[float], shots: float | None, split: "Split", about: dict[str, Any]
-) -> None:
-    """Classifies the images and shows the result."""
-    from fkd_ssl.commands import console, results, sources
+) -> "Score":
+    """Classifies the images."""
+    from fkd_ssl.commands import results, sources
     from fkd_ssl.eval import knn
 
     common: dict[str, Any] = {
@@ -118,12 +132,7 @@ def _score(
     pixels = (about["transform"] or {}).get("centre_crop")
     where = "" if pixels is None else f" at {pixels} px"
     title = f"{config.model or config.train}: kNN-{knn.K if knn.K in ks else ks[0]}{where}"
-    if len(result["sweep"]) > 1 and not config.json:
-        rows = [
-            [f"{row['k']}", f"{row['temperature']:g}", f"{row['top1']:.2f}", f"{row['top5']:.2f}"] for row in result["sweep"]
-        ]
-        console.print_result(console.table([["k", "T", "top-1", "top-5"], *rows]))
-    results.show("knn", title, replace(config, pixels=pixels), protocol, about, result)
+    return results.score("knn", title, replace(config, pixels=pixels), protocol, about, result)
 
 
 def numbers(option: str, value: float | str, kind: type[int] | type[float]) -> list[Any]:

@@ -8,6 +8,7 @@ them, such as moco,swav, share the forward passes over the crops, which take mos
 repeat the command to continue after its last epoch.
 """
 
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from fkd_ssl.errors import RequestError, did_you_mean
 
 if TYPE_CHECKING:
     from fkd_ssl.commands.sources import Evaluation
+    from fkd_ssl.results import Score
 
 ON_CROPS = ("moco", "swav", "simsiam", "simclr")
 ON_FEATURES = ("sweep", "logreg")
@@ -82,10 +84,26 @@ class Config:
 
 
 def run(config: Config) -> int:
-    """Scores the model."""
+    """Prints the score of each protocol as soon as it is known."""
+    from fkd_ssl.commands import results
+
+    for score in _scores(config):
+        results.show(score, json=config.json)
+    return 0
+
+
+def work(config: Config) -> "Score | dict[str, Score]":
+    """Scores the model; with several protocols, returns the scores by protocol."""
+    scores = list(_scores(config))
+    return scores[0] if len(scores) == 1 else {score.values["protocol"]: score for score in scores}
+
+
+def _scores(config: Config) -> Iterator["Score"]:
+    """Scores the model by each protocol: finished ones first, then those on crops, then those on features."""
     from fkd_ssl import runs
     from fkd_ssl.commands import results, sources
     from fkd_ssl.eval import linear
+    from fkd_ssl.results import Score
 
     on_crops = [name for name in config.protocols if name in ON_CROPS]
     if on_crops and any(map(sources.is_files, (config.train, config.val))):
@@ -103,10 +121,14 @@ def run(config: Config) -> int:
     for part in parts.values():
         if part.out is not None:
             runs.peek(part.out, part, evaluation.inputs)  # check all of them before starting the first
-    asked = {name: part for name, part in parts.items() if not results.show_finished(part, evaluation.inputs)}
-    _on_crops({name: asked[name] for name in on_crops if name in asked}, evaluation)
-    _on_features({name: part for name, part in asked.items() if name in ON_FEATURES}, evaluation)
-    return 0
+    asked = {}
+    for name, part in parts.items():
+        if found := results.finished(part, evaluation.inputs):
+            yield Score.of(*found)
+        else:
+            asked[name] = part
+    yield from _on_crops({name: asked[name] for name in on_crops if name in asked}, evaluation)
+    yield from _on_features({name: part for name, part in asked.items() if name in ON_FEATURES}, evaluation)
 
 
 def _part(config: Config, name: str) -> Config:
@@ -119,7 +141,7 @@ def _part(config: Config, name: str) -> Config:
     return replace(config, protocol=name, out=out, epochs=None, batch_size=None, lr=None)
 
 
-def _on_crops(parts: dict[str, Config], evaluation: "Evaluation") -> None:
+def _on_crops(parts: dict[str, Config], evaluation: "Evaluation") -> Iterator["Score"]:
     if not parts:
         return
     from fkd_ssl.commands import console, results, sources
@@ -152,10 +174,10 @@ def _on_crops(parts: dict[str, Config], evaluation: "Evaluation") -> None:
         about = {**sources.about_model(model, pixels), "data": data}
         for name, part in parts.items():
             unreadable = len(train) + len(val) - found[name]["n_train"] - found[name]["n_val"]
-            _show(part, pixels, {**about, "unreadable_images": unreadable}, found[name])
+            yield _score(part, pixels, {**about, "unreadable_images": unreadable}, found[name])
 
 
-def _on_features(parts: dict[str, Config], evaluation: "Evaluation") -> None:
+def _on_features(parts: dict[str, Config], evaluation: "Evaluation") -> Iterator["Score"]:
     if not parts:
         return
     from fkd_ssl.commands import results, sources
@@ -168,14 +190,14 @@ def _on_features(parts: dict[str, Config], evaluation: "Evaluation") -> None:
     for name, part in parts.items():
         with results.opened(part, evaluation.inputs):
             if name == "sweep":
-                _show(part, pixels, about, sweep.evaluate(**common, device=sources.search_device()))
+                yield _score(part, pixels, about, sweep.evaluate(**common, device=sources.search_device()))
             else:
-                _show(part, pixels, about, logreg.evaluate(**common))
+                yield _score(part, pixels, about, logreg.evaluate(**common))
 
 
-def _show(config: Config, pixels: int | None, about: dict[str, Any], result: dict[str, Any]) -> None:
+def _score(config: Config, pixels: int | None, about: dict[str, Any], result: dict[str, Any]) -> "Score":
     from fkd_ssl.commands import results
 
     where = "" if pixels is None else f" at {pixels} px"
     title = f"{config.model or config.train}: linear probe ({config.protocol}){where}"
-    results.show("linear", title, replace(config, pixels=pixels), config.protocol, about, result)
+    return results.score("linear", title, replace(config, pixels=pixels), config.protocol, about, result)

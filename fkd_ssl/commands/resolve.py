@@ -1,5 +1,6 @@
 """Turns names on the command line into networks."""
 
+import copy
 import os
 import re
 from collections import Counter
@@ -13,9 +14,11 @@ from torch import Tensor, nn
 from fkd_ssl.crops import IMPORTED, RECIPES, Recipe
 from fkd_ssl.errors import RequestError, did_you_mean
 from fkd_ssl.files import sha256
+from fkd_ssl.options import OBJECT, Named
 from fkd_ssl.students import CLASSIFIER, EXPORTED, MEAN, STD, Student, load_student
 from fkd_ssl.targets import Precision
 from fkd_ssl.teachers import Ensemble, Teacher, load_teacher
+from fkd_ssl.teachers.own import of_object
 from fkd_ssl.teachers.registry import LIBRARIES
 from fkd_ssl.teachers.state_dicts import tensors_digest, weights_digest
 from fkd_ssl.training.groups import checkpoints_of, split
@@ -23,6 +26,7 @@ from fkd_ssl.training.monitor import last_checkpoint
 
 RUN = "run"
 """Name of the teacher that is a student of `fkd-ssl train`, with its head."""
+_PIXELS = 224  # side of the crops of a student that was given as an object
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,6 +90,8 @@ def teacher_of(name: str, checkpoint: str | None, precision: Precision = "fp32")
     Raises:
         RequestError: `load_teacher` raises it, or the checkpoints of A+B are not given as F+G.
     """
+    if isinstance(name, Named):
+        return _object_teacher(name, checkpoint, precision).to(device())
     names = [part.strip() for part in name.split("+")]
     if len(names) == 1:
         return _one_teacher(name, checkpoint, precision).to(device())
@@ -132,10 +138,25 @@ def _one_teacher(name: str, checkpoint: str | None, precision: Precision) -> Tea
         run = path.resolve().with_suffix("")
     else:
         run = path.resolve().parents[1] if path.is_file() else path.resolve()  # RUN/checkpoints/last.ckpt
+    return _student_teacher(student, pixels, re.sub(r"[^A-Za-z0-9._-]", "-", run.name), path.name, precision)
+
+
+def _object_teacher(name: Named, checkpoint: str | None, precision: Precision) -> Teacher:
+    """The teacher that is a Python object."""
+    if checkpoint is not None:
+        raise RequestError(f"teacher {name}: has its weights; leave checkpoint out")
+    if isinstance(name.value, Student):
+        student = copy.deepcopy(name.value)
+        return _student_teacher(student, name.pixels or _PIXELS, name.removeprefix(OBJECT), None, precision)
+    return of_object(name, precision)
+
+
+def _student_teacher(student: Student, pixels: int, name: str, checkpoint: str | None, precision: Precision) -> Teacher:
+    """A student with its head as a teacher."""
     return Teacher(
         student.backbone,
         student.head,
-        name=re.sub(r"[^A-Za-z0-9._-]", "-", run.name),
+        name=name,
         shape=(student.dims[0],),
         feature_dim=student.feature_dim,
         network=", ".join(f"{key} {value}" for key, value in student.spec.items()),
@@ -143,7 +164,7 @@ def _one_teacher(name: str, checkpoint: str | None, precision: Precision) -> Tea
         mean=MEAN,
         std=STD,
         source="fkd-ssl train",
-        checkpoint=path.name,
+        checkpoint=checkpoint,
         checkpoint_sha256=weights_digest(student),
         precision=precision,
         kind="distribution" if student.spec.get("head") == CLASSIFIER else "embedding",
@@ -158,9 +179,13 @@ def model_of(spec: str, checkpoint: str | None = None) -> Model:
     Raises:
         RequestError: `spec` is none of these.
     """
+    if isinstance(spec, Named) and isinstance(spec.value, Student):
+        student = copy.deepcopy(spec.value).to(device()).eval()
+        return _model(spec, student, student.features, spec.pixels or _PIXELS, {"network": type(student.backbone).__name__})
     path = Path(spec)
-    if spec.startswith("teacher:") or (not path.exists() and (":" in spec or spec.partition("/")[0] in LIBRARIES)):
-        teacher = teacher_of(spec.removeprefix("teacher:"), checkpoint)
+    is_teacher = spec.startswith((OBJECT, "teacher:")) or spec.partition("/")[0] in LIBRARIES or ":" in spec
+    if is_teacher and (spec.startswith("teacher:") or not path.exists()):
+        teacher = teacher_of(spec if isinstance(spec, Named) else spec.removeprefix("teacher:"), checkpoint)
         info = teacher.info
         about = {
             "network": info.network,
@@ -184,6 +209,10 @@ def student_of(spec: str, option: str = "--model") -> tuple[Student, int]:
         RequestError: The file does not exist; the message names `option`.
         CheckpointError: The file is not a student.
     """
+    if isinstance(spec, Named):
+        if not isinstance(spec.value, Student):
+            raise RequestError(f"{option} {spec}: expected a student that fkd_ssl.train or load_student gave")
+        return spec.value, spec.pixels or _PIXELS
     path = Path(spec)
     if path.is_dir():
         path = last_checkpoint(path)

@@ -1,4 +1,4 @@
-"""Output of an evaluation: a line or a JSON object, and with --out a results.json with everything that affects the score."""
+"""The result of an evaluation, and with `out` its results.json with everything that affects the score."""
 
 import dataclasses
 import io
@@ -13,25 +13,24 @@ import numpy as np
 from fkd_ssl import files, runs
 from fkd_ssl.commands import console
 from fkd_ssl.errors import RequestError
+from fkd_ssl.results import Booleans, Result, Score
 
 CORRECT = "correct.npy"
 
 
-def show_finished(config: Any, inputs: runs.Inputs) -> bool:
-    """Shows the results of this evaluation if `config.out` already has them; returns whether it has.
+def finished(config: Any, inputs: runs.Inputs) -> tuple[dict[str, Any], Booleans, Path] | None:
+    """Reads the results of this evaluation from `config.out`: its values, which images were correct, and the folder.
+
+    Returns None if the folder has no results yet.
 
     Raises:
         RequestError: The folder has another evaluation, this evaluation with other inputs, or other files.
     """
     if config.out is None or runs.peek(config.out, config, inputs) != "done":
-        return False
-    found = runs.read_results(Path(config.out))
+        return None
     console.log(f"{config.out}: this evaluation is done")
-    if config.json:
-        console.print_json(found)
-    else:
-        console.print_result(found["line"])
-    return True
+    folder = Path(config.out)
+    return runs.read_results(folder), read_correct(folder), folder
 
 
 @contextmanager
@@ -39,7 +38,7 @@ def opened(config: Any, inputs: runs.Inputs) -> Iterator[None]:
     """Opens the run folder `config.out`, if given; call it after the request has been checked.
 
     Raises:
-        RequestError: `show_finished` raises it, or another process is using the folder.
+        RequestError: `finished` raises it, or another process is using the folder.
     """
     if config.out is None:
         yield
@@ -48,8 +47,8 @@ def opened(config: Any, inputs: runs.Inputs) -> Iterator[None]:
         yield
 
 
-def show(kind: str, title: str, config: Any, protocol: str, about: dict[str, Any], result: dict[str, Any]) -> None:
-    """Shows the result of an evaluation: a line, or with `--json` the full result with config and versions.
+def score(kind: str, title: str, config: Any, protocol: str, about: dict[str, Any], result: dict[str, Any]) -> Score:
+    """Makes the result of an evaluation, and with `out` also writes it.
 
     Args:
         kind: Name of the command.
@@ -71,27 +70,31 @@ def show(kind: str, title: str, config: Any, protocol: str, about: dict[str, Any
     said = {key: value for key, value in result.items() if key != "correct"}
     if "draws" not in result:
         said["interval95"] = [low, high]
-    finish({"kind": kind, "protocol": protocol, **about, **said}, line, config, correct)
+    return Score.of(*finish({"kind": kind, "protocol": protocol, **about, **said}, line, config, correct))
 
 
-def finish(value: dict[str, Any], line: str, config: Any, correct: Any = None) -> None:
-    """Shows `value` or `line`; with --out also writes results.json and correct.npy (which images were classified correctly)."""
+def finish(value: dict[str, Any], line: str, config: Any, correct: Booleans) -> tuple[dict[str, Any], Booleans, Path | None]:
+    """Completes the values of an evaluation; with `out`, also writes results.json and correct.npy. Returns as `finished`."""
     settings = dataclasses.asdict(config)
     whole = {"seed": settings.get("seed"), **value, "line": line, "config": settings}
     whole = json.loads(json.dumps(whole), parse_constant=str)  # JSON cannot represent an infinite temperature
-    if config.out is not None:
-        folder = Path(config.out)
-        if correct is not None:
-            buffer = io.BytesIO()
-            np.save(buffer, correct)
-            files.replace(folder / CORRECT, buffer.getvalue())
+    folder = None if config.out is None else Path(config.out)
+    if folder is not None:
+        buffer = io.BytesIO()
+        np.save(buffer, correct)
+        files.replace(folder / CORRECT, buffer.getvalue())
         runs.finish(folder, whole)
-    if config.json:
-        console.print_json({**whole, "versions": runs.versions()})
+    return {**whole, "versions": runs.versions()}, correct, folder
+
+
+def show(result: Result, *, json: bool) -> None:
+    """Prints a result: its line and notes, or all values as one JSON object."""
+    if json:
+        console.print_json(result.values)
         return
-    for note in value.get("notes", []):
+    for note in result.values.get("notes", []):
         console.log(f"note: {note}")
-    console.print_result(line)
+    console.print_result(result.line)
 
 
 def read_correct(folder: Path) -> Any:

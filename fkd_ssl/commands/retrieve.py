@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from fkd_ssl.eval.features import Split
+    from fkd_ssl.results import Nearest, Retrieval
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,22 +63,36 @@ class Config:
 
 
 def run(config: Config) -> int:
-    """Scores the search, or shows the images nearest to --query."""
-    from fkd_ssl.commands import results, sources
+    """Prints the scores of the search, or the images nearest to --query."""
+    from fkd_ssl.commands import console, results
+    from fkd_ssl.results import Nearest
 
-    if config.query is not None:
-        return _show_nearest(config, config.query)
-    evaluation = sources.open_evaluation(config, config.gallery, config.queries, ("gallery", "queries"))
-    if results.show_finished(config, evaluation.inputs):
-        return 0
-    split, about = sources.split_of(evaluation, config)
-    with results.opened(config, evaluation.inputs):
-        _search(config, split, about)
+    result = work(config)
+    if not config.json and "curve" in result.values:
+        console.print_result(curve_table(result.values["curve"]))
+    results.show(result, json=config.json)
+    if isinstance(result, Nearest) and not config.json:
+        console.log(f"contact sheet: {result.out}")
     return 0
 
 
-def _search(config: Config, split: "Split", about: dict[str, Any]) -> None:
-    """Searches the gallery and shows the result."""
+def work(config: Config) -> "Retrieval | Nearest":
+    """Scores the search, or finds the images nearest to `query`."""
+    from fkd_ssl.commands import results, sources
+    from fkd_ssl.results import Retrieval
+
+    if config.query is not None:
+        return _nearest(config, config.query)
+    evaluation = sources.open_evaluation(config, config.gallery, config.queries, ("gallery", "queries"))
+    if found := results.finished(config, evaluation.inputs):
+        return Retrieval.of(*found)
+    split, about = sources.split_of(evaluation, config)
+    with results.opened(config, evaluation.inputs):
+        return _search(config, split, about)
+
+
+def _search(config: Config, split: "Split", about: dict[str, Any]) -> "Retrieval":
+    """Searches the gallery."""
     from fkd_ssl.commands import sources
     from fkd_ssl.eval import indexes, retrieval
 
@@ -97,26 +112,24 @@ def _search(config: Config, split: "Split", about: dict[str, Any]) -> None:
     data = {{"train": "gallery", "val": "queries"}[name]: value for name, value in about["data"].items()}
     about = {**about, "data": data}
     pixels = (about["transform"] or {}).get("centre_crop")
-    _report(replace(config, pixels=pixels), about, result)
+    return _retrieval(replace(config, pixels=pixels), about, result)
 
 
-def _report(config: Config, about: dict[str, Any], result: dict[str, Any]) -> None:
+def _retrieval(config: Config, about: dict[str, Any], result: dict[str, Any]) -> "Retrieval":
     from pathlib import Path
 
-    from fkd_ssl.commands import console, results
+    from fkd_ssl.commands import results
+    from fkd_ssl.results import Retrieval
 
-    if "curve" in result:
-        if config.out is not None:
-            plot(result["curve"], Path(config.out) / "recall_speed.png")
-        if not config.json:
-            console.print_result(curve_table(result["curve"]))
+    if "curve" in result and config.out is not None:
+        plot(result["curve"], Path(config.out) / "recall_speed.png")
     where = "" if config.pixels is None else f" at {config.pixels} px"
     said = [f"recall@{k} {value:.2f} %" for k, value in result["recall"].items()]
     said += [f"precision@{k} {value:.2f} %" for k, value in result["precision"].items() if k != "1"]
     line = f"{config.model or config.gallery}: {config.index}{where}: {', '.join(said)}, mAP@R {result['map_at_r']:.2f} %"
     value = {key: part for key, part in result.items() if key != "correct"}
     value = {"kind": "retrieve", "protocol": config.index, **about, "top1": result["recall"]["1"], **value}
-    results.finish(value, line, config, result["correct"])
+    return Retrieval.of(*results.finish(value, line, config, result["correct"]))
 
 
 def curve_table(rows: list[dict[str, Any]]) -> str:
@@ -163,8 +176,8 @@ def plot(rows: list[dict[str, Any]], path: "Path") -> None:
     files.replace(path, buffer.getvalue())
 
 
-def _show_nearest(config: Config, query: str) -> int:
-    """Lists the images nearest to `query` and draws them as a contact sheet."""
+def _nearest(config: Config, query: str) -> "Nearest":
+    """Finds the images nearest to `query` and draws them as a contact sheet."""
     from pathlib import Path
 
     from fkd_ssl import sheet
@@ -173,6 +186,7 @@ def _show_nearest(config: Config, query: str) -> int:
     from fkd_ssl.eval import search
     from fkd_ssl.eval.features import extract
     from fkd_ssl.images import Folder, read_image
+    from fkd_ssl.results import Nearest
 
     out, path = Path(config.sheet), Path(query)
     sheet.check_replaceable(out, "--sheet")
@@ -202,10 +216,10 @@ def _show_nearest(config: Config, query: str) -> int:
         title = f"query: {own} / {path.name}"
         note += f"; ✓ and a frame: the same class ({sum(item['class'] == own for item in near)} of {len(near)})"
     sheet.write(out, sheet.draw_found(picture, title, note, shown), "--sheet")
-    if config.json:
-        console.print_json({"kind": "retrieve", "query": query, "gallery": config.gallery, "sheet": str(out), "nearest": near})
-    else:
-        rows_of_table = [[f"{item['cosine']:.3f}", item["class"], item["image"]] for item in near]
-        console.print_result(console.table([["cosine", "class", "image"], *rows_of_table]))
-        console.log(f"contact sheet: {out}")
-    return 0
+    rows_of_table = [[f"{item['cosine']:.3f}", item["class"], item["image"]] for item in near]
+    return Nearest(
+        line=console.table([["cosine", "class", "image"], *rows_of_table]),
+        values={"kind": "retrieve", "query": query, "gallery": config.gallery, "sheet": str(out), "nearest": near},
+        out=out,
+        nearest=near,
+    )

@@ -19,6 +19,8 @@ from fkd_ssl.eval import cache
 from fkd_ssl.eval.features import Split, extract_rows, match_classes
 from fkd_ssl.eval.scores import as_features, as_labels, compact, same_dimension
 from fkd_ssl.images import CONTENTS, ImageSource
+from fkd_ssl.options import Named
+from fkd_ssl.teachers.state_dicts import tensors_digest
 
 
 class Options(Protocol):
@@ -59,8 +61,8 @@ class Source:
 
 
 def is_files(spec: str) -> bool:
-    """Whether `spec` is FEATURES.npy,LABELS.npy."""
-    return spec.endswith(".npy")
+    """Whether `spec` is FEATURES.npy,LABELS.npy, or two arrays."""
+    return isinstance(spec.value, (list, tuple)) if isinstance(spec, Named) else spec.endswith(".npy")
 
 
 def read_pair(spec: str) -> Source:
@@ -70,10 +72,14 @@ def read_pair(spec: str) -> Source:
         RequestError: These are not two .npy files of numbers, or their lengths do not match.
         FkdError: A feature is not finite.
     """
-    names = spec.split(",")
-    if len(names) != 2:
-        raise RequestError(f"{spec}: expected two files, FEATURES.npy,LABELS.npy")
-    features, labels = (files.map_user_npy(Path(name)) for name in names)
+    if isinstance(spec, Named):
+        names = ["features", "labels"]
+        features, labels = _arrays(spec)
+    else:
+        names = spec.split(",")
+        if len(names) != 2:
+            raise RequestError(f"{spec}: expected two files, FEATURES.npy,LABELS.npy")
+        features, labels = (files.map_user_npy(Path(name)) for name in names)
     features = as_features(features, names[0])
     labels = as_labels(labels, len(features), names[1])
     about = {"source": spec, "images": len(features)}
@@ -203,8 +209,16 @@ def split_of(evaluation: Evaluation, config: Options) -> tuple[Split, dict[str, 
 
 
 def _files_digest(spec: str) -> str:
-    """The digests of FEATURES.npy,LABELS.npy."""
+    """The digests of FEATURES.npy,LABELS.npy, or of two arrays."""
+    if isinstance(spec, Named):
+        arrays = {name: torch.from_numpy(array) for name, array in zip(("features", "labels"), _arrays(spec), strict=True)}
+        return f"sha256 {tensors_digest(arrays)}"
     return ", ".join(f"sha256 {digest(name)}" for name in spec.split(","))
+
+
+def _arrays(spec: Named) -> list[Any]:
+    """Features and labels as arrays of numpy."""
+    return [one.detach().cpu().numpy() if isinstance(one, torch.Tensor) else np.asarray(one) for one in spec.value]
 
 
 def search_device() -> torch.device:

@@ -14,12 +14,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fkd_ssl.errors import ImageAccessError, ImageError, RequestError
+from fkd_ssl.options import Named
 from fkd_ssl.text import format_duration
 from fkd_ssl.training.config import TrainConfig as Config
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from fkd_ssl.commands.training_data import TrainingData
     from fkd_ssl.images import ImageSource
+    from fkd_ssl.results import Trained
     from fkd_ssl.students import Student
     from fkd_ssl.students.size import Size
 
@@ -27,7 +31,15 @@ MUCH_WAITING = 0.2  # share of the training time spent waiting for data, above w
 
 
 def run(config: Config) -> int:
-    """Trains a student and shows its results."""
+    """Prints the result of the training."""
+    from fkd_ssl.commands import console
+
+    console.print_result(work(config).line)
+    return 0
+
+
+def work(config: Config) -> "Trained":
+    """Trains a student."""
     from fkd_ssl import runs
     from fkd_ssl.commands import console, resolve, training_data
     from fkd_ssl.commands.images import images_of
@@ -45,7 +57,7 @@ def run(config: Config) -> int:
     inputs = None if rank else _inputs(config, images, data, init)
     state = runs.peek(config.out, config, inputs)
     if state == "done":
-        return _show_done(config)
+        return _done(config)
     data.check()
     student = _check(config, images, data, init, world)
     size = measure(student.backbone, config.pixels)
@@ -59,7 +71,7 @@ def run(config: Config) -> int:
             stack.callback(recording.close)
         folder, state = stack.enter_context(runs.open_run(config.out, config, inputs))
         if state == "done":  # another process finished it while this one was starting
-            return _show_done(config)
+            return _done(config)
         console.log(
             f"{'continuing' if state == 'resume' else 'training'} {config.student} on {len(crops):,} images, {config.targets} "
             f"targets, D = {' and '.join(map(str, student.dims))}; {config.epochs:g} epochs of one crop an image"
@@ -80,7 +92,7 @@ def run(config: Config) -> int:
         training_data.publish(config, data)
         if not rank:
             _finish(config, folder, results, student, size, data)
-    return 0
+    return _trained(config, {"config": dict(vars(config)), **results})
 
 
 def _join_processes(config: Config) -> tuple[int, int]:
@@ -136,6 +148,8 @@ def _inputs(config: Config, images: "ImageSource", data: "TrainingData", init: "
     from fkd_ssl.teachers.state_dicts import weights_digest
 
     inputs = images.identity(sizes=not config.store) | data.inputs
+    if isinstance(config.student, Named):
+        inputs["student"] = f"sha256 {weights_digest(config.student.value)}"
     if init is not None:
         inputs["init"] = f"sha256 {weights_digest(init)}"
     if config.val is not None:
@@ -164,17 +178,40 @@ def _check(config: Config, images: "ImageSource", data: "TrainingData", init: "S
     return student
 
 
-def _show_done(config: Config) -> int:
+def _done(config: Config) -> "Trained":
+    from fkd_ssl import runs
     from fkd_ssl.commands import console
 
     console.log(f"{config.out}: this run is done; its results are in results.json")
-    return 0
+    return _trained(config, runs.read_results(Path(config.out)))
+
+
+def _trained(config: Config, results: dict[str, Any]) -> "Trained":
+    """The result of a finished run."""
+    from fkd_ssl.results import Trained
+
+    knn = "" if results["knn_top1"] is None else f"; kNN {results['knn_top1']:.2f} %"
+    own = f"; top-1 {results['top1']:.2f} %, top-5 {results['top5']:.2f} %" if "top1" in results else ""
+    return Trained(
+        line=f"{config.out}: {results['steps']} steps in {format_duration(results['train_seconds'])}{own}{knn}",
+        values=results,
+        out=Path(config.out),
+        steps=results["steps"],
+        seconds=results["train_seconds"],
+        knn_top1=results["knn_top1"],
+        backbone=_backbone(config),
+    )
+
+
+def _backbone(config: Config) -> "nn.Module | None":
+    """The module that was given as student."""
+    return config.student.value if isinstance(config.student, Named) else None
 
 
 def _finish(
     config: Config, folder: Path, results: dict[str, Any], student: "Student", size: "Size", data: "TrainingData"
 ) -> None:
-    """Writes the model card and results.json, and shows the results."""
+    """Writes the model card and results.json."""
     from fkd_ssl import card, runs
     from fkd_ssl.commands import console, resolve, training_data
     from fkd_ssl.students import CLASSIFIER
@@ -195,9 +232,6 @@ def _finish(
         )
     if results["unreadable_images"]:
         console.log(f"warning: {results['unreadable_images']} images could not be read and were skipped")
-    knn = "" if results["knn_top1"] is None else f"; kNN {results['knn_top1']:.2f} %"
-    own = f"; top-1 {results['top1']:.2f} %, top-5 {results['top5']:.2f} %" if "top1" in results else ""
-    console.print_result(f"{config.out}: {results['steps']} steps in {format_duration(results['train_seconds'])}{own}{knn}")
 
 
 def _classified(config: Config, folder: Path) -> dict[str, float]:
@@ -205,9 +239,11 @@ def _classified(config: Config, folder: Path) -> dict[str, float]:
     from fkd_ssl.commands import console, resolve
     from fkd_ssl.commands.images import images_of
     from fkd_ssl.eval import classify
+    from fkd_ssl.students import load_student
+    from fkd_ssl.training.monitor import last_checkpoint
 
     assert config.val is not None
-    student = resolve.student_of(str(folder))[0].to(resolve.device())
+    student = load_student(last_checkpoint(folder), backbone=_backbone(config))[0].to(resolve.device())
     try:
         found = classify.evaluate(
             student,

@@ -1,5 +1,6 @@
 """Backbones by name: torchvision's classifiers, timm's networks, ReActNet."""
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fkd_ssl.errors import RequestError, did_you_mean
+from fkd_ssl.options import Named
 from fkd_ssl.students.reactnet import ReActNet
 
 REACTNETS = {"reactnet": True, "reactnet_step1": False}
@@ -22,7 +24,7 @@ def make_backbone(name: str, *, stem: str = "standard", width: float = 1.0) -> t
     """Makes an untrained network without its last layers, in train mode; returns it and its feature dimension F.
 
     Args:
-        name: A classifier of torchvision, timm/NAME, reactnet or reactnet_step1.
+        name: A classifier of torchvision, timm/NAME, reactnet or reactnet_step1, or the Named of a module.
         stem: `standard`, or `small` for images of 32 or 64 px: the first convolution is 3 x 3 with stride 1, without the
             max-pooling after it (SimCLR, arXiv 2002.05709, appendix B.9).
         width: Multiplier of the number of channels, for networks that support it.
@@ -32,6 +34,8 @@ def make_backbone(name: str, *, stem: str = "standard", width: float = 1.0) -> t
     """
     if stem not in ("standard", "small"):
         raise RequestError(f"stem {stem!r} is unknown; there are standard, small")
+    if isinstance(name, Named):
+        return _own(name, stem, width)
     if not 0 < width <= 4:
         raise RequestError(f"width {width}: must lie in 0 to 4")
     if width != 1 and name not in (*REACTNETS, *_WIDTHS):
@@ -44,14 +48,33 @@ def make_backbone(name: str, *, stem: str = "standard", width: float = 1.0) -> t
         network = _torchvision(name, {"width_mult": width} if width != 1 else {})
     if stem == "small":
         make_small(network, name)
+    return network, _feature_dim(network, name, _input_size(network))
+
+
+def _own(name: Named, stem: str, width: float) -> tuple[nn.Module, int]:
+    """A copy of the user's module, and its feature dimension."""
+    if stem != "standard" or width != 1:
+        raise RequestError(f"student {name}: a module of your own has its own stem and width; leave out stem and width")
+    if not isinstance(name.value, nn.Module):
+        raise RequestError(f"student {name}: expected a torch.nn.Module, got {type(name.value).__name__}")
+    network = copy.deepcopy(name.value)
+    side = name.pixels or getattr(network, "pixels", 224)
+    return network, _feature_dim(network, name, (side, side))
+
+
+def _feature_dim(network: nn.Module, name: str, size: tuple[int, int]) -> int:
+    """Measures F with an image of zeros; leaves the network in train mode."""
     network.eval()
     try:
         with torch.no_grad():
-            dim = network(torch.zeros(1, 3, *_input_size(network))).shape[1]
+            output = network(torch.zeros(1, 3, *size))
+            _, dim = output.shape
     except Exception as error:  # the network may raise anything, for instance if its input is not images
-        raise RequestError(f"student {name!r}: gives no features of images: {type(error).__name__}: {error}") from error
+        raise RequestError(
+            f"student {name!r}: gives no features [B, F] of images of {size[1]} x {size[0]} px: {type(error).__name__}: {error}"
+        ) from error
     network.train()
-    return network, int(dim)
+    return int(dim)
 
 
 def last_layer(name: str, classes: int, dim: int, backbone: Mapping[str, Tensor]) -> str | None:

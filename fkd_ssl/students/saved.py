@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fkd_ssl import checkpoints
 from fkd_ssl.errors import CheckpointError
+from fkd_ssl.options import OBJECT, Named
 from fkd_ssl.students.student import Student
 
 STUDENT_KEY = "fkd_ssl_student"
@@ -21,11 +22,16 @@ EXPORTED = ".safetensors"
 _MAX_PIXELS, _MAX_DIM = 4096, 2**20
 
 
-def load_student(path: str | Path) -> tuple[Student, int]:
+def load_student(path: str | Path, *, backbone: nn.Module | None = None) -> tuple[Student, int]:
     """Loads the student of a file, in eval mode; returns it and the side of the crops that it was trained on.
 
     If the training kept a moving average of the weights, the average is loaded. An exported file has a classifier's last layer
     but no projection head, so the head of its student is untrained.
+
+    Args:
+        path: The file.
+        backbone: A module of the student's network; needed only if a module was given as student to fkd_ssl.train. It is not
+            changed.
 
     Raises:
         CheckpointError: The file is not a checkpoint of fkd-ssl train nor a file of fkd-ssl export.
@@ -44,7 +50,12 @@ def load_student(path: str | Path) -> tuple[Student, int]:
         if not exported and (len(dims) > len(weights) or not heads >= set(dims)):  # before any memory is allocated
             raise ValueError(f"dim {reprlib.repr(dims)}, and no head gives as many")
         options = {key: about[key] for key in ("head", "stem", "width") if key in about}
-        student = Student(str(about["name"]), *dims, **options)
+        name = str(about["name"])
+        if backbone is not None:
+            name = Named(name, backbone, pixels)
+        elif name.startswith(OBJECT):
+            raise ValueError(f"its network is the Python object {name.removeprefix(OBJECT)}: give it as backbone=")
+        student = Student(name, *dims, **options)
         state = student.state_dict()
         if exported:
             weights = {**{key: value for key, value in state.items() if key.startswith("head.")}, **weights}

@@ -42,8 +42,9 @@ class Student(nn.Module):
 
     def __init__(self, name: str, *dims: int, head: str = "mocov2", stem: str = "standard", width: float = 1.0) -> None:
         super().__init__()
-        unusual = {"head": (head, "mocov2"), "stem": (stem, "standard"), "width": (width, 1.0)}
-        self.spec: dict[str, Any] = {"name": name, **{key: is_ for key, (is_, usual) in unusual.items() if is_ != usual}}
+        options = {"head": (head, "mocov2"), "stem": (stem, "standard"), "width": (width, 1.0)}
+        unusual = {key: is_ for key, (is_, usual) in options.items() if is_ != usual}
+        self.spec: dict[str, Any] = {"name": str(name), **unusual}
         self.backbone, self.feature_dim = make_backbone(name, stem=stem, width=width)
         self.head, *more = (make_head(head, self.feature_dim, dim) for dim in dims)
         self.more_heads = nn.ModuleList(more)

@@ -9,10 +9,13 @@ from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
 from fkd_ssl.errors import RequestError
+from fkd_ssl.options import Named
 
 
 def split(names: str | None) -> list[str]:
     """Splits A,B at commas and strips blanks; raises RequestError if a part is empty."""
+    if isinstance(names, Named):
+        return list(names.value) if isinstance(names.value, list) else [names]
     parts = [] if names is None else [part.strip() for part in names.split(",")]
     if "" in parts:
         raise RequestError(f"{names!r}: has an empty part; write A,B, without a comma at either end")

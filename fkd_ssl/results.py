@@ -1,0 +1,121 @@
+"""What the functions of `fkd_ssl` return. A result prints as the line that the command line shows."""
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from fkd_ssl.students import Student
+
+Booleans = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Result:
+    """The result of a function. It can be given to other functions in place of its folder or file."""
+
+    line: str
+    """The result in one line."""
+    values: dict[str, Any] = field(default_factory=dict)
+    """All figures with their options, inputs and versions, as in results.json."""
+    out: Path | None = None
+    """The folder or file that was written, if any."""
+
+    def __repr__(self) -> str:
+        notes = [f"note: {note}" for note in self.values.get("notes", [])]
+        return "\n".join([self.line, *notes, *([] if self.out is None else [f"written to {self.out}"])])
+
+    def __fspath__(self) -> str:
+        if self.out is None:
+            raise TypeError(f"a {type(self).__name__} without files: pass out= to the function that made it")
+        return os.fspath(self.out)
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Score(Result):
+    """Accuracy of a model's features."""
+
+    top1: float
+    """Accuracy in percent."""
+    top5: float
+    """Share of images whose class is among the first five, in percent."""
+    interval95: tuple[float, float] | None
+    """Wilson's 95 % interval of `top1`; None for a mean over draws."""
+    correct: Booleans
+    """Which images were classified correctly, bool [n]; compare two models with fkd_ssl.eval.paired_bootstrap."""
+
+    @classmethod
+    def of(cls, values: dict[str, Any], correct: Booleans, out: Path | None) -> Self:
+        """Makes the result of a results.json."""
+        low, high = values.get("interval95") or (0.0, 0.0)
+        return cls(
+            line=values["line"],
+            values=values,
+            out=out,
+            top1=values["top1"],
+            top5=values["top5"],
+            interval95=(low, high) if "interval95" in values else None,
+            correct=correct,
+        )
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Retrieval(Result):
+    """Accuracy of image retrieval with a model's features."""
+
+    recall: dict[int, float]
+    """Share of queries with an image of their class among the first k, in percent, by k."""
+    precision: dict[int, float]
+    """Share of images of the query's class among the first k, in percent, by k."""
+    map_at_r: float
+    """Mean average precision at R, in percent."""
+    correct: Booleans
+    """Whether the first image has the query's class, bool [n]."""
+
+    @classmethod
+    def of(cls, values: dict[str, Any], correct: Booleans, out: Path | None) -> Self:
+        """Makes the result of a results.json."""
+        by_k = {key: {int(k): share for k, share in values[key].items()} for key in ("recall", "precision")}
+        return cls(line=values["line"], values=values, out=out, **by_k, map_at_r=values["map_at_r"], correct=correct)
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Nearest(Result):
+    """The images nearest to one image; `out` is the contact sheet."""
+
+    nearest: list[dict[str, Any]]
+    """`image`, `class` and `cosine` of each, the nearest first."""
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Trained(Result):
+    """A trained student."""
+
+    steps: int
+    """Number of training steps."""
+    seconds: float
+    """Training time over all sessions."""
+    knn_top1: float | None
+    """kNN accuracy in percent on `val`, if it was given."""
+    backbone: "nn.Module | None" = None
+    """The module that was given as `student`, with its initial weights; None for a network that has a name."""
+
+    @property
+    def pixels(self) -> int:
+        """Side of the crops that the student was trained on."""
+        return int(self.values["config"]["pixels"])
+
+    @property
+    def student(self) -> "Student":
+        """The trained student in eval mode, read from the last checkpoint."""
+        from fkd_ssl.students import load_student
+        from fkd_ssl.training.monitor import last_checkpoint
+
+        assert self.out is not None
+        return load_student(last_checkpoint(self.out), backbone=self.backbone)[0]
