@@ -15,7 +15,7 @@ import secrets
 import shutil
 import stat
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -218,32 +218,44 @@ def annotate_oserror(path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def publish(path: Path) -> Iterator[BinaryIO]:
-    """Opens a file for writing that appears as `path`, complete and synced, if the block ends without an error.
-
-    An existing file is kept; StoreError is raised if its bytes differ. Several processes can publish the same bytes at once.
-    """
+def _written(path: Path, finish: Callable[[Path], object]) -> Iterator[BinaryIO]:
+    """Opens a temporary file beside `path`. If the block ends without an error, syncs it and calls `finish` with its path."""
     temporary = path.with_name(f"{TEMPORARY}{path.name}-{secrets.token_hex(6)}")
     try:
         with annotate_oserror(path), temporary.open("xb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        finish(temporary)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def publish(path: Path) -> Iterator[BinaryIO]:
+    """Opens a file for writing that appears as `path`, complete and synced, if the block ends without an error.
+
+    An existing file is kept; StoreError is raised if its bytes differ. Several processes can publish the same bytes at once.
+    """
+
+    def finish(temporary: Path) -> None:
         try:
             os.link(temporary, path)
-        except FileExistsError:
-            if sha256_file(path) != sha256_file(temporary):
-                raise StoreError(f"{path}: exists with other content; delete it or choose another place") from None
-        except OSError as error:  # a file system without hard links
-            if path.exists():
-                if sha256_file(path) != sha256_file(temporary):
-                    raise StoreError(f"{path}: exists with other content; delete it or choose another place") from error
-            else:
+        except OSError:  # it exists, or the file system has no hard links
+            if not path.exists():
                 temporary.rename(path)
+            elif sha256_file(path) != sha256_file(temporary):
+                raise StoreError(f"{path}: exists with other content; delete it or choose another place") from None
         sync_folder(path.parent)
-    finally:
-        with suppress(FileNotFoundError):
-            temporary.unlink()
+
+    with _written(path, finish) as file:
+        yield file
+
+
+def replace(path: Path, data: bytes | memoryview) -> None:
+    """Replaces a file in one step and syncs it, for files that only one process writes (progress, a report)."""
+    with _written(path, lambda temporary: temporary.replace(path)) as file:
+        file.write(data)
 
 
 def cache_folder(given: str | Path | None = None) -> Path:
@@ -253,20 +265,6 @@ def cache_folder(given: str | Path | None = None) -> Path:
         return Path(chosen).expanduser()
     home = os.environ.get("XDG_CACHE_HOME")
     return (Path(home) if home else Path.home() / ".cache") / "fkd_ssl"
-
-
-def replace(path: Path, data: bytes | memoryview) -> None:
-    """Replaces a file in one step and syncs it, for files that only one process writes (progress, a report)."""
-    temporary = path.with_name(f"{TEMPORARY}{path.name}-{secrets.token_hex(6)}")
-    try:
-        with annotate_oserror(path), temporary.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        with suppress(FileNotFoundError):
-            temporary.unlink()
 
 
 def remove_leftovers(folder: Path, *, seconds: float = 3600) -> None:
@@ -379,48 +377,33 @@ def map_user_npy(path: Path, *, kinds: str = "fiu") -> npt.NDArray[Any]:
     """Maps a user's .npy file of numbers into memory, read-only. It has one or two dimensions, in C or Fortran order.
 
     Args:
-        path: The file.
+        path: The file, or a link to it.
         kinds: NumPy's letters for the kinds of dtype that are accepted: floats and integers by default.
-
-    Links are followed, since the user gave the path.
 
     Raises:
         RequestError: The file is missing, is not a regular file, or is not a .npy file of numbers. Nothing is unpickled.
     """
-    with open_user_file(path) as file:
+    with open_user_file(path):
         try:
-            shape, fortran, dtype = _read_npy_header(file, path, ((1, 0), (2, 0)))
-        except StoreError as error:
-            raise RequestError(f"{path}: not a .npy file of numbers; save it with numpy.save") from error
-        if dtype.kind not in kinds:
-            raise RequestError(f"{path}: holds {_short(dtype)}, expected numbers")
-        if not all(type(n) is int and n >= 0 for n in shape):
-            raise RequestError(f"{path}: not a .npy file of numbers: its shape is {_short(list(shape))}")
-        if len(shape) > 2:
-            raise RequestError(f"{path}: has {len(shape)} dimensions, expected one or two")
-        offset, size = file.tell(), os.fstat(file.fileno()).st_size
-        if size < offset + math.prod(shape) * dtype.itemsize:
-            raise RequestError(f"{path}: {size} bytes, too short for {_short(dtype)} {_short(list(shape))}")
-        if not math.prod(shape):
-            return np.zeros(shape, dtype=dtype)
-        return np.memmap(file, dtype=dtype, mode="r", offset=offset, shape=shape, order="F" if fortran else "C")
+            with _HEADER_LOCK:
+                array: npt.NDArray[Any] = np.lib.format.open_memmap(path, mode="r", max_header_size=MAX_HEADER)
+        except Exception as error:  # NumPy's header reader raises many kinds of error on damaged text
+            raise RequestError(f"{path}: not a .npy file of numbers ({_short(error)}); save it with numpy.save") from error
+    if array.dtype.kind not in kinds or array.ndim > 2:
+        found = f"{_short(array.dtype)} {_short(list(array.shape))}"
+        raise RequestError(f"{path}: holds {found}, expected numbers in one or two dimensions")
+    return array
 
 
-def _read_npy_header(
-    file: BinaryIO, path: Path, versions: Sequence[tuple[int, int]] = ((1, 0),)
-) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
-    """Reads the header of an open .npy file: shape, whether in Fortran order, and dtype. `path` is used in messages.
-
-    Raises:
-        StoreError: The header is damaged, or has another version of the format.
-    """
-    read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+def _read_npy_header(file: BinaryIO, path: Path) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
+    """Reads the header of an open .npy file: shape, whether in Fortran order, and dtype. Raises StoreError if it is damaged."""
     try:
-        version = np.lib.format.read_magic(file)
-        if version not in versions:
-            raise ValueError(f"not version {' or '.join(f'{major}.{minor}' for major, minor in versions)} of the format")
+        if np.lib.format.read_magic(file) != (1, 0):
+            raise ValueError("not version 1.0 of the format")
         with _HEADER_LOCK:
-            found: tuple[tuple[int, ...], bool, np.dtype[Any]] = read[version](file, max_header_size=MAX_HEADER)
+            found: tuple[tuple[int, ...], bool, np.dtype[Any]] = np.lib.format.read_array_header_1_0(
+                file, max_header_size=MAX_HEADER
+            )
     except Exception as error:  # NumPy's header reader raises many kinds of error on damaged text
         raise StoreError(f"{path}: no .npy header ({_short(error)}); the file is damaged") from error
     return found
