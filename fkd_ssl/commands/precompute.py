@@ -28,7 +28,8 @@ class Config:
     """Options of precompute."""
 
     images: str
-    """Folder of images, NAME:SPLIT:ROOT (cifar10:train:/data), or module:function; class folders are not needed."""
+    """Images: a folder, tars (train-{0000..0146}.tar), Parquet files, a list of files, cifar10:train:ROOT, or module:function;
+    see docs/sources.md. Class folders are not needed."""
     store: str
     """Folder of the store. An existing store is continued, or gets another column."""
     teacher: str
@@ -238,10 +239,12 @@ def share_of(text: str) -> "Share":
 
 def _with_absolute_paths(config: Config) -> Config:
     """The config with absolute paths."""
+    from fkd_ssl.images import absolute
+
     files = [_absolute_checkpoint(teacher, file) for teacher, file in teachers_of(config)]
     return replace(
         config,
-        images=str(Path(config.images).absolute()) if Path(config.images).exists() else config.images,
+        images=absolute(config.images),
         store=str(Path(config.store).absolute()),
         checkpoint=None if config.checkpoint is None else ",".join(files),
         threads=config.threads or 1,

@@ -9,9 +9,12 @@ from fkd_ssl.images.decoding import (
     read_size,
 )
 from fkd_ssl.images.folder import SUFFIXES, Folder, scan
+from fkd_ssl.images.listed import Listed
 from fkd_ssl.images.names import Names
-from fkd_ssl.images.opening import SOURCES, open_images
+from fkd_ssl.images.opening import SOURCES, absolute, open_images
 from fkd_ssl.images.source import CONTENTS, ImageSource
+from fkd_ssl.images.tables import Table
+from fkd_ssl.images.tars import Tars
 
 __all__ = [
     "CONTENTS",
@@ -21,7 +24,11 @@ __all__ = [
     "SUFFIXES",
     "Folder",
     "ImageSource",
+    "Listed",
     "Names",
+    "Table",
+    "Tars",
+    "absolute",
     "decode",
     "open_images",
     "read_bytes",

@@ -11,6 +11,7 @@ from PIL import features
 from fkd_ssl.errors import RequestError
 from fkd_ssl.images.decoding import header_size, inaccessible, open_file, read_bytes
 from fkd_ssl.images.names import is_line, refuse
+from fkd_ssl.images.patterns import stamp_of
 from fkd_ssl.images.source import ImageSource
 
 # the same on all machines, since a store of the same folder must list the same images
@@ -20,6 +21,10 @@ SUFFIXES = frozenset(
 )
 _OPTIONAL = {".avif": "avif", ".webp": "webp", ".jp2": "jpg_2000", ".j2k": "jpg_2000"}  # Pillow may lack these formats
 _LISTED = 10  # maximum number of kinds of files in a message
+
+
+class NoImagesError(RequestError):
+    """A folder has no images."""
 
 
 class Folder(ImageSource):
@@ -67,11 +72,7 @@ class Folder(ImageSource):
 
     def stamp(self, index: int) -> tuple[str, float]:
         """Returns device, inode, size and times of the file of image `index`. Raises ImageAccessError if it is missing."""
-        try:
-            stat = os.stat(self.where(index))  # noqa: PTH116  (of a million files)
-        except OSError as error:
-            raise inaccessible(self.where(index), error) from error
-        return f"{stat.st_dev} {stat.st_ino} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}", stat.st_ctime
+        return stamp_of(self.where(index))
 
     def size(self, index: int) -> tuple[int, int, int]:
         """Returns bytes, width and height of image `index`. Reads only its header."""
@@ -108,7 +109,7 @@ def scan(root: str | Path) -> Folder:
     refuse(root, twice, "are the same in Unicode's NFC form as another one")
     if not found:
         others = f"; it holds {_kinds(left_out)}" if left_out else ""
-        raise RequestError(f"{root}: no images in this folder (looked for {', '.join(sorted(SUFFIXES))}){others}")
+        raise NoImagesError(f"{root}: no images in this folder (looked for {', '.join(sorted(SUFFIXES))}){others}")
     _check_formats(root, relative)
     return Folder(root, relative, left_out)
 

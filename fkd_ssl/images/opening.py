@@ -6,44 +6,104 @@ from pathlib import Path
 
 from fkd_ssl.errors import FkdError, RequestError, did_you_mean
 from fkd_ssl.images import named
-from fkd_ssl.images.folder import Folder, scan
+from fkd_ssl.images.folder import Folder, NoImagesError, scan
+from fkd_ssl.images.listed import Listed
 from fkd_ssl.images.names import is_line, refuse
+from fkd_ssl.images.patterns import matching_files
 from fkd_ssl.images.source import ImageSource
+from fkd_ssl.images.tables import Table, files_of
+from fkd_ssl.images.tars import Tars
 from fkd_ssl.own_code import call, load_function
 
 SOURCES: dict[str, Callable[[str], ImageSource]] = dict.fromkeys(named.SPLITS, named.load)
 """Functions that open KIND:REST, by KIND."""
+_LISTS = (".txt", ".tsv")
+_TARS = (".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst")  # of which `Tars` refuses compressed ones with advice
+_TABLES = (".parquet", ".arrow")
 
 
 def open_images(spec: str | Path | ImageSource) -> ImageSource:
-    """Opens a folder of images, a set KIND:REST with a KIND in `SOURCES`, or the source that the user's function returns.
+    """Opens a set of images.
 
-    A folder of that name takes precedence. The function is written as `module:function` and called without arguments. An
-    ImageSource is returned unchanged.
+    Args:
+        spec: One of
+
+            - a folder of images, of tars, of Parquet files, or that Hugging Face's `datasets` saved to disk,
+            - tars, Parquet or Arrow files: a path or a pattern such as `train-{0000..0146}.tar` or `data/train-*.parquet`; the
+              columns of a table can follow as `#image=COLUMN,label=COLUMN,name=COLUMN`,
+            - a text file (`.txt` or `.tsv`) with one path of an image a line, see `Listed`,
+            - KIND:REST with a KIND in `SOURCES`,
+            - `module:function`, the user's function that returns an ImageSource, called without arguments,
+            - an ImageSource, which is returned unchanged.
 
     Raises:
-        RequestError: The source does not exist, or has names that a store cannot keep.
+        RequestError: The source does not exist, is damaged, or has names that a store cannot keep.
+        ImageAccessError: A file cannot be read.
         FkdError: The function failed, or returned something else than an ImageSource.
     """
     if isinstance(spec, ImageSource):
         return spec
-    spec = str(spec)
-    kind, colon, rest = spec.partition(":")
-    if not colon or Path(spec).exists():
-        return scan(spec)
-    if kind in SOURCES:
-        source = SOURCES[kind](spec)
-    elif rest.isidentifier() and kind.replace(".", "").isidentifier():
-        source = call(load_function(spec, "images"), spec, "images")
-        if not isinstance(source, ImageSource):
-            raise FkdError(f"images {spec}: returned a {type(source).__name__}, expected a fkd_ssl.images.ImageSource")
-    else:
-        known = f"known: {', '.join(sorted(SOURCES))}"
-        near = did_you_mean(kind, SOURCES)
-        raise RequestError(f"{spec}: no such folder of images, and no kind of image set {kind!r} ({known}){near}")
+    source = _open(str(spec))
     if not isinstance(source, Folder):  # the names of a folder are already checked
         _check_names(source)
     return source
+
+
+def _open(spec: str) -> ImageSource:
+    path, (kind, colon, rest) = Path(spec), spec.partition(":")
+    if path.is_dir():
+        return _open_folder(path)
+    pattern, hash_, options = (spec, "", "") if path.exists() else spec.partition("#")
+    suffix = Path(pattern).suffix.lower()
+    if suffix in _LISTS:
+        return Listed(path)
+    if suffix in (*_TARS, *_TABLES) and (not colon or kind not in SOURCES):
+        files = matching_files(pattern)
+        if suffix in _TABLES:
+            return Table(spec, files, _columns(spec, options))
+        if hash_:
+            raise RequestError(f"{spec}: tars have no columns; leave out #{options}")
+        return Tars(spec, files)
+    if not colon or path.exists():
+        return scan(spec)
+    if kind in SOURCES:
+        return SOURCES[kind](spec)
+    if rest.isidentifier() and kind.replace(".", "").isidentifier():
+        source = call(load_function(spec, "images"), spec, "images")
+        if not isinstance(source, ImageSource):
+            raise FkdError(f"images {spec}: returned a {type(source).__name__}, expected a fkd_ssl.images.ImageSource")
+        return source
+    known = f"known: {', '.join(sorted(SOURCES))}"
+    raise RequestError(
+        f"{spec}: no such folder of images, and no kind of image set {kind!r} ({known}){did_you_mean(kind, SOURCES)}"
+    )
+
+
+def absolute(spec: str) -> str:
+    """Returns a spec of `open_images` with an absolute path, for a process with another working folder."""
+    is_path = Path(spec).exists() or Path(spec.partition("#")[0]).suffix.lower() in (*_LISTS, *_TARS, *_TABLES)
+    return str(Path(spec).absolute()) if is_path and spec.partition(":")[0] not in SOURCES else spec
+
+
+def _open_folder(folder: Path) -> ImageSource:
+    """Opens a folder of images; if it has none, its tables or tars."""
+    try:
+        return scan(folder)
+    except NoImagesError:
+        if tables := files_of(folder):
+            return Table(str(folder), tables)
+        if tars := sorted(folder.glob("*.tar")):
+            return Tars(str(folder), tars)
+        raise
+
+
+def _columns(spec: str, options: str) -> dict[str, str]:
+    """Parses `image=A,label=B` behind the # of a spec."""
+    pairs = [part.partition("=") for part in options.split(",")] if options else []
+    for key, _, column in pairs:
+        if not (key and column):
+            raise RequestError(f"{spec}: expected columns as #image=COLUMN,label=COLUMN, found {options!r}")
+    return {key.strip(): column for key, _, column in pairs}
 
 
 def _check_names(source: ImageSource) -> None:
@@ -51,5 +111,7 @@ def _check_names(source: ImageSource) -> None:
     names = list(source.names)
     refuse(source.spec, (name for name in names if not is_line(name)), "have control characters or line separators")
     refuse(source.spec, (n for n in names if n != unicodedata.normalize("NFC", n)), "are not in Unicode's NFC form")
+    wrong = (name for name in names if name.startswith("/") or not {"", ".", ".."}.isdisjoint(name.split("/")))
+    refuse(source.spec, wrong, "are absolute, or have an empty part or one that is '.' or '..'")
     if twice := len(names) - len(set(names)):
         raise RequestError(f"{source.spec}: {twice:,} names are those of several images; give each its own")

@@ -2,10 +2,13 @@
 
 import io
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -52,9 +55,42 @@ def sources(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SOURCES, "memory", memory)
 
 
-@pytest.mark.parametrize("kind", ["noise", "memory"])
+def as_tars(source: ImageSource, folder: Path) -> str:
+    for shard in range(2):
+        with tarfile.open(folder / f"{shard}.tar", "w") as tar:
+            for k in range(shard, len(source), 2):
+                member = tarfile.TarInfo(source.names[k])
+                member.size = source.byte_size(k)
+                tar.addfile(member, io.BytesIO(source.read(k)))
+    return f"{folder}/{{0..1}}.tar"
+
+
+def as_parquet(source: ImageSource, folder: Path) -> str:
+    images = [{"bytes": source.read(k), "path": source.names[k]} for k in range(len(source))]
+    pq.write_table(pa.table({"image": images}), folder / "all.parquet", row_group_size=4)
+    return f"{folder}/all.parquet"
+
+
+def as_list(source: ImageSource, folder: Path) -> str:
+    for k, name in enumerate(source.names):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(source.read(k))
+    (folder / "all.txt").write_text("\n".join(source.names))
+    return f"{folder}/all.txt"
+
+
+def spec_of(kind: str, seed: int, count: int) -> str:
+    """The spec of a source of this kind with the images of `noise:SEED:COUNT`, in files below KIND-SEED."""
+    if kind in SOURCES:
+        return f"{kind}:{seed}:{count}"
+    folder = Path(f"{kind}-{seed}")
+    folder.mkdir()
+    return {"tars": as_tars, "parquet": as_parquet, "list": as_list}[kind](Noise(f"noise:{seed}:{count}"), folder)
+
+
+@pytest.mark.parametrize("kind", ["noise", "memory", "tars", "parquet"])
 def test_it_works_in_every_verb(work: Path, call: Any, kind: str) -> None:
-    images, val = f"{kind}:0:6", f"{kind}:1:4"
+    images, val = spec_of(kind, 0, 6), spec_of(kind, 1, 4)
     assert call(f"{PRECOMPUTE} --images {images} --store own").status == 0
     store = open_store("own")
     assert (len(store), store.paths[7]) == (18, open_images(images).names[7])
@@ -75,20 +111,22 @@ def test_it_works_in_every_verb(work: Path, call: Any, kind: str) -> None:
     assert call(f"verify own --images {images} --teacher own_teacher:make --repair").status == 0
 
 
-def test_what_holds_the_images_does_not_matter(work: Path, call: Any) -> None:
+@pytest.mark.parametrize("kind", ["noise", "tars", "parquet", "list"])
+def test_what_holds_the_images_does_not_matter(work: Path, call: Any, kind: str) -> None:
     """The same images under the same names make the same store."""
     source = Noise("noise:0:6")
     for k, name in enumerate(source.names):
         Path("folder", name).parent.mkdir(parents=True, exist_ok=True)
         Path("folder", name).write_bytes(source.read(k))
-    for images, store in (("noise:0:6", "one"), ("folder", "other")):
-        assert call(f"{PRECOMPUTE} --images {images} --store {store}").status == 0
+    images = spec_of(kind, 0, 6)
+    for spec, store in ((images, "one"), ("folder", "other")):
+        assert call(f"{PRECOMPUTE} --images {spec} --store {store}").status == 0
     files = [sorted(path.relative_to(store) for path in Path(store).rglob("*") if path.is_file()) for store in ("one", "other")]
     assert files[0] == files[1]
     assert all(Path("one", name).read_bytes() == Path("other", name).read_bytes() for name in files[0])
     assert source.digest() == scan("folder").digest()
     assert call("verify one --images folder").status == 0
-    assert call("cache --images noise:0:6 --out small --short_side 20").status == 0
+    assert call(f"cache --images {images} --out small --short_side 20").status == 0
     assert scan("small").names == source.names
 
 

@@ -1,0 +1,93 @@
+"""Parts of image sources of several files: patterns such as `train-{0000..0146}.tar`, order of names, classes given as text."""
+
+import glob
+import itertools
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from fkd_ssl.arrays import Int64Array
+from fkd_ssl.errors import RequestError
+from fkd_ssl.images.decoding import inaccessible
+
+_BRACES = re.compile(r"\{([^{}]*)\}")
+_RANGE = re.compile(r"(\d+)\.\.(\d+)")
+_MAX_FILES = 10**6
+_MAX_NUMBER = 10**6  # largest class that is a number
+
+
+def matching_files(pattern: str) -> list[Path]:
+    """Returns the files that a pattern names, in order: `{0..9}` counts (with the zeros given), `{a,b}` lists, `*` matches.
+
+    Raises:
+        RequestError: A file is missing, or none matches.
+    """
+    if Path(pattern).exists():
+        return [Path(pattern)]
+    found: list[Path] = []
+    for name in _expand(pattern):
+        files = sorted(glob.glob(name)) if glob.has_magic(name) else [name]  # noqa: PTH207  (keeps the pattern's spelling)
+        if not files or not all(map(os.path.isfile, files)):
+            raise RequestError(f"{name}: no such file" if files else f"{name}: matches no file")
+        found += map(Path, files)
+    return found
+
+
+def _expand(pattern: str) -> list[str]:
+    """Replaces each pair of braces by its alternatives."""
+    alternatives: list[list[str]] = []
+    count = 1
+    for k, part in enumerate(_BRACES.split(pattern)):
+        values = [part]
+        if k % 2:
+            if span := _RANGE.fullmatch(part):
+                first, last = int(span[1]), int(span[2])
+                if last - first >= _MAX_FILES:
+                    raise RequestError(f"{pattern}: names more than {_MAX_FILES:,} files")
+                values = [f"{n:0{len(span[1])}d}" for n in range(first, last + 1)]
+            else:
+                values = part.split(",")
+        count *= len(values)
+        if not 0 < count <= _MAX_FILES:
+            raise RequestError(f"{pattern}: names {'no files' if not count else f'more than {_MAX_FILES:,} files'}")
+        alternatives.append(values)
+    return ["".join(parts) for parts in itertools.product(*alternatives)]
+
+
+def stamp_of(path: str | Path) -> tuple[str, float]:
+    """Returns device, inode, size and times of a file, and the time of its last change. Raises ImageAccessError."""
+    try:
+        stat = os.stat(path)  # noqa: PTH116  (of a million files)
+    except OSError as error:
+        raise inaccessible(path, error) from error
+    return f"{stat.st_dev} {stat.st_ino} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}", stat.st_ctime
+
+
+def order_of(names: Sequence[str]) -> tuple[Int64Array, list[int]]:
+    """Returns the order that sorts the names [N], and the indices of those that occurred before."""
+    order = sorted(range(len(names)), key=names.__getitem__)
+    return np.array(order, dtype=np.int64), [b for a, b in itertools.pairwise(order) if names[a] == names[b]]
+
+
+def class_of_path(name: str) -> str:
+    """Returns the first folder of an image's name, which is its class; empty if it is in no folder."""
+    folder, slash, _ = name.partition("/")
+    return folder if slash else ""
+
+
+def classes_of(texts: Sequence[str], names: list[str] | None = None) -> tuple[Int64Array, list[str]]:
+    """Returns the label of each image [N] and the classes, from the name or number of each image's class.
+
+    An empty text gives the label -1. If all classes are numbers, the labels are these numbers, so that class k stays class k
+    if images of a lower class are missing. Otherwise the labels count the names in alphabetical order, or in that of `names`.
+    """
+    known = list(dict.fromkeys(names)) if names else sorted({text for text in texts if text})
+    if not names and known and all(text.isascii() and text.isdecimal() and text == str(int(text)) for text in known):
+        highest = max(map(int, known))
+        if highest <= _MAX_NUMBER:
+            known = [str(number) for number in range(highest + 1)]
+    index = {name: k for k, name in enumerate(known)}
+    return np.array([index.get(text, -1) for text in texts], dtype=np.int64), known

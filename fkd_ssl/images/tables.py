@@ -1,0 +1,294 @@
+"""Images in Parquet files, and in data sets that Hugging Face's `datasets` saved to disk. Needs pyarrow."""
+
+import json
+import os
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from unicodedata import normalize
+
+import numpy as np
+
+from fkd_ssl.arrays import Int64Array
+from fkd_ssl.errors import ImageAccessError, ImageError, RequestError, did_you_mean
+from fkd_ssl.images.names import is_line, refuse
+from fkd_ssl.images.patterns import class_of_path, classes_of, order_of, stamp_of
+from fkd_ssl.images.source import ImageSource
+
+OPTIONS = ("image", "label", "name")
+"""Columns that can be chosen in a spec."""
+_LABELS = ("label", "labels", "cls", "class")  # columns that hold the class, in order of precedence
+_KEPT_BYTES = 2**28  # row groups that a process keeps in memory
+_NUMBERED = re.compile(r"-?\d{5}-of-\d{5}$")  # how Hugging Face numbers the files of a split
+
+
+class Table(ImageSource):
+    """Images in Parquet or Arrow files, in the order of their names.
+
+    The image column holds encoded images: binary, or `struct<bytes: binary, path: string>` as Hugging Face writes them. The
+    name of an image is its value in the column `name`, by default its `path`; if that is null, it is `FILE/ROW`. Its class is
+    its value in the label column: a class of a Hugging Face ClassLabel, a number, or text. Without a label column, the first
+    folder of the name is the class.
+
+    A Parquet file is read by row group, and an Arrow file by row. In a random order, each image of a Parquet file therefore
+    costs the reading of a row group.
+
+    Args:
+        spec: As in ImageSource.
+        paths: The files (`.parquet` or `.arrow`), all with the same columns.
+        columns: Names of the columns `image`, `label` and `name`, where they differ from the defaults.
+
+    Raises:
+        RequestError: pyarrow is missing, a file is damaged, a column is missing or ambiguous, or two images have one name.
+    """
+
+    def __init__(self, spec: str, paths: Sequence[Path], columns: dict[str, str] | None = None) -> None:
+        columns = columns or {}
+        for key in sorted(columns.keys() - set(OPTIONS)):
+            raise RequestError(
+                f"{spec}: unknown column option {key!r}{did_you_mean(key, OPTIONS)}; known: {', '.join(OPTIONS)}"
+            )
+        try:
+            import pyarrow
+        except ImportError as error:
+            raise RequestError(f"{spec}: install pyarrow to read it (pip install pyarrow)") from error
+        self.paths = list(paths)
+        self._groups: OrderedDict[tuple[int, int], Any] = OrderedDict()
+        self._readers: dict[int, _Reader] = {}
+        self._process, self._lock = os.getpid(), threading.Lock()
+        self._image = ""  # the column of images
+        parts = []
+        for k, path in enumerate(self.paths):
+            try:
+                parts.append(self._list(k, columns))
+            except (pyarrow.ArrowException, OSError) as error:
+                raise RequestError(f"{path}: not a readable table ({_first_line(error)}); restore the file") from error
+        names = [name for part in parts for name in part[0]]
+        texts = [text for part in parts for text in part[1]]
+        if not names:
+            raise RequestError(f"{spec}: has no rows")
+        refuse(spec, (name for name in names if not is_line(name)), "have control characters or line separators")
+        order, repeated = order_of(names)
+        refuse(
+            spec, {names[k] for k in repeated}, "are those of several rows; choose another column of names with #name=COLUMN"
+        )
+        if not any(texts):
+            texts = [class_of_path(name) for name in names]
+        super().__init__(spec, (names[k] for k in order), *classes_of([texts[k] for k in order], parts[0][2]))
+        self._at = np.concatenate([part[3] for part in parts])[order]
+        self._stamps = [stamp_of(path) for path in self.paths]
+
+    def read(self, index: int) -> bytes:
+        """Returns the bytes of an image.
+
+        Raises:
+            ImageAccessError: The file cannot be read or has changed.
+            ImageError: The row has no image.
+        """
+        file, group, row = self._at[index].tolist()
+        path = self.paths[file]
+        if stamp_of(path) != self._stamps[file]:
+            raise ImageAccessError(f"{path}: the file changed while it was in use; run the command again")
+        value = self._group(file, group)[row].as_py()
+        if isinstance(value, dict):
+            value = value["bytes"]
+        if value is None:
+            raise ImageError(f"{self.where(index)}: the row has no image bytes (only a path, which is not opened)")
+        return bytes(value)
+
+    def stamp(self, index: int) -> tuple[str, float]:
+        """Returns the stamp of the file, and the position in it."""
+        file, group, row = self._at[index].tolist()
+        stamp, changed = self._stamps[file]
+        return f"{stamp} {group} {row}", changed
+
+    def group(self, index: int) -> int:
+        """Returns a number of the image's row group."""
+        file, group, _ = self._at[index].tolist()
+        return int(file << 32 | group)
+
+    def where(self, index: int) -> str:
+        """Returns the file and the image's name."""
+        return f"{self.paths[self._at[index, 0]]}: {self.names[index]}"
+
+    def _reader(self, file: int) -> "_Reader":
+        """Opens a file; again in a forked process, since pyarrow's files cannot be shared. The caller holds the lock."""
+        if self._process != os.getpid():
+            self._process = os.getpid()
+            self._readers.clear()
+            self._groups.clear()
+        if file not in self._readers:
+            self._readers[file] = (_Arrow if self.paths[file].suffix == ".arrow" else _Parquet)(self.paths[file])
+        return self._readers[file]
+
+    def _list(self, file: int, columns: dict[str, str]) -> "tuple[list[str], list[str], list[str] | None, Int64Array]":
+        """Lists a file: names and classes of its images, the names of all classes if it has them, and positions [n, 2 + 1]."""
+        reader, path = self._reader(file), self.paths[file]
+        image = _choose_image(reader.schema, columns.get("image"), path)
+        if self._image not in ("", image):
+            raise RequestError(f"{path}: its image column is {image!r}, and {self._image!r} in {self.paths[0]}")
+        self._image = image
+        label = _choose_label(reader.schema, columns.get("label"), path)
+        if "name" in columns:
+            names = reader.values(_existing(reader.schema, columns["name"], path))
+        else:
+            names = reader.values(image, "path") if _is_nested(reader.schema, image) else [None] * sum(reader.sizes)
+        classes = None if label is None else _class_names(reader.schema, label)
+        texts = [""] * len(names) if label is None else [_text(value, classes, path) for value in reader.values(label)]
+        at = [(file, group, row) for group, size in enumerate(reader.sizes) for row in range(size)]
+        spelled = [f"{path.stem}/{row:08d}" if name is None else normalize("NFC", str(name)) for row, name in enumerate(names)]
+        return spelled, texts, classes, np.array(at, dtype=np.int64).reshape(-1, 3)
+
+    def _group(self, file: int, group: int) -> Any:
+        """Returns the image column of a row group."""
+        with self._lock:
+            reader = self._reader(file)
+            if (file, group) not in self._groups:
+                self._groups[file, group] = reader.group(group, self._image)
+            self._groups.move_to_end((file, group))
+            while len(self._groups) > 1 and sum(array.nbytes for array in self._groups.values()) > _KEPT_BYTES:
+                self._groups.popitem(last=False)
+            return self._groups[file, group]
+
+
+class _Parquet:
+    """A Parquet file: `sizes` has the number of rows of each row group."""
+
+    def __init__(self, path: Path) -> None:
+        import pyarrow.parquet
+
+        self._file = pyarrow.parquet.ParquetFile(path, memory_map=True)
+        self.schema = self._file.schema_arrow
+        self.sizes = [self._file.metadata.row_group(k).num_rows for k in range(self._file.metadata.num_row_groups)]
+
+    def values(self, column: str, field: str | None = None) -> list[Any]:
+        """Returns a column, or a field of a column of structs, as Python values."""
+        array = self._file.read(columns=[f"{column}.{field}" if field else column], use_threads=False).column(0)
+        return _values(array, field)
+
+    def group(self, group: int, column: str) -> Any:
+        """Returns a column of a row group."""
+        return self._file.read_row_group(group, columns=[column], use_threads=False).column(0)
+
+
+class _Arrow:
+    """An Arrow file, mapped into memory: `sizes` has the number of rows of each record batch."""
+
+    def __init__(self, path: Path) -> None:
+        import pyarrow.ipc
+
+        source = pyarrow.memory_map(str(path))
+        try:
+            table = pyarrow.ipc.open_stream(source).read_all()
+        except pyarrow.ArrowInvalid:
+            source.seek(0)
+            table = pyarrow.ipc.open_file(source).read_all()
+        self._table, self._batches, self.schema = table, table.to_batches(), table.schema
+        self.sizes = [batch.num_rows for batch in self._batches]
+
+    def values(self, column: str, field: str | None = None) -> list[Any]:
+        """Returns a column, or a field of a column of structs, as Python values."""
+        return _values(self._table.column(column), field)
+
+    def group(self, group: int, column: str) -> Any:
+        """Returns a column of a record batch."""
+        return self._batches[group].column(column)
+
+
+_Reader = _Parquet | _Arrow
+
+
+def _values(array: Any, field: str | None) -> list[Any]:
+    import pyarrow.compute
+
+    values: list[Any] = (pyarrow.compute.struct_field(array, field) if field else array).to_pylist()
+    return values
+
+
+def _choose_image(schema: Any, chosen: str | None, path: Path) -> str:
+    """Returns the name of the column of encoded images."""
+    import pyarrow.types as kinds
+
+    binary = [f.name for f in schema if kinds.is_binary(f.type) or kinds.is_large_binary(f.type) or _has_bytes(f.type)]
+    if chosen is not None:
+        if _existing(schema, chosen, path) not in binary:
+            raise RequestError(f"{path}: column {chosen!r} is {schema.field(chosen).type}; expected encoded images as binary")
+        return chosen
+    if len(binary) != 1:
+        found = f"several columns can hold images ({', '.join(binary)})" if binary else f"no column has images ({schema.names})"
+        raise RequestError(f"{path}: {found}; choose one with #image=COLUMN")
+    return str(binary[0])
+
+
+def _choose_label(schema: Any, chosen: str | None, path: Path) -> str | None:
+    """Returns the name of the column of classes; None if there is none."""
+    if chosen is not None:
+        return _existing(schema, chosen, path)
+    return next((name for name in _LABELS if name in schema.names), None)
+
+
+def _existing(schema: Any, column: str, path: Path) -> str:
+    if column not in schema.names:
+        raise RequestError(
+            f"{path}: no column {column!r}{did_you_mean(column, schema.names)}; it has {', '.join(schema.names)}"
+        )
+    return column
+
+
+def _has_bytes(kind: Any) -> bool:
+    import pyarrow.types as kinds
+
+    return bool(kinds.is_struct(kind)) and any(kind.field(k).name == "bytes" for k in range(kind.num_fields))
+
+
+def _is_nested(schema: Any, image: str) -> bool:
+    """Whether the image column is a struct with a path."""
+    kind = schema.field(image).type
+    return _has_bytes(kind) and any(kind.field(k).name == "path" for k in range(kind.num_fields))
+
+
+def _class_names(schema: Any, label: str) -> list[str] | None:
+    """Returns the names of a Hugging Face ClassLabel column; None if the schema has none."""
+    try:
+        about = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        names = about["info"]["features"][label]["names"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
+
+
+def _text(value: Any, classes: list[str] | None, path: Path) -> str:
+    """Returns the name or number of a class; empty for null and for negative numbers."""
+    if value is None or (isinstance(value, int) and value < 0):
+        return ""
+    if classes is None or not isinstance(value, int):
+        return str(value)
+    if value >= len(classes):
+        raise RequestError(f"{path}: class {value} of {len(classes)} named classes")
+    return classes[value]
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def files_of(folder: Path) -> list[Path]:
+    """Returns the Parquet or Arrow files of a data set's folder, as it lies on disk after a download or `save_to_disk`.
+
+    Raises:
+        RequestError: The folder holds several splits; the message names them.
+    """
+    if (folder / "dataset_dict.json").exists():
+        splits = sorted(path.parent.name for path in folder.glob("*/state.json"))
+        raise RequestError(
+            f"{folder}: holds the splits {', '.join(splits)}; give one, such as {folder}/{(splits or ['train'])[0]}"
+        )
+    found = sorted(folder.glob("data-*.arrow")) if (folder / "state.json").exists() else []
+    found = found or sorted(folder.glob("*.parquet")) or sorted(folder.glob("data/*.parquet"))
+    splits = sorted({_NUMBERED.sub("", path.stem) for path in found})
+    if len(splits) > 1:
+        raise RequestError(f"{folder}: holds files of several splits; give one, such as {found[0].parent}/{splits[0]}*.parquet")
+    return found

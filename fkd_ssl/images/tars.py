@@ -1,0 +1,214 @@
+"""Images in tar files in webdataset's layout, read by their positions."""
+
+import io
+import json
+import os
+import tarfile
+import time
+import unicodedata
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from fkd_ssl import files
+from fkd_ssl.arrays import Int64Array
+from fkd_ssl.errors import ImageAccessError, RequestError
+from fkd_ssl.images.decoding import inaccessible, open_file
+from fkd_ssl.images.folder import SUFFIXES
+from fkd_ssl.images.names import Names, refuse
+from fkd_ssl.images.patterns import class_of_path, classes_of, order_of, stamp_of
+from fkd_ssl.images.source import ImageSource
+from fkd_ssl.progress import hidden
+
+_LABELS = ("cls", "json", "txt")  # the members that may hold an image's class, in order of precedence
+_KEYS = ("label", "cls", "class")  # the keys of a .json member that may hold it
+_MAX_LABEL = 200  # bytes; longer text is a caption, not a class
+_MAX_JSON = 2**20
+_SETTLED = 10  # seconds; the index of a file that changed more recently is not kept
+
+
+@dataclass(frozen=True, kw_only=True)
+class TarIndex:
+    """The images of a tar file, in the order of the file."""
+
+    names: Names
+    """Paths of the members."""
+    spans: Int64Array
+    """Offset and size in bytes of each image [n, 2]."""
+    labels: Names
+    """Name or number of each image's class; empty if the file does not state it."""
+
+
+class Tars(ImageSource):
+    """Images in uncompressed tar files, in the order of their names.
+
+    Members `KEY.jpg` are images, for all suffixes of a folder of images. A member `KEY.cls`, `KEY.json` (its "label", "cls" or
+    "class") or `KEY.txt` gives the class, as a number or a name. If no image has such a member, the first folder of a
+    member's path is its class, so that a tar of a folder of images gives the same set as the folder.
+
+    The positions of a tar's members are read once and kept in the cache folder until the file changes.
+
+    Args:
+        spec: As in ImageSource.
+        shards: The tar files.
+
+    Raises:
+        RequestError: A file is not a tar, is compressed or truncated, or two members have the same name.
+    """
+
+    def __init__(self, spec: str, shards: Sequence[Path]) -> None:
+        self.shards = list(shards)
+        indexes = []
+        for path in tqdm(self.shards, desc="index", unit="tar", disable=hidden(show=len(self.shards) > 1)):
+            indexes.append(index_of(path))
+        names = [name for index in indexes for name in index.names]
+        shard = np.repeat(np.arange(len(indexes)), [len(index.names) for index in indexes])
+        if not names:
+            raise RequestError(f"{spec}: no images in {'this tar' if len(self.shards) == 1 else 'these tars'}")
+        order, repeated = order_of(names)
+        refuse(spec, (f"{names[k]} in {self.shards[shard[k]]}" for k in repeated), "are those of several images")
+        labels = [label for index in indexes for label in index.labels]
+        if not any(labels):
+            labels = [class_of_path(name) for name in names]
+        super().__init__(spec, (names[k] for k in order), *classes_of([labels[k] for k in order]))
+        self._shard = shard[order]
+        self._spans = np.concatenate([index.spans for index in indexes])[order]
+        self._stamps = [stamp_of(path) for path in self.shards]
+
+    def read(self, index: int) -> bytes:
+        """Returns the bytes of a member. Raises ImageAccessError if the tar cannot be read or has changed."""
+        shard, (offset, size) = int(self._shard[index]), self._spans[index].tolist()
+        path = self.shards[shard]
+        with open_file(path, buffering=0) as file:
+            self._check_unchanged(shard)
+            try:
+                data = os.pread(file.fileno(), size, offset)
+            except OSError as error:
+                raise inaccessible(path, error) from error
+        if len(data) != size:
+            raise ImageAccessError(f"{path}: ends within {self.names[index]}; restore the file")
+        return data
+
+    def byte_size(self, index: int) -> int:
+        """Returns the size of a member in bytes. Reads nothing."""
+        return int(self._spans[index, 1])
+
+    def stamp(self, index: int) -> tuple[str, float]:
+        """Returns the stamp of the tar file and the position in it."""
+        stamp, changed = self._stamps[self._shard[index]]
+        return f"{stamp} {self._spans[index, 0]}", changed
+
+    def group(self, index: int) -> int:
+        """Returns the position of the image's tar file among all of them."""
+        return int(self._shard[index])
+
+    def where(self, index: int) -> str:
+        """Returns the tar file and the member's name."""
+        return f"{self.shards[self._shard[index]]}: {self.names[index]}"
+
+    def _check_unchanged(self, shard: int) -> None:
+        if stamp_of(self.shards[shard]) != self._stamps[shard]:
+            raise ImageAccessError(f"{self.shards[shard]}: the tar changed while it was in use; run the command again")
+
+
+def index_of(path: Path) -> TarIndex:
+    """Returns the positions of a tar's images, from the cache folder if the file has not changed.
+
+    Raises:
+        RequestError: As in `Tars`.
+        ImageAccessError: The file cannot be read.
+    """
+    stamp, changed = stamp_of(path)
+    kept = files.cache_folder() / "tars" / f"{files.sha256(f'1 {path.absolute()} {stamp}'.encode())}.npz"
+    with suppress(OSError, ValueError, KeyError, EOFError), np.load(kept, allow_pickle=False) as arrays:
+        names, labels = (Names(arrays[key].tobytes()) for key in ("names", "labels"))
+        if arrays["spans"].shape == (len(names), 2) and len(labels) == len(names):
+            return TarIndex(names=names, spans=arrays["spans"], labels=labels)
+    index = _read_index(path)
+    if changed < time.time() - _SETTLED:
+        with suppress(OSError):  # without a writable cache folder, the index is made again
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            buffer = io.BytesIO()
+            text = {key: np.frombuffer(getattr(index, key).lines, dtype=np.uint8) for key in ("names", "labels")}
+            np.savez(buffer, spans=index.spans, **text)  # type: ignore[arg-type]
+            files.replace(kept, buffer.getbuffer())
+    return index
+
+
+def _read_index(path: Path) -> TarIndex:
+    """Reads the headers of a tar, and the members that hold classes."""
+    names, keys, spans, classes = [], [], [], {}
+    with open_file(path) as file:
+        length = os.fstat(file.fileno()).st_size
+        try:
+            with tarfile.open(fileobj=file, mode="r:") as tar:
+                for member in tar:
+                    tar.members = []  # type: ignore[attr-defined]  # otherwise it keeps all members in memory
+                    if not member.isreg() or member.issparse():
+                        continue
+                    if member.offset_data + member.size > length:
+                        raise RequestError(f"{path}: the tar ends within its member {member.name!r}; restore the file")
+                    name = _normalised(member.name)
+                    key, suffix = _key_of(name)
+                    if PurePosixPath(name).suffix.lower() in SUFFIXES and not PurePosixPath(name).name.startswith("."):
+                        names.append(name)
+                        keys.append(key)
+                        spans.append((member.offset_data, member.size))
+                    elif suffix in _LABELS and member.size <= _MAX_JSON:
+                        data = os.pread(file.fileno(), member.size, member.offset_data)
+                        classes[key, suffix] = _class_in(data, suffix, f"{path}: {member.name}")
+                # tarfile takes any damaged or missing header behind the first one for the end
+                if os.pread(file.fileno(), tarfile.BLOCKSIZE, tar.offset) != tarfile.NUL * tarfile.BLOCKSIZE:
+                    raise RequestError(f"{path}: the tar is truncated or damaged at byte {tar.offset:,}; restore the file")
+        except tarfile.ReadError as error:
+            raise RequestError(f"{path}: {_problem(path, str(error))}") from error
+        except OSError as error:
+            raise inaccessible(path, error) from error
+    labels = [next((text for suffix in _LABELS if (text := classes.get((key, suffix)))), "") for key in keys]
+    refuse(path, (name for name in names if "\n" in name), "have line breaks")
+    return TarIndex(names=Names(names), spans=np.array(spans, dtype=np.int64).reshape(-1, 2), labels=Names(labels))
+
+
+def _problem(path: Path, message: str) -> str:
+    """Says why a file is not a tar that can be read by position."""
+    with open_file(path) as file:
+        start = file.read(6)
+    if start.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
+        return "a compressed tar cannot be read by position; decompress it (JPEGs hardly get smaller by compression)"
+    if "unexpected end" in message:
+        return "the tar is truncated; restore the file"
+    return f"not a readable tar ({message}); restore the file"
+
+
+def _normalised(name: str) -> str:
+    """The name of a member in NFC, without a leading `./`."""
+    while name.startswith("./"):
+        name = name[2:]
+    return unicodedata.normalize("NFC", name)
+
+
+def _key_of(name: str) -> tuple[str, str]:
+    """Splits a name into the key of its sample and the suffix, at the first dot of the last part, as webdataset does."""
+    folder, slash, base = name.rpartition("/")
+    key, _, suffix = base.partition(".")
+    return f"{folder}{slash}{key}", suffix
+
+
+def _class_in(data: bytes, suffix: str, where: str) -> str:
+    """Returns the class that a member states; empty if it states none."""
+    try:
+        text = data.decode().strip()
+        if suffix == "json":
+            values = json.loads(text)
+            found = next((values[key] for key in _KEYS if key in values), None) if isinstance(values, dict) else values
+            text = str(found) if isinstance(found, (str, int)) and not isinstance(found, bool) else ""
+        elif suffix == "cls" and text:
+            number = int(text) if text.lstrip("-").isdecimal() else None
+            text = text if number is None else str(number) if number >= 0 else ""
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{where}: not readable as the class of an image ({error})") from error
+    return text if len(text) <= _MAX_LABEL and "\n" not in text else ""
