@@ -22,7 +22,7 @@ from fkd_ssl.images.folder import SUFFIXES
 from fkd_ssl.images.names import Names, refuse
 from fkd_ssl.images.patterns import class_of_path, classes_of, order_of, stamp_of
 from fkd_ssl.images.source import ImageSource
-from fkd_ssl.progress import hidden
+from fkd_ssl.progress import bar_disabled
 
 _LABELS = ("cls", "json", "txt")  # the members that may hold an image's class, in order of precedence
 _KEYS = ("label", "cls", "class")  # the keys of a .json member that may hold it
@@ -63,7 +63,7 @@ class Tars(ImageSource):
     def __init__(self, spec: str, shards: Sequence[Path]) -> None:
         self.shards = list(shards)
         indexes = []
-        for path in tqdm(self.shards, desc="index", unit="tar", disable=hidden(show=len(self.shards) > 1)):
+        for path in tqdm(self.shards, desc="index", unit="tar", disable=bar_disabled(show=len(self.shards) > 1)):
             indexes.append(index_of(path))
         names = [name for index in indexes for name in index.names]
         shard = np.repeat(np.arange(len(indexes)), [len(index.names) for index in indexes])
