@@ -166,7 +166,7 @@ def training(args: argparse.Namespace, store: Store, name: str, seed: int, out: 
     options = {
         "images": args.images,
         "store": store.folder,
-        "teacher": name,
+        "column": name,
         "student": args.student,
         "pixels": args.pixels,
         "epochs": args.epochs,
@@ -262,7 +262,7 @@ def main() -> None:
         recipe=resolve.recipe_of("mocov2"),
         codec="Flat",
         pixels=args.pixels,
-        name="Flat",
+        column="Flat",
         log=lambda line: print(line, file=sys.stderr),
     )
     store = open_store(Path(args.out) / "store")

@@ -1,6 +1,6 @@
 """What FKD's label codecs keep of a teacher's class probabilities: bytes a crop, total variation, and the same best class.
 
-    python benchmarks/label_codecs.py --store STORE [--name COLUMN] [--crops 100000]
+    python benchmarks/label_codecs.py --store STORE [--column COLUMN] [--crops 100000]
 
 The column is one in the codec `full`; every other codec is applied to its probabilities, and compared with them.
 """
@@ -19,11 +19,11 @@ KEPT = (3, 5, 10)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--store", required=True, help="a store with a column in the codec full")
-    parser.add_argument("--name", help="that column, if there are several")
+    parser.add_argument("--column", help="that column, if there are several")
     parser.add_argument("--crops", type=int, default=100_000, help="crops that are compared, of images over the whole store")
     args = parser.parse_args()
     store = open_store(args.store)
-    column = store.column(args.name)
+    column = store.column(args.column)
     if column.meta.codec != "full":
         parser.error(f"{column.name} is in {column.meta.codec}, expected full")
     rows = store.rows[:: max(1, len(store.rows) * store.crops_per_image // args.crops)]

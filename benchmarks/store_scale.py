@@ -233,7 +233,7 @@ def main() -> None:
     after = memory()
     images = image_set(args.images)
     start = time.perf_counter()
-    data = StoredCrops(opened, images, crops_per_image=4, teacher=COLUMN)
+    data = StoredCrops(opened, images, crops_per_image=4, column=COLUMN)
     result["data_set_s"] = round(time.perf_counter() - start, 2)
     del images
     if args.part == "open":

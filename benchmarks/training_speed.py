@@ -85,7 +85,7 @@ def measure(args: argparse.Namespace, teacher_name: str, student_name: str, side
             folders[source],
             crops_per_image=args.crops_per_image,
             pixels=pixels,
-            teacher=args.column,
+            column=args.column,
             with_targets=with_targets,
             scale_boxes=source == "cache",
             decode_only=args.device_crops,

@@ -18,10 +18,10 @@ from pathlib import Path
 CONFIGS = Path(__file__).parent.parent / "configs" / "imagenette"
 # the config's learning rate is B's, chosen by kNN among training images, and both teachers' too; A's by learning_rate.py
 ARMS = {
-    "A": "--teacher mocov2 --lr 1e-2",
-    "B": "--teacher swav",
-    "A+B": "--teacher mocov2,swav",
-    "B, prototype_ce": "--teacher swav --objective prototype_ce",
+    "A": "--column mocov2 --lr 1e-2",
+    "B": "--column swav",
+    "A+B": "--column mocov2,swav",
+    "B, prototype_ce": "--column swav --objective prototype_ce",
 }
 
 

@@ -64,7 +64,7 @@ def fresh(images: Folder, **options: Any) -> FreshCrops:
 
 class TestStored:
     def test_one_image(self, store: Store, image_folder: Path) -> None:
-        data = StoredCrops(store, image_folder, crops_per_image=3, pixels=24, teacher="tiny")
+        data = StoredCrops(store, image_folder, crops_per_image=3, pixels=24, column="tiny")
         item = data[5]
         assert len(data) == 24
         assert set(item) == {"images", "targets", "label", "path"}
@@ -219,7 +219,7 @@ class TestStored:
 
     def test_an_unknown_column_is_refused(self, store: Store, image_folder: Path) -> None:
         with pytest.raises(StoreError, match=r"no targets of 'swav'; there are \['tiny'\]"):
-            StoredCrops(store, image_folder, teacher="swav")
+            StoredCrops(store, image_folder, column="swav")
 
     def test_an_unfinished_column_is_refused(self, store: Store, image_folder: Path) -> None:
         (store.folder / "targets/tiny/codes-00000.json").unlink()
@@ -245,44 +245,44 @@ class TestSeveralTeachers:
 
     def test_targets_come_by_name_in_the_order_asked(self, two: Store, image_folder: Path) -> None:
         options: dict[str, Any] = {"crops_per_image": 2, "pixels": 32, "seed": 5}
-        both = StoredCrops(two, image_folder, teacher=["b", "a"], **options)[3, 7]
+        both = StoredCrops(two, image_folder, column=["b", "a"], **options)[3, 7]
         assert list(both["targets"]) == ["b", "a"]
         for name in "ab":
-            alone = StoredCrops(two, image_folder, teacher=name, **options)[3, 7]
+            alone = StoredCrops(two, image_folder, column=name, **options)[3, 7]
             assert both["targets"][name].shape == (2, 16)
             assert torch.equal(both["targets"][name], alone["targets"])
             assert torch.equal(both["images"], alone["images"])
         assert not torch.allclose(both["targets"]["a"], both["targets"]["b"])
 
     def test_a_list_of_one_is_a_dict_too(self, two: Store, image_folder: Path) -> None:
-        targets = StoredCrops(two, image_folder, teacher=["a"], crops_per_image=1, pixels=8)[0]["targets"]
+        targets = StoredCrops(two, image_folder, column=["a"], crops_per_image=1, pixels=8)[0]["targets"]
         assert list(targets) == ["a"]
 
     @pytest.mark.parametrize("workers", [0, 2])
     def test_batches_are_whole(self, two: Store, image_folder: Path, workers: int) -> None:
-        data = StoredCrops(two, image_folder, teacher=["a", "b"], crops_per_image=2, pixels=8)
+        data = StoredCrops(two, image_folder, column=["a", "b"], crops_per_image=2, pixels=8)
         (batch,) = read(data, [[(0, 4), (1, 2)]], workers)
         for name in "ab":
             rows = torch.cat([data[0, 4]["targets"][name], data[1, 2]["targets"][name]])
             assert torch.equal(batch["targets"][name], rows)
 
     def test_a_plain_data_loader_stacks_them(self, two: Store, image_folder: Path) -> None:
-        data = StoredCrops(two, image_folder, teacher=["a", "b"], crops_per_image=2, pixels=8)
+        data = StoredCrops(two, image_folder, column=["a", "b"], crops_per_image=2, pixels=8)
         batch = next(iter(DataLoader(data, batch_size=3)))
         assert batch["targets"]["b"].shape == (3, 2, 16)
 
     def test_one_must_be_named_where_there_are_several(self, two: Store, image_folder: Path) -> None:
-        with pytest.raises(StoreError, match=r"holds targets of \['a', 'b'\]; name one"):
+        with pytest.raises(StoreError, match=r"has the columns a, b; choose one with --column"):
             StoredCrops(two, image_folder)
 
     def test_a_column_named_twice_is_refused(self, two: Store, image_folder: Path) -> None:
         with pytest.raises(RequestError, match=r"teacher a, a: a column is named twice"):
-            StoredCrops(two, image_folder, teacher=["a", "a"])
+            StoredCrops(two, image_folder, column=["a", "a"])
 
     def test_every_column_must_be_finished(self, two: Store, image_folder: Path) -> None:
         (two.folder / "targets" / "b" / "codes-00000.json").unlink()
         with pytest.raises(StoreError, match=r"targets/b: 1 of 1 shards are missing"):
-            StoredCrops(Store(two.folder), image_folder, teacher=["a", "b"])
+            StoredCrops(Store(two.folder), image_folder, column=["a", "b"])
 
 
 class TestFresh:

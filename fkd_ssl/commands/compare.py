@@ -80,12 +80,12 @@ def _draw_sheet(config: Config, store: "Store") -> bytes:
     """Draws the contact sheet of an image in the middle of the store, as PNG."""
     from fkd_ssl.commands import show
 
-    column = store.column(store.teachers[0])
+    column = store.column(store.column_names[0])
     options = show.Config(
         store=str(store.folder),
         images=config.images,
         image=store.paths[int(column.rows[len(column.rows) // 2])],
-        teacher=column.name,
+        column=column.name,
         crops=min(4, store.crops_per_image),
         neighbours=min(5, len(column.rows) - 1),
     )

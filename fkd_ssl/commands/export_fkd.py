@@ -17,7 +17,7 @@ class Config:
     """Folder of the store."""
     out: str
     """Folder for the files, for instance labels/imagenet/train."""
-    name: str | None = None
+    column: str | None = None
     """Column to export; needed only if the store has several."""
     fp16: bool = False
     """Write boxes and labels in half precision, like the authors' --use_fp16; boxes of large images shift by a pixel."""
@@ -29,6 +29,6 @@ def run(config: Config) -> int:
     from fkd_ssl.store import open_store
     from fkd_ssl.store.exchange.fkd_store import export_fkd
 
-    written = export_fkd(open_store(config.store).column(config.name), config.out, fp16=config.fp16)
+    written = export_fkd(open_store(config.store).column(config.column), config.out, fp16=config.fp16)
     console.print_result(f"{config.out}: {written:,} label files written")
     return 0

@@ -24,7 +24,7 @@ class Config:
     """Form of the labels; by default inferred from their shape. marginal_renorm_k5 gives all other classes probability 0."""
     classes: int | None = None
     """K, number of classes; by default the number of class folders."""
-    name: str = "fkd"
+    column: str = "fkd"
     """Name of the column."""
     pixels: int = 224
     """Side of the crops that the teacher of the labels saw; only recorded."""
@@ -47,12 +47,12 @@ def run(config: Config) -> int:
         config.store,
         classes=classes,
         codec=config.codec,
-        name=config.name,
+        column=config.column,
         pixels=resolve.pixels_of(config.pixels, 224),
         threads=min(16, resolve.cpu_threads()),
         log=console.log,
     )
-    codec = store.column(config.name).meta.codec
+    codec = store.column(config.column).meta.codec
     console.print_result(
         f"{config.store}: {len(store):,} images x {store.crops_per_image} crops, labels {codec} of {classes} classes"
     )

@@ -1,4 +1,4 @@
-"""Shows the contents of a store: images, crops, teachers, codecs, sizes and missing parts."""
+"""Shows the contents of a store: images, crops, columns, codecs, sizes and missing parts."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +27,7 @@ def describe(folder: str) -> dict[str, Any]:
     store = open_store(folder)
     m = store.manifest
     columns = {}
-    for name in store.teachers:
+    for name in store.column_names:
         column = store.column(name)
         columns[name] = {
             **column.meta.to_json(),
@@ -47,7 +47,7 @@ def describe(folder: str) -> dict[str, Any]:
         "shards": m.shards,
         "missing_crops": [s for s in range(m.shards) if s not in crops],
         "bytes": files.total_bytes(store.folder),
-        "teachers": columns,
+        "columns": columns,
         "damaged": store.broken_columns(),
     }
 
@@ -70,13 +70,13 @@ def run(config: Config) -> int:
         lines.append(f"skipped because they cannot be read: {len(about['skipped'])}, for instance {about['skipped'][0]}")
     if about["missing_crops"]:
         lines.append(f"NOT FINISHED: the crops of {len(about['missing_crops'])} of {about['shards']} shards are missing")
-    if not about["teachers"]:
+    if not about["columns"]:
         lines.append("NOT FINISHED: it has no targets; fkd-ssl precompute writes them")
-    for name, column in about["teachers"].items():
+    for name, column in about["columns"].items():
         fidelity, teacher = column["fidelity"], TeacherInfo.from_json(column["teacher"])
         measured = f" of {fidelity['sample']}" if fidelity["sample"] else ""
         lines += [
-            f"teacher {name}: {teacher.network}, {teacher.spec}, seen at {teacher.pixels} px, {teacher.precision}",
+            f"column {name}: {teacher.network}, {teacher.spec}, seen at {teacher.pixels} px, {teacher.precision}",
             f"  codec {column['codec']}: {column['bytes_per_crop']} bytes a crop with its record; {describe_fidelity(fidelity)}"
             f"{measured}",
             f"  {teacher.normalisation}",

@@ -56,7 +56,7 @@ class Config:
     """Use only so many images, spread over all folders."""
     chunk_size: int = 128
     """Crops per forward pass of the teacher. Fixed for a column, since another size changes the last bits of the targets."""
-    name: str | None = None
+    column: str | None = None
     """Name of the column; by default the teacher's name, with -2 appended for a second teacher of that name. With several
     teachers, one each with commas between them."""
     on_unreadable: Literal["stop", "skip"] = "stop"
@@ -180,7 +180,7 @@ def write(
         seed=config.seed,
         limit=config.limit,
         chunk_size=config.chunk_size,
-        name=None if config.name is None else split(config.name),
+        column=None if config.column is None else split(config.column),
         skip_unreadable=config.on_unreadable == "skip",
         threads=min(16, resolve.cpu_threads()) if config.threads is None else config.threads,
         device=str(resolve.device()) if config.device_crops else None,
@@ -215,7 +215,7 @@ def load_all(config: Config) -> "tuple[ImageSource, list[Teacher]]":
     from fkd_ssl.commands.images import images_of
 
     images = images_of(config.images)
-    if config.name is None:
+    if config.column is None:
         return images, resolve.teachers_of(config.teacher, config.checkpoint, config.precision)
     return images, [resolve.teacher_of(name, file, config.precision) for name, file in teachers_of(config)]
 

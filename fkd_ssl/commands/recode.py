@@ -18,7 +18,7 @@ class Config:
     """Folder of the store."""
     codec: str
     """Codec of the new column: SQ4, OPQ16,PQ16x8, ...; for class probabilities hard, marginal_smoothing_k5, ..."""
-    name: str | None = None
+    column: str | None = None
     """Column to recode; needed only if the store has several. A,B averages the class probabilities of two teachers."""
     to: str | None = None
     """Name of the new column; by default the old name with the codec appended."""
@@ -37,8 +37,8 @@ def run(config: Config) -> int:
     from fkd_ssl.training.groups import split
 
     store = open_store(config.store)
-    sources = [store.column(name) for name in (split(config.name) or (None,))]
-    column = recode(store, config.codec, name=[source.name for source in sources], to=config.to, out=config.out)
+    sources = [store.column(name) for name in (split(config.column) or (None,))]
+    column = recode(store, config.codec, column=[source.name for source in sources], to=config.to, out=config.out)
     f = column.meta.fidelity
     if config.json:
         sizes = {"source_code_size": sum(source.meta.code_size for source in sources), "code_size": column.meta.code_size}

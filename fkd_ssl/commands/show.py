@@ -32,7 +32,7 @@ class Config:
     """Path of the image in that folder."""
     out: str = "sheet.png"
     """The PNG to write. It replaces an earlier sheet, but no other file."""
-    teacher: str | None = None
+    column: str | None = None
     """Column to find neighbours with; needed only if the store has several."""
     crops: int | None = None
     """Show the first so many crops; by default 6, or all if fewer are stored."""
@@ -87,7 +87,7 @@ def sheet_of(config: Config, store: "Store") -> tuple[bytes, str]:
     near: list[list[Picture]] = [[] for _ in crops]
     said = f"the first {len(crops)} of {store.crops_per_image} stored crops"
     if config.neighbours:
-        column = store.column(config.teacher)
+        column = store.column(config.column)
         with tqdm(total=len(column.rows) - 1, unit="img", desc="neighbours", disable=bar_disabled(show=True)) as bar:
             found = nearest(
                 column,

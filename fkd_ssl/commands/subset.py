@@ -1,4 +1,4 @@
-"""Copies part of a store into a new store: the first k crops, some teachers or some images.
+"""Copies part of a store into a new store: the first k crops, some columns or some images.
 
 The teacher is not needed, and the source is not changed. The copy appears when it is complete. To continue a killed run, repeat
 the command. The crop records are identical to those of precompute --crops k; the codes are copied from the source.
@@ -22,8 +22,8 @@ class Config:
     """Folder of the new store."""
     crops: int | None = None
     """Copy only the first so many crops of each image."""
-    teachers: str | None = None
-    """Copy only these columns, with commas between them; all by default."""
+    column: str | None = None
+    """Copy only these columns, separated by commas. Default: all."""
     list: str | None = None
     """Copy only these images: a text file with one path per line, as in images.txt of the store."""
     json: bool = False
@@ -46,15 +46,15 @@ def run(config: Config) -> int:
                 paths = [unicodedata.normalize("NFC", line.rstrip("\n")) for line in file if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
             raise RequestError(f"--list {config.list}: cannot be read: {error}") from error
-    teachers = None if config.teachers is None else config.teachers.split(",")
-    made = subset(open_store(config.store), config.out, crops=config.crops, teachers=teachers, paths=paths)
+    columns = None if config.column is None else config.column.split(",")
+    made = subset(open_store(config.store), config.out, crops=config.crops, column=columns, paths=paths)
     size = files.total_bytes(made.folder)
     if config.json:
-        about = {"images": made.manifest.count, "crops_per_image": made.crops_per_image, "teachers": made.teachers}
+        about = {"images": made.manifest.count, "crops_per_image": made.crops_per_image, "columns": made.column_names}
         console.print_json({"store": config.out, **about, "store_bytes": size})
     else:
         console.print_result(
             f"{config.out}: {made.manifest.count:,} images x {made.crops_per_image} crops, targets of "
-            f"{', '.join(made.teachers) or 'no teacher'}; {format_bytes(size)} on disk"
+            f"{', '.join(made.column_names) or 'no column'}; {format_bytes(size)} on disk"
         )
     return 0

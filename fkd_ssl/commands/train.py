@@ -134,12 +134,12 @@ def _pin_defaults(config: Config) -> Config:
     if config.precision == "16-mixed" and resolve.device().type == "cpu":
         console.log("warning: --precision 16-mixed is for GPUs: here it is bf16-mixed")
         config = replace(config, precision="bf16-mixed")
-    if config.targets != "stored" or config.teacher is not None:
+    if config.targets != "stored" or config.column is not None:
         return config
     begun = runs.read_config(config.out)
     assert config.store is not None  # by TrainConfig
-    name = begun.get("teacher") if begun else open_store(config.store).column().name
-    return replace(config, teacher=name if isinstance(name, str) else None)
+    name = begun.get("column") if begun else open_store(config.store).column().name
+    return replace(config, column=name if isinstance(name, str) else None)
 
 
 def _inputs(config: Config, images: "ImageSource", data: "TrainingData", init: "Student | None") -> dict[str, str]:

@@ -74,10 +74,9 @@ def open_data(config: TrainConfig, images: ImageSource) -> TrainingData:
 def _stored(config: TrainConfig, images: ImageSource, store: Store | None) -> TrainingData:
     """Crops and targets of the store."""
     assert store is not None  # by TrainConfig
-    for name in ("checkpoint", "teacher_pixels"):
-        if getattr(config, name) is not None:
-            console.log(f"warning: --{name} is ignored: stored targets need no teacher")
-    crops = StoredCrops(store, images, teacher=config.teachers or None, scale_boxes=config.scale_boxes, **_crop_options(config))
+    crops = StoredCrops(
+        store, images, column=split(config.column) or None, scale_boxes=config.scale_boxes, **_crop_options(config)
+    )
     return TrainingData(
         crops=crops,
         targets=[column.info for column in crops.columns],

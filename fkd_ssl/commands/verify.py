@@ -26,10 +26,10 @@ class Config:
     images: str | None = None
     """Images of the store, as given to precompute; each is compared with the image that the teacher saw."""
     teacher: str | None = None
-    """Teacher of column --name, to embed a sample of crops again."""
+    """Teacher of --column, to embed a sample of crops again."""
     checkpoint: str | None = None
     """Checkpoint of the teacher."""
-    name: str | None = None
+    column: str | None = None
     """Column of the teacher; needed only if the store has several."""
     sample: int = 64
     """Number of crops to embed again."""
@@ -62,22 +62,22 @@ def run(config: Config) -> int:
     if config.repair and images is not None:
         repair_lists(Path(config.store), images, note)
     store = open_store(config.store)
-    name = config.name
-    if name is not None and name not in store.teachers:
-        raise NotFoundError(f"{store.folder}: no column {name!r}; there are {store.teachers or 'none yet'}")
-    # precompute's default name of a column; the column of a run has another name, so that several columns need --name
+    name = config.column
+    if name is not None and name not in store.column_names:
+        raise NotFoundError(f"{store.folder}: no column {name!r}; there are {store.column_names or 'none yet'}")
+    # precompute's default name of a column; the column of a run has another name, so that several columns need --column
     default = "-and-".join(re.split("[:/]", one)[-1].strip().replace("@", "-") for one in (config.teacher or "").split("+"))
-    if name is None and default in store.teachers:
+    if name is None and default in store.column_names:
         name = default
     teacher = None
     if config.teacher:
-        name = store.column().name if name is None and len(store.teachers) != 1 else name or store.teachers[0]
+        name = store.column().name if name is None and len(store.column_names) != 1 else name or store.column_names[0]
         teacher = resolve.teacher_of(config.teacher, config.checkpoint, _precision(store, name))
     threads = min(16, resolve.cpu_threads())
-    report = verify(store, images, teacher, name=name, sample=config.sample, threads=threads)
+    report = verify(store, images, teacher, column=name, sample=config.sample, threads=threads)
     if config.repair and report.damage:
-        repair(store, report.damage, images, teacher, name=name, threads=threads, log=note)
-        report = verify(open_store(config.store), images, teacher, name=name, sample=config.sample, threads=threads)
+        repair(store, report.damage, images, teacher, column=name, threads=threads, log=note)
+        report = verify(open_store(config.store), images, teacher, column=name, sample=config.sample, threads=threads)
     if config.json:
         console.print_json({"store": config.store, "ok": not report.problems, **asdict(report), "repaired": repaired})
     else:

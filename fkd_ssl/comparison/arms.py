@@ -116,7 +116,7 @@ def training(arm: Arm, config: CompareConfig, seed: int, columns: Sequence[str])
         "label_maps": str(Path(config.out) / MAPS) if arm.kind == "relabel" else None,
     }
     if arm.kind == "stored":
-        where["teacher"] = ",".join(columns[k] for k in arm.chosen)
+        where["column"] = ",".join(columns[k] for k in arm.chosen)
     elif arm.kind == "online":
         files = [checkpoints_of(config.teacher, config.checkpoint)[k] for k in arm.chosen]
         where["teacher"] = ",".join(split(config.teacher)[k] for k in arm.chosen)

@@ -211,10 +211,10 @@ class _Comparison:
                 store = subset(whole, out, crops=arm.crops)
             elif arm.codec is not None:
                 self.tools.log(f"{out}: {whole.folder} in {arm.codec}")
-                store = recode(whole, arm.codec, name=self.columns[0], out=out).store
+                store = recode(whole, arm.codec, column=self.columns[0], out=out).store
             crops, seconds = store.crops_per_image, self.precompute_seconds
             used = [column for k, column in enumerate(self.columns) if k in arm.chosen]
-            unused = sum(files.total_bytes(store.column(name).folder) for name in store.teachers if name not in used)
+            unused = sum(files.total_bytes(store.column(name).folder) for name in store.column_names if name not in used)
             self.stores[arm.name] = {
                 "bytes": files.total_bytes(store.folder) - unused,
                 "crops": crops,

@@ -29,7 +29,7 @@ class StoredCrops(Crops):
         images: The image set, or an argument of `open_images`. It may have more images than the store.
         crops_per_image: Number of crops per image M.
         pixels: P, the side of the crops. It may differ from the side that the teacher saw.
-        teacher: Name of the column. Default: the only column. A list of names gives `targets` as a dict of float32 [M, D] by
+        column: Name of the column. Default: the only column. A list of names gives `targets` as a dict of float32 [M, D] by
             name, in the order of the list.
         seed: Seed of the starts.
         with_targets: False returns the crops only, for a teacher that runs online.
@@ -57,7 +57,7 @@ class StoredCrops(Crops):
         *,
         crops_per_image: int = 4,
         pixels: int = 224,
-        teacher: str | Sequence[str] | None = None,
+        column: str | Sequence[str] | None = None,
         seed: int = 0,
         with_targets: bool = True,
         teacher_pixels: int | None = None,
@@ -68,11 +68,11 @@ class StoredCrops(Crops):
     ) -> None:
         opened = open_images(images)
         self.store = store
-        names = [teacher] if teacher is None or isinstance(teacher, str) else list(teacher)
+        names = [column] if column is None or isinstance(column, str) else list(column)
         if len(set(names)) != len(names):
-            raise RequestError(f"teacher {', '.join(map(str, names))}: a column is named twice")
+            raise RequestError(f"column {','.join(map(str, names))}: a column is named twice")
         self.columns = [store.column(name) for name in names] if with_targets else []
-        self.by_name = teacher is not None and not isinstance(teacher, str)
+        self.by_name = column is not None and not isinstance(column, str)
         rows = store.rows
         missing = store.manifest.shards - len(store.shards_with_crops())
         if missing and not partial:
@@ -80,10 +80,10 @@ class StoredCrops(Crops):
                 f"{store.folder}: {missing} of {store.manifest.shards} shards are missing: run the same fkd-ssl precompute "
                 "again to finish them"
             )
-        for column in self.columns:
+        for each in self.columns:
             if not partial:
-                column.require_complete()
-            rows = np.intersect1d(rows, column.rows, assume_unique=True)
+                each.require_complete()
+            rows = np.intersect1d(rows, each.rows, assume_unique=True)
         if crops_per_image > store.crops_per_image:
             raise RequestError(
                 f"crops_per_image {crops_per_image}: {store.folder} holds {store.crops_per_image} crops of each image"

@@ -258,7 +258,7 @@ class Store:
         return self.manifest.crops_per_image
 
     @property
-    def teachers(self) -> list[str]:
+    def column_names(self) -> list[str]:
         """Names of the columns."""
         targets = self.folder / layout.TARGETS
         named = [name for name in files.names(targets) if layout.COLUMN_NAME.fullmatch(name)]
@@ -384,13 +384,12 @@ class Store:
         """
         if name in self._columns:
             return self._columns[name]
-        there = self.teachers
+        there = self.column_names
         if name is None:
-            if len(there) != 1:
-                raise NotFoundError(
-                    f"{self.folder}: holds targets of {there or 'no teacher'}; name one (train and show: --teacher, "
-                    "verify and recode: --name, in Python: teacher=)"
-                )
+            if not there:
+                raise NotFoundError(f"{self.folder}: has no targets yet; run fkd-ssl precompute")
+            if len(there) > 1:
+                raise NotFoundError(f"{self.folder}: has the columns {', '.join(there)}; choose one with --column")
             name = there[0]
         if name not in there:
             raise NotFoundError(f"{self.folder}: no targets of {name!r}; there are {there or 'none yet'}")

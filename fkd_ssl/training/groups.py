@@ -105,11 +105,12 @@ class TargetsConfig:
     images (labels), or ReLabel's --label_maps (relabel)."""
     store: str | None = None
     """Store made by precompute. With --targets online or labels, only its crops are used."""
+    column: str | None = None
+    """With --targets stored: column of the store; needed only if it has several. A,B uses both."""
     teacher: str | None = None
-    """With --targets stored, the column of the store, needed only if it has several; with online, the teacher, named as for
-    precompute. A,B uses two."""
+    """With --targets online: teacher, named as for precompute. A,B uses both."""
     teacher_weights: str | None = None
-    """Weight of each teacher in the loss, for instance 2,1; by default equal."""
+    """Weight of each teacher in the loss, for instance 2,1. Default: equal."""
     checkpoint: str | None = None
     """Checkpoint of the online teacher; F,G for teachers A,B."""
     teacher_pixels: int | None = None
@@ -145,12 +146,19 @@ class TargetsConfig:
                 else f"label_maps {self.label_maps}: they are for --targets relabel"
             )
         unused = {
-            "labels": ("teacher", "checkpoint", "teacher_pixels", "calibrate_below"),
-            "relabel": ("teacher", "checkpoint", "teacher_pixels", "store"),
+            "stored": ("teacher", "checkpoint", "teacher_pixels"),
+            "online": ("column",),
+            "labels": ("column", "teacher", "checkpoint", "teacher_pixels", "calibrate_below"),
+            "relabel": ("column", "teacher", "checkpoint", "teacher_pixels", "store"),
         }
-        for name in unused.get(self.targets, ()):
-            if getattr(self, name) is not None:
-                raise RequestError(f"{name} {getattr(self, name)}: --targets {self.targets} has none; leave it out")
+        for name in unused[self.targets]:
+            if (value := getattr(self, name)) is not None:
+                advice = (
+                    "name a column of the store with --column"
+                    if (self.targets, name) == ("stored", "teacher")
+                    else "leave it out"
+                )
+                raise RequestError(f"{name} {value}: is not used with --targets {self.targets}; {advice}")
         if self.targets == "stored" and not self.store:
             raise RequestError("targets stored: --store is needed; make one with fkd-ssl precompute")
         if self.targets == "online" and not self.teacher:
@@ -165,21 +173,16 @@ class TargetsConfig:
             )
         if self.record == "":
             raise RequestError("record: an empty name for a store; leave it out to record nothing")
-        self.weights(len(self.teachers) or 1)
+        self.weights(len(split(self.column or self.teacher)) or 1)
         if self.targets == "online":
             checkpoints_of(self.teacher, self.checkpoint)
-
-    @property
-    def teachers(self) -> list[str]:
-        """Names of the teachers; empty if the store's only column is meant."""
-        return split(self.teacher)
 
     def weights(self, teachers: int) -> list[float]:
         """Each teacher's share of the loss; they sum to 1, so that the learning rate means the same for any number."""
         if self.teacher_weights is None:
             return [1 / teachers] * teachers
         if teachers == 1:
-            raise RequestError(f"teacher_weights {self.teacher_weights!r}: there is one teacher; name several as --teacher A,B")
+            raise RequestError(f"teacher_weights {self.teacher_weights!r}: there is only one teacher; leave it out")
         try:
             weights = [float(weight) for weight in split(self.teacher_weights)]
         except ValueError:
@@ -187,7 +190,7 @@ class TargetsConfig:
         if len(weights) != teachers or not all(0 < weight < math.inf for weight in weights):
             raise RequestError(
                 f"teacher_weights {self.teacher_weights!r}: expected a positive number for each of the {teachers} teachers "
-                f"({self.teacher}), with commas between them"
+                f"({self.column or self.teacher}), separated by commas"
             )
         return [weight / sum(weights) for weight in weights]
 

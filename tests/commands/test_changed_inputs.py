@@ -168,7 +168,7 @@ class TestStored:
         ("options", "named"),
         [
             ("--teacher own_teacher:make --seed 1", "store changed since the run began (then 18 images, sha256 "),
-            ("--teacher own_teacher:other --name make", "column make changed since the run began (then sha256 "),
+            ("--teacher own_teacher:other --column make", "column make changed since the run began (then sha256 "),
         ],
     )
     def test_another_store_at_the_same_path_is_refused(

@@ -281,11 +281,11 @@ class TestInterrupts:
         ("inspect train", "train: not a store (no manifest.json in it)"),
         ("verify gone", "gone: not a store"),
         ("verify store --images gone", "gone: no such folder of images"),
-        ("verify store --name nobody", "store: no column 'nobody'; there are ['make']"),
+        ("verify store --column nobody", "store: no column 'nobody'; there are ['make']"),
         ("subset gone --out x --crops 2", "gone: not a store"),
-        ("subset store --out x --teachers nobody", "nobody"),
+        ("subset store --out x --column nobody", "nobody"),
         ("recode gone --codec SQ8 --out x", "gone: not a store"),
-        ("recode store --name nobody --codec SQ8 --out x", "store: no targets of 'nobody'"),
+        ("recode store --column nobody --codec SQ8 --out x", "store: no targets of 'nobody'"),
         ("export-fkd gone --out x", "gone: not a store"),
         ("import-fkd gone --images train --store x", "gone: "),
         ("label-maps --images gone --out x --teacher own_teacher:pooled", "gone: no such folder of images"),
@@ -294,7 +294,7 @@ class TestInterrupts:
         ("show store --images train --image gone.png", "image 'gone.png'"),
         ("train --images train --targets stored --store gone --out x", "gone: not a store"),
         ("train --images gone --targets stored --store store --out x", "gone: no such folder of images"),
-        ("train --images train --targets stored --store store --teacher nobody --out x", "store: no targets of 'nobody'"),
+        ("train --images train --targets stored --store store --column nobody --out x", "store: no targets of 'nobody'"),
         (
             "train --images train --targets relabel --label_maps gone --head classifier --out x",
             "gone: not a folder of label",
@@ -332,7 +332,7 @@ def test_a_strangers_words_control_no_terminal(work: Path, call: Any) -> None:
     assert answer.status == 0
     assert f"licence {SHOWN};" in answer.out
     assert f"teacher make: {SHOWN}\\nteacher forged: D = 1, D = 16" in answer.out
-    assert json.loads(call("inspect store --json").out)["teachers"]["make"]["teacher"]["licence"] == HOSTILE
+    assert json.loads(call("inspect store --json").out)["columns"]["make"]["teacher"]["licence"] == HOSTILE
     error = call("knn --train train --val val", model=HOSTILE).err
     assert SHOWN in error
     assert all(char.isprintable() or char == "\n" for char in answer.out + error)

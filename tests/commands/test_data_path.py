@@ -135,7 +135,7 @@ class TestUnreadable:
         line = "precompute --images train --teacher own_teacher:make --crops 4 --chunk_size 16 --store skipping"
         done = call(f"{line} --on_unreadable skip")
         assert "warning: 1 of 18 images could not be read and are left out: birch/3.png" in done.err
-        again = call(f"{line} --name other")
+        again = call(f"{line} --column other")
         assert (again.status, "could not be read when the store was made; pass --on_unreadable skip" in again.err) == (1, True)
 
     def test_a_whole_set_reports_none(self, work: Path, call: Any, train_line: str) -> None:

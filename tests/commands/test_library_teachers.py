@@ -21,7 +21,7 @@ def weights(work: Path) -> Path:
 def test_torchvisions_network_fills_a_column_and_is_verified(weights: Path, call: Any) -> None:
     assert call(f"{LINE} --teacher torchvision/resnet18 --checkpoint w.pth").status == 0
     assert call(f"{LINE} --teacher torchvision/resnet18@layer2 --checkpoint w.pth").status == 0
-    columns = json.loads(call("inspect lib --json").out)["teachers"]
+    columns = json.loads(call("inspect lib --json").out)["columns"]
     shapes = {name: column["teacher"]["shape"] for name, column in columns.items()}
     assert shapes == {"resnet18": [512], "resnet18-layer2": [128]}
     assert columns["resnet18"]["teacher"]["source"] == "torchvision/resnet18"
@@ -49,6 +49,6 @@ def test_timms_dinov2_fills_a_column(work: Path, call: Any) -> None:
     torch.save(timm.create_model(name, pretrained=False).state_dict(), work / "d.pth")
     status, _, err = call(f"{LINE.replace('32', '28')} --teacher timm/{name} --checkpoint d.pth")
     assert status == 0, err
-    column = json.loads(call("inspect lib --json").out)["teachers"][name]
+    column = json.loads(call("inspect lib --json").out)["columns"][name]
     assert (column["teacher"]["shape"], column["teacher"]["pixels"]) == ([384], 28)
     assert (column["teacher"]["mean"], column["teacher"]["std"]) == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])

@@ -67,7 +67,7 @@ class TestShards:
         first = call(f"{LINE} --store new --shards 2/3")
         assert first.status == 0
         assert "4 of 5 shards are left to the other --shards" in first.err
-        assert json.loads(call("inspect new --json").out)["teachers"]["make"]["missing_shards"] == [0, 1, 3, 4]
+        assert json.loads(call("inspect new --json").out)["columns"]["make"]["missing_shards"] == [0, 1, 3, 4]
         assert call(f"{LINE} --store new --shards 0/2 --json").status == 0
         last = call(f"{LINE} --store new --shards 1/2 --json")
         assert json.loads(last.out)["left"] == []
@@ -104,7 +104,7 @@ class TestShards:
         assert call(f"{LINE} --store new") == (0, "", "")
         monkeypatch.delenv("RANK")
         monkeypatch.delenv("WORLD_SIZE")
-        assert json.loads(call("inspect new --json").out)["teachers"]["make"]["missing_shards"] == []
+        assert json.loads(call("inspect new --json").out)["columns"]["make"]["missing_shards"] == []
 
 
 @pytest.mark.slow
@@ -127,15 +127,15 @@ class TestSeveralTeachers:
         assert call(f"{LINE} --store single").status == 0
         assert call(f"{LINE.replace(':make', ':other')} --store single").status == 0
         assert contents(workplace / "both") == contents(workplace / "single")
-        assert call(f"{both} --name a,b").status == 0
-        assert set(json.loads(call("inspect both --json").out)["teachers"]) == {"make", "other", "a", "b"}
+        assert call(f"{both} --column a,b").status == 0
+        assert set(json.loads(call("inspect both --json").out)["columns"]) == {"make", "other", "a", "b"}
 
     @pytest.mark.parametrize(
         ("more", "said"),
         [
             ("--checkpoint a,b,c", "checkpoint 'a,b,c': 3 for 2 teachers"),
-            ("--name a", "2 teachers, columns ['a']"),
-            ("--name a,a", "2 teachers, columns ['a', 'a']"),
+            ("--column a", "2 teachers, columns ['a']"),
+            ("--column a,a", "2 teachers, columns ['a', 'a']"),
         ],
     )
     def test_what_is_refused(self, workplace: Path, call: Any, more: str, said: str) -> None:

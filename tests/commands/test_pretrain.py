@@ -19,9 +19,9 @@ def test_a_store_with_prototypes_is_made_entirely_here(work: Path, call: Any, tr
     assert out == "teacher/checkpoint.pth.tar: pass it as --teacher swav --checkpoint teacher/checkpoint.pth.tar\n"
     made = "--teacher swav --checkpoint teacher/checkpoint.pth.tar"
     assert call(f"precompute --images train --store store {made} --crops 4 --pixels 32 --chunk_size 16").status == 0
-    both = f"{train_line} --teacher make,swav"
+    both = f"{train_line} --column make,swav"
     assert call(f"{both} --out both").status == 0
-    assert call(f"{train_line} --out run --teacher swav --objective prototype_ce").status == 0
+    assert call(f"{train_line} --out run --column swav --objective prototype_ce").status == 0
     assert json.loads((work / "run/results.json").read_text())["config"]["objective"] == "prototype_ce"
     status, _, err = call(f"{PRETRAIN} --prototypes 11")
     assert status == 2

@@ -41,8 +41,8 @@ def test_the_next_student_needs_no_teacher(work: Path, call: Any) -> None:
     assert "targets of make: 18 images x 6 crops" in err
     assert call("verify new --images train --teacher own_teacher:make --sample 18").status == 0
     about = json.loads(call("inspect new --json").out)
-    assert about["teachers"]["make"]["missing_shards"] == []
-    assert about["teachers"]["make"]["chunk_size"] == 12
+    assert about["columns"]["make"]["missing_shards"] == []
+    assert about["columns"]["make"]["chunk_size"] == 12
     assert json.loads((work / "first/results.json").read_text())["stored_crops_per_image"] == 6
     stored = LINE.replace("--targets online --teacher own_teacher:make", "--store new")
     assert call(f"{stored} --epochs 6 --out next").status == 0
@@ -142,7 +142,7 @@ def test_two_teachers_and_devices_crops(work: Path, call: Any) -> None:
     line = LINE.replace("own_teacher:make", "own_teacher:make,own_teacher:other")
     assert call(f"{line} --epochs 4 --record new --out first").status == 0
     assert call(f"{line} --epochs 4 --record other --out second --device_crops").status == 0
-    assert open_store("new").teachers == ["make", "other"]
+    assert open_store("new").column_names == ["make", "other"]
     assert files_of(work / "new") == files_of(work / "other")
     assert call(f"{LINE} --epochs 4 --record one --out third").status == 0
     assert np.abs(codes_of("new") - codes_of("one")).max() <= 1
@@ -151,7 +151,7 @@ def test_two_teachers_and_devices_crops(work: Path, call: Any) -> None:
 def test_another_column_over_the_same_crops(work: Path, call: Any) -> None:
     line = f"{LINE} --epochs 4 --codec Flat --batch_size 18"
     assert call(f"{line.replace('make', 'other')} --record store --out first").status == 0
-    assert open_store("store").teachers == ["make", "other"]
+    assert open_store("store").column_names == ["make", "other"]
     status, _, err = call(f"{line} --record store --out second")
     assert status == 2
     assert "it holds targets of make already" in err
@@ -215,7 +215,7 @@ def test_what_was_damaged_on_the_disk_is_computed_by_the_command_that_is_named(
     status, _, err = call(line)
     assert status == 0
     assert "warning: 1 of 1 shards were damaged on the disk after they were recorded, and are left out" in err
-    assert json.loads(call("inspect new --json").out)["teachers"]["make"]["missing_shards"] == [0]
+    assert json.loads(call("inspect new --json").out)["columns"]["make"]["missing_shards"] == [0]
     named = err[err.index("to compute them: fkd-ssl ") :].splitlines()[0].removeprefix("to compute them: fkd-ssl ")
     assert "--name make" in named
     assert call(named).status == 0
@@ -228,7 +228,7 @@ def test_what_was_damaged_on_the_disk_is_computed_by_the_command_that_is_named(
 def test_a_store_has_the_crops_of_whole_passes(work: Path, call: Any, epochs: str, crops: int) -> None:
     assert call(f"{LINE} --epochs {epochs} --record new --out run").status == 0
     about = json.loads(call("inspect new --json").out)
-    assert (about["crops_per_image"], about["teachers"]["make"]["missing_shards"]) == (crops, [])
+    assert (about["crops_per_image"], about["columns"]["make"]["missing_shards"]) == (crops, [])
     assert call("verify new --images train --teacher own_teacher:make --sample 18").status == 0
 
 
@@ -298,6 +298,6 @@ def test_two_teachers_of_one_name(work: Path, call: Any) -> None:
     (work / "second.py").write_text((work / "own_teacher.py").read_text())
     line = LINE.replace("own_teacher:make", "own_teacher:make,second:make")
     assert call(f"{line} --epochs 2 --record new --out run").status == 0
-    assert set(json.loads(call("inspect new --json").out)["teachers"]) == {"make", "make-2"}
+    assert set(json.loads(call("inspect new --json").out)["columns"]) == {"make", "make-2"}
     refused = call(f"{LINE.replace('own_teacher:make', 'own_teacher:make,own_teacher:make')} --epochs 2 --out other")
     assert (refused.status, "one is named twice" in refused.err) == (2, True)

@@ -35,8 +35,8 @@ class TestPrecompute:
         assert out.count("\n") == 1
 
     def test_another_teacher_is_another_column(self, work: Path, call: Any) -> None:
-        assert call(f"{PRECOMPUTE} --store store --name second".replace(":make", ":other")).status == 0
-        assert set(json.loads(call("inspect store --json").out)["teachers"]) == {"make", "second"}
+        assert call(f"{PRECOMPUTE} --store store --column second".replace(":make", ":other")).status == 0
+        assert set(json.loads(call("inspect store --json").out)["columns"]) == {"make", "second"}
 
     @pytest.mark.parametrize(
         ("line", "status", "said"),
@@ -49,7 +49,7 @@ class TestPrecompute:
             (f"{PRECOMPUTE} --store thesis", 2, "thesis: holds 'thesis.tex', which is not part of a store"),
             (f"{PRECOMPUTE} --store new --codec SQ9", 2, "codec 'SQ9' is none of those accepted"),
             (f"{PRECOMPUTE} --store new --recipe mocov3", 2, "--recipe 'mocov3' is unknown; there are mocov2"),
-            (f"{PRECOMPUTE} --store new --name a/b", 2, "a/b"),
+            (f"{PRECOMPUTE} --store new --column a/b", 2, "a/b"),
             (f"{PRECOMPUTE} --store new".replace("own_teacher:make", "mocov"), 2, "did you mean mocov2?"),
             (f"{PRECOMPUTE} --store new".replace("own_teacher:make", "mocov2"), 2, "--checkpoint is needed"),
             (f"{PRECOMPUTE} --store new".replace(":make", ":mkae"), 2, "own_teacher:mkae"),
@@ -107,8 +107,8 @@ class TestInspect:
         status, out, _ = call("inspect store --json")
         about = json.loads(out)
         assert (status, about["images"], about["readable"], about["crops_per_image"]) == (0, 18, 18, 4)
-        assert about["teachers"]["make"]["teacher"]["shape"] == [16]
-        assert about["teachers"]["make"]["missing_shards"] == []
+        assert about["columns"]["make"]["teacher"]["shape"] == [16]
+        assert about["columns"]["make"]["missing_shards"] == []
         assert about["bytes"] == sum(len(data) for data in contents(work / "store").values())
 
     def test_half_a_store_is_said_to_be_one(self, work: Path, call: Any) -> None:
@@ -125,7 +125,7 @@ class TestInspect:
             path.unlink()
         assert "NOT FINISHED: the crops of 1 of 1 shards are missing" in call("inspect store").out
         about = json.loads(call("inspect store --json").out)
-        assert (about["missing_crops"], about["teachers"], about["readable"]) == ([0], {}, 0)
+        assert (about["missing_crops"], about["columns"], about["readable"]) == ([0], {}, 0)
 
     @pytest.mark.parametrize(("store", "said"), [("nowhere", "no such folder"), ("train", "no manifest.json in it")])
     def test_what_is_no_store(self, work: Path, call: Any, store: str, said: str) -> None:

@@ -102,7 +102,7 @@ class TestSubset:
             "store": "part",
             "images": 2,
             "crops_per_image": 2,
-            "teachers": ["make"],
+            "columns": ["make"],
             "store_bytes": about["bytes"],
         }
 
@@ -128,13 +128,13 @@ class TestSubset:
 
     def test_without_teachers(self, work: Path, call: Any) -> None:
         assert call("precompute --images train --store store --teacher own_teacher:other --crops 4 --codec SQ8").status == 0
-        assert json.loads(call("subset store --out part --teachers other --json").out)["teachers"] == ["other"]
+        assert json.loads(call("subset store --out part --column other --json").out)["columns"] == ["other"]
 
     @pytest.mark.parametrize(
         ("more", "said"),
         [
             ("--crops 5", "--crops 5: store holds 4 of each image"),
-            ("--teachers mke", "no targets of 'mke'"),
+            ("--column mke", "no targets of 'mke'"),
             ("--list none.txt", "--list none.txt: cannot be read"),
             ("--list bad.txt", "lacks 1 of the images asked for, for instance 'elm/0.png'"),
         ],
@@ -157,15 +157,15 @@ class TestRecode:
         )
         assert {name: data for name, data in contents(work / "store").items() if name in before} == before
         assert "recoded from Flat: information that it discarded cannot be recovered" in call("inspect store").out
-        status, out, err = call("recode store --codec SQ4 --name make-SQ8 --to small --json")
+        status, out, err = call("recode store --codec SQ4 --column make-SQ8 --to small --json")
         assert json.loads(out)["fidelity"]["source_codec"] == "SQ8"
-        assert call("verify store --images train --teacher own_teacher:make --name small").status == 0
-        assert "information that SQ8 discarded cannot be recovered" in call("recode store --codec SQ6 --name make-SQ8").err
+        assert call("verify store --images train --teacher own_teacher:make --column small").status == 0
+        assert "information that SQ8 discarded cannot be recovered" in call("recode store --codec SQ6 --column make-SQ8").err
 
     def test_into_a_store(self, work: Path, call: Any) -> None:
         assert call("recode store --codec SQ8 --out new").status == 0
         about = json.loads(call("inspect new --json").out)
-        assert (list(about["teachers"]), about["teachers"]["make"]["codec"]) == (["make"], "SQ8")
+        assert (list(about["columns"]), about["columns"]["make"]["codec"]) == (["make"], "SQ8")
 
     def test_what_is_refused(self, work: Path, call: Any) -> None:
         status, _, err = call("recode store --codec SQ8 --to make")
@@ -242,7 +242,7 @@ class TestShow:
     def test_without_neighbours_no_teacher_is_needed(self, work: Path, call: Any) -> None:
         shutil.rmtree("store/targets")
         assert call(f"{self.LINE} --neighbours 0 --out other.png").status == 0
-        assert "holds targets of no teacher" in call(self.LINE).err
+        assert "has no targets yet" in call(self.LINE).err
 
     @pytest.mark.parametrize(
         ("change", "message"),
@@ -251,7 +251,7 @@ class TestShow:
             ("--crops 5", "crops 5: store holds 4 crops of each image"),
             ("--crops 0", "crops 0: must lie in 1 to 24"),
             ("--among 5", "crops 5: store holds 4"),
-            ("--teacher other", "no targets of 'other'"),
+            ("--column other", "no targets of 'other'"),
             ("--images nowhere", "nowhere: no such folder of images"),
             ("--images val", "val: lacks 1 of the 1 images of store, for instance 'ash/4.png': give the images that the store"),
         ],

@@ -30,7 +30,7 @@ def labels(work: Path, call: Any) -> Path:
 
 
 def test_probabilities_are_stored_and_read(labels: Path, call: Any, work: Path) -> None:
-    about = json.loads(call("inspect labels --json").out)["teachers"]["classes"]
+    about = json.loads(call("inspect labels --json").out)["columns"]["classes"]
     assert (about["codec"], about["teacher"]["shape"], about["teacher"]["kind"]) == ("full", [3], "distribution")
     assert "total variation to the teacher's own targets 0.000" in call("inspect labels").out
     data = StoredCrops(open_store(labels), work / "train", crops_per_image=4, pixels=32)
@@ -39,7 +39,7 @@ def test_probabilities_are_stored_and_read(labels: Path, call: Any, work: Path) 
     right = batch["targets"].argmax(dim=1).reshape(-1, 4) == batch["labels"].reshape(-1, 1)
     assert right.float().mean() > 0.9
     assert call("verify labels --images train --teacher own_teacher:classes").status == 0
-    answer = call("verify labels --images train --teacher own_teacher:sharper --name classes")
+    answer = call("verify labels --images train --teacher own_teacher:sharper --column classes")
     assert answer.status == 1
     assert "not what this teacher says" in answer.out or "cosine" in answer.out
 
@@ -48,17 +48,17 @@ def test_other_codecs(labels: Path, call: Any) -> None:
     answer = call("recode labels --codec hard")
     assert answer.status == 0
     assert "from full (6 bytes) to hard (2 bytes); total variation to the source column's targets" in answer.out
-    fidelity = json.loads(call("inspect labels --json").out)["teachers"]["classes-hard"]["fidelity"]
+    fidelity = json.loads(call("inspect labels --json").out)["columns"]["classes-hard"]["fidelity"]
     assert 0 < fidelity["total_variation_mean"] <= fidelity["total_variation_max"] < 1
     assert fidelity["source_codec"] == "full"
     for codec, said in {
         "SQ8": "are class probabilities, whose codecs are",
         "marginal_renorm_k3": "keeps 3 of 3 classes",
     }.items():
-        answer = call(f"recode labels --name classes --codec {codec}")
+        answer = call(f"recode labels --column classes --codec {codec}")
         assert answer.status == 2
         assert said in answer.err
-        assert call(f"{STORE} --codec {codec} --name other").status == 2
+        assert call(f"{STORE} --codec {codec} --column other").status == 2
     assert "the targets of make are embeddings" in call("recode store --codec hard").err
 
 
@@ -172,7 +172,7 @@ class TestTeachers:
         answer = call(f"{line} --evaluate val")
         assert answer.status == 0, answer.err
         assert "teacher teacher: top-1 " in answer.err
-        about = json.loads(call("inspect new --json").out)["teachers"]["teacher"]
+        about = json.loads(call("inspect new --json").out)["columns"]["teacher"]
         assert (about["teacher"]["kind"], about["teacher"]["shape"]) == ("distribution", [3])
         assert call("verify new --images train --teacher run --checkpoint runs/teacher/checkpoints/last.ckpt").status == 0
         assert call(f"{line.replace('runs/teacher', 'runs/other')}").status == 2
@@ -195,7 +195,7 @@ class TestTeachers:
         answer = call(f"{line} one --teacher {two.format('+')}")
         assert answer.status == 0, answer.err
         assert call(f"{line} two --teacher {two.format(',')}").status == 0
-        answer = call("recode two --name teacher,classes --codec full --to both")
+        answer = call("recode two --column teacher,classes --codec full --to both")
         assert answer.status == 0, answer.err
         assert "teacher and classes from full (6 bytes) and full (6 bytes) to full (6 bytes)" in answer.out
         one, both = open_store(work / "one"), open_store(work / "two")
@@ -203,7 +203,7 @@ class TestTeachers:
             np.testing.assert_allclose(
                 one.targets("teacher-and-classes", row, slice(None)), both.targets("both", row, slice(None)), atol=1e-3
             )
-        answer = call(f"verify two --images train --name both --teacher {two.format('+')}")
+        answer = call(f"verify two --images train --column both --teacher {two.format('+')}")
         assert answer.status == 0, answer.out
         answer = call(f"{line} other --teacher run+own_teacher:classes --checkpoint runs/teacher")
         assert answer.status == 2

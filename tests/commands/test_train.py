@@ -149,7 +149,7 @@ def test_it_continues_when_the_store_has_got_another_column(work: Path, call: An
     assert call(line).status == 0
     assert yaml.safe_load((work / "run/config.yaml").read_text())["targets"]["teacher"] == "make"
     assert "this run is done" in call(line).err
-    assert "holds targets of ['make', 'make-SQ8']; name one" in call(f"{train_line} --out other").err
+    assert "has the columns make, make-SQ8; choose one with --column" in call(f"{train_line} --out other").err
 
 
 def test_an_image_that_is_skipped_is_no_neighbour_either(work: Path, call: Any, train_line: str) -> None:
@@ -239,7 +239,7 @@ class TestSeveralTeachers:
 
     def test_stored_and_online_are_the_same_training(self, two: Path, call: Any, train_line: str) -> None:
         line = f"{train_line} --epochs 3 --teacher_weights 2,1"
-        status, _, err = call(f"{line} --out stored --teacher make,prototyped")
+        status, _, err = call(f"{line} --out stored --column make,prototyped")
         assert status == 0
         assert "stored targets, D = 16 and 16;" in err
         online = "--targets online --teacher own_teacher:make,own_teacher:prototyped"
@@ -253,14 +253,14 @@ class TestSeveralTeachers:
             assert "top-1" in out
 
     def test_the_only_column_need_not_be_named(self, work: Path, call: Any, train_line: str) -> None:
-        for out, teacher in (("named", "--teacher make"), ("unnamed", "")):
+        for out, teacher in (("named", "--column make"), ("unnamed", "")):
             assert call(f"{train_line} --out {out} {teacher}").status == 0
         named, unnamed = (read_metrics(work / name / "metrics.csv") for name in ("named", "unnamed"))
         assert [line["loss"] for line in named] == [line["loss"] for line in unnamed]
 
     def test_prototypes_come_from_the_column_or_from_the_teacher(self, two: Path, call: Any, train_line: str) -> None:
         line = f"{train_line} --objective prototype_ce"
-        assert call(f"{line} --out stored --teacher prototyped").status == 0
+        assert call(f"{line} --out stored --column prototyped").status == 0
         assert call(f"{line} --out online --targets online --teacher own_teacher:prototyped").status == 0
         stored, online = (read_metrics(two / name / "metrics.csv") for name in ("stored", "online"))
         assert [line["loss"] for line in stored] == pytest.approx([line["loss"] for line in online], rel=1e-5)
@@ -273,13 +273,13 @@ class TestSeveralTeachers:
     @pytest.mark.parametrize(
         ("options", "status", "said"),
         [
-            ("", 2, "holds targets of ['make', 'prototyped']; name one (train and show: --teacher"),
-            ("--teacher make,swav", 2, "no targets of 'swav'; there are ['make', 'prototyped']"),
-            ("--teacher make,make", 2, "a column is named twice"),
-            ("--teacher make,", 2, "has an empty part"),
-            ("--teacher make,prototyped --teacher_weights 1,2,3", 2, "expected a positive number for each of the 2 teachers"),
-            ("--teacher make,prototyped --objective prototype_ce", 2, "the targets of 'make' have no prototypes"),
-            ("--teacher make --objective prototype_ce", 2, "have no prototypes; use a SwAV teacher, or another objective"),
+            ("", 2, "has the columns make, prototyped; choose one with --column"),
+            ("--column make,swav", 2, "no targets of 'swav'; there are ['make', 'prototyped']"),
+            ("--column make,make", 2, "a column is named twice"),
+            ("--column make,", 2, "has an empty part"),
+            ("--column make,prototyped --teacher_weights 1,2,3", 2, "expected a positive number for each of the 2 teachers"),
+            ("--column make,prototyped --objective prototype_ce", 2, "the targets of 'make' have no prototypes"),
+            ("--column make --objective prototype_ce", 2, "have no prototypes; use a SwAV teacher, or another objective"),
             ("--targets online --teacher own_teacher:make --objective prototype_ce", 2, "of 'make' have no prototypes"),
             ("--targets online --teacher mocov2,swav --checkpoint F", 2, "checkpoint 'F': 1 for 2 teachers (mocov2,swav)"),
         ],
@@ -306,7 +306,7 @@ class TestRefused:
             (("--epochs 2", "--epochs 2 --objective cosine(temperature=0.1)"), 2, "no setting 'temperature'; it has none"),
             (("--batch_size 18", "--batch_size 80"), 2, "a batch has 40 images, the data set 18; choose at most 36"),
             (("--crops_per_image 2", "--crops_per_image 6"), 2, "crops_per_image 6: store holds 4 crops of each image"),
-            (("--store store", "--store store --teacher swav"), 2, "no targets of 'swav'; there are ['make']"),
+            (("--store store", "--store store --column swav"), 2, "no targets of 'swav'; there are ['make']"),
             (("--store store", f"{ONLINE}:x"), 2, "own_teacher:make:x"),
             (("--store store", f"{ONLINE} --recipe nix"), 2, "--recipe 'nix' is unknown"),
             (("--epochs 2", "--epochs 2 --val nowhere"), 2, "nowhere: no such folder of images"),
@@ -339,8 +339,3 @@ class TestRefused:
         assert status == 1
         assert "1 of 1 shards are missing" in err
         assert "run the same fkd-ssl precompute again" in err
-
-    def test_an_ignored_option_warns(self, work: Path, call: Any, train_line: str) -> None:
-        status, _, err = call(f"{train_line} --out run --teacher_pixels 64")
-        assert status == 0
-        assert "warning: --teacher_pixels is ignored: stored targets need no teacher" in err

@@ -122,7 +122,7 @@ def read(folder: Path) -> dict[str, Any]:
         store = open_store(folder)
         rows = store.rows[:8].tolist()
         said: dict[str, Any] = {"crops": [np.array(store.crops(row, slice(0, 3))) for row in rows], "paths": list(store.paths)}
-        for name in store.teachers:
+        for name in store.column_names:
             column = store.column(name)
             column.require_complete()
             for array in column.meta.arrays:
@@ -517,13 +517,13 @@ def test_a_part_of_every_store_is_refused_or_right(original: Path, data: Any) ->
             done.append(subset(open_store(folder), out / "part", crops=2))
         with contextlib.suppress(StoreError, RequestError):
             done.append(
-                recode(open_store(folder), "smoothing" if is_label(name) else "SQ6", name=name, out=out / "small").store
+                recode(open_store(folder), "smoothing" if is_label(name) else "SQ6", column=name, out=out / "small").store
             )
     for store in done:
         with contextlib.suppress(StoreError), guarded(store.folder):
             read(store.folder)
         # of a store that lost all its columns the crops alone are copied, and verify says that there is no teacher
-        assert any(signed) or not store.teachers or not verify(open_store(store.folder)).problems
+        assert any(signed) or not store.column_names or not verify(open_store(store.folder)).problems
 
 
 def test_a_million_crops_in_holes_are_read_one_by_one(original: Path) -> None:

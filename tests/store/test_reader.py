@@ -311,7 +311,7 @@ def test_columns_that_are_not_there_are_named(folder):
     with pytest.raises(StoreError, match=r"no targets of 'mocov2'; there are \['tiny'\]"):
         open_store(folder).targets("mocov2", 0, slice(None))
     shutil.rmtree(folder / "targets" / "tiny")
-    with pytest.raises(StoreError, match="holds targets of no teacher; name one"):
+    with pytest.raises(StoreError, match="has no targets yet; run fkd-ssl precompute"):
         open_store(folder).column()
     with pytest.raises(StoreError, match="no targets of 'tiny'; there are none yet"):
         open_store(folder).column("tiny")
@@ -425,7 +425,7 @@ def test_skipped_rows_are_found_without_parsing_and_with(folder, monkeypatch):
 def test_hidden_and_unfinished_columns_are_not_listed(folder):
     shutil.copytree(folder / "targets" / "tiny", folder / "targets" / ".tmp-other-1")
     (folder / "targets" / "begun").mkdir()
-    assert open_store(folder).teachers == ["tiny"]
+    assert open_store(folder).column_names == ["tiny"]
 
 
 def test_json_of_a_store_is_signed(folder):

@@ -58,7 +58,7 @@ def read(folder: Path) -> None:
     store = open_store(folder)
     for row in (0, 12):
         store.crops(row, slice(None))
-        for name in store.teachers:
+        for name in store.column_names:
             store.targets(name, row, slice(None))
 
 
@@ -133,7 +133,7 @@ def test_a_column_that_is_none_any_more_is_named(folder, capsys, how):
 def test_a_column_that_was_removed_is_not_missed(folder):
     shutil.rmtree(folder / "store/targets/a")
     assert verify(open_store(folder / "store")).problems == []
-    assert open_store(folder / "store").teachers == ["b"]
+    assert open_store(folder / "store").column_names == ["b"]
 
 
 def test_the_manifests_digest_is_the_one_in_its_file(folder):

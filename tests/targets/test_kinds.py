@@ -162,11 +162,11 @@ def test_a_grid_is_stored_verified_recoded_and_trained_on(image_folder: Path, tm
         log_every=1,
     )
     (tmp_path / "run").mkdir()
-    data = StoredCrops(store, found, crops_per_image=2, pixels=32, teacher=["small"])
+    data = StoredCrops(store, found, crops_per_image=2, pixels=32, column=["small"])
     train(config, data, tmp_path / "run", targets=[small.info])
     losses = [float(line["loss"] or 0) for line in read_metrics(tmp_path / "run" / "metrics.csv")]
     assert losses[-1] < 0.7 * losses[0]
     with pytest.raises(RequestError, match=r"the targets of 'small' are grids of tokens: feature_kl is for embeddings"):
         make_objective("feature_kl", about=small.info)
     with pytest.raises(RequestError, match=r"codec 'SQ8': the targets of grid are grids of tokens, whose codecs are, for inst"):
-        recode(store, "SQ8", name="grid")
+        recode(store, "SQ8", column="grid")

@@ -70,7 +70,7 @@ def test_what_members_have_in_common_it_has() -> None:
     [
         ({"kind": "embedding"}, r"teacher a \+ b: b gives embeddings, of which there is no mean; name several teachers with"),
         ({"dim": 4}, r"teacher a \+ b: 5 and 4 classes, of a and of b; the members of an ensemble need the same"),
-        ({"pixels": 64}, r"a sees 32 px and b 64 px; store a column of each with --codec full .* fkd-ssl recode --name A,B"),
+        ({"pixels": 64}, r"a sees 32 px and b 64 px; store a column of each with --codec full .* fkd-ssl recode --column A,B"),
     ],
 )
 def test_what_has_no_mean_is_refused(about: dict[str, Any], message: str) -> None:

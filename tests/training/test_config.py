@@ -51,22 +51,27 @@ def test_these_must_not_be_negative(name: str) -> None:
         ({"label_smoothing": 1.0, "targets": "labels"}, r"label_smoothing 1.0: must lie in 0 to 1"),
         ({"calibrate_below": 0.0}, r"calibrate_below 0.0: a probability, must lie in 0 to 1"),
         ({"targets": "labels", "calibrate_below": 0.5}, r"calibrate_below 0.5: --targets labels has none; leave it out"),
-        ({"targets": "labels", "teacher": "a"}, r"teacher a: --targets labels has none; leave it out"),
+        ({"targets": "labels", "teacher": "a"}, r"teacher a: is not used with --targets labels; leave it out"),
+        ({"teacher": "a"}, r"teacher a: is not used with --targets stored; name a column of the store with --column"),
+        ({"targets": "online", "teacher": "a", "column": "b"}, r"column b: is not used with --targets online; leave it out"),
         ({"targets": "relabel", "store": None}, r"targets relabel: --label_maps is needed; make them with fkd-ssl label-maps"),
         ({"label_maps": "m"}, r"label_maps m: they are for --targets relabel"),
         ({"targets": "relabel", "label_maps": "m"}, r"store s: --targets relabel has none; leave it out"),
-        ({"targets": "relabel", "label_maps": "m", "store": None, "teacher": "a"}, r"teacher a: --targets relabel has none"),
-        ({"targets": "labels", "record": "new", "store": None}, r"record new: needs --targets online"),
-        ({"teacher": "a", "teacher_weights": "1"}, r"teacher_weights '1': there is one teacher; name several"),
-        ({"teacher_weights": "1"}, r"teacher_weights '1': there is one teacher"),
-        ({"teacher": "a,,b"}, r"'a,,b': has an empty part; write A,B"),
         (
-            {"teacher": "a,b", "teacher_weights": "1"},
+            {"targets": "relabel", "label_maps": "m", "store": None, "teacher": "a"},
+            r"teacher a: is not used with --targets relabel",
+        ),
+        ({"targets": "labels", "record": "new", "store": None}, r"record new: needs --targets online"),
+        ({"column": "a", "teacher_weights": "1"}, r"teacher_weights '1': there is only one teacher; leave it out"),
+        ({"teacher_weights": "1"}, r"teacher_weights '1': there is one teacher"),
+        ({"column": "a,,b"}, r"'a,,b': has an empty part; write A,B"),
+        (
+            {"column": "a,b", "teacher_weights": "1"},
             r"teacher_weights '1': expected a positive number for each of the 2 teachers",
         ),
-        ({"teacher": "a,b", "teacher_weights": "1,0"}, r"expected a positive number for each of the 2 teachers \(a,b\)"),
-        ({"teacher": "a,b", "teacher_weights": "1,x"}, r"expected a positive number for each"),
-        ({"teacher": "a,b", "teacher_weights": "1,inf"}, r"expected a positive number for each"),
+        ({"column": "a,b", "teacher_weights": "1,0"}, r"expected a positive number for each of the 2 teachers \(a,b\)"),
+        ({"column": "a,b", "teacher_weights": "1,x"}, r"expected a positive number for each"),
+        ({"column": "a,b", "teacher_weights": "1,inf"}, r"expected a positive number for each"),
         ({"targets": "online", "teacher": "a,b", "checkpoint": "F"}, r"checkpoint 'F': 1 for 2 teachers \(a,b\); expected one"),
     ],
 )
@@ -77,10 +82,8 @@ def test_what_does_not_go_together_is_refused(options: dict[str, Any], message: 
 
 def test_weights_sum_to_one_and_are_equal_by_default() -> None:
     assert make().weights(1) == [1.0]
-    assert make(teacher="a,b").weights(2) == [0.5, 0.5]
-    assert make(teacher="a, b,c", teacher_weights="2, 1, 1").weights(3) == [0.5, 0.25, 0.25]
-    assert make(teacher="a, b,c").teachers == ["a", "b", "c"]
-    assert make().teachers == []
+    assert make(column="a,b").weights(2) == [0.5, 0.5]
+    assert make(column="a, b,c", teacher_weights="2, 1, 1").weights(3) == [0.5, 0.25, 0.25]
 
 
 def test_each_teacher_has_its_checkpoint() -> None:

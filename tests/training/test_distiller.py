@@ -132,7 +132,7 @@ class TestSeveralTeachers:
     def make(self, **options: Any) -> tuple[Distiller, dict[str, Any]]:
         torch.manual_seed(0)
         student = Student("squeezenet1_1", 8, 6)
-        config = make_config(student="squeezenet1_1", teacher="a,b", **options)
+        config = make_config(student="squeezenet1_1", column="a,b", **options)
         targets = {name: torch.nn.functional.normalize(torch.randn(2, dim), dim=1) for name, dim in (("a", 8), ("b", 6))}
         batch = {"images": torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8), "targets": targets}
         return Distiller(student, [FeatureKL(), FeatureKL()], stored_targets, config, 1).eval(), batch

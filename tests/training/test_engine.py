@@ -94,12 +94,12 @@ class TestSeveralTeachers:
             store = make_store(tmp_path / "two", codec="Flat", teacher=teacher)
 
         def train(names: tuple[str, ...] = self.NAMES, **options: Any) -> tuple[Any, Any]:
-            data = StoredCrops(store, image_folder, crops_per_image=2, pixels=32, teacher=list(names))
+            data = StoredCrops(store, image_folder, crops_per_image=2, pixels=32, column=list(names))
             crops = StoredCrops(store, image_folder, crops_per_image=2, pixels=32, with_targets=False)
             columns = [store.column(name) for name in names]
             infos = [c.info for c in columns]
             embeds = [teacher.embed for teacher in teachers if teacher.info.name in names]
-            options = {"teacher": ",".join(names), **options}
+            options = {"column": ",".join(names), **options}
             stored = make_run("stored", data, **options).train(targets=infos)
             online = make_run("online", crops, targets="online", **options).train(targets=infos, embeds=embeds)
             return stored, online

@@ -35,7 +35,7 @@ def import_fkd(
     *,
     classes: int,
     codec: str | None = None,
-    name: str = "fkd",
+    column: str = "fkd",
     pixels: int = 224,
     threads: int = 2,
     log: Callable[[str], None] = lambda message: None,
@@ -51,7 +51,7 @@ def import_fkd(
         classes: Number of classes K.
         codec: Codec of the labels. Default: inferred from their shape, as marginal_smoothing_k5, not marginal_renorm_k5, for
             five classes.
-        name: Name of the column.
+        column: Name of the column.
         pixels: Side of the crops that the teacher saw.
         threads: Number of threads that read images and labels.
         log: Called with each line for the user.
@@ -69,7 +69,7 @@ def import_fkd(
     first = _first(paths)
     kept = LabelCodec(codec or first.codec(), classes)
     log(f"{len(images):,} images x {len(first)} crops, {kept.spec} of {classes} classes: {kept.code_size} + 20 bytes a crop")
-    layout.checked_name(name)
+    layout.checked_name(column)
     with atomic_folder(out) as new, ThreadPoolExecutor(threads) as pool:
         if not any(new.glob(f"{layout.CROPS}/*.json")):  # nothing to continue; it may have begun with wrong options
             for left in new.iterdir():
@@ -85,18 +85,18 @@ def import_fkd(
                 advice="repair or remove it",
             )
         store, meta = Store(new), _meta(kept, Path(labels).name, pixels)
-        if not store.teachers:
-            publish_column(new / layout.TARGETS / name, meta, {})
-        same = store.paths == images.names and (store.crops_per_image, store.teachers) == (len(first), [name])
+        if not store.column_names:
+            publish_column(new / layout.TARGETS / column, meta, {})
+        same = store.paths == images.names and (store.crops_per_image, store.column_names) == (len(first), [column])
         digest = files.sha256(files.canonical({**meta, "arrays": {}}))
-        if not same or store.column(name).digest != digest:
+        if not same or store.column(column).digest != digest:
             raise RequestError(_other(new))
         wrong: list[str] = []
         with tqdm(total=len(images), unit="img", desc="labels") as bar:
             for shard in range(store.manifest.shards):
                 rows = store.manifest.shard_rows(shard)
-                if layout.codes_file(new, name, shard).with_suffix(".json").exists():
-                    if not _is_of(store.column(name), rows[0], _row(store, images, paths, kept, len(first), rows[0])):
+                if layout.codes_file(new, column, shard).with_suffix(".json").exists():
+                    if not _is_of(store.column(column), rows[0], _row(store, images, paths, kept, len(first), rows[0])):
                         raise RequestError(_other(new))
                     bar.update(len(rows))
                     continue
@@ -108,7 +108,7 @@ def import_fkd(
                     else:
                         made.append(found)
                 if not wrong:
-                    _publish(store, name, shard, digest, made)
+                    _publish(store, column, shard, digest, made)
         if wrong:
             some = "\n  ".join(wrong[:_LISTED])
             more = f"\n  and {len(wrong) - _LISTED} more" if len(wrong) > _LISTED else ""

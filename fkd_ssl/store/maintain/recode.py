@@ -26,7 +26,7 @@ def recode(
     store: Store,
     codec: str,
     *,
-    name: str | Sequence[str] | None = None,
+    column: str | Sequence[str] | None = None,
     to: str | None = None,
     out: str | Path | None = None,
 ) -> Column:
@@ -38,8 +38,8 @@ def recode(
     Args:
         store: The store.
         codec: faiss factory string for embeddings, one of FKD's names for class probabilities.
-        name: The column to recode. Default: the only column. A list of columns with class probabilities gives their mean (MEAL
-            V2, arXiv 2009.08453, section 3).
+        column: The column to recode. Default: the only column. A list of columns with class probabilities gives their mean
+            (MEAL V2, arXiv 2009.08453, section 3).
         to: Name of the new column. Default: the source's name, followed by the codec's name unless `out` is given.
         out: A new store for the column, with the same crops. Default: the same store.
 
@@ -48,14 +48,14 @@ def recode(
             exists with other contents.
         StoreError: A source is damaged or incomplete.
     """
-    names = [name] if name is None or isinstance(name, str) else [*name]
+    names = [column] if column is None or isinstance(column, str) else [*column]
     source = Source([store.column(each) for each in names])
     source.meta.target.check_codec(codec, source.name)
     if to is None:
         to = source.name if out is not None else f"{source.name}-{codec.replace(',', '-')}"
     to = layout.checked_name(to)
-    for column in source.columns:
-        column.require_complete()
+    for each in source.columns:
+        each.require_complete()
     if out is None:
         target = store.folder / layout.TARGETS / to
         if target.exists():
@@ -71,7 +71,7 @@ def recode(
     check_sample(codec, source.meta.target, _sample(source, codec)[2])
     _check_files(source)
     with atomic_folder(out) as folder:
-        Part(store, teachers=[]).write(folder, beside=to)
+        Part(store, column=[]).write(folder, beside=to)
         _fill(source, codec, Store(folder), to)
     return Store(out).column(to)
 
@@ -98,11 +98,11 @@ class Source:
         first, *_ = metas = [column.meta for column in columns]
         names = [column.name for column in columns]
         if len(set(names)) < len(names):
-            raise RequestError(f"name {','.join(names)}: a column is named twice")
+            raise RequestError(f"column {','.join(names)}: a column is named twice")
         for name, meta in zip(names, metas, strict=True):
             if (meta.target.kind, meta.target) != ("distribution", first.target):
                 raise RequestError(
-                    f"name {','.join(names)}: {name} has {meta.target.definition.display_name}, {meta.target}; "
+                    f"column {','.join(names)}: {name} has {meta.target.definition.display_name}, {meta.target}; "
                     "a mean is taken of class probabilities of the same classes"
                 )
         self.name = "-and-".join(names)

@@ -50,7 +50,7 @@ def repair(
     images: ImageSource | None = None,
     teacher: Teacher | None = None,
     *,
-    name: str | None = None,
+    column: str | None = None,
     threads: int = 2,
     log: Log = lambda message: None,
 ) -> None:
@@ -63,8 +63,8 @@ def repair(
         store: The store.
         damage: The damage that `verify` found.
         images: The store's images; the image set may have more.
-        teacher: The teacher of column `name`.
-        name: The teacher's column. Default: the only column.
+        teacher: The teacher of `column`.
+        column: The teacher's column. Default: the only column.
         threads: Number of threads that read images.
         log: Called with a line for each part that was or was not repaired.
     """
@@ -79,9 +79,9 @@ def repair(
     columns = {d.column for d in damage if d.column is not None}
     target = None
     if teacher is not None and (columns or crops):
-        target = name if name is not None else columns.pop() if len(columns) == 1 else store.column().name
-    for column in sorted({d.column for d in damage if d.column is not None} - {target}):
-        log(f"column {column}: its teacher is needed to make it again: --teacher, --checkpoint, --images and --name {column}")
+        target = column if column is not None else columns.pop() if len(columns) == 1 else store.column().name
+    for other in sorted({d.column for d in damage if d.column is not None} - {target}):
+        log(f"column {other}: its teacher is needed to make it again: --teacher, --checkpoint, --images and --column {other}")
     if own is None:
         return
     with ThreadPoolExecutor(threads) as pool:
@@ -173,7 +173,7 @@ def _recompute(
         pixels=column.meta.teacher.pixels,
         seed=m.seed,
         chunk_size=column.meta.chunk_size,
-        name=name,
+        column=name,
         skip_unreadable=True,
         threads=threads,
         log=log,

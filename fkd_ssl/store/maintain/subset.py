@@ -1,4 +1,4 @@
-"""Subset: copies the first crops, some teachers or some images of a store into a new store. Needs no teacher."""
+"""Subset: copies the first crops, some columns or some images of a store into a new store. Needs no teacher."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +28,7 @@ def subset(
     out: str | Path,
     *,
     crops: int | None = None,
-    teachers: Sequence[str] | None = None,
+    column: Sequence[str] | None = None,
     paths: Sequence[str] | None = None,
 ) -> Store:
     """Copies a part of a store into `out`, which appears when it is complete. If the call is killed, call it again to continue.
@@ -41,14 +41,14 @@ def subset(
         store: The source. The shards that contain the part must be finished.
         out: The new store.
         crops: Copy only this many crops per image, the first ones.
-        teachers: Copy only these columns. Default: all; an empty list copies the crops only.
+        column: Copy only these columns. Default: all; an empty list copies the crops only.
         paths: Copy only these images, as listed in images.txt, in any order.
 
     Raises:
         RequestError: The source has fewer crops or lacks an image or a column, or `out` has other contents.
         StoreError: The source is damaged, or a shard that is needed is not finished.
     """
-    part = Part(store, crops=crops, teachers=teachers, paths=paths)
+    part = Part(store, crops=crops, column=column, paths=paths)
     out = Path(out).resolve()  # a temporary folder is named after it, and '.' has no name
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         if not part.is_in(out):
@@ -68,7 +68,7 @@ class Part:
         store: Store,
         *,
         crops: int | None = None,
-        teachers: Sequence[str] | None = None,
+        column: Sequence[str] | None = None,
         paths: Sequence[str] | None = None,
     ) -> None:
         m = store.manifest
@@ -76,12 +76,12 @@ class Part:
         self.crops = m.crops_per_image if crops is None else crops
         if not 1 <= self.crops <= m.crops_per_image:
             raise RequestError(f"--crops {crops}: {store.folder} holds {m.crops_per_image} of each image")
-        if teachers is None and (broken := store.broken_columns()):
-            raise StoreError(f"{broken[0]}; or name the teachers to copy")
-        names = store.teachers if teachers is None else list(dict.fromkeys(teachers))
-        absent = sorted(set(names) - set(store.teachers))
+        if column is None and (broken := store.broken_columns()):
+            raise StoreError(f"{broken[0]}; or name the columns to copy (--column)")
+        names = store.column_names if column is None else list(dict.fromkeys(column))
+        absent = sorted(set(names) - set(store.column_names))
         if absent:
-            raise RequestError(f"{store.folder}: no targets of {absent[0]!r}; there are {store.teachers or 'none'}")
+            raise RequestError(f"{store.folder}: no targets of {absent[0]!r}; there are {store.column_names or 'none'}")
         self.columns = [store.column(name) for name in names]
         self.rows = _rows(store, paths)
         self._listing = "".join(f"{store.paths[int(row)]}\n" for row in self.rows).encode()
@@ -99,7 +99,7 @@ class Part:
         """Whether a folder is the finished copy of this part."""
         try:
             there = Store(folder)
-            digests = {name: there.column(name).digest for name in there.teachers}
+            digests = {name: there.column(name).digest for name in there.column_names}
         except StoreError:
             return False
         return there.manifest == self.manifest and digests == {column.name: column.digest for column in self.columns}

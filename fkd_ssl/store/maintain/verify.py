@@ -73,7 +73,7 @@ def verify(
     images: ImageSource | None = None,
     teacher: Teacher | None = None,
     *,
-    name: str | None = None,
+    column: str | None = None,
     sample: int = 64,
     threads: int = 2,
 ) -> Report:
@@ -82,13 +82,13 @@ def verify(
     Args:
         store: The store.
         images: The store's images; their contents are compared with those that the teacher saw.
-        teacher: The teacher of column `name`.
-        name: The teacher's column.
+        teacher: The teacher of `column`.
+        column: The teacher's column. Default: the only column.
         sample: Number of crops to replay and embed again.
         threads: Number of threads that read files.
     """
     report = Report()
-    if not store.teachers and not store.shards_with_crops() and not store.sizes["width"].any():
+    if not store.column_names and not store.shards_with_crops() and not store.sizes["width"].any():
         report.add(
             f"{store.folder}: none of its {store.manifest.count} images had a readable header when it was made, and its images "
             "are fixed: there is nothing to finish; delete it, and precompute images that can be read"
@@ -108,9 +108,9 @@ def verify(
         if images is None:
             raise RequestError("--teacher needs --images: crops are replayed from them")
         if not any(d.kind == "array" or (d.kind == "access" and d.column) for d in report.damage):
-            column = store.column(name)
-            whole = [s for s in sound if Damage(kind="codes", shard=s, column=column.name) not in report.damage]
-            _check_targets(column, images, teacher, sample, set(whole), changed, report)
+            checked = store.column(column)
+            whole = [s for s in sound if Damage(kind="codes", shard=s, column=checked.name) not in report.damage]
+            _check_targets(checked, images, teacher, sample, set(whole), changed, report)
     return report
 
 
@@ -124,7 +124,7 @@ def check_files(store: Store, column: Column) -> None:
 
 
 def _columns(store: Store, report: Report) -> Iterator[Column]:
-    for name in store.teachers:
+    for name in store.column_names:
         damage, sound = Damage(kind="array", column=name), Damage(kind="access", column=name)
         try:
             column = store.column(name)
@@ -149,7 +149,7 @@ def _columns(store: Store, report: Report) -> Iterator[Column]:
     broken = store.broken_columns()
     for problem in broken:
         report.add(problem)
-    if not store.teachers and not broken:
+    if not store.column_names and not broken:
         report.add(f"{store.folder}: holds no teacher's targets; run fkd-ssl precompute")
 
 

@@ -70,7 +70,7 @@ def precompute(
     seed: int = 0,
     limit: int | None = None,
     chunk_size: int = 128,
-    name: str | Sequence[str] | None = None,
+    column: str | Sequence[str] | None = None,
     skip_unreadable: bool = False,
     threads: int = 2,
     device: str | None = None,
@@ -95,7 +95,7 @@ def precompute(
         seed: Seed of the crops.
         limit: Use only this many images, the first in hash order.
         chunk_size: Number of crops per forward pass of a teacher.
-        name: Name of each teacher's column. Default: the teacher's name.
+        column: Name of each teacher's column. Default: the teacher's name.
         skip_unreadable: Skip images that cannot be decoded, and record this in the store, instead of stopping.
         threads: Number of threads that read, decode and replay while the teacher runs.
         device: torch device that makes the crops. Default: the threads make them. The pixels are the same.
@@ -110,7 +110,7 @@ def precompute(
     """
     in_range("threads", threads, 2**16)
     started = time.perf_counter()
-    requests = make_requests(teacher, codec, pixels, chunk_size, name, device)
+    requests = make_requests(teacher, codec, pixels, chunk_size, column, device)
     names = [request.name for request in requests]
     images = layout.limit_images(images, limit)
     store = begin(
@@ -127,8 +127,8 @@ def precompute(
     reader = RowReader(store, images, skip_unreadable, ahead=threads + 1, device=device)
     with ThreadPoolExecutor(threads) as pool:
         columns = open_or_train(store, requests, reader, pool, log)
-        for column in columns:
-            require_not_recording(column)
+        for each in columns:
+            require_not_recording(each)
         missing = [shard for shard in range(store.manifest.shards) if any(shard in c.missing_shards for c in columns)]
         mine = missing if share is None else [shard for shard in missing if shard % share.of == share.index]
         others = [shard for shard in missing if shard not in mine]
@@ -144,9 +144,9 @@ def precompute(
             writer = ShardWriter(store, requests, columns, reader, pool, bar)
             busy = writer.write(mine + others if share is None or share.steal else mine)
             busy = writer.write(busy)  # the processes that wrote them may have been killed
-    for column in columns:  # work files that killed processes did not remove
-        for path in column.folder.glob(".work-codes-*[0-9]"):
-            if (column.folder / f"{path.name.removeprefix('.work-')}.json").exists():
+    for each in columns:  # work files that killed processes did not remove
+        for path in each.folder.glob(".work-codes-*[0-9]"):
+            if (each.folder / f"{path.name.removeprefix('.work-')}.json").exists():
                 work.clear(path)
     return Summary(
         shards=store.manifest.shards,

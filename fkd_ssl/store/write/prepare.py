@@ -60,7 +60,9 @@ def prepare(
         log=log,
     )
     requests = [
-        replace(request, chunk_size=store.column(request.name).meta.chunk_size) if request.name in store.teachers else request
+        replace(request, chunk_size=store.column(request.name).meta.chunk_size)
+        if request.name in store.column_names
+        else request
         for request in requests
     ]
     reader = RowReader(store, images, skip_unreadable, ahead=threads + 1)
@@ -84,19 +86,19 @@ def make_requests(
     codec: str | None,
     pixels: int | Sequence[int],
     chunk_size: int,
-    name: str | Sequence[str] | None,
+    column: str | Sequence[str] | None,
     device: str | None,
 ) -> list[Request]:
     """Returns the requested columns. Raises RequestError if one is invalid."""
     teachers = [*teacher] if isinstance(teacher, Sequence) else [teacher]
     sides = [pixels] * len(teachers) if isinstance(pixels, int) else [*pixels]
-    names = [t.info.name for t in teachers] if name is None else [name] if isinstance(name, str) else [*name]
+    names = [t.info.name for t in teachers] if column is None else [column] if isinstance(column, str) else [*column]
     for what, value, most in (("chunk_size", chunk_size, 2**16), *(("pixels", side, 4096) for side in sides)):
         in_range(what, value, most)
     if not len(teachers) == len(names) == len(sides) or len(set(names)) < len(names):
         raise RequestError(
             f"{len(teachers)} teachers, columns {names}, pixels {sides}: each teacher needs one size and a name of its own "
-            "(--name a,b)"
+            "(--column a,b)"
         )
     for each in (teacher.info for teacher in teachers):
         if strange := [key for key in each.arrays if not layout.COLUMN_NAME.fullmatch(f"teacher-{key}")]:

@@ -143,7 +143,7 @@ def test_another_teacher_sees_the_imported_crops(images: Path, tmp_path: Path, t
     found = scan(images)
     precompute(found, store.folder, tiny_teacher, crops=C, recipe=IMPORTED, pixels=32, codec="Flat", progress=False)
     store = open_store(store.folder)
-    assert store.teachers == ["fkd", "tiny"]
+    assert store.column_names == ["fkd", "tiny"]
     assert (np.asarray(store.crops(2, slice(0, C))) == records).all()
     from fkd_ssl.crops import replay
     from fkd_ssl.images import read_image
@@ -355,7 +355,7 @@ def test_a_killed_import_goes_on_with_the_same_only(
         ("b", scan(images), {}),
         ("a", fewer, {}),
         ("a", scan(images), {"classes": K + 1}),
-        ("a", scan(images), {"name": "other"}),
+        ("a", scan(images), {"column": "other"}),
         ("a", scan(images), {"codec": "marginal_renorm_k5"}),
     ):
         with pytest.raises(RequestError, match="something else was begun here and not finished"):

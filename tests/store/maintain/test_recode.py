@@ -64,7 +64,7 @@ def test_codes_are_the_new_codecs_of_the_decoded_targets(tmp_path, source, tree,
     assert f["cosine_mean"] == pytest.approx(float(to_source.mean()), abs=allowed)
     assert (f["source_codec"], f["source_cosine_mean"]) == ("SQ8", source.column("tiny").meta.fidelity["cosine_mean"])
     assert cosine_to_teacher(column.meta, "cosine_mean") == pytest.approx(float(cosines.mean()), abs=allowed)
-    report = verify(column.store, images.scan(image_folder), new_teacher(), name=column.name)
+    report = verify(column.store, images.scan(image_folder), new_teacher(), column=column.name)
     assert report.problems == []
 
 
@@ -81,16 +81,16 @@ def test_from_lossless_targets_it_is_what_precompute_writes(tmp_path, make_store
 
 def test_what_was_lost_twice_is_no_reason_to_doubt_the_teacher(source, image_folder, new_teacher):
     """SQ4 of SQ4 of SQ8, and Flat of that: verify allows what all of them discarded, and still finds another teacher."""
-    recode(source, "SQ4", name="tiny", to="a")
-    recode(source, "SQ4", name="a", to="b")
-    column = recode(source, "Flat", name="b", to="c")
+    recode(source, "SQ4", column="tiny", to="a")
+    recode(source, "SQ4", column="a", to="b")
+    column = recode(source, "Flat", column="b", to="c")
     f = column.meta.fidelity
     assert (f["cosine_mean"], f["source_cosine_mean"]) == (
         pytest.approx(1, abs=1e-6),
         pytest.approx(sum(source.column(name).meta.fidelity["cosine_mean"] for name in ("tiny", "a", "b")) - 2, abs=1e-9),
     )
-    assert verify(column.store, images.scan(image_folder), new_teacher(), name="c").problems == []
-    assert verify(column.store, images.scan(image_folder), new_teacher(1), name="c").problems
+    assert verify(column.store, images.scan(image_folder), new_teacher(), column="c").problems == []
+    assert verify(column.store, images.scan(image_folder), new_teacher(1), column="c").problems
 
 
 def test_into_a_store_of_its_own(tmp_path, source, tree, image_folder, new_teacher):
@@ -98,7 +98,7 @@ def test_into_a_store_of_its_own(tmp_path, source, tree, image_folder, new_teach
     column = recode(source, "SQ4", out=tmp_path / "small")
     assert tree(source.folder) == before
     small = open_store(tmp_path / "small")
-    assert small.teachers == ["tiny"]
+    assert small.column_names == ["tiny"]
     assert column.meta.codec == small.column().meta.codec == "SQ4"
     assert {name: data for name, data in tree(tmp_path / "small").items() if not name.startswith("targets")} == {
         name: data for name, data in before.items() if not name.startswith("targets")
@@ -116,7 +116,7 @@ class PulledError(Exception):
 @pytest.mark.parametrize("out", [None, "small"])
 def test_a_killed_one_appears_not_at_all_and_goes_on(tmp_path, source, make_store, tree, monkeypatch, calls, out):
     place = {} if out is None else {"out": tmp_path / out}
-    expected = recode(source, "SQ4", name="tiny", to="whole", **({} if out is None else {"out": tmp_path / "other"}))
+    expected = recode(source, "SQ4", column="tiny", to="whole", **({} if out is None else {"out": tmp_path / "other"}))
     real, done = recodes.files.write_json, []
 
     def write_json(path, value):
@@ -128,10 +128,10 @@ def test_a_killed_one_appears_not_at_all_and_goes_on(tmp_path, source, make_stor
     with monkeypatch.context() as patch:
         patch.setattr(recodes.files, "write_json", write_json)
         with pytest.raises(PulledError):
-            recode(source, "SQ4", name="tiny", to="new", **place)
-    assert open_store(source.folder).teachers == (["tiny", "whole"] if out is None else ["tiny"])
+            recode(source, "SQ4", column="tiny", to="new", **place)
+    assert open_store(source.folder).column_names == (["tiny", "whole"] if out is None else ["tiny"])
     assert not (tmp_path / "small").exists()
-    column = recode(source, "SQ4", name="tiny", to="new", **place)
+    column = recode(source, "SQ4", column="tiny", to="new", **place)
     assert tree(column.folder) == tree(expected.folder)
     assert verify(open_store(source.folder)).problems == []
 
@@ -171,14 +171,14 @@ def test_another_column_that_was_begun_is_refused(tmp_path, source, make_store, 
         arrays={"prototypes": np.random.default_rng(other.get("arrays", 0)).normal(size=(30, 16)).astype(np.float32)},
     )
     options = {key: value for key, value in other.items() if key in ("codec", "chunk_size")}
-    store = make_store(source.folder, crops=12, teacher=teacher, name="other", **options)
+    store = make_store(source.folder, crops=12, teacher=teacher, column="other", **options)
     place = {"to": "new"} | ({} if out is None else {"out": tmp_path / out})
-    killed_behind_meta(store, "SQ4", name="tiny", **place)
+    killed_behind_meta(store, "SQ4", column="tiny", **place)
     with pytest.raises(RequestError, match=r"new: SQ4 of tiny was begun there .*, not SQ4 of this other; delete that folder"):
-        recode(store, "SQ4", name="other", **place)
-    recode(store, "SQ4", name="tiny", **place)
+        recode(store, "SQ4", column="other", **place)
+    recode(store, "SQ4", column="tiny", **place)
     with pytest.raises(RequestError, match="holds something else than other in SQ4"):
-        recode(store, "SQ4", name="other", **place)
+        recode(store, "SQ4", column="other", **place)
 
 
 def test_the_same_column_of_other_crops_is_not_taken_for_it(tmp_path, source):
@@ -190,14 +190,14 @@ def test_the_same_column_of_other_crops_is_not_taken_for_it(tmp_path, source):
 def test_what_is_there_is_left(source, tree):
     recode(source, "SQ4")
     before = tree(source.folder)
-    assert recode(source, "SQ4", name="tiny").name == "tiny-SQ4"
+    assert recode(source, "SQ4", column="tiny").name == "tiny-SQ4"
     for options in ({"codec": "SQ6", "to": "tiny-SQ4"}, {"codec": "SQ8", "to": "tiny"}):
         with pytest.raises(RequestError, match=r"holds something else than tiny in SQ. as .*; choose another --to or --out"):
-            recode(source, name="tiny", **options)
+            recode(source, column="tiny", **options)
     with pytest.raises(RequestError, match=r"letters, digits, '\.', '_' and '-' only"):
-        recode(source, "SQ6", name="tiny", to="a/b")
+        recode(source, "SQ6", column="tiny", to="a/b")
     with pytest.raises(RequestError, match="codec 'SQ5' is none of those accepted"):
-        recode(source, "SQ5", name="tiny")
+        recode(source, "SQ5", column="tiny")
     assert tree(source.folder) == before
 
 
@@ -236,7 +236,7 @@ def test_a_damaged_or_unfinished_source_is_refused(source, tree):
     path.with_suffix(".json").unlink()
     with pytest.raises(StoreError, match="1 of 5 shards are missing"):
         recode(open_store(source.folder), "SQ4")
-    assert open_store(source.folder).teachers == ["tiny"]
+    assert open_store(source.folder).column_names == ["tiny"]
 
 
 @pytest.mark.parametrize("spec", ["full", "marginal_renorm_k3"])
@@ -270,7 +270,7 @@ class TestMean:
     @pytest.fixture
     def two(self, tmp_path, make_store, image_folder):
         for name, seed in (("a", 0), ("b", 1)):
-            make_store(tmp_path / "two", crops=4, teacher=self.classifier(name, seed), codec="full", name=name)
+            make_store(tmp_path / "two", crops=4, teacher=self.classifier(name, seed), codec="full", column=name)
         return open_store(tmp_path / "two")
 
     def classifier(self, name, seed, classes=K):
@@ -290,7 +290,7 @@ class TestMean:
 
     @pytest.mark.parametrize("codec", ["full", "marginal_smoothing_k3", "hard"])
     def test_it_is_what_an_ensemble_would_have_stored(self, two, codec, tmp_path, make_store, image_folder):
-        column = recode(two, codec, name=["a", "b"])
+        column = recode(two, codec, column=["a", "b"])
         assert column.name == f"a-and-b-{codec}"
         ensemble = Ensemble([self.classifier("a", 0), self.classifier("b", 1)])
         direct = make_store(tmp_path / "direct", crops=4, teacher=ensemble, codec=codec)
@@ -303,28 +303,28 @@ class TestMean:
         assert f["source_codec"] == "full + full"
         assert column.meta.teacher.network == direct.column().meta.teacher.network == "mean probabilities of: net a; net b"
         assert column.meta.teacher.licence == "licence a; licence b"
-        assert verify(column.store, images.scan(image_folder), ensemble, name=column.name).problems == []
+        assert verify(column.store, images.scan(image_folder), ensemble, column=column.name).problems == []
 
     def test_a_second_call_finds_it_and_another_order_is_another_mean(self, two, tree):
-        recode(two, "full", name=["a", "b"], to="mean")
+        recode(two, "full", column=["a", "b"], to="mean")
         before = tree(two.folder)
-        recode(two, "full", name=["a", "b"], to="mean")
+        recode(two, "full", column=["a", "b"], to="mean")
         assert tree(two.folder) == before
         with pytest.raises(RequestError, match="holds something else than b-and-a in full as 'mean'"):
-            recode(two, "full", name=["b", "a"], to="mean")
+            recode(two, "full", column=["b", "a"], to="mean")
         with pytest.raises(RequestError, match="holds something else than a in full as 'mean'"):
-            recode(two, "full", name="a", to="mean")
+            recode(two, "full", column="a", to="mean")
 
     def test_into_a_store_of_its_own(self, two, tmp_path):
-        column = recode(two, "full", name=["a", "b"], out=tmp_path / "mean")
-        assert column.store.teachers == ["a-and-b"]
+        column = recode(two, "full", column=["a", "b"], out=tmp_path / "mean")
+        assert column.store.column_names == ["a-and-b"]
         expected = (decoded(two, "a") + decoded(two, "b")) / 2
         np.testing.assert_allclose(decoded(column.store, "a-and-b"), expected, atol=5e-4)
 
     def test_what_has_no_mean_is_refused(self, two, tmp_path, make_store, tiny_teacher, tree):
         folder = tmp_path / "two"
-        make_store(folder, crops=4, teacher=self.classifier("c", 2, classes=9), codec="full", name="c")
-        make_store(folder, crops=4, teacher=tiny_teacher, codec="Flat", name="d")
+        make_store(folder, crops=4, teacher=self.classifier("c", 2, classes=9), codec="full", column="c")
+        make_store(folder, crops=4, teacher=tiny_teacher, codec="Flat", column="d")
         before = tree(folder)
         store = open_store(folder)
         for names, message in (
@@ -334,5 +334,5 @@ class TestMean:
             (["a", "a"], "name a,a: a column is named twice"),
         ):
             with pytest.raises(RequestError, match=message):
-                recode(store, "full", name=names, to="mean")
+                recode(store, "full", column=names, to="mean")
         assert tree(folder) == before

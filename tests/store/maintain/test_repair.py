@@ -98,9 +98,9 @@ def test_codes_come_back_and_no_other_shard_is_redone(folder, tree, image_folder
     for name in names:
         flip(folder / "targets/tiny" / name)
     lines, problems = mend(folder)
-    assert lines == ["column tiny: its teacher is needed to make it again: --teacher, --checkpoint, --images and --name tiny"]
+    assert lines == ["column tiny: its teacher is needed to make it again: --teacher, --checkpoint, --images and --column tiny"]
     assert len(problems) == len(names)
-    lines, problems = mend(folder, images.scan(image_folder), teacher, name="tiny")
+    lines, problems = mend(folder, images.scan(image_folder), teacher, column="tiny")
     assert problems == []
     assert tree(folder) == before
     shards = {name[:11]: 4 if name.startswith("codes-00002") else 10 for name in names}
@@ -114,7 +114,7 @@ def test_deleted_shards_of_codes_and_crops_come_back(folder, tree, image_folder,
     for name in ("targets/tiny/codes-00001", "crops/00001"):
         for suffix in (".npy", ".json"):
             (folder / f"{name}{suffix}").unlink()
-    assert mend(folder, images.scan(image_folder), teacher, name="tiny")[1] == []
+    assert mend(folder, images.scan(image_folder), teacher, column="tiny")[1] == []
     assert tree(folder) == before
 
 
@@ -122,7 +122,7 @@ def test_deleted_shards_of_codes_and_crops_come_back(folder, tree, image_folder,
 def test_a_columns_arrays_come_back_if_they_come_out_the_same(folder, tree, image_folder, teacher, array, calls):
     before = tree(folder)
     flip(folder / f"targets/tiny/{array}.npy")
-    lines, problems = mend(folder, images.scan(image_folder), teacher, name="tiny")
+    lines, problems = mend(folder, images.scan(image_folder), teacher, column="tiny")
     assert lines == [f"{folder}/targets/tiny/{array}.npy: made again, as it was"]
     assert problems == []
     assert tree(folder) == before
@@ -134,7 +134,7 @@ def test_an_array_that_comes_out_otherwise_is_not_put_there(folder, tree, pictur
     before = tree(folder)
     real = teacher.embed
     teacher.embed = lambda views: real(views) * 0.5
-    lines, problems = mend(folder, images.scan(pictures), teacher, name="tiny")
+    lines, problems = mend(folder, images.scan(pictures), teacher, column="tiny")
     assert "ranges.npy: cannot be made again: what comes out here is not what was recorded" in lines[0]
     assert len(problems) == 1
     assert tree(folder) == before
@@ -143,7 +143,7 @@ def test_an_array_that_comes_out_otherwise_is_not_put_there(folder, tree, pictur
 def test_a_damaged_meta_json_is_said_to_be_lost(folder, tree, image_folder, teacher):
     flip(folder / "targets/tiny/meta.json")
     before = tree(folder)
-    lines, problems = mend(folder, images.scan(image_folder), teacher, name="tiny")
+    lines, problems = mend(folder, images.scan(image_folder), teacher, column="tiny")
     assert "restore meta.json from a copy, or move the folder" in lines[0]
     assert len(problems) == 1
     assert tree(folder) == before
@@ -165,9 +165,9 @@ def test_an_array_that_the_teacher_does_not_bring(folder, tmp_path, image_folder
     before = tree(tmp_path)
     if message is not None:
         with pytest.raises(StoreError, match=message):
-            mend(folder, images.scan(image_folder), teacher, name="tiny")
+            mend(folder, images.scan(image_folder), teacher, column="tiny")
     else:
-        lines, problems = mend(folder, images.scan(image_folder), teacher, name="tiny")
+        lines, problems = mend(folder, images.scan(image_folder), teacher, column="tiny")
         assert "meta.json: a arrays that this version does not read" in lines[0]
         assert problems
     assert tree(tmp_path) == before
@@ -177,7 +177,7 @@ def test_another_teacher_repairs_nothing(folder, tree, image_folder, new_teacher
     flip(folder / "targets/tiny/ranges.npy")
     before = tree(folder)
     with pytest.raises(RequestError, match=r"tiny: its checkpoint_sha256 is 0+, not 0+5: another teacher than the column's"):
-        mend(folder, images.scan(image_folder), new_teacher(5, "tiny"), name="tiny")
+        mend(folder, images.scan(image_folder), new_teacher(5, "tiny"), column="tiny")
     assert tree(folder) == before
 
 
@@ -241,7 +241,7 @@ def test_random_flips_anywhere_are_found_and_repaired(folder, tree, image_folder
             teacher.info = replace(
                 teacher.info, arrays={"prototypes": np.random.default_rng(seed).normal(size=(30, 16)).astype(np.float32)}
             )
-            mend(folder, found, teacher, name=column)
+            mend(folder, found, teacher, column=column)
         assert tree(folder) == before, name
 
 

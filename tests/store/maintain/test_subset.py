@@ -43,18 +43,18 @@ def test_the_first_crops_are_those_of_a_store_of_so_many(tmp_path, source, make_
 
 def test_codes_are_the_sources(tmp_path, source, image_folder, new_teacher):
     part = subset(source, tmp_path / "part", crops=3)
-    assert part.teachers == ["a", "b"]
+    assert part.column_names == ["a", "b"]
     for name in "ab":
         assert part.column(name).digest == source.column(name).digest
         for row in range(24):
             np.testing.assert_array_equal(part.column(name).codes(row, slice(None)), source.column(name).codes(row, slice(3)))
-    report = verify(part, images.scan(image_folder), new_teacher(0, "a"), name="a")
+    report = verify(part, images.scan(image_folder), new_teacher(0, "a"), column="a")
     assert (report.problems, report.checked["crops"]) == ([], 24)
 
 
 @pytest.mark.parametrize("names", [["b"], []])
 def test_only_some_teachers(tmp_path, source, names):
-    assert subset(source, tmp_path / "part", teachers=names).teachers == names
+    assert subset(source, tmp_path / "part", column=names).column_names == names
     assert (tmp_path / "part" / "targets").is_dir()
 
 
@@ -64,7 +64,7 @@ def test_a_damaged_column_is_not_left_out_without_a_word(tmp_path, source):
     with pytest.raises(StoreError, match=r"targets/b: meta\.json is missing.*; or name the teachers to copy"):
         subset(damaged, tmp_path / "part")
     assert not (tmp_path / "part").exists()
-    assert subset(damaged, tmp_path / "part", teachers=["a"]).teachers == ["a"]
+    assert subset(damaged, tmp_path / "part", column=["a"]).column_names == ["a"]
 
 
 def test_a_list_of_images_in_any_order(tmp_path, source, image_folder, new_teacher):
@@ -76,7 +76,7 @@ def test_a_list_of_images_in_any_order(tmp_path, source, image_folder, new_teach
     for row, path in enumerate(part.paths):
         np.testing.assert_array_equal(part.crops(row, slice(None)), source.crops(where[path], slice(None)))
         np.testing.assert_array_equal(part.targets("a", row, slice(None)), source.targets("a", where[path], slice(None)))
-    assert verify(part, images.scan(image_folder), new_teacher(0, "a"), name="a").problems == []
+    assert verify(part, images.scan(image_folder), new_teacher(0, "a"), column="a").problems == []
 
 
 def test_skipped_images_stay_skipped(tmp_path, pictures, make_store):
@@ -89,9 +89,9 @@ def test_skipped_images_stay_skipped(tmp_path, pictures, make_store):
 
 
 def test_a_part_can_be_given_another_teacher(tmp_path, source, image_folder, new_teacher):
-    subset(source, tmp_path / "part", teachers=["a"], crops=2)
+    subset(source, tmp_path / "part", column=["a"], crops=2)
     precompute(images.scan(image_folder), tmp_path / "part", new_teacher(2, "c"), crops=2, recipe=RECIPES["mocov2"], pixels=32)
-    assert open_store(tmp_path / "part").teachers == ["a", "c"]
+    assert open_store(tmp_path / "part").column_names == ["a", "c"]
 
 
 class PulledError(Exception):
@@ -131,9 +131,9 @@ def test_another_column_that_was_begun_is_refused(tmp_path, source, monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(publish, "publish_codes", fail)
         with pytest.raises(PulledError):
-            subset(source, tmp_path / "part", teachers=["a"])
+            subset(source, tmp_path / "part", column=["a"])
     with pytest.raises(RequestError, match="something else was begun here"):
-        subset(source, tmp_path / "part", teachers=["b"])
+        subset(source, tmp_path / "part", column=["b"])
 
 
 def test_two_at_once_are_refused(tmp_path, source):
@@ -148,7 +148,7 @@ def test_a_finished_one_is_left_and_another_is_refused(tmp_path, source, tree):
     subset(source, tmp_path / "part", crops=4)
     before = tree(tmp_path / "part")
     assert subset(source, tmp_path / "part", crops=4).crops_per_image == 4
-    for options in ({"crops": 3}, {"crops": 4, "teachers": ["a"]}):
+    for options in ({"crops": 3}, {"crops": 4, "column": ["a"]}):
         with pytest.raises(RequestError, match="part: exists and is not this subset; choose another --out"):
             subset(source, tmp_path / "part", **options)
     (tmp_path / "file").write_text("mine")
@@ -163,7 +163,7 @@ def test_a_finished_one_is_left_and_another_is_refused(tmp_path, source, tree):
     [
         ({"crops": 7}, "--crops 7: .*source holds 6 of each image"),
         ({"crops": 0}, "--crops 0: .*source holds 6 of each image"),
-        ({"teachers": ["c"]}, r"source: no targets of 'c'; there are \['a', 'b'\]"),
+        ({"column": ["c"]}, r"source: no targets of 'c'; there are \['a', 'b'\]"),
         ({"paths": ["ash/000.jpg", "elm/000.jpg"]}, "lacks 1 of the images asked for, for instance 'elm/000.jpg'"),
         ({"paths": []}, "the list of images is empty"),
     ],
@@ -182,7 +182,7 @@ def test_a_damaged_shard_is_not_copied(tmp_path, source):
     with pytest.raises(StoreError, match=r"codes-00002\.npy: altered: its sha256 is not its sidecar's; fkd-ssl verify"):
         subset(source, tmp_path / "part")
     assert not (tmp_path / "part").exists()
-    assert len(subset(source, tmp_path / "other", teachers=["b"])) == 24
+    assert len(subset(source, tmp_path / "other", column=["b"])) == 24
 
 
 @pytest.fixture

@@ -321,9 +321,9 @@ def test_a_teacher_needs_the_images(folder, tiny_teacher):
 
 def test_a_teacher_needs_the_name_of_one_of_several_columns(folder, make_store, image_folder, new_teacher):
     make_store(folder, teacher=new_teacher(1, "other"))
-    with pytest.raises(StoreError, match=r"holds targets of \['other', 'tiny'\]; name one"):
+    with pytest.raises(StoreError, match=r"has the columns other, tiny; choose one with --column"):
         verify(open_store(folder), images.scan(image_folder), new_teacher())
-    assert verify(open_store(folder), images.scan(image_folder), new_teacher(1), name="other", sample=5).problems == []
+    assert verify(open_store(folder), images.scan(image_folder), new_teacher(1), column="other", sample=5).problems == []
 
 
 def test_a_failing_teacher_names_the_image(folder, image_folder, tiny_teacher):

@@ -71,8 +71,8 @@ def test_one_column_behind_the_other(tmp_path, image_folder, new_teacher):
     write(folder, image_folder, new_teacher(0, "a"))
     write(folder, image_folder, new_teacher(1, "b"), share=Share(index=1, of=5))
     store = open_store(folder)
-    assert len(StoredCrops(store, image_folder, teacher="a")) == 24
-    assert len(StoredCrops(store, image_folder, teacher="b", partial=True)) == 5
+    assert len(StoredCrops(store, image_folder, column="a")) == 24
+    assert len(StoredCrops(store, image_folder, column="b", partial=True)) == 5
     assert len(StoredCrops(store, image_folder, with_targets=False, partial=True)) == 24
 
 

@@ -70,7 +70,7 @@ def test_flat_targets_are_bit_identical_to_the_same_chunks(tmp_path, make_store,
 def test_the_store_says_what_it_holds(tmp_path, make_store, image_folder):
     store = make_store(tmp_path / "store", seed=3, codec="SQ4")
     assert list(store.paths) == images.scan(image_folder).names
-    assert (len(store), store.crops_per_image, store.teachers) == (24, 4, ["tiny"])
+    assert (len(store), store.crops_per_image, store.column_names) == (24, 4, ["tiny"])
     assert (store.manifest.seed, store.manifest.recipe) == (3, RECIPES["mocov2"])
     for row, path in enumerate(store.paths):
         with Image.open(image_folder / path) as picture:
@@ -152,9 +152,9 @@ def test_a_second_teacher_adds_a_column_over_the_same_crops(tmp_path, make_store
     after = tree(tmp_path / "store")
     assert {name: after[name] for name in before} == before
     assert {name.split("/")[1] for name in set(after) - set(before)} == {"other"}
-    assert store.teachers == ["other", "tiny"]
+    assert store.column_names == ["other", "tiny"]
     np.testing.assert_allclose(stored(store, "other"), embedded(store, image_folder, other, 48), atol=2e-6)
-    with pytest.raises(StoreError, match=r"holds targets of \['other', 'tiny'\]; name one"):
+    with pytest.raises(StoreError, match=r"has the columns other, tiny; choose one with --column"):
         store.column()
 
 
@@ -168,13 +168,13 @@ def test_columns_do_not_depend_on_their_order(tmp_path, make_store, tree, new_te
 
 def test_a_column_has_the_name_that_it_is_given(tmp_path, make_store, new_teacher):
     make_store(tmp_path / "store")
-    with pytest.raises(RequestError, match=r"this column's checkpoint_sha256 is 0+, not 0+5; .*--name another column"):
+    with pytest.raises(RequestError, match=r"this column's checkpoint_sha256 is 0+, not 0+5; .*--column another column"):
         make_store(tmp_path / "store", teacher=new_teacher(seed=5))
-    store = make_store(tmp_path / "store", teacher=new_teacher(seed=5), name="tiny-5")
-    assert store.teachers == ["tiny", "tiny-5"]
+    store = make_store(tmp_path / "store", teacher=new_teacher(seed=5), column="tiny-5")
+    assert store.column_names == ["tiny", "tiny-5"]
     for bad in (".hidden", "a/b", "..", "a b", "x" * 101):
         with pytest.raises(RequestError, match=r"letters, digits, '\.', '_' and '-' only"):
-            make_store(tmp_path / "store", name=bad)
+            make_store(tmp_path / "store", column=bad)
 
 
 def test_a_teachers_own_arrays_are_kept(tmp_path, make_store, tiny_teacher):
@@ -234,7 +234,7 @@ def test_a_limit_below_one_is_refused(tmp_path, make_store, limit):
         ({"crops": 5}, "this store's crops per image is 4, not 5; give the same, or choose another folder"),
         ({"recipe": RECIPES["swav"]}, "this store's recipe is Recipe.*mocov2.*not Recipe.*swav"),
         ({"limit": 20}, r"a store of other images: it lists 24, .* gives 20; .*train lacks '.*\.jpg'"),
-        ({"chunk_size": 8}, "this column's chunk_size is 16, not 8; give the same, or have precompute --name another column"),
+        ({"chunk_size": 8}, "this column's chunk_size is 16, not 8; give the same, or have precompute --column another column"),
         ({"codec": "SQ4"}, "this column's codec is SQ8, not SQ4"),
         ({"pixels": 48}, "this column's pixels is 32, not 48"),
     ],
@@ -278,7 +278,7 @@ def test_a_codec_too_large_for_the_data_is_refused_before_the_work(tmp_path, mak
 def test_a_codec_with_enough_data_goes_on_where_a_part_has_less(tmp_path, make_store):
     make_store(tmp_path / "store", codec="PQ4x4", crops=30)
     subset(open_store(tmp_path / "store"), tmp_path / "part", crops=2)
-    assert make_store(tmp_path / "part", codec="PQ4x4", crops=2).teachers == ["tiny"]
+    assert make_store(tmp_path / "part", codec="PQ4x4", crops=2).column_names == ["tiny"]
 
 
 def test_a_folder_of_other_things_is_refused_and_left(tmp_path, make_store, tree):

@@ -82,14 +82,14 @@ def test_crops_made_on_a_device_give_the_same_store(tmp_path, pictures, pair, tr
 
 
 def test_names_are_given_one_each(tmp_path, image_folder, pair):
-    make(tmp_path / "store", image_folder, pair, name=["x", "y"])
-    assert open_store(tmp_path / "store").teachers == ["x", "y"]
+    make(tmp_path / "store", image_folder, pair, column=["x", "y"])
+    assert open_store(tmp_path / "store").column_names == ["x", "y"]
 
 
 @pytest.mark.parametrize(("names", "pixels"), [(["x"], 32), (["x", "x"], 32), (["x", "y"], [32]), ("x", 32)])
 def test_names_and_sizes_that_do_not_go_with_the_teachers_are_refused(tmp_path, image_folder, pair, names, pixels):
     with pytest.raises(RequestError, match=r"2 teachers, columns .*: each teacher needs one size and a name of its own"):
-        make(tmp_path / "store", image_folder, pair, name=names, pixels=pixels)
+        make(tmp_path / "store", image_folder, pair, column=names, pixels=pixels)
     assert not (tmp_path / "store").exists()
 
 
