@@ -276,7 +276,7 @@ class TestSeveralTeachers:
             StoredCrops(two, image_folder)
 
     def test_a_column_named_twice_is_refused(self, two: Store, image_folder: Path) -> None:
-        with pytest.raises(RequestError, match=r"teacher a, a: a column is named twice"):
+        with pytest.raises(RequestError, match=r"column a,a: a column is named twice"):
             StoredCrops(two, image_folder, column=["a", "a"])
 
     def test_every_column_must_be_finished(self, two: Store, image_folder: Path) -> None:

@@ -26,12 +26,12 @@ def test_one_teacher() -> None:
 def test_what_an_arm_trains_on() -> None:
     asked = config(further_arms="stored:C=4 online:stored_crops", lr=0.5, batch_size=64)
     trainings = {arm.name: training(arm, asked, 3, ["mocov2"]) for arm in arms_of(asked, ["mocov2"])}
-    found = {name: (t.targets, t.store, t.teacher, t.checkpoint) for name, t in trainings.items()}
+    found = {name: (t.targets, t.store, t.column, t.teacher, t.checkpoint) for name, t in trainings.items()}
     assert found == {
-        "stored": ("stored", "o/store", "mocov2", None),
-        "online": ("online", None, "mocov2", "f"),
-        "stored:C=4": ("stored", "o/store-C=4", "mocov2", None),
-        "online:stored_crops": ("online", "o/store", "mocov2", "f"),
+        "stored": ("stored", "o/store", "mocov2", None, None),
+        "online": ("online", None, None, "mocov2", "f"),
+        "stored:C=4": ("stored", "o/store-C=4", "mocov2", None, None),
+        "online:stored_crops": ("online", "o/store", None, "mocov2", "f"),
     }
     assert {(t.lr, t.batch_size, t.epochs, t.seed) for t in trainings.values()} == {(0.5, 64, 30, 3)}
     assert trainings["online"].out == "o/runs/online-seed3"
@@ -66,7 +66,7 @@ def test_two_teachers() -> None:
     kinds = [f"{kind}:{names}" for kind in ("stored", "online") for names in ("A", "B", "A+B")]
     assert [arm.name for arm in arms] == [*kinds, "stored:C=4", "alone"]
     first, both, online = (training(arms[k], config(**two), 0, ["A", "B"]) for k in (0, 2, 4))
-    assert (first.teacher, first.teacher_weights, both.teacher, both.teacher_weights) == ("A", None, "A,B", "2,1")
+    assert (first.column, first.teacher_weights, both.column, both.teacher_weights) == ("A", None, "A,B", "2,1")
     assert (online.teacher, online.checkpoint) == ("swav", "g")
     with pytest.raises(RequestError, match="codecs are compared for one teacher"):
         arms_of(config(**two | {"further_arms": "stored:SQ4"}), ["A", "B"])

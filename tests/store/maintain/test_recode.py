@@ -328,10 +328,10 @@ class TestMean:
         before = tree(folder)
         store = open_store(folder)
         for names, message in (
-            (["a", "c"], "name a,c: c has class probabilities, D = 9; a mean is taken of class probabilities of the"),
-            (["a", "d"], "name a,d: d has embeddings, D = 16; a mean is taken of class probabilities"),
-            (["d", "a"], "name d,a: d has embeddings, D = 16; a mean is taken of class probabilities"),
-            (["a", "a"], "name a,a: a column is named twice"),
+            (["a", "c"], "column a,c: c has class probabilities, D = 9; a mean is taken of class probabilities of the"),
+            (["a", "d"], "column a,d: d has embeddings, D = 16; a mean is taken of class probabilities"),
+            (["d", "a"], "column d,a: d has embeddings, D = 16; a mean is taken of class probabilities"),
+            (["a", "a"], "column a,a: a column is named twice"),
         ):
             with pytest.raises(RequestError, match=message):
                 recode(store, "full", column=names, to="mean")

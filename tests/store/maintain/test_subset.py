@@ -61,7 +61,7 @@ def test_only_some_teachers(tmp_path, source, names):
 def test_a_damaged_column_is_not_left_out_without_a_word(tmp_path, source):
     (source.folder / "targets" / "b" / "meta.json").unlink()
     damaged = open_store(source.folder)
-    with pytest.raises(StoreError, match=r"targets/b: meta\.json is missing.*; or name the teachers to copy"):
+    with pytest.raises(StoreError, match=r"targets/b: meta\.json is missing.*; or name the columns to copy"):
         subset(damaged, tmp_path / "part")
     assert not (tmp_path / "part").exists()
     assert subset(damaged, tmp_path / "part", column=["a"]).column_names == ["a"]
