@@ -331,7 +331,7 @@ def test_a_strangers_words_control_no_terminal(work: Path, call: Any) -> None:
     answer = call("inspect store")
     assert answer.status == 0
     assert f"licence {SHOWN};" in answer.out
-    assert f"teacher make: {SHOWN}\\nteacher forged: D = 1, D = 16" in answer.out
+    assert f"column make: {SHOWN}\\nteacher forged: D = 1, D = 16" in answer.out
     assert json.loads(call("inspect store --json").out)["columns"]["make"]["teacher"]["licence"] == HOSTILE
     error = call("knn --train train --val val", model=HOSTILE).err
     assert SHOWN in error
