@@ -99,7 +99,7 @@ class TestInspect:
         status, out, err = call("inspect store")
         assert (status, err) == (0, "")
         assert out.startswith("store: 18 images x 4 crops, ")
-        assert "teacher make: Network, D = 16, seen at 32 px, fp32" in out
+        assert "column make: Network, D = 16, seen at 32 px, fp32" in out
         assert "pixels normalised by mean 0.485 0.456 0.406, std 0.229 0.224 0.225" in out
         assert "codec Flat: 84 bytes a crop with its record" in out
 

@@ -147,7 +147,7 @@ def test_it_continues_when_the_store_has_got_another_column(work: Path, call: An
     broken_off(call, line, 3)
     assert call("recode store --codec SQ8").status == 0
     assert call(line).status == 0
-    assert yaml.safe_load((work / "run/config.yaml").read_text())["targets"]["teacher"] == "make"
+    assert yaml.safe_load((work / "run/config.yaml").read_text())["targets"]["column"] == "make"
     assert "this run is done" in call(line).err
     assert "has the columns make, make-SQ8; choose one with --column" in call(f"{train_line} --out other").err
 
