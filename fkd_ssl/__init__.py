@@ -9,19 +9,26 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _MODULES = {"crops", "errors", "eval", "images", "objectives", "results", "store", "students", "teachers", "training"}
+_VERBS = ("compare", "export", "features", "knn", "linear", "precompute", "retrieve", "show", "train", "verify")
 _NAMES = {
+    **dict.fromkeys(_VERBS, "fkd_ssl.api"),
     "open_store": "fkd_ssl.store",
     "replay": "fkd_ssl.crops",
     "StoredCrops": "fkd_ssl.data",
     "load_student": "fkd_ssl.students",
-    **dict.fromkeys(("knn", "linear", "retrieve", "train"), "fkd_ssl.api"),
 }
 
 if TYPE_CHECKING:
+    from fkd_ssl.api import compare as compare
+    from fkd_ssl.api import export as export
+    from fkd_ssl.api import features as features
     from fkd_ssl.api import knn as knn
     from fkd_ssl.api import linear as linear
+    from fkd_ssl.api import precompute as precompute
     from fkd_ssl.api import retrieve as retrieve
+    from fkd_ssl.api import show as show
     from fkd_ssl.api import train as train
+    from fkd_ssl.api import verify as verify
     from fkd_ssl.crops.replay import replay as replay
     from fkd_ssl.data import StoredCrops as StoredCrops
     from fkd_ssl.store import open_store as open_store

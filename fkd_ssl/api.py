@@ -13,10 +13,9 @@ import typing
 from collections.abc import Callable
 from typing import Any, Literal
 
-from fkd_ssl import cli, options
+from fkd_ssl import cli, options, results
 from fkd_ssl.errors import RequestError, did_you_mean
 from fkd_ssl.options import OBJECT, Named
-from fkd_ssl.results import Nearest, Result, Retrieval, Score, Trained
 
 _OBJECTS = {
     "images": "an ImageSource",
@@ -30,7 +29,7 @@ _OBJECTS = {
     "init": "a torch.nn.Module",
 }
 """Options that also take objects, and which."""
-_LISTS = ("k", "temperature", "protocol", "teacher_weights", "lr_drops", "checkpoint", "name")
+_LISTS = ("k", "temperature", "protocol", "teacher_weights", "lr_drops", "checkpoint", "column")
 """Options that take several values, on the command line with commas between them."""
 _LEFT_OUT = ("json",)  # a result has all values
 
@@ -94,7 +93,7 @@ def _config(verb: str, config: type, given: dict[str, Any]) -> Any:
 
 def _value(name: str, value: Any, pixels: int | None) -> Any:
     """The value of an option as its config holds it: paths and lists as text, objects as a `Named`."""
-    if isinstance(value, Trained) and value.backbone is not None:
+    if isinstance(value, results.Trained) and value.backbone is not None:
         return Named(str(value.out), value.student, value.pixels)
     if isinstance(value, os.PathLike):
         return os.fspath(value)
@@ -151,9 +150,13 @@ def _doc(text: str, helps: dict[str, str], names: list[str]) -> str:
     return re.sub(r"(?<![\w-])--([a-z_]+)", r"\1", "\n".join(lines))
 
 
-knn: Callable[..., Score] = _function("knn", Score)
-linear: Callable[..., Score | dict[str, Score]] = _function("linear", Score | dict[str, Score])
-retrieve: Callable[..., Any] = _function("retrieve", Retrieval | Nearest)
-train: Callable[..., Trained] = _function("train", Trained)
-
-__all__ = ["Nearest", "Result", "Retrieval", "Score", "Trained", "knn", "linear", "retrieve", "train"]
+precompute: Callable[..., results.Precomputed] = _function("precompute", results.Precomputed)
+verify: Callable[..., results.Verified] = _function("verify", results.Verified)
+show: Callable[..., results.Sheet] = _function("show", results.Sheet)
+train: Callable[..., results.Trained] = _function("train", results.Trained)
+export: Callable[..., results.Exported] = _function("export", results.Exported)
+features: Callable[..., results.Features] = _function("features", results.Features)
+knn: Callable[..., results.Score] = _function("knn", results.Score)
+linear: Callable[..., Any] = _function("linear", results.Score | dict[str, results.Score])
+retrieve: Callable[..., Any] = _function("retrieve", results.Retrieval | results.Nearest)
+compare: Callable[..., results.Compared] = _function("compare", results.Compared)

@@ -11,6 +11,7 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     from torch import nn
 
+    from fkd_ssl.store import Store
     from fkd_ssl.students import Student
 
 Booleans = npt.NDArray[np.bool_]
@@ -86,11 +87,58 @@ class Retrieval(Result):
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class Nearest(Result):
+class Sheet(Result):
+    """A contact sheet; `out` is the PNG, which a notebook shows."""
+
+    def _repr_png_(self) -> bytes:
+        return Path(self).read_bytes()
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Nearest(Sheet):
     """The images nearest to one image; `out` is the contact sheet."""
 
     nearest: list[dict[str, Any]]
     """`image`, `class` and `cosine` of each, the nearest first."""
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Features(Result):
+    """Features of an image set; `out` is their folder in the cache."""
+
+    features: npt.NDArray[np.float32]
+    """[N, D]."""
+    labels: npt.NDArray[np.int64]
+    """[N]; -1 for an image without a class."""
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Precomputed(Result):
+    """A store; `out` is its folder."""
+
+    crops: int
+    """Number of crops that the teachers saw in this call."""
+    seconds: float
+    """Time of this call."""
+    store_bytes: int
+    """Bytes of the store on disk."""
+
+    @property
+    def store(self) -> "Store":
+        """The opened store."""
+        from fkd_ssl.store import open_store
+
+        return open_store(self)
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Verified(Result):
+    """The check of a store."""
+
+    problems: list[str]
+    """What is wrong and what to do; empty if nothing is."""
+    repaired: list[str]
+    """What was repaired."""
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -119,3 +167,21 @@ class Trained(Result):
 
         assert self.out is not None
         return load_student(last_checkpoint(self.out), backbone=self.backbone)[0]
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Exported(Result):
+    """A student's weights; `out` is the file."""
+
+    load: str
+    """A line of Python that loads the file."""
+    pixels: int
+    """Side of the crops that the student was trained on."""
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Compared(Result):
+    """A comparison; `out` is its folder, with report.html. `line` is the table, in Markdown."""
+
+    def _repr_markdown_(self) -> str:
+        return f"{self.line}\n\n{self.out}/report.html"

@@ -18,17 +18,29 @@ from fkd_ssl.errors import FkdError
 
 if TYPE_CHECKING:
     from fkd_ssl.pretraining.config import PretrainConfig
+    from fkd_ssl.results import Compared
     from fkd_ssl.store import Store
     from fkd_ssl.training.config import TrainConfig
 
 
 def run(config: Config) -> int:
-    """Runs the comparison and prints the table."""
+    """Prints the table."""
+    from fkd_ssl.commands import console, results
+
+    compared = work(config)
+    results.show(compared, json=config.json)
+    console.log(f"report: {compared.out}/report.html")
+    return 0
+
+
+def work(config: Config) -> "Compared":
+    """Runs the comparison."""
     from dataclasses import replace
 
     from fkd_ssl.commands import console, resolve
     from fkd_ssl.comparison import report
     from fkd_ssl.comparison.compare import Tools, compare
+    from fkd_ssl.results import Compared
 
     folder = Path(config.out)
     tools = Tools(
@@ -42,12 +54,7 @@ def run(config: Config) -> int:
     )
     results = compare(replace(config, json=False), tools)  # the results do not depend on how they are printed
     text = report.write(results, folder, lambda store: _draw_sheet(config, store))
-    if config.json:
-        console.print_json(results)
-    else:
-        console.print_result(text)
-    console.log(f"report: {folder / 'report.html'}")
-    return 0
+    return Compared(line=text, values=results, out=folder)
 
 
 def _train(config: "TrainConfig | PretrainConfig") -> dict[str, Any]:

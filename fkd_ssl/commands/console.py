@@ -13,23 +13,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from fkd_ssl import processes
 from fkd_ssl.errors import ImageError
 from fkd_ssl.text import printable
 
 _logger = logging.getLogger("fkd_ssl")
 _logger.addHandler(logging.NullHandler())  # without it, Python prints warnings of loggers that nobody configured
-_muted = False
-
-
-def silence() -> None:
-    """Silences this process; if a command runs in several processes, only the first one prints."""
-    global _muted
-    _muted = True
 
 
 def log(message: str) -> None:
-    """Logs a line for the user."""
-    if not _muted:
+    """Logs a line for the user; if a command runs in several processes, only in the first one."""
+    if not processes.rank()[0]:
         _logger.log(logging.WARNING if message.startswith("warning:") else logging.INFO, "%s", message)
 
 
@@ -56,8 +50,8 @@ def printing() -> Iterator[None]:
 
 
 def print_result(text: str) -> None:
-    """Prints the command's result on standard output."""
-    if not _muted:
+    """Prints the command's result on standard output; if it runs in several processes, only in the first one."""
+    if not processes.rank()[0]:
         print(printable(text, encoding=sys.stdout.encoding), flush=True)  # noqa: T201
 
 

@@ -4,7 +4,10 @@ The projection head is dropped; the last layer of a classifier is kept. --model 
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from fkd_ssl.results import Exported
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,14 +23,25 @@ class Config:
 
 
 def run(config: Config) -> int:
-    """Writes the file and prints how to load it."""
+    """Prints how to load the file."""
+    from fkd_ssl.commands import console
+
+    exported = work(config)
+    console.log(f"{config.out}: loads, for normalised floats [B, 3, {exported.pixels}, {exported.pixels}], with")
+    console.print_result(exported.load)
+    return 0
+
+
+def work(config: Config) -> "Exported":
+    """Writes the file."""
     from pathlib import Path
 
-    from fkd_ssl.commands import console, resolve
+    from fkd_ssl.commands import resolve
+    from fkd_ssl.results import Exported
     from fkd_ssl.students.export import export
 
     student, pixels = resolve.student_of(config.model)
-    line = export(student, Path(config.out), layout=config.layout, pixels=pixels)
-    console.log(f"{config.out}: loads, for normalised floats [B, 3, {pixels}, {pixels}], with")
-    console.print_result(line)
-    return 0
+    out = Path(config.out)
+    load = export(student, out, layout=config.layout, pixels=pixels)
+    line = f"{out}: loads, for normalised floats [B, 3, {pixels}, {pixels}], with\n{load}"
+    return Exported(line=line, out=out, load=load, pixels=pixels)

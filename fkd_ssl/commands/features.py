@@ -5,7 +5,10 @@ accept FEATURES.npy,LABELS.npy in place of images. Several processes started wit
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from fkd_ssl.results import Features
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,21 +34,31 @@ class Config:
 
 
 def run(config: Config) -> int:
+    """Prints where the features are."""
+    from fkd_ssl.commands import results
+
+    results.show(work(config), json=config.json)
+    return 0
+
+
+def work(config: Config) -> "Features":
     """Computes the missing features."""
     from pathlib import Path
 
-    from fkd_ssl.commands import console, sources
+    from fkd_ssl.commands import sources
     from fkd_ssl.commands.images import images_of
+    from fkd_ssl.results import Features
 
     images = images_of(config.images)
     model, pixels = sources.load_model(config)
     source = sources.features_of(model, pixels, config.images, images, config, "features")
     entry = Path(config.features) / source.about["features"]
     count, dim = source.features.shape
-    about = sources.about_model(model, pixels)
-    if config.json:
-        counts = {"images": count, "unreadable_images": source.skipped, "feature_dim": dim}
-        console.print_json({"kind": "features", "entry": str(entry), **counts, **about})
-    else:
-        console.print_result(f"{entry / 'features.npy'},{entry / 'labels.npy'}: {count} images, {dim} dimensions")
-    return 0
+    counts = {"images": count, "unreadable_images": source.skipped, "feature_dim": dim}
+    return Features(
+        line=f"{entry / 'features.npy'},{entry / 'labels.npy'}: {count} images, {dim} dimensions",
+        values={"kind": "features", "entry": str(entry), **counts, **sources.about_model(model, pixels)},
+        out=entry,
+        features=source.features,
+        labels=source.labels,
+    )

@@ -15,10 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from fkd_ssl.errors import RequestError
+from fkd_ssl.options import Named
 from fkd_ssl.text import format_bytes, format_duration
 
 if TYPE_CHECKING:
     from fkd_ssl.images import ImageSource
+    from fkd_ssl.results import Precomputed
     from fkd_ssl.store.write.precompute import Share, Summary
     from fkd_ssl.teachers import Teacher
 
@@ -78,69 +80,84 @@ class Config:
 
 
 def run(config: Config) -> int:
-    """Writes the store and reports the result."""
+    """Prints what was written."""
+    from fkd_ssl.commands import results
+
+    results.show(work(config), json=config.json)
+    return 0
+
+
+def work(config: Config) -> "Precomputed":
+    """Writes the store."""
     from fkd_ssl import processes
     from fkd_ssl.commands import console
+    from fkd_ssl.results import Precomputed
     from fkd_ssl.store.write.precompute import Share
 
     rank, world = processes.rank()
     if config.runner == "ray":
-        from fkd_ssl.commands import on_ray
-
-        if world > 1 or config.shards is not None:
-            raise RequestError("--runner ray hands out the shards itself: leave out --shards and torchrun")
-        if config.evaluate is not None:
-            raise RequestError(
-                "--evaluate: is said by this process, and with --runner ray it has no teacher: leave it out, or run this once "
-                "without --runner and with --shards 0/1000"
-            )
-        with contextlib.redirect_stdout(sys.stderr):  # Ray reports dead workers on standard output
-            summary = on_ray.run(_write_shard, _with_absolute_paths(config), log=console.log)
+        summary = _on_ray(config)
     elif config.shards is not None:
         if world > 1:
             raise RequestError("--shards is for processes of their own; under torchrun each takes its share by itself")
         summary = write(config, share=share_of(config.shards), log=console.log)
     elif world > 1:
-        speaks = rank == 0
-        summary = write(
-            config, share=Share(index=rank, of=world, steal=True), progress=speaks, log=console.log if speaks else _nothing
-        )
-        if not speaks:
-            return 0
+        summary = write(config, share=Share(index=rank, of=world, steal=True), progress=not rank, log=console.log)
     else:
         summary = write(config, log=console.log)
-    if config.json:
-        console.print_json(summary.__dict__)
-    else:
-        rate = summary.crops / summary.seconds
-        done = "nothing to do"
-        if summary.crops:
-            done = f"{summary.crops:,} crops in {format_duration(summary.seconds)} ({rate:,.0f} a second)"
-        elif summary.busy or summary.left:
-            done = "nothing left for this process"
-        console.print_result(f"{config.store}: {done}; {format_bytes(summary.store_bytes)} on disk")
+    rate = summary.crops / summary.seconds
+    done = "nothing to do"
+    if summary.crops:
+        done = f"{summary.crops:,} crops in {format_duration(summary.seconds)} ({rate:,.0f} a second)"
+    elif summary.busy or summary.left:
+        done = "nothing left for this process"
+    return Precomputed(
+        line=f"{config.store}: {done}; {format_bytes(summary.store_bytes)} on disk",
+        values={**vars(summary), "notes": _notes(config, summary)},
+        out=Path(config.store),
+        crops=summary.crops,
+        seconds=summary.seconds,
+        store_bytes=summary.store_bytes,
+    )
+
+
+def _on_ray(config: Config) -> "Summary":
+    """Writes the shards as tasks of a Ray cluster."""
+    from fkd_ssl import processes
+    from fkd_ssl.commands import console, on_ray
+
+    if processes.rank()[1] > 1 or config.shards is not None:
+        raise RequestError("--runner ray hands out the shards itself: leave out --shards and torchrun")
+    if isinstance(config.teacher, Named) or isinstance(config.images, Named):
+        raise RequestError("--runner ray: other machines cannot get your Python objects; name each as module:function")
+    if config.evaluate is not None:
+        raise RequestError(
+            "--evaluate: is said by this process, and with --runner ray it has no teacher: leave it out, or run this once "
+            "without --runner and with --shards 0/1000"
+        )
+    with contextlib.redirect_stdout(sys.stderr):  # Ray reports dead workers on standard output
+        return on_ray.run(_write_shard, _with_absolute_paths(config), log=console.log)
+
+
+def _notes(config: Config, summary: "Summary") -> list[str]:
+    """What the store still lacks."""
+    from fkd_ssl.store import open_store
+
+    notes = []
     if config.on_unreadable == "skip":
-        _say_skipped(config.store)
+        store = open_store(config.store)
+        rows = [row for shard in sorted(store.shards_with_crops()) for row in store.skipped(shard)]
+        if rows:
+            some = ", ".join(store.paths[row] for row in rows[:3]) + (", ..." if len(rows) > 3 else "")
+            notes.append(f"{len(rows)} of {len(store.paths):,} images could not be read and are left out: {some}")
     if summary.busy:
-        console.log(
+        notes.append(
             f"{len(summary.busy)} of {summary.shards} shards are being written by other processes, which finish them; if one "
             "is stopped, run it again"
         )
     if summary.left:
-        console.log(f"{len(summary.left)} of {summary.shards} shards are left to the other --shards")
-    return 0
-
-
-def _say_skipped(folder: str) -> None:
-    """Reports which images were skipped."""
-    from fkd_ssl.commands import console
-    from fkd_ssl.store import open_store
-
-    store = open_store(folder)
-    rows = [row for shard in sorted(store.shards_with_crops()) for row in store.skipped(shard)]
-    if rows:
-        some = ", ".join(store.paths[row] for row in rows[:3]) + (", ..." if len(rows) > 3 else "")
-        console.log(f"warning: {len(rows)} of {len(store.paths):,} images could not be read and are left out: {some}")
+        notes.append(f"{len(summary.left)} of {summary.shards} shards are left to the other --shards")
+    return notes
 
 
 def write(

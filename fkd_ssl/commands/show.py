@@ -13,6 +13,7 @@ from fkd_ssl.errors import RequestError
 
 if TYPE_CHECKING:
     from fkd_ssl.images import ImageSource
+    from fkd_ssl.results import Sheet
     from fkd_ssl.sheet import Picture
     from fkd_ssl.store import Store
     from fkd_ssl.store.maintain.nearest import Neighbour
@@ -51,19 +52,26 @@ class Config:
 
 
 def run(config: Config) -> int:
+    """Prints where the sheet is and what it shows."""
+    from fkd_ssl.commands import console
+
+    console.print_result(work(config).line)
+    return 0
+
+
+def work(config: Config) -> "Sheet":
     """Draws the sheet."""
     from pathlib import Path
 
     from fkd_ssl import sheet
-    from fkd_ssl.commands import console
+    from fkd_ssl.results import Sheet
     from fkd_ssl.store import open_store
 
     out = Path(config.out)
     sheet.check_replaceable(out, "--out")
     picture, title = sheet_of(config, open_store(config.store))
     sheet.write(out, picture, "--out")
-    console.print_result(f"{out}: {title}")
-    return 0
+    return Sheet(line=f"{out}: {title}", out=out)
 
 
 def sheet_of(config: Config, store: "Store") -> tuple[bytes, str]:

@@ -96,7 +96,7 @@ def work(config: Config) -> "Trained":
 
 
 def _join_processes(config: Config) -> tuple[int, int]:
-    """Returns the rank of this process and the number of processes, and silences all but the first.
+    """Returns the rank of this process and the number of processes.
 
     Raises:
         RequestError: srun started this process as one of several.
@@ -104,7 +104,6 @@ def _join_processes(config: Config) -> tuple[int, int]:
     from torch.distributed import is_torchelastic_launched
 
     from fkd_ssl import processes
-    from fkd_ssl.commands import console
 
     rank, world = processes.rank()
     if "LOCAL_RANK" in os.environ:  # Lightning or torchrun started this process
@@ -116,8 +115,6 @@ def _join_processes(config: Config) -> tuple[int, int]:
                 "one task with --devices"
             )
         world = max(world, config.devices)
-    if rank:
-        console.silence()
     return rank, world
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from fkd_ssl.results import Verified
     from fkd_ssl.store import Store
     from fkd_ssl.targets import Precision
 
@@ -40,10 +41,20 @@ class Config:
 
 
 def run(config: Config) -> int:
-    """Checks the store and lists the problems."""
+    """Lists the problems; returns 1 if there are any."""
+    from fkd_ssl.commands import results
+
+    verified = work(config)
+    results.show(verified, json=config.json)
+    return 1 if verified.problems else 0
+
+
+def work(config: Config) -> "Verified":
+    """Checks the store."""
     from fkd_ssl.commands import console, resolve
     from fkd_ssl.commands.images import images_of
     from fkd_ssl.errors import NotFoundError, RequestError
+    from fkd_ssl.results import Verified
     from fkd_ssl.store import open_store
     from fkd_ssl.store.maintain.repair import repair, repair_lists
     from fkd_ssl.store.maintain.verify import verify
@@ -78,17 +89,18 @@ def run(config: Config) -> int:
     if config.repair and report.damage:
         repair(store, report.damage, images, teacher, column=name, threads=threads, log=note)
         report = verify(open_store(config.store), images, teacher, column=name, sample=config.sample, threads=threads)
-    if config.json:
-        console.print_json({"store": config.store, "ok": not report.problems, **asdict(report), "repaired": repaired})
-    else:
-        checked = ", ".join(f"{count:,} {what}" for what, count in report.checked.items() if count)
-        cosine = (
-            ""
-            if report.cosine is None
-            else (f"; cosine to the teacher {report.cosine['mean']:.5f} mean, {report.cosine['min']:.5f} least")
-        )
-        console.print_result("\n".join([*report.problems, f"checked {checked}{cosine}: {len(report.problems)} problems"]))
-    return 1 if report.problems else 0
+    checked = ", ".join(f"{count:,} {what}" for what, count in report.checked.items() if count)
+    cosine = (
+        ""
+        if report.cosine is None
+        else (f"; cosine to the teacher {report.cosine['mean']:.5f} mean, {report.cosine['min']:.5f} least")
+    )
+    return Verified(
+        line="\n".join([*report.problems, f"checked {checked}{cosine}: {len(report.problems)} problems"]),
+        values={"store": config.store, "ok": not report.problems, **asdict(report), "repaired": repaired},
+        problems=report.problems,
+        repaired=repaired,
+    )
 
 
 def _precision(store: "Store", name: str) -> "Precision":

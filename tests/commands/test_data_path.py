@@ -134,7 +134,7 @@ class TestUnreadable:
         Path("train/birch/3.png").write_bytes(b"no picture")
         line = "precompute --images train --teacher own_teacher:make --crops 4 --chunk_size 16 --store skipping"
         done = call(f"{line} --on_unreadable skip")
-        assert "warning: 1 of 18 images could not be read and are left out: birch/3.png" in done.err
+        assert "note: 1 of 18 images could not be read and are left out: birch/3.png" in done.err
         again = call(f"{line} --column other")
         assert (again.status, "could not be read when the store was made; pass --on_unreadable skip" in again.err) == (1, True)
 
