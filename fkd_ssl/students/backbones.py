@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fkd_ssl.errors import RequestError, did_you_mean
 from fkd_ssl.options import Named
@@ -14,6 +15,14 @@ from fkd_ssl.students.reactnet import ReActNet
 REACTNETS = {"reactnet": True, "reactnet_step1": False}
 """Name -> whether the weights are binary too."""
 TIMM = "timm/"
+MOMENTUM = 0.1
+"""The least momentum of BatchNorm's running statistics; torch's default.
+
+Some networks of torchvision have 0.01 (MobileNetV3, EfficientNet-B5 to B7, MaxViT) or 0.0003 (MNASNet), for trainings of
+several 100,000 steps. After a few hundred steps, the running statistics would still be close to their initial values, or to
+those of much earlier weights, and the features in eval mode nearly constant. Train mode does not read them, so losses and
+weights do not depend on this value.
+"""
 AUXILIARY = ("googlenet", "inception_v3")
 """torchvision's networks with auxiliary classifiers for training, which are left out."""
 _CLASSIFIERS = ("fc", "classifier", "heads", "head")  # names of the last layers in torchvision
@@ -48,7 +57,7 @@ def make_backbone(name: str, *, stem: str = "standard", width: float = 1.0) -> t
         network = _torchvision(name, {"width_mult": width} if width != 1 else {})
     if stem == "small":
         make_small(network, name)
-    return network, _feature_dim(network, name, _input_size(network))
+    return _prepare(network, name, _input_size(network))
 
 
 def _own(name: Named, stem: str, width: float) -> tuple[nn.Module, int]:
@@ -59,11 +68,11 @@ def _own(name: Named, stem: str, width: float) -> tuple[nn.Module, int]:
         raise RequestError(f"student {name}: expected a torch.nn.Module, got {type(name.value).__name__}")
     network = copy.deepcopy(name.value)
     side = name.pixels or getattr(network, "pixels", 224)
-    return network, _feature_dim(network, name, (side, side))
+    return _prepare(network, name, (side, side))
 
 
-def _feature_dim(network: nn.Module, name: str, size: tuple[int, int]) -> int:
-    """Measures F with an image of zeros; leaves the network in train mode."""
+def _prepare(network: nn.Module, name: str, size: tuple[int, int]) -> tuple[nn.Module, int]:
+    """Raises BatchNorm's momentum to MOMENTUM and measures F with an image of zeros; returns the network in train mode, and F."""
     network.eval()
     try:
         with torch.no_grad():
@@ -74,7 +83,10 @@ def _feature_dim(network: nn.Module, name: str, size: tuple[int, int]) -> int:
             f"student {name!r}: gives no features [B, F] of images of {size[1]} x {size[0]} px: {type(error).__name__}: {error}"
         ) from error
     network.train()
-    return int(dim)
+    for part in network.modules():
+        if isinstance(part, _BatchNorm) and part.momentum is not None:
+            part.momentum = max(part.momentum, MOMENTUM)
+    return network, int(dim)
 
 
 def last_layer(name: str, classes: int, dim: int, backbone: Mapping[str, Tensor]) -> str | None:
