@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from fkd_ssl import cli
+from fkd_ssl.comparison.config import CompareConfig
 from fkd_ssl.students import check_student
 from fkd_ssl.targets import TargetSpec, TeacherInfo
 from fkd_ssl.training.config import TrainConfig
@@ -29,6 +30,9 @@ def parsed(path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 def test_it_loads(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = parsed(path, monkeypatch)
     assert "student" not in vars(config) or config.student in path.read_text()
+    if isinstance(config, TrainConfig | CompareConfig):  # published values, whatever the number of images
+        open_ = [name for name in ("pixels", "batch_size", "lr", "warmup_epochs") if getattr(config, name) is None]
+        assert not open_, f"{path.name} must state {open_}"
     if isinstance(config, TrainConfig):
         from fkd_ssl.training.engine import check_batch
 

@@ -44,15 +44,16 @@ def work(config: Config) -> "Trained":
     from fkd_ssl.commands import console, resolve, training_data
     from fkd_ssl.commands.images import images_of
     from fkd_ssl.students import check_student, measure
-    from fkd_ssl.training.engine import train
+    from fkd_ssl.training import defaults
+    from fkd_ssl.training.engine import total_steps, train
     from fkd_ssl.training.loggers import make_logger
 
     rank, world = _join_processes(config)
-    config = _pin_defaults(config)
-    runs.peek(config.out, config)
-    check_student(config.student, config.pixels, head=config.head, stem=config.stem, width=config.width)
+    given = _pin_defaults(config)
     images = images_of(config.images)
-    data = training_data.open_data(config, images)
+    data = training_data.open_data(given, images)
+    config = data.config
+    check_student(config.student, config.pixels, head=config.head, stem=config.stem, width=config.width)
     init = None if config.init is None else resolve.student_of(config.init, "--init")[0]
     inputs = None if rank else _inputs(config, images, data, init)
     state = runs.peek(config.out, config, inputs)
@@ -77,6 +78,9 @@ def work(config: Config) -> "Trained":
             f"targets, D = {' and '.join(map(str, student.dims))}; {config.epochs:g} epochs of one crop an image"
         )
         console.log(f"{config.student} at {config.pixels} px: {size}")
+        for line in (defaults.describe(given, config, len(crops)), defaults.warn_of_few(total_steps(config, len(crops)))):
+            if line is not None:
+                console.log(line)
         results = train(
             config,
             crops,

@@ -24,6 +24,7 @@ from fkd_ssl.store.write.recording import Recording, is_published
 from fkd_ssl.targets import TargetSpec, TeacherInfo
 from fkd_ssl.teachers import Teacher
 from fkd_ssl.text import format_bytes
+from fkd_ssl.training import defaults
 from fkd_ssl.training.config import TrainConfig
 from fkd_ssl.training.groups import checkpoints_of, split
 
@@ -34,6 +35,8 @@ _CHECKED_BYTES = 10**9  # targets up to this size are read once before training 
 class TrainingData:
     """The data that a student is trained on."""
 
+    config: TrainConfig
+    """The config, with the defaults that follow from the data."""
     crops: Crops | None
     """The crops, with targets if these are stored; None until a store to record is planned."""
     targets: list[TeacherInfo]
@@ -74,10 +77,12 @@ def open_data(config: TrainConfig, images: ImageSource) -> TrainingData:
 def _stored(config: TrainConfig, images: ImageSource, store: Store | None) -> TrainingData:
     """Crops and targets of the store."""
     assert store is not None  # by TrainConfig
-    crops = StoredCrops(
-        store, images, column=split(config.column) or None, scale_boxes=config.scale_boxes, **_crop_options(config)
-    )
+    columns = split(config.column)
+    first = store.column(columns[0] if columns else None)
+    config = defaults.resolve(config, images=len(store), pixels=first.meta.teacher.pixels)
+    crops = StoredCrops(store, images, column=columns or None, scale_boxes=config.scale_boxes, **_crop_options(config))
     return TrainingData(
+        config=config,
         crops=crops,
         targets=[column.info for column in crops.columns],
         inputs=_store_inputs(store) | {f"column {column.name}": f"sha256 {column.digest}" for column in crops.columns},
@@ -89,7 +94,10 @@ def _labels(config: TrainConfig, images: ImageSource, store: Store | None) -> Tr
     """Stored or fresh crops, with the classes of the images as targets."""
     check_classes(images, len(images.classes))
     require_two_classes(images)
+    seen = [store.column(name).meta.teacher.pixels for name in store.teachers] if store else []
+    config = defaults.resolve(config, images=len(store or images), pixels=(*seen, defaults.PIXELS)[0])
     return TrainingData(
+        config=config,
         crops=_crops_without_targets(config, images, store),
         targets=[TeacherInfo(name="labels", spec=TargetSpec("distribution", (len(images.classes),)))],
         inputs={} if store is None else _store_inputs(store),
@@ -100,7 +108,9 @@ def _relabel(config: TrainConfig, images: ImageSource, store: Store | None) -> T
     """Fresh crops, with targets from ReLabel's label maps."""
     assert config.label_maps is not None  # by TrainConfig
     maps = LabelMaps(config.label_maps)
+    config = defaults.resolve(config, images=len(images), pixels=maps.manifest.teacher.pixels)
     return TrainingData(
+        config=config,
         crops=RelabelledCrops(images, maps, resolve.recipe_of(config.recipe), **_crop_options(config)),
         targets=[maps.manifest.teacher],
         inputs={"label maps": f"sha256 {maps.manifest.digest}"},
@@ -113,7 +123,9 @@ def _online(config: TrainConfig, images: ImageSource, store: Store | None) -> Tr
     assert config.teacher is not None  # by TrainConfig
     teachers = resolve.teachers_of(config.teacher, config.checkpoint)
     inputs = {f"teacher {t.info.name}": f"{t.info.network}, sha256 {t.info.checkpoint_sha256}" for t in teachers}
+    config = defaults.resolve(config, images=len(store or images), pixels=config.teacher_pixels or teachers[0].info.pixels)
     return TrainingData(
+        config=config,
         crops=None if config.record is not None else _crops_without_targets(config, images, store),
         targets=[teacher.info for teacher in teachers],
         inputs=({} if store is None else _store_inputs(store)) | inputs,

@@ -28,6 +28,7 @@ from fkd_ssl.store.write.precompute import precompute
 from fkd_ssl.students import CLASSIFIER, check_student
 from fkd_ssl.teachers import Teacher
 from fkd_ssl.teachers.dense import DenseTeacher
+from fkd_ssl.training import defaults
 from fkd_ssl.training.config import TrainConfig
 from fkd_ssl.training.engine import check_batch, objective_of
 
@@ -84,8 +85,10 @@ def compare(config: CompareConfig, tools: Tools) -> dict[str, Any]:
     """
     images, val = open_images(config.images), open_images(config.val)
     match_classes(images, val)
-    check_student(config.student, config.pixels, head=config.head, stem=config.stem, width=config.width)
     teachers = tools.load_teachers()
+    given = config
+    config = defaults.resolve(given, images=len(images), pixels=teachers[0].info.pixels)
+    check_student(config.student, config.pixels, head=config.head, stem=config.stem, width=config.width)
     arms = arms_of(config, [teacher.info.name for teacher in teachers])
     _check(config, images, val, teachers, arms)
     # before anything is written: not every network can make maps
@@ -98,6 +101,8 @@ def compare(config: CompareConfig, tools: Tools) -> dict[str, Any]:
         ):
             tools.log(f"{folder}: this comparison is done")
             return runs.read_results(folder)
+        if line := defaults.describe(given, config, len(images)):
+            tools.log(line)
         files.replace(folder / runs.CONFIG, runs.to_yaml(config).encode())  # seeds and further arms may be new
         work = _Comparison(config, tools, folder, images, val, arms, [teacher.info.name for teacher in teachers])
         for teacher in teachers:

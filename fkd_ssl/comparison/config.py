@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from fkd_ssl.errors import RequestError
-from fkd_ssl.training.groups import checkpoints_of, split
+from fkd_ssl.training.groups import FROM_DATA, checkpoints_of, split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,22 +48,22 @@ class CompareConfig:
     """Codec of the store, as for precompute."""
     recipe: str = "mocov2"
     """Augmentation that crops are drawn from, in all arms with a teacher."""
-    pixels: int = 224
-    """Side of all crops."""
+    pixels: int = FROM_DATA
+    """Side of all crops; by default that of the teacher's."""
     crops_per_image: int = 4
     """M, crops per image in a batch, in all arms with a teacher."""
-    batch_size: int = 256
-    """Number of crops in a batch; in the arm alone, number of images with two crops each."""
+    batch_size: int = FROM_DATA
+    """Number of crops in a batch, by default as for train; in the arm alone, number of images with two crops each."""
     objective: str = "feature_kl"
     """Loss, as for train; prototype_ce only if every teacher has prototypes."""
     optimizer: Literal["adam", "adamw", "sgd", "lars"] = "adam"
     """Optimizer of all arms with a teacher."""
-    lr: float = 3e-4
-    """Peak learning rate."""
+    lr: float = FROM_DATA
+    """Peak learning rate, by default as for train."""
     weight_decay: float = 0.0
     """Weight decay; biases and normalisation parameters get none."""
-    warmup_epochs: float = 0.0
-    """Epochs of linear warm-up."""
+    warmup_epochs: float = FROM_DATA
+    """Epochs of linear warm-up, by default as for train."""
     alone_lr: float = 0.03
     """Peak learning rate of the arm alone (MoCo's SGD)."""
     alone_momentum: float = 0.999

@@ -38,7 +38,7 @@ class TrainConfig(DataConfig, TargetsConfig, StudentConfig, ObjectiveConfig, Opt
     def __post_init__(self) -> None:
         for group in (DataConfig, TargetsConfig, StudentConfig, OptimizerConfig, EngineConfig, LoggingConfig):
             group.__post_init__(self)
-        if self.batch_size % (self.crops_per_image * self.accumulate):
+        if self.batch_size is not None and self.batch_size % (self.crops_per_image * self.accumulate):
             raise RequestError(
                 f"accumulate {self.accumulate}: does not divide the {self.batch_size // self.crops_per_image} images of a batch"
             )

@@ -17,6 +17,7 @@ from fkd_ssl.objectives import Objective, make_objective
 from fkd_ssl.store.write.recording import Recording
 from fkd_ssl.students import CLASSIFIER, Student
 from fkd_ssl.targets import TeacherInfo
+from fkd_ssl.training import defaults
 from fkd_ssl.training.config import TrainConfig
 from fkd_ssl.training.distiller import Distiller
 from fkd_ssl.training.fit import fit
@@ -95,7 +96,7 @@ def train(
     """Trains a student, resuming from the run's last checkpoint if any; writes metrics.csv and checkpoints/ to `folder`.
 
     Args:
-        config: Config of the run.
+        config: Config of the run; `defaults.resolve` fills in what it leaves out.
         data: Crops, including targets if these are stored.
         folder: The run folder.
         targets: Information about each teacher's targets, in the order of the data.
@@ -116,6 +117,7 @@ def train(
         ImageError: An image cannot be read; the message names it.
         KeyboardInterrupt: The training was stopped. Call it again to continue.
     """
+    config = defaults.resolve(config, images=len(data), pixels=data.pixels)
     check_batch(config, len(data))
     batch_images = config.batch_size // config.crops_per_image
     steps = total_steps(config, len(data))

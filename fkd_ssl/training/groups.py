@@ -11,6 +11,9 @@ from typing import Any, ClassVar, Literal
 from fkd_ssl.errors import RequestError
 from fkd_ssl.options import Named
 
+FROM_DATA: Any = None
+"""Default of an option that `defaults.resolve` sets from the data."""
+
 
 def split(names: str | None) -> list[str]:
     """Splits A,B at commas and strips blanks; raises RequestError if a part is empty."""
@@ -65,10 +68,10 @@ class DataConfig:
     """Augmentation that online crops are drawn from: mocov2, s2bnn, swav or fkd. Stored crops use that of the store."""
     crops_per_image: int = 4
     """M, crops per image in a batch. A larger M decodes fewer images, but makes the crops of a batch more alike."""
-    batch_size: int = 256
-    """Number of crops in a batch, a multiple of crops_per_image."""
-    pixels: int = 224
-    """Side of the student's crops."""
+    batch_size: int = FROM_DATA
+    """Number of crops in a batch, a multiple of crops_per_image; by default 128 for up to 50,000 images, otherwise 256."""
+    pixels: int = FROM_DATA
+    """Side of the student's crops; by default that of the teacher's."""
     mixup: float = 0.0
     """Mixup of crops and class probabilities: parameter of the Beta distribution, 0.8 in FKD. 0 disables it."""
     cutmix: float = 0.0
@@ -88,9 +91,9 @@ class DataConfig:
     def __post_init__(self) -> None:
         check_positive(self, "crops_per_image", "batch_size", "pixels")
         check_not_negative(self, "mixup", "cutmix", "workers")
-        if self.pixels > 4096:
+        if self.pixels is not None and self.pixels > 4096:
             raise RequestError(f"pixels {self.pixels}: must lie in 1 to 4096")
-        if self.batch_size % self.crops_per_image:
+        if self.batch_size is not None and self.batch_size % self.crops_per_image:
             raise RequestError(
                 f"batch_size {self.batch_size}: counts crops, and must be a multiple of crops_per_image {self.crops_per_image}"
             )
@@ -232,16 +235,18 @@ class OptimizerConfig:
 
     optimizer: Literal["adam", "adamw", "sgd", "lars"] = "adam"
     """Optimizer; S2-BNN uses adam."""
-    lr: float = 3e-4
-    """Peak learning rate; it is not scaled with the batch size."""
+    lr: float = FROM_DATA
+    """Peak learning rate; it is not scaled with the batch size. By default, for adam and adamw, it depends on the objective for
+    up to 50,000 images, and is 3e-4 otherwise (S2-BNN)."""
     weight_decay: float = 0.0
     """Weight decay; biases and normalisation parameters get none."""
     momentum: float = 0.9
     """Momentum of sgd and lars."""
     epochs: float = 100
     """Number of epochs. One epoch is one crop of every image, whatever crops_per_image is."""
-    warmup_epochs: float = 0.0
-    """Epochs of linear warm-up, before a cosine to zero (or --lr_drops)."""
+    warmup_epochs: float = FROM_DATA
+    """Epochs of linear warm-up, before a cosine to zero (or --lr_drops); by default a thirtieth of the epochs for up to 50,000
+    images, otherwise 0."""
     lr_drops: str | None = None
     """Epochs after which the learning rate is divided by 10, in place of the cosine, for instance 120,240. In a YAML file,
     quote a single number."""
@@ -254,15 +259,17 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         check_positive(self, "lr", "epochs", "clip")
-        check_not_negative(self, "weight_decay", "momentum", "warmup_epochs", "single_crop_epochs")
+        check_not_negative(self, "weight_decay", "momentum", "single_crop_epochs")
+        if self.warmup_epochs is not None:
+            check_not_negative(self, "warmup_epochs")
+            if self.warmup_epochs >= self.epochs:
+                raise RequestError(f"warmup_epochs {self.warmup_epochs}: must be fewer than epochs {self.epochs}")
         if self.optimizer == "lars" and not self.weight_decay:
             raise RequestError(
                 "optimizer lars: lightly's scales only weights that have a weight_decay: give one, or --optimizer sgd"
             )
         if self.ema is not None and not 0 < self.ema < 1:
             raise RequestError(f"ema {self.ema}: must lie between 0 and 1; 0.999 averages about the last thousand steps")
-        if self.warmup_epochs >= self.epochs:
-            raise RequestError(f"warmup_epochs {self.warmup_epochs}: must be fewer than epochs {self.epochs}")
         if self.drops and self.drops[-1] >= self.epochs:
             raise RequestError(f"lr_drops {self.lr_drops}: the last one must come before epochs {self.epochs:g}")
         if self.single_crop_epochs > self.epochs:

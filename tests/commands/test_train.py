@@ -112,7 +112,7 @@ def test_another_config_is_refused(work: Path, call: Any, train_line: str) -> No
     before = contents(work / "run")
     status, out, err = call(f"{train_line} --out run --lr 0.5")
     assert (status, out) == (2, "")
-    assert "run: holds a run of another config (lr is 0.0003 there, 0.5 here); choose another --out" in err
+    assert "run: holds a run of another config (lr is 0.01 there, 0.5 here); choose another --out" in err
     assert contents(work / "run") == before
 
 

@@ -86,7 +86,7 @@ def test_compare(work: Path, call: Any) -> None:
 
     status, _, err = call(f"{line} --lr 0.1")
     assert status == 2
-    assert "cmp: holds a run of another config (lr is 0.0003 there, 0.1 here)" in err
+    assert "cmp: holds a run of another config (lr is 0.01 there, 0.1 here)" in err
 
     (work / "cmp/results.json").unlink()  # killed before the end: what is done is not done again
     assert call(line).status == 0

@@ -13,10 +13,11 @@ def make(**options: Any) -> TrainConfig:
     return TrainConfig(**{"images": "i", "out": "o", "store": "s", **options})
 
 
-def test_defaults_are_s2bnns() -> None:
+def test_defaults_are_s2bnns_or_follow_from_the_data() -> None:
     config = make()
-    assert (config.objective, config.optimizer, config.lr, config.weight_decay) == ("feature_kl", "adam", 3e-4, 0.0)
-    assert (config.epochs, config.crops_per_image, config.batch_size, config.pixels) == (100, 4, 256, 224)
+    assert (config.objective, config.optimizer, config.weight_decay) == ("feature_kl", "adam", 0.0)
+    assert (config.epochs, config.crops_per_image) == (100, 4)
+    assert (config.pixels, config.batch_size, config.lr, config.warmup_epochs) == (None, None, None, None)
 
 
 @pytest.mark.parametrize("name", ["epochs", "crops_per_image", "batch_size", "pixels", "lr", "knn_every", "knn_k", "log_every"])

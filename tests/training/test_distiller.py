@@ -18,7 +18,8 @@ OPTIMIZERS = {"adam": "Adam", "adamw": "AdamW", "sgd": "SGD", "lars": "LARS"}
 
 
 def make_config(**options: Any) -> TrainConfig:
-    return TrainConfig(**{"images": "i", "out": "o", "store": "s", **options})
+    given = {"images": "i", "out": "o", "store": "s", "pixels": 224, "batch_size": 256, "lr": 3e-4, "warmup_epochs": 0.0}
+    return TrainConfig(**{**given, **options})
 
 
 class TestCosine:

@@ -73,7 +73,7 @@ class TestAccumulation:
 
     def test_parts_must_divide_a_batch(self) -> None:
         with pytest.raises(RequestError, match=r"accumulate 3: does not divide the 64 images of a batch"):
-            TrainConfig(images="i", out="o", store="s", accumulate=3)
+            TrainConfig(images="i", out="o", store="s", accumulate=3, batch_size=256)
 
     def test_processes_must_divide_a_batch(self) -> None:
         config = TrainConfig(images="i", out="o", store="s", accumulate=2, batch_size=24)

@@ -1,0 +1,93 @@
+"""The options of a training that follow from its data, if they are not given.
+
+| images | `batch_size` | `lr` of adam and adamw | `warmup_epochs` |
+|---|---|---|---|
+| up to 50,000 | 128 | by objective, see `RATES` | a thirtieth of the epochs |
+| more | 256 | 3e-4 | 0 |
+
+S2-BNN's values (256, 3e-4, no warm-up) are for ImageNet, where 100 epochs are 500,000 steps. A few thousand images give a few
+thousand steps. They need smaller batches, so that there are more steps, and a higher learning rate, which was measured for each
+objective on 7,000 images (docs/results/defaults.md). An image is at most once in a batch, so tiny sets have smaller batches.
+`pixels` is the side of the teacher's crops.
+"""
+
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from fkd_ssl.errors import RequestError
+from fkd_ssl.objectives.expression import parse
+
+SMALL = 50_000
+"""Number of images up to which a set is small."""
+PIXELS = 224
+"""Side of the crops of a training without a teacher."""
+RATES = {
+    "feature_kl": 1e-2,
+    "cosine": 3e-3,
+    "queue_kl": 3e-3,
+    "prototype_ce": 3e-3,
+    "relational": 1e-3,
+    "soft_ce": 3e-3,
+    "discriminator": 3e-3,
+}
+"""Learning rate of Adam on small sets by objective; a sum uses the smallest rate of its terms."""
+FEW_STEPS = 500
+"""Number of steps below which a training is reported as too short."""
+_NAMES = ("pixels", "batch_size", "lr", "warmup_epochs")
+Config = TypeVar("Config", bound=Any)
+
+
+def resolve(config: Config, *, images: int, pixels: int) -> Config:
+    """Fills in the options that were not given. Options that were given stay as they are.
+
+    Args:
+        config: A TrainConfig or CompareConfig.
+        images: Number of images that the training uses.
+        pixels: Side of the teacher's crops, or `PIXELS` without one.
+
+    Raises:
+        RequestError: `lr` is missing and there is no default for the optimizer.
+    """
+    small = images <= SMALL
+    chosen = {
+        "pixels": pixels,
+        "batch_size": _batch_size(config, images, 128 if small else 256),
+        "lr": _rate(config) if small else 3e-4,
+        "warmup_epochs": config.epochs / 30 if small else 0.0,
+    }
+    missing = {name: value for name, value in chosen.items() if getattr(config, name) is None}
+    if "lr" in missing and config.optimizer not in ("adam", "adamw"):
+        raise RequestError(
+            f"optimizer {config.optimizer}: has no default learning rate; give --lr, for instance 0.03 for sgd"
+        )
+    return replace(config, **missing) if missing else config
+
+
+def describe(given: Any, used: Any, images: int) -> str | None:
+    """The line for the user about the options that `resolve` filled in; None if all were given."""
+    names = [name for name in _NAMES if getattr(given, name) is None]
+    if not names:
+        return None
+    values = ", ".join(f"{name} {getattr(used, name):g}" for name in names)
+    return f"defaults for {images:,} images and {used.objective}: {values}"
+
+
+def warn_of_few(steps: int) -> str | None:
+    """The warning about a training of few steps; None if there are enough."""
+    if steps >= FEW_STEPS:
+        return None
+    return (
+        f"warning: {steps} steps are few to train a student (fewer than {FEW_STEPS}): give more --epochs or a smaller "
+        "--batch_size"
+    )
+
+
+def _batch_size(config: Any, images: int, crops: int) -> int:
+    """The largest number of crops up to `crops` that a batch can have."""
+    m, parts = config.crops_per_image, getattr(config, "accumulate", 1)
+    most = images // m if getattr(config, "single_crop_epochs", 0) else images
+    return int(m * parts * max(1, min(crops // m, most) // parts))
+
+
+def _rate(config: Any) -> float:
+    return min(RATES.get(term.name, min(RATES.values())) for term in parse(config.objective))
