@@ -57,9 +57,7 @@ def resolve(config: Config, *, images: int, pixels: int) -> Config:
     }
     missing = {name: value for name, value in chosen.items() if getattr(config, name) is None}
     if "lr" in missing and config.optimizer not in ("adam", "adamw"):
-        raise RequestError(
-            f"optimizer {config.optimizer}: has no default learning rate; give --lr, for instance 0.03 for sgd"
-        )
+        raise RequestError(f"optimizer {config.optimizer}: has no default learning rate; give --lr, for instance 0.03 for sgd")
     return replace(config, **missing) if missing else config
 
 
