@@ -94,7 +94,7 @@ def _labels(config: TrainConfig, images: ImageSource, store: Store | None) -> Tr
     """Stored or fresh crops, with the classes of the images as targets."""
     check_classes(images, len(images.classes))
     require_two_classes(images)
-    seen = [store.column(name).meta.teacher.pixels for name in store.teachers] if store else []
+    seen = [store.column(name).meta.teacher.pixels for name in store.column_names] if store else []
     config = defaults.resolve(config, images=len(store or images), pixels=(*seen, defaults.PIXELS)[0])
     return TrainingData(
         config=config,

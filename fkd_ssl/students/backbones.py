@@ -71,8 +71,8 @@ def _own(name: Named, stem: str, width: float) -> tuple[nn.Module, int]:
     return _prepare(network, name, (side, side))
 
 
-def _prepare(network: nn.Module, name: str, size: tuple[int, int]) -> tuple[nn.Module, int]:
-    """Raises BatchNorm's momentum to MOMENTUM and measures F with an image of zeros; returns the network in train mode, and F."""
+def _prepare(network: Any, name: str, size: tuple[Any, Any]) -> tuple[nn.Module, int]:
+    """Raises BatchNorm's momentum to MOMENTUM and measures F; returns the network in train mode, and F."""
     network.eval()
     try:
         with torch.no_grad():
