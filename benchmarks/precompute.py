@@ -4,10 +4,10 @@
     python benchmarks/precompute.py --images DIR --teacher resnet50 --pixels 224
 
 `resnet50` is torchvision's with random weights and a projection to 128. The bare forward runs on chunks of the same size that
-are in memory; precompute reads, decodes and replays beside it, encodes (SQ8) and writes. Rounds alternate and the best of each
-is taken. On a CPU both share the cores, and the time of reading a crop, which is printed too, bounds the ratio. On a
-machine with other work the two rates are of different moments; `teacher_busy`, the share of precompute's own time that the
-teacher's forward takes, is of one.
+are in the memory of its device; precompute reads, decodes and replays beside it, encodes (SQ8) and writes. Rounds alternate
+and the best of each is taken. On a CPU both share the cores, and the time of reading a crop, which is printed too, bounds the
+ratio. On a machine with other work the two rates are of different moments; `teacher_busy`, the share of precompute's own time
+in which the teacher runs, is of one.
 """
 
 import argparse
@@ -29,8 +29,9 @@ from fkd_ssl.crops import RECIPES
 from fkd_ssl.images import scan
 from fkd_ssl.store.manifest import limit_images
 from fkd_ssl.store.reader import Store
-from fkd_ssl.store.write.precompute import precompute
-from fkd_ssl.store.write.rows import RowReader, embed
+from fkd_ssl.store.write.chunks import forward
+from fkd_ssl.store.write.precompute import Share, Summary, precompute
+from fkd_ssl.store.write.rows import RowReader
 from fkd_ssl.teachers import Teacher
 
 
@@ -54,6 +55,7 @@ def main() -> None:
     parser.add_argument("--crops", type=int, default=400)
     parser.add_argument("--chunk_size", type=int, default=128)
     parser.add_argument("--threads", type=int, default=min(16, resolve.cpu_threads()))
+    parser.add_argument("--device_crops", action="store_true", help="make the crops on the GPU")
     parser.add_argument("--chunks", type=int, default=12, help="chunks in a round")
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
@@ -68,54 +70,39 @@ def main() -> None:
     crops = count * args.crops
     generator = np.random.default_rng(0)
     pixels = generator.integers(0, 256, (args.chunk_size, args.pixels, args.pixels, 3), dtype=np.uint8)
-    chunk = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+    chunk = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(resolve.device())
 
     def bare() -> float:
         start = time.perf_counter()
         for _ in range(-(-crops // args.chunk_size)):
-            embed(teacher, chunk, args.chunk_size)
+            targets = forward(teacher, chunk, args.chunk_size)
+        targets.cpu()
         return crops / (time.perf_counter() - start)
 
-    class Timed:
-        """The teacher, which notes when the first forward for the store begins: the codec's sample is left out."""
-
-        def __init__(self, folder: Path) -> None:
-            self.folder = folder
-            self.began: float | None = None
-            self.busy = 0.0
-
-        def __getattr__(self, name: str) -> object:
-            return getattr(teacher, name)
-
-        def embed(self, views: torch.Tensor) -> torch.Tensor:
-            if self.began is None and (self.folder / "targets" / teacher.info.name / "meta.json").exists():
-                self.began, self.busy = time.perf_counter(), 0.0
-            start = time.perf_counter()
-            targets = teacher.embed(views).cpu()
-            self.busy += time.perf_counter() - start
-            return targets
-
     def whole(folder: Path) -> tuple[float, float, float]:
-        """Crops a second of precompute from the first forward on, the teacher's share, seconds of a core to read a crop."""
-        timed = Timed(folder)
-        precompute(
-            images,
-            folder,
-            timed,
-            crops=args.crops,
-            recipe=RECIPES["mocov2"],
-            pixels=args.pixels,
-            threads=args.threads,
-            chunk_size=args.chunk_size,
-            progress=False,
-        )
-        if timed.began is None:
-            raise SystemExit("precompute ran without the teacher")
-        took = time.perf_counter() - timed.began
-        reader = RowReader(Store(folder), images, skip_unreadable=False, ahead=1)
+        """Crops a second of precompute without the codec's sample, the teacher's share, seconds of a core to read a crop."""
+
+        def write(share: Share | None) -> Summary:
+            return precompute(
+                images,
+                folder,
+                teacher,
+                crops=args.crops,
+                recipe=RECIPES["mocov2"],
+                pixels=args.pixels,
+                threads=args.threads,
+                chunk_size=args.chunk_size,
+                device=str(resolve.device()) if args.device_crops else None,
+                share=share,
+                progress=False,
+            )
+
+        write(Share(index=2**61, of=2**62))  # the store and its codec, and no shard
+        summary = write(None)
+        reader = RowReader(Store(folder), images, skip_unreadable=False)
         start = time.perf_counter()
         reader(0, args.crops, {args.pixels: 0})
-        return crops / took, timed.busy / took, (time.perf_counter() - start) / args.crops
+        return summary.crops / summary.seconds, summary.teacher_busy, (time.perf_counter() - start) / args.crops
 
     best, busy = {"bare": 0.0, "precompute": 0.0}, 0.0
     reading = float("inf")

@@ -72,6 +72,13 @@ class TeacherInfo:
         mean, std = (" ".join(f"{value:g}" for value in rgb) for rgb in (self.mean, self.std))
         return f"pixels normalised by mean {mean}, std {std}"
 
+    @property
+    def if_not_finite(self) -> str:
+        """Advice for the case that the network gives NaN or infinity."""
+        if self.precision != "fp32":
+            return "try --precision fp32"
+        return "its weights are damaged, or far from what its preprocessing gives it"
+
     def to_json(self) -> dict[str, Any]:
         """Returns the values for meta.json: all but the arrays, which are files, and the checkpoint's name."""
         values = {key: value for key, value in vars(self).items() if key not in ("spec", "checkpoint", "arrays")}

@@ -2,7 +2,6 @@
 
 import io
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
@@ -18,8 +17,10 @@ from fkd_ssl.store.listing import IMAGES, SIZE_DTYPE, SIZES
 from fkd_ssl.store.maintain.verify import Damage
 from fkd_ssl.store.reader import Store, read_meta
 from fkd_ssl.store.write.columns import Request, train_columns
+from fkd_ssl.store.write.pipeline import Pipeline
 from fkd_ssl.store.write.precompute import precompute
-from fkd_ssl.store.write.rows import RowReader, Teacher, image_checksums, publish_crops, records_of
+from fkd_ssl.store.write.rows import RowReader, Teacher, publish_crops, records_of
+from fkd_ssl.store.write.streams import image_checksums
 
 Log = Callable[[str], None]
 
@@ -84,19 +85,19 @@ def repair(
         log(f"column {other}: its teacher is needed to make it again: --teacher, --checkpoint, --images and --column {other}")
     if own is None:
         return
-    with ThreadPoolExecutor(threads) as pool:
-        reader = RowReader(store, own, skip_unreadable=True, ahead=threads + 1)
+    with Pipeline(threads, [] if teacher is None else [teacher]) as pipeline:
+        reader = RowReader(store, own, skip_unreadable=True)
         for shard in crops:
             path = layout.crops_file(store.folder, shard)
             if not any(store.folder.glob(f"{layout.TARGETS}/*/codes-{shard:05d}.json")):
                 continue  # never finished; precompute writes them with the codes
             _remove(path)
-            publish_crops(reader, shard, image_checksums(reader, store.manifest.shard_rows(shard), pool))
+            publish_crops(reader, shard, image_checksums(reader, store.manifest.shard_rows(shard), pipeline))
             log(f"{path}: made again from the images")
         if target is None or teacher is None:
             return
         if Damage(kind="array", column=target) in damage:
-            _retrain(store, target, teacher, reader, pool, log)
+            _retrain(store, target, teacher, reader, pipeline, log)
     _recompute(store, [d.shard for d in damage if d.kind == "codes" and d.column == target], own, teacher, target, threads, log)
 
 
@@ -117,7 +118,7 @@ def _redraw(store: Store, shard: int, log: Log) -> bool:
     return True
 
 
-def _retrain(store: Store, name: str, teacher: Teacher, reader: RowReader, pool: ThreadPoolExecutor, log: Log) -> None:
+def _retrain(store: Store, name: str, teacher: Teacher, reader: RowReader, pipeline: Pipeline, log: Log) -> None:
     """Trains a column's codec again, and replaces the arrays that match their checksums in meta.json."""
     folder = files.reject_symlink(store.folder / layout.TARGETS / name)
     try:
@@ -134,7 +135,7 @@ def _retrain(store: Store, name: str, teacher: Teacher, reader: RowReader, pool:
     arrays: dict[str, Float32Array] = {f"teacher-{key}": array for key, array in teacher.info.arrays.items()}
     bad = [array for array, digest in meta.arrays.items() if _digest(folder / f"{array}.npy") != digest]
     if any(array not in arrays for array in bad):
-        train_columns(store, [request], reader, pool, lambda _, __, trained: arrays.update(trained), always=True)
+        train_columns(store, [request], reader, pipeline, lambda _, __, trained: arrays.update(trained), always=True)
     for array in bad:
         if array not in arrays:
             raise StoreError(

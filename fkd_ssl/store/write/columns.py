@@ -3,7 +3,6 @@
 import secrets
 import shutil
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,8 +17,9 @@ from fkd_ssl.errors import ImageError, RequestError
 from fkd_ssl.store import manifest as layout
 from fkd_ssl.store.reader import Column, ColumnMeta, Store
 from fkd_ssl.store.write import work
+from fkd_ssl.store.write.pipeline import Pipeline
 from fkd_ssl.store.write.rows import Row, RowReader, Teacher
-from fkd_ssl.store.write.streams import TeacherStream, feed
+from fkd_ssl.store.write.streams import Pass, TeacherStream, feed
 from fkd_ssl.targets import Codec, TargetSpec
 from fkd_ssl.targets.info import difference
 
@@ -69,7 +69,7 @@ class _PublishedError(Exception):
 
 
 def open_or_train(
-    store: Store, requests: Sequence[Request], reader: RowReader, pool: ThreadPoolExecutor, log: Callable[[str], None]
+    store: Store, requests: Sequence[Request], reader: RowReader, pipeline: Pipeline, log: Callable[[str], None]
 ) -> list[Column]:
     """Returns the requested columns, and creates missing ones with a codec trained on a sample.
 
@@ -91,7 +91,7 @@ def open_or_train(
             store,
             [request for request in new if (request.codec, request.target.kind) == (codec, kind)],
             reader,
-            pool,
+            pipeline,
             lambda request, meta, arrays: publish_column(store.folder / layout.TARGETS / request.name, meta, arrays),
         )
     for request in requests:
@@ -175,7 +175,7 @@ def train_columns(
     store: Store,
     requests: Sequence[Request],
     reader: RowReader,
-    pool: ThreadPoolExecutor,
+    pipeline: Pipeline,
     publish: Callable[[Request, dict[str, Any], dict[str, Float32Array]], None],
     *,
     always: bool = False,
@@ -188,7 +188,7 @@ def train_columns(
         store: The store.
         requests: Columns that do not exist, with one codec.
         reader: Reads the sample.
-        pool: Threads that read ahead.
+        pipeline: Runs the teachers.
         publish: Called with meta.json and arrays of each column.
         always: Publish even if another process has published the columns meanwhile. By default its columns are kept.
     """
@@ -208,7 +208,7 @@ def train_columns(
             )
             streams.append(_sample_stream(request, mine, progress, per_image, overtaken))
         with suppress(_PublishedError):
-            feed(reader, order, per_image, streams, pool)
+            feed(reader, [Pass(rows=order, streams=streams)], per_image, pipeline)
             for request, mine in zip(requests, parts, strict=True):
                 if not mine:
                     raise ImageError(f"{reader.images.spec}: none of the images in the codec's sample can be read")

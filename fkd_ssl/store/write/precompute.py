@@ -6,10 +6,10 @@ size. A teacher runs on one chunk at a time, and a killed run resumes at a chunk
 
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 from fkd_ssl import files
@@ -18,12 +18,15 @@ from fkd_ssl.errors import RequestError
 from fkd_ssl.images import ImageSource
 from fkd_ssl.progress import bar_disabled
 from fkd_ssl.store import manifest as layout
+from fkd_ssl.store.reader import Store
 from fkd_ssl.store.write import work
-from fkd_ssl.store.write.columns import open_or_train
+from fkd_ssl.store.write.columns import Request, open_or_train
+from fkd_ssl.store.write.pipeline import Pipeline
 from fkd_ssl.store.write.prepare import begin, count_rows, in_range, make_requests
 from fkd_ssl.store.write.recording import require_not_recording
 from fkd_ssl.store.write.rows import RowReader, Teacher
 from fkd_ssl.store.write.shards import ShardWriter, finished
+from fkd_ssl.text import format_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +59,12 @@ class Summary:
     """Wall-clock time of this call."""
     store_bytes: int
     """Total bytes of the files of the store."""
+    teacher_busy: float
+    """Share of the time in which a teacher ran."""
+    stages: dict[str, float]
+    """Seconds that each stage took; see `Stages`. Stages overlap."""
+    queue_bytes: int
+    """Maximum memory of the images, crops and chunks that wait for the next stage."""
 
 
 def precompute(
@@ -124,9 +133,10 @@ def precompute(
         progress=progress,
         log=log,
     )
-    reader = RowReader(store, images, skip_unreadable, ahead=threads + 1, device=device)
-    with ThreadPoolExecutor(threads) as pool:
-        columns = open_or_train(store, requests, reader, pool, log)
+    reader = RowReader(store, images, skip_unreadable, device=device)
+    with Pipeline(threads, [request.teacher for request in requests]) as pipeline:
+        queues = _queue_bytes(pipeline, store, requests)
+        columns = open_or_train(store, requests, reader, pipeline, log)
         for each in columns:
             require_not_recording(each)
         missing = [shard for shard in range(store.manifest.shards) if any(shard in c.missing_shards for c in columns)]
@@ -141,18 +151,33 @@ def precompute(
             disable=bar_disabled(show=progress),
         )
         with bar:
-            writer = ShardWriter(store, requests, columns, reader, pool, bar)
+            writer = ShardWriter(store, requests, columns, reader, pipeline, bar)
             busy = writer.write(mine + others if share is None or share.steal else mine)
             busy = writer.write(busy)  # the processes that wrote them may have been killed
     for each in columns:  # work files that killed processes did not remove
         for path in each.folder.glob(".work-codes-*[0-9]"):
             if (each.folder / f"{path.name.removeprefix('.work-')}.json").exists():
                 work.clear(path)
+    seconds = time.perf_counter() - started
+    if writer.seen:
+        log(f"{pipeline.stages.describe(seconds)}; at most {format_bytes(queues)} of memory for what waits")
     return Summary(
         shards=store.manifest.shards,
         busy=busy,
         left=[] if share is None or share.steal else [s for s in others if not finished(store, columns, s)],
         crops=writer.seen,
-        seconds=time.perf_counter() - started,
+        seconds=seconds,
         store_bytes=files.total_bytes(store.folder),
+        teacher_busy=pipeline.stages.forward / seconds,
+        stages=asdict(pipeline.stages),
+        queue_bytes=queues,
     )
+
+
+def _queue_bytes(pipeline: Pipeline, store: Store, requests: Sequence[Request]) -> int:
+    """Returns the maximum memory of what waits for the next stage of the pipeline."""
+    if requests[0].device is None:
+        image = store.crops_per_image * sum({3 * request.pixels**2 for request in requests})
+    else:
+        image = 3 * int((store.sizes["width"].astype(np.int64) * store.sizes["height"]).max())
+    return pipeline.queue_bytes(image, max(3 * request.chunk_size * request.pixels**2 for request in requests))

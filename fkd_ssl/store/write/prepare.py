@@ -2,7 +2,6 @@
 
 import random
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,9 +17,11 @@ from fkd_ssl.store.listing import MANIFEST
 from fkd_ssl.store.reader import MAX_ARRAY, Column, Store
 from fkd_ssl.store.write import advice
 from fkd_ssl.store.write.columns import Request, check_sample, open_or_train, sample_targets
+from fkd_ssl.store.write.pipeline import Pipeline
 from fkd_ssl.store.write.publish import create_store, require_space
 from fkd_ssl.store.write.recording import recorded_bytes
-from fkd_ssl.store.write.rows import RowReader, Teacher, image_checksums, publish_crops
+from fkd_ssl.store.write.rows import RowReader, Teacher, publish_crops
+from fkd_ssl.store.write.streams import image_checksums
 from fkd_ssl.text import format_bytes
 
 
@@ -65,9 +66,9 @@ def prepare(
         else request
         for request in requests
     ]
-    reader = RowReader(store, images, skip_unreadable, ahead=threads + 1)
-    with ThreadPoolExecutor(threads) as pool:
-        open_or_train(store, requests, reader, pool, log)
+    reader = RowReader(store, images, skip_unreadable)
+    with Pipeline(threads, teacher) as pipeline:
+        open_or_train(store, requests, reader, pipeline, log)
         there = store.shards_with_crops()
         absent = [shard for shard in range(store.manifest.shards) if shard not in there]
         with tqdm(total=count_rows(store, absent), desc="crops", unit="img", disable=bar_disabled(show=bool(absent))) as bar:
@@ -76,7 +77,7 @@ def prepare(
                 if store.has_crops(shard):
                     bar.update(len(rows))
                 else:
-                    publish_crops(reader, shard, image_checksums(reader, rows, pool, bar))
+                    publish_crops(reader, shard, image_checksums(reader, rows, pipeline, bar))
     store = Store(store.folder)
     return [store.column(request.name) for request in requests]
 

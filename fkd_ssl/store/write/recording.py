@@ -75,7 +75,7 @@ class Recording:
             FkdError: Targets are not finite.
         """
         if not np.isfinite(targets).all():
-            raise FkdError(f"teacher {self.column.name}: gave targets that are not finite")
+            raise FkdError(f"teacher {self.column.name}: gave targets that are not finite: {self.column.info.if_not_finite}")
         codes = self.column.codec.encode(targets).reshape(len(places), -1)
         for (row, first), code in zip(places.tolist(), codes, strict=True):
             shard, within = self.column.store.locate(row)

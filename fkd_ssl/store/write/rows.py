@@ -1,19 +1,18 @@
 """Rows for a teacher: threads read, decode and replay images, once per size, while the teacher runs."""
 
-import functools
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import numpy as np
 import torch
 
 from fkd_ssl import files
-from fkd_ssl.arrays import Float32Array, UInt8Array
+from fkd_ssl.arrays import UInt8Array
 from fkd_ssl.crops import IMPORTED, Records, draw, image_key, replay_into
-from fkd_ssl.crops.device import PendingCrops, concatenate, plan_crops, replay_plan
+from fkd_ssl.crops.device import PendingCrops
 from fkd_ssl.crops.records import neutral
 from fkd_ssl.errors import FkdError, ImageError, StoreError
 from fkd_ssl.images import ImageSource, decode
@@ -25,7 +24,10 @@ T = TypeVar("T")
 
 
 class Teacher(Protocol):
-    """Interface of a teacher for precompute; fkd_ssl.teachers.Teacher implements it."""
+    """Interface of a teacher for precompute; fkd_ssl.teachers.Teacher implements it.
+
+    A teacher on a GPU also has the attribute `device`, and does not wait for the GPU.
+    """
 
     info: TeacherInfo
 
@@ -50,14 +52,11 @@ class RowReader:
     With `device`, the rows have `PendingCrops`, and the crops are made on that device later.
     """
 
-    def __init__(
-        self, store: Store, images: ImageSource, skip_unreadable: bool, *, ahead: int, device: str | None = None
-    ) -> None:
+    def __init__(self, store: Store, images: ImageSource, skip_unreadable: bool, *, device: str | None = None) -> None:
         self.store = store
         self.images = images
         self.skip_unreadable = skip_unreadable
         self.device = device
-        self.ahead = ahead  # maximum number of images in memory that the teacher has not seen
 
     def __call__(self, row: int, count: int, wanted: Mapping[int, int], expected: str | None = None) -> Row:
         """Returns the crops of a row.
@@ -125,7 +124,7 @@ def records_of(store: Store, row: int, count: int) -> Records:
     return draw(m.recipe, key, int(size["height"]), int(size["width"]), 0, count)
 
 
-def read_ahead(pool: ThreadPoolExecutor, calls: Iterable[Callable[[], T]], ahead: int) -> Iterator[T]:
+def read_ahead(pool: ThreadPoolExecutor, calls: Iterable[Callable[[], T]], ahead: int) -> Generator[T]:
     """Yields the results in the order of the calls, with at most `ahead` of them in memory."""
     waiting: deque[Future[T]] = deque()
     try:
@@ -140,17 +139,6 @@ def read_ahead(pool: ThreadPoolExecutor, calls: Iterable[Callable[[], T]], ahead
             future.cancel()
 
 
-def image_checksums(reader: RowReader, rows: Sequence[int], pool: ThreadPoolExecutor, bar: Any = None) -> list[str]:
-    """Returns the sha256 of the rows' images, empty for those skipped as unreadable. Advances `bar` with each."""
-    calls = (functools.partial(reader, row, 0, {}) for row in rows)
-    checksums = []
-    for row in read_ahead(pool, calls, reader.ahead):
-        checksums.append(row.checksum)
-        if bar is not None:
-            bar.update(1)
-    return checksums
-
-
 def publish_crops(reader: RowReader, shard: int, checksums: Sequence[str]) -> None:
     """Publishes a shard's crop records, with the `checksums` of its images. Raises StoreError if they exist and differ."""
     store = reader.store
@@ -159,24 +147,3 @@ def publish_crops(reader: RowReader, shard: int, checksums: Sequence[str]) -> No
         publish.publish_crops(store.folder, store.manifest, shard, records, checksums)
     except StoreError as error:
         raise StoreError(f"{error}; another process read other image files: check that all see the same images") from error
-
-
-def join(parts: Sequence[Views], pixels: int, device: str | None) -> torch.Tensor:
-    """Joins the crops of several rows to uint8 [n, 3, P, P] with P = `pixels`. Makes pending crops on `device`."""
-    pending = [part for part in parts if isinstance(part, PendingCrops)]
-    if pending:
-        return replay_plan(plan_crops(pending, pixels, concatenate(pending)).to(device or "cpu"))
-    made = [part for part in parts if not isinstance(part, PendingCrops)]
-    return torch.from_numpy(np.concatenate(made) if len(made) > 1 else made[0]).permute(0, 3, 1, 2)
-
-
-def embed(teacher: Teacher, chunk: torch.Tensor, chunk_size: int) -> Float32Array:
-    """Returns the targets of at most `chunk_size` crops uint8 [n, 3, P, P], padded with zeros to exactly `chunk_size`."""
-    missing = chunk_size - len(chunk)
-    padded = torch.cat([chunk, chunk.new_zeros(missing, *chunk.shape[1:])]) if missing else chunk
-    targets = teacher.embed(padded.contiguous(memory_format=torch.channels_last))
-    result: Float32Array = targets[: len(chunk)].float().cpu().numpy()
-    expected = (len(chunk), *teacher.info.spec.shape)
-    if result.shape != expected or not np.isfinite(result).all():
-        raise FkdError(f"teacher {teacher.info.name}: gave targets {list(result.shape)}, expected finite {list(expected)}")
-    return result

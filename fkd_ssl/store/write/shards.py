@@ -1,8 +1,7 @@
-"""Writes shards: runs the teachers on the crops of a shard, and publishes their codes with the crops."""
+"""Writes shards: runs the teachers on the crops of each shard, and publishes their codes with the crops."""
 
 import functools
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
 
@@ -13,9 +12,10 @@ from fkd_ssl.store import manifest as layout
 from fkd_ssl.store.reader import Column, Store
 from fkd_ssl.store.write import work
 from fkd_ssl.store.write.columns import Request
+from fkd_ssl.store.write.pipeline import Pipeline
 from fkd_ssl.store.write.publish import publish_codes
-from fkd_ssl.store.write.rows import Row, RowReader, image_checksums, publish_crops
-from fkd_ssl.store.write.streams import TeacherStream, feed
+from fkd_ssl.store.write.rows import Row, RowReader, publish_crops
+from fkd_ssl.store.write.streams import Pass, TeacherStream, feed, image_checksums
 
 
 class ShardWriter:
@@ -31,7 +31,7 @@ class ShardWriter:
         requests: Sequence[Request],
         columns: Sequence[Column],
         reader: RowReader,
-        pool: ThreadPoolExecutor,
+        pipeline: Pipeline,
         bar: Any,
     ) -> None:
         self.seen = 0
@@ -39,7 +39,7 @@ class ShardWriter:
         self._requests = requests
         self._columns = columns
         self._reader = reader
-        self._pool = pool
+        self._pipeline = pipeline
         self._bar = bar
         self._counted = {(c.name, s) for c in columns for s in range(store.manifest.shards)} - {
             (c.name, s) for c in columns for s in c.missing_shards
@@ -47,42 +47,49 @@ class ShardWriter:
 
     def write(self, shards: Sequence[int]) -> list[int]:
         """Completes these shards; returns those with a column that another process is writing now."""
-        return [shard for shard in shards if not self._shard(shard)]
+        with ExitStack() as files:
+            passes = (self._begin(shard, files.enter_context(ExitStack())) for shard in shards)
+            feed(self._reader, passes, self._store.crops_per_image, self._pipeline)
+        return [shard for shard in shards if not finished(self._store, self._columns, shard)]
 
-    def _shard(self, shard: int) -> bool:
-        """Writes the columns of a shard that no other process is writing. Returns whether the shard is finished."""
+    def _begin(self, shard: int, files: ExitStack) -> Pass:
+        """Opens the work files of the columns of a shard that no other process is writing."""
+        store, per_row = self._store, self._store.crops_per_image
+        rows = store.manifest.shard_rows(shard)
+        held: list[tuple[Column, work.WorkFile, int]] = []
+        streams = []
+        for request, column in zip(self._requests, self._columns, strict=True):
+            codes = layout.codes_file(store.folder, column.name, shard)
+            if codes.with_suffix(".json").exists():  # another process may have finished it since we looked
+                self._count(column, shard, len(rows) * per_row)
+                continue
+            unit, there = column.meta.code_size, len(rows) * per_row
+            progress = files.enter_context(
+                work.open_work(work.shard_file(codes), column.digest, unit=unit, crops=there, per_row=per_row)
+            )
+            if progress is None or codes.with_suffix(".json").exists():
+                continue
+            self._bar.update(progress.crops)
+            held.append((column, progress, progress.crops))
+            streams.append(self._stream(request, column, progress))
+        known = store.crops_sidecar(shard)["images"] if store.has_crops(shard) else None
+        end = functools.partial(self._end, shard, held, known is None, files)
+        return Pass(rows=rows, streams=streams, checksums=known, end=end)
+
+    def _end(self, shard: int, held: list[tuple[Column, work.WorkFile, int]], without_crops: bool, files: ExitStack) -> None:
+        """Publishes a shard whose targets are written, and removes its work files."""
         store, m = self._store, self._store.manifest
-        rows, per_row = m.shard_rows(shard), m.crops_per_image
-        with ExitStack() as stack:
-            held: list[tuple[Column, work.WorkFile, int]] = []
-            streams = []
-            for request, column in zip(self._requests, self._columns, strict=True):
-                codes = layout.codes_file(store.folder, column.name, shard)
-                if codes.with_suffix(".json").exists():  # another process may have finished it since we looked
-                    self._count(column, shard, len(rows) * per_row)
-                    continue
-                unit, there = column.meta.code_size, len(rows) * per_row
-                progress = stack.enter_context(
-                    work.open_work(work.shard_file(codes), column.digest, unit=unit, crops=there, per_row=per_row)
-                )
-                if progress is None or codes.with_suffix(".json").exists():
-                    continue
-                self._bar.update(progress.crops)
-                held.append((column, progress, progress.crops))
-                streams.append(self._stream(request, column, progress))
-            known = store.crops_sidecar(shard)["images"] if store.has_crops(shard) else None
-            feed(self._reader, rows, per_row, streams, self._pool, known)
-            if known is None and (held or self._encoded(shard)):
-                checksums = held[0][1].checksums if held else image_checksums(self._reader, rows, self._pool)
-                publish_crops(self._reader, shard, checksums)
-            for column, progress, already in held:
-                self.seen += progress.crops - already
-                publish = functools.partial(
-                    progress.publish, dtype=np.dtype(np.uint8), shape=(len(rows), per_row, column.meta.code_size)
-                )
-                publish_codes(store.folder, m, shard, publish, column=column.name, digest=column.digest)
-                self._counted.add((column.name, shard))
-        return finished(store, self._columns, shard)
+        rows = m.shard_rows(shard)
+        if without_crops and (held or self._encoded(shard)):
+            checksums = held[0][1].checksums if held else image_checksums(self._reader, rows, self._pipeline)
+            publish_crops(self._reader, shard, checksums)
+        for column, progress, already in held:
+            self.seen += progress.crops - already
+            shape = (len(rows), m.crops_per_image, column.meta.code_size)
+            publish = functools.partial(progress.publish, dtype=np.dtype(np.uint8), shape=shape)
+            publish_codes(store.folder, m, shard, publish, column=column.name, digest=column.digest)
+            self._counted.add((column.name, shard))
+        files.close()
 
     def _encoded(self, shard: int) -> bool:
         """Whether the codes of every column exist, so that only the crops are missing. Those need no teacher."""
@@ -96,7 +103,7 @@ class ShardWriter:
             self._bar.update(crops)
 
     def _stream(self, request: Request, column: Column, progress: work.WorkFile) -> TeacherStream:
-        per_row, bar = self._store.manifest.crops_per_image, self._bar
+        per_row, bar = self._store.crops_per_image, self._bar
         first, skip = divmod(progress.crops, per_row)
         del progress.checksums[first:]
 

@@ -1,11 +1,15 @@
-"""One pass over rows for one or more teachers. Each image is read and decoded once, and replayed once per size."""
+"""Passes over rows for one or more teachers. Each image is read and decoded once, and replayed once per size."""
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
 
 from fkd_ssl.arrays import Float32Array
-from fkd_ssl.store.write.rows import Row, RowReader, Teacher, Views, embed, join, read_ahead
+from fkd_ssl.store.write.pipeline import Pipeline
+from fkd_ssl.store.write.rows import Row, RowReader, Teacher, Views, read_ahead
 
 
 class TeacherStream:
@@ -18,7 +22,7 @@ class TeacherStream:
         first: Position of the first row with crops that the teacher has not seen.
         skip: Number of crops of that row that the teacher has seen.
         on_row: Called with each row from `first` on; returns whether the teacher should see its crops.
-        on_targets: Called with the targets float32 [n, D] of each chunk.
+        on_targets: Called with the targets float32 [n, D] of each chunk, in the thread that writes.
         device: Device that makes the crops; None if the rows contain them.
     """
 
@@ -49,7 +53,7 @@ class TeacherStream:
         """Returns the number of crops that the teacher has seen of the row at `position`, which is at least `first`."""
         return self.skip if position == self.first else 0
 
-    def push(self, position: int, row: Row, count: int) -> None:
+    def push(self, position: int, row: Row, count: int, pipeline: Pipeline) -> None:
         """Adds the crops of a row that the teacher has not seen. `row` may contain more of its `count` crops."""
         if position < self.first or not self.on_row(row):
             return
@@ -61,46 +65,81 @@ class TeacherStream:
             self._held += len(part)
             views = views[len(part) :]
             if self._held == self._chunk_size:
-                self.flush()
+                self.flush(pipeline)
 
-    def flush(self) -> None:
+    def flush(self, pipeline: Pipeline) -> None:
         """Runs the teacher on the crops added so far: a full chunk, or the last one."""
         if self._held:
-            chunk = join(self._parts, self.pixels, self._device)
-            self._parts, self._held = [], 0
-            self.on_targets(embed(self._teacher, chunk, self._chunk_size))
+            parts, self._parts, self._held = self._parts, [], 0
+            pipeline.embed(
+                self._teacher, parts, self.on_targets, pixels=self.pixels, chunk_size=self._chunk_size, device=self._device
+            )
 
 
-def feed(
-    reader: RowReader,
-    rows: Sequence[int],
-    count: int,
-    streams: Sequence[TeacherStream],
-    pool: ThreadPoolExecutor,
-    checksums: Sequence[str] | None = None,
-) -> None:
-    """Runs every teacher on the crops that it has not seen, in order.
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """Some rows that every teacher sees."""
 
-    Args:
-        reader: Reads a row.
-        rows: Rows of the store. The positions in `streams` are indices into this list.
-        count: Number of crops per row.
-        streams: One stream per teacher.
-        pool: Threads that read ahead.
-        checksums: sha256 of each row's image, empty for a skipped image; None if they are unknown.
+    rows: Sequence[int]
+    """Rows of the store. The positions in `streams` are indices into this list."""
+    streams: Sequence[TeacherStream]
+    """One stream per teacher."""
+    checksums: Sequence[str] | None = None
+    """sha256 of each row's image, empty for a skipped image; None if they are unknown."""
+    end: Callable[[], None] = lambda: None
+    """Called in the thread that writes after the last targets."""
+
+
+def feed(reader: RowReader, passes: Iterable[Pass], count: int, pipeline: Pipeline) -> None:
+    """Runs every teacher on the crops that it has not seen, in order. `count` is the number of crops per row.
+
+    The next pass is begun, and its images are read, before the last one has ended.
     """
-    begin = min((stream.first for stream in streams), default=len(rows))
 
-    def calls() -> Iterator[Callable[[], Row]]:
-        for k in range(begin, len(rows)):
-            seen: dict[int, int] = {}  # number of crops that all teachers have seen, by size
-            for stream in streams:
-                if k >= stream.first:
-                    seen[stream.pixels] = min(stream.crops_seen(k), seen.get(stream.pixels, count))
-            yield functools.partial(reader, rows[k], count, seen, checksums[k] if checksums else None)
+    def calls() -> Iterator[Callable[[], tuple[Pass, int, Row | None]]]:
+        for one in passes:
+            for k in range(min((stream.first for stream in one.streams), default=len(one.rows)), len(one.rows)):
+                seen: dict[int, int] = {}  # number of crops that all teachers have seen, by size
+                for stream in one.streams:
+                    if k >= stream.first:
+                        seen[stream.pixels] = min(stream.crops_seen(k), seen.get(stream.pixels, count))
+                expected = one.checksums[k] if one.checksums else None
+                yield functools.partial(_read, reader, one, k, count, seen, expected)
+            yield functools.partial(_end, one)
 
-    for k, row in enumerate(read_ahead(pool, calls(), reader.ahead), begin):
-        for stream in streams:
-            stream.push(k, row, count)
-    for stream in streams:
-        stream.flush()
+    found = read_ahead(pipeline.pool, calls(), pipeline.ahead)
+    with closing(found), pipeline.draining():
+        while True:
+            started = time.perf_counter()
+            one, k, row = next(found, (None, 0, None))
+            pipeline.stages.crops += time.perf_counter() - started
+            if one is None:
+                return
+            for stream in one.streams:
+                if row is None:
+                    stream.flush(pipeline)
+                else:
+                    stream.push(k, row, count, pipeline)
+            if row is None:
+                pipeline.later(one.end)
+
+
+def _read(
+    reader: RowReader, one: Pass, k: int, count: int, seen: dict[int, int], expected: str | None
+) -> tuple[Pass, int, Row | None]:
+    return one, k, reader(one.rows[k], count, seen, expected)
+
+
+def _end(one: Pass) -> tuple[Pass, int, Row | None]:
+    return one, len(one.rows), None
+
+
+def image_checksums(reader: RowReader, rows: Sequence[int], pipeline: Pipeline, bar: Any = None) -> list[str]:
+    """Returns the sha256 of the rows' images, empty for those skipped as unreadable. Advances `bar` with each."""
+    calls = (functools.partial(reader, row, 0, {}) for row in rows)
+    checksums = []
+    for row in read_ahead(pipeline.pool, calls, pipeline.ahead):
+        checksums.append(row.checksum)
+        if bar is not None:
+            bar.update(1)
+    return checksums

@@ -56,7 +56,7 @@ class WorkFile:
         values = {
             "crops": self.crops,
             "codes": self._digest.hexdigest(),
-            "images": self.checksums,
+            "images": self.checksums[:],  # another thread may append to it
             "column": self._owner,
         }
         files.replace(self._journal, files.with_checksum(values))
