@@ -1,12 +1,12 @@
-"""What a smaller copy of an image set costs and gives: bytes, fidelity of crops, reading speed, a teacher's kNN.
+"""What a smaller copy of an image set saves and costs: bytes, fidelity of crops, reading speed, a teacher's kNN.
 
     python benchmarks/cache.py --images DIR --out DIR [--short_sides 128 192] [--qualities 90 95] \
         [--train DIR --val DIR --teacher mocov2 --checkpoint FILE --knn_pixels 64]
 
-Compares crops (recipe fkd, 4 per image) of the copy, with scaled boxes, with those of the originals: mean and minimum PSNR.
-Reading means decoding and replaying 4 crops per image on one core (processor time, best of interleaved rounds): of the
-originals, of the copy, and of the copy's raw pixels in one memory-mapped array. With --train, --val and a teacher, also scores
-its kNN on the originals and on copies of both.
+Compares crops of the copy (recipe fkd, 4 per image, with scaled boxes) with those of the originals: mean and minimum PSNR.
+Measures the time of decoding and replaying 4 crops per image on one core (CPU time, best of interleaved rounds) for the
+originals, for the copy, and for the copy's decoded pixels in a memory-mapped array. With --train, --val and a teacher, it
+also scores the teacher's kNN on the originals and on copies of both.
 """
 
 import argparse

@@ -1,10 +1,11 @@
-"""What codecs cost a target and a student: bytes, fidelity, time, and the kNN and linear scores of students trained on them.
+"""The cost of codecs: bytes, fidelity, time, and the kNN and linear scores of students trained on their targets.
 
     python benchmarks/codecs.py --images DIR --val DIR --teacher mocov2 --checkpoint FILE --pixels 64 --out DIR --seeds 3
 
-The teacher runs once, into a lossless column (Flat); every other codec is trained on, and encodes, those exact targets.
-Fidelity is of one image in nine, which no codec was trained on. Students are trained by `fkd-ssl train` on columns of the
-same store that differ in their codec alone; what is finished is not run again. Without --seeds only the table is printed.
+The teacher runs once, into a lossless column (Flat). Every other codec is trained on those exact targets and encodes them.
+Fidelity is measured on one image in nine, which no codec was trained on. Students are trained by `fkd-ssl train` on columns
+of one store that differ only in their codec. Finished parts are not run again. Without --seeds, only the table of codecs is
+printed.
 """
 
 import argparse
@@ -51,19 +52,19 @@ SPECS = (
     "OPQ64,PQ64x4",
 )
 STUDENTS = ("Flat", "SQ4", "OPQ16,PQ16x8")
-HELD_OUT = 9  # one image in so many
+HELD_OUT = 9  # one image in nine is held out
 PROBES = ("knn_top1", "linear_top1")
 
 
 def exact_targets(store: Store) -> Float32Array:
-    """All targets of the lossless column: float32 [N, C, D]."""
+    """Returns all targets of the lossless column: float32 [N, C, D]."""
     column = store.column("Flat")
     shards = [np.asarray(column.shard(s)) for s in range(store.manifest.shards)]
     return np.concatenate(shards).view(np.float32)
 
 
 def fidelity(decoded: Float32Array, exact: Float32Array) -> dict[str, float]:
-    """Cosine, and KL in nats of the distributions that feature_kl compares, of decoded [n, D] to exact [n, D]."""
+    """Returns the cosine of decoded to exact targets [n, D], and the KL in nats between feature_kl's distributions of both."""
     a, b = decoded.astype(np.float64), exact.astype(np.float64)
     cosine = (a * b).sum(axis=1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
     objective, target = FeatureKL(), torch.from_numpy(b)
@@ -72,7 +73,7 @@ def fidelity(decoded: Float32Array, exact: Float32Array) -> dict[str, float]:
 
 
 def microseconds(call: Callable[[npt.NDArray[np.generic]], object], values: npt.NDArray[np.generic], batch: int) -> float:
-    """Processor time of a call per row of `values`, in batches on one thread: the best of three sweeps."""
+    """Returns the CPU time of a call per row of `values`, in batches on one thread: the best of three passes."""
     best = float("inf")
     with threadpool_limits(1):
         for _ in range(3):
@@ -84,7 +85,7 @@ def microseconds(call: Callable[[npt.NDArray[np.generic]], object], values: npt.
 
 
 def split(store: Store) -> tuple[Float32Array, Float32Array]:
-    """Targets of the images that no codec is trained on float32 [n, C, D], and those of the others [m, D]."""
+    """Returns the targets of the held-out images float32 [n, C, D], and those of the others [m, D]."""
     targets = exact_targets(store)
     order = in_hash_order(list(store.paths), "codecs")
     held = len(order) // HELD_OUT
@@ -92,7 +93,7 @@ def split(store: Store) -> tuple[Float32Array, Float32Array]:
 
 
 def codec_table(fresh: Float32Array, seen: Float32Array, specs: list[str], saved: Path) -> list[dict[str, object]]:
-    """A row for every codec; those that `saved` holds are not measured again."""
+    """Returns a row per codec; rows in `saved` are not measured again."""
     exact = fresh.reshape(-1, fresh.shape[-1])
     rows: dict[str, dict[str, object]] = json.loads(saved.read_text()) if saved.exists() else {}
     for spec in specs:
@@ -120,7 +121,7 @@ def codec_table(fresh: Float32Array, seen: Float32Array, specs: list[str], saved
 
 
 def rabitq(fresh: Float32Array, seen: Float32Array) -> list[dict[str, object]]:
-    """What faiss's RaBitQ gives as a codec of its own; it is not among fkd_ssl's."""
+    """Measures faiss's RaBitQ as a codec; fkd_ssl does not support it."""
     import faiss
 
     exact = fresh.reshape(-1, fresh.shape[-1])
@@ -139,7 +140,7 @@ def rabitq(fresh: Float32Array, seen: Float32Array) -> list[dict[str, object]]:
 
 
 def write_column(store: Store, spec: str) -> str:
-    """A column of the exact targets in another codec, if it is not there; returns its name."""
+    """Writes a column of the exact targets in another codec unless it exists; returns its name."""
     name = spec.replace(",", "-")
     flat = store.column("Flat")
     folder = store.folder / "targets" / name
@@ -162,7 +163,7 @@ def write_column(store: Store, spec: str) -> str:
 
 
 def training(args: argparse.Namespace, store: Store, name: str, seed: int, out: Path) -> list[str]:
-    """The command that trains a student on a column."""
+    """Returns the command that trains a student on a column."""
     options = {
         "images": args.images,
         "store": store.folder,
@@ -182,7 +183,7 @@ def training(args: argparse.Namespace, store: Store, name: str, seed: int, out: 
 
 
 def scores(args: argparse.Namespace, run: Path) -> npt.NDArray[np.bool_]:
-    """Which test images a student's features classify right: bool [probes, n]; kept beside the run."""
+    """Returns which test images a student's features classify correctly: bool [probes, n]; cached in the run folder."""
     path = run / "correct.npy"
     if path.exists():
         return np.load(path, allow_pickle=False)
@@ -206,7 +207,7 @@ def scores(args: argparse.Namespace, run: Path) -> npt.NDArray[np.bool_]:
 
 
 def student_table(args: argparse.Namespace, store: Store) -> list[dict[str, object]]:
-    """Mean scores of each codec's students, and their differences to those of exact targets."""
+    """Returns the mean scores of each codec's students, and their differences to students of exact targets."""
     names = {spec: "Flat" if spec == "Flat" else write_column(store, spec) for spec in STUDENTS}
     correct = {}
     for seed in range(args.seeds):
@@ -246,9 +247,11 @@ def main() -> None:
     parser.add_argument("--pixels", type=int, default=64)
     parser.add_argument("--crops", type=int, default=10)
     parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--lr", type=float, default=1e-2, help="of the students; benchmarks/learning_rate.py chose it")
+    parser.add_argument(
+        "--lr", type=float, default=1e-2, help="learning rate of the students; benchmarks/learning_rate.py chose it"
+    )
     parser.add_argument("--seeds", type=int, default=0)
-    parser.add_argument("--codecs", nargs="+", default=None, help="of the table; many by default")
+    parser.add_argument("--codecs", nargs="+", default=None, help="codecs of the table; many by default")
     parser.add_argument("--out", required=True)
     args = parser.parse_args()
     if args.seeds and not args.val:

@@ -1,16 +1,16 @@
-r"""Runs configs of configs/imagenette at their full length, each at the best of three learning rates for its student.
+r"""Runs configs of configs/imagenette at their full length, each with the best of three learning rates for its student.
 
     python benchmarks/configs.py configs/imagenette/seed_*.yaml --images imagenette/train --val imagenette/val --store store \
         --teacher mocov2 --checkpoint mocov2_r18_imagenette.pth.tar --out runs/configs
 
-The rates are a third, one and three times the config's own, or those of --rates; a single one is taken as it is. Each trains
-the config for --rate_epochs on stored targets of nine tenths of the training images, and is scored by kNN on the other
-tenth; test images are never looked at. With the best, the config is trained as it stands, on --store or, where it says
-`targets: online`, with --teacher, and scored by kNN and by logistic regression on --val. --options are more of train's, such
-as --init of a second step.
+The rates are a third, one and three times the config's own, or those of --rates; a single one is used without a search. For
+each rate, the config is trained for --rate_epochs on stored targets of nine tenths of the training images and scored by kNN
+on the other tenth. Test images are not used. With the best rate, the config is trained unchanged, on --store or, if it has
+`targets: online`, with --teacher, and scored by kNN and by logistic regression on --val. --options are further options of
+train, such as --init of a second step.
 
-Prints a table, a row of each config. Killed, it continues with the same command; what is done is not done again.
-OUT/NAME/rates.json has the held-out scores.
+Prints a table with a row per config. Repeat the command to continue after a kill. OUT/NAME/rates.json has the held-out
+scores.
 """
 
 import argparse
@@ -30,17 +30,17 @@ FACTORS = (1 / 3, 1.0, 3.0)
 
 
 def rounded(rate: float) -> float:
-    """To two digits, so that it can be written into a config."""
+    """Rounds to two digits, for a config."""
     return float(f"{rate:.2g}")
 
 
 def marked(cell: str, best: bool) -> str:
-    """A cell, bold where it is the best."""
+    """Returns a cell, in bold if it is the best."""
     return f"**{cell}**" if best else cell
 
 
 def done(folder: Path, *command: str | float | Path) -> dict[str, Any]:
-    """The results.json of a command, which is run where it is not there yet."""
+    """Returns the results.json of a command; runs the command if the file is missing."""
     if not (folder / "results.json").exists():
         fkd_ssl(*command, "--out", folder)
     results: dict[str, Any] = json.loads((folder / "results.json").read_text())
@@ -48,7 +48,7 @@ def done(folder: Path, *command: str | float | Path) -> dict[str, Any]:
 
 
 class Bench:
-    """What all configs have in common."""
+    """The settings that all configs share."""
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
@@ -56,7 +56,7 @@ class Bench:
         self.weights = ["--teacher", args.teacher, *(["--checkpoint", args.checkpoint] if args.checkpoint else [])]
 
     def rate(self, config: Path, values: dict[str, Any]) -> tuple[float, dict[str, float]]:
-        """The best learning rate, and the held-out kNN of each; where only one is given there is nothing to search."""
+        """Returns the best learning rate, and the held-out kNN of each; a single rate is not searched."""
         rates = self.args.rates or [rounded(values["lr"] * factor) for factor in FACTORS]
         if len(rates) == 1:
             return rates[0], {}
@@ -79,7 +79,7 @@ class Bench:
         for lr in rates:
             command = ["train", "--config", config, "--targets", "stored", "--images", self.fit, "--store", store, "--lr", lr]
             command += ["--val", self.held_out, "--knn_every", 1000, "--epochs", self.args.rate_epochs]
-            if drops := values.get("lr_drops"):  # at the same shares of the shorter training
+            if drops := values.get("lr_drops"):  # scaled to the shorter training
                 share = self.args.rate_epochs / values["epochs"]
                 command += ["--lr_drops", ",".join(f"{share * float(epoch):g}" for epoch in drops.split(","))]
             found = done(self.args.out / config.stem / f"rate-{lr:g}", *command, *shlex.split(self.args.options))
@@ -89,7 +89,7 @@ class Bench:
         return float(best), scores
 
     def row(self, config: Path) -> list[str]:
-        """A config's row of the table."""
+        """Returns a config's row of the table."""
         values = flat(yaml.safe_load(config.read_text()), TrainConfig)
         lr, scores = self.rate(config, values)
         out, args = self.args.out / config.stem, self.args
@@ -134,8 +134,8 @@ def main() -> None:
     parser.add_argument("--checkpoint")
     parser.add_argument("--rates", type=float, nargs="+")
     parser.add_argument("--rate_epochs", type=float, default=5)
-    parser.add_argument("--options", default="", help="of train, in one word")
-    parser.add_argument("--precompute", default="", help="options of precompute for the store of the rates, in one word")
+    parser.add_argument("--options", default="", help="options of train, as one argument")
+    parser.add_argument("--precompute", default="", help="options of precompute for the store of the rates, as one argument")
     parser.add_argument("--out", required=True, type=Path)
     args = parser.parse_args()
     bench = Bench(args)

@@ -2,10 +2,10 @@
 
     python benchmarks/device_crops.py --images DIR --limit 64
 
-For each size and M, with the full MoCo v2 recipe: processor time of one worker for a batch without --device_crops (read,
-decode, replay) and with it (read, decode, plan), in alternation, the best of several rounds for each batch. Then the crops per
-second that the device makes, transfer included, and their ratio to those that one core replays. The device is the GPU if there
-is one; otherwise set TRITON_INTERPRET=1, and only the worker time has a meaning.
+For each size and M, with the full MoCo v2 recipe: the CPU time of one worker for a batch without --device_crops (read,
+decode, replay) and with it (read, decode, plan), in alternation, the best of several rounds per batch. Then the number of
+crops per second that the device makes, including the transfer, and the ratio to one core's replay. Without a GPU, set
+TRITON_INTERPRET=1; then only the worker time is meaningful.
 """
 
 import argparse
@@ -30,7 +30,7 @@ BATCH = 16  # images
 
 
 def best(works: list[Callable[[], Any]], rounds: int, clock: Callable[[], float]) -> list[float]:
-    """The fastest seconds of each work; they take turns."""
+    """Returns the fastest seconds of each function; they run in alternation."""
     fastest = [float("inf")] * len(works)
     for _ in range(rounds):
         for k, work in enumerate(works):
@@ -58,7 +58,7 @@ def measure(args: argparse.Namespace, pixels: int, m: int, device: torch.device)
     for k in range(0, len(order), BATCH):
         some: list[Any] = [(0, int(i)) for i in order[k : k + BATCH]]
         readers = [partial(data.__getitems__, some) for data in (usual, decoding, one)]
-        seconds[:3] += best(readers, args.rounds, time.process_time)  # of this one thread
+        seconds[:3] += best(readers, args.rounds, time.process_time)  # CPU time of this thread
         batch = decoding.__getitems__(some).batch
         equal &= bool(torch.equal(on_device(batch).cpu(), usual.__getitems__(some).batch["images"]))
         seconds[3] += best([partial(on_device, batch)], args.rounds, time.perf_counter)[0]

@@ -1,9 +1,9 @@
-"""Memory of the loader over many passes: it must not grow.
+"""Memory of the loader over many passes, which must not grow.
 
     python benchmarks/epochs_memory.py --images DIR --store STORE --passes 20 --pixels 64 --workers 2
 
-Prints, after every pass, the proportional set size in megabytes (pages that processes share are divided among them) of this
-process and its workers together, from /proc, so on Linux only.
+Prints, after every pass, the proportional set size in megabytes of this process and its workers together (pages that
+processes share are divided among them), from /proc, so on Linux only.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from fkd_ssl.training.sampler import PassSampler
 
 
 def memory() -> int:
-    """Bytes of this process and its children."""
+    """Returns the bytes of this process and its children."""
     own = os.getpid()
     children = [int(pid) for task in Path(f"/proc/{own}/task").iterdir() for pid in (task / "children").read_text().split()]
     rollups = [Path(f"/proc/{pid}/smaps_rollup").read_text() for pid in (own, *children)]

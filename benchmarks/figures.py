@@ -1,10 +1,10 @@
-"""Draws the figure of README from the tables of docs/, so that no figure in it is typed by hand.
+"""Draws the README's figure from the tables of docs/, so that none of its numbers is typed by hand.
 
     python benchmarks/figures.py --out docs/results/summary.svg
 
-Left: how fast a student trains with stored and with online targets, as a share of the bare student with its data in memory
+Left: speed of training with stored and with online targets, relative to the bare student with its data in memory
 (docs/data.md, `benchmarks/training_speed.py`). Right: kNN accuracy of the students and their teacher
-(docs/results/comparison.md, `fkd-ssl compare`). The greys are legible on a white and on a black page.
+(docs/results/comparison.md, `fkd-ssl compare`). The greys are legible on white and on black pages.
 """
 
 import argparse
@@ -34,7 +34,7 @@ Row = dict[str, str]
 
 
 def table(page: Path, *, first: str, **others: str) -> list[Row]:
-    """The rows of the table of a page whose first column is called `first` and which has the columns `others`."""
+    """Returns the rows of a page's table whose first column is `first` and which has the columns `others`."""
     found: list[list[str]] = []
     for line in [*page.read_text().splitlines(), ""]:
         if line.startswith("|"):
@@ -55,7 +55,7 @@ def deviation(cell: str) -> float:
 
 
 def speeds() -> list[tuple[str, float, float]]:
-    """Of each pair its name, and the speeds of stored and online training over the bare student's."""
+    """Returns the name of each pair, and the speeds of stored and online training relative to the bare student."""
     rows = table(DOCS / "data.md", first="teacher", bare="bare", stored="stored, of bare", online="online")
     return [
         (
@@ -68,7 +68,7 @@ def speeds() -> list[tuple[str, float, float]]:
 
 
 def accuracies() -> list[tuple[str, str, float, float]]:
-    """Of each arm its name, its colour, kNN top-1 and the deviation."""
+    """Returns name, colour, kNN top-1 and its deviation for each arm."""
     cells = {row["arm"]: row["kNN top-1"] for row in table(DOCS / "results/comparison.md", first="arm", knn="kNN top-1")}
     colours = {"untrained": GREY, "online": ONLINE, "stored": STORED, "teacher": TEACHER}
     return [
@@ -78,7 +78,7 @@ def accuracies() -> list[tuple[str, str, float, float]]:
 
 
 def drawn() -> str:
-    """The numbers of the figure: they are in the file too, so that a test sees whether it is older than the tables."""
+    """Returns the numbers of the figure. They are also in the file, so that a test finds a figure older than the tables."""
     numbers = [value for _, *pair in speeds() for value in pair]
     numbers += [value for _, _, *pair in accuracies() for value in pair]
     return " ".join(f"{value:.2f}" for value in numbers)
@@ -109,7 +109,7 @@ def draw_accuracies(axes: Axes) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="an SVG")
+    parser.add_argument("--out", type=Path, required=True, help="SVG file to write")
     args = parser.parse_args()
     with mpl.rc_context(STYLE):
         figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.1), layout="constrained", width_ratios=(1.15, 1))

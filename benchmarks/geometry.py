@@ -1,10 +1,10 @@
-"""How near our resize is to an antialiased one in floating point: PSNR of crops of photographs, for each output size.
+"""PSNR between our resize and an antialiased one in floating point, on crops of photographs, for each output size.
 
     python benchmarks/geometry.py --images DIR [--pixels 224 128 96 64 32]
 
-Boxes of the fkd recipe (8 to 100 % of the image), 4 an image, without colour or blur. The reference is torchvision's
-antialiased bilinear resize of the box as float32. Beside it, what Pillow's antialiased resize, which rounds to 8 bits
-between its two passes, has against the same reference.
+Boxes of the fkd recipe (8 to 100 % of the image), 4 per image, without colour or blur. The reference is torchvision's
+antialiased bilinear resize of the box in float32. For comparison, the PSNR of Pillow's antialiased resize, which rounds to 8
+bits between its two passes, against the same reference.
 """
 
 import argparse

@@ -3,8 +3,8 @@
     python benchmarks/imagenet.py
     python benchmarks/imagenet.py --photos photos --folder scratch --teacher mocov2 --checkpoint F.pth.tar
 
-The tables are arithmetic: files as in `benchmarks/store_sizes.py`, crops over crops a second. With `--photos` a folder of
-1,281,167 links to those photographs is made, `fkd-ssl plan` runs on it, and the folder is removed.
+The tables are computed, not measured: files as in `benchmarks/store_sizes.py`, crops divided by crops per second. With
+`--photos`, a folder of 1,281,167 links to those photographs is made, `fkd-ssl plan` runs on it, and the folder is removed.
 """
 
 import argparse
@@ -21,7 +21,7 @@ from fkd_ssl.targets.faiss_codecs import code_size
 from fkd_ssl.text import format_duration
 
 CLASSES = 1000
-PATH_BYTES = 31  # of an image in images.txt
+PATH_BYTES = 31  # bytes per image in images.txt
 
 
 def sizes(images: int, crops: list[int], codecs: list[str], dim: int) -> str:
@@ -34,7 +34,7 @@ def sizes(images: int, crops: list[int], codecs: list[str], dim: int) -> str:
 
 
 def hours(images: int, crops: list[int], rates: list[int], gpus: list[int]) -> str:
-    """Crops over crops a second, where reading keeps up."""
+    """Returns crops divided by crops per second, if reading is not the bottleneck."""
     rows = [["crops a second of one GPU", "GPUs", *(f"C = {count}" for count in crops)]]
     for rate in rates:
         for count in gpus:
@@ -43,7 +43,7 @@ def hours(images: int, crops: list[int], rates: list[int], gpus: list[int]) -> s
 
 
 def link(photos: Path, folder: Path, images: int) -> None:
-    """Class folders of hard links to the photographs, as many as ImageNet has."""
+    """Makes class folders of hard links to the photographs, with as many files as ImageNet."""
     files = [photos / path for path in scan(photos).names]
     for k in range(images):
         target = folder / f"n{k % CLASSES:08d}"
@@ -58,10 +58,10 @@ def main() -> None:
     parser.add_argument("--crops", type=int, nargs="+", default=[50, 100, 200, 400])
     parser.add_argument("--codecs", nargs="+", default=["SQfp16", "SQ8", "SQ4", "OPQ16,PQ16x8"])
     parser.add_argument("--dim", type=int, default=128)
-    parser.add_argument("--rates", type=int, nargs="+", default=[500, 1000, 2000, 4000, 8000], help="crops a second of a GPU")
+    parser.add_argument("--rates", type=int, nargs="+", default=[500, 1000, 2000, 4000, 8000], help="crops per second of a GPU")
     parser.add_argument("--gpus", type=int, nargs="+", default=[1, 8])
-    parser.add_argument("--photos", type=Path, help="run plan too, on links to these")
-    parser.add_argument("--folder", type=Path, help="where the links are made, on the photographs' disk; must not exist")
+    parser.add_argument("--photos", type=Path, help="also run plan, on links to these photographs")
+    parser.add_argument("--folder", type=Path, help="new folder for the links, on the same disk as the photographs")
     parser.add_argument("--teacher")
     parser.add_argument("--checkpoint")
     args = parser.parse_args()

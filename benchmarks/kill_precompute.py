@@ -1,10 +1,11 @@
-"""Kills a precompute again and again, at random moments, and compares what comes out with an uninterrupted run.
+"""Kills precompute many times at random moments, and compares the store with that of an uninterrupted run.
 
     python benchmarks/kill_precompute.py --kills 100
 
-Several processes write one store of two teachers over an embedded image set. Each is killed (SIGKILL) at a random moment
-and replaced, with another share of the shards, until the store is done; then the next store is begun. Prints a line for each
-kill, for each store the digest of all its files beside that of the uninterrupted run, and how many forwards were lost.
+Several processes write one store of two teachers over an embedded image set. Each is killed (SIGKILL) at a random moment and
+replaced by a process with another share of the shards, until the store is complete; then the next store begins. Prints a
+line per kill, and for each store the digest of all its files, that of the uninterrupted run, and the number of forwards
+lost.
 """
 
 import argparse
@@ -32,11 +33,11 @@ from fkd_ssl.store.write.precompute import Share, precompute
 from fkd_ssl.teachers import Teacher
 
 COUNT, CROPS, ROWS = 240, 16, 24
-UNFINISHED = 7  # status of a process that left shards to others
+UNFINISHED = 7  # exit status of a process that left shards to others
 
 
 class Counted(Teacher):
-    """A small random network that writes a byte to a file for every forward, so that killed processes count too."""
+    """A small random network that writes a byte to a file for every forward, so that those of killed processes count too."""
 
     def __init__(self, seed: int, log: Path, pause: float) -> None:
         torch.manual_seed(seed)
@@ -53,7 +54,7 @@ class Counted(Teacher):
         self._pause = pause
 
     def embed(self, views: torch.Tensor) -> torch.Tensor:
-        """Targets of crops, slowly."""
+        """Returns targets of crops, slowly."""
         targets = super().embed(views)
         time.sleep(self._pause)
         with self._log.open("ab") as file:
@@ -85,7 +86,7 @@ def write(pictures: Path, store: Path, log: Path, pause: float, share: Share | N
 
 
 def digest(store: Path) -> str:
-    """sha256 over names and bytes of a store's files, without what killed processes left under temporary names."""
+    """Returns the sha256 over names and bytes of a store's files, without temporary files of killed processes."""
     total = hashlib.sha256()
     for path in sorted(store.rglob("*")):
         if path.is_file() and not any(part.startswith(".tmp-") for part in path.relative_to(store).parts):
@@ -98,8 +99,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--longest", type=float, default=3.0, help="seconds that a process may live at most before its kill")
-    parser.add_argument("--pause", type=float, default=0.03, help="seconds added to a forward, so that kills hit it")
+    parser.add_argument("--longest", type=float, default=3.0, help="maximum seconds before a process is killed")
+    parser.add_argument(
+        "--pause", type=float, default=0.03, help="seconds added to each forward, so that kills happen during it"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     context = multiprocessing.get_context("forkserver")

@@ -1,12 +1,12 @@
-"""Exact kNN against lightly's and scikit-learn's on random features: seconds and peak memory, all in one run.
+"""Exact kNN compared with lightly's and scikit-learn's on random features: seconds and peak memory, all in one run.
 
     python benchmarks/knn.py --sizes 7000x2500 200000x10000 --dim 512
 
-Every contender runs in a process of its own that loads the same features, so that its peak is its own; memory is what the
-process takes beyond the features themselves. lightly's is KNNClassifier's arithmetic in the batches of 256 that its
-benchmarks use; `faiss` is IndexFlatIP on normalised features, which kNN here once used, and `faiss_sse3` the same as it runs on
-a processor that the OpenBLAS in its wheel does not know. The correctness of every query is
-compared with ours. `--imagenet` extrapolates 1.28 M x 50 k x 2048: the product's cost grows as its size, measured on two.
+Every method runs in a process of its own that loads the same features, so that its peak memory is its own. Memory is what
+the process takes in addition to the features. lightly's is the arithmetic of KNNClassifier in batches of 256, as in its
+benchmarks. `faiss` is IndexFlatIP on normalised features, which an earlier kNN here used, and `faiss_sse3` the same on a
+processor that the OpenBLAS of its wheel does not know. Each query's correctness is compared with ours. `--imagenet`
+extrapolates to 1.28 M x 50 k x 2048: the cost of the product grows with its size, which is measured at two sizes.
 """
 
 import argparse
@@ -79,7 +79,7 @@ ENVIRONMENT = {"faiss_sse3": {"OPENBLAS_CORETYPE": "Prescott"}}
 
 
 def one(name: str, folder: Path, k: int) -> None:
-    """A contender in this process: prints seconds and bytes, writes what it predicts."""
+    """Runs one method in this process: prints seconds and bytes, writes its predictions."""
     global K
     K = k
     train, labels, queries = (np.load(folder / f"{part}.npy", allow_pickle=False) for part in ("train", "labels", "queries"))
@@ -101,7 +101,7 @@ def measure(n: int, queries: int, dim: int, names: list[str], repeats: int, k: i
         np.save(folder / "queries.npy", generator.standard_normal((queries, dim), dtype=np.float32))
         np.save(folder / "labels.npy", generator.integers(0, CLASSES, n))
         runs: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-        for _ in range(repeats):  # in turns: a disturbance hits all
+        for _ in range(repeats):  # in alternation, so that a disturbance affects all
             for name in names:
                 command = [sys.executable, __file__, "--one", name, "--folder", str(folder), "--k", str(k)]
                 environment = {**os.environ, **ENVIRONMENT.get(name, {})}
@@ -122,7 +122,7 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=512)
     parser.add_argument("--k", type=int, default=K)
     parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=CONTENDERS)
-    parser.add_argument("--repeats", type=int, default=3, help="the least of so many is printed")
+    parser.add_argument("--repeats", type=int, default=3, help="number of runs; the fastest is printed")
     parser.add_argument("--imagenet", action="store_true", help="extrapolate ours to 1.28 M x 50 k, 2048-d")
     parser.add_argument("--one", choices=CONTENDERS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)

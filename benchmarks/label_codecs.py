@@ -1,8 +1,8 @@
-"""What FKD's label codecs keep of a teacher's class probabilities: bytes a crop, total variation, and the same best class.
+"""What FKD's label codecs keep of a teacher's class probabilities: bytes per crop, total variation, the most probable class.
 
     python benchmarks/label_codecs.py --store STORE [--column COLUMN] [--crops 100000]
 
-The column is one in the codec `full`; every other codec is applied to its probabilities, and compared with them.
+The column has the codec `full`. Every other codec is applied to its probabilities and compared with them.
 """
 
 import argparse
@@ -19,8 +19,8 @@ KEPT = (3, 5, 10)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--store", required=True, help="a store with a column in the codec full")
-    parser.add_argument("--column", help="that column, if there are several")
-    parser.add_argument("--crops", type=int, default=100_000, help="crops that are compared, of images over the whole store")
+    parser.add_argument("--column", help="the column, if there are several")
+    parser.add_argument("--crops", type=int, default=100_000, help="number of crops to compare, from images of the whole store")
     args = parser.parse_args()
     store = open_store(args.store)
     column = store.column(args.column)

@@ -1,10 +1,10 @@
-"""The learning rate of a student, chosen on a held-out part of the training images; test images are never looked at.
+"""Chooses a student's learning rate on a held-out part of the training images. Test images are not used.
 
     python benchmarks/learning_rate.py --images DIR --teacher mocov2 --checkpoint FILE --student mobilenet_v3_small \
         --pixels 64 --epochs 10 --lrs 3e-4 1e-3 3e-3 --out DIR
 
-One image in ten, in the order of a hash, is held out; a store is made of the others; a student is trained on it at each
-rate, and scored by kNN on what was held out. Prints one JSON object. Run again, it continues.
+One image in ten, in the order of a hash, is held out. A store is made of the others, a student is trained on it at each
+rate, and scored by kNN on the held-out images. Prints one JSON object. Repeat the command to continue.
 """
 
 import argparse
@@ -17,11 +17,11 @@ from pathlib import Path
 
 from fkd_ssl.images import scan
 
-HELD_OUT = 10  # one image in so many
+HELD_OUT = 10  # one image in ten is held out
 
 
 def split(images: Path, out: Path) -> tuple[Path, Path]:
-    """Folders of links to nine tenths of the images and to the rest."""
+    """Makes folders of links to nine tenths of the images and to the rest."""
     parts = out / "fit", out / "held_out"
     found = scan(images)
     order = sorted(found.names, key=lambda path: hashlib.blake2b(f"held out\n{path}".encode()).digest())

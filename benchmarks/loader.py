@@ -1,15 +1,14 @@
-"""How fast stored crops are read: ours, the usual way (benchmarks/usual.py) and the limit, in turn in one run.
+"""Speed of reading stored crops: this library, the usual way (benchmarks/usual.py) and the limit, in alternation in one run.
 
     python benchmarks/loader.py --images DIR --out DIR [--cache DIR]
 
-The limit is one full decode of each image by the fastest decoder here, divided by the crops that are read of it. Stores
-are made of the images first (400 crops an image, SQ8 of 128 dimensions; a small random network stands for the teacher).
-One process on one core, timed by its processor time (the files are in the page cache, so nothing waits), for each group
-of 8 images the best of several rounds, in each of which the ways take turns; several workers by the clock on the wall.
-With `--cache` (a copy made by `fkd-ssl cache`), the full recipe is also read from there, beside the usual way on the
-originals. `--reference FILE` runs another loader's script with `--images --pixels --crops --limit [--photometric]` that
-prints {"crops_per_second": ...}, to check usual.py against.
-Writes results.json, table.md, breakdown.png.
+The limit is one full decode of each image by the fastest decoder here, divided by the number of crops that are read of it.
+Stores of the images are made first (400 crops per image, SQ8 of 128 dimensions, with a small random network as the teacher).
+One process on one core is timed by its CPU time (the files are in the page cache, so nothing waits): for each group of 8
+images, the best of several rounds in which the methods alternate. Several workers are timed by wall-clock time. With
+`--cache` (a copy made by `fkd-ssl cache`), the full recipe is also read from the copy, and compared with the usual way on
+the originals. `--reference FILE` runs the script of another loader with `--images --pixels --crops --limit [--photometric]`,
+which prints {"crops_per_second": ...}, to check usual.py. Writes results.json, table.md and breakdown.png.
 """
 
 import argparse
@@ -47,8 +46,8 @@ from fkd_ssl.teachers import Teacher
 DIM = 128
 replays: Any = importlib.import_module("fkd_ssl.crops.replay")
 WORKS = {"box and flip": "fkd", "full recipe": "mocov2"}
-GROUP = 8  # images that are timed at once, and in one of our batches
-BATCH, PASSES = 64, 20  # of the loaders with workers: images in a batch, and passes, beside which their start is little
+GROUP = 8  # images that are timed together, and images in a batch
+BATCH, PASSES = 64, 20  # for loaders with workers: images in a batch, and enough passes to make the start negligible
 Work = Callable[[int], Any]
 OPENCV = "resize by OpenCV"
 STAGES = ("read", "decode", "records", "resize", "flip", "colour", "blur", "targets", "collate and rest")
@@ -61,7 +60,7 @@ def stand_in() -> Teacher:
 
 
 def best(works: dict[Any, Work], groups: int, rounds: int, clock: Callable[[], float]) -> dict[Any, float]:
-    """Seconds of each of several works, which take turns in every round: for each group of images the fastest round."""
+    """Returns the seconds of several functions that run in alternation: for each group of images, the fastest round."""
     fastest = {name: np.full(groups, np.inf) for name in works}
     for _ in range(rounds):
         for name, work in works.items():
@@ -78,12 +77,12 @@ def drain(loader: Iterable[Any]) -> None:
 
 
 def each(function: Callable[[int], Any], count: int) -> Work:
-    """The work of calling a function for every image of a group."""
+    """Returns a function that calls another one for every image of a group."""
     return lambda k: drain(function(i) for i in range(k * GROUP, min((k + 1) * GROUP, count)))
 
 
 def batches(loader: DataLoader[Any]) -> Work:
-    """The work of taking the next batch of a loader, which has one for each group."""
+    """Returns a function that takes the next batch of a loader, which has one per group."""
     current: list[Any] = [None]
 
     def work(k: int) -> None:
@@ -111,7 +110,7 @@ def ours(data: StoredCrops, workers: int = 0, passes: int = 1, batch: int = GROU
 
 
 def breakdown(data: StoredCrops, rounds: int) -> dict[str, float]:
-    """Milliseconds an image of each stage; those of replay by leaving out flags one after the other."""
+    """Returns milliseconds per image of each stage. Those of replay are found by leaving out one flag after the other."""
     count = len(data)
     files = [data.read(i) for i in range(count)]
     images = [decode(files[i], data.where(i)) for i in range(count)]
@@ -145,7 +144,7 @@ def breakdown(data: StoredCrops, rounds: int) -> dict[str, float]:
 
 
 def by_opencv(work: Work) -> Work:
-    """The work without what is compiled of replay."""
+    """Returns the function without the compiled part of replay."""
 
     def slower(k: int) -> None:
         compiled, replays._avx2 = replays._avx2, None

@@ -1,8 +1,8 @@
-"""Peak memory of precompute and of train at two sizes of the image set: it must not grow with the number of images.
+"""Peak memory of precompute and of train at two sizes of the image set, which must not grow with the number of images.
 
     python benchmarks/memory.py --images DIR --teacher mocov2 --checkpoint FILE --pixels 64 --sizes 1000 7000
 
-Each figure is of a process of its own. Training runs 60 steps at either size, so that only the set differs.
+Each measurement runs in a process of its own. Training takes 60 steps at each size, so that only the set differs.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from pathlib import Path
 
 
 def peak(*command: str) -> int:
-    """The most resident memory in bytes of a command, its own workers not counted."""
+    """Returns the peak resident memory in bytes of a command, without its workers."""
     process = subprocess.Popen([sys.executable, "-m", "fkd_ssl", *command], stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     if status:

@@ -1,12 +1,12 @@
-"""How far a teacher's embedding in fp32 lies from the same forward written out in float64, and what loading it takes.
+"""Error of a teacher's embedding in fp32 relative to the same forward in float64, and the memory that loading takes.
 
     python benchmarks/parity.py --networks moco_r50 swav_r50w4
 
 Random weights in the official layouts, with the official heads and numbers of prototypes, since the published files are not
-redistributed. The forward written out is that of the tests (tests/teachers/conftest.py): torch.nn.functional on the file's
-tensors, sharing no code with fkd_ssl. Each loading is in a process of its own: the most resident memory beyond what Python
-and its libraries take before, less the weights themselves; as a zip file, and as PyTorch before 1.6 wrote it (MoCo's are so).
-w5 takes 6 GB of disk and 8 GB of memory.
+redistributed. The float64 forward is that of the tests (tests/teachers/conftest.py): torch.nn.functional on the file's
+tensors, which shares no code with fkd_ssl. Each load runs in a process of its own. Its memory is the peak resident memory
+beyond that of Python and its libraries, minus the weights; for a zip file, and for the format of PyTorch before 1.6 (that of
+MoCo's files). w5 takes 6 GB of disk and 8 GB of memory.
 """
 
 import argparse
@@ -50,11 +50,11 @@ print(weights, peak() - before - weights)
 
 
 def write(name: str, path: Path) -> dict[str, torch.Tensor]:
-    """Random weights of a network at `path`; returned as a map of the file, so that they take no memory of their own."""
+    """Writes random weights of a network to `path`; returns them memory-mapped, so that they take no memory of their own."""
     family, options = NETWORKS[name]
     shapes = KIT["moco" if family == "mocov2" else "swav"](**options)
     state = KIT["fill"](shapes)
-    if family == "swav":  # SwAV keeps them of unit length
+    if family == "swav":  # SwAV keeps them at unit length
         prototypes = state["module.prototypes.weight"]
         prototypes /= prototypes.norm(dim=1, keepdim=True)
     KIT["save"](path, state)
@@ -63,7 +63,7 @@ def write(name: str, path: Path) -> dict[str, torch.Tensor]:
 
 
 def differences(name: str, path: Path, state: dict[str, torch.Tensor], sizes: tuple[tuple[int, int], ...]) -> dict[str, float]:
-    """The greatest absolute difference of any component for two images of each size; for SwAV also of the scores."""
+    """Returns the largest absolute difference of any component for two images of each size; for SwAV also of the scores."""
     from fkd_ssl.teachers import load_teacher
 
     family, _ = NETWORKS[name]
@@ -84,7 +84,7 @@ def differences(name: str, path: Path, state: dict[str, torch.Tensor], sizes: tu
 
 
 def peak_beyond_weights(family: str, path: Path) -> tuple[int, int]:
-    """Bytes of a teacher's weights, and the most memory beyond them that loading takes, in a process of its own."""
+    """Returns the bytes of a teacher's weights, and the peak memory beyond them while loading, in a process of its own."""
     done = subprocess.run([sys.executable, "-c", LOAD, family, str(path)], capture_output=True, text=True, check=True)
     weights, beyond = done.stdout.split()
     return int(weights), int(beyond)

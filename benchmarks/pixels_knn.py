@@ -1,10 +1,10 @@
-"""What our pixels do to a teacher's kNN: our resize against Pillow's, our colour matrix against torchvision's jitter.
+"""Effect of our pixels on a teacher's kNN: our resize and Pillow's, our colour matrix and torchvision's jitter.
 
     python benchmarks/pixels_knn.py --train DIR --val DIR --teacher mocov2 --checkpoint FILE --pixels 64
 
-The first pair scores the usual evaluation view, resized our way and by Pillow (bilinear, antialiased). The second pair
-scores the same view under a random colour jitter (0.4, 0.4, 0.4, 0.1), as our matrix and as torchvision's ColorJitter
-with the same factors in the same order, on test images against plain training images.
+The first pair scores the standard evaluation view, with our resize and with Pillow's (bilinear, antialiased). The second
+pair scores the same view under a random colour jitter (0.4, 0.4, 0.4, 0.1), with our matrix and with torchvision's
+ColorJitter of the same factors in the same order, on jittered test images and plain training images.
 """
 
 import argparse

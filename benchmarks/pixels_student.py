@@ -1,11 +1,11 @@
-r"""What our resize does to a student: trained and scored on our pixels, and on Pillow's antialiased ones.
+r"""Effect of our resize on a student: trained and scored on our pixels, and on Pillow's antialiased ones.
 
     python benchmarks/pixels_student.py --images DIR --val DIR --teacher mocov2 --checkpoint FILE --pixels 64 --out DIR \
         --seeds 3
 
-In the second arm Pillow's antialiased bilinear resize stands in for ours everywhere: in the crops that the teacher sees, in the
-student's, and in evaluation. Crops, colours, codec, seeds and schedule are the same. Prints a JSON object; run again, it
-continues.
+In the second arm, Pillow's antialiased bilinear resize replaces ours everywhere: in the teacher's crops, in the student's,
+and in evaluation. Crops, colours, codec, seeds and schedule are the same. Prints a JSON object. Repeat the command to
+continue.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def antialiased(view: UInt8Array, crop: UInt8Array) -> None:
 
 
 def score(run: str, images: str, val: str) -> None:
-    """Which test images a run's features classify right: bool [probes, n], kept beside the run."""
+    """Returns which test images a run's features classify correctly: bool [probes, n]; cached in the run folder."""
     from fkd_ssl.commands import resolve
     from fkd_ssl.eval import knn, logreg
     from fkd_ssl.eval.features import extract_split
@@ -42,7 +42,7 @@ def score(run: str, images: str, val: str) -> None:
     model = resolve.model_of(run)
     split = extract_split(model.features, scan(images), scan(val), pixels=model.pixels, workers=1, progress=False)
     both = [knn.evaluate_features(k=20, **split.common), logreg.evaluate(progress=False, **split.common)]
-    whole = Path(run, "new.npy")  # the other name appears when all is written
+    whole = Path(run, "new.npy")  # renamed when it is complete
     np.save(whole, np.stack([result["correct"] for result in both]))
     whole.replace(Path(run, "correct.npy"))
 
@@ -54,7 +54,7 @@ def as_arm(arm: str, *command: object) -> None:
 
 
 def arm_scores(args: argparse.Namespace, arm: str) -> npt.NDArray[np.bool_]:
-    """Of each seed: bool [seeds, probes, n]."""
+    """Returns the scores of each seed: bool [seeds, probes, n]."""
     store = args.out / f"store-{arm}"
     weights = ["--checkpoint", args.checkpoint] if args.checkpoint else []
     as_arm(

@@ -1,14 +1,14 @@
-r"""Online distillation as one writes it with lightly and torchvision, beside `fkd-ssl train --targets online`.
+r"""Online distillation written with lightly and torchvision only, compared with `fkd-ssl train --targets online`.
 
     python benchmarks/plain_online.py --images imagenette/train --val imagenette/val --checkpoint mocov2.pth.tar --pixels 64 \
         --student mobilenet_v3_small --epochs 30 --batch_size 128 --lr 1e-2 --out runs/plain
 
-The plain loop has nothing of this library: torchvision's augmentation of MoCo v2 on PIL images through lightly's data set, one
-crop of an image, torch's DataLoader, a torchvision ResNet with MoCo's head as the teacher, S2-BNN's loss, Adam and a cosine.
-Ours is run with the same settings twice: with one crop of an image at a time, which is the same training, and with four.
-Both are scored by the same probes (kNN and logistic regression on backbone features of the test images), so that a difference
-is one of training. Every training is a process of its own, one after the other; compare their seconds only on a machine that
-does nothing else. Started again, it goes on after the trainings that are done.
+The plain loop uses nothing of this library: torchvision's augmentation of MoCo v2 on PIL images through lightly's data set,
+one crop per image, torch's DataLoader, a torchvision ResNet with MoCo's head as the teacher, S2-BNN's loss, Adam and a
+cosine. Ours is run twice with the same settings: with one crop per image in a batch, which is the same training, and with
+four. Both are scored by the same probes (kNN and logistic regression on backbone features of the test images), so that
+differences come from training. Each training runs in a process of its own, one after the other; compare their seconds only
+on an idle machine. Repeat the command to continue after the finished trainings.
 """
 
 import argparse
@@ -34,7 +34,7 @@ WARMUP_EPOCHS = 1
 
 
 def teacher_of(checkpoint: Path) -> nn.Module:
-    """MoCo v2's query encoder out of its own checkpoint."""
+    """Loads MoCo v2's query encoder from a checkpoint."""
     saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
     prefix = "module.encoder_q."
     state = {key.removeprefix(prefix): value for key, value in saved["state_dict"].items() if key.startswith(prefix)}
@@ -46,7 +46,7 @@ def teacher_of(checkpoint: Path) -> nn.Module:
 
 
 def student_of(name: str, dim: int) -> tuple[nn.Module, nn.Module]:
-    """A torchvision MobileNet without its classifier, and MoCo v2's head."""
+    """Makes a torchvision MobileNet without its classifier, with MoCo v2's head."""
     network: Any = models.get_model(name, weights=None)
     features = network.classifier[0].in_features
     network.classifier = nn.Identity()
@@ -54,11 +54,11 @@ def student_of(name: str, dim: int) -> tuple[nn.Module, nn.Module]:
 
 
 def train_plain(args: argparse.Namespace) -> None:
-    """The plain loop; leaves the backbone and what it took in args.out."""
+    """Runs the plain loop; writes the backbone and its cost to args.out."""
     from lightly.data import LightlyDataset
 
     torch.manual_seed(args.seed)
-    scale = args.pixels / 224  # the blur of 224 px, at this size
+    scale = args.pixels / 224  # the blur at 224 px, scaled to this size
     transform = v2.Compose(
         [
             v2.RandomResizedCrop(args.pixels, scale=(0.2, 1.0)),
@@ -110,7 +110,7 @@ def train_plain(args: argparse.Namespace) -> None:
 
 
 class PlainFeatures(nn.Module):
-    """The plain student's backbone for our probes, which give uint8."""
+    """The plain student's backbone, for our probes, which pass uint8."""
 
     def __init__(self, student: str, weights: Path) -> None:
         super().__init__()
@@ -125,7 +125,7 @@ class PlainFeatures(nn.Module):
 
 
 def scores(args: argparse.Namespace, run: Path) -> Any:
-    """Which test images a run has right: bool [probes, n]."""
+    """Returns which test images a run classifies correctly: bool [probes, n]."""
     from fkd_ssl.commands import resolve
     from fkd_ssl.eval import knn, logreg
     from fkd_ssl.eval.features import extract_split
@@ -145,8 +145,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", required=True, type=Path)
     parser.add_argument("--val", required=True, type=Path)
-    parser.add_argument("--checkpoint", required=True, type=Path, help="of MoCo v2")
-    parser.add_argument("--student", default="mobilenet_v3_small", help="one of torchvision's MobileNets")
+    parser.add_argument("--checkpoint", required=True, type=Path, help="checkpoint of MoCo v2")
+    parser.add_argument("--student", default="mobilenet_v3_small", help="a MobileNet of torchvision")
     parser.add_argument("--pixels", type=int, default=64)
     parser.add_argument("--epochs", type=float, default=30)
     parser.add_argument("--batch_size", type=int, default=128)

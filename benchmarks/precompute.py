@@ -1,4 +1,4 @@
-"""Throughput of precompute over the bare forward of the same teacher, in one run.
+"""Throughput of precompute relative to the bare forward of the same teacher, in one run.
 
     python benchmarks/precompute.py --images DIR --teacher mocov2 --checkpoint FILE --pixels 64
     python benchmarks/precompute.py --images DIR --teacher resnet50 --pixels 224
@@ -36,7 +36,7 @@ from fkd_ssl.teachers import Teacher
 
 
 def resnet50() -> Teacher:
-    """A ResNet-50 of random weights."""
+    """Makes a ResNet-50 with random weights."""
     torch.manual_seed(0)
     network = torchvision.models.resnet50()
     network.fc = nn.Identity()
@@ -48,7 +48,7 @@ def resnet50() -> Teacher:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", required=True)
-    parser.add_argument("--teacher", required=True, help="resnet50, or as of fkd-ssl precompute")
+    parser.add_argument("--teacher", required=True, help="resnet50, or a --teacher of fkd-ssl precompute")
     parser.add_argument("--checkpoint")
     parser.add_argument("--precision", default="fp32", choices=("fp32", "bf16", "fp16"))
     parser.add_argument("--pixels", type=int, default=224)
@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--chunk_size", type=int, default=128)
     parser.add_argument("--threads", type=int, default=min(16, resolve.cpu_threads()))
     parser.add_argument("--device_crops", action="store_true", help="make the crops on the GPU")
-    parser.add_argument("--chunks", type=int, default=12, help="chunks in a round")
+    parser.add_argument("--chunks", type=int, default=12, help="chunks per round")
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
 
@@ -80,7 +80,7 @@ def main() -> None:
         return crops / (time.perf_counter() - start)
 
     def whole(folder: Path) -> tuple[float, float, float]:
-        """Crops a second of precompute without the codec's sample, the teacher's share, seconds of a core to read a crop."""
+        """Returns crops per second of precompute without the codec's sample, the teacher's share, seconds of a core to read a crop."""
 
         def write(share: Share | None) -> Summary:
             return precompute(

@@ -1,11 +1,11 @@
-"""The probes on cached features against the published ones on random crops: accuracy and time of all on one model.
+"""Probes on cached features compared with the published ones on random crops: accuracy and time on one model.
 
     python benchmarks/probes.py --images DIR --val DIR --model teacher:mocov2 --checkpoint FILE --pixels 64 --out DIR
 
-Every protocol runs as `fkd-ssl linear` in a process of its own, from image files to accuracy: the time of sweep and logreg
-includes the features of all images. With --together those on crops share one pass, and each one's seconds are the whole
-pass's. The reference is the probe of --reference; differences to it are in top-1 points, with
-the paired bootstrap's 90 % interval. What is finished is not run again.
+Every protocol runs as `fkd-ssl linear` in a process of its own, from image files to accuracy, so the time of sweep and
+logreg includes computing the features. With --together, the protocols on crops share one pass, and the time of each is that
+of the whole pass. The reference is --reference; differences to it are in top-1 points, with the 90 % interval of the paired
+bootstrap. Finished parts are not run again.
 """
 
 import argparse
@@ -47,8 +47,8 @@ def main() -> None:
     parser.add_argument("--checkpoint")
     parser.add_argument("--pixels", type=int)
     parser.add_argument("--protocols", nargs="+", default=list(PROTOCOLS), choices=PROTOCOLS)
-    parser.add_argument("--reference", default="simclr", choices=PROTOCOLS, help="the 90-epoch probe")
-    parser.add_argument("--epochs", type=int, help="of the probes on crops, for a trial")
+    parser.add_argument("--reference", default="simclr", choices=PROTOCOLS, help="protocol that the others are compared with")
+    parser.add_argument("--epochs", type=int, help="epochs of the probes on crops, for a trial run")
     parser.add_argument("--together", action="store_true")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--out", required=True, type=Path)

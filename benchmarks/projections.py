@@ -1,10 +1,10 @@
-"""What a projection before the codec costs: targets raw and through RR and PCA, all in SQ8.
+"""Cost of a projection before the codec: raw targets, and targets after RR and PCA, all in SQ8.
 
     python benchmarks/projections.py --train DIR --val DIR --teacher mocov2 --checkpoint FILE --pixels 64 --limit 3000
 
-The targets are the teacher's backbone features, L2-normalised, of centre crops (the head's 128 dimensions need no projection).
-Each codec is trained on the training features; shown are the bytes of a code, the cosine of decoded to exact features, how many
-of the 20 nearest training images of a test image stay the same, and kNN-20 (T = 0.07) with both sides decoded.
+The targets are the teacher's L2-normalised backbone features of centre crops (the head's 128 dimensions need no projection).
+Each codec is trained on the training features. Printed are the bytes per code, the cosine of decoded to exact features, how
+many of a test image's 20 nearest training images stay the same, and kNN-20 (T = 0.07) with both sides decoded.
 """
 
 import argparse
@@ -24,13 +24,13 @@ K = 20
 
 
 def neighbours(train: np.ndarray, queries: np.ndarray) -> np.ndarray:
-    """Indices [n, K] of the nearest by cosine, exact."""
+    """Returns the indices [n, K] of the nearest by cosine, exact."""
     scores = torch.from_numpy(queries) @ torch.from_numpy(train).T
     return scores.topk(K, dim=1).indices.numpy()
 
 
 def overlap(a: np.ndarray, b: np.ndarray) -> float:
-    """Share of neighbours that two lists have in common, in percent."""
+    """Returns the percentage of neighbours that two lists have in common."""
     return 100 * float(np.mean([len(set(x) & set(y)) / K for x, y in zip(a.tolist(), b.tolist(), strict=True)]))
 
 
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--teacher", required=True)
     parser.add_argument("--checkpoint")
     parser.add_argument("--pixels", type=int, default=64)
-    parser.add_argument("--limit", type=int, default=3000, help="training images; a third as many of val")
+    parser.add_argument("--limit", type=int, default=3000, help="number of training images; a third as many of val")
     args = parser.parse_args()
     train, val = limit_images(scan(args.train), args.limit), limit_images(scan(args.val), args.limit // 3)
     labels = match_classes(train, val)

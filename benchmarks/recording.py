@@ -1,11 +1,11 @@
-"""What recording costs: online training that keeps its targets in a store, against the same training that does not.
+"""Cost of recording: online training that stores its targets, compared with the same training that does not.
 
     python benchmarks/recording.py --images DIR --teacher mocov2 --checkpoint FILE --pixels 64 --out DIR --repeats 3
 
-Both are whole commands, in turn, from start to results.json: recording's time has the planning of the store, its codec and its
-publication in it. Prints a JSON object: seconds of each, the ratio of the least, the seconds around the training's own (which
-do not grow with its length), the ratio of the least seconds in training, and what the store would have cost by precompute,
-which the recording spares.
+Both are whole commands, in alternation, from start to results.json, so recording's time includes planning the store,
+training its codec and publishing it. Prints a JSON object: seconds of each, the ratio of the fastest, the seconds outside
+the training (which do not grow with its length), the ratio of the fastest seconds in training, and the time of precomputing
+the store, which recording saves.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import numpy as np
 
 
 def seconds(*command: str | float | Path) -> float:
-    """Wall-clock of a command of fkd-ssl."""
+    """Returns the wall-clock seconds of a command of fkd-ssl."""
     start = time.perf_counter()
     subprocess.run([sys.executable, "-m", "fkd_ssl", *map(str, command)], check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - start
@@ -60,7 +60,7 @@ def main() -> None:
     for k in range(args.repeats):
         taken["online"].append(seconds(*training, "--out", args.out / f"online{k}"))
         taken["recorded"].append(seconds(*training, "--record", args.out / f"store{k}", "--out", args.out / f"recorded{k}"))
-    crops = 4 * math.ceil(args.epochs / 4)  # the epochs as whole blocks of crops_per_image
+    crops = 4 * math.ceil(args.epochs / 4)  # the epochs, rounded down to a multiple of crops_per_image
     precompute = seconds("precompute", *teacher, "--crops", crops, "--store", args.out / "precomputed")
     subprocess.run([sys.executable, "-m", "fkd_ssl", "verify", args.out / "store0"], check=True, stdout=subprocess.DEVNULL)
     fastest = {name: min(values) for name, values in taken.items()}

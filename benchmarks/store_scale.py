@@ -1,12 +1,12 @@
-"""A store at ImageNet's scale: how long it takes to open, what it costs in memory, and how fast a random image is read.
+"""A store at ImageNet's scale: the time to open it, its memory, and the speed of reading random images.
 
     python benchmarks/store_scale.py --folder DIR [--images 1281167] [--crops 400] [--workers 8]
 
-The store is made without a teacher. Its manifest, lists, sidecars and .npy headers are as those of any other; the crop
-records and codes behind the headers are holes of sparse files, which read as zeros, so a file system with sparse files is
-needed, and 200 MB. Memory is each process's PSS of /proc/PID/smaps_rollup (Linux): its own pages, and of the pages that
-it shares with others its part. "with the parent" counts a worker's own pages and all pages of its parent that it can see
-(RSS). `baseline` is a worker of the same loader over a data set without a store.
+The store is made without a teacher. Its manifest, lists, sidecars and .npy headers are as in any other store. The crop
+records and codes are holes of sparse files, which read as zeros, so the file system must support sparse files; 200 MB are
+needed. Memory is the PSS of each process in /proc/PID/smaps_rollup (Linux): its own pages, and its share of the pages that
+processes share. "with the parent" counts a worker's own pages and all pages of its parent that it can see (RSS). `baseline`
+is a worker of the same loader over a data set without a store.
 """
 
 import argparse
@@ -43,7 +43,7 @@ COLUMN = "sq8"
 
 
 def image_set(count: int) -> Folder:
-    """`count` paths in 1,000 class folders, as ImageNet's are spelled; there are no such files."""
+    """Returns `count` paths in 1,000 class folders, named as in ImageNet; the files do not exist."""
     paths = sorted(f"n{10**7 + 7919 * (k % 1000):08d}/n{10**7 + 7919 * (k % 1000):08d}_{k // 1000}.JPEG" for k in range(count))
     return Folder(Path("imagenet"), paths)
 
@@ -60,7 +60,7 @@ def sparse(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...], digests: di
 
 
 def make(folder: Path, images: Folder, crops: int) -> None:
-    """The store, manifest last."""
+    """Writes the store, manifest last."""
     sizes = np.zeros(len(images), dtype=SIZE_DTYPE)
     sizes["bytes"], sizes["width"], sizes["height"] = 110_000, 500, 375
     column = folder / layout.TARGETS / COLUMN
@@ -106,12 +106,12 @@ def make(folder: Path, images: Folder, crops: int) -> None:
         ):
             path, value = path.with_suffix(".json"), {**value, "shard": shard, "manifest": manifest.digest}
             signed = {**value, "sha256": files.sha256(files.canonical(value))}
-            path.write_bytes(files.canonical(signed))  # not published one by one: 2,504 syncs measure nothing
+            path.write_bytes(files.canonical(signed))  # not published one by one: 2,504 syncs would only cost time
     manifest.write(folder)
 
 
 def memory(pid: int | str = "self") -> dict[str, float]:
-    """Megabytes of a process: RSS, PSS, and its own pages (USS)."""
+    """Returns the megabytes of a process: RSS, PSS, and its own pages (USS)."""
     fields = {}
     for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]:
         key, value, *_ = line.split()
@@ -125,7 +125,7 @@ def open_files() -> int:
 
 
 class Reads(Dataset[dict[str, Any]]):
-    """4 crops and targets of an image, without its pixels: there are none."""
+    """4 crops and targets of an image, without its pixels, since the images do not exist."""
 
     def __init__(self, data: StoredCrops | None, count: int) -> None:
         self.data, self.count = data, count
@@ -141,12 +141,12 @@ class Reads(Dataset[dict[str, Any]]):
 
 
 def reading(data: StoredCrops, count: int, seed: int) -> dict[str, float]:
-    """Microseconds to read 4 crops and their targets of random images, every shard having been read before."""
+    """Returns microseconds to read 4 crops and their targets of random images, after every shard has been read once."""
     order = np.random.default_rng(seed).permutation(len(data))
     for i in order[: 4 * data.store.manifest.shards]:
         data._records(0, int(i), 375, 500), data._targets([(0, int(i))])
     times = []
-    for i in order[:count]:  # read again: these pages are in memory
+    for i in order[:count]:  # read again, from memory
         data._records(0, int(i), 375, 500), data._targets([(0, int(i))])
     for i in order[:count]:
         start = time.perf_counter()
@@ -168,7 +168,7 @@ def reading(data: StoredCrops, count: int, seed: int) -> dict[str, float]:
 
 
 def loaders(data: StoredCrops | None, count: int, workers: int, method: str) -> dict[str, Any]:
-    """Memory of a DataLoader's workers after they have read `count` random images in all."""
+    """Returns the memory of a DataLoader's workers after they have read `count` random images together."""
     length = count if data is None else len(data)
     order = np.random.default_rng(1).permutation(length)[:count].tolist()
     loader = DataLoader(
@@ -209,7 +209,7 @@ def main() -> None:
         if not (store / MANIFEST).exists():
             print("making the sparse store", file=sys.stderr)
             make(store, image_set(args.images), args.crops)
-        for part in ("open", "baseline", "fork", "forkserver"):  # a process each, so that none sees another's memory
+        for part in ("open", "baseline", "fork", "forkserver"):  # in separate processes, so that their memory is separate
             command = [sys.executable, __file__, "--part", part, *sys.argv[1:]]
             subprocess.run(command, check=True)
         return

@@ -1,10 +1,10 @@
-"""Bytes of a store for ImageNet-1k, 400 crops an image, beside what other systems that store a teacher's outputs would need.
+"""Bytes of a store for ImageNet-1k with 400 crops per image, compared with other systems that store a teacher's outputs.
 
     python benchmarks/store_sizes.py [--images 1281167] [--crops 400] [--dim 128] [--names imagenet/train]
 
-Ours are computed from the format: records, codes, headers, sidecars, image list (of `--names`, or 31 bytes a path). The
-others' bytes a crop are what was found in their repositories' code, times images and crops; what they spend on file names,
-directory entries and blocks is not counted, though a file an image costs 1.28 million of each.
+Ours are computed from the format: records, codes, headers, sidecars, image list (of `--names`, or 31 bytes per path). The
+bytes per crop of the others were read from the code of their repositories. File names, directory entries and blocks are not
+counted, although one file per image means 1.28 million of each.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from fkd_ssl.store.manifest import ROWS_PER_SHARD
 from fkd_ssl.targets.faiss_codecs import code_size
 
 SPECS = ("Flat", "SQfp16", "SQ8", "SQ6", "SQ4", "OPQ32,PQ32x8", "OPQ16,PQ16x8")
-# name, repository, what is stored of a crop, least and most bytes of it, how it lies on disk
+# name, repository, what is stored per crop, minimum and maximum bytes, files on disk
 PEERS = (
     (
         "FKD, 128-d float32 in place of its classes",
@@ -39,14 +39,14 @@ PEERS = (
 
 
 def json_bytes(rows: int) -> int:
-    """A shard's two sidecars."""
+    """Returns the bytes of a shard's two sidecars."""
     digest = "0" * 64
     crops = {"file": digest, "images": [digest] * rows, "skipped": [], "sha256": digest}
     return len(files.canonical(crops)) + len(files.canonical({"file": digest, "column": digest, "sha256": digest}))
 
 
 def store_bytes(images: int, crops: int, size: int, names: int) -> int:
-    """All files of a store with one column but manifest.json, meta.json and the codec's parameters (under 10 MB)."""
+    """Returns the bytes of a store with one column, without manifest.json, meta.json and codec parameters (under 10 MB)."""
     total = names + images * SIZE_DTYPE.itemsize + images * crops * (CROP_DTYPE.itemsize + size)
     for first in range(0, images, ROWS_PER_SHARD):
         rows = min(ROWS_PER_SHARD, images - first)
@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=1_281_167)
     parser.add_argument("--crops", type=int, default=400)
     parser.add_argument("--dim", type=int, default=128)
-    parser.add_argument("--names", type=Path, default=None, help="a folder of images whose paths are counted instead")
+    parser.add_argument("--names", type=Path, default=None, help="folder of images whose paths are counted")
     args = parser.parse_args()
     names = 31 * args.images
     if args.names:

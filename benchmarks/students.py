@@ -1,23 +1,25 @@
-r"""What makes a student good: the objective, the crops stored, the crops of an image in a batch, the two steps of ReActNet.
+r"""What makes a student good: the objective, the number of stored crops, crops per image in a batch, ReActNet's two steps.
 
     python benchmarks/students.py EXPERIMENT --images imagenette/train --val imagenette/val --teacher mocov2 \
         --checkpoint mocov2_r18_imagenette.pth.tar --out runs/students
 
-- `rates` comes first, since each objective has a learning rate of its own: students of 8 epochs on nine tenths of the training
-  images, scored on the tenth; test images are never looked at. The best by kNN are kept in OUT/rates.json, for the others.
+- `rates` comes first, since each objective has its own learning rate: students of 8 epochs on nine tenths of the training
+  images, scored on the other tenth. Test images are not used. OUT/rates.json keeps the best by kNN for the other
+  experiments.
 - `objectives`: each for 30 epochs on the same stored crops.
-- `per_image`: M = 1, 2, 4 and 8 crops of an image in a batch. An epoch is one crop of every image, so the training is as long.
-- `crops`: do stored targets overfit? C = 1, 4, 25 and 100 stored crops an image against online, in 100 epochs of 2,000 images.
-  M is 1 in all arms, as C = 1 allows no more. Crops beyond the epochs are never read: C = 100 is where the curve ends.
-- `many`: C = 400 against online, beyond 400 epochs, of 500 images and one seed.
-- `reactnet`: a quarter as wide, from scratch, against half the epochs in each of two steps, on the same store.
+- `per_image`: M = 1, 2, 4 and 8 crops per image in a batch. An epoch is one crop of every image, so all train equally long.
+- `crops`: do stored targets overfit? C = 1, 4, 25 and 100 stored crops per image compared with online, in 100 epochs of
+  2,000 images. M is 1 in all arms, since C = 1 allows no more. With C = 100 no crop is used twice.
+- `many`: C = 400 compared with online, beyond 400 epochs, on 500 images with one seed.
+- `reactnet`: a quarter of the width, from scratch, compared with half the epochs in each of two steps, on the same store.
 
-All students are probed with all the training images, also those of `crops` and `many`, which were trained on a part of them.
+All students are probed with all training images, including those of `crops` and `many`, which were trained on a part of
+them.
 
-Every run is `fkd-ssl train` in a process of its own. Started again, the script goes on where it was stopped. The same command
-may run several times at once: such a lane takes the runs that no other one has, by a lock, and prints what is finished; --only
-shares out arms by hand. When all is done it prints the whole table. OUT/EXPERIMENT.json has it too, with what was asked and
-the versions. Seconds are those of each run's own clock: compare them only where as many lanes ran beside it.
+Every run is `fkd-ssl train` in a process of its own. Repeat the command to continue. The same command may run several times
+at once: each process takes runs that no other one has locked, and prints what is finished; --only selects arms by name. When
+all runs are done it prints the whole table. OUT/EXPERIMENT.json also has it, with settings and versions. Seconds are each
+run's own wall-clock time: compare them only between runs with the same number of processes beside them.
 """
 
 import argparse
@@ -46,7 +48,7 @@ from fkd_ssl.training.metrics import read_metrics
 
 OBJECTIVES = ("feature_kl", "cosine", "queue_kl", "relational")
 PROBES = {"knn_top1": "kNN", "linear_top1": "linear"}
-QUEUE = 4096  # of queue_kl, as in configs/imagenette: well below the crops of a training
+QUEUE = 4096  # of queue_kl, as in configs/imagenette: far fewer than the crops of a training
 EPOCHS = {"rates": 8, "objectives": 30, "crops": 100, "many": 500, "per_image": 30, "reactnet": 30}
 SUBSET = {"crops": 2000, "many": 500}
 REFERENCES = {"objectives": "feature_kl", "crops": "online", "many": "online", "per_image": "M=4", "reactnet": "one step"}
@@ -55,7 +57,7 @@ ONE_SEED = ("rates", "many")
 
 @dataclass(frozen=True, kw_only=True)
 class Arm:
-    """A row of a table: runs that differ in their seed."""
+    """A row of a table: runs that differ only in their seed."""
 
     name: str
     """In the table, and what --only and --skip name."""
@@ -74,7 +76,7 @@ class Arm:
 
 
 def fitting(args: argparse.Namespace) -> list[str]:
-    """The objectives that the teacher allows."""
+    """Returns the objectives that the teacher supports."""
     return [*OBJECTIVES, *(["prototype_ce"] if args.teacher.startswith("swav") else [])]
 
 
@@ -131,14 +133,14 @@ def student(
     start: Arm | None = None,
     **options: Any,
 ) -> Arm:
-    """An arm on stored crops of all images, as many as epochs (and as M may be)."""
+    """Returns an arm on stored crops of all images: as many crops as epochs, if M divides them."""
     expression = f"queue_kl(queue={QUEUE})" if objective == "queue_kl" else objective
     options |= {"objective": expression, "lr": lr, "crops_per_image": m}
     return Arm(name=name, folder=folder, options=options, images=args.images, crops=max(8, math.ceil(args.epochs)), start=start)
 
 
 def part(args: argparse.Namespace, kind: str, c: int | None, most: int | None = None) -> Arm:
-    """An arm on a part of the images, one crop of each in a batch: stored, the first `c` of `most`, or online."""
+    """Returns an arm on a part of the images with one crop per image in a batch: the first `c` of `stored` crops, or online."""
     groups = sum(path.is_dir() for path in args.images.iterdir())
     name, options = "online" if c is None else f"C={c}", {"lr": rate(args, "feature_kl"), "crops_per_image": 1}
     with lock(args.out / "images.lock", wait=True):
@@ -154,7 +156,7 @@ def part(args: argparse.Namespace, kind: str, c: int | None, most: int | None = 
 
 
 def rate(args: argparse.Namespace, objective: str) -> float | None:
-    """An objective's learning rate: said, or found by `rates`; None where it is not known, which only a new run minds."""
+    """Returns an objective's learning rate: given, or found by `rates`; None if unknown, which only a new run needs."""
     found = args.out / "rates.json"
     known = {**(json.loads(found.read_text())["best"] if found.exists() else {}), **args.rate}
     return known.get(objective)
@@ -162,7 +164,7 @@ def rate(args: argparse.Namespace, objective: str) -> float | None:
 
 @contextmanager
 def lock(path: Path, *, wait: bool = False) -> Iterator[int | None]:
-    """A lock's file number, None where another process has it; it goes with this process and those that it is passed to."""
+    """Returns the descriptor of a lock, None if another process has it. It is released with this process and its children."""
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -177,7 +179,7 @@ def run_of(args: argparse.Namespace, arm: Arm, seed: int) -> Path:
 
 
 def store_of(args: argparse.Namespace, images: Path, c: int, cut_from: int | None = None) -> Path:
-    """A store of `c` crops an image, made if it is not there; what it took to make is kept beside it."""
+    """Returns a store of `c` crops per image; makes it if it is missing, and keeps its cost beside it."""
     store, note, guard = (Path(args.out / f"store-{images.name}-{c}{suffix}") for suffix in ("", ".json", ".lock"))
     whole = None if cut_from is None else store_of(args, images, cut_from)
     with lock(guard, wait=True):
@@ -209,7 +211,7 @@ def store_of(args: argparse.Namespace, images: Path, c: int, cut_from: int | Non
 
 
 def finish(args: argparse.Namespace, arm: Arm, seed: int) -> bool:
-    """Trains and scores a run, if that is not done; False where another lane is at it."""
+    """Trains and scores a run, if needed; returns False if another process is doing so."""
     run = run_of(args, arm, seed)
     if (run / "correct.npy").exists():
         return True
@@ -219,7 +221,7 @@ def finish(args: argparse.Namespace, arm: Arm, seed: int) -> bool:
         if number is None:
             return False
         if not (run / "results.json").exists():
-            # the training has the lock too, and keeps it if this process is killed
+            # the training inherits the lock, and keeps it if this process is killed
             subprocess.run(training(args, arm, seed), check=True, stdout=sys.stderr, pass_fds=(number,))
         if not (run / "correct.npy").exists():
             print(f"scoring {run}", file=sys.stderr, flush=True)
@@ -228,7 +230,7 @@ def finish(args: argparse.Namespace, arm: Arm, seed: int) -> bool:
 
 
 def training(args: argparse.Namespace, arm: Arm, seed: int) -> list[str]:
-    """The command of a run."""
+    """Returns the command of a run."""
     options = {
         "images": arm.images,
         "student": args.student,
@@ -250,12 +252,12 @@ def training(args: argparse.Namespace, arm: Arm, seed: int) -> list[str]:
         options["store"] = store_of(args, arm.images, arm.crops, arm.cut_from)
     if arm.start is not None:
         options["init"] = run_of(args, arm.start, seed)
-        options["seed"] += 100  # of the order and of the first crop alone: not the crops of the first step again
+        options["seed"] += 100  # another order and first crop than in step 1
     return [sys.executable, "-m", "fkd_ssl", "train", *(str(word) for k, v in options.items() for word in (f"--{k}", v))]
 
 
 def row(args: argparse.Namespace, arm: Arm, reference: Arm | None) -> dict[str, Any]:
-    """An arm's scores, their differences to those of the reference, and what the training cost."""
+    """Returns an arm's scores, their differences to the reference, and the cost of the training."""
     seeds = range(args.seeds)
     parts = [arm] if arm.start is None else [arm.start, arm]
     results = [[runs.read_results(run_of(args, one, seed)) for one in parts] for seed in seeds]
@@ -281,12 +283,12 @@ def row(args: argparse.Namespace, arm: Arm, reference: Arm | None) -> dict[str, 
 
 
 def correct(args: argparse.Namespace, arm: Arm) -> Any:
-    """Which images each seed's student has right: bool [seeds, probes, n]."""
+    """Returns which images each seed's student classifies correctly: bool [seeds, probes, n]."""
     return np.stack([np.load(run_of(args, arm, seed) / "correct.npy", allow_pickle=False) for seed in range(args.seeds)])
 
 
 def table(rows: list[dict[str, Any]], reference: str | None) -> str:
-    """The rows in Markdown: mean over seeds, and the deviation where there are several."""
+    """Returns the rows in Markdown: mean over seeds, and the deviation if there are several."""
     online = any(row["teacher_forwards"] for row in rows)
     head = ["arm", "learning rate"]
     for name in PROBES.values():
@@ -314,7 +316,7 @@ def difference(minus: dict[str, Any] | None) -> str:
 
 
 def best_rates(rows: list[dict[str, Any]], lrs: list[float]) -> dict[str, Any]:
-    """The held-out kNN of every objective and rate, and the best rate of those objectives whose rates are all done."""
+    """Returns the held-out kNN of every objective and rate, and the best rate of each objective whose rates are done."""
     scores: dict[str, dict[str, float]] = {}
     for row in rows:
         objective, lr = row["arm"].split()
@@ -324,7 +326,7 @@ def best_rates(rows: list[dict[str, Any]], lrs: list[float]) -> dict[str, Any]:
 
 
 def plot(args: argparse.Namespace, arms: list[Arm], out: Path) -> None:
-    """The loss above its floor, against seconds of training and epochs; a second step goes on where its first one ended."""
+    """Plots the loss above its floor against seconds and epochs; a second step continues where the first one ended."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -354,7 +356,7 @@ def plot(args: argparse.Namespace, arms: list[Arm], out: Path) -> None:
 
 
 def report(args: argparse.Namespace, arms: list[Arm]) -> None:
-    """Prints the table of what is finished, and keeps it with what made it."""
+    """Prints the table of the finished runs, and saves it with its settings."""
     name = REFERENCES.get(args.experiment)
     seeds = range(args.seeds)
     done = [arm for arm in arms if all((run_of(args, arm, seed) / "correct.npy").exists() for seed in seeds)]
@@ -378,7 +380,7 @@ def report(args: argparse.Namespace, arms: list[Arm]) -> None:
         print(f"{args.experiment}: {amount}, {args.seeds} seed{'s' if args.seeds > 1 else ''}\n")
         print(table(rows, reference.name if reference else None))
     for store, made in stores.items():
-        if made["crops"]:  # none where a call that was killed had written all
+        if made["crops"]:  # zero if a killed call had written everything
             print(f"\n{store}: {made['crops']:,} crops in {made['seconds']:.0f} s, {made['store_bytes'] / 1e6:.1f} MB")
     if args.plot and done:
         plot(args, done, args.plot)
@@ -396,16 +398,18 @@ def main() -> None:
     parser.add_argument("experiment", choices=EXPERIMENTS)
     parser.add_argument("--images", required=True, type=Path)
     parser.add_argument("--val", required=True, type=Path)
-    parser.add_argument("--teacher", required=True, help="one with prototypes (swav) adds prototype_ce to the objectives")
+    parser.add_argument("--teacher", required=True, help="a teacher with prototypes (swav) adds prototype_ce to the objectives")
     parser.add_argument("--checkpoint")
     parser.add_argument("--out", required=True, type=Path)
-    parser.add_argument("--seeds", type=int, default=2, help="rates and many have one")
-    parser.add_argument("--only", nargs="+", default=["*"], metavar="ARM", help="patterns, as 'cosine*' or C=25")
-    parser.add_argument("--skip", nargs="+", default=[], metavar="ARM", help="likewise")
-    parser.add_argument("--lrs", nargs="+", type=float, default=[1e-3, 3e-3, 1e-2], help="that rates tries")
-    parser.add_argument("--rate", nargs="+", type=pair, default=[], metavar="OBJECTIVE=LR", help="reactnet=LR too (1e-3)")
-    parser.add_argument("--epochs", type=float, help=f"all arms': {EPOCHS}")
-    parser.add_argument("--subset", type=int, help=f"images, of all classes alike: {SUBSET}")
+    parser.add_argument("--seeds", type=int, default=2, help="number of seeds; rates and many always have one")
+    parser.add_argument("--only", nargs="+", default=["*"], metavar="ARM", help="patterns of arms, such as 'cosine*' or C=25")
+    parser.add_argument("--skip", nargs="+", default=[], metavar="ARM", help="patterns of arms to leave out")
+    parser.add_argument("--lrs", nargs="+", type=float, default=[1e-3, 3e-3, 1e-2], help="learning rates that rates tries")
+    parser.add_argument(
+        "--rate", nargs="+", type=pair, default=[], metavar="OBJECTIVE=LR", help="learning rates, also reactnet=LR (1e-3)"
+    )
+    parser.add_argument("--epochs", type=float, help=f"epochs of all arms: {EPOCHS}")
+    parser.add_argument("--subset", type=int, help=f"number of images, evenly over the classes: {SUBSET}")
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--pixels", type=int, default=64)
     parser.add_argument("--student", default="mobilenet_v3_small")

@@ -1,14 +1,14 @@
-"""Speed of training students: bare (data in memory), on stored targets, and online, in turn in one run.
+"""Speed of training students: bare (data in memory), on stored targets, and online, in alternation in one run.
 
     python benchmarks/training_speed.py --images DIR [--cache DIR] --store STORE --checkpoint FILE \
         --pairs mocov2:mobilenet_v3_small:64 mocov2:resnet18:64 swav_w4:resnet18:64:2:1
 
-A pair is TEACHER:STUDENT:PIXELS[:STEPS[:ROUNDS]]. `mocov2` and `swav` are read from --checkpoint; `mocov2_r50` and
-`swav_w4` are ResNet-50 and SwAV's ResNet-50 of four times the width with random weights, since only their size matters
-here. The store's targets serve every pair, whatever the teacher. Prints crops a second of each, the ratios, and what the
-two networks' sizes predict: the time of one teacher forward and one student step, each alone, with the data in memory.
-Rounds are interleaved and the best of each is taken. `cache` is stored training on --cache, a smaller copy of the images,
-with scaled boxes.
+A pair is TEACHER:STUDENT:PIXELS[:STEPS[:ROUNDS]]. `mocov2` and `swav` are read from --checkpoint. `mocov2_r50` and `swav_w4`
+are ResNet-50 and SwAV's ResNet-50 of four times the width with random weights, since only their size matters here. All pairs
+use the store's targets, whatever the teacher. Prints crops per second of each, the ratios, and the ratio that the sizes of
+the two networks predict: the time of one teacher forward and one student step, each alone, with the data in memory. Rounds
+alternate, and the best of each is taken. `cache` is stored training on --cache, a smaller copy of the images, with scaled
+boxes.
 """
 
 import argparse
@@ -47,7 +47,7 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--crops_per_image", type=int, default=4)
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--device_crops", action="store_true", help="workers only decode, the device makes the crops")
+    parser.add_argument("--device_crops", action="store_true", help="workers only decode; the device makes the crops")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
@@ -118,7 +118,7 @@ def measure(args: argparse.Namespace, teacher_name: str, student_name: str, side
             batch = on_device(next(loader))
             step(batch, teacher.embed(batch["images"]).clone() if online else batch["targets"])
 
-        for _ in range(4 if steps > 4 else 1):  # workers start
+        for _ in range(4 if steps > 4 else 1):  # the workers start
             one()
         return timed(one)
 

@@ -1,10 +1,10 @@
-r"""Two teachers on one set of crops: a store with two columns, and students of A, of B and of both, by kNN and linear probe.
+r"""Two teachers on one set of crops: a store with two columns, and students of A, B and both, by kNN and linear probe.
 
 python benchmarks/two_teachers.py --images imagenette/train --val imagenette/val \
     --a mocov2_r18_imagenette.pth.tar --out runs/two
 
-A is a MoCo v2 checkpoint that is there; B is SwAV, pretrained here first. Every step is a command of fkd-ssl, printed before it
-runs; started again, the script goes on where it was. It prints the table of docs/results/two_teachers.md and writes table.json.
+A is an existing MoCo v2 checkpoint; B is SwAV, which is pretrained first. Every step is a command of fkd-ssl and is printed
+before it runs. Repeat the command to continue. Prints the table of docs/results/two_teachers.md and writes table.json.
 """
 
 import argparse
@@ -31,8 +31,8 @@ def main() -> None:
     parser.add_argument("--val", type=Path, required=True)
     parser.add_argument("--a", type=Path, required=True, help="teacher A's checkpoint, in MoCo's layout")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--per-class", type=int, default=200, help="images of each class, linked into a folder")
-    parser.add_argument("--pretrain", default="", help="further options of SwAV's pretraining, in one string")
+    parser.add_argument("--per-class", type=int, default=200, help="number of images per class")
+    parser.add_argument("--pretrain", default="", help="further options of SwAV's pretraining, as one argument")
     parser.add_argument("--crops", type=int, default=10)
     parser.add_argument("--seeds", type=int, default=1)
     args = parser.parse_args()
@@ -64,7 +64,7 @@ def main() -> None:
 
 
 def subset(source: Path, folder: Path, per_class: int) -> Path:
-    """A folder of links to the first images of each class, by name."""
+    """Makes a folder of links to the first images of each class, by name."""
     for group in sorted(path for path in source.iterdir() if path.is_dir()):
         (folder / group.name).mkdir(parents=True, exist_ok=True)
         for file in sorted(group.iterdir())[:per_class]:
@@ -81,9 +81,9 @@ def say(line: str) -> None:
 
 
 def score(name: str, checkpoint: Path | None, images: Path, val: Path, folder: Path) -> dict[str, float]:
-    """Top-1 in percent, by kNN and linear probe at 64 px, of a run, a teacher, or the student as training starts from it.
+    """Returns kNN and linear top-1 in percent at 64 px of a run, a teacher, or the initial student.
 
-    They are kept in `folder`, so that no model is scored twice.
+    Scores are cached in `folder`, so that no model is scored twice.
     """
     import torch
 
@@ -113,7 +113,7 @@ def score(name: str, checkpoint: Path | None, images: Path, val: Path, folder: P
 
 
 def table(scores: dict[str, list[dict[str, float]]], seeds: int) -> str:
-    """The scores as a table in Markdown: mean over seeds, and the deviation where there are several."""
+    """Returns the scores in Markdown: mean over seeds, and the deviation if there are several."""
     lines = [f"{seeds} seed{'s' if seeds > 1 else ''}\n", "| model | kNN top-1 | linear top-1 |", "|---|---|---|"]
     for name, runs in scores.items():
         cells = []

@@ -1,7 +1,7 @@
-"""The usual way of reading stored crops, to compare with: pickled labels, Pillow, float tensors, one crop at a time.
+"""The usual way of reading stored crops, for comparison: pickled labels, Pillow, float tensors, one crop at a time.
 
-One label file an image holds all its boxes, flips and fp32 targets; an image is decoded by Pillow, and every crop is cut,
-resized, jittered, blurred and flipped by Pillow and torchvision, then made a normalised float tensor.
+One label file per image has all its boxes, flips and fp32 targets. Pillow decodes an image; Pillow and torchvision cut,
+resize, jitter, blur and flip every crop, which becomes a normalised float tensor.
 """
 
 import random
@@ -19,7 +19,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def write_labels(image: Path, label: Path, *, stored: int, dim: int, scale: tuple[float, float]) -> None:
-    """One pickled label file: fractional boxes [stored, 4], flips [stored], targets fp32 [stored, dim]."""
+    """Writes one pickled label file: fractional boxes [stored, 4], flips [stored], targets fp32 [stored, dim]."""
     with Image.open(image) as picture:
         boxes = [RandomResizedCrop.get_params(picture, list(scale), [3 / 4, 4 / 3]) for _ in range(stored)]
         width, height = picture.size
@@ -29,7 +29,7 @@ def write_labels(image: Path, label: Path, *, stored: int, dim: int, scale: tupl
 
 
 class UsualCrops(Dataset[tuple[Tensor, Tensor]]):
-    """`crops` stored crops of each image, float [crops, 3, P, P], and their targets float [crops, D]."""
+    """`crops` stored crops per image, float [crops, 3, P, P], and their targets float [crops, D]."""
 
     def __init__(self, images: list[Path], labels: list[Path], *, crops: int, pixels: int, photometric: bool) -> None:
         self.images = images
@@ -42,7 +42,7 @@ class UsualCrops(Dataset[tuple[Tensor, Tensor]]):
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        # our own files, written a moment ago: unpickled because that is what is being measured
+        # our own files; unpickling them is part of what is measured
         boxes, flips, targets = torch.load(self.labels[index], weights_only=False)
         with Image.open(self.images[index]) as file:
             picture = file.convert("RGB")

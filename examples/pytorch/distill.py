@@ -1,4 +1,4 @@
-# MoCo v2 into a ResNet-18 from a store, in plain PyTorch. It is lightly's examples/pytorch/simsiam.py, changed in the lines
+# Distils MoCo v2 into a ResNet-18 from a store, in plain PyTorch. It is lightly's examples/pytorch/simsiam.py, changed in the lines
 # that say "# stored": the crops and the targets come from the store, and the loss compares with the targets.
 #
 #     fkd-ssl precompute --images imagenet/train --store store --teacher mocov2_r50_800ep
@@ -17,8 +17,8 @@ parser = argparse.ArgumentParser()
 parser.add_argument("--images", default="imagenet/train")
 parser.add_argument("--store", default="store")
 parser.add_argument("--pixels", type=int, default=224)
-parser.add_argument("--batch_size", type=int, default=64, help="images; each gives 4 crops")
-parser.add_argument("--epochs", type=int, default=10, help="sweeps over the images")
+parser.add_argument("--batch_size", type=int, default=64, help="images per batch, with 4 crops each")
+parser.add_argument("--epochs", type=int, default=10, help="passes over the images")
 parser.add_argument("--workers", type=int, default=8)
 args = parser.parse_args()
 

@@ -1,9 +1,9 @@
-"""kNN and a linear probe while SimCLR trains with lightly, on a folder of images in class folders.
+"""kNN and a linear probe during a SimCLR training with lightly, on images in class folders.
 
     python examples/pytorch_lightning/online_probes.py TRAIN VAL --epochs 10
 
-The module is lightly's example as it is: the callbacks take the features out of its `backbone` while it runs. A batch of
-lightly's is (views, labels, ...), and `second` takes the labels out of it; pass `labels=` for other batches.
+The module is lightly's example, unchanged: the callbacks take the features from its `backbone` while it runs. A batch of
+lightly is (views, labels, ...), and `second` returns its labels; pass `labels=` for other batches.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from fkd_ssl.eval.online import OnlineKNN, OnlineLinear
 
 
 class SimCLR(pl.LightningModule):
-    """Of lightly's examples."""
+    """SimCLR as in lightly's examples."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +38,7 @@ class SimCLR(pl.LightningModule):
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], index: int) -> None:
-        self.backbone(batch[0])  # all that the callbacks need
+        self.backbone(batch[0])  # the callbacks need nothing else
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.SGD(self.parameters(), lr=0.06, momentum=0.9, weight_decay=5e-4)

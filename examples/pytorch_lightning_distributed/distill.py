@@ -1,4 +1,4 @@
-# MoCo v2 into a ResNet-18 from a store, with Lightning on several GPUs. It is lightly's
+# Distils MoCo v2 into a ResNet-18 from a store, with Lightning on several GPUs. It is lightly's
 # examples/pytorch_lightning_distributed/simsiam.py, changed in the lines that say "# stored".
 #
 #     fkd-ssl precompute --images imagenet/train --store store --teacher mocov2_r50_800ep
@@ -18,10 +18,10 @@ parser = argparse.ArgumentParser()
 parser.add_argument("--images", default="imagenet/train")
 parser.add_argument("--store", default="store")
 parser.add_argument("--pixels", type=int, default=224)
-parser.add_argument("--batch_size", type=int, default=64, help="images; each gives 4 crops")
-parser.add_argument("--epochs", type=int, default=10, help="sweeps over the images")
+parser.add_argument("--batch_size", type=int, default=64, help="images per batch, with 4 crops each")
+parser.add_argument("--epochs", type=int, default=10, help="passes over the images")
 parser.add_argument("--workers", type=int, default=8)
-parser.add_argument("--devices", default="auto", help="processes, each with a GPU if there are any")
+parser.add_argument("--devices", default="auto", help="number of processes, one per GPU if there are GPUs")
 args = parser.parse_args()
 
 MEAN, STD = ([255 * value for value in values] for values in ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225]))
@@ -66,11 +66,11 @@ if __name__ == "__main__":
         devices=args.devices,
         strategy="ddp",
         sync_batchnorm=torch.cuda.is_available(),
-        use_distributed_sampler=True,  # each process reads other images of the store
+        use_distributed_sampler=True,  # each process reads different images of the store
         logger=False,
         enable_checkpointing=False,
     )
     trainer.fit(Distillation(dim=dataset.columns[0].meta.target.size), dataloader)
     if trainer.is_global_zero:
         print(f"loss: {trainer.callback_metrics['loss']:.5f}")
-    torch.distributed.destroy_process_group()  # or gloo's threads, on CPUs, may abort a Python that is ending
+    torch.distributed.destroy_process_group()  # otherwise gloo's threads (on CPUs) may abort Python at exit

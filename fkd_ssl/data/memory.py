@@ -52,7 +52,7 @@ _leases: weakref.WeakValueDictionary[int, _Lease] = weakref.WeakValueDictionary(
 
 
 def empty(*shape: int) -> Tensor:
-    """Returns an uninitialized uint8 tensor; in a DataLoader worker in shared memory, so that the parent needs no copy.
+    """Returns an uninitialised uint8 tensor; in a DataLoader worker in shared memory, so that the parent needs no copy.
 
     Raises:
         FkdError: There is not enough shared memory.

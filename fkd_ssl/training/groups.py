@@ -231,10 +231,10 @@ class ObjectiveConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """Optimizer, learning rate schedule and number of epochs."""
+    """Optimiser, learning rate schedule and number of epochs."""
 
     optimizer: Literal["adam", "adamw", "sgd", "lars"] = "adam"
-    """Optimizer; S2-BNN uses adam."""
+    """Optimiser; S2-BNN uses adam."""
     lr: float = FROM_DATA
     """Peak learning rate; it is not scaled with the batch size. By default, for adam and adamw, it depends on the objective for
     up to 50,000 images, and is 3e-4 otherwise (S2-BNN)."""
@@ -300,7 +300,7 @@ class EngineConfig:
     accumulate: int = 1
     """Split each batch into so many parts and accumulate their gradients, if a batch does not fit into memory."""
     sync_batchnorm: bool = False
-    """Synchronize BatchNorm over all processes (GPUs only)."""
+    """Synchronise BatchNorm over all processes (GPUs only)."""
     compile: bool = False
     """Compile the student's backbone (torch.compile)."""
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
