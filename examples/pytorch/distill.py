@@ -1,5 +1,5 @@
-# Distils MoCo v2 into a ResNet-18 from a store, in plain PyTorch. It is lightly's examples/pytorch/simsiam.py, changed in the lines
-# that say "# stored": the crops and the targets come from the store, and the loss compares with the targets.
+# Distils MoCo v2 into a ResNet-18 from a store, in plain PyTorch. It is lightly's examples/pytorch/simsiam.py, changed in the
+# lines that say "# stored": the crops and the targets come from the store, and the loss compares with the targets.
 #
 #     fkd-ssl precompute --images imagenet/train --store store --teacher mocov2_r50_800ep
 #     python examples/pytorch/distill.py --images imagenet/train --store store

@@ -1,5 +1,5 @@
-# Distils MoCo v2 into a ResNet-18 from a store, with Lightning. It is lightly's examples/pytorch_lightning/simsiam.py, changed in the
-# lines that say "# stored".
+# Distils MoCo v2 into a ResNet-18 from a store, with Lightning. It is lightly's examples/pytorch_lightning/simsiam.py,
+# changed in the lines that say "# stored".
 #
 #     fkd-ssl precompute --images imagenet/train --store store --teacher mocov2_r50_800ep
 #     python examples/pytorch_lightning/distill.py --images imagenet/train --store store
