@@ -1,7 +1,7 @@
 """Installs the built wheel in a clean environment; imports it, runs its doctests and checks its types there.
 
-The environment sees the packages that the project's own has (they are gigabytes), but not the project's folder: what is
-missing from the wheel is missing here. Run by `make check`.
+The environment shares the packages of the project's own (they are gigabytes), but not the project's folder, so that a file
+missing from the wheel is found. Run by `make check`.
 """
 
 import subprocess
@@ -40,7 +40,7 @@ def main() -> None:
         python = clean / "bin" / "python"
         site = next(clean.glob("lib/python*/site-packages"))
         run(python, "-m", "pip", "install", "--quiet", "--no-deps", str(wheel))
-        # after the wheel's own folder on the path, so that the wheel wins over the editable install's finder
+        # after the wheel's folder on the path, so that the wheel takes precedence over the editable install
         (site / "shared.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
         compiled = import_module("fkd_ssl.crops.replay")._avx2 is not None
         run(python, "-c", MODULES, str(clean), str(compiled), cwd=folder)

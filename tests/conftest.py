@@ -1,4 +1,4 @@
-"""Shared by all rooms: a folder of small smooth pictures, a tiny real network as teacher, and stores made of both."""
+"""Shared fixtures: a folder of small smooth images, a tiny real network as teacher, and stores made of both."""
 
 import os
 from collections.abc import Callable, Iterator
@@ -19,7 +19,7 @@ from fkd_ssl.store import Store, open_store
 from fkd_ssl.store.write.precompute import precompute
 from fkd_ssl.targets import TargetSpec, TeacherInfo
 
-torch.set_num_threads(1)  # tiny networks only, and the same bytes in every process that loads this file
+torch.set_num_threads(1)  # only tiny networks; the same bytes in every process that loads this file
 
 CLASSES = {"ash": (60, 90, 190), "birch": (70, 170, 80), "cedar": (190, 80, 60)}
 PER_CLASS = 8
@@ -28,14 +28,14 @@ MakeStore = Callable[..., Store]
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Has Triton's interpreter make the crops of --device_crops, unless the tests of the GPU are asked for."""
+    """Uses Triton's interpreter for --device_crops, unless the GPU tests are selected."""
     chosen = config.getoption("markexpr")
     if "gpu" not in chosen or "not gpu" in chosen:
         os.environ["TRITON_INTERPRET"] = "1"
 
 
 def smooth_image(seed: int, height: int, width: int, colour: tuple[int, int, int] = (128, 128, 128)) -> npt.NDArray[np.uint8]:
-    """A smooth texture about a colour, uint8 [H, W, 3]: a coarse random grid, enlarged."""
+    """A smooth texture around a colour, uint8 [H, W, 3]: an enlarged coarse random grid."""
     grid = np.random.default_rng(seed).normal(0, 45, (7, 7, 3)) + np.array(colour)
     coarse = Image.fromarray(grid.clip(0, 255).astype(np.uint8))
     return np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC))
@@ -94,7 +94,7 @@ class TinyTeacher:
 
 @pytest.fixture(scope="session", autouse=True)
 def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Keeps the library's cache folder out of the user's home, also in processes that tests start."""
+    """Moves the library's cache folder out of the user's home, also for processes that tests start."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FKD_SSL_CACHE", str(tmp_path_factory.mktemp("cache")))
         yield
@@ -126,7 +126,7 @@ def new_teacher() -> Callable[..., TinyTeacher]:
 
 @pytest.fixture
 def unprivileged(tmp_path: Path) -> Callable[[], AbstractContextManager[None]]:
-    """`with unprivileged():` takes the rights of an ordinary user, whom permissions bind."""
+    """`with unprivileged():` drops root's rights, so that permissions apply."""
 
     @contextmanager
     def lower() -> Iterator[None]:
@@ -134,7 +134,7 @@ def unprivileged(tmp_path: Path) -> Callable[[], AbstractContextManager[None]]:
             yield
             return
         for folder in (tmp_path, *tmp_path.parents[:3]):
-            folder.chmod(folder.stat().st_mode | 0o011)  # pytest's own folders, of which pytest-xdist has one more
+            folder.chmod(folder.stat().st_mode | 0o011)  # pytest's own folders; pytest-xdist adds one level
         os.seteuid(65534)
         try:
             yield

@@ -1,4 +1,4 @@
-"""Files of weights: what training scripts leave in them loads, and what would run code or fill the memory is refused."""
+"""Checkpoints: files of common training scripts load; files that would run code or fill the memory are rejected."""
 
 import argparse
 import collections
@@ -85,7 +85,7 @@ def test_what_is_no_checkpoint_is_said_and_unpickling_is_not_advised(tmp_path: P
 
 
 class Settings(dict[str, Any]):
-    """As Lightning's AttributeDict and OmegaConf's DictConfig: a dict of one's own, with state."""
+    """A subclass of dict with state, like Lightning's AttributeDict and OmegaConf's DictConfig."""
 
     def __init__(self, **items: Any) -> None:
         super().__init__(items)
@@ -93,7 +93,7 @@ class Settings(dict[str, Any]):
 
 
 class Options(list[Any]):
-    """A list of one's own, without state."""
+    """A subclass of list without state."""
 
 
 BESIDE: dict[str, Any] = {
@@ -192,7 +192,7 @@ ATTACKS: dict[str, Any] = {
 def test_nothing_takes_more_memory_than_the_file_has_bytes(tmp_path: Path, attack: str, zipped: bool) -> None:
     file = tmp_path / "bad.pth"
     torch.save({"state_dict": {"w": torch.ones(3)}, "other": ATTACKS[attack]}, file, _use_new_zipfile_serialization=zipped)
-    if attack == "numpy":  # a name without meaning here
+    if attack == "numpy":  # a name that is not needed
         assert type(checkpoints.load(file)["other"]).__name__ == "_reconstruct"
         with pytest.raises(CheckpointError, match=r"_reconstruct with another shape than \(0,\)"):
             checkpoints.load(file, allowed={ATTACKS[attack].call[0].__module__ + "._reconstruct": None})
@@ -231,7 +231,7 @@ def test_a_storage_that_is_longer_than_its_entry_is_refused(tmp_path: Path, mapp
 
 
 def rewritten(file: Path, change: Any) -> None:
-    """Writes the entries of a zip again, as `change(archive, entries)` does it."""
+    """Rewrites the entries of a zip with `change(archive, entries)`."""
     with zipfile.ZipFile(file) as archive:
         entries = [(name, archive.read(name)) for name in archive.namelist()]
     with zipfile.ZipFile(file, "w") as archive:
@@ -274,7 +274,7 @@ def test_entries_that_lie_over_one_another_are_refused(tmp_path: Path) -> None:
         start, entries = archive.start_dir, {entry.filename: entry.header_offset for entry in archive.infolist()}
     first = entries["w/data/0"] if "w/data/0" in entries else min(entries.values())
     at = data.find(b"PK\1\2", start)
-    while at >= 0:  # each entry of the list says that it is large
+    while at >= 0:  # each entry of the list claims to be large
         data[at + 20 : at + 28] = struct.pack("<LL", 400_000, 400_000)
         at = data.find(b"PK\1\2", at + 4)
     assert first >= 0

@@ -1,4 +1,4 @@
-"""Every config of configs/ is what its first line says: a command line that the parser takes, for a student that there is."""
+"""The first lines of every config in configs/ are a valid command line, for an existing student."""
 
 import re
 from pathlib import Path
@@ -17,7 +17,7 @@ CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
 
 
 def parsed(path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The config dataclass of the command that stands in the file's first lines."""
+    """Returns the config dataclass of the command in the file's first lines."""
     monkeypatch.chdir(ROOT)
     comment = re.sub(r"\\\n# +", "", path.read_text()).split("\n", 1)[0]
     program, verb, *args = comment.removeprefix("# ").split()
@@ -58,6 +58,6 @@ def test_its_student_and_objective_are_there(path: Path, monkeypatch: pytest.Mon
 def test_every_imagenet_run_has_a_small_twin() -> None:
     large = {path.stem.replace("_w4", "") for path in CONFIGS if path.parent.name == "imagenet"}
     small = {path.stem for path in CONFIGS if path.parent.name == "imagenette"}
-    alone = {path for path in large if path.startswith(("fkd_", "meal_v2_"))}  # one small twin for all of them
+    alone = {path for path in large if path.startswith(("fkd_", "meal_v2_"))}  # one small config replaces all of them
     assert {"fkd_resnet18", "meal_v2_resnet18"} <= small
     assert large - small - alone == {"mocov2_resnet18_stored", "swav_resnet18_prototype_ce"}  # with pages of their own

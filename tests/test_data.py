@@ -1,4 +1,4 @@
-"""Data sets of crops: what a student reads, from a store or fresh."""
+"""Data sets of crops, from a store or fresh."""
 
 import os
 import shutil
@@ -27,7 +27,7 @@ MakeStore = Callable[..., Store]
 
 
 def index_of(data: StoredCrops, pass_: int, i: int) -> list[int]:
-    """Which crops of image `i` a pass reads, found by their records."""
+    """Returns which crops of image `i` a pass reads, found by their records."""
     records = data._records(pass_, i, 0, 0)
     return [next(k for k in range(data.store.crops_per_image) if data.store.crops(i, slice(k, k + 1))[0] == r) for r in records]
 
@@ -48,7 +48,7 @@ def images(image_folder: Path) -> Folder:
 
 @pytest.fixture
 def own_folder(image_folder: Path, tmp_path: Path) -> Path:
-    """A copy of the images that a test may spoil."""
+    """A copy of the images that a test may change."""
     return Path(shutil.copytree(image_folder, tmp_path / "own"))
 
 
@@ -179,7 +179,7 @@ class TestStored:
     def test_images_swapped_among_their_names_are_found(
         self, make_store: MakeStore, tmp_path: Path, smooth: Callable[..., npt.NDArray[np.uint8]], suffix: str
     ) -> None:
-        """Uncompressed images of one shape have the same number of bytes, and JPEGs may have it by chance."""
+        """Uncompressed images of one shape have the same number of bytes; JPEGs may by chance."""
         a, b = tmp_path / f"set/a.{suffix}", tmp_path / f"set/b.{suffix}"
         a.parent.mkdir()
         for k, path in enumerate((a, b)):
@@ -196,7 +196,7 @@ class TestStored:
         for _ in range(2):  # again, if it is read again
             with pytest.raises(ImageError, match=rf"a\.{suffix}: changed since .*: other content of the same {longest} bytes"):
                 data[0]
-        data = StoredCrops(store, a.parent, pixels=8, scale_boxes=True)  # other files by intention: nothing to compare
+        data = StoredCrops(store, a.parent, pixels=8, scale_boxes=True)  # other files on purpose: nothing to compare
         assert len(data[0]["images"]) == 4
 
     def test_a_smaller_image_of_the_same_bytes_is_refused(self, store: Store, own_folder: Path) -> None:
@@ -464,7 +464,7 @@ class TestWorkers:
         assert all(same(a, b) for a, b in pairs)
 
     def test_workers_write_into_shared_memory(self, images: Folder) -> None:
-        """And send that, not the tensor, which would be copied into other shared memory."""
+        """They send the block, not the tensor, which would be copied into other shared memory."""
 
         def collate(samples: Any) -> bool:
             return bool(memory._leases[samples.batch["images"].data_ptr()].block.is_shared())
@@ -479,7 +479,7 @@ class TestWorkers:
 
 
 def test_workers_start_after_the_parent_has_replayed(image_folder: Path) -> None:
-    """A worker forked beside a running pool of OpenCV's would hang; the parent has replayed crops before."""
+    """The parent has replayed crops before; a worker forked while OpenCV's thread pool runs would hang."""
     script = (
         "import sys\n"
         "from fkd_ssl.crops import RECIPES, replay_digest\n"
@@ -521,7 +521,7 @@ def test_memory_does_not_grow_over_passes(store: Store, image_folder: Path) -> N
 
 
 class TestDecodeOnly:
-    """Batches of decoded images, whose crops are made later: the same crops."""
+    """Batches of decoded images, whose crops are made later, give the same crops."""
 
     @pytest.mark.parametrize("workers", [0, 2])
     def test_made_later_they_are_the_same_batch(self, store: Store, images: Folder, workers: int) -> None:

@@ -1,4 +1,4 @@
-"""Memory of batches: used again when nobody shows it any more, and never before."""
+"""Memory blocks of batches are reused when no tensor uses them any more, and not before."""
 
 import gc
 import multiprocessing
@@ -98,7 +98,7 @@ class TestInOneProcess:
 
 
 class Numbers(Dataset[Any]):
-    """Batch k is full of k, and says how many blocks its process has."""
+    """Batch k is filled with k, and contains the number of blocks of its process."""
 
     def __getitems__(self, indices: list[int]) -> Any:
         images = memory.empty(len(indices), 64, 64, 3)
@@ -126,7 +126,7 @@ class TestFromAWorker:
         for k, batch in enumerate(batches(workers=workers)):
             assert right(k, batch["images"])
             blocks = max(blocks, batch["blocks"])
-        assert blocks <= 2 + 3  # on the way, in the reader's hands, and in the worker's
+        assert blocks <= 2 + 3  # in transit, in use by the reader, and in use by the worker
 
     def test_batches_that_are_kept_stay_as_they_are(self) -> None:
         kept = [batch["images"] for batch in batches(workers=2)]
@@ -137,7 +137,7 @@ class TestFromAWorker:
         assert all((part == 8 * k + 3).all() for k, part in enumerate(kept))
 
     def test_from_a_spawned_one(self, image_folder: Path) -> None:
-        """Which has nothing of its parent's; teacher_images are a second block of each batch."""
+        """A spawned process shares nothing with its parent; teacher_images are a second block of each batch."""
         data = FreshCrops(scan(image_folder), RECIPES["mocov2"], crops_per_image=2, pixels=32, teacher_pixels=48)
         here, there = (Loader(data, [[0, 1, 2, 3], [4, 5]], workers=workers, collate=whole_batch) for workers in (0, 1))
         there.multiprocessing_context = "spawn"
@@ -146,7 +146,7 @@ class TestFromAWorker:
             assert torch.equal(a["teacher_images"], b["teacher_images"])
 
     def test_a_forked_process_frees_nothing(self) -> None:
-        """It has copies of the objects, and the same shared memory."""
+        """It has copies of the objects and shares the memory."""
         loader = batches(workers=1)
         images = next(loader)["images"]
         (lease,) = [lease for lease in memory._leases.values() if lease.block.data_ptr() == images.data_ptr()]

@@ -162,7 +162,7 @@ def test_replace_replaces_whole_files(tmp_path):
 @pytest.mark.skipif(sys.platform == "win32", reason="limits of a process are Unix's")
 @pytest.mark.parametrize("write", ["replace", "publish"])
 def test_a_full_disk_names_the_file_and_leaves_what_was_there(tmp_path, write):
-    """A limit of a file's size stands for the full disk: the system's error, which names no file."""
+    """A limit on the file size simulates a full disk, whose error does not name the file."""
     import resource
 
     (tmp_path / "kept").write_bytes(b"one")
@@ -294,7 +294,7 @@ def test_many_threads_map_at_once(tmp_path):
             np.testing.assert_array_equal(found, array)
 
 
-# plain files only
+# regular files only
 
 
 READERS = [
@@ -425,14 +425,14 @@ def test_other_files_of_a_user_are_refused(tmp_path, content, message):
 
 
 def test_a_clock_that_is_hours_ahead_sweeps_nothing_that_is_being_written(tmp_path, monkeypatch):
-    """This machine's, that is: ages are told by the file system's."""
+    """The clock of this machine; ages are measured by that of the file system."""
     live, future = tmp_path / f".tmp-codes-{'a' * 12}", tmp_path / f".tmp-codes-{'b' * 12}"
     old, folder = tmp_path / f".tmp-codes-{'c' * 12}", tmp_path / f".tmp-column-{'d' * 12}"
     for path in (live, future, old, folder / "ranges.npy"):
         path.parent.mkdir(exist_ok=True)
         path.touch()
     now = live.stat().st_mtime
-    os.utime(future, (now + 7200, now + 7200))  # of a machine whose own clock is ahead
+    os.utime(future, (now + 7200, now + 7200))  # written by a machine whose clock is ahead
     for path in (old, folder):
         os.utime(path, (now - 7200, now - 7200))
     monkeypatch.setattr(time, "time", lambda: now + 7200)

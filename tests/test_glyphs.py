@@ -70,7 +70,7 @@ def test_an_image_does_not_depend_on_how_many_are_made(few: Path, tmp_path: Path
 def test_every_glyph_has_ink_of_its_own_in_every_font() -> None:
     for font in glyphs.FONTS:
         stamps = {np.asarray(glyphs._stamp(glyph, font, 32)).tobytes() for glyph in CLASSES.values()}
-        missing = np.asarray(glyphs._stamp("\U0010fffd", font, 32)).tobytes()  # what a font shows for no glyph
+        missing = np.asarray(glyphs._stamp("\U0010fffd", font, 32)).tobytes()  # the font's symbol for a missing glyph
         assert len(stamps - {missing}) == len(CLASSES)
 
 
@@ -202,7 +202,7 @@ def test_pixels_and_colours_are_weak_features() -> None:
 
 
 def test_the_bundled_photographs_are_those_of_scikit_learn() -> None:
-    """The demo's figures were measured on them; scikit-learn is needed by tests and benchmarks alone."""
+    """The demo's figures were measured on them; only tests and benchmarks need scikit-learn for this."""
     from sklearn.datasets import load_sample_image
 
     for found, name in zip(glyphs._photos(), glyphs.PHOTOS, strict=True):

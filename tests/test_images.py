@@ -97,7 +97,7 @@ def test_sixteen_bits_lose_the_low_byte(tmp_path):
         ("tif", np.array([[0, 1, 128, 255]], dtype=np.int32), [0, 1, 128, 255]),
         ("tif", np.array([[0, 255, 256, 65535]], dtype=np.int32), [0, 0, 1, 255]),
         ("pgm", np.array([[0, 100, 256, 65535]], dtype=np.uint16), [0, 0, 1, 255]),
-        ("pgm", np.array([[0, 0, 100, 255]], dtype=np.uint16), [0, 0, 0, 0]),  # the file says that its range is 16 bits
+        ("pgm", np.array([[0, 0, 100, 255]], dtype=np.uint16), [0, 0, 0, 0]),  # the file states a range of 16 bits
         ("tif", np.array([[0, 100, 256, 65535]], dtype=np.uint16), [0, 0, 1, 255]),
         ("tif", np.array([[0, 0.25, 0.5, 1]], dtype=np.float32), [0, 64, 128, 255]),
         ("tif", np.array([[0, 1, 100.4, 255]], dtype=np.float32), [0, 1, 100, 255]),
@@ -186,7 +186,7 @@ def test_missing_file_is_named(tmp_path):
 
 
 def test_a_failing_disk_is_not_a_damaged_image(tmp_path):
-    """An image that may be sound must not count as unreadable: /proc/self/mem gives a real EIO."""
+    """An image that may be intact must not count as damaged: /proc/self/mem gives a real EIO."""
     (tmp_path / "failing.jpg").symlink_to("/proc/self/mem")
     for read in (images.read_size, images.read_bytes, images.read_image):
         with pytest.raises(ImageAccessError, match=r"failing\.jpg: cannot be read: Input/output error"):
@@ -354,7 +354,7 @@ class TestDigest:
     @pytest.fixture
     def folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.setenv("FKD_SSL_CACHE", str(tmp_path / "cache"))
-        monkeypatch.setattr(source, "_SETTLED", -60)  # files of this very moment count as settled
+        monkeypatch.setattr(source, "_SETTLED", -60)  # treats new files as settled
         for k in range(3):
             save(tmp_path / "set" / "ash" / f"{k}.bmp", Image.fromarray(np.full((8, 8, 3), k, dtype=np.uint8)))
         return tmp_path / "set"
@@ -368,7 +368,7 @@ class TestDigest:
         first = images.scan(folder).digest()
         path = folder / "ash" / "1.bmp"
         before = path.stat()
-        time.sleep(0.05)  # the change time moves in ticks
+        time.sleep(0.05)  # change times advance in ticks
         save(path, Image.fromarray(np.full((8, 8, 3), 9, dtype=np.uint8)))
         os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
         assert path.stat().st_size == before.st_size

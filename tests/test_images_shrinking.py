@@ -1,4 +1,4 @@
-"""A smaller copy of an image set: sizes, formats, fidelity, what is there already, what cannot be read."""
+"""A smaller copy of an image set: sizes, formats, fidelity, existing files, unreadable images."""
 
 import shutil
 from pathlib import Path

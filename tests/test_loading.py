@@ -1,4 +1,4 @@
-"""The loader: what a worker's death, a full /dev/shm and Ctrl-C become."""
+"""The loader: errors after a worker's death, a full /dev/shm and Ctrl-C."""
 
 import errno
 import multiprocessing
@@ -51,12 +51,12 @@ def kill() -> None:
 
 
 def kill_in_the_middle_of_a_batch() -> None:
-    """Sends the first bytes of a batch, for the rest of which the parent waits."""
+    """Sends only the first bytes of a batch, so that the parent waits for the rest."""
     frame = sys._getframe()
     while "data_queue" not in frame.f_locals:
         assert frame.f_back is not None
         frame = frame.f_back
-    time.sleep(0.5)  # until the parent has taken what was sent before
+    time.sleep(0.5)  # until the parent has received the earlier batches
     os.write(frame.f_locals["data_queue"]._writer.fileno(), struct.pack("!i", 1000) + b"part")
     time.sleep(0.5)
     kill()
@@ -72,7 +72,7 @@ def test_batches_come_in_order_and_in_shared_memory(workers: int) -> None:
 
 
 def test_every_tensor_of_a_batch_is_shared_in_the_worker() -> None:
-    """By the time that it is sent, so that an error of it is the batch's."""
+    """Before it is sent, so that an error is raised for this batch."""
 
     batch = memory.share(
         {"a": torch.tensor([1, 2]), "b": [torch.zeros(3), {"c": torch.ones(2)}], "d": "x", "e": (torch.ones(1), 5)}
@@ -155,7 +155,7 @@ def test_a_signal_handler_of_the_program_stays() -> None:
 
 
 def test_a_worker_that_dies_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before anything is asked of it."""
+    """Before any batch is requested."""
     from fkd_ssl.data import loading
 
     monkeypatch.setattr(loading, "start_worker", lambda worker: kill())
@@ -166,7 +166,7 @@ def test_a_worker_that_dies_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_torch_raises_nothing_of_a_worker_that_was_ended() -> None:
-    """Its signal handler is in force where another DataLoader was used before."""
+    """Its signal handler is installed if another DataLoader was used before."""
     list(DataLoader(Reads(lambda key: key), num_workers=1))
     batches = iter(loader(lambda key: key))
     next(batches)
@@ -179,7 +179,7 @@ def test_torch_raises_nothing_of_a_worker_that_was_ended() -> None:
 
 
 def test_a_program_that_fails_does_not_wait_for_its_workers() -> None:
-    """Nor where the exception keeps the loader alive, and a SIGTERM leaves a worker 60 seconds."""
+    """Even if the exception keeps the loader alive and workers have 60 seconds after a SIGTERM."""
     script = (
         "import time\n"
         "from fkd_ssl.data import Loader\n"
@@ -224,7 +224,7 @@ VERBS = {
 
 @pytest.fixture(scope="module")
 def small_memory(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
-    """Status and standard error of each verb, run where /dev/shm has 1 MB, in its own mount namespace."""
+    """Status and standard error of each verb, run in a mount namespace where /dev/shm has 1 MB."""
     folder = tmp_path_factory.mktemp("shm")
     mount = "mount -t tmpfs -o size=1m tmpfs /dev/shm"
     if shutil.which("unshare") is None or subprocess.run([*UNSHARE, "sh", "-c", mount], capture_output=True).returncode:

@@ -1,4 +1,4 @@
-"""Locks between processes: exclusive, dropped by the kernel, not inherited, and gone with their file."""
+"""Locks between processes: exclusive, released by the kernel, not inherited, lost with their file."""
 
 import os
 import signal
@@ -43,7 +43,7 @@ def test_one_holds_it_and_leaves_no_file(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("more", [(), ("fork",)], ids=["alone", "with a forked child"])
 def test_a_killed_process_drops_it(tmp_path: Path, more: tuple[str, ...]) -> None:
-    """Also where a process that it forked lives on."""
+    """Even if a process that it forked is still running."""
     path = tmp_path / "lock"
     with hold(path, *more) as process:
         try:

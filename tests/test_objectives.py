@@ -31,7 +31,7 @@ OF_EMBEDDINGS = [name for name in OBJECTIVES if name not in ("soft_ce", "discrim
 
 
 def make(name: str, dim: int = 12) -> Objective:
-    """An objective with its own temperature; thirty prototypes whose length is not one, or a queue of fifty."""
+    """Makes an objective with its default temperature; thirty prototypes of various lengths, or a queue of fifty."""
     prototypes = np.random.default_rng(3).normal(size=(30, dim)).astype(np.float32)
     about = TeacherInfo(name="swav", spec=TargetSpec("embedding", (dim,)), arrays={"prototypes": prototypes})
     return make_objective(name.replace("queue_kl", "queue_kl(queue=50)"), about=about)
@@ -270,7 +270,7 @@ class TestQueueKL:
         assert objective(student, target).item() == pytest.approx(expected, rel=1e-10)
 
     def test_at_seeds_temperatures_the_teacher_points_at_its_own_target(self) -> None:
-        """So that the loss is InfoNCE (van den Oord et al., arXiv 1807.03748) with the target as the positive."""
+        """The loss then is InfoNCE (van den Oord et al., arXiv 1807.03748) with the target as the positive."""
         student, target = pair(8, 32)
         objective = QueueKL(32, queue=64)
         queue = objective.queue.double()
@@ -477,7 +477,7 @@ def test_an_objective_is_for_one_kind_of_targets() -> None:
 
 
 class TestDiscriminator:
-    """MEAL V2's, against the layers and the logistic loss written out."""
+    """MEAL V2's discriminator, compared with the layers and the logistic loss written out."""
 
     def test_it_is_the_cross_entropy_of_telling_them_apart(self) -> None:
         student, target = classes(5, 32)

@@ -1,4 +1,4 @@
-"""The package's surface: names that scripts rely on, and how little an import costs."""
+"""The package's public names, and the cost of its import."""
 
 import ast
 import re
@@ -16,7 +16,7 @@ HEAVY = ("torch", "torchvision", "lightly", "pytorch_lightning", "faiss", "cv2",
 
 
 def loaded_after(statement: str) -> set[str]:
-    """Which heavy packages a fresh interpreter holds after a statement."""
+    """Returns the heavy packages that a new interpreter has imported after a statement."""
     code = f"{statement}\nimport sys\nprint(*[name for name in {HEAVY!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return set(done.stdout.split())
@@ -42,7 +42,7 @@ def test_only_the_command_line_imports_commands() -> None:
 
 
 def test_no_command_is_long() -> None:
-    """What a verb does belongs to the rooms and to functions with names; its `run` says in which order."""
+    """The work of a verb belongs in named functions; its `run` only calls them in order."""
     long = []
     for path in (Path(__file__).parents[1] / "fkd_ssl/commands").glob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):

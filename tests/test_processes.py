@@ -1,4 +1,4 @@
-"""A process that ends with its parent, however that ends."""
+"""A process ends with its parent, however the parent ends."""
 
 import os
 import signal

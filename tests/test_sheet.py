@@ -1,4 +1,4 @@
-"""Contact sheets: what a record is said to do, and that boxes, crops, frames and texts are really drawn."""
+"""Contact sheets: descriptions of records; boxes, crops, frames and texts are drawn."""
 
 import io
 

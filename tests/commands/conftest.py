@@ -1,4 +1,4 @@
-"""The command line in this process: `call` returns status, standard output and standard error; `work` is a workplace."""
+"""The command line in this process: `call` returns status, standard output and standard error; `work` is a prepared folder."""
 
 import shutil
 from collections.abc import Callable
@@ -138,7 +138,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def work(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A copy of it that a test may spoil, as the current folder."""
+    """A copy of `made` that a test may change, as the current folder."""
     folder = Path(shutil.copytree(made, tmp_path / "work"))
     monkeypatch.chdir(folder)
     return folder
@@ -146,14 +146,14 @@ def work(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def call(capfd: pytest.CaptureFixture[str]) -> Call:
-    """call("train --images train", more=...) -> Answer; a path with a blank goes by keyword."""
+    """call("train --images train", more=...) -> Answer; paths with blanks are passed as keywords."""
 
     def run(line: str, **options: Any) -> Answer:
         args = line.split() + [text for name, value in options.items() for text in (f"--{name}", str(value))]
         capfd.readouterr()
         try:
             status = cli.main(args)
-        except SystemExit as stop:  # how a parser ends that was asked for help
+        except SystemExit as stop:  # argparse exits after --help
             status = int(stop.code or 0)
         said = capfd.readouterr()
         assert "Traceback" not in said.err
@@ -164,7 +164,7 @@ def call(capfd: pytest.CaptureFixture[str]) -> Call:
 
 @pytest.fixture
 def train_line() -> str:
-    """A training of two steps on stored targets, all but --out."""
+    """The command line of a training of two steps on stored targets, without --out."""
     return (
         "train --images train --store store --student squeezenet1_1 --epochs 2 --batch_size 18 --crops_per_image 2 "
         "--pixels 32 --workers 0 --log_every 1"

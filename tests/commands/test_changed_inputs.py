@@ -1,4 +1,4 @@
-"""A run is identified by its options and by what its inputs hold, never by where they are."""
+"""A run is identified by its options and the contents of its inputs, not by their paths."""
 
 import json
 import os
@@ -52,7 +52,7 @@ def place(work: Path) -> Path:
 
 
 def unfinished(work: Path) -> None:
-    """Makes the finished `run` one that was killed before its end."""
+    """Turns the finished `run` into one that was killed before its end."""
     for path in work.glob("run/results.json"):
         path.unlink()
 
@@ -67,14 +67,14 @@ def fewer_images(work: Path) -> None:
 
 
 def other_pictures(work: Path) -> None:
-    """The names stay; the pictures are others."""
+    """Replaces the images and keeps their names."""
     for path in (work / "train").rglob("*.png"):
         noise = np.random.default_rng(7).integers(0, 256, (40, 44, 3), dtype=np.uint8)
         Image.fromarray(noise).save(path)
 
 
 def one_other_bit(work: Path) -> None:
-    """Of the same size and time of change."""
+    """Changes one bit, and keeps size and modification time."""
     path = work / "train/ash/0.png"
     before, data = path.stat(), bytearray(path.read_bytes())
     data[-1] ^= 1
@@ -119,7 +119,7 @@ def other_weights(work: Path) -> None:
 @pytest.mark.filterwarnings("ignore")
 def test_changed_inputs_are_refused(place: Path, call: Any, line: str, change: Callable[[Path], None], named: str) -> None:
     assert call(line).status == 0
-    if change is not other_val:  # a finished run is compared too
+    if change is not other_val:  # a finished run is also compared
         unfinished(place)
     before = {path: path.read_bytes() for path in (place / "run").rglob("*") if path.is_file()}
     change(place)

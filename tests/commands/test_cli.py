@@ -1,4 +1,4 @@
-"""The command line itself: verbs, options, YAML files, help, and what it says of mistakes."""
+"""The command line itself: verbs, options, YAML files, help, and messages about mistakes."""
 
 import dataclasses
 import importlib
@@ -38,7 +38,7 @@ def options_of(verb: str) -> dict[str, dict[str, Any]]:
 
 
 def test_options_are_golden() -> None:
-    """Scripts rely on them. Rewritten only where a change is meant: UPDATE_GOLDEN=1 pytest ..."""
+    """Scripts rely on the options. To change them on purpose: UPDATE_GOLDEN=1 pytest ..."""
     found = {verb: options_of(verb) for verb in VERBS}
     if os.environ.get("UPDATE_GOLDEN"):
         GOLDEN.write_text(json.dumps(found, indent=1) + "\n")
@@ -90,7 +90,7 @@ def test_the_module_and_the_version() -> None:
 
 
 class TestMistakes:
-    """Each ends with status 2, one line on standard error, and no traceback (`call` sees to that)."""
+    """Each exits with status 2, prints one line on standard error, and no traceback (`call` checks this)."""
 
     @pytest.mark.parametrize(
         ("line", "said"),
@@ -183,7 +183,7 @@ class TestConfigFiles:
         positionals = [
             f.name for f in fields if f.name in getattr(command, "POSITIONALS", ()) and f.default is dataclasses.MISSING
         ]
-        flags = [field.name for field in fields if field.type is bool and field.name != "leave_one_out"]  # it goes without val
+        flags = [field.name for field in fields if field.type is bool and field.name != "leave_one_out"]  # val is optional
         needed = [field.name for field in fields if field.default is dataclasses.MISSING and field.name not in positionals]
         needed += {"knn": ["val"], "train": ["store"], "retrieve": ["gallery"]}.get(verb, [])
         values = dict.fromkeys(needed, "x") | dict.fromkeys(flags, True)
@@ -220,7 +220,7 @@ class TestInterrupts:
         return patch
 
     def test_ctrl_c_during_an_import(self, tmp_path: Path) -> None:
-        """Whatever the module makes of it."""
+        """Even if the module catches KeyboardInterrupt."""
         code = "import signal\ntry:\n    signal.raise_signal(signal.SIGINT)\nexcept BaseException:\n    raise RecursionError\n"
         (tmp_path / "own.py").write_text(code)
         (tmp_path / "images").mkdir()
@@ -318,7 +318,7 @@ SHOWN = r"MIT\x1b]0;owned\x07\x1b[2J\x9b2J\u202eTIM\ud800\rlicence"
 
 
 def test_a_strangers_words_control_no_terminal(work: Path, call: Any) -> None:
-    """A licence and a name with escapes, a change of direction and a lone surrogate: in a store's column, in errors."""
+    """Licences and names with escapes, direction changes and lone surrogates, in a store's column and in errors."""
     path = work / "store/targets/make/meta.json"
     values = files.read_json(path)
     values["teacher"] |= {"licence": HOSTILE, "network": f"{HOSTILE}\nteacher forged: D = 1"}

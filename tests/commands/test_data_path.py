@@ -1,4 +1,4 @@
-"""The data path from the command line: a smaller copy, boxes scaled to it, images that cannot be read, killed workers."""
+"""The data path from the command line: a smaller copy with scaled boxes, unreadable images, killed workers."""
 
 import errno
 import json
@@ -106,7 +106,7 @@ class TestUnreadable:
     @pytest.mark.parametrize("spoil", ["corrupt", "vanish"])
     def test_it_stops_and_names_the_file(self, work: Path, call: Any, train_line: str, spoil: str) -> None:
         path = Path("train/birch/3.png")
-        if spoil == "corrupt":  # of the same length, so that only decoding can tell
+        if spoil == "corrupt":  # of the same length, so that only decoding detects it
             path.write_bytes(b"no picture".ljust(path.stat().st_size))
         else:
             path.unlink()
@@ -144,7 +144,7 @@ class TestUnreadable:
 
 
 def test_how_a_run_is_run_may_change_when_it_continues(work: Path, call: Any, train_line: str) -> None:
-    """As the advice after a killed worker says."""
+    """As the message about a killed worker advises."""
     assert call(f"{train_line} --out run").status == 0
     for change in ("--workers 1", "--device_crops", "--on_unreadable skip"):
         again = call(f"{train_line} --out run {change}")
@@ -185,7 +185,7 @@ def test_much_waiting_for_data_is_said_with_what_helps(
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the worker in /proc")
 def test_a_killed_worker_is_said_in_words(work: Path, train_line: str) -> None:
-    for folder in Path("train").iterdir():  # large enough for the worker to be at work
+    for folder in Path("train").iterdir():  # large enough that the worker is still reading
         for path in folder.glob("*.png"):
             noise = np.random.default_rng(0).integers(0, 256, (500, 600, 3), dtype=np.uint8)
             Image.fromarray(noise).save(path)

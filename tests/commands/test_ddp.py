@@ -1,4 +1,4 @@
-"""Trainings by two processes (gloo, on the CPU): started plainly and by torchrun, as one with the same global batch."""
+"""Training by two processes (gloo, on the CPU), started by Lightning and by torchrun, compared with one process."""
 
 import json
 import os
@@ -16,14 +16,14 @@ from fkd_ssl.training.metrics import read_metrics
 
 pytestmark = [pytest.mark.ddp, pytest.mark.slow]
 
-TOLERANCE = 1e-5  # relative, of a loss: the processes' means are rounded otherwise than the mean of all
+TOLERANCE = 1e-5  # relative tolerance of a loss: means per process round differently from the mean over all
 PLAIN = [sys.executable, "-m", "fkd_ssl"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "fkd_ssl"]
 LINE = (
     "train --images train --store store --student squeezenet1_1 --head simreg --objective feature_kl+0.1*queue_kl(queue=36) "
     "--ema 0.9 --batch_size 12 --crops_per_image 1 --pixels 32 --workers 0 --log_every 1 --lr 1e-4"
 )
-# BatchNorm is over a process's own crops, so that a comparison with one process leaves SimReg's head out
+# without SimReg's head, since BatchNorm uses the crops of one process
 NO_NORM = LINE.replace("--head simreg ", "")
 
 THREADS = """
@@ -64,7 +64,7 @@ def test_two_processes_are_one(work: Path, call: Any, start: list[str], options:
     assert call(f"{line} --out one").status == 0
     done = run(start, f"{line} --out two {options}")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("\n") == 1  # one process speaks
+    assert done.stdout.count("\n") == 1  # only one process prints
     one, two = (losses(work / name) for name in ("one", "two"))
     assert len(one) == 9
     assert two == pytest.approx(one, rel=TOLERANCE)
@@ -75,13 +75,13 @@ def test_two_processes_are_one(work: Path, call: Any, start: list[str], options:
     weights = [torch.load(work / name / "checkpoints/last.ckpt", weights_only=True)["state_dict"] for name in ("one", "two")]
     assert weights[0].keys() == weights[1].keys()
     queue = "parts.0.parts.1.queue"
-    for row in weights[1][queue]:  # the same targets in each process's order
+    for row in weights[1][queue]:  # the same targets, in the order of the processes
         assert (weights[0][queue] - row).abs().sum(dim=1).min() < 1e-6
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="only Linux names a process's threads")
 def test_no_thread_of_gloo_is_left(work: Path) -> None:
-    """One that still holds a tensor aborts a Python that is ending: the training is done, and the exit status is -6."""
+    """A gloo thread that still holds a tensor aborts Python at exit, with status -6 after a finished training."""
     (work / "start.py").write_text(THREADS)
     done = run([*TORCHRUN[:-2], "start.py"], f"{LINE} --epochs 2 --out run")
     assert done.returncode == 0, done.stderr
@@ -111,7 +111,7 @@ def test_a_sigterm_saves_first_and_the_training_continues(work: Path) -> None:
 
 
 def test_a_sigterm_to_all_processes_saves_first_too(work: Path) -> None:
-    """As clusters send it: the processes that read images hear it as well."""
+    """Clusters send SIGTERM to all processes, including the workers that read images."""
     line = f"{LINE} --epochs 400 --workers 1 --out run".replace("--workers 0 ", "")
     env = {**os.environ, "TQDM_DISABLE": "1", "PYTHONPATH": "."}
     options: dict[str, Any] = {"stderr": subprocess.PIPE, "text": True, "env": env, "start_new_session": True}

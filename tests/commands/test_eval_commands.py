@@ -71,7 +71,7 @@ def test_several_protocols_are_several_results(work: Path, call: Any) -> None:
     assert again.err.count("this evaluation is done") == 3
     alone = json.loads(call(f"linear {TEACHER} {SETS} --protocol swav --epochs 2 --batch_size 8 --json").out)
     assert alone["history"] == found["swav"]["history"]
-    further = call(line.replace("swav", "swav,simsiam") + " --json")  # what is there already is not computed again
+    further = call(line.replace("swav", "swav,simsiam") + " --json")  # existing results are not computed again
     assert [json.loads(row)["protocol"] for row in further.out.splitlines()] == ["moco", "logreg", "swav", "simsiam"]
     assert "simsiam epoch 2/2" in further.err
     assert "moco epoch" not in further.err
@@ -95,7 +95,7 @@ def test_a_request_that_fails_leaves_no_folder(work: Path, call: Any) -> None:
     answer = call(f"linear {TEACHER} {SETS} --protocol moco,swav --epochs 1 --out one")
     assert answer.status == 2
     assert "one: holds one evaluation, and several protocols need a folder each in it; choose another --out" in answer.err
-    answer = call(f"linear {TEACHER} {SETS} --protocol moco,simclr --epochs 2 --out out")  # moco is there, of one epoch
+    answer = call(f"linear {TEACHER} {SETS} --protocol moco,simclr --epochs 2 --out out")  # moco is done, with one epoch
     assert answer.status == 2
     assert "holds a run of another config (epochs is 1 there, 2 here)" in answer.err
     assert not (work / "out/simclr").exists()
@@ -230,7 +230,7 @@ def test_several_k_make_a_table_and_the_headline_is_twenty(work: Path, call: Any
     assert lines[2].split()[:2] == ["3", "inf"]
     assert lines[-1].startswith("teacher:own_teacher:make: kNN-20 at 32 px")
     out = call(f"knn {TEACHER} {SETS} --k 3,20 --temperature inf --json").out
-    rows = json.loads(out, parse_constant=pytest.fail)["sweep"]  # Infinity is no JSON
+    rows = json.loads(out, parse_constant=pytest.fail)["sweep"]  # JSON has no Infinity
     assert [(row["k"], row["temperature"]) for row in rows] == [(3, "Infinity"), (18, "Infinity")]
 
 
@@ -330,7 +330,7 @@ def test_the_same_images_twice_and_collapsed_features_get_a_note(work: Path, cal
 
 
 def test_another_mean_or_std_is_another_model(work: Path) -> None:
-    """Both are buffers that no checkpoint has, so that the weights have the same digest."""
+    """Checkpoints do not contain these buffers, so the digest of the weights is the same."""
     (work / "two_stds.py").write_text(
         """
 from torch import nn
@@ -374,7 +374,7 @@ def test_damaged_images_stop_or_are_skipped_and_counted(
     stopped = call(line)
     assert stopped.status == 1
     assert ".png: not a readable image: unknown image format; remove it or pass --on_unreadable skip" in stopped.err
-    for _ in range(2):  # what is kept remembers them
+    for _ in range(2):  # the cache contains them
         skipped = call(f"{line} --on_unreadable skip --json")
         found = json.loads(skipped.out)
         assert (skipped.status, found["unreadable_images"]) == (0, 2 if "val" in line or "queries" in line else 1)

@@ -1,4 +1,4 @@
-"""Every example runs for a few steps on made images."""
+"""Every example runs for a few steps on generated images."""
 
 import os
 import subprocess

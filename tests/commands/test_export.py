@@ -1,4 +1,4 @@
-"""export through the command line, and what its file is good for."""
+"""export through the command line, and loading of its files."""
 
 from pathlib import Path
 from typing import Any

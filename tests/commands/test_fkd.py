@@ -54,5 +54,5 @@ def test_an_image_that_cannot_be_read_is_named(work: Path, call: Any) -> None:
     answer = call("import-fkd files --images train --store new")
     assert answer.status == 1
     assert f"train/ash/{image.name}: " in answer.err
-    assert answer.err.endswith("; repair or remove it\n")  # and no option that import-fkd does not have
+    assert answer.err.endswith("; repair or remove it\n")  # and names only options that import-fkd has
     assert not (work / "new").exists()

@@ -19,7 +19,7 @@ from fkd_ssl.store import manifest
 
 LINE = "precompute --images train --teacher own_teacher:make --crops 4 --codec Flat --chunk_size 16"
 
-# shards of 4 rows in every process that imports the teacher; `slow` writes down who runs it, and waits once to be killed
+# shards of 4 rows in every process that imports the teacher; `slow` records its process, and waits once to be killed
 TEACHER = """
 import os, time
 from pathlib import Path
@@ -52,7 +52,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def workplace(work: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The workplace with five small shards."""
+    """The prepared folder with five small shards."""
     monkeypatch.setattr(manifest, "ROWS_PER_SHARD", 4)
     with (work / "own_teacher.py").open("a") as file:
         file.write(TEACHER)
@@ -109,7 +109,7 @@ class TestShards:
 
 @pytest.mark.slow
 def test_torchrun(workplace: Path, call: Any) -> None:
-    """Two processes; one of them speaks."""
+    """Two processes, of which one prints."""
     assert call(f"{LINE} --store whole").status == 0
     (workplace / "start.py").write_text("import sys, own_teacher\nfrom fkd_ssl.cli import main\nsys.exit(main(sys.argv[1:]))\n")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", "start.py"]
@@ -174,7 +174,7 @@ def test_ray_is_told_paths_that_mean_the_same_from_any_folder(
 class TestRay:
     @pytest.fixture
     def cluster(self, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-        """A Ray of two processors on this machine."""
+        """A Ray cluster with two processors on this machine."""
         ray = pytest.importorskip("ray")
         monkeypatch.setenv("PYTHONPATH", str(workplace))
         monkeypatch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -183,7 +183,7 @@ class TestRay:
         ray.shutdown()
 
     def test_a_killed_worker_is_replaced_and_an_error_is_said(self, workplace: Path, call: Any, cluster: Any) -> None:
-        """Killed in the middle of a shard: the bytes are those of one process; what is wrong is said as without Ray."""
+        """After a kill within a shard, the bytes equal those of one process; errors are reported as without Ray."""
         line = LINE.replace(":make", ":slow")
         killed: list[int] = []
 
@@ -204,7 +204,7 @@ class TestRay:
         assert (status, len(killed)) == (0, 1), err
         assert json.loads(out)["busy"] == json.loads(out)["left"] == []
         pids = (workplace / "pids").read_text().split()
-        assert len(set(pids)) >= 3  # this process, which wraps the network, and two workers at least
+        assert len(set(pids)) >= 3  # this process, which wraps the network, and at least two workers
         found = contents(workplace / "new")
         assert call(f"{line} --store whole").status == 0
         assert {name: data for name, data in found.items() if "/." not in name} == contents(workplace / "whole")

@@ -1,4 +1,4 @@
-"""One process at a time uses a run folder; what is killed leaves no lock, no temporary file and no child."""
+"""Only one process at a time uses a run folder; a killed one leaves no lock, temporary file or child."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def start(line: str, **options: Any) -> "subprocess.Popen[str]":
 
 
 def wait_for(what: Callable[[], bool], process: "subprocess.Popen[str]") -> None:
-    """Waits until `what` holds; ends the process if that takes long, so that the test does not wait for it."""
+    """Waits until `what` is true; after a timeout it kills the process and fails."""
     end = time.monotonic() + 600
     while not what():
         assert process.poll() is None, process.communicate()
@@ -90,7 +90,9 @@ def test_two_trainings_started_together_leave_one_whole_run(work: Path) -> None:
     line = f"{TRAIN} --epochs 6 --workers 1 --out run"
     processes = [start(line), start(line)]
     said = [process.communicate(timeout=900)[1] for process in processes]
-    assert sorted(process.returncode for process in processes) in ([0, 0], [0, 2]), said  # the second may come when it is done
+    assert sorted(process.returncode for process in processes) in ([0, 0], [0, 2]), (
+        said
+    )  # the second may start when the first is done
     assert [line["step"] for line in read_metrics(work / "run/metrics.csv")] == list(range(1, 7))
     assert json.loads((work / "run/results.json").read_text())["steps"] == 6
 
@@ -102,7 +104,7 @@ def test_a_killed_comparison_leaves_no_training(work: Path) -> None:
         wait_for((run / "checkpoints/last.ckpt").exists, process)
         children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
         families = [*children, *_grandchildren(children)]
-        assert len(families) >= 2  # the training and the process that reads images for it
+        assert len(families) >= 2  # the training and its worker
         process.kill()
     end = time.monotonic() + 10
     while any(map(is_running, families)) and time.monotonic() < end:
@@ -153,7 +155,7 @@ def test_a_full_disk_names_metrics_csv(work: Path, call: Any, monkeypatch: pytes
     def fill(self: MetricsWriter, *args: Any) -> None:
         started(self, *args)
         with self.path.open("a") as file:
-            file.write("\n" * 100_000)  # so that the captured output, which is a file too, stays below the limit
+            file.write("\n" * 100_000)  # so that the captured output, which is also a file, stays below the limit
         resource.setrlimit(resource.RLIMIT_FSIZE, (self.path.stat().st_size + 10, before[1]))
 
     monkeypatch.setattr(MetricsWriter, "on_train_start", fill)

@@ -1,4 +1,4 @@
-"""An image source of one's own works in every verb: the stranger's test of `ImageSource` and `SOURCES`."""
+"""A user's own image source works in every verb: a test of `ImageSource` and `SOURCES`."""
 
 import io
 import json
@@ -17,13 +17,13 @@ from fkd_ssl.images import SOURCES, ImageSource, open_images, scan
 from fkd_ssl.images.named import Arrays
 from fkd_ssl.store import open_store
 
-# the source --------------------------------------------------------------------------------------
+# the source
 
 COLOURS = {"ash": (60, 90, 190), "birch": (70, 170, 80), "cedar": (190, 80, 60)}
 
 
 class Noise(ImageSource):
-    """Noise about three colours, `noise:SEED:COUNT`, drawn when it is read."""
+    """Noise around three colours, `noise:SEED:COUNT`, generated when it is read."""
 
     def __init__(self, spec: str) -> None:
         _, self.seed, count = spec.split(":")
@@ -38,7 +38,7 @@ class Noise(ImageSource):
         return file.getvalue()
 
 
-# the test ----------------------------------------------------------------------------------------
+# the test
 
 PRECOMPUTE = "precompute --teacher own_teacher:make --crops 4 --codec Flat --chunk_size 16"
 TRAIN = "train --student squeezenet1_1 --epochs 1 --batch_size 18 --crops_per_image 2 --pixels 32 --log_every 1"

@@ -1,4 +1,4 @@
-"""From images alone to a student of a teacher with prototypes."""
+"""From unlabelled images to a student of a teacher with prototypes."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""train --targets online --record: the store that a first student leaves for the next ones."""
+"""train --targets online --record: the first student's training makes a store for later students."""
 
 import json
 import os
@@ -52,7 +52,7 @@ def test_the_next_student_needs_no_teacher(work: Path, call: Any) -> None:
 
 
 def test_the_student_is_the_one_of_an_online_training(work: Path, call: Any) -> None:
-    """The same crops in the same order: the teacher's words are written down, and nothing else changes."""
+    """Recording changes nothing but writing the targets: the same crops in the same order."""
     assert call(f"{LINE} --epochs 6 --record new --out recorded").status == 0
     assert call(f"{FINISH.replace('new', 'old')} --crops 6".replace("--chunk_size 12", "")).status == 0
     assert np.abs(codes_of("new") - codes_of("old")).max() <= 1
@@ -114,7 +114,7 @@ def test_a_killed_training_goes_on(work: Path, call: Any) -> None:
 def test_a_run_that_was_killed_while_its_store_was_published_ends(
     work: Path, call: Any, monkeypatch: pytest.MonkeyPatch, published: int
 ) -> None:
-    """After the first of two teachers' targets, or after both, before the run knew that it was done."""
+    """Killed after publishing one or both teachers' targets, before the run was marked as done."""
     from fkd_ssl.store.write.recording import Recording
 
     line = f"{LINE.replace('own_teacher:make', 'own_teacher:make,own_teacher:other')} --epochs 3"
@@ -158,7 +158,7 @@ def test_another_column_over_the_same_crops(work: Path, call: Any) -> None:
 
 
 def test_another_batch_size_after_a_start_that_recorded_nothing(work: Path, call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Too large a batch for the memory, say: the store that was planned is taken, though its chunks are of the first size."""
+    """For instance after running out of memory: the planned store is used, although its chunk size is the first batch size."""
     from fkd_ssl.training.sampler import PassSampler
 
     def fails(self: PassSampler, step: int) -> Any:
@@ -294,7 +294,7 @@ def test_two_processes_record_one_store(work: Path, call: Any) -> None:
 
 
 def test_two_teachers_of_one_name(work: Path, call: Any) -> None:
-    """Two checkpoints of one family, say: the second one's column is told apart."""
+    """For instance two checkpoints of one family: the second column gets another name."""
     (work / "second.py").write_text((work / "own_teacher.py").read_text())
     line = LINE.replace("own_teacher:make", "own_teacher:make,second:make")
     assert call(f"{line} --epochs 2 --record new --out run").status == 0

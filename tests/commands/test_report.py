@@ -40,12 +40,12 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[f
         tops["base"].append(write(tmp_path / f"r/b{seed}", model=f"base/seed_{seed}", right=list(range(10))))
     write(tmp_path / "r/k", model="base", right=[1], kind="knn", protocol="k 20, T 0.07")
     (tmp_path / "r/train").mkdir()
-    (tmp_path / "r/train/results.json").write_text('{"epochs": 3}')  # a training's is passed over
+    (tmp_path / "r/train/results.json").write_text('{"epochs": 3}')  # the results of a training are skipped
     return tops
 
 
 def test_mean_and_deviation_over_seeds(folders: dict[str, list[float]], call: Any) -> None:
-    status, out, _ = call("report r r/a0")  # a folder that is named twice counts once
+    status, out, _ = call("report r r/a0")  # a folder named twice counts once
     lines = out.splitlines()
     assert status == 0
     assert lines[0] == "| model | protocol | images | px | seeds | top-1 | top-5 |"
@@ -86,7 +86,7 @@ def test_a_baseline_is_compared_by_the_paired_bootstrap(folders: dict[str, list[
 
 
 def test_runs_are_paired_by_seed_and_not_by_their_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: Any) -> None:
-    """Identical runs differ by nothing, also where their folders sort otherwise; of other seeds they are refused."""
+    """Identical runs have difference 0, whatever the order of their folders; runs of other seeds are refused."""
     monkeypatch.chdir(tmp_path)
     right = {seed: list(range(4 * seed, 4 * seed + 4 + seed)) for seed in range(4)}
     for seed in (0, 1, 2):

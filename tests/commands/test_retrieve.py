@@ -61,7 +61,7 @@ def test_the_images_nearest_to_one(work: Path, call: Any) -> None:
     with Image.open(work / "nearest.png") as sheet:
         assert (sheet.width, sheet.height) == (1136, 96 + 2 * 253)
         pixels = np.asarray(sheet.convert("RGB"))
-    framed = (pixels == (0x00, 0x79, 0x5A)).all(axis=2)  # hits of the query's class, which is its folder's
+    framed = (pixels == (0x00, 0x79, 0x5A)).all(axis=2)  # hits of the query's class, the name of its folder
     assert framed[88 - 5 : 88 + 200, 24 + 184 - 5 : 24 + 184 + 170].sum() > 4 * 4 * 168 * 0.7
     assert framed.sum() < 8 * 4 * 4 * 168
     before = (work / "nearest.png").read_bytes()
@@ -86,7 +86,7 @@ def test_the_images_nearest_to_one_need_no_classes(work: Path, call: Any) -> Non
 
 
 def test_the_images_nearest_to_one_of_a_set_in_memory(work: Path, call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A named set has no files: its images are drawn from memory, and the list has their names in the set."""
+    """A named set has no files: its images are taken from memory and listed by their names in the set."""
     folder = scan("train")
     pixels = np.stack([folder.pixels(row)[:40, :40] for row in range(len(folder))])
     made = Arrays("memory:", pixels, folder.labels, folder.classes)

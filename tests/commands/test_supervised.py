@@ -143,7 +143,7 @@ def test_labels_need_classes(call: Any, work: Path) -> None:
 def test_doubtful_targets_are_calibrated(labels: Path, call: Any, work: Path) -> None:
     line = f"{TRAIN} --objective soft_ce --head classifier --epochs 2"
     assert call(f"{line} --out plain").status == 0
-    assert call(f"{line} --calibrate_below 1 --out run").status == 0  # no crop is as sure as that
+    assert call(f"{line} --calibrate_below 1 --out run").status == 0  # no crop reaches this probability
     assert call(f"{line.replace('--store labels', '--store labels --targets labels')} --out classes").status == 0
     losses = [read_metrics(work / name / "metrics.csv")[0]["loss"] for name in ("plain", "run", "classes")]
     assert losses[0] != losses[1] == losses[2]
@@ -163,7 +163,7 @@ def test_embeddings_are_not_mixed(call: Any, work: Path, train_line: str) -> Non
 class TestTeachers:
     @pytest.fixture
     def trained(self, call: Any, work: Path) -> Path:
-        """A run of plain training."""
+        """A run of supervised training."""
         assert call(f"{LABELS} --out runs/teacher").status == 0
         return work / "runs/teacher"
 
@@ -214,7 +214,7 @@ class TestTeachers:
         both = "own_teacher:sharper+own_teacher:classes"
         line = f"precompute --images train --store two --recipe fkd --crops 4 --teacher own_teacher:classes,{both}"
         assert call(line).status == 0
-        answer = call(f"verify two --images train --teacher {both}")  # and not by the last one's alone
+        answer = call(f"verify two --images train --teacher {both}")  # and not only by that of the last one
         assert answer.status == 0, answer.out
 
 

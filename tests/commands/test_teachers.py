@@ -1,4 +1,4 @@
-"""`teachers` and `teachers fetch`: what is listed, what is here, what is said before a download."""
+"""`teachers` and `teachers fetch`: the list, the files in the cache, the text before a download."""
 
 import functools
 import json

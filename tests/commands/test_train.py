@@ -19,7 +19,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def broken_off(call: Any, line: str, step: int) -> None:
-    """Runs `line` until a batch of step `step` is asked for."""
+    """Runs `line` until the batch of step `step` is requested."""
     from fkd_ssl.training.sampler import PassSampler
 
     batch = PassSampler.batch
@@ -87,7 +87,7 @@ def test_images_need_no_classes(work: Path, call: Any, train_line: str) -> None:
     assert answer.status == 2
     assert "images are outside any class folder" in answer.err
     (work / "level").mkdir()
-    for name in ("train", "val"):  # one level too many: all images would be of the class `imgs`
+    for name in ("train", "val"):  # one folder level too many: all images would have the class `imgs`
         (work / "level" / name).mkdir()
         shutil.copytree(work / name, work / "level" / name / "imgs")
     line = train_line.replace("--images train", "--images level/train").replace("--store store ", "")
@@ -103,7 +103,9 @@ def test_a_finished_run_does_nothing(work: Path, call: Any, train_line: str) -> 
     status, out, err = call(f"{train_line} --out run")
     assert (first.status, status, out) == (0, 0, first.out)
     assert "run: this run is done" in err
-    assert "run: this run is done" in call(f"{train_line} --out run --workers 1 --devices 3").err  # how it is run is free
+    assert (
+        "run: this run is done" in call(f"{train_line} --out run --workers 1 --devices 3").err
+    )  # execution options may differ
     assert contents(work / "run") == before
 
 
@@ -183,7 +185,7 @@ def test_float16_is_for_gpus(work: Path, call: Any, train_line: str) -> None:
 
 
 def test_tasks_of_srun_are_refused(work: Path, call: Any, train_line: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """But for the first, which trains alone, whatever SLURM says of the job."""
+    """Except the first, which trains alone, whatever SLURM's variables say."""
     for name, value in (("SLURM_NTASKS", "4"), ("SLURM_JOB_NAME", "fkd"), ("SLURM_LOCALID", "0"), ("SLURM_NODEID", "0")):
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("SLURM_PROCID", "1")

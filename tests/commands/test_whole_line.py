@@ -88,7 +88,7 @@ def test_compare(work: Path, call: Any) -> None:
     assert status == 2
     assert "cmp: holds a run of another config (lr is 0.01 there, 0.1 here)" in err
 
-    (work / "cmp/results.json").unlink()  # killed before the end: what is done is not done again
+    (work / "cmp/results.json").unlink()  # killed before the end: finished parts are not run again
     assert call(line).status == 0
     assert {path: path.stat().st_mtime_ns for path in unchanged if "/runs/" in str(path)} == {
         path: stamp for path, stamp in unchanged.items() if "/runs/" in str(path)

@@ -1,4 +1,4 @@
-"""The compiled resize gives OpenCV's pixels, stays inside its buffers, and is what replay uses where it can be built."""
+"""The compiled resize gives OpenCV's pixels, stays inside its buffers, and is used by replay if it was built."""
 
 import importlib
 import os
@@ -37,7 +37,7 @@ def test_the_resize_is_opencvs(finer):
         pixels, height, width = int(generator.integers(1, 130)), *generator.integers((1, 2), 400)
         image = generator.integers(0, 256, (height + 3, width + 5, 3), dtype=np.uint8)
         if k % 3 == 0:
-            image = np.where(image > 127, np.uint8(255), np.uint8(0))  # the greatest sums
+            image = np.where(image > 127, np.uint8(255), np.uint8(0))  # the largest sums
         crop = image[2 : 2 + height, 1 : 1 + width]
         fine = cv2.resize(crop, (finer * pixels, finer * pixels), interpolation=cv2.INTER_LINEAR)
         expected = fine if finer == 1 else cv2.resize(fine, (pixels, pixels), interpolation=cv2.INTER_AREA)
@@ -112,7 +112,7 @@ def test_nothing_behind_a_buffer_is_touched():
 
     done = run()
     assert (done.returncode, done.stdout) == (0, "inside\n"), done.stderr
-    assert run("look behind").returncode < 0  # the guard is one
+    assert run("look behind").returncode < 0  # the guard detects a change
 
 
 @needs_it

@@ -17,7 +17,7 @@ LUMA = np.array([0.299, 0.587, 0.114])
 
 @pytest.fixture
 def muted(smooth) -> np.ndarray:
-    """A picture of middling colours, so that nothing clips, of the output's own size: replay's geometry does nothing."""
+    """An image of medium colours, so that nothing clips, of the output's size, so that replay does not resize."""
     pixels = smooth(5, 64, 64).astype(float)
     return (128 + (pixels - 128) * 0.35).round().astype(np.uint8)
 
@@ -83,7 +83,7 @@ def test_hue_turns_as_torchvisions_does(start, hue):
         turns.append((turned - start + 0.5) % 1 - 0.5)
     assert abs(turns[1] - hue) < 0.02
     assert np.sign(turns[0]) == np.sign(hue)
-    assert abs(turns[0] - hue) < 0.09  # a circle in YIQ is no circle in HSV
+    assert abs(turns[0] - hue) < 0.09  # a rotation in YIQ differs from one in HSV
 
 
 def test_half_a_turn_of_hue_and_back(muted):
@@ -92,7 +92,7 @@ def test_half_a_turn_of_hue_and_back(muted):
 
 
 def oracle(image: np.ndarray, order: tuple[int, ...], factors: dict[str, float], grey: bool) -> np.ndarray:
-    """Operations one after the other on float pixels [n, 3], means measured where they are needed, nothing clamped."""
+    """Applies the operations in order to float pixels [n, 3], with means computed when needed, without clamping."""
     yiq = np.array([LUMA, [0.595716, -0.274453, -0.321263], [0.211456, -0.522591, 0.311135]])
     x = image.reshape(-1, 3).astype(np.float64)
     for operation in order:
@@ -127,7 +127,7 @@ def test_every_order_composes_as_the_operations_in_turn(muted, grey):
         pixels = replay(muted, np.array([record]), 64)[0].transpose(1, 2, 0).reshape(-1, 3)
         assert np.abs(pixels - expected.clip(0, 255)).max() <= 1
         matrices.append(matrix)
-    # nothing is clamped, contrast's pivot is the mean grey, saturation and hue keep grey: so the operations commute
+    # the operations commute: nothing is clamped, contrast's pivot is the mean grey, saturation and hue keep grey
     np.testing.assert_allclose(matrices, np.broadcast_to(matrices[0], (24, 3, 4)), atol=1e-4)
 
 

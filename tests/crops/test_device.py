@@ -56,7 +56,7 @@ def test_every_flag_and_extreme_factors(device, pixels):
 
 @pytest.mark.parametrize("pixels", [98, 70, 50])
 def test_sides_that_fill_no_vector(device, pixels):
-    """Where OpenCV's own code for the end of a row would round halves up: about one crop in forty."""
+    """OpenCV's own code for the end of a row rounds halves up, which would change about one crop in forty."""
     image, records = noise(200, 300), draw(RECIPES["mocov2"], image_key(0, "sides"), 200, 300, 0, 60)
     records = records[(records["flags"] & BLUR) > 0]
     assert len(records) > 20
@@ -161,7 +161,7 @@ print("compiled")
 
 
 def test_the_kernels_compile_for_a_gpu(tmp_path):
-    """Which the interpreter does not show; needs no GPU."""
+    """The interpreter does not compile them. Needs no GPU."""
     environment = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, capture_output=True, text=True)
     assert done.stdout == "compiled\n", done.stderr

@@ -1,4 +1,4 @@
-"""The draw: what it depends on, its distribution against torchvision's, and a golden file that pins it."""
+"""The draw: what it depends on, its distribution compared with torchvision's, and a golden file."""
 
 import json
 import math
@@ -35,7 +35,7 @@ def golden() -> dict[str, list[list[float]]]:
 
 
 def test_draws_are_those_of_the_golden_file():
-    """A change here makes other stores of the same seed: never change the file without a new format version."""
+    """Changed draws give other stores for the same seed: never change the file without a new format version."""
     assert golden() == json.loads(GOLDEN.read_text())
 
 
@@ -155,7 +155,7 @@ def test_boxes_lie_inside_any_image(height, width, name):
     ("height", "width", "box"), [(2, 3000, (0, 1498, 2, 3)), (3000, 2, (1498, 0, 3, 2)), (30, 600, (0, 280, 30, 40))]
 )
 def test_fallback_is_torchvisions_central_one(height, width, box):
-    recipe = Recipe(name="whole", scale=(1.0, 1.0))  # no box of the whole area fits these images
+    recipe = Recipe(name="whole", scale=(1.0, 1.0))  # no box of the full area fits into these images
     theirs = RandomResizedCrop.get_params(torch.empty(1, height, width), [1.0, 1.0], list(recipe.ratio))
     record = draw(recipe, key(), height, width, 0, 1)[0]
     ours = tuple(int(record[field]) for field in ("top", "left", "height", "width"))

@@ -53,7 +53,7 @@ def test_boxes_are_the_records_first_four_numbers():
 
 
 def test_the_table_of_operations_is_consistent():
-    """Each flag has its own bit, each draw its own word, and each operation its settings in Recipe."""
+    """Every flag has its own bit, every draw its own word, and every operation its settings in Recipe."""
     flags = {name: flag for operation in OPERATIONS for name, flag in operation.flags.items()}
     members = [field for operation in OPERATIONS for field in operation.fields.values()]
     assert Counter(flag.bit.bit_count() for flag in flags.values()) == {1: len(flags)}

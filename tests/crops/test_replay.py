@@ -1,4 +1,4 @@
-"""Replay: bit-identical whenever and wherever it is made; geometry, blur and flip against other code."""
+"""Replay: bit-identical in every process; geometry, blur and flip compared with independent code."""
 
 import hashlib
 import math
@@ -70,7 +70,7 @@ for pixels in map(int, sys.argv[3:]):
 
 
 def test_another_process_makes_the_same_bits(smooth, tmp_path):
-    """The records pass through a file on the way, as those of a store do."""
+    """The records are passed through a file, as those of a store."""
     image, records = smooth(2, 300, 401), records_of(300, 401)
     np.save(tmp_path / "image.npy", image)
     files.write_npy(tmp_path / "records.npy", records)
@@ -136,7 +136,7 @@ def test_threads_of_opencv_do_not_matter(smooth):
             cv2.setNumThreads(count)
             found.append(digest(replay(image, records, 224)))
     finally:
-        cv2.setNumThreads(0)  # as fkd_ssl sets it: a process that is forked beside OpenCV's pool would hang
+        cv2.setNumThreads(0)  # as set by fkd_ssl, since a process forked after OpenCV's pool has started would hang
     assert found[0] == found[1]
 
 
@@ -171,7 +171,7 @@ def test_replay_digest_sees_a_change_of_one_level(monkeypatch):
 
 
 def halved(image: np.ndarray) -> np.ndarray:
-    """2 x 2 means, rounded half up; an odd last row or column is left out."""
+    """Returns 2 x 2 means, rounded half up; an odd last row or column is dropped."""
     height, width = image.shape[0] // 2, image.shape[1] // 2
     blocks = image[: 2 * height, : 2 * width].reshape(height, 2, width, 2, 3).astype(int)
     return ((blocks.sum(axis=(1, 3)) + 2) // 4).astype(np.uint8)
@@ -208,7 +208,7 @@ def test_boxes_of_whole_ratios_are_exact_means(levels):
         (64, 200, 0, True),
         (127, 300, 0, True),
         (128, 128, 1, True),
-        (131, 255, 1, True),  # an odd row and column are left out
+        (131, 255, 1, True),  # an odd row and column are dropped
         (257, 600, 2, True),
     ],
 )
@@ -229,7 +229,7 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 
 @pytest.mark.parametrize(("pixels", "floor"), [(224, 56), (96, 55), (64, 47.5)])
 def test_geometry_is_near_an_antialiased_resize(smooth, pixels, floor):
-    """Measured at least: 57.6, 56.8 and 48.8 dB. Sharper pictures give less: 34 dB on photographs at 224 px."""
+    """Measured minima: 57.6, 56.8 and 48.8 dB. Sharper images give less: 34 dB on photographs at 224 px."""
     scores = []
     for seed in range(3):
         image = smooth(seed, 375, 500)
@@ -301,7 +301,7 @@ def test_blur_agrees_with_scipys(pixels, sigma):
 
 @pytest.mark.parametrize("pixels", [224, 96, 64])
 def test_blur_is_opencvs_gaussian_blur_up_to_ties(pixels):
-    """The same 8-bit kernel and exact sums; only a sum that ends in exactly one half may be rounded the other way."""
+    """The same 8-bit kernel and exact sums; only sums that end in exactly one half may round differently."""
     image = np.random.default_rng(1).integers(0, 256, (pixels, pixels, 3), dtype=np.uint8)
     for sigma in np.linspace(0.1, 2.0, 40, dtype=np.float16):
         scaled = float(sigma) * pixels / 224
@@ -337,7 +337,7 @@ def test_tiny_blur_does_nothing(smooth, sigma):
 
 
 def test_blur_does_not_mix_crops(smooth):
-    """Views lie side by side in one array."""
+    """The crops are adjacent in one array."""
     image, records = smooth(3, 64, 64), np.repeat(blurred(64, 2.0), 3)
     records["sigma"][1] = 0
     views = replay(image, records, 64)

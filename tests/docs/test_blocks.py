@@ -1,13 +1,13 @@
-"""Every code block of README and docs is run at small size, or at least parsed by what would run it.
+"""Every code block of README and docs is run at small size, or at least parsed.
 
-One mechanism for all pages. A ```bash block goes through bash itself, with stand-ins for the programs that note how they
-were called; a ```python block is executed. Then
+All pages are tested in the same way. A ```bash block is run by bash, with stand-ins for the programs that record their
+arguments; a ```python block is executed. Then
 
 - every call is parsed: `fkd-ssl` by its own parser, `torchrun` by torch's, scripts of benchmarks/ and examples/ by theirs;
-- the blocks of a page run in their order in one folder of tiny images, with what SMALL adds to a call.
+- the blocks of a page run in order in one folder of tiny images, with the options that SMALL adds.
 
-What a page needs beside images and checkpoints it says in a comment, `<!-- given: store runs/resnet18 -->`; a block that
-cannot run here says why in the line above it, `<!-- parsed only: needs a cluster -->`.
+A page declares what it needs in addition to images and checkpoints, `<!-- given: store runs/resnet18 -->`. A block that
+cannot run here has its reason in the line above it, `<!-- parsed only: needs a cluster -->`.
 """
 
 import argparse
@@ -100,7 +100,7 @@ class Block:
 
 
 def blocks_of(page: Path) -> list[Block]:
-    """Those of one page, in their order; directives of the site's generator are none."""
+    """Returns the blocks of a page in order, without directives of the site's generator."""
     text = page.read_text()
     return [
         Block(
@@ -116,12 +116,12 @@ def blocks_of(page: Path) -> list[Block]:
 
 
 def given_to(page: Path) -> list[str]:
-    """What a page takes for granted beside images and checkpoints: `<!-- given: runs/resnet18 store=another_name -->`."""
+    """Returns what a page needs in addition to images and checkpoints: `<!-- given: runs/resnet18 store=another_name -->`."""
     return [name for line in re.findall(r"<!-- given: ([^>]+) -->", page.read_text()) for name in line.split()]
 
 
 def write_images(folder: Path, per_class: int, seed: int) -> None:
-    """Class folders of noise about a colour, 60 to 120 px a side."""
+    """Writes class folders of noise around a colour, 60 to 120 px per side."""
     generator = np.random.default_rng(seed)
     for name, colour in COLOURS.items():
         (folder / name).mkdir(parents=True)
@@ -142,7 +142,7 @@ def write_checkpoint(path: Path) -> None:
 
 @pytest.fixture(scope="session")
 def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What pages may be given: image folders, `teacher.pth.tar`, `store`, `runs/resnet18`; to be copied."""
+    """What pages may need: image folders, `teacher.pth.tar`, `store`, `runs/resnet18`; tests copy it."""
     folder = tmp_path_factory.mktemp("stock")
     for name, per_class in IMAGES.items():
         write_images(folder / name, per_class, seed=name.endswith("val"))
@@ -162,7 +162,7 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def place(stock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """place(page) -> the folder in which that page's blocks run, as the current one."""
+    """place(page) -> the folder in which the page's blocks run; it becomes the current folder."""
     folder = tmp_path / "place"
 
     def make(page: Path) -> Path:
@@ -179,7 +179,7 @@ def place(stock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
         return folder
 
     yield make
-    for name, module in list(sys.modules.items()):  # a page's own modules, which another page has too
+    for name, module in list(sys.modules.items()):  # modules of a page, since another page may have the same names
         if str(getattr(module, "__file__", None) or "").startswith(str(folder)):
             del sys.modules[name]
 
@@ -192,7 +192,7 @@ def pages(*languages: str) -> list[Any]:
 
 @functools.cache
 def standins(folder: Path) -> str:
-    """A PATH of programs that note their arguments in $CALLS and do nothing; srun starts what it is given."""
+    """A PATH of programs that record their arguments in $CALLS and do nothing; srun starts its command."""
     for name in STANDINS:
         (folder / name).write_text('#!/bin/sh\nprintf \'%s\\0\' "${0##*/}" "$@" "$(printf \'\\1\')" >> "$CALLS"\n')
     (folder / "srun").write_text('#!/bin/sh\nwhile case "$1" in -*) true;; *) false;; esac; do shift; done\nexec "$@"\n')
@@ -205,7 +205,7 @@ def standins(folder: Path) -> str:
 def calls_of(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """calls_of(block, folder) -> the calls of a bash block, as bash understands it.
 
-    Where the block only is parsed, a file that it reads may be missing, but nothing else may be wrong.
+    For a block that is only parsed, a file that it reads may be missing; nothing else may be wrong.
     """
     path = standins(tmp_path_factory.mktemp("bin"))
 
@@ -226,7 +226,7 @@ def calls_of(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 def inner(call: Call) -> Call:
-    """The verb and options of fkd-ssl in a call, however it was started; empty where it is another program's."""
+    """Returns verb and options of fkd-ssl in a call, however it is started; empty for another program."""
     if call[0] == "fkd-ssl":
         return call[1:]
     if call[:3] == ["python", "-m", "fkd_ssl"]:
@@ -240,7 +240,7 @@ def inner(call: Call) -> Call:
 
 
 def check(call: Call) -> None:
-    """Parses a call with the parser that it would meet."""
+    """Parses a call with its program's parser."""
     if found := inner(call):
         verb, *options = found
         if verb == "--help":
@@ -264,11 +264,11 @@ def check(call: Call) -> None:
 
 
 class ParsedError(Exception):
-    """A script's options are right; what they are for is not begun."""
+    """Raised when a script has parsed its options, to stop it there."""
 
 
 def parse_script(script: Path, options: list[str]) -> None:
-    """Runs a script up to the moment when its parser has read its options."""
+    """Runs a script until it has parsed its options."""
     read = argparse.ArgumentParser.parse_args
 
     def stop(self: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> None:
@@ -278,7 +278,7 @@ def parse_script(script: Path, options: list[str]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(argparse.ArgumentParser, "parse_args", stop)
         patch.setattr(sys, "argv", [str(script), *options])
-        patch.syspath_prepend(str((ROOT / script).parent))  # scripts import their neighbours
+        patch.syspath_prepend(str((ROOT / script).parent))  # scripts import other scripts of their folder
         with pytest.raises(ParsedError):
             runpy.run_path(str(ROOT / script), run_name="__main__")
 
@@ -348,7 +348,7 @@ def test_it_runs(page: Path, place: Any, calls_of: Any, capfd: pytest.CaptureFix
 
 
 def run_python(block: Any, names: dict[str, Any], folder: Path) -> None:
-    """Executes a block; one that begins with the name of a file becomes that file, and is imported."""
+    """Executes a block; one that begins with a file name is saved as that file and imported."""
     if file := re.match(r"# (\w+)\.py\b", block.text):
         (folder / f"{file[1]}.py").write_text(block.text)
         importlib.invalidate_caches()
@@ -359,7 +359,7 @@ def run_python(block: Any, names: dict[str, Any], folder: Path) -> None:
 
 
 def run(call: Call) -> int:
-    """The exit status of a call at small size; 0 where it is not one that runs here."""
+    """Returns the exit status of a call at small size; 0 for a call that does not run here."""
     options = inner(call)
     if options and call[0] != "torchrun" and "--help" not in options:
         verb = options[0]
@@ -375,5 +375,5 @@ def run(call: Call) -> int:
 
 
 def small_teacher(options: Call) -> Call:
-    """A preset's weights are not here: any checkpoint of its layout serves."""
+    """Replaces a preset's weights, which are missing here, by any checkpoint of its layout."""
     return ["--teacher", "mocov2", "--checkpoint", "teacher.pth.tar"] if set(options) & set(PRESETS) else []

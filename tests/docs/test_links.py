@@ -1,4 +1,4 @@
-"""Every page can be reached, every link and anchor is there, and the front page's figures are those of the pages' tables."""
+"""Every page is linked, every link and anchor exists, and README's figures equal those of the pages' tables."""
 
 import re
 import runpy
@@ -16,13 +16,13 @@ FENCED = re.compile(r"^( *)(```+)[^\n]*\n.*?^\1\2$", re.MULTILINE | re.DOTALL)
 
 
 def prose(page: Path) -> str:
-    """A page without its blocks of code; an including page is what it includes."""
+    """Returns a page without code blocks; for a page that includes another, the included one."""
     text = INCLUDE.sub(lambda found: prose(page.parent / found[1]), page.read_text())
     return FENCED.sub("", text)
 
 
 def anchors(page: Path) -> set[str]:
-    """Of its headings, as GitHub and the site spell them."""
+    """Returns the anchors of the headings, as GitHub and the site spell them."""
     headings = re.findall(r"^#+ +(.*)$", prose(page), re.MULTILINE)
     plain = [re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading) for heading in headings]
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in plain}
@@ -50,7 +50,7 @@ def test_every_page_is_in_the_table_of_contents() -> None:
 
 
 def test_the_front_page_leads_to_each_page() -> None:
-    """By a link of its own, or through the results' and the benchmarks' pages."""
+    """Directly, or through the pages of results and benchmarks."""
     seen, waiting = set(), [ROOT / "README.md"]
     while waiting:
         page = waiting.pop().resolve()
@@ -68,17 +68,17 @@ def test_every_benchmark_is_listed() -> None:
 
 @pytest.fixture(scope="module")
 def figures() -> dict[str, Any]:
-    """The names of benchmarks/figures.py, which reads the pages' tables."""
+    """Returns the functions of benchmarks/figures.py, which reads the pages' tables."""
     return runpy.run_path(str(ROOT / "benchmarks/figures.py"))
 
 
 def test_the_figure_is_of_the_tables(figures: dict[str, Any]) -> None:
-    """Else: python benchmarks/figures.py --out docs/results/summary.svg."""
+    """To update it: python benchmarks/figures.py --out docs/results/summary.svg."""
     assert figures["drawn"]() in (DOCS / "results/summary.svg").read_text()
 
 
 def rounded(cell: str) -> str:
-    """A cell of a page of results as README has it: one digit behind the point."""
+    """Returns a cell of a results page with one decimal, as in README."""
     return " ± ".join(f"{float(part):.1f}" for part in cell.split(" ± "))
 
 

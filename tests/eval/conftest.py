@@ -1,4 +1,4 @@
-"""Tiny image sets whose classes are colours, and a backbone that sees them."""
+"""Tiny image sets whose classes are colours, and a backbone that distinguishes them."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -33,7 +33,7 @@ def make_set(tmp_path: Path) -> MakeSet:
 
 
 class Backbone(nn.Module):
-    """Pooled features [B, 16] with a BatchNorm, whose statistics give away a forward pass in train mode."""
+    """Pooled features [B, 16] with a BatchNorm, whose statistics reveal a forward pass in train mode."""
 
     def __init__(self) -> None:
         super().__init__()

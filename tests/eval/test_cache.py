@@ -31,7 +31,7 @@ def options(tmp_path, **more):
 
 
 class Counting(torch.nn.Module):
-    """The backbone, and how many images it saw beside the two of the check."""
+    """The backbone, which counts its images except the two of the check."""
 
     def __init__(self, backbone, stop_at=10**9) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ def test_it_is_extract(make_set, backbone, tmp_path, per_class: int) -> None:
         features, rows, entry = cache.cached(model, images, **options(tmp_path))
         np.testing.assert_allclose(features, plain, rtol=1e-4)
         np.testing.assert_array_equal(rows, np.arange(len(images)))
-    assert model.seen - 2 == len(images)  # the second time asked only the check
+    assert model.seen - 2 == len(images)  # the second time, only the check ran
     assert sorted(path.name for path in entry.iterdir()) == [
         "about.json",
         "done.json",
@@ -93,7 +93,7 @@ def test_what_was_killed_continues(make_set, backbone, tmp_path) -> None:
         cache.cached(stopped, images, **options(tmp_path))
     resumed = Counting(backbone)
     features, *_ = cache.cached(resumed, images, **options(tmp_path))
-    assert resumed.seen == len(images) - 15  # three whole parts were there
+    assert resumed.seen == len(images) - 15  # three complete parts existed
     np.testing.assert_allclose(features, extract(backbone, images, pixels=16, workers=0, progress=False)[0], rtol=1e-4)
 
 
@@ -123,7 +123,7 @@ def test_several_processes_share_the_work(make_set, backbone, tmp_path) -> None:
 
 def test_another_model_of_the_same_identity_is_refused(make_set, backbone, tmp_path) -> None:
     images = make_set("set")
-    backbone.eval()  # within a function it is not put into eval mode
+    backbone.eval()  # inside a function it is not put into eval mode
     cache.cached(backbone, images, **options(tmp_path))
     with pytest.raises(StoreError, match=r"gives other values .was its code changed.*delete the folder, or give another"):
         cache.cached(lambda pixels: backbone(pixels)[:, ::2], images, **options(tmp_path))
@@ -135,7 +135,7 @@ def test_another_model_of_the_same_identity_is_refused(make_set, backbone, tmp_p
     for change in changes:
         with pytest.raises(StoreError, match=r"gives other values"):
             cache.cached(lambda pixels, change=change: change(backbone(pixels)), images, **options(tmp_path))
-    cache.cached(lambda pixels: backbone(pixels) * (1 + 1e-5), images, **options(tmp_path))  # another machine's rounding
+    cache.cached(lambda pixels: backbone(pixels) * (1 + 1e-5), images, **options(tmp_path))  # rounding of another machine
 
 
 def test_damage_is_named(make_set, backbone, tmp_path) -> None:
@@ -196,7 +196,7 @@ def test_damaged_images_are_skipped_and_remembered(make_set, backbone, tmp_path,
         np.testing.assert_allclose(features, whole[rows], rtol=1e-4)
         assert len(skipped) == 5
         assert str(images.file(1)) in min(skipped)
-    assert model.seen - 2 == 15  # the second time asked only the check
+    assert model.seen - 2 == 15  # the second time, only the check ran
     np.testing.assert_array_equal(np.load(entry / "labels.npy", allow_pickle=False), images.labels[rows])
     with pytest.raises(ImageError, match=f"{images.file(1)}: not a readable image when its features were computed"):
         cache.cached(backbone, images, **options(tmp_path))

@@ -31,7 +31,7 @@ def test_the_transform_is_resize_and_centre_crop(tmp_path: Path) -> None:
             expected = np.asarray(vision.center_crop(vision.resize(picture, short), [32, 32]))
             return float(np.square(row.reshape(3, 32, 32) - expected.transpose(2, 0, 1)).mean())
 
-        assert error(37) < 65  # 30 dB or better: the same view to half a pixel; 37 is round(8/7 x 32)
+        assert error(37) < 65  # 30 dB or more means the same view to half a pixel; 37 is round(8/7 x 32)
         assert error(32) > 2 * error(37)
     record = crops.box_record(20, 70, 259, 259)  # 300 x 32 / 37 = 259, in the middle of 300 x 400
     exact = crops.replay(images.read_image(found.file(4)), record, 32)
@@ -189,11 +189,11 @@ def test_a_class_without_a_training_picture_is_named(make_set) -> None:
         features.match_classes(train, val)
     three = make_set("three", per_class=1, classes=("blue", "green", "red"))
     with pytest.raises(RequestError, match=r"1 of its 3 classes have no image in \S+: 'red'"):
-        features.match_classes(three.subset([0, 1]), three)  # the class is listed, but has no picture left
+        features.match_classes(three.subset([0, 1]), three)  # the class is listed, but has no image left
 
 
 def test_one_class_is_refused_and_a_level_too_many_is_named(make_set) -> None:
-    """With one class everything is right: 100 % without a word."""
+    """With one class every prediction is correct: 100 % would be reported."""
     inner = make_set("set/imgs", per_class=2)
     outer = images.scan(inner.root.parent)
     assert outer.classes == ["imgs"]

@@ -24,7 +24,7 @@ def test_the_curve_is_what_a_sort_of_all_products_says() -> None:
     most = {kind: max(row["recall"] for row in rows if row["index"] == kind) for kind in indexes.KINDS}
     assert most["exact"] == 100
     assert most["hnsw"] > 99
-    assert most["ivfflat"] == 100  # all lists are looked into
+    assert most["ivfflat"] == 100  # all lists are searched
     assert 30 < most["ivfpq"] < 100
     size = {row["index"]: row["bytes_per_vector"] for row in rows}
     assert size["exact"] == 128

@@ -29,7 +29,7 @@ def clusters():
 
 
 def by_hand(train, labels, query, k: int, temperature: float) -> list[float]:
-    """The definition, one query, in Python floats."""
+    """The definition for one query, in Python floats."""
     cosines = []
     for row, label in zip(train.tolist(), labels.tolist(), strict=True):
         dot = sum(x * y for x, y in zip(row, query.tolist(), strict=True))
@@ -178,7 +178,7 @@ def search_unit(part):
 
 def test_leave_one_out_is_n_searches_without_one(clusters, monkeypatch) -> None:
     train, labels, *_ = clusters
-    train, labels = np.vstack([train[:59], train[:1]]), np.append(labels[:59], labels[0])  # a picture and its copy
+    train, labels = np.vstack([train[:59], train[:1]]), np.append(labels[:59], labels[0])  # an image and its copy
     monkeypatch.setattr(search, "QUERIES", 11)
     monkeypatch.setattr(search, "WIDTH", 32)
     result = knn.evaluate_features(train_features=train, train_labels=labels, k=5, num_classes=C)

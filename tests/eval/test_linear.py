@@ -68,7 +68,7 @@ def test_it_learns_and_leaves_the_backbone_alone(make_set, backbone) -> None:
 
 
 def test_it_is_sgd_on_the_recipes_crops_written_out_by_hand(make_set, backbone) -> None:
-    """Three epochs with momentum in plain tensors, on crops drawn here, against the probe's losses and weights."""
+    """Three epochs of SGD with momentum in plain tensors on crops drawn here, compared with the probe's losses and weights."""
     train, val = make_set("train", per_class=3, seed=0), make_set("val", per_class=1, seed=1)
     backbone.eval()
     got = run(backbone, train, val, epochs=3, batch_size=5, lr=0.5, seed=4)
@@ -277,7 +277,7 @@ def test_several_protocols_learn_from_one_pass_what_each_learns_alone(make_set, 
 
 
 def test_batches_are_filled_from_what_the_model_gets_at_once(make_set, backbone, monkeypatch) -> None:
-    """20 images, read 3 at once, in batches of 7: the steps of an epoch are 7, 7 and 6 images, as read in one piece."""
+    """20 images, read 3 at a time, in batches of 7: steps of 7, 7 and 6 images, as if all were read at once."""
     train, val = make_set("train", per_class=5, seed=0), make_set("val", per_class=1, seed=1)
     backbone.eval()
     whole = run(backbone, train, val, epochs=3, batch_size=7, lr=1.0)
@@ -304,7 +304,7 @@ def test_a_killed_probe_continues_to_what_it_would_have_come_to(make_set, backbo
 
     with pytest.raises(KeyboardInterrupt):
         linear.evaluate_together(names, model=killed, kept=kept, **options)
-    (tmp_path / "simsiam.pt").unlink()  # one of them begins anew
+    (tmp_path / "simsiam.pt").unlink()  # one of them starts again
     seen = [-1000]
     again = linear.evaluate_together(names, model=killed, kept=kept, **options)
     assert sum(seen) == -1000 + 8 + 5 * 12
@@ -363,7 +363,7 @@ def test_a_function_that_was_rewritten_does_not_continue(make_set, backbone, tmp
 
 
 def test_protocols_of_other_lengths_continue_from_other_epochs(make_set, backbone, tmp_path, monkeypatch) -> None:
-    """One is done before the other goes on: where nobody learns, nothing is read."""
+    """One is finished before the other continues; steps in which no probe learns read nothing."""
     train, val = make_set("train", per_class=2, seed=0), make_set("val", per_class=1, seed=1)
     backbone.eval()
     for name, epochs in (("moco", 6), ("simclr", 3)):

@@ -16,7 +16,7 @@ def gaussians(count: int, *, noise: float, seed: int, classes: int = 6, dim: int
 
 @pytest.fixture(scope="module")
 def noisy():
-    """Features whose best probe is regularised, at lengths and offsets that need standardising, one dimension dead."""
+    """Features whose best probe is regularised, with scales and offsets that need standardising, and one constant dimension."""
     train, labels = gaussians(400, noise=2.5, seed=0)
     features, wanted = gaussians(300, noise=2.5, seed=1)
     scale, offset = np.geomspace(1e-3, 1e3, 20).astype(np.float32), np.arange(20, dtype=np.float32)
@@ -38,7 +38,7 @@ def test_fit_is_sklearns_optimum(strength: float) -> None:
     weight, bias = logreg.minimise(torch.from_numpy(train), torch.from_numpy(labels), 6, strength)
     oracle = LogisticRegression(C=strength, tol=1e-10, max_iter=5000).fit(train.astype(np.float64), labels)
     np.testing.assert_allclose(weight.numpy(), oracle.coef_, atol=2e-3 * np.abs(oracle.coef_).max())
-    # only differences of biases matter: nothing else holds their mean
+    # only differences of biases matter; nothing determines their mean
     np.testing.assert_allclose(bias.numpy() - bias.numpy().mean(), oracle.intercept_ - oracle.intercept_.mean(), atol=2e-3)
 
 

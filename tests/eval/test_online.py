@@ -11,7 +11,7 @@ from fkd_ssl.eval.online import OnlineKNN, OnlineLinear
 
 
 class Module(pl.LightningModule):
-    """A self-supervised training of two views that knows nothing of labels or probes."""
+    """A self-supervised module with two views, without labels or probes."""
 
     def __init__(self) -> None:
         super().__init__()

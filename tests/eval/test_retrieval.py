@@ -38,7 +38,7 @@ def by_hand(gallery, labels, queries, wanted, *, alone: bool):
 @pytest.mark.parametrize("kind", [None, "exact", "hnsw"])
 def test_measures_are_their_definitions(data, alone: bool, kind) -> None:
     gallery, labels, queries, wanted = data
-    labels = np.append(labels[:-1], 77) if alone else labels  # an image alone in its class is not sought
+    labels = np.append(labels[:-1], 77) if alone else labels  # an image alone in its class is not a query
     asked = {} if alone else {"queries": queries, "labels": wanted}
     index = None if kind is None else indexes.build(gallery, kind)
     approximate = index and (lambda values, k: index.search(values, k, 10**4))

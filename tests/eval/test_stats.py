@@ -18,7 +18,7 @@ def test_wilson_known_values(correct: int, n: int, low: float, high: float) -> N
 
 @pytest.mark.parametrize(("correct", "n"), [(1, 7), (30, 77), (2400, 2500)])
 def test_wilson_ends_are_where_the_score_test_turns(correct: int, n: int) -> None:
-    """The interval by its definition: the shares p whose score test of correct / n gives exactly z."""
+    """By definition, the ends are the proportions p whose score test of correct / n gives exactly z."""
     for limit in stats.wilson(correct, n, z=1.7):
         p = limit / 100
         assert abs(correct / n - p) / math.sqrt(p * (1 - p) / n) == pytest.approx(1.7, rel=1e-9)
@@ -64,13 +64,13 @@ def test_pairing_narrows_the_interval_and_seeds_widen_it() -> None:
     _, far_low, far_high = stats.paired_bootstrap(a, b[:, generator.permutation(400)])
     assert high - low < 0.6 * (far_high - far_low)
     uneven = a.copy()
-    uneven[0] = True  # one seed came out far better
+    uneven[0] = True  # one seed is far better
     _, wide_low, wide_high = stats.paired_bootstrap(uneven, b)
     assert wide_high - wide_low > 3 * (high - low)
 
 
 def test_one_seed_is_the_textbook_bootstrap() -> None:
-    """With one seed the deviation over images is known in closed form: that of a mean of n."""
+    """With one seed, the deviation over images is that of a mean of n, in closed form."""
     a, b = arms(np.random.default_rng(2), seeds=1, images=1000, base=0.5, shift=0.02)
     _, low, high = stats.paired_bootstrap(a[0], b[0], draws=4000)
     expected = 2 * 1.6449 * 100 * (a[0].astype(float) - b[0]).std() / math.sqrt(1000)

@@ -1,4 +1,4 @@
-"""What every method's pretraining does: a run folder, resume, refusals."""
+"""What the pretraining of every method shares: a run folder, resume, errors."""
 
 import csv
 import json
@@ -54,7 +54,7 @@ def test_metrics_are_those_of_train(method: str, trained: Any) -> None:
     lines = read_metrics(trained(method).parent / METRICS)
     views = {"mocov2": 2, "swav": 4}[method]
     assert [int(line["crops"]) for line in lines] == [step * 8 * views for step in range(1, 7)]
-    assert {line["kl"] + line["knn_top1"] for line in lines} == {""}  # neither a smallest loss nor a score
+    assert {line["kl"] + line["knn_top1"] for line in lines} == {""}  # neither a floor of the loss nor a score
 
 
 def test_a_finished_run_is_left_alone(method: str, trained: Any, make_config: Any, capsys: Any) -> None:

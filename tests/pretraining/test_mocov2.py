@@ -80,7 +80,7 @@ def test_the_loss_falls_below_chance(folder: Path, make_config: Any) -> None:
     asked = {"epochs": 50, "batch_size": 16, "queue": 16, "pixels": 24, "temperature": 0.1, "momentum": 0.9, "log_every": 20}
     path = pretrain(dataclasses.replace(make_config("long", **asked), images=str(folder / "more")))
     losses = [float(line["loss"]) for line in csv.DictReader((path.parent / METRICS).open(newline=""))]
-    assert losses[-1] < math.log(1 + 16) - 0.2  # embeddings that are all alike give ln(1 + K)
+    assert losses[-1] < math.log(1 + 16) - 0.2  # equal embeddings give ln(1 + K)
 
 
 def test_a_small_network_is_trained_without_a_teacher(folder: Path, make_config: Any) -> None:
@@ -89,7 +89,7 @@ def test_a_small_network_is_trained_without_a_teacher(folder: Path, make_config:
     student, pixels = load_student(path)
     assert (student.spec, pixels) == ({"name": "shufflenet_v2_x0_5", "stem": "small"}, 16)
     torch.manual_seed(0)
-    module = MoCo(config, 16)  # what the training started from
+    module = MoCo(config, 16)  # the initial weights
     torch.manual_seed(0)
     start = Student("shufflenet_v2_x0_5", 32, stem="small")
     for key, value in start.backbone.state_dict().items():

@@ -14,7 +14,7 @@ from fkd_ssl.pretraining.multicrop import LARGE, SMALL, MultiCrops, small_side
 
 
 def gradient(height: int = 100, width: int = 120) -> npt.NDArray[np.uint8]:
-    """Red is the row and green the column, so that a crop's mean says where it was cut."""
+    """Red is the row and green the column, so that the mean of a crop gives its position."""
     rows, columns = np.mgrid[:height, :width]
     return np.stack([rows * 2, columns * 2, np.zeros_like(rows)], axis=2).astype(np.uint8)
 

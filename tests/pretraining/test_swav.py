@@ -20,7 +20,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.228, 0.224, 0.225)
 
 
 def assignment(scores: Tensor, epsilon: float) -> Tensor:
-    """Sinkhorn-Knopp in three rounds (arXiv 2006.09882, eq. 5): [B, K], each row a distribution."""
+    """Sinkhorn-Knopp in three iterations (arXiv 2006.09882, eq. 5): [B, K], each row a distribution."""
     q = torch.exp(scores / epsilon)
     for _ in range(3):
         q = q / q.sum(dim=0, keepdim=True)  # each prototype has the same share of the batch
@@ -98,7 +98,7 @@ def test_the_queue_fills_from_its_epoch_on_and_counts_once_it_is_full(make_confi
         if step >= 8:
             embeddings.append(z.detach())
         with torch.no_grad():
-            module.projection_head.layers[3].weight.add_(0.02)  # so that the next embeddings are others
+            module.projection_head.layers[3].weight.add_(0.02)  # so that the next embeddings differ
 
 
 def test_prototypes_stay_as_they_were_drawn_at_first(make_config: Any, monkeypatch: Any) -> None:

@@ -1,4 +1,4 @@
-"""A classifier that is a small real network, and label maps of the shared images made by it."""
+"""A small real network as classifier, and its label maps of the shared images."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -41,7 +41,7 @@ def make_dense(seed: int = 0, classes: int = CLASSES, pixels: int = PIXELS, **ab
             nn.Flatten(),
             nn.Linear(32, classes),
         )
-        network[-1].weight.data *= 20  # logits of several units
+        network[-1].weight.data *= 20  # larger logits
     teacher = Teacher(
         network,
         nn.Identity(),

@@ -1,4 +1,4 @@
-"""Making label maps: what is in them, killed and continued, and what is refused."""
+"""Making label maps: their contents, resume after a kill, and errors."""
 
 import json
 import multiprocessing
@@ -30,7 +30,7 @@ def images(image_folder: Path) -> Folder:
 
 @pytest.fixture
 def own_images(image_folder: Path, tmp_path: Path) -> Folder:
-    """A copy of the images that a test may spoil."""
+    """A copy of the images that a test may change."""
     return scan(shutil.copytree(image_folder, tmp_path / "own"))
 
 
@@ -43,7 +43,7 @@ def tree(folder: Path) -> dict[str, bytes]:
 
 
 def test_the_largest_logits_of_the_whole_image_are_kept(maps_folder: Path, images: Folder, new_dense: NewDense) -> None:
-    """The oracle sorts with NumPy what the teacher says of one image, and reads the file with numpy.load alone."""
+    """The oracle sorts the teacher's logits of one image with NumPy, and reads the file with numpy.load only."""
     stored = np.load(maps_folder / "maps/00000.npy", allow_pickle=False)
     dense = new_dense()
     assert (stored.shape, stored.dtype["classes"].shape, stored.nbytes) == ((24,), (5, 5, 5), 24 * 5 * 5 * 5 * 4)
@@ -87,7 +87,7 @@ def test_the_same_again_asks_nobody(maps_folder: Path, images: Folder, new_dense
 def test_a_killed_job_continues(
     images: Folder, tmp_path: Path, new_dense: NewDense, monkeypatch: Any, rows_per_shard: int, calls: int
 ) -> None:
-    """Bit-identical files, and no batch that was done is done again."""
+    """The files are bit-identical, and no finished batch is run again."""
     monkeypatch.setattr(layout, "ROWS_PER_SHARD", rows_per_shard)
     whole, dense = tmp_path / "whole", new_dense()
     make(images, whole, dense)
@@ -107,7 +107,7 @@ def test_a_killed_job_continues(
 def test_a_process_that_dies_at_once_continues(
     images: Folder, tmp_path: Path, new_dense: NewDense, monkeypatch: Any, maps_folder: Path, journals: str
 ) -> None:
-    """Without a chance to save anything: what a journal counted is kept, the rest is done again."""
+    """It cannot save anything: the work counted in a journal is kept, the rest is repeated."""
     monkeypatch.setattr(work, "SECONDS_BETWEEN_JOURNALS", -1 if journals == "always" else 1000)
     process = multiprocessing.get_context("fork").Process(target=_make_and_die, args=(images, tmp_path / "maps", new_dense()))
     process.start()
@@ -135,7 +135,7 @@ def test_a_kill_between_a_file_and_its_sidecar(maps_folder: Path, images: Folder
     (folder / "maps/00000.json").unlink()
     assert make(images, folder, new_dense()).made == 24
     assert tree(folder) == tree(maps_folder)
-    (folder / "maps/.work-00000").write_bytes(b"left")  # by one that was killed before it could remove it
+    (folder / "maps/.work-00000").write_bytes(b"left")  # left by a process that was killed before it could remove it
     make(images, folder, new_dense())
     assert tree(folder) == tree(maps_folder)
 
@@ -247,7 +247,7 @@ def test_an_unreadable_image_is_named(own_images: Folder, tmp_path: Path, new_de
 
 @pytest.mark.parametrize("killed", [False, True])
 def test_damaged_images_can_be_skipped(own_images: Folder, tmp_path: Path, new_dense: NewDense, killed: bool) -> None:
-    """One whose header cannot be read, and one that is truncated; the maps of the others are as without them."""
+    """One has a damaged header, one is truncated; the maps of the others are unchanged."""
     make(own_images, tmp_path / "whole", new_dense())
     whole = LabelMaps(tmp_path / "whole")
     own_images.file(9).write_bytes(b"no picture")

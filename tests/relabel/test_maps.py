@@ -1,4 +1,4 @@
-"""Label maps as they are read: targets against RoIAlign written out, and damaged files."""
+"""Reading label maps: targets compared with RoIAlign written out, and damaged files."""
 
 import json
 import math
@@ -38,11 +38,11 @@ def full(folder: Path, row: int) -> Array:
 
 
 def roi_align(whole: Array, left: float, top: float, right: float, bottom: float) -> Array:
-    """RoIAlign (arXiv 1703.06870, section 3) to one place, [K]: the box is given in places, whose middles are at halves.
+    """RoIAlign (arXiv 1703.06870, section 3) to one place, [K]. The box is in places, whose centres are at halves.
 
-    As many samples as the box is places wide and high, rounded up, evenly spread; each is bilinear between the middles of four
-    places, and beyond the outermost middles as there. In float32 a box of exactly two places may be a bit over, and have three
-    samples: the number of samples is that of float32 edges.
+    The number of samples along each side is the box's length in places, rounded up. They are evenly spaced, and each is
+    interpolated between the centres of four places, clamped at the outermost ones. In float32 a box of exactly two places may
+    be slightly larger and have three samples, so the number of samples is computed from float32 edges.
     """
     _, height, width = whole.shape
     x0, y0, x1, y1 = np.array([left, top, right, bottom], dtype=np.float32) - np.float32(0.5)
@@ -91,7 +91,7 @@ def test_the_whole_image_has_the_mean_of_the_map(maps: LabelMaps, maps_folder: P
 
 
 def test_x_runs_along_the_width(maps_folder: Path, tmp_path: Path) -> None:
-    """A map whose upper right place alone has a class: the crop of that corner gets it, no other does."""
+    """Only the upper right place of the map has a class: the crop of that corner gets it, no other one does."""
     folder = Path(shutil.copytree(maps_folder, tmp_path / "maps"))
     path = folder / "maps/00000.npy"
     stored = np.load(path)
@@ -138,7 +138,7 @@ def test_rows_are_found_by_path(maps: LabelMaps, image_folder: Path, tmp_path: P
 def test_pickled_they_are_the_folder_and_not_its_bytes(maps: LabelMaps) -> None:
     maps.read(0)
     data = pickle.dumps(maps)
-    assert len(data) < 12000  # the maps have 12,000 bytes; paths and sizes are all that is kept
+    assert len(data) < 12000  # the maps have 12,000 bytes; only paths and sizes are pickled
     assert torch.equal(pickle.loads(data).targets(2, box_record(0, 0, 50, 50)), maps.targets(2, box_record(0, 0, 50, 50)))  # noqa: S301
 
 
@@ -264,7 +264,7 @@ class TestDamage:
             maps.verify()
 
     def test_maps_that_take_much_memory_are_refused_before_a_file_is_read(self, own: Path) -> None:
-        """Of one logit at each of many places: what is pooled has all classes at each place."""
+        """With one logit per place and many places, the array for pooling has all classes at each place."""
         self.rewrite(own, k=1, height=3000, width=3000)
         with pytest.raises(StoreError, match="impossible numbers"):
             LabelMaps(own)

@@ -26,7 +26,7 @@ def images(image_folder: Path) -> Folder:
 
 @pytest.fixture
 def own_images(image_folder: Path, tmp_path: Path) -> Folder:
-    """A copy of the images that a test may spoil."""
+    """A copy of the images that a test may change."""
     return scan(shutil.copytree(image_folder, tmp_path / "own"))
 
 
@@ -86,7 +86,7 @@ def test_images_swapped_among_their_names_are_found(tmp_path: Path, new_dense: A
         Image.fromarray(smooth(k, 60, 70)).save(path)
     dense = new_dense()
     dense.stop_at = 1
-    with suppress(KeyboardInterrupt):  # what is known of the images that were seen before is kept
+    with suppress(KeyboardInterrupt):  # images that were read before keep their state
         generate(scan(first.parent), tmp_path / "maps", dense, batch_size=1, progress=False)
     generate(scan(first.parent), tmp_path / "maps", new_dense(), batch_size=1, progress=False)
     maps = LabelMaps(tmp_path / "maps")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-# set before any test can start the server: a process of it starts in no time
+# set before any test can start the server, whose processes start fast
 multiprocessing.set_forkserver_preload(
     ["pytest", "torch", "torchvision", "faiss", "PIL.Image", "fkd_ssl.store.write.precompute"]
 )
@@ -16,13 +16,13 @@ DRIVER = Path(__file__).with_name("driver.py")
 
 @pytest.fixture
 def pictures(image_folder: Path, tmp_path: Path) -> Path:
-    """A copy of the pictures that a test may change."""
+    """A copy of the images that a test may change."""
     return Path(shutil.copytree(image_folder, tmp_path / "pictures"))
 
 
 @pytest.fixture
 def tree() -> Callable[[Path], dict[str, bytes]]:
-    """Every file of a folder, hidden ones too, with its bytes."""
+    """Returns every file of a folder, including hidden ones, with its bytes."""
 
     def read(folder: Path) -> dict[str, bytes]:
         return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
@@ -32,7 +32,7 @@ def tree() -> Callable[[Path], dict[str, bytes]]:
 
 @pytest.fixture(scope="session")
 def start() -> Callable[..., multiprocessing.process.BaseProcess]:
-    """start(**options) runs driver.py in a fresh process, forked from a server that has only imported things."""
+    """start(**options) runs driver.py in a new process, forked from a server that has only imported modules."""
     context = multiprocessing.get_context("forkserver")
 
     def begin(**options: Any) -> multiprocessing.process.BaseProcess:

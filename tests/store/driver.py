@@ -1,4 +1,4 @@
-"""Run by `runpy` in a process of its own: one precompute that may be killed. OPTIONS is put in by the test."""
+"""Run by `runpy` in a process of its own: one precompute that may be killed. The test sets OPTIONS."""
 
 import importlib.util
 import json
@@ -40,7 +40,7 @@ if pause:
 
 
 def killing(function: Any, calls: int) -> Any:
-    """`function`, but its call number `calls` never returns."""
+    """Returns `function`, except that its call number `calls` never returns."""
     done = 0
 
     def call(*arguments: Any) -> Any:

@@ -45,7 +45,7 @@ def name_of(spec: str) -> str:
 
 
 def targets(count: int, seed: int = 0) -> npt.NDArray[np.float32]:
-    """Unit vectors float32 [count, D] that point in some directions more than in others."""
+    """Returns unit vectors float32 [count, D] with unevenly distributed directions."""
     generator = np.random.default_rng(seed)
     values = generator.normal(size=(count, DIM)) * 0.8 ** np.arange(DIM)
     values = values @ np.linalg.qr(np.random.default_rng(9).normal(size=(DIM, DIM)))[0]
@@ -64,7 +64,7 @@ def target_of(spec: str) -> TargetSpec:
 
 
 def random_codec(spec: str) -> Codec:
-    """A codec of random parameters: nothing is trained, and the parameters are not of a kind that hides mistakes."""
+    """Returns a codec with random parameters, without training; none of them could hide a mistake."""
     generator = np.random.default_rng(5)
     arrays: dict[str, npt.NDArray[np.float32]] = {}
     for name, shape in target_of(spec).definition.parameter_shapes(spec, (DIM,)).items():

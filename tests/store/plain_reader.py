@@ -113,7 +113,7 @@ def decode(spec: str, dim: int, arrays: dict[str, np.ndarray], codes: np.ndarray
 
 
 def read_store(folder: Path) -> dict[str, Any]:
-    """Everything: paths, sizes, records [N, C], which rows were skipped, and the targets [N, C, D] of every column."""
+    """Reads everything: paths, sizes, records [N, C], which rows were skipped, and the targets [N, C, D] of every column."""
     m = read_json(folder / "manifest.json")
     digest = sha256(canonical(m))
     assert m["format"] == "fkd_ssl store"

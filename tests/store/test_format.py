@@ -1,4 +1,4 @@
-"""docs/store-format.md is right and enough: a reader written from it alone reads what this library writes."""
+"""docs/store-format.md is correct and complete: a reader written only from it reads what this library writes."""
 
 import ast
 import importlib.util
@@ -64,7 +64,7 @@ def test_it_decodes_every_family_of_codecs_as_faiss_does(folder: Path, spec: str
 
 
 def test_every_code_of_few_bits_decodes_as_faiss_does():
-    """All bytes there are, not only those that targets happen to be encoded to."""
+    """All byte values, not only those that some targets are encoded to."""
     codes = np.random.default_rng(0).integers(0, 256, (4000, 256), dtype=np.uint8)
     for spec in ("SQ8", "SQ6", "SQ4", "PQ4x8", "PQ4x4", "PQ2x10", "OPQ4_8,PQ4x4", "PCA8,SQ4", "RR16,SQ6", "PQ8x5"):
         codec = made.random_codec(spec)

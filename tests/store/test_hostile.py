@@ -1,6 +1,6 @@
-"""Stores from strangers: bytes flipped, files cut, JSON and headers rewritten and signed anew, links, pipes, holes.
+"""Untrusted stores: flipped bytes, truncated files, JSON and headers rewritten with correct checksums, links, pipes, holes.
 
-Each ends in StoreError or in a store that reads right: in bounded memory, opening nothing outside the store, running nothing.
+Each gives a StoreError or is read correctly, with bounded memory, without opening files outside the store or running code.
 300 examples, or as many as the variable FKD_SSL_FUZZ says.
 """
 
@@ -60,7 +60,7 @@ RUNS = {
     "os.truncate",
 }
 watched: list[Path] = []
-outputs: list[Path] = []  # where a verb may write
+outputs: list[Path] = []  # where a command may write
 seen: list[str] = []
 
 
@@ -72,7 +72,7 @@ def watch(event: str, arguments: tuple[Any, ...]) -> None:
         if paths and all(Path(os.path.normpath(path)).is_relative_to(outputs[0]) for path in paths):
             return
     if event in ("open", "os.listdir", "os.scandir") and isinstance(arguments[0], (str, bytes, os.PathLike)):
-        path = os.path.normpath(Path.cwd() / os.fsdecode(arguments[0]))  # not resolved: a link's own place counts
+        path = os.path.normpath(Path.cwd() / os.fsdecode(arguments[0]))  # not resolved: the link's own location counts
         if not path.startswith(f"{watched[0]}/") and path != str(watched[0]):
             seen.append(f"{event} {path}")
         if event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR):
@@ -88,17 +88,17 @@ sys.addaudithook(watch)
 def original(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("original") / "store"
     made.make(folder, SPECS)
-    outside = folder.parent / "outside"  # what links lead to: right files, so that only a link can be the reason to refuse
+    outside = folder.parent / "outside"  # the targets of links are correct files, so that only the link can be the reason for an error
     shutil.copytree(folder, outside)
     interval, tqdm.monitor_interval = tqdm.monitor_interval, 0
-    read(folder)  # imports what is imported late
+    read(folder)  # triggers late imports
     yield folder
     tqdm.monitor_interval = interval
 
 
 @contextlib.contextmanager
 def guarded(folder: Path, *out: Path) -> Iterator[None]:
-    """Within it address space is bounded, and what is opened outside `folder` and `out` or run ends the test."""
+    """Limits the address space, and fails if a file outside `folder` and `out` is opened or a program is run."""
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     pages = int(Path("/proc/self/statm").read_text().split()[0]) if sys.platform == "linux" else None
     seen.clear()
@@ -116,7 +116,7 @@ def guarded(folder: Path, *out: Path) -> Iterator[None]:
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """All that a store says, through every way of reading it; what verify finds under `problems`."""
+    """Reads everything in a store through every function; verify's problems are under `problems`."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         store = open_store(folder)
@@ -144,11 +144,11 @@ def same(a: dict[str, Any], b: dict[str, Any]) -> bool:
     return a.keys() == b.keys() and all(len(a[k]) == len(b[k]) and all(map(np.array_equal, a[k], b[k])) for k in a)
 
 
-# signing
+# checksums
 
 
 def sign(folder: Path, path: Path) -> None:
-    """Makes the checksums of a changed file right again, and of those that name it: what an attacker does."""
+    """Corrects the checksums of a changed file and of the files that refer to it, as an attacker would."""
     if path.name in ("images.txt", "images.npy"):
         key = "images_sha256" if path.suffix == ".txt" else "sizes_sha256"
         rewrite(folder / "manifest.json", lambda values: {**values, key: files.sha256(path.read_bytes())})
@@ -173,7 +173,7 @@ def sign(folder: Path, path: Path) -> None:
 
 
 def rewrite(path: Path, change: Any) -> None:
-    """Changes a JSON file and signs it."""
+    """Changes a JSON file and corrects its checksums."""
     if path.stat().st_size >= LARGEST:
         return
     values = json.loads(path.read_bytes())
@@ -183,7 +183,7 @@ def rewrite(path: Path, change: Any) -> None:
     path.write_bytes(text)
 
 
-# mutations: each changes a store, and says whether it signed what it changed
+# mutations: each changes a store, and returns whether the checksums are correct
 
 VALUES: list[Any] = [
     None,
@@ -265,7 +265,7 @@ SHAPES = [
 
 
 def store_files(folder: Path) -> list[Path]:
-    """Those that a mutation can read: `cut` can make a file of a terabyte of holes."""
+    """Returns the files that a mutation can read; `cut` can make a file with a terabyte of holes."""
     return sorted(path for path in folder.rglob("*") if path.is_file() and path.stat().st_size < LARGEST)
 
 
@@ -380,7 +380,7 @@ def header(draw: Any, folder: Path) -> bool:
 
 
 def numbers(draw: Any, folder: Path) -> bool:
-    """NaN, infinities and giants among a codec's parameters or in its codes."""
+    """NaN, infinities and huge values in a codec's parameters or codes."""
     path = draw(st.sampled_from(sorted(folder.glob("targets/*/*.npy"))))
     data = bytearray(path.read_bytes())
     value = draw(st.sampled_from([np.nan, np.inf, -np.inf, 3e38, -3e38, 0.0, 1e-45]))
@@ -405,7 +405,7 @@ def lines(draw: Any, folder: Path) -> bool:
 
 
 def replace(draw: Any, folder: Path) -> bool:
-    """A link to the right file elsewhere, a pipe that nobody writes, a device, a folder."""
+    """A link to the correct file elsewhere, a pipe without a writer, a device, a folder."""
     path = draw(st.sampled_from(sorted(folder.rglob("*"))))
     outside = folder.parent.parent / "outside" / path.relative_to(folder)
     shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -427,7 +427,7 @@ def replace(draw: Any, folder: Path) -> bool:
 
 
 def holes(draw: Any, folder: Path) -> bool:
-    """A million crops an image, as headers and holes."""
+    """A million crops per image, as headers and holes."""
     rewrite(folder / "manifest.json", lambda values: {**values, "crops_per_image": 10**6})
     sign(folder, folder / "manifest.json")
     for path in [*folder.glob("crops/*.npy"), *folder.glob("targets/*/codes-*.npy")]:
@@ -468,13 +468,13 @@ FUZZ = settings(
 
 
 def mutated(original: Path, data: Any) -> tuple[Path, list[bool]]:
-    """A copy of the store, changed once or twice, and which of the changes were signed."""
+    """Returns a copy of the store with one or two changes, and which of them have correct checksums."""
     folder = original.parent / "examples" / "store"
     shutil.rmtree(folder.parent, ignore_errors=True)
     shutil.copytree(original, folder)
     signed = [data.draw(st.sampled_from(MUTATIONS), label="mutation")(data.draw, folder)]
     if data.draw(st.integers(0, 3)) == 0:
-        with contextlib.suppress(IndexError, ValueError, OSError, KeyError, TypeError, RecursionError):  # left unusable
+        with contextlib.suppress(IndexError, ValueError, OSError, KeyError, TypeError, RecursionError):  # unusable
             signed.append(data.draw(st.sampled_from(MUTATIONS), label="another")(data.draw, folder))
     return folder, signed
 
@@ -497,9 +497,9 @@ def test_every_store_is_refused_or_reads_right(original: Path, data: Any) -> Non
 @FUZZ
 @given(st.data())
 def test_a_part_of_every_store_is_refused_or_right(original: Path, data: Any) -> None:
-    """Subset, and recode into a store of its own: whatever they copy they have checked."""
+    """Subset, and recode into a new store: they check everything that they copy."""
     folder, signed = mutated(original, data)
-    name = data.draw(st.sampled_from(NAMES))  # not under guard: hypothesis reads the sources of modules that are new to it
+    name = data.draw(st.sampled_from(NAMES))  # not guarded: hypothesis reads the sources of modules
     out = folder.parent / "out"
     out.mkdir()
     done = []
@@ -512,7 +512,7 @@ def test_a_part_of_every_store_is_refused_or_right(original: Path, data: Any) ->
         warnings.simplefilter("ignore")
         patch.setattr(
             faiss_codecs, "threadpool_limits", lambda _: contextlib.nullcontext()
-        )  # it looks at the process's libraries
+        )  # it lists the libraries of the process
         with contextlib.suppress(StoreError, RequestError):
             done.append(subset(open_store(folder), out / "part", crops=2))
         with contextlib.suppress(StoreError, RequestError):
@@ -522,7 +522,7 @@ def test_a_part_of_every_store_is_refused_or_right(original: Path, data: Any) ->
     for store in done:
         with contextlib.suppress(StoreError), guarded(store.folder):
             read(store.folder)
-        # of a store that lost all its columns the crops alone are copied, and verify says that there is no teacher
+        # from a store without columns only the crops are copied, and verify reports that there is no teacher
         assert any(signed) or not store.column_names or not verify(open_store(store.folder)).problems
 
 

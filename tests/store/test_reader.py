@@ -1,4 +1,4 @@
-"""Opening and reading: what is missing, damaged, foreign, newer or altered is named, and never believed."""
+"""Opening and reading: errors name files that are missing, damaged, foreign, newer or altered."""
 
 import json
 import multiprocessing
@@ -21,7 +21,7 @@ from fkd_ssl.store import Store, listing, manifest, open_store, reader
 
 @pytest.fixture(scope="module")
 def template(tmp_path_factory, image_folder, new_teacher):
-    """A store of 24 rows in five shards; to be copied."""
+    """A store of 24 rows in five shards; tests copy it."""
     from fkd_ssl import images
     from fkd_ssl.crops import RECIPES
     from fkd_ssl.store.write.precompute import precompute
@@ -41,7 +41,7 @@ def folder(template, tmp_path) -> Path:
 
 
 def resign(path: Path, **changes: object) -> None:
-    """Rewrites a JSON file with a right sha256: what an attacker, or another program, would do."""
+    """Rewrites a JSON file with a correct sha256, as an attacker or another program would."""
     values = {**files.read_json(path), **changes}
     path.unlink()
     files.write_json(path, {key: value for key, value in values.items() if value is not ...})
@@ -112,7 +112,7 @@ def test_a_store_goes_to_a_spawned_process(folder):
     np.testing.assert_array_equal(there, store.targets("tiny", 7, slice(0, 2)))
 
 
-# no store
+# not a store
 
 
 def test_what_is_no_store_is_named(tmp_path, image_folder):
@@ -438,7 +438,7 @@ def test_json_of_a_store_is_signed(folder):
 
 
 def opening(folder):
-    """Bytes that opening a store takes at most, and the error."""
+    """Returns the peak memory of opening a store, and the error."""
     error = None
     tracemalloc.start()
     try:
@@ -473,7 +473,7 @@ def test_a_list_of_images_takes_little_more_than_its_bytes(folder, lines, messag
 
 
 def test_paths_of_a_long_list_are_found(folder):
-    """Longer than the pieces in which line ends are looked for."""
+    """Longer than the pieces in which newlines are searched."""
     names = [f"{'x' * (k % 90)}{k}" for k in range(150_000)]
     text = "".join(f"{name}\n" for name in names).encode()
     assert len(text) > 2**18

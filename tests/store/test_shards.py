@@ -1,4 +1,4 @@
-"""Crops read by position: the same as from a map, with few files open, and errors instead of a killed process."""
+"""Crops read by position: equal to a memory map, with few open files, and with errors instead of a killed process."""
 
 import errno
 import os

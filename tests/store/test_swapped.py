@@ -1,4 +1,4 @@
-"""Files in the place of others: each is whole and has the right checksum, and belongs to another shard, column or store."""
+"""Swapped files: each is intact with a correct checksum, but belongs to another shard, column or store."""
 
 import json
 import shutil
@@ -76,7 +76,7 @@ def test_swapped_pairs_are_found(folder, image_folder, tmp_path, first, second, 
     read(folder / "store")
     assert verify(open_store(folder / "store")).problems == []
     a, b = (open_store(folder / name).column("a") for name in ("store", "other"))
-    assert a.digest == b.digest  # so that it is their store alone that tells their codes apart
+    assert a.digest == b.digest  # so that their codes differ only in their store
     swap(folder / f"{first}.npy", folder / f"{second}.npy")
     with pytest.raises(StoreError, match=what):
         read(folder / "store")
@@ -88,7 +88,7 @@ def test_swapped_pairs_are_found(folder, image_folder, tmp_path, first, second, 
 
 
 def test_a_shard_of_a_store_with_the_same_crops_is_told_apart_from_a_part_of_it(folder, tmp_path):
-    """A part of a store has the same codes and another manifest."""
+    """A subset of a store has the same codes and another manifest."""
     part = subset(open_store(folder / "store"), tmp_path / "part", crops=2)
     assert part.column("a").digest == open_store(folder / "store").column("a").digest
     for suffix in SUFFIXES:
@@ -125,7 +125,7 @@ def test_a_column_that_is_none_any_more_is_named(folder, capsys, how):
     assert found in capsys.readouterr().out
     assert inspect.run(inspect.Config(store=str(store), json=True)) == 1
     assert json.loads(capsys.readouterr().out)["damaged"] == [found]
-    (store / "targets/.tmp-c-000000000000").mkdir()  # a column that is being made
+    (store / "targets/.tmp-c-000000000000").mkdir()  # an unfinished column
     (store / "targets/notes.txt").touch()
     assert len(verify(open_store(store)).problems) == 1
 
@@ -143,7 +143,7 @@ def test_the_manifests_digest_is_the_one_in_its_file(folder):
 
 
 def test_other_images_than_the_teacher_saw_are_still_told_by_their_rows(folder, image_folder):
-    """Crops and codes of shard 0 in the place of shard 1's, all four files: each pair alone would be right."""
+    """All four files of shard 0 replace those of shard 1; each pair of files is consistent."""
     for name in ("crops", "targets/a", "targets/b"):
         (first,) = (folder / "store" / name).glob("*00000.npy")
         (second,) = (folder / "store" / name).glob("*00001.npy")
@@ -154,7 +154,7 @@ def test_other_images_than_the_teacher_saw_are_still_told_by_their_rows(folder, 
 
 
 def test_a_manifest_that_lacks_a_later_versions_setting_keeps_its_digest(folder):
-    """Sidecars name the manifest as it is in its file; read, the recipe has a default for what the file lacks."""
+    """Sidecars refer to the digest of the file; the recipe that is read has defaults for settings missing from it."""
     store = folder / "store"
     values = files.read_json(store / "manifest.json")
     del values["recipe"]["blur"]

@@ -42,7 +42,7 @@ class TestSmallStems:
         [("resnet18", 4), ("mobilenet_v2", 2), ("shufflenet_v2_x0_5", 4), ("timm/resnet18", 4), ("reactnet_step1", 2)],
     )
     def test_the_first_layers_keep_the_size(self, name: str, ratio: int) -> None:
-        """The last map of the network is larger by the strides that are left out."""
+        """The last feature map is larger by the removed strides."""
 
         def sides(stem: str) -> list[int]:
             network, _ = make_backbone(name, stem=stem)

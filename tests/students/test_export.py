@@ -18,7 +18,7 @@ EXACT = 1e-6  # of the largest feature
 
 
 def student(name: str, **options: Any) -> Student:
-    """With running statistics that are not those of the start."""
+    """With running statistics that differ from the initial ones."""
     torch.manual_seed(0)
     one = Student(name, 8, **options)
     with torch.no_grad():

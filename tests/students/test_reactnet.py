@@ -45,7 +45,7 @@ class TestSign:
         assert x.grad.tolist() == pytest.approx(expected)
 
     def test_that_is_the_slope_of_the_quadratic(self) -> None:
-        """F(x) = 2x + x^2 below 0 and 2x - x^2 above, cut at -1 and 1: by differences."""
+        """Finite differences of F(x) = 2x + x^2 below 0 and 2x - x^2 above, clamped at -1 and 1."""
 
         def quadratic(x: Array) -> Array:
             return np.where(x < -1, -1, np.where(x < 0, 2 * x + x * x, np.where(x < 1, 2 * x - x * x, 1)))

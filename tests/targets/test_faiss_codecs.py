@@ -26,7 +26,7 @@ SPECS = {
 
 
 def targets(count: int, seed: int = 0, dim: int = DIM) -> np.ndarray:
-    """Unit vectors whose variance falls off along the axes, as a network's does."""
+    """Returns unit vectors whose variance decreases along the axes, as for a network."""
     generator = np.random.default_rng(seed)
     values = generator.normal(size=(count, dim)) * 0.9 ** np.arange(dim)
     mixed = values @ np.linalg.qr(np.random.default_rng(99).normal(size=(dim, dim)))[0]
@@ -39,7 +39,7 @@ def trained() -> dict[str, Codec]:
 
 
 def test_pca_gives_the_mean_back_that_lies_outside_its_subspace():
-    """faiss's own decoding leaves it out, and targets of one network share a large mean."""
+    """faiss's own decoding omits it, and the targets of a network share a large mean."""
     shift = np.random.default_rng(5).normal(size=DIM)
     values = targets(900).astype(float) + 2 * shift / np.linalg.norm(shift)
     values = (values / np.linalg.norm(values, axis=1, keepdims=True)).astype(np.float32)
@@ -136,7 +136,7 @@ def test_scalar_codecs_are_uniform_steps_over_the_range_with_its_margin(trained,
 
 
 def test_sq4_leaves_out_a_hundredth_of_the_values_at_each_end(trained):
-    """By hand: 600 values, of which the seventh and the seventh last are the range's ends."""
+    """By hand: of 600 values, the seventh smallest and the seventh largest are the ends of the range."""
     ordered = np.sort(targets(600), axis=0)
     low, span = trained["SQ4"].arrays()["ranges"]
     np.testing.assert_allclose(low, ordered[6], atol=1e-6)

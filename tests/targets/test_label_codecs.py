@@ -21,7 +21,7 @@ def probabilities(count: int, classes: int = K, seed: int = 0) -> np.ndarray[Any
 
 
 def recovered(name: str, p: torch.Tensor) -> torch.Tensor:
-    """What FKD's training makes of its stored labels (its `Recover_soft_label`), in words of the paper's section 3.2."""
+    """Recovers probabilities from stored labels as FKD's training does (`Recover_soft_label`), from the paper's section 3.2."""
     p = p.double()
     if name == "full":
         return p

@@ -20,7 +20,7 @@ def norm(prefix: str, width: int) -> Shapes:
 
 
 def body(arch: str, width: int = 1, inner: int = 1) -> Shapes:
-    """A ResNet's shapes; `inner` widens the insides of bottlenecks alone, as torchvision's wide_resnet."""
+    """Returns a ResNet's shapes; `inner` widens only the 3 x 3 convolutions of bottlenecks, as in torchvision's wide_resnet."""
     bottleneck, depths = DEPTHS[arch]
     before = 64 * width
     shapes: Shapes = {"conv1.weight": (before, 3, 7, 7), **norm("bn1", before)}
@@ -76,7 +76,7 @@ def swav(
 
 
 def fill(shapes: Shapes, seed: int = 0) -> State:
-    """Random weights, with BatchNorm statistics that matter and activations that stay moderate."""
+    """Returns random weights, with non-trivial BatchNorm statistics and moderate activations."""
     generator = torch.Generator().manual_seed(seed)
     state: State = {}
     keys = hollow({key: shape for key, shape in shapes.items() if "encoder_k." in key} or {"": ()})
@@ -97,7 +97,7 @@ def fill(shapes: Shapes, seed: int = 0) -> State:
 
 
 def hollow(shapes: Shapes) -> State:
-    """Zeros of these shapes in one storage, as large as the largest: small files."""
+    """Returns zeros of these shapes that share one storage, for small files."""
     counters = ("num_batches_tracked", "queue_ptr")
     most = max(torch.Size(shape).numel() for shape in shapes.values())
     zeros = {True: torch.zeros(most, dtype=torch.int64), False: torch.zeros(most)}
@@ -105,7 +105,7 @@ def hollow(shapes: Shapes) -> State:
 
 
 def forward(state: State, prefix: str, images: Tensor, std: tuple[float, float, float], swav_stem: bool) -> Tensor:
-    """Pooled features [B, F] in float64, from the state alone; one layer's weights at a time, since w4's would be 3 GB."""
+    """Returns pooled features [B, F] in float64 from the state dict; converts one layer at a time, since w4 takes 3 GB."""
 
     def w(name: str) -> Tensor:
         return state[prefix + name].double()
@@ -116,7 +116,7 @@ def forward(state: State, prefix: str, images: Tensor, std: tuple[float, float, 
 
     x = images.double() / 255
     x = (x - torch.tensor((0.485, 0.456, 0.406)).view(1, 3, 1, 1)) / torch.tensor(std, dtype=torch.float64).view(1, 3, 1, 1)
-    if swav_stem:  # as SwAV's code: the image padded by 1, the stem by 2
+    if swav_stem:  # as in SwAV's code: the image is padded by 1, the stem by 2
         x = F.conv2d(F.pad(x, (1, 1, 1, 1)), w("conv1.weight"), stride=2, padding=2)
     else:
         x = F.conv2d(x, w("conv1.weight"), stride=2, padding=3)

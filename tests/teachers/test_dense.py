@@ -1,4 +1,4 @@
-"""Logits at each place: against the last layer written out, and what is refused."""
+"""Logits at each place compared with the last layer written out, and errors."""
 
 from typing import Any
 
@@ -44,7 +44,7 @@ def images() -> Tensor:
 
 
 def test_each_place_has_the_last_layer_of_its_features(images: Tensor) -> None:
-    """The oracle walks over places, in float64, with the normalisation written out."""
+    """The oracle loops over places in float64, with the normalisation written out."""
     network = seeded(Body)
     dense = DenseTeacher(classifier(network, mean=(0.1, 0.2, 0.3), std=(0.5, 0.6, 0.7)))
     found = dense(images)
@@ -114,7 +114,7 @@ def test_another_network_is_refused(network: Any, what: str) -> None:
 
 
 def test_it_is_checked_in_every_call(images: Tensor) -> None:
-    """A network may do another thing with another image."""
+    """A network may behave differently for another image."""
     network = seeded(Body)
     dense = DenseTeacher(classifier(network, precision="bf16"))
     network.pool = lambda x: x.mean((2, 3)).square()

@@ -22,7 +22,7 @@ CONTENT = bytes(range(256)) * 12_000  # 3 MB: several pieces
 
 
 class Server:
-    """One file at /model.pth.tar; each request is noted, and what it does next is set by a test."""
+    """Serves one file at /model.pth.tar and records each request; tests set its next behaviour."""
 
     def __init__(self) -> None:
         self.content = CONTENT
@@ -321,7 +321,7 @@ def test_no_network(preset: Preset, tmp_path: Path) -> None:
     started = time.perf_counter()
     nowhere = replace(preset, url="http://no-such-host.invalid/model.pth.tar")
     with pytest.raises(FkdError, match=r"cannot be downloaded: .*Without a network"):
-        fetch.fetch(nowhere, cache=tmp_path, pause=60)  # a name that nobody knows is not tried again
+        fetch.fetch(nowhere, cache=tmp_path, pause=60)  # an unknown host is not tried again
     assert time.perf_counter() - started < 50
 
 

@@ -47,7 +47,7 @@ def test_embeddings_are_the_forward_written_out(
 @pytest.mark.parametrize("name", ["moco_r50", "swav_r50"])
 @pytest.mark.parametrize("changed", ["layer3.2.bn2.running_mean", "layer1.0.downsample.1.weight", "layer4.2.conv3.weight"])
 def test_a_wrong_weight_is_seen(name: str, changed: str, parity: SimpleNamespace, file: Path) -> None:
-    """The tolerance is no blind spot: a twentieth added to one layer of 53 is more than it allows."""
+    """A change of 5 % in one of 53 layers exceeds the tolerance."""
     state = dict(parity.write(name, file))
     key = next(key for key in state if key.endswith(changed) and "encoder_k" not in key)
     state[key] = state[key] + 0.05 * state[key].sign()

@@ -66,7 +66,7 @@ def test_a_network_of_ones_own_becomes_a_teacher(here: Path, crops: Any) -> None
     teacher = load_teacher("own_teachers:plain")
     assert (teacher.info.name, teacher.info.spec.size, teacher.feature_dim, teacher.info.pixels) == ("plain", 6, 6, 32)
     assert (teacher.info.source, teacher.info.network) == ("own_teachers:plain", "Net")
-    assert teacher.info.checkpoint_sha256 == weights_digest(teacher.backbone)  # a changed function is another teacher
+    assert teacher.info.checkpoint_sha256 == weights_digest(teacher.backbone)  # a changed function gives another teacher
     torch.testing.assert_close(teacher.embed(crops).norm(dim=1), torch.ones(3))
     pixels = (crops / 255 - torch.tensor(teacher.info.mean).view(3, 1, 1)) / torch.tensor(teacher.info.std).view(3, 1, 1)
     torch.testing.assert_close(teacher.features(crops).clone(), teacher.backbone(pixels), rtol=1e-4, atol=1e-5)
@@ -187,7 +187,7 @@ def test_the_page_on_teachers_shows_a_function_that_works(tmp_path: Path, monkey
 
 
 def test_a_library_stands_before_a_slash_and_a_module_before_a_colon(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One's own module may be called as a library is."""
+    """A user's module may have the name of a library."""
     (tmp_path / "swav.py").write_text(MODULE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))

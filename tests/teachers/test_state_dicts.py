@@ -1,4 +1,4 @@
-"""Layouts of checkpoints: what the field's training scripts write, and the same features from each, or a plain refusal."""
+"""Layouts of checkpoints that common training scripts write: each gives the same features, or a clear error."""
 
 import argparse
 from collections import OrderedDict, defaultdict

@@ -15,7 +15,7 @@ def make(network: nn.Module, **options: Any) -> Teacher:
 
 
 class Pooled(nn.Module):
-    """[B, 3, H, W] to [B, 8], with BatchNorm and dropout that give away train mode."""
+    """[B, 3, H, W] to [B, 8], with BatchNorm and dropout, which reveal train mode."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ def test_half_precisions_are_pytorchs_own_autocast(precision: Any, crops: Tensor
     kind = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     with torch.inference_mode(), torch.autocast("cpu", dtype=kind):
         expected = network(pixels)
-    assert expected.dtype == kind  # else nothing ran in it
+    assert expected.dtype == kind  # otherwise nothing ran in this precision
     assert torch.equal(teacher.embed(crops), nn.functional.normalize(expected.float(), dim=1))
 
 

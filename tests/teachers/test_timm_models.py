@@ -52,7 +52,7 @@ def test_pooled_features_and_preprocessing_are_timms(name: str, suffix: str, tmp
         config["input_size"][1],
     )
     assert config["interpolation"] in teacher.info.network
-    # a file of one's own need not have the licence of timm's weights
+    # the user's file may have another licence than timm's weights
     assert teacher.info.licence == f"not stated; timm's own weights of {name}: {network.pretrained_cfg['license']}"
     assert (teacher.info.name, teacher.info.source, teacher.info.spec.size) == (name, f"timm/{name}", network.num_features)
     assert (teacher.info.checkpoint, teacher.info.checkpoint_sha256) == (file.name, digest(file))
@@ -66,7 +66,7 @@ def test_pooled_features_and_preprocessing_are_timms(name: str, suffix: str, tmp
 
 def test_normalisation_other_than_imagenets_is_taken_over(tmp_path: Path) -> None:
     network = saved(SMALL, tmp_path / "w.pth")
-    assert network.pretrained_cfg["mean"] == (0.5, 0.5, 0.5)  # else this test says nothing
+    assert network.pretrained_cfg["mean"] == (0.5, 0.5, 0.5)  # otherwise the test proves nothing
     assert load_teacher(f"timm/{SMALL}", checkpoint=tmp_path / "w.pth").info.std == (0.5, 0.5, 0.5)
 
 
@@ -155,7 +155,7 @@ def test_without_timm(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_its_own_weights_when_asked(tmp_path: Path) -> None:
-    """From the folder where timm keeps what it has downloaded; and what is said where it is not there."""
+    """From timm's own cache folder; and the message if the file is missing."""
     repository = tmp_path / "hub" / "models--timm--resnet18.a1_in1k"
     snapshot = repository / "snapshots" / "one"
     snapshot.mkdir(parents=True)

@@ -88,7 +88,7 @@ def test_its_own_weights_only_when_asked_and_never_unpickled(
         RequestError, match=rf"--checkpoint is needed: .*or pretrained, which lets torchvision download {weights.url}"
     ):
         load_teacher("torchvision/resnet18")
-    place = tmp_path / "hub" / "checkpoints" / weights.url.rpartition("/")[2]  # where torch.hub keeps what it has downloaded
+    place = tmp_path / "hub" / "checkpoints" / weights.url.rpartition("/")[2]  # torch.hub's cache folder
     place.parent.mkdir(parents=True)
     saved("resnet18", place)
     teacher = load_teacher("torchvision/resnet18", checkpoint="pretrained")

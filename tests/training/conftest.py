@@ -1,4 +1,4 @@
-"""Trainings of a few steps on the CPU: 24 small pictures, 16 crops in a batch, targets of the tiny teacher."""
+"""Training runs of a few steps on the CPU: 24 small images, 16 crops in a batch, targets of the tiny teacher."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,13 +14,13 @@ from fkd_ssl.training.config import TrainConfig
 from fkd_ssl.training.engine import train
 from fkd_ssl.training.metrics import read_metrics
 
-STUDENT = "squeezenet1_1"  # quick, and no BatchNorm that would amplify rounding
+STUDENT = "squeezenet1_1"  # fast, without BatchNorm, which would amplify rounding
 
 Losses = list[float | None]
 
 
 class Run:
-    """A finished or broken-off training and what it left."""
+    """A finished or interrupted training and its files."""
 
     def __init__(self, folder: Path, config: TrainConfig, data: Crops) -> None:
         self.folder = folder
@@ -61,7 +61,7 @@ MakeRun = Callable[..., Run]
 
 @pytest.fixture(autouse=True)
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """These tests compare bits, on the CPU, whatever the machine has."""
+    """These tests compare bits, so they run on the CPU even if there is a GPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
 
@@ -74,7 +74,7 @@ def flat_store(make_store: Callable[..., Store], tmp_path: Path) -> Store:
 
 @pytest.fixture
 def make_run(flat_store: Store, image_folder: Path, tmp_path: Path) -> MakeRun:
-    """make_run(name, data=None, **options) -> Run that is not yet trained; 9 steps of stored targets by default."""
+    """make_run(name, data=None, **options) -> a Run before training; 9 steps on stored targets by default."""
 
     def make(name: str = "run", data: Crops | None = None, **options: Any) -> Run:
         defaults: dict[str, Any] = {

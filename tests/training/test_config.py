@@ -1,4 +1,4 @@
-"""What a training's config refuses."""
+"""Invalid configs of a training."""
 
 from typing import Any
 

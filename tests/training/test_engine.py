@@ -28,11 +28,11 @@ GOLDEN = Path(__file__).parent / "golden_losses.json"
 
 
 class KilledError(Exception):
-    """Stands for a process that ends at once: nothing is saved on its way out."""
+    """Simulates a killed process, which cannot save anything."""
 
 
 def dies_after(steps: int, embed: Any) -> Any:
-    """A teacher that is killed when it is asked for the batch after so many."""
+    """A teacher that raises KilledError after this many batches."""
     calls = [0]
 
     def dying(images: torch.Tensor) -> torch.Tensor:
@@ -89,7 +89,7 @@ class TestSeveralTeachers:
 
     @pytest.fixture
     def train_both(self, make_run: Any, make_store: Any, teachers: list[Any], image_folder: Path, tmp_path: Path) -> Any:
-        """train_both(**options) -> the run on stored targets and the run online, of the same crops."""
+        """train_both(**options) -> a run on stored targets and an online run on the same crops."""
         for teacher in teachers:
             store = make_store(tmp_path / "two", codec="Flat", teacher=teacher)
 
@@ -263,7 +263,7 @@ def test_every_optimizer_lowers_the_loss(make_run: Any, name: str, lr: float) ->
 class TestResume:
     @pytest.fixture
     def make_run(self, make_run: Any) -> Any:
-        """With BatchNorm, whose running statistics must be continued as well."""
+        """With BatchNorm, whose running statistics must also be restored."""
         return partial(make_run, student="shufflenet_v2_x0_5")
 
     @pytest.fixture(autouse=True)
@@ -447,7 +447,7 @@ class TestCheckpoints:
 
 
 def test_losses_are_golden(make_run: Any) -> None:
-    """20 steps of every part together. Rewritten by hand only where a change is meant: UPDATE_GOLDEN=1 pytest ..."""
+    """20 steps of all parts together. To change them on purpose: UPDATE_GOLDEN=1 pytest ..."""
     run = make_run(epochs=13, warmup_epochs=2).train()
     found = {name: run.column(name) for name in ("loss", "kl")}
     if os.environ.get("UPDATE_GOLDEN"):

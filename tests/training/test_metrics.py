@@ -1,4 +1,4 @@
-"""metrics.csv: appended, cut back to a checkpoint, and read; the clock and the memory beside it."""
+"""metrics.csv: appended, truncated to a checkpoint, and read; training time and peak memory."""
 
 import os
 import subprocess
@@ -43,7 +43,7 @@ def writer(folder: Path) -> MetricsWriter:
 
 
 def start(one: MetricsWriter, step: int) -> None:
-    """As Lightning starts a training, at `step`."""
+    """Starts a training at `step` as Lightning does."""
     one.on_train_start(
         SimpleNamespace(global_step=step, max_steps=9, is_global_zero=True, loggers=[]), SimpleNamespace(device="cpu")
     )  # type: ignore[arg-type]
@@ -79,7 +79,7 @@ def test_the_header_is_what_the_design_promises(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
 def test_the_peak_is_this_process_s_own() -> None:
-    """A child's is not what its parent used before it started it."""
+    """The peak of a child does not include its parent's memory at the fork."""
     held = np.ones(2**26, dtype=np.float64)  # 512 MB
     script = "from pathlib import Path; print(Path('/proc/self/status').read_text())"
     del held
@@ -107,6 +107,6 @@ def test_waiting_is_counted_once_where_a_step_has_parts(tmp_path: Path, monkeypa
         now[0] += 1
         one.on_train_batch_start(trainer, module, {"unreadable": []}, batch)
         now[0] += 2
-        trainer.global_step = batch  # of Lightning's steps: the second part ends the first
+        trainer.global_step = batch  # the second part ends Lightning's first step
         one.on_train_batch_end(trainer, module, None, None, batch)
     assert (one.waited, one.seconds) == (2.0, 6.0)

@@ -1,4 +1,4 @@
-"""Mixup and CutMix against pixels that tell which crop they are of."""
+"""Mixup and CutMix, tested with pixels that identify their crop."""
 
 from typing import Any
 
@@ -11,7 +11,7 @@ B, P = 12, 20
 
 
 def batch() -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Crops whose pixels are all their own number, and their one-hot targets."""
+    """Returns crops whose pixels all equal the crop's number, and their one-hot targets."""
     images = (
         torch.arange(B, dtype=torch.uint8).view(B, 1, 1, 1).expand(B, 3, P, P).contiguous(memory_format=torch.channels_last)
     )
@@ -28,7 +28,7 @@ class TestBoth:
     @pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 0.0), (0.0, 1.0), (0.8, 1.0)])
     @pytest.mark.parametrize("seed", range(8))
     def test_pixels_and_targets_are_mixed_alike(self, mixup: float, cutmix: float, seed: int) -> None:
-        """A crop's mean pixel is the sum of the two crops' numbers by their shares, which are what its target holds."""
+        """The mean pixel of a crop is the mean of both crops' numbers, weighted by the shares in its target."""
         images, targets = drawn(seed, mixup, cutmix)
         torch.testing.assert_close(targets.sum(dim=1), torch.ones(B))
         torch.testing.assert_close(images.float().mean(dim=(1, 2, 3)), targets @ torch.arange(B, dtype=torch.float32))
@@ -40,7 +40,7 @@ class TestBoth:
         torch.testing.assert_close(targets.sum(dim=0), torch.ones(B))
         own = targets.diag()
         assert own[own < 1].unique().numel() == 1
-        assert (own < 1).sum() >= B - 3  # a permutation leaves few where they are
+        assert (own < 1).sum() >= B - 3  # a permutation has few fixed points
 
     def test_a_seed_draws_the_same(self) -> None:
         for one, other in zip(drawn(5, 0.8, 1.0), drawn(5, 0.8, 1.0), strict=True):

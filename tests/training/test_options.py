@@ -1,4 +1,4 @@
-"""What a training may be asked for: accumulation, clipping, averages, single crops, compilation, another start, loggers."""
+"""Options of a training: accumulation, clipping, averages, single crops, compilation, initial weights, loggers."""
 
 import copy
 import os
@@ -40,7 +40,7 @@ ALL = {
 
 
 class KilledError(Exception):
-    """Stands for a process that ends at once."""
+    """Simulates a killed process."""
 
 
 def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -48,7 +48,7 @@ def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def dying(data: Any, after: int) -> Any:
-    """A data set that is killed when it is asked for the batch after so many."""
+    """A data set that raises KilledError after this many batches."""
     data, calls = copy.copy(data), [0]
 
     class Dying(type(data)):  # type: ignore[misc]
@@ -64,7 +64,7 @@ def dying(data: Any, after: int) -> Any:
 
 class TestAccumulation:
     def test_parts_give_the_steps_of_the_whole(self, make_run: Any) -> None:
-        """SqueezeNet has no BatchNorm, so that a batch's loss is the mean of its parts'; to the last bits of fp32."""
+        """SqueezeNet has no BatchNorm, so a batch's loss is the mean over its parts, up to the last bits of fp32."""
         whole, parts = make_run("whole").train(), make_run("parts", accumulate=4).train()
         assert parts.column("step") == whole.column("step") == list(range(1, 10))
         assert parts.column("loss") == pytest.approx(whole.column("loss"), rel=1e-5)
@@ -82,7 +82,7 @@ class TestAccumulation:
 
 
 class TestResume:
-    """Killed at any step and resumed, the final weights are bit-identical on the CPU, of the average and the queue too."""
+    """After a kill at any step and a resume, final weights, average and queue are bit-identical on the CPU."""
 
     @pytest.mark.parametrize("after", [1, 8, 13])  # batches, of which a step has two
     def test_everything_at_once(self, make_run: Any, after: int) -> None:
@@ -164,7 +164,7 @@ class TestResume:
 
 class TestCheckpoints:
     def test_they_never_pass_through_another_folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """From a temporary folder on another disk a file would be copied over the last good one."""
+        """A file from a temporary folder on another disk would be copied over the last good one."""
         monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
         AtomicCheckpoints(tmp_path).save_checkpoint({"step": 1}, tmp_path / "new" / "last.ckpt")
         assert torch.load(tmp_path / "new" / "last.ckpt", weights_only=True) == {"step": 1}
@@ -288,7 +288,7 @@ class TestSingleCrops:
         plain = PassSampler(6, 3, 9, seed=0)
         assert batches[:5] == [plain.batch(step) for step in range(5)]
         assert [sorted(i for _, i in batch) for batch in batches[5:]] == [list(range(6))] * 4
-        # five batches are two passes and a half: crops 0 to 5 are spoken for
+        # five batches are two and a half passes: crops 0 to 5 are used
         assert [{p for p, _ in batch} for batch in batches[5:]] == [{6}, {7}, {8}, {9}]
         assert [sampler.is_single(p) for p in (0, 2, 6, 9)] == [False, False, True, True]
 

@@ -1,4 +1,4 @@
-"""The order of images: every image once a pass, nothing dropped or padded, any step without those before it."""
+"""The order of images: every image once per pass, nothing dropped or padded, any step computed on its own."""
 
 import pytest
 

@@ -34,7 +34,7 @@ def test_doubtful_targets_become_smoothed_labels() -> None:
     expected[4] = torch.tensor([0.05, 0.85, 0.05, 0.05])
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(found.sum(dim=1), torch.ones(6))
-    assert torch.equal(targets[1], torch.tensor(doubtful))  # the batch's own stay as they are
+    assert torch.equal(targets[1], torch.tensor(doubtful))  # the batch's targets are not changed
 
 
 def test_every_teachers_targets_are_calibrated() -> None:

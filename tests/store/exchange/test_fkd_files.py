@@ -1,4 +1,4 @@
-"""FKD's published label files: read as its code reads them, without executing anything; imported, trained on, written."""
+"""FKD's published label files: read like its code, without executing anything; imported, trained on, written."""
 
 import io
 import os
@@ -67,7 +67,7 @@ def images(image_folder: Path) -> Path:
 
 
 def fkds_crop(picture: Image.Image, fractions: Any, flip: bool, side: int) -> Image.Image:
-    """What RandomResizedCrop_FKD and RandomHorizontalFlip_FKD do, but for the resize: the box alone."""
+    """Does what RandomResizedCrop_FKD and RandomHorizontalFlip_FKD do, without the resize."""
     i, j = fractions[0].item() * picture.size[1], fractions[1].item() * picture.size[0]
     h, w = fractions[2].item() * picture.size[1], fractions[3].item() * picture.size[0]
     cut = tf.crop(picture, i, j, h, w)
@@ -262,7 +262,7 @@ def test_damaged_and_missing_files_are_listed_and_nothing_appears(images: Path, 
     for file, what in zip(files[:3] + files[4:7], whats, strict=True):
         assert any(str(file) in line and what in line for line in said.splitlines()), (file, what, said)
     assert not (tmp_path / "store").exists()
-    published(tmp_path / "labels", images)  # mended: the same call goes on
+    published(tmp_path / "labels", images)  # after the repair, the same call continues
     assert len(import_fkd(tmp_path / "labels", scan(images), tmp_path / "store", classes=K)) == len(files)
 
 

@@ -1,4 +1,4 @@
-"""Nearest stored crops: against a loop over every pair."""
+"""Nearest stored crops, compared with a loop over every pair."""
 
 import numpy as np
 import pytest
@@ -15,7 +15,7 @@ def column(make_store, tmp_path, monkeypatch):
 
 
 def by_hand(column, target, row, count, crops):
-    """Every other image's nearest crop, the nearest images first."""
+    """Returns the nearest crop of every other image, nearest images first."""
     found = []
     for other in column.rows.tolist():
         if other != row:

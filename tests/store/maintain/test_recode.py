@@ -38,7 +38,7 @@ def decoded(store, name):
 
 
 def said_now(store, root, teacher):
-    """What the teacher says of every crop: [24, C, 16]."""
+    """Returns the teacher's targets of every crop: [24, C, 16]."""
     views = [replay(images.read_image(root / path), store.crops(r, slice(None)), 32) for r, path in enumerate(store.paths)]
     return np.stack([teacher.embed(torch.from_numpy(v)).numpy() for v in views])
 
@@ -60,7 +60,7 @@ def test_codes_are_the_new_codecs_of_the_decoded_targets(tmp_path, source, tree,
     cosines = (found * said_now(source, image_folder, new_teacher())).sum(axis=2) / np.linalg.norm(found, axis=2)
     f = column.meta.fidelity
     to_source = (found * old).sum(axis=2) / np.linalg.norm(found, axis=2) / np.linalg.norm(old, axis=2)
-    allowed = 2e-3 + abs(1 - float(to_source.mean()))  # what is recorded was measured on a ninth of them
+    allowed = 2e-3 + abs(1 - float(to_source.mean()))  # the recorded value was measured on a ninth of them
     assert f["cosine_mean"] == pytest.approx(float(to_source.mean()), abs=allowed)
     assert (f["source_codec"], f["source_cosine_mean"]) == ("SQ8", source.column("tiny").meta.fidelity["cosine_mean"])
     assert cosine_to_teacher(column.meta, "cosine_mean") == pytest.approx(float(cosines.mean()), abs=allowed)
@@ -69,7 +69,7 @@ def test_codes_are_the_new_codecs_of_the_decoded_targets(tmp_path, source, tree,
 
 
 def test_from_lossless_targets_it_is_what_precompute_writes(tmp_path, make_store):
-    """But for the last bits that the codec's sample and the shards differ in, seen in other chunks."""
+    """Except for the last bits of targets, since the codec's sample was computed in other chunks than the shards."""
     lossless = make_store(tmp_path / "flat", crops=12, codec="Flat")
     column = recode(lossless, "SQ8")
     direct = make_store(tmp_path / "direct", crops=12).column()
@@ -80,7 +80,7 @@ def test_from_lossless_targets_it_is_what_precompute_writes(tmp_path, make_store
 
 
 def test_what_was_lost_twice_is_no_reason_to_doubt_the_teacher(source, image_folder, new_teacher):
-    """SQ4 of SQ4 of SQ8, and Flat of that: verify allows what all of them discarded, and still finds another teacher."""
+    """SQ4 of SQ4 of SQ8, and Flat of that: verify allows the total loss of all of them, and still detects another teacher."""
     recode(source, "SQ4", column="tiny", to="a")
     recode(source, "SQ4", column="a", to="b")
     column = recode(source, "Flat", column="b", to="c")
@@ -164,7 +164,7 @@ def test_another_codec_that_was_begun_is_refused(source, killed_behind_meta):
 @pytest.mark.parametrize("other", [{"teacher": 5}, {"codec": "Flat"}, {"chunk_size": 8}, {"arrays": 1}])
 @pytest.mark.parametrize("out", [None, "small"])
 def test_another_column_that_was_begun_is_refused(tmp_path, source, make_store, new_teacher, killed_behind_meta, other, out):
-    """Two teachers' codes in one column would be found by nobody: each shard's sidecar would be right."""
+    """Two teachers' codes in one column could not be detected: each shard's sidecar would be correct."""
     teacher = new_teacher(other.get("teacher", 0), "tiny")
     teacher.info = replace(
         teacher.info,
@@ -241,7 +241,7 @@ def test_a_damaged_or_unfinished_source_is_refused(source, tree):
 
 @pytest.mark.parametrize("spec", ["full", "marginal_renorm_k3"])
 def test_codes_of_a_skipped_image_are_not_decoded(tmp_path, spec):
-    """A training that records leaves them zero, which is no code of class probabilities."""
+    """A recording training leaves them zero, which is not a valid code of class probabilities."""
     spec_of = importlib.util.spec_from_file_location("made", Path(__file__).parents[1] / "made.py")
     made = importlib.util.module_from_spec(spec_of)
     spec_of.loader.exec_module(made)
@@ -263,7 +263,7 @@ def test_codes_of_a_skipped_image_are_not_decoded(tmp_path, spec):
 
 
 class TestMean:
-    """The mean of several teachers' class probabilities, from columns that are there."""
+    """The mean of several teachers' class probabilities, from existing columns."""
 
     K = 7
 

@@ -1,4 +1,4 @@
-"""What `verify` finds damaged is made again, byte for byte, and nothing else is touched."""
+"""Damage that `verify` finds is rebuilt byte for byte, and nothing else is changed."""
 
 import json
 import shutil
@@ -45,7 +45,7 @@ def flip(path: Path, where: float = 0.9) -> None:
 
 
 def mend(folder, *arguments, **options):
-    """The lines of a repair after a verify, and what a second verify finds."""
+    """Returns the lines of a repair after a verify, and the result of a second verify."""
     lines = []
     repair(open_store(folder), verify(open_store(folder)).damage, *arguments, log=lines.append, **options)
     return lines, verify(open_store(folder)).problems
@@ -225,7 +225,7 @@ def test_images_that_are_missing_are_named(folder, pictures):
 
 
 def test_random_flips_anywhere_are_found_and_repaired(folder, tree, image_folder, new_teacher):
-    """All files of a store but those that nothing else tells of: the manifest and a column's meta.json."""
+    """All files of a store except the manifest and a column's meta.json, which cannot be rebuilt."""
     before = tree(folder)
     generator = np.random.default_rng(0)
     names = sorted(name for name in before if "manifest" not in name and "meta" not in name)

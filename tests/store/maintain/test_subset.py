@@ -30,7 +30,7 @@ def source(tmp_path, make_store, new_teacher):
 
 
 def test_the_first_crops_are_those_of_a_store_of_so_many(tmp_path, source, make_store, tree, new_teacher):
-    """All but the targets' last bits, since the teacher saw other chunks."""
+    """Except the last bits of targets, since the teacher saw other chunks."""
     part = subset(source, tmp_path / "part", crops=4)
     direct = make_store(tmp_path / "direct", crops=4, teacher=new_teacher(1, "b"), codec="Flat")
     found, expected = tree(tmp_path / "part"), tree(tmp_path / "direct")

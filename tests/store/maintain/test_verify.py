@@ -50,7 +50,7 @@ def folder(template, tmp_path) -> Path:
 
 
 def problems(folder: Path, *arguments, **options) -> list[str]:
-    """What `verify` says, or why the store cannot be opened at all."""
+    """Returns the problems that `verify` finds, or the error when opening the store."""
     try:
         return verify(open_store(folder), *arguments, **options).problems
     except StoreError as error:
@@ -58,7 +58,7 @@ def problems(folder: Path, *arguments, **options) -> list[str]:
 
 
 def rewrite(folder: Path, name: str, array: np.ndarray) -> None:
-    """Replaces a shard, and signs it."""
+    """Replaces a shard, with a correct checksum."""
     path = folder / name
     sidecar = files.read_json(path.with_suffix(".json"))
     path.unlink()
@@ -210,7 +210,7 @@ def test_codes_without_a_meta_json_are_found_beside_another_column(folder, make_
 
 
 def test_a_folder_that_comes_while_the_codec_is_trained_is_left(folder, make_store, new_teacher):
-    """And nothing of ours stays beside it."""
+    """And no temporary file remains beside it."""
     teacher, path = new_teacher(1, "other"), folder / "targets/other/codes-00000.npy"
     real = teacher.embed
 
@@ -336,7 +336,7 @@ def test_a_failing_teacher_names_the_image(folder, image_folder, tiny_teacher):
 
 
 def test_a_teacher_that_has_drifted_is_found_by_the_mean(folder, image_folder, tiny_teacher):
-    """Each crop by itself would pass."""
+    """Each single crop would pass."""
     generator = torch.Generator().manual_seed(0)
     real = tiny_teacher.embed
 

@@ -30,7 +30,7 @@ def make(folder, image_folder, teacher):
 
 
 def test_killed_at_random_moments_by_twos(tmp_path, start, tree, image_folder, new_teacher):
-    """Until a process ends by itself, two at a time are killed somewhere within what takes them about half a second."""
+    """Two processes at a time are killed within about half a second, until one ends by itself."""
     chance = random.Random(0)
     expected = tree(make(tmp_path / "whole", image_folder, new_teacher()))
     kills = 0
@@ -56,7 +56,7 @@ def test_killed_at_random_moments_by_twos(tmp_path, start, tree, image_folder, n
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 16 pages, and how to give it more."""
+    """A file system of 16 pages, and a function that enlarges it."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = shutil.which("mount")
@@ -75,7 +75,7 @@ def small_disk(tmp_path):
 
 
 def test_a_disk_that_is_really_full(tmp_path, small_disk, start, tree, image_folder, new_teacher):
-    """It grows by four pages whenever a run has failed: each says so and the last one finishes."""
+    """It grows by four pages after each failed run; each run reports the full disk, and the last one finishes."""
     folder, grow = small_disk
     expected = tree(make(tmp_path / "whole", image_folder, new_teacher()))
     size, failed = 16, 0

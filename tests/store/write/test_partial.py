@@ -1,4 +1,4 @@
-"""A store is read while it is being written, for the rows that are done."""
+"""Reading a store while it is being written: the finished rows."""
 
 import numpy as np
 import pytest
@@ -40,7 +40,7 @@ def test_the_rows_that_are_done_are_read(tmp_path, image_folder, new_teacher):
 
 
 def test_while_it_is_being_written(tmp_path, image_folder, new_teacher):
-    """In every state between two forwards of the teacher: what is read is right, and grows when the store is opened again."""
+    """In every state between two forward passes, the rows are correct, and there are more when the store is opened again."""
     folder, writer, reader = tmp_path / "store", new_teacher(), new_teacher()
     real, lengths = writer.embed, []
     early = []
@@ -62,7 +62,7 @@ def test_while_it_is_being_written(tmp_path, image_folder, new_teacher):
     writer.embed = embed
     write(folder, image_folder, writer)
     assert sorted(set(lengths)) == [5, 10, 15, 20]
-    assert len(early[0]) == 5  # what was opened stays as it was
+    assert len(early[0]) == 5  # an opened store does not change
     assert len(StoredCrops(open_store(folder), image_folder, partial=True)) == 24
 
 

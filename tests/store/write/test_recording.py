@@ -1,4 +1,4 @@
-"""What a training's teacher says becomes a column, whatever is killed; what was damaged meanwhile precompute computes."""
+"""A training's online targets become a column, also after kills; precompute completes damaged shards."""
 
 import os
 import shutil
@@ -90,7 +90,7 @@ def test_a_whole_recording_is_what_precompute_writes(tmp_path, begin, train, who
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if ours[name] != theirs[name] and "codes" not in name] == []
     difference = np.abs(codes_of(open_store(tmp_path / "store").column()) - codes_of(whole.column()))
-    assert difference.max() <= 1  # the teacher saw the crops in other batches, which moves its last bits
+    assert difference.max() <= 1  # the teacher saw the crops in other batches, which changes the last bits
     assert (difference > 0).mean() < 0.01
     assert verify(open_store(tmp_path / "store")).problems == []
 
@@ -106,10 +106,10 @@ def test_crops_are_used_in_the_order_of_the_store(tmp_path, begin, image_folder)
 
 
 def test_a_killed_training_goes_on(tmp_path, begin, train, tree):
-    """What was added after the last checkpoint is added again; what was before is not lost."""
+    """Targets added after the last checkpoint are added again; earlier ones are kept."""
     recording = train(begin(), 0, 24)
     recording.sync()
-    train(recording, 24, 40)  # no checkpoint counts on these
+    train(recording, 24, 40)  # no checkpoint contains these
     recording.close()
     recording = begin()
     with pytest.raises(FkdError, match="holds 48 recorded targets, and this run recorded 50 before"):
@@ -121,7 +121,7 @@ def test_a_killed_training_goes_on(tmp_path, begin, train, tree):
 
 
 def test_a_disk_that_the_recording_fills_is_no_reason_to_refuse(begin, train, monkeypatch):
-    """What was recorded becomes the store: only the rest needs room, and four bytes a block."""
+    """The recorded bytes become the store, so only the rest needs space, plus four bytes per block."""
     free = 0
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
     with pytest.raises(FkdError, match="the disk has 0 bytes free"):
@@ -162,7 +162,7 @@ def test_precompute_leaves_a_training_alone_that_made_no_checkpoint_yet(tmp_path
     with pytest.raises(RequestError, match="another process records"):
         finish(new_teacher())
     recording.close()
-    assert finish(new_teacher()).crops == 24 * CROPS  # nothing counts on what it gave
+    assert finish(new_teacher()).crops == 24 * CROPS  # no checkpoint relies on its targets
     assert not list((tmp_path / "store/targets/tiny").glob(".*"))
 
 
@@ -230,10 +230,10 @@ def test_unreadable_images(tmp_path, begin, train, pictures):
 
 
 def test_an_image_that_cannot_be_decoded_is_found_before_the_training(begin, pictures, monkeypatch):
-    """A store that counted it as readable could not be gone on with when the training comes to it."""
+    """If the store listed it as readable, the training could not continue when it reads the image."""
     monkeypatch.setattr(Embedding, "sample_size", lambda self, codec: 8)
     paths = images.scan(pictures).names
-    last = paths[manifest.in_hash_order(paths, "codec 0")[-1]]  # no part of the codec's sample
+    last = paths[manifest.in_hash_order(paths, "codec 0")[-1]]  # not part of the codec's sample
     (pictures / last).write_bytes((pictures / last).read_bytes()[:-400])
     with pytest.raises(ImageError, match=f"{last}.*remove it or pass --on_unreadable skip"):
         begin(images=pictures)
@@ -255,7 +255,7 @@ def test_processes_that_plan_one_store_share_its_images(begin, monkeypatch):
 
 
 def test_an_image_that_changed_is_not_recorded(begin, pictures):
-    """Its size is the same, and the store would say that the teacher saw another."""
+    """It has the same size in bytes; the store would have the checksum of another image."""
     recording = begin(images=pictures)
     data = RecordingCrops(recording.column.store, pictures, with_targets=False, crops_per_image=BLOCK, pixels=32)
     assert len(data[0, 3]["images"]) == BLOCK
@@ -276,7 +276,7 @@ def test_a_full_disk_is_named(tmp_path, begin, train, monkeypatch):
 
 
 def test_a_strangers_link_is_not_written_through(tmp_path, begin, train, finish, new_teacher):
-    """In the place of the file of a recording, or of a shard's progress: what it leads to would be cut."""
+    """A link in place of a recording's or a shard's work file: its target would be truncated."""
     begin().close()
     (tmp_path / "mine").write_text("precious")
     for name in (".record", ".work-codes-00000"):
@@ -290,7 +290,7 @@ def test_a_strangers_link_is_not_written_through(tmp_path, begin, train, finish,
 
 
 def test_readers_that_outlive_a_killed_training_are_waited_for(begin, monkeypatch):
-    """They are forks of it, and hold its lock until they notice."""
+    """They are forked processes and hold the lock until they end."""
     monkeypatch.setattr(locks, "PATIENCE", 30.0)
     held = begin()
     child = os.fork()
@@ -340,7 +340,7 @@ def test_precompute_does_not_touch_what_a_training_recorded(tmp_path, begin, tra
 
 @pytest.mark.parametrize("damage", ["bit", "checksum", "swap", "cut", "hole", "gone"])
 def test_a_block_that_was_altered_is_computed_again(tmp_path, begin, train, finish, new_teacher, whole, damage):
-    """In a killed recording: published, the damage would have got a checksum of its own."""
+    """Damage in a killed recording must not be published with a correct checksum."""
     work, _ = stopped(begin(), train, 24 * 3)
     unit = BLOCK * 16 + 4
     place = 10 * (CROPS // BLOCK) * unit  # of shard 1, of 10 rows
@@ -369,7 +369,7 @@ def test_a_block_that_was_altered_is_computed_again(tmp_path, begin, train, fini
 
 
 def test_no_bit_of_a_killed_recording_can_flip_unseen(begin, train):
-    """Of every byte of a shard's blocks one bit."""
+    """Flips one bit of every byte of a shard's blocks."""
     work, journal = stopped(begin(), train, 24 * 3)
     whole, counted = work.read_bytes(), journal.read_bytes()
     generator = np.random.default_rng(0)
@@ -386,7 +386,7 @@ def test_no_bit_of_a_killed_recording_can_flip_unseen(begin, train):
 
 
 def test_the_journal_does_not_grow_with_the_images(begin, train):
-    """It once had a number for each of them, and of 15 million that was more than a file of JSON may hold."""
+    """An earlier journal had a number per image, which for 15 million exceeded the maximum size of a JSON file."""
     _, journal = stopped(begin(), train, 24)
     assert files.read_json(journal).keys() == {"column", "block", "crops"}
 

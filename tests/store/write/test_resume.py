@@ -1,4 +1,4 @@
-"""Whatever is killed, refused or run twice at once, the store has the same bytes in the end."""
+"""After kills, errors and concurrent runs, the store has the same bytes."""
 
 import errno
 import json
@@ -45,7 +45,7 @@ def whole_folder(tmp_path_factory, image_folder, new_teacher):
 
 @pytest.fixture
 def whole(whole_folder, tree):
-    """Files of a store that was made in one go, in five shards."""
+    """The files of a store made without interruption, in five shards."""
     files = tree(whole_folder)
     assert sum(name.startswith("crops/") for name in files) == 10
     return files
@@ -66,7 +66,7 @@ def test_same_bytes_with_any_number_of_threads(tmp_path, whole, image_folder, ti
 
 
 def test_same_bytes_in_another_process_at_another_time(tmp_path, whole, start, tree, image_folder):
-    """Nothing in a store depends on the clock, on where it lies or on who made it."""
+    """A store does not depend on the time, its path or the process."""
     code, report = finish(start, tmp_path, image_folder)
     assert code == 0
     assert report["crops"] == CROPS
@@ -115,7 +115,7 @@ def test_two_processes_at_once(tmp_path, whole, start, tree, image_folder):
     assert [worker.exitcode for worker in workers] == [0, 0]
     assert tree(tmp_path / "store") == whole
     reports = [json.loads((tmp_path / f"{k}.json").read_text()) for k in range(2)]
-    assert sum(report["crops"] for report in reports) == CROPS  # none was seen twice
+    assert sum(report["crops"] for report in reports) == CROPS  # no crop was seen twice
 
 
 def test_a_shard_that_another_process_writes_is_left_to_it(tmp_path, whole, whole_folder, image_folder, tiny_teacher, tree):
@@ -168,7 +168,7 @@ def test_damaged_progress_is_not_trusted(tmp_path, whole, start, tiny_teacher, t
 
 
 def test_the_largest_codecs_sample_is_resumed(tmp_path, new_teacher):
-    """Of one crop of each of 294,912 images: their checksums would be more than a file of JSON may hold."""
+    """One crop of each of 294,912 images: their checksums would exceed the maximum size of a JSON file."""
     request = columns.Request(name="tiny", teacher=new_teacher(), codec="PQ4x12", pixels=32, chunk_size=7)
     count = faiss_codecs.sample_size("PQ4x12") * 9 // 8
     sizes = {"unit": 64, "crops": count, "per_row": 1}
@@ -195,7 +195,7 @@ def test_a_finished_store_is_left_as_it_is(tmp_path, whole, whole_folder, image_
     ("limit", "fails_at"), [(100, "images.txt"), (400, "images.npy"), (600, "sample"), (1800, "codes"), (2800, "crops")]
 )
 def test_a_full_disk_and_then_space(tmp_path, start, image_folder, tiny_teacher, tree, monkeypatch, limit, fails_at):
-    """No file may grow beyond `limit` bytes: whatever it is that fails, the next run finishes the store."""
+    """No file may grow beyond `limit` bytes; whatever fails, the next run finishes the store."""
     if fails_at in ("codes", "crops"):  # the codec's sample, 9216 bytes, was seen before the disk filled up
         finish(start, tmp_path, image_folder, rows_per_shard=24, kill_at=("embed", 22))
     code, report = finish(start, tmp_path, image_folder, rows_per_shard=24, file_limit=limit, journal_seconds=0)

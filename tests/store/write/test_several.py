@@ -101,7 +101,7 @@ class PulledError(Exception):
 def test_stopped_and_resumed_with_one_column_ahead(
     tmp_path, image_folder, one_by_one, new_teacher, tree, counted, monkeypatch, calls
 ):
-    """One teacher alone is stopped somewhere; then both go on, each from where it is, and nothing is seen twice."""
+    """A run with one teacher is stopped; then both teachers continue, each from its own position, and see no crop twice."""
     first = new_teacher(0, "a")
     real = first.embed
 
@@ -235,7 +235,7 @@ def test_impossible_shares_are_refused(index, of):
 
 
 def test_a_folder_that_vanishes_is_no_reason_to_skip(tmp_path, pictures, new_teacher, tree, image_folder):
-    """An unmounted folder would otherwise be written down as unreadable pictures."""
+    """Otherwise the images of an unmounted folder would be recorded as unreadable."""
     teacher = new_teacher()
     real = teacher.embed
 

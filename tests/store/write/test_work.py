@@ -1,4 +1,4 @@
-"""Progress of unfinished work: what counts, what does not, and what it costs."""
+"""Work files: what is kept after a kill, what is discarded, and the cost of saving."""
 
 import hashlib
 from contextlib import suppress
@@ -70,7 +70,7 @@ def test_only_one_at_a_time(path):
 
 
 def test_bytes_that_another_wrote_into_it_are_not_published(path):
-    """As on a file system without locks."""
+    """As can happen on a file system without locks."""
 
     def publish():
         with work.open_work(path, "me", **SIZES) as progress:
@@ -86,7 +86,7 @@ def test_bytes_that_another_wrote_into_it_are_not_published(path):
 
 
 def test_saving_does_not_read_again_what_was_written(path, monkeypatch):
-    """So that a large shard costs its bytes once, however often its progress is saved."""
+    """A large shard is read once, however often its progress is saved."""
     monkeypatch.setattr(work, "SECONDS_BETWEEN_JOURNALS", -1.0)
     with work.open_work(path, "me", **SIZES) as progress:
         monkeypatch.setattr(progress, "_file", Writing(progress._file))
