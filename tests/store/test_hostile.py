@@ -88,7 +88,9 @@ sys.addaudithook(watch)
 def original(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("original") / "store"
     made.make(folder, SPECS)
-    outside = folder.parent / "outside"  # the targets of links are correct files, so that only the link can be the reason for an error
+    outside = (
+        folder.parent / "outside"
+    )  # the targets of links are correct files, so that only the link can be the reason for an error
     shutil.copytree(folder, outside)
     interval, tqdm.monitor_interval = tqdm.monitor_interval, 0
     read(folder)  # triggers late imports

@@ -51,7 +51,10 @@ def test_these_must_not_be_negative(name: str) -> None:
         ({"label_smoothing": 0.1}, r"label_smoothing 0.1: is for --targets labels, or --calibrate_below"),
         ({"label_smoothing": 1.0, "targets": "labels"}, r"label_smoothing 1.0: must lie in 0 to 1"),
         ({"calibrate_below": 0.0}, r"calibrate_below 0.0: a probability, must lie in 0 to 1"),
-        ({"targets": "labels", "calibrate_below": 0.5}, r"calibrate_below 0.5: is not used with --targets labels; leave it out"),
+        (
+            {"targets": "labels", "calibrate_below": 0.5},
+            r"calibrate_below 0.5: is not used with --targets labels; leave it out",
+        ),
         ({"targets": "labels", "teacher": "a"}, r"teacher a: is not used with --targets labels; leave it out"),
         ({"teacher": "a"}, r"teacher a: is not used with --targets stored; name a column of the store with --column"),
         ({"targets": "online", "teacher": "a", "column": "b"}, r"column b: is not used with --targets online; leave it out"),
