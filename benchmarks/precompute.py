@@ -4,10 +4,10 @@
     python benchmarks/precompute.py --images DIR --teacher resnet50 --pixels 224
 
 `resnet50` is torchvision's with random weights and a projection to 128. The bare forward runs on chunks of the same size that
-are in the memory of its device; precompute reads, decodes and replays beside it, encodes (SQ8) and writes. Rounds alternate
-and the best of each is taken. On a CPU both share the cores, and the time of reading a crop, which is printed too, bounds the
-ratio. On a machine with other work the two rates are of different moments; `teacher_busy`, the share of precompute's own time
-in which the teacher runs, is of one.
+are in the memory of its device. Precompute also reads, decodes, replays, encodes (SQ8) and writes. Rounds alternate, and the
+best of each is taken. On a CPU both share the cores, and the time to read a crop, which is also printed, bounds the ratio. On a
+busy machine the two rates may be measured under different load; `teacher_busy`, the share of precompute's time in which the
+teacher runs, is not affected.
 """
 
 import argparse
