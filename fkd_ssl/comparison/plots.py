@@ -1,4 +1,4 @@
-"""The plots of a comparison: each a PNG for report.md, and SVG for report.html that takes the page's colour of text."""
+"""The plots of a comparison: PNGs for report.md, and SVGs for report.html whose text takes the colour of the page's text."""
 
 import io
 import re
@@ -12,18 +12,17 @@ from fkd_ssl import files
 from fkd_ssl.comparison.arms import run_name
 from fkd_ssl.training.metrics import read_metrics
 
-_LINES = ("-", "--", "-.", (0, (3, 1, 1, 1, 1, 1)))  # of several arms of one kind
-_COLOURS = {
-    "stored": "#1a9a6c",
+COLOURS = {
+    "stored": "#12946a",
     "online": "#d1603d",
-    "alone": "#7a5fc7",
-    "labels": "#b5892a",
-    "relabel": "#b0457f",
-    "teacher": "#5b7fb8",
-    "untrained": "#9a9a9a",
+    "alone": "#8a6fd1",
+    "teacher": "#4a80c8",
+    "untrained": "#868c92",
 }
+FURTHER = ("#c0508f", "#a8801f", "#1a90a8", "#8c7466", "#6d8f2a", "#6b6bd6")
+"""Colours of the other arms. All are legible on white and on the report's dark ground."""
 _INK = "#101213"  # in SVG it becomes the page's own
-_PROBES = {"knn_top1": "kNN top-1, %", "linear_top1": "linear top-1, %"}
+_LABELS = {"knn_top1": "kNN top-1, %", "linear_top1": "linear top-1, %", "kl": "loss minus its lower bound"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,9 +30,9 @@ class Plot:
     """A plot that was drawn.
 
     Attributes:
-        name: Of its PNG, without suffix.
-        caption: What it shows.
-        svg: The element, of the page's width.
+        name: Name of the PNG, without suffix.
+        caption: What the plot shows.
+        svg: The SVG element, as wide as the page.
     """
 
     name: str
@@ -42,33 +41,43 @@ class Plot:
 
 
 def draw_all(results: dict[str, Any], folder: Path) -> list[Plot]:
-    """Draws the plots beside a comparison's results.json."""
+    """Draws the plots next to the results.json of a comparison."""
+    seeds = results["config"]["seeds"]
+    mean = f" Lines are means over {seeds} seeds, bands their standard deviation." if seeds > 1 else ""
+    knn = f"kNN accuracy against training time and epochs, from the untrained student on.{mean}"
     plots = [
-        _draw(folder, "knn", "kNN accuracy during training, against wall-clock and epochs", _curves, results, "knn_top1"),
-        _draw(
-            folder, "loss", "Loss above the least that the targets allow, against wall-clock and epochs", _curves, results, "kl"
-        ),
+        _draw(folder, "knn", knn, _curves, results, "knn_top1"),
+        _draw(folder, "loss", f"Loss minus its lower bound, against training time and epochs.{mean}", _curves, results, "kl"),
     ]
     stores = [name for name in results["stores"] if (name, 0) in {(arm["name"], arm["seed"]) for arm in results["arms"]}]
     stores = [name for name in stores if results["stores"][name]["crops"] is not None]
     if len({results["stores"][name]["bytes"] for name in stores}) > 1:
-        caption = "Accuracy against stored crops and against bytes on disk; the bars are deviations over seeds"
-        plots.append(_draw(folder, "stores", caption, _stores, results, stores))
+        bars = " Bars are standard deviations over seeds." if seeds > 1 else ""
+        plots.append(_draw(folder, "stores", f"Accuracy against the size of the store.{bars}", _stores, results, stores))
     return plots
 
 
+def colours_of(results: dict[str, Any]) -> dict[str, str]:
+    """Gives every arm a colour of its own: those in the headline and those without variants a fixed one."""
+    names = list(dict.fromkeys(arm["name"] for arm in results["arms"]))
+    first = results["differences"][0]
+    fixed = {**COLOURS, first["arm"]: COLOURS["stored"], first["minus"]: COLOURS["online"]}
+    others = [name for name in names if name not in fixed]
+    return {name: fixed.get(name) or FURTHER[others.index(name) % len(FURTHER)] for name in names}
+
+
 def _draw(folder: Path, name: str, caption: str, draw: Any, results: dict[str, Any], what: Any) -> Plot:
-    """A plot with two axes side by side, as PNG on white and as SVG without a ground."""
+    """Draws a plot with two axes side by side, as PNG on white and as SVG without a background."""
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
     style: dict[Any, Any] = dict.fromkeys(inked, _INK)
-    with mpl.rc_context({**style, "svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif"}):
+    with mpl.rc_context({**style, "svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif", "font.size": 11}):
         figure = Figure(figsize=(10, 3.8), layout="constrained")
         FigureCanvasAgg(figure)
-        axes = figure.subplots(1, 2)
+        axes = figure.subplots(1, 2, sharey=draw is _curves)
         draw(axes, results, what, folder)
         for axis in axes:
             axis.grid(alpha=0.25)
@@ -79,93 +88,85 @@ def _draw(folder: Path, name: str, caption: str, draw: Any, results: dict[str, A
     files.replace(folder / f"{name}.png", png.getvalue())
     element = svg.getvalue()[svg.getvalue().index("<svg") :]
     element = re.sub(r"<metadata>.*?</metadata>", "", element, flags=re.DOTALL).replace(_INK, "currentColor")
-    element = re.sub(r' (?:width|height)="[^"]*"', "", element, count=2)  # its own: the page says how wide it is
+    element = re.sub(r' (?:width|height)="[^"]*"', "", element, count=2)  # the page sets the width
     return Plot(name=name, caption=caption, svg=element)
 
 
 def _curves(axes: Sequence[Any], results: dict[str, Any], column: str, folder: Path) -> None:
-    """One measure against wall-clock (stored also with its precomputing before it) and against epochs."""
-    first = results["differences"][0]["arm"]
-    names = list(dict.fromkeys(arm["name"] for arm in results["arms"]))
-    for arm in results["arms"]:
-        name, kind = arm["name"], arm["name"].partition(":")[0]
-        label = name if arm["seed"] == 0 else None
-        style: dict[str, Any] = {"color": _COLOURS[kind], "linewidth": 1.2, "linestyle": _line(names, name, first)}
-        if arm["train_seconds"] is None:
+    """Draws a measure against time (the main stored arm also after its precomputing) and against epochs."""
+    main = results["differences"][0]["arm"]
+    highest, lowest = 0.0, float("inf")
+    for name, colour in colours_of(results).items():
+        arms = [arm for arm in results["arms"] if arm["name"] == name]
+        if arms[0]["train_seconds"] is None:
+            if column in arms[0] and name != "untrained":  # the curves start there
+                _level(axes, name, statistics.mean(arm[column] for arm in arms), colour)
             continue
-        if kind == "alone":  # it is scored at its end
-            if column in arm:
-                axes[0].plot(arm["train_seconds"], arm[column], "D", color=_COLOURS[kind], markersize=5, label=label)
+        if name == "alone":  # it is scored only at its end
+            if column in arms[0]:
+                x, y = (_mean_and_deviation([arm[key] for arm in arms]) for key in ("train_seconds", column))
+                axes[0].errorbar(x[0], y[0], y[1], x[1], fmt="D", color=colour, markersize=5, capsize=2, label=name)
             continue
-        metrics = read_metrics(folder / "runs" / run_name(name, arm["seed"]) / "metrics.csv")
-        lines = [line for line in metrics if line[column] is not None]
-        values = [line[column] for line in lines]
-        style |= {"marker": "o", "markersize": 3} if column in _PROBES or len(lines) < 3 else {}
-        axes[0].plot([line["seconds"] for line in lines], values, label=label, **style)
-        axes[1].plot([line["epoch"] for line in lines], values, label=label, **style)
-        if name == first:
-            shifted = [(line["seconds"] or 0) + (results["precompute_seconds"] or 0) for line in lines]
-            with_store = f"{name}, precomputing first" if label else None
-            axes[0].plot(shifted, values, label=with_store, **{**style, "linestyle": ":"})
-    if column in _PROBES:
-        _levels(axes, results, column, ("teacher", "untrained"))
-    else:
+        curves = [_curve(results, folder, arm, column) for arm in arms]
+        epochs = sorted(set.intersection(*(set(curve) for curve in curves)))
+        seconds = [statistics.mean(curve[epoch][0] for curve in curves) for epoch in epochs]
+        values = [_mean_and_deviation([curve[epoch][1] for curve in curves]) for epoch in epochs]
+        means, low, high = [m for m, _ in values], [m - d for m, d in values], [m + d for m, d in values]
+        highest, lowest = max([highest, *high]), min([lowest, *means])
+        style: dict[str, Any] = {"color": colour, "linewidth": 1.6, "marker": "o", "markersize": 3}
+        for axis, x in zip(axes, (seconds, epochs), strict=True):
+            axis.plot(x, means, label=name, **style)
+            if len(arms) > 1:
+                axis.fill_between(x, low, high, color=colour, alpha=0.18, linewidth=0)
+        if name == main and results["precompute_seconds"]:
+            shifted = [s + results["precompute_seconds"] for s in seconds]
+            axes[0].plot(shifted, means, label=f"{name}, with precomputing", **{**style, "linestyle": ":"})
+    if column == "kl" and highest > 10 * lowest > 0:
         axes[0].set_yscale("log")
-        axes[1].set_yscale("log")
-    axes[1].sharey(axes[0])
-    axes[0].set(xlabel="seconds of training", ylabel=_PROBES.get(column, "loss above its floor"))
-    axes[1].set(xlabel="epochs (one crop of every image)")
-    axes[0].legend(frameon=False, fontsize=8, loc="best")
+    axes[0].margins(y=0.12)  # room for the names of levels
+    axes[0].set(xlabel="training time, s", ylabel=_LABELS[column], xlim=(0, None))
+    axes[1].set(xlabel="epochs (one crop of every image)", xlim=(0, None))
+    axes[0].legend(frameon=False, fontsize=9, loc="best")
 
 
-def _line(names: Sequence[str], name: str, first: str) -> Any:
-    """The line of an arm: whole for the one that stands for its kind."""
-    kind = name.partition(":")[0]
-    others = [other for other in names if other.partition(":")[0] == kind and other not in (first, kind)]
-    return _LINES[0] if name not in others else _LINES[1 + others.index(name) % (len(_LINES) - 1)]
+def _curve(results: dict[str, Any], folder: Path, arm: dict[str, Any], column: str) -> dict[float, tuple[float, float]]:
+    """Returns seconds and value at each epoch that has one; scores begin with the untrained student's."""
+    metrics = read_metrics(folder / "runs" / run_name(arm["name"], arm["seed"]) / "metrics.csv")
+    curve = {line["epoch"]: (line["seconds"] or 0.0, line[column]) for line in metrics if line[column] is not None}
+    for start in results["arms"]:
+        if (start["name"], start["seed"]) == ("untrained", arm["seed"]) and column in start:
+            curve[0.0] = 0.0, start[column]
+    return curve
 
 
-def _levels(axes: Sequence[Any], results: dict[str, Any], column: str, kinds: Sequence[str]) -> None:
-    """A line across for each arm of these kinds."""
-    for name in dict.fromkeys(arm["name"] for arm in results["arms"] if arm["name"].partition(":")[0] in kinds):
-        score = statistics.mean(arm[column] for arm in results["arms"] if arm["name"] == name)
-        for axis in axes:
-            axis.axhline(score, color=_COLOURS[name.partition(":")[0]], linestyle="--", linewidth=1, label=name)
+def _level(axes: Sequence[Any], name: str, score: float, colour: str) -> None:
+    """Draws a horizontal line with its name above it, inside both axes."""
+    for axis in axes:
+        axis.axhline(score, color=colour, linestyle="--", linewidth=1)
+        axis.annotate(
+            f"{name} {score:.1f}",
+            (0.01, score),
+            xycoords=("axes fraction", "data"),
+            xytext=(0, 2),
+            textcoords="offset points",
+            fontsize=9,
+            color=colour,
+        )
+
+
+def _mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
+    return statistics.mean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
 def _stores(axes: Sequence[Any], results: dict[str, Any], names: Sequence[str], folder: Path) -> None:
-    """Both probes of the stored arms against stored crops and bytes."""
-    for probe, marker, label in (("knn_top1", "o", "kNN"), ("linear_top1", "s", "linear")):
-        points = []
+    """Draws both probes of the stored arms against the size of their stores, and online's as a line."""
+    colours, online = colours_of(results), results["differences"][0]["minus"]
+    for axis, probe in zip(axes, ("knn_top1", "linear_top1"), strict=True):
         for name in names:
-            scores = [arm[probe] for arm in results["arms"] if arm["name"] == name]
-            spread = statistics.stdev(scores) if len(scores) > 1 else 0.0
-            store = results["stores"][name]
-            points.append((store["crops"], store["bytes"] / 1e6, statistics.mean(scores), spread, name))
-        for axis, place in zip(axes, (0, 1), strict=True):
-            x = [point[place] for point in points]
-            y, error = [point[2] for point in points], [point[3] for point in points]
-            axis.errorbar(x, y, error, fmt=marker, color=_COLOURS["stored"], capsize=3, label=f"stored, {label}", markersize=5)
-            if probe == "linear_top1":
-                for point in points:
-                    axis.annotate(
-                        point[4].removeprefix("stored:"),
-                        (point[place], point[2]),
-                        xytext=(4, 6),
-                        fontsize=7,
-                        textcoords="offset points",
-                    )
-    online = results["differences"][0]["minus"]
-    for probe, style in (("knn_top1", "--"), ("linear_top1", "-.")):
-        score = statistics.mean(arm[probe] for arm in results["arms"] if arm["name"] == online)
-        for axis in axes:
-            name = f"{online}, {'kNN' if probe == 'knn_top1' else 'linear'}"
-            axis.axhline(score, color=_COLOURS["online"], linestyle=style, linewidth=1, label=name)
-    axes[0].set(xscale="log", xlabel="stored crops an image", ylabel="top-1, %")
-    axes[1].set(xscale="log", xlabel="megabytes on disk")
-    stores = [results["stores"][name] for name in names]
-    for axis, values in zip(axes, ({s["crops"] for s in stores}, {s["bytes"] / 1e6 for s in stores}), strict=True):
-        axis.set_xticks(sorted(values), [f"{value:.3g}" for value in sorted(values)])
-        axis.set_xticks([], minor=True)
-    axes[1].sharey(axes[0])
-    axes[0].legend(frameon=False, fontsize=8)
+            mean, deviation = _mean_and_deviation([arm[probe] for arm in results["arms"] if arm["name"] == name])
+            size = results["stores"][name]["bytes"] / 1e6
+            axis.errorbar(size, mean, deviation, fmt="o", color=colours[name], capsize=3, markersize=6, label=name)
+        _level([axis], online, statistics.mean(arm[probe] for arm in results["arms"] if arm["name"] == online), colours[online])
+        axis.margins(x=0.1, y=0.15)
+        axis.set(xlim=(0, None), xlabel="size of the store, MB", ylabel=_LABELS[probe])
+    axes[0].legend(frameon=False, fontsize=9)

@@ -1,4 +1,4 @@
-"""The report of a comparison: report.html, which is one file without a network, report.md, and the plots as PNGs."""
+"""The report of a comparison: report.html (a single file that loads nothing), report.md, and the plots as PNGs."""
 
 import base64
 import dataclasses
@@ -17,11 +17,10 @@ from fkd_ssl.store import Store, open_store
 from fkd_ssl.text import format_bytes, format_duration, printable
 
 PROBE_NAMES = {"knn_top1": "kNN", "linear_top1": "linear probe", "top1": "top-1 of its own classes"}
-TITLE = "Stored against online distillation"
 SHEET = "sheet.png"
 SHEET_CAPTION = (
-    "An image with the boxes of its first stored crops, these crops, and the crops of other images that are nearest to each "
-    "for the teacher, by the cosine of their stored targets"
+    "An image with the boxes of its first stored crops, and each crop with the crops of other images whose stored targets have "
+    "the highest cosine similarity to its own"
 )
 _COLUMNS = (
     "arm",
@@ -34,34 +33,55 @@ _COLUMNS = (
     "teacher forwards",
     "peak memory",
 )
+_KINDS = ("teacher", "online", "stored", "relabel", "labels", "alone", "untrained")
+_SENTENCES = {
+    "equal": "{arm} and {minus} are equal within 1.5 points",
+    "better": "{arm} is better than {minus}",
+    "worse": "{arm} is worse than {minus}",
+    "inconclusive": "inconclusive, more seeds are needed to compare {arm} with {minus}",
+}
+_WORDS = {"equal": "equal within 1.5 points", "inconclusive": "inconclusive: more seeds needed"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Verdict:
+    """A line of the verdict.
+
+    Attributes:
+        kind: `equal`, `better`, `worse` or `inconclusive`; `cost` for a line about time or space.
+        sentence: What was found, without a full stop.
+        detail: The numbers behind it.
+    """
+
+    kind: str
+    sentence: str
+    detail: str
 
 
 def write(results: dict[str, Any], folder: Path, draw_sheet: Callable[[Store], bytes] | None = None) -> str:
-    """Writes report.html, report.md and plots beside a comparison's results.json.
+    """Writes report.html, report.md and the plots next to the results.json of a comparison.
 
     Args:
-        results: The results.json.
+        results: The content of results.json.
         folder: The comparison's folder.
-        draw_sheet: Draws the contact sheet of a store as PNG; it may raise FkdError. None leaves it out.
+        draw_sheet: Draws the contact sheet of a store as PNG; it may raise FkdError. None leaves the sheet out.
 
     Returns:
-        The table and the findings as text.
+        As `text_of`.
     """
     import jinja2
 
-    table, findings = _table(results), _findings(results)
-    drawn = plots.draw_all(results, folder)
-    text = "\n".join([*_markdown(table), "", what(results), "", *(f"- {line}" for line in findings)])
+    drawn, sheet, commands = plots.draw_all(results, folder), _sheet(folder, draw_sheet), _commands(results)
+    text = text_of(results)
     config = {k: v for k, v in results["config"].items() if v not in (None, "") and k != "json"}
-    sheet, commands = _sheet(folder, draw_sheet), _commands(results)
     page = [
-        f"# {TITLE}",
+        f"# {title(results)}",
         "",
         text,
         "",
         *(line for plot in drawn for line in (f"![{plot.caption}]({plot.name}.png)", "")),
         *([f"![{SHEET_CAPTION}]({SHEET})", ""] if sheet else []),
-        "## What was run",
+        "## Commands",
         "",
         "```bash",
         *commands,
@@ -75,11 +95,13 @@ def write(results: dict[str, Any], folder: Path, draw_sheet: Callable[[Store], b
     loader = jinja2.PackageLoader("fkd_ssl.comparison", ".")
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
     html = environment.get_template("report.html.jinja").render(
-        title=TITLE,
+        title=title(results),
         what=what(results),
-        table=table,
-        findings=findings,
+        verdict=verdict_of(results),
+        tables=[_scores(results), _differences(results)],
+        notes=_notes(results),
         plots=drawn,
+        colours=plots.colours_of(results),
         commands=commands,
         config=config,
         versions=results["versions"],
@@ -90,36 +112,108 @@ def write(results: dict[str, Any], folder: Path, draw_sheet: Callable[[Store], b
     return text
 
 
+def text_of(results: dict[str, Any]) -> str:
+    """Returns the verdict and the tables as text."""
+    lines = [what(results), "", *(f"- {line.sentence} ({line.detail})." for line in verdict_of(results)), ""]
+    lines += [*_markdown(_scores(results)), "", *(f"- {note}" for note in _notes(results)), ""]
+    return "\n".join([*lines, *_markdown(_differences(results))])
+
+
+def title(results: dict[str, Any]) -> str:
+    """Names the student, the teacher and the images."""
+    config = results["config"]
+    return f"{config['student']} distilled from {config['teacher']} on {'/'.join(Path(config['images']).parts[-2:])}"
+
+
 def what(results: dict[str, Any]) -> str:
-    """A sentence about what was compared."""
+    """Describes what was compared, in a sentence."""
     config = results["config"]
     seeds = f"{config['seeds']} seed{'s' if config['seeds'] > 1 else ''}"
     return (
-        f"{config['student']}, {config['epochs']:g} epochs of one crop of {results['images']:,} images at "
-        f"{config['pixels']} px, {seeds}, {results['val_images']:,} test images."
+        f"{config['epochs']:g} epochs of one crop of {results['images']:,} images at {config['pixels']} px, {seeds}, scored on "
+        f"{results['val_images']:,} test images."
     )
 
 
 def names_of(results: dict[str, Any], kind: str) -> list[str]:
-    """Arms of a kind: `stored`, or with several teachers `stored:A`, `stored:B`, `stored:A+B`; then further arms."""
+    """Returns the arms of a kind: `stored`, or with two teachers `stored:A`, `stored:B`, `stored:A+B`; then further arms."""
     names = dict.fromkeys(arm["name"] for arm in results["arms"])
     return [name for name in names if name.partition(":")[0] == kind]
 
 
 def headline(results: dict[str, Any]) -> tuple[str, str]:
-    """The main stored and online arms; with two teachers those of both."""
+    """Returns the main stored and online arms: with two teachers, those trained from both."""
     first = results["differences"][0]
     return first["arm"], first["minus"]
 
 
-def _table(results: dict[str, Any]) -> list[list[str]]:
-    """A header and a row for each arm: the mean over seeds, and the standard deviation if there are several."""
+def verdict_of(results: dict[str, Any]) -> list[Verdict]:
+    """Compares the main stored and online arms: scores, training time, cost of the store."""
+    stored, online = headline(results)
+    lines = []
+    for probe, name in PROBE_NAMES.items():
+        if difference := results["differences"][0].get(probe):
+            kind = _judge(difference)
+            sentence = f"{name}: {_SENTENCES[kind].format(arm=stored, minus=online)}"
+            detail = f"{difference['difference']:+.2f} points, 90 % interval {_interval(difference)}"
+            lines.append(Verdict(kind=kind, sentence=sentence, detail=detail))
+    seconds = {
+        name: statistics.mean(arm["train_seconds"] for arm in results["arms"] if arm["name"] == name)
+        for name in (stored, online)
+    }
+    faster = f"speed: {stored} trains {seconds[online] / seconds[stored]:.2f} times as fast as {online}"
+    lines.append(_cost(faster, f"{format_duration(seconds[stored])} instead of {format_duration(seconds[online])}"))
+    return [*lines, _break_even(results, stored), _reached(results, stored, online)]
+
+
+def _judge(difference: dict[str, Any]) -> str:
+    """Says what the interval of a difference shows: `equal`, `better`, `worse` or `inconclusive`."""
+    if difference["equal"]:
+        return "equal"
+    if difference["low"] > 0 or difference["high"] < 0:
+        return "better" if difference["low"] > 0 else "worse"
+    return "inconclusive"
+
+
+def _interval(difference: dict[str, Any]) -> str:
+    return f"{difference['low']:+.2f} to {difference['high']:+.2f}"
+
+
+def _cost(sentence: str, detail: str) -> Verdict:
+    return Verdict(kind="cost", sentence=sentence, detail=detail)
+
+
+def _break_even(results: dict[str, Any], stored: str) -> Verdict:
+    taken, store = results["precompute_seconds"], _size(results, results["stores"][stored])
+    students, epochs = results["break_even_students"], results["break_even_epochs"]
+    if taken is None:
+        return _cost("cost: break-even is unknown, because a run was killed while the store was made", f"{store}")
+    store = f"made in {format_duration(taken)}, {store}"
+    if students is None:
+        return _cost("cost: the store does not pay off, because online was not slower", store)
+    total = f"{epochs:.0f} epochs of students in total"
+    return _cost(f"cost: the store pays off after {students} student{'s' if students > 1 else ''}", f"{total}; {store}")
+
+
+def _reached(results: dict[str, Any], stored: str, online: str) -> Verdict:
+    reached, taken = results["reached"], results["precompute_seconds"]
+    at = reached["seconds"]
+    goal = f"within 1.5 points of {online}'s final kNN"
+    if at[stored] is None:
+        return _cost(f"time to online's accuracy: not every {stored} training came {goal}", f"{reached['knn_top1']:.2f} %")
+    first = "" if taken is None else f"; {format_duration(at[stored] + taken)} including precomputing"
+    own = "" if at[online] is None else f"; {online} itself: {format_duration(at[online])}"
+    sentence = f"time to online's accuracy: {stored} came {goal} after {format_duration(at[stored])}"
+    return _cost(sentence, f"{reached['knn_top1']:.2f} %{first}{own}")
+
+
+def _scores(results: dict[str, Any]) -> list[list[str]]:
+    """A header, and a row for each arm: the mean over seeds, with the standard deviation if there are several."""
     rows = [list(_COLUMNS)]
     own = any("top1" in arm for arm in results["arms"])
     if own:
         rows[0].insert(1, "top-1")
-    kinds = ("teacher", "online", "stored", "relabel", "labels", "alone", "untrained")
-    for name in [name for kind in kinds for name in names_of(results, kind)]:
+    for name in [name for kind in _KINDS for name in names_of(results, kind)]:
         arms = [arm for arm in results["arms"] if arm["name"] == name]
         scores = (*(["top1"] if own else []), "knn_top1", "linear_top1", "map_at_r")
         cells = [name, *(_mean(arms, key, "{:.2f}") for key in scores)]
@@ -127,6 +221,18 @@ def _table(results: dict[str, Any]) -> list[list[str]]:
         forwards = arms[0]["teacher_forwards"]
         cells += ["" if forwards is None else f"{forwards:,}", _mean(arms, "peak_memory_bytes", "{:.0f} MB", 1e-6)]
         rows.append(cells)
+    return rows
+
+
+def _differences(results: dict[str, Any]) -> list[list[str]]:
+    """A header, and a row for each difference of two arms in a score."""
+    rows = [["difference", "score", "points", "90 % interval", "verdict"]]
+    for pair in results["differences"]:
+        for probe, name in PROBE_NAMES.items():
+            if d := pair.get(probe):
+                kind = _judge(d)
+                between = f"{pair['arm']} minus {pair['minus']}"
+                rows.append([between, name, f"{d['difference']:+.2f}", _interval(d), _WORDS.get(kind, kind)])
     return rows
 
 
@@ -149,82 +255,30 @@ def _markdown(table: Sequence[Sequence[str]]) -> list[str]:
     return [head, f"|{'---|' * len(table[0])}", *rows]
 
 
-def _verdict(difference: dict[str, Any]) -> str:
-    """What the interval of a difference shows, in words."""
-    if difference["equal"]:
-        return "equal within 1.5 points"
-    if difference["low"] > 0 or difference["high"] < 0:
-        return "better" if difference["low"] > 0 else "worse"
-    return "not worse by 1.5 points, not shown equal" if difference["low"] >= -1.5 else "not shown equal within 1.5 points"
-
-
-def _findings(results: dict[str, Any]) -> list[str]:
-    """The findings, a sentence each; each difference with its interval."""
-    lines = []
-    for pair in results["differences"]:
-        for probe, name in PROBE_NAMES.items():
-            if probe not in pair:
-                continue
-            d = pair[probe]
-            lines.append(
-                f"{name}, {pair['arm']} minus {pair['minus']}: {d['difference']:+.2f} points, 90 % paired-bootstrap interval "
-                f"{d['low']:+.2f} to {d['high']:+.2f}: {_verdict(d)}."
-            )
-    stored, online = headline(results)
-    seconds = {
-        name: statistics.mean(arm["train_seconds"] for arm in results["arms"] if arm["name"] == name)
-        for name in (stored, online)
-    }
-    lines.append(
-        f"Training on stored targets takes {seconds[stored] / seconds[online]:.2f} of online's time "
-        f"({seconds[online] / seconds[stored]:.2f} times as fast)."
-    )
-    lines.append(_cost(results, stored))
+def _notes(results: dict[str, Any]) -> list[str]:
+    """Explains the tables."""
+    seeds, stored = results["config"]["seeds"], headline(results)[0]
+    lines = [
+        "kNN, linear and mAP@R are in percent, of backbone features of the test images."
+        + (f" ± is the standard deviation over the {seeds} seeds." if seeds > 1 else ""),
+        "The 90 % interval is a paired bootstrap over test images and seeds; two arms are equal if it is within ±1.5 points."
+        + (" With one seed it leaves out the variance between seeds." if seeds == 1 else ""),
+    ]
     for name, store in results["stores"].items():
         if store["crops"] is None:
             took = "" if store["seconds"] is None else f", made in {format_duration(store['seconds'])}"
             each = store["bytes"] / results["images"]
-            lines.append(f"The label maps of {name}: {format_bytes(store['bytes'])} ({each:.0f} bytes an image){took}.")
+            lines.append(f"Label maps of {name}: {format_bytes(store['bytes'])} ({each:.0f} bytes per image){took}.")
         elif name not in (stored, *(pair["minus"] for pair in results["differences"][:3])):
-            lines.append(f"The store of {name}: {_size(results, store)}.")
-    lines.append(_reached(results, stored, online))
+            lines.append(f"Store of {name}: {_size(results, store)}.")
     if names_of(results, "alone"):
-        lines.append(
-            "The arm alone has no teacher: MoCo v2 (lightly's parts) for as many epochs as take the time of precomputing and "
-            "of training on stored targets."
-        )
+        lines.append("alone has no teacher: MoCo v2 (lightly's parts), trained for as long as precomputing plus stored.")
     return lines
 
 
-def _cost(results: dict[str, Any], stored: str) -> str:
-    taken = results["precompute_seconds"]
-    store = f"The store of {results['crops']} crops an image took {'? s' if taken is None else format_duration(taken)}"
-    store += f" and {_size(results, results['stores'][stored])}"
-    students, epochs = results["break_even_students"], results["break_even_epochs"]
-    if taken is None:
-        return f"{store}; its time is not known, since a run was killed while it was made: no break-even."
-    if students is None:
-        return f"{store}; online was not slower, so the store does not pay off."
-    return (
-        f"{store}; it has paid for itself after {students} student{'s' if students > 1 else ''}, or {epochs:.0f} epochs of "
-        "students in all."
-    )
-
-
 def _size(results: dict[str, Any], store: dict[str, Any]) -> str:
-    crops = results["images"] * store["crops"]
-    return f"{format_bytes(store['bytes'])} ({store['bytes'] / crops:.0f} bytes a crop)"
-
-
-def _reached(results: dict[str, Any], stored: str, online: str) -> str:
-    reached, taken = results["reached"], results["precompute_seconds"]
-    at = reached["seconds"]
-    goal = f"kNN within 1.5 points of online's last ({reached['knn_top1']:.2f} %)"
-    if at[stored] is None:
-        return f"Not all trainings on stored targets reached {goal}."
-    own = "" if at[online] is None else f"; online itself {format_duration(at[online])}"
-    first = "" if taken is None else f" ({format_duration(at[stored] + taken)} with precompute)"
-    return f"Training on stored targets reached {goal} after {format_duration(at[stored])}{first}{own}."
+    each = store["bytes"] / (results["images"] * store["crops"])
+    return f"{format_bytes(store['bytes'])}, {store['crops']} crops per image, {each:.0f} bytes per crop"
 
 
 def _commands(results: dict[str, Any]) -> list[str]:
@@ -240,7 +294,7 @@ def _commands(results: dict[str, Any]) -> list[str]:
 
 
 def _sheet(folder: Path, draw: Callable[[Store], bytes] | None) -> bytes:
-    """The contact sheet as PNG, drawn once; empty if there is none, or the store or the images have been removed."""
+    """The contact sheet as PNG, drawn only once; empty if there is none, or if the store or the images were removed."""
     if (folder / SHEET).exists():
         return (folder / SHEET).read_bytes()
     if draw is None or not (folder / "store").is_dir():

@@ -5,8 +5,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from PIL import Image
 
-from fkd_ssl.comparison import report
+from fkd_ssl.comparison import plots, report
 from fkd_ssl.eval import stats
 
 METRICS = (
@@ -46,7 +49,16 @@ def make_results(folder: Path, *, seeds: int = 1, break_even: int | None = 2) ->
             run.mkdir(parents=True)
             (run / "metrics.csv").write_text(METRICS)
     return {
-        "config": {"student": "resnet18", "epochs": 2, "pixels": 32, "seeds": seeds, "checkpoint": None, "codec": "SQ8"},
+        "config": {
+            "student": "resnet18",
+            "teacher": "mocov2",
+            "images": "/data/birds/train",
+            "epochs": 2,
+            "pixels": 32,
+            "seeds": seeds,
+            "checkpoint": None,
+            "codec": "SQ8",
+        },
         "images": 1200,
         "val_images": 300,
         "crops": 2,
@@ -62,56 +74,73 @@ def make_results(folder: Path, *, seeds: int = 1, break_even: int | None = 2) ->
 
 
 def test_the_table_has_a_line_for_every_arm(tmp_path: Path) -> None:
-    text = report.write(make_results(tmp_path), tmp_path)
+    text = report.text_of(make_results(tmp_path))
     lines = {line.split(" | ")[0].removeprefix("| "): line for line in text.splitlines() if line.startswith("| ")}
-    assert list(lines) == ["arm", "teacher", "online", "stored", "untrained"]
+    assert list(lines) == ["arm", "teacher", "online", "stored", "untrained", "difference", "stored minus online"]
     assert lines["teacher"].split(" | ")[1:3] == ["80.00", "85.00"]
     assert lines["stored"] == "| stored | 60.00 | 70.00 | 30.00 | 40 | 20.00 | 10% | 0 | 500 MB |"
-    assert all(line.count("|") == lines["arm"].count("|") for line in lines.values())
+    assert {line.count("|") for line in lines.values()} == {lines["arm"].count("|"), lines["difference"].count("|")}
 
 
-def test_the_summary_says_what_was_found(tmp_path: Path) -> None:
-    text = report.write(make_results(tmp_path), tmp_path)
-    assert "kNN, stored minus online: -1.00 points, 90 % paired-bootstrap interval -2.50 to +0.50: not shown equal" in text
-    assert "linear probe, stored minus online: +1.00 points" in text
-    assert "-0.50 to +1.25: equal within 1.5 points" in text
-    assert "takes 0.40 of online's time (2.50 times as fast)" in text
-    assert "2 crops an image took 90 s and 360.0 kB (150 bytes a crop)" in text
-    assert "within 1.5 points of online's last (28.50 %) after 2 s (92 s with precompute); online itself 4 s" in text
+def test_the_verdict_is_in_words_with_the_results_numbers(tmp_path: Path) -> None:
+    text = report.text_of(make_results(tmp_path))
+    inconclusive = "inconclusive, more seeds are needed to compare stored with online"
+    assert f"- kNN: {inconclusive} (-1.00 points, 90 % interval -2.50 to +0.50).\n" in text
+    assert (
+        "- linear probe: stored and online are equal within 1.5 points (+1.00 points, 90 % interval -0.50 to +1.25).\n" in text
+    )
+    assert "- speed: stored trains 2.50 times as fast as online (40 s instead of 100 s).\n" in text
+    assert "2 epochs of students in total; made in 90 s, 360.0 kB, 2 crops per image, 150 bytes per crop" in text
+    assert (
+        "within 1.5 points of online's final kNN after 2 s (28.50 %; 92 s including precomputing; online itself: 4 s)" in text
+    )
+    assert text.splitlines()[0] == "2 epochs of one crop of 1,200 images at 32 px, 1 seed, scored on 300 test images."
 
 
-def test_an_interval_that_ends_too_high_says_that_it_is_not_worse(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("interval", "sentence", "words"),
+    [
+        ((1.0, -0.5, 1.4), "stored and online are equal within 1.5 points", "equal within 1.5 points"),
+        (
+            (1.0, -0.5, 2.5),
+            "inconclusive, more seeds are needed to compare stored with online",
+            "inconclusive: more seeds needed",
+        ),
+        (
+            (1.0, -1.6, 1.4),
+            "inconclusive, more seeds are needed to compare stored with online",
+            "inconclusive: more seeds needed",
+        ),
+        ((1.2, 0.1, 2.3), "stored is better than online", "better"),
+        ((-9.0, -9.5, -8.5), "stored is worse than online", "worse"),
+    ],
+)
+def test_each_interval_has_its_words(tmp_path: Path, interval: tuple[float, float, float], sentence: str, words: str) -> None:
     results = make_results(tmp_path)
-    results["differences"] = [pair("stored", "online", (1.0, -0.5, 2.5), (1.0, -1.6, 1.4))]
-    text = report.write(results, tmp_path)
-    assert "interval -0.50 to +2.50: not worse by 1.5 points, not shown equal." in text
-    assert "interval -1.60 to +1.40: not shown equal within 1.5 points." in text
-
-
-def test_an_interval_on_one_side_of_zero_says_which_is_better(tmp_path: Path) -> None:
-    results = make_results(tmp_path)
-    results["differences"] = [pair("stored", "online", (1.2, 0.1, 2.3), (-9.0, -9.5, -8.5))]
-    text = report.write(results, tmp_path)
-    assert "interval +0.10 to +2.30: better." in text
-    assert "interval -9.50 to -8.50: worse." in text
+    results["differences"] = [pair("stored", "online", interval, (1.0, -0.5, 1.25))]
+    text = report.text_of(results)
+    value, low, high = interval
+    assert f"- kNN: {sentence} ({value:+.2f} points, 90 % interval {low:+.2f} to {high:+.2f})." in text
+    assert f"| stored minus online | kNN | {value:+.2f} | {low:+.2f} to {high:+.2f} | {words} |" in text
 
 
 @pytest.mark.parametrize(
     ("break_even", "sentence"),
     [
-        (None, "online was not slower, so the store does not pay off."),
-        (1, "it has paid for itself after 1 student, or 2 epochs of students in all."),
-        (3, "it has paid for itself after 3 students, or 2 epochs of students in all."),
+        (None, "the store does not pay off, because online was not slower (made in 90 s"),
+        (1, "the store pays off after 1 student (2 epochs of students in total"),
+        (3, "the store pays off after 3 students (2 epochs of students in total"),
     ],
 )
 def test_the_break_even_is_put_into_words(tmp_path: Path, break_even: int | None, sentence: str) -> None:
-    assert sentence in report.write(make_results(tmp_path, break_even=break_even), tmp_path)
+    assert sentence in report.text_of(make_results(tmp_path, break_even=break_even))
 
 
 def test_several_seeds_show_mean_and_deviation(tmp_path: Path) -> None:
-    text = report.write(make_results(tmp_path, seeds=2), tmp_path)
+    text = report.text_of(make_results(tmp_path, seeds=2))
     assert "| untrained | 10.50 ± 0.71 | 20.00 ± 0.00 | 30.00 ± 0.00 |" in text
-    assert "2 seeds" in text
+    assert "± is the standard deviation over the 2 seeds." in text
+    assert "±" not in report.text_of(make_results(tmp_path / "one")).replace("±1.5 points", "")
 
 
 def test_page_and_plots_are_written(tmp_path: Path) -> None:
@@ -121,24 +150,82 @@ def test_page_and_plots_are_written(tmp_path: Path) -> None:
     assert "- `codec`: SQ8" in page
     assert "checkpoint" not in page
     assert "- torch 2.99" in page
+    assert page.startswith("# resnet18 distilled from mocov2 on birds/train\n")
     for name in ("loss.png", "knn.png"):
         assert f"({name})" in page
-        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+        with Image.open(tmp_path / name) as picture:
+            assert picture.size == (1300, 494)
 
 
 def test_the_page_for_browsers_is_one_file(tmp_path: Path) -> None:
     results = make_results(tmp_path)
-    results["config"]["images"] = "<script>alert(1)</script>"
+    results["config"]["images"] = results["config"]["student"] = "<script>alert(1)"
     report.write(results, tmp_path)
     page = (tmp_path / "report.html").read_text()
     assert page.count("<svg ") == 2
     assert "currentColor" in page
     assert "&lt;script&gt;alert(1)" in page
     assert "<script" not in page
+    assert '<li class="equal"><span><strong>linear probe: stored and online are equal' in page
+    assert "kNN top\u20111</th>" in page  # does not wrap before the 1
+    assert "prefers-color-scheme: dark" in page
     assert not re.search(r'(?:src|href)="(?!data:|#)|url\((?!#)', page)
     ids = re.findall(r' id="([^"]+)"', page)
     clips = [name for name in ids if re.fullmatch("p[0-9a-f]{10}", name)]
     assert len(set(clips)) == len(clips) > 1
+
+
+def drawn(draw: Any, results: dict[str, Any], what: Any, folder: Path) -> Any:
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=draw is plots._curves)
+    draw(axes, results, what, folder)
+    figure.canvas.draw()
+    return axes
+
+
+def test_curves_start_untrained_and_are_means_with_bands(tmp_path: Path) -> None:
+    """Two seeds: untrained 10 and 11 %, then 30 and 32 % after 2 and 4 s."""
+    results = make_results(tmp_path, seeds=2)
+    metrics = tmp_path / "runs/stored-seed1/metrics.csv"
+    metrics.write_text(METRICS.replace("10,1.0,40,2.0,,,,,30.0", "10,1.0,40,4.0,,,,,32.0"))
+    axes = drawn(plots._curves, results, "knn_top1", tmp_path)
+    for axis, x in zip(axes, ([0, 3], [0, 1]), strict=True):
+        line = next(line for line in axis.get_lines() if line.get_label() == "stored")
+        assert (line.get_xdata().tolist(), line.get_ydata().tolist()) == (x, [10.5, 31])
+        stored, online = (band.get_paths()[0].get_extents() for band in axis.collections)
+        assert (stored.y0, stored.y1) == pytest.approx((10.5 - 0.5**0.5, 31 + 2**0.5))
+        assert (online.y0, online.y1) == pytest.approx((10.5 - 0.5**0.5, 30))
+    shifted = next(line for line in axes[0].get_lines() if line.get_label() == "stored, with precomputing")
+    assert shifted.get_xdata().tolist() == [90, 93]
+
+
+def test_labels_are_inside_their_frame(tmp_path: Path) -> None:
+    results = make_results(tmp_path, seeds=2)
+    curves = drawn(plots._curves, results, "knn_top1", tmp_path)
+    results["arms"].append(arm("stored:C=1", 0, 50, 60, 41))
+    results["stores"]["stored:C=1"] = {"bytes": 180000, "crops": 1, "seconds": 45}
+    stores = drawn(plots._stores, results, ["stored", "stored:C=1"], tmp_path)
+    for axis in (*curves, *stores):
+        assert len(axis.texts) == 1
+        for label in (*axis.texts, *([axis.get_legend()] if axis.get_legend() else [])):
+            inside, frame = label.get_window_extent(), axis.get_window_extent()
+            assert frame.x0 <= inside.x0 < inside.x1 <= frame.x1
+            assert frame.y0 <= inside.y0 < inside.y1 <= frame.y1
+
+
+def test_each_arm_has_a_colour_that_is_legible_on_white_and_black() -> None:
+    def luminance(colour: str) -> float:
+        return sum(w * ((c + 0.055) / 1.055) ** 2.4 for w, c in zip((0.2126, 0.7152, 0.0722), to_rgb(colour), strict=True))
+
+    names = ["teacher", "untrained", "stored", "online", "relabel", "labels", "alone", "stored:C=4", "stored:SQ4"]
+    colours = plots.colours_of(
+        {"arms": [{"name": name} for name in names], "differences": [{"arm": "stored", "minus": "online"}]}
+    )
+    assert len(set(colours.values())) == len(names)
+    assert colours["stored"] == plots.COLOURS["stored"]
+    for colour in (*plots.COLOURS.values(), *plots.FURTHER):
+        assert 1.05 / (luminance(colour) + 0.05) > 3  # WCAG's least contrast of graphics
+        assert (luminance(colour) + 0.05) / (luminance("#15181a") + 0.05) > 3
 
 
 def test_stores_of_several_sizes_are_drawn(tmp_path: Path) -> None:
@@ -149,8 +236,8 @@ def test_stores_of_several_sizes_are_drawn(tmp_path: Path) -> None:
     results["stores"]["stored:C=1"] = {"bytes": 180000, "crops": 1, "seconds": 45}
     results["differences"].append(pair("stored:C=1", "stored", (-10.0, -12.0, -8.0), (-1.0, -2.0, 0.5)))
     text = report.write(results, tmp_path)
-    assert "kNN, stored:C=1 minus stored: -10.00 points, 90 % paired-bootstrap interval -12.00 to -8.00: worse.\n" in text
-    assert "The store of stored:C=1: 180.0 kB (150 bytes a crop)." in text
+    assert "| stored:C=1 minus stored | kNN | -10.00 | -12.00 to -8.00 | worse |\n" in text
+    assert "- Store of stored:C=1: 180.0 kB, 1 crops per image, 150 bytes per crop.\n" in text
     assert (tmp_path / "stores.png").read_bytes().startswith(b"\x89PNG")
     assert "(stores.png)" in (tmp_path / "report.md").read_text()
 
@@ -183,12 +270,9 @@ def test_two_teachers_have_a_line_for_each_arm_and_what_both_give_over_one(tmp_p
     text = report.write(results, tmp_path)
     lines = [line.split(" | ")[0].removeprefix("| ") for line in text.splitlines() if line.startswith("| ")]
     trained = [f"{kind}:{names}" for kind in ("online", "stored") for names in ("A", "B", "A+B")]
-    assert lines == ["arm", "teacher:A", "teacher:B", *trained, "untrained"]
-    assert "kNN, stored:A+B minus online:A+B: -1.00 points" in text
-    assert (
-        "kNN, stored:A+B minus stored:B: +2.00 points, 90 % paired-bootstrap interval -1.00 to +5.00: not worse by 1.5 points"
-        in text
-    )
-    assert "Not all trainings on stored targets reached kNN within 1.5 points" in text
-    assert f"takes {42 / 102:.2f} of online's time" in text
+    assert lines[:9] == ["arm", "teacher:A", "teacher:B", *trained]
+    assert "- kNN: inconclusive, more seeds are needed to compare stored:A+B with online:A+B (-1.00 points" in text
+    assert "| stored:A+B minus stored:B | kNN | +2.00 | -1.00 to +5.00 | inconclusive: more seeds needed |" in text
+    assert "not every stored:A+B training came within 1.5 points of online:A+B's final kNN" in text
+    assert f"stored:A+B trains {102 / 42:.2f} times as fast as online:A+B" in text
     assert (tmp_path / "knn.png").read_bytes().startswith(b"\x89PNG")
