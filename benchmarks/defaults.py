@@ -20,8 +20,8 @@ from learning_rate import fkd_ssl
 from fkd_ssl.images import scan
 
 ARMS: dict[str, list[str | float]] = {
-    "S2-BNN's options": ["--batch_size", 256, "--lr", 3e-4, "--warmup_epochs", 0],
     "defaults": [],
+    "S2-BNN's options": ["--batch_size", 256, "--lr", 3e-4, "--warmup_epochs", 0],
 }
 
 
