@@ -13,8 +13,10 @@ import torch
 from fkd_ssl.arrays import BoolArray, Float32Array, Int64Array
 from fkd_ssl.errors import FkdError, RequestError
 
+COLLAPSED = "the features are nearly constant (collapsed): the model hardly tells images apart"
+"""Note of `feature_notes`."""
 _SAMPLE = 10_000  # training features that `feature_notes` looks at
-_COLLAPSED = 1e-3  # variance of features of length 1; an untrained network's is above 0.01
+_LEAST_VARIANCE = 1e-3  # variance of features of length 1; an untrained network's is above 0.01
 
 
 def as_features(values: Any, name: str) -> Float32Array:
@@ -87,8 +89,8 @@ def feature_notes(train: Float32Array, features: Float32Array | None) -> list[st
     sample = train[:: max(1, len(train) // _SAMPLE)]
     length = np.linalg.norm(sample, axis=1, keepdims=True)
     unit = sample / np.where(length > 0, length, 1)
-    if len(train) > 1 and unit.var(axis=0, dtype=np.float64).sum() < _COLLAPSED:  # zeros too
-        notes.append("the features are nearly constant (collapsed): the model hardly tells images apart")
+    if len(train) > 1 and unit.var(axis=0, dtype=np.float64).sum() < _LEAST_VARIANCE:  # zeros too
+        notes.append(COLLAPSED)
     if features is not None and train.shape == features.shape and np.array_equal(train, features):
         notes.append("the features to score are the training features: every image finds itself; use other images")
     return notes

@@ -82,6 +82,8 @@ def _config(verb: str, config: type, given: dict[str, Any]) -> Any:
     pixels = given.get("teacher_pixels") or given.get("pixels")
     values = {}
     for name, value in given.items():
+        if value is None and _defaults(config).get(name, "") is None:
+            continue
         values[name] = _value(name, value, pixels if isinstance(pixels, int) else None)
         if not _fits(values[name], hints[name]) and isinstance(value, (int, float)) and _fits("", hints[name]):
             values[name] = str(value)  # such as shots=5

@@ -261,9 +261,11 @@ def _classified(config: Config, folder: Path) -> dict[str, float]:
 
 
 def _knn_score(config: Config, images: "ImageSource") -> "Callable[[Student], float]":
+    from fkd_ssl.commands import console
     from fkd_ssl.commands.images import images_of
     from fkd_ssl.eval import knn
     from fkd_ssl.eval.features import match_classes
+    from fkd_ssl.eval.scores import COLLAPSED
 
     assert config.val is not None
     val = images_of(config.val)
@@ -280,6 +282,8 @@ def _knn_score(config: Config, images: "ImageSource") -> "Callable[[Student], fl
             progress=False,
             skipped=set() if config.on_unreadable == "skip" else None,
         )
+        if COLLAPSED in result["notes"]:
+            console.log(f"warning: {COLLAPSED}")
         return float(result["top1"])
 
     return score

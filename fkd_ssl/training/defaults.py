@@ -75,8 +75,8 @@ def warn_of_few(steps: int) -> str | None:
     if steps >= FEW_STEPS:
         return None
     return (
-        f"warning: {steps} steps are few to train a student (fewer than {FEW_STEPS}): give more --epochs or a smaller "
-        "--batch_size"
+        f"warning: a training of {steps} steps is short (fewer than {FEW_STEPS}), and the student may learn little: give more "
+        "--epochs or a smaller --batch_size"
     )
 
 

@@ -109,6 +109,45 @@ def test_a_finished_run_does_nothing(work: Path, call: Any, train_line: str) -> 
     assert contents(work / "run") == before
 
 
+def test_what_is_left_out_follows_from_the_data(work: Path, call: Any) -> None:
+    """A batch of 18 images, S2-BNN's loss on few images, a thirtieth of the epochs, the store's 32 px: also after a kill."""
+    line = "train --images train --store store --student squeezenet1_1 --epochs 3 --crops_per_image 2 --workers 0 --out run"
+    broken_off(call, line, step=1)
+    values = yaml.safe_load((work / "run/config.yaml").read_text())
+    assert {name: values["data"][name] for name in ("pixels", "batch_size")} == {"pixels": 32, "batch_size": 36}
+    assert {name: values["optimizer"][name] for name in ("lr", "warmup_epochs")} == {"lr": 1e-2, "warmup_epochs": 0.1}
+    status, _, err = call(line)
+    assert status == 0
+    assert "defaults for 18 images and feature_kl: pixels 32, batch_size 36, lr 0.01, warmup_epochs 0.1\n" in err
+    assert "warning: a training of 2 steps is short (fewer than 500)" in err
+    again = call(f"{line} --pixels 32 --batch_size 36 --lr 0.01 --warmup_epochs 0.1")
+    assert "run: this run is done" in again.err
+
+
+def test_a_teacher_online_gives_its_size(work: Path, call: Any) -> None:
+    line = f"train --images train --student squeezenet1_1 --epochs 3 --crops_per_image 2 --workers 0 {ONLINE}"
+    assert "defaults for 18 images and feature_kl: pixels 32," in call(f"{line} --out run").err
+    assert "pixels 40," in call(f"{line} --teacher_pixels 40 --out other").err
+
+
+@pytest.mark.parametrize("constant", [False, True])
+def test_constant_features_are_reported(work: Path, caplog: pytest.LogCaptureFixture, constant: bool) -> None:
+    import fkd_ssl
+
+    class Student(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix = torch.nn.Linear(3, 8)
+
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            features: torch.Tensor = self.mix(images.mean(dim=(2, 3)))
+            return features * 1e-3 + 1 if constant else features
+
+    options: dict[str, Any] = {"epochs": 2, "crops_per_image": 2, "workers": 0, "knn_k": 5, "val": "val"}
+    fkd_ssl.train("train", store="store", student=Student(), out="run", **options)
+    assert ("warning: the features are nearly constant (collapsed)" in caplog.text) == constant
+
+
 def test_another_config_is_refused(work: Path, call: Any, train_line: str) -> None:
     assert call(f"{train_line} --out run").status == 0
     before = contents(work / "run")

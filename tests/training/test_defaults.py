@@ -76,4 +76,4 @@ def test_the_line_names_what_was_filled_in() -> None:
 
 def test_few_steps_are_reported() -> None:
     assert defaults.warn_of_few(500) is None
-    assert "499 steps are few" in (defaults.warn_of_few(499) or "")
+    assert "a training of 499 steps is short" in (defaults.warn_of_few(499) or "")
