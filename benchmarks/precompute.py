@@ -80,7 +80,7 @@ def main() -> None:
         return crops / (time.perf_counter() - start)
 
     def whole(folder: Path) -> tuple[float, float, float]:
-        """Returns crops per second of precompute without the codec's sample, the teacher's share, seconds of a core to read a crop."""
+        """Returns crops per second without the codec's sample, the teacher's share, and core seconds to read a crop."""
 
         def write(share: Share | None) -> Summary:
             return precompute(
