@@ -1,1 +1,1 @@
-"""Stored targets against other ways to train the same student: the arms, what they cost and score, and the report."""
+"""Compares stored targets with other ways to train the same student: arms, costs, scores, report."""

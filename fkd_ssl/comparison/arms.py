@@ -1,4 +1,4 @@
-"""The arms of a comparison: what each is called, and the training that it is."""
+"""The arms of a comparison: their names, and the config of each one's training."""
 
 import re
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from fkd_ssl.training.groups import checkpoints_of, split
 Kind = Literal["stored", "online", "alone", "labels", "relabel"]
 ON_STORED = "stored_crops"
 MAPS = "label-maps"
-"""The folder of the arm relabel's label maps in the comparison's."""
+"""Folder of the label maps of the arm `relabel`, in the comparison's folder."""
 _FURTHER = (f"online:{ON_STORED}", "alone", "labels", "relabel")
 
 
@@ -25,12 +25,12 @@ class Arm:
     """One way to train the student.
 
     Attributes:
-        kind: Where its targets come from; `alone` has none, those of `labels` are the images' classes, of `relabel` label maps.
-        detail: What tells it from others of its kind; empty where there is nothing to tell.
-        chosen: Which of the teachers it is trained from.
-        crops: Stored crops an image that it may use, where that is not all.
-        codec: Of its targets, where that is not the store's.
-        on_stored: The teacher runs online on the store's crops.
+        kind: Source of its targets. `alone` has none; `labels` uses the images' classes, `relabel` label maps.
+        detail: Distinguishes it from other arms of its kind; empty if there is no need to.
+        chosen: Indices of the teachers that it is trained from.
+        crops: Number of stored crops per image that it may use; None for all.
+        codec: Codec of its targets; None for the store's.
+        on_stored: Whether the teacher runs online on the crops of the store.
     """
 
     kind: Kind
@@ -42,25 +42,25 @@ class Arm:
 
     @property
     def name(self) -> str:
-        """As tables have it: the kind, and what tells it from others."""
+        """Its name in tables: KIND or KIND:DETAIL."""
         return f"{self.kind}:{self.detail}" if self.detail else self.kind
 
     @property
     def store(self) -> str:
-        """The folder of its store in the comparison's."""
+        """Folder of its store, in the comparison's folder."""
         return "store" if self.crops is None and self.codec is None else f"store-{self.detail.replace(',', '-')}"
 
 
 def run_name(arm: str, seed: int) -> str:
-    """The folder of an arm's run in a comparison's `runs`."""
+    """Returns the folder of an arm's run, in `runs` of the comparison's folder."""
     return f"{re.sub('[:,]', '-', arm)}-seed{seed}"
 
 
 def arms_of(config: CompareConfig, columns: Sequence[str]) -> list[Arm]:
-    """The arms of a comparison; the last of `stored` and of `online`, of several teachers, is trained from all of them.
+    """Returns the arms of a comparison. With two teachers, the last `stored` and `online` arms are trained from both.
 
     Raises:
-        RequestError: A further arm is unknown, named twice, or no other than one that there is.
+        RequestError: A further arm is unknown, or is in the list already.
     """
     sets: list[tuple[int, ...]] = [(0,)] if len(columns) == 1 else [(0,), (1,), (0, 1)]
     details = ["" if len(columns) == 1 else "+".join(columns[k] for k in chosen) for chosen in sets]
@@ -69,28 +69,28 @@ def arms_of(config: CompareConfig, columns: Sequence[str]) -> list[Arm]:
     for word in config.further_arms.split():
         arm = _further(word, config, sets[-1])
         if arm.name in [other.name for other in arms]:
-            raise RequestError(f"further_arms {word!r}: there is such an arm already")
+            raise RequestError(f"further_arms {word!r}: this arm is in the comparison already; remove it")
         arms.append(arm)
     return arms
 
 
 def _further(word: str, config: CompareConfig, chosen: tuple[int, ...]) -> Arm:
-    """The arm that a word of `further_arms` names."""
+    """Returns the arm that a word of `further_arms` names."""
     kind, _, detail = word.partition(":")
     if word == "alone":
         return Arm(kind="alone", chosen=())
     if word in ("labels", "relabel"):
         if config.head != CLASSIFIER:
-            raise RequestError(f"further_arms {word!r}: trains a classifier, and needs --head {CLASSIFIER}")
+            raise RequestError(f"further_arms {word!r}: trains a classifier; add --head {CLASSIFIER}")
         if word == "relabel" and len(chosen) > 1:
-            raise RequestError(f"further_arms {word!r}: label maps are one teacher's")
+            raise RequestError(f"further_arms {word!r}: label maps come from one teacher; name one teacher, or remove this arm")
         return Arm(kind="labels" if word == "labels" else "relabel", chosen=())
     if word == _FURTHER[0]:
         return Arm(kind="online", detail=detail, chosen=chosen, on_stored=True)
     if kind != "stored" or not detail:
         raise RequestError(
-            f"further_arms {word!r}: is unknown{did_you_mean(word, _FURTHER)}; there are {', '.join(_FURTHER)}, "
-            "stored:C=NUMBER and stored:CODEC"
+            f"further_arms {word!r}: unknown arm{did_you_mean(word, _FURTHER)}; expected {', '.join(_FURTHER)}, "
+            "stored:C=NUMBER or stored:CODEC"
         )
     if match := re.fullmatch(r"C=(\d+)", detail):
         crops = int(match[1])
@@ -101,12 +101,12 @@ def _further(word: str, config: CompareConfig, chosen: tuple[int, ...]) -> Arm:
             )
         return Arm(kind="stored", detail=detail, chosen=chosen, crops=crops)
     if len(chosen) > 1:
-        raise RequestError(f"further_arms {word!r}: codecs are compared for one teacher")
+        raise RequestError(f"further_arms {word!r}: codecs are compared with one teacher; name one teacher, or remove this arm")
     return Arm(kind="stored", detail=detail, chosen=chosen, codec=detail)
 
 
 def training(arm: Arm, config: CompareConfig, seed: int, columns: Sequence[str]) -> TrainConfig:
-    """The training of an arm that has teachers, whose targets are in `columns`, or labels."""
+    """Returns the config of the training of any arm but `alone`. `columns` are the teachers' columns of the store."""
     own = {"out", "teacher", "teacher_weights", "checkpoint", "crops", "codec"}
     shared = {f.name for f in fields(TrainConfig)} & {f.name for f in fields(CompareConfig)} - own
     where: dict[str, Any] = {
@@ -126,7 +126,7 @@ def training(arm: Arm, config: CompareConfig, seed: int, columns: Sequence[str])
 
 
 def pretraining(config: CompareConfig, name: str, *, seed: int, epochs: int) -> PretrainConfig:
-    """The training of the arm alone, in the run of a name."""
+    """Returns the config of the training of the arm `alone`, in the run `name`."""
     return PretrainConfig(
         images=config.images,
         out=str(Path(config.out) / "runs" / name),

@@ -1,4 +1,4 @@
-"""Trains and scores the arms of a comparison. What is finished is not repeated."""
+"""Trains and scores the arms of a comparison. Finished steps are not repeated."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,7 +32,7 @@ from fkd_ssl.training import defaults
 from fkd_ssl.training.config import TrainConfig
 from fkd_ssl.training.engine import check_batch, objective_of
 
-# what only a trained arm has
+# keys of trained arms only
 _TRAINED = ("train_seconds", "teacher_forwards", "peak_memory_bytes", "epochs", "data_wait")
 _UNTRAINED: dict[str, Any] = dict.fromkeys(_TRAINED)
 
@@ -42,7 +42,7 @@ class Model(Protocol):
 
     @property
     def features(self) -> Callable[[Tensor], Tensor]:
-        """The function from uint8 [B, 3, P, P] to backbone features [B, F]."""
+        """Function from uint8 [B, 3, P, P] to backbone features [B, F]."""
 
     @property
     def network(self) -> nn.Module:
@@ -51,37 +51,37 @@ class Model(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Tools:
-    """What a comparison is given by its caller, so that it depends on no command."""
+    """What the caller provides, so that this module does not depend on the commands."""
 
     recipe: Recipe
-    """What crops are drawn from."""
+    """Augmentation that crops are drawn from."""
     load_teachers: Callable[[], list[Teacher]]
     """Loads the teachers."""
     load_model: Callable[[str, str | None], Model]
-    """Loads what a run trained: a run folder, or a family and its checkpoint."""
+    """Loads a trained network: from a run folder, or from a family and a checkpoint."""
     train: Callable[[TrainConfig | PretrainConfig], dict[str, Any]]
-    """Trains in a process of its own, with its own memory and clock, unless the run is done; returns its results.json."""
+    """Trains in a separate process unless the run is done, so that time and memory are its own; returns its results.json."""
     device: torch.device
-    """Where untrained students are scored."""
+    """Device that scores untrained students."""
     threads: int
-    """Threads that read and resize beside a teacher."""
+    """Number of threads that read and resize images for a teacher."""
     log: Callable[[str], None] = lambda message: None
-    """Takes lines for the user."""
+    """Shows a line to the user."""
 
 
 def compare(config: CompareConfig, tools: Tools) -> dict[str, Any]:
-    """Runs what is missing in a comparison.
+    """Runs the missing steps of a comparison.
 
     Args:
-        config: The comparison; `out` may hold the same comparison with other seeds and further arms.
+        config: The comparison; `out` may hold the same comparison with other seeds or further arms.
         tools: What the caller provides.
 
     Returns:
         The comparison's results.json.
 
     Raises:
-        RequestError: The request cannot be fulfilled; this is found before anything is written.
-        FkdError: The training of an arm failed; the same call continues.
+        RequestError: The request is invalid; it is checked before anything is written.
+        FkdError: The training of an arm failed. The same call continues the comparison.
     """
     images, val = open_images(config.images), open_images(config.val)
     match_classes(images, val)
@@ -91,7 +91,7 @@ def compare(config: CompareConfig, tools: Tools) -> dict[str, Any]:
     check_student(config.student, config.pixels, head=config.head, stem=config.stem, width=config.width)
     arms = arms_of(config, [teacher.info.name for teacher in teachers])
     _check(config, images, val, teachers, arms)
-    # before anything is written: not every network can make maps
+    # before anything is written, because some networks cannot make label maps
     dense = DenseTeacher(teachers[0], pixels=config.pixels) if any(arm.kind == "relabel" for arm in arms) else None
     inputs = {**images.identity(), **val.identity("val images")}
     inputs |= {f"teacher {t.info.name}": f"{t.info.network}, sha256 {t.info.checkpoint_sha256}" for t in teachers}
@@ -103,25 +103,25 @@ def compare(config: CompareConfig, tools: Tools) -> dict[str, Any]:
             return runs.read_results(folder)
         if line := defaults.describe(given, config, len(images)):
             tools.log(line)
-        files.replace(folder / runs.CONFIG, runs.to_yaml(config).encode())  # seeds and further arms may be new
+        files.replace(folder / runs.CONFIG, runs.to_yaml(config).encode())  # it may have new seeds and further arms
         work = _Comparison(config, tools, folder, images, val, arms, [teacher.info.name for teacher in teachers])
         for teacher in teachers:
             work.use_teacher(teacher)
         if dense is not None:
             work.make_label_maps(dense)
         dim = teachers[0].info.spec.size
-        del teachers, teacher, dense  # the trainings are processes of their own and need the memory
+        del teachers, teacher, dense  # the processes of the trainings need the memory
         work.make_stores()
         for seed in range(config.seeds):
             work.score_untrained(seed, dim)
-            for arm in sorted(arms, key=lambda arm: arm.kind == "alone"):  # last: it gets the time that stored took
+            for arm in sorted(arms, key=lambda arm: arm.kind == "alone"):  # last, because it trains for as long as stored
                 work.train_arm(arm, seed)
         runs.finish(folder, work.results())
     return runs.read_results(folder)
 
 
 def _check(config: CompareConfig, images: ImageSource, val: ImageSource, teachers: list[Teacher], arms: list[Arm]) -> None:
-    """Raises RequestError for what would fail later: codecs, classes, objective and batch."""
+    """Checks codecs, classes, objective and batch before any work. Raises RequestError."""
     plain = training(arms[0], config, 0, [teacher.info.name for teacher in teachers])
     for teacher in teachers:
         objective_of(plain, teacher.info)
@@ -129,19 +129,19 @@ def _check(config: CompareConfig, images: ImageSource, val: ImageSource, teacher
         for codec in (own, *(arm.codec for arm in arms if arm.codec is not None)):
             teacher.info.spec.check_codec(codec, teacher.info.name)
         if own in [arm.codec for arm in arms]:
-            raise RequestError(f"further_arms 'stored:{own}': the store has that codec")
+            raise RequestError(f"further_arms 'stored:{own}': the store already has this codec; remove this arm")
         if config.head == CLASSIFIER:
             check_classes(val, teacher.info.spec.size)
     for arm in arms:
         if arm.kind == "alone":
             check_pretraining(pretraining(config, "alone", seed=0, epochs=1), images)
-        if arm.kind == "labels":  # trained on the classes of the images, and scored by those of `val`
+        if arm.kind == "labels":  # it trains on the classes of `images` and is scored by those of `val`
             check_classes(images, len(val.classes))
     check_batch(plain, len(images))
 
 
 class _Comparison:
-    """A comparison in work, in its locked folder."""
+    """A running comparison, in its locked folder."""
 
     def __init__(
         self,
@@ -156,14 +156,14 @@ class _Comparison:
         self.config, self.tools, self.folder, self.images, self.val = config, tools, folder, images, val
         self.arms, self.columns = arms, columns
         self.scorer = Scorer(config, folder / "scores", images, val, tools.device)
-        self.lines: list[dict[str, Any]] = []  # of the table
-        self.stores: dict[str, dict[str, Any]] = {}  # of the stored arms
+        self.lines: list[dict[str, Any]] = []  # one per model of the table
+        self.stores: dict[str, dict[str, Any]] = {}  # of each stored arm
         self.maps: dict[str, Any] | None = None
-        self.seconds: list[float | None] = []  # that each teacher's column took
+        self.seconds: list[float | None] = []  # time to make each teacher's column
 
     @property
     def precompute_seconds(self) -> float | None:
-        """What all columns took; None if a call that was killed finished one before it could note its time."""
+        """Time to make all columns; None if a call was killed after it finished one and before it saved the time."""
         known = [seconds for seconds in self.seconds if seconds is not None]
         return sum(known) if len(known) == len(self.seconds) else None
 
@@ -186,12 +186,12 @@ class _Comparison:
         )
         self._require_free(summary.busy, self.folder / "store")
         seconds = None
-        if summary.crops:  # this call may have computed a part only
+        if summary.crops:  # this call may have computed only a part
             seconds = summary.seconds * len(self.images) * self.config.stored_crops / summary.crops
         self.seconds.append(self._noted("precompute.json" if single else f"precompute-{teacher.info.name}.json", seconds))
 
     def make_label_maps(self, dense: DenseTeacher) -> None:
-        """Makes the label maps of the arm relabel."""
+        """Makes the label maps of the arm `relabel`."""
         made = generate(
             self.images,
             self.folder / MAPS,
@@ -202,10 +202,10 @@ class _Comparison:
         )
         self._require_free(made.busy, self.folder / MAPS)
         seconds = self._noted("label-maps.json", made.seconds * made.images / made.made if made.made else None)
-        self.maps = {"bytes": made.bytes, "crops": None, "seconds": seconds}  # maps serve any number of crops
+        self.maps = {"bytes": made.bytes, "crops": None, "seconds": seconds}  # maps are not per crop
 
     def make_stores(self) -> None:
-        """Makes the stores of the stored arms: the whole one, or a part or another codec of it."""
+        """Makes the stores of the stored arms: all of the store, some of its crops, or a recoded copy."""
         whole = Store(self.folder / "store")
         for arm in self.arms:
             if arm.kind != "stored":
@@ -227,7 +227,7 @@ class _Comparison:
             }
 
     def score_untrained(self, seed: int, dim: int) -> None:
-        """Scores the student as training starts from it."""
+        """Scores the student with its initial weights."""
         scores = self.scorer.score_untrained(run_name("untrained", seed), seed, dim)
         self.lines.append({"name": "untrained", "seed": seed, **scores, **_UNTRAINED})
 
@@ -245,7 +245,7 @@ class _Comparison:
         self.lines.append({"name": arm.name, "seed": seed, **scores, **trained})
 
     def _train_alone(self, name: str, seed: int) -> tuple[dict[str, Any], Model]:
-        """Trains the student without a teacher for as long as the first stored one took with its precomputing."""
+        """Trains the student without a teacher for as long as precomputing plus the first stored training took."""
         note = self.folder / "alone.json"
         if not note.exists():
             timed = self.tools.train(pretraining(self.config, "alone-timed", seed=0, epochs=1))
@@ -262,13 +262,13 @@ class _Comparison:
         return {**trained, "teacher_forwards": 0, "epochs": epochs}, self.tools.load_model(*network)
 
     def results(self) -> dict[str, Any]:
-        """The comparison's results.json."""
+        """Returns the content of results.json."""
         found = summarise(self.config, self.arms, self.lines, self.scorer, precompute_seconds=self.precompute_seconds)
         stores = self.stores if self.maps is None else {**self.stores, "relabel": self.maps}
         return {**found, "images": len(self.images), "val_images": len(self.val), "stores": stores}
 
     def _noted(self, name: str, seconds: float | None) -> float | None:
-        """The seconds noted in a file of the folder, after noting `seconds` if it has none; None if they are not known."""
+        """Saves `seconds` in a file unless it exists, and returns the saved seconds; None if they are unknown."""
         path = self.folder / name
         if seconds is not None and not path.exists():
             files.write_json(path, {"seconds": seconds})
@@ -276,4 +276,4 @@ class _Comparison:
 
     def _require_free(self, busy: list[int], place: Path) -> None:
         if busy:
-            raise FkdError(f"{place}: another process is writing it; run the same compare again when that has ended")
+            raise FkdError(f"{place}: another process is writing it; run the same command again after it has ended")

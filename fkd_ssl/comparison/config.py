@@ -49,7 +49,7 @@ class CompareConfig:
     recipe: str = "mocov2"
     """Augmentation that crops are drawn from, in all arms with a teacher."""
     pixels: int = FROM_DATA
-    """Side of all crops; by default that of the teacher's."""
+    """Side of all crops; by default the teacher's."""
     crops_per_image: int = 4
     """M, crops per image in a batch, in all arms with a teacher."""
     batch_size: int = FROM_DATA

@@ -1,4 +1,4 @@
-"""What a comparison found: differences of arms with intervals, the break-even, and the time to online's accuracy."""
+"""Results of a comparison: differences of arms with intervals, break-even, and time to online's accuracy."""
 
 import math
 import statistics
@@ -23,14 +23,14 @@ def summarise(
     *,
     precompute_seconds: float | None,
 ) -> dict[str, Any]:
-    """The keys of results.json that follow from the scores.
+    """Returns the keys of results.json that are computed from the scores.
 
     Args:
         config: The comparison.
         arms: Its arms.
-        lines: Scores and costs of each model, as the table has them.
-        scorer: Knows which test images each model got right.
-        precompute_seconds: What the store took; None if it is not known.
+        lines: Scores and costs of each model: one dict per arm and seed.
+        scorer: Gives the test images that each model classified correctly.
+        precompute_seconds: Time to make the store; None if unknown.
     """
     plain = [arm for arm in arms if not (arm.on_stored or arm.crops or arm.codec)]
     stored, online = ([arm.name for arm in plain if arm.kind == kind] for kind in ("stored", "online"))
@@ -58,7 +58,7 @@ def _mean_seconds(lines: Sequence[dict[str, Any]], name: str) -> float:
 
 
 def _difference(scorer: Scorer, seeds: int, one: str, other: str) -> dict[str, Any]:
-    """The difference of two arms in each probe, with its interval."""
+    """Returns the difference of two arms in each score, with its interval."""
     found: dict[str, Any] = {"arm": one, "minus": other}
     for probe in scorer.probes if "alone" not in (one, other) else PROBES:
         a, b = (np.stack([scorer.correct(run_name(name, seed), probe) for seed in range(seeds)]) for name in (one, other))
@@ -68,7 +68,10 @@ def _difference(scorer: Scorer, seeds: int, one: str, other: str) -> dict[str, A
 
 
 def _reached(config: CompareConfig, online: str, names: Sequence[str]) -> dict[str, Any]:
-    """The seconds until each arm's kNN was within the margin of online's last one: means over seeds, None if one was not."""
+    """Returns the seconds until each arm's kNN was within the margin of online's final kNN.
+
+    The seconds are means over seeds; None if a seed never got there.
+    """
     curves: dict[str, list[list[tuple[float, float]]]] = {name: [] for name in names}
     for name in names:
         for seed in range(config.seeds):

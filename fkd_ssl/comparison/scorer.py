@@ -1,4 +1,4 @@
-"""kNN, linear probe and retrieval of a comparison's models; what has been scored is kept."""
+"""kNN, linear probe and retrieval of the models of a comparison. Scores are saved and not computed again."""
 
 import io
 from collections.abc import Callable
@@ -19,20 +19,20 @@ from fkd_ssl.images import ImageSource
 from fkd_ssl.students import CLASSIFIER, Student
 
 PROBES = ("knn_top1", "linear_top1")
-"""The scores of which the correctness of every test image is kept."""
+"""Scores for which the correctness of every test image is saved."""
 OWN = "top1"
-"""Likewise, of a classifier's own classes."""
+"""The same for the classes that a classifier itself predicts."""
 
 
 class Scorer:
     """Scores backbone features of a comparison's images.
 
     Args:
-        config: Of the comparison.
-        folder: Where scores are kept.
+        config: Config of the comparison.
+        folder: Folder of the saved scores.
         images: Training images.
         val: Test images.
-        device: Where untrained students are scored.
+        device: Device that scores untrained students.
     """
 
     def __init__(
@@ -48,15 +48,18 @@ class Scorer:
 
     @property
     def probes(self) -> tuple[str, ...]:
-        """The scores that students of a teacher have."""
+        """Names of the scores of students that have a teacher."""
         return (*PROBES, OWN) if self.classes else PROBES
 
     def score(
         self, name: str, features: Callable[[Tensor], Tensor], *, classify: Callable[[Tensor], Tensor] | None = None
     ) -> dict[str, Any]:
-        """`knn_top1`, `linear_top1` and `map_at_r` (test images sought among the training images) in percent.
+        """Returns `knn_top1`, `linear_top1` and `map_at_r` in percent; for classifiers also `top1`.
 
-        Of classifiers also `top1`, by what `classify` gives.
+        Args:
+            name: Name that the scores are saved under.
+            features: Function from uint8 [B, 3, P, P] to backbone features [B, F].
+            classify: Function to the logits or probabilities that give `top1`.
         """
         path = self.folder / f"{name}.json"
         if path.exists():
@@ -83,7 +86,7 @@ class Scorer:
         return scores
 
     def score_untrained(self, name: str, seed: int, dim: int) -> dict[str, Any]:
-        """The scores of the student as training starts from it."""
+        """Returns the scores of the student with its initial weights."""
         torch.manual_seed(seed)
         c = self.config
         student = Student(c.student, dim, head=c.head, stem=c.stem, width=c.width)
@@ -91,6 +94,6 @@ class Scorer:
         return self.score(name, student.features, classify=student)
 
     def correct(self, name: str, probe: str) -> BoolArray:
-        """Correctness of every test image: bool [n]."""
+        """Returns whether each test image was classified correctly, bool [n]."""
         array: BoolArray = files.map_user_npy(self.folder / f"{name}.npy", kinds="b")[self.probes.index(probe)]
         return array

@@ -213,19 +213,19 @@ def test_compare_classifiers(work: Path, call: Any) -> None:
     assert "top1" not in pairs["stored", "alone"]
     header = out.splitlines()[0].split(" | ")
     assert header[:3] == ["| arm", "top-1", "kNN top-1"]
-    assert "top-1 of its own classes, stored minus labels:" in out
+    assert "| stored minus labels | top-1 of its own classes |" in out
     assert [line.split(" | ")[1] for line in out.splitlines() if line.startswith("| alone")] == [""]
 
 
 @pytest.mark.parametrize(
     ("further", "said"),
     [
-        ("online:storedcrops", "further_arms 'online:storedcrops': is unknown; did you mean online:stored_crops?"),
+        ("online:storedcrops", "further_arms 'online:storedcrops': unknown arm; did you mean online:stored_crops?"),
         ("stored:C=4", "expected 2 (--crops_per_image) to 3 crops"),
         ("stored:C=1", "expected 2 (--crops_per_image) to 3 crops"),
-        ("stored:SQ8", "the store has that codec"),
+        ("stored:SQ8", "the store already has this codec"),
         ("stored:SQ9", "'SQ9' is none of those accepted"),
-        ("alone alone", "there is such an arm already"),
+        ("alone alone", "this arm is in the comparison already"),
     ],
 )
 def test_compare_refuses_further_arms_early(work: Path, call: Any, further: str, said: str) -> None:

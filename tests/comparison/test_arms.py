@@ -44,7 +44,7 @@ def test_labels() -> None:
     plain = training(arms[2], asked, 1, ["r18"])
     assert (plain.targets, plain.store, plain.teacher, plain.checkpoint) == ("labels", None, None, None)
     assert (plain.head, plain.objective) == ("classifier", "soft_ce")
-    with pytest.raises(RequestError, match="further_arms 'labels': trains a classifier, and needs --head classifier"):
+    with pytest.raises(RequestError, match="further_arms 'labels': trains a classifier; add --head classifier"):
         arms_of(config(further_arms="labels"), ["r18"])
 
 
@@ -54,9 +54,9 @@ def test_relabel() -> None:
     assert [arm.name for arm in arms] == ["stored", "online", "relabel"]
     found = training(arms[2], asked, 1, ["r18"])
     assert (found.targets, found.store, found.label_maps, found.teacher) == ("relabel", None, "o/label-maps", None)
-    with pytest.raises(RequestError, match="further_arms 'relabel': trains a classifier, and needs --head classifier"):
+    with pytest.raises(RequestError, match="further_arms 'relabel': trains a classifier; add --head classifier"):
         arms_of(config(further_arms="relabel"), ["r18"])
-    with pytest.raises(RequestError, match="further_arms 'relabel': label maps are one teacher's"):
+    with pytest.raises(RequestError, match="further_arms 'relabel': label maps come from one teacher"):
         arms_of(config(further_arms="relabel", teacher="a,b", checkpoint="f,g", head="classifier"), ["a", "b"])
 
 
@@ -68,5 +68,5 @@ def test_two_teachers() -> None:
     first, both, online = (training(arms[k], config(**two), 0, ["A", "B"]) for k in (0, 2, 4))
     assert (first.column, first.teacher_weights, both.column, both.teacher_weights) == ("A", None, "A,B", "2,1")
     assert (online.teacher, online.checkpoint) == ("swav", "g")
-    with pytest.raises(RequestError, match="codecs are compared for one teacher"):
+    with pytest.raises(RequestError, match="codecs are compared with one teacher"):
         arms_of(config(**two | {"further_arms": "stored:SQ4"}), ["A", "B"])
