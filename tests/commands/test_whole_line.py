@@ -123,7 +123,7 @@ def test_compare_two_teachers(work: Path, call: Any) -> None:
     }
     assert [config["teacher"] for config in configs.values()] == ["make", "make,other", "own_teacher:other"]
     assert "| stored:make+other |" in out
-    assert "stored:make+other minus stored:make:" in out
+    assert "| stored:make+other minus stored:make | kNN |" in out
     again = call(f"{line} --json")
     assert json.loads(again.out) == results
 
@@ -204,7 +204,7 @@ def test_compare_classifiers(work: Path, call: Any) -> None:
     assert {name for name, arm in arms.items() if "top1" in arm} == {*arms} - {"alone"}
     assert arms["teacher"]["top1"] == 100
     assert results["stores"]["relabel"]["crops"] is None
-    assert f"The label maps of relabel: {format_bytes(results['stores']['relabel']['bytes'])} (" in out
+    assert f"- Label maps of relabel: {format_bytes(results['stores']['relabel']['bytes'])} (" in out
     assert arms["labels"]["teacher_forwards"] == 0
     own = json.loads((work / "cmp/runs/labels-seed0/results.json").read_text())
     assert (own["top1"], own["config"]["targets"]) == (arms["labels"]["top1"], "labels")
