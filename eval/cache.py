@@ -1,9 +1,9 @@
 """Cache of features: a folder of memory-mapped .npy files, keyed by model, images and transform.
 
-CACHE/KEY/ has `about.json` (what the key is made of), `labels.npy` int64 [N], `features.npy` float32 [N, D], and `done.json`
-(the sha256 of both arrays), written last; until then it has parts of 2048 images. Several processes can fill one entry: a part
-is computed by the process that has its lock, which ends with the process, so a killed one can be continued and no image is
-computed twice or lost. The pair features.npy and labels.npy can be read with numpy alone.
+CACHE/KEY/ has `about.json` (what the key is made of), `labels.npy` int64 [N], `features.npy` float32 [N, D], `baselines.npy`
+float32 [N, baselines.DIM], and `done.json` (the sha256 of these arrays), written last; until then it has parts of 2048 images.
+Several processes can fill one entry: a part is computed by the process that has its lock, which ends with the process, so a
+killed one can be continued and no image is computed twice or lost. The arrays can be read with numpy alone.
 
 Legend: `N` images, `D` feature dimension, `P` pixels.
 """
@@ -23,12 +23,13 @@ from fkd_ssl import files, locks
 from fkd_ssl.arrays import Float32Array, Int64Array
 from fkd_ssl.crops.digest import replay_digest
 from fkd_ssl.errors import FkdError, ImageError, StoreError
+from fkd_ssl.eval import baselines
 from fkd_ssl.eval.features import Model, checked, extract_rows, frozen
 from fkd_ssl.images import ImageSource
 from fkd_ssl.progress import bar_disabled
 
 ROWS = 2048
-VERSION = 1
+VERSION = 2
 _TOLERANCE = 0.01  # relative distance between a model's answers on two machines: TF32 and bfloat16 stay below it
 
 
@@ -49,7 +50,7 @@ def cached(
     progress: bool = True,
     desc: str = "features",
     skipped: set[str] | None = None,
-) -> tuple[Float32Array, Int64Array, Path]:
+) -> tuple[Float32Array, Float32Array, Int64Array, Path]:
     """`extract_rows` with a cache: maps stored features, and computes and stores missing ones.
 
     Args:
@@ -65,7 +66,8 @@ def cached(
         skipped: As in `extract`; for an image that was skipped in an earlier call, it gets the name.
 
     Returns:
-        Features float32 [N, D], mapped and read-only, numbers of the images int64 [N], and the entry's folder.
+        Features float32 [N, D] and those of the baselines, mapped and read-only; numbers of the images int64 [N]; and the
+        entry's folder.
 
     Raises:
         StoreError: An entry is damaged, or was made by a model of the same identity with other answers.
@@ -104,21 +106,30 @@ def cached(
     messages = [f"{images.where(row)}: not a readable image when its features were computed" for row in unreadable]
     if messages and skipped is None:
         raise ImageError(messages[0])
-    features = files.map_npy(entry / "features.npy", np.dtype(np.float32), (len(images) - len(unreadable), None))
-    for name in ("features", "labels"):
+    count = len(images) - len(unreadable)
+    features = files.map_npy(entry / "features.npy", np.dtype(np.float32), (count, None))
+    baseline = files.map_npy(entry / "baselines.npy", np.dtype(np.float32), (count, baselines.DIM))
+    for name in ("features", "baselines", "labels"):
         if files.sha256_file(entry / f"{name}.npy") != done.get(name):
             raise StoreError(f"{entry / name}.npy: altered: its sha256 is not the one in done.json; delete the folder {entry}")
     if skipped is not None:
         skipped.update(messages)
-    return features, np.delete(np.arange(len(images)), unreadable), entry
+    return features, baseline, np.delete(np.arange(len(images)), unreadable), entry
 
 
 def _part(model: Model, images: ImageSource, pixels: int, batch_size: int, workers: int, *, skip: bool) -> Float32Array:
-    """Features float32 [n, D] of the images of a part: NaN for skipped images, and D = 0 if all are skipped."""
+    """Features of the images of a part and of the baselines: NaN for skipped images, no dimension if all are skipped."""
     skipped: set[str] | None = set() if skip else None
     try:
         found, rows = extract_rows(
-            model, images, pixels=pixels, batch_size=batch_size, workers=workers, progress=False, skipped=skipped
+            model,
+            images,
+            pixels=pixels,
+            batch_size=batch_size,
+            workers=workers,
+            progress=False,
+            skipped=skipped,
+            with_baselines=True,
         )
     except ImageError:
         if not skip:
@@ -138,21 +149,26 @@ def _assemble(entry: Path, parts: list[Path], images: ImageSource) -> None:
         arrays = [files.map_npy(part, np.dtype(np.float32), (None, None)) for part in parts]
         dims = {array.shape[1] for array in arrays if array.shape[1]}
         if len(dims) > 1:
-            raise FkdError(f"{entry}: parts of {sorted(dims)} dimensions: expected one size; delete the folder")
+            raise FkdError(f"{entry}: its parts have different numbers of dimensions, {sorted(dims)}; delete the folder")
         if not dims:
             raise ImageError(f"{images.spec}: none of its {len(images)} images can be read")
         readable = [np.isfinite(array).all(axis=1) & (array.shape[1] > 0) for array in arrays]
         rows = np.concatenate(readable)
-        pieces: list[bytes | memoryview] = [files.npy_header(np.dtype(np.float32), (int(rows.sum()), dims.pop()))]
-        pieces += [np.ascontiguousarray(array[keep]).data for array, keep in zip(arrays, readable, strict=True) if keep.any()]
-        digest = hashlib.sha256()
-        with files.publish(entry / "features.npy") as file:
-            for piece in pieces:
-                digest.update(piece)
-                file.write(piece)
-        labels = files.write_npy(entry / "labels.npy", images.labels[rows])
-        unreadable = np.flatnonzero(~rows).tolist()
-        files.write_json(entry / "done.json", {"features": digest.hexdigest(), "labels": labels, "unreadable": unreadable})
+        own = dims.pop() - baselines.DIM
+        done: dict[str, Any] = {"unreadable": np.flatnonzero(~rows).tolist()}
+        for name, columns in (("features", slice(own)), ("baselines", slice(own, None))):
+            digest = hashlib.sha256()
+            size = own if name == "features" else baselines.DIM
+            with files.publish(entry / f"{name}.npy") as file:
+                digest.update(header := files.npy_header(np.dtype(np.float32), (int(rows.sum()), size)))
+                file.write(header)
+                for array, keep in zip(arrays, readable, strict=True):
+                    if keep.any():
+                        digest.update(piece := np.ascontiguousarray(array[keep, columns]).data)
+                        file.write(piece)
+            done[name] = digest.hexdigest()
+        done["labels"] = files.write_npy(entry / "labels.npy", images.labels[rows])
+        files.write_json(entry / "done.json", done)
         for path in (*parts, *entry.glob(".lock-0*")):
             with suppress(FileNotFoundError):
                 path.unlink()

@@ -9,7 +9,7 @@ Legend: `B` images in a batch, `N` images in the set, `P` pixels, `D` feature di
 import contextlib
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -23,6 +23,7 @@ from fkd_ssl.arrays import Float32Array, Int64Array
 from fkd_ssl.crops import Records, centre, replay
 from fkd_ssl.data import Loader
 from fkd_ssl.errors import FkdError, ImageError, RequestError
+from fkd_ssl.eval import baselines
 from fkd_ssl.images import ImageSource
 from fkd_ssl.progress import bar_disabled
 
@@ -46,6 +47,8 @@ class Split:
     """[n], indices into `classes`."""
     classes: list[str]
     """The training set's class folders."""
+    baselines: dict[str, tuple[Float32Array, Float32Array]] = field(default_factory=dict)
+    """Features of both sets by `eval.baselines`, by name; empty if they were not computed."""
 
     @property
     def common(self) -> dict[str, Any]:
@@ -110,14 +113,36 @@ def extract_rows(
     progress: bool = True,
     desc: str = "features",
     skipped: set[str] | None = None,
+    with_baselines: bool = False,
 ) -> tuple[Float32Array, Int64Array]:
-    """`extract` with the numbers of the images, int64 [N], in place of their labels."""
+    """`extract` with the numbers of the images, int64 [N], in place of their labels.
+
+    With `with_baselines`, the last `baselines.DIM` of the dimensions are those of `baselines.features`.
+    """
     check_counts(pixels=pixels, batch_size=batch_size)
     if len(images) == 0:
         raise RequestError(f"{images.spec}: no images to evaluate")
     rows = [range(i, min(i + batch_size, len(images))) for i in range(0, len(images), batch_size)]
     features: Float32Array | None = None
     read = np.zeros(len(images), dtype=bool)
+    copying: list[tuple[torch.Tensor, torch.cuda.Event | None, torch.Tensor]] = []
+
+    def keep(got: torch.Tensor, copied: torch.cuda.Event | None, indices: torch.Tensor) -> None:
+        nonlocal features
+        if copied is not None:
+            copied.synchronize()
+        require_finite(got, images, indices)
+        if features is None:
+            features = np.empty((len(images), got.shape[1]), dtype=np.float32)
+        if got.shape[1] != features.shape[1]:
+            extra = baselines.DIM * with_baselines
+            raise FkdError(
+                f"the model returned {features.shape[1] - extra} dimensions, then {got.shape[1] - extra}: expected one size"
+            )
+        features[indices.numpy()] = got.numpy()
+        read[indices.numpy()] = True
+        bar.update(len(indices))
+
     with (
         frozen(model),
         torch.inference_mode(),
@@ -126,14 +151,14 @@ def extract_rows(
         for views, indices in load(_Centred(images, pixels), rows, workers=workers, skipped=skipped):
             if not len(indices):
                 continue
-            got = checked(model(views), images, indices)
-            if features is None:
-                features = np.empty((len(images), got.shape[1]), dtype=np.float32)
-            if got.shape[1] != features.shape[1]:
-                raise FkdError(f"the model returned {features.shape[1]} dimensions, then {got.shape[1]}: expected one size")
-            features[indices.numpy()] = got.cpu().numpy()
-            read[indices.numpy()] = True
-            bar.update(len(views))
+            got = shaped(model(views), indices)
+            if with_baselines:
+                got = torch.cat([got, baselines.features(views.to(got.device, non_blocking=True))], dim=1)
+            copying.append((*_copy_to_host(got), indices))
+            if not got.is_cuda or len(copying) > 1:  # a GPU computes a batch while the one before is written
+                keep(*copying.pop(0))
+        for last in copying:
+            keep(*last)
     if features is None:
         raise ImageError(f"{images.spec}: none of its {len(images)} images can be read")
     return (features, np.arange(len(images))) if read.all() else (features[read], np.flatnonzero(read))
@@ -236,21 +261,41 @@ def frozen(model: object) -> Iterator[None]:
 
 
 def checked(output: object, images: ImageSource, indices: torch.Tensor) -> torch.Tensor:
-    """A model's output for the images at `indices` as float32 [B, D]; raises FkdError if it is something else."""
+    """A model's output for the images at `indices` as finite float32 [B, D]; raises FkdError if it is something else."""
+    features = shaped(output, indices)
+    require_finite(features, images, indices)
+    return features
+
+
+def shaped(output: object, indices: torch.Tensor) -> torch.Tensor:
+    """`checked` without looking at the values, for which a GPU would have to finish first."""
     advice = "expected one tensor [B, D] of floats, such as a backbone's pooled features"
     if not isinstance(output, torch.Tensor):
         size = f" of {len(output)}" if isinstance(output, (tuple, list, dict)) else ""
         raise FkdError(f"the model returned a {type(output).__name__}{size}: {advice}")
     if output.ndim != 2 or len(output) != len(indices) or not output.shape[1] or not output.is_floating_point():
         raise FkdError(f"the model returned {output.dtype} {list(output.shape)} for {len(indices)} images: {advice}")
-    output = output.detach().float()
-    finite = output.isfinite().all(dim=1)
+    return output.detach().float()
+
+
+def require_finite(features: torch.Tensor, images: ImageSource, indices: torch.Tensor) -> None:
+    """Raises FkdError if features [B, D] of the images at `indices` have NaN or infinity."""
+    finite = features.isfinite().all(dim=1)
     if not finite.all():
         first = images.names[int(indices[int(finite.int().argmin())])]
         raise FkdError(
             f"the model returned NaN or infinity for {int((~finite).sum())} of {len(indices)} images, first {first!r}"
         )
-    return output
+
+
+def _copy_to_host(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
+    """Begins to copy a tensor to pinned host memory; the event, if any, tells when the copy is complete."""
+    if not tensor.is_cuda:
+        return tensor.cpu(), None
+    host = torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(tensor.device))
+    return host, copied
 
 
 def load(

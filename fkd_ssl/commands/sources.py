@@ -1,7 +1,7 @@
 """Opens the models, image sets and feature files of the evaluation commands, and computes features."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
@@ -15,7 +15,7 @@ from fkd_ssl.checkpoints import digest
 from fkd_ssl.commands import console, resolve
 from fkd_ssl.commands.images import images_of
 from fkd_ssl.errors import RequestError
-from fkd_ssl.eval import cache
+from fkd_ssl.eval import baselines, cache
 from fkd_ssl.eval.features import Split, extract_rows, match_classes
 from fkd_ssl.eval.scores import as_features, as_labels, compact, same_dimension
 from fkd_ssl.images import CONTENTS, ImageSource
@@ -58,6 +58,8 @@ class Source:
     """Indices of the images, or of the rows of a file, without skipped images."""
     skipped: int = 0
     """Number of skipped images."""
+    baselines: dict[str, Float32Array] = field(default_factory=dict)
+    """Features by `eval.baselines`, by name; empty for files."""
 
 
 def is_files(spec: str) -> bool:
@@ -100,14 +102,22 @@ def features_of(model: resolve.Model, pixels: int, spec: str, images: ImageSourc
     options: dict[str, Any] = {"pixels": pixels, "workers": config.workers, "desc": desc}
     with console.skipping(config.on_unreadable) as skipped:
         if config.features is None:
-            features, rows = extract_rows(model.features, images, skipped=skipped, **options)
+            both, rows = extract_rows(model.features, images, skipped=skipped, with_baselines=True, **options)
+            features, baseline = both[:, : -baselines.DIM], both[:, -baselines.DIM :]
         else:
             folder = Path(config.features)
-            features, rows, entry = cache.cached(
+            features, baseline, rows, entry = cache.cached(
                 model.features, images, folder=folder, identity=model.identity, skipped=skipped, **options
             )
             about["features"] = entry.name
-    return Source(features=features, labels=images.labels[rows], about=about, rows=rows, skipped=len(images) - len(rows))
+    return Source(
+        features=features,
+        labels=images.labels[rows],
+        about=about,
+        rows=rows,
+        skipped=len(images) - len(rows),
+        baselines=baselines.by_name(baseline),
+    )
 
 
 def about_images(spec: str, images: ImageSource) -> dict[str, Any]:
@@ -204,6 +214,7 @@ def split_of(evaluation: Evaluation, config: Options) -> tuple[Split, dict[str, 
         features=sources[1].features if len(sources) > 1 else np.empty((0, sources[0].features.shape[1]), dtype=np.float32),
         labels=labels if len(sources) > 1 else np.empty(0, dtype=np.int64),
         classes=classes,
+        baselines={name: (found, sources[-1].baselines[name]) for name, found in sources[0].baselines.items()},
     )
     return split, {**about, "data": data, "unreadable_images": sum(source.skipped for source in sources)}
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from fkd_ssl import files
+from fkd_ssl.crops import centre, replay
 from fkd_ssl.errors import FkdError, ImageError, StoreError
-from fkd_ssl.eval import cache
+from fkd_ssl.eval import baselines, cache
 from fkd_ssl.eval.features import extract
 from fkd_ssl.images import scan
 
@@ -50,12 +51,15 @@ def test_it_is_extract(make_set, backbone, tmp_path, per_class: int) -> None:
     plain, labels = extract(backbone, images, pixels=16, workers=0, progress=False)
     model = Counting(backbone)
     for _ in range(2):
-        features, rows, entry = cache.cached(model, images, **options(tmp_path))
+        features, baseline, rows, entry = cache.cached(model, images, **options(tmp_path))
         np.testing.assert_allclose(features, plain, rtol=1e-4)
         np.testing.assert_array_equal(rows, np.arange(len(images)))
+        views = np.stack([replay(images.pixels(i), centre(*images.pixels(i).shape[:2], 16), 16)[0] for i in rows])
+        np.testing.assert_allclose(baseline, baselines.features(torch.from_numpy(views)), atol=1e-6)
     assert model.seen - 2 == len(images)  # the second time, only the check ran
     assert sorted(path.name for path in entry.iterdir()) == [
         "about.json",
+        "baselines.npy",
         "done.json",
         "features.npy",
         "labels.npy",
@@ -69,7 +73,7 @@ def test_it_is_extract(make_set, backbone, tmp_path, per_class: int) -> None:
 def test_the_key_is_model_images_and_transform(make_set, backbone, tmp_path) -> None:
     images = make_set("set")
     entries = [
-        cache.cached(backbone, images, **options(tmp_path, **more))[2] for more in ({}, {"identity": "n"}, {"pixels": 17})
+        cache.cached(backbone, images, **options(tmp_path, **more))[-1] for more in ({}, {"identity": "n"}, {"pixels": 17})
     ]
     before = images.file(1).stat()
     data = bytearray(images.file(1).read_bytes())
@@ -82,7 +86,7 @@ def test_the_key_is_model_images_and_transform(make_set, backbone, tmp_path) -> 
     images.file(1).write_bytes(data)
     copied = scan(shutil.copytree(images.root, tmp_path / "copy", copy_function=shutil.copyfile))
     assert copied.digest() == images.digest()
-    assert cache.cached(backbone, copied, **options(tmp_path))[2] == entries[0]
+    assert cache.cached(backbone, copied, **options(tmp_path))[-1] == entries[0]
     assert len(set(entries)) == 3
 
 
@@ -191,9 +195,10 @@ def test_damaged_images_are_skipped_and_remembered(make_set, backbone, tmp_path,
     model = Counting(backbone)
     for _ in range(2):
         skipped: set[str] = set()
-        features, rows, entry = cache.cached(model, images, **options(tmp_path), skipped=skipped)
+        features, baseline, rows, entry = cache.cached(model, images, **options(tmp_path), skipped=skipped)
         assert rows.tolist() == [row for row in range(20) if row not in damaged]
         np.testing.assert_allclose(features, whole[rows], rtol=1e-4)
+        assert baseline.shape == (15, baselines.DIM)
         assert len(skipped) == 5
         assert str(images.file(1)) in min(skipped)
     assert model.seen - 2 == 15  # the second time, only the check ran
