@@ -7,8 +7,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 _MODULES = {
+    "baselines",
     "cache",
     "features",
+    "held_out",
     "indexes",
     "knn",
     "linear",

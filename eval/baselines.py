@@ -26,8 +26,8 @@ _SAMPLED = 64  # at least so many rows and columns of a crop are looked at
 def features(views: torch.Tensor) -> torch.Tensor:
     """Both baselines' features: uint8 [B, 3, P, P] to float32 [B, DIM], on the same device.
 
-    `pixels` are the mean colours of the cells of a grid, where grey is 0. `colours` are the square roots of a histogram's shares,
-    so that the cosine of two is their Bhattacharyya coefficient. Both take every P // 64-th row and column.
+    `pixels` are the mean colours of the cells of a grid, with grey as 0. `colours` are the square roots of a histogram, so that
+    the cosine of two is their Bhattacharyya coefficient. Large crops are sampled: every P // 64-th row and column.
     """
     step = max(1, views.shape[-1] // _SAMPLED)
     sampled = views[:, :, ::step, ::step]

@@ -165,7 +165,7 @@ def evaluate_features(
         "k": used[headline[0]],
         "temperature": headline[1],
         "metric": metric,
-        "sweep": [
+        "grid": [
             {"k": used[one], "temperature": t, "top1": scored[one, t]["top1"], "top5": scored[one, t]["top5"]}
             for one, t in rank
         ],
@@ -265,7 +265,7 @@ def evaluate(
 
     Returns:
         `top1`, `top5` in percent; `correct` bool [n]; `k`, `temperature`, `metric`, `n_train`, `n_val`, `classes`,
-        `feature_dim`, `pixels`; `sweep`, the `top1` and `top5` of every k and temperature; `per_class`; `notes`. The headline
+        `feature_dim`, `pixels`; `grid`, the `top1` and `top5` of every k and temperature; `per_class`; `notes`. The headline
         `top1` and `top5` are those of k 20 and T 0.07 if these are among them, else of the first; never of the best. `top5`
         ranks only classes of the k neighbours, so with k < 5 it ranks at most k classes, and `notes` says so.
 

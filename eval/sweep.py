@@ -14,17 +14,14 @@ Legend: `N` training images, `n` images to score, `D` feature dimension, `C` cla
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from torch.nn import functional
 from tqdm import tqdm
 
-from fkd_ssl.arrays import Float32Array, Int64Array
-from fkd_ssl.errors import RequestError
-from fkd_ssl.eval.logreg import held_out, standardised
-from fkd_ssl.eval.scores import accuracy, as_probe, probe_result, ranks
+from fkd_ssl.eval import held_out
+from fkd_ssl.eval.held_out import Weights
 from fkd_ssl.progress import bar_disabled
 
 RATES = (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
@@ -65,54 +62,33 @@ def evaluate(
         progress: Show a progress bar on standard error.
 
     Returns:
-        `top1`, `top5` in percent; `correct` bool [n]; `lr`, the chosen rate; `sweep`, the held-out `top1` and `loss` of each
-        rate (loss None if it diverged); `steps`, `batch_size`, `n_held_out`, `n_train`, `n_val`, `classes`, `feature_dim`,
-        `seed`, `notes`, and `per_class` if `names` are given.
+        `top1`, `top5` in percent; `correct` bool [n]; `lr`, the chosen rate; `held_out`, the `top1` and `loss` of each rate on
+        the held-out images (loss None if it diverged); `steps`, `batch_size`, `n_held_out`, `n_train`, `n_val`, `classes`,
+        `feature_dim`, `seed`, `notes`, and `per_class` if `names` are given.
 
     Raises:
         RequestError: Shapes, labels or rates are invalid, the training set cannot be split, or all rates diverged.
         FkdError: A feature is not finite, or too large to standardise.
     """
-    train, known, wanted, truth, classes = as_probe(train_features, train_labels, features, labels, num_classes)
-    if len(rates) == 0 or not all(math.isfinite(rate) and rate > 0 for rate in rates):
-        raise RequestError(f"rates must be positive and finite, got {list(rates)}")
-
-    held = held_out(known, seed=seed)
-    batch = min(BATCH, len(train))
-    steps = max(MIN_STEPS, math.ceil(EPOCHS * len(train) / batch))
+    images = len(train_labels)
+    batch = min(BATCH, images)
+    steps = max(MIN_STEPS, math.ceil(EPOCHS * images / batch)) if images else 0
     with tqdm(total=2 * steps, desc="sweep", unit="step", file=sys.stderr, disable=bar_disabled(show=progress)) as bar:
-        rest, (mean, scale) = standardised(train, ~held)
-        layers = train_layers(
-            rest, torch.from_numpy(known[~held]), classes, sorted(rates), steps, seed=seed, device=device, bar=bar
+
+        def fit(data: torch.Tensor, known: torch.Tensor, classes: int, chosen: list[float]) -> Iterator[Weights]:
+            yield from zip(*train_layers(data, known, classes, chosen, steps, seed=seed, bar=bar), strict=True)
+
+        return held_out.evaluate(
+            fit,
+            rates,
+            key="lr",
+            data=(train_features, train_labels, features, labels, num_classes),
+            names=names,
+            seed=seed,
+            device=device,
+            steps=steps,
+            batch_size=batch,
         )
-        del rest
-        sweep = _choose((torch.from_numpy(train[held]) - mean) / scale, known[held], layers, sorted(rates))
-        converged = [row for row in sweep if row["loss"] is not None]
-        if not converged:
-            raise RequestError(f"all rates {sorted(rates)} diverged; give lower ones")
-        best = max(converged, key=lambda row: (row["top1"], -row["loss"]))
-        data, (mean, scale) = standardised(train, None)
-        weight, bias = train_layers(
-            data, torch.from_numpy(known), classes, [best["lr"]], steps, seed=seed, device=device, bar=bar
-        )
-    scores = torch.from_numpy((wanted - mean.numpy()) / scale.numpy()).to(weight.device) @ weight[0].T + bias[0]
-    rank = ranks(scores.cpu().numpy(), truth)
-    edge = len(sweep) > 1 and best["lr"] in (sweep[0]["lr"], sweep[-1]["lr"])
-    return probe_result(
-        rank,
-        truth,
-        names,
-        train=train,
-        features=wanted,
-        classes=classes,
-        notes=[f"the chosen learning rate {best['lr']:g} is the smallest or largest that was tried"] if edge else [],
-        lr=best["lr"],
-        sweep=sweep,
-        steps=steps,
-        batch_size=batch,
-        n_held_out=int(held.sum()),
-        seed=seed,
-    )
 
 
 @torch.no_grad()
@@ -124,22 +100,21 @@ def train_layers(
     steps: int,
     *,
     seed: int,
-    device: torch.device | str = "cpu",
     bar: "tqdm[Any] | None" = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Weights [R, C, D] and biases [R, C] of one layer for each rate, from the same initial weights and batches.
 
     Args:
-        features: Standardised, float32 [N, D].
+        features: Standardised, float32 [N, D]; the layers are trained on their device.
         labels: int64 [N].
         classes: C.
         rates: For a batch of 256.
         steps: Steps of BATCH images, or of all if there are fewer.
         seed: Seed for the initial weights and the order.
-        device: Where the layers are trained; the features are not moved.
         bar: Is advanced at each step.
     """
     images, dim = features.shape
+    device = features.device
     batch = min(BATCH, images)
     generator = torch.Generator().manual_seed(seed)
     first = torch.empty(classes, dim).normal_(0, _START, generator=generator)
@@ -152,9 +127,10 @@ def train_layers(
         if len(order) < batch:
             order = torch.cat([order, torch.randperm(images, generator=generator)])
         rows, order = order[:batch], order[batch:]
-        x, target = features[rows].to(device), labels[rows].to(device)
+        rows = rows.to(device)
+        x, target = features[rows], labels[rows]
         error = (x @ weight.T + bias).view(batch, len(rates), classes).softmax(dim=2)
-        error[torch.arange(batch, device=x.device), :, target] -= 1
+        error[torch.arange(batch, device=device), :, target] -= 1
         error = error.view(batch, -1) / batch
         rate = peak * (0.5 * (1 + math.cos(math.pi * step / steps)))
         speed[0].mul_(MOMENTUM).addmm_(error.T, x)
@@ -164,19 +140,3 @@ def train_layers(
         if bar is not None:
             bar.update()
     return weight.view(len(rates), classes, dim), bias.view(len(rates), classes)
-
-
-def _choose(
-    features: torch.Tensor, truth: Int64Array, layers: tuple[torch.Tensor, torch.Tensor], rates: Sequence[float]
-) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = []
-    there = features.to(layers[0].device)
-    for rate, weight, bias in zip(rates, *layers, strict=True):
-        scores = (there @ weight.T + bias).cpu()
-        if not scores.isfinite().all():
-            rows.append({"lr": rate, "top1": 0.0, "loss": None})
-            continue
-        table: Float32Array = scores.numpy()
-        loss = float(functional.cross_entropy(scores, torch.from_numpy(truth)))
-        rows.append({"lr": rate, "top1": accuracy(ranks(table, truth))["top1"], "loss": loss})
-    return rows

@@ -50,6 +50,8 @@ class Score(Result):
     """Wilson's 95 % interval of `top1`; None for a mean over draws."""
     correct: Booleans
     """Which images were classified correctly, bool [n]; compare two models with fkd_ssl.eval.paired_bootstrap."""
+    baselines: dict[str, float]
+    """Accuracy of `pixels` and `colours` by the same protocol, the best first, and of `chance`, in percent."""
 
     @classmethod
     def of(cls, values: dict[str, Any], correct: Booleans, out: Path | None) -> Self:
@@ -63,6 +65,7 @@ class Score(Result):
             top5=values["top5"],
             interval95=(low, high) if "interval95" in values else None,
             correct=correct,
+            baselines=values.get("baselines", {}),
         )
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from fkd_ssl.errors import RequestError
 
 if TYPE_CHECKING:
+    from fkd_ssl.arrays import Float32Array
     from fkd_ssl.eval.features import Split
     from fkd_ssl.results import Score
 
@@ -44,6 +45,9 @@ class Config:
     """Number of random draws for --shots; the mean and standard deviation are reported."""
     seed: int = 0
     """Seed of the draws for --shots."""
+    baseline: Literal["pixels", "chance"] | None = None
+    """What to compare with: pixels (8 x 8 pixels, a colour histogram and chance, on the same images by the same protocol) or
+    chance only. Default: pixels, or chance for files of features."""
     pixels: int | None = None
     """Side of the centre crop; by default the size that the model was trained at."""
     checkpoint: str | None = None
@@ -75,9 +79,9 @@ def run(config: Config) -> int:
     from fkd_ssl.commands import console, results
 
     score = work(config)
-    sweep = score.values["sweep"]
-    if len(sweep) > 1 and not config.json:
-        rows = [[f"{row['k']}", f"{float(row['temperature']):g}", f"{row['top1']:.2f}", f"{row['top5']:.2f}"] for row in sweep]
+    grid = score.values["grid"]
+    if len(grid) > 1 and not config.json:
+        rows = [[f"{row['k']}", f"{float(row['temperature']):g}", f"{row['top1']:.2f}", f"{row['top5']:.2f}"] for row in grid]
         console.print_result(console.table([["k", "T", "top-1", "top-5"], *rows]))
     results.show(score, json=config.json)
     return 0
@@ -95,6 +99,7 @@ def work(config: Config) -> "Score":
         ks, temperatures = list(chosen), [temperature]
     knn.check_search(ks, temperatures)
     shots = None if config.shots is None else shots_of(config.shots)
+    sources.check_baseline(config.baseline, config.train)
     evaluation = sources.open_evaluation(config, config.train, config.val)
     if found := results.finished(config, evaluation.inputs):
         return Score.of(*found)
@@ -108,23 +113,29 @@ def _score(
 ) -> "Score":
     """Classifies the images."""
     from fkd_ssl.commands import results, sources
-    from fkd_ssl.eval import knn
+    from fkd_ssl.eval import baselines, knn
 
-    common: dict[str, Any] = {
-        "train_features": split.train_features,
-        "train_labels": split.train_labels,
-        "num_classes": len(split.classes),
-        "names": split.classes,
-        "k": ks,
-        "temperature": temperatures,
-        "metric": config.metric,
-        "device": sources.search_device(),
-        **({} if config.leave_one_out else {"features": split.features, "labels": split.labels}),
-    }
-    if shots is None:
-        result = knn.evaluate_features(**common)
-    else:
-        result = knn.few_shot(shots=shots, draws=config.draws, seed=config.seed, **common)
+    labels = split.train_labels if config.leave_one_out else split.labels
+
+    def evaluate(train_features: "Float32Array", features: "Float32Array") -> dict[str, Any]:
+        options: dict[str, Any] = {
+            "train_features": train_features,
+            "train_labels": split.train_labels,
+            "num_classes": len(split.classes),
+            "names": split.classes,
+            "k": ks,
+            "temperature": temperatures,
+            "metric": config.metric,
+            "device": sources.search_device(),
+            **({} if config.leave_one_out else {"features": features, "labels": labels}),
+        }
+        if shots is None:
+            return knn.evaluate_features(**options)
+        return knn.few_shot(shots=shots, draws=config.draws, seed=config.seed, **options)
+
+    result = evaluate(split.train_features, split.features)
+    found = {} if config.baseline == "chance" else split.baselines
+    result["baselines"] = baselines.scores(evaluate, found, split.train_labels, labels)
     protocol = config.preset or f"k {','.join(map(str, ks))}, T {','.join(f'{t:g}' for t in temperatures)}"
     if config.metric != "cosine":
         protocol += f", {config.metric}"

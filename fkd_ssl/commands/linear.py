@@ -8,9 +8,10 @@ them, such as moco,swav, share the forward passes over the crops, which take mos
 repeat the command to continue after its last epoch.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -39,6 +40,10 @@ class Config:
     """Labelled images to score the probe on, in the same forms as --train."""
     protocol: str = "logreg"
     """logreg, sweep, moco, swav, simsiam or simclr; several with commas between them."""
+    baseline: Literal["pixels", "chance"] | None = None
+    """What to compare with: pixels (8 x 8 pixels, a colour histogram and chance, on the same images by the same protocol) or
+    chance only. Default: pixels for logreg and
+    sweep on images, else chance."""
     pixels: int | None = None
     """Side of the crops; by default the size that the model was trained at."""
     checkpoint: str | None = None
@@ -79,6 +84,10 @@ class Config:
         for name in ("epochs", "batch_size", "lr"):
             if getattr(self, name) is not None and not set(self.protocols) & set(ON_CROPS):
                 raise RequestError(f"--{name} needs --protocol moco, swav, simsiam or simclr; {self.protocol} chooses its own")
+        if self.baseline == "pixels" and not set(self.protocols) & set(ON_FEATURES):
+            raise RequestError(
+                f"--baseline pixels needs --protocol sweep or logreg: the learning rates of {self.protocol} do not suit pixels"
+            )
         if self.features is not None and not set(self.protocols) & set(ON_FEATURES):
             raise RequestError(f"--features needs --protocol sweep or logreg; {self.protocol} trains on random crops")
 
@@ -115,6 +124,7 @@ def _scores(config: Config) -> Iterator["Score"]:
         raise RequestError(
             f"{config.out}: holds one evaluation, and several protocols need a folder each in it; choose another --out"
         )
+    sources.check_baseline(config.baseline, config.train)
     linear.check(on_crops, epochs=config.epochs, batch_size=config.batch_size, lr=config.lr)
     parts = {name: _part(config, name) for name in config.protocols}
     evaluation = sources.open_evaluation(config, config.train, config.val)
@@ -137,7 +147,7 @@ def _part(config: Config, name: str) -> Config:
         return config
     out = None if config.out is None else str(Path(config.out) / name)
     if name in ON_CROPS:
-        return replace(config, protocol=name, out=out, features=None)
+        return replace(config, protocol=name, out=out, features=None, baseline=None)
     return replace(config, protocol=name, out=out, epochs=None, batch_size=None, lr=None)
 
 
@@ -145,7 +155,8 @@ def _on_crops(parts: dict[str, Config], evaluation: "Evaluation") -> Iterator["S
     if not parts:
         return
     from fkd_ssl.commands import console, results, sources
-    from fkd_ssl.eval import linear
+    from fkd_ssl.eval import baselines, linear
+    from fkd_ssl.eval.features import match_classes
 
     config = next(iter(parts.values()))
     (train, val), model, pixels = evaluation.sets, evaluation.model, evaluation.pixels
@@ -172,8 +183,10 @@ def _on_crops(parts: dict[str, Config], evaluation: "Evaluation") -> Iterator["S
         )
         data = {"train": sources.about_images(config.train, train), "val": sources.about_images(config.val, val)}
         about = {**sources.about_model(model, pixels), "data": data}
+        chance = baselines.chance(train.labels, match_classes(train, val))
         for name, part in parts.items():
             unreadable = len(train) + len(val) - found[name]["n_train"] - found[name]["n_val"]
+            found[name]["baselines"] = {"chance": chance}
             yield _score(part, pixels, {**about, "unreadable_images": unreadable}, found[name])
 
 
@@ -181,18 +194,19 @@ def _on_features(parts: dict[str, Config], evaluation: "Evaluation") -> Iterator
     if not parts:
         return
     from fkd_ssl.commands import results, sources
-    from fkd_ssl.eval import logreg, sweep
+    from fkd_ssl.eval import baselines, logreg, sweep
 
     config = next(iter(parts.values()))
     split, about = sources.split_of(evaluation, config)
     pixels = (about["transform"] or {}).get("centre_crop")
-    common = {**split.common, "names": split.classes, "seed": config.seed}
+    common = {**split.common, "names": split.classes, "seed": config.seed, "device": sources.search_device()}
+    found = {} if config.baseline == "chance" else split.baselines
     for name, part in parts.items():
+        probe: Callable[..., dict[str, Any]] = partial({"sweep": sweep, "logreg": logreg}[name].evaluate, **common)
         with results.opened(part, evaluation.inputs):
-            if name == "sweep":
-                yield _score(part, pixels, about, sweep.evaluate(**common, device=sources.search_device()))
-            else:
-                yield _score(part, pixels, about, logreg.evaluate(**common))
+            result = probe()
+            result["baselines"] = baselines.scores(partial(probe, progress=False), found, split.train_labels, split.labels)
+            yield _score(part, pixels, about, result)
 
 
 def _score(config: Config, pixels: int | None, about: dict[str, Any], result: dict[str, Any]) -> "Score":

@@ -56,8 +56,9 @@ def score(kind: str, title: str, config: Any, protocol: str, about: dict[str, An
         config: Config of the command, with the `pixels` that were used.
         protocol: The protocol's name or settings.
         about: `model`, `data` and `transform`.
-        result: `top1`, `top5`, `correct`, `notes` and other values of the evaluation.
+        result: `top1`, `top5`, `correct`, `baselines`, `notes` and other values of the evaluation.
     """
+    from fkd_ssl.eval import baselines
     from fkd_ssl.eval.stats import wilson
 
     correct = result["correct"]
@@ -67,7 +68,9 @@ def score(kind: str, title: str, config: Any, protocol: str, about: dict[str, An
         line += f"{result['top5_std']:.2f} % (mean and deviation of {len(result['draws'])} draws)"
     else:
         line = f"{title}: top-1 {result['top1']:.2f} % (95 % interval {low:.2f} to {high:.2f}), top-5 {result['top5']:.2f} %"
+    line += f"; {baselines.line(result['baselines'])}"
     said = {key: value for key, value in result.items() if key != "correct"}
+    said["notes"] = [*result["notes"], *baselines.note(result["top1"], result["baselines"])]
     if "draws" not in result:
         said["interval95"] = [low, high]
     return Score.of(*finish({"kind": kind, "protocol": protocol, **about, **said}, line, config, correct))

@@ -67,6 +67,12 @@ def is_files(spec: str) -> bool:
     return isinstance(spec.value, (list, tuple)) if isinstance(spec, Named) else spec.endswith(".npy")
 
 
+def check_baseline(baseline: str | None, spec: str) -> None:
+    """Raises RequestError if the baseline `pixels` is asked for, and `spec` has features in place of images."""
+    if baseline == "pixels" and is_files(spec):
+        raise RequestError(f"--baseline pixels needs images, and {spec} has features; choose --baseline chance")
+
+
 def read_pair(spec: str) -> Source:
     """Reads FEATURES.npy,LABELS.npy.
 

@@ -28,6 +28,16 @@ def pair():
 def nan():
     return Broken()
 """
+CONSTANT = """
+import torch
+
+class Constant(torch.nn.Module):
+    def forward(self, pixels):
+        return torch.ones(len(pixels), 4)
+
+def make():
+    return Constant()
+"""
 TEACHER = "--model teacher:own_teacher:make"
 
 
@@ -106,6 +116,27 @@ def test_colours_are_told_apart(work: Path, call: Any, verb: str) -> None:
     assert json.loads(call(f"{verb} {TEACHER} {SETS} --json").out)["top1"] > 80
 
 
+@pytest.mark.parametrize(
+    "verb", ["knn --k 3", "knn --k 3 --shots 2", "knn --k 3 --leave_one_out", "linear", "linear --protocol sweep"]
+)
+def test_baselines_stand_beside_the_score(work: Path, call: Any, verb: str) -> None:
+    """The classes are colours, which a histogram tells apart; a network of constant features is said to be no better."""
+    (work / "constant.py").write_text(CONSTANT)
+    sets = SETS.replace("--val val ", "") if "leave_one_out" in verb else SETS
+    result = json.loads(call(f"{verb} {TEACHER} {sets} --json").out)
+    assert set(result["baselines"]) == {"pixels", "colours", "chance"}
+    assert list(result["baselines"].values()) == sorted(result["baselines"].values(), reverse=True)
+    assert result["baselines"]["colours"] > 80
+    assert result["baselines"]["chance"] == pytest.approx(100 / 3)
+    assert result["line"].endswith(", chance 33.33 %")
+    assert " %) is no better than " in call(f"{verb} --model constant:make --pixels 32 {sets}").err
+    cached = json.loads(call(f"{verb} {TEACHER} {sets} --features cache --json").out)
+    assert cached["baselines"] == result["baselines"]
+    alone = json.loads(call(f"{verb} {TEACHER} {sets} --baseline chance --json").out)
+    assert alone["baselines"] == {"chance": pytest.approx(100 / 3)}
+    assert alone["top1"] == result["top1"]
+
+
 def test_a_line_for_people(work: Path, call: Any) -> None:
     status, out, _ = call(f"knn {TEACHER} {SETS}")
     assert status == 0
@@ -143,6 +174,8 @@ def test_a_run_is_a_model_and_so_is_its_checkpoint(work: Path, call: Any, train_
         (f"linear {TEACHER} {SETS} --protocol moco,byol", 2, "--protocol moco,byol: no protocol 'byol' (known: moco, swav"),
         (f"linear {TEACHER} {SETS} --protocol moco,", 2, "--protocol moco,: no protocol ''"),
         (f"linear {TEACHER} {SETS} --protocol swav,swav", 2, "--protocol swav,swav: has a protocol twice"),
+        (f"linear {TEACHER} {SETS} --protocol moco --baseline pixels", 2, "--baseline pixels needs --protocol sweep or logreg"),
+        ("knn --train x.npy,y.npy --val x.npy,y.npy --baseline pixels", 2, "--baseline pixels needs images, and x.npy,y.npy"),
         (f"linear {TEACHER} {SETS} --protocol sweep --lr 3", 2, "--lr needs --protocol moco, swav"),
         (f"linear {TEACHER} {SETS} --protocol moco --features cache", 2, "--features needs --protocol sweep or logreg"),
         (f"linear {TEACHER} --protocol logreg --train one --val one", 2, "one: one class only, 'ash'; expected a folder"),
@@ -230,7 +263,7 @@ def test_several_k_make_a_table_and_the_headline_is_twenty(work: Path, call: Any
     assert lines[2].split()[:2] == ["3", "inf"]
     assert lines[-1].startswith("teacher:own_teacher:make: kNN-20 at 32 px")
     out = call(f"knn {TEACHER} {SETS} --k 3,20 --temperature inf --json").out
-    rows = json.loads(out, parse_constant=pytest.fail)["sweep"]  # JSON has no Infinity
+    rows = json.loads(out, parse_constant=pytest.fail)["grid"]  # JSON has no Infinity
     assert [(row["k"], row["temperature"]) for row in rows] == [(3, "Infinity"), (18, "Infinity")]
 
 

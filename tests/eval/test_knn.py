@@ -144,8 +144,8 @@ def score(clusters, **options):
 
 def test_a_sweep_is_each_alone(clusters) -> None:
     swept = score(clusters, k=[5, 20, 100], temperature=[0.07, 1.0])
-    assert [(row["k"], row["temperature"]) for row in swept["sweep"]] == [(k, t) for k in (5, 20, 100) for t in (0.07, 1.0)]
-    for row in swept["sweep"]:
+    assert [(row["k"], row["temperature"]) for row in swept["grid"]] == [(k, t) for k in (5, 20, 100) for t in (0.07, 1.0)]
+    for row in swept["grid"]:
         alone = score(clusters, k=row["k"], temperature=row["temperature"])
         assert (row["top1"], row["top5"]) == (alone["top1"], alone["top5"])
     assert (swept["k"], swept["top1"]) == (20, score(clusters, k=20)["top1"])  # the headline is not the best of them

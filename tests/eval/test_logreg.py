@@ -4,7 +4,7 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 from fkd_ssl.errors import FkdError, RequestError
-from fkd_ssl.eval import logreg
+from fkd_ssl.eval import held_out, logreg
 
 
 def gaussians(count: int, *, noise: float, seed: int, classes: int = 6, dim: int = 20):
@@ -56,11 +56,11 @@ def test_separable_classes_are_told_apart() -> None:
 def test_the_strength_is_chosen_on_train_alone(noisy) -> None:
     train, labels, features, wanted = noisy
     result = run(noisy)
-    assert [row["C"] for row in result["sweep"]] == sorted(logreg.STRENGTHS)
-    best = max(row["top1"] for row in result["sweep"])
-    assert best == next(row["top1"] for row in result["sweep"] if row["C"] == result["C"])
+    assert [row["C"] for row in result["held_out"]] == sorted(logreg.STRENGTHS)
+    best = max(row["top1"] for row in result["held_out"])
+    assert best == next(row["top1"] for row in result["held_out"] if row["C"] == result["C"])
     other = run((train, labels, features[:7] * 0, (wanted[:7] + 1) % 6))  # other images, other labels: the same choice
-    assert other["sweep"] == result["sweep"]
+    assert other["held_out"] == result["held_out"]
     assert other["C"] == result["C"]
 
     mean, deviation = train.mean(axis=0), train.std(axis=0)
@@ -68,22 +68,22 @@ def test_the_strength_is_chosen_on_train_alone(noisy) -> None:
     oracle = LogisticRegression(C=result["C"], tol=1e-8, max_iter=5000).fit((train - mean) / deviation, labels)
     assert result["top1"] == pytest.approx(100 * oracle.score((features - mean) / deviation, wanted), abs=0.7)
     assert run(noisy)["correct"].tolist() == result["correct"].tolist()
-    assert run(noisy, seed=1)["sweep"] != result["sweep"]
+    assert run(noisy, seed=1)["held_out"] != result["held_out"]
 
 
 def test_the_sweep_can_be_chosen_and_its_edge_is_noted(noisy) -> None:
     result = run(noisy, strengths=[1e-2, 1e-3])
-    assert [row["C"] for row in result["sweep"]] == [1e-3, 1e-2]
+    assert [row["C"] for row in result["held_out"]] == [1e-3, 1e-2]
     assert any("smallest or largest that was tried" in note for note in result["notes"])
     assert run(noisy, strengths=[1e-2])["notes"] == []
 
 
 def test_the_held_out_part_is_a_tenth_of_each_class() -> None:
     labels = np.repeat([0, 1, 2, 3], [100, 40, 3, 1])
-    held = logreg.held_out(labels, seed=0)
+    held = held_out.draw(labels, seed=0)
     np.testing.assert_array_equal(np.bincount(labels[held], minlength=4), [10, 4, 1, 0])
-    np.testing.assert_array_equal(held, logreg.held_out(labels, seed=0))
-    assert (held != logreg.held_out(labels, seed=1)).any()
+    np.testing.assert_array_equal(held, held_out.draw(labels, seed=0))
+    assert (held != held_out.draw(labels, seed=1)).any()
 
 
 def test_classes_come_from_the_class_list(noisy) -> None:
@@ -102,7 +102,7 @@ def test_wrong_requests_are_named(noisy) -> None:
         run((train, labels * 0, features, wanted * 0))
     with pytest.raises(RequestError, match="no class has two training images"):
         run((train[:3], [0, 1, 2], features, wanted * 0))
-    with pytest.raises(RequestError, match=r"strengths must be positive, got \[1.0, 0.0\]"):
+    with pytest.raises(RequestError, match=r"C: expected positive numbers to choose from, got \[1.0, 0.0\]"):
         run(noisy, strengths=[1.0, 0.0])
     with pytest.raises(RequestError, match="labels: label 5, but there are 3 classes"):
         run((train, labels % 3, features, wanted))
@@ -110,7 +110,7 @@ def test_wrong_requests_are_named(noisy) -> None:
         run((train, labels, features[:, :4], wanted))
     with pytest.raises(FkdError, match="features: 300 of 300 rows have NaN"):
         run((train, labels, features * np.nan, wanted))
-    with pytest.raises(FkdError, match=r"values up to 3.4e\+38 cannot be standardised in float32"):
+    with pytest.raises(FkdError, match=r"values up to 3.4e\+38 are too large to standardise in float32"):
         run((np.float32([[3.4e38], [-3.4e38], [-3.4e38]] * 4), [0, 1, 1] * 4, features[:, :1], wanted * 0))
 
 
