@@ -1,4 +1,4 @@
-"""Checkpoints of modules written with lightly or solo-learn: a .ckpt whose `backbone.*` is a ResNet of torchvision."""
+"""Checkpoints of modules of lightly or solo-learn: a .ckpt whose `backbone.*` is a ResNet of torchvision."""
 
 from pathlib import Path
 from typing import Any
@@ -10,19 +10,19 @@ from fkd_ssl.teachers import state_dicts
 from fkd_ssl.teachers.resnet import read_architecture
 from fkd_ssl.teachers.teacher import Teacher
 
-# lightly's examples take nn.Sequential(*list(resnet.children())[:-1]): parts by number, from conv1 to layer4
+# lightly's examples use nn.Sequential(*list(resnet.children())[:-1]), whose parts have numbers instead of names
 _NUMBERED = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
 
 
 def load_lightly(path: str | Path, *, name: str = "lightly", **about: Any) -> Teacher:
-    """The backbone of a module trained with lightly or solo-learn; its target is the pooled features, F = 512 or 2048.
+    """Loads the backbone of a module trained with lightly or solo-learn. Its targets are the pooled features, D = 512 or 2048.
 
-    Classifiers, heads, momentum networks, memory banks and optimisers in the file are not used. To distil a head, pass
+    Classifiers, heads, momentum networks, memory banks and optimisers in the file are ignored. To distil a head, use
     module:function.
 
     Raises:
-        CheckpointError: The file has no `backbone.*` or `encoder.*`, it is not a ResNet, or a key is missing, extra or
-            misshapen.
+        CheckpointError: The file has no `backbone.*` or `encoder.*`, the backbone is not a ResNet, or a key is missing,
+            unexpected or of the wrong shape.
     """
     weights, digest, average = state_dicts.read(path)
     backbone = state_dicts.backbone(weights, str(path))

@@ -10,12 +10,12 @@ from fkd_ssl.teachers.teacher import Teacher
 
 
 def load_mocov2(path: str | Path, *, name: str = "mocov2", **about: Any) -> Teacher:
-    """The query encoder of a MoCo checkpoint: a torchvision ResNet and the head `fc.0`, `fc.2` (v1: `fc`).
+    """Loads the query encoder of a MoCo checkpoint: a torchvision ResNet and the head `fc.0`, `fc.2` (v1: `fc`).
 
-    The key encoder, the queue and the optimiser in the file are not used.
+    The key encoder, the queue and the optimiser in the file are ignored.
 
     Raises:
-        CheckpointError: The file is of another layout, or a key is missing, extra or misshapen.
+        CheckpointError: The file has another layout, or a key is missing, unexpected or of the wrong shape.
     """
     weights, digest, average = state_dicts.read(path)
     query = state_dicts.part(weights, "encoder_q.")

@@ -61,7 +61,7 @@ def of_object(named: Named, precision: Precision = "fp32") -> Teacher:
         raise RequestError(f"{named}: expected a torch.nn.Module or a function, got {type(named.value).__name__}")
     try:
         made = copy.deepcopy(named.value) if isinstance(named.value, nn.Module) else _Function(named.value)
-    except Exception as error:  # one's own code may raise anything
+    except Exception as error:  # the user's code may raise anything
         raise FkdError(f"{named}: cannot be copied: {type(error).__name__}: {error}") from error
     teacher = as_teacher(made, str(named), named.removeprefix(OBJECT), precision=precision, pixels=named.pixels)
     if isinstance(made, _Function):

@@ -1,4 +1,4 @@
-"""Weights by name, as files of weights hold them: finding them in a file, and loading them so that every key must fit."""
+"""Weights by name, as checkpoints contain them: finds them in a file, and loads them with a check of every key."""
 
 import hashlib
 from collections.abc import Mapping
@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from fkd_ssl import checkpoints
 from fkd_ssl.errors import CheckpointError
 
-# Where training scripts keep their weights; a moving average before what it is the average of, as timm takes it.
+# Keys under which training scripts save weights. Moving averages come first, as in timm.
 _AVERAGES = ("state_dict_ema", "model_ema")
 _PLACES = (*_AVERAGES, "state_dict", "model")
-# What wrappers put into names: torch.compile, activation checkpointing, FSDP
+# prefixes that wrappers add to names: torch.compile, activation checkpointing, FSDP
 _WRAPPERS = ("_orig_mod.", "_checkpoint_wrapped_module.", "_fsdp_wrapped_module.")
 
 
@@ -22,19 +22,19 @@ class StateDict(NamedTuple):
     """The weights of a file."""
 
     weights: dict[str, Tensor]
-    """By name."""
+    """Tensors by name."""
     sha256: str
-    """Of the file."""
+    """sha256 of the file."""
     average: str
-    """For the network's description: the moving average that the weights are, "" if the file has none."""
+    """Text about the moving average, for the description of the network; empty if the weights are not one."""
 
 
 def read(path: str | Path) -> StateDict:
-    """The weights of a file: those of its `state_dict` if it has one, or of the moving average of it.
+    """Reads the weights of a file: its `state_dict` if it has one, preferably the moving average.
 
     Raises:
         RequestError: The file is missing.
-        CheckpointError: It is not a checkpoint, holds no weights, or cannot be read without executing code.
+        CheckpointError: The file is not a checkpoint, has no weights, or cannot be read without executing code.
     """
     saved = checkpoints.load(path, mapped=True)
     if not isinstance(saved, Mapping):
@@ -45,7 +45,7 @@ def read(path: str | Path) -> StateDict:
 
 
 def find(saved: Mapping[str, Any], where: str) -> dict[str, Tensor]:
-    """The tensors of a checkpoint; names are without what DDP, FSDP and torch.compile put into them."""
+    """Returns the tensors of a checkpoint, without the prefixes that DDP, FSDP and torch.compile add to names."""
     inner = saved.get(_place(saved) or "state_dict", saved)
     if not isinstance(inner, Mapping):
         raise CheckpointError(f"{where}: its state_dict is a {type(inner).__name__}")
@@ -63,38 +63,38 @@ def find(saved: Mapping[str, Any], where: str) -> dict[str, Tensor]:
 
 
 def _place(saved: Mapping[str, Any]) -> str | None:
-    """The key of a training's checkpoint under which its weights are."""
+    """Returns the key of a training checkpoint that contains the weights; None if there is none."""
     return next((name for name in _PLACES if isinstance(saved.get(name), Mapping) and saved[name]), None)
 
 
 def unwrap(weights: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
-    """The weights by their names without those of wrappers; `module.`, which DDP puts before a name, only where all have it."""
+    """Returns weights without the prefixes of wrappers. DDP's `module.` is removed only if all names have it."""
     found = dict(weights)
     for wrapper in _WRAPPERS:
         found = {key.replace(wrapper, ""): value for key, value in found.items()}
     if len(found) < len(weights):
         raise CheckpointError(f"{where}: has weights of one name, wrapped and unwrapped")
-    counted = {key: value for key, value in found.items() if key != "n_averaged"}  # torch's AveragedModel counts in it
+    counted = {key: value for key, value in found.items() if key != "n_averaged"}  # the counter of torch's AveragedModel
     while counted and all(key.startswith("module.") for key in counted):
         found = counted = part(counted, "module.")
     return found
 
 
 def backbone(weights: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
-    """The weights of a module's `backbone`, or `encoder` as solo-learn called it; none if it has neither."""
+    """Returns the weights of a module's `backbone`, or `encoder` as in older solo-learn; empty if there is neither."""
     return unwrap(part(weights, "backbone.") or part(weights, "encoder."), where)
 
 
 def weights_digest(network: nn.Module) -> str:
-    """Hex sha256 of a network's parameters and buffers, names and values."""
+    """Returns the hex sha256 of the names and values of a network's parameters and buffers."""
     return tensors_digest(network.state_dict())
 
 
 def tensors_digest(tensors: Mapping[str, Any]) -> str:
-    """Hex sha256 of named tensors, names and values."""
+    """Returns the hex sha256 of names and values of tensors."""
     sums = hashlib.sha256()
     for name, value in sorted(tensors.items()):
-        if not isinstance(value, Tensor):  # a module's extra state
+        if not isinstance(value, Tensor):  # extra state of a module
             sums.update(f"{name} {value!r}".encode())
             continue
         sums.update(f"{name} {value.dtype} {list(value.shape)}".encode())
@@ -103,24 +103,24 @@ def tensors_digest(tensors: Mapping[str, Any]) -> str:
 
 
 def for_network(weights: dict[str, Tensor], network: nn.Module, where: str) -> dict[str, Tensor]:
-    """The weights by a network's own names: of a module that has it as its `backbone` or `encoder`, that part's."""
+    """Returns the weights under the network's names; if a module has the network as its `backbone`, those of this part."""
     own = network.state_dict().keys()
     return weights if own & weights.keys() else backbone(weights, where) or weights
 
 
 def part(weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The weights whose names begin with `prefix`, without it."""
+    """Returns the weights whose names begin with `prefix`, without the prefix."""
     return {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
 
 
 def load_into(network: nn.Module, weights: Mapping[str, Tensor], where: str) -> None:
-    """Puts `weights` into `network`; every key must be there, no other, and of the right shape.
+    """Loads `weights` into `network`. All keys and shapes must match.
 
     Raises:
-        CheckpointError: It names the first keys that are missing, extra or misshapen.
+        CheckpointError: A key is missing, unexpected or of the wrong shape; the message names the first ones.
     """
-    wanted = network.state_dict()  # on the meta device: shapes alone
-    counters = {key for key in wanted if key.endswith("num_batches_tracked")}  # absent from old checkpoints
+    wanted = network.state_dict()  # may be on the meta device, with shapes only
+    counters = {key for key in wanted if key.endswith("num_batches_tracked")}  # missing from old checkpoints
     problems = {
         "missing": [key for key in wanted if key not in weights and key not in counters],
         "unexpected": [key for key in weights if key not in wanted],
@@ -132,31 +132,31 @@ def load_into(network: nn.Module, weights: Mapping[str, Tensor], where: str) -> 
         ],
     }
     refuse_keys(problems, where)
-    if any(value.is_meta for value in wanted.values()):  # a library's network holds buffers that no file has
+    if any(value.is_meta for value in wanted.values()):  # networks of libraries have buffers that files lack
         network.to_empty(device="cpu")
     network.load_state_dict({**{key: torch.zeros((), dtype=torch.int64) for key in counters}, **weights})
 
 
 def refuse_keys(problems: Mapping[str, list[str]], where: str) -> None:
-    """Raises CheckpointError if any of the lists of keys, by what is wrong with them, is not empty."""
+    """Raises CheckpointError unless all lists of keys, by problem, are empty."""
     found = [f"{len(keys)} {what} ({some(keys)})" for what, keys in problems.items() if keys]
     if found:
         raise CheckpointError(f"{where}: its keys do not fit: {'; '.join(found)}")
 
 
 def some(keys: list[str]) -> str:
-    """The first of many keys."""
+    """Returns the first of many keys, for messages."""
     return ", ".join(keys[:3]) + (", ..." if len(keys) > 3 else "")
 
 
 def read_head(weights: Mapping[str, Tensor], feature_dim: int, where: str) -> tuple[nn.Module, int, str]:
-    """A projection head of shapes alone that fits `weights`, its D, and what it is in words.
+    """Makes a projection head for `weights`, on the meta device; returns it, its D, and its description.
 
-    Three are known: one Linear (MoCo v1); Linear, ReLU, Linear (MoCo v2; SwAV's published w5, which was trained without
-    BatchNorm in its head); Linear, BatchNorm, ReLU, Linear (SwAV).
+    Three heads are supported: one Linear (MoCo v1); Linear, ReLU, Linear (MoCo v2, and SwAV's published w5, which was trained
+    without BatchNorm in its head); Linear, BatchNorm, ReLU, Linear (SwAV).
 
     Raises:
-        CheckpointError: It is none of them.
+        CheckpointError: The weights are of another head.
     """
     layers = sorted({key.rpartition(".")[0] for key in weights})
     if layers not in ([""], ["0", "2"], ["0", "1", "3"]):

@@ -1,4 +1,4 @@
-"""SwAV's checkpoint layout (arXiv 2006.09882): every width, projection head with BatchNorm, prototypes."""
+"""SwAV's checkpoint layout (arXiv 2006.09882): ResNets of any width, a projection head with BatchNorm, and prototypes."""
 
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,13 @@ _OTHERS = ("projection_head.", "prototypes.")
 
 
 def load_swav(path: str | Path, *, name: str = "swav", **about: Any) -> Teacher:
-    """A SwAV checkpoint: a ResNet of any width, `projection_head.0/1/3` (w5: 0/2), `prototypes.weight` [K, D].
+    """Loads a SwAV checkpoint: a ResNet of any width, `projection_head.0/1/3` (w5: 0/2), `prototypes.weight` [K, D].
 
-    The embedding is the normalised output of the head; the prototypes, as the file has them, become the teacher's array
-    `prototypes`. Their rows are of unit length but for the last optimiser step, after which SwAV's script saves.
+    The embedding is the normalised output of the head. The prototypes are stored unchanged as the teacher's array `prototypes`.
+    Their rows have almost unit length, since SwAV's script saves after an optimiser step.
 
     Raises:
-        CheckpointError: The file is of another layout, or a key is missing, extra or misshapen.
+        CheckpointError: The file has another layout, or a key is missing, unexpected or of the wrong shape.
     """
     weights, digest, average = state_dicts.read(path)
     head = state_dicts.part(weights, "projection_head.")

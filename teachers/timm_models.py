@@ -1,4 +1,4 @@
-"""timm's networks as teachers: `timm/NAME`, DINO and DINOv2 among them, with the mean, std and size of timm's own config."""
+"""timm's networks as teachers: `timm/NAME`, including DINO and DINOv2, with mean, std and size of timm's config."""
 
 import sys
 from pathlib import Path
@@ -17,21 +17,21 @@ from fkd_ssl.teachers.wrap import wrap
 
 
 def load_timm(model: str, layer: str | None, checkpoint: str | Path | None, *, precision: Precision = "fp32") -> Teacher:
-    """A network of timm without its classifier, or up to `layer`.
+    """Loads a network of timm without its classifier, or up to `layer`.
 
-    Vision transformers are built so that they take other sizes than their own, if timm knows how.
+    Vision transformers accept other sizes than their own if timm supports it.
 
     Args:
-        model: A name of timm's, with or without the tag of its weights.
-        layer: Of `named_modules`; None for timm's own pooled features (`num_classes=0`), `probabilities` for the softmax of its
-            logits.
-        checkpoint: A state_dict in timm's layout or in one that timm itself converts (as DINOv2's own), or `pretrained`:
-            timm then downloads the weights of the tag and reads them without unpickling anything.
-        precision: Arithmetic of the forward.
+        model: Name of a timm model, with or without the tag of its weights.
+        layer: Name in `named_modules`; None for timm's pooled features (`num_classes=0`), `probabilities` for the softmax of
+            its logits.
+        checkpoint: A state_dict in timm's layout or in one that timm converts (such as DINOv2's), or `pretrained`: timm then
+            downloads the weights of the tag and reads them without unpickling.
+        precision: Precision of the forward pass.
 
     Raises:
-        RequestError: timm is not installed, or there is no such model, layer or checkpoint, or none was given.
-        CheckpointError: The checkpoint is another network's.
+        RequestError: timm is not installed, the model or layer does not exist, or the checkpoint is missing.
+        CheckpointError: The checkpoint is of another network.
         FkdError: The download failed.
     """
     spec = f"timm/{model}"
@@ -73,9 +73,7 @@ def load_timm(model: str, layer: str | None, checkpoint: str | Path | None, *, p
         f"{'trained on' if own else 'timm prepares'} {config['interpolation']} {pixels} px",
         source=spec,
         pixels=pixels,
-        test_pixels=min(pixels, 224)
-        if getattr(network, "dynamic_img_size", False)
-        else pixels,  # at 518 px it would take minutes
+        test_pixels=min(pixels, 224) if getattr(network, "dynamic_img_size", False) else pixels,  # 518 px would take minutes
         mean=tuple(config["mean"]),
         std=tuple(config["std"]),
         licence=licence if own else f"not stated; timm's own weights of {model}: {licence}",
@@ -92,9 +90,9 @@ def _build(timm: Any, model: str, spec: str, *, classes: bool, pretrained: bool 
         with torch.random.fork_rng(devices=[]):
             try:
                 return timm.create_model(model, **options, dynamic_img_size=True)
-            except TypeError:  # most networks need no such option
+            except TypeError:  # most networks do not have this option
                 return timm.create_model(model, **options)
-    except Exception as error:  # whatever its downloader raises
+    except Exception as error:  # the downloader may raise anything
         if not pretrained:
             raise RequestError(f"teacher {spec}: timm cannot make it: {type(error).__name__}: {error}") from error
         raise FkdError(
@@ -107,14 +105,14 @@ _POSITIONS = ("pos_embed", "positional_embedding", "position_embeddings")
 
 
 def _head_keys(name: str) -> set[str]:
-    """The keys of a linear classifier called `name`; LeViT's is the part `linear` of one that has a BatchNorm too."""
+    """Returns the keys of a linear classifier called `name`; LeViT's is the part `linear` of one that also has a BatchNorm."""
     whole = name.removesuffix(".linear")
     norm = {f"{whole}.bn.{part}" for part in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")}
     return {f"{name}.weight", f"{name}.bias"} | (norm if whole != name else set())
 
 
 def _converted(network: nn.Module, weights: dict[str, Tensor], classifier: Any, where: str) -> dict[str, Tensor]:
-    """The weights without the classifier's, in the network's own names if timm knows how to convert them."""
+    """Returns the weights without the classifier, under the network's names if timm can convert them."""
     wanted = network.state_dict()
     heads = {key for name in ((classifier,) if isinstance(classifier, str) else classifier or ()) for key in _head_keys(name)}
 
@@ -125,7 +123,7 @@ def _converted(network: nn.Module, weights: dict[str, Tensor], classifier: Any, 
     convert = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)  # timm's convention
     if convert is None or all(key in wanted and wanted[key].shape == value.shape for key, value in kept.items()):
         return kept
-    # timm would resample another patch size or number of positions: that is another teacher than the file's
+    # timm would resample another patch size or number of positions, which gives another teacher than the file's
     positions = {key: wanted["pos_embed"] for key in kept if key.endswith(_POSITIONS)} if "pos_embed" in wanted else {}
     misshapen = [
         f"{key} {list(value.shape)}, expected {list(({**positions, **wanted})[key].shape)}"
@@ -136,5 +134,5 @@ def _converted(network: nn.Module, weights: dict[str, Tensor], classifier: Any, 
     state_dicts.refuse_keys({"misshapen": misshapen}, where)
     try:
         return headless(convert(weights, network))
-    except Exception as error:  # it expects other layouts than this one
+    except Exception as error:  # the file has a layout that timm does not expect
         raise CheckpointError(f"{where}: timm cannot convert it: {type(error).__name__}: {error}") from error

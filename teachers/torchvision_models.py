@@ -15,22 +15,23 @@ from fkd_ssl.teachers.teacher import Teacher
 from fkd_ssl.teachers.wrap import wrap
 
 PRETRAINED = "pretrained"
-"""What --checkpoint says where a library is to download its own weights."""
+"""Value of --checkpoint with which a library downloads its own weights."""
 
 
 def load_torchvision(model: str, layer: str | None, checkpoint: str | Path | None, *, precision: Precision = "fp32") -> Teacher:
-    """A classifier without its last linear layer, or up to `layer`.
+    """Loads a classifier without its last linear layer, or up to `layer`.
 
     Args:
-        model: A name that torchvision.models.list_models gives.
-        layer: Of `named_modules`; None for what its last linear layer is given, `probabilities` for the softmax of its logits.
+        model: Name in torchvision.models.list_models.
+        layer: Name in `named_modules`; None for the input of the last linear layer, `probabilities` for the softmax of the
+            logits.
         checkpoint: A state_dict of the whole classifier, or `pretrained`: torchvision then downloads its default weights,
-            checks their hash and reads them without unpickling anything.
-        precision: Arithmetic of the forward.
+            checks their hash and reads them without unpickling.
+        precision: Precision of the forward pass.
 
     Raises:
-        RequestError: There is no such model, layer or checkpoint, or none was given.
-        CheckpointError: The checkpoint is another network's.
+        RequestError: The model or layer does not exist, or the checkpoint is missing.
+        CheckpointError: The checkpoint is of another network.
         FkdError: The download failed.
     """
     from torchvision import models
@@ -47,13 +48,13 @@ def load_torchvision(model: str, layer: str | None, checkpoint: str | Path | Non
             f"teacher {spec}: --checkpoint is needed: a file of its state_dict, or {PRETRAINED}, which lets torchvision "
             f"download {weights.url}"
         )
-    # what torchvision itself sets when it builds them for these weights
+    # the options that torchvision uses for these weights
     extra: dict[str, Any] = {"image_size": pixels} if model.startswith("vit_") else {}
     if model in ("googlenet", "inception_v3"):
         extra = {"transform_input": True, "aux_logits": True, "init_weights": False}
     with torch.random.fork_rng(devices=[]):
         network = models.get_model(model, weights=None, **extra)
-    unused = ""  # the last layer, which a file may lack, or hold for other classes
+    unused = ""  # the last layer, which a file may lack or have for other classes
     if layer is None:
         last = next((key for key, part in reversed(list(network.named_modules())) if isinstance(part, nn.Linear)), None)
         if last is None:
@@ -84,10 +85,10 @@ def load_torchvision(model: str, layer: str | None, checkpoint: str | Path | Non
 def load_weights(
     network: nn.Module, checkpoint: str | Path, spec: str, download: Callable[[], dict[str, Tensor]], unused: str
 ) -> tuple[str, str, str]:
-    """Puts a file's weights into `network`, or what `download` returns for `pretrained`, without those called `unused`.
+    """Loads a file's weights into `network`, or `download()` for `pretrained`, without keys that start with `unused`.
 
     Returns:
-        Their name, their digest, and which moving average they are, in words or "".
+        The name of the weights, their digest, and text about the moving average that they are, or "".
     """
 
     def load(weights: Mapping[str, Tensor], where: str) -> None:
@@ -105,7 +106,7 @@ def load_weights(
 def _download(weights: Any, spec: str) -> dict[str, Tensor]:
     try:
         state: dict[str, Tensor] = weights.get_state_dict(progress=True, check_hash=True, weights_only=True)
-    except Exception as error:  # whatever its downloader raises
+    except Exception as error:  # the downloader may raise anything
         raise FkdError(
             f"teacher {spec}: torchvision could not download its weights: {type(error).__name__}: {error}. Without a network: "
             f"download {weights.url} by any other way and pass the file as --checkpoint"

@@ -1,4 +1,4 @@
-"""Vision models of Hugging Face transformers, from a local folder that `save_pretrained` wrote."""
+"""Vision models of Hugging Face transformers, from a local folder written by `save_pretrained`."""
 
 import inspect
 from pathlib import Path
@@ -15,19 +15,19 @@ from fkd_ssl.teachers.wrap import wrap
 
 
 def load_transformers(path: str | Path, *, name: str = "transformers", **about: Any) -> Teacher:
-    """The pooled output of the vision model in a folder, with the mean, std and size of its image processor.
+    """Loads the vision model in a folder. Its targets are the pooled output; its image processor gives mean, std and size.
 
-    Nothing is downloaded, no code in the folder is run, and weights are read from safetensors alone. Where a model has a
-    pooler and the folder lacks its weights (as DINO's), the class token stands for it.
+    Nothing is downloaded, no code in the folder is run, and weights are read only from safetensors. If a model has a pooler and
+    the folder lacks its weights (as DINO's), the class token is used instead.
 
     Args:
         path: Folder with config.json, model.safetensors and preprocessor_config.json.
-        name: Of the column.
-        **about: As Teacher takes it.
+        name: Name of the column.
+        **about: Further arguments of Teacher.
 
     Raises:
-        RequestError: transformers is not installed, or there is no such folder.
-        CheckpointError: It holds no vision model, or lacks weights.
+        RequestError: transformers is not installed, or the folder does not exist.
+        CheckpointError: The folder has no vision model, or weights are missing.
     """
     path = Path(path)
     if not path.is_dir():
@@ -38,12 +38,12 @@ def load_transformers(path: str | Path, *, name: str = "transformers", **about: 
     except ImportError as error:
         raise RequestError(f"transformers is not installed ({error}): pip install 'fkd_ssl[transformers]'") from error
     verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # what is missing is judged here
+    logging.set_verbosity_error()  # missing weights are checked below
     options: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
         model, info = AutoModel.from_pretrained(path, use_safetensors=True, output_loading_info=True, **options)
         processor = AutoImageProcessor.from_pretrained(path, **options)
-    except Exception as error:  # whatever a foreign folder makes it raise
+    except Exception as error:  # transformers may raise anything for an unknown folder
         line = (str(error).splitlines() or [type(error).__name__])[0]
         raise CheckpointError(f"{path}: transformers cannot read it as a vision model in safetensors: {line}") from error
     finally:
@@ -76,7 +76,7 @@ def load_transformers(path: str | Path, *, name: str = "transformers", **about: 
     )
 
 
-# what a file may hold beside the vision model: its classifiers, a decoder of pixels, the text's half of a pair
+# keys that a file may have in addition to the vision model: classifiers, a pixel decoder, a text model
 _HEADS = (
     "classifier.",
     "cls_classifier.",
@@ -93,7 +93,7 @@ _HEADS = (
 
 
 class _Pooled(nn.Module):
-    """[B, 3, H, W] to [B, F]."""
+    """Maps [B, 3, H, W] to [B, F]."""
 
     def __init__(self, model: Any, *, class_token: bool) -> None:
         super().__init__()
@@ -116,7 +116,7 @@ class _Pooled(nn.Module):
 
 
 def _preprocessing(processor: dict[str, Any], where: str) -> tuple[Rgb, Rgb, int]:
-    """Mean, std and side of the crops that an image processor makes."""
+    """Returns mean, std and side of the crops that an image processor makes."""
     scale = processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 1
     if abs(scale * 255 - 1) > 1e-6:
         raise CheckpointError(f"{where}: its image processor scales pixels by {scale}, expected 1/255")
@@ -130,7 +130,7 @@ def _preprocessing(processor: dict[str, Any], where: str) -> tuple[Rgb, Rgb, int
 
 
 def _rgb(processor: dict[str, Any], name: str, where: str) -> Rgb:
-    """Three numbers; one stands for three, as in transformers."""
+    """Returns three numbers; a single one applies to all channels, as in transformers."""
     value = processor.get(name)
     values: list[Any] = [*value] if isinstance(value, (list, tuple)) else [value]
     try:
@@ -141,11 +141,11 @@ def _rgb(processor: dict[str, Any], name: str, where: str) -> Rgb:
 
 
 def _check_preprocessing(processor: Any, mean: Rgb, std: Rgb, pixels: int, where: str) -> None:
-    """Raises CheckpointError where the image processor makes other values of pixels than (x / 255 - mean) / std."""
+    """Raises CheckpointError if the image processor computes anything other than (x / 255 - mean) / std."""
     image = np.random.default_rng(0).integers(0, 256, (pixels, pixels, 3), dtype=np.uint8)
     try:
         made = processor(images=[image], do_resize=False, do_center_crop=False, return_tensors="np")["pixel_values"]
-    except Exception as error:  # whatever a processor of another kind makes of it
+    except Exception as error:  # another kind of processor may raise anything
         raise CheckpointError(f"{where}: its image processor cannot be tried: {type(error).__name__}: {error}") from error
     expected = ((image / 255 - np.array(mean)) / np.array(std)).transpose(2, 0, 1)[None]
     if made.shape != expected.shape or np.abs(made - expected).max() > 1e-3:

@@ -243,7 +243,7 @@ class OptimizerConfig:
     momentum: float = 0.9
     """Momentum of sgd and lars."""
     epochs: float = 100
-    """Number of epochs. One epoch is one crop of every image, whatever crops_per_image is."""
+    """Number of epochs. One epoch is one crop of every image, regardless of crops_per_image."""
     warmup_epochs: float = FROM_DATA
     """Epochs of linear warm-up, before a cosine to zero (or --lr_drops); by default a thirtieth of the epochs for up to 50,000
     images, otherwise 0."""
