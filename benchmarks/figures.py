@@ -1,4 +1,4 @@
-"""Draws the README's figure from the tables of docs/, so that none of its numbers is typed by hand.
+"""Draws the README's figure from the tables of docs/, so that none of its numbers is typed by hand, and prints its alt text.
 
     python benchmarks/figures.py --out docs/results/summary.svg
 
@@ -84,6 +84,18 @@ def drawn() -> str:
     return " ".join(f"{value:.2f}" for value in numbers)
 
 
+def alt_text() -> str:
+    """Returns the figure in words, as README has it."""
+    _, stored, online = zip(*speeds(), strict=True)
+    scores = {name: f"{value:.1f} %" for name, _, value, _ in accuracies()}
+    return (
+        f"Left: training with stored targets runs at {min(stored):.2f} to {max(stored):.2f} of the bare student's speed, online at "
+        f"{min(online):.2f} to {max(online):.2f}. Right: kNN accuracy is {scores['student, stored']} for stored and "
+        f"{scores['student, online']} for online students, {scores['student, untrained']} for an untrained one and "
+        f"{scores['teacher']} for the teacher."
+    )
+
+
 def draw_speeds(axes: Axes) -> None:
     names, stored, online = zip(*speeds(), strict=True)
     for label, colour, up, values in (("stored targets", STORED, 0.2, stored), ("online targets", ONLINE, -0.2, online)):
@@ -117,7 +129,7 @@ def main() -> None:
         draw_accuracies(right)
         args.out.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(args.out, transparent=True, metadata={"Date": None, "Description": drawn()})
-    print(args.out)
+    print(f"{args.out}\nalt text of README: {alt_text()}")
 
 
 if __name__ == "__main__":

@@ -77,6 +77,11 @@ def test_the_figure_is_of_the_tables(figures: dict[str, Any]) -> None:
     assert figures["drawn"]() in (DOCS / "results/summary.svg").read_text()
 
 
+def test_the_alt_text_has_the_figures_numbers(figures: dict[str, Any]) -> None:
+    """To update it: the same command prints the text."""
+    assert f"![{figures['alt_text']()}](docs/results/summary.svg)" in (ROOT / "README.md").read_text()
+
+
 def rounded(cell: str) -> str:
     """Returns a cell of a results page with one decimal, as in README."""
     return " ± ".join(f"{float(part):.1f}" for part in cell.split(" ± "))
