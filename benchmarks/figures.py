@@ -89,8 +89,8 @@ def alt_text() -> str:
     _, stored, online = zip(*speeds(), strict=True)
     scores = {name: f"{value:.1f} %" for name, _, value, _ in accuracies()}
     return (
-        f"Left: training with stored targets runs at {min(stored):.2f} to {max(stored):.2f} of the bare student's speed, online at "
-        f"{min(online):.2f} to {max(online):.2f}. Right: kNN accuracy is {scores['student, stored']} for stored and "
+        f"Left: training with stored targets runs at {min(stored):.2f} to {max(stored):.2f} of the bare student's speed, "
+        f"online at {min(online):.2f} to {max(online):.2f}. Right: kNN accuracy is {scores['student, stored']} for stored and "
         f"{scores['student, online']} for online students, {scores['student, untrained']} for an untrained one and "
         f"{scores['teacher']} for the teacher."
     )
