@@ -3,13 +3,14 @@
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from fkd_ssl.errors import FkdError, RequestError, did_you_mean
 from fkd_ssl.images import named
 from fkd_ssl.images.folder import Folder, NoImagesError, scan
 from fkd_ssl.images.listed import Listed
 from fkd_ssl.images.names import is_line, refuse
-from fkd_ssl.images.patterns import matching_files
+from fkd_ssl.images.shards import LocalShard, is_url, open_shards
 from fkd_ssl.images.source import ImageSource
 from fkd_ssl.images.tables import Table, files_of
 from fkd_ssl.images.tars import Tars
@@ -54,11 +55,13 @@ def _open(spec: str) -> ImageSource:
     if path.is_dir():
         return _open_folder(path)
     pattern, hash_, options = (spec, "", "") if path.exists() else spec.partition("#")
-    suffix = Path(pattern).suffix.lower()
+    suffix = Path(urlsplit(pattern).path if is_url(pattern) else pattern).suffix.lower()
+    if is_url(pattern) and suffix not in (*_TARS, *_TABLES):
+        raise RequestError(f"{spec}: a URL must name tars or Parquet files, such as {kind}://.../train-{{000..146}}.tar")
     if suffix in _LISTS:
         return Listed(path)
     if suffix in (*_TARS, *_TABLES) and (not colon or kind not in SOURCES):
-        files = matching_files(pattern)
+        files = open_shards(pattern)
         if suffix in _TABLES:
             return Table(spec, files, _columns(spec, options))
         if hash_:
@@ -82,7 +85,7 @@ def _open(spec: str) -> ImageSource:
 def absolute(spec: str) -> str:
     """Returns a spec of `open_images` with an absolute path, for a process with another working folder."""
     is_path = Path(spec).exists() or Path(spec.partition("#")[0]).suffix.lower() in (*_LISTS, *_TARS, *_TABLES)
-    return str(Path(spec).absolute()) if is_path and spec.partition(":")[0] not in SOURCES else spec
+    return str(Path(spec).absolute()) if is_path and not is_url(spec) and spec.partition(":")[0] not in SOURCES else spec
 
 
 def _open_folder(folder: Path) -> ImageSource:
@@ -93,7 +96,7 @@ def _open_folder(folder: Path) -> ImageSource:
         if tables := files_of(folder):
             return Table(str(folder), tables)
         if tars := sorted(folder.glob("*.tar")):
-            return Tars(str(folder), tars)
+            return Tars(str(folder), [LocalShard(tar) for tar in tars])
         raise
 
 

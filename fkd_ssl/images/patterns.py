@@ -1,6 +1,5 @@
 """Parts of image sources of several files: patterns such as `train-{0000..0146}.tar`, order of names, classes given as text."""
 
-import glob
 import itertools
 import os
 import re
@@ -19,25 +18,12 @@ _MAX_FILES = 10**6
 _MAX_NUMBER = 10**6  # largest class that is a number
 
 
-def matching_files(pattern: str) -> list[Path]:
-    """Returns the files that a pattern names, in order: `{0..9}` counts (with the zeros given), `{a,b}` lists, `*` matches.
+def expand(pattern: str) -> list[str]:
+    """Returns the names that a pattern's braces give: `{0..9}` counts, with the zeros given, and `{a,b}` lists.
 
     Raises:
-        RequestError: A file is missing, or none matches.
+        RequestError: It gives none, or more than a million.
     """
-    if Path(pattern).exists():
-        return [Path(pattern)]
-    found: list[Path] = []
-    for name in _expand(pattern):
-        files = sorted(glob.glob(name)) if glob.has_magic(name) else [name]  # noqa: PTH207  (keeps the pattern's spelling)
-        if not files or not all(map(os.path.isfile, files)):
-            raise RequestError(f"{name}: no such file" if files else f"{name}: matches no file")
-        found += map(Path, files)
-    return found
-
-
-def _expand(pattern: str) -> list[str]:
-    """Replaces each pair of braces by its alternatives."""
     alternatives: list[list[str]] = []
     count = 1
     for k, part in enumerate(_BRACES.split(pattern)):

@@ -90,6 +90,9 @@ class ImageSource(ABC):
         """Returns the group of image `index`: images of one group are read faster in sequence. Default: 0 for all images."""
         return 0
 
+    def expect(self, groups: Iterable[int]) -> None:  # noqa: B027  (optional)
+        """Tells the source which groups are read next, in order, so that it can fetch them ahead. Default: does nothing."""
+
     def where(self, index: int) -> str:
         """Returns the location of image `index`, for messages."""
         return f"{self.spec}/{self.names[index]}"
@@ -201,6 +204,9 @@ class _Subset(ImageSource):
 
     def group(self, index: int) -> int:
         return self._source.group(int(self._indices[index]))
+
+    def expect(self, groups: Iterable[int]) -> None:
+        self._source.expect(groups)
 
     def where(self, index: int) -> str:
         return self._source.where(int(self._indices[index]))

@@ -5,8 +5,8 @@ import os
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
+from pathlib import Path, PurePosixPath
 from typing import Any
 from unicodedata import normalize
 
@@ -15,7 +15,8 @@ import numpy as np
 from fkd_ssl.arrays import Int64Array
 from fkd_ssl.errors import ImageAccessError, ImageError, RequestError, did_you_mean
 from fkd_ssl.images.names import is_line, refuse
-from fkd_ssl.images.patterns import class_of_path, classes_of, order_of, stamp_of
+from fkd_ssl.images.patterns import class_of_path, classes_of, order_of
+from fkd_ssl.images.shards import LocalShard, Prefetcher, Shard
 from fkd_ssl.images.source import ImageSource
 
 OPTIONS = ("image", "label", "name")
@@ -38,14 +39,14 @@ class Table(ImageSource):
 
     Args:
         spec: As in ImageSource.
-        paths: The files (`.parquet` or `.arrow`), all with the same columns.
+        shards: The files (`.parquet` or `.arrow`), all with the same columns.
         columns: Names of the columns `image`, `label` and `name`, where they differ from the defaults.
 
     Raises:
         RequestError: pyarrow is missing, a file is damaged, a column is missing or ambiguous, or two images have one name.
     """
 
-    def __init__(self, spec: str, paths: Sequence[Path], columns: dict[str, str] | None = None) -> None:
+    def __init__(self, spec: str, shards: Sequence[Shard], columns: dict[str, str] | None = None) -> None:
         columns = columns or {}
         for key in sorted(columns.keys() - set(OPTIONS)):
             raise RequestError(
@@ -55,17 +56,17 @@ class Table(ImageSource):
             import pyarrow
         except ImportError as error:
             raise RequestError(f"{spec}: install pyarrow to read it (pip install pyarrow)") from error
-        self.paths = list(paths)
+        self.shards = list(shards)
         self._groups: OrderedDict[tuple[int, int], Any] = OrderedDict()
         self._readers: dict[int, _Reader] = {}
         self._process, self._lock = os.getpid(), threading.Lock()
         self._image = ""  # the column of images
         parts = []
-        for k, path in enumerate(self.paths):
+        for k, shard in enumerate(self.shards):
             try:
                 parts.append(self._list(k, columns))
             except (pyarrow.ArrowException, OSError) as error:
-                raise RequestError(f"{path}: not a readable table ({_first_line(error)}); restore the file") from error
+                raise RequestError(f"{shard.name}: not a readable table ({_first_line(error)}); restore the file") from error
         names = [name for part in parts for name in part[0]]
         texts = [text for part in parts for text in part[1]]
         if not names:
@@ -79,7 +80,8 @@ class Table(ImageSource):
             texts = [class_of_path(name) for name in names]
         super().__init__(spec, (names[k] for k in order), *classes_of([texts[k] for k in order], parts[0][2]))
         self._at = np.concatenate([part[3] for part in parts])[order]
-        self._stamps = [stamp_of(path) for path in self.paths]
+        self._stamps = [shard.stamp() for shard in self.shards]
+        self._prefetcher = Prefetcher(self.shards)
 
     def read(self, index: int) -> bytes:
         """Returns the bytes of an image.
@@ -89,9 +91,9 @@ class Table(ImageSource):
             ImageError: The row has no image.
         """
         file, group, row = self._at[index].tolist()
-        path = self.paths[file]
-        if stamp_of(path) != self._stamps[file]:
-            raise ImageAccessError(f"{path}: the file changed while it was in use; run the command again")
+        shard = self.shards[file]
+        if shard.stamp() != self._stamps[file]:
+            raise ImageAccessError(f"{shard.name}: the file changed while it was in use; run the command again")
         value = self._group(file, group)[row].as_py()
         if isinstance(value, dict):
             value = value["bytes"]
@@ -110,9 +112,13 @@ class Table(ImageSource):
         file, group, _ = self._at[index].tolist()
         return int(file << 32 | group)
 
+    def expect(self, groups: Iterable[int]) -> None:
+        """Begins to fetch the files of these groups, if they are remote."""
+        self._prefetcher.expect(group >> 32 for group in groups)
+
     def where(self, index: int) -> str:
         """Returns the file and the image's name."""
-        return f"{self.paths[self._at[index, 0]]}: {self.names[index]}"
+        return f"{self.shards[self._at[index, 0]].name}: {self.names[index]}"
 
     def _reader(self, file: int) -> "_Reader":
         """Opens a file; again in a forked process, since pyarrow's files cannot be shared. The caller holds the lock."""
@@ -121,15 +127,15 @@ class Table(ImageSource):
             self._readers.clear()
             self._groups.clear()
         if file not in self._readers:
-            self._readers[file] = (_Arrow if self.paths[file].suffix == ".arrow" else _Parquet)(self.paths[file])
+            self._readers[file] = _open(self.shards[file])
         return self._readers[file]
 
     def _list(self, file: int, columns: dict[str, str]) -> "tuple[list[str], list[str], list[str] | None, Int64Array]":
         """Lists a file: names and classes of its images, the names of all classes if it has them, and positions [n, 2 + 1]."""
-        reader, path = self._reader(file), self.paths[file]
+        reader, path = self._reader(file), PurePosixPath(self.shards[file].name)
         image = _choose_image(reader.schema, columns.get("image"), path)
         if self._image not in ("", image):
-            raise RequestError(f"{path}: its image column is {image!r}, and {self._image!r} in {self.paths[0]}")
+            raise RequestError(f"{path}: its image column is {image!r}, and {self._image!r} in {self.shards[0].name}")
         self._image = image
         label = _choose_label(reader.schema, columns.get("label"), path)
         if "name" in columns:
@@ -157,7 +163,7 @@ class Table(ImageSource):
 class _Parquet:
     """A Parquet file: `sizes` has the number of rows of each row group."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: str) -> None:
         import pyarrow.parquet
 
         self._file = pyarrow.parquet.ParquetFile(path, memory_map=True)
@@ -177,10 +183,10 @@ class _Parquet:
 class _Arrow:
     """An Arrow file, mapped into memory: `sizes` has the number of rows of each record batch."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: str) -> None:
         import pyarrow.ipc
 
-        source = pyarrow.memory_map(str(path))
+        source = pyarrow.memory_map(path)
         try:
             table = pyarrow.ipc.open_stream(source).read_all()
         except pyarrow.ArrowInvalid:
@@ -201,6 +207,10 @@ class _Arrow:
 _Reader = _Parquet | _Arrow
 
 
+def _open(shard: Shard) -> _Reader:
+    return (_Arrow if PurePosixPath(shard.name).suffix == ".arrow" else _Parquet)(str(shard.path()))
+
+
 def _values(array: Any, field: str | None) -> list[Any]:
     import pyarrow.compute
 
@@ -208,7 +218,7 @@ def _values(array: Any, field: str | None) -> list[Any]:
     return values
 
 
-def _choose_image(schema: Any, chosen: str | None, path: Path) -> str:
+def _choose_image(schema: Any, chosen: str | None, path: PurePosixPath) -> str:
     """Returns the name of the column of encoded images."""
     import pyarrow.types as kinds
 
@@ -223,14 +233,14 @@ def _choose_image(schema: Any, chosen: str | None, path: Path) -> str:
     return str(binary[0])
 
 
-def _choose_label(schema: Any, chosen: str | None, path: Path) -> str | None:
+def _choose_label(schema: Any, chosen: str | None, path: PurePosixPath) -> str | None:
     """Returns the name of the column of classes; None if there is none."""
     if chosen is not None:
         return _existing(schema, chosen, path)
     return next((name for name in _LABELS if name in schema.names), None)
 
 
-def _existing(schema: Any, column: str, path: Path) -> str:
+def _existing(schema: Any, column: str, path: PurePosixPath) -> str:
     if column not in schema.names:
         raise RequestError(
             f"{path}: no column {column!r}{did_you_mean(column, schema.names)}; it has {', '.join(schema.names)}"
@@ -260,7 +270,7 @@ def _class_names(schema: Any, label: str) -> list[str] | None:
     return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
 
 
-def _text(value: Any, classes: list[str] | None, path: Path) -> str:
+def _text(value: Any, classes: list[str] | None, path: PurePosixPath) -> str:
     """Returns the name or number of a class; empty for null and for negative numbers."""
     if value is None or (isinstance(value, int) and value < 0):
         return ""
@@ -275,7 +285,7 @@ def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def files_of(folder: Path) -> list[Path]:
+def files_of(folder: Path) -> list[Shard]:
     """Returns the Parquet or Arrow files of a data set's folder, as it lies on disk after a download or `save_to_disk`.
 
     Raises:
@@ -291,4 +301,4 @@ def files_of(folder: Path) -> list[Path]:
     splits = sorted({_NUMBERED.sub("", path.stem) for path in found})
     if len(splits) > 1:
         raise RequestError(f"{folder}: holds files of several splits; give one, such as {found[0].parent}/{splits[0]}*.parquet")
-    return found
+    return [LocalShard(path) for path in found]

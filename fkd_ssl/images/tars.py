@@ -6,10 +6,10 @@ import os
 import tarfile
 import time
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -17,10 +17,11 @@ from tqdm.auto import tqdm
 from fkd_ssl import files
 from fkd_ssl.arrays import Int64Array
 from fkd_ssl.errors import ImageAccessError, RequestError
-from fkd_ssl.images.decoding import inaccessible, open_file
+from fkd_ssl.images.decoding import inaccessible
 from fkd_ssl.images.folder import SUFFIXES
 from fkd_ssl.images.names import Names, refuse
-from fkd_ssl.images.patterns import class_of_path, classes_of, order_of, stamp_of
+from fkd_ssl.images.patterns import class_of_path, classes_of, order_of
+from fkd_ssl.images.shards import Prefetcher, Shard
 from fkd_ssl.images.source import ImageSource
 from fkd_ssl.progress import bar_disabled
 
@@ -60,37 +61,39 @@ class Tars(ImageSource):
         RequestError: A file is not a tar, is compressed or truncated, or two members have the same name.
     """
 
-    def __init__(self, spec: str, shards: Sequence[Path]) -> None:
+    def __init__(self, spec: str, shards: Sequence[Shard]) -> None:
         self.shards = list(shards)
         indexes = []
-        for path in tqdm(self.shards, desc="index", unit="tar", disable=bar_disabled(show=len(self.shards) > 1)):
-            indexes.append(index_of(path))
+        for shard in tqdm(self.shards, desc="index", unit="tar", disable=bar_disabled(show=len(self.shards) > 1)):
+            indexes.append(index_of(shard))
         names = [name for index in indexes for name in index.names]
-        shard = np.repeat(np.arange(len(indexes)), [len(index.names) for index in indexes])
+        numbers = np.repeat(np.arange(len(indexes)), [len(index.names) for index in indexes])
         if not names:
             raise RequestError(f"{spec}: no images in {'this tar' if len(self.shards) == 1 else 'these tars'}")
         order, repeated = order_of(names)
-        refuse(spec, (f"{names[k]} in {self.shards[shard[k]]}" for k in repeated), "are those of several images")
+        refuse(spec, (f"{names[k]} in {self.shards[numbers[k]].name}" for k in repeated), "are those of several images")
         labels = [label for index in indexes for label in index.labels]
         if not any(labels):
             labels = [class_of_path(name) for name in names]
         super().__init__(spec, (names[k] for k in order), *classes_of([labels[k] for k in order]))
-        self._shard = shard[order]
+        self._shard = numbers[order]
         self._spans = np.concatenate([index.spans for index in indexes])[order]
-        self._stamps = [stamp_of(path) for path in self.shards]
+        self._stamps = [shard.stamp() for shard in self.shards]
+        self._prefetcher = Prefetcher(self.shards)
 
     def read(self, index: int) -> bytes:
-        """Returns the bytes of a member. Raises ImageAccessError if the tar cannot be read or has changed."""
-        shard, (offset, size) = int(self._shard[index]), self._spans[index].tolist()
-        path = self.shards[shard]
-        with open_file(path, buffering=0) as file:
-            self._check_unchanged(shard)
+        """Returns the bytes of a member. Raises ImageAccessError if the tar cannot be read or fetched, or has changed."""
+        number, (offset, size) = int(self._shard[index]), self._spans[index].tolist()
+        shard = self.shards[number]
+        if shard.stamp() != self._stamps[number]:
+            raise ImageAccessError(f"{shard.name}: the tar changed while it was in use; run the command again")
+        with shard.open() as file:
             try:
                 data = os.pread(file.fileno(), size, offset)
             except OSError as error:
-                raise inaccessible(path, error) from error
+                raise inaccessible(shard.name, error) from error
         if len(data) != size:
-            raise ImageAccessError(f"{path}: ends within {self.names[index]}; restore the file")
+            raise ImageAccessError(f"{shard.name}: ends within {self.names[index]}; restore the file")
         return data
 
     def byte_size(self, index: int) -> int:
@@ -108,27 +111,27 @@ class Tars(ImageSource):
 
     def where(self, index: int) -> str:
         """Returns the tar file and the member's name."""
-        return f"{self.shards[self._shard[index]]}: {self.names[index]}"
+        return f"{self.shards[self._shard[index]].name}: {self.names[index]}"
 
-    def _check_unchanged(self, shard: int) -> None:
-        if stamp_of(self.shards[shard]) != self._stamps[shard]:
-            raise ImageAccessError(f"{self.shards[shard]}: the tar changed while it was in use; run the command again")
+    def expect(self, groups: Iterable[int]) -> None:
+        """Begins to fetch these tars, if they are remote."""
+        self._prefetcher.expect(groups)
 
 
-def index_of(path: Path) -> TarIndex:
+def index_of(shard: Shard) -> TarIndex:
     """Returns the positions of a tar's images, from the cache folder if the file has not changed.
 
     Raises:
         RequestError: As in `Tars`.
         ImageAccessError: The file cannot be read.
     """
-    stamp, changed = stamp_of(path)
-    kept = files.cache_folder() / "tars" / f"{files.sha256(f'1 {path.absolute()} {stamp}'.encode())}.npz"
+    stamp, changed = shard.stamp()
+    kept = files.cache_folder() / "tars" / f"{files.sha256(f'1 {stamp}'.encode())}.npz"
     with suppress(OSError, ValueError, KeyError, EOFError), np.load(kept, allow_pickle=False) as arrays:
         names, labels = (Names(arrays[key].tobytes()) for key in ("names", "labels"))
         if arrays["spans"].shape == (len(names), 2) and len(labels) == len(names):
             return TarIndex(names=names, spans=arrays["spans"], labels=labels)
-    index = _read_index(path)
+    index = _read_index(shard)
     if changed < time.time() - _SETTLED:
         with suppress(OSError):  # without a writable cache folder, the index is made again
             kept.parent.mkdir(parents=True, exist_ok=True)
@@ -139,10 +142,11 @@ def index_of(path: Path) -> TarIndex:
     return index
 
 
-def _read_index(path: Path) -> TarIndex:
+def _read_index(shard: Shard) -> TarIndex:
     """Reads the headers of a tar, and the members that hold classes."""
     names, keys, spans, classes = [], [], [], {}
-    with open_file(path) as file:
+    path = shard.name
+    with shard.open() as file:
         length = os.fstat(file.fileno()).st_size
         try:
             with tarfile.open(fileobj=file, mode="r:") as tar:
@@ -165,7 +169,7 @@ def _read_index(path: Path) -> TarIndex:
                 if os.pread(file.fileno(), tarfile.BLOCKSIZE, tar.offset) != tarfile.NUL * tarfile.BLOCKSIZE:
                     raise RequestError(f"{path}: the tar is truncated or damaged at byte {tar.offset:,}; restore the file")
         except tarfile.ReadError as error:
-            raise RequestError(f"{path}: {_problem(path, str(error))}") from error
+            raise RequestError(f"{path}: {_problem(shard, str(error))}") from error
         except OSError as error:
             raise inaccessible(path, error) from error
     labels = [next((text for suffix in _LABELS if (text := classes.get((key, suffix)))), "") for key in keys]
@@ -173,9 +177,9 @@ def _read_index(path: Path) -> TarIndex:
     return TarIndex(names=Names(names), spans=np.array(spans, dtype=np.int64).reshape(-1, 2), labels=Names(labels))
 
 
-def _problem(path: Path, message: str) -> str:
+def _problem(shard: Shard, message: str) -> str:
     """Says why a file is not a tar that can be read by position."""
-    with open_file(path) as file:
+    with shard.open() as file:
         start = file.read(6)
     if start.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
         return "a compressed tar cannot be read by position; decompress it (JPEGs hardly get smaller by compression)"
