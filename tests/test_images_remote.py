@@ -244,3 +244,14 @@ def test_files_are_fetched_ahead(three_tars: str, server: Server) -> None:
     assert len(server.reads) == 2
     source.expect([1, 2])
     assert len(server.reads) == 2
+
+
+def test_a_store_of_a_bucket_has_the_bytes_of_the_folders(
+    three_tars: str, server: Server, image_folder: Path, tmp_path: Path, make_store: Any
+) -> None:
+    for images, store in ((three_tars, "one"), (image_folder, "other")):
+        make_store(tmp_path / store, images=images)
+    assert len(server.reads) == 3
+    files = {path.relative_to(tmp_path / "one") for path in (tmp_path / "one").rglob("*") if path.is_file()}
+    assert files
+    assert all((tmp_path / "one" / name).read_bytes() == (tmp_path / "other" / name).read_bytes() for name in files)

@@ -1,7 +1,7 @@
 """Writes shards: runs the teachers on the crops of each shard, and publishes their codes with the crops."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -48,9 +48,17 @@ class ShardWriter:
     def write(self, shards: Sequence[int]) -> list[int]:
         """Completes these shards; returns those with a column that another process is writing now."""
         with ExitStack() as files:
-            passes = (self._begin(shard, files.enter_context(ExitStack())) for shard in shards)
+            passes = (self._begin(shard, files.enter_context(ExitStack())) for shard in self._announced(shards))
             feed(self._reader, passes, self._store.crops_per_image, self._pipeline)
         return [shard for shard in shards if not finished(self._store, self._columns, shard)]
+
+    def _announced(self, shards: Sequence[int]) -> Iterator[int]:
+        """Yields the shards; tells the source before each which of its groups this one and the next one need."""
+        images = self._reader.images
+        for k, shard in enumerate(shards):
+            rows = (row for near in shards[k : k + 2] for row in self._store.manifest.shard_rows(near))
+            images.expect(dict.fromkeys(images.group(row) for row in rows))
+            yield shard
 
     def _begin(self, shard: int, files: ExitStack) -> Pass:
         """Opens the work files of the columns of a shard that no other process is writing."""
