@@ -21,31 +21,31 @@ from fkd_ssl.errors import FkdError, RequestError, did_you_mean
 from fkd_ssl.text import printable
 
 VERBS = {
-    "demo": "the whole job on an embedded image set, in minutes, nothing downloaded",
-    "teachers": "known teachers: network, target, source, licence; `teachers fetch NAME` downloads one",
-    "pretrain": "train a MoCo v2 or SwAV teacher on a folder of images (lightly)",
-    "cache": "a smaller copy of a folder of images, for training on small crops",
-    "plan": "bytes of a store in each codec, before it is made; writes nothing",
-    "precompute": "run a teacher once over stored crops of every image",
-    "inspect": "what a store holds",
-    "show": "a contact sheet of an image: its stored crops and their nearest neighbours",
+    "demo": "run everything on a generated image set in minutes, without downloads",
+    "teachers": "list the known teachers; `teachers fetch NAME` downloads one",
+    "pretrain": "train a MoCo v2 or SwAV teacher on unlabelled images (lightly)",
+    "cache": "make a smaller copy of a folder of images, for training on small crops",
+    "plan": "compute the size of a store in each codec; writes nothing",
+    "precompute": "run a teacher once on the stored crops of every image",
+    "inspect": "print what a store contains",
+    "show": "draw a contact sheet of an image: its stored crops and their nearest neighbours",
     "verify": "check a store: every file, its images, a sample of its targets; repair it",
-    "subset": "the first crops, some teachers or some images of a store, as a store",
-    "recode": "a teacher's stored targets in another codec, without the teacher",
-    "import-fkd": "a store of FKD's published label files",
-    "export-fkd": "FKD's label files of a store's class probabilities",
-    "label-maps": "ReLabel's maps: a classifier's logits at each place of every image",
-    "train": "distil a student from stored targets, or online",
-    "export": "a student's backbone for torchvision or timm, as safetensors",
-    "features": "features of images by a model, computed once and kept for knn, linear and retrieve",
+    "subset": "copy the first crops, some teachers or some images of a store into a new store",
+    "recode": "re-encode stored targets with another codec, without the teacher",
+    "import-fkd": "make a store of FKD's published label files",
+    "export-fkd": "write a store's class probabilities as FKD's label files",
+    "label-maps": "make ReLabel's label maps: a classifier's logits at each place of every image",
+    "train": "distil a student from stored or online targets",
+    "export": "write a student's backbone for torchvision or timm, as safetensors",
+    "features": "compute a model's features of images once, for knn, linear and retrieve",
     "knn": "k-nearest-neighbour accuracy of a model (exact)",
     "linear": "linear probe of a model",
     "retrieve": "image retrieval with a model: recall, mAP@R, approximate indexes, contact sheets",
-    "report": "results.json of many evaluations as one table, mean and deviation over seeds",
-    "compare": "stored against online: same students, table, plots, break-even",
+    "report": "tabulate results.json of many evaluations, with mean and deviation over seeds",
+    "compare": "compare stored with online distillation: the same students, tables, plots, break-even",
 }
-_SHARED = ("precompute", "train", "features", "label-maps")  # verbs whose work can be shared by processes that torchrun starts
-_STOPPED = "stopped; the same command continues where it can"
+_SHARED = ("precompute", "train", "features", "label-maps")  # verbs that several processes of torchrun can share
+_STOPPED = "stopped; repeat the command to continue"
 _USAGE = "usage: fkd-ssl VERB [options]     (fkd-ssl VERB --help explains one)"
 
 
@@ -91,7 +91,7 @@ def _status_of(verb: str, error: BaseException) -> int:
     if isinstance(error, OSError):
         where = f"{error.filename}: " if error.filename else ""
         full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.ESTALE)
-        advice = "; nothing finished is lost, the same command continues when that is mended" if full else ""
+        advice = "; finished work is kept: fix this and repeat the command" if full else ""
         return _fail(verb, f"{where}{error.strerror or error}{advice}", 1)
     memory = isinstance(error, RuntimeError) and re.search("out of memory|can't allocate memory", str(error))
     if memory or isinstance(error, MemoryError):
@@ -165,7 +165,7 @@ def parse(verb: str, command: ModuleType, args: list[str]) -> Any:
         parser.add_argument(name, help=helps[name], **optional)
     configurable = bool(set(fields) - set(positionals) - {"json"})
     if configurable:
-        parser.add_argument("--config", action="config", help="YAML file of these options; those given here win.")
+        parser.add_argument("--config", action="config", help="YAML file with options; the command line takes precedence.")
     flags = [name for name in fields if types[name] is bool]
     groups = options.groups_of(config) or {"": [name for name in fields if name not in positionals]}
     for title, names in groups.items():
@@ -221,8 +221,8 @@ def _help() -> str:
     return (
         f"fkd-ssl {__version__}: distil a self-supervised teacher into small models from stored crops and targets\n\n"
         f"{_USAGE}\n\n{verbs}\n\n"
-        "The usual order: precompute a teacher's targets once, train any number of students on them, score them with\n"
-        "knn and linear. Options can stand in a YAML file given as --config; --print_config shows the resolved one."
+        "Precompute a teacher's targets once, train any number of students on them, and score the students with\n"
+        "knn and linear. Options can also be given in a YAML file with --config; --print_config prints all options."
     )
 
 

@@ -230,7 +230,7 @@ class TestInterrupts:
             [sys.executable, "-m", "fkd_ssl", *line.split()], capture_output=True, text=True, cwd=tmp_path, timeout=120
         )
         assert (done.returncode, done.stdout) == (130, "")
-        assert done.stderr == "fkd-ssl precompute: stopped; the same command continues where it can\n"
+        assert done.stderr == "fkd-ssl precompute: stopped; repeat the command to continue\n"
 
     def test_ctrl_c_in_a_destructor(self, call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         class Swallows:
@@ -245,7 +245,7 @@ class TestInterrupts:
         monkeypatch.setattr(importlib.import_module("fkd_ssl.commands.teachers"), "run", run)
         started = time.monotonic()
         status, out, err = call("teachers")
-        assert (status, out, err) == (130, "", "fkd-ssl teachers: stopped; the same command continues where it can\n")
+        assert (status, out, err) == (130, "", "fkd-ssl teachers: stopped; repeat the command to continue\n")
         assert time.monotonic() - started < 10
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
@@ -253,7 +253,7 @@ class TestInterrupts:
         raising(KeyboardInterrupt())
         status, out, err = call("teachers")
         assert (status, out) == (130, "")
-        assert "fkd-ssl teachers: stopped; the same command continues where it can" in err
+        assert "fkd-ssl teachers: stopped; repeat the command to continue" in err
 
     def test_a_full_disk(self, call: Any, raising: Any) -> None:
         raising(OSError(28, "No space left on device", "store/crops"))

@@ -100,7 +100,7 @@ def test_a_sigterm_saves_first_and_the_training_continues(work: Path) -> None:
         process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=300)
     assert process.returncode == 130, err
-    assert "stopped; the same command continues where it can" in err
+    assert "stopped; repeat the command to continue" in err
     stopped = torch.load(work / "run/checkpoints/last.ckpt", weights_only=True)["global_step"]
     assert 0 < stopped < 72
     assert len(losses(work / "run")) == stopped
@@ -121,7 +121,7 @@ def test_a_sigterm_to_all_processes_saves_first_too(work: Path) -> None:
         os.killpg(process.pid, signal.SIGTERM)
         _, err = process.communicate(timeout=300)
     assert process.returncode == 130, err
-    assert "stopped; the same command continues where it can" in err
+    assert "stopped; repeat the command to continue" in err
     stopped = torch.load(work / "run/checkpoints/last.ckpt", weights_only=True)["global_step"]
     assert len(losses(work / "run")) == stopped
 

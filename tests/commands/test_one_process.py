@@ -164,7 +164,7 @@ def test_a_full_disk_names_metrics_csv(work: Path, call: Any, monkeypatch: pytes
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert answer.status == 1
-    assert "fkd-ssl train: run/metrics.csv: File too large; nothing finished is lost" in answer.err
+    assert "fkd-ssl train: run/metrics.csv: File too large; finished work is kept" in answer.err
     monkeypatch.setattr(MetricsWriter, "on_train_start", started)
     assert call(f"{TRAIN} --epochs 2 --workers 0 --out run").status == 0
     assert [line["step"] for line in read_metrics(work / "run/metrics.csv")] == [1, 2]

@@ -173,7 +173,7 @@ def test_ctrl_c_and_the_same_command_again(work: Path, call: Any, train_line: st
         patch.setattr(PassSampler, "batch", interrupted)
         status, out, err = call(f"{line} --out run")
     assert (status, out) == (130, "")
-    assert "fkd-ssl train: stopped; the same command continues where it can" in err
+    assert "fkd-ssl train: stopped; repeat the command to continue" in err
     assert not (work / "run/results.json").exists()
     status, _, err = call(f"{line} --out run")
     assert status == 0
