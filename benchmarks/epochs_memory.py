@@ -15,7 +15,7 @@ import numpy as np
 
 from fkd_ssl import open_store
 from fkd_ssl.data import Loader, StoredCrops, whole_batch
-from fkd_ssl.training.sampler import PassSampler
+from fkd_ssl.data.sampler import PassSampler
 
 
 def memory() -> int:

@@ -25,13 +25,13 @@ from torchvision.models.resnet import Bottleneck
 
 from fkd_ssl.commands import resolve
 from fkd_ssl.data import Batch, Loader, StoredCrops, replay_on_device, whole_batch
+from fkd_ssl.data.sampler import PassSampler
 from fkd_ssl.images import scan
 from fkd_ssl.objectives import make_objective
 from fkd_ssl.store import open_store
 from fkd_ssl.students import Student
 from fkd_ssl.teachers import Teacher
 from fkd_ssl.teachers.resnet import Architecture, WidthResNet
-from fkd_ssl.training.sampler import PassSampler
 
 RANDOM = {"mocov2_r50": 1, "swav_w4": 4}  # width of a ResNet-50
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-_MODULES = {"crops", "errors", "eval", "images", "objectives", "results", "store", "students", "teachers", "training"}
+_MODULES = {"crops", "data", "errors", "eval", "images", "objectives", "results", "store", "students", "teachers", "training"}
 _VERBS = ("compare", "export", "features", "knn", "linear", "precompute", "retrieve", "show", "train", "verify")
 _NAMES = {
     **dict.fromkeys(_VERBS, "fkd_ssl.api"),

@@ -139,7 +139,7 @@ class TestFromAWorker:
     def test_from_a_spawned_one(self, image_folder: Path) -> None:
         """A spawned process shares nothing with its parent; teacher_images are a second block of each batch."""
         data = FreshCrops(scan(image_folder), RECIPES["mocov2"], crops_per_image=2, pixels=32, teacher_pixels=48)
-        here, there = (Loader(data, [[0, 1, 2, 3], [4, 5]], workers=workers, collate=whole_batch) for workers in (0, 1))
+        here, there = (Loader(data, [[(0, 0), (1, 1)], [(0, 2)]], workers=workers, collate=whole_batch) for workers in (0, 1))
         there.multiprocessing_context = "spawn"
         for a, b in zip(here, there, strict=True):
             assert torch.equal(a["images"], b["images"])

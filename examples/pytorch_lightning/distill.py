@@ -52,7 +52,7 @@ class Distillation(pl.LightningModule):
 
 if __name__ == "__main__":
     store = fkd_ssl.open_store(args.store)  # stored
-    dataset = fkd_ssl.StoredCrops(store, args.images, crops_per_image=4, pixels=args.pixels)  # stored
+    dataset = fkd_ssl.StoredCrops(store, args.images, crops_per_image=4, pixels=args.pixels)  # stored: 4 other crops each epoch
     dataloader = torch.utils.data.DataLoader(
         dataset,
         batch_size=args.batch_size,

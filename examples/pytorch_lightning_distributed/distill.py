@@ -40,6 +40,9 @@ class Distillation(pl.LightningModule):
         x = self.backbone(self.normalize(x.float()))
         return nn.functional.normalize(self.projection_head(x), dim=1)
 
+    def on_train_epoch_start(self):
+        self.trainer.train_dataloader.dataset.set_epoch(self.current_epoch)  # stored: all processes read the same pass
+
     def training_step(self, batch, batch_idx):
         crops = batch["images"].flatten(0, 1)  # stored: [B, 4, 3, P, P] to [4 B, 3, P, P]
         targets = batch["targets"].flatten(0, 1)  # stored
@@ -53,7 +56,7 @@ class Distillation(pl.LightningModule):
 
 if __name__ == "__main__":
     store = fkd_ssl.open_store(args.store)  # stored
-    dataset = fkd_ssl.StoredCrops(store, args.images, crops_per_image=4, pixels=args.pixels)  # stored
+    dataset = fkd_ssl.StoredCrops(store, args.images, crops_per_image=4, pixels=args.pixels)  # stored: 4 other crops each epoch
     dataloader = torch.utils.data.DataLoader(
         dataset,
         batch_size=args.batch_size,

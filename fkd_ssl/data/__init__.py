@@ -6,6 +6,7 @@ from fkd_ssl.data.loading import Loader
 from fkd_ssl.data.pixels import Batch, replay_on_device
 from fkd_ssl.data.recording import RecordingCrops
 from fkd_ssl.data.relabelled import RelabelledCrops
+from fkd_ssl.data.sampler import PassSampler
 from fkd_ssl.data.samples import Samples, whole_batch
 from fkd_ssl.data.stored import StoredCrops, scaled
 
@@ -14,6 +15,7 @@ __all__ = [
     "Crops",
     "FreshCrops",
     "Loader",
+    "PassSampler",
     "RecordingCrops",
     "RelabelledCrops",
     "Samples",

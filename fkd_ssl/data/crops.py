@@ -9,19 +9,22 @@ from torch.utils.data import Dataset
 from fkd_ssl.arrays import Int64Array
 from fkd_ssl.crops import Records
 from fkd_ssl.data.contents import Contents
+from fkd_ssl.data.passes import PassCounter
 from fkd_ssl.data.pixels import Batch, Pixels, Planned, Replayed, Sides
 from fkd_ssl.data.samples import Samples
 from fkd_ssl.errors import ImageError, RequestError
 from fkd_ssl.images import ImageSource, decode
 
-Key = int | tuple[int, int]  # an image, or a pass and an image
+Key = int | tuple[int, int]  # an image, for its next pass, or a pass and an image
 
 
 class Crops(Dataset[Batch]):
     """Base class of data sets of crops: M crops per image, which is decoded once for all of them.
 
-    `data[i]` reads image `i` in pass 0, and `data[p, i]` reads it in pass `p`. A DataLoader reads a list of such keys at once.
-    With `collate_fn=whole_batch` it returns crops [B M, ...] without another copy; by default it returns [B, M, ...].
+    Each pass reads other crops of an image. `data[i]` reads the next pass of image `i`, and `data[p, i]` reads pass `p`, which
+    always gives the same crops. So `DataLoader(data, shuffle=True)` reads pass 0 in its first epoch, pass 1 in its second, and
+    so on, since its workers share the count. Distributed training also needs `set_epoch`. A loader returns crops [B, M, ...];
+    with `collate_fn=whole_batch` it returns [B M, ...] without another copy.
 
     Args:
         images: The image set.
@@ -56,6 +59,7 @@ class Crops(Dataset[Batch]):
         self.decode_only = decode_only
         self._positions = positions
         self._contents = contents
+        self._passes = PassCounter(len(positions))
 
     @property
     def sides(self) -> Sides:
@@ -65,20 +69,38 @@ class Crops(Dataset[Batch]):
     def __len__(self) -> int:
         return len(self._positions)
 
+    def set_epoch(self, epoch: int) -> None:
+        """Makes pass `epoch` the next pass of all images, in this process and in the workers of its loaders.
+
+        Call it at the start of each epoch in distributed training, where each process counts only its own reads, and to resume
+        a training. Otherwise it is not needed.
+
+        Raises:
+            RequestError: `epoch` is negative.
+        """
+        if epoch < 0:
+            raise RequestError(f"epoch {epoch}: must not be negative")
+        self._passes.set(epoch)
+
     def __getitem__(self, key: Key) -> Batch:
-        """Returns the crops of one image.
+        """Returns the crops of one image: of its next pass for a key `i`, of pass `p` for a key `(p, i)`.
 
         Returns:
             A dict of `images` uint8 [M, 3, P, P]; `targets` float32 [M, D] if they are stored, a dict by name for several
             teachers; `label` and `path`.
+
+        Raises:
+            IndexError: There is no such image.
+            RequestError: A key `i` needs `set_epoch`, which was not called.
+            ImageAccessError, ImageError: As in `__getitems__`.
         """
-        pass_, i = key if isinstance(key, tuple) else (0, key)
+        i = key[1] if isinstance(key, tuple) else key
         if not 0 <= i < len(self):
             raise IndexError(f"image {i} of {len(self)}")
-        return self.__getitems__([(pass_, i)])[0]
+        return self.__getitems__([key])[0]
 
     def __getitems__(self, keys: Sequence[Key]) -> Samples:
-        """Returns the crops of B images.
+        """Returns the crops of B images. A DataLoader calls it with the keys of a batch.
 
         Returns:
             A list of the items `data[key]`. Its attribute `batch` is a dict of all of them: `images` uint8 [B M, 3, P, P] in
@@ -91,8 +113,9 @@ class Crops(Dataset[Batch]):
             ImageAccessError: An image cannot be opened; the message names it.
             ImageError: An image is damaged or changed and `skip_unreadable` is False, or no image of the batch can be read;
                 the message names it.
+            RequestError: A key `i` needs `set_epoch`, which was not called.
         """
-        pairs = [key if isinstance(key, tuple) else (0, key) for key in keys]
+        pairs = [key if isinstance(key, tuple) else (self._passes.next(key), key) for key in keys]
         pixels = self._new_pixels(len(pairs))
         failed: dict[int, ImageError] = {}
         for k, (pass_, i) in enumerate(pairs):

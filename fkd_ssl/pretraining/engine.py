@@ -8,6 +8,7 @@ import torch
 
 from fkd_ssl import files, images, runs
 from fkd_ssl.data import Loader, whole_batch
+from fkd_ssl.data.sampler import PassSampler
 from fkd_ssl.errors import RequestError
 from fkd_ssl.pretraining.config import PretrainConfig
 from fkd_ssl.pretraining.method import Method
@@ -17,7 +18,6 @@ from fkd_ssl.students import check_student
 from fkd_ssl.students.export import export
 from fkd_ssl.training.fit import fit
 from fkd_ssl.training.metrics import METRICS, read_metrics
-from fkd_ssl.training.sampler import PassSampler
 
 CHECKPOINT, STUDENT = "checkpoint.pth.tar", "student.safetensors"
 _METHODS: dict[str, type[MoCo] | type[SwAV]] = {"mocov2": MoCo, "swav": SwAV}

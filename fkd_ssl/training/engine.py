@@ -12,6 +12,7 @@ from torch.distributed import is_torchelastic_launched
 
 from fkd_ssl import runs
 from fkd_ssl.data import Crops, Loader, StoredCrops, whole_batch
+from fkd_ssl.data.sampler import PassSampler
 from fkd_ssl.errors import RequestError
 from fkd_ssl.objectives import Objective, make_objective
 from fkd_ssl.store.write.recording import Recording
@@ -23,7 +24,6 @@ from fkd_ssl.training.distiller import Distiller
 from fkd_ssl.training.fit import fit
 from fkd_ssl.training.monitor import Score
 from fkd_ssl.training.recording_targets import RecordingCallback, RecordingTargets
-from fkd_ssl.training.sampler import PassSampler
 from fkd_ssl.training.single_crop import SingleCropPasses
 from fkd_ssl.training.targets import CalibratedTargets, LabelTargets, OnlineTargets, Targets, stored_targets
 

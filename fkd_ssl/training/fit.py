@@ -20,11 +20,11 @@ from torch.distributed import is_torchelastic_launched
 
 from fkd_ssl import checkpoints, files, runs
 from fkd_ssl.data import Loader
+from fkd_ssl.data.sampler import PassSampler
 from fkd_ssl.errors import CheckpointError, RequestError
 from fkd_ssl.training.metrics import METRICS, MetricsWriter, peak_memory
 from fkd_ssl.training.module import TrainingModule
 from fkd_ssl.training.monitor import Monitor, Score, checkpoint_message, last_checkpoint
-from fkd_ssl.training.sampler import PassSampler
 
 RUN_KEY = "fkd_ssl_run"
 """Key in a checkpoint that identifies its run."""

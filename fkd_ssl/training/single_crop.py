@@ -5,7 +5,7 @@ import copy
 from torch.utils.data import Dataset
 
 from fkd_ssl.data import Batch, Crops, Samples
-from fkd_ssl.training.sampler import Pairs, PassSampler
+from fkd_ssl.data.sampler import Pairs, PassSampler
 
 
 class SingleCropPasses(Dataset[Batch]):

@@ -1,9 +1,11 @@
-"""Every example runs for a few steps on generated images."""
+"""Every example runs for a few steps on generated images, and its loader reads every stored crop once before any twice."""
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -13,21 +15,53 @@ EXAMPLES = sorted((ROOT / "examples").rglob("*.py"))
 pytestmark = pytest.mark.slow
 
 
-def run(script: Path, options: str) -> str:
-    env = {**os.environ, "TQDM_DISABLE": "1"}
-    done = subprocess.run([sys.executable, str(script), *options.split()], capture_output=True, text=True, env=env)
+RECORDING = """
+import os
+import numpy as np
+from fkd_ssl.data import StoredCrops
+
+crops_of = StoredCrops._records
+
+def recorded(self, pass_, i, height, width):
+    crops = np.arange(self.store.crops_per_image)[self._index(pass_, i)].tolist()
+    with open(os.environ["READ"], "a") as file:
+        file.write(f"{self.name(i)} {crops}\\n")
+    return crops_of(self, pass_, i, height, width)
+
+StoredCrops._records = recorded
+"""
+"""A sitecustomize.py, which Python imports at its start: each process of an example notes which crops it reads."""
+
+
+def run(script: Path, options: str, **env: str) -> str:
+    done = subprocess.run(
+        [sys.executable, str(script), *options.split()],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "TQDM_DISABLE": "1", **env},
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
 
 @pytest.mark.parametrize("script", [path for path in EXAMPLES if path.name == "distill.py"], ids=lambda path: path.parent.name)
-def test_it_runs(script: Path, work: Path) -> None:
-    options = "--images train --store store --pixels 32 --batch_size 6 --epochs 2 --workers 0"
+def test_it_reads_every_crop_once_before_any_twice(script: Path, work: Path, call: Any) -> None:
+    line = "precompute --images train --store eight --teacher own_teacher:make --crops 8 --codec Flat --chunk_size 16"
+    assert call(line).status == 0
+    (work / "sitecustomize.py").write_text(RECORDING)
+    options = "--images train --store eight --pixels 32 --batch_size 6 --epochs 4 --workers 2"
     if "distributed" in script.parent.name:
         options += " --devices 2 --batch_size 3"
-    lines = [line for line in run(script, options).splitlines() if "loss: " in line]
-    assert lines
-    assert 0 < float(lines[-1].rpartition("loss: ")[2]) < 10
+    said = run(script, options, PYTHONPATH=str(work), READ=str(work / "read"))
+    losses = [line for line in said.splitlines() if "loss: " in line]
+    assert 0 < float(losses[-1].rpartition("loss: ")[2]) < 10
+    read: dict[str, list[int]] = {}
+    for line in (work / "read").read_text().splitlines():
+        name, _, crops = line.partition(" ")
+        read.setdefault(name, []).extend(json.loads(crops))
+    assert len(read) == 18
+    for crops in read.values():  # of four epochs: every crop twice
+        assert sorted(crops[:8]) == sorted(crops[8:]) == list(range(8))
 
 
 def test_probes_while_lightly_trains(work: Path) -> None:

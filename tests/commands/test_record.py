@@ -65,7 +65,7 @@ def test_the_student_is_the_one_of_an_online_training(work: Path, call: Any) -> 
 
 
 def test_a_stopped_training_goes_on(work: Path, call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fkd_ssl.training.sampler import PassSampler
+    from fkd_ssl.data.sampler import PassSampler
 
     line = f"{LINE} --epochs 6"
     assert call(f"{line} --record whole --out whole_run").status == 0
@@ -159,7 +159,7 @@ def test_another_column_over_the_same_crops(work: Path, call: Any) -> None:
 
 def test_another_batch_size_after_a_start_that_recorded_nothing(work: Path, call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """For instance after running out of memory: the planned store is used, although its chunk size is the first batch size."""
-    from fkd_ssl.training.sampler import PassSampler
+    from fkd_ssl.data.sampler import PassSampler
 
     def fails(self: PassSampler, step: int) -> Any:
         raise MemoryError
@@ -174,7 +174,7 @@ def test_another_batch_size_after_a_start_that_recorded_nothing(work: Path, call
 
 def stopped(call: Any, monkeypatch: pytest.MonkeyPatch, line: str) -> None:
     """A training that was interrupted after its first pass, which has three steps."""
-    from fkd_ssl.training.sampler import PassSampler
+    from fkd_ssl.data.sampler import PassSampler
 
     batch = PassSampler.batch
 

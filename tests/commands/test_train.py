@@ -20,7 +20,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def broken_off(call: Any, line: str, step: int) -> None:
     """Runs `line` until the batch of step `step` is requested."""
-    from fkd_ssl.training.sampler import PassSampler
+    from fkd_ssl.data.sampler import PassSampler
 
     batch = PassSampler.batch
 
@@ -158,7 +158,7 @@ def test_another_config_is_refused(work: Path, call: Any, train_line: str) -> No
 
 
 def test_ctrl_c_and_the_same_command_again(work: Path, call: Any, train_line: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fkd_ssl.training.sampler import PassSampler
+    from fkd_ssl.data.sampler import PassSampler
 
     line = f"{train_line} --epochs 5"
     assert call(f"{line} --out whole").status == 0

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from fkd_ssl.data import FreshCrops
+from fkd_ssl.data.sampler import PassSampler
 from fkd_ssl.errors import FkdError, RequestError
 from fkd_ssl.students import Student, load_student
 from fkd_ssl.targets import TargetSpec, TeacherInfo
@@ -24,7 +25,6 @@ from fkd_ssl.training.config import TrainConfig
 from fkd_ssl.training.distiller import Distiller, update_average
 from fkd_ssl.training.engine import check_batch, single_steps
 from fkd_ssl.training.fit import AtomicCheckpoints
-from fkd_ssl.training.sampler import PassSampler
 from fkd_ssl.training.single_crop import SingleCropPasses
 
 ALL = {

@@ -2,7 +2,7 @@
 
 import pytest
 
-from fkd_ssl.training.sampler import PassSampler, permutation
+from fkd_ssl.data.sampler import PassSampler, permutation
 
 Pairs = list[tuple[int, int]]
 

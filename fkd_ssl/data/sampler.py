@@ -13,7 +13,7 @@ Pairs = list[tuple[int, int]]
 
 
 class PassSampler(Sampler[Pairs]):
-    """Batches of (pass, image) for every step of a training.
+    """Batches of (pass, image) for every step of a training; the `batch_sampler` of a DataLoader over `Crops`.
 
     The permutations of all passes are concatenated and cut into global batches; each rank takes every `world`-th image of a
     batch. Nothing is dropped or padded, and the batch of any step can be computed without the batches before it.
@@ -29,7 +29,7 @@ class PassSampler(Sampler[Pairs]):
         rank: Rank of this process.
         world: Number of processes; it must divide `batch_images`.
         parts: Number of parts that a step's batch is split into.
-        single: Number of steps at the end with one crop per image.
+        single: Number of steps at the end with one crop per image, for a data set that reads such passes (`fkd-ssl train`).
         crops_per_image: M; used only if `single` is positive.
 
     Attributes:
