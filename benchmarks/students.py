@@ -326,7 +326,7 @@ def best_rates(rows: list[dict[str, Any]], lrs: list[float]) -> dict[str, Any]:
 
 
 def plot(args: argparse.Namespace, arms: list[Arm], out: Path) -> None:
-    """Plots the loss above its floor against seconds and epochs; a second step continues where the first one ended."""
+    """Plots the loss minus its lower bound against seconds and epochs; a second step continues where the first one ended."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -345,7 +345,7 @@ def plot(args: argparse.Namespace, arms: list[Arm], out: Path) -> None:
             label = arm.name if seed == 0 else None
             for axis, values in zip(axes, (seconds, epochs), strict=True):
                 axis.plot(values, kl, label=label, color=f"C{k % 10}", linewidth=1.2, linestyle=("-", "--", ":")[seed % 3])
-    axes[0].set(xlabel="seconds of training", ylabel="loss above its floor", yscale="log")
+    axes[0].set(xlabel="seconds of training", ylabel="loss minus its lower bound", yscale="log")
     axes[1].set(xlabel="epochs (one crop of every image)")
     for axis in axes:
         axis.grid(alpha=0.25)

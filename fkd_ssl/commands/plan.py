@@ -104,8 +104,8 @@ def describe(config: Config, plan: dict[str, Any]) -> str:
         f"{plan['images']:,} images x {plan['crops']} crops = {plan['targets']:,} targets, D = {plan['dim']}; "
         f"{format_bytes(plan['free_bytes'])} free on the disk of {config.store}",
         console.table(rows),
-        f"for the hours: precompute with --limit 500 into a store of its own prints crops a second; this store has "
-        f"{plan['targets']:,}",
+        f"to estimate the time, run precompute with --limit 500 and another --store: it prints crops per second; this plan is "
+        f"for {plan['targets']:,} crops",
     ]
     if refused := plan["codecs"][plan["codec"]]["refused"]:
         lines.append(f"precompute will refuse this: {refused}")
