@@ -30,7 +30,7 @@ class TestPlan:
         assert out.startswith("18 images x 10 crops = 180 targets, D = 16; ")
         assert "SQ8           36" in out
         assert "<- --codec" in out
-        assert out.endswith("into a store of its own prints crops a second; this store has 180\n")
+        assert out.endswith("it prints crops per second; this plan is for 180 crops\n")
         assert {name: data for name, data in contents(work).items() if "__pycache__" not in name} == {
             name: data for name, data in before.items() if "__pycache__" not in name
         }
