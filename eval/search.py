@@ -5,7 +5,14 @@ processors unknown to the OpenBLAS in its wheel, about the same speed elsewhere,
 (benchmarks/knn.py). For the cosine, products are divided by the lengths, so that the training features are neither copied nor
 normalised and can be memory-mapped files.
 
-Legend: `N` training images, `n` queries, `D` feature dimension, `Q` queries in a chunk, `W` training images in a block.
+On a GPU, a group of queries stays there while the training features pass through in blocks, so its memory (`gpu_bytes`) does
+not depend on N. On paper, ImageNet with a ResNet-50 (N 1.28 M, n 50,000, D 2048, k 20) needs 1.4 GB there and 2 N n D
+operations, 262 TFLOP: 6 s at 45 TFLOP/s, which an H100 reaches in float32. The products are written and read about eight times
+(2 TB, 1 s), and 4 N D bytes (10.5 GB) cross the bus while products are computed. Before that, the CPU reads the features twice,
+to check them and to measure their lengths.
+
+Legend: `N` training images, `n` queries, `D` feature dimension, `G` queries in a group, `Q` queries in a chunk, `W` training
+images in a block.
 """
 
 from collections.abc import Iterator
@@ -20,7 +27,9 @@ from fkd_ssl.errors import FkdError, RequestError
 Metric = Literal["cosine", "euclidean"]
 
 QUERIES, WIDTH = 512, 65536
-"""Maximum of queries in a chunk and of training images in a block: their products take 128 MiB."""
+"""Largest number of queries in a chunk and of training images in a block: their products take 128 MiB."""
+GPU_BYTES = 2**29
+"""Bytes on a GPU of a group of queries, with their neighbours, and of a block of training features."""
 
 
 def nearest(
@@ -33,19 +42,21 @@ def nearest(
 ) -> Iterator[tuple[slice, Float32Array, Int64Array]]:
     """The k most similar training images of each query, in chunks of queries.
 
-    A GPU holds all training features. Euclidean distances are computed by float32 products, after the mean is subtracted: exact
-    to about 1e-6 of the largest squared length.
+    Products are in float32, on a GPU with TF32 only if torch is told to use it (it is not by default). Euclidean distances are
+    computed by products, after the mean is subtracted: exact to about 1e-6 of the largest squared length. They take a copy of
+    the training features.
 
     Args:
         train: Finite, float32 [N, D].
         queries: Finite, float32 [n, D]; None for the training images themselves, each without itself.
         k: Neighbours, at most N (N - 1 without queries).
         metric: `cosine`, where a vector of zeros has similarity 0 to all, or `euclidean`.
-        device: Where the product is computed.
+        device: Where the products are computed.
 
     Yields:
         The rows of the queries, their similarities float32 [Q, k] in descending order, and their neighbours int64 [Q, k]. The
-        similarity is the cosine, or minus half the squared distance: on vectors of length 1 both give the same order.
+        similarity is the cosine, or minus half the squared distance: on vectors of length 1 both give the same order. Ties at the
+        k-th place are broken arbitrarily.
 
     Raises:
         RequestError: k is larger than the number of neighbours, or the metric is unknown.
@@ -65,39 +76,93 @@ def nearest(
         centre = np.zeros(train.shape[1], dtype=np.float32)
         side = _inverse(lengths(train))
     by_train = torch.from_numpy(side).to(device)
-    on_gpu = None if device.type == "cpu" else torch.tensor(train, device=device)
-    chunk_size, width = min(QUERIES, len(wanted)), min(WIDTH, len(train))
-    buffer = torch.empty(chunk_size * width, device=device)
-    for start in range(0, len(wanted), chunk_size):
-        rows = slice(start, min(start + chunk_size, len(wanted)))
-        chunk = wanted[rows] - centre
-        length = lengths(chunk)
+    group_size, width = sizes(device, train.shape[1], k)
+    width = min(width, len(train))
+    buffer = torch.empty(min(QUERIES, len(wanted)) * width, device=device)
+    for start in range(0, len(wanted), group_size):
+        group = wanted[start : start + group_size] - centre
+        length = lengths(group)
         if metric == "cosine":
-            chunk *= _inverse(length)[:, None]
-        similarity = torch.empty(len(chunk), 0, device=device)
-        neighbours = torch.empty(len(chunk), 0, dtype=torch.int64, device=device)
+            group *= _inverse(length)[:, None]
+        on_device = torch.from_numpy(group).to(device)
+        chunks = [slice(first, min(first + QUERIES, len(group))) for first in range(0, len(group), QUERIES)]
+        found = [(torch.empty(0, device=device), torch.empty(0, dtype=torch.int64, device=device)) for _ in chunks]
+        for first, last, block in _blocks(train, width, device):
+            for number, rows in enumerate(chunks):
+                products = buffer[: (rows.stop - rows.start) * (last - first)].view(-1, last - first)
+                if block is None:
+                    np.matmul(group[rows], train[first:last].T, out=products.numpy())
+                else:
+                    torch.mm(on_device[rows], block.T, out=products)
+                if metric == "cosine":
+                    products *= by_train[first:last]
+                else:
+                    products += by_train[first:last]
+                if queries is None:
+                    place = start + rows.start
+                    own = torch.from_numpy(np.arange(max(place, first), min(start + rows.stop, last))).to(device)
+                    products[own - place, own - first] = -torch.inf
+                found[number] = _merged(*found[number], products, first, k)
+        for rows, (similarity, neighbours) in zip(chunks, found, strict=True):
+            result: Float32Array = similarity.cpu().numpy()
+            if metric == "euclidean":
+                result -= (length[rows] ** 2 / 2).astype(np.float32)[:, None]
+            yield slice(start + rows.start, start + rows.stop), result, neighbours.cpu().numpy()
+
+
+def sizes(device: torch.device, dim: int, k: int) -> tuple[int, int]:
+    """G and W. On the CPU a group is a chunk."""
+    if device.type == "cpu":
+        return QUERIES, WIDTH
+    return max(QUERIES, GPU_BYTES // (4 * dim + 24 * k)), max(1, min(WIDTH, GPU_BYTES // (4 * dim)))
+
+
+def gpu_bytes(train: int, queries: int, dim: int, k: int) -> int:
+    """The most GPU memory that a search needs: a group, a block, the products with room to select from, and the lengths."""
+    group, width = sizes(torch.device("cuda"), dim, k)
+    group, width, chunk = min(group, queries), min(width, train), min(QUERIES, queries)
+    return group * (4 * dim + 24 * k) + 4 * width * dim + 3 * 4 * chunk * width + 4 * train
+
+
+def _blocks(train: Float32Array, width: int, device: torch.device) -> Iterator[tuple[int, int, torch.Tensor | None]]:
+    """The first and last row of each block, and its features on a GPU, which are valid until the next block.
+
+    The next block is copied to pinned memory while the GPU works on this one.
+    """
+    if _reads_memory(device):
         for first in range(0, len(train), width):
-            last = min(first + width, len(train))
-            products = buffer[: len(chunk) * (last - first)].view(len(chunk), last - first)
-            if on_gpu is None:
-                np.matmul(chunk, train[first:last].T, out=products.numpy())
-            else:
-                torch.mm(torch.from_numpy(chunk).to(device), on_gpu[first:last].T, out=products)
-            if metric == "cosine":
-                products *= by_train[first:last]
-            else:
-                products += by_train[first:last]
-            if queries is None:
-                own = torch.from_numpy(np.arange(max(start, first), min(rows.stop, last))).to(device)
-                products[own - start, own - first] = -torch.inf
-            values, found = products.topk(min(k, last - first), dim=1)
-            similarity, neighbours = torch.cat([similarity, values], dim=1), torch.cat([neighbours, found + first], dim=1)
-            similarity, best = similarity.topk(min(k, similarity.shape[1]), dim=1)
-            neighbours = neighbours.gather(1, best)
-        result: Float32Array = similarity.cpu().numpy()
-        if metric == "euclidean":
-            result -= (length**2 / 2).astype(np.float32)[:, None]
-        yield rows, result, neighbours.cpu().numpy()
+            yield first, min(first + width, len(train)), None
+        return
+    cuda = device.type == "cuda"
+    staged = torch.empty(width, train.shape[1], pin_memory=cuda)
+    block = torch.empty_like(staged, device=device)
+    copied = torch.cuda.Event() if cuda else None  # type: ignore[no-untyped-call]
+    for first in range(0, len(train), width):
+        rows = train[first : first + width]
+        if copied is not None:
+            copied.synchronize()
+        staged[: len(rows)].numpy()[:] = rows
+        block[: len(rows)].copy_(staged[: len(rows)], non_blocking=True)
+        if copied is not None:
+            copied.record(torch.cuda.current_stream(device))
+        yield first, first + len(rows), block[: len(rows)]
+
+
+def _reads_memory(device: torch.device) -> bool:
+    """Whether training features need not be copied to the device."""
+    return device.type == "cpu"
+
+
+def _merged(
+    similarity: torch.Tensor, neighbours: torch.Tensor, products: torch.Tensor, first: int, k: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k best of the neighbours found so far and of the products with the rows from `first` on."""
+    values, found = products.topk(min(k, products.shape[1]), dim=1)
+    if not len(similarity):
+        return values, found + first
+    similarity, neighbours = torch.cat([similarity, values], dim=1), torch.cat([neighbours, found + first], dim=1)
+    similarity, best = similarity.topk(min(k, similarity.shape[1]), dim=1)
+    return similarity, neighbours.gather(1, best)
 
 
 def lengths(features: Float32Array) -> Float32Array:

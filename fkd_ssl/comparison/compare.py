@@ -265,7 +265,13 @@ class _Comparison:
         """Returns the content of results.json."""
         found = summarise(self.config, self.arms, self.lines, self.scorer, precompute_seconds=self.precompute_seconds)
         stores = self.stores if self.maps is None else {**self.stores, "relabel": self.maps}
-        return {**found, "images": len(self.images), "val_images": len(self.val), "stores": stores}
+        return {
+            **found,
+            "images": len(self.images),
+            "val_images": len(self.val),
+            "stores": stores,
+            "baselines": self.scorer.score_baselines(),
+        }
 
     def _noted(self, name: str, seconds: float | None) -> float | None:
         """Saves `seconds` in a file unless it exists, and returns the saved seconds; None if they are unknown."""

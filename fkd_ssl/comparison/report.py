@@ -13,6 +13,7 @@ from fkd_ssl.comparison import plots
 from fkd_ssl.comparison.arms import run_name
 from fkd_ssl.comparison.config import CompareConfig
 from fkd_ssl.errors import FkdError
+from fkd_ssl.eval import baselines
 from fkd_ssl.store import Store, open_store
 from fkd_ssl.text import format_bytes, format_duration, printable
 
@@ -150,7 +151,7 @@ def headline(results: dict[str, Any]) -> tuple[str, str]:
 def verdict_of(results: dict[str, Any]) -> list[Verdict]:
     """Compares the main stored and online arms: scores, training time, cost of the store."""
     stored, online = headline(results)
-    lines = []
+    lines = _teachers(results)
     for probe, name in PROBE_NAMES.items():
         if difference := results["differences"][0].get(probe):
             kind = _judge(difference)
@@ -164,6 +165,18 @@ def verdict_of(results: dict[str, Any]) -> list[Verdict]:
     faster = f"speed: {stored} trains {seconds[online] / seconds[stored]:.2f} times as fast as {online}"
     lines.append(_cost(faster, f"{format_duration(seconds[stored])} instead of {format_duration(seconds[online])}"))
     return [*lines, _break_even(results, stored), _reached(results, stored, online)]
+
+
+def _teachers(results: dict[str, Any]) -> list[Verdict]:
+    """Says which teachers are no better than pixels, colours or chance."""
+    lines = []
+    for arm in results["arms"]:
+        for probe, name in PROBE_NAMES.items() if arm["name"].partition(":")[0] == "teacher" else ():
+            found = {baseline: scores[probe] for baseline, scores in results["baselines"].items() if probe in scores}
+            for sentence in baselines.note(arm[probe], found, f"the {arm['name']}") if found else ():
+                detail = "a student learns no more than its teacher knows"
+                lines.append(Verdict(kind="worse", sentence=f"{name}: {sentence}", detail=detail))
+    return lines
 
 
 def _judge(difference: dict[str, Any]) -> str:
@@ -211,16 +224,19 @@ def _scores(results: dict[str, Any]) -> list[list[str]]:
     """A header, and a row for each arm: the mean over seeds, with the standard deviation if there are several."""
     rows = [list(_COLUMNS)]
     own = any("top1" in arm for arm in results["arms"])
+    scores = (*(["top1"] if own else []), "knn_top1", "linear_top1", "map_at_r")
     if own:
         rows[0].insert(1, "top-1")
     for name in [name for kind in _KINDS for name in names_of(results, kind)]:
         arms = [arm for arm in results["arms"] if arm["name"] == name]
-        scores = (*(["top1"] if own else []), "knn_top1", "linear_top1", "map_at_r")
         cells = [name, *(_mean(arms, key, "{:.2f}") for key in scores)]
         cells += [_mean(arms, "train_seconds", "{:.0f}"), _per_epoch(arms), _mean(arms, "data_wait", "{:.0%}")]
         forwards = arms[0]["teacher_forwards"]
         cells += ["" if forwards is None else f"{forwards:,}", _mean(arms, "peak_memory_bytes", "{:.0f} MB", 1e-6)]
         rows.append(cells)
+    for name, found in results["baselines"].items():
+        cells = [f"{found[key]:.2f}" if key in found else "" for key in scores]
+        rows.append([baselines.NAMES.get(name, name), *cells, *[""] * (len(rows[0]) - 1 - len(cells))])
     return rows
 
 
@@ -264,6 +280,7 @@ def _notes(results: dict[str, Any]) -> list[str]:
         "The 90 % interval is a paired bootstrap over test images and seeds; two arms are equal if it is within ±1.5 points."
         + (" With one seed it leaves out the variance between seeds." if seeds == 1 else ""),
     ]
+    lines.append("The last rows are baselines: the same probes on pixels and on colours, and the most frequent class (chance).")
     for name, store in results["stores"].items():
         if store["crops"] is None:
             took = "" if store["seconds"] is None else f", made in {format_duration(store['seconds'])}"

@@ -2,6 +2,7 @@
 
 import io
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ from torch import Tensor
 from fkd_ssl import files
 from fkd_ssl.arrays import BoolArray
 from fkd_ssl.comparison.config import CompareConfig
-from fkd_ssl.eval import knn, logreg, retrieval
+from fkd_ssl.eval import baselines, knn, logreg, retrieval
 from fkd_ssl.eval.classify import evaluate
-from fkd_ssl.eval.features import extract_split
+from fkd_ssl.eval.features import Split, extract_split
 from fkd_ssl.images import ImageSource
 from fkd_ssl.students import CLASSIFIER, Student
 
@@ -64,16 +65,7 @@ class Scorer:
         path = self.folder / f"{name}.json"
         if path.exists():
             return files.read_json(path)
-        split = extract_split(
-            features, self.images, self.val, pixels=self.config.pixels, workers=self.config.workers, progress=False
-        )
-        neighbours = knn.evaluate_features(k=self.config.knn_k, **split.common)
-        probe = logreg.evaluate(progress=False, **split.common)
-        found = retrieval.evaluate(
-            gallery=split.train_features, gallery_labels=split.train_labels, queries=split.features, labels=split.labels
-        )
-        scores: dict[str, Any] = {"knn_top1": neighbours["top1"], "linear_top1": probe["top1"], "map_at_r": found["map_at_r"]}
-        correct = [neighbours["correct"], probe["correct"]]
+        scores, correct = self._score(self._split(features))
         if self.classes and classify is not None:
             pixels, workers = self.config.pixels, self.config.workers
             own = evaluate(classify, self.val, pixels=pixels, classes=self.classes, workers=workers, progress=False)
@@ -84,6 +76,35 @@ class Scorer:
         files.replace(self.folder / f"{name}.npy", buffer.getvalue())
         files.write_json(path, scores)
         return scores
+
+    def score_baselines(self) -> dict[str, dict[str, float]]:
+        """Returns the scores of 8 x 8 pixels, of a colour histogram and of chance, by the names of `eval.baselines`."""
+        path = self.folder / "baselines.json"
+        if not path.exists():
+            split = self._split(baselines.features)
+            train, val = baselines.by_name(split.train_features), baselines.by_name(split.features)
+            scores: dict[str, Any] = {}
+            for name in train:
+                part = replace(split, train_features=train[name], features=val[name])
+                scores[name], _ = self._score(part)
+            chance = baselines.chance(split.train_labels, split.labels)
+            files.write_json(path, {**scores, "chance": dict.fromkeys(PROBES, chance)})
+        found: dict[str, dict[str, float]] = files.read_json(path)
+        return found
+
+    def _split(self, features: Callable[[Tensor], Tensor]) -> Split:
+        pixels, workers = self.config.pixels, self.config.workers
+        return extract_split(features, self.images, self.val, pixels=pixels, workers=workers, progress=False)
+
+    def _score(self, split: Split) -> tuple[dict[str, Any], list[BoolArray]]:
+        """Returns `knn_top1`, `linear_top1` and `map_at_r`, and for the first two which images were correct."""
+        neighbours = knn.evaluate_features(k=self.config.knn_k, **split.common)
+        probe = logreg.evaluate(progress=False, **split.common)
+        found = retrieval.evaluate(
+            gallery=split.train_features, gallery_labels=split.train_labels, queries=split.features, labels=split.labels
+        )
+        scores = {"knn_top1": neighbours["top1"], "linear_top1": probe["top1"], "map_at_r": found["map_at_r"]}
+        return scores, [neighbours["correct"], probe["correct"]]
 
     def score_untrained(self, name: str, seed: int, dim: int) -> dict[str, Any]:
         """Returns the scores of the student with its initial weights."""

@@ -63,6 +63,9 @@ def test_compare(work: Path, call: Any) -> None:
     assert (arms["stored"]["teacher_forwards"], arms["online"]["teacher_forwards"]) == (0, 36)
     assert arms["teacher"]["train_seconds"] is None
     assert arms["teacher"]["knn_top1"] > 80
+    knn_of_pixels = json.loads(call("knn --model own_teacher:make --train train --val val --k 5 --workers 0 --json").out)
+    assert {name: scores["knn_top1"] for name, scores in results["baselines"].items()} == knn_of_pixels["baselines"]
+    assert "| 8 x 8 pixels |" in out
     assert results["precompute_seconds"] > 0
     assert results["stores"]["stored"]["bytes"] == sum(
         path.stat().st_size for path in (work / "cmp/store").rglob("*") if path.is_file()

@@ -62,6 +62,11 @@ def make_results(folder: Path, *, seeds: int = 1, break_even: int | None = 2) ->
         "images": 1200,
         "val_images": 300,
         "crops": 2,
+        "baselines": {
+            "pixels": {"knn_top1": 37.0, "linear_top1": 40.0, "map_at_r": 15.0},
+            "colours": {"knn_top1": 41.0, "linear_top1": 42.0, "map_at_r": 16.0},
+            "chance": {"knn_top1": 10.0, "linear_top1": 10.0},
+        },
         "arms": arms,
         "differences": [pair("stored", "online", (-1.0, -2.5, 0.5), (1.0, -0.5, 1.25))],
         "precompute_seconds": 90,
@@ -76,7 +81,10 @@ def make_results(folder: Path, *, seeds: int = 1, break_even: int | None = 2) ->
 def test_the_table_has_a_line_for_every_arm(tmp_path: Path) -> None:
     text = report.text_of(make_results(tmp_path))
     lines = {line.split(" | ")[0].removeprefix("| "): line for line in text.splitlines() if line.startswith("| ")}
-    assert list(lines) == ["arm", "teacher", "online", "stored", "untrained", "difference", "stored minus online"]
+    arms = ["teacher", "online", "stored", "untrained", "8 x 8 pixels", "colour histogram", "chance"]
+    assert list(lines) == ["arm", *arms, "difference", "stored minus online"]
+    assert lines["colour histogram"].split(" | ")[1:4] == ["41.00", "42.00", "16.00"]
+    assert lines["chance"].split(" | ")[1:4] == ["10.00", "10.00", ""]
     assert lines["teacher"].split(" | ")[1:3] == ["80.00", "85.00"]
     assert lines["stored"] == "| stored | 60.00 | 70.00 | 30.00 | 40 | 20.00 | 10% | 0 | 500 MB |"
     assert {line.count("|") for line in lines.values()} == {lines["arm"].count("|"), lines["difference"].count("|")}
@@ -95,6 +103,15 @@ def test_the_verdict_is_in_words_with_the_results_numbers(tmp_path: Path) -> Non
         "within 1.5 points of online's final kNN after 2 s (28.50 %; 92 s including precomputing; online itself: 4 s)" in text
     )
     assert text.splitlines()[0] == "2 epochs of one crop of 1,200 images at 32 px, 1 seed, scored on 300 test images."
+
+
+def test_a_teacher_no_better_than_pixels_is_said_to_be_so(tmp_path: Path) -> None:
+    results = make_results(tmp_path)
+    assert "no better than" not in report.text_of(results)
+    results["baselines"]["pixels"]["knn_top1"] = 80.0
+    verdict = report.verdict_of(results)[0]
+    assert (verdict.kind, verdict.sentence) == ("worse", "kNN: the teacher (80.00 %) is no better than 8 x 8 pixels (80.00 %)")
+    assert "linear probe: the teacher" not in report.text_of(results)
 
 
 @pytest.mark.parametrize(

@@ -1,3 +1,4 @@
+import copy
 from pathlib import Path
 
 import cv2
@@ -224,3 +225,16 @@ def test_labels_outside_classes_are_kept_for_retrieval(make_set) -> None:
     found.labels[:] = -1
     _, labels = features.extract(flat, found, pixels=8, workers=0, progress=False)
     assert (labels == -1).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_gives_the_same_features(make_set, backbone) -> None:
+    """Batches are copied back one behind, so the last one and a smaller one are in their rows too."""
+    images = make_set("set", per_class=5)
+    options = {"pixels": 16, "workers": 0, "progress": False, "batch_size": 8, "with_baselines": True}
+    here, _ = features.extract_rows(backbone, images, **options)
+    moved = copy.deepcopy(backbone).eval().cuda()
+    there, rows = features.extract_rows(lambda views: moved(views.cuda(non_blocking=True)), images, **options)
+    np.testing.assert_allclose(there, here, rtol=1e-3, atol=1e-4)
+    assert rows.tolist() == list(range(20))

@@ -118,3 +118,11 @@ def test_huge_features_are_no_worse(noisy) -> None:
     train, labels, features, wanted = noisy
     usual = run(noisy, strengths=[1e-2])["top1"]
     assert run((train * 1e30, labels, features * 1e30, wanted), strengths=[1e-2])["top1"] == pytest.approx(usual, abs=1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_finds_the_same(noisy) -> None:
+    here, there = run(noisy), run(noisy, device="cuda")
+    assert there["top1"] == pytest.approx(here["top1"], abs=1)
+    assert there["C"] == here["C"]

@@ -32,6 +32,41 @@ def test_it_is_a_sort_of_all_products(monkeypatch, metric: str, k: int, queries:
     assert seen == list(range(50))
 
 
+@pytest.mark.parametrize("metric", ["cosine", "euclidean"])
+@pytest.mark.parametrize("alone", [False, True])
+@pytest.mark.parametrize(("group", "queries", "width"), [(20, 7, 33), (1000, 64, 100), (64, 64, 1000), (50, 512, 90)])
+def test_groups_and_blocks_of_a_gpu_find_the_same(
+    monkeypatch, metric: str, alone: bool, group: int, queries: int, width: int
+) -> None:
+    """The loops of a GPU, on the CPU: groups of queries, copied blocks of training features, products by torch."""
+    train, wanted = features(300), None if alone else features(111, seed=1)
+    train[200:] = train[:100]  # ties
+    plain = [
+        np.concatenate(part) for part in zip(*(x[1:] for x in search.nearest(train, wanted, 9, metric=metric)), strict=True)
+    ]
+    monkeypatch.setattr(search, "QUERIES", queries)
+    monkeypatch.setattr(search, "sizes", lambda device, dim, k: (group, width))
+    monkeypatch.setattr(search, "_reads_memory", lambda device: False)
+    found = list(search.nearest(train, wanted, 9, metric=metric))
+    assert [row for rows, _, _ in found for row in range(rows.start, rows.stop)] == list(range(len(plain[0])))
+    assert max(len(similarity) for _, similarity, _ in found) <= queries
+    similarity, neighbours = (np.concatenate(part) for part in zip(*(x[1:] for x in found), strict=True))
+    np.testing.assert_allclose(similarity, plain[0], rtol=1e-5, atol=1e-5)
+    assert all(len(set(row)) == 9 for row in neighbours)
+    clear = (np.diff(plain[0], axis=1) < -1e-4).all(axis=1)  # rows without ties
+    assert clear.any()
+    np.testing.assert_array_equal(neighbours[clear][:, :8], plain[1][clear][:, :8])
+    if alone:
+        assert (neighbours != np.arange(300)[:, None]).all()
+
+
+def test_a_gpus_memory_does_not_depend_on_the_training_images() -> None:
+    bytes_of = [search.gpu_bytes(n, 50_000, 2048, 20) - 4 * n for n in (1_281_167, 10**8)]
+    assert bytes_of[0] == bytes_of[1] < 1.5e9
+    assert search.gpu_bytes(100, 10, 8, 1) == 10 * (4 * 8 + 24) + 4 * 100 * 8 + 12 * 10 * 100 + 400
+    assert all(search.gpu_bytes(10**7, 10**7, dim, 1000) < 3 * 2**29 + 4e7 for dim in (1, 100, 5000, 200_000))
+
+
 def test_a_mapped_file_is_searched_where_it_lies(tmp_path) -> None:
     np.save(tmp_path / "train.npy", features(90))
     mapped = np.load(tmp_path / "train.npy", mmap_mode="r", allow_pickle=False)
@@ -62,6 +97,13 @@ def test_an_impossible_k(queries, k: int, most: int) -> None:
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_a_gpu_finds_the_same() -> None:
-    train, wanted = features(1000), features(50, seed=1)
-    here, there = (next(search.nearest(train, wanted, 20, device=device)) for device in ("cpu", "cuda"))
-    np.testing.assert_allclose(here[1], there[1], rtol=1e-5, atol=1e-6)
+    train, wanted = features(200_000, 64), features(600, 64, seed=1)
+    torch.cuda.reset_peak_memory_stats()
+    for metric in ("cosine", "euclidean"):
+        here, there = (
+            [np.concatenate(part) for part in zip(*(x[1:] for x in search.nearest(train, wanted, 20, **options)), strict=True)]
+            for options in ({"metric": metric}, {"metric": metric, "device": "cuda"})
+        )
+        np.testing.assert_allclose(here[0], there[0], rtol=1e-5, atol=1e-5)
+        assert (here[1] == there[1]).mean() > 0.999
+    assert torch.cuda.max_memory_allocated() <= search.gpu_bytes(200_000, 600, 64, 20)

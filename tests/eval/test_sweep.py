@@ -97,3 +97,11 @@ def test_wrong_requests_are_named(data, change, error, message: str) -> None:
 
 def test_the_rates_are_dinov2s() -> None:
     assert sweep.RATES == (1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 2e-2, 5e-2, 0.1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_finds_the_same(data, monkeypatch) -> None:
+    monkeypatch.setattr(sweep, "MIN_STEPS", 200)
+    here, there = (sweep.evaluate(**data, progress=False, device=device) for device in ("cpu", "cuda"))
+    assert there["top1"] == pytest.approx(here["top1"], abs=1)
