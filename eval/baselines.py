@@ -16,7 +16,7 @@ from fkd_ssl.arrays import Float32Array, Int64Array
 
 GRID, LEVELS = 8, 4
 """Cells of the grid and levels of a colour, per side and channel."""
-NAMES = {"pixels": f"{GRID} x {GRID} pixels", "colours": "colour histogram"}
+NAMES = {"pixels": f"{GRID} x {GRID} pixels", "colours": "colour histogram", "chance": "chance"}
 DIMS = {"pixels": 3 * GRID**2, "colours": LEVELS**3}
 DIM = sum(DIMS.values())
 
@@ -73,7 +73,7 @@ def line(found: dict[str, float]) -> str:
     >>> line({"colours": 43.64, "chance": 10.0})
     'colour histogram 43.64 %, chance 10.00 %'
     """
-    return ", ".join(f"{NAMES.get(name, name)} {value:.2f} %" for name, value in found.items())
+    return ", ".join(f"{NAMES[name]} {value:.2f} %" for name, value in found.items())
 
 
 def note(top1: float, found: dict[str, float], who: str = "the model") -> list[str]:
@@ -85,5 +85,5 @@ def note(top1: float, found: dict[str, float], who: str = "the model") -> list[s
     name = max(found, key=lambda key: found[key])
     if top1 > found[name]:
         return []
-    worth = {"colours": "a colour histogram"}.get(name, NAMES.get(name, name))
-    return [f"{who} ({top1:.2f} %) is no better than {worth} ({found[name]:.2f} %)"]
+    article = "a " if name == "colours" else ""
+    return [f"{who} ({top1:.2f} %) is no better than {article}{NAMES[name]} ({found[name]:.2f} %)"]

@@ -55,8 +55,8 @@ def nearest(
 
     Yields:
         The rows of the queries, their similarities float32 [Q, k] in descending order, and their neighbours int64 [Q, k]. The
-        similarity is the cosine, or minus half the squared distance: on vectors of length 1 both give the same order. Ties at the
-        k-th place are broken arbitrarily.
+        similarity is the cosine, or minus half the squared distance: on vectors of length 1 both give the same order. Ties at
+        the k-th place are broken arbitrarily.
 
     Raises:
         RequestError: k is larger than the number of neighbours, or the metric is unknown.

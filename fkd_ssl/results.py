@@ -51,7 +51,7 @@ class Score(Result):
     correct: Booleans
     """Which images were classified correctly, bool [n]; compare two models with fkd_ssl.eval.paired_bootstrap."""
     baselines: dict[str, float]
-    """Accuracy of `pixels` and `colours` by the same protocol, the best first, and of `chance`, in percent."""
+    """Accuracy in percent of `pixels` and `colours`, by the same protocol, and of `chance`."""
 
     @classmethod
     def of(cls, values: dict[str, Any], correct: Booleans, out: Path | None) -> Self:

@@ -234,9 +234,10 @@ def _scores(results: dict[str, Any]) -> list[list[str]]:
         forwards = arms[0]["teacher_forwards"]
         cells += ["" if forwards is None else f"{forwards:,}", _mean(arms, "peak_memory_bytes", "{:.0f} MB", 1e-6)]
         rows.append(cells)
-    for name, found in results["baselines"].items():
+    for name, label in baselines.NAMES.items():
+        found = results["baselines"][name]
         cells = [f"{found[key]:.2f}" if key in found else "" for key in scores]
-        rows.append([baselines.NAMES.get(name, name), *cells, *[""] * (len(rows[0]) - 1 - len(cells))])
+        rows.append([label, *cells, *[""] * (len(rows[0]) - 1 - len(cells))])
     return rows
 
 
