@@ -5,8 +5,10 @@ Also builds the C part of replay if there is a compiler. Without it the package 
 
 import platform
 import sysconfig
+from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 
 STABLE = "0x030B0000"  # Python's stable interface of 3.11: one build for all later versions
 AVX2 = Extension(
@@ -20,7 +22,19 @@ AVX2 = Extension(
 )
 BUILT = platform.machine() in ("x86_64", "AMD64") and not sysconfig.get_config_var("Py_GIL_DISABLED")
 
+
+class Wheel(bdist_wheel):
+    """Tags the wheel for any platform if the C part could not be built."""
+
+    def run(self):  # noqa: D102
+        self.run_command("build_ext")
+        if not any(Path(path).exists() for path in self.get_finalized_command("build_ext").get_outputs()):
+            self.distribution.ext_modules, self.root_is_pure = [], True
+        super().run()
+
+
 setup(
+    cmdclass={"bdist_wheel": Wheel},
     packages=[
         *find_packages(include=["fkd_ssl", "fkd_ssl.*"]),
         "fkd_ssl.teachers",

@@ -26,7 +26,7 @@ from fkd_ssl.errors import FkdError, ImageError, StoreError
 from fkd_ssl.eval import baselines
 from fkd_ssl.eval.features import Model, checked, extract_rows, frozen
 from fkd_ssl.images import ImageSource
-from fkd_ssl.progress import bar_disabled
+from fkd_ssl.progress import advance_done, bar_disabled
 
 ROWS = 2048
 VERSION = 2
@@ -82,7 +82,7 @@ def cached(
     parts = [entry / f"part-{row // ROWS:06d}.npy" for row in range(0, len(images), ROWS)]
     with tqdm(total=len(parts), desc=desc, unit="part", file=sys.stderr, disable=bar_disabled(show=progress)) as bar:
         while not (entry / "done.json").exists():
-            bar.update(sum(part.exists() for part in parts) - bar.n)
+            advance_done(bar, sum(part.exists() for part in parts) - bar.n)
             busy = False
             for number, part in enumerate(parts):
                 if part.exists():

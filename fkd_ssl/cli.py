@@ -11,7 +11,9 @@ import re
 import signal
 import sys
 import threading
+import types
 import typing
+from collections.abc import Sequence
 from types import FrameType, ModuleType
 from typing import Any
 
@@ -21,54 +23,55 @@ from fkd_ssl.errors import FkdError, RequestError, did_you_mean
 from fkd_ssl.text import printable
 
 VERBS = {
-    "demo": "run everything on a generated image set in minutes, without downloads",
-    "teachers": "list the known teachers; `teachers fetch NAME` downloads one",
-    "pretrain": "train a MoCo v2 or SwAV teacher on unlabelled images (lightly)",
-    "cache": "make a smaller copy of a folder of images, for training on small crops",
-    "plan": "compute the size of a store in each codec; writes nothing",
-    "precompute": "run a teacher once on the stored crops of every image",
-    "inspect": "print what a store contains",
-    "show": "draw a contact sheet of an image: its stored crops and their nearest neighbours",
-    "verify": "check a store: every file, its images, a sample of its targets; repair it",
-    "subset": "copy the first crops, some teachers or some images of a store into a new store",
-    "recode": "re-encode stored targets with another codec, without the teacher",
-    "import-fkd": "make a store of FKD's published label files",
+    "demo": "run the whole pipeline on a generated image set, in minutes, without downloads",
+    "teachers": "list known teachers; `teachers fetch NAME` downloads the weights of one",
+    "pretrain": "pretrain a MoCo v2 or SwAV teacher on a folder of images",
+    "cache": "copy a folder of images at a smaller size, for training on small crops",
+    "plan": "show the size of a store in each codec before it is made",
+    "precompute": "run a teacher on random crops of every image and store its targets",
+    "inspect": "show the contents of a store",
+    "show": "draw an image's stored crops and their nearest neighbours",
+    "verify": "check a store's files, images and targets; --repair mends it",
+    "subset": "copy part of a store: fewer crops, columns or images",
+    "recode": "convert stored targets to another codec, without the teacher",
+    "import-fkd": "make a store from FKD's published label files",
     "export-fkd": "write a store's class probabilities as FKD's label files",
-    "label-maps": "make ReLabel's label maps: a classifier's logits at each place of every image",
-    "train": "distil a student from stored or online targets",
-    "export": "write a student's backbone for torchvision or timm, as safetensors",
-    "features": "compute a model's features of images once, for knn, linear and retrieve",
-    "knn": "k-nearest-neighbour accuracy of a model (exact)",
-    "linear": "linear probe of a model",
-    "retrieve": "image retrieval with a model: recall, mAP@R, approximate indexes, contact sheets",
-    "report": "tabulate results.json of many evaluations, with mean and deviation over seeds",
-    "compare": "compare stored with online distillation: the same students, tables, plots, break-even",
+    "label-maps": "store ReLabel's label maps: a classifier's logits at each position of every image",
+    "train": "train a student on stored targets, with an online teacher, or on labels",
+    "export": "export a student's backbone to safetensors, for torchvision or timm",
+    "features": "compute the features of images once, for knn, linear and retrieve",
+    "knn": "evaluate a model by k-nearest-neighbour classification",
+    "linear": "evaluate a model by a linear probe",
+    "retrieve": "evaluate a model by image retrieval, or find the images most similar to a query",
+    "report": "summarise the results of several evaluations in one table",
+    "compare": "train and compare students of stored and online targets, with a report",
 }
 _SHARED = ("precompute", "train", "features", "label-maps")  # verbs that several processes of torchrun can share
 _STOPPED = "stopped; repeat the command to continue"
-_USAGE = "usage: fkd-ssl VERB [options]     (fkd-ssl VERB --help explains one)"
+_USAGE = "usage: fkd-ssl VERB [options]     (fkd-ssl VERB --help lists the options of a verb)"
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command line. Returns 0 if it is done, 1 if the work or a check failed, and 2 if the request was wrong."""
     args = sys.argv[1:] if argv is None else argv
-    if not args or args[0] in ("-h", "--help", "help"):
-        print(_help())  # noqa: T201
-        return 0 if args else 2
-    if args[0] == "--version":
-        print(__version__)  # noqa: T201
-        return 0
-    verb = args[0]
+    if "_ARGCOMPLETE" in os.environ:
+        from fkd_ssl import completion
+
+        completion.complete(VERBS)
+    verb = args[0] if args else "--help"
     if parent := os.environ.pop(processes.PARENT, None):
         processes.end_with_parent(int(parent))
     with _CtrlC(verb), console.printing():
         try:
-            return _run(verb, args[1:])
+            return _run(verb, args[1:]) if args else _run(verb, args) or 2
         except BaseException as error:
             return _status_of(verb, error)
 
 
 def _run(verb: str, args: list[str]) -> int:
+    if verb in ("-h", "--help", "help", "--version"):
+        print(__version__ if verb == "--version" else _help(), flush=True)  # noqa: T201
+        return 0
     if verb not in VERBS:
         raise RequestError(f"unknown verb {verb!r}{did_you_mean(verb, VERBS)}; fkd-ssl --help lists them")
     command = command_of(verb)
@@ -152,7 +155,7 @@ def parse(verb: str, command: ModuleType, args: list[str]) -> Any:
     config: type = command.Config
     fields = {f.name: f for f in dataclasses.fields(config)}
     positionals = getattr(command, "POSITIONALS", ())
-    helps, types = option_helps(config), typing.get_type_hints(config)
+    helps, kinds = option_helps(config), typing.get_type_hints(config)
     mode = _yaml_in_sections(config)
     parser = jsonargparse.ArgumentParser(
         prog=f"fkd-ssl {verb}", description=command.__doc__, allow_abbrev=False, exit_on_error=False, parser_mode=mode
@@ -160,13 +163,13 @@ def parse(verb: str, command: ModuleType, args: list[str]) -> Any:
     for name in positionals:
         default = fields[name].default
         optional: dict[str, Any] = {} if default is dataclasses.MISSING else {"nargs": "?", "default": default}
-        if types[name] == list[str]:
+        if kinds[name] == list[str]:
             optional["nargs"] = "+"
         parser.add_argument(name, help=helps[name], **optional)
     configurable = bool(set(fields) - set(positionals) - {"json"})
     if configurable:
         parser.add_argument("--config", action="config", help="YAML file with options; the command line takes precedence.")
-    flags = [name for name in fields if types[name] is bool]
+    flags = [name for name in fields if kinds[name] is bool]
     groups = options.groups_of(config) or {"": [name for name in fields if name not in positionals]}
     for title, names in groups.items():
         section = parser.add_argument_group(title, _summary(config.GROUPS[title])) if title else parser  # type: ignore[attr-defined]
@@ -175,9 +178,9 @@ def parse(verb: str, command: ModuleType, args: list[str]) -> Any:
             if name in flags:
                 section.add_argument(f"--{name}", action=jsonargparse.ActionYesNo, default=default, help=helps[name])
             elif default is dataclasses.MISSING:
-                section.add_argument(f"--{name}", type=types[name], required=True, help=helps[name])
+                section.add_argument(f"--{name}", type=kinds[name], required=True, help=helps[name])
             else:
-                section.add_argument(f"--{name}", type=types[name], default=default, help=helps[name])
+                section.add_argument(f"--{name}", type=kinds[name], default=default, help=helps[name])
     known = [*fields, *(f"no_{name}" for name in flags), *(["config", "print_config"] if configurable else []), "help"]
     for arg in args:
         option = arg.split("=", 1)[0]
@@ -186,7 +189,10 @@ def parse(verb: str, command: ModuleType, args: list[str]) -> Any:
     try:
         values = parser.parse_args(args).as_dict()
     except (jsonargparse.ArgumentError, TypeError, ValueError) as error:
-        raise RequestError(_explain(str(error), known)) from error
+        raise RequestError(_explain(str(error), known, kinds, positionals)) from error
+    except SystemExit:  # --help or --print_config
+        sys.stdout.flush()  # raises BrokenPipeError here, not when the process ends
+        raise
     check_seed(values.get("seed", 0))
     return config(**{name: values[name] for name in fields})
 
@@ -194,7 +200,7 @@ def parse(verb: str, command: ModuleType, args: list[str]) -> Any:
 def check_seed(seed: int) -> None:
     """Raises RequestError if a seed is too large for the generators of torch and numpy."""
     if not 0 <= seed < 2**63:
-        raise RequestError(f"--seed {seed}: must lie in 0 to 2^63 - 1")
+        raise RequestError(f"--seed {seed}: must be between 0 and 2^63 - 1")
 
 
 def _yaml_in_sections(config: type) -> str:
@@ -221,8 +227,8 @@ def _help() -> str:
     return (
         f"fkd-ssl {__version__}: distil a self-supervised teacher into small models from stored crops and targets\n\n"
         f"{_USAGE}\n\n{verbs}\n\n"
-        "Precompute a teacher's targets once, train any number of students on them, and score the students with\n"
-        "knn and linear. Options can also be given in a YAML file with --config; --print_config prints all options."
+        "Typical use: store a teacher's targets once with precompute, train any number of students on them with train, and\n"
+        "evaluate them with knn and linear. --config FILE reads options from a YAML file; --print_config prints them."
     )
 
 
@@ -239,13 +245,33 @@ def _summary(group: type) -> str:
     return (group.__doc__ or "").split("\n", 1)[0]
 
 
-def _explain(message: str, known: list[str]) -> str:
+def _explain(message: str, known: list[str], kinds: dict[str, Any], positionals: Sequence[str]) -> str:
     """Rewrites a message of jsonargparse in the words of the command line."""
+    message = " ".join(message.split())
     if match := re.search(r"(?:Option|Key|key) '([^']+)' is not (?:accepted|expected)", message):
         return f"no key {match[1]!r}{did_you_mean(match[1], known)}"
-    if match := re.search(r"Parser key \"([^\"]+)\":\s*(.*)", message, re.DOTALL):
-        return f"--{match[1]}: {' '.join(match[2].split())}"
-    return " ".join(message.split())
+    if (match := re.search(r"Parser key \"([^\"]+)\":.* value: (.*)", message)) and match[1] in kinds:
+        return f"--{match[1]} {match[2]}: expected {_words(kinds[match[1]])}"
+    if match := re.search(r"arguments are required: (.*)", message):
+        names = [name.upper() if name in positionals else f"--{name}" for name in match[1].split(", ")]
+        return f"{' and '.join(names)} must be given"
+    if match := re.search(r"argument (--\w+): expected one argument", message):
+        return f"{match[1]}: its value is missing"
+    if match := re.search(r"argument (--\w+)/(--\w+): ignored explicit argument", message):
+        return f"{match[1]}: takes no value; write {match[1]} or {match[2]}"
+    return message
+
+
+def _words(kind: Any) -> str:
+    """Describes the values that an option's type allows."""
+    parts = typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
+    words: list[str] = []
+    for part in parts:
+        if typing.get_origin(part) is typing.Literal:
+            words += map(str, typing.get_args(part))
+        elif part is not type(None):
+            words.append({float: "a number", int: "a whole number", bool: "true or false", str: "text"}.get(part, str(part)))
+    return " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))
 
 
 def _fail(verb: str, message: str, status: int) -> int:

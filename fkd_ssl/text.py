@@ -19,6 +19,15 @@ def printable(text: str, *, encoding: str | None = None, one_line: bool = False)
     return escaped.encode(encoding, "backslashreplace").decode(encoding)
 
 
+def plural(count: int, noun: str) -> str:
+    """Formats a count with its noun, which gets an s unless the count is 1.
+
+    >>> plural(1, "shard"), plural(12_000, "image")
+    ('1 shard', '12,000 images')
+    """
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def format_bytes(count: float) -> str:
     """Formats a number of bytes for people.
 

@@ -45,7 +45,10 @@ def load_teacher(name: str, *, checkpoint: str | Path | None = None, precision: 
         CheckpointError: The checkpoint has another layout or is of another network.
         FkdError: Your function failed, or a library could not download its weights.
     """
-    if ":" in name:
+    library, colon, model = name.partition(":")
+    if colon and library in LIBRARIES:
+        raise RequestError(f"teacher {name}: write {library}/{model}")
+    if colon:
         return load_own(name, checkpoint, precision)
     library, slash, model = name.partition("/")
     if slash and library in LIBRARIES:

@@ -101,7 +101,7 @@ def test_an_unreadable_picture_stops_or_is_left_out(own_folder, tmp_path):
 
 @pytest.mark.parametrize("where", [".", "small", ".."])
 def test_a_copy_within_the_images_is_refused(own_folder, where):
-    with pytest.raises(RequestError, match=r"lies within .* or around it: the copies would be taken for its images"):
+    with pytest.raises(RequestError, match=r"choose an --out outside the folder of images"):
         shrink_set(scan(own_folder), own_folder / where, short_side=40)
 
 

@@ -1,7 +1,7 @@
 """Makes a smaller copy of a folder of images, so that training on small crops does not read full-size images.
 
-The copy keeps the paths and formats, so precompute, train, knn and any other tool read it like the originals. To continue a
-killed run, repeat the command.
+The copy keeps the paths and formats, so precompute, train, knn and any other tool read it like the originals. The config and
+results.json are in the folder OUT.cache next to it. To continue a killed run, repeat the command.
 """
 
 from dataclasses import dataclass
@@ -45,19 +45,26 @@ def run(config: Config) -> int:
     from fkd_ssl import runs
     from fkd_ssl.commands import console
     from fkd_ssl.commands.images import images_of
+    from fkd_ssl.errors import RequestError
     from fkd_ssl.images.shrinking import check_apart
 
     images = images_of(config.images)
     check_apart(images.spec, Path(config.out))
-    with runs.open_run(config.out, config, images.identity(sizes=False)) as (folder, state):
+    folder = Path(config.out) if Path(config.out).name not in ("", "..") else Path(config.out).resolve()
+    run_folder = folder.with_name(f"{folder.name}.cache")  # next to the copy, which holds nothing but images
+    with runs.open_run(run_folder, config, images.identity(sizes=False)) as (_, state):
+        if state == "new" and folder.exists() and any(folder.iterdir()):
+            raise RequestError(f"{folder}: exists and is not a copy made by fkd-ssl cache; choose another --out")
+        if state == "done" and not folder.is_dir():
+            raise RequestError(f"{folder}: was made and has been removed; delete {run_folder} to make it again")
         if state == "done":
-            console.log(f"{folder}: this copy is done; results.json says what it holds")
+            console.log(f"{folder}: this copy is done; {run_folder / runs.RESULTS} describes it")
         else:
-            _shrink(config, images, folder)
+            _shrink(config, images, folder, run_folder)
     return 0
 
 
-def _shrink(config: Config, images: "ImageSource", folder: "Path") -> None:
+def _shrink(config: Config, images: "ImageSource", folder: "Path", run_folder: "Path") -> None:
     """Copies the images and reports the result."""
     from fkd_ssl import runs
     from fkd_ssl.commands import console, resolve
@@ -73,7 +80,7 @@ def _shrink(config: Config, images: "ImageSource", folder: "Path") -> None:
         log=console.log,
     )
     results = {"images": len(images) - len(copied.unreadable), "config": config.__dict__, **copied.__dict__}
-    runs.finish(folder, results)
+    runs.finish(run_folder, results)
     for path in copied.unreadable:
         console.log(f"warning: {path} cannot be read and is left out")
     if config.json:

@@ -9,9 +9,10 @@ from fkd_ssl.pretraining.config import PretrainConfig as Config
 
 def run(config: Config) -> int:
     """Pretrains a network and prints the path of its weights."""
-    from fkd_ssl.commands import console
+    from fkd_ssl.commands import console, resolve
     from fkd_ssl.pretraining.engine import pretrain
 
+    console.log(resolve.describe_machine())
     with console.skipping(config.on_unreadable):
         checkpoint = pretrain(config, log=console.log)
     use = f"--teacher {config.method} --checkpoint {checkpoint}" if config.is_teacher else f"--model {checkpoint} or --init"

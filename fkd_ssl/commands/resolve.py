@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fkd_ssl.crops import IMPORTED, RECIPES, Recipe
+from fkd_ssl.crops.replay import describe_implementation
 from fkd_ssl.errors import RequestError, did_you_mean
 from fkd_ssl.files import sha256
 from fkd_ssl.options import OBJECT, Named
@@ -57,6 +58,13 @@ def device() -> torch.device:
     if not torch.cuda.is_available():
         return torch.device("cpu")
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+
+
+def describe_machine(*, device_crops: bool = False) -> str:
+    """Describes what runs the networks and what makes the crops."""
+    where = device()
+    name = "on cpu: no CUDA device" if where.type == "cpu" else f"on {where}: {torch.cuda.get_device_name(where)}"
+    return f"{name}; {f'crops on {where.type}' if device_crops else describe_implementation()}"
 
 
 def cpu_threads() -> int:

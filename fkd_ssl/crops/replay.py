@@ -2,6 +2,7 @@
 
 from contextlib import suppress
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import cv2
@@ -31,6 +32,14 @@ def _steps() -> list[tuple[int, Any, slice]]:
 
 
 _STEPS = _steps()
+
+
+def describe_implementation() -> str:
+    """Describes which of the two implementations makes the crops of this process."""
+    if _avx2 is not None:
+        return "crops in C (AVX2)"
+    why = "this installation has no compiled part" if find_spec("fkd_ssl.crops._avx2") is None else "this processor has no AVX2"
+    return f"crops by OpenCV (slower): {why}"
 
 
 def replay(image: UInt8Array, records: Records, pixels: int) -> UInt8Array:

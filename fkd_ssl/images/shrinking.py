@@ -18,7 +18,7 @@ from fkd_ssl import files, progress
 from fkd_ssl.arrays import UInt8Array
 from fkd_ssl.errors import FkdError, ImageError, RequestError
 from fkd_ssl.images import ImageSource, decode, read_size
-from fkd_ssl.text import format_bytes
+from fkd_ssl.text import format_bytes, plural
 
 _JPEG = frozenset({".jpg", ".jpeg", ".jpe", ".jfif"})
 _SAMPLED = 32  # images that are shrunk first to estimate the size of the copy
@@ -124,11 +124,12 @@ def shrink_set(
             for result in pool.map(one, range(first, min(first + _AHEAD, len(images)))):
                 if isinstance(result, str):
                     unreadable.append(result)
-                else:
-                    source += result[0]
-                    size += result[1]
-                    written += result[2]
-                bar.update(1)
+                    bar.update(1)
+                    continue
+                source += result[0]
+                size += result[1]
+                written += result[2]
+                bar.update(1) if result[2] else progress.advance_done(bar, 1)
     return CacheSummary(written=written, unreadable=unreadable, bytes=size, source_bytes=source)
 
 
@@ -136,7 +137,7 @@ def check_apart(source: str, folder: Path) -> None:
     """Raises RequestError if the folder of a copy is inside the folder of its images, or contains it."""
     a, b = Path(source).resolve(), folder.resolve()
     if a.is_relative_to(b) or b.is_relative_to(a):
-        raise RequestError(f"{folder}: lies within {source}, or around it: the copies would be taken for its images")
+        raise RequestError(f"{folder}: is inside {source} or contains it; choose an --out outside the folder of images")
 
 
 def _announce(images: ImageSource, folder: Path, short_side: int, quality: int) -> str:
@@ -157,10 +158,16 @@ def _announce(images: ImageSource, folder: Path, short_side: int, quality: int) 
             f"{folder}: needs about {format_bytes(after - there)} more and the disk has {format_bytes(free)} free: free some, "
             "or choose a smaller --short_side or --quality"
         )
-    return (
-        f"{len(images):,} images, about {format_bytes(before)}, to short sides of {short_side} px: about "
+    line = (
+        f"{plural(len(images), 'image')}, about {format_bytes(before)}, to short sides of {short_side} px: about "
         f"{format_bytes(after)}; {format_bytes(free)} free on the disk"
     )
+    if after > before:
+        line += (
+            "\nwarning: the copy would be larger than its source: choose a smaller --short_side or --quality, or train on "
+            f"{images.spec} itself"
+        )
+    return line
 
 
 def _shrunk(data: bytes, name: str, short_side: int, quality: int) -> bytes:

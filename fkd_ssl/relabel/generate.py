@@ -23,7 +23,7 @@ from fkd_ssl.arrays import UInt8Array
 from fkd_ssl.crops import box_record, replay, replay_digest
 from fkd_ssl.errors import FkdError, ImageError, RequestError
 from fkd_ssl.images import ImageSource, decode
-from fkd_ssl.progress import bar_disabled
+from fkd_ssl.progress import advance_done, bar_disabled
 from fkd_ssl.relabel import layout
 from fkd_ssl.store.listing import MANIFEST, read_images, write_sidecar
 from fkd_ssl.store.write import publish, work
@@ -132,7 +132,7 @@ def generate(
             with work.open_work(file, manifest.digest, unit=unit, crops=count, per_row=1) as rows:
                 if rows is None or path.with_suffix(".json").exists():  # another process is writing or has finished it
                     continue
-                bar.update(rows.crops)
+                advance_done(bar, rows.crops)
                 left = manifest.shard_rows(shard)[rows.crops :]
                 del rows.checksums[rows.crops :]
                 for views, checksums in _views(images, sizes, left, manifest, pool, skip_unreadable=skip_unreadable):

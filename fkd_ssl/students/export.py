@@ -43,7 +43,7 @@ def export(student: Student, path: Path, *, layout: Layout | None, pixels: int) 
         StoreError: The file exists with other content.
     """
     if path.suffix != EXPORTED:
-        raise RequestError(f"out {path}: the file is one of safetensors; call it {path.with_suffix(EXPORTED)}")
+        raise RequestError(f"out {path}: expected a .safetensors file; write --out {path.with_suffix(EXPORTED)}")
     name, about = str(student.spec["name"]), dict(student.spec)
     head = about.pop("head", None)
     own = library(name)
@@ -98,13 +98,13 @@ def _translated(student: Student, layout: Layout, weights: dict[str, Tensor]) ->
     else:
         bare = name.removeprefix(TIMM).partition(".")[0]
         other = {theirs: ours for ours, theirs in _TWINS.items()}.get(bare, bare)
-    refused = f"layout {layout}: {layout} has no network that is the same as {name}; leave --layout out"
+    refused = f"layout {layout}: {layout} has no network identical to {name}; leave out --layout"
     if name in REACTNETS:
         raise RequestError(refused)
     try:
         twin, _ = make_backbone(other, stem=student.spec.get("stem", "standard"), width=student.spec.get("width", 1.0))
     except RequestError as error:
-        raise RequestError(f"{refused} ({error})") from error
+        raise RequestError(refused) from error
     theirs = twin.state_dict()
     if [v.shape for v in theirs.values()] != [v.shape for v in weights.values()]:
         raise RequestError(refused)

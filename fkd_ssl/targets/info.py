@@ -79,6 +79,11 @@ class TeacherInfo:
             return "try --precision fp32"
         return "its weights are damaged, or far from what its preprocessing gives it"
 
+    @property
+    def description(self) -> str:
+        """Describes the network, its input and its licence in one line."""
+        return f"teacher {self.name}: {self.network}; {self.normalisation}; licence of the weights: {self.licence}"
+
     def to_json(self) -> dict[str, Any]:
         """Returns the values for meta.json: all but the arrays, which are files, and the checkpoint's name."""
         values = {key: value for key, value in vars(self).items() if key not in ("spec", "checkpoint", "arrays")}

@@ -53,7 +53,7 @@ def place(work: Path) -> Path:
 
 def unfinished(work: Path) -> None:
     """Turns the finished `run` into one that was killed before its end."""
-    for path in work.glob("run/results.json"):
+    for path in work.glob("run*/results.json"):
         path.unlink()
 
 
@@ -121,12 +121,12 @@ def test_changed_inputs_are_refused(place: Path, call: Any, line: str, change: C
     assert call(line).status == 0
     if change is not other_val:  # a finished run is also compared
         unfinished(place)
-    before = {path: path.read_bytes() for path in (place / "run").rglob("*") if path.is_file()}
+    before = {path: path.read_bytes() for run in place.glob("run*") for path in run.rglob("*") if path.is_file()}
     change(place)
     answer = call(line)
     assert (answer.status, answer.out) == (2, "")
     last = answer.err.splitlines()[-1]
-    assert last.startswith(f"fkd-ssl {line.split()[0]}: run: {named}")
+    assert last.startswith(f"fkd-ssl {line.split()[0]}: {'run.cache' if line == CACHE else 'run'}: {named}")
     assert last.endswith("restore what it began with, or choose another --out")
     assert {path: path.read_bytes() for path in before} == before
 
@@ -139,7 +139,7 @@ def test_the_same_inputs_under_another_path_continue(place: Path, call: Any, lin
         unfinished(place)
         answer = call(line.replace("--images train", f"--images {path}").replace("--train train", f"--train {path}"))
         assert answer.status == 0, answer.err
-        assert (place / "run/results.json").exists()
+        assert any(place.glob("run*/results.json"))
     unfinished(place)
     for name in ("train", "val"):
         shutil.copytree(place / name, place / "scratch" / name, copy_function=shutil.copyfile)
@@ -147,13 +147,14 @@ def test_the_same_inputs_under_another_path_continue(place: Path, call: Any, lin
     for path in (place / "scratch").rglob("*.png"):
         os.utime(path, (1, 1))
     (place / "weights.pt").rename(place / "elsewhere.pt")
-    (place / "run").rename(place / "moved")
+    for run in place.glob("run*"):
+        run.rename(place / run.name.replace("run", "moved"))
     for name, value in (("images", "train"), ("train", "train"), ("val", "val")):
         line = line.replace(f"--{name} {value}", f"--{name} scratch/{value}")
     answer = call(line.replace("weights.pt", "elsewhere.pt").replace("--out run", "--out moved"))
     assert answer.status == 0, answer.err
-    assert (place / "moved/results.json").exists()
-    assert not (place / "run").exists()
+    assert any(place.glob("moved*/results.json"))
+    assert not any(place.glob("run*"))
 
 
 class TestStored:

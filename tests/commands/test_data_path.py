@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,16 +33,32 @@ class TestCache:
         assert "small: 18 images" in first.out
         assert "18 images, about" in first.err
         assert scan("small").names == scan("train").names
+        assert {path.suffix for path in Path("small").rglob("*") if path.is_file()} == {".png"}
+        assert {path.name for path in Path("small.cache").iterdir()} >= {"config.yaml", "inputs.json", "results.json"}
         with Image.open("small/ash/0.png") as picture:
             assert picture.size == (22, 20)
         again = call("cache --images train --out small --short_side 20")
         assert (again.status, again.out) == (0, "")
         assert "this copy is done" in again.err
+        shutil.rmtree("small")
+        removed = call("cache --images train --out small --short_side 20")
+        assert removed.status == 2
+        assert "small: was made and has been removed; delete small.cache to make it again" in removed.err
+
+    def test_a_copy_larger_than_its_source_is_announced(self, work: Path, call: Any) -> None:
+        for path in Path("train").rglob("*.png"):
+            noise = np.random.default_rng(0).integers(256, size=(60, 64, 3), dtype=np.uint8)
+            Image.fromarray(noise).save(path.with_suffix(".jpg"), quality=5)
+            path.unlink()
+        larger = call("cache --images train --out small --short_side 48 --quality 100")
+        assert larger.status == 0
+        assert "warning: the copy would be larger than its source: choose a smaller --short_side or --quality" in larger.err
+        assert "larger than its source" not in call("cache --images train --out tiny --short_side 16 --quality 50").err
 
     def test_a_killed_one_continues_with_other_threads(self, work: Path, call: Any) -> None:
         assert call("cache --images train --out small --short_side 20").status == 0
         before = {path: path.read_bytes() for path in Path("small").rglob("*.png")}
-        Path("small/results.json").unlink()
+        Path("small.cache/results.json").unlink()
         Path("small/birch/1.png").unlink()
         done = call("cache --images train --out small --short_side 20 --threads 1 --json")
         assert json.loads(done.out)["written"] == 1
@@ -52,10 +69,12 @@ class TestCache:
         other = call("cache --images train --out small --short_side 24")
         assert other.status == 2
         assert "short_side is 20 there, 24 here" in other.err
-        assert call("cache --images train --out val --short_side 20").status == 2
+        users = call("cache --images train --out val --short_side 20")
+        assert users.status == 2
+        assert "val: exists and is not a copy made by fkd-ssl cache; choose another --out" in users.err
         within = call("cache --images train --out train/small --short_side 20")
         assert within.status == 2
-        assert "would be taken for its images" in within.err
+        assert "choose an --out outside the folder of images" in within.err
         assert not Path("train/small").exists()
 
     def test_unreadable_images(self, work: Path, call: Any) -> None:

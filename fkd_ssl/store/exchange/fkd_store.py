@@ -15,6 +15,7 @@ from fkd_ssl.arrays import UInt8Array
 from fkd_ssl.crops import IMPORTED, Records, replay_digest
 from fkd_ssl.errors import ImageError, RequestError, StoreError
 from fkd_ssl.images import ImageSource
+from fkd_ssl.progress import advance_done
 from fkd_ssl.store import manifest as layout
 from fkd_ssl.store.exchange import fkd_files
 from fkd_ssl.store.listing import MANIFEST
@@ -98,7 +99,7 @@ def import_fkd(
                 if layout.codes_file(new, column, shard).with_suffix(".json").exists():
                     if not _is_of(store.column(column), rows[0], _row(store, images, paths, kept, len(first), rows[0])):
                         raise RequestError(_other(new))
-                    bar.update(len(rows))
+                    advance_done(bar, len(rows))
                     continue
                 made = []
                 for row, found in zip(rows, pool.map(partial(_row, store, images, paths, kept, len(first)), rows), strict=True):

@@ -1,5 +1,6 @@
 """Recode: re-encodes a column's targets, or the mean of several columns, with another codec. Needs no teacher."""
 
+import functools
 import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
@@ -167,9 +168,10 @@ def _fill(source: Source, codec: str, store: Store, to: str) -> None:
             f"{folder}: {column.meta.codec} of {column.meta.teacher.name} was begun there and not finished, not {codec} of "
             f"this {source.name}; delete that folder, or choose another --to or --out"
         )
-    for shard in tqdm(range(store.manifest.shards), desc=f"recode {source.name}", unit="shard"):
-        if layout.codes_file(store.folder, to, shard).with_suffix(".json").exists():
-            continue
+    codes_of = functools.partial(layout.codes_file, store.folder, to)
+    missing = [shard for shard in range(store.manifest.shards) if not codes_of(shard).with_suffix(".json").exists()]
+    total, done = store.manifest.shards, store.manifest.shards - len(missing)
+    for shard in tqdm(missing, total=total, initial=done, desc=f"recode {source.name}", unit="shard"):
         codes = [one.shard(shard) for one in source.columns]
         read = np.ones(len(codes[0]), dtype=bool)  # the codes of skipped images have no meaning
         read[np.array(source.store.skipped(shard), dtype=np.int64) - store.manifest.shard_rows(shard).start] = False

@@ -143,11 +143,16 @@ class Part:
             place.mkdir(exist_ok=True)
             for name, data in _column_files(column):
                 _publish(folder, place / name, data)
-        for shard in tqdm(range(self.manifest.shards), desc="copy", unit="shard"):
+        total, missing = self.manifest.shards, [s for s in range(self.manifest.shards) if not self._copied(folder, s)]
+        for shard in tqdm(missing, total=total, initial=total - len(missing), desc="copy", unit="shard"):
             rows = self.rows[np.asarray(self.manifest.shard_rows(shard))]
             self._copy_crops(folder, shard, rows)
             for column in self.columns:
                 self._copy_codes(column, folder, shard, rows)
+
+    def _copied(self, folder: Path, shard: int) -> bool:
+        codes = [layout.codes_file(folder, column.name, shard) for column in self.columns]
+        return all(path.with_suffix(".json").exists() for path in (layout.crops_file(folder, shard), *codes))
 
     def _copy_crops(self, folder: Path, shard: int, rows: Rows) -> None:
         if layout.crops_file(folder, shard).with_suffix(".json").exists():

@@ -77,7 +77,7 @@ def open_or_train(
         RequestError: A column of that name belongs to another teacher, or has other settings.
     """
     for request in requests:
-        log(f"teacher {request.name}: {request.teacher.info.network}; {request.teacher.info.normalisation}")
+        log(replace(request.teacher.info, name=request.name).description)
     for request in requests:  # checked before any work
         target = store.folder / layout.TARGETS / request.name
         if target.is_dir() and any(target.iterdir()) and not _published(store, request):

@@ -2,8 +2,9 @@
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -11,7 +12,7 @@ from fkd_ssl import files
 from fkd_ssl.crops import CROP_DTYPE, IMPORTED, Recipe
 from fkd_ssl.errors import RequestError
 from fkd_ssl.images import ImageSource
-from fkd_ssl.progress import bar_disabled
+from fkd_ssl.progress import advance_done, bar_disabled
 from fkd_ssl.store import manifest as layout
 from fkd_ssl.store.listing import MANIFEST
 from fkd_ssl.store.reader import MAX_ARRAY, Column, Store
@@ -75,7 +76,7 @@ def prepare(
             for shard in random.sample(absent, len(absent)):  # in random order, to share them between processes
                 rows = store.manifest.shard_rows(shard)
                 if store.has_crops(shard):
-                    bar.update(len(rows))
+                    advance_done(bar, len(rows))
                 else:
                     publish_crops(reader, shard, image_checksums(reader, rows, pipeline, bar))
     store = Store(store.folder)
@@ -171,10 +172,10 @@ def _open_or_create(
     for what, here, asked in (
         ("seed", m.seed, seed),
         ("crops per image", m.crops_per_image, crops),
-        ("recipe", m.recipe, recipe),
+        *_settings(m.recipe, recipe),
     ):
         if here != asked:
-            raise RequestError(f"{folder}: this store's {what} is {here}, not {asked}; give the same, or choose another folder")
+            raise RequestError(f"{folder}: its {what} is {here}, not {asked}; pass the same, or choose another --store")
     if images.names != store.paths:
         stored, given = set(store.paths), set(images.names)
         first = sorted(stored ^ given)[0]
@@ -184,6 +185,13 @@ def _open_or_create(
             f"{len(images)}; {where} {first!r}. Give the same images, or choose another folder"
         )
     return store
+
+
+def _settings(stored: Recipe, asked: Recipe) -> list[tuple[str, Any, Any]]:
+    """Returns what differs between two recipes: the names, or the settings of two recipes of the same name."""
+    if stored.name != asked.name:
+        return [("recipe", stored.name, asked.name)]
+    return [(f"recipe's {field.name}", getattr(stored, field.name), getattr(asked, field.name)) for field in fields(Recipe)]
 
 
 def _announce(folder: Path, count: int, crops: int, requests: Sequence[Request]) -> str:

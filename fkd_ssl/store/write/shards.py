@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from fkd_ssl.arrays import Float32Array
+from fkd_ssl.progress import advance_done
 from fkd_ssl.store import manifest as layout
 from fkd_ssl.store.reader import Column, Store
 from fkd_ssl.store.write import work
@@ -77,7 +78,7 @@ class ShardWriter:
             )
             if progress is None or codes.with_suffix(".json").exists():
                 continue
-            self._bar.update(progress.crops)
+            advance_done(self._bar, progress.crops)
             held.append((column, progress, progress.crops))
             streams.append(self._stream(request, column, progress))
         known = store.crops_sidecar(shard)["images"] if store.has_crops(shard) else None
@@ -108,7 +109,7 @@ class ShardWriter:
         """Advances the progress bar for a shard that another process has finished."""
         if (column.name, shard) not in self._counted:
             self._counted.add((column.name, shard))
-            self._bar.update(crops)
+            advance_done(self._bar, crops)
 
     def _stream(self, request: Request, column: Column, progress: work.WorkFile) -> TeacherStream:
         per_row, bar = self._store.crops_per_image, self._bar
