@@ -1,9 +1,12 @@
 """The package's public names, and the cost of its import."""
 
 import ast
+import os
 import re
+import shutil
 import subprocess
 import sys
+import zipfile
 from importlib.metadata import version
 from pathlib import Path
 
@@ -102,3 +105,21 @@ def test_errors_carry_exit_statuses() -> None:
 
     assert errors.FkdError.exit_status == errors.ImageError.exit_status == errors.StoreError.exit_status == 1
     assert errors.RequestError.exit_status == errors.CheckpointError.exit_status == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("compiler", ["/bin/false", None])
+def test_a_wheel_without_the_compiled_part_is_for_any_platform(compiler: str | None, tmp_path: Path) -> None:
+    source = Path(__file__).parents[1]
+    for name in ("fkd_ssl", "teachers", "eval"):
+        shutil.copytree(source / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(source / name, tmp_path)
+    environment = os.environ if compiler is None else {**os.environ, "CC": compiler}
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", "dist", "."]
+    subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True, timeout=300)
+    (wheel,) = (tmp_path / "dist").iterdir()
+    with zipfile.ZipFile(wheel) as archive:
+        compiled = any("_avx2" in name and name.endswith((".so", ".pyd")) for name in archive.namelist())
+    assert compiled == (not wheel.name.endswith("-py3-none-any.whl"))
+    assert not (compiled and compiler)

@@ -179,8 +179,8 @@ def write(
 
     if config.device_crops:
         check_device(resolve.device())
-    log(resolve.describe_machine(device_crops=config.device_crops))
     images, teachers = (load or load_all)(config)
+    log(resolve.describe_machine(device_crops=config.device_crops))
     sides = [resolve.pixels_of(config.pixels, teacher.info.pixels) for teacher in teachers]
     for teacher, side in zip(teachers, sides, strict=True):
         if side != teacher.info.pixels:  # fails now, not after the store was created, if the teacher cannot take this size

@@ -101,14 +101,18 @@ class TestMistakes:
             ("train --batch-size 4", "no option --batch-size; did you mean --batch_size?"),
             ("knn --temprature=4", "no option --temprature; did you mean --temperature?"),
             ("inspect store --jason", "no option --jason; did you mean --json?"),
-            ("train --images i --out o --store s --epochs many", "--epochs"),
-            ("train --images i --out o --store s --batch_size 1.5", "--batch_size"),
-            ("train --images i --out o --store s --optimizer adagrad", "--optimizer"),
+            ("train --images i --out o --store s --epochs many", "--epochs many: expected a number"),
+            ("train --images i --out o --store s --batch_size 1.5", "--batch_size 1.5: expected a whole number"),
+            ("train --images i --out o --optimizer adagrad", "--optimizer adagrad: expected adam, adamw, sgd or lars"),
+            ("train --images i --out o --logger csv", "--logger csv: expected tensorboard, wandb or mlflow"),
+            ("train --images i --out o --pixels", "--pixels: its value is missing"),
+            ("train --images i --out o --compile=maybe", "--compile: takes no value; write --compile or --no_compile"),
+            ("linear --model m --train t --val v --lr [1,2]", "--lr [1, 2]: expected a number"),
             ("train --images i --out o --store s --crops_per_image 3", "batch_size 256: counts crops"),
             ("train --images i --out o", "targets stored: --store is needed"),
-            ("train --images i --store s", "out"),
+            ("train --images i --store s", "--out must be given"),
             ("knn --model m --train t", "val"),
-            ("inspect", "store"),
+            ("inspect", "STORE must be given"),
             ("precompute --images i --store s --teacher t stray", "stray"),
         ],
     )
@@ -118,6 +122,18 @@ class TestMistakes:
         assert said in err
         assert err.startswith(f"fkd-ssl {line.split()[0]}: ")
         assert err.count("\n") == 1
+
+    @pytest.mark.parametrize("line", ["--help", "train --help", "train --images i --out o --print_config"])
+    def test_a_reader_that_ends_early(self, line: str) -> None:
+        """As in `fkd-ssl --help | head -1`."""
+        code = f"import sys, time\nfrom fkd_ssl.cli import main\ntime.sleep(0.5)\nsys.exit(main({line.split()}))"
+        process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        err = process.stderr.read()
+        process.stderr.close()
+        assert (process.wait(timeout=60), err) == (0, "")
 
     def test_nothing_asked_shows_the_verbs(self, call: Any) -> None:
         status, out, _ = call("")
