@@ -42,7 +42,7 @@ def run(config: Config) -> int:
     """Makes the copy and reports its size."""
     from pathlib import Path
 
-    from fkd_ssl import runs
+    from fkd_ssl import files, runs
     from fkd_ssl.commands import console
     from fkd_ssl.commands.images import images_of
     from fkd_ssl.errors import RequestError
@@ -60,6 +60,7 @@ def run(config: Config) -> int:
         if state == "done":
             console.log(f"{folder}: this copy is done; {run_folder / runs.RESULTS} describes it")
         else:
+            files.replace(run_folder / "begun", b"")  # from now on, open_run refuses other images
             _shrink(config, images, folder, run_folder)
     return 0
 
