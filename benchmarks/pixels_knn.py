@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torchvision.transforms import functional as F
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from fkd_ssl.arrays import UInt8Array
 from fkd_ssl.commands import resolve

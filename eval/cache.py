@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from fkd_ssl import files, locks
 from fkd_ssl.arrays import Float32Array, Int64Array

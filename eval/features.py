@@ -7,24 +7,26 @@ Legend: `B` images in a batch, `N` images in the set, `P` pixels, `D` feature di
 """
 
 import contextlib
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 from torch.utils.data import Dataset
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from fkd_ssl.arrays import Float32Array, Int64Array
 from fkd_ssl.crops import Records, centre, replay
 from fkd_ssl.data import Loader
 from fkd_ssl.errors import FkdError, ImageError, RequestError
 from fkd_ssl.eval import baselines
-from fkd_ssl.images import ImageSource
+from fkd_ssl.images import ImageSource, open_images
 from fkd_ssl.progress import bar_disabled
 
 Model = Callable[[torch.Tensor], torch.Tensor]
@@ -64,7 +66,7 @@ class Split:
 
 def extract(
     model: Model,
-    images: ImageSource,
+    images: str | Path | ImageSource,
     *,
     pixels: int,
     batch_size: int = 256,
@@ -79,8 +81,9 @@ def extract(
     must ensure that itself. No random state changes, so you can call it in the middle of a training.
 
     Args:
-        model: uint8 [B, 3, P, P] -> float [B, D].
-        images: Of any sizes.
+        model: uint8 [B, 3, P, P] -> float [B, D], such as `student.features`. For a network that takes normalised floats, use
+            fkd_ssl.features.
+        images: The image set, or an argument of `open_images`; images of any sizes.
         pixels: P, the side of the centre crop.
         batch_size: Images the model gets at once.
         workers: Processes that decode; 0 decodes in this one.
@@ -97,6 +100,7 @@ def extract(
         ImageError: An image is damaged, and is not left out, or all are.
         FkdError: The output of the model is not a finite [B, D] tensor of floats.
     """
+    images = open_images(images)
     features, rows = extract_rows(
         model, images, pixels=pixels, batch_size=batch_size, workers=workers, progress=progress, desc=desc, skipped=skipped
     )
@@ -151,7 +155,7 @@ def extract_rows(
         for views, indices in load(_Centred(images, pixels), rows, workers=workers, skipped=skipped):
             if not len(indices):
                 continue
-            got = shaped(model(views), indices)
+            got = shaped(_run(model, views), indices)
             if with_baselines:
                 got = torch.cat([got, baselines.features(views.to(got.device, non_blocking=True))], dim=1)
             copying.append((*_copy_to_host(got), indices))
@@ -162,6 +166,18 @@ def extract_rows(
     if features is None:
         raise ImageError(f"{images.spec}: none of its {len(images)} images can be read")
     return (features, np.arange(len(images))) if read.all() else (features[read], np.flatnonzero(read))
+
+
+def _run(model: Model, views: torch.Tensor) -> object:
+    try:
+        return model(views)
+    except (RuntimeError, TypeError) as error:
+        if re.search("unsigned char|byte|uint8", str(error), re.IGNORECASE):
+            raise FkdError(
+                f"the model cannot take uint8 [B, 3, P, P] ({error}); normalise them in it, or give a network of normalised "
+                "floats to fkd_ssl.features, knn or linear"
+            ) from error
+        raise
 
 
 def extract_split(

@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import Dataset
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from fkd_ssl.arrays import Float32Array, Int64Array
 from fkd_ssl.crops import RECIPES, draw, image_key

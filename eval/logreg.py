@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch.nn import functional
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from fkd_ssl.eval import held_out
 from fkd_ssl.eval.held_out import Weights

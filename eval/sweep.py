@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from fkd_ssl.eval import held_out
 from fkd_ssl.eval.held_out import Weights

@@ -33,7 +33,7 @@ def run(write: "Callable[[Any, int], Summary]", config: Any, *, log: Callable[[s
         ray: Any = importlib.import_module("ray")
     except ImportError as error:
         raise RequestError("--runner ray needs Ray: pip install 'fkd_ssl[ray]'") from error
-    from tqdm import tqdm
+    from tqdm.auto import tqdm
 
     from fkd_ssl.progress import bar_disabled
 

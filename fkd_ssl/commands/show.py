@@ -76,7 +76,7 @@ def work(config: Config) -> "Sheet":
 
 def sheet_of(config: Config, store: "Store") -> tuple[bytes, str]:
     """Draws the sheet as PNG; also returns a description of it."""
-    from tqdm import tqdm
+    from tqdm.auto import tqdm
 
     from fkd_ssl import sheet
     from fkd_ssl.commands.images import images_of

@@ -78,7 +78,7 @@ def _list(config: Config) -> int:
 
 
 def _fetch(config: Config, name: str) -> int:
-    from tqdm import tqdm
+    from tqdm.auto import tqdm
 
     from fkd_ssl import files
     from fkd_ssl.commands import console

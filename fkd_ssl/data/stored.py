@@ -1,6 +1,7 @@
 """Stored crops with their targets."""
 
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from fkd_ssl.data.crops import Crops
 from fkd_ssl.data.pixels import Batch
 from fkd_ssl.errors import ImageError, RequestError, StoreError
 from fkd_ssl.images import ImageSource, open_images
-from fkd_ssl.store import Store
+from fkd_ssl.store import Store, open_store
 
 
 class StoredCrops(Crops):
@@ -25,7 +26,7 @@ class StoredCrops(Crops):
     is used before any is used twice.
 
     Args:
-        store: An opened store.
+        store: An opened store, or its folder.
         images: The image set, or an argument of `open_images`. It may have more images than the store.
         crops_per_image: Number of crops per image M.
         pixels: P, the side of the crops. It may differ from the side that the teacher saw.
@@ -52,7 +53,7 @@ class StoredCrops(Crops):
 
     def __init__(
         self,
-        store: Store,
+        store: str | os.PathLike[str] | Store,
         images: str | Path | ImageSource,
         *,
         crops_per_image: int = 4,
@@ -67,7 +68,7 @@ class StoredCrops(Crops):
         decode_only: bool = False,
     ) -> None:
         opened = open_images(images)
-        self.store = store
+        self.store = store = store if isinstance(store, Store) else open_store(store)
         names = [column] if column is None or isinstance(column, str) else list(column)
         if len(set(names)) != len(names):
             raise RequestError(f"column {','.join(map(str, names))}: a column is named twice")

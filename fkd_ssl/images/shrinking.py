@@ -12,7 +12,7 @@ import cv2
 import numpy as np
 import simplejpeg
 from PIL import Image
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from fkd_ssl import files, progress
 from fkd_ssl.arrays import UInt8Array

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from fkd_ssl import files
 from fkd_ssl.arrays import Int64Array, UInt8Array

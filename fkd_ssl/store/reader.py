@@ -1,5 +1,6 @@
 """Reads a store: crop records and decoded targets by row. All files are treated as untrusted."""
 
+import os
 import re
 from collections.abc import Iterable
 from contextlib import suppress
@@ -19,6 +20,7 @@ from fkd_ssl.store import manifest as layout
 from fkd_ssl.store.listing import read_images, read_sidecar
 from fkd_ssl.store.shards import Index, ShardFiles
 from fkd_ssl.targets import TargetSpec, TeacherInfo
+from fkd_ssl.text import format_bytes
 
 _TEACHERS = "teacher-"  # prefix of the names of a teacher's arrays
 _MAX_NUMBER = 2.0**53
@@ -236,7 +238,7 @@ class Store:
         sizes: Byte size, width and height of each row's image.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
         self.manifest = layout.read_manifest(self.folder)
         self.paths, self.sizes = read_images(self.folder, self.manifest)
@@ -247,6 +249,16 @@ class Store:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (Store, (self.folder,))  # a worker process opens the files itself
+
+    def __fspath__(self) -> str:
+        return os.fspath(self.folder)
+
+    def __repr__(self) -> str:
+        columns = ", ".join(self.column_names) or "none yet"
+        return (
+            f"Store {self.folder}: {len(self.paths):,} images x {self.crops_per_image} crops, "
+            f"{format_bytes(files.total_bytes(self.folder))}; columns: {columns}"
+        )
 
     def __len__(self) -> int:
         """Number of images with stored crops: all images of finished shards, without those skipped as unreadable."""
@@ -401,6 +413,6 @@ class Store:
         return column.codec.decode(column.codes(row, index))
 
 
-def open_store(folder: str | Path) -> Store:
+def open_store(folder: str | os.PathLike[str]) -> Store:
     """Opens a store for reading. Raises NotFoundError if it does not exist, and StoreError if it is damaged."""
     return Store(folder)

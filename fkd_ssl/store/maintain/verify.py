@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from fkd_ssl import files
 from fkd_ssl.crops import CROP_DTYPE, Records, replay, replay_digest, well_formed

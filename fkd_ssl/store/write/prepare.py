@@ -6,7 +6,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from fkd_ssl import files
 from fkd_ssl.crops import CROP_DTYPE, IMPORTED, Recipe

@@ -11,7 +11,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
+from tqdm.auto import tqdm
 
 from fkd_ssl import files, locks
 from fkd_ssl.arrays import Float32Array, Int64Array, UInt8Array
