@@ -106,6 +106,9 @@ def _value(name: str, value: Any, pixels: int | None) -> Any:
     if len(value) == 2 and all(hasattr(one, "shape") for one in value):
         return Named(f"{OBJECT}arrays", value)
     parts = [_value(name, one, pixels) for one in value]
+    for k, part in enumerate(parts):
+        if isinstance(part, Named) and (before := sum(part == one for one in parts[:k])):  # two modules of one class
+            parts[k] = Named(f"{part}-{before + 1}", part.value, part.pixels)
     text = ",".join(map(str, parts))
     return Named(text, parts) if any(isinstance(part, Named) for part in parts) else text
 

@@ -30,7 +30,8 @@ class Result:
 
     def __repr__(self) -> str:
         notes = [f"note: {note}" for note in self.values.get("notes", [])]
-        return "\n".join([self.line, *notes, *([] if self.out is None else [f"written to {self.out}"])])
+        where = [] if self.out is None or str(self.out) in self.line else [f"written to {self.out}"]
+        return "\n".join([self.line, *notes, *where])
 
     def __fspath__(self) -> str:
         if self.out is None:

@@ -7,6 +7,8 @@ accept FEATURES.npy,LABELS.npy in place of images. Several processes started wit
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from fkd_ssl.errors import RequestError
+
 if TYPE_CHECKING:
     from fkd_ssl.results import Features
 
@@ -19,8 +21,8 @@ class Config:
     """A run folder, one of its .ckpt files, teacher:NAME, torchvision/NAME, timm/NAME, or module:function."""
     images: str
     """Folder of images, NAME:SPLIT:ROOT (cifar10:test:/data), or module:function."""
-    features: str
-    """Cache folder."""
+    features: str | None = None
+    """Cache folder; needed on the command line."""
     pixels: int | None = None
     """Side of the centre crop; by default the size that the model was trained at."""
     checkpoint: str | None = None
@@ -37,12 +39,14 @@ def run(config: Config) -> int:
     """Prints where the features are."""
     from fkd_ssl.commands import results
 
+    if config.features is None:
+        raise RequestError("--features is needed: the folder that keeps them")
     results.show(work(config), json=config.json)
     return 0
 
 
 def work(config: Config) -> "Features":
-    """Computes the missing features."""
+    """Computes the features, or reads them from the cache."""
     from pathlib import Path
 
     from fkd_ssl.commands import sources
@@ -52,12 +56,18 @@ def work(config: Config) -> "Features":
     images = images_of(config.images)
     model, pixels = sources.load_model(config)
     source = sources.features_of(model, pixels, config.images, images, config, "features")
-    entry = Path(config.features) / source.about["features"]
     count, dim = source.features.shape
+    entry = None if config.features is None else Path(config.features) / source.about["features"]
+    files = "" if entry is None else f"{entry / 'features.npy'},{entry / 'labels.npy'}: "
     counts = {"images": count, "unreadable_images": source.skipped, "feature_dim": dim}
     return Features(
-        line=f"{entry / 'features.npy'},{entry / 'labels.npy'}: {count} images, {dim} dimensions",
-        values={"kind": "features", "entry": str(entry), **counts, **sources.about_model(model, pixels)},
+        line=f"{files}{count} images, {dim} dimensions",
+        values={
+            "kind": "features",
+            "entry": None if entry is None else str(entry),
+            **counts,
+            **sources.about_model(model, pixels),
+        },
         out=entry,
         features=source.features,
         labels=source.labels,

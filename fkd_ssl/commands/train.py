@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from fkd_ssl.errors import ImageAccessError, ImageError, RequestError
 from fkd_ssl.options import Named
@@ -19,7 +19,7 @@ from fkd_ssl.text import format_duration
 from fkd_ssl.training.config import TrainConfig as Config
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
 
     from fkd_ssl.commands.training_data import TrainingData
     from fkd_ssl.images import ImageSource
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from fkd_ssl.students import Student
     from fkd_ssl.students.size import Size
 
+Weights: TypeAlias = "dict[str, Tensor]"
 MUCH_WAITING = 0.2  # share of the training time spent waiting for data, above which advice is printed
 
 
@@ -43,6 +44,7 @@ def work(config: Config) -> "Trained":
     from fkd_ssl import runs
     from fkd_ssl.commands import console, resolve, training_data
     from fkd_ssl.commands.images import images_of
+    from fkd_ssl.commands.initial import initial_weights
     from fkd_ssl.students import check_student, measure
     from fkd_ssl.training import defaults
     from fkd_ssl.training.engine import total_steps, train
@@ -53,8 +55,10 @@ def work(config: Config) -> "Trained":
     images = images_of(config.images)
     data = training_data.open_data(given, images)
     config = data.config
+    if isinstance(config.student, Named):
+        config = replace(config, student=Named(config.student, config.student.value, config.pixels))
     check_student(config.student, config.pixels, head=config.head, stem=config.stem, width=config.width)
-    init = None if config.init is None else resolve.student_of(config.init, "--init")[0]
+    init = initial_weights(config)
     inputs = None if rank else _inputs(config, images, data, init)
     state = runs.peek(config.out, config, inputs)
     if state == "done":
@@ -146,22 +150,22 @@ def _pin_defaults(config: Config) -> Config:
     return replace(config, column=name if isinstance(name, str) else None)
 
 
-def _inputs(config: Config, images: "ImageSource", data: "TrainingData", init: "Student | None") -> dict[str, str]:
+def _inputs(config: Config, images: "ImageSource", data: "TrainingData", init: "Weights | None") -> dict[str, str]:
     """The digests of what the run reads."""
     from fkd_ssl.commands.images import images_of
-    from fkd_ssl.teachers.state_dicts import weights_digest
+    from fkd_ssl.teachers.state_dicts import tensors_digest, weights_digest
 
     inputs = images.identity(sizes=not config.store) | data.inputs
     if isinstance(config.student, Named):
         inputs["student"] = f"sha256 {weights_digest(config.student.value)}"
     if init is not None:
-        inputs["init"] = f"sha256 {weights_digest(init)}"
+        inputs["init"] = f"sha256 {tensors_digest(init)}"
     if config.val is not None:
         inputs |= images_of(config.val).identity("val images")
     return inputs
 
 
-def _check(config: Config, images: "ImageSource", data: "TrainingData", init: "Student | None", world: int) -> "Student":
+def _check(config: Config, images: "ImageSource", data: "TrainingData", init: "Weights | None", world: int) -> "Student":
     """Makes the initial student; raises RequestError for what would fail later, before the run folder is created."""
     from fkd_ssl.eval.classify import check_classes
     from fkd_ssl.students import Student

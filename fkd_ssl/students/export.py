@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fkd_ssl import files
 from fkd_ssl.errors import RequestError
+from fkd_ssl.options import OBJECT
 from fkd_ssl.students.backbones import AUXILIARY, REACTNETS, TIMM, has_dynamic_size, last_layer, make_backbone
 from fkd_ssl.students.heads import CLASSIFIER
 from fkd_ssl.students.saved import EXPORTED, LAST_LAYER, STUDENT_KEY
@@ -63,13 +64,20 @@ def export(student: Student, path: Path, *, layout: Layout | None, pixels: int) 
 
 
 def library(name: str) -> str:
-    """The library of a student's network: torchvision, timm or fkd_ssl."""
-    return "fkd_ssl" if name in REACTNETS else "timm" if name.startswith(TIMM) else "torchvision"
+    """The library of a student's network: torchvision, timm, or fkd_ssl for others."""
+    return "fkd_ssl" if name in REACTNETS or name.startswith(OBJECT) else "timm" if name.startswith(TIMM) else "torchvision"
 
 
 def loading_code(spec: dict[str, Any], path: Path) -> str:
     """A line of Python code that loads an exported file into the library's network."""
     name, classes = str(spec["name"]), spec.get("dim")
+    if name.startswith(OBJECT):
+        load = (
+            'fkd_ssl.load_student("{}", backbone=network)'
+            if classes
+            else 'network.load_state_dict(safetensors.torch.load_file("{}"))'
+        )
+        return f"{load.format(path)}  # network: a {name.removeprefix(OBJECT)}"
     unusual = set(spec) - {"name", "head", "dim", LAST_LAYER}  # a stem or width that the library does not have
     foreign = spec.get(LAST_LAYER) == _OWN_LAST  # the library's network lacks this last layer
     if unusual or foreign or name in REACTNETS or name.startswith("mnasnet"):  # whose layers ask for a version that no file has
@@ -99,7 +107,7 @@ def _translated(student: Student, layout: Layout, weights: dict[str, Tensor]) ->
         bare = name.removeprefix(TIMM).partition(".")[0]
         other = {theirs: ours for ours, theirs in _TWINS.items()}.get(bare, bare)
     refused = f"layout {layout}: {layout} has no network identical to {name}; leave out --layout"
-    if name in REACTNETS:
+    if library(name) == "fkd_ssl":
         raise RequestError(refused)
     try:
         twin, _ = make_backbone(other, stem=student.spec.get("stem", "standard"), width=student.spec.get("width", 1.0))

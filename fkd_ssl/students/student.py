@@ -1,5 +1,6 @@
 """A student: a backbone and one projection head per teacher."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -57,18 +58,19 @@ class Student(nn.Module):
         features: Tensor = self.backbone((images - self.mean) / self.std)
         return features
 
-    def start_from(self, other: "Student") -> None:
-        """Copies the weights of a student with the same backbone, and those of its heads if their shapes are equal.
+    def start_from(self, given: Mapping[str, Tensor]) -> None:
+        """Copies the weights of a backbone, and those of heads whose shapes are equal, by the names of a student's state_dict.
 
         Raises:
             RequestError: The backbones differ.
         """
-        own, given = self.state_dict(), other.state_dict()
+        own = self.state_dict()
         taken = {key: value for key, value in given.items() if key in own and own[key].shape == value.shape}
         backbone = {key for key in (*own, *given) if key.startswith("backbone.")}
         if absent := sorted(backbone - taken.keys()):
             raise RequestError(
-                f"init: {other.spec} cannot start {self.spec}: their {absent[0]!r} differ; give one of the same network"
+                f"init: the weights of another student cannot start {self.spec}: their {absent[0]!r} differ; give one of the "
+                "same network"
             )
         self.load_state_dict({**own, **taken})
 

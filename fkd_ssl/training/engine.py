@@ -1,7 +1,7 @@
 """Training of a student, with the same code for stored and online targets."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,7 @@ def train(
     embeds: Sequence[Callable[[Tensor], Tensor]] | None = None,
     recordings: Sequence[Recording | None] | None = None,
     score: Score | None = None,
-    init: Student | None = None,
+    init: Mapping[str, Tensor] | None = None,
     logger: Logger | None = None,
     inputs: runs.Inputs | None = None,
 ) -> dict[str, Any]:
@@ -104,7 +104,7 @@ def train(
         recordings: Recordings that write each online teacher's targets to a store; `data` must then be RecordingCrops. None for
             a teacher whose targets are already stored; empty in all processes except the first.
         score: Returns the kNN accuracy in percent of a student in eval mode.
-        init: Student with the initial weights.
+        init: The initial weights; see `Student.start_from`.
         logger: Also receives the lines of metrics.csv.
         inputs: Inputs of the run; see `runs.Inputs`. If None, they are not compared with the checkpoint's.
 

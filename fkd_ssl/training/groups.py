@@ -211,7 +211,8 @@ class StudentConfig:
     width: float = 1.0
     """Multiplier of the number of channels, for reactnet and torchvision's mobilenets."""
     init: str | None = None
-    """Run, checkpoint or exported file with the initial weights; reactnet can start from a reactnet_step1."""
+    """Initial weights: a run, a checkpoint or an exported file; a state_dict of torchvision or timm (.pth, .safetensors), whose
+    classifier is ignored. reactnet can start from a reactnet_step1."""
 
     PATHS: ClassVar[tuple[str, ...]] = ("init",)
 
