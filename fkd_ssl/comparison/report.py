@@ -295,8 +295,11 @@ def _notes(results: dict[str, Any]) -> list[str]:
 
 
 def _size(results: dict[str, Any], store: dict[str, Any]) -> str:
-    each = store["bytes"] / (results["images"] * store["crops"])
-    return f"{format_bytes(store['bytes'])}, {store['crops']} crops per image, {each:.0f} bytes per crop"
+    count = store["crops"]
+    each = (
+        f"{count} crop{'s' if count > 1 else ''} per image, {store['bytes'] / (results['images'] * count):.0f} bytes per crop"
+    )
+    return f"{format_bytes(store['bytes'])}, {each}"
 
 
 def _commands(results: dict[str, Any]) -> list[str]:

@@ -254,7 +254,7 @@ def test_stores_of_several_sizes_are_drawn(tmp_path: Path) -> None:
     results["differences"].append(pair("stored:C=1", "stored", (-10.0, -12.0, -8.0), (-1.0, -2.0, 0.5)))
     text = report.write(results, tmp_path)
     assert "| stored:C=1 minus stored | kNN | -10.00 | -12.00 to -8.00 | worse |\n" in text
-    assert "- Store of stored:C=1: 180.0 kB, 1 crops per image, 150 bytes per crop.\n" in text
+    assert "- Store of stored:C=1: 180.0 kB, 1 crop per image, 150 bytes per crop.\n" in text
     assert (tmp_path / "stores.png").read_bytes().startswith(b"\x89PNG")
     assert "(stores.png)" in (tmp_path / "report.md").read_text()
 
