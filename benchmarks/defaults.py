@@ -21,7 +21,7 @@ from fkd_ssl.images import scan
 
 ARMS: dict[str, list[str | float]] = {
     "defaults": [],
-    "S2-BNN's options": ["--batch_size", 256, "--lr", 3e-4, "--warmup_epochs", 0],
+    "s2bnn": ["--batch_size", 256, "--lr", 3e-4, "--warmup_epochs", 0],
 }
 
 
@@ -62,7 +62,7 @@ def rows_of(args: argparse.Namespace, spec: str, epochs: float, crops: int) -> l
         for seed in range(args.seeds):
             command: list[Any] = ["train", "--images", train, "--store", out / "store", "--val", val, "--knn_every", epochs]
             command += ["--student", args.student, "--epochs", epochs, "--workers", args.workers, "--seed", seed, *options]
-            runs.append(results_of(out / f"{arm.split()[0]}-seed{seed}", *command))
+            runs.append(results_of(out / f"{arm}-seed{seed}", *command))
         config, scores = runs[0]["config"], [run["knn_top1"] for run in runs]
         deviation = f" ± {statistics.stdev(scores):.2f}" if len(scores) > 1 else ""
         cells = [f"{Path(folder).name}, {images:,} images, {epochs:g} epochs", arm]
