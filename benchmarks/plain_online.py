@@ -50,6 +50,9 @@ def student_of(name: str, dim: int) -> tuple[nn.Module, nn.Module]:
     network: Any = models.get_model(name, weights=None)
     features = network.classifier[0].in_features
     network.classifier = nn.Identity()
+    for part in network.modules():
+        if isinstance(part, nn.BatchNorm2d):
+            part.momentum = 0.1  # as in ours: MobileNetV3's 0.01 is too slow for a short training
     return network, nn.Sequential(nn.Linear(features, features), nn.ReLU(), nn.Linear(features, dim))
 
 
