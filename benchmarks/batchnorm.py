@@ -85,6 +85,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=float, default=10)
     parser.add_argument("--batch_size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=1e-2)
+    parser.add_argument("--warmup_epochs", type=float, default=0)
     parser.add_argument("--crops_per_image", type=int, default=4)
     parser.add_argument("--counts", nargs="+", type=int, default=[2048, 8192], help="stored crops that are read again")
     parser.add_argument("--seed", type=int, default=0)
@@ -93,13 +94,13 @@ def main() -> None:
 
     images, val, store = open_images(str(args.images)), open_images(str(args.val)), open_store(args.store)
     pixels = store.column().meta.teacher.pixels
-    shared = {name: getattr(args, name) for name in ("epochs", "batch_size", "lr", "crops_per_image", "seed", "student")}
+    given = ("epochs", "batch_size", "lr", "warmup_epochs", "crops_per_image", "seed", "student")
+    shared = {name: getattr(args, name) for name in given}
     config = TrainConfig(
         images=str(args.images),
         store=str(args.store),
         out=str(args.out),
         pixels=pixels,
-        warmup_epochs=args.epochs / 30,
         **shared,
     )
     options: dict[str, Any] = {"pixels": pixels, "seed": args.seed}
