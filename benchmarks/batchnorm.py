@@ -4,8 +4,8 @@ r"""kNN of one short training under several estimates of BatchNorm's statistics.
 
 Train mode does not read running statistics, so one training serves all estimates. While it runs, the script keeps running
 statistics with torchvision's momentum of MobileNetV3 (0.01), with a momentum at which the initial values have a weight of 1e-4
-at the end, and with the library's 0.1. After it, it computes the exact statistics of the final weights over stored crops that
-it reads again (as torch.optim.swa_utils.update_bn does). Prints the kNN accuracy of each.
+at the end, and with the library's 0.1. Then it estimates the statistics of the final weights again on other stored crops, several
+times: with a momentum of 0.1, and as exact averages (as torch.optim.swa_utils.update_bn). Prints the kNN accuracy of each.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -63,16 +64,22 @@ class Tracked(Student):
                     value.lerp_(new, momentum)
 
 
-def estimate_again(student: Tracked, data: StoredCrops, count: int, batch_size: int) -> None:
-    """Replaces the running statistics by those over `count` stored crops of different images."""
-    rows = [(k // len(data), k * len(data) // count % len(data)) for k in range(count)]
+def estimate_again(student: Tracked, data: StoredCrops, crops: int, batch_size: int, momentum: float | None, seed: int) -> None:
+    """Estimates the running statistics of the final weights on stored crops of random images, in train mode.
+
+    A momentum of None is the cumulative average of torch.optim.swa_utils.update_bn.
+    """
     for norm in student.norms().values():
-        norm.reset_running_stats()
-        norm.momentum = None  # a cumulative average
+        norm.momentum = momentum
+        if momentum is None:
+            norm.reset_running_stats()
+    order = np.random.default_rng(seed).permutation(len(data))
+    images = batch_size // data.crops_per_image
     student.train()
     with torch.no_grad():
-        for first in range(0, count - batch_size + 1, batch_size):
-            student.features(whole_batch(data.__getitems__(rows[first : first + batch_size]))["images"])
+        for first in range(0, crops // data.crops_per_image - images + 1, images):
+            rows = [(1, int(k)) for k in order[np.arange(first, first + images) % len(data)]]
+            student.features(whole_batch(data.__getitems__(rows))["images"])
     student.eval()
 
 
@@ -87,7 +94,8 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-2)
     parser.add_argument("--warmup_epochs", type=float, default=0)
     parser.add_argument("--crops_per_image", type=int, default=4)
-    parser.add_argument("--counts", nargs="+", type=int, default=[2048, 8192], help="stored crops that are read again")
+    parser.add_argument("--counts", nargs="+", type=int, default=[512, 2048], help="stored crops that are read again")
+    parser.add_argument("--draws", type=int, default=3, help="repetitions of the estimates on the final weights")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", required=True, type=Path)
     args = parser.parse_args()
@@ -117,14 +125,20 @@ def main() -> None:
         result = knn.evaluate(model=student.features, train=images, val=val, pixels=pixels, workers=1, progress=False)
         return round(float(result["top1"]), 2)
 
-    scores = {"momentum 0.1": score()}
+    final, scores = student.statistics(), {"momentum 0.1": score()}
     for momentum, statistics in student.kept.items():
         student.use(statistics)
         scores[f"momentum {momentum:.3g}"] = score()
-    for count in args.counts:
-        estimate_again(student, StoredCrops(store, images, crops_per_image=1, **options), count, args.batch_size)
-        scores[f"{count:,} crops read again"] = score()
-    print(json.dumps({"steps": steps, "knn_top1": scores}, indent=2))
+    student.use(final)
+    apart = StoredCrops(store, images, crops_per_image=1, **options)
+    again: dict[str, list[float]] = {}
+    for seed in range(args.draws):
+        estimate_again(student, data, 40 * args.batch_size, args.batch_size, 0.1, seed)
+        again.setdefault("momentum 0.1, over 40 other batches", []).append(score())
+        for count in args.counts:
+            estimate_again(student, apart, count, args.batch_size, None, seed)
+            again.setdefault(f"{count:,} crops read again", []).append(score())
+    print(json.dumps({"steps": steps, "knn_top1": scores, "estimated_again": again}, indent=2))
 
 
 if __name__ == "__main__":
