@@ -4,8 +4,9 @@ r"""kNN of one short training under several estimates of BatchNorm's statistics.
 
 Train mode does not read running statistics, so one training serves all estimates. While it runs, the script keeps running
 statistics with torchvision's momentum of MobileNetV3 (0.01), with a momentum at which the initial values have a weight of 1e-4
-at the end, and with the library's 0.1. Then it estimates the statistics of the final weights again on other stored crops, several
-times: with a momentum of 0.1, and as exact averages (as torch.optim.swa_utils.update_bn). Prints the kNN accuracy of each.
+at the end, and with the library's 0.1. Then it estimates the statistics of the final weights again on other stored crops,
+several times: with a momentum of 0.1, and as exact averages (as torch.optim.swa_utils.update_bn). Prints the kNN accuracy of
+each.
 """
 
 import argparse
@@ -94,7 +95,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-2)
     parser.add_argument("--warmup_epochs", type=float, default=0)
     parser.add_argument("--crops_per_image", type=int, default=4)
-    parser.add_argument("--counts", nargs="+", type=int, default=[512, 2048], help="stored crops that are read again")
+    parser.add_argument("--counts", nargs="+", type=int, default=[2048], help="stored crops that are read again")
     parser.add_argument("--draws", type=int, default=3, help="repetitions of the estimates on the final weights")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", required=True, type=Path)
