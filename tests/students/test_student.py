@@ -5,7 +5,9 @@ import torch
 from torch import nn
 
 from fkd_ssl.errors import RequestError
+from fkd_ssl.options import Named
 from fkd_ssl.students import Student, make_backbone
+from fkd_ssl.students.backbones import MOMENTUM
 
 # one of most families, the smallest that there is
 DIMS = {
@@ -59,6 +61,13 @@ def test_running_statistics_forget_their_initial_values_within_fifty_steps(name:
             backbone(images)
     for path, mean in means.items():  # the batch mean, as the initial values are 0
         torch.testing.assert_close(backbone.get_buffer(f"{path}.running_mean"), mean, rtol=0.01, atol=1e-6)
+
+
+def test_a_module_of_the_users_gets_the_momentum_in_a_copy() -> None:
+    own = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, momentum=0.01), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    backbone, dim = make_backbone(Named("object:Sequential", own, 32))
+    assert dim == 4
+    assert [part.momentum for part in (backbone[1], own[1])] == [MOMENTUM, 0.01]  # type: ignore[index]
 
 
 def test_the_output_is_normalised_and_of_the_targets_dimension() -> None:
