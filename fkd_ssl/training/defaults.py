@@ -2,12 +2,12 @@
 
 | images | `batch_size` | `lr` of adam and adamw | `warmup_epochs` |
 |---|---|---|---|
-| up to 50,000 | 128 | by objective, see `RATES` | a thirtieth of the epochs |
+| up to 50,000 | 128 | 3e-3; 1e-3 with relational | a thirtieth of the epochs |
 | more | 256 | 3e-4 | 0 |
 
 S2-BNN's values (256, 3e-4, no warm-up) are for ImageNet, where 100 epochs are 500,000 steps. A few thousand images give a few
-thousand steps. They need smaller batches, so that there are more steps, and a higher learning rate, which was measured for each
-objective on 7,000 images (docs/results/defaults.md). An image is at most once in a batch, so tiny sets have smaller batches.
+thousand steps. They need smaller batches, so that there are more steps, and a higher learning rate (docs/results/defaults.md,
+students.md). An image is at most once in a batch, so tiny sets have smaller batches.
 `pixels` is the side of the teacher's crops.
 """
 
@@ -21,16 +21,10 @@ SMALL = 50_000
 """Number of images up to which a set is small."""
 PIXELS = 224
 """Side of the crops of a training without a teacher."""
-RATES = {
-    "feature_kl": 1e-2,
-    "cosine": 3e-3,
-    "queue_kl": 3e-3,
-    "prototype_ce": 3e-3,
-    "relational": 1e-3,
-    "soft_ce": 3e-3,
-    "discriminator": 3e-3,
-}
-"""Learning rate of Adam on small sets by objective; a sum uses the smallest rate of its terms."""
+RATE = 3e-3
+"""Learning rate of Adam on small sets."""
+RATES = {"relational": 1e-3}
+"""The same for objectives that need another one; a sum of objectives uses the smallest rate of its terms."""
 FEW_STEPS = 500
 """Number of steps below which a training is reported as too short."""
 _NAMES = ("pixels", "batch_size", "lr", "warmup_epochs")
@@ -88,4 +82,4 @@ def _batch_size(config: Any, images: int, crops: int) -> int:
 
 
 def _rate(config: Any) -> float:
-    return min(RATES.get(term.name, min(RATES.values())) for term in parse(config.objective))
+    return min(RATES.get(term.name, RATE) for term in parse(config.objective))

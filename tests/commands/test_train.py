@@ -115,12 +115,12 @@ def test_what_is_left_out_follows_from_the_data(work: Path, call: Any) -> None:
     broken_off(call, line, step=1)
     values = yaml.safe_load((work / "run/config.yaml").read_text())
     assert {name: values["data"][name] for name in ("pixels", "batch_size")} == {"pixels": 32, "batch_size": 36}
-    assert {name: values["optimizer"][name] for name in ("lr", "warmup_epochs")} == {"lr": 1e-2, "warmup_epochs": 0.1}
+    assert {name: values["optimizer"][name] for name in ("lr", "warmup_epochs")} == {"lr": 3e-3, "warmup_epochs": 0.1}
     status, _, err = call(line)
     assert status == 0
-    assert "defaults for 18 images and feature_kl: pixels 32, batch_size 36, lr 0.01, warmup_epochs 0.1\n" in err
+    assert "defaults for 18 images and feature_kl: pixels 32, batch_size 36, lr 0.003, warmup_epochs 0.1\n" in err
     assert "warning: a training of 2 steps is short (fewer than 500)" in err
-    again = call(f"{line} --pixels 32 --batch_size 36 --lr 0.01 --warmup_epochs 0.1")
+    again = call(f"{line} --pixels 32 --batch_size 36 --lr 0.003 --warmup_epochs 0.1")
     assert "run: this run is done" in again.err
 
 
@@ -153,7 +153,7 @@ def test_another_config_is_refused(work: Path, call: Any, train_line: str) -> No
     before = contents(work / "run")
     status, out, err = call(f"{train_line} --out run --lr 0.5")
     assert (status, out) == (2, "")
-    assert "run: holds a run of another config (lr is 0.01 there, 0.5 here); choose another --out" in err
+    assert "run: holds a run of another config (lr is 0.003 there, 0.5 here); choose another --out" in err
     assert contents(work / "run") == before
 
 

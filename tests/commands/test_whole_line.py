@@ -89,7 +89,7 @@ def test_compare(work: Path, call: Any) -> None:
 
     status, _, err = call(f"{line} --lr 0.1")
     assert status == 2
-    assert "cmp: holds a run of another config (lr is 0.01 there, 0.1 here)" in err
+    assert "cmp: holds a run of another config (lr is 0.003 there, 0.1 here)" in err
 
     (work / "cmp/results.json").unlink()  # killed before the end: finished parts are not run again
     assert call(line).status == 0
