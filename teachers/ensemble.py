@@ -40,7 +40,7 @@ class Ensemble(Teacher):
             if member.info.pixels != first.pixels:
                 raise RequestError(
                     f"teacher {names}: {first.name} sees {first.pixels} px and {member.info.name} {member.info.pixels} px; "
-                    "store a column of each with --codec full (--teacher A,B), and average them: fkd-ssl recode --name A,B"
+                    "store a column of each with --codec full (--teacher A,B), and average them: fkd-ssl recode --column A,B"
                 )
         digests = [member.info.checkpoint_sha256 for member in members]
         known = None if None in digests else hashlib.sha256(" ".join(map(str, digests)).encode()).hexdigest()
