@@ -1,5 +1,8 @@
 """The order of images: every image once per pass, nothing dropped or padded, any step computed on its own."""
 
+from typing import Any
+
+import numpy as np
 import pytest
 
 from fkd_ssl.data.sampler import PassSampler, permutation
@@ -79,3 +82,56 @@ def test_processes_that_do_not_divide_the_batch_are_refused() -> None:
 
 
 GOLDEN: list[list[int]] = [[5, 2, 1, 4, 7, 6, 3, 0], [4, 7, 0, 1, 2, 6, 5, 3]]
+
+
+# groups
+
+
+GROUPS = np.repeat(np.arange(7), [10, 3, 8, 1, 12, 6, 9])  # 49 images
+
+
+def grouped(**options: Any) -> PassSampler:
+    return PassSampler(49, 7, 28, seed=5, groups=GROUPS, **options)
+
+
+@pytest.mark.parametrize("mix", [1, 2, 3, 7])
+def test_each_pass_reads_every_image_once_and_few_groups_at_a_time(mix: int) -> None:
+    pairs = flat(grouped(mix=mix))
+    for p in range(4):
+        images = [i for pass_, i in pairs if pass_ == p]
+        assert sorted(images) == list(range(49))
+        order = list(dict.fromkeys(GROUPS[images].tolist()))
+        windows = [set(order[k : k + mix]) for k in range(0, 7, mix)]
+        at = 0
+        for window in windows:  # the images of each window of groups are together
+            size = int(np.isin(GROUPS, list(window)).sum())
+            assert set(GROUPS[images[at : at + size]].tolist()) == window
+            at += size
+        assert mix == 1 or order != sorted(order)
+    first, second = ([i for pass_, i in pairs if pass_ == p] for p in (0, 1))
+    assert first != second
+
+
+def test_the_images_of_mixed_groups_are_in_random_order() -> None:
+    images = [i for _, i in flat(grouped(mix=7))]
+    changes = np.count_nonzero(np.diff(GROUPS[images]))
+    assert changes > 0.7 * len(images)  # 0.83 for independent draws
+    assert images == [i for _, i in flat(PassSampler(49, 7, 28, seed=5))]  # all groups at once: the order without groups
+
+
+def test_a_grouped_batch_is_a_function_of_seed_and_step_and_is_shared_by_ranks() -> None:
+    whole = grouped(mix=2)
+    again = grouped(mix=2)
+    assert [again.batch(step) for step in reversed(range(28))] == list(whole)[::-1]
+    ranks = [list(grouped(mix=2, rank=rank, world=7)) for rank in range(7)]
+    assert [[batch[0] for batch in step] for step in zip(*ranks, strict=True)] == list(whole)
+
+
+def test_groups_are_announced_before_they_are_read() -> None:
+    announced: list[int] = []
+    sampler = PassSampler(490, 7, 400, seed=0, groups=np.repeat(np.arange(70), 7), mix=3, expect=announced.extend)
+    batches = iter(sampler)
+    for _ in range(150):
+        next(batches)
+    late = {i // 7 for step in range(100, 250) for _, i in sampler.batch(step)}
+    assert set(announced) == late

@@ -79,7 +79,7 @@ def _stored(config: TrainConfig, images: ImageSource, store: Store | None) -> Tr
     assert store is not None  # by TrainConfig
     columns = split(config.column)
     first = store.column(columns[0] if columns else None)
-    config = defaults.resolve(config, images=len(store), pixels=first.meta.teacher.pixels)
+    config = defaults.resolve(config, images=len(store), pixels=first.meta.teacher.pixels, mix_groups=images.mix_groups)
     crops = StoredCrops(store, images, column=columns or None, scale_boxes=config.scale_boxes, **_crop_options(config))
     return TrainingData(
         config=config,
@@ -95,7 +95,9 @@ def _labels(config: TrainConfig, images: ImageSource, store: Store | None) -> Tr
     check_classes(images, len(images.classes))
     require_two_classes(images)
     seen = [store.column(name).meta.teacher.pixels for name in store.column_names] if store else []
-    config = defaults.resolve(config, images=len(store or images), pixels=(*seen, defaults.PIXELS)[0])
+    config = defaults.resolve(
+        config, images=len(store or images), pixels=(*seen, defaults.PIXELS)[0], mix_groups=images.mix_groups
+    )
     return TrainingData(
         config=config,
         crops=_crops_without_targets(config, images, store),

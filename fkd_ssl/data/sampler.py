@@ -1,6 +1,7 @@
 """The order of images: an endless sequence of permutations, cut into equal batches; it depends only on seed and step."""
 
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 
 import numpy as np
@@ -10,6 +11,8 @@ from fkd_ssl.arrays import Int64Array
 from fkd_ssl.crops import image_key
 
 Pairs = list[tuple[int, int]]
+_ORDERS = 4  # orders of passes that are kept
+_AHEAD = 100  # steps between the call of `expect` and the reading
 
 
 class PassSampler(Sampler[Pairs]):
@@ -17,6 +20,9 @@ class PassSampler(Sampler[Pairs]):
 
     The permutations of all passes are concatenated and cut into global batches; each rank takes every `world`-th image of a
     batch. Nothing is dropped or padded, and the batch of any step can be computed without the batches before it.
+
+    With `groups`, the groups come in a random order, and the images of `mix` groups at a time are mixed. A pass then reads, or
+    fetches, each file that holds many images about once.
 
     In the last `single` steps a batch has one crop per image instead of M, and so M times as many images. A pass is then one
     crop of each image, and passes are numbered as if all earlier passes had one crop too, so that pass p reads crop p.
@@ -31,6 +37,9 @@ class PassSampler(Sampler[Pairs]):
         parts: Number of parts that a step's batch is split into.
         single: Number of steps at the end with one crop per image, for a data set that reads such passes (`fkd-ssl train`).
         crops_per_image: M; used only if `single` is positive.
+        groups: Group of each image [N], see `ImageSource.group`. Default: all images are mixed.
+        mix: Number of groups that are mixed; used only with `groups`.
+        expect: Called with the groups that are read soon, see `ImageSource.expect`.
 
     Attributes:
         start: The step that iteration starts from, for a resumed training.
@@ -48,6 +57,9 @@ class PassSampler(Sampler[Pairs]):
         parts: int = 1,
         single: int = 0,
         crops_per_image: int = 1,
+        groups: Int64Array | None = None,
+        mix: int = 1,
+        expect: Callable[[Iterable[int]], None] | None = None,
     ) -> None:
         self.length = length
         self.batch_images = batch_images
@@ -56,6 +68,10 @@ class PassSampler(Sampler[Pairs]):
         self.parts = parts
         self.first_single_step = steps - single
         self.crops_per_image = crops_per_image
+        self.groups = groups
+        self.mix = mix
+        self.expect = expect
+        self._orders: OrderedDict[int, Int64Array] = OrderedDict()
         self.start = 0
         self.set_rank(rank, world)
 
@@ -73,6 +89,8 @@ class PassSampler(Sampler[Pairs]):
 
     def __iter__(self) -> Iterator[Pairs]:
         for step in range(self.start, self.steps):
+            if self.expect is not None and self.groups is not None and step + _AHEAD < self.steps:
+                self.expect(dict.fromkeys(int(self.groups[i]) for _, i in self.batch(step + _AHEAD)))
             batch = self.batch(step)
             size = len(batch) // self.parts
             yield from (batch[first : first + size] for first in range(0, len(batch), size))
@@ -88,7 +106,17 @@ class PassSampler(Sampler[Pairs]):
             size *= self.crops_per_image
             first, before = (step - self.first_single_step) * size, self._first_single
         split = (divmod(position, self.length) for position in range(first + self.rank, first + size, self.world))
-        return [(before + p, int(permutation(self.seed, before + p, self.length)[k])) for p, k in split]
+        return [(before + p, int(self._order(before + p)[k])) for p, k in split]
+
+    def _order(self, pass_: int) -> Int64Array:
+        """The order of the images in a pass: int64 [N]."""
+        if self.groups is None:
+            return permutation(self.seed, pass_, self.length)
+        if pass_ not in self._orders:
+            self._orders[pass_] = mixed(permutation(self.seed, pass_, self.length), self.groups, self.mix)
+            while len(self._orders) > _ORDERS:
+                self._orders.popitem(last=False)
+        return self._orders[pass_]
 
     @property
     def _first_single(self) -> int:
@@ -96,7 +124,18 @@ class PassSampler(Sampler[Pairs]):
         return -(-self.first_single_step * self.batch_images // self.length) * self.crops_per_image
 
 
-@lru_cache(maxsize=4)
+def mixed(order: Int64Array, groups: Int64Array, mix: int) -> Int64Array:
+    """Rearranges a random order of images so that `mix` groups at a time come together, in random order: int64 [N].
+
+    Groups come in the order of their first images. With at least as many groups mixed as there are, nothing changes.
+    """
+    _, first, inverse = np.unique(groups[order], return_index=True, return_inverse=True)
+    rank = np.empty(len(first), dtype=np.int64)
+    rank[np.argsort(first)] = np.arange(len(first))
+    return order[np.argsort(rank[inverse] // mix, kind="stable")]
+
+
+@lru_cache(maxsize=_ORDERS)
 def permutation(seed: int, pass_: int, length: int) -> Int64Array:
     """The order of `length` images in a pass: int64 [length], from sorting raw output of Philox."""
     key = int.from_bytes(image_key(seed, f"pass {pass_}"), "little")

@@ -25,6 +25,7 @@ _PIECE = 2**23  # bytes of a request
 _TRIES, _PAUSE = 5, 0.5  # attempts of a request; seconds before the second, doubled before each further one
 _ABANDONED = 3600  # seconds since the last write, after which a partly fetched file is removed
 _LISTERS = 16  # threads that ask for sizes
+_MIXED = 16  # files whose images a training mixes by default
 _AHEAD = 2  # files that are fetched ahead of need, at a time
 _VERSIONS = ("ETag", "etag", "md5Hash", "LastModified", "last_modified", "mtime", "created")
 _SECRET = re.compile("sig|token|key|secret|password|credential", re.IGNORECASE)
@@ -100,6 +101,11 @@ class RemoteShard:
     @cached_property
     def _kept(self) -> Path:
         return fetched_folder() / files.sha256(self.stamp()[0].encode())
+
+    @property
+    def is_fetched(self) -> bool:
+        """Whether the file is in the cache folder."""
+        return self._kept.exists()
 
     def open(self) -> BinaryIO:
         """Opens the fetched file. Raises ImageAccessError if it cannot be fetched, or has changed since it was listed."""
@@ -269,23 +275,32 @@ def _first_line(problem: object) -> str:
 
 
 class Prefetcher:
-    """Fetches remote files ahead of need, in threads of this process."""
+    """Fetches remote files ahead of need, in threads of this process.
+
+    Attributes:
+        mix: Number of files whose images a training mixes by default; 0 if all are local.
+    """
 
     def __init__(self, shards: Sequence[Shard]) -> None:
         self._shards = shards
-        self._begun: set[int] = set()
+        self._fetching: set[int] = set()
+        self.mix = _MIXED if any(isinstance(shard, RemoteShard) for shard in shards) else 0
         self._process = os.getpid()
         self._pool: ThreadPoolExecutor | None = None
 
     def expect(self, numbers: Iterable[int]) -> None:
-        """Begins to fetch these files, in order, unless that was begun before."""
+        """Begins to fetch these files, in order, unless they are there."""
+        if not self.mix:
+            return
         if self._pool is None or self._process != os.getpid():
             self._pool, self._process = ThreadPoolExecutor(_AHEAD, thread_name_prefix="fetch"), os.getpid()
         for number in numbers:
-            if number not in self._begun and isinstance(self._shards[number], RemoteShard):
-                self._begun.add(number)
+            shard = self._shards[number]
+            if number not in self._fetching and isinstance(shard, RemoteShard) and not shard.is_fetched:
+                self._fetching.add(number)
                 self._pool.submit(self._fetch, number)
 
     def _fetch(self, number: int) -> None:
         with suppress(Exception):  # raised again where the file is read
             self._shards[number].open().close()
+        self._fetching.discard(number)

@@ -51,7 +51,10 @@ class ImageSource(ABC):
         labels: int64 [N].
         classes: As given.
         notes: Lines that the user should see, such as what was left out.
+        mix_groups: Number of groups whose images a training mixes by default; 0 mixes all images.
     """
+
+    mix_groups = 0
 
     def __init__(self, spec: str, names: Iterable[str] | bytes, labels: npt.ArrayLike, classes: list[str]) -> None:
         self.spec = spec
@@ -189,6 +192,7 @@ class _Subset(ImageSource):
     def __init__(self, source: ImageSource, indices: Int64Array) -> None:
         super().__init__(source.spec, (source.names[i] for i in indices.tolist()), source.labels[indices], source.classes)
         self._source, self._indices = source, indices
+        self.mix_groups = source.mix_groups
 
     def read(self, index: int) -> bytes:
         return self._source.read(int(self._indices[index]))

@@ -82,6 +82,7 @@ class Table(ImageSource):
         self._at = np.concatenate([part[3] for part in parts])[order]
         self._stamps = [shard.stamp() for shard in self.shards]
         self._prefetcher = Prefetcher(self.shards)
+        self.mix_groups = self._groups_in_memory() or self._prefetcher.mix
 
     def read(self, index: int) -> bytes:
         """Returns the bytes of an image.
@@ -119,6 +120,11 @@ class Table(ImageSource):
     def where(self, index: int) -> str:
         """Returns the file and the image's name."""
         return f"{self.shards[self._at[index, 0]].name}: {self.names[index]}"
+
+    def _groups_in_memory(self) -> int:
+        """Returns the number of row groups that fit in memory, at least 1; 0 if the files are read by row."""
+        sizes = [size for reader in self._readers.values() for size in reader.group_bytes()]
+        return max(1, int(_KEPT_BYTES / np.mean(sizes))) if sizes else 0
 
     def _reader(self, file: int) -> "_Reader":
         """Opens a file; again in a forked process, since pyarrow's files cannot be shared. The caller holds the lock."""
@@ -175,6 +181,10 @@ class _Parquet:
         array = self._file.read(columns=[f"{column}.{field}" if field else column], use_threads=False).column(0)
         return _values(array, field)
 
+    def group_bytes(self) -> list[int]:
+        """Returns the size of each row group in bytes."""
+        return [self._file.metadata.row_group(k).total_byte_size for k in range(len(self.sizes))]
+
     def group(self, group: int, column: str) -> Any:
         """Returns a column of a row group."""
         return self._file.read_row_group(group, columns=[column], use_threads=False).column(0)
@@ -198,6 +208,10 @@ class _Arrow:
     def values(self, column: str, field: str | None = None) -> list[Any]:
         """Returns a column, or a field of a column of structs, as Python values."""
         return _values(self._table.column(column), field)
+
+    def group_bytes(self) -> list[int]:
+        """Returns nothing, since rows are read by position."""
+        return []
 
     def group(self, group: int, column: str) -> Any:
         """Returns a column of a record batch."""

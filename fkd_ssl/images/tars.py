@@ -80,6 +80,7 @@ class Tars(ImageSource):
         self._spans = np.concatenate([index.spans for index in indexes])[order]
         self._stamps = [shard.stamp() for shard in self.shards]
         self._prefetcher = Prefetcher(self.shards)
+        self.mix_groups = self._prefetcher.mix
 
     def read(self, index: int) -> bytes:
         """Returns the bytes of a member. Raises ImageAccessError if the tar cannot be read or fetched, or has changed."""

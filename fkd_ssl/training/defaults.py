@@ -31,13 +31,14 @@ _NAMES = ("pixels", "batch_size", "lr", "warmup_epochs")
 Config = TypeVar("Config", bound=Any)
 
 
-def resolve(config: Config, *, images: int, pixels: int) -> Config:
+def resolve(config: Config, *, images: int, pixels: int, mix_groups: int = 0) -> Config:
     """Fills in the options that were not given. Options that were given stay as they are.
 
     Args:
         config: A TrainConfig or CompareConfig.
         images: Number of images that the training uses.
         pixels: Side of the teacher's crops, or `PIXELS` without one.
+        mix_groups: `ImageSource.mix_groups`.
 
     Raises:
         RequestError: `lr` is missing and there is no default for the optimizer.
@@ -49,6 +50,8 @@ def resolve(config: Config, *, images: int, pixels: int) -> Config:
         "lr": _rate(config) if small else 3e-4,
         "warmup_epochs": config.epochs / 30 if small else 0.0,
     }
+    if hasattr(config, "mix_groups"):
+        chosen["mix_groups"] = mix_groups
     missing = {name: value for name, value in chosen.items() if getattr(config, name) is None}
     if "lr" in missing and config.optimizer not in ("adam", "adamw"):
         raise RequestError(f"optimizer {config.optimizer}: has no default learning rate; give --lr, for instance 0.03 for sgd")

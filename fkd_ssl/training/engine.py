@@ -117,7 +117,7 @@ def train(
         ImageError: An image cannot be read; the message names it.
         KeyboardInterrupt: The training was stopped. Call it again to continue.
     """
-    config = defaults.resolve(config, images=len(data), pixels=data.pixels)
+    config = defaults.resolve(config, images=len(data), pixels=data.pixels, mix_groups=data.images.mix_groups)
     check_batch(config, len(data))
     batch_images = config.batch_size // config.crops_per_image
     steps = total_steps(config, len(data))
@@ -146,6 +146,9 @@ def train(
         parts=config.accumulate,
         single=single,
         crops_per_image=config.crops_per_image,
+        groups=data.groups if config.mix_groups else None,
+        mix=config.mix_groups,
+        expect=data.images.expect,
     )
     source_of_crops = SingleCropPasses(data, sampler) if single else data
     loader = Loader(source_of_crops, sampler, workers=config.workers, collate=whole_batch, prefetch=4)

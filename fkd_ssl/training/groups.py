@@ -52,10 +52,11 @@ def check_positive(config: Any, *names: str) -> None:
 
 
 def check_not_negative(config: Any, *names: str) -> None:
-    """Raises RequestError if one of these numbers is negative or not finite."""
+    """Raises RequestError if one of these numbers is neither None nor at least 0 and finite."""
     for name in names:
-        if not 0 <= getattr(config, name) < math.inf:
-            raise RequestError(f"{name} {getattr(config, name)}: must be at least 0, and finite")
+        value = getattr(config, name)
+        if value is not None and not 0 <= value < math.inf:
+            raise RequestError(f"{name} {value}: must be at least 0, and finite")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +81,9 @@ class DataConfig:
     """Scale the stored boxes to the images, which are smaller copies of the store's images (made by fkd-ssl cache)."""
     device_crops: bool = False
     """Make crops on the GPU, so that workers only decode: for machines with few CPU cores. The pixels are the same."""
+    mix_groups: int = FROM_DATA
+    """Mix the images of this many tars or Parquet row groups at a time, so that a pass reads each about once; 0 mixes all
+    images. By default 16 for remote files, as many as fit in 256 MB for Parquet, and 0 for others."""
     on_unreadable: Literal["stop", "skip"] = "stop"
     """What to do if an image is damaged or changed: stop and name it, or replace it by another image of its batch (skip)."""
     workers: int = 2
@@ -90,7 +94,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_positive(self, "crops_per_image", "batch_size", "pixels")
-        check_not_negative(self, "mixup", "cutmix", "workers")
+        check_not_negative(self, "mixup", "cutmix", "workers", "mix_groups")
         if self.pixels is not None and self.pixels > 4096:
             raise RequestError(f"pixels {self.pixels}: must lie in 1 to 4096")
         if self.batch_size is not None and self.batch_size % self.crops_per_image:
