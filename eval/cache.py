@@ -30,7 +30,7 @@ from fkd_ssl.progress import advance_done, bar_disabled
 
 ROWS = 2048
 VERSION = 2
-_TOLERANCE = 0.01  # relative distance between a model's answers on two machines: TF32 and bfloat16 stay below it
+_TOLERANCE = 0.01  # relative difference of a model's outputs on two machines; that of TF32 and bfloat16 is smaller
 
 
 def transform_of(pixels: int) -> dict[str, Any]:
@@ -63,14 +63,14 @@ def cached(
         workers: Processes that decode.
         progress: Show a bar on standard error.
         desc: Title of the bar.
-        skipped: As in `extract`; for an image that was skipped in an earlier call, it gets the name.
+        skipped: As in `extract`. Also collects messages for images that an earlier call skipped.
 
     Returns:
         Features float32 [N, D] and those of the baselines, mapped and read-only; numbers of the images int64 [N]; and the
         entry's folder.
 
     Raises:
-        StoreError: An entry is damaged, or was made by a model of the same identity with other answers.
+        StoreError: An entry is damaged, or was made by a model of the same identity with other outputs.
         RequestError, ImageError, FkdError: As `extract`.
     """
     about = {"version": VERSION, "model": identity, "images": images.digest(), "n": len(images), **transform_of(pixels)}
@@ -78,7 +78,7 @@ def cached(
     entry.mkdir(parents=True, exist_ok=True)
     files.remove_leftovers(entry)
     files.write_json(entry / "about.json", {**about, "classes": images.classes})
-    _same_answers(model, entry, images, pixels)
+    _check_outputs(model, entry, images, pixels)
     parts = [entry / f"part-{row // ROWS:06d}.npy" for row in range(0, len(images), ROWS)]
     with tqdm(total=len(parts), desc=desc, unit="part", file=sys.stderr, disable=bar_disabled(show=progress)) as bar:
         while not (entry / "done.json").exists():
@@ -102,7 +102,7 @@ def cached(
     done = files.read_json(entry / "done.json")
     unreadable = done.get("unreadable", [])
     if not isinstance(unreadable, list) or not all(type(row) is int and 0 <= row < len(images) for row in unreadable):
-        raise StoreError(f"{entry / 'done.json'}: impossible list of unreadable images; delete the folder {entry}")
+        raise StoreError(f"{entry / 'done.json'}: invalid list of unreadable images; delete the folder {entry}")
     messages = [f"{images.where(row)}: not a readable image when its features were computed" for row in unreadable]
     if messages and skipped is None:
         raise ImageError(messages[0])
@@ -174,24 +174,24 @@ def _assemble(entry: Path, parts: list[Path], images: ImageSource) -> None:
                 path.unlink()
 
 
-def _same_answers(model: Model, entry: Path, images: ImageSource, pixels: int) -> None:
+def _check_outputs(model: Model, entry: Path, images: ImageSource, pixels: int) -> None:
     """Raises StoreError if the model's outputs for noise differ from those of the model that made the entry.
 
     This detects a rewritten function with the same name and weights.
     """
     noise = np.random.default_rng(0).integers(0, 256, size=(2, 3, pixels, pixels), dtype=np.uint8)
     with frozen(model), torch.inference_mode():
-        said = checked(model(torch.from_numpy(noise)), images, torch.zeros(2, dtype=torch.int64)).cpu().numpy()
+        outputs = checked(model(torch.from_numpy(noise)), images, torch.zeros(2, dtype=torch.int64)).cpu().numpy()
     path = entry / "noise.npy"
     if not path.exists():
-        with suppress(StoreError):  # a process on another machine was first, and its values differ in the last bits
-            files.write_npy(path, said)
+        with suppress(StoreError):  # another process wrote it first, with values that differ in the last bits
+            files.write_npy(path, outputs)
     before = files.map_npy(path, np.dtype(np.float32), (2, None))
     if (
-        before.shape != said.shape
-        or (np.linalg.norm(before - said, axis=1) > _TOLERANCE * np.linalg.norm(before, axis=1)).any()
+        before.shape != outputs.shape
+        or (np.linalg.norm(before - outputs, axis=1) > _TOLERANCE * np.linalg.norm(before, axis=1)).any()
     ):
         raise StoreError(
-            f"{entry}: its features were made by a model of the same weights and layers that gives other values (was its code "
-            "changed?); delete the folder, or give another --features"
+            f"{entry}: a model of the same weights and layers made these features, but gives other outputs now (did its code "
+            "change?); delete the folder, or choose another --features"
         )

@@ -25,11 +25,11 @@ KINDS: dict[str, tuple[int, ...]] = {
     "ivfflat": (1, 2, 4, 8, 16, 32, 64),
     "ivfpq": (1, 2, 4, 8, 16, 32, 64),
 }
-"""Name -> the search efforts of the curve, in ascending order: efSearch of HNSW, the number of lists searched of IVF."""
+"""Name -> search efforts of the curve, in ascending order: HNSW's efSearch, or the number of lists that IVF searches."""
 DEFAULT_EFFORT = {"exact": 0, "hnsw": 128, "ivfflat": 16, "ivfpq": 16}
 
 _HNSW_LINKS, _HNSW_BUILD_EFFORT = 32, 80
-_IMAGES_PER_LIST = 39  # faiss asks for as many training vectors a centroid
+_IMAGES_PER_LIST = 39  # faiss recommends this many training vectors per centroid
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class GalleryIndex:
     faiss: Any
 
     def search(self, queries: Float32Array, k: int, effort: int | None = None) -> tuple[Float32Array, Int64Array]:
-        """Similarities float32 [Q, k], largest first, and rows int64 [Q, k], -1 where fewer were found."""
+        """Similarities float32 [Q, k], largest first, and rows int64 [Q, k], with -1 for not found."""
         if self.faiss is None:
             parts = list(search.nearest(self.unit, queries, min(k, len(self.unit))))
             return np.concatenate([part[1] for part in parts]), np.concatenate([part[2] for part in parts])
@@ -91,10 +91,10 @@ def build(gallery: Float32Array, kind: IndexKind) -> GalleryIndex:
             raise RequestError(f"index ivfpq: {count} images in the gallery; product quantisation needs at least {2**bits}")
         pieces = max(m for m in range(1, max(1, dim // 8) + 1) if dim % m == 0)
         index = faiss.index_factory(dim, f"IVF{lists},PQ{pieces}x{bits}", faiss.METRIC_INNER_PRODUCT)
-        index.do_polysemous_training = False  # takes seconds, for a search that is not used here
+        index.do_polysemous_training = False  # takes seconds and is only for a kind of search that is not used here
         index.pq.cp.min_points_per_centroid = 1
     if kind != "hnsw":
-        index.cp.min_points_per_centroid = 1  # or faiss warns of each list of a small gallery
+        index.cp.min_points_per_centroid = 1  # else faiss warns about each list of a small gallery
         index.train(unit)
     index.add(unit)
     return GalleryIndex(kind, unit, index)
@@ -108,9 +108,9 @@ def curve(
     Args:
         gallery: Finite, float32 [N, D].
         queries: Finite, float32 [Q, D].
-        kinds: Of KINDS.
+        kinds: Names in KINDS.
         k: Neighbours to find.
-        seconds: The queries are repeated for this long, to measure queries per second.
+        seconds: Time for which queries are repeated to measure their speed.
 
     Returns:
         `index`, `effort`, `recall` in percent, `queries_per_second`, `bytes_per_vector`, `build_seconds`.

@@ -44,8 +44,8 @@ PRESETS: dict[str, tuple[tuple[int, ...], float]] = {
 }
 """Name -> (values of k, temperature)."""
 
-_MAX_EXPONENT = 80.0  # the sum of 2000 times its exp is a float32
-_VOTES = 2**23  # scores in memory
+_MAX_EXPONENT = 80.0  # 2000 exp(80) fits in float32
+_VOTES = 2**23  # scores in memory at once
 
 
 def knn_predict(
@@ -61,8 +61,8 @@ def knn_predict(
 ) -> Float32Array:
     """Class scores: the sum of exp(similarity / temperature) over those of the k nearest neighbours that have the class.
 
-    The search is exact. A class without a neighbour among the k scores 0. If the temperature is below about 0.0125, where exp
-    overflows float32, and for Euclidean distances, each row is divided by its largest weight: the ranking stays the same.
+    The search is exact. A class that none of the k neighbours has scores 0. For Euclidean distances, and for temperatures below
+    0.0125, where exp overflows float32, each row is divided by its largest weight, which does not change the ranking.
 
     Args:
         train_features: Array or tensor [N, D], not necessarily normalised. A vector of zeros has cosine 0 to all others.
@@ -88,7 +88,7 @@ def knn_predict(
     same_dimension(train, queries)
     classes = int(labels.max()) + 1 if num_classes is None else num_classes
     scores = np.empty((len(queries), classes), dtype=np.float32)
-    for rows, similarity, neighbours in search.nearest(train, queries, _cut(k, len(train)), metric=metric, device=device):
+    for rows, similarity, neighbours in search.nearest(train, queries, _limit(k, len(train)), metric=metric, device=device):
         for part, votes in _votes(similarity, labels[neighbours], temperature, classes, metric):
             scores[rows][part] = votes
     return scores
@@ -109,13 +109,13 @@ def evaluate_features(
 ) -> dict[str, Any]:
     """Accuracy of `knn_predict` on given features; see `evaluate` for the result.
 
-    All k and temperatures take one search. Memory besides the features is bounded, see `search.nearest`; Euclidean search takes
-    one more copy of the training features.
+    All k and temperatures share one search. Memory besides the features is bounded (see `search`), except that Euclidean search
+    copies the training features.
 
     Args:
         train_features: Array or tensor [N, D].
         train_labels: Array or tensor [N]. Without `num_classes` any integers from 0, also with gaps.
-        features: Array or tensor [n, D]; None classifies each training image by all others (leave one out).
+        features: Array or tensor [n, D]. None classifies each training image by all others (leave one out).
         labels: Array or tensor [n] of labels that occur in `train_labels`.
         num_classes: C, if the labels are indices into a list of classes.
         names: Class names, for `per_class`.
@@ -140,25 +140,25 @@ def evaluate_features(
     if num_classes is None:
         known, wanted, names = compact(known, wanted)
     classes = num_classes or len(names or ())
-    most = len(train) - (queries is None)
-    used = {asked: _cut(asked, most) for asked in ks}
-    rank = {(one, t): np.empty(len(wanted), dtype=np.int64) for one in ks for t in temperatures}
+    available = len(train) - (queries is None)
+    used = {asked: _limit(asked, available) for asked in ks}
+    rank = {(asked, t): np.empty(len(wanted), dtype=np.int64) for asked in ks for t in temperatures}
     found = search.nearest(train, queries, max(used.values()), metric=metric, device=device)
     for rows, similarity, neighbours in found:
-        of = known[neighbours]
-        for (one, t), out in rank.items():
-            for part, votes in _votes(similarity[:, : used[one]], of[:, : used[one]], t, classes, metric):
+        voters = known[neighbours]
+        for (asked, t), out in rank.items():
+            for part, votes in _votes(similarity[:, : used[asked]], voters[:, : used[asked]], t, classes, metric):
                 truth = wanted[rows][part]
                 voted = votes[np.arange(len(votes)), truth] > 0
-                # a class without a neighbour is not ranked, or the order of the folders would decide the rest of the top 5
+                # classes without a neighbour are not ranked: their order in the top 5 would be that of the folders
                 out[rows][part] = np.where(voted, ranks(votes, truth), classes)
     headline = (K if K in ks else ks[0], TEMPERATURE if TEMPERATURE in temperatures else temperatures[0])
     notes = feature_notes(train, queries)
-    notes += [f"k {one} was reduced to {used[one]}, the number of training images" for one in ks if used[one] < one]
+    notes += [f"k {asked} was reduced to {used[asked]}, the number of training images" for asked in ks if used[asked] < asked]
     if used[headline[0]] < 5:
         notes.append(f"top5 counts at most {used[headline[0]]} classes: k is {used[headline[0]]}")
-    if queries is None and (alone := int((np.bincount(known) == 1).sum())):
-        notes.append(f"{alone} of {classes} classes have one image only, which cannot be classified by the others")
+    if queries is None and (single := int((np.bincount(known) == 1).sum())):
+        notes.append(f"{single} of {classes} classes have only one image, which the others cannot classify correctly")
     scored = {key: accuracy(value) for key, value in rank.items()}
     return {
         **scored[headline],
@@ -166,8 +166,8 @@ def evaluate_features(
         "temperature": headline[1],
         "metric": metric,
         "grid": [
-            {"k": used[one], "temperature": t, "top1": scored[one, t]["top1"], "top5": scored[one, t]["top5"]}
-            for one, t in rank
+            {"k": used[asked], "temperature": t, "top1": scored[asked, t]["top1"], "top5": scored[asked, t]["top5"]}
+            for asked, t in rank
         ],
         "n_train": len(train),
         "n_val": len(wanted),
@@ -250,28 +250,27 @@ def evaluate(
 
     Args:
         model: uint8 [B, 3, P, P] -> float [B, D].
-        train: The neighbours.
-        val: The images that are scored.
-        pixels: P, the side of the evaluation crop.
-        k: Neighbours that vote, or several such numbers.
+        train: Images to search in.
+        val: Images to score.
+        pixels: P, the side of the centre crop.
+        k: Number of neighbours, or several.
         temperature: T, or several.
         metric: `cosine` or `euclidean`.
         device: Where the search runs.
         batch_size: Images the model gets at once.
         workers: Processes that decode.
         progress: Show a bar on standard error.
-        skipped: Takes the error message of each damaged image, which is then left out. By default the first
-            one is raised. `n_train` and `n_val` count the others.
+        skipped: Collects the error message of each damaged image, which is left out. By default the first error is raised.
 
     Returns:
         `top1`, `top5` in percent; `correct` bool [n]; `k`, `temperature`, `metric`, `n_train`, `n_val`, `classes`,
-        `feature_dim`, `pixels`; `grid`, the `top1` and `top5` of every k and temperature; `per_class`; `notes`. The headline
-        `top1` and `top5` are those of k 20 and T 0.07 if these are among them, else of the first; never of the best. `top5`
-        ranks only classes of the k neighbours, so with k < 5 it ranks at most k classes, and `notes` says so.
+        `feature_dim`, `pixels`; `grid`, the `top1` and `top5` of each k and temperature; `per_class`; `notes`. The headline
+        `top1` and `top5` are those of k 20 and T 0.07 if these are included, else of the first k and T, never of the best.
+        `top5` ranks only the classes of the k neighbours, so at most k classes.
 
     Raises:
-        RequestError: An image without a class, or a class that `train` lacks, or a wrong k or temperature.
-        FkdError: Images or features that cannot be used.
+        RequestError: An image has no class, `train` lacks a class, or k or a temperature is invalid.
+        FkdError: An image cannot be read, or a feature is not finite.
     """
     check_search(_several(k), _several(temperature))
     split = features_.extract_split(
@@ -311,16 +310,16 @@ def _several(value: Any) -> list[Any]:
     return list(dict.fromkeys(value)) if isinstance(value, Sequence) else [value]
 
 
-def _cut(k: int, most: int) -> int:
-    if k > most:
-        warnings.warn(f"k is {k}, but there are {most} training images; using all of them", stacklevel=4)
-    return min(k, most)
+def _limit(k: int, available: int) -> int:
+    if k > available:
+        warnings.warn(f"k is {k}, but there are {available} training images; using all of them", stacklevel=4)
+    return min(k, available)
 
 
 def _votes(
     similarity: Float32Array, labels: Int64Array, temperature: float, classes: int, metric: Metric
 ) -> Iterator[tuple[slice, Float32Array]]:
-    """Class scores float32 [rows, C] from neighbours [Q, k], in parts of bounded size."""
+    """Class scores float32 [rows, C] of queries with neighbours [Q, k], a few rows at a time to bound memory."""
     at_once = max(1, _VOTES // max(classes, similarity.shape[1]))
     for start in range(0, len(similarity), at_once):
         part = slice(start, min(start + at_once, len(similarity)))

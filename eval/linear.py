@@ -107,11 +107,11 @@ def evaluate_together(
 ) -> dict[str, dict[str, Any]]:
     """Trains linear probes on `train` and scores them on `val`; classes are matched by folder name.
 
-    The order and the crops of each epoch depend on the seed alone. So several protocols share one pass of images through the
-    backbone, which is nearly all of the work, and give the same results as alone.
+    The protocols share the passes of images through the backbone, which take nearly all of the time. Each gives the same result
+    as alone, because the order and the crops of an epoch depend only on the seed.
 
-    The backbone does not change: an `nn.Module` is in eval mode throughout (any other callable must ensure that itself), and no
-    gradient is computed through it. The layers are on the device of the features.
+    An `nn.Module` is in eval mode during the call (any other callable must ensure that itself), and no gradient is computed
+    through it. The layers are on the device of the features.
 
     Args:
         protocols: Names in PROTOCOLS.
@@ -127,20 +127,20 @@ def evaluate_together(
         progress: Show a progress bar on standard error.
         kept: A checkpoint file for each protocol, written after each epoch. If it exists, training continues from it, with
             the same result as without the interruption.
-        identity: Identifies model and images; a checkpoint of others is refused.
-        skipped: Takes the error message of each damaged image, which is then left out. By default the first one is raised.
+        identity: Identifies the model; the checkpoint of another one is refused.
+        skipped: Collects the error message of each damaged image, which is left out. By default the first error is raised.
 
     Returns:
-        For each protocol: `top1`, `top5` in percent after the last epoch, the headline; `best_top1` and `best_epoch` (from 1),
-        which are chosen on `val` and therefore not the headline; `correct` bool [n] after the last epoch; `history`, the
-        `epoch`, `lr`, `images`, `loss`, `train_top1` (of the random crops, while learning) and `top1` of each epoch;
+        For each protocol: `top1`, `top5` in percent and `correct` bool [n], all after the last epoch; `best_top1` and
+        `best_epoch` (from 1), which are chosen on `val`, so they are not the headline; `history`, the `epoch`, `lr`, `images`,
+        `loss`, `train_top1` (of the random crops, during training) and `top1` of each epoch;
         `protocol`, `source`, `epochs`, `batch_size`, `lr`, `momentum`, `weight_decay`, `seed`, `pixels`, `n_train`, `n_val`,
         `classes`, `feature_dim`; `per_class`; `notes`, with each change to the protocol.
 
     Raises:
         RequestError: A protocol is unknown, an image has no class, `train` lacks a class, a number is invalid, or a checkpoint
             is damaged or of another training.
-        FkdError: Images or features cannot be used, or a loss is not finite.
+        FkdError: An image cannot be read, or a feature or a loss is not finite.
     """
     chosen = {name: _settings(name, epochs=epochs, batch_size=batch_size, lr=lr) for name in protocols}
     if not chosen:
@@ -168,16 +168,18 @@ def evaluate_together(
             progress=progress,
             skipped=skipped,
         )
-    suspicions = feature_notes(features, None)
+    feature_warnings = feature_notes(features, None)
     if train.digest() == val.digest():
-        suspicions.append("val has the same images as train: the probe is scored on what it learned from; use other images")
+        feature_warnings.append(
+            "val has the same images as train: the probe is scored on its training images; use other images"
+        )
     results = {}
     for probe, (protocol, notes) in zip(probes, chosen.values(), strict=True):
         rank = probe.ranks(features, labels)
         best = max(probe.history, key=lambda row: row["top1"])
         if len(train) < protocol.batch_size:
             notes.append(
-                f"the batch size {protocol.batch_size} is above the {len(train)} training images: each epoch is one step"
+                f"the batch size {protocol.batch_size} exceeds the {len(train)} training images: each epoch is one step"
             )
         results[protocol.name] = {
             **accuracy(rank),
@@ -198,7 +200,7 @@ def evaluate_together(
             "classes": len(train.classes),
             "feature_dim": features.shape[1],
             "per_class": per_class(rank, labels, train.classes),
-            "notes": [*few_classes(len(train.classes)), *suspicions, *notes],
+            "notes": [*few_classes(len(train.classes)), *feature_warnings, *notes],
         }
     return results
 

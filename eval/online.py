@@ -30,7 +30,7 @@ def second(batch: Any) -> Tensor:
 
 
 class _FeatureCallback(pl.Callback):
-    """Gets the features of each batch: the output of submodule `module`; of several views the first B rows.
+    """Takes the features of each batch: the output of the submodule `module`, or its first B rows if there are several views.
 
     Args:
         module: Name of a submodule of the LightningModule, as in `named_modules`, whose output is the features.
@@ -76,10 +76,10 @@ class _FeatureCallback(pl.Callback):
 
 
 class OnlineKNN(_FeatureCallback):
-    """Logs `knn_top1` of each validation epoch: validation images are classified by features of the last training epoch.
+    """Logs `knn_top1` of each validation epoch, with features of the last training epoch as neighbours.
 
-    Those features are of augmented images and of changing weights, so the score is a little lower than that of `fkd-ssl knn`,
-    but costs nothing. The sanity check, and a validation before any training, log nothing.
+    These are features of augmented images by changing weights, so the score is slightly lower than that of `fkd-ssl knn`, but
+    costs almost nothing. The sanity check, and a validation before any training, log nothing.
 
     Args:
         module: Name of the submodule whose output is the features.
@@ -144,7 +144,15 @@ class OnlineKNN(_FeatureCallback):
             torch.cat(part).numpy() for part in (*zip(*self.bank, strict=True), *zip(*self._queries, strict=True))
         )
         classes = int(max(known.max(), labels.max())) + 1
-        scores = knn.knn_predict(train, known, queries, min(self.k, len(train)), self.temperature, num_classes=classes)
+        scores = knn.knn_predict(
+            train,
+            known,
+            queries,
+            min(self.k, len(train)),
+            self.temperature,
+            num_classes=classes,
+            device=pl_module.device if pl_module.device.type == "cuda" else "cpu",
+        )
         top1 = 100.0 * float(np.mean(scores.argmax(axis=1) == labels))
         pl_module.log("knn_top1", top1, prog_bar=True, sync_dist=True, batch_size=len(labels))
 
@@ -197,7 +205,7 @@ class OnlineLinear(_FeatureCallback):
         pl_module.log("linear_loss", loss.detach(), batch_size=len(labels))
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Clears what validation left."""
+        """Clears the features of the last validation."""
         self._seen = None
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -228,7 +236,7 @@ class OnlineLinear(_FeatureCallback):
             pl_module.log("linear_top1", top1, prog_bar=True, sync_dist=True, batch_size=self._hits[1])
 
     def _ready(self, features: Tensor) -> nn.Linear:
-        """The layer, created when the first features say what its input size is."""
+        """The layer, which is created when the size of the features is known."""
         if self.layer is None:
             layer = initial_layer(features.shape[1], self.num_classes, seed=0)
             if self._saved is not None:

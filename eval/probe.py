@@ -1,4 +1,4 @@
-"""A linear layer that is trained on features that come in pieces of any size: its protocol, its steps and its checkpoint.
+"""A linear probe trained on batches of features of any size: its protocol, its steps and its checkpoint.
 
 Legend: `B` images in a batch, `n` images to score, `D` feature dimension.
 """
@@ -50,11 +50,11 @@ class ProbeProtocol:
     milestones: tuple[int, ...] = ()
     """Epochs, from 0, at which the learning rate drops to a tenth; cosine decay if empty."""
     every_step: bool = False
-    """Whether the cosine is updated at each step and ends at a thousandth (lightly's), not at each epoch towards 0."""
+    """Whether cosine decay changes at each step and ends at a thousandth, as in lightly; otherwise each epoch, towards 0."""
     lars: bool = False
-    """Whether each gradient is scaled to TRUST times the length of its tensor (apex's LARC, without clipping)."""
+    """Whether to scale each gradient to TRUST times the length of its tensor (apex's LARC without clipping)."""
     small_start: bool = True
-    """Whether weights start from N(0, 0.01) and biases from 0; otherwise as in torch's Linear."""
+    """Whether to initialise weights from N(0, 0.01) and biases with 0; otherwise as torch.nn.Linear does."""
 
     def __post_init__(self) -> None:
         check_counts(epochs=self.epochs, batch_size=self.batch_size)
@@ -76,9 +76,9 @@ class ProbeProtocol:
 
 
 class Probe:
-    """A layer in training, with its optimiser, the features that wait for a full batch, and the history of its epochs.
+    """A layer in training: its optimiser, the features that wait for a full batch, and the history of its epochs.
 
-    Its checkpoint has a few of the validation features [n, D], to notice a model whose code changed between two runs.
+    The checkpoint contains some validation features, so that a model whose code changed between two runs is detected.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Probe:
             self._load(file)
 
     def learn(self, features: Tensor, target: Tensor) -> None:
-        """Adds features float [B, D] and labels int64 [B]; does a step for each full batch."""
+        """Adds features float [B, D] and labels int64 [B], and takes a step for each full batch."""
         if features.shape[1] != self.layer.in_features:
             raise FkdError(
                 f"the model returned {self.layer.in_features} dimensions, then {features.shape[1]}: expected one size"
@@ -111,11 +111,11 @@ class Probe:
                 self._waiting.append((features[size:], target[size:]))
 
     def so_far(self) -> dict[str, str]:
-        """Loss and top-1 of this epoch, for the progress bar."""
+        """Loss and top-1 of the epoch so far, for the progress bar."""
         return {"loss": f"{self._loss / max(self._seen, 1):.4f}", "top1": f"{100 * self._hits / max(self._seen, 1):.1f}"}
 
     def end_epoch(self, features: Float32Array, labels: Int64Array) -> None:
-        """Does the last step of the epoch, scores the layer on validation features [n, D], and writes the checkpoint."""
+        """Takes the last step of the epoch, scores the layer on validation features [n, D], and writes the checkpoint."""
         if self._waiting:
             self._step(*self._take())
         if not self._seen:
@@ -214,14 +214,14 @@ class Probe:
             if identity == self.identity and sample.shape == self.sample.shape and whole:
                 self.layer.load_state_dict(saved["layer"])
                 whole = [part.shape for part in momentum] == [part.shape for part in self.layer.parameters()]
-        except Exception as error:  # whatever a damaged file makes torch raise
+        except Exception as error:  # torch raises many kinds of errors for damaged files
             raise RequestError(wrong) from error
         near = sample.shape == self.sample.shape and torch.allclose(
             sample, self.sample, rtol=_TOLERANCE, atol=_TOLERANCE * float(sample.abs().max())
         )
         if identity != self.identity or not near:
             raise RequestError(
-                f"{file}: a checkpoint of another model, other images or other settings; choose another --out, or delete it"
+                f"{file}: made with another model, other images or other settings; choose another --out, or delete it"
             )
         if not whole:
             raise RequestError(wrong)
@@ -243,8 +243,8 @@ def scale_gradients(layer: nn.Module, weight_decay: float = 0.0, *, epsilon: flo
 
 
 def initial_layer(dim: int, classes: int, seed: int, *, small: bool = True) -> nn.Linear:
-    """A layer from D to `classes`, with weights from N(0, WEIGHT_DEVIATION) and zero bias, or as torch's Linear."""
-    layer = nn.Linear(dim, classes, device="meta").to_empty(device="cpu")  # the global generator is not used
+    """A new layer: weights from N(0, WEIGHT_DEVIATION) and zero bias, or without `small` initialised as torch.nn.Linear."""
+    layer = nn.Linear(dim, classes, device="meta").to_empty(device="cpu")  # does not use the global generator
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         if small:

@@ -23,7 +23,7 @@ from fkd_ssl.eval.scores import as_features, as_labels, compact, feature_notes, 
 DEPTHS = (1, 5, 10)
 
 Search = Callable[[Float32Array, int], tuple[Float32Array, Int64Array]]
-"""Maps queries [Q, D] and k to similarities [Q, k], in descending order, and rows of the gallery [Q, k], -1 for none."""
+"""Maps queries [Q, D] and k to similarities [Q, k], in descending order, and rows of the gallery [Q, k]; -1 is not found."""
 
 _CHUNK = 1024
 
@@ -67,11 +67,11 @@ def evaluate(
         truth = as_labels(labels, len(wanted), "labels")
     require_two_classes(known, "gallery_labels")
     known, truth, names = compact(known, truth)
-    there = np.bincount(known)[truth] - (wanted is None)
-    if not there.any():
+    relevant = np.bincount(known)[truth] - (wanted is None)  # R of each query
+    if not relevant.any():
         raise RequestError("gallery: every class has one image, so there is nothing to find without queries")
-    most = len(base) - (wanted is None)
-    k = min(max(int(there.max()), *DEPTHS), most)
+    available = len(base) - (wanted is None)
+    k = min(max(int(relevant.max()), *DEPTHS), available)
     recall, precision = (np.zeros((len(DEPTHS), len(truth))) for _ in range(2))
     mean_precision = np.zeros(len(truth))
     for rows, neighbours in _neighbours(base, wanted, k, approximate, device):
@@ -79,21 +79,23 @@ def evaluate(
         for place, depth in enumerate(DEPTHS):
             recall[place, rows] = hit[:, :depth].any(axis=1)
             precision[place, rows] = hit[:, :depth].sum(axis=1) / depth
-        within = hit & (np.arange(k) < there[rows, None])
+        within = hit & (np.arange(k) < relevant[rows, None])
         at = np.cumsum(within, axis=1) / np.arange(1, k + 1)
-        mean_precision[rows] = (at * within).sum(axis=1) / np.maximum(there[rows], 1)
-    able = there > 0
+        mean_precision[rows] = (at * within).sum(axis=1) / np.maximum(relevant[rows], 1)
+    searched = relevant > 0
     notes = feature_notes(base, wanted)
-    notes += [] if able.all() else [f"{int((~able).sum())} images are the only ones of their class and are not searched for"]
-    if most < max(DEPTHS):
-        notes.append(f"precision@10 is below 100 by definition: only {most} images can be found")
+    notes += (
+        [] if searched.all() else [f"{int((~searched).sum())} images are the only ones of their class and are not searched for"]
+    )
+    if available < max(DEPTHS):
+        notes.append(f"precision@10 is below 100 by definition: only {available} images can be found")
     return {
-        "recall": {str(depth): 100 * float(row[able].mean()) for depth, row in zip(DEPTHS, recall, strict=True)},
-        "precision": {str(depth): 100 * float(row[able].mean()) for depth, row in zip(DEPTHS, precision, strict=True)},
-        "map_at_r": 100 * float(mean_precision[able].mean()),
-        "correct": recall[0, able] > 0,
+        "recall": {str(depth): 100 * float(row[searched].mean()) for depth, row in zip(DEPTHS, recall, strict=True)},
+        "precision": {str(depth): 100 * float(row[searched].mean()) for depth, row in zip(DEPTHS, precision, strict=True)},
+        "map_at_r": 100 * float(mean_precision[searched].mean()),
+        "correct": recall[0, searched] > 0,
         "n_gallery": len(base),
-        "n_queries": int(able.sum()),
+        "n_queries": int(searched.sum()),
         "classes": len(names),
         "feature_dim": base.shape[1],
         "notes": notes,
@@ -115,7 +117,7 @@ def _neighbours(
 
 
 def _without_self(neighbours: Int64Array, own: Int64Array, k: int) -> Int64Array:
-    """The neighbours [Q, k + 1] without each query's own image: int64 [Q, k]."""
+    """Removes each query's own image from its neighbours [Q, k + 1]: int64 [Q, k]."""
     last = np.argsort(neighbours == own[:, None], axis=1, kind="stable")
     found: Int64Array = np.take_along_axis(neighbours, last, axis=1)[:, :k]
     return found

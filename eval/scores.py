@@ -14,9 +14,9 @@ from fkd_ssl.arrays import BoolArray, Float32Array, Int64Array
 from fkd_ssl.errors import FkdError, RequestError
 
 COLLAPSED = "the features are nearly constant (collapsed): the model hardly tells images apart"
-"""Note of `feature_notes`."""
+"""The note of `feature_notes` about collapsed features."""
 _SAMPLE = 10_000  # training features that `feature_notes` looks at
-_LEAST_VARIANCE = 1e-3  # variance of features of length 1; an untrained network's is above 0.01
+_MIN_VARIANCE = 1e-3  # variance of features of length 1; an untrained network's is above 0.01
 
 
 def as_features(values: Any, name: str) -> Float32Array:
@@ -71,9 +71,9 @@ def compact(known: Int64Array, wanted: Int64Array) -> tuple[Int64Array, Int64Arr
     """
     present, known = np.unique(known, return_inverse=True)
     place = np.minimum(np.searchsorted(present, wanted), len(present) - 1)
-    foreign = np.unique(wanted[present[place] != wanted])
-    if len(foreign):
-        raise RequestError(f"labels: label {foreign[0]} is not one of the {len(present)} classes in the training labels")
+    unknown = np.unique(wanted[present[place] != wanted])
+    if len(unknown):
+        raise RequestError(f"labels: label {unknown[0]} is not one of the {len(present)} classes in the training labels")
     return known.astype(np.int64), place.astype(np.int64), [str(label) for label in present]
 
 
@@ -84,12 +84,12 @@ def require_two_classes(labels: Int64Array, name: str) -> None:
 
 
 def feature_notes(train: Float32Array, features: Float32Array | None) -> list[str]:
-    """Notes for the user about training features [N, D] and features to score [n, D] that look wrong."""
+    """Warnings about training features [N, D] and features to score [n, D]: collapsed, or the same arrays."""
     notes = []
     sample = train[:: max(1, len(train) // _SAMPLE)]
     length = np.linalg.norm(sample, axis=1, keepdims=True)
     unit = sample / np.where(length > 0, length, 1)
-    if len(train) > 1 and unit.var(axis=0, dtype=np.float64).sum() < _LEAST_VARIANCE:  # zeros too
+    if len(train) > 1 and unit.var(axis=0, dtype=np.float64).sum() < _MIN_VARIANCE:  # zeros too
         notes.append(COLLAPSED)
     if features is not None and train.shape == features.shape and np.array_equal(train, features):
         notes.append("the features to score are the training features: every image finds itself; use other images")
@@ -114,14 +114,14 @@ def ranks(scores: npt.NDArray[np.floating[Any]], labels: Int64Array) -> Int64Arr
         raise FkdError("scores are NaN: the probe diverged")
     own = scores[np.arange(len(labels)), labels][:, None]
     before = np.arange(scores.shape[1]) < labels[:, None]
-    ahead: Int64Array = ((scores > own) | ((scores == own) & before)).sum(axis=1, dtype=np.int64)
-    return ahead
+    rank: Int64Array = ((scores > own) | ((scores == own) & before)).sum(axis=1, dtype=np.int64)
+    return rank
 
 
 def as_probe(
     train_features: Any, train_labels: Any, features: Any, labels: Any, num_classes: int | None
 ) -> tuple[Float32Array, Int64Array, Float32Array, Int64Array, int]:
-    """The arguments of a probe, checked: training features and labels, features and labels to score, and C.
+    """Checks the arguments of a probe; returns training features and labels, features and labels to score, and C.
 
     Raises:
         RequestError: Shapes or labels are wrong, or there is one class only.

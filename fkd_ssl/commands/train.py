@@ -268,7 +268,7 @@ def _classified(config: Config, folder: Path) -> dict[str, float]:
 
 
 def _knn_score(config: Config, images: "ImageSource") -> "Callable[[Student], float]":
-    from fkd_ssl.commands import console
+    from fkd_ssl.commands import console, resolve
     from fkd_ssl.commands.images import images_of
     from fkd_ssl.eval import knn
     from fkd_ssl.eval.features import match_classes
@@ -286,6 +286,7 @@ def _knn_score(config: Config, images: "ImageSource") -> "Callable[[Student], fl
             pixels=config.pixels,
             k=config.knn_k,
             workers=config.workers,
+            device=resolve.device(),
             progress=False,
             skipped=set() if config.on_unreadable == "skip" else None,
         )

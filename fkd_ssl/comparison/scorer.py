@@ -33,7 +33,7 @@ class Scorer:
         folder: Folder of the saved scores.
         images: Training images.
         val: Test images.
-        device: Device that scores untrained students.
+        device: Device that scores.
     """
 
     def __init__(
@@ -98,10 +98,14 @@ class Scorer:
 
     def _score(self, split: Split) -> tuple[dict[str, Any], list[BoolArray]]:
         """Returns `knn_top1`, `linear_top1` and `map_at_r`, and for the first two which images were correct."""
-        neighbours = knn.evaluate_features(k=self.config.knn_k, **split.common)
-        probe = logreg.evaluate(progress=False, **split.common)
+        neighbours = knn.evaluate_features(k=self.config.knn_k, device=self.device, **split.common)
+        probe = logreg.evaluate(progress=False, device=self.device, **split.common)
         found = retrieval.evaluate(
-            gallery=split.train_features, gallery_labels=split.train_labels, queries=split.features, labels=split.labels
+            gallery=split.train_features,
+            gallery_labels=split.train_labels,
+            queries=split.features,
+            labels=split.labels,
+            device=self.device,
         )
         scores = {"knn_top1": neighbours["top1"], "linear_top1": probe["top1"], "map_at_r": found["map_at_r"]}
         return scores, [neighbours["correct"], probe["correct"]]

@@ -129,7 +129,7 @@ def test_another_model_of_the_same_identity_is_refused(make_set, backbone, tmp_p
     images = make_set("set")
     backbone.eval()  # inside a function it is not put into eval mode
     cache.cached(backbone, images, **options(tmp_path))
-    with pytest.raises(StoreError, match=r"gives other values .was its code changed.*delete the folder, or give another"):
+    with pytest.raises(StoreError, match=r"gives other outputs now .did its code change.*delete the folder, or choose another"):
         cache.cached(lambda pixels: backbone(pixels)[:, ::2], images, **options(tmp_path))
     changes = [
         lambda features: features.roll(1, dims=1),

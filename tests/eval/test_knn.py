@@ -195,7 +195,7 @@ def test_leave_one_out_is_n_searches_without_one(clusters, monkeypatch) -> None:
 def test_a_class_of_one_image_is_noted_when_it_is_left_out(clusters) -> None:
     train, labels, *_ = clusters
     result = knn.evaluate_features(train_features=train, train_labels=np.append(labels[:-1], 1000))
-    assert result["notes"] == ["1 of 8 classes have one image only, which cannot be classified by the others"]
+    assert result["notes"] == ["1 of 8 classes have only one image, which the others cannot classify correctly"]
     assert result["per_class"]["1000"] == {"n": 1, "top1": 0.0}
 
 

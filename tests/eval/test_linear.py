@@ -246,7 +246,7 @@ def test_every_preset_runs_and_leaves_the_backbone_alone(make_set, backbone, pro
     assert all(parameter.grad is None for parameter in backbone.parameters())
     assert set(result["per_class"]) == {"blue", "green", "red", "sand"}
     assert sum(row["n"] * row["top1"] for row in result["per_class"].values()) == pytest.approx(8 * result["top1"])
-    assert f"the batch size {result['batch_size']} is above the 16 training images: each epoch is one step" in result["notes"]
+    assert f"the batch size {result['batch_size']} exceeds the 16 training images: each epoch is one step" in result["notes"]
 
 
 def test_a_published_rate_in_proportion_follows_the_batch(make_set, backbone) -> None:
@@ -323,7 +323,7 @@ def test_what_was_kept_of_another_training_is_refused_and_left_alone(make_set, b
     run(backbone, train, val, epochs=1, kept=kept, identity="a")
     before = kept["moco"].read_bytes()
     for change in ({"identity": "b"}, {"identity": "a", "epochs": 2}, {"identity": "a", "seed": 1}):
-        with pytest.raises(RequestError, match=r"probe\.pt: a checkpoint of another model, other images or other settings"):
+        with pytest.raises(RequestError, match=r"probe\.pt: made with another model, other images or other settings"):
             run(backbone, train, val, kept=kept, **{"epochs": 1, **change})
     assert kept["moco"].read_bytes() == before
     kept["moco"].write_bytes(before[:200])
@@ -357,7 +357,7 @@ def test_a_function_that_was_rewritten_does_not_continue(make_set, backbone, tmp
     kept = {"moco": tmp_path / "probe.pt"}
     backbone.eval()
     run(backbone, train, val, epochs=2, kept=kept)
-    with pytest.raises(RequestError, match=r"probe\.pt: a checkpoint of another model"):
+    with pytest.raises(RequestError, match=r"probe\.pt: made with another model"):
         run(lambda pixels: 3 * backbone(pixels), train, val, epochs=2, kept=kept)
     run(lambda pixels: (1 + 1e-6) * backbone(pixels), train, val, epochs=2, kept=kept)  # last bits
 
