@@ -82,7 +82,7 @@ def cached(
     parts = [entry / f"part-{row // ROWS:06d}.npy" for row in range(0, len(images), ROWS)]
     with tqdm(total=len(parts), desc=desc, unit="part", file=sys.stderr, disable=bar_disabled(show=progress)) as bar:
         while not (entry / "done.json").exists():
-            advance_done(bar, sum(part.exists() for part in parts) - bar.n)
+            advance_done(bar, sum(part.exists() for part in parts) - int(bar.n))
             busy = False
             for number, part in enumerate(parts):
                 if part.exists():

@@ -49,6 +49,8 @@ def work(config: Config) -> "Features":
     """Computes the features, or reads them from the cache."""
     from pathlib import Path
 
+    import numpy as np
+
     from fkd_ssl.commands import sources
     from fkd_ssl.commands.images import images_of
     from fkd_ssl.results import Features
@@ -69,6 +71,6 @@ def work(config: Config) -> "Features":
             **sources.about_model(model, pixels),
         },
         out=entry,
-        features=source.features,
+        features=np.ascontiguousarray(source.features),  # without the baselines beside them
         labels=source.labels,
     )
