@@ -19,7 +19,7 @@ COLOURS = {
     "teacher": "#4a80c8",
     "untrained": "#868c92",
 }
-FURTHER = ("#c0508f", "#a8801f", "#1a90a8", "#8c7466", "#6d8f2a", "#6b6bd6")
+FURTHER = ("#c0508f", "#a8801f", "#1a90a8", "#8c7466", "#6d8f2a", "#6b6bd6", "#d04a5a", "#5a8c8c", "#a86ba8")
 """Colours of the other arms. All are legible on white and on the report's dark ground."""
 _INK = "#101213"  # in SVG it becomes the page's own
 _LABELS = {"knn_top1": "kNN top-1, %", "linear_top1": "linear top-1, %", "kl": "loss minus its lower bound"}
@@ -75,10 +75,12 @@ def _draw(folder: Path, name: str, caption: str, draw: Any, results: dict[str, A
     inked = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
     style: dict[Any, Any] = dict.fromkeys(inked, _INK)
     with mpl.rc_context({**style, "svg.fonttype": "none", "svg.hashsalt": name, "font.family": "sans-serif", "font.size": 11}):
-        figure = Figure(figsize=(10, 3.8), layout="constrained")
+        figure = Figure(figsize=(10, 4.3), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.subplots(1, 2, sharey=draw is _curves)
         draw(axes, results, what, folder)
+        handles, labels = axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
         for axis in axes:
             axis.grid(alpha=0.25)
             axis.spines[["top", "right"]].set_visible(False)
@@ -126,7 +128,6 @@ def _curves(axes: Sequence[Any], results: dict[str, Any], column: str, folder: P
     axes[0].margins(y=0.12)  # room for the names of levels
     axes[0].set(xlabel="training time, s", ylabel=_LABELS[column], xlim=(0, None))
     axes[1].set(xlabel="epochs (one crop of every image)", xlim=(0, None))
-    axes[0].legend(frameon=False, fontsize=9, loc="best")
 
 
 def _curve(results: dict[str, Any], folder: Path, arm: dict[str, Any], column: str) -> dict[float, tuple[float, float]]:
@@ -169,4 +170,3 @@ def _stores(axes: Sequence[Any], results: dict[str, Any], names: Sequence[str], 
         _level([axis], online, statistics.mean(arm[probe] for arm in results["arms"] if arm["name"] == online), colours[online])
         axis.margins(x=0.1, y=0.15)
         axis.set(xlim=(0, None), xlabel="size of the store, MB", ylabel=_LABELS[probe])
-    axes[0].legend(frameon=False, fontsize=9)

@@ -123,7 +123,9 @@ def text_of(results: dict[str, Any]) -> str:
 def title(results: dict[str, Any]) -> str:
     """Names the student, the teacher and the images."""
     config = results["config"]
-    return f"{config['student']} distilled from {config['teacher']} on {'/'.join(Path(config['images']).parts[-2:])}"
+    images, files_of = "/".join(Path(config["images"]).parts[-2:]), (config["checkpoint"] or "").split(",")
+    weights = ", ".join(Path(file).name for file in files_of if file)
+    return f"{config['student']} distilled from {config['teacher']}{f' ({weights})' if weights else ''} on {images}"
 
 
 def what(results: dict[str, Any]) -> str:

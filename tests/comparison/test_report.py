@@ -160,6 +160,12 @@ def test_several_seeds_show_mean_and_deviation(tmp_path: Path) -> None:
     assert "±" not in report.text_of(make_results(tmp_path / "one")).replace("±1.5 points", "")
 
 
+def test_the_title_names_student_teacher_and_images(tmp_path: Path) -> None:
+    results = make_results(tmp_path)
+    results["config"] |= {"teacher": "mocov2,swav", "checkpoint": "/weights/a.pth,b.pth"}
+    assert report.title(results) == "resnet18 distilled from mocov2,swav (a.pth, b.pth) on birds/train"
+
+
 def test_page_and_plots_are_written(tmp_path: Path) -> None:
     text = report.write(make_results(tmp_path), tmp_path)
     page = (tmp_path / "report.md").read_text()
@@ -171,7 +177,7 @@ def test_page_and_plots_are_written(tmp_path: Path) -> None:
     for name in ("loss.png", "knn.png"):
         assert f"({name})" in page
         with Image.open(tmp_path / name) as picture:
-            assert picture.size == (1300, 494)
+            assert picture.size == (1300, 559)
 
 
 def test_the_page_for_browsers_is_one_file(tmp_path: Path) -> None:
@@ -192,12 +198,16 @@ def test_the_page_for_browsers_is_one_file(tmp_path: Path) -> None:
     assert len(set(clips)) == len(clips) > 1
 
 
-def drawn(draw: Any, results: dict[str, Any], what: Any, folder: Path) -> Any:
-    figure = Figure(figsize=(10, 3.8), layout="constrained")
-    axes = figure.subplots(1, 2, sharey=draw is plots._curves)
-    draw(axes, results, what, folder)
-    figure.canvas.draw()
-    return axes
+def drawn(draw: Any, results: dict[str, Any], what: Any, folder: Path) -> Figure:
+    """Draws a plot as the report does, but returns matplotlib's figure."""
+    figures: list[Figure] = []
+
+    def keep(axes: Any, *rest: Any) -> None:
+        draw(axes, *rest)
+        figures.append(axes[0].figure)
+
+    plots._draw(folder, "plot", "caption", keep, results, what)
+    return figures[0]
 
 
 def test_curves_start_untrained_and_are_means_with_bands(tmp_path: Path) -> None:
@@ -205,7 +215,7 @@ def test_curves_start_untrained_and_are_means_with_bands(tmp_path: Path) -> None
     results = make_results(tmp_path, seeds=2)
     metrics = tmp_path / "runs/stored-seed1/metrics.csv"
     metrics.write_text(METRICS.replace("10,1.0,40,2.0,,,,,30.0", "10,1.0,40,4.0,,,,,32.0"))
-    axes = drawn(plots._curves, results, "knn_top1", tmp_path)
+    axes = drawn(plots._curves, results, "knn_top1", tmp_path).axes
     for axis, x in zip(axes, ([0, 3], [0, 1]), strict=True):
         line = next(line for line in axis.get_lines() if line.get_label() == "stored")
         assert (line.get_xdata().tolist(), line.get_ydata().tolist()) == (x, [10.5, 31])
@@ -216,25 +226,32 @@ def test_curves_start_untrained_and_are_means_with_bands(tmp_path: Path) -> None
     assert shifted.get_xdata().tolist() == [90, 93]
 
 
+def inside(label: Any, frame: Any) -> bool:
+    box = label.get_window_extent()
+    return bool(frame.x0 <= box.x0 < box.x1 <= frame.x1 and frame.y0 <= box.y0 < box.y1 <= frame.y1)
+
+
 def test_labels_are_inside_their_frame(tmp_path: Path) -> None:
     results = make_results(tmp_path, seeds=2)
     curves = drawn(plots._curves, results, "knn_top1", tmp_path)
     results["arms"].append(arm("stored:C=1", 0, 50, 60, 41))
     results["stores"]["stored:C=1"] = {"bytes": 180000, "crops": 1, "seconds": 45}
     stores = drawn(plots._stores, results, ["stored", "stored:C=1"], tmp_path)
-    for axis in (*curves, *stores):
-        assert len(axis.texts) == 1
-        for label in (*axis.texts, *([axis.get_legend()] if axis.get_legend() else [])):
-            inside, frame = label.get_window_extent(), axis.get_window_extent()
-            assert frame.x0 <= inside.x0 < inside.x1 <= frame.x1
-            assert frame.y0 <= inside.y0 < inside.y1 <= frame.y1
+    for figure in (curves, stores):
+        [legend] = figure.legends
+        assert {"stored"} < {text.get_text() for text in legend.get_texts()}
+        for axis in figure.axes:
+            [level] = axis.texts
+            assert inside(level, axis.get_window_extent())
+            assert not legend.get_window_extent().overlaps(axis.get_window_extent())
+        assert inside(legend, figure.bbox)
 
 
 def test_each_arm_has_a_colour_that_is_legible_on_white_and_black() -> None:
     def luminance(colour: str) -> float:
         return sum(w * ((c + 0.055) / 1.055) ** 2.4 for w, c in zip((0.2126, 0.7152, 0.0722), to_rgb(colour), strict=True))
 
-    names = ["teacher", "untrained", "stored", "online", "relabel", "labels", "alone", "stored:C=4", "stored:SQ4"]
+    names = ["teacher", "untrained", "stored", "online", "relabel", "labels", "alone", *(f"stored:C={k}" for k in range(7))]
     colours = plots.colours_of(
         {"arms": [{"name": name} for name in names], "differences": [{"arm": "stored", "minus": "online"}]}
     )
