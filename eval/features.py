@@ -9,30 +9,25 @@ Legend: `B` images in a batch, `N` images in the set, `P` pixels, `D` feature di
 import contextlib
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch.utils.data import Dataset
 from tqdm.auto import tqdm
 
 from fkd_ssl.arrays import Float32Array, Int64Array
-from fkd_ssl.crops import Records, centre, replay
-from fkd_ssl.data import Loader
 from fkd_ssl.errors import FkdError, ImageError, RequestError
 from fkd_ssl.eval import baselines
+from fkd_ssl.eval.views import Centred, load
 from fkd_ssl.images import ImageSource, open_images
 from fkd_ssl.progress import bar_disabled
 
 Model = Callable[[torch.Tensor], torch.Tensor]
 """Maps uint8 [B, 3, P, P] on the CPU to float [B, D] on any device; normalises and moves the pixels itself."""
-
-View = tuple[torch.Tensor, int] | ImageError  # an image's pixels and its index
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +147,7 @@ def extract_rows(
         torch.inference_mode(),
         tqdm(total=len(images), desc=desc, unit="img", file=sys.stderr, disable=bar_disabled(show=progress)) as bar,
     ):
-        for views, indices in load(_Centred(images, pixels), rows, workers=workers, skipped=skipped):
+        for views, indices in load(Centred(images, pixels), rows, workers=workers, skipped=skipped):
             if not len(indices):
                 continue
             got = shaped(_run(model, views), indices)
@@ -314,68 +309,8 @@ def _copy_to_host(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event 
     return host, copied
 
 
-def load(
-    dataset: "Dataset[View]", batches: Iterable[Sequence[Any]], *, workers: int, skipped: set[str] | None = None
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Batches of views uint8 [B, 3, P, P] with the indices of their images, int64 [B].
-
-    Args:
-        dataset: Of views.
-        batches: Keys of the dataset.
-        workers: Processes that decode; 0 decodes in this one.
-        skipped: As in `extract`. A batch of damaged images only is empty.
-
-    Raises:
-        ImageAccessError: An image cannot be opened.
-        ImageError: An image is damaged, and is not left out.
-    """
-    if isinstance(batches, list):
-        workers = min(workers, len(batches))
-    loader = Loader(
-        dataset,
-        batches,
-        workers=workers,
-        collate=partial(_collate, skip_unreadable=skipped is not None),
-        generator=torch.Generator(),  # the global one belongs to a training around this
-    )
-    for views, indices, messages in loader:
-        if skipped is not None:
-            skipped.update(messages)
-        yield views, indices
-
-
-def view(images: ImageSource, index: int, pixels: int, cut: Callable[[int, int], Records]) -> View:
-    """One view of image `index`; `cut` returns the record [1] for the image's height and width."""
-    try:
-        pixels_in = images.pixels(index)
-        return torch.from_numpy(replay(pixels_in, cut(*pixels_in.shape[:2]), pixels)[0]), index
-    except ImageError as error:
-        return error
-
-
 def check_counts(**counts: int) -> None:
     """Raises RequestError for the first count below 1."""
     for name, count in counts.items():
         if count < 1:
             raise RequestError(f"{name} must be at least 1, got {count}")
-
-
-class _Centred(Dataset[View]):
-    def __init__(self, images: ImageSource, pixels: int) -> None:
-        self.images, self.pixels = images, pixels
-
-    def __getitem__(self, index: int) -> View:
-        return view(self.images, index, self.pixels, lambda height, width: centre(height, width, self.pixels))
-
-
-def _collate(views: list[View], *, skip_unreadable: bool) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
-    pixels, indices, messages = [], [], []
-    for item in views:
-        if isinstance(item, tuple):
-            pixels.append(item[0])
-            indices.append(item[1])
-        elif skip_unreadable:
-            messages.append(str(item))
-        else:
-            raise item
-    return torch.stack(pixels) if pixels else torch.empty(0), torch.tensor(indices, dtype=torch.int64), messages

@@ -31,9 +31,10 @@ from tqdm.auto import tqdm
 from fkd_ssl.arrays import Float32Array, Int64Array
 from fkd_ssl.crops import RECIPES, draw, image_key
 from fkd_ssl.errors import RequestError, did_you_mean
-from fkd_ssl.eval.features import Model, View, checked, extract_rows, frozen, load, match_classes, view
+from fkd_ssl.eval.features import Model, checked, extract_rows, frozen, match_classes
 from fkd_ssl.eval.probe import Probe, ProbeProtocol
 from fkd_ssl.eval.scores import accuracy, feature_notes, few_classes, per_class
+from fkd_ssl.eval.views import View, load, view
 from fkd_ssl.images import ImageSource
 from fkd_ssl.progress import bar_disabled
 
