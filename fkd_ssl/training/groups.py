@@ -64,7 +64,8 @@ class DataConfig:
     """Images and crops."""
 
     images: str
-    """Folder of images; class folders are needed only for kNN."""
+    """Images: a folder, tars, Parquet files, a list of files, or another source (docs/sources.md). Classes are needed only for
+    kNN."""
     recipe: str = "mocov2"
     """Augmentation that online crops are drawn from: mocov2, s2bnn, swav or fkd. Stored crops use that of the store."""
     crops_per_image: int = 4
