@@ -204,17 +204,21 @@ def check_seed(seed: int) -> None:
 
 
 def _yaml_in_sections(config: type) -> str:
-    """Returns the parser mode of jsonargparse that reads and prints YAML in sections, one per group; "yaml" without groups."""
+    """Returns the parser mode of jsonargparse that reads and prints YAML in sections, one per group of options."""
     import jsonargparse
     import yaml
 
-    if not options.groups_of(config):
-        return "yaml"
     mode, load = "yaml_in_sections", jsonargparse.get_loader("yaml")
+    switches = {name for name, kind in typing.get_type_hints(config).items() if {"on", "off"} <= {*typing.get_args(kind)}}
 
     def read(text: str) -> Any:
         values = load(text)
-        return options.flat(values, config) if isinstance(values, dict) else values
+        if not isinstance(values, dict):
+            return values
+        values = options.flat(values, config)
+        for name in switches & values.keys():
+            values[name] = {True: "on", False: "off"}.get(values[name], values[name])  # YAML reads on and off as booleans
+        return values
 
     jsonargparse.set_loader(mode, read, (yaml.YAMLError,))
     jsonargparse.set_dumper(mode, lambda values: yaml.safe_dump(options.nested(values, config), sort_keys=False))

@@ -67,8 +67,8 @@ class Config:
     """Precision of the teacher's forward pass."""
     threads: int | None = None
     """Threads that read images and make crops while the teacher runs; by default one per processor, at most 16."""
-    device_crops: bool = False
-    """Make crops on the GPU, so that threads only decode: for few processors and a fast GPU. The pixels are the same."""
+    device_crops: Literal["auto", "on", "off"] = "auto"
+    """Whether the GPU makes the crops, so that threads only decode: auto measures which is faster. The pixels are the same."""
     evaluate: str | None = None
     """Folder of labelled test images; if given, a classifier's accuracy on them is reported first."""
     shards: str | None = None
@@ -173,11 +173,12 @@ def write(
 
     from fkd_ssl import processes
     from fkd_ssl.commands import resolve
+    from fkd_ssl.crops.choose import choose
     from fkd_ssl.crops.device import check_device
     from fkd_ssl.store.write.precompute import precompute
     from fkd_ssl.training.groups import split
 
-    if config.device_crops:
+    if config.device_crops == "on":
         check_device(resolve.device())
     images, teachers = (load or load_all)(config)
     log(resolve.describe_machine(device_crops=config.device_crops))
@@ -187,12 +188,27 @@ def write(
             teacher.embed(torch.zeros(2, 3, side, side, dtype=torch.uint8))
     if config.evaluate is not None and not processes.rank()[0] and (share is None or not share.index):
         _evaluate(config, config.evaluate, teachers, log)
+    recipe = resolve.recipe_of(config.recipe, config.min_scale)
+    threads = min(16, resolve.cpu_threads()) if config.threads is None else config.threads
+    on_device = config.device_crops == "on" or (
+        config.device_crops == "auto"
+        and choose(
+            images,
+            recipe,
+            crops=config.crops,
+            sides=sorted({*sides}),
+            workers=threads,
+            device=resolve.device(),
+            network=functools.partial(_seconds_per_crop, teachers, sides, config.chunk_size),
+            log=log,
+        )
+    )
     return precompute(
         images,
         config.store,
         teachers,
         crops=config.crops,
-        recipe=resolve.recipe_of(config.recipe, config.min_scale),
+        recipe=recipe,
         codec=config.codec,
         pixels=sides,
         seed=config.seed,
@@ -200,12 +216,32 @@ def write(
         chunk_size=config.chunk_size,
         column=None if config.column is None else split(config.column),
         skip_unreadable=config.on_unreadable == "skip",
-        threads=min(16, resolve.cpu_threads()) if config.threads is None else config.threads,
-        device=str(resolve.device()) if config.device_crops else None,
+        threads=threads,
+        device=str(resolve.device()) if on_device else None,
         share=share,
         progress=progress,
         log=log,
     )
+
+
+def _seconds_per_crop(teachers: "Sequence[Teacher]", sides: Sequence[int], chunk_size: int) -> float:
+    """Measures the forward pass of the teachers on a GPU, with data that is there."""
+    import time
+
+    import torch
+
+    started = 0.0
+    chunks = [
+        torch.zeros(chunk_size, 3, side, side, dtype=torch.uint8, device=t.device)
+        for t, side in zip(teachers, sides, strict=True)
+    ]
+    for _ in range(2):  # the first pass chooses the kernels
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        for teacher, chunk in zip(teachers, chunks, strict=True):
+            teacher.embed(chunk)
+        torch.cuda.synchronize()
+    return (time.perf_counter() - started) / chunk_size
 
 
 def _evaluate(config: Config, folder: str, teachers: "Sequence[Teacher]", log: Callable[[str], None]) -> None:

@@ -71,6 +71,7 @@ def work(config: Config) -> "Trained":
         data = training_data.record(config, images, data, world, resumes=state == "resume")
     crops = data.crops
     assert crops is not None
+    training_data.choose_device_crops(config, images, crops)
     with ExitStack() as stack:
         for recording in filter(None, data.recordings or []):
             stack.callback(recording.close)

@@ -10,6 +10,7 @@ from torch import Tensor
 from fkd_ssl import files, processes
 from fkd_ssl.commands import console, resolve
 from fkd_ssl.crops import Recipe, replay_digest
+from fkd_ssl.crops.choose import choose
 from fkd_ssl.crops.device import check_device
 from fkd_ssl.data import Crops, FreshCrops, RecordingCrops, RelabelledCrops, StoredCrops
 from fkd_ssl.eval.classify import check_classes
@@ -69,7 +70,7 @@ def open_data(config: TrainConfig, images: ImageSource) -> TrainingData:
         console.log(f"warning: --scale_boxes: {what}")
     if store is not None and config.targets != "stored" and config.recipe not in ("mocov2", store.manifest.recipe.name):
         console.log(f"warning: --recipe {config.recipe} is ignored: the crops are those of --store")
-    if config.device_crops:
+    if config.device_crops == "on":
         check_device(resolve.device())
     return _OPEN[config.targets](config, images, store)
 
@@ -151,8 +152,22 @@ def _crop_options(config: TrainConfig) -> dict[str, Any]:
         "pixels": config.pixels,
         "seed": config.seed,
         "skip_unreadable": config.on_unreadable == "skip",
-        "decode_only": config.device_crops,
+        "decode_only": config.device_crops == "on",
     }
+
+
+def choose_device_crops(config: TrainConfig, images: ImageSource, crops: Crops) -> None:
+    """Has the GPU make the crops if --device_crops is auto and that is faster."""
+    if config.device_crops == "auto":
+        crops.decode_only = choose(
+            images,
+            crops.store.manifest.recipe if isinstance(crops, StoredCrops) else resolve.recipe_of(config.recipe),
+            crops=config.crops_per_image,
+            sides=[*crops.sides.values()],
+            workers=config.workers,
+            device=resolve.device(),
+            log=console.log,
+        )
 
 
 def _store_inputs(store: Store) -> dict[str, str]:
@@ -169,8 +184,9 @@ def _check_store(config: TrainConfig, store: Store, columns: list[Column]) -> No
         seen = column.meta.teacher.pixels
         if seen != config.pixels:
             console.log(f"note: the teacher saw crops of {seen} px, the student trains on {config.pixels} px")
-        if column.meta.replay_digest != replay_digest(str(resolve.device()) if config.device_crops else None):
-            where = f"{resolve.device().type} makes" if config.device_crops else "this machine makes"
+        on_device = config.device_crops == "on"  # auto uses a device only if its pixels are those of the CPU
+        if column.meta.replay_digest != replay_digest(str(resolve.device()) if on_device else None):
+            where = f"{resolve.device().type} makes" if on_device else "this machine makes"
             console.log(f"warning: {where} slightly other pixels of a crop than the one that ran the teacher")
     if config.epochs > store.crops_per_image:
         uses = config.epochs / store.crops_per_image
@@ -213,7 +229,7 @@ def record(config: TrainConfig, images: ImageSource, data: TrainingData, world: 
         crops_per_image=config.crops_per_image,
         pixels=config.pixels,
         teacher_pixels=config.teacher_pixels,
-        decode_only=config.device_crops,
+        decode_only=config.device_crops == "on",
     )
     published = [column for column in columns if resumes and is_published(column)]
     for column in published:

@@ -172,6 +172,7 @@ def train(
         "epochs": config.epochs,
         "images": len(data),
         "crops_seen": steps * config.batch_size,
+        "device_crops": data.decode_only,
         "stored_crops_per_image": data.store.crops_per_image if isinstance(data, StoredCrops) else None,
         "teacher_forwards": 0 if embeds is None else steps * config.batch_size * len(embeds),
         **found,

@@ -80,8 +80,8 @@ class DataConfig:
     """CutMix: parameter of the Beta distribution, 1 in FKD. 0 disables it. With both, each batch uses one of them at random."""
     scale_boxes: bool = False
     """Scale the stored boxes to the images, which are smaller copies of the store's images (made by fkd-ssl cache)."""
-    device_crops: bool = False
-    """Make crops on the GPU, so that workers only decode: for machines with few CPU cores. The pixels are the same."""
+    device_crops: Literal["auto", "on", "off"] = "auto"
+    """Whether the GPU makes the crops, so that workers only decode: auto measures which is faster. The pixels are the same."""
     mix_groups: int = FROM_DATA
     """Mix the images of this many tars or Parquet row groups at a time, so that a pass reads each about once; 0 mixes all
     images. By default 16 for remote files, as many as fit in 256 MB for Parquet, and 0 for others."""

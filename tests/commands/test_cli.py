@@ -352,3 +352,15 @@ def test_a_strangers_words_control_no_terminal(work: Path, call: Any) -> None:
     error = call("knn --train train --val val", model=HOSTILE).err
     assert SHOWN in error
     assert all(char.isprintable() or char == "\n" for char in answer.out + error)
+
+
+def test_on_and_off_in_a_config_are_words(tmp_path: Path, call: Any) -> None:
+    """YAML reads them as booleans."""
+    for verb, text, rest in (
+        ("train", "data: {device_crops: on}", "--images i --out o --store s"),
+        ("precompute", "device_crops: off", "--images i --store s --teacher t"),
+    ):
+        (tmp_path / "config.yaml").write_text(text)
+        status, out, _ = call(f"{verb} --config {tmp_path}/config.yaml {rest} --print_config")
+        assert status == 0
+        assert f"device_crops: '{'on' if verb == 'train' else 'off'}'" in out

@@ -165,7 +165,7 @@ class TestUnreadable:
 def test_how_a_run_is_run_may_change_when_it_continues(work: Path, call: Any, train_line: str) -> None:
     """As the message about a killed worker advises."""
     assert call(f"{train_line} --out run").status == 0
-    for change in ("--workers 1", "--device_crops", "--on_unreadable skip"):
+    for change in ("--workers 1", "--device_crops on", "--on_unreadable skip"):
         again = call(f"{train_line} --out run {change}")
         assert (again.status, "this run is done" in again.err) == (0, True)
     other = call(f"{train_line} --out run --lr 0.5")
@@ -177,7 +177,7 @@ def test_crops_on_a_device_need_a_gpu(work: Path, call: Any, train_line: str, mo
     monkeypatch.setenv("TRITON_INTERPRET", "0")
     precompute = "precompute --images train --teacher own_teacher:make --crops 4 --store new"
     for line in (f"{train_line} --out run", precompute):
-        refused = call(f"{line} --device_crops")
+        refused = call(f"{line} --device_crops on")
         assert (refused.status, "--device_crops needs a CUDA GPU, found cpu: run without it" in refused.err) == (2, True)
     assert not Path("new").exists()
 

@@ -141,7 +141,7 @@ def test_a_run_that_was_killed_while_its_store_was_published_ends(
 def test_two_teachers_and_devices_crops(work: Path, call: Any) -> None:
     line = LINE.replace("own_teacher:make", "own_teacher:make,own_teacher:other")
     assert call(f"{line} --epochs 4 --record new --out first").status == 0
-    assert call(f"{line} --epochs 4 --record other --out second --device_crops").status == 0
+    assert call(f"{line} --epochs 4 --record other --out second --device_crops on").status == 0
     assert open_store("new").column_names == ["make", "other"]
     assert files_of(work / "new") == files_of(work / "other")
     assert call(f"{LINE} --epochs 4 --record one --out third").status == 0

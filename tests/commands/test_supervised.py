@@ -232,7 +232,7 @@ class TestRelabel:
         card = (work / "run/README.md").read_text()
         assert card.startswith("# squeezenet1_1, distilled from pooled\n\nTrained without labels by `fkd-ssl train` on relabel")
         assert "| teacher pooled | |" in card
-        assert call(f"{self.LINE} --epochs 1 --mixup 0.8 --calibrate_below 0.5 --device_crops --out mixed").status == 0
+        assert call(f"{self.LINE} --epochs 1 --mixup 0.8 --calibrate_below 0.5 --device_crops on --out mixed").status == 0
         (work / "train/ash/new.png").write_bytes(next((work / "train/ash").iterdir()).read_bytes())
         answer = call(f"{self.LINE} --out other")
         assert answer.status == 1

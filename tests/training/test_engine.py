@@ -232,7 +232,7 @@ class TestResults:
         self, make_run: Any, flat_store: Any, image_folder: Path, workers: int
     ) -> None:
         data = StoredCrops(flat_store, image_folder, crops_per_image=2, pixels=32, decode_only=True)
-        device = make_run("device", data=data, device_crops=True, workers=workers).train()
+        device = make_run("device", data=data, device_crops="on", workers=workers).train()
         assert device.column("loss") == make_run().train().column("loss")
 
     def test_an_online_teacher_of_another_size_has_its_crops_made_there_too(
@@ -243,7 +243,14 @@ class TestResults:
             data = StoredCrops(
                 flat_store, image_folder, crops_per_image=2, pixels=32, with_targets=False, teacher_pixels=48, decode_only=where
             )
-            run = make_run(f"run{where}", data=data, targets="online", teacher="x:y", teacher_pixels=48, device_crops=where)
+            run = make_run(
+                f"run{where}",
+                data=data,
+                targets="online",
+                teacher="x:y",
+                teacher_pixels=48,
+                device_crops="on" if where else "off",
+            )
             losses.append(run.train(embed=tiny_teacher.embed).column("loss"))
         assert losses[0] == losses[1]
 
