@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -63,6 +64,11 @@ class Ensemble(Teacher):
             kind="distribution",
         )
         self.members = list(members)
+
+    def compile(self, *args: Any, **options: Any) -> None:
+        """Compiles each member's network."""
+        for member in self.members:
+            member.compile(*args, **options)
 
     @torch.inference_mode()
     def embed(self, images: Tensor) -> Tensor:

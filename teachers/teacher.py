@@ -65,6 +65,11 @@ class Teacher(nn.Module):
         """The device of the network."""
         return self._mean.device
 
+    def compile(self, *args: Any, **options: Any) -> None:
+        """Compiles the network with torch.compile, in place; the arguments are its."""
+        for part in (self.backbone, self.head):
+            part.compile(*args, **options)
+
     def train(self, mode: bool = True) -> Self:
         """Stays in eval mode: a teacher is frozen."""
         return super().train(False)

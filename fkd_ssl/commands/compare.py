@@ -41,11 +41,12 @@ def work(config: Config) -> "Compared":
     from fkd_ssl.comparison import report
     from fkd_ssl.comparison.compare import Tools, compare
     from fkd_ssl.results import Compared
+    from fkd_ssl.training.groups import teacher_precision
 
     folder = Path(config.out)
     tools = Tools(
         recipe=resolve.recipe_of(config.recipe),
-        load_teachers=lambda: resolve.teachers_of(config.teacher, config.checkpoint),
+        load_teachers=lambda: resolve.teachers_of(config.teacher, config.checkpoint, teacher_precision(config)),
         load_model=resolve.model_of,
         train=_train,
         device=resolve.device(),

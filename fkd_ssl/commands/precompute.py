@@ -65,6 +65,8 @@ class Config:
     """What to do if an image is damaged: stop and name it, or record it in the store and continue."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Precision of the teacher's forward pass."""
+    compile: bool = False
+    """Compile the teacher (torch.compile), which starts more slowly and runs faster. The last bits of the targets change."""
     threads: int | None = None
     """Threads that read images and make crops while the teacher runs; by default one per processor, at most 16."""
     device_crops: Literal["auto", "on", "off"] = "auto"
@@ -186,6 +188,8 @@ def write(
     for teacher, side in zip(teachers, sides, strict=True):
         if side != teacher.info.pixels:  # fails now, not after the store was created, if the teacher cannot take this size
             teacher.embed(torch.zeros(2, 3, side, side, dtype=torch.uint8))
+    if config.compile:
+        resolve.compile_teachers(teachers, sides, config.chunk_size)
     if config.evaluate is not None and not processes.rank()[0] and (share is None or not share.index):
         _evaluate(config, config.evaluate, teachers, log)
     recipe = resolve.recipe_of(config.recipe, config.min_scale)

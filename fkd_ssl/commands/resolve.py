@@ -4,7 +4,7 @@ import copy
 import os
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fkd_ssl.crops import IMPORTED, RECIPES, Recipe
 from fkd_ssl.crops.replay import describe_implementation
-from fkd_ssl.errors import RequestError, did_you_mean
+from fkd_ssl.errors import FkdError, RequestError, did_you_mean
 from fkd_ssl.files import sha256
 from fkd_ssl.options import OBJECT, Named
 from fkd_ssl.students import CLASSIFIER, EXPORTED, MEAN, STD, Student, load_student
@@ -129,6 +129,16 @@ def teachers_of(names: str, checkpoints: str | None, precision: Precision = "fp3
         if taken[name] > 1:
             teacher.info = replace(teacher.info, name=f"{name}-{taken[name]}")
     return teachers
+
+
+def compile_teachers(teachers: Sequence[Teacher], sides: Sequence[int], crops: int) -> None:
+    """Compiles the networks of teachers for batches of `crops` crops; raises RequestError if torch.compile fails."""
+    for teacher, side in zip(teachers, sides, strict=True):
+        teacher.compile()
+        try:
+            teacher.embed(torch.zeros(crops, 3, side, side, dtype=torch.uint8).contiguous(memory_format=torch.channels_last))
+        except FkdError as error:
+            raise RequestError(f"--compile: torch.compile failed: {error}; run without --compile") from error
 
 
 def _one_teacher(name: str, checkpoint: str | None, precision: Precision) -> Teacher:

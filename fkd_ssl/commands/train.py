@@ -72,6 +72,9 @@ def work(config: Config) -> "Trained":
     crops = data.crops
     assert crops is not None
     training_data.choose_device_crops(config, images, crops)
+    if config.compile:
+        sides = [config.teacher_pixels or config.pixels] * len(data.teachers)
+        resolve.compile_teachers(data.teachers, sides, config.batch_size // config.accumulate // world)
     with ExitStack() as stack:
         for recording in filter(None, data.recordings or []):
             stack.callback(recording.close)

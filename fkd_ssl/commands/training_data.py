@@ -27,7 +27,7 @@ from fkd_ssl.teachers import Teacher
 from fkd_ssl.text import format_bytes
 from fkd_ssl.training import defaults
 from fkd_ssl.training.config import TrainConfig
-from fkd_ssl.training.groups import checkpoints_of, split
+from fkd_ssl.training.groups import checkpoints_of, split, teacher_precision
 
 _CHECKED_BYTES = 10**9  # targets up to this size are read once before training to find damaged files
 
@@ -124,7 +124,9 @@ def _relabel(config: TrainConfig, images: ImageSource, store: Store | None) -> T
 def _online(config: TrainConfig, images: ImageSource, store: Store | None) -> TrainingData:
     """Stored or fresh crops, with targets that the teachers compute for every batch."""
     assert config.teacher is not None  # by TrainConfig
-    teachers = resolve.teachers_of(config.teacher, config.checkpoint)
+    precision = teacher_precision(config)
+    teachers = resolve.teachers_of(config.teacher, config.checkpoint, precision)
+    config = replace(config, teacher_precision=precision)
     inputs = {f"teacher {t.info.name}": f"{t.info.network}, sha256 {t.info.checkpoint_sha256}" for t in teachers}
     config = defaults.resolve(config, images=len(store or images), pixels=config.teacher_pixels or teachers[0].info.pixels)
     return TrainingData(
@@ -267,6 +269,7 @@ def publish(config: TrainConfig, data: TrainingData) -> None:
                 "pixels": column.meta.teacher.pixels,
                 "seed": config.seed,
                 "chunk_size": column.meta.chunk_size,
+                "precision": column.meta.teacher.precision,
                 "on_unreadable": "skip" if config.on_unreadable == "skip" else None,
             }
             options = [f"--{key} {shlex.quote(str(value))}" for key, value in asked.items() if value is not None]

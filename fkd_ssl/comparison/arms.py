@@ -11,7 +11,7 @@ from fkd_ssl.errors import RequestError, did_you_mean
 from fkd_ssl.pretraining.config import PretrainConfig
 from fkd_ssl.students.heads import CLASSIFIER
 from fkd_ssl.training.config import TrainConfig
-from fkd_ssl.training.groups import checkpoints_of, split
+from fkd_ssl.training.groups import checkpoints_of, split, teacher_precision
 
 Kind = Literal["stored", "online", "alone", "labels", "relabel"]
 ON_STORED = "stored_crops"
@@ -107,7 +107,7 @@ def _further(word: str, config: CompareConfig, chosen: tuple[int, ...]) -> Arm:
 
 def training(arm: Arm, config: CompareConfig, seed: int, columns: Sequence[str]) -> TrainConfig:
     """Returns the config of the training of any arm but `alone`. `columns` are the teachers' columns of the store."""
-    own = {"out", "teacher", "teacher_weights", "checkpoint", "crops", "codec"}
+    own = {"out", "teacher", "teacher_weights", "checkpoint", "crops", "codec", "teacher_precision"}
     shared = {f.name for f in fields(TrainConfig)} & {f.name for f in fields(CompareConfig)} - own
     where: dict[str, Any] = {
         "targets": arm.kind,
@@ -120,6 +120,7 @@ def training(arm: Arm, config: CompareConfig, seed: int, columns: Sequence[str])
     elif arm.kind == "online":
         files = [checkpoints_of(config.teacher, config.checkpoint)[k] for k in arm.chosen]
         where["teacher"] = ",".join(split(config.teacher)[k] for k in arm.chosen)
+        where["teacher_precision"] = teacher_precision(config)
         where["checkpoint"] = ",".join(file or "" for file in files) if any(files) else None
     out = str(Path(config.out) / "runs" / run_name(arm.name, seed))
     return TrainConfig(out=out, seed=seed, **{key: getattr(config, key) for key in shared}, **where)
@@ -139,5 +140,6 @@ def pretraining(config: CompareConfig, name: str, *, seed: int, epochs: int) -> 
         lr=config.alone_lr,
         momentum=config.alone_momentum,
         seed=seed,
+        precision=config.precision,
         workers=config.workers,
     )

@@ -68,6 +68,10 @@ class CompareConfig:
     """Peak learning rate of the arm alone (MoCo's SGD)."""
     alone_momentum: float = 0.999
     """Momentum of the key encoder's moving average in the arm alone; use about 0.99 for a few thousand images."""
+    precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    """Precision of all trainings, in Lightning's terms."""
+    teacher_precision: Literal["fp32", "bf16", "fp16"] | None = None
+    """Precision of the teacher, for the store and online; by default that of the trainings."""
     workers: int = 2
     """Processes that read images."""
     knn_every: float = 5

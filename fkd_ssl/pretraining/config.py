@@ -86,8 +86,10 @@ class PretrainConfig:
     """What to do if an image is damaged: stop and name it, or replace it by another image of its batch and count it."""
     log_every: int = 20
     """Steps per line of metrics.csv."""
+    checkpoint_interval: float = 60.0
+    """Seconds between checkpoints, at least; they are saved at the end of an epoch. The last step is always saved."""
 
-    EXECUTION: ClassVar[tuple[str, ...]] = ("workers", "on_unreadable")
+    EXECUTION: ClassVar[tuple[str, ...]] = ("workers", "on_unreadable", "checkpoint_interval")
     PATHS: ClassVar[tuple[str, ...]] = ("images", "out")
 
     def __post_init__(self) -> None:
@@ -102,7 +104,7 @@ class PretrainConfig:
             raise RequestError(
                 f"arch {self.arch!r}: swav trains teachers, of the standard stem and width: {', '.join(RESNETS)}"
             )
-        for name in ("dim", "epochs", "batch_size", "pixels", "log_every", "workers", *own):
+        for name in ("dim", "epochs", "batch_size", "pixels", "log_every", "workers", "checkpoint_interval", *own):
             least_is_zero = name in _MAY_BE_ZERO or (self.method, name) == ("swav", "queue")
             if getattr(self, name) < 0 or (getattr(self, name) == 0 and not least_is_zero):
                 raise RequestError(

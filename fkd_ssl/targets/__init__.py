@@ -3,8 +3,9 @@
 Each kind of targets is a `Kind` in `KINDS`. To add one, add it there, and an objective for it in `fkd_ssl.objectives`.
 """
 
-from fkd_ssl.targets.info import Precision, Rgb, TeacherInfo
+from fkd_ssl.targets.info import Rgb, TeacherInfo
 from fkd_ssl.targets.kind import Codec, Kind, Shape
+from fkd_ssl.targets.precision import Precision
 from fkd_ssl.targets.spec import KINDS, TargetSpec
 
 __all__ = [

@@ -2,15 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from fkd_ssl.errors import RequestError
+from fkd_ssl.targets.precision import PRECISIONS, Precision
 from fkd_ssl.targets.spec import TargetSpec
 
-Precision = Literal["fp32", "bf16", "fp16"]
 Rgb = tuple[float, float, float]
 IMAGENET_MEAN: Rgb = (0.485, 0.456, 0.406)
 IMAGENET_STD: Rgb = (0.229, 0.224, 0.225)
@@ -56,8 +56,8 @@ class TeacherInfo:
         object.__setattr__(self, "licence", self.licence or "not stated")
         if min(self.std) <= 0:
             raise RequestError(f"teacher {self.name}: std {self.std}: must be positive")
-        if self.precision not in get_args(Precision):
-            raise RequestError(f"precision {self.precision!r}: expected {' or '.join(get_args(Precision))}")
+        if self.precision not in PRECISIONS:
+            raise RequestError(f"precision {self.precision!r}: expected {' or '.join(PRECISIONS)}")
         if type(self.pixels) is not int or not 0 < self.pixels <= _MAX_PIXELS:
             raise RequestError(f"teacher {self.name}: pixels {self.pixels!r}: expected 1 to {_MAX_PIXELS}")
         words = (self.name, self.network, self.licence)

@@ -9,7 +9,7 @@ from lightly.utils.lars import LARS
 from torch import Tensor, nn
 
 from fkd_ssl.data import Batch, replay_on_device
-from fkd_ssl.errors import RequestError
+from fkd_ssl.errors import FkdError, RequestError
 from fkd_ssl.objectives import Objective
 from fkd_ssl.students import STUDENT_KEY, Student
 from fkd_ssl.training.config import TrainConfig
@@ -47,6 +47,7 @@ class Distiller(TrainingModule):
         self.mixing = Mixing(config.mixup, config.cutmix) if config.mixup or config.cutmix else None
         self.config = config
         self._seen: list[list[Tensor]] = []  # targets of this step's batches
+        self._last: list[Tensor] = []  # targets of the last batch
         self.average = None if config.ema is None else copy.deepcopy(student).eval().requires_grad_(False)
         if config.compile:
             student.backbone.compile()  # in place, so that the names of the weights do not change
@@ -69,8 +70,20 @@ class Distiller(TrainingModule):
         loss = torch.stack([weight * objective(output, target) for weight, objective, output, target in heads]).sum()
         floor = torch.stack([weight * objective.floor(target) for weight, objective, _, target in heads]).sum()
         self._seen.append(targets)
+        self._last = targets
         self.last_loss, self.last_floor = loss.detach(), floor.detach()
         return loss
+
+    def require_finite(self, step: int) -> None:
+        """Raises FkdError if the last loss is not finite; says so if the reason is a teacher's targets."""
+        try:
+            super().require_finite(step)
+        except FkdError as error:
+            if all(target.isfinite().all() for target in self._last):
+                raise
+            raise FkdError(
+                f"step {step}: a teacher's targets are NaN or infinity; {self.saved}; try --teacher_precision fp32"
+            ) from error
 
     def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         """Takes the step, then passes its targets to the objectives and updates the moving average."""

@@ -22,6 +22,7 @@ from fkd_ssl import checkpoints, files, runs
 from fkd_ssl.data import Loader
 from fkd_ssl.data.sampler import PassSampler
 from fkd_ssl.errors import CheckpointError, RequestError
+from fkd_ssl.targets.precision import uses_tf32
 from fkd_ssl.training.metrics import METRICS, MetricsWriter, peak_memory
 from fkd_ssl.training.module import TrainingModule
 from fkd_ssl.training.monitor import Monitor, Score, checkpoint_message, last_checkpoint
@@ -78,13 +79,13 @@ def fit(
 ) -> dict[str, Any]:
     """Trains a module to its last step, resuming from the run's last checkpoint if any.
 
-    Writes metrics.csv and checkpoints/, with a checkpoint after every epoch, to the run folder.
+    Writes metrics.csv and checkpoints/, with a checkpoint after an epoch, to the run folder.
 
     Args:
         module: The network to train.
         loader: Its batches. The batch sampler must be a PassSampler; its rank is set here.
         folder: The run folder.
-        config: The run's config, with `precision` and `log_every`.
+        config: The run's config, with `precision`, `log_every` and `checkpoint_interval`.
         inputs: Inputs of the run; see `runs.Inputs`. If None, they are not compared with the checkpoint's.
         crops_per_step: Number of crops per step.
         crops_per_epoch: Number of crops per epoch.
@@ -99,7 +100,8 @@ def fit(
         title: Title of the progress bar.
 
     Returns:
-        `steps`, `train_seconds`, `data_wait`, `unreadable_images`, `peak_memory_bytes`, `knn_top1`, `knn_best`.
+        `steps`, `train_seconds`, `crops_per_second`, `tf32`, `data_wait`, `unreadable_images`, `peak_memory_bytes`, `knn_top1`,
+        `knn_best`.
 
     Raises:
         CheckpointError: The last checkpoint is damaged.
@@ -117,6 +119,7 @@ def fit(
         score,
         score_every=max(1, round(score_every * steps_per_epoch)),
         save_every=max(1, round(steps_per_epoch)),
+        save_interval=config.checkpoint_interval,
     )
     last = last_checkpoint(folder)
     if last.exists():
@@ -138,6 +141,8 @@ def fit(
     return {
         "steps": module.steps,
         "train_seconds": round(metrics.seconds, 3),
+        "crops_per_second": round(module.steps * crops_per_step / max(metrics.seconds, 1e-9), 1),
+        "tf32": uses_tf32(config.precision),
         "data_wait": round(metrics.waited / max(metrics.seconds, 1e-9), 4),
         "unreadable_images": len(metrics.unreadable),
         "peak_memory_bytes": max(metrics.peak, peak_memory()),

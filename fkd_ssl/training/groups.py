@@ -43,6 +43,13 @@ def checkpoints_of(teacher: str | None, checkpoint: str | None) -> list[str | No
     return files
 
 
+def teacher_precision(config: Any) -> Literal["fp32", "bf16", "fp16"]:
+    """Returns the precision of a config's teacher: `teacher_precision`, by default that of the student."""
+    same: dict[str, Literal["fp32", "bf16", "fp16"]] = {"32-true": "fp32", "bf16-mixed": "bf16", "16-mixed": "fp16"}
+    given: Literal["fp32", "bf16", "fp16"] | None = config.teacher_precision
+    return given or same[config.precision]
+
+
 def check_positive(config: Any, *names: str) -> None:
     """Raises RequestError if one of these numbers is neither None nor positive and finite."""
     for name in names:
@@ -121,6 +128,8 @@ class TargetsConfig:
     """Weight of each teacher in the loss, for instance 2,1. Default: equal."""
     checkpoint: str | None = None
     """Checkpoint of the online teacher; F,G for teachers A,B."""
+    teacher_precision: Literal["fp32", "bf16", "fp16"] | None = None
+    """Precision of the online teacher; by default that of the student."""
     teacher_pixels: int | None = None
     """Side of the online teacher's crops; by default that of the student. If it differs, each crop is made twice."""
     label_maps: str | None = None
@@ -154,10 +163,10 @@ class TargetsConfig:
                 else f"label_maps {self.label_maps}: they are for --targets relabel"
             )
         unused = {
-            "stored": ("teacher", "checkpoint", "teacher_pixels"),
+            "stored": ("teacher", "checkpoint", "teacher_pixels", "teacher_precision"),
             "online": ("column",),
-            "labels": ("column", "teacher", "checkpoint", "teacher_pixels", "calibrate_below"),
-            "relabel": ("column", "teacher", "checkpoint", "teacher_pixels", "store"),
+            "labels": ("column", "teacher", "checkpoint", "teacher_pixels", "teacher_precision", "calibrate_below"),
+            "relabel": ("column", "teacher", "checkpoint", "teacher_pixels", "teacher_precision", "store"),
         }
         for name in unused[self.targets]:
             if (value := getattr(self, name)) is not None:
@@ -308,15 +317,19 @@ class EngineConfig:
     sync_batchnorm: bool = False
     """Synchronise BatchNorm over all processes (GPUs only)."""
     compile: bool = False
-    """Compile the student's backbone (torch.compile)."""
+    """Compile the student's backbone and the online teacher (torch.compile)."""
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     """Precision of the student, in Lightning's terms."""
 
-    EXECUTION: ClassVar[tuple[str, ...]] = ("devices",)
+    checkpoint_interval: float = 60.0
+    """Seconds between checkpoints, at least; they are saved at the end of an epoch. The last step is always saved."""
+
+    EXECUTION: ClassVar[tuple[str, ...]] = ("devices", "checkpoint_interval")
     PATHS: ClassVar[tuple[str, ...]] = ("out",)
 
     def __post_init__(self) -> None:
         check_positive(self, "devices", "accumulate")
+        check_not_negative(self, "checkpoint_interval")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,7 +18,7 @@ from fkd_ssl.training.module import TrainingModule
 
 METRICS = "metrics.csv"
 _MAX_BYTES = 2**30
-FIELDS = ("step", "epoch", "crops", "seconds", "loss", "kl", "lr", "wait", "knn_top1")
+FIELDS = ("step", "epoch", "crops", "seconds", "loss", "kl", "lr", "wait", "knn_top1", "crops_per_second")
 
 
 class MetricsWriter(pl.Callback):
@@ -28,7 +28,8 @@ class MetricsWriter(pl.Callback):
 
     `loss` is the mean over the steps since the last line; `kl` is `loss` minus the smallest loss that the targets allow.
     `lr` is the learning rate of that step. `seconds` is the training time over all sessions of the run, without scoring and
-    saving; `wait` is the share of it spent waiting for data.
+    saving, and with the steps that a GPU has to finish; `crops_per_second` is the rate since the last line; `wait` is the share
+    of `seconds` spent waiting for data.
 
     Args:
         path: Path of metrics.csv.
@@ -56,6 +57,7 @@ class MetricsWriter(pl.Callback):
         self._sums = torch.zeros(2)  # sums of the loss and of its floor
         self._count = 0
         self._mark = self._ended = self._lr = 0.0
+        self._line = (0, 0.0)  # step and seconds of the last line
         self._file: Any = None
         self._bar: Any = None
         self._loggers: list[Any] = []
@@ -91,6 +93,7 @@ class MetricsWriter(pl.Callback):
             disable=bar_disabled(show=first),
         )
         self.restart_clock()
+        self._line = (trainer.global_step, self.seconds)
         self._loggers = trainer.loggers
         if not first:
             return
@@ -129,13 +132,15 @@ class MetricsWriter(pl.Callback):
         self._tick()
         self._bar.update(1)
         if due:
+            (before, since), self._line = self._line, (step, self.seconds)
+            rate = (step - before) * self.crops_per_step / max(self.seconds - since, 1e-9)
             kl = {} if floor is None else {"kl": loss - floor_mean}
             wait = self.waited / self.seconds
-            self._append(step, loss=loss, **kl, lr=self._lr, wait=round(wait, 4))
+            self._append(step, crops_per_second=round(rate, 1), loss=loss, **kl, lr=self._lr, wait=round(wait, 4))
             self._sums.zero_()
             self._count = 0
             name, value = next(iter((kl or {"loss": loss}).items()))
-            self._bar.set_postfix({name: f"{value:.4f}", "wait": f"{100 * wait:.0f}%"})
+            self._bar.set_postfix({name: f"{value:.4f}", "crops/s": f"{rate:,.0f}", "wait": f"{100 * wait:.0f}%"})
 
     def add_score(self, trainer: pl.Trainer, top1: float) -> None:
         """Writes a kNN score at this step, on a separate line."""
@@ -147,6 +152,12 @@ class MetricsWriter(pl.Callback):
         if self._file is not None:
             with files.annotate_oserror(self.path):
                 os.fsync(self._file.fileno())
+
+    def finish_steps(self) -> None:
+        """Waits for the steps that a GPU has not finished, and counts them as training time; before scoring and saving."""
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self._tick()
 
     def restart_clock(self) -> None:
         """Excludes the time since the end of the last step from the training time."""

@@ -2,6 +2,7 @@
 
 import signal
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ def last_checkpoint(run: Path) -> Path:
 
 
 class Monitor(pl.Callback):
-    """Saves `last.ckpt` every `save_every` steps; scores the student every `score_every` steps and saves the best one.
+    """Saves `last.ckpt` every `save_every` steps, and scores the student every `score_every` steps and saves the best one.
 
     On SIGTERM, which a cluster sends before it preempts a machine, it saves a checkpoint after the current step and stops.
 
@@ -34,24 +35,37 @@ class Monitor(pl.Callback):
         score: Returns the kNN accuracy in percent of a student in eval mode; None disables scoring.
         score_every: Number of steps between two scores; the last step is always scored.
         save_every: Number of steps between two checkpoints; the last step is always saved.
+        save_interval: Minimum number of seconds between two checkpoints; one that comes too soon is left out.
 
     Attributes:
         best: Highest score so far and its step.
         last: The latest score.
     """
 
-    def __init__(self, run: Path, metrics: MetricsWriter, score: Score | None, *, score_every: int, save_every: int) -> None:
+    def __init__(
+        self,
+        run: Path,
+        metrics: MetricsWriter,
+        score: Score | None,
+        *,
+        score_every: int,
+        save_every: int,
+        save_interval: float,
+    ) -> None:
         self.checkpoint = last_checkpoint(run)
         self.metrics = metrics
         self.score = score
         self.score_every = score_every
         self.save_every = save_every
+        self.save_interval = save_interval
         self.best: tuple[float, int] | None = None
         self.last: float | None = None
         self._stopping = False
+        self._saved = 0.0  # time of the last checkpoint
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Replaces Lightning's SIGTERM handler, which stops without saving; Lightning restores the handler at the end."""
+        self._saved = time.monotonic()
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, self._stop)
 
@@ -82,9 +96,10 @@ class Monitor(pl.Callback):
         )
         step, end = trainer.global_step, trainer.global_step == trainer.max_steps
         due = step % self.score_every == 0 and trainer.max_steps - step >= self.score_every / 2  # the last step is near
-        save = end or stop or step % self.save_every == 0
+        save = end or stop or (step % self.save_every == 0 and self._interval_is_over(trainer))
         assert isinstance(pl_module, TrainingModule)
         if save or due:
+            self.metrics.finish_steps()
             pl_module.require_finite(step)  # does not save a diverged training
         if self.score is not None and (end or due):
             try:
@@ -99,9 +114,15 @@ class Monitor(pl.Callback):
         if stop and not end:
             raise KeyboardInterrupt
 
+    def _interval_is_over(self, trainer: pl.Trainer) -> bool:
+        """Whether the last checkpoint is old enough; the same in all processes, since each of them takes part in saving."""
+        over = time.monotonic() - self._saved >= self.save_interval
+        return over if trainer.world_size == 1 else trainer.strategy.reduce_boolean_decision(over, all=False)
+
     def _save(self, trainer: pl.Trainer, module: TrainingModule) -> None:
         self.metrics.sync(trainer)
         trainer.save_checkpoint(self.checkpoint)
+        self._saved = time.monotonic()
         module.saved = checkpoint_message(self.checkpoint, trainer.global_step)
 
     def _score(self, trainer: pl.Trainer, module: TrainingModule, score: Score) -> None:

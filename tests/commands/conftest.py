@@ -167,5 +167,5 @@ def train_line() -> str:
     """The command line of a training of two steps on stored targets, without --out."""
     return (
         "train --images train --store store --student squeezenet1_1 --epochs 2 --batch_size 18 --crops_per_image 2 "
-        "--pixels 32 --workers 0 --log_every 1"
+        "--pixels 32 --workers 0 --log_every 1 --checkpoint_interval 0"
     )

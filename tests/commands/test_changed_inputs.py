@@ -20,7 +20,9 @@ LABELS = ONLINE.replace("--targets online --teacher saved_teacher:saved --checkp
     "--epochs", "--head classifier --objective soft_ce --epochs"
 )
 RELABEL = LABELS.replace("--targets labels", "--targets relabel --label_maps maps")
-PRETRAIN = "pretrain --images train --out run --epochs 2 --batch_size 9 --pixels 32 --queue 9 --workers 0"
+PRETRAIN = (
+    "pretrain --images train --out run --epochs 2 --batch_size 9 --pixels 32 --queue 9 --workers 0 --checkpoint_interval 0"
+)
 LINEAR = (
     "linear --model saved_teacher:saved --checkpoint weights.pt --train train --val val --protocol moco --epochs 1 --workers 0 "
     "--out run"

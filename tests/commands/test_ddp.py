@@ -21,7 +21,7 @@ PLAIN = [sys.executable, "-m", "fkd_ssl"]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "fkd_ssl"]
 LINE = (
     "train --images train --store store --student squeezenet1_1 --head simreg --objective feature_kl+0.1*queue_kl(queue=36) "
-    "--ema 0.9 --batch_size 12 --crops_per_image 1 --pixels 32 --workers 0 --log_every 1 --lr 1e-4"
+    "--ema 0.9 --batch_size 12 --crops_per_image 1 --pixels 32 --workers 0 --log_every 1 --lr 1e-4 --checkpoint_interval 0"
 )
 # without SimReg's head, since BatchNorm uses the crops of one process
 NO_NORM = LINE.replace("--head simreg ", "")

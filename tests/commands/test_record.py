@@ -17,7 +17,7 @@ from fkd_ssl.training.metrics import read_metrics
 
 LINE = (
     "train --images train --targets online --teacher own_teacher:make --student squeezenet1_1 --batch_size 12 "
-    "--crops_per_image 2 --pixels 32 --workers 0 --log_every 1"
+    "--crops_per_image 2 --pixels 32 --workers 0 --log_every 1 --checkpoint_interval 0"
 )
 FINISH = "precompute --images train --store new --teacher own_teacher:make --pixels 32 --chunk_size 12"
 

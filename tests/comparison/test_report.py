@@ -13,10 +13,10 @@ from fkd_ssl.comparison import plots, report
 from fkd_ssl.eval import stats
 
 METRICS = (
-    "step,epoch,crops,seconds,loss,kl,lr,wait,knn_top1\n"
-    "10,1.0,40,2.0,4.5,0.2,0.001,0.1,\n"
-    "10,1.0,40,2.0,,,,,30.0\n"
-    "20,2.0,80,4.0,4.4,0.1,0.0,0.1,\n"
+    "step,epoch,crops,seconds,loss,kl,lr,wait,knn_top1,crops_per_second\n"
+    "10,1.0,40,2.0,4.5,0.2,0.001,0.1,,20.0\n"
+    "10,1.0,40,2.0,,,,,30.0,\n"
+    "20,2.0,80,4.0,4.4,0.1,0.0,0.1,,20.0\n"
 )
 
 

@@ -39,6 +39,7 @@ def make_config(folder: Path) -> MakeConfig:
     def make(out: str = "run", method: str = "mocov2", **changes: Any) -> PretrainConfig:
         options: dict[str, Any] = {
             "epochs": 3,
+            "checkpoint_interval": 0,
             "batch_size": 8,
             "pixels": 16,
             "dim": 32,

@@ -88,6 +88,7 @@ def make_run(flat_store: Store, image_folder: Path, tmp_path: Path) -> MakeRun:
             "lr": 1e-3,
             "workers": 0,
             "log_every": 1,
+            "checkpoint_interval": 0,
         }
         config = TrainConfig(**{**defaults, **options}, out=str(tmp_path / name))
         if data is None:

@@ -17,17 +17,17 @@ from fkd_ssl.training.metrics import FIELDS, MetricsWriter, peak_memory, read_me
 
 
 def test_an_empty_cell_is_none(tmp_path: Path) -> None:
-    (tmp_path / "metrics.csv").write_text(",".join(FIELDS) + "\n4,1,8,0.5,2.5,,0.1,0,\n4,1,8,0.5,,,,,50.0\n")
+    (tmp_path / "metrics.csv").write_text(",".join(FIELDS) + "\n4,1,8,0.5,2.5,,0.1,0,,16.0\n4,1,8,0.5,,,,,50.0,\n")
     lines = read_metrics(tmp_path / "metrics.csv")
     assert [(line["step"], line["loss"], line["knn_top1"]) for line in lines] == [(4, 2.5, None), (4, None, 50.0)]
 
 
 @pytest.mark.parametrize(
-    "damage", [b"4,1,8,0.5,2.x,,0.1,0,\n", b"4.5,1,8,0.5,2.5,,0.1,0,\n", b"4,1,\xff8,0.5,2.5,,0.1,0,\n", b",,,,,,,,\n"]
+    "damage", [b"4,1,8,0.5,2.x,,0.1,0,,\n", b"4.5,1,8,0.5,2.5,,0.1,0,,\n", b"4,1,\xff8,0.5,2.5,,0.1,0,,\n", b",,,,,,,,,\n"]
 )
 def test_a_damaged_line_is_refused_and_its_file_named(tmp_path: Path, damage: bytes) -> None:
     path = tmp_path / "metrics.csv"
-    path.write_bytes(f"{','.join(FIELDS)}\n2,1,8,0.5,2.5,,0.1,0,\n".encode() + damage)
+    path.write_bytes(f"{','.join(FIELDS)}\n2,1,8,0.5,2.5,,0.1,0,,16.0\n".encode() + damage)
     with pytest.raises(RequestError, match=r"metrics\.csv: damaged .*delete it to continue without its lines"):
         read_metrics(path)
     with pytest.raises(RequestError, match=r"metrics\.csv: damaged"):
@@ -73,7 +73,7 @@ def test_a_state_is_continued_and_later_lines_are_forgotten(tmp_path: Path) -> N
 
 def test_the_header_is_what_the_design_promises(tmp_path: Path) -> None:
     start(writer(tmp_path), 0)
-    assert (tmp_path / "metrics.csv").read_text() == "step,epoch,crops,seconds,loss,kl,lr,wait,knn_top1\n"
+    assert (tmp_path / "metrics.csv").read_text() == "step,epoch,crops,seconds,loss,kl,lr,wait,knn_top1,crops_per_second\n"
     assert read_metrics(tmp_path / "metrics.csv") == []
 
 

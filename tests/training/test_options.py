@@ -8,6 +8,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,7 @@ from fkd_ssl.training.config import TrainConfig
 from fkd_ssl.training.distiller import Distiller, update_average
 from fkd_ssl.training.engine import check_batch, single_steps
 from fkd_ssl.training.fit import AtomicCheckpoints
+from fkd_ssl.training.groups import teacher_precision
 from fkd_ssl.training.single_crop import SingleCropPasses
 
 ALL = {
@@ -451,3 +453,61 @@ def test_queue_kl_stored_equals_online(make_run: Any, tiny_teacher: Any) -> None
     assert stored.column("loss") == pytest.approx(online.column("loss"), rel=1e-4)
     assert torch.equal(stored.weights["parts.0.next"], torch.tensor(9 * 16 % 50))
     assert not torch.equal(stored.weights["parts.0.queue"][:5], stored.weights["parts.0.queue"][5:10])
+
+
+class TestCheckpointInterval:
+    def test_checkpoints_of_short_epochs_are_left_out(self, make_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Six epochs of one and a half steps: with an interval that never ends, only the last step is saved."""
+        saved: list[int] = []
+        real = AtomicCheckpoints.save_checkpoint
+
+        def save(self: Any, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+            saved.append(checkpoint["global_step"])
+            real(self, checkpoint, path, storage_options)
+
+        monkeypatch.setattr(AtomicCheckpoints, "save_checkpoint", save)
+        every = make_run("every", checkpoint_interval=0).train()
+        assert saved == [2, 4, 6, 8, 9]
+        saved.clear()
+        once = make_run("once", checkpoint_interval=3600).train()
+        assert saved == [9]
+        assert once.column("loss") == every.column("loss")
+
+    def test_the_interval_starts_again_with_each_checkpoint(self, make_run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+        """A clock of 10 seconds a call is read once when the training starts, at each epoch, and after each checkpoint."""
+        now = iter(range(0, 10_000, 10))
+        monkeypatch.setattr("fkd_ssl.training.monitor.time", SimpleNamespace(monotonic=lambda: next(now)))
+        saved: list[int] = []
+        real = AtomicCheckpoints.save_checkpoint
+
+        def save(self: Any, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+            saved.append(checkpoint["global_step"])
+            real(self, checkpoint, path, storage_options)
+
+        monkeypatch.setattr(AtomicCheckpoints, "save_checkpoint", save)
+        make_run(checkpoint_interval=15).train()
+        assert saved == [4, 8, 9]  # 20 seconds after the start, 20 after the checkpoint of step 4, and the last step
+
+    def test_it_must_not_be_negative(self, make_run: Any) -> None:
+        with pytest.raises(RequestError, match=r"checkpoint_interval -1: must be at least 0, and finite"):
+            make_run(checkpoint_interval=-1)
+
+
+class TestTeacherPrecision:
+    def test_it_is_that_of_the_student_by_default(self, make_run: Any) -> None:
+        given = {"targets": "online", "teacher": "x:y", "store": None}
+        found = [
+            teacher_precision(make_run(precision=precision, teacher_precision=teacher, **given).config)
+            for precision in ("32-true", "bf16-mixed", "16-mixed")
+            for teacher in (None, "fp32")
+        ]
+        assert found == ["fp32", "fp32", "bf16", "fp32", "fp16", "fp32"]
+
+    def test_stored_targets_have_none(self, make_run: Any) -> None:
+        with pytest.raises(RequestError, match=r"teacher_precision bf16: is not used with --targets stored"):
+            make_run(teacher_precision="bf16")
+
+    def test_a_teacher_that_gives_nan_is_named(self, make_run: Any, tiny_teacher: Any) -> None:
+        run = make_run(targets="online", teacher="x:y", store=None, checkpoint_interval=0)
+        with pytest.raises(FkdError, match=r"step 1: a teacher's targets are NaN or infinity; .*try --teacher_precision fp32"):
+            run.train(embed=lambda images: tiny_teacher.embed(images) * float("nan"))

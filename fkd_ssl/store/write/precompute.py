@@ -26,6 +26,7 @@ from fkd_ssl.store.write.prepare import begin, count_rows, in_range, make_reques
 from fkd_ssl.store.write.recording import require_not_recording
 from fkd_ssl.store.write.rows import RowReader, Teacher
 from fkd_ssl.store.write.shards import ShardWriter, finished
+from fkd_ssl.targets.precision import uses_tf32
 from fkd_ssl.text import format_bytes
 
 
@@ -63,6 +64,8 @@ class Summary:
     """Share of the time in which a teacher ran."""
     stages: dict[str, float]
     """Seconds that each stage took; see `Stages`. Stages overlap."""
+    tf32: bool
+    """Whether a teacher in fp32 used TF32 for its convolutions; see `uses_tf32`."""
     queue_bytes: int
     """Maximum memory of the images, crops and chunks that wait for the next stage."""
 
@@ -170,6 +173,7 @@ def precompute(
         store_bytes=files.total_bytes(store.folder),
         teacher_busy=pipeline.stages.forward / seconds,
         stages=asdict(pipeline.stages),
+        tf32=any(uses_tf32(request.teacher.info.precision) for request in requests),
         queue_bytes=queues,
     )
 
