@@ -6,6 +6,7 @@ The CPU reads and decodes the images and plans the crops. The GPU crops, halves,
 Shape letters: n crops, P their side.
 """
 
+import functools
 import os
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -171,6 +172,23 @@ def check_device(device: torch.device) -> None:
         raise RequestError("--device_crops needs Triton, which is not installed: pip install triton") from error
     if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
         raise RequestError(f"--device_crops needs a CUDA GPU, found {device.type}: run without it")
+    if device.type == "cuda" and (problem := _problem(device)):
+        raise RequestError(f"--device_crops: Triton cannot build its kernels here: {problem}; run without it")
+
+
+@functools.cache
+def _problem(device: torch.device) -> str:
+    """Returns why Triton cannot run a kernel, for instance that there is no C compiler; "" if it can."""
+    from fkd_ssl.crops import kernels
+
+    pixels = torch.zeros(2 * 2 * 3, dtype=torch.uint8, device=device)
+    boxes = torch.tensor([[0, 2, 0, 1, 1]], device=device)
+    try:
+        with torch.cuda.device(device):
+            kernels.halve(pixels, pixels.clone(), boxes, 1)
+    except Exception as error:  # of many types
+        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+    return ""
 
 
 def replay_plan(plan: CropPlan) -> Tensor:
