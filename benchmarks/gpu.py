@@ -36,6 +36,7 @@ from fkd_ssl.crops import RECIPES, draw, image_key, replay_digest
 from fkd_ssl.crops import replay as cpu_replay
 from fkd_ssl.crops.device import PendingCrops, check_device, concatenate, plan_crops, replay_on, replay_plan
 from fkd_ssl.data import Batch, FreshCrops, Loader, StoredCrops, replay_on_device, whole_batch
+from fkd_ssl.data.sampler import PassSampler
 from fkd_ssl.eval import knn, logreg, sweep
 from fkd_ssl.images import ImageSource, decode, scan
 from fkd_ssl.objectives import make_objective
@@ -45,7 +46,6 @@ from fkd_ssl.students import Student
 from fkd_ssl.targets.precision import uses_tf32
 from fkd_ssl.teachers import Teacher
 from fkd_ssl.teachers.resnet import Architecture, WidthResNet
-from fkd_ssl.training.sampler import PassSampler
 
 Values = dict[str, Any]
 CHUNK = 128
@@ -115,10 +115,10 @@ class Bench:
         """A ResNet-50 of width 1 or 4 with random weights, or a tiny network."""
         torch.manual_seed(0)
         width = 4 if name == "swav_w4" else 1
-        backbone: nn.Module = WidthResNet(Architecture(block=Bottleneck, depths=(3, 4, 6, 3), width=width, base_width=64))
-        dim = 2048 * width
-        if self.tiny:
-            backbone, dim = nn.Sequential(nn.Conv2d(3, 8, 7, stride=4), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()), 32
+        network = Architecture(block=Bottleneck, depths=(3, 4, 6, 3), width=width, base_width=64)
+        dim = 32 if self.tiny else 2048 * width
+        small = [nn.Conv2d(3, 8, 7, stride=4), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()]
+        backbone = nn.Sequential(*small) if self.tiny else WidthResNet(network)
         head = nn.Linear(dim, 128)
         return Teacher(backbone, head, name=name, shape=(128,), precision=precision, feature_dim=dim).to(self.device)
 

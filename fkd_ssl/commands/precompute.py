@@ -183,7 +183,6 @@ def write(
     if config.device_crops == "on":
         check_device(resolve.device())
     images, teachers = (load or load_all)(config)
-    log(resolve.describe_machine(device_crops=config.device_crops))
     sides = [resolve.pixels_of(config.pixels, teacher.info.pixels) for teacher in teachers]
     for teacher, side in zip(teachers, sides, strict=True):
         if side != teacher.info.pixels:  # fails now, not after the store was created, if the teacher cannot take this size
@@ -207,6 +206,7 @@ def write(
             log=log,
         )
     )
+    log(resolve.describe_machine(device_crops=on_device))
     return precompute(
         images,
         config.store,

@@ -86,7 +86,7 @@ def work(config: Config) -> "Trained":
             f"targets, D = {' and '.join(map(str, student.dims))}; {config.epochs:g} epochs of one crop an image"
         )
         console.log(f"{config.student} at {config.pixels} px: {size}")
-        console.log(resolve.describe_machine(device_crops=config.device_crops))
+        console.log(resolve.describe_machine(device_crops=crops.decode_only))
         for teacher in data.targets if config.targets != "labels" else []:
             console.log(teacher.description)
         for line in (defaults.describe(given, config, len(crops)), defaults.warn_of_few(total_steps(config, len(crops)))):
