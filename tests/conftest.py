@@ -28,10 +28,13 @@ MakeStore = Callable[..., Store]
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Uses Triton's interpreter for --device_crops, unless the GPU tests are selected."""
+    """Hides GPUs and uses Triton's interpreter for --device_crops, unless the GPU tests are selected.
+
+    Tests compare bits with those of a CPU, or expect messages about a machine without a GPU.
+    """
     chosen = config.getoption("markexpr")
     if "gpu" not in chosen or "not gpu" in chosen:
-        os.environ["TRITON_INTERPRET"] = "1"
+        os.environ["TRITON_INTERPRET"], os.environ["CUDA_VISIBLE_DEVICES"] = "1", ""
 
 
 def smooth_image(seed: int, height: int, width: int, colour: tuple[int, int, int] = (128, 128, 128)) -> npt.NDArray[np.uint8]:

@@ -59,13 +59,6 @@ class Run:
 MakeRun = Callable[..., Run]
 
 
-@pytest.fixture(autouse=True)
-def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """These tests compare bits, so they run on the CPU even if there is a GPU."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-
-
 @pytest.fixture
 def flat_store(make_store: Callable[..., Store], tmp_path: Path) -> Store:
     """Lossless, C = 4, D = 16, 24 pictures."""
