@@ -48,6 +48,7 @@ def run(write: "Callable[[Any, int], Summary]", config: Any, *, log: Callable[[s
         log(f"Ray: {processors:.0f} processors, {gpus:.0f} GPUs; a shard is a task on one {'GPU' if gpus else 'processor'}")
         task = ray.remote(num_cpus=1, num_gpus=1 if gpus else 0, max_retries=RETRIES)(write)
         summary = _result(ray, task.remote(config, 0))
+        worked = summary.seconds
         waiting = {task.remote(config, shard): shard for shard in range(1, summary.shards)}
         with tqdm(total=summary.shards, initial=1, desc="precompute", unit="shard", disable=bar_disabled(show=True)) as bar:
             while waiting:
@@ -55,13 +56,16 @@ def run(write: "Callable[[Any, int], Summary]", config: Any, *, log: Callable[[s
                 del waiting[ready]
                 last = _result(ray, ready)
                 bar.update(1)
+                worked += last.seconds
                 summary = replace(
                     summary,
                     crops=summary.crops + last.crops,
                     busy=sorted({*summary.busy, *last.busy}),
                     store_bytes=max(summary.store_bytes, last.store_bytes),
+                    stages={name: seconds + last.stages[name] for name, seconds in summary.stages.items()},
                 )
-        return replace(summary, seconds=time.perf_counter() - started, left=[])
+        busy = summary.stages["forward"] / worked
+        return replace(summary, seconds=time.perf_counter() - started, left=[], teacher_busy=busy)
     finally:
         for reference in waiting:
             ray.cancel(reference)
