@@ -143,7 +143,7 @@ def test_constant_features_are_reported(work: Path, caplog: pytest.LogCaptureFix
             features: torch.Tensor = self.mix(images.mean(dim=(2, 3)))
             return features * 1e-3 + 1 if constant else features
 
-    options: dict[str, Any] = {"epochs": 2, "crops_per_image": 2, "workers": 0, "knn_k": 5, "val": "val"}
+    options: dict[str, Any] = {"epochs": 2, "crops_per_image": 2, "workers": 0, "knn_k": 5, "val": "val", "lr": None}
     fkd_ssl.train("train", store="store", student=Student(), out="run", **options)
     assert ("warning: the features are nearly constant (collapsed)" in caplog.text) == constant
 
