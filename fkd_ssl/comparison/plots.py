@@ -106,8 +106,10 @@ def _curves(axes: Sequence[Any], results: dict[str, Any], column: str, folder: P
             continue
         if name == "alone":  # it is scored only at its end
             if column in arms[0]:
-                x, y = (_mean_and_deviation([arm[key] for arm in arms]) for key in ("train_seconds", column))
-                axes[0].errorbar(x[0], y[0], y[1], x[1], fmt="D", color=colour, markersize=5, capsize=2, label=name)
+                time, score = (_mean_and_deviation([arm[key] for arm in arms]) for key in ("train_seconds", column))
+                axes[0].errorbar(
+                    time[0], score[0], score[1], time[1], fmt="D", color=colour, markersize=5, capsize=2, label=name
+                )
             continue
         curves = [_curve(results, folder, arm, column) for arm in arms]
         epochs = sorted(set.intersection(*(set(curve) for curve in curves)))
@@ -133,10 +135,13 @@ def _curves(axes: Sequence[Any], results: dict[str, Any], column: str, folder: P
 def _curve(results: dict[str, Any], folder: Path, arm: dict[str, Any], column: str) -> dict[float, tuple[float, float]]:
     """Returns seconds and value at each epoch that has one; scores begin with the untrained student's."""
     metrics = read_metrics(folder / "runs" / run_name(arm["name"], arm["seed"]) / "metrics.csv")
-    curve = {line["epoch"]: (line["seconds"] or 0.0, line[column]) for line in metrics if line[column] is not None}
+    curve: dict[float, tuple[float, float]] = {}
     for start in results["arms"]:
         if (start["name"], start["seed"]) == ("untrained", arm["seed"]) and column in start:
             curve[0.0] = 0.0, start[column]
+    for line in metrics:
+        if (value := line[column]) is not None:
+            curve[line["epoch"] or 0.0] = line["seconds"] or 0.0, value
     return curve
 
 
