@@ -1,7 +1,7 @@
 """Trains and scores the arms of a comparison. Finished steps are not repeated."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -239,7 +239,8 @@ class _Comparison:
         if arm.kind == "alone":
             trained, model = self._train_alone(name, seed)
         else:
-            results = self.tools.train(training(arm, self.config, seed, self.columns))
+            config = training(arm, self.config, seed, self.columns)
+            results = self.tools.train(replace(config, mix_groups=self.images.mix_groups))  # as the run itself resolves it
             trained, model = {key: results[key] for key in _TRAINED}, self.tools.load_model(str(run), None)
         scores = self.scorer.score(name, model.features, classify=None if arm.kind == "alone" else model.network)
         self.lines.append({"name": arm.name, "seed": seed, **scores, **trained})
