@@ -25,6 +25,7 @@ _MODULES = {
 _NAMES = {
     "extract": "fkd_ssl.eval.features",
     "knn_predict": "fkd_ssl.eval.knn",
+    "more_seeds": "fkd_ssl.eval.stats",
     "OnlineKNN": "fkd_ssl.eval.online",
     "OnlineLinear": "fkd_ssl.eval.online",
     "paired_bootstrap": "fkd_ssl.eval.stats",
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from fkd_ssl.eval.knn import knn_predict as knn_predict
     from fkd_ssl.eval.online import OnlineKNN as OnlineKNN
     from fkd_ssl.eval.online import OnlineLinear as OnlineLinear
+    from fkd_ssl.eval.stats import more_seeds as more_seeds
     from fkd_ssl.eval.stats import paired_bootstrap as paired_bootstrap
     from fkd_ssl.eval.stats import wilson as wilson
 

@@ -4,6 +4,7 @@ Legend: `S` seeds of an arm, `n` images.
 """
 
 import math
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -65,14 +66,9 @@ def paired_bootstrap(
     Raises:
         RequestError: The arms are not booleans of one shape, or `level` or `draws` is invalid.
     """
-    first, second = _arm(a, "a"), _arm(b, "b")
-    if first.shape != second.shape:
-        raise RequestError(f"expected two arms of one shape [seeds, images], got {list(first.shape)} and {list(second.shape)}")
-    if not 0 < level < 1:
-        raise RequestError(f"level must be between 0 and 1, got {level}")
     if draws < 1:
         raise RequestError(f"draws must be at least 1, got {draws}")
-    gain = first.astype(np.int64) - second.astype(np.int64)  # integers, so that equal arms give exactly 0
+    gain = _gain(a, b, level)
     seeds, images = gain.shape
     generator = np.random.default_rng(seed)
     sums = np.empty(draws, dtype=np.int64)
@@ -84,6 +80,38 @@ def paired_bootstrap(
     return unit * int(gain.sum()), unit * float(low), unit * float(high)
 
 
+def more_seeds(a: npt.ArrayLike, b: npt.ArrayLike, level: float = 0.90, margin: float = MARGIN) -> int | None:
+    """Returns about how many more seeds the interval of `paired_bootstrap` needs to be conclusive, if the difference d stays.
+
+    With S seeds the variance of d is A / S + B. A is the variance of d over seeds, and B = (V - R / S) / n is what the n test
+    images contribute, where V is the variance over images of their mean over seeds, and R that of the residuals of a two-way
+    analysis of variance without replication. The half-width of the interval, z sqrt(A / S + B), must be less than
+    h = max(|d|, margin - |d|): the interval then excludes 0 or is within the margin. So S = A / ((h / z)^2 - B), rounded up.
+
+    Args:
+        a: As in `paired_bootstrap`.
+        b: As in `paired_bootstrap`.
+        level: As in `paired_bootstrap`.
+        margin: Difference up to which two arms are equal, in percentage points.
+
+    Returns:
+        At least 1. With one seed A is unknown, and the result is 2. None if B is too large: more images are needed.
+
+    Raises:
+        RequestError: The arms are not booleans of one shape, or `level` is invalid.
+    """
+    gain = 100.0 * _gain(a, b, level)
+    seeds, images = gain.shape
+    if seeds == 1:
+        return 2
+    per_seed, per_image, d = gain.mean(axis=1), gain.mean(axis=0), gain.mean()
+    residual = ((gain - per_seed[:, None] - per_image + d) ** 2).sum() / ((seeds - 1) * max(1, images - 1))
+    between_images = max(0.0, (per_image - d) @ (per_image - d) / max(1, images - 1) - residual / seeds) / images
+    half = max(abs(d), margin - abs(d)) / NormalDist().inv_cdf((1 + level) / 2)
+    room = half**2 - between_images
+    return max(1, math.ceil(per_seed.var(ddof=1) / room) - seeds) if room > 0 else None
+
+
 def equal(low: float, high: float, margin: float = MARGIN) -> bool:
     """Whether the interval of a difference is within `margin` on both sides of 0.
 
@@ -93,6 +121,16 @@ def equal(low: float, high: float, margin: float = MARGIN) -> bool:
     if not low <= high:
         raise RequestError(f"expected low <= high, got {low} and {high}")
     return -margin <= low and high <= margin
+
+
+def _gain(a: npt.ArrayLike, b: npt.ArrayLike, level: float) -> npt.NDArray[np.int64]:
+    """Returns `a` minus `b`, int64 [S, n]: integers, so that equal arms give exactly 0."""
+    first, second = _arm(a, "a"), _arm(b, "b")
+    if first.shape != second.shape:
+        raise RequestError(f"expected two arms of one shape [seeds, images], got {list(first.shape)} and {list(second.shape)}")
+    if not 0 < level < 1:
+        raise RequestError(f"level must be between 0 and 1, got {level}")
+    return first.astype(np.int64) - second.astype(np.int64)
 
 
 def _arm(values: npt.ArrayLike, name: str) -> npt.NDArray[Any]:

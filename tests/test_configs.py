@@ -1,6 +1,7 @@
 """The first lines of every config in configs/ are a valid command line, for an existing student."""
 
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,19 @@ def test_it_loads(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         from fkd_ssl.training.engine import check_batch
 
         check_batch(config, 5000)
+
+
+def test_the_page_on_comparing_has_the_options_of_the_published_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (ROOT / "docs/comparison.md").read_text()
+    command = re.search(r"```bash\nfkd-ssl compare (.*?)\n```", page, re.DOTALL)
+    assert command is not None
+    shown = vars(cli.parse("compare", cli.command_of("compare"), shlex.split(command[1].replace("\\\n", " "))))
+    published = vars(parsed(ROOT / "configs/imagenette/compare_mobilenet_v3_small.yaml", monkeypatch))
+    own = {"images", "val", "checkpoint", "out", "further_arms"}
+    assert {name: shown[name] for name in shown.keys() - own} == {name: published[name] for name in shown.keys() - own}
+    table = (ROOT / "docs/results/comparison.md").read_text()
+    assert f'--further_arms "{shown["further_arms"]}"' in table
+    assert set(shown["further_arms"].split()) < set(published["further_arms"].split())
 
 
 SMALL = sorted({path for path in CONFIGS if path.parent.name == "imagenette" and "student:" in path.read_text()})

@@ -17,7 +17,18 @@ from torch.utils.data import DataLoader
 
 from fkd_ssl.crops import RECIPES, draw, replay
 from fkd_ssl.crops.device import CropPlan
-from fkd_ssl.data import Batch, Crops, FreshCrops, Loader, StoredCrops, memory, replay_on_device, scaled, whole_batch
+from fkd_ssl.data import (
+    Batch,
+    Crops,
+    FreshCrops,
+    Loader,
+    PassSampler,
+    StoredCrops,
+    memory,
+    replay_on_device,
+    scaled,
+    whole_batch,
+)
 from fkd_ssl.errors import ImageAccessError, ImageError, RequestError, StoreError
 from fkd_ssl.images import Folder, read_image, scan
 from fkd_ssl.images.shrinking import shrink
@@ -106,6 +117,21 @@ class TestStored:
             seen = [k for pass_ in range(2 * c) for k in index_of(data, pass_, i)]
             for first in range(0, len(seen) - c + 1, c):
                 assert sorted(seen[first : first + c]) == list(range(c))
+
+    @pytest.mark.parametrize(("c", "m", "steps"), [(4, 2, 9), (6, 4, 7), (5, 2, 8), (7, 3, 11)])
+    def test_a_training_uses_the_crops_of_an_image_equally_often(
+        self, make_store: MakeStore, tmp_path: Path, images: Folder, c: int, m: int, steps: int
+    ) -> None:
+        """Also if M does not divide C, and if the training ends in the middle of a pass."""
+        data = StoredCrops(
+            make_store(tmp_path / "cm", images=images.subset(range(5)), crops=c), images, crops_per_image=m, pixels=8
+        )
+        used = np.zeros((5, c), dtype=int)
+        for batch in PassSampler(5, 3, steps, seed=0):
+            for pass_, i in batch:
+                used[i, index_of(data, pass_, i)] += 1
+        assert (used.max(axis=1) - used.min(axis=1)).max() <= 1
+        assert used.sum() == 3 * m * steps
 
     def test_the_first_crop_depends_on_seed_and_image(self, make_store: MakeStore, tmp_path: Path, images: Folder) -> None:
         store = make_store(tmp_path / "many", images=images.subset(range(8)), crops=16)

@@ -51,6 +51,13 @@ class Arm:
         return "store" if self.crops is None and self.codec is None else f"store-{self.detail.replace(',', '-')}"
 
 
+def store_folder(config: CompareConfig, arm: Arm) -> Path:
+    """Returns the folder of an arm's store."""
+    if config.store is not None and arm.store == "store":
+        return Path(config.store)
+    return Path(config.out) / arm.store
+
+
 def run_name(arm: str, seed: int) -> str:
     """Returns the folder of an arm's run, in `runs` of the comparison's folder."""
     return f"{re.sub('[:,]', '-', arm)}-seed{seed}"
@@ -107,12 +114,12 @@ def _further(word: str, config: CompareConfig, chosen: tuple[int, ...]) -> Arm:
 
 def training(arm: Arm, config: CompareConfig, seed: int, columns: Sequence[str]) -> TrainConfig:
     """Returns the config of the training of any arm but `alone`. `columns` are the teachers' columns of the store."""
-    own = {"out", "teacher", "teacher_weights", "checkpoint", "crops", "codec", "teacher_precision"}
+    own = {"out", "store", "teacher", "teacher_weights", "checkpoint", "crops", "codec", "teacher_precision"}
     shared = {f.name for f in fields(TrainConfig)} & {f.name for f in fields(CompareConfig)} - own
     where: dict[str, Any] = {
         "targets": arm.kind,
         "teacher_weights": config.teacher_weights if len(arm.chosen) > 1 else None,
-        "store": str(Path(config.out) / arm.store) if arm.kind == "stored" or arm.on_stored else None,
+        "store": str(store_folder(config, arm)) if arm.kind == "stored" or arm.on_stored else None,
         "label_maps": str(Path(config.out) / MAPS) if arm.kind == "relabel" else None,
     }
     if arm.kind == "stored":

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from fkd_ssl import files, runs
-from fkd_ssl.comparison.arms import MAPS, Arm, arms_of, pretraining, run_name, training
+from fkd_ssl.comparison.arms import MAPS, Arm, arms_of, pretraining, run_name, store_folder, training
 from fkd_ssl.comparison.config import CompareConfig
+from fkd_ssl.comparison.existing import use_store
 from fkd_ssl.comparison.results import summarise
 from fkd_ssl.comparison.scorer import Scorer
 from fkd_ssl.crops import Recipe
@@ -23,7 +24,7 @@ from fkd_ssl.pretraining.engine import check_pretraining, weights_file
 from fkd_ssl.relabel import generate
 from fkd_ssl.store.maintain.recode import recode
 from fkd_ssl.store.maintain.subset import subset
-from fkd_ssl.store.reader import Store
+from fkd_ssl.store.reader import Store, open_store
 from fkd_ssl.store.write.precompute import precompute
 from fkd_ssl.students import CLASSIFIER, check_student
 from fkd_ssl.teachers import Teacher
@@ -86,8 +87,11 @@ def compare(config: CompareConfig, tools: Tools) -> dict[str, Any]:
     images, val = open_images(config.images), open_images(config.val)
     match_classes(images, val)
     teachers = tools.load_teachers()
-    given = config
-    config = defaults.resolve(given, images=len(images), pixels=teachers[0].info.pixels)
+    given, store = config, None
+    if config.store is not None:
+        store = open_store(config.store)
+        config = use_store(config, store, images, teachers, tools.recipe)
+    config = defaults.resolve(config, images=len(images), pixels=teachers[0].info.pixels)
     check_student(config.student, config.pixels, head=config.head, stem=config.stem, width=config.width)
     arms = arms_of(config, [teacher.info.name for teacher in teachers])
     _check(config, images, val, teachers, arms)
@@ -95,6 +99,8 @@ def compare(config: CompareConfig, tools: Tools) -> dict[str, Any]:
     dense = DenseTeacher(teachers[0], pixels=config.pixels) if any(arm.kind == "relabel" for arm in arms) else None
     inputs = {**images.identity(), **val.identity("val images")}
     inputs |= {f"teacher {t.info.name}": f"{t.info.network}, sha256 {t.info.checkpoint_sha256}" for t in teachers}
+    if store is not None:
+        inputs |= {"store": f"{len(store)} images, sha256 {store.manifest.digest}"}
     with runs.open_run(config.out, config, inputs) as (folder, state):
         if state == "done" and all(
             runs.read_config(folder).get(key) == getattr(config, key) for key in ("further_arms", "seeds")
@@ -163,16 +169,22 @@ class _Comparison:
 
     @property
     def precompute_seconds(self) -> float | None:
-        """Time to make all columns; None if a call was killed after it finished one and before it saved the time."""
+        """Time to make all columns; None if it is unknown.
+
+        That is so for an existing store, and if a call was killed after it finished a column and before it saved the time.
+        """
         known = [seconds for seconds in self.seconds if seconds is not None]
         return sum(known) if len(known) == len(self.seconds) else None
 
     def use_teacher(self, teacher: Teacher) -> None:
-        """Scores a teacher and writes its column of the store."""
+        """Scores a teacher and writes its column of the store, unless there is an existing store."""
         single = len(self.columns) == 1
         name = "teacher" if single else f"teacher:{teacher.info.name}"
         scores = self.scorer.score(name.replace(":", "-"), teacher.features, classify=teacher.embed)
         self.lines.append({"name": name, "seed": None, **scores, **_UNTRAINED})
+        if self.config.store is not None:
+            self.seconds.append(None)
+            return
         summary = precompute(
             self.images,
             self.folder / "store",
@@ -206,11 +218,11 @@ class _Comparison:
 
     def make_stores(self) -> None:
         """Makes the stores of the stored arms: all of the store, some of its crops, or a recoded copy."""
-        whole = Store(self.folder / "store")
+        whole = Store(store_folder(self.config, self.arms[0]))
         for arm in self.arms:
             if arm.kind != "stored":
                 continue
-            out, store = self.folder / arm.store, whole
+            out, store = store_folder(self.config, arm), whole
             if arm.crops is not None:
                 self.tools.log(f"{out}: the first {arm.crops} crops of {whole.folder}")
                 store = subset(whole, out, crops=arm.crops)

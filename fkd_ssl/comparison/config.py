@@ -25,6 +25,9 @@ class CompareConfig:
     """Checkpoint of the teacher; F,G for teachers A,B."""
     out: str
     """Folder of the comparison, for store, runs, report.html, report.md, results.json and plots."""
+    store: str | None = None
+    """Existing store of these images and teachers, with its crops per image and codec. By default, compare makes a store. The
+    time to make an existing store is unknown, so there is no break-even."""
     further_arms: str = ""
     """Arms in addition to stored and online, with blanks between them: online:stored_crops (the teacher runs on the store's
     crops), alone (MoCo v2 without a teacher, for as long as precompute and stored together), stored:C=4 (only the first 4
@@ -43,7 +46,8 @@ class CompareConfig:
     seeds: int = 1
     """Number of repetitions, with seeds 0, 1, ...; you can increase it later."""
     crops: int | None = None
-    """C, stored crops per image; by default the number of epochs, since more are never read."""
+    """C, stored crops per image; by default the number of epochs, since more are never read. Every crop is read once before
+    any is read twice, also if M does not divide C."""
     codec: str | None = None
     """Codec of the store, as for precompute."""
     recipe: str = "mocov2"
@@ -82,7 +86,7 @@ class CompareConfig:
     """Print results.json on standard output."""
 
     EXECUTION: ClassVar[tuple[str, ...]] = ("further_arms", "seeds", "workers", "json")
-    PATHS: ClassVar[tuple[str, ...]] = ("images", "val", "checkpoint", "out")
+    PATHS: ClassVar[tuple[str, ...]] = ("images", "val", "checkpoint", "out", "store")
 
     def __post_init__(self) -> None:
         if len(split(self.teacher)) > 2:
@@ -92,7 +96,7 @@ class CompareConfig:
         checkpoints_of(self.teacher, self.checkpoint)
         if self.seeds < 1 or self.epochs <= 0:
             raise RequestError(f"seeds {self.seeds} and epochs {self.epochs}: must be positive")
-        if self.stored_crops < self.crops_per_image:
+        if (self.store is None or self.crops is not None) and self.stored_crops < self.crops_per_image:
             raise RequestError(
                 f"crops {self.stored_crops} stored an image: fewer than the {self.crops_per_image} of --crops_per_image"
             )

@@ -39,9 +39,8 @@ _SENTENCES = {
     "equal": "{arm} and {minus} are equal within 1.5 points",
     "better": "{arm} is better than {minus}",
     "worse": "{arm} is worse than {minus}",
-    "inconclusive": "inconclusive, more seeds are needed to compare {arm} with {minus}",
+    "inconclusive": "inconclusive: {needed} to compare {arm} with {minus}",
 }
-_WORDS = {"equal": "equal within 1.5 points", "inconclusive": "inconclusive: more seeds needed"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,7 +71,7 @@ def write(results: dict[str, Any], folder: Path, draw_sheet: Callable[[Store], b
     """
     import jinja2
 
-    drawn, sheet, commands = plots.draw_all(results, folder), _sheet(folder, draw_sheet), _commands(results)
+    drawn, sheet, commands = plots.draw_all(results, folder), _sheet(results, folder, draw_sheet), _commands(results)
     text = text_of(results)
     config = {k: v for k, v in results["config"].items() if v not in (None, "") and k != "json"}
     page = [
@@ -157,7 +156,7 @@ def verdict_of(results: dict[str, Any]) -> list[Verdict]:
     for probe, name in PROBE_NAMES.items():
         if difference := results["differences"][0].get(probe):
             kind = _judge(difference)
-            sentence = f"{name}: {_SENTENCES[kind].format(arm=stored, minus=online)}"
+            sentence = f"{name}: {_SENTENCES[kind].format(arm=stored, minus=online, needed=_needed(difference))}"
             detail = f"{difference['difference']:+.2f} points, 90 % interval {_interval(difference)}"
             lines.append(Verdict(kind=kind, sentence=sentence, detail=detail))
     seconds = {
@@ -190,6 +189,14 @@ def _judge(difference: dict[str, Any]) -> str:
     return "inconclusive"
 
 
+def _needed(difference: dict[str, Any]) -> str:
+    """Says what would make an inconclusive difference conclusive."""
+    seeds = difference["more_seeds"]
+    if seeds is None:
+        return "more test images are needed"
+    return f"about {seeds:,} more seed{'s are' if seeds > 1 else ' is'} needed"
+
+
 def _interval(difference: dict[str, Any]) -> str:
     return f"{difference['low']:+.2f} to {difference['high']:+.2f}"
 
@@ -202,7 +209,9 @@ def _break_even(results: dict[str, Any], stored: str) -> Verdict:
     taken, store = results["precompute_seconds"], _size(results, results["stores"][stored])
     students, epochs = results["break_even_students"], results["break_even_epochs"]
     if taken is None:
-        return _cost("cost: break-even is unknown, because a run was killed while the store was made", f"{store}")
+        given = results["config"].get("store")
+        why = "the store was made before the comparison" if given else "a run was killed while the store was made"
+        return _cost(f"cost: break-even is unknown, because {why}", store)
     store = f"made in {format_duration(taken)}, {store}"
     if students is None:
         return _cost("cost: the store does not pay off, because online was not slower", store)
@@ -250,8 +259,9 @@ def _differences(results: dict[str, Any]) -> list[list[str]]:
         for probe, name in PROBE_NAMES.items():
             if d := pair.get(probe):
                 kind = _judge(d)
+                words = {"equal": "equal within 1.5 points", "inconclusive": f"inconclusive: {_needed(d)}"}.get(kind, kind)
                 between = f"{pair['arm']} minus {pair['minus']}"
-                rows.append([between, name, f"{d['difference']:+.2f}", _interval(d), _WORDS.get(kind, kind)])
+                rows.append([between, name, f"{d['difference']:+.2f}", _interval(d), words])
     return rows
 
 
@@ -292,7 +302,9 @@ def _notes(results: dict[str, Any]) -> list[str]:
         elif name not in (stored, *(pair["minus"] for pair in results["differences"][:3])):
             lines.append(f"Store of {name}: {_size(results, store)}.")
     if names_of(results, "alone"):
-        lines.append("alone has no teacher: MoCo v2 (lightly's parts), trained for as long as precomputing plus stored.")
+        unknown = results["precompute_seconds"] is None
+        time = "stored (the time of precomputing is unknown)" if unknown else "precomputing plus stored"
+        lines.append(f"alone has no teacher: MoCo v2 (lightly's parts), trained for as long as {time}.")
     return lines
 
 
@@ -316,14 +328,15 @@ def _commands(results: dict[str, Any]) -> list[str]:
     ]
 
 
-def _sheet(folder: Path, draw: Callable[[Store], bytes] | None) -> bytes:
+def _sheet(results: dict[str, Any], folder: Path, draw: Callable[[Store], bytes] | None) -> bytes:
     """The contact sheet as PNG, drawn only once; empty if there is none, or if the store or the images were removed."""
     if (folder / SHEET).exists():
         return (folder / SHEET).read_bytes()
-    if draw is None or not (folder / "store").is_dir():
+    store = Path(results["config"].get("store") or folder / "store")
+    if draw is None or not store.is_dir():
         return b""
     try:
-        picture = draw(open_store(folder / "store"))
+        picture = draw(open_store(store))
     except FkdError:
         return b""
     files.replace(folder / SHEET, picture)

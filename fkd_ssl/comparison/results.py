@@ -63,7 +63,13 @@ def _difference(scorer: Scorer, seeds: int, one: str, other: str) -> dict[str, A
     for probe in scorer.probes if "alone" not in (one, other) else PROBES:
         a, b = (np.stack([scorer.correct(run_name(name, seed), probe) for seed in range(seeds)]) for name in (one, other))
         value, low, high = stats.paired_bootstrap(a, b)
-        found[probe] = {"difference": value, "low": low, "high": high, "equal": stats.equal(low, high)}
+        found[probe] = {
+            "difference": value,
+            "low": low,
+            "high": high,
+            "equal": stats.equal(low, high),
+            "more_seeds": stats.more_seeds(a, b),
+        }
     return found
 
 

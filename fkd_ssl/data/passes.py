@@ -48,7 +48,7 @@ class PassCounter:
 
     def __setstate__(self, state: tuple[Tensor, bool]) -> None:
         self._state, self._parent_distributed = state
-        if not self._state.is_shared():  # a copy, and not a worker's
+        if not self._state.is_shared():  # type: ignore[no-untyped-call]  # a copy, and not a worker's
             self._state = _shared(self._state)
 
 

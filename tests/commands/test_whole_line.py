@@ -193,6 +193,55 @@ def test_compare_further_arms_and_seeds(work: Path, call: Any) -> None:
     assert "± is the standard deviation over the 2 seeds" in (work / "cmp/report.md").read_text()
 
 
+STORED = (
+    "compare --images train --val val --teacher own_teacher:make --store store --student squeezenet1_1 --epochs 3 --out cmp "
+    "--batch_size 18 --crops_per_image 2 --workers 0 --knn_every 3 --knn_k 5"
+)
+
+
+@pytest.mark.slow
+def test_compare_uses_an_existing_store(work: Path, call: Any) -> None:
+    before = {path: path.read_bytes() for path in (work / "store").rglob("*") if path.is_file()}
+    status, out, err = call(STORED, further_arms="alone stored:C=3")  # 2 crops at a time of 3
+    assert status == 0, err
+    assert {path: path.read_bytes() for path in (work / "store").rglob("*") if path.is_file()} == before
+    assert not (work / "cmp/store").exists()
+    results = json.loads((work / "cmp/results.json").read_text())
+    assert (results["crops"], results["config"]["codec"], results["config"]["pixels"]) == (4, "Flat", 32)
+    assert results["stores"]["stored"] == {"bytes": sum(map(len, before.values())), "crops": 4, "seconds": None}
+    assert (results["precompute_seconds"], results["break_even_students"]) == (None, None)
+    assert "break-even is unknown, because the store was made before the comparison" in out
+    assert "trained for as long as stored (the time of precomputing is unknown)" in out
+    stores = [
+        json.loads((work / f"cmp/runs/{run}-seed0/results.json").read_text())["config"]["store"]
+        for run in ("stored", "stored-C=3")
+    ]
+    assert stores == ["store", "cmp/store-C=3"]
+    assert (work / "cmp/sheet.png").stat().st_size > 0
+    assert "cmp: this comparison is done" in call(STORED, further_arms="alone stored:C=3").err
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("--crops 5", "store: this store's crops per image is 4, not 5"),
+        ("--codec SQ8", "this column's codec is Flat, not SQ8"),
+        ("--pixels 48", "this column's pixels is 32, not 48"),
+        ("--recipe swav", "store: this store's recipe is"),
+        ("--images val", "store: a store of other images"),
+        ("--teacher own_teacher:other", "'other'"),
+        ("--store nowhere", "nowhere"),
+        ("--crops_per_image 6", "fewer than the 6 of --crops_per_image"),
+        ("--further_arms stored:Flat", "the store already has this codec"),
+    ],
+)
+def test_compare_refuses_a_store_that_does_not_match(work: Path, call: Any, change: str, said: str) -> None:
+    answer = call(f"{STORED} {change}")
+    assert (answer.status, answer.out) == (2, "")
+    assert said in answer.err
+    assert not (work / "cmp").exists()
+
+
 @pytest.mark.slow
 def test_compare_classifiers(work: Path, call: Any) -> None:
     line = (

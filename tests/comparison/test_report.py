@@ -36,7 +36,13 @@ def arm(name: str, seed: int | None, knn: float, linear: float, seconds: float |
 def pair(one: str, other: str, knn: tuple[float, float, float], linear: tuple[float, float, float]) -> dict[str, Any]:
     found: dict[str, Any] = {"arm": one, "minus": other}
     for probe, (value, low, high) in (("knn_top1", knn), ("linear_top1", linear)):
-        found[probe] = {"difference": value, "low": low, "high": high, "equal": stats.equal(low, high)}
+        found[probe] = {
+            "difference": value,
+            "low": low,
+            "high": high,
+            "equal": stats.equal(low, high),
+            "more_seeds": 4,
+        }
     return found
 
 
@@ -92,7 +98,7 @@ def test_the_table_has_a_line_for_every_arm(tmp_path: Path) -> None:
 
 def test_the_verdict_is_in_words_with_the_results_numbers(tmp_path: Path) -> None:
     text = report.text_of(make_results(tmp_path))
-    inconclusive = "inconclusive, more seeds are needed to compare stored with online"
+    inconclusive = "inconclusive: about 4 more seeds are needed to compare stored with online"
     assert f"- kNN: {inconclusive} (-1.00 points, 90 % interval -2.50 to +0.50).\n" in text
     assert (
         "- linear probe: stored and online are equal within 1.5 points (+1.00 points, 90 % interval -0.50 to +1.25).\n" in text
@@ -120,13 +126,13 @@ def test_a_teacher_no_better_than_pixels_is_said_to_be_so(tmp_path: Path) -> Non
         ((1.0, -0.5, 1.4), "stored and online are equal within 1.5 points", "equal within 1.5 points"),
         (
             (1.0, -0.5, 2.5),
-            "inconclusive, more seeds are needed to compare stored with online",
-            "inconclusive: more seeds needed",
+            "inconclusive: about 4 more seeds are needed to compare stored with online",
+            "inconclusive: about 4 more seeds are needed",
         ),
         (
             (1.0, -1.6, 1.4),
-            "inconclusive, more seeds are needed to compare stored with online",
-            "inconclusive: more seeds needed",
+            "inconclusive: about 4 more seeds are needed to compare stored with online",
+            "inconclusive: about 4 more seeds are needed",
         ),
         ((1.2, 0.1, 2.3), "stored is better than online", "better"),
         ((-9.0, -9.5, -8.5), "stored is worse than online", "worse"),
@@ -139,6 +145,25 @@ def test_each_interval_has_its_words(tmp_path: Path, interval: tuple[float, floa
     value, low, high = interval
     assert f"- kNN: {sentence} ({value:+.2f} points, 90 % interval {low:+.2f} to {high:+.2f})." in text
     assert f"| stored minus online | kNN | {value:+.2f} | {low:+.2f} to {high:+.2f} | {words} |" in text
+
+
+@pytest.mark.parametrize(
+    ("more_seeds", "words"),
+    [(1, "about 1 more seed is needed"), (1200, "about 1,200 more seeds are needed"), (None, "more test images are needed")],
+)
+def test_an_inconclusive_interval_says_what_is_needed(tmp_path: Path, more_seeds: int | None, words: str) -> None:
+    results = make_results(tmp_path)
+    results["differences"][0]["knn_top1"]["more_seeds"] = more_seeds
+    text = report.text_of(results)
+    assert f"- kNN: inconclusive: {words} to compare stored with online (-1.00 points" in text
+    assert f"| -2.50 to +0.50 | inconclusive: {words} |" in text
+
+
+def test_an_existing_store_has_no_known_cost(tmp_path: Path) -> None:
+    results = make_results(tmp_path, break_even=None)
+    results["config"]["store"], results["precompute_seconds"] = "store", None
+    text = report.text_of(results)
+    assert "cost: break-even is unknown, because the store was made before the comparison (360.0 kB, 2 crops per image" in text
 
 
 @pytest.mark.parametrize(
@@ -305,8 +330,8 @@ def test_two_teachers_have_a_line_for_each_arm_and_what_both_give_over_one(tmp_p
     lines = [line.split(" | ")[0].removeprefix("| ") for line in text.splitlines() if line.startswith("| ")]
     trained = [f"{kind}:{names}" for kind in ("online", "stored") for names in ("A", "B", "A+B")]
     assert lines[:9] == ["arm", "teacher:A", "teacher:B", *trained]
-    assert "- kNN: inconclusive, more seeds are needed to compare stored:A+B with online:A+B (-1.00 points" in text
-    assert "| stored:A+B minus stored:B | kNN | +2.00 | -1.00 to +5.00 | inconclusive: more seeds needed |" in text
+    assert "- kNN: inconclusive: about 4 more seeds are needed to compare stored:A+B with online:A+B (-1.00 points" in text
+    assert "| stored:A+B minus stored:B | kNN | +2.00 | -1.00 to +5.00 | inconclusive: about 4 more seeds are needed |" in text
     assert "not every stored:A+B training came within 1.5 points of online:A+B's final kNN" in text
     assert f"stored:A+B trains {102 / 42:.2f} times as fast as online:A+B" in text
     assert (tmp_path / "knn.png").read_bytes().startswith(b"\x89PNG")

@@ -93,6 +93,51 @@ def test_bootstrap_refuses_nonsense() -> None:
         stats.paired_bootstrap(arm, arm, draws=0)
 
 
+def test_more_seeds_known_values() -> None:
+    """Differences of -1, 1 and 3 points, each of other images, so that images contribute nothing: variance 4, mean 1."""
+    a, base = np.zeros((3, 1000), dtype=bool), np.zeros((3, 1000), dtype=bool)
+    base[0, :10], a[1, 10:20], a[2, 20:50] = True, True, True
+    # z^2 = 2.7055; h = max(1, 1.5 - 1) = 1; 2.7055 x 4 / 1 = 10.8: 11 seeds, of which there are 3
+    assert stats.paired_bootstrap(a, base)[0] == pytest.approx(1)
+    assert stats.more_seeds(a, base) == 8
+    # h = max(1, 3 - 1) = 2: 2.7 seeds, of which there are 3
+    assert stats.more_seeds(a, base, margin=3) == 1
+    # z^2 = 0.4549 at 50 percent: 1.8 seeds
+    assert stats.more_seeds(a, base, level=0.5) == 1
+
+
+def test_more_seeds_is_symmetric_and_two_for_one_seed() -> None:
+    a, b = arms(np.random.default_rng(3), seeds=3, images=2000, base=0.5, shift=0.0)
+    assert stats.more_seeds(a, b) == stats.more_seeds(b, a)
+    assert stats.more_seeds(a[0], b[0]) == 2
+
+
+def test_more_seeds_is_none_if_the_images_are_too_few() -> None:
+    """The arms are right about other images, whatever the seed: no seed changes that."""
+    one = np.random.default_rng(4).uniform(size=50) < 0.5
+    other = np.random.default_rng(5).permutation(one)
+    noise = np.random.default_rng(6).uniform(size=(4, 50)) < 0.02
+    assert stats.more_seeds(np.tile(one, (4, 1)) ^ noise, np.tile(other, (4, 1))) is None
+
+
+def test_about_so_many_seeds_make_it_conclusive() -> None:
+    """Arms whose seeds spread by 2 points: half of the intervals with as many seeds as it says are conclusive, or more."""
+
+    def draw(generator: np.random.Generator, seeds: int) -> tuple[np.ndarray, np.ndarray]:
+        hard, shifts = generator.uniform(size=4000), generator.normal(0, 0.02, size=(seeds, 1))
+        return hard + generator.normal(0, 0.02, size=(seeds, 4000)) < 0.5 + shifts, np.tile(hard < 0.5, (seeds, 1))
+
+    generator = np.random.default_rng(0)
+    needed = [stats.more_seeds(*draw(generator, 5)) for _ in range(15)]
+    total = 5 + int(np.median([n for n in needed if n is not None]))
+    assert 5 < total < 40
+    conclusive = 0
+    for _ in range(20):
+        _, low, high = stats.paired_bootstrap(*draw(generator, total), draws=200)
+        conclusive += stats.equal(low, high) or low > 0 or high < 0
+    assert conclusive >= 8
+
+
 def test_equal_needs_the_whole_interval_inside() -> None:
     assert stats.equal(-1.5, 1.5)
     assert not stats.equal(-1.51, 0.0)

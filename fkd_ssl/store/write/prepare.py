@@ -168,7 +168,13 @@ def _open_or_create(
         create_store(folder, images, seed=seed, recipe=recipe, crops=crops, skip_unreadable=skip_unreadable, progress=progress)
         return Store(folder)
     store = Store(folder)
-    m = store.manifest
+    check_store(store, images, seed=seed, recipe=recipe, crops=crops)
+    return store
+
+
+def check_store(store: Store, images: ImageSource, *, seed: int, recipe: Recipe, crops: int) -> None:
+    """Raises RequestError if a store was made with other arguments."""
+    folder, m = store.folder, store.manifest
     for what, here, asked in (
         ("seed", m.seed, seed),
         ("crops per image", m.crops_per_image, crops),
@@ -184,7 +190,6 @@ def _open_or_create(
             f"{folder}: a store of other images: it lists {m.count}, {images.spec} (with --limit, if any) gives "
             f"{len(images)}; {where} {first!r}. Give the same images, or choose another folder"
         )
-    return store
 
 
 def _settings(stored: Recipe, asked: Recipe) -> list[tuple[str, Any, Any]]:
