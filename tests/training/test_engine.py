@@ -99,9 +99,11 @@ class TestSeveralTeachers:
             columns = [store.column(name) for name in names]
             infos = [c.info for c in columns]
             embeds = [teacher.embed for teacher in teachers if teacher.info.name in names]
-            options = {"column": ",".join(names), **options}
-            stored = make_run("stored", data, **options).train(targets=infos)
-            online = make_run("online", crops, targets="online", **options).train(targets=infos, embeds=embeds)
+            named = ",".join(names)
+            stored = make_run("stored", data, column=named, **options).train(targets=infos)
+            online = make_run("online", crops, targets="online", **{"teacher": named, **options}).train(
+                targets=infos, embeds=embeds
+            )
             return stored, online
 
         return train
