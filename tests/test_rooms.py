@@ -20,7 +20,7 @@ LAYERS = """
     training pretraining
     comparison
     results
-    commands cli api __main__ __init__
+    commands completion cli api __main__ __init__
 """
 ORDER = LAYERS.split()
 
