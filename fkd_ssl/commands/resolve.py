@@ -138,7 +138,8 @@ def compile_teachers(teachers: Sequence[Teacher], sides: Sequence[int], crops: i
         try:
             teacher.embed(torch.zeros(crops, 3, side, side, dtype=torch.uint8).contiguous(memory_format=torch.channels_last))
         except FkdError as error:
-            raise RequestError(f"--compile: torch.compile failed: {error}; run without --compile") from error
+            reason = " ".join(str(error.__cause__ or error).splitlines()[:2])  # torch names the compiler's error in the second
+            raise RequestError(f"--compile: teacher {teacher.info.name}: {reason}; run without --compile") from error
 
 
 def _one_teacher(name: str, checkpoint: str | None, precision: Precision) -> Teacher:

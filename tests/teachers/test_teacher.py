@@ -164,3 +164,24 @@ def test_the_real_teacher_tells_images_apart() -> None:
     flipped = teacher.embed(views.flip(3))
     same = (targets @ flipped.T).argmax(dim=1) == torch.arange(len(views))
     assert float(same.float().mean()) > 0.9
+
+
+def test_a_compiled_teacher_gives_the_same_targets(crops: Tensor, moco18: tuple[Path, Any]) -> None:
+    """With dynamo's tracing alone, which needs no compiler; the names of the weights stay."""
+    teacher = load_teacher("mocov2", checkpoint=moco18[0])
+    names, plain = list(teacher.state_dict()), teacher.embed(crops)
+    teacher.compile(backend="eager")
+    assert list(teacher.state_dict()) == names
+    torch.testing.assert_close(teacher.embed(crops), plain, rtol=1e-5, atol=1e-6)
+
+
+def test_a_teacher_that_cannot_be_compiled_is_refused(moco18: tuple[Path, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    from fkd_ssl.commands.resolve import compile_teachers
+
+    def no_compiler(*_: Any) -> Any:
+        raise RuntimeError("no C compiler")
+
+    plain = Teacher.compile
+    monkeypatch.setattr(Teacher, "compile", lambda self: plain(self, backend=no_compiler))
+    with pytest.raises(RequestError, match=r"--compile: teacher mocov2: .*no C compiler; run without --compile"):
+        compile_teachers([load_teacher("mocov2", checkpoint=moco18[0])], [32], 2)
