@@ -224,10 +224,10 @@ def test_compare_uses_an_existing_store(work: Path, call: Any) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ("--crops 5", "store: this store's crops per image is 4, not 5"),
+        ("--crops 5", "store: its crops per image is 4, not 5"),
         ("--codec SQ8", "this column's codec is Flat, not SQ8"),
         ("--pixels 48", "this column's pixels is 32, not 48"),
-        ("--recipe swav", "store: this store's recipe is"),
+        ("--recipe swav", "store: its recipe is"),
         ("--images val", "store: a store of other images"),
         ("--teacher own_teacher:other", "'other'"),
         ("--store nowhere", "nowhere"),

@@ -439,7 +439,8 @@ def test_a_divergence_names_the_last_good_checkpoint(make_run: Any, tiny_teacher
         return tiny_teacher.embed(images) * (float("nan") if calls[0] == 6 else 1.0)
 
     run = make_run("run", targets="online", teacher="tiny")
-    with pytest.raises(FkdError, match=r"step 6: a teacher.s targets are NaN or infinity; the last good checkpoint is .*last\.ckpt, of step 4;"):
+    message = r"step 6: a teacher's targets are NaN or infinity; the last good checkpoint is .*last\.ckpt, of step 4;"
+    with pytest.raises(FkdError, match=message):
         run.train(embed=breaking)
     calls[0] = 5
     with pytest.raises(FkdError, match=r"the last good checkpoint is .*last\.ckpt, of step 4;"):
