@@ -165,3 +165,5 @@ knn: Callable[..., results.Score] = _function("knn", results.Score)
 linear: Callable[..., Any] = _function("linear", results.Score | dict[str, results.Score])
 retrieve: Callable[..., Any] = _function("retrieve", results.Retrieval | results.Nearest)
 compare: Callable[..., results.Compared] = _function("compare", results.Compared)
+
+__all__ = ["compare", "export", "features", "knn", "linear", "precompute", "retrieve", "show", "train", "verify"]

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 Booleans = npt.NDArray[np.bool_]
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
+@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class Result:
     """The result of a function. It can be given to other functions in place of its folder or file."""
 
@@ -39,7 +39,7 @@ class Result:
         return os.fspath(self.out)
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
+@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class Score(Result):
     """Accuracy of a model's features."""
 
@@ -70,7 +70,7 @@ class Score(Result):
         )
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
+@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class Retrieval(Result):
     """Accuracy of image retrieval with a model's features."""
 
@@ -90,7 +90,7 @@ class Retrieval(Result):
         return cls(line=values["line"], values=values, out=out, **by_k, map_at_r=values["map_at_r"], correct=correct)
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
+@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class Sheet(Result):
     """A contact sheet; `out` is the PNG, which a notebook shows."""
 
@@ -98,7 +98,7 @@ class Sheet(Result):
         return Path(self).read_bytes()
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
+@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class Nearest(Sheet):
     """The images nearest to one image; `out` is the contact sheet."""
 
@@ -106,7 +106,7 @@ class Nearest(Sheet):
     """`image`, `class` and `cosine` of each, the nearest first."""
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
+@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class Features(Result):
     """Features of an image set; `out` is their folder in the cache."""
 
@@ -116,7 +116,7 @@ class Features(Result):
     """[N]; -1 for an image without a class."""
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
+@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class Precomputed(Result):
     """A store; `out` is its folder."""
 
@@ -135,7 +135,7 @@ class Precomputed(Result):
         return open_store(self)
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
+@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class Verified(Result):
     """The check of a store."""
 
@@ -145,7 +145,7 @@ class Verified(Result):
     """What was repaired."""
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
+@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class Trained(Result):
     """A trained student."""
 
@@ -173,7 +173,7 @@ class Trained(Result):
         return load_student(last_checkpoint(self.out), backbone=self.backbone)[0]
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
+@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class Exported(Result):
     """A student's weights; `out` is the file."""
 
@@ -183,7 +183,7 @@ class Exported(Result):
     """Side of the crops that the student was trained on."""
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
+@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class Compared(Result):
     """A comparison; `out` is its folder, with report.html. `line` is the table, in Markdown."""
 
