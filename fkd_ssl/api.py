@@ -46,7 +46,8 @@ def _function(verb: str, returns: Any) -> Callable[..., Any]:
 
     call.__name__ = call.__qualname__ = verb
     call.__module__ = "fkd_ssl"
-    call.__doc__ = _doc(command.__doc__ or "", cli.option_helps(command.Config), names)
+    objects = {} if verb == "compare" else _OBJECTS  # its trainings are processes of their own
+    call.__doc__ = _doc(command.__doc__ or "", cli.option_helps(command.Config), names, objects)
     kinds = [inspect.Parameter.POSITIONAL_OR_KEYWORD, *[inspect.Parameter.KEYWORD_ONLY] * (len(names) - 1)]
     call.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
         [
@@ -145,11 +146,11 @@ def _words(name: str, hint: Any) -> str:
     return " or ".join([*words, *([_OBJECTS[name]] if name in _OBJECTS else [])])
 
 
-def _doc(text: str, helps: dict[str, str], names: list[str]) -> str:
+def _doc(text: str, helps: dict[str, str], names: list[str], objects: dict[str, str]) -> str:
     """The docstring of a function, from those of its command and of the config's fields."""
     lines = [text.strip(), "", "Args:"]
     for name in names:
-        also = f" Or {_OBJECTS[name]}." if name in _OBJECTS else ""
+        also = f" Or {objects[name]}." if name in objects else ""
         lines.append(f"    {name}: {' '.join(helps[name].split())}{also}")
     lines += ["", "Raises:", "    FkdError: The work or a check failed; RequestError if the request is wrong."]
     return re.sub(r"(?<![\w-])--([a-z_]+)", r"\1", "\n".join(lines))

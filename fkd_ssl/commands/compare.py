@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fkd_ssl.comparison.config import CompareConfig as Config
-from fkd_ssl.errors import FkdError
+from fkd_ssl.errors import FkdError, RequestError
+from fkd_ssl.options import Named
 
 if TYPE_CHECKING:
     from fkd_ssl.pretraining.config import PretrainConfig
@@ -35,6 +36,12 @@ def run(config: Config) -> int:
 
 def work(config: Config) -> "Compared":
     """Runs the comparison."""
+    for name, value in vars(config).items():
+        if isinstance(value, Named):
+            raise RequestError(
+                f"{name} {value}: compare trains in other processes, which cannot get your Python objects; name a folder, or "
+                "module:function"
+            )
     from dataclasses import replace
 
     from fkd_ssl.commands import console, resolve

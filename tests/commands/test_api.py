@@ -326,6 +326,11 @@ class TestInit:
         ("train", {**GIVEN, "student": lambda x: x}, r"expected a torch\.nn\.Module, got function"),
         ("train", {**GIVEN, "student": nn.Flatten(1, 2)}, r"gives no features \[B, F\]"),
         ("export", {"model": nn.ReLU(), "out": "a.safetensors"}, r"object:ReLU: expected a student that fkd_ssl\.train"),
+        (
+            "compare",
+            {"images": "train", "out": "c", "val": "val", "teacher": nn.ReLU()},
+            r"teacher object:ReLU: compare trains in other processes",
+        ),
         ("precompute", {**GIVEN_TEACHER, "runner": "ray"}, r"--runner ray: other machines cannot get your Python objects"),
     ],
 )
