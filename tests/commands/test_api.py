@@ -71,7 +71,7 @@ class TestTheSameAsTheCommandLine:
     def test_several_k_are_a_list_and_numbers_are_numbers(self, net: nn.Module, call: Any) -> None:
         found = json.loads(call(line("knn", model=TEACHER, **SETS, k="1,5", temperature="0.07,inf") + " --json").out)
         score = fkd_ssl.knn(net, **SETS, k=[1, 5], temperature=[0.07, float("inf")])
-        assert score.values["sweep"] == found["sweep"]
+        assert score.values["grid"] == found["grid"]
         assert fkd_ssl.knn(net, **SETS, shots=2).interval95 is None  # a mean over draws
 
     @pytest.mark.parametrize("protocol", ["logreg", "moco"])

@@ -41,9 +41,9 @@ def test_the_quickstart_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert teacher.values["baselines"]
     assert sheet._repr_png_().startswith(b"\x89PNG")
     assert trained.knn_top1 == student.top1
-    assert student.top1 > 40  # chance is 10
-    assert linear.top1 > 40
+    assert student.top1 > 15  # chance is 10
+    assert linear.top1 > 15
     assert len(nearest.nearest) == 6
-    assert shapes["images"][-2:] == (64, 64)
+    assert shapes["images"][-2:] == (48, 48)
     assert exported.out == Path("quickstart/student.safetensors")
     assert features == (1, 512)
