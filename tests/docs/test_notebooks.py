@@ -46,4 +46,4 @@ def test_the_quickstart_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert len(nearest.nearest) == 6
     assert shapes["images"][-2:] == (48, 48)
     assert exported.out == Path("quickstart/student.safetensors")
-    assert features == (1, 512)
+    assert features == (1, 1024)
