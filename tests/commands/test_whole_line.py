@@ -124,7 +124,7 @@ def test_compare_two_teachers(work: Path, call: Any) -> None:
         run: json.loads((work / f"cmp/runs/{run}-seed0/results.json").read_text())["config"]
         for run in ("stored-make", "stored-make+other", "online-other")
     }
-    assert [config["teacher"] for config in configs.values()] == ["make", "make,other", "own_teacher:other"]
+    assert [config["column"] or config["teacher"] for config in configs.values()] == ["make", "make,other", "own_teacher:other"]
     assert "| stored:make+other |" in out
     assert "| stored:make+other minus stored:make | kNN |" in out
     again = call(f"{line} --json")
