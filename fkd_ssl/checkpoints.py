@@ -173,8 +173,8 @@ def _describe(start: bytes) -> str:
     if start.lstrip()[:1] == b"<":
         return "it is a web page, not the file: download it again"
     if start == b"version h":
-        return "it is a pointer of Git LFS, not the file: git lfs pull brings it"
-    return "not a file of torch.save, or one that is cut off or damaged: download or copy it again"
+        return "it is a Git LFS pointer, not the file: run git lfs pull"
+    return "not a file of torch.save, or truncated or damaged: download or copy it again"
 
 
 def _is_safetensors(start: bytes, size: int) -> bool:

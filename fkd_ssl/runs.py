@@ -180,7 +180,7 @@ def identity(config: Any, inputs: Inputs) -> dict[str, dict[str, Any]]:
 def check_identity(checkpoint: Path, found: Any, config: Any, inputs: Inputs | None) -> None:
     """Raises RequestError if `found`, the `identity` in a checkpoint, is not that of a run with `config` and `inputs`."""
     if not isinstance(found, dict) or not all(isinstance(found.get(key), dict) for key in ("config", "inputs")):
-        raise RequestError(f"{checkpoint}: does not say which run it is of; delete it to train from the start")
+        raise RequestError(f"{checkpoint}: has no config and inputs of its run; delete it to train from the start")
     check_config(checkpoint, found["config"], config)
     if inputs is not None:
         check_inputs(checkpoint, found["inputs"], identity(config, inputs)["inputs"])

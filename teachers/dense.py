@@ -71,10 +71,10 @@ class DenseTeacher:
             logits = self.teacher.output(images)
         found, last = watch.pooled, watch.linear
         if last is None or last[0].shape[0] != self.teacher.info.spec.size:
-            raise self._refusal("its logits come from no linear layer")
+            raise self._refusal("its logits do not come from a linear layer")
         weight, bias = last
         if found is None or found.shape[:2] != (len(images), weight.shape[1]):
-            raise self._refusal("its last linear layer is not given the mean of a map of places")
+            raise self._refusal("the input of its last linear layer is not the mean of a map")
         dense = F.linear(found.permute(0, 2, 3, 1).float(), weight.float(), None if bias is None else bias.float())
         off = (dense.mean(dim=(1, 2)) - logits.float()).abs().max().item()
         if not off <= TOLERANCE[self.teacher.info.precision] * logits.float().abs().max().item():

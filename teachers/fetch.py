@@ -40,7 +40,7 @@ def parts(preset: Preset, cache: str | Path | None = None) -> list[Path]:
 def manual_download(preset: Preset, cache: str | Path | None = None) -> str:
     """Instructions for downloading the file by hand."""
     return (
-        f"download {preset.url} (licence: {preset.licence}) by any other way and put it at "
+        f"download {preset.url} (licence: {preset.licence}) on another machine and put it at "
         f"{files.cache_folder(cache) / preset.file}, or pass it as --checkpoint"
     )
 
@@ -189,9 +189,9 @@ def _open(preset: Preset, headers: dict[str, str]) -> HTTPResponse:
     request = urllib.request.Request(preset.url, headers=headers)  # noqa: S310 presets name http(s) alone
     response: HTTPResponse = urllib.request.urlopen(request, timeout=_TIMEOUT)  # noqa: S310
     if preset.url.startswith("https:") and not response.url.startswith("https:"):
-        raise FkdError(f"{preset.url}: the server leads to {response.url}, which is not https")
+        raise FkdError(f"{preset.url}: the server redirects to {response.url}, which is not https")
     if response.headers.get_content_type() == "text/html":
-        raise FkdError(f"{preset.url}: a web page came instead of the file; the network may want a login first")
+        raise FkdError(f"{preset.url}: received a web page instead of the file; the network may require a login")
     return response
 
 

@@ -57,7 +57,7 @@ def pool(output: Any) -> Tensor:
         return output.mean(dim=1)
     first, last = output.shape[2] == output.shape[3], output.shape[1] == output.shape[2]
     if first == last:
-        raise ValueError(f"the layer gives {list(output.shape)}: which dimension is the channels' cannot be told")
+        raise ValueError(f"the layer gives {list(output.shape)}: the dimension of the channels is ambiguous")
     return output.mean(dim=(2, 3) if first else (1, 2))
 
 

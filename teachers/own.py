@@ -42,7 +42,7 @@ def load_own(name: str, checkpoint: str | Path | None, precision: Precision) -> 
         if not Path(checkpoint).is_file():
             raise RequestError(f"{checkpoint}: not found")
         if takes is None:
-            raise RequestError(f"teacher {name}: takes no checkpoint=, and --checkpoint was given")
+            raise RequestError(f"teacher {name}: its function takes no checkpoint=; leave out --checkpoint")
         given, digest = {"checkpoint": str(checkpoint)}, checkpoints.digest(checkpoint)
     made = call(function, name, "teacher", **given)
     file = None if checkpoint is None else Path(checkpoint).name

@@ -74,7 +74,7 @@ def _preset(name: str, checkpoint: str | Path | None, precision: Precision) -> T
     path = fetch.find(preset) if checkpoint is None else Path(checkpoint)
     if path is None:
         raise RequestError(
-            f"teacher {name}: its weights are not here: fkd-ssl teachers fetch {name} downloads them; without a network "
+            f"teacher {name}: its weights are not in the cache folder: run fkd-ssl teachers fetch {name}; without a network "
             f"{fetch.manual_download(preset)}"
         )
     teacher = FAMILIES[preset.family](path, name=name, precision=precision, licence=preset.licence, source=preset.url)

@@ -82,14 +82,14 @@ def read_architecture(weights: Mapping[str, Tensor], where: str) -> Architecture
         bottleneck = "layer1.0.conv3.weight" in weights
         first = weights["layer1.0.conv2.weight"].shape
     except KeyError as error:
-        raise CheckpointError(f"{where}: its backbone is no ResNet of torchvision's layout ({error} is missing)") from error
+        raise CheckpointError(f"{where}: its backbone is not a ResNet in torchvision's layout ({error} is missing)") from error
     width = stem[0] // 64 if stem else 0
     base_width = first[0] // width if bottleneck and width and first else 64
     block = Bottleneck if bottleneck else BasicBlock
     fits = len(stem) == 4 and tuple(stem[1:]) == (3, 7, 7) and stem[0] == 64 * width and width <= 16
     if not fits or (block.__name__, depths) not in _NAMES or base_width not in (64, 128):
         raise CheckpointError(
-            f"{where}: its backbone is none of {', '.join(_NAMES.values())}, plain or wide: found {block.__name__}s "
+            f"{where}: its backbone is not one of {', '.join(_NAMES.values())}, plain or wide: found {block.__name__}s "
             f"{list(depths)} of width {base_width}, stem {list(stem)}"
         )
     return Architecture(block=block, depths=depths, width=width, base_width=base_width)

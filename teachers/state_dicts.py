@@ -73,7 +73,7 @@ def unwrap(weights: Mapping[str, Tensor], where: str) -> dict[str, Tensor]:
     for wrapper in _WRAPPERS:
         found = {key.replace(wrapper, ""): value for key, value in found.items()}
     if len(found) < len(weights):
-        raise CheckpointError(f"{where}: has weights of one name, wrapped and unwrapped")
+        raise CheckpointError(f"{where}: has the same weight with and without a wrapper's prefix")
     counted = {key: value for key, value in found.items() if key != "n_averaged"}  # the counter of torch's AveragedModel
     while counted and all(key.startswith("module.") for key in counted):
         found = counted = part(counted, "module.")

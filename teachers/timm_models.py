@@ -97,7 +97,7 @@ def _build(timm: Any, model: str, spec: str, *, classes: bool, pretrained: bool 
             raise RequestError(f"teacher {spec}: timm cannot make it: {type(error).__name__}: {error}") from error
         raise FkdError(
             f"teacher {spec}: timm could not download its weights: {type(error).__name__}: {error}. Without a network: get "
-            "the file by any other way and pass it as --checkpoint"
+            "the file on another machine and pass it as --checkpoint"
         ) from error
 
 

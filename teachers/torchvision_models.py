@@ -109,6 +109,6 @@ def _download(weights: Any, spec: str) -> dict[str, Tensor]:
     except Exception as error:  # the downloader may raise anything
         raise FkdError(
             f"teacher {spec}: torchvision could not download its weights: {type(error).__name__}: {error}. Without a network: "
-            f"download {weights.url} by any other way and pass the file as --checkpoint"
+            f"download {weights.url} on another machine and pass the file as --checkpoint"
         ) from error
     return state

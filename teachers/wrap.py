@@ -36,7 +36,7 @@ def wrap(module: nn.Module, *, name: str, source: str, pixels: int, test_pixels:
             "them to [2, D]"
         ) from error
     if right and about.get("kind") == "distribution" and (output >= 0).all() and ((output.sum(dim=1) - 1).abs() < 1e-3).all():
-        raise FkdError(f"teacher {source}: gives probabilities, expected logits: leave its own softmax out")
+        raise FkdError(f"teacher {source}: returns probabilities, expected logits: remove its softmax")
     if not right:
         found = list(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
         raise FkdError(f"teacher {source}: gives {found} for [2, 3, {side}, {side}] floats, expected one tensor [2, D]")

@@ -324,7 +324,7 @@ def test_links_pipes_and_folders_are_not_read(tmp_path, read):
 def test_a_folder_of_ones_own_is_no_link(tmp_path):
     assert files.reject_symlink(tmp_path / "missing") == tmp_path / "missing"
     (tmp_path / "link").symlink_to(tmp_path)
-    with pytest.raises(StoreError, match="link: a symbolic link; links inside a store are not followed: put the folder there"):
+    with pytest.raises(StoreError, match="link: a symbolic link, which is not followed inside a store; replace it by the folder"):
         files.reject_symlink(tmp_path / "link")
 
 

@@ -86,7 +86,7 @@ def _train(config: "TrainConfig | PretrainConfig") -> dict[str, Any]:
         ended = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=env)  # noqa: S603
         if ended.returncode:
             runs.forget_contents(run.parent.parent)  # an unreadable image may be repaired before the next call
-            raise FkdError(f"{run}: training ended with status {ended.returncode}; the same compare continues it")
+            raise FkdError(f"{run}: training ended with status {ended.returncode}; repeat the command to continue")
         console.log(ended.stdout.strip())
     return runs.read_results(run)
 

@@ -27,7 +27,7 @@ def run(config: Config) -> int:
     from fkd_ssl.commands import console
 
     exported = work(config)
-    console.log(f"{config.out}: loads, for normalised floats [B, 3, {exported.pixels}, {exported.pixels}], with")
+    console.log(f"{config.out}: load it, for normalised floats [B, 3, {exported.pixels}, {exported.pixels}], with")
     console.print_result(exported.load)
     return 0
 
@@ -43,5 +43,5 @@ def work(config: Config) -> "Exported":
     student, pixels = resolve.student_of(config.model)
     out = Path(config.out)
     load = export(student, out, layout=config.layout, pixels=pixels)
-    line = f"{out}: loads, for normalised floats [B, 3, {pixels}, {pixels}], with\n{load}"
+    line = f"{out}: load it, for normalised floats [B, 3, {pixels}, {pixels}], with\n{load}"
     return Exported(line=line, out=out, load=load, pixels=pixels)

@@ -65,7 +65,7 @@ class Config:
 
     def __post_init__(self) -> None:
         if self.leave_one_out == (self.val is not None):
-            raise RequestError("--val is needed, or --leave_one_out without it")
+            raise RequestError("--val or --leave_one_out must be given")
         if self.leave_one_out and self.shots is not None:
             raise RequestError("--shots cannot be combined with --leave_one_out")
         if self.preset is not None and (self.k, self.temperature) != (20, 0.07):

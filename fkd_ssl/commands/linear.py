@@ -80,7 +80,7 @@ class Config:
                     f"--protocol {self.protocol}: no protocol {name!r} (known: {', '.join(known)}){did_you_mean(name, known)}"
                 )
         if len(set(self.protocols)) < len(self.protocols):
-            raise RequestError(f"--protocol {self.protocol}: has a protocol twice")
+            raise RequestError(f"--protocol {self.protocol}: names a protocol twice")
         for name in ("epochs", "batch_size", "lr"):
             if getattr(self, name) is not None and not set(self.protocols) & set(ON_CROPS):
                 raise RequestError(f"--{name} needs --protocol moco, swav, simsiam or simclr; {self.protocol} chooses its own")
@@ -122,7 +122,7 @@ def _scores(config: Config) -> Iterator["Score"]:
         )
     if len(config.protocols) > 1 and config.out is not None and (Path(config.out) / runs.CONFIG).exists():
         raise RequestError(
-            f"{config.out}: holds one evaluation, and several protocols need a folder each in it; choose another --out"
+            f"{config.out}: holds the evaluation of one protocol; choose another --out for several"
         )
     sources.check_baseline(config.baseline, config.train)
     linear.check(on_crops, epochs=config.epochs, batch_size=config.batch_size, lr=config.lr)

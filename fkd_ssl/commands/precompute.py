@@ -101,7 +101,7 @@ def work(config: Config) -> "Precomputed":
         summary = _on_ray(config)
     elif config.shards is not None:
         if world > 1:
-            raise RequestError("--shards is for processes of their own; under torchrun each takes its share by itself")
+            raise RequestError("--shards cannot be used under torchrun, which divides the shards itself")
         summary = write(config, share=share_of(config.shards), log=console.log)
     elif world > 1:
         summary = write(config, share=Share(index=rank, of=world, steal=True), progress=not rank, log=console.log)
@@ -129,7 +129,7 @@ def _on_ray(config: Config) -> "Summary":
     from fkd_ssl.commands import console, on_ray
 
     if processes.rank()[1] > 1 or config.shards is not None:
-        raise RequestError("--runner ray hands out the shards itself: leave out --shards and torchrun")
+        raise RequestError("--runner ray divides the shards itself: leave out --shards and torchrun")
     if isinstance(config.teacher, Named) or isinstance(config.images, Named):
         raise RequestError("--runner ray: other machines cannot get your Python objects; name each as module:function")
     if config.evaluate is not None:
@@ -291,7 +291,7 @@ def share_of(text: str) -> "Share":
 
     index, slash, of = text.partition("/")
     if not (slash and index.isdecimal() and of.isdecimal()):
-        raise RequestError(f"--shards {text}: i/n is expected, for instance 0/4")
+        raise RequestError(f"--shards {text}: expected i/n, for instance 0/4")
     return Share(index=int(index), of=int(of))
 
 

@@ -76,7 +76,7 @@ def cpu_threads() -> int:
 def pixels_of(asked: int | None, default: int) -> int:
     """The side of an evaluation's crops; raises RequestError if the requested side is invalid."""
     if asked is not None and not 1 <= asked <= 4096:
-        raise RequestError(f"--pixels {asked}: must lie in 1 to 4096")
+        raise RequestError(f"--pixels {asked}: must be between 1 and 4096")
     return default if asked is None else asked
 
 
@@ -120,7 +120,7 @@ def teachers_of(names: str, checkpoints: str | None, precision: Precision = "fp3
     """
     asked = list(zip(split(names), checkpoints_of(names, checkpoints), strict=True))
     if len(set(asked)) < len(asked):
-        raise RequestError(f"teacher {names}: one is named twice")
+        raise RequestError(f"teacher {names}: a teacher is named twice")
     teachers = [teacher_of(name, file, precision) for name, file in asked]
     taken: Counter[str] = Counter()
     for teacher in teachers:
@@ -152,7 +152,7 @@ def _one_teacher(name: str, checkpoint: str | None, precision: Precision) -> Tea
     path = Path(checkpoint)
     student, pixels = student_of(checkpoint, "--checkpoint")
     if path.suffix == EXPORTED and student.spec.get("head") != CLASSIFIER:
-        raise RequestError(f"teacher {RUN}: {checkpoint} is an export, which has no projection head; give the run itself")
+        raise RequestError(f"teacher {RUN}: {checkpoint} is an export without the projection head; pass the run folder")
     if path.suffix == EXPORTED:
         run = path.resolve().with_suffix("")
     else:
@@ -163,7 +163,7 @@ def _one_teacher(name: str, checkpoint: str | None, precision: Precision) -> Tea
 def _object_teacher(name: Named, checkpoint: str | None, precision: Precision) -> Teacher:
     """The teacher that is a Python object."""
     if checkpoint is not None:
-        raise RequestError(f"teacher {name}: has its weights; leave checkpoint out")
+        raise RequestError(f"teacher {name}: already has its weights; leave out checkpoint")
     if isinstance(name.value, Student):
         student = copy.deepcopy(name.value)
         return _student_teacher(student, name.pixels or _PIXELS, name.removeprefix(OBJECT), None, precision)
@@ -215,7 +215,7 @@ def model_of(spec: str, checkpoint: str | None = None) -> Model:
         }
         return _model(spec, teacher, teacher.features, info.pixels, about)
     if checkpoint is not None:
-        raise RequestError("--checkpoint goes with --model teacher:NAME; a run's own checkpoint is named as --model")
+        raise RequestError("--checkpoint is for --model teacher:NAME; for a run, pass its .ckpt file as --model")
     student, pixels = student_of(spec)
     student = student.to(device())
     return _model(spec, student, student.features, pixels, {"network": type(student.backbone).__name__})

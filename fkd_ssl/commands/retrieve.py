@@ -147,7 +147,7 @@ def curve_table(rows: list[dict[str, Any]]) -> str:
         ]
         for row in rows
     ]
-    return console.table([["index", "effort", "recall@10 of exact, %", "queries/s", "bytes a vector", "build s"], *cells])
+    return console.table([["index", "effort", "recall@10 of exact, %", "queries/s", "bytes per vector", "build s"], *cells])
 
 
 def plot(rows: list[dict[str, Any]], path: "Path") -> None:
@@ -164,7 +164,7 @@ def plot(rows: list[dict[str, Any]], path: "Path") -> None:
     figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
     for name in dict.fromkeys(row["index"] for row in rows):
         own = [row for row in rows if row["index"] == name]
-        label = f"{name}, {own[0]['bytes_per_vector']:.0f} bytes a vector"
+        label = f"{name}, {own[0]['bytes_per_vector']:.0f} bytes per vector"
         axes.plot([r["recall"] for r in own], [r["queries_per_second"] for r in own], marker="o", markersize=4, label=label)
     axes.set(xlabel="recall of the exact 10 nearest, %", ylabel="queries per second", yscale="log")
     axes.grid(alpha=0.25)
@@ -195,7 +195,7 @@ def _nearest(config: Config, query: str) -> "Nearest":
     except (ImageAccessError, ImageError) as error:  # the user named this file
         raise RequestError(f"--query {error}") from error
     if sources.is_files(config.gallery):
-        raise RequestError("--query shows images: give --gallery as images, not as files of features")
+        raise RequestError("--query needs images: pass --gallery as images, not as files of features")
     model, pixels = sources.load_model(config)
     images = images_of(config.gallery)
     source = sources.features_of(model, pixels, config.gallery, images, config, "features of gallery")

@@ -48,7 +48,7 @@ class Config:
         for name, least, most in (("crops", 1, 24), ("neighbours", 0, 12), ("among", 1, 10**6), ("pixels", 8, 512)):
             value = getattr(self, name)
             if value is not None and not least <= value <= most:
-                raise RequestError(f"{name} {value}: must lie in {least} to {most}")
+                raise RequestError(f"{name} {value}: must be between {least} and {most}")
 
 
 def run(config: Config) -> int:

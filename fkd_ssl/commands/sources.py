@@ -97,7 +97,7 @@ def read_pair(spec: str) -> Source:
 def load_model(config: Options) -> tuple[resolve.Model, int]:
     """Loads the model; returns it and the side of its crops. Raises RequestError if no model is given."""
     if config.model is None:
-        raise RequestError("--model is needed; without one give features as FEATURES.npy,LABELS.npy")
+        raise RequestError("--model must be given, or features as FEATURES.npy,LABELS.npy")
     model = resolve.model_of(config.model, config.checkpoint)
     return model, resolve.pixels_of(config.pixels, model.pixels)
 
@@ -183,7 +183,7 @@ def open_evaluation(config: ScoreOptions, train: str, val: str | None, names: Se
     opened: dict[str, Any] = {"names": names[: len(specs)], "specs": specs, "name": config.model, "out": config.out}
     if is_files(train):
         if config.model is not None and config.checkpoint is not None:
-            raise RequestError("--checkpoint needs --train as images; features were given")
+            raise RequestError("--checkpoint cannot be used with files of features")
         pairs = [read_pair(spec) for spec in specs]
         same_dimension(pairs[0].features, pairs[-1].features)
         return Evaluation(**opened, sets=[], pairs=pairs, model=None, pixels=None)

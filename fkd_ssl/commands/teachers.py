@@ -33,7 +33,7 @@ class Config:
         if self.action not in _ACTIONS:
             raise RequestError(f"no action {self.action!r}{did_you_mean(self.action, _ACTIONS)}: expected list or fetch NAME")
         if (self.action == "fetch") != (self.name is not None):
-            raise RequestError("fetch needs the name of a preset, and nothing else takes one: fkd-ssl teachers fetch NAME")
+            raise RequestError("expected fkd-ssl teachers fetch NAME, or fkd-ssl teachers")
 
 
 def run(config: Config) -> int:

@@ -144,7 +144,7 @@ def _pin_defaults(config: Config) -> Config:
     from fkd_ssl.store import open_store
 
     if config.precision == "16-mixed" and resolve.device().type == "cpu":
-        console.log("warning: --precision 16-mixed is for GPUs: here it is bf16-mixed")
+        console.log("warning: --precision 16-mixed needs a GPU; using bf16-mixed")
         config = replace(config, precision="bf16-mixed")
     if config.targets != "stored" or config.column is not None:
         return config

@@ -182,17 +182,17 @@ def _check_store(config: TrainConfig, store: Store, columns: list[Column]) -> No
         if len(store) * store.crops_per_image * column.meta.code_size < _CHECKED_BYTES:
             check_files(store, column)
         else:
-            console.log("note: the store's checksums are not read here; fkd-ssl verify does that")
+            console.log("note: the store's checksums are not checked here; fkd-ssl verify checks them")
         seen = column.meta.teacher.pixels
         if seen != config.pixels:
             console.log(f"note: the teacher saw crops of {seen} px, the student trains on {config.pixels} px")
         on_device = config.device_crops == "on"  # auto uses a device only if its pixels are those of the CPU
         if column.meta.replay_digest != replay_digest(str(resolve.device()) if on_device else None):
             where = f"{resolve.device().type} makes" if on_device else "this machine makes"
-            console.log(f"warning: {where} slightly other pixels of a crop than the one that ran the teacher")
+            console.log(f"warning: {where} crops whose pixels differ slightly from those that the teacher saw")
     if config.epochs > store.crops_per_image:
         uses = config.epochs / store.crops_per_image
-        console.log(f"note: {store.crops_per_image} crops an image are stored, so each is used {uses:.1f} times")
+        console.log(f"note: {store.crops_per_image} crops per image are stored, so each is used {uses:.1f} times")
 
 
 def record(config: TrainConfig, images: ImageSource, data: TrainingData, world: int, *, resumes: bool) -> TrainingData:
@@ -235,7 +235,7 @@ def record(config: TrainConfig, images: ImageSource, data: TrainingData, world: 
     )
     published = [column for column in columns if resumes and is_published(column)]
     for column in published:
-        console.log(f"note: {column.folder}: its targets are in the store, nothing is left to record")
+        console.log(f"note: {column.folder}: its targets are already stored; nothing to record")
     recordings: list[Recording | None] | None = None
     if len(published) < len(columns):
         recordings = []

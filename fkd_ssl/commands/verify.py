@@ -93,7 +93,7 @@ def work(config: Config) -> "Verified":
     cosine = (
         ""
         if report.cosine is None
-        else (f"; cosine to the teacher {report.cosine['mean']:.5f} mean, {report.cosine['min']:.5f} least")
+        else (f"; cosine to the teacher {report.cosine['mean']:.5f} mean, {report.cosine['min']:.5f} min")
     )
     return Verified(
         line="\n".join([*report.problems, f"checked {checked}{cosine}: {len(report.problems)} problems"]),

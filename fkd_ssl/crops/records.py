@@ -72,7 +72,7 @@ def boxes(records: Records, height: int, width: int) -> Int64Array:
 def _outside(box: Sequence[int], height: int, width: int) -> ImageError:
     top, left, h, w = box
     return ImageError(
-        f"crop of {w} x {h} at ({left}, {top}) lies outside an image of {width} x {height} pixels: these crops were drawn for "
+        f"crop of {w} x {h} at ({left}, {top}) is outside an image of {width} x {height} pixels: these crops were drawn for "
         "another image"
     )
 

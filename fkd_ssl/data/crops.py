@@ -188,7 +188,7 @@ def _replace(failed: dict[int, ImageError], pairs: list[tuple[int, int]], pixels
     good = [k for k in range(len(pairs)) if k not in failed]
     if not good:
         first = next(iter(failed.values()))
-        raise ImageError(f"{first}; none of the {len(pairs)} images of this batch can be read, so none is skipped")
+        raise ImageError(f"{first}; none of the {len(pairs)} images of this batch can be read")
     for turn, k in enumerate(failed):
         other = good[turn % len(good)]
         pairs[k] = pairs[other]

@@ -146,7 +146,7 @@ def _contents(store: Store, rows: Int64Array, *, every_pass: bool) -> Contents:
         checksums,
         store.sizes["bytes"][rows].astype(np.int64),
         since="the store was made",
-        advice="restore it, or if these are smaller copies of the store's images, ask for --scale_boxes",
+        advice="restore it, or if these are smaller copies of the store's images, pass --scale_boxes",
         every_pass=every_pass,
     )
 

@@ -89,7 +89,7 @@ def scan(root: str | Path) -> Folder:
             installed Pillow cannot read, or names that cannot be stored as lines.
     """
     if not str(root):
-        raise RequestError("an empty name for a folder of images")
+        raise RequestError("images: the name of the folder is empty")
     root = Path(root)
     if not root.is_dir():
         raise RequestError(f"{root}: no such folder of images")

@@ -97,12 +97,12 @@ class PretrainConfig:
         for name in _METHOD_OPTIONS:
             if name not in own and getattr(self, name) is not None:
                 others = " and ".join(method for method, names in METHODS.items() if name in names)
-                raise RequestError(f"{name} {getattr(self, name)}: {self.method} has none; it belongs to {others}")
+                raise RequestError(f"{name} {getattr(self, name)}: {self.method} has no such option; it belongs to {others}")
             if name in own and getattr(self, name) is None:
                 object.__setattr__(self, name, own[name])  # so that config.yaml has the value that was used
         if self.method == "swav" and not self.is_teacher:
             raise RequestError(
-                f"arch {self.arch!r}: swav trains teachers, of the standard stem and width: {', '.join(RESNETS)}"
+                f"arch {self.arch!r}: swav trains only ResNets of the standard stem and width: {', '.join(RESNETS)}"
             )
         for name in ("dim", "epochs", "batch_size", "pixels", "log_every", "workers", "checkpoint_interval", *own):
             least_is_zero = name in _MAY_BE_ZERO or (self.method, name) == ("swav", "queue")
@@ -113,7 +113,7 @@ class PretrainConfig:
         if self.batch_size < 2:
             raise RequestError(f"batch_size {self.batch_size}: BatchNorm needs at least 2")
         if self.momentum is not None and self.momentum >= 1:
-            raise RequestError(f"momentum {self.momentum}: must lie in 0 to 1, and below 1 or the keys never change")
+            raise RequestError(f"momentum {self.momentum}: must be at least 0 and below 1")
 
     @property
     def is_teacher(self) -> bool:

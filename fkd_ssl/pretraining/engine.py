@@ -91,7 +91,7 @@ def check_pretraining(config: PretrainConfig, image_set: images.ImageSource) -> 
     if not config.is_teacher:
         check_student(config.arch, config.pixels, stem=config.stem, width=config.width)
     if config.batch_size > len(image_set):
-        raise RequestError(f"batch_size {config.batch_size}: there are {len(image_set)} images; choose at most as many")
+        raise RequestError(f"batch_size {config.batch_size}: there are {len(image_set)} images; choose at most that many")
 
 
 def weights_file(config: PretrainConfig) -> str:

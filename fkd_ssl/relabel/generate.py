@@ -168,9 +168,9 @@ def _wanted(images: ImageSource, dense: Dense, *, k: int, batch_size: int) -> la
     teacher = replace(dense.teacher.info, pixels=dense.pixels)
     classes = teacher.spec.size
     if not 1 <= k <= classes:
-        raise RequestError(f"k {k}: teacher {teacher.name} has {classes} classes; k must lie in 1 to {classes}")
+        raise RequestError(f"k {k}: teacher {teacher.name} has {classes} classes; k must be between 1 and {classes}")
     if not 1 <= batch_size <= 2**16:
-        raise RequestError(f"batch_size {batch_size}: must lie in 1 to {2**16}")
+        raise RequestError(f"batch_size {batch_size}: must be between 1 and {2**16}")
     if classes > layout.MAX_CLASSES:
         raise RequestError(f"teacher {teacher.name}: {classes} classes, over {layout.MAX_CLASSES}")
     if 4 * classes * dense.height * dense.width > layout.MAX_MAP_BYTES:
@@ -196,7 +196,7 @@ def _wanted(images: ImageSource, dense: Dense, *, k: int, batch_size: int) -> la
 def _check(folder: Path, wanted: layout.Manifest, images: ImageSource) -> None:
     """Raises RequestError if the maps in the folder are not the requested ones."""
     if files.read_json(folder / MANIFEST).get("format") != layout.Manifest.FORMAT:
-        raise RequestError(f"{folder}: its manifest is not that of label maps; choose another --out")
+        raise RequestError(f"{folder}: is not a folder of label maps; choose another --out")
     here = layout.read_manifest(folder)
     if here.images_sha256 != wanted.images_sha256:
         listed, given = set(read_images(folder, here)[0]), set(images.names)
@@ -270,7 +270,7 @@ def _whole(images: ImageSource, row: int, size: np.void, pixels: int, skip_unrea
     if not width:
         if skip_unreadable:
             return None, ""
-        raise FkdError(f"{path}: could not be read when the label maps were begun; pass --on_unreadable skip, as was done then")
+        raise FkdError(f"{path}: could not be read when the label maps were begun; pass --on_unreadable skip, as before")
     changed = (
         f"{path}: changed since the label maps were begun ({width} x {height} pixels, {size['bytes']} bytes then); restore "
         "it, or choose another --out"
@@ -300,7 +300,7 @@ def _sparse(dense: Dense, views: list[UInt8Array | None], manifest: layout.Manif
     maps = np.zeros(len(views), dtype=manifest.dtype)
     maps["classes"], maps["logits"] = found.indices.cpu().numpy(), found.values.half().cpu().numpy()
     if not np.isfinite(maps["logits"]).all():
-        raise FkdError(f"teacher {dense.teacher.info.name}: gave logits that float16 cannot hold, of over 65,504 or not finite")
+        raise FkdError(f"teacher {dense.teacher.info.name}: its logits are not finite or exceed 65,504, the maximum of float16")
     for k, view in enumerate(views):
         if view is None:
             maps[k]["classes"], maps[k]["logits"] = 0, np.nan

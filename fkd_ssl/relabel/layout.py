@@ -111,7 +111,7 @@ def read_sidecar(path: Path, manifest: Manifest, shard: int) -> dict[str, Any]:
     values = listing.read_sidecar(path, manifest, shard, {"images", "skipped"})
     skipped, count = values["skipped"], len(manifest.shard_rows(shard))
     if not isinstance(skipped, list) or not all(type(row) is int and 0 <= row < count for row in skipped):
-        raise StoreError(f"{path}: its .json has an impossible list of skipped images; the file is damaged")
+        raise StoreError(f"{path}: its .json has an invalid list of skipped images; the file is damaged")
     string_list(values["images"], count, path.with_suffix(".json"))
     return values
 

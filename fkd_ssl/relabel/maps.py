@@ -92,7 +92,7 @@ class LabelMaps:
         classes, logits = record["classes"].astype(np.int64), record["logits"].astype(np.float32)
         if (classes >= self.classes).any() or not np.isfinite(logits).all():
             raise StoreError(
-                f"{layout.maps_file(self.folder, shard)}: row {within} holds impossible classes or logits: it is damaged; "
+                f"{layout.maps_file(self.folder, shard)}: row {within} has invalid classes or logits; "
                 "delete it and its .json, and run the same fkd-ssl label-maps again"
             )
         return classes, logits
@@ -143,6 +143,6 @@ class LabelMaps:
             path = layout.maps_file(self.folder, shard)
             if files.sha256_file(path) != layout.read_sidecar(path, self.manifest, shard)["file"]:
                 raise StoreError(
-                    f"{path}: altered: its sha256 is not that of its .json; delete both files and run the same fkd-ssl "
+                    f"{path}: damaged: its sha256 differs from the one in its .json; delete both files and run the same fkd-ssl "
                     "label-maps again"
                 )

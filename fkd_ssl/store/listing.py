@@ -114,7 +114,7 @@ def read_images(folder: Path, manifest: Listing) -> tuple[Names, npt.NDArray[np.
     """Returns paths and sizes of a folder's rows. Raises StoreError if they do not match the manifest."""
     data = files.read_regular(folder / IMAGES, min(_MAX_LIST, manifest.count * _LONGEST_PATH))
     if files.sha256(data) != manifest.images_sha256:
-        raise StoreError(f"{folder / IMAGES}: altered: its sha256 is not the manifest's; restore it from a copy")
+        raise StoreError(f"{folder / IMAGES}: damaged: its sha256 differs from the one in the manifest; restore it from a backup")
     # checked before an array is created: for a million empty lines it would take nine times their bytes
     lines = data.count(b"\n")
     if lines != manifest.count or not data.endswith(b"\n"):
@@ -131,7 +131,7 @@ def read_images(folder: Path, manifest: Listing) -> tuple[Names, npt.NDArray[np.
     paths = Names(data)
     sizes = files.map_npy(folder / SIZES, SIZE_DTYPE, (manifest.count,))
     if files.sha256_file(folder / SIZES) != manifest.sizes_sha256:
-        raise StoreError(f"{folder / SIZES}: altered: its sha256 is not the manifest's; restore it from a copy")
+        raise StoreError(f"{folder / SIZES}: damaged: its sha256 differs from the one in the manifest; restore it from a backup")
     return paths, sizes
 
 
@@ -169,5 +169,5 @@ def read_sidecar(path: Path, manifest: Listing, shard: int, keys: Set[str]) -> d
         raise StoreError(f"{path}: keys are missing or unknown; the file is damaged or newer")
     if values["shard"] != shard or values["manifest"] != manifest.digest:
         where = f"shard {values['shard']!r}" if values["manifest"] == manifest.digest else "another folder"
-        raise StoreError(f"{path}: written for {where}: files were swapped or copied; restore this shard's own")
+        raise StoreError(f"{path}: written for {where}: the files of two shards were swapped; restore this shard's own")
     return values

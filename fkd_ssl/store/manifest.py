@@ -89,7 +89,7 @@ def codes_file(folder: Path, column: str, shard: int) -> Path:
 def checked_name(name: str) -> str:
     """Returns the name of a column, which is also the name of a folder. Raises RequestError if it is invalid."""
     if not COLUMN_NAME.fullmatch(name):
-        raise RequestError(f"--column {name!r}: letters, digits, '.', '_' and '-' only, and no '.' first")
+        raise RequestError(f"--column {name!r}: use only letters, digits, '.', '_' and '-', and do not start with '.'")
     return name
 
 

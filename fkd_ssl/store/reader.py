@@ -156,7 +156,7 @@ class Column:
             self._check_teacher_bytes()
         mapped = files.map_npy(path, np.dtype(np.float32), shape)
         if files.sha256_file(path) != self.meta.arrays[name]:
-            raise StoreError(f"{path}: altered: its sha256 is not that of meta.json; restore it from a copy")
+            raise StoreError(f"{path}: damaged: its sha256 differs from the one in meta.json; restore it from a backup")
         return np.array(mapped)
 
     def _check_teacher_bytes(self) -> None:
@@ -224,7 +224,7 @@ class Column:
         values = read_sidecar(path, self.store.manifest, shard, {"column"})
         _check_digests([values["file"], values["column"]], path.with_suffix(".json"))
         if values["column"] != self.digest:
-            raise StoreError(f"{path}: written for another column: files were swapped or copied; restore this shard's own")
+            raise StoreError(f"{path}: written for another column: the files of two shards were swapped; restore this shard's own")
         return values
 
 
@@ -286,7 +286,7 @@ class Store:
         targets = self.folder / layout.TARGETS
         for path in (targets / name for name in sorted(files.names(targets)) if not name.startswith(".")):
             if path.is_symlink():
-                problems.append(f"{path}: a symbolic link; links inside a store are not followed: put the folder there")
+                problems.append(f"{path}: a symbolic link, which is not followed inside a store; replace it by the folder")
             elif path.is_dir() and not layout.COLUMN_NAME.fullmatch(path.name):
                 problems.append(f"{path}: not a valid name of a column; move the folder away")
             elif path.is_dir() and not files.exists(path / "meta.json"):
@@ -326,7 +326,7 @@ class Store:
         _check_digests([values["file"], *filter(None, checksums)], path)  # "" stands for a skipped image
         skipped = values["skipped"]
         if not isinstance(skipped, list) or not all(type(row) is int and row in rows for row in skipped):
-            raise StoreError(f"{path}: impossible list of skipped rows; the file is damaged")
+            raise StoreError(f"{path}: invalid list of skipped rows; the file is damaged")
         return values
 
     def skipped(self, shard: int) -> list[int]:

@@ -46,7 +46,7 @@ def make_backbone(name: str, *, stem: str = "standard", width: float = 1.0) -> t
     if isinstance(name, Named):
         return _own(name, stem, width)
     if not 0 < width <= 4:
-        raise RequestError(f"width {width}: must lie in 0 to 4")
+        raise RequestError(f"width {width}: must be between 0 and 4")
     if width != 1 and name not in (*REACTNETS, *_WIDTHS):
         raise RequestError(f"width {width}: student {name!r} has one width; others have {', '.join((*REACTNETS, *_WIDTHS))}")
     if name in REACTNETS:
@@ -116,7 +116,7 @@ def make_small(network: nn.Module, name: str) -> None:
     """Replaces the stem for small images; raises RequestError if the first layer is not a convolution of 2 to 7 px."""
     path, first = next(((path, part) for path, part in network.named_modules() if isinstance(part, nn.Conv2d)), ("", None))
     if first is None or max(first.kernel_size) > 7 or first.groups != 1:
-        raise RequestError(f"student {name!r}: has no small stem: its first layer is no convolution of up to 7 px")
+        raise RequestError(f"student {name!r}: has no small stem: its first layer is not a convolution of up to 7 px")
     conv = nn.Conv2d(first.in_channels, first.out_channels, 3, padding=1, bias=first.bias is not None)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
     _put(network, path, conv)

@@ -23,7 +23,7 @@ class Size:
 
     def __str__(self) -> str:
         binary = f" and {self.binary_multiply_adds / 1e6:,.1f} M binary ones" if self.binary_multiply_adds else ""
-        return f"{self.parameters / 1e6:,.2f} M parameters, {self.multiply_adds / 1e6:,.1f} M multiply-adds{binary} an image"
+        return f"{self.parameters / 1e6:,.2f} M parameters, {self.multiply_adds / 1e6:,.1f} M multiply-adds{binary} per image"
 
 
 def measure(backbone: nn.Module, pixels: int) -> Size:

@@ -137,7 +137,7 @@ def min_sample(spec: str) -> int:
 def _match(spec: str) -> re.Match[str]:
     match = _SPEC.fullmatch(spec)
     if match is None:
-        raise RequestError(f"codec {spec!r} is none of those accepted, for instance {', '.join(EXAMPLES)}")
+        raise RequestError(f"codec {spec!r}: not supported; choose, for instance, {', '.join(EXAMPLES)}")
     return match
 
 
@@ -160,7 +160,7 @@ def _checked(spec: str, dim: int) -> tuple[re.Match[str], int]:
     """Returns a spec's parts, and the dimension after its transform. Raises RequestError if they do not fit D."""
     match = _match(spec)
     if match["bits"] and not 4 <= int(match["bits"]) <= 12:
-        raise RequestError(f"codec {spec}: {match['bits']} bits a sub-vector; 4 to 12 are accepted")
+        raise RequestError(f"codec {spec}: {match['bits']} bits per sub-vector; must be between 4 and 12")
     inner = dim
     if match["pre"] == "OPQ":
         inner = int(match["pre_b"] or dim)
@@ -169,7 +169,7 @@ def _checked(spec: str, dim: int) -> tuple[re.Match[str], int]:
     elif match["pre"]:
         inner = int(match["pre_a"])
         if inner > dim or match["pre_b"]:
-            raise RequestError(f"codec {spec}: cannot reduce {dim} dimensions so")
+            raise RequestError(f"codec {spec}: cannot reduce {dim} dimensions to that number")
     if match["m"] and inner % int(match["m"]):
         raise RequestError(f"codec {spec}: {match['m']} sub-vectors do not divide {inner} dimensions")
     count = sum(math.prod(shape) for shape in _shapes(match, inner, dim).values())

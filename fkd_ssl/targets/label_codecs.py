@@ -71,7 +71,7 @@ class LabelCodec:
         """
         if not (np.isfinite(targets).all() and (targets >= 0).all() and (np.abs(targets.sum(axis=1) - 1) < _SLACK).all()):
             raise RequestError(
-                f"codec {self.spec}: targets that are no class probabilities (finite, not negative, each row with a sum of 1)"
+                f"codec {self.spec}: the targets are not class probabilities (finite, not negative, each row with a sum of 1)"
             )
         if self.spec == "full":
             return self.pack(None, targets)
@@ -106,7 +106,7 @@ class LabelCodec:
             classes, values = self.unpack(codes)
             ordered = np.sort(classes, axis=1)
             if (classes >= self.dim).any() or (ordered[:, 1:] == ordered[:, :-1]).any():
-                raise StoreError(f"codec {self.spec}: a code names impossible classes: {_DAMAGED}")
+                raise StoreError(f"codec {self.spec}: a code has invalid classes: {_DAMAGED}")
             rest = np.zeros((len(codes), 1), np.float32)
             if "smoothing" in self.spec:
                 rest = np.maximum(0, 1 - values.sum(axis=1, keepdims=True)) / np.float32(self.dim - self.kept)
@@ -114,7 +114,7 @@ class LabelCodec:
             np.put_along_axis(probabilities, classes, values, axis=1)
         sums = probabilities.sum(axis=1, keepdims=True, dtype=np.float64)
         if not (np.isfinite(sums).all() and (sums > 0).all() and (probabilities >= 0).all()):
-            raise StoreError(f"codec {self.spec}: a code that holds no probabilities: {_DAMAGED}")
+            raise StoreError(f"codec {self.spec}: a code has invalid probabilities: {_DAMAGED}")
         normalised: Float32Array = (probabilities / sums).astype(np.float32)
         return normalised
 

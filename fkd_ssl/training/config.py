@@ -63,7 +63,7 @@ class TrainConfig(DataConfig, TargetsConfig, StudentConfig, ObjectiveConfig, Opt
         store, run = Path(record).resolve(), Path(self.out).resolve()
         if store == run or store in run.parents or run in store.parents:
             raise RequestError(
-                f"record {record}, out {self.out}: a store and a run are folders of their own, none in the other"
+                f"record {record}, out {self.out}: must be two folders, neither inside the other"
             )
         if not self._whole_passes:
             raise RequestError(

@@ -77,7 +77,7 @@ def check_batch(config: TrainConfig, images: int, *, world: int = 1) -> None:
     if torch.cuda.is_available() and not is_torchelastic_launched() and config.devices > torch.cuda.device_count():
         raise RequestError(f"devices {config.devices}: this machine has {torch.cuda.device_count()} GPUs")
     if config.sync_batchnorm and not torch.cuda.is_available():
-        raise RequestError("sync_batchnorm: it needs GPUs, and this machine has none")
+        raise RequestError("sync_batchnorm: needs GPUs; this machine has none")
 
 
 def train(

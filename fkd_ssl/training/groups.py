@@ -104,7 +104,7 @@ class DataConfig:
         check_positive(self, "crops_per_image", "batch_size", "pixels")
         check_not_negative(self, "mixup", "cutmix", "workers", "mix_groups")
         if self.pixels is not None and self.pixels > 4096:
-            raise RequestError(f"pixels {self.pixels}: must lie in 1 to 4096")
+            raise RequestError(f"pixels {self.pixels}: must be between 1 and 4096")
         if self.batch_size is not None and self.batch_size % self.crops_per_image:
             raise RequestError(
                 f"batch_size {self.batch_size}: counts crops, and must be a multiple of crops_per_image {self.crops_per_image}"
@@ -149,18 +149,18 @@ class TargetsConfig:
 
     def __post_init__(self) -> None:
         if self.teacher_pixels is not None and not 1 <= self.teacher_pixels <= 4096:
-            raise RequestError(f"teacher_pixels {self.teacher_pixels}: must lie in 1 to 4096")
+            raise RequestError(f"teacher_pixels {self.teacher_pixels}: must be between 1 and 4096")
         if not 0 <= self.label_smoothing < 1:
-            raise RequestError(f"label_smoothing {self.label_smoothing}: must lie in 0 to 1, below 1")
+            raise RequestError(f"label_smoothing {self.label_smoothing}: must be at least 0 and below 1")
         if self.label_smoothing and self.targets != "labels" and self.calibrate_below is None:
             raise RequestError(f"label_smoothing {self.label_smoothing}: is for --targets labels, or --calibrate_below")
         if self.calibrate_below is not None and not 0 < self.calibrate_below <= 1:
-            raise RequestError(f"calibrate_below {self.calibrate_below}: a probability, must lie in 0 to 1")
+            raise RequestError(f"calibrate_below {self.calibrate_below}: must be between 0 and 1")
         if (self.targets == "relabel") != (self.label_maps is not None):
             raise RequestError(
                 "targets relabel: --label_maps is needed; make them with fkd-ssl label-maps"
                 if self.label_maps is None
-                else f"label_maps {self.label_maps}: they are for --targets relabel"
+                else f"label_maps {self.label_maps}: is for --targets relabel"
             )
         unused = {
             "stored": ("teacher", "checkpoint", "teacher_pixels", "teacher_precision"),
@@ -181,9 +181,9 @@ class TargetsConfig:
         if self.targets == "online" and not self.teacher:
             raise RequestError("targets online: --teacher is needed, for instance mocov2 with --checkpoint FILE")
         if self.record is None and self.crops is not None:
-            raise RequestError(f"crops {self.crops}: it is for --record; a store has its own number of crops")
+            raise RequestError(f"crops {self.crops}: is for --record; a store has its own number of crops")
         if self.record is None and self.codec is not None:
-            raise RequestError(f"codec {self.codec}: it is for --record; a store's targets have their own codec")
+            raise RequestError(f"codec {self.codec}: is for --record; a store's targets have their own codec")
         if self.record is not None and (self.targets != "online" or self.store):
             raise RequestError(
                 f"record {self.record}: needs --targets online, and no --store: the crops are those of the recorded store"

@@ -129,7 +129,7 @@ def test_changed_inputs_are_refused(place: Path, call: Any, line: str, change: C
     assert (answer.status, answer.out) == (2, "")
     last = answer.err.splitlines()[-1]
     assert last.startswith(f"fkd-ssl {line.split()[0]}: {'run.cache' if line == CACHE else 'run'}: {named}")
-    assert last.endswith("restore what it began with, or choose another --out")
+    assert last.endswith("restore it, or choose another --out")
     assert {path: path.read_bytes() for path in before} == before
 
 

@@ -104,7 +104,7 @@ def test_a_request_that_fails_leaves_no_folder(work: Path, call: Any) -> None:
     assert "file: is a file; --out must name a folder" in answer.err
     answer = call(f"linear {TEACHER} {SETS} --protocol moco,swav --epochs 1 --out one")
     assert answer.status == 2
-    assert "one: holds one evaluation, and several protocols need a folder each in it; choose another --out" in answer.err
+    assert "one: holds the evaluation of one protocol; choose another --out for several" in answer.err
     answer = call(f"linear {TEACHER} {SETS} --protocol moco,simclr --epochs 2 --out out")  # moco is done, with one epoch
     assert answer.status == 2
     assert "holds a run of another config (epochs is 1 there, 2 here)" in answer.err
@@ -173,7 +173,7 @@ def test_a_run_is_a_model_and_so_is_its_checkpoint(work: Path, call: Any, train_
         (f"linear {TEACHER} {SETS} --protocol logreg --epochs 3", 2, "--epochs needs --protocol moco, swav"),
         (f"linear {TEACHER} {SETS} --protocol moco,byol", 2, "--protocol moco,byol: no protocol 'byol' (known: moco, swav"),
         (f"linear {TEACHER} {SETS} --protocol moco,", 2, "--protocol moco,: no protocol ''"),
-        (f"linear {TEACHER} {SETS} --protocol swav,swav", 2, "--protocol swav,swav: has a protocol twice"),
+        (f"linear {TEACHER} {SETS} --protocol swav,swav", 2, "--protocol swav,swav: names a protocol twice"),
         (f"linear {TEACHER} {SETS} --protocol moco --baseline pixels", 2, "--baseline pixels needs --protocol sweep or logreg"),
         ("knn --train x.npy,y.npy --val x.npy,y.npy --baseline pixels", 2, "--baseline pixels needs images, and x.npy,y.npy"),
         (f"linear {TEACHER} {SETS} --protocol sweep --lr 3", 2, "--lr needs --protocol moco, swav"),
@@ -190,7 +190,7 @@ def test_a_run_is_a_model_and_so_is_its_checkpoint(work: Path, call: Any, train_
         ),
         ("retrieve --gallery x.npy,same.npy", 2, "gallery_labels: one class only; a score needs at least two"),
         (f"knn {TEACHER} --train train", 2, "--val is needed, or --leave_one_out"),
-        (f"knn {TEACHER} {SETS} --leave_one_out", 2, "--val is needed, or --leave_one_out without it"),
+        (f"knn {TEACHER} {SETS} --leave_one_out", 2, "--val or --leave_one_out must be given"),
         (f"knn {TEACHER} --train train --leave_one_out --shots 2", 2, "--shots cannot be combined with --leave_one_out"),
         (f"knn {TEACHER} {SETS} --preset dino --k 3", 2, "--preset dino sets --k and --temperature"),
         (f"knn {TEACHER} {SETS} --draws 3", 2, "--draws and --seed need --shots"),
@@ -198,7 +198,7 @@ def test_a_run_is_a_model_and_so_is_its_checkpoint(work: Path, call: Any, train_
         (f"knn {TEACHER} {SETS} --shots 100%", 2, "--shots 100%: expected"),
         (f"knn {TEACHER} {SETS} --shots 7", 2, "shots 7: class 0 has 6 training images"),
         (f"knn {TEACHER} {SETS} --k 5,many", 2, "--k 5,many: expected a number, or several such as 10,20"),
-        (f"knn {SETS}", 2, "--model is needed; without one give features as FEATURES.npy,LABELS.npy"),
+        (f"knn {SETS}", 2, "--model must be given, or features as FEATURES.npy,LABELS.npy"),
         (f"knn --model own_teacher:pair {SETS}", 1, "gives tuple for [2, 3, 32, 32] floats, expected one tensor [2, D]"),
         (f"knn --model own_teacher:nan {SETS}", 1, "NaN or infinity"),
         (f"knn --model torchvision/resnet18x {SETS}", 2, "torchvision"),

@@ -9,7 +9,7 @@ def test_a_run_is_exported_scored_and_started_from(work: Path, call: Any, train_
     status, out, err = call("export --model run --out student.safetensors")
     assert status == 0
     assert out.startswith("model = torchvision.models.squeezenet1_1(); ")
-    assert "student.safetensors: loads, for normalised floats [B, 3, 32, 32], with" in err
+    assert "student.safetensors: load it, for normalised floats [B, 3, 32, 32], with" in err
     scores = [
         call(f"knn --model {model} --train train --val val --k 3 --workers 0").out for model in ("run", "student.safetensors")
     ]

@@ -84,9 +84,9 @@ def test_json_and_other_sizes(place: Path, call: Any) -> None:
     ("line", "what"),
     [
         (LINE.replace("cells_teacher:colours", "own_teacher:make"), "gives embeddings; label maps need a classifier's logits"),
-        (LINE.replace("cells_teacher:colours", "own_teacher:classes"), "its logits come from no linear layer"),
-        (f"{LINE} --k 4", "teacher colours has 3 classes; k must lie in 1 to 3"),
-        (f"{LINE} --pixels 5000", "--pixels 5000: must lie in 1 to 4096"),
+        (LINE.replace("cells_teacher:colours", "own_teacher:classes"), "its logits do not come from a linear layer"),
+        (f"{LINE} --k 4", "teacher colours has 3 classes; k must be between 1 and 3"),
+        (f"{LINE} --pixels 5000", "--pixels 5000: must be between 1 and 4096"),
         (LINE.replace("--out maps", "--out store"), "its manifest is not that of label maps"),
     ],
 )

@@ -132,7 +132,7 @@ def test_a_run_that_was_killed_while_its_store_was_published_ends(
         assert call(f"{line} --record new --out run").status == 130
     status, _, err = call(f"{line} --record new --out run")
     assert status == 0
-    assert "targets/make: its targets are in the store, nothing is left to record" in err
+    assert "targets/make: its targets are already stored; nothing to record" in err
     assert (work / "run/results.json").exists()
     assert files_of(work / "new") == files_of(work / "whole")
     assert losses(work / "run") == losses(work / "whole_run")

@@ -101,7 +101,7 @@ class TestInspect:
         assert out.startswith("store: 18 images x 4 crops, ")
         assert "column make: Network, D = 16, seen at 32 px, fp32" in out
         assert "pixels normalised by mean 0.485 0.456 0.406, std 0.229 0.224 0.225" in out
-        assert "codec Flat: 84 bytes a crop with its record" in out
+        assert "codec Flat: 84 bytes per crop with its record" in out
 
     def test_json(self, work: Path, call: Any) -> None:
         status, out, _ = call("inspect store --json")

@@ -249,7 +249,7 @@ class TestShow:
         [
             ("--image ash/9.png", "store has no such image; did you mean ash/"),
             ("--crops 5", "crops 5: store holds 4 crops of each image"),
-            ("--crops 0", "crops 0: must lie in 1 to 24"),
+            ("--crops 0", "crops 0: must be between 1 and 24"),
             ("--among 5", "crops 5: store holds 4"),
             ("--column other", "no targets of 'other'"),
             ("--images nowhere", "nowhere: no such folder of images"),

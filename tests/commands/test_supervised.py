@@ -183,7 +183,7 @@ class TestTeachers:
         assert call("export --model runs/embedding --out net.safetensors").status == 0
         for checkpoint, said in {
             "": "teacher run: --checkpoint is needed: a run folder of fkd-ssl train",
-            "--checkpoint net.safetensors": "net.safetensors is an export, which has no projection head; give the run itself",
+            "--checkpoint net.safetensors": "net.safetensors is an export without the projection head; pass the run folder",
         }.items():
             answer = call(f"precompute --images train --store other --teacher run {checkpoint}")
             assert answer.status == 2

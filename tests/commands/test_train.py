@@ -218,7 +218,7 @@ def test_what_was_trained_is_kept_where_a_score_fails(work: Path, call: Any, tra
 
 def test_float16_is_for_gpus(work: Path, call: Any, train_line: str) -> None:
     line = f"{train_line} --out run --precision 16-mixed"
-    assert "warning: --precision 16-mixed is for GPUs: here it is bf16-mixed" in call(line).err
+    assert "warning: --precision 16-mixed needs a GPU; using bf16-mixed" in call(line).err
     assert json.loads((work / "run/results.json").read_text())["config"]["precision"] == "bf16-mixed"
     assert "this run is done" in call(line).err
 

@@ -200,7 +200,7 @@ def test_the_replay_digest_says_that_both_agree(device):
 
 
 def test_a_box_outside_the_image_is_refused():
-    with pytest.raises(ImageError, match="lies outside an image of 5 x 4 pixels"):
+    with pytest.raises(ImageError, match="is outside an image of 5 x 4 pixels"):
         PendingCrops(image=noise(4, 5), records=box_record(0, 0, 5, 5))
 
 

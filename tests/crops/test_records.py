@@ -39,7 +39,7 @@ def test_boxes_outside_the_image_are_refused(box):
     good = box_record(0, 0, 100, 80)
     unpack(good, 100, 80)
     top, left, height, width = box
-    message = rf"crop of {width} x {height} at \({left}, {top}\) lies outside an image of 80 x 100 pixels: .*drawn for another"
+    message = rf"crop of {width} x {height} at \({left}, {top}\) is outside an image of 80 x 100 pixels: .*drawn for another"
     with pytest.raises(ImageError, match=message):
         unpack(np.concatenate([good, box_record(*box), good]), 100, 80)
     with pytest.raises(ImageError, match=message):

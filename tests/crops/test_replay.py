@@ -265,7 +265,7 @@ def test_other_images_are_refused(smooth, change):
 
 
 def test_boxes_outside_the_image_are_refused(smooth):
-    with pytest.raises(ImageError, match=r"crop of 21 x 20 at \(0, 0\) lies outside an image of 20 x 20 pixels"):
+    with pytest.raises(ImageError, match=r"crop of 21 x 20 at \(0, 0\) is outside an image of 20 x 20 pixels"):
         replay(smooth(0, 20, 20), box_record(0, 0, 20, 21), 64)
 
 

@@ -195,16 +195,16 @@ def test_somebody_elses_folder_is_left_alone(images: Folder, tmp_path: Path, new
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
     (tmp_path / "store").mkdir()
     files.write_json(tmp_path / "store/manifest.json", {"format": "fkd_ssl store", "version": 1})
-    with pytest.raises(RequestError, match=r"its manifest is not that of label maps; choose another --out"):
+    with pytest.raises(RequestError, match=r"is not a folder of label maps; choose another --out"):
         make(images, tmp_path / "store", new_dense())
 
 
 @pytest.mark.parametrize(
     ("options", "what"),
     [
-        ({"k": 13}, "k 13: teacher small has 12 classes; k must lie in 1 to 12"),
-        ({"k": 0}, "k 0: .* must lie in 1 to 12"),
-        ({"batch_size": 0}, "batch_size 0: must lie in 1 to 65536"),
+        ({"k": 13}, "k 13: teacher small has 12 classes; k must be between 1 and 12"),
+        ({"k": 0}, "k 0: .* must be between 1 and 12"),
+        ({"batch_size": 0}, "batch_size 0: must be between 1 and 65536"),
         ({"threads": 0}, "threads 0: must be at least 1"),
     ],
 )

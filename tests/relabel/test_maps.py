@@ -225,7 +225,7 @@ class TestDamage:
         np.save(own / "maps/00000.npy", stored)
         maps = LabelMaps(own)
         maps.read(4)
-        with pytest.raises(StoreError, match="row 5 holds impossible classes or logits: it is damaged"):
+        with pytest.raises(StoreError, match="row 5 has invalid classes or logits"):
             maps.targets(5, box_record(0, 0, 20, 20))
 
     def test_a_changed_bit_is_found_by_verify(self, own: Path) -> None:

@@ -283,9 +283,9 @@ def test_a_shard_that_is_a_pickle_is_not_loaded(folder, tmp_path):
         ({"file": "z" * 64}, "a checksum is missing or is not a hexadecimal sha256"),
         ({"images": ["z" * 64, *["0" * 64] * 4]}, "a checksum is missing or is not a hexadecimal sha256"),
         ({"skipped": ...}, "keys are missing or unknown"),
-        ({"skipped": [3]}, "impossible list of skipped rows"),
-        ({"skipped": ["7"]}, "impossible list of skipped rows"),
-        ({"skipped": [True]}, "impossible list of skipped rows"),
+        ({"skipped": [3]}, "invalid list of skipped rows"),
+        ({"skipped": ["7"]}, "invalid list of skipped rows"),
+        ({"skipped": [True]}, "invalid list of skipped rows"),
     ],
 )
 def test_sidecars_that_cannot_be_are_refused(folder, changes, message):

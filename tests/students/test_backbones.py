@@ -66,7 +66,7 @@ class TestSmallStems:
         assert small["conv1.weight"].shape == (64, 3, 3, 3)
 
     def test_a_network_without_such_a_layer_is_refused(self) -> None:
-        with pytest.raises(RequestError, match=r"has no small stem: its first layer is no convolution of up to 7 px"):
+        with pytest.raises(RequestError, match=r"has no small stem: its first layer is not a convolution of up to 7 px"):
             make_backbone("timm/vit_tiny_patch16_224", stem="small")
 
     def test_another_stem_is_refused(self) -> None:
@@ -85,7 +85,7 @@ class TestWidths:
         ("options", "said"),
         [
             ({"name": "resnet18", "width": 0.5}, r"width 0\.5: student 'resnet18' has one width; others have reactnet, "),
-            ({"name": "reactnet", "width": 0.0}, r"width 0\.0: must lie in 0 to 4"),
+            ({"name": "reactnet", "width": 0.0}, r"width 0\.0: must be between 0 and 4"),
         ],
     )
     def test_what_has_no_such_width_is_refused(self, options: dict[str, Any], said: str) -> None:

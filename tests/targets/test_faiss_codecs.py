@@ -169,12 +169,12 @@ def test_specs_off_the_list_are_refused(spec):
     ("spec", "message"),
     [
         ("PQ5x8", "5 sub-vectors do not divide 32 dimensions"),
-        ("PQ8x3", "3 bits a sub-vector; 4 to 12 are accepted"),
+        ("PQ8x3", "3 bits per sub-vector; must be between 4 and 12"),
         ("PQ8x13", "13 bits a sub-vector; 4 to 12"),
         ("OPQ5,PQ8x8", "5 parts do not divide 32 of 32 dimensions"),
         ("OPQ8_64,PQ8x8", "8 parts do not divide 64 of 32"),
-        ("PCA64,SQ8", "cannot reduce 32 dimensions so"),
-        ("PCA16_8,SQ8", "cannot reduce 32 dimensions so"),
+        ("PCA64,SQ8", "cannot reduce 32 dimensions to that number"),
+        ("PCA16_8,SQ8", "cannot reduce 32 dimensions to that number"),
         ("PCA16,PQ5x8", "5 sub-vectors do not divide 16"),
     ],
 )

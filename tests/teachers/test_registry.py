@@ -112,7 +112,7 @@ def test_what_can_go_wrong_with_ones_own(here: Path, name: str, kind: type[Excep
 
 
 def test_a_checkpoint_that_is_not_wanted_or_not_there(here: Path) -> None:
-    with pytest.raises(RequestError, match=r"takes no checkpoint=, and --checkpoint was given"):
+    with pytest.raises(RequestError, match=r"its function takes no checkpoint=; leave out --checkpoint"):
         load_teacher("own_teachers:plain", checkpoint="own_teachers.py")
     with pytest.raises(RequestError, match=r"gone\.pth: not found"):
         load_teacher("own_teachers:weights", checkpoint="gone.pth")

@@ -180,7 +180,7 @@ def test_its_own_weights_when_asked(tmp_path: Path) -> None:
     first, second = done.stdout.splitlines()
     assert first == "True pretrained True"
     assert second.startswith("1 teacher timm/resnet34.a1_in1k: timm could not download its weights")
-    assert second.endswith("Without a network: get the file by any other way and pass it as --checkpoint")
+    assert second.endswith("Without a network: get the file on another machine and pass it as --checkpoint")
 
 
 @pytest.mark.parametrize("changed", [("patch_embed.proj.weight", (192, 3, 32, 32)), ("pos_embed", (1, 50, 192))])

@@ -49,8 +49,8 @@ def test_these_must_not_be_negative(name: str) -> None:
         ({"lr_drops": "nan"}, r"lr_drops 'nan': expected epochs"),
         ({"lr_drops": "30,100"}, r"lr_drops 30,100: the last one must come before epochs 100"),
         ({"label_smoothing": 0.1}, r"label_smoothing 0.1: is for --targets labels, or --calibrate_below"),
-        ({"label_smoothing": 1.0, "targets": "labels"}, r"label_smoothing 1.0: must lie in 0 to 1"),
-        ({"calibrate_below": 0.0}, r"calibrate_below 0.0: a probability, must lie in 0 to 1"),
+        ({"label_smoothing": 1.0, "targets": "labels"}, r"label_smoothing 1.0: must be between 0 and 1"),
+        ({"calibrate_below": 0.0}, r"calibrate_below 0.0: must be between 0 and 1"),
         (
             {"targets": "labels", "calibrate_below": 0.5},
             r"calibrate_below 0.5: is not used with --targets labels; leave it out",
@@ -59,7 +59,7 @@ def test_these_must_not_be_negative(name: str) -> None:
         ({"teacher": "a"}, r"teacher a: is not used with --targets stored; name a column of the store with --column"),
         ({"targets": "online", "teacher": "a", "column": "b"}, r"column b: is not used with --targets online; leave it out"),
         ({"targets": "relabel", "store": None}, r"targets relabel: --label_maps is needed; make them with fkd-ssl label-maps"),
-        ({"label_maps": "m"}, r"label_maps m: they are for --targets relabel"),
+        ({"label_maps": "m"}, r"label_maps m: is for --targets relabel"),
         ({"targets": "relabel", "label_maps": "m"}, r"store s: is not used with --targets relabel; leave it out"),
         (
             {"targets": "relabel", "label_maps": "m", "store": None, "teacher": "a"},

@@ -427,7 +427,7 @@ class TestLoggers:
 
 
 def test_sync_batchnorm_needs_gpus(make_run: Any) -> None:
-    with pytest.raises(RequestError, match=r"sync_batchnorm: it needs GPUs, and this machine has none"):
+    with pytest.raises(RequestError, match=r"sync_batchnorm: needs GPUs; this machine has none"):
         make_run(sync_batchnorm=True).train()
 
 

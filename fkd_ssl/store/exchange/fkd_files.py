@@ -75,7 +75,7 @@ class Labels:
             StoreError: A box is outside the image by more than the rounding of float16, or has no area inside it.
         """
         if self.boxes.min() < -_BOX_TOLERANCE or (self.boxes[:, :2] + self.boxes[:, 2:]).max() > 1 + _BOX_TOLERANCE:
-            raise StoreError("a box lies outside the image")
+            raise StoreError("a box is outside the image")
         top, left, high, wide = (self.boxes * [height, width, height, width]).T
         edges = [np.rint(edge) for edge in (top, left, top + high, left + wide)]
         y0, y1 = (edge.clip(0, height) for edge in (edges[0], edges[2]))
@@ -134,7 +134,7 @@ def read(path: Path) -> Labels:
     Raises:
         StoreError: The file is missing, not a regular file or too large, or does not contain three arrays.
     """
-    too_large = StoreError(f"{path}: over {_MAX_BYTES} bytes, not a label file of FKD's")
+    too_large = StoreError(f"{path}: over {_MAX_BYTES} bytes: not an FKD label file")
     try:
         about = path.stat()
         if not stat.S_ISREG(about.st_mode):  # opening a pipe would wait forever
@@ -153,7 +153,7 @@ def read(path: Path) -> Labels:
         raise
     except (CheckpointError, TypeError, ValueError) as error:
         reason = error.__cause__ if isinstance(error.__cause__, UnsafePickleError) else type(error).__name__
-        raise StoreError(f"{path}: not a label file of FKD's ({reason})") from error
+        raise StoreError(f"{path}: not an FKD label file ({reason})") from error
     count = len(boxes) if boxes.ndim else 0
     right = (
         boxes.shape == (count, 4)

@@ -132,7 +132,7 @@ def export_fkd(column: Column, out: str | Path, *, fp16: bool = False) -> int:
         raise RequestError(f"--fp16: float16 is exact up to {fkd_files.LARGEST_EXACT}, and there are {codec.dim} classes")
     m = store.manifest.recipe
     if m.jitter or m.grey or m.blur:
-        raise RequestError(f"{store.folder}: crops of the recipe {m.name} change colours, which FKD's files cannot say")
+        raise RequestError(f"{store.folder}: crops of the recipe {m.name} change colours, which FKD's files cannot store")
     column.require_complete()
     fkd_files.check_names(store.paths[row] for row in store.rows.tolist())
     written = 0
@@ -155,11 +155,11 @@ def _first(paths: list[Path]) -> fkd_files.Labels:
             return fkd_files.read(path)
         except StoreError as error:
             wrong = wrong or error
-    raise StoreError(f"{wrong}; nor can any other label file of these images be read")
+    raise StoreError(f"{wrong}; no other label file of these images can be read either")
 
 
 def _other(folder: Path) -> str:
-    return f"{folder}: something else was begun here and not finished; delete this folder, or choose another --store"
+    return f"{folder}: holds other unfinished work; delete this folder, or choose another --store"
 
 
 def _is_of(column: Column, row: int, found: tuple[str, Records, UInt8Array] | str) -> bool:

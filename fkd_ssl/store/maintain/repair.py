@@ -72,7 +72,7 @@ def repair(
     own = None if images is None else images.subset(store.find_images(images))
     crops = [d.shard for d in damage if d.kind == "crops" and d.shard is not None]
     if crops and store.manifest.recipe == IMPORTED:  # imported crops cannot be drawn again
-        log(f"crops of {len(crops)} shards: were imported and cannot be drawn again: restore them from a copy, or import again")
+        log(f"crops of {len(crops)} shards: were imported and cannot be drawn again: restore them from a backup, or import again")
         crops = []
     crops = [shard for shard in crops if not _redraw(store, shard, log)]
     if crops and own is None:
@@ -125,7 +125,7 @@ def _retrain(store: Store, name: str, teacher: Teacher, reader: RowReader, pipel
         meta, _ = read_meta(folder / "meta.json")
     except StoreError as error:
         log(
-            f"{error}; nothing else tells what this column is: restore meta.json from a copy, or move the folder {folder} "
+            f"{error}; nothing else tells what this column is: restore meta.json from a backup, or move the folder {folder} "
             "away and precompute it again"
         )
         return
@@ -186,7 +186,7 @@ def _recompute(
             if digest is None
             else ", as it was"
             if now == digest
-            else ", in other bytes than were recorded (verify compares)"
+            else ", but with other bytes than recorded; run fkd-ssl verify"
         )
         log(f"{path}: {'not made again' if now is None else f'made again{how}'}")
 
@@ -199,7 +199,7 @@ def _replace(path: Path, data: bytes, digest: str, log: Log) -> None:
     else:
         log(
             f"{path}: cannot be made again: what comes out here is not what was recorded (other images, another machine or "
-            "other versions of the libraries, or a recoded column); restore it from a copy"
+            "other versions of the libraries, or a recoded column); restore it from a backup"
         )
 
 

@@ -217,7 +217,7 @@ def _rows(store: Store, paths: Sequence[str] | None) -> Rows:
 
 
 def _other(folder: Path) -> str:
-    return f"{folder}: something else was begun here and not finished; delete this folder, or choose another --out"
+    return f"{folder}: holds other unfinished work; delete this folder, or choose another --out"
 
 
 def _publish(folder: Path, path: Path, data: bytes) -> None:
@@ -234,13 +234,13 @@ def _column_files(column: Column) -> Iterator[tuple[str, bytes]]:
     path = column.folder / "meta.json"
     values = files.read_json(path)
     if files.sha256(files.canonical(values)) != column.digest:
-        raise StoreError(f"{path}: altered since the store was opened; run it again")
+        raise StoreError(f"{path}: changed since the store was opened; repeat the command")
     yield path.name, files.with_checksum(values)
     for name, digest in column.meta.arrays.items():
         path = column.folder / f"{name}.npy"
         data = files.read_regular(path, MAX_ARRAY + files.MAX_HEADER)
         if files.sha256(data) != digest:
-            raise StoreError(f"{path}: altered: its sha256 is not that of meta.json; restore it from a copy")
+            raise StoreError(f"{path}: damaged: its sha256 differs from the one in meta.json; restore it from a backup")
         yield path.name, data
 
 
@@ -264,6 +264,6 @@ def _gather(
         path = locate(shard)
         array = files.map_npy(path, dtype, (len(store.manifest.shard_rows(shard)), store.crops_per_image, *crop_shape))
         if files.sha256_file(path) != sidecar(shard)["file"]:
-            raise StoreError(f"{path}: altered: its sha256 is not its sidecar's; fkd-ssl verify {store.folder} says more")
+            raise StoreError(f"{path}: damaged: its sha256 differs from the one in its .json; fkd-ssl verify {store.folder} says more")
         parts.append(array[part % store.manifest.rows_per_shard])
     return np.concatenate(parts)

@@ -132,7 +132,7 @@ def _columns(store: Store, report: Report) -> Iterator[Column]:
             report.add(str(error), sound)
             continue
         except StoreError as error:
-            report.add(f"{error}; if there is no copy, verify --repair with the teacher of column {name} tries it", damage)
+            report.add(f"{error}; without a backup, try verify --repair with the teacher of column {name}", damage)
             continue
         report.checked["files"] += 1 + len(column.meta.arrays)
         for array in column.meta.arrays:
@@ -150,7 +150,7 @@ def _columns(store: Store, report: Report) -> Iterator[Column]:
     for problem in broken:
         report.add(problem)
     if not store.column_names and not broken:
-        report.add(f"{store.folder}: holds no teacher's targets; run fkd-ssl precompute")
+        report.add(f"{store.folder}: has no targets; run fkd-ssl precompute")
 
 
 def _again(error: StoreError | str, path: Path, shard: int) -> str:
@@ -186,14 +186,14 @@ def _check_crops(store: Store, shard: int, report: Report) -> None:
     report.checked["files"] += 2
     skipped = [row for row, checksum in zip(rows, sidecar["images"], strict=True) if not checksum]
     if digest != sidecar["file"]:
-        report.add(_again(f"{path}: altered: its sha256 is not its sidecar's", path, shard), damage)
+        report.add(_again(f"{path}: damaged: its sha256 differs from the one in its .json", path, shard), damage)
         return
     if sidecar["skipped"] != skipped:
-        report.add(_again(f"{path.with_suffix('.json')}: rows without a checksum are not those skipped", path, shard), damage)
+        report.add(_again(f"{path.with_suffix('.json')}: the rows without a checksum differ from the skipped rows", path, shard), damage)
         return
     row = _impossible(store, shard, records, skipped)
     if row is not None:
-        report.add(_again(f"{path}: a crop of row {row} ({store.paths[row]}) is impossible", path, shard), damage)
+        report.add(_again(f"{path}: a crop of row {row} ({store.paths[row]}) is invalid", path, shard), damage)
 
 
 def _impossible(store: Store, shard: int, records: Records, skipped: list[int]) -> int | None:
@@ -236,7 +236,7 @@ def _check_codes(column: Column, shard: int, report: Report) -> None:
         return
     report.checked["files"] += 2
     if digest != sidecar["file"]:
-        report.add(_again(f"{path}: altered: its sha256 is not its sidecar's", path, shard), damage)
+        report.add(_again(f"{path}: damaged: its sha256 differs from the one in its .json", path, shard), damage)
 
 
 def _check_images(

@@ -269,7 +269,7 @@ def _check(store: Store, request: Request) -> Column:
     """Returns the column of that name, if it is the requested one."""
     column = store.column(request.name)
     if other := request.difference(column.meta):
-        raise RequestError(f"{column.folder}: this column's {other}; give the same, or have precompute --column another column")
+        raise RequestError(f"{column.folder}: this column's {other}; pass the same, or choose another --column")
     return column
 
 

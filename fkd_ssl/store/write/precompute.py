@@ -41,7 +41,7 @@ class Share:
 
     def __post_init__(self) -> None:
         if not 0 <= self.index < self.of:
-            raise RequestError(f"--shards {self.index}/{self.of}: i/n with i from 0 to n - 1 is expected, for instance 0/4")
+            raise RequestError(f"--shards {self.index}/{self.of}: expected i/n with i from 0 to n - 1, for instance 0/4")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -109,7 +109,7 @@ def make_requests(
             )
         size = sum(array.nbytes + files.MAX_HEADER for array in each.arrays.values())
         if size > MAX_ARRAY:
-            raise RequestError(f"teacher {each.name}: its arrays have {size:,} bytes, and a column holds at most {MAX_ARRAY:,}")
+            raise RequestError(f"teacher {each.name}: its arrays have {size:,} bytes; the maximum is {MAX_ARRAY:,}")
     return [
         Request(
             name=layout.checked_name(n),
@@ -126,7 +126,7 @@ def make_requests(
 def in_range(what: str, value: int, most: int) -> None:
     """Raises RequestError if an option is not in 1 to `most`."""
     if not 1 <= value <= most:
-        raise RequestError(f"--{what} {value}: must lie in 1 to {most}")
+        raise RequestError(f"--{what} {value}: must be between 1 and {most}")
 
 
 def begin(

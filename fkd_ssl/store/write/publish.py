@@ -53,7 +53,7 @@ def create_store(
 def check_folder(folder: Path, parts: Set[str], *, what: str) -> None:
     """Raises RequestError if a folder contains anything but the files of `what` and its subfolders `parts`."""
     if folder.exists() and not folder.is_dir():
-        raise RequestError(f"{folder}: is a file, and a folder for {what} is expected; choose another name")
+        raise RequestError(f"{folder}: is a file; expected a folder for {what}")
     there = {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")} if folder.is_dir() else set()
     foreign = there - {MANIFEST, IMAGES, SIZES, *parts}  # another process may have written the manifest
     if foreign:

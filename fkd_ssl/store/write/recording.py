@@ -46,7 +46,7 @@ class Recording:
         m = column.store.manifest
         if block < 1 or m.crops_per_image % block:
             raise RequestError(
-                f"--record {column.store.folder}: it stores {m.crops_per_image} crops an image, which is not a multiple of "
+                f"--record {column.store.folder}: it stores {m.crops_per_image} crops per image, which is not a multiple of "
                 f"crops_per_image {block}"
             )
         if is_published(column):
@@ -213,4 +213,4 @@ def _acquire(column: Column) -> int:
             return file
         os.close(file)
         if not ours:
-            raise RequestError(f"{column.folder}: another process records this column now; wait for it, or stop it")
+            raise RequestError(f"{column.folder}: another process is recording this column; wait for it, or stop it")

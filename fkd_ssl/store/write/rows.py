@@ -79,7 +79,7 @@ class RowReader:
         if expected is not None and checksum != expected:
             raise FkdError(f"{path}: changed since the store's crops were made; restore it or make another store")
         if not size["width"]:
-            raise ImageError(f"{path}: could not be read when the store was made; pass --on_unreadable skip, as was done then")
+            raise ImageError(f"{path}: could not be read when the store was made; pass --on_unreadable skip, as before")
         changed = f"{path}: changed since the store was made ({size['width']} x {size['height']} pixels then)"
         if len(data) != size["bytes"]:
             raise ImageError(changed)

@@ -297,7 +297,7 @@ def test_none_can_be_read(images: Path, tmp_path: Path) -> None:
     files = sorted((tmp_path / "labels").rglob("*.tar"))
     for file in files:
         file.write_bytes(b"")
-    with pytest.raises(StoreError, match=rf"{files[0]}: not a label file of FKD's .*nor can any other"):
+    with pytest.raises(StoreError, match=rf"{files[0]}: not an FKD label file .*nor can any other"):
         import_fkd(tmp_path / "labels", scan(images), tmp_path / "store", classes=K)
 
 

@@ -144,7 +144,7 @@ def test_a_damaged_meta_json_is_said_to_be_lost(folder, tree, image_folder, teac
     flip(folder / "targets/tiny/meta.json")
     before = tree(folder)
     lines, problems = mend(folder, images.scan(image_folder), teacher, column="tiny")
-    assert "restore meta.json from a copy, or move the folder" in lines[0]
+    assert "restore meta.json from a backup, or move the folder" in lines[0]
     assert len(problems) == 1
     assert tree(folder) == before
 

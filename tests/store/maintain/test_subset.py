@@ -179,7 +179,7 @@ def test_a_damaged_shard_is_not_copied(tmp_path, source):
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    with pytest.raises(StoreError, match=r"codes-00002\.npy: altered: its sha256 is not its sidecar's; fkd-ssl verify"):
+    with pytest.raises(StoreError, match=r"codes-00002\.npy: damaged: its sha256 differs from the one in its .json; fkd-ssl verify"):
         subset(source, tmp_path / "part")
     assert not (tmp_path / "part").exists()
     assert len(subset(source, tmp_path / "other", column=["b"])) == 24
@@ -240,7 +240,7 @@ def test_a_meta_json_that_changes_meanwhile_is_not_copied(tmp_path, prototyped):
     column = prototyped.column()
     path = column.folder / "meta.json"
     path.write_bytes(files.with_checksum({**files.read_json(path), "chunk_size": 3}))
-    with pytest.raises(StoreError, match=r"meta\.json: altered since the store was opened; run it again"):
+    with pytest.raises(StoreError, match=r"meta\.json: changed since the store was opened; repeat the command"):
         subset(prototyped, tmp_path / "part")
 
 

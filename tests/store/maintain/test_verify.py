@@ -190,7 +190,7 @@ def test_an_incomplete_store_is_found(folder, part, image_folder, tiny_teacher):
 def test_a_store_without_targets_is_found(folder):
     shutil.rmtree(folder / "targets")
     (found,) = problems(folder)
-    assert "holds no teacher's targets; run fkd-ssl precompute" in found
+    assert "has no targets; run fkd-ssl precompute" in found
 
 
 def test_codes_without_a_meta_json_are_found_beside_another_column(folder, make_store, new_teacher, tree):

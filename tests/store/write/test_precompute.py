@@ -234,7 +234,7 @@ def test_a_limit_below_one_is_refused(tmp_path, make_store, limit):
         ({"crops": 5}, "this store's crops per image is 4, not 5; give the same, or choose another folder"),
         ({"recipe": RECIPES["swav"]}, "this store's recipe is Recipe.*mocov2.*not Recipe.*swav"),
         ({"limit": 20}, r"a store of other images: it lists 24, .* gives 20; .*train lacks '.*\.jpg'"),
-        ({"chunk_size": 8}, "this column's chunk_size is 16, not 8; give the same, or have precompute --column another column"),
+        ({"chunk_size": 8}, "this column's chunk_size is 16, not 8; pass the same, or choose another --column"),
         ({"codec": "SQ4"}, "this column's codec is SQ8, not SQ4"),
         ({"pixels": 48}, "this column's pixels is 32, not 48"),
     ],
