@@ -88,7 +88,9 @@ def open_descriptor(path: Path, flags: int = os.O_RDONLY) -> int:
         descriptor = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o644)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.EMLINK):  # Linux and macOS; FreeBSD
-            raise StoreError(f"{path}: a symbolic link, which is not followed inside a store; replace it by the file") from error
+            raise StoreError(
+                f"{path}: a symbolic link, which is not followed inside a store; replace it by the file"
+            ) from error
         raise
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)

@@ -159,8 +159,8 @@ def check_inputs(place: Path, found: Inputs, inputs: Inputs) -> None:
         was, now = found.get(name, "missing"), inputs.get(name, "missing")
         if was != now:
             raise RequestError(
-                f"{place}: {name} changed since the run began (then {_short(was)}, now {_short(now)}); restore what it began "
-                "with, or choose another --out"
+                f"{place}: {name} changed since the run began (then {_short(was)}, now {_short(now)}); restore "
+                "it, or choose another --out"
             )
 
 

@@ -78,7 +78,9 @@ class DenseTeacher:
         dense = F.linear(found.permute(0, 2, 3, 1).float(), weight.float(), None if bias is None else bias.float())
         off = (dense.mean(dim=(1, 2)) - logits.float()).abs().max().item()
         if not off <= TOLERANCE[self.teacher.info.precision] * logits.float().abs().max().item():
-            raise self._refusal(f"the mean of its logits over places is up to {off:.3g} off what it says of the image")
+            raise self._refusal(
+                f"the mean of its logits over positions differs by up to {off:.3g} from its logits of the image"
+            )
         return dense.permute(0, 3, 1, 2)
 
     def _refusal(self, why: str) -> RequestError:

@@ -30,13 +30,13 @@ class Ensemble(Teacher):
         for member in members:
             if member.info.spec.kind != "distribution":
                 raise RequestError(
-                    f"teacher {names}: {member.info.name} gives {member.info.spec.definition.display_name}, of which "
-                    "there is no mean; name several teachers with commas between them, for a column each"
+                    f"teacher {names}: {member.info.name} gives {member.info.spec.definition.display_name}, and only "
+                    "class probabilities can be averaged; separate the teachers by commas for one column each"
                 )
             if member.info.spec != first.spec:
                 raise RequestError(
-                    f"teacher {names}: {first.spec.size} and {member.info.spec.size} classes, of {first.name} and of "
-                    f"{member.info.name}; the members of an ensemble need the same"
+                    f"teacher {names}: {first.name} has {first.spec.size} classes, {member.info.name} has "
+                    f"{member.info.spec.size}; the teachers of an ensemble must have the same classes"
                 )
             if member.info.pixels != first.pixels:
                 raise RequestError(

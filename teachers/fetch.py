@@ -154,7 +154,7 @@ def _once(preset: Preset, folder: Path, progress: Progress) -> Path:
         if response.status == 206:
             span = response.headers.get("Content-Range", "")
             if span != f"bytes {here}-{total - 1}/{total}":
-                raise FkdError(f"{preset.url}: the server sends {span or 'an unnamed part'}, and bytes {here}- were asked for")
+                raise FkdError(f"{preset.url}: the server sent {span or 'an unnamed part'} instead of bytes {here}-")
             start = here
     with response:
         if preset.size is not None and total not in (None, preset.size):
@@ -162,7 +162,7 @@ def _once(preset: Preset, folder: Path, progress: Progress) -> Path:
         limit = total or preset.size or _MAX_BYTES
         free = shutil.disk_usage(folder).free
         if total is not None and total - start > free:
-            raise FkdError(f"{folder}: {total - start:,} bytes are to come and the disk has {free:,} free")
+            raise FkdError(f"{folder}: needs {total - start:,} more bytes, and the disk has {free:,} free")
         began, first = time.monotonic(), start
         with part.open("ab" if start else "wb") as file:
             while piece := response.read1(_PIECE):

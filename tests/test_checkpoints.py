@@ -73,7 +73,7 @@ def test_foreign_files_are_refused(content: bytes, tmp_path: Path) -> None:
     ("content", "what"),
     [
         (b"<!DOCTYPE html><p>please log in", "it is a web page"),
-        (b"version https://git-lfs.github.com/spec/v1\noid", "it is a pointer of Git LFS"),
+        (b"version https://git-lfs.github.com/spec/v1\noid", "it is a Git LFS pointer"),
         (b"oh no", "not a file of torch.save"),
     ],
 )

@@ -314,7 +314,9 @@ def test_links_pipes_and_folders_are_not_read(tmp_path, read):
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "folder").mkdir()
     for name in ("link", "loop"):
-        with pytest.raises(StoreError, match=rf"{name}: a symbolic link; links inside a store are not followed: put the file"):
+        with pytest.raises(
+            StoreError, match=rf"{name}: a symbolic link, which is not followed inside a store; replace it by the file"
+        ):
             read(tmp_path / name)
     for name in ("pipe", "folder"):
         with pytest.raises(StoreError, match=rf"{name}: not a regular file; the store is damaged"):
@@ -324,7 +326,9 @@ def test_links_pipes_and_folders_are_not_read(tmp_path, read):
 def test_a_folder_of_ones_own_is_no_link(tmp_path):
     assert files.reject_symlink(tmp_path / "missing") == tmp_path / "missing"
     (tmp_path / "link").symlink_to(tmp_path)
-    with pytest.raises(StoreError, match="link: a symbolic link, which is not followed inside a store; replace it by the folder"):
+    with pytest.raises(
+        StoreError, match="link: a symbolic link, which is not followed inside a store; replace it by the folder"
+    ):
         files.reject_symlink(tmp_path / "link")
 
 

@@ -199,7 +199,7 @@ def test_a_checkpoint_says_which_run_it_is_of(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"last.ckpt: images changed since the run began \(then x, now y\)"):
         runs.check_identity(path, found, config, {**inputs, "images": "y"})
     for foreign in (None, {}, {"config": 1, "inputs": {}}):
-        with pytest.raises(RequestError, match=r"last.ckpt: does not say which run it is of; delete it"):
+        with pytest.raises(RequestError, match=r"last.ckpt: has no config and inputs of its run; delete it"):
             runs.check_identity(path, foreign, config, inputs)
 
 

@@ -77,8 +77,8 @@ def run(config: Config) -> int:
         measured = f" of {fidelity['sample']}" if fidelity["sample"] else ""
         lines += [
             f"column {name}: {teacher.network}, {teacher.spec}, seen at {teacher.pixels} px, {teacher.precision}",
-            f"  codec {column['codec']}: {column['bytes_per_crop']} bytes per crop with its record; {describe_fidelity(fidelity)}"
-            f"{measured}",
+            f"  codec {column['codec']}: {column['bytes_per_crop']} bytes per crop with its record; "
+            f"{describe_fidelity(fidelity)}{measured}",
             f"  {teacher.normalisation}",
             f"  licence {teacher.licence}; checkpoint sha256 {str(teacher.checkpoint_sha256)[:16]}",
         ]

@@ -121,9 +121,7 @@ def _scores(config: Config) -> Iterator["Score"]:
             "features"
         )
     if len(config.protocols) > 1 and config.out is not None and (Path(config.out) / runs.CONFIG).exists():
-        raise RequestError(
-            f"{config.out}: holds the evaluation of one protocol; choose another --out for several"
-        )
+        raise RequestError(f"{config.out}: holds the evaluation of one protocol; choose another --out for several")
     sources.check_baseline(config.baseline, config.train)
     linear.check(on_crops, epochs=config.epochs, batch_size=config.batch_size, lr=config.lr)
     parts = {name: _part(config, name) for name in config.protocols}

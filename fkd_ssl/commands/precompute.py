@@ -134,8 +134,8 @@ def _on_ray(config: Config) -> "Summary":
         raise RequestError("--runner ray: other machines cannot get your Python objects; name each as module:function")
     if config.evaluate is not None:
         raise RequestError(
-            "--evaluate: is said by this process, and with --runner ray it has no teacher: leave it out, or run this once "
-            "without --runner and with --shards 0/1000"
+            "--evaluate cannot be used with --runner ray: first run the command with --evaluate and --shards "
+            "0/1000, without --runner"
         )
     with contextlib.redirect_stdout(sys.stderr):  # Ray reports dead workers on standard output
         return on_ray.run(_write_shard, _with_absolute_paths(config), log=console.log)

@@ -106,8 +106,8 @@ def teacher_of(name: str, checkpoint: str | None, precision: Precision = "fp32")
     files = [None] * len(names) if checkpoint is None else [part.strip() or None for part in checkpoint.split("+")]
     if "" in names or len(files) != len(names):
         raise RequestError(
-            f"teacher {name}, checkpoint {checkpoint}: expected A+B, and a checkpoint for each, F+G, with nothing for one that "
-            "needs none"
+            f"teacher {name}, checkpoint {checkpoint}: expected A+B and a checkpoint for each, F+G; leave one "
+            "empty if its teacher needs none"
         )
     return Ensemble([_one_teacher(one, file, precision) for one, file in zip(names, files, strict=True)]).to(device())
 

@@ -126,8 +126,7 @@ def _join_processes(config: Config) -> tuple[int, int]:
     if not is_torchelastic_launched():  # torchrun's number of processes overrides --devices
         if int(os.environ.get("SLURM_PROCID", "0")):
             raise RequestError(
-                "srun started several tasks that do not know of one another: have it start torchrun, one on each machine, or "
-                "one task with --devices"
+                "srun started several independent tasks: let it start torchrun, one per machine, or one task with --devices"
             )
         world = max(world, config.devices)
     return rank, world

@@ -166,7 +166,7 @@ def scaled(records: Records, stored: tuple[int, int], found: tuple[int, int]) ->
         return records
     (height, width), (h, w) = stored, found
     if abs(h * width - w * height) > max(height, width):  # allows for rounding by one pixel
-        raise ImageError(f"{w} x {h} pixels, and the store's image has {width} x {height}: no scaled copy of it")
+        raise ImageError(f"{w} x {h} pixels: not a scaled copy of the store's image, which has {width} x {height}")
     copies = records.copy()
     for first, length, before, now in (("top", "height", height, h), ("left", "width", width, w)):
         start = records[first].astype(np.int64)

@@ -172,11 +172,11 @@ def _wanted(images: ImageSource, dense: Dense, *, k: int, batch_size: int) -> la
     if not 1 <= batch_size <= 2**16:
         raise RequestError(f"batch_size {batch_size}: must be between 1 and {2**16}")
     if classes > layout.MAX_CLASSES:
-        raise RequestError(f"teacher {teacher.name}: {classes} classes, over {layout.MAX_CLASSES}")
+        raise RequestError(f"teacher {teacher.name}: {classes} classes; the maximum is {layout.MAX_CLASSES}")
     if 4 * classes * dense.height * dense.width > layout.MAX_MAP_BYTES:
         raise RequestError(
-            f"teacher {teacher.name}: {classes} classes at {dense.height} x {dense.width} places are more than label maps "
-            "hold; choose fewer --pixels"
+            f"teacher {teacher.name}: {classes} classes at {dense.height} x {dense.width} positions are too "
+            "many for label maps; choose fewer --pixels"
         )
     publish.check_names(images)
     return layout.Manifest(
@@ -203,20 +203,20 @@ def _check(folder: Path, wanted: layout.Manifest, images: ImageSource) -> None:
         first = sorted(listed ^ given)[0]
         where = f"{images.spec} lacks" if first in listed else "they lack"
         raise RequestError(
-            f"{folder}: label maps of other images: {here.count}, and {images.spec} has {len(images)}; {where} {first!r}. Give "
-            "the same images, or choose another --out"
+            f"{folder}: was made from other images: it lists {here.count}, {images.spec} has {len(images)}; "
+            f"{where} {first!r}; pass the same images, or choose another --out"
         )
     _, sizes = read_images(folder, here)
     for row in np.flatnonzero(sizes["width"]).tolist():  # the others could not be read
         expected = int(sizes["bytes"][row])
         if (now := images.byte_size(row)) != expected:
             raise RequestError(
-                f"{folder}: label maps of other images: {images.where(row)} has {now} bytes and had {expected} when the maps "
-                "were begun; restore it, or choose another --out"
+                f"{folder}: was made from other images: {images.where(row)} has {now} bytes, but had {expected} "
+                "when the maps were begun; restore it, or choose another --out"
             )
     same = replace(wanted, sizes_sha256=here.sizes_sha256, rows_per_shard=here.rows_per_shard)
     if other := here.difference(same):
-        raise RequestError(f"{folder}: label maps whose {other}; give the same, or choose another --out")
+        raise RequestError(f"{folder}: its {other}; pass the same, or choose another --out")
 
 
 def _announce(folder: Path, wanted: layout.Manifest) -> str:

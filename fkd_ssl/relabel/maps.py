@@ -143,6 +143,6 @@ class LabelMaps:
             path = layout.maps_file(self.folder, shard)
             if files.sha256_file(path) != layout.read_sidecar(path, self.manifest, shard)["file"]:
                 raise StoreError(
-                    f"{path}: damaged: its sha256 differs from the one in its .json; delete both files and run the same fkd-ssl "
-                    "label-maps again"
+                    f"{path}: damaged: its sha256 differs from the one in its .json; delete both files and run the "
+                    "same fkd-ssl label-maps again"
                 )

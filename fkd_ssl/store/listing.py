@@ -114,7 +114,9 @@ def read_images(folder: Path, manifest: Listing) -> tuple[Names, npt.NDArray[np.
     """Returns paths and sizes of a folder's rows. Raises StoreError if they do not match the manifest."""
     data = files.read_regular(folder / IMAGES, min(_MAX_LIST, manifest.count * _LONGEST_PATH))
     if files.sha256(data) != manifest.images_sha256:
-        raise StoreError(f"{folder / IMAGES}: damaged: its sha256 differs from the one in the manifest; restore it from a backup")
+        raise StoreError(
+            f"{folder / IMAGES}: damaged: its sha256 differs from the one in the manifest; restore it from a backup"
+        )
     # checked before an array is created: for a million empty lines it would take nine times their bytes
     lines = data.count(b"\n")
     if lines != manifest.count or not data.endswith(b"\n"):
@@ -131,7 +133,9 @@ def read_images(folder: Path, manifest: Listing) -> tuple[Names, npt.NDArray[np.
     paths = Names(data)
     sizes = files.map_npy(folder / SIZES, SIZE_DTYPE, (manifest.count,))
     if files.sha256_file(folder / SIZES) != manifest.sizes_sha256:
-        raise StoreError(f"{folder / SIZES}: damaged: its sha256 differs from the one in the manifest; restore it from a backup")
+        raise StoreError(
+            f"{folder / SIZES}: damaged: its sha256 differs from the one in the manifest; restore it from a backup"
+        )
     return paths, sizes
 
 

@@ -224,7 +224,9 @@ class Column:
         values = read_sidecar(path, self.store.manifest, shard, {"column"})
         _check_digests([values["file"], values["column"]], path.with_suffix(".json"))
         if values["column"] != self.digest:
-            raise StoreError(f"{path}: written for another column: the files of two shards were swapped; restore this shard's own")
+            raise StoreError(
+                f"{path}: written for another column: the files of two shards were swapped; restore this shard's own"
+            )
         return values
 
 
@@ -291,8 +293,8 @@ class Store:
                 problems.append(f"{path}: not a valid name of a column; move the folder away")
             elif path.is_dir() and not files.exists(path / "meta.json"):
                 problems.append(
-                    f"{path}: meta.json is missing, so nothing says whose targets these are: restore the folder from a copy, "
-                    "or move it away and run the same precompute again"
+                    f"{path}: meta.json is missing: restore the folder from a backup, or move it away and run the "
+                    "same precompute again"
                 )
         return problems
 

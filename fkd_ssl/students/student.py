@@ -69,8 +69,7 @@ class Student(nn.Module):
         backbone = {key for key in (*own, *given) if key.startswith("backbone.")}
         if absent := sorted(backbone - taken.keys()):
             raise RequestError(
-                f"init: the weights of another student cannot start {self.spec}: their {absent[0]!r} differ; give one of the "
-                "same network"
+                f"init: these weights do not fit {self.spec} (their {absent[0]!r} differ); pass those of the same network"
             )
         self.load_state_dict({**own, **taken})
 

@@ -59,8 +59,8 @@ class FaissCodec:
         needed = min_sample(spec)
         if len(sample) < needed:
             raise RequestError(
-                f"codec {spec} needs at least {needed} targets to be trained on and there are {len(sample)}: "
-                "store more crops or images, or choose SQ8"
+                f"codec {spec} needs at least {needed} targets for its training; there are {len(sample)}: store "
+                "more crops or images, or choose SQ8"
             )
         with threadpool_limits(1):  # another order of sums would give other bytes
             index.train(np.ascontiguousarray(sample, dtype=np.float32))

@@ -43,7 +43,9 @@ class LabelCodec:
     def __init__(self, spec: str, dim: int) -> None:
         match = _SPEC.fullmatch(spec)
         if match is None:
-            raise RequestError(f"codec {spec!r} is none of those of class probabilities: {', '.join(LABELS)} (k of any number)")
+            raise RequestError(
+                f"codec {spec!r} is not supported for class probabilities; choose one of {', '.join(LABELS)} (with any k)"
+            )
         self.spec = spec
         self.dim = dim
         self.kept = dim if spec == "full" else int(match[1] or 1)

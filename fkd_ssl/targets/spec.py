@@ -51,8 +51,8 @@ class TargetSpec:
         """Returns the bytes of one code of `codec`. Raises RequestError, naming `whose` targets, if it does not fit them."""
         if not self.definition.has_codec(codec):
             raise RequestError(
-                f"codec {codec!r}: the targets of {whose} are {self.definition.display_name}, whose codecs are, for instance, "
-                f"{', '.join(self.definition.example_codecs)}"
+                f"codec {codec}: is not for {self.definition.display_name}, the targets of {whose}; choose, for "
+                f"instance, {', '.join(self.definition.example_codecs)}"
             )
         return self.definition.code_size(codec, self.shape)
 

@@ -62,9 +62,7 @@ class TrainConfig(DataConfig, TargetsConfig, StudentConfig, ObjectiveConfig, Opt
             raise RequestError("record: scale_boxes would store targets of other crops than the store's; leave it out")
         store, run = Path(record).resolve(), Path(self.out).resolve()
         if store == run or store in run.parents or run in store.parents:
-            raise RequestError(
-                f"record {record}, out {self.out}: must be two folders, neither inside the other"
-            )
+            raise RequestError(f"record {record}, out {self.out}: must be two folders, neither inside the other")
         if not self._whole_passes:
             raise RequestError(
                 f"record: {self.epochs:g} epochs are less than one pass of crops_per_image {self.crops_per_image}: train "

@@ -37,8 +37,8 @@ def checkpoints_of(teacher: str | None, checkpoint: str | None) -> list[str | No
     files = [part.strip() or None for part in checkpoint.split(",")]
     if len(files) != len(teachers):
         raise RequestError(
-            f"checkpoint {checkpoint!r}: {len(files)} for {len(teachers)} teachers ({teacher}); expected one for each, in "
-            "their order, with a comma between them, and nothing for one that needs none"
+            f"checkpoint {checkpoint!r}: {len(files)} for {len(teachers)} teachers ({teacher}); pass one for "
+            "each, separated by commas, and leave one empty if its teacher needs none"
         )
     return files
 
@@ -280,11 +280,9 @@ class OptimizerConfig:
             if self.warmup_epochs >= self.epochs:
                 raise RequestError(f"warmup_epochs {self.warmup_epochs}: must be fewer than epochs {self.epochs}")
         if self.optimizer == "lars" and not self.weight_decay:
-            raise RequestError(
-                "optimizer lars: lightly's scales only weights that have a weight_decay: give one, or --optimizer sgd"
-            )
+            raise RequestError("optimizer lars: scales only weights with weight decay; pass --weight_decay, or --optimizer sgd")
         if self.ema is not None and not 0 < self.ema < 1:
-            raise RequestError(f"ema {self.ema}: must lie between 0 and 1; 0.999 averages about the last thousand steps")
+            raise RequestError(f"ema {self.ema}: must be between 0 and 1; 0.999 averages about the last thousand steps")
         if self.drops and self.drops[-1] >= self.epochs:
             raise RequestError(f"lr_drops {self.lr_drops}: the last one must come before epochs {self.epochs:g}")
         if self.single_crop_epochs > self.epochs:

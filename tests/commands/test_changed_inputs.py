@@ -216,7 +216,7 @@ def test_label_maps_notice_another_picture_of_the_same_name(place: Path, call: A
     other_pictures(place)
     answer = call(MAPS)
     assert answer.status == 2
-    assert "run: label maps of other images: train/ash/0.png has " in answer.err
+    assert "run: was made from other images: train/ash/0.png has " in answer.err
 
 
 def test_a_checkpoint_of_another_run_is_refused(place: Path, call: Any) -> None:

@@ -108,7 +108,7 @@ class TestMistakes:
             ("train --images i --out o --pixels", "--pixels: its value is missing"),
             ("train --images i --out o --compile=maybe", "--compile: takes no value; write --compile or --no_compile"),
             ("linear --model m --train t --val v --lr [1,2]", "--lr [1, 2]: expected a number"),
-            ("train --images i --out o --store s --crops_per_image 3", "batch_size 256: counts crops"),
+            ("train --images i --out o --store s --batch_size 256 --crops_per_image 3", "batch_size 256: counts crops"),
             ("train --images i --out o", "targets stored: --store is needed"),
             ("train --images i --store s", "--out must be given"),
             ("knn --model m --train t", "val"),

@@ -108,7 +108,7 @@ class TestScaledBoxes:
         refused = call(f"{line} --out run")
         assert refused.status == 1
         assert "changed since the store was made" in refused.err
-        assert "ask for --scale_boxes" in refused.err
+        assert "pass --scale_boxes" in refused.err
         asked = call(f"{line} --out other --scale_boxes")
         assert asked.status == 0
         assert "the student's crops are not bit for bit the teacher's" in asked.err

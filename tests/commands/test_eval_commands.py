@@ -152,7 +152,7 @@ def test_a_run_is_a_model_and_so_is_its_checkpoint(work: Path, call: Any, train_
     assert results[0]["config"]["pixels"] == 32
     status, _, err = call(f"knn --model run --checkpoint x.pth {SETS}")
     assert status == 2
-    assert "--checkpoint goes with --model teacher:NAME" in err
+    assert "--checkpoint is for --model teacher:NAME" in err
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_a_run_is_a_model_and_so_is_its_checkpoint(work: Path, call: Any, train_
             "one class only; a score needs at least two",
         ),
         ("retrieve --gallery x.npy,same.npy", 2, "gallery_labels: one class only; a score needs at least two"),
-        (f"knn {TEACHER} --train train", 2, "--val is needed, or --leave_one_out"),
+        (f"knn {TEACHER} --train train", 2, "--val or --leave_one_out must be given"),
         (f"knn {TEACHER} {SETS} --leave_one_out", 2, "--val or --leave_one_out must be given"),
         (f"knn {TEACHER} --train train --leave_one_out --shots 2", 2, "--shots cannot be combined with --leave_one_out"),
         (f"knn {TEACHER} {SETS} --preset dino --k 3", 2, "--preset dino sets --k and --temperature"),

@@ -32,7 +32,7 @@ def test_label_files_there_and_back(work: Path, call: Any) -> None:
 def test_what_is_refused(work: Path, call: Any) -> None:
     for line, said in {
         "export-fkd store --out files": "its targets are embeddings",
-        "import-fkd train --images train --store new": "holds no label file of these images",
+        "import-fkd train --images train --store new": "has no label files of these images",
         "import-fkd train --images train/ash --store new": "0 classes, and train/ash has 0 class folders; say --classes",
         "import-fkd train --images train --store new --classes 1": "1 classes, and train has 3 class folders; say --classes",
     }.items():

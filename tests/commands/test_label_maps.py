@@ -87,7 +87,7 @@ def test_json_and_other_sizes(place: Path, call: Any) -> None:
         (LINE.replace("cells_teacher:colours", "own_teacher:classes"), "its logits do not come from a linear layer"),
         (f"{LINE} --k 4", "teacher colours has 3 classes; k must be between 1 and 3"),
         (f"{LINE} --pixels 5000", "--pixels 5000: must be between 1 and 4096"),
-        (LINE.replace("--out maps", "--out store"), "its manifest is not that of label maps"),
+        (LINE.replace("--out maps", "--out store"), "is not a folder of label maps"),
     ],
 )
 def test_mistakes(place: Path, call: Any, line: str, what: str) -> None:
@@ -101,7 +101,7 @@ def test_what_is_there_stays(place: Path, call: Any) -> None:
     assert call(LINE).status == 0
     answer = call(LINE.replace("--k 2", "--k 1"))
     assert answer.status == 2
-    assert "label maps whose k is 2, not 1; give the same, or choose another --out" in answer.err
+    assert "its k is 2, not 1; pass the same, or choose another --out" in answer.err
     path = place / "maps/maps/00000.npy"
     data = path.read_bytes()
     path.write_bytes(data[:-1] + b"\x01")
@@ -113,7 +113,7 @@ def test_what_is_there_stays(place: Path, call: Any) -> None:
     assert call(LINE).status == 0
     assert path.read_bytes() == data
     shutil.rmtree(place / "train/ash")
-    assert "label maps of other images" in call(LINE).err
+    assert "was made from other images" in call(LINE).err
 
 
 def test_damaged_images_stop_or_are_skipped_and_counted(place: Path, call: Any) -> None:

@@ -82,7 +82,7 @@ class TestShards:
 
     @pytest.mark.parametrize(
         ("more", "said"),
-        [("--shards 0/2", "--shards is for processes of their own"), ("--runner ray", "leave out --shards and torchrun")],
+        [("--shards 0/2", "--shards cannot be used under torchrun"), ("--runner ray", "leave out --shards and torchrun")],
     )
     def test_not_with_torchrun(self, workplace: Path, call: Any, monkeypatch: pytest.MonkeyPatch, more: str, said: str) -> None:
         monkeypatch.setenv("RANK", "0")
@@ -94,7 +94,7 @@ class TestShards:
     def test_ray_says_no_accuracy(self, workplace: Path, call: Any) -> None:
         status, _, err = call(f"{LINE} --store new --runner ray --evaluate val")
         assert status == 2
-        assert "--evaluate: is said by this process, and with --runner ray it has no teacher" in err
+        assert "--evaluate cannot be used with --runner ray" in err
 
     def test_a_rank_that_is_not_the_first_says_nothing(
         self, workplace: Path, call: Any, monkeypatch: pytest.MonkeyPatch

@@ -30,7 +30,11 @@ def test_a_store_with_prototypes_is_made_entirely_here(work: Path, call: Any, tr
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [("--momentum 0.9", "swav has no such option; it belongs to mocov2"), ("--method mocov3", "mocov3"), ("--queue -1", "queue -1")],
+    [
+        ("--momentum 0.9", "swav has no such option; it belongs to mocov2"),
+        ("--method mocov3", "mocov3"),
+        ("--queue -1", "queue -1"),
+    ],
 )
 def test_what_does_not_go_together_is_refused(work: Path, call: Any, options: str, said: str) -> None:
     answer = call(f"{PRETRAIN} {options}")

@@ -249,9 +249,9 @@ def test_a_store_has_the_crops_of_whole_passes(work: Path, call: Any, epochs: st
         ("--record train", "which is not part of a store"),
         ("--record own_teacher.py", "is a file"),
         ("--record=", "an empty name for a store"),
-        ("--record run", "none in the other"),
-        ("--record run/new", "none in the other"),
-        ("--record new --out new/run", "none in the other"),
+        ("--record run", "neither inside the other"),
+        ("--record run/new", "neither inside the other"),
+        ("--record new --out new/run", "neither inside the other"),
     ],
 )
 def test_what_is_refused_before_anything_is_written(work: Path, call: Any, options: str, said: str) -> None:
@@ -300,4 +300,4 @@ def test_two_teachers_of_one_name(work: Path, call: Any) -> None:
     assert call(f"{line} --epochs 2 --record new --out run").status == 0
     assert set(json.loads(call("inspect new --json").out)["columns"]) == {"make", "make-2"}
     refused = call(f"{LINE.replace('own_teacher:make', 'own_teacher:make,own_teacher:make')} --epochs 2 --out other")
-    assert (refused.status, "one is named twice" in refused.err) == (2, True)
+    assert (refused.status, "a teacher is named twice" in refused.err) == (2, True)

@@ -58,7 +58,7 @@ class TestPlan:
         ("more", "said"),
         [
             ("--crops 0", "--crops 0: must be positive"),
-            ("--codec SQ9", "codec 'SQ9' is none of those accepted"),
+            ("--codec SQ9", "codec 'SQ9': not supported"),
             ("--limit 0", "--limit 0: at least one image is needed"),
         ],
     )
@@ -78,7 +78,7 @@ class TestPlan:
         status, out, _ = call(f"{PLAN} --crops 10 --codec PQ4x4")
         assert status == 0
         assert "too few targets  <- --codec" in out
-        said = "codec PQ4x4 needs at least 624 targets to be trained on, and there are 160, besides one in 9 that is held out"
+        said = "codec PQ4x4 needs at least 624 targets for its training; there are 160 (one in 9 is held out)"
         assert f"precompute will refuse this: {said}" in out
         line = "precompute --images train --store new --teacher own_teacher:make --crops 10 --codec PQ4x4"
         answer = call(line)
@@ -136,7 +136,7 @@ class TestSubset:
             ("--crops 5", "--crops 5: store holds 4 of each image"),
             ("--column mke", "no targets of 'mke'"),
             ("--list none.txt", "--list none.txt: cannot be read"),
-            ("--list bad.txt", "lacks 1 of the images asked for, for instance 'elm/0.png'"),
+            ("--list bad.txt", "lacks 1 of the requested images, for instance 'elm/0.png'"),
         ],
     )
     def test_what_is_refused(self, work: Path, call: Any, more: str, said: str) -> None:
@@ -194,7 +194,7 @@ class TestRepair:
         report = json.loads(out)
         assert (status, report["ok"]) == (1, False)
         assert report["damage"] == [{"kind": "codes", "shard": 0, "column": "make"}]
-        assert "its teacher is needed to make it again" in report["repaired"][0]
+        assert "to make it again, pass --images, --teacher" in report["repaired"][0]
 
     def test_unasked_nothing_is_touched(self, work: Path, call: Any) -> None:
         flip(work / "store/targets/make/codes-00000.npy")

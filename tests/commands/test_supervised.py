@@ -41,7 +41,7 @@ def test_probabilities_are_stored_and_read(labels: Path, call: Any, work: Path) 
     assert call("verify labels --images train --teacher own_teacher:classes").status == 0
     answer = call("verify labels --images train --teacher own_teacher:sharper --column classes")
     assert answer.status == 1
-    assert "not what this teacher says" in answer.out or "cosine" in answer.out
+    assert "differ from this teacher's" in answer.out or "cosine" in answer.out
 
 
 def test_other_codecs(labels: Path, call: Any) -> None:
@@ -52,7 +52,7 @@ def test_other_codecs(labels: Path, call: Any) -> None:
     assert 0 < fidelity["total_variation_mean"] <= fidelity["total_variation_max"] < 1
     assert fidelity["source_codec"] == "full"
     for codec, said in {
-        "SQ8": "are class probabilities, whose codecs are",
+        "SQ8": "is not for class probabilities, the targets of",
         "marginal_renorm_k3": "keeps 3 of 3 classes",
     }.items():
         answer = call(f"recode labels --column classes --codec {codec}")
@@ -207,7 +207,7 @@ class TestTeachers:
         assert answer.status == 0, answer.out
         answer = call(f"{line} other --teacher run+own_teacher:classes --checkpoint runs/teacher")
         assert answer.status == 2
-        assert "expected A+B, and a checkpoint for each, F+G, with nothing for one that needs none" in answer.err
+        assert "expected A+B and a checkpoint for each, F+G; leave one empty if its teacher needs none" in answer.err
         assert call(f"{line} other --teacher own_teacher:make+own_teacher:classes").status == 2
 
     def test_verify_finds_an_ensembles_column_by_its_members(self, call: Any, work: Path) -> None:

@@ -116,8 +116,8 @@ def test_another_network_is_refused(call: Any, cache: Path, served: Path, monkey
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("teachers fetch", "fetch needs the name of a preset"),
-        ("teachers list swav_r50_800ep", "fetch needs the name of a preset, and nothing else takes one"),
+        ("teachers fetch", "expected fkd-ssl teachers fetch NAME"),
+        ("teachers list swav_r50_800ep", "expected fkd-ssl teachers fetch NAME"),
         ("teachers fetsh swav_r50_800ep", "no action 'fetsh'; did you mean fetch?"),
         ("teachers fetch swav_r50w3_400ep", "no preset 'swav_r50w3_400ep'; did you mean swav_r50w"),
     ],

@@ -229,7 +229,7 @@ def test_tasks_of_srun_are_refused(work: Path, call: Any, train_line: str, monke
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("SLURM_PROCID", "1")
     answer = call(f"{train_line} --out run")
-    assert (answer.status, "have it start torchrun" in answer.err) == (2, True)
+    assert (answer.status, "let it start torchrun" in answer.err) == (2, True)
     assert not (work / "run").exists()
     monkeypatch.setenv("SLURM_PROCID", "0")
     assert call(f"{train_line} --out run").status == 0
@@ -352,7 +352,7 @@ class TestRefused:
             (("--store store", f"{ONLINE} --recipe nix"), 2, "--recipe 'nix' is unknown"),
             (("--epochs 2", "--epochs 2 --val nowhere"), 2, "nowhere: no such folder of images"),
             (("--epochs 2", "--epochs 2 --codec SQ8"), 2, "codec SQ8: it is for --record"),
-            (("--epochs 2", "--epochs 2 --optimizer lars"), 2, "scales only weights that have a weight_decay"),
+            (("--epochs 2", "--epochs 2 --optimizer lars"), 2, "scales only weights with weight decay"),
             (
                 ("--batch_size 18", "--batch_size 18 --accumulate 9 --devices 2"),
                 2,

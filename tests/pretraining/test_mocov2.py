@@ -103,7 +103,7 @@ def test_a_small_network_is_trained_without_a_teacher(folder: Path, make_config:
 
 
 def test_only_mocov2_trains_students(make_config: Any) -> None:
-    with pytest.raises(RequestError, match=r"arch 'shufflenet_v2_x0_5': swav trains teachers"):
+    with pytest.raises(RequestError, match=r"arch 'shufflenet_v2_x0_5': swav trains only ResNets"):
         make_config(method="swav", arch="shufflenet_v2_x0_5")
     with pytest.raises(RequestError, match=r"no backbone|unknown|resnet19"):
         pretrain(make_config("nothing", arch="resnet19"))

@@ -117,7 +117,7 @@ def test_nothing_but_the_box_counts(maps: LabelMaps) -> None:
 
 
 def test_a_box_outside_the_image_is_refused(maps: LabelMaps) -> None:
-    with pytest.raises(ImageError, match="lies outside an image"):
+    with pytest.raises(ImageError, match="is outside an image"):
         maps.targets(0, box_record(0, 0, 200, 5))
     with pytest.raises(IndexError, match="row 24 of 24"):
         maps.read(24)
@@ -200,7 +200,7 @@ class TestDamage:
     def test_links_are_not_followed(self, own: Path, tmp_path: Path) -> None:
         (own / "maps").rename(tmp_path / "elsewhere")
         (own / "maps").symlink_to(tmp_path / "elsewhere")
-        with pytest.raises(StoreError, match="a symbolic link; links inside a store are not followed"):
+        with pytest.raises(StoreError, match="a symbolic link, which is not followed inside a store"):
             LabelMaps(own)
 
     def test_a_shorter_file(self, own: Path) -> None:
@@ -258,7 +258,7 @@ class TestDamage:
             two.write_bytes(data)
         maps = LabelMaps(tmp_path / "maps")
         for row, shard in ((3, 1), (20, 0)):
-            with pytest.raises(StoreError, match=rf"written for shard {shard}: files were swapped"):
+            with pytest.raises(StoreError, match=rf"written for shard {shard}; the files of two shards were swapped"):
                 maps.read(row)
         with pytest.raises(StoreError, match="written for shard 1"):
             maps.verify()

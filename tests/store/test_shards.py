@@ -145,7 +145,7 @@ def test_links_and_pipes_are_not_opened(tmp_path):
     os.mkfifo(tmp_path / "1.npy")
     (tmp_path / "2.npy").mkdir()
     for shard, message in (
-        (0, "a symbolic link; links inside a store are not followed"),
+        (0, "a symbolic link, which is not followed inside a store"),
         (1, "not a regular file"),
         (2, "not a regular file"),
     ):

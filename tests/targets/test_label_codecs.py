@@ -102,20 +102,20 @@ def test_the_kept_classes_are_those_of_a_stable_sort() -> None:
     "p", [np.float32([[0.5, 0.6]]), np.float32([[1.5, -0.5]]), np.float32([[np.nan, 1]]), np.float32([[0, 0]])]
 )
 def test_what_are_no_probabilities_are_not_stored(p: Any) -> None:
-    with pytest.raises(RequestError, match="no class probabilities"):
+    with pytest.raises(RequestError, match="not class probabilities"):
         LabelCodec("full", 2).encode(p)
 
 
 @pytest.mark.parametrize(
     ("name", "records", "said"),
     [
-        ("hard", [(8,)], "impossible classes"),
-        ("marginal_smoothing_k2", [([1, 1], [0.5, 0.2])], "impossible classes"),
-        ("marginal_smoothing_k2", [([1, 2], [np.nan, 0.2])], "no probabilities"),
-        ("marginal_smoothing_k2", [([1, 2], [-0.5, 0.2])], "no probabilities"),
-        ("marginal_renorm_k2", [([1, 2], [0, 0])], "no probabilities"),
-        ("full", [(np.zeros(8),)], "no probabilities"),
-        ("full", [(np.full(8, np.inf),)], "no probabilities"),
+        ("hard", [(8,)], "invalid classes"),
+        ("marginal_smoothing_k2", [([1, 1], [0.5, 0.2])], "invalid classes"),
+        ("marginal_smoothing_k2", [([1, 2], [np.nan, 0.2])], "invalid probabilities"),
+        ("marginal_smoothing_k2", [([1, 2], [-0.5, 0.2])], "invalid probabilities"),
+        ("marginal_renorm_k2", [([1, 2], [0, 0])], "invalid probabilities"),
+        ("full", [(np.zeros(8),)], "invalid probabilities"),
+        ("full", [(np.full(8, np.inf),)], "invalid probabilities"),
     ],
 )
 def test_impossible_codes_of_a_stranger(name: str, records: Any, said: str) -> None:
@@ -146,13 +146,13 @@ def test_nothing_decodes_to_nothing() -> None:
 
 def test_names() -> None:
     for name, said in {
-        "marginal_smoothing_k0": "none of those",
-        "soft": "none of those",
+        "marginal_smoothing_k0": "is not supported",
+        "soft": "is not supported",
         "marginal_renorm_k8": "keeps 8 of 8",
     }.items():
         with pytest.raises(RequestError, match=said):
             LabelCodec(name, 8)
-    with pytest.raises(RequestError, match=r"the targets of r50 are class probabilities, whose codecs are, for instance, hard"):
+    with pytest.raises(RequestError, match=r"is not for class probabilities, the targets of r50; choose, for instance, hard"):
         TargetSpec("distribution", (8,)).check_codec("SQ8", "r50")
     with pytest.raises(RequestError, match="the targets of moco are embeddings"):
         TargetSpec("embedding", (8,)).check_codec("hard", "moco")

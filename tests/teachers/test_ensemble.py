@@ -68,8 +68,11 @@ def test_what_members_have_in_common_it_has() -> None:
 @pytest.mark.parametrize(
     ("about", "message"),
     [
-        ({"kind": "embedding"}, r"teacher a \+ b: b gives embeddings, of which there is no mean; name several teachers with"),
-        ({"dim": 4}, r"teacher a \+ b: 5 and 4 classes, of a and of b; the members of an ensemble need the same"),
+        (
+            {"kind": "embedding"},
+            r"teacher a \+ b: b gives embeddings, and only class probabilities can be averaged; separate the teachers",
+        ),
+        ({"dim": 4}, r"teacher a \+ b: a has 5 classes, b has 4; the teachers of an ensemble must have the same"),
         ({"pixels": 64}, r"a sees 32 px and b 64 px; store a column of each with --codec full .* fkd-ssl recode --column A,B"),
     ],
 )

@@ -183,7 +183,7 @@ def test_a_part_of_another_place_is_not_appended(
     server: Server, preset: Preset, tmp_path: Path, shift: int, says: bool, span: str
 ) -> None:
     server.cuts, server.shift, server.says_range = [1_000_000], shift, says
-    with pytest.raises(FkdError, match=rf"the server sends {span}, and bytes 1000000- were asked for"):
+    with pytest.raises(FkdError, match=rf"the server sent {span} instead of bytes 1000000-"):
         get(preset, tmp_path)
     assert part_of(tmp_path).read_bytes() == CONTENT[:1_000_000]
 
@@ -191,7 +191,7 @@ def test_a_part_of_another_place_is_not_appended(
 def test_a_web_page_is_not_taken_for_the_file(server: Server, preset: Preset, tmp_path: Path) -> None:
     part_of(tmp_path).write_bytes(CONTENT[:1000])
     server.kind, server.content = "text/html", b"<p>please log in"
-    with pytest.raises(FkdError, match="a web page came instead of the file"):
+    with pytest.raises(FkdError, match="received a web page instead of the file"):
         get(preset, tmp_path)
     assert part_of(tmp_path).read_bytes() == CONTENT[:1000]
 
@@ -339,7 +339,7 @@ def test_https_is_not_left(preset: Preset, tmp_path: Path, server: Server, monke
 def test_a_full_disk_is_told_before(preset: Preset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr(fetch.shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(FkdError, match=r"3,072,000 bytes are to come and the disk has 1,000 free"):
+    with pytest.raises(FkdError, match=r"3,072,000 more bytes, and the disk has 1,000 free"):
         get(preset, tmp_path)
 
 

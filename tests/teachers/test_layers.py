@@ -59,7 +59,7 @@ def test_outputs_become_one_vector_an_image(shape: tuple[int, ...], mean: Callab
     ("output", "message"),
     [
         (torch.rand(2, 4, 4, 4), r"gives \[2, 4, 4, 4\]: the dimension of the channels is ambiguous"),
-        (torch.rand(2, 4, 5, 6), r"cannot be told"),
+        (torch.rand(2, 4, 5, 6), r"is ambiguous"),
         (torch.rand(2), r"gives \[2\], expected a tensor \[B, F\]"),
         ((torch.rand(2, 4),), r"gives tuple, expected a tensor"),
     ],

@@ -59,7 +59,7 @@ def test_a_supervised_resnet_is_refused(kit: SimpleNamespace, write: Any) -> Non
         ({"fc.0.weight": (512,)}, r"its head's 0\.weight is float32 \[512\], expected a matrix"),
         ({"fc.2.weight": None}, r"its head's 2\.weight is missing"),
         ({"fc.4.weight": (1, 1)}, r"its head has keys .* expected one linear layer, layers 0 and 2"),
-        ({"conv1.weight": None}, r"no ResNet of torchvision's layout \('conv1\.weight' is missing\)"),
+        ({"conv1.weight": None}, r"not a ResNet in torchvision's layout \('conv1\.weight' is missing\)"),
         ({"conv1.weight": (64, 3, 3, 3)}, r"none of resnet18.* stem \[64, 3, 3, 3\]"),
         ({"layer2.2.conv1.weight": (1,)}, r"none of resnet18.*found BasicBlocks \[2, 3, 2, 2\]"),
     ],

@@ -101,7 +101,7 @@ def test_a_teacher_of_ones_own_is_taken_as_it_is(here: Path) -> None:
         ("own_teachers:fails", FkdError, r"OSError: disk on fire"),
         ("own_teachers:needs", FkdError, r"needs.*checkpoint"),
         ("own_teachers:number", FkdError, r"returned a int, expected a torch\.nn\.Module or a Teacher"),
-        ("own_teachers:softmaxed", FkdError, r"gives probabilities, expected logits"),
+        ("own_teachers:softmaxed", FkdError, r"returns probabilities, expected logits"),
         ("own_teachers:maps", FkdError, r"gives \[2, 6, 220, 220\] for .* expected one tensor \[2, D\]"),
         ("own_teachers:picky", FkdError, r"fails on \[2, 3, 224, 224\] floats: RuntimeError"),
     ],

@@ -146,7 +146,11 @@ def test_layouts(layout: str, name: str, save: Any, networks: dict[str, nn.Modul
         (SHUFFLE, lambda s: without("conv5.", s), r"missing \(conv5"),
         (SHUFFLE, lambda s: {**s, "extra.weight": torch.ones(1)}, r"unexpected \(extra\.weight"),
         (SHUFFLE, lambda s: {"student": s, "teacher": s}, r"if its weights are under 'student', save those alone"),
-        (SHUFFLE, lambda s: {**s, "conv1._orig_mod.0.weight": s["conv1.0.weight"]}, r"weights of one name, wrapped"),
+        (
+            SHUFFLE,
+            lambda s: {**s, "conv1._orig_mod.0.weight": s["conv1.0.weight"]},
+            r"the same weight with and without a wrapper",
+        ),
         (SHUFFLE, lambda s: {}, r"holds no weights"),
         (SHUFFLE, lambda s: [s], r"holds a list, expected a dict of weights"),
         (SHUFFLE, lambda s: {"state_dict": [1]}, r"its state_dict is a list"),

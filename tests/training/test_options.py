@@ -259,7 +259,7 @@ class TestAverage:
 
     @pytest.mark.parametrize("ema", [0.0, 1.0, -1.0])
     def test_a_decay_lies_between(self, ema: float) -> None:
-        with pytest.raises(RequestError, match=rf"ema {ema}: must lie between 0 and 1"):
+        with pytest.raises(RequestError, match=rf"ema {ema}: must be between 0 and 1"):
             TrainConfig(images="i", out="o", store="s", ema=ema)
 
 
@@ -373,7 +373,7 @@ class TestInit:
         assert torch.equal(two.head[2].weight, before)
 
     def test_another_network_is_refused(self) -> None:
-        with pytest.raises(RequestError, match=r"init: .* cannot start .*squeezenet1_1.*; give one of the same"):
+        with pytest.raises(RequestError, match=r"init: these weights do not fit .*squeezenet1_1.*; pass those of the same"):
             Student("squeezenet1_1", 8).start_from(Student("resnet18", 8).state_dict())
 
 

@@ -110,7 +110,7 @@ class Labels:
         labels = self.labels.reshape(len(self), -1, codec.kept).astype(np.float64)
         classes, values = labels[:, 0], labels[:, 1] if labels.shape[1] > 1 else np.ones_like(labels[:, 0])
         if not np.isfinite(labels).all() or (classes != np.rint(classes)).any():
-            raise StoreError(f"labels {list(self.labels.shape)} that are none of {codec.spec}")
+            raise StoreError(f"labels {list(self.labels.shape)} do not fit codec {codec.spec}")
         if self.labels.dtype == np.float16 and codec.dim > LARGEST_EXACT:
             raise StoreError(f"class numbers in float16, which is exact up to {LARGEST_EXACT}, of {codec.dim} classes")
         if (
@@ -216,7 +216,7 @@ def check_names(paths: Iterable[str]) -> None:
     """Raises RequestError if two of these sorted images share a label file."""
     for one, other in pairwise(paths):
         if stem(one) == stem(other):
-            raise RequestError(f"{one!r} and {other!r}: the label file of both is {stem(one)!r}; rename one of them")
+            raise RequestError(f"{one!r} and {other!r} would share the label file {stem(one)!r}; rename one of them")
 
 
 def find(folder: Path, paths: Sequence[str]) -> Path:
@@ -229,5 +229,5 @@ def find(folder: Path, paths: Sequence[str]) -> Path:
         if any((folder / place / stem(path)).is_file() for path in paths[:: -(-len(paths) // 100)]):
             return folder / place
     raise RequestError(
-        f"{folder}: holds no label file of these images: looked for {stem(paths[0])!r} there, in {', '.join(_PLACES[1:])}"
+        f"{folder}: has no label files of these images (looked for {stem(paths[0])!r} in it, in {', '.join(_PLACES[1:])})"
     )

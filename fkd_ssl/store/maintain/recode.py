@@ -142,9 +142,7 @@ def _same(store: Store, source: Source, codec: str, to: str) -> Column:
             return there
     except StoreError:
         pass
-    raise RequestError(
-        f"{store.folder}: holds something else than {source.name} in {codec} as {to!r}; choose another --to or --out"
-    )
+    raise RequestError(f"{store.folder}: its column {to!r} is not {source.name} in {codec}; choose another --to or --out")
 
 
 def _is_of(column: Column, source: Source, codec: str) -> bool:
@@ -165,8 +163,8 @@ def _fill(source: Source, codec: str, store: Store, to: str) -> None:
     column = Column(store, to)
     if not _is_of(column, source, codec):
         raise RequestError(
-            f"{folder}: {column.meta.codec} of {column.meta.teacher.name} was begun there and not finished, not {codec} of "
-            f"this {source.name}; delete that folder, or choose another --to or --out"
+            f"{folder}: holds an unfinished recoding of {column.meta.teacher.name} to {column.meta.codec}, "
+            f"not of this {source.name} to {codec}; delete that folder, or choose another --to or --out"
         )
     codes_of = functools.partial(layout.codes_file, store.folder, to)
     missing = [shard for shard in range(store.manifest.shards) if not codes_of(shard).with_suffix(".json").exists()]

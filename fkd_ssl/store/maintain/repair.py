@@ -21,6 +21,7 @@ from fkd_ssl.store.write.pipeline import Pipeline
 from fkd_ssl.store.write.precompute import precompute
 from fkd_ssl.store.write.rows import RowReader, Teacher, publish_crops, records_of
 from fkd_ssl.store.write.streams import image_checksums
+from fkd_ssl.text import plural
 
 Log = Callable[[str], None]
 
@@ -72,17 +73,20 @@ def repair(
     own = None if images is None else images.subset(store.find_images(images))
     crops = [d.shard for d in damage if d.kind == "crops" and d.shard is not None]
     if crops and store.manifest.recipe == IMPORTED:  # imported crops cannot be drawn again
-        log(f"crops of {len(crops)} shards: were imported and cannot be drawn again: restore them from a backup, or import again")
+        log(
+            f"crops of {plural(len(crops), 'shard')}: were imported and cannot be drawn again: restore them "
+            "from a backup, or import them again"
+        )
         crops = []
     crops = [shard for shard in crops if not _redraw(store, shard, log)]
     if crops and own is None:
-        log(f"crops of {len(crops)} shards: --images is needed to make them again")
+        log(f"crops of {plural(len(crops), 'shard')}: --images is needed to make them again")
     columns = {d.column for d in damage if d.column is not None}
     target = None
     if teacher is not None and (columns or crops):
         target = column if column is not None else columns.pop() if len(columns) == 1 else store.column().name
     for other in sorted({d.column for d in damage if d.column is not None} - {target}):
-        log(f"column {other}: its teacher is needed to make it again: --teacher, --checkpoint, --images and --column {other}")
+        log(f"column {other}: to make it again, pass --images, --teacher, --checkpoint and --column {other}")
     if own is None:
         return
     with Pipeline(threads, [] if teacher is None else [teacher]) as pipeline:
@@ -124,14 +128,11 @@ def _retrain(store: Store, name: str, teacher: Teacher, reader: RowReader, pipel
     try:
         meta, _ = read_meta(folder / "meta.json")
     except StoreError as error:
-        log(
-            f"{error}; nothing else tells what this column is: restore meta.json from a backup, or move the folder {folder} "
-            "away and precompute it again"
-        )
+        log(f"{error}: restore meta.json from a backup, or move the folder {folder} away and precompute the column again")
         return
     request = Request(name=name, teacher=teacher, codec=meta.codec, pixels=meta.teacher.pixels, chunk_size=meta.chunk_size)
     if difference := request.difference(meta):
-        raise RequestError(f"{folder}: its {difference}: another teacher than the column's")
+        raise RequestError(f"{folder}: its {difference}; this is not the teacher of the column")
     arrays: dict[str, Float32Array] = {f"teacher-{key}": array for key, array in teacher.info.arrays.items()}
     bad = [array for array, digest in meta.arrays.items() if _digest(folder / f"{array}.npy") != digest]
     if any(array not in arrays for array in bad):
@@ -139,8 +140,8 @@ def _retrain(store: Store, name: str, teacher: Teacher, reader: RowReader, pipel
     for array in bad:
         if array not in arrays:
             raise StoreError(
-                f"{folder}: its meta.json names an array {array!r}, which neither its codec nor this teacher brings (they "
-                f"bring {sorted(arrays)}): restore {array}.npy from a copy, or precompute another column"
+                f"{folder}: its meta.json names an array {array!r}, which neither the codec nor the teacher has "
+                f"(they have {sorted(arrays)}): restore {array}.npy from a backup, or precompute another column"
             )
         buffer = io.BytesIO()
         buffer.write(files.npy_header(np.dtype(np.float32), arrays[array].shape))
@@ -198,8 +199,8 @@ def _replace(path: Path, data: bytes, digest: str, log: Log) -> None:
         log(f"{path}: made again, as it was")
     else:
         log(
-            f"{path}: cannot be made again: what comes out here is not what was recorded (other images, another machine or "
-            "other versions of the libraries, or a recoded column); restore it from a backup"
+            f"{path}: cannot be made again: the result differs from what was recorded (other images, another "
+            "machine or other versions of the libraries, or a recoded column); restore it from a backup"
         )
 
 

@@ -210,7 +210,7 @@ def _rows(store: Store, paths: Sequence[str] | None) -> Rows:
     where = {path: row for row, path in enumerate(store.paths)}
     absent = [path for path in paths if path not in where]
     if absent:
-        raise RequestError(f"{store.folder}: lacks {len(absent)} of the images asked for, for instance {absent[0]!r}")
+        raise RequestError(f"{store.folder}: lacks {len(absent)} of the requested images, for instance {absent[0]!r}")
     if not paths:
         raise RequestError("the list of images is empty")
     return np.array(sorted({where[path] for path in paths}), dtype=np.int64)
@@ -264,6 +264,8 @@ def _gather(
         path = locate(shard)
         array = files.map_npy(path, dtype, (len(store.manifest.shard_rows(shard)), store.crops_per_image, *crop_shape))
         if files.sha256_file(path) != sidecar(shard)["file"]:
-            raise StoreError(f"{path}: damaged: its sha256 differs from the one in its .json; fkd-ssl verify {store.folder} says more")
+            raise StoreError(
+                f"{path}: damaged: its sha256 differs from the one in its .json; fkd-ssl verify {store.folder} says more"
+            )
         parts.append(array[part % store.manifest.rows_per_shard])
     return np.concatenate(parts)

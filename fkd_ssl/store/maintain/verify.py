@@ -90,8 +90,8 @@ def verify(
     report = Report()
     if not store.column_names and not store.shards_with_crops() and not store.sizes["width"].any():
         report.add(
-            f"{store.folder}: none of its {store.manifest.count} images had a readable header when it was made, and its images "
-            "are fixed: there is nothing to finish; delete it, and precompute images that can be read"
+            f"{store.folder}: none of its {store.manifest.count} images could be read when it was made; "
+            "delete it, and precompute images that can be read"
         )
         return report
     columns = list(_columns(store, report))
@@ -142,8 +142,9 @@ def _columns(store: Store, report: Report) -> Iterator[Column]:
                 report.add(str(error), sound if isinstance(error, StoreAccessError) else damage)
         if column.meta.replay_digest != replay_digest():
             report.add(
-                f"{column.folder}: its crops were made by another pixel path (OpenCV, torchvision or processor) than this "
-                "machine's: students here see slightly other pixels; precompute here, or train where it was made"
+                f"{column.folder}: its crops were made with another version of OpenCV or torchvision, or on "
+                "another kind of processor, so that students here see slightly other pixels; precompute here, or "
+                "train where it was made"
             )
         yield column
     broken = store.broken_columns()
@@ -189,7 +190,10 @@ def _check_crops(store: Store, shard: int, report: Report) -> None:
         report.add(_again(f"{path}: damaged: its sha256 differs from the one in its .json", path, shard), damage)
         return
     if sidecar["skipped"] != skipped:
-        report.add(_again(f"{path.with_suffix('.json')}: the rows without a checksum differ from the skipped rows", path, shard), damage)
+        report.add(
+            _again(f"{path.with_suffix('.json')}: the rows without a checksum differ from the skipped rows", path, shard),
+            damage,
+        )
         return
     row = _impossible(store, shard, records, skipped)
     if row is not None:
@@ -304,13 +308,14 @@ def _check_targets(
     if bad:
         shard = bad[0] // store.manifest.rows_per_shard
         report.add(
-            f"{column.folder}: {len(bad)} of {len(cosines)} sampled targets are not what this teacher says (cosine "
-            f"{min(cosines):.4f} at least, {min_cosine:.4f} expected), first row {bad[0]} ({store.paths[bad[0]]}, shard "
-            f"{shard}): another teacher, another checkpoint or another pixel path; give the one of meta.json or precompute "
-            "another column"
+            f"{column.folder}: {len(bad)} of {len(cosines)} sampled targets differ from this teacher's "
+            f"(minimum cosine {min(cosines):.4f}, expected at least {min_cosine:.4f}), the first in row "
+            f"{bad[0]} ({store.paths[bad[0]]}, shard {shard}): pass the teacher and checkpoint of its "
+            "meta.json, or precompute another column"
         )
     elif len(cosines) >= _MIN_CROPS and report.cosine["mean"] < min_mean:
         report.add(
-            f"{column.folder}: {len(cosines)} sampled targets have cosine {report.cosine['mean']:.4f} in the mean to what this "
-            f"teacher says, {min_mean:.4f} expected: its checkpoint or the pixel path has drifted; precompute another column"
+            f"{column.folder}: the mean cosine of {len(cosines)} sampled targets to this teacher's is "
+            f"{report.cosine['mean']:.5f}, expected at least {min_mean:.5f}: its checkpoint or the versions "
+            "of the libraries differ slightly; precompute another column"
         )

@@ -22,6 +22,7 @@ from fkd_ssl.store.write.rows import Row, RowReader, Teacher
 from fkd_ssl.store.write.streams import Pass, TeacherStream, feed
 from fkd_ssl.targets import Codec, TargetSpec
 from fkd_ssl.targets.info import difference
+from fkd_ssl.text import plural
 
 FIDELITY_SHARE = 9  # one target in nine of the codec's sample is held out for measuring the fidelity
 
@@ -124,8 +125,9 @@ def train_codec(codec: str, target: TargetSpec, sample: Float32Array) -> tuple[C
     if not fidelity["cosine_mean"] >= definition.min_cosine:
         larger = [other for other in definition.larger_codecs if definition.code_size(other, target.shape) > trained.code_size]
         raise RequestError(
-            f"codec {codec}: trained on {_trained_on(len(sample))} targets it leaves cosine {fidelity['cosine_mean']:.3f} in "
-            f"the mean of {held_out}, and under {definition.min_cosine} there is nothing to learn from: choose a larger codec "
+            f"codec {codec} loses too much: after training on {plural(_trained_on(len(sample)), 'target')}, "
+            f"the mean cosine of {plural(held_out, 'other')} is {fidelity['cosine_mean']:.3f}, and at least "
+            f"{definition.min_cosine} is needed; choose a larger codec "
             f"({', '.join(larger or definition.larger_codecs[-1:])})"
         )
     return trained, fidelity
@@ -136,8 +138,8 @@ def check_sample(codec: str, target: TargetSpec, sample: int) -> None:
     needed = target.definition.min_sample(codec)
     if _trained_on(sample) < needed:
         raise RequestError(
-            f"codec {codec} needs at least {needed} targets to be trained on, and there are {_trained_on(sample)}, besides one "
-            f"in {FIDELITY_SHARE} that is held out: store more crops or images, or choose "
+            f"codec {codec} needs at least {needed} targets for its training; there are {_trained_on(sample)} "
+            f"(one in {FIDELITY_SHARE} is held out): store more crops or images, or choose "
             f"{target.definition.default_codec(target.shape)}"
         )
 
@@ -297,7 +299,7 @@ def publish_column(target: Path, meta: dict[str, Any], arrays: dict[str, Float32
 
 
 def _missing_meta(target: Path) -> str:
-    return (
-        f"{target}: the folder exists, and its meta.json is missing, so nothing says whose targets it holds: restore meta.json "
-        "from a copy, or move the folder away and run this again"
-    )
+    return f"{target}: the folder exists, but its meta.json is missing: restore it from a backup, or move "
+
+
+"the folder away and run this again"

@@ -99,8 +99,8 @@ def make_requests(
         in_range(what, value, most)
     if not len(teachers) == len(names) == len(sides) or len(set(names)) < len(names):
         raise RequestError(
-            f"{len(teachers)} teachers, columns {names}, pixels {sides}: each teacher needs one size and a name of its own "
-            "(--column a,b)"
+            f"{len(teachers)} teachers, columns {names}, pixels {sides}: each teacher needs one size and one "
+            "name of a column (--column a,b)"
         )
     for each in (teacher.info for teacher in teachers):
         if strange := [key for key in each.arrays if not layout.COLUMN_NAME.fullmatch(f"teacher-{key}")]:
@@ -187,8 +187,8 @@ def check_store(store: Store, images: ImageSource, *, seed: int, recipe: Recipe,
         first = sorted(stored ^ given)[0]
         where = f"{images.spec} lacks" if first in stored else "the store lacks"
         raise RequestError(
-            f"{folder}: a store of other images: it lists {m.count}, {images.spec} (with --limit, if any) gives "
-            f"{len(images)}; {where} {first!r}. Give the same images, or choose another folder"
+            f"{folder}: was made from other images: it lists {m.count}, {images.spec} has {len(images)} "
+            f"(after --limit); {where} {first!r}; pass the same images, or choose another --store"
         )
 
 

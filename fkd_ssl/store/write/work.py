@@ -87,8 +87,8 @@ class WorkFile:
             yield piece
         if digest.digest() != self._digest.digest():  # happens on a file system without locks, or a failing disk
             raise StoreError(
-                f"{self._path}: its content is not what was written: another process writes it too, or the "
-                "disk fails; run the same command again"
+                f"{self._path}: its content differs from what was written: another process writes it too, or the "
+                "disk fails; repeat the command"
             )
 
     def restart(self) -> None:

@@ -171,16 +171,16 @@ BOXES, FLIPS, LABELS = np.full((C, 4), 0.5, np.float32), np.zeros(C, bool), np.z
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (saved(Evil(), FLIPS, LABELS), "not a label file of FKD's"),
-        (pickle.dumps([Evil()]), "not a label file of FKD's"),
-        (b"", "not a label file of FKD's"),
-        (saved(BOXES, FLIPS), "not a label file of FKD's"),
+        (saved(Evil(), FLIPS, LABELS), "not an FKD label file"),
+        (pickle.dumps([Evil()]), "not an FKD label file"),
+        (b"", "not an FKD label file"),
+        (saved(BOXES, FLIPS), "not an FKD label file"),
         (saved(BOXES[:, :3], FLIPS, LABELS), "expected boxes"),
         (saved(BOXES, FLIPS[:2], LABELS), "expected boxes"),
         (saved(BOXES * np.nan, FLIPS, LABELS), "expected boxes"),
-        (saved(np.array([[None] * 4] * C), FLIPS, LABELS), "not a label file of FKD's|expected boxes"),
+        (saved(np.array([[None] * 4] * C), FLIPS, LABELS), "not an FKD label file|expected boxes"),
         (saved(BOXES, np.full(C, 2), LABELS), "expected boxes"),
-        (saved([[0.5] * 4] * C, FLIPS, LABELS), "not a label file of FKD's"),
+        (saved([[0.5] * 4] * C, FLIPS, LABELS), "not an FKD label file"),
         (saved(torch.zeros(1).as_strided((10**9, 4), (0, 0)), FLIPS, LABELS), "holds a tensor .* over a storage of 1 numbers"),
     ],
 )
@@ -232,9 +232,9 @@ def test_labels_of_another_kind(labels: Any, spec: str, said: str) -> None:
 @pytest.mark.parametrize(
     ("box", "said"),
     [
-        ([0.5, 0.5, 10, 10], "lies outside the image"),
-        ([-0.2, 0, 0.9, 1], "lies outside the image"),
-        ([0.5, 0.5, 0.51, 0.4], "lies outside the image"),
+        ([0.5, 0.5, 10, 10], "is outside the image"),
+        ([-0.2, 0, 0.9, 1], "is outside the image"),
+        ([0.5, 0.5, 0.51, 0.4], "is outside the image"),
         ([0.5, 0.5, 0.001, 0.5], "no area inside the image"),
     ],
 )
@@ -258,7 +258,7 @@ def test_damaged_and_missing_files_are_listed_and_nothing_appears(images: Path, 
         import_fkd(tmp_path / "labels", scan(images), tmp_path / "store", classes=K)
     said = str(caught.value)
     assert "6 label files cannot be used" in said
-    whats = ("not a label file", "No such file", "not a label file", "3 crops", f"probabilities of {K}", "a box")
+    whats = ("not an FKD label file", "No such file", "not an FKD label file", "3 crops", f"probabilities of {K}", "a box")
     for file, what in zip(files[:3] + files[4:7], whats, strict=True):
         assert any(str(file) in line and what in line for line in said.splitlines()), (file, what, said)
     assert not (tmp_path / "store").exists()
@@ -267,7 +267,7 @@ def test_damaged_and_missing_files_are_listed_and_nothing_appears(images: Path, 
 
 
 def test_what_is_refused(images: Path, tmp_path: Path, make_store: Any) -> None:
-    with pytest.raises(RequestError, match="holds no label file of these images"):
+    with pytest.raises(RequestError, match="has no label files of these images"):
         import_fkd(tmp_path, scan(images), tmp_path / "store", classes=K)
     published(tmp_path / "labels", images)
     with pytest.raises(RequestError, match="exists; choose another"):
@@ -297,7 +297,7 @@ def test_none_can_be_read(images: Path, tmp_path: Path) -> None:
     files = sorted((tmp_path / "labels").rglob("*.tar"))
     for file in files:
         file.write_bytes(b"")
-    with pytest.raises(StoreError, match=rf"{files[0]}: not an FKD label file .*nor can any other"):
+    with pytest.raises(StoreError, match=rf"{files[0]}: not an FKD label file .*no other label file"):
         import_fkd(tmp_path / "labels", scan(images), tmp_path / "store", classes=K)
 
 
@@ -307,7 +307,7 @@ def test_two_images_with_one_file_of_labels(images: Path, tmp_path: Path, monkey
     first = scan(pictures).names[0]
     twin = f"{first.partition('.')[0]}.left.jpg"
     shutil.copy(pictures / first, pictures / twin)
-    said = f"the label file of both is '{fkd_files.stem(first)}'; rename one of them"
+    said = f"would share the label file '{fkd_files.stem(first)}'; rename one of them"
     with pytest.raises(RequestError, match=said):
         import_fkd(tmp_path / "labels", scan(pictures), tmp_path / "store", classes=K)
     with monkeypatch.context() as patch:
@@ -358,7 +358,7 @@ def test_a_killed_import_goes_on_with_the_same_only(
         ("a", scan(images), {"column": "other"}),
         ("a", scan(images), {"codec": "marginal_renorm_k5"}),
     ):
-        with pytest.raises(RequestError, match="something else was begun here and not finished"):
+        with pytest.raises(RequestError, match="holds other unfinished work"):
             import_fkd(tmp_path / labels / "labels", found, tmp_path / "store", **{"classes": K, **options})
     import_fkd(tmp_path / "a/labels", scan(images), tmp_path / "store", classes=K)
     assert tree(tmp_path / "store") == tree(whole.folder)

@@ -84,7 +84,7 @@ def test_a_sidecar_of_crops_comes_back_from_the_images(folder, tree, image_folde
         (folder / "crops/00001.json").unlink()
         (folder / "crops/00001.npy").unlink()
     lines, problems = mend(folder)
-    assert lines == ["crops of 1 shards: --images is needed to make them again"]
+    assert lines == ["crops of 1 shard: --images is needed to make them again"]
     assert len(problems) == 1
     lines, problems = mend(folder, images.scan(image_folder))
     assert lines == [f"{folder / 'crops/00001.npy'}: made again from the images"]
@@ -98,7 +98,7 @@ def test_codes_come_back_and_no_other_shard_is_redone(folder, tree, image_folder
     for name in names:
         flip(folder / "targets/tiny" / name)
     lines, problems = mend(folder)
-    assert lines == ["column tiny: its teacher is needed to make it again: --teacher, --checkpoint, --images and --column tiny"]
+    assert lines == ["column tiny: to make it again, pass --images, --teacher, --checkpoint and --column tiny"]
     assert len(problems) == len(names)
     lines, problems = mend(folder, images.scan(image_folder), teacher, column="tiny")
     assert problems == []
@@ -135,7 +135,7 @@ def test_an_array_that_comes_out_otherwise_is_not_put_there(folder, tree, pictur
     real = teacher.embed
     teacher.embed = lambda views: real(views) * 0.5
     lines, problems = mend(folder, images.scan(pictures), teacher, column="tiny")
-    assert "ranges.npy: cannot be made again: what comes out here is not what was recorded" in lines[0]
+    assert "ranges.npy: cannot be made again: the result differs from what was recorded" in lines[0]
     assert len(problems) == 1
     assert tree(folder) == before
 
@@ -152,7 +152,7 @@ def test_a_damaged_meta_json_is_said_to_be_lost(folder, tree, image_folder, teac
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("teacher-more", "names an array 'teacher-more', which neither .* nor this teacher brings .*: restore teacher-"),
+        ("teacher-more", "names an array 'teacher-more', which neither .* nor the teacher has .*: restore teacher-"),
         ("teacher-/../../../../secret", None),
     ],
 )
@@ -176,7 +176,9 @@ def test_an_array_that_the_teacher_does_not_bring(folder, tmp_path, image_folder
 def test_another_teacher_repairs_nothing(folder, tree, image_folder, new_teacher):
     flip(folder / "targets/tiny/ranges.npy")
     before = tree(folder)
-    with pytest.raises(RequestError, match=r"tiny: its checkpoint_sha256 is 0+, not 0+5: another teacher than the column's"):
+    with pytest.raises(
+        RequestError, match=r"tiny: its checkpoint_sha256 is 0+, not 0+5; this is not the teacher of the column"
+    ):
         mend(folder, images.scan(image_folder), new_teacher(5, "tiny"), column="tiny")
     assert tree(folder) == before
 

@@ -116,7 +116,7 @@ def test_a_killed_one_appears_not_at_all_and_goes_on(tmp_path, source, tree, mon
             subset(source, tmp_path / "part", crops=4)
     assert not (tmp_path / "part").exists()
     if calls > 1:
-        with pytest.raises(RequestError, match="something else was begun here and not finished; delete this folder"):
+        with pytest.raises(RequestError, match="holds other unfinished work; delete this folder"):
             subset(source, tmp_path / "part", crops=3)
     subset(source, tmp_path / "part", crops=4)
     assert tree(tmp_path / "part") == tree(tmp_path / "whole")
@@ -132,7 +132,7 @@ def test_another_column_that_was_begun_is_refused(tmp_path, source, monkeypatch)
         patch.setattr(publish, "publish_codes", fail)
         with pytest.raises(PulledError):
             subset(source, tmp_path / "part", column=["a"])
-    with pytest.raises(RequestError, match="something else was begun here"):
+    with pytest.raises(RequestError, match="holds other unfinished work"):
         subset(source, tmp_path / "part", column=["b"])
 
 
@@ -164,7 +164,7 @@ def test_a_finished_one_is_left_and_another_is_refused(tmp_path, source, tree):
         ({"crops": 7}, "--crops 7: .*source holds 6 of each image"),
         ({"crops": 0}, "--crops 0: .*source holds 6 of each image"),
         ({"column": ["c"]}, r"source: no targets of 'c'; there are \['a', 'b'\]"),
-        ({"paths": ["ash/000.jpg", "elm/000.jpg"]}, "lacks 1 of the images asked for, for instance 'elm/000.jpg'"),
+        ({"paths": ["ash/000.jpg", "elm/000.jpg"]}, "lacks 1 of the requested images, for instance 'elm/000.jpg'"),
         ({"paths": []}, "the list of images is empty"),
     ],
 )
@@ -179,7 +179,9 @@ def test_a_damaged_shard_is_not_copied(tmp_path, source):
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    with pytest.raises(StoreError, match=r"codes-00002\.npy: damaged: its sha256 differs from the one in its .json; fkd-ssl verify"):
+    with pytest.raises(
+        StoreError, match=r"codes-00002\.npy: damaged: its sha256 differs from the one in its .json; fkd-ssl verify"
+    ):
         subset(source, tmp_path / "part")
     assert not (tmp_path / "part").exists()
     assert len(subset(source, tmp_path / "other", column=["b"])) == 24
@@ -197,7 +199,7 @@ def prototyped(tmp_path, make_store, new_teacher):
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("flipped", r"teacher-prototypes\.npy: altered: its sha256 is not that of meta\.json"),
+        ("flipped", r"teacher-prototypes\.npy: damaged: its sha256 differs from the one in meta\.json"),
         ("link", r"teacher-prototypes\.npy: a symbolic link"),
         ("pipe", r"teacher-prototypes\.npy: not a regular file"),
         ("holes", r"teacher-prototypes\.npy: 1099511627776 bytes, and at most"),

@@ -42,5 +42,5 @@ def test_precompute_says_it(make_store: Any, tiny_teacher: Any, tmp_path: Any, m
 
 
 def test_a_codec_that_cannot_be_is_refused() -> None:
-    with pytest.raises(RequestError, match=r"codec 'SQ9' is none of those accepted"):
+    with pytest.raises(RequestError, match=r"codec 'SQ9': not supported"):
         advice.on_size(TargetSpec("embedding", (2048,)), "SQ9", 1)

@@ -230,10 +230,10 @@ def test_a_limit_below_one_is_refused(tmp_path, make_store, limit):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"seed": 1}, "this store's seed is 0, not 1; give the same, or choose another folder"),
-        ({"crops": 5}, "this store's crops per image is 4, not 5; give the same, or choose another folder"),
+        ({"seed": 1}, "its seed is 0, not 1; pass the same, or choose another --store"),
+        ({"crops": 5}, "its crops per image is 4, not 5; pass the same, or choose another --store"),
         ({"recipe": RECIPES["swav"]}, "this store's recipe is Recipe.*mocov2.*not Recipe.*swav"),
-        ({"limit": 20}, r"a store of other images: it lists 24, .* gives 20; .*train lacks '.*\.jpg'"),
+        ({"limit": 20}, r"was made from other images: it lists 24, .* gives 20; .*train lacks '.*\.jpg'"),
         ({"chunk_size": 8}, "this column's chunk_size is 16, not 8; pass the same, or choose another --column"),
         ({"codec": "SQ4"}, "this column's codec is SQ8, not SQ4"),
         ({"pixels": 48}, "this column's pixels is 32, not 48"),
@@ -256,7 +256,7 @@ def test_other_images_are_refused(tmp_path, make_store, pictures):
 
 @pytest.mark.parametrize("change", [{"crops": 0}, {"chunk_size": 0}, {"pixels": 0}])
 def test_numbers_below_one_are_refused(tmp_path, make_store, change):
-    with pytest.raises(RequestError, match="must lie in 1 to"):
+    with pytest.raises(RequestError, match="must be between 1 and"):
         make_store(tmp_path / "store", **change)
 
 
@@ -269,7 +269,7 @@ def test_codecs_that_cannot_be_are_refused_before_the_work(tmp_path, make_store,
 @pytest.mark.parametrize(("crops", "needed"), [(4, 624), (29, 624)])
 def test_a_codec_too_large_for_the_data_is_refused_before_the_work(tmp_path, make_store, tiny_teacher, crops, needed):
     """One in nine is held out: of 24 x 29 = 696 targets 619 are left to train on, of 24 x 30 all that are needed."""
-    with pytest.raises(RequestError, match=rf"codec PQ4x4 needs at least {needed} targets to be trained on, and there are"):
+    with pytest.raises(RequestError, match=rf"codec PQ4x4 needs at least {needed} targets for its training; there are"):
         make_store(tmp_path / "store", teacher=tiny_teacher, codec="PQ4x4", crops=crops)
     assert tiny_teacher.calls == 0
     assert not (tmp_path / "store").exists()
@@ -398,7 +398,7 @@ def test_a_refused_request_touches_nothing(tmp_path, make_store):
     with pytest.raises(RequestError, match="which is not part of a store"):
         make_store(tmp_path / "store")
     assert (precious / "a").read_text() == "mine"
-    for options, message in (({"codec": "nosuch"}, "none of those accepted"), ({"crops": 10**7}, "--crops 10000000")):
+    for options, message in (({"codec": "nosuch"}, "not supported"), ({"crops": 10**7}, "--crops 10000000")):
         with pytest.raises(RequestError, match=message):
             make_store(tmp_path / "new", **options)
     assert not (tmp_path / "new").exists()

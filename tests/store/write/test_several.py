@@ -227,7 +227,7 @@ def test_one_that_helps_does_its_own_first_and_then_the_rest(tmp_path, image_fol
 
 @pytest.mark.parametrize(("index", "of"), [(-1, 2), (2, 2), (0, 0)])
 def test_impossible_shares_are_refused(index, of):
-    with pytest.raises(RequestError, match=rf"--shards {index}/{of}: i/n with i from 0 to n - 1 is expected"):
+    with pytest.raises(RequestError, match=rf"--shards {index}/{of}: expected i/n with i from 0 to n - 1"):
         Share(index=index, of=of)
 
 

@@ -80,7 +80,7 @@ def test_bytes_that_another_wrote_into_it_are_not_published(path):
                 file.write(b"\xff")
             progress.publish(path.with_name("codes.npy"), np.dtype(np.uint8), (3, 5))
 
-    with pytest.raises(StoreError, match=r"work-codes-00000: its content is not what was written: another process"):
+    with pytest.raises(StoreError, match=r"work-codes-00000: its content differs from what was written: another process"):
         publish()
     assert not path.with_name("codes.npy").exists()
 
