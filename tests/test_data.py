@@ -243,7 +243,7 @@ class TestStored:
 
     def test_an_unfinished_column_is_refused(self, store: Store, image_folder: Path) -> None:
         (store.folder / "targets/tiny/codes-00000.json").unlink()
-        with pytest.raises(StoreError, match=r"1 of 1 shards are missing .*run the same fkd-ssl precompute again"):
+        with pytest.raises(StoreError, match=r"1 of 1 shard missing .*run the same fkd-ssl precompute again"):
             StoredCrops(store, image_folder)
 
     def test_skipped_images_are_left_out(self, make_store: MakeStore, tmp_path: Path, own_folder: Path) -> None:
@@ -301,7 +301,7 @@ class TestSeveralTeachers:
 
     def test_every_column_must_be_finished(self, two: Store, image_folder: Path) -> None:
         (two.folder / "targets" / "b" / "codes-00000.json").unlink()
-        with pytest.raises(StoreError, match=r"targets/b: 1 of 1 shards are missing"):
+        with pytest.raises(StoreError, match=r"targets/b: 1 of 1 shard missing"):
             StoredCrops(Store(two.folder), image_folder, column=["a", "b"])
 
 

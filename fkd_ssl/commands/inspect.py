@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from fkd_ssl.text import format_bytes, printable
+from fkd_ssl.text import format_bytes, plural, printable
 
 POSITIONALS = ("store",)
 
@@ -64,12 +64,12 @@ def run(config: Config) -> int:
         return 1 if about["damaged"] else 0
     lines = [
         f"{about['store']}: {about['images']:,} images x {about['crops_per_image']} crops, {format_bytes(about['bytes'])}",
-        f"recipe {about['recipe']['name']}, seed {about['seed']}, {about['shards']} shards",
+        f"recipe {about['recipe']['name']}, seed {about['seed']}, {plural(about['shards'], 'shard')}",
     ]
     if about["skipped"]:
         lines.append(f"skipped because they cannot be read: {len(about['skipped'])}, for instance {about['skipped'][0]}")
     if about["missing_crops"]:
-        lines.append(f"NOT FINISHED: the crops of {len(about['missing_crops'])} of {about['shards']} shards are missing")
+        lines.append(f"NOT FINISHED: the crops of {len(about['missing_crops'])} of {plural(about['shards'], 'shard')} missing")
     if not about["columns"]:
         lines.append("NOT FINISHED: it has no targets; fkd-ssl precompute writes them")
     for name, column in about["columns"].items():
@@ -85,7 +85,7 @@ def run(config: Config) -> int:
         if "source_codec" in fidelity:
             lines.append(f"  recoded from {fidelity['source_codec']}: information that it discarded cannot be recovered")
         if column["missing_shards"]:
-            lines.append(f"  NOT FINISHED: {len(column['missing_shards'])} of {about['shards']} shards are missing")
+            lines.append(f"  NOT FINISHED: {len(column['missing_shards'])} of {plural(about['shards'], 'shard')} missing")
     lines += [f"DAMAGED: {problem}" for problem in about["damaged"]]
     console.print_result("\n".join(printable(line, one_line=True) for line in lines))
     return 1 if about["damaged"] else 0

@@ -8,7 +8,7 @@ layer, like ResNet; this is checked. To continue a killed run, repeat the comman
 from dataclasses import dataclass
 from typing import Literal
 
-from fkd_ssl.text import format_bytes, format_duration
+from fkd_ssl.text import format_bytes, format_duration, plural
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,7 +66,7 @@ def run(config: Config) -> int:
             skipped.update(made.unreadable)
     classes = teacher.info.spec.size
     if made.busy:
-        console.log(f"{len(made.busy)} shards are being written by another process; if that is stopped, run this again")
+        console.log(f"{plural(len(made.busy), 'shard')} being written by another process; if that is stopped, run this again")
     else:
         LabelMaps(config.out).verify()
     if config.json:

@@ -95,7 +95,7 @@ def describe(config: Config, plan: dict[str, Any]) -> str:
     """Formats the plan as text."""
     from fkd_ssl.commands import console
 
-    rows = [["codec", "bytes a crop", "store", ""]]
+    rows = [["codec", "bytes per crop", "store", ""]]
     for codec, size in plan["codecs"].items():
         note = "too few targets" if size["refused"] else "" if size["bytes"] < plan["free_bytes"] else "does not fit"
         chosen = "  <- --codec" if codec == plan["codec"] else ""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Literal
 
 from fkd_ssl.errors import RequestError
 from fkd_ssl.options import Named
-from fkd_ssl.text import format_bytes, format_duration
+from fkd_ssl.text import format_bytes, format_duration, plural
 
 if TYPE_CHECKING:
     from fkd_ssl.images import ImageSource
@@ -154,11 +154,11 @@ def _notes(config: Config, summary: "Summary") -> list[str]:
             notes.append(f"{len(rows)} of {len(store.paths):,} images could not be read and are left out: {some}")
     if summary.busy:
         notes.append(
-            f"{len(summary.busy)} of {summary.shards} shards are being written by other processes, which finish them; if one "
-            "is stopped, run it again"
+            f"{len(summary.busy)} of {plural(summary.shards, 'shard')} being written by other "
+            "processes, which finish them; if one is stopped, run it again"
         )
     if summary.left:
-        notes.append(f"{len(summary.left)} of {summary.shards} shards are left to the other --shards")
+        notes.append(f"{len(summary.left)} of {plural(summary.shards, 'shard')} left to the other --shards")
     return notes
 
 

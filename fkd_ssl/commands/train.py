@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from fkd_ssl.errors import ImageAccessError, ImageError, RequestError
 from fkd_ssl.options import Named
-from fkd_ssl.text import format_duration
+from fkd_ssl.text import format_duration, plural
 from fkd_ssl.training.config import TrainConfig as Config
 
 if TYPE_CHECKING:
@@ -242,7 +242,7 @@ def _finish(
             "small crops of large images, a smaller copy of them (fkd-ssl cache)"
         )
     if results["unreadable_images"]:
-        console.log(f"warning: {results['unreadable_images']} images could not be read and were skipped")
+        console.log(f"warning: {plural(results['unreadable_images'], 'image')} skipped, which could not be read")
 
 
 def _classified(config: Config, folder: Path) -> dict[str, float]:

@@ -58,6 +58,7 @@ def work(config: Config) -> "Verified":
     from fkd_ssl.store import open_store
     from fkd_ssl.store.maintain.repair import repair, repair_lists
     from fkd_ssl.store.maintain.verify import verify
+    from fkd_ssl.text import plural
 
     if config.sample < 1:
         raise RequestError(f"--sample {config.sample}: must be at least 1")
@@ -96,7 +97,7 @@ def work(config: Config) -> "Verified":
         else (f"; cosine to the teacher {report.cosine['mean']:.5f} mean, {report.cosine['min']:.5f} min")
     )
     return Verified(
-        line="\n".join([*report.problems, f"checked {checked}{cosine}: {len(report.problems)} problems"]),
+        line="\n".join([*report.problems, f"checked {checked}{cosine}: {plural(len(report.problems), 'problem')}"]),
         values={"store": config.store, "ok": not report.problems, **asdict(report), "repaired": repaired},
         problems=report.problems,
         repaired=repaired,

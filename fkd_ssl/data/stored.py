@@ -17,6 +17,7 @@ from fkd_ssl.data.pixels import Batch
 from fkd_ssl.errors import ImageError, RequestError, StoreError
 from fkd_ssl.images import ImageSource, open_images
 from fkd_ssl.store import Store, open_store
+from fkd_ssl.text import plural
 
 
 class StoredCrops(Crops):
@@ -78,8 +79,8 @@ class StoredCrops(Crops):
         missing = store.manifest.shards - len(store.shards_with_crops())
         if missing and not partial:
             raise StoreError(
-                f"{store.folder}: {missing} of {store.manifest.shards} shards are missing: run the same fkd-ssl precompute "
-                "again to finish them"
+                f"{store.folder}: {missing} of {plural(store.manifest.shards, 'shard')} missing: run the "
+                "same fkd-ssl precompute again to finish them"
             )
         for each in self.columns:
             if not partial:

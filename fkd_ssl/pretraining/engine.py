@@ -16,6 +16,7 @@ from fkd_ssl.pretraining.mocov2 import MoCo
 from fkd_ssl.pretraining.swav import SwAV
 from fkd_ssl.students import check_student
 from fkd_ssl.students.export import export
+from fkd_ssl.text import plural
 from fkd_ssl.training.fit import fit
 from fkd_ssl.training.metrics import METRICS, read_metrics
 
@@ -48,7 +49,7 @@ def pretrain(config: PretrainConfig, *, log: Callable[[str], None] = lambda mess
             log(f"{folder}: {'continuing' if state == 'resume' else 'training'} {config.arch} on {len(image_set):,} images")
             skipped = _pretrain(config, image_set, folder, inputs)
             if skipped:
-                log(f"warning: {skipped} images cannot be read and were skipped")
+                log(f"warning: {plural(skipped, 'image')} skipped, which cannot be read")
     return folder / weights_file(config)
 
 

@@ -29,7 +29,7 @@ from fkd_ssl.store.listing import MANIFEST, read_images, write_sidecar
 from fkd_ssl.store.write import publish, work
 from fkd_ssl.store.write.rows import read_ahead
 from fkd_ssl.targets import TeacherInfo
-from fkd_ssl.text import format_bytes
+from fkd_ssl.text import format_bytes, plural
 
 _UNKNOWN = "-"  # a checksum that is not known yet
 
@@ -226,8 +226,9 @@ def _announce(folder: Path, wanted: layout.Manifest) -> str:
     left = max(0, wanted.count * each - there)
     free = publish.require_space(folder, left, "or choose a smaller --k or --pixels")
     return (
-        f"{wanted.count:,} images, {wanted.k} of {wanted.classes:,} logits at each of {wanted.height} x {wanted.width} places: "
-        f"{each:,} bytes an image, {format_bytes(wanted.count * each)} in all; {format_bytes(free)} free on the disk"
+        f"{plural(wanted.count, 'image')}, {wanted.k} of {wanted.classes:,} logits at each of "
+        f"{wanted.height} x {wanted.width} positions: {each:,} bytes per image, "
+        f"{format_bytes(wanted.count * each)} in all; {format_bytes(free)} free on the disk"
     )
 
 

@@ -21,6 +21,7 @@ from fkd_ssl.errors import StoreError
 from fkd_ssl.images import ImageSource
 from fkd_ssl.relabel import layout
 from fkd_ssl.store.listing import read_images
+from fkd_ssl.text import plural
 
 
 class LabelMaps:
@@ -45,8 +46,8 @@ class LabelMaps:
         self.paths, self.sizes = read_images(self.folder, self.manifest)
         if missing := layout.missing_shards(self.folder, self.manifest):
             raise StoreError(
-                f"{self.folder}: {len(missing)} of {self.manifest.shards} shards are missing: run the same fkd-ssl label-maps "
-                "again to finish them"
+                f"{self.folder}: {len(missing)} of {plural(self.manifest.shards, 'shard')} missing: run "
+                "the same fkd-ssl label-maps again to finish them"
             )
         self._shards: dict[int, npt.NDArray[np.void]] = {}
 

@@ -20,7 +20,7 @@ from fkd_ssl.store import manifest as layout
 from fkd_ssl.store.listing import read_images, read_sidecar
 from fkd_ssl.store.shards import Index, ShardFiles
 from fkd_ssl.targets import TargetSpec, TeacherInfo
-from fkd_ssl.text import format_bytes
+from fkd_ssl.text import format_bytes, plural
 
 _TEACHERS = "teacher-"  # prefix of the names of a teacher's arrays
 _MAX_NUMBER = 2.0**53
@@ -195,8 +195,9 @@ class Column:
         if absent:
             total = self.store.manifest.shards
             raise StoreError(
-                f"{self.folder}: {len(absent)} of {total} shards are missing (the first is {absent[0]}): run the same fkd-ssl "
-                "precompute again, or the training that records it, to finish them"
+                f"{self.folder}: {len(absent)} of {plural(total, 'shard')} missing (the first is "
+                f"{absent[0]}): run the same fkd-ssl precompute again, or the training that records it, "
+                "to finish them"
             )
 
     def codes(self, row: int, index: Index) -> UInt8Array:

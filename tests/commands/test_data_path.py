@@ -141,7 +141,7 @@ class TestUnreadable:
         assert done.status == 0
         assert results_of("run")["unreadable_images"] == 1
         assert done.err.count("warning: train/birch/3.png: changed since the store was made: other content") == 1
-        assert "warning: 1 images could not be read and were skipped" in done.err
+        assert "warning: 1 image skipped, which could not be read" in done.err
 
     def test_a_missing_one_is_never_skipped(self, work: Path, call: Any, train_line: str) -> None:
         Path("train/birch/3.png").unlink()
@@ -188,7 +188,7 @@ def test_an_unfinished_store_is_no_smaller_one(work: Path, call: Any, train_line
     assert call(line).status == 0
     online = train_line.replace("--store store", "--store part --targets online --teacher own_teacher:make")
     refused = call(f"{online} --out run")
-    assert (refused.status, "part: 2 of 3 shards are missing: run the same fkd-ssl precompute" in refused.err) == (1, True)
+    assert (refused.status, "part: 2 of 3 shards missing: run the same fkd-ssl precompute" in refused.err) == (1, True)
 
 
 def test_much_waiting_for_data_is_said_with_what_helps(

@@ -12,7 +12,7 @@ def test_label_files_there_and_back(work: Path, call: Any) -> None:
     assert len(list(work.glob("files/imagenet/train/*/*.tar"))) == 18
     answer = call("import-fkd files --images train --store again")
     assert (answer.status, answer.out) == (0, "again: 18 images x 4 crops, labels smoothing of 3 classes\n")
-    assert "smoothing of 3 classes: 4 + 20 bytes a crop" in answer.err
+    assert "smoothing of 3 classes: 4 + 20 bytes per crop" in answer.err
     assert call("verify again --images train").status == 0
     train = (
         "train --images train --store again --student squeezenet1_1 --batch_size 18 --crops_per_image 2 --pixels 32 --workers 0"

@@ -49,7 +49,7 @@ def place(work: Path) -> Path:
 def test_made_once(place: Path, call: Any) -> None:
     answer = call(LINE)
     assert answer.status == 0, answer.err
-    assert "2 of 3 logits at each of 4 x 4 places: 128 bytes an image" in answer.err
+    assert "2 of 3 logits at each of 4 x 4 positions: 128 bytes per image" in answer.err
     images = scan(place / "train")
     assert f"maps: {len(images)} images in " in answer.out
     assert "2 of 3 classes at each of 4 x 4 places" in answer.out
@@ -125,7 +125,7 @@ def test_damaged_images_stop_or_are_skipped_and_counted(place: Path, call: Any) 
     for _ in range(2):
         skipped = call(f"{LINE} --on_unreadable skip --json")
         assert (skipped.status, json.loads(skipped.out)["unreadable_images"]) == (0, 1)
-        assert "warning: 1 images cannot be read and were skipped, for instance birch/3.png" in skipped.err
+        assert "warning: 1 image skipped, which cannot be read, for instance birch/3.png" in skipped.err
     train = "train --images train --targets relabel --label_maps maps --student squeezenet1_1 --head classifier --epochs 2"
     train += " --objective soft_ce --pixels 32 --batch_size 18 --crops_per_image 1 --workers 0 --out run"
     assert "could not be read when the label maps were made" in call(train).err

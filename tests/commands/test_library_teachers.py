@@ -39,7 +39,7 @@ def test_a_model_to_be_scored(weights: Path, call: Any) -> None:
 def test_large_targets_are_told(weights: Path, call: Any) -> None:
     status, _, err = call(f"{LINE.replace('SQ8', 'Flat')} --teacher torchvision/resnet18 --checkpoint w.pth")
     assert status == 0
-    assert "note: targets of D = 512 take 2048 bytes a crop" in err
+    assert "note: targets of D = 512 take 2048 bytes per crop" in err
     assert "--codec RR256,SQ8" in err
 
 

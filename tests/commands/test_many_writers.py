@@ -66,7 +66,7 @@ class TestShards:
         assert call(f"{LINE} --store whole").status == 0
         first = call(f"{LINE} --store new --shards 2/3")
         assert first.status == 0
-        assert "4 of 5 shards are left to the other --shards" in first.err
+        assert "4 of 5 shards left to the other --shards" in first.err
         assert json.loads(call("inspect new --json").out)["columns"]["make"]["missing_shards"] == [0, 1, 3, 4]
         assert call(f"{LINE} --store new --shards 0/2 --json").status == 0
         last = call(f"{LINE} --store new --shards 1/2 --json")

@@ -114,7 +114,7 @@ class TestInspect:
     def test_half_a_store_is_said_to_be_one(self, work: Path, call: Any) -> None:
         for path in (work / "store/targets/make").glob("codes-*"):
             path.unlink()
-        assert "NOT FINISHED: 1 of 1 shards are missing" in call("inspect store").out
+        assert "NOT FINISHED: 1 of 1 shard missing" in call("inspect store").out
 
     def test_a_store_without_targets_or_crops_is_said_to_be_unfinished(self, work: Path, call: Any) -> None:
         (work / "store/targets/make").rename(work / "away")
@@ -123,7 +123,7 @@ class TestInspect:
         assert "the crops of" not in said
         for path in (work / "store/crops").iterdir():
             path.unlink()
-        assert "NOT FINISHED: the crops of 1 of 1 shards are missing" in call("inspect store").out
+        assert "NOT FINISHED: the crops of 1 of 1 shard missing" in call("inspect store").out
         about = json.loads(call("inspect store --json").out)
         assert (about["missing_crops"], about["columns"], about["readable"]) == ([0], {}, 0)
 
@@ -162,7 +162,7 @@ class TestVerify:
     def test_another_teacher(self, work: Path, call: Any) -> None:
         status, out, _ = call("verify store --images train --teacher own_teacher:other")
         assert status == 1
-        assert "1 problems" in out
+        assert "1 problem" in out
 
     def test_a_changed_image(self, work: Path, call: Any) -> None:
         shutil.copy(work / "train/ash/0.png", work / "train/ash/1.png")

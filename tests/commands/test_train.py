@@ -378,5 +378,5 @@ class TestRefused:
         (work / "store/targets/make/codes-00000.json").unlink()
         status, _, err = call(f"{train_line} --out run")
         assert status == 1
-        assert "1 of 1 shards are missing" in err
+        assert "1 of 1 shard missing" in err
         assert "run the same fkd-ssl precompute again" in err

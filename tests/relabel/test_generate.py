@@ -71,7 +71,7 @@ def test_the_manifest_says_what_they_are_made_of(maps_folder: Path, images: Fold
 def test_size_and_place_are_announced(images: Folder, tmp_path: Path, new_dense: NewDense) -> None:
     said: list[str] = []
     made = make(images, tmp_path / "maps", new_dense(), log=said.append)
-    assert said[0].startswith("24 images, 5 of 12 logits at each of 5 x 5 places: 500 bytes an image, 12.0 kB in all")
+    assert said[0].startswith("24 images, 5 of 12 logits at each of 5 x 5 positions: 500 bytes per image, 12.0 kB in all")
     assert (made.images, made.made, made.busy) == (24, 24, [])
 
 
@@ -95,7 +95,7 @@ def test_a_killed_job_continues(
     stopped.stop_at = calls
     with pytest.raises(KeyboardInterrupt):
         make(images, tmp_path / "maps", stopped)
-    with pytest.raises(StoreError, match="shards are missing: run the same fkd-ssl label-maps again"):
+    with pytest.raises(StoreError, match=r"shards? missing: run the same fkd-ssl label-maps again"):
         LabelMaps(tmp_path / "maps")
     again = new_dense()
     make(images, tmp_path / "maps", again)

@@ -220,9 +220,7 @@ def test_a_missing_shard_is_named_and_the_others_read(folder):
         store.crops(12, slice(None))
     with pytest.raises(StoreError, match=r"codes-00002\.npy: this shard is not finished"):
         store.targets("tiny", 12, slice(None))
-    with pytest.raises(
-        StoreError, match=r"1 of 5 shards are missing \(the first is 2\): run the same fkd-ssl precompute again"
-    ):
+    with pytest.raises(StoreError, match=r"1 of 5 shards missing \(the first is 2\): run the same fkd-ssl precompute again"):
         store.column().require_complete()
     open_store(folder)
 
@@ -231,7 +229,7 @@ def test_a_missing_shard_is_named_and_the_others_read(folder):
 def test_a_column_is_complete_with_codes_and_crops(folder, part):
     (folder / part).unlink()
     assert open_store(folder).column().missing_shards == [2]
-    with pytest.raises(StoreError, match=r"1 of 5 shards are missing \(the first is 2\)"):
+    with pytest.raises(StoreError, match=r"1 of 5 shards missing \(the first is 2\)"):
         open_store(folder).column().require_complete()
 
 

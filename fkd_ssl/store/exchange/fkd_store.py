@@ -69,7 +69,7 @@ def import_fkd(
     paths = [folder / fkd_files.stem(path) for path in images.names]
     first = _first(paths)
     kept = LabelCodec(codec or first.codec(), classes)
-    log(f"{len(images):,} images x {len(first)} crops, {kept.spec} of {classes} classes: {kept.code_size} + 20 bytes a crop")
+    log(f"{len(images):,} images x {len(first)} crops, {kept.spec} of {classes} classes: {kept.code_size} + 20 bytes per crop")
     layout.checked_name(column)
     with atomic_folder(out) as new, ThreadPoolExecutor(threads) as pool:
         if not any(new.glob(f"{layout.CROPS}/*.json")):  # nothing to continue; it may have begun with wrong options

@@ -18,6 +18,7 @@ from fkd_ssl.images import ImageSource
 from fkd_ssl.store import manifest as layout
 from fkd_ssl.store.reader import COSINES, Column, Store, cosine_to_teacher
 from fkd_ssl.store.write.rows import Teacher
+from fkd_ssl.text import plural
 
 # the minimum cosine of a new sample may be this many times further from 1 than the recorded one, plus some slack for the
 # arithmetic of another machine
@@ -120,7 +121,7 @@ def check_files(store: Store, column: Column) -> None:
     for shard in range(store.manifest.shards):
         report.merge(_check_shard(store, [column], shard))
     if report.problems:
-        raise StoreError(f"{report.problems[0]} ({len(report.problems)} problems; fkd-ssl verify lists them)")
+        raise StoreError(f"{report.problems[0]} ({plural(len(report.problems), 'problem')}; fkd-ssl verify lists them)")
 
 
 def _columns(store: Store, report: Report) -> Iterator[Column]:

@@ -25,7 +25,7 @@ def on_size(target: TargetSpec, codec: str, crops: int) -> str | None:
         return None
 
     def total(code: int) -> str:
-        return f"{code} bytes a crop ({format_bytes(crops * (code + CROP_DTYPE.itemsize))} in all)"
+        return f"{code} bytes per crop ({format_bytes(crops * (code + CROP_DTYPE.itemsize))} in all)"
 
     if target.kind == "distribution":
         default = definition.default_codec(shape)

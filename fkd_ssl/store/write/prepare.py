@@ -23,7 +23,7 @@ from fkd_ssl.store.write.publish import create_store, require_space
 from fkd_ssl.store.write.recording import recorded_bytes
 from fkd_ssl.store.write.rows import RowReader, Teacher, publish_crops
 from fkd_ssl.store.write.streams import image_checksums
-from fkd_ssl.text import format_bytes
+from fkd_ssl.text import format_bytes, plural
 
 
 def prepare(
@@ -217,7 +217,7 @@ def _announce(folder: Path, count: int, crops: int, requests: Sequence[Request])
     )
     return (
         f"{count:,} images x {crops} crops = {each} + {CROP_DTYPE.itemsize} bytes: "
-        f"{format_bytes(needed)} in {shards} shards; {format_bytes(free)} free on the disk"
+        f"{format_bytes(needed)} in {plural(shards, 'shard')}; {format_bytes(free)} free on the disk"
     )
 
 

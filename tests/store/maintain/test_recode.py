@@ -234,7 +234,7 @@ def test_a_damaged_or_unfinished_source_is_refused(source, tree):
     with pytest.raises(StoreError, match=r"codes-00002\.npy: altered"):
         recode(source, "SQ4")
     path.with_suffix(".json").unlink()
-    with pytest.raises(StoreError, match="1 of 5 shards are missing"):
+    with pytest.raises(StoreError, match="1 of 5 shards missing"):
         recode(open_store(source.folder), "SQ4")
     assert open_store(source.folder).column_names == ["tiny"]
 

@@ -28,8 +28,8 @@ def test_large_ones_are_told_with_what_would_be_smaller(dim: int, codec: str, si
     crops = 1_281_167 * 400
     said = advice.on_size(TargetSpec("embedding", (dim,)), codec, crops)
     assert said is not None
-    assert f"D = {dim} take {size} bytes a crop ({whole} in all) in {codec};" in said
-    assert "--codec RR256,SQ8 (random projection) or PCA256,SQ8 takes 256 bytes a crop (141.4 GB in all)" in said
+    assert f"D = {dim} take {size} bytes per crop ({whole} in all) in {codec};" in said
+    assert "--codec RR256,SQ8 (random projection) or PCA256,SQ8 takes 256 bytes per crop (141.4 GB in all)" in said
 
 
 def test_precompute_says_it(make_store: Any, tiny_teacher: Any, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,7 +27,7 @@ def test_the_rows_that_are_done_are_read(tmp_path, image_folder, new_teacher):
     write(folder, image_folder, new_teacher(), codec="Flat", share=Share(index=2, of=5))
     write(folder, image_folder, new_teacher(), codec="Flat", share=Share(index=4, of=5))
     store = open_store(folder)
-    with pytest.raises(StoreError, match="3 of 5 shards are missing"):
+    with pytest.raises(StoreError, match="3 of 5 shards missing"):
         StoredCrops(store, image_folder)
     data = StoredCrops(store, image_folder, crops_per_image=6, pixels=32, partial=True)
     assert [data[i]["path"] for i in range(len(data))] == [store.paths[row] for row in (*range(10, 15), *range(20, 24))]

@@ -135,7 +135,7 @@ def test_summary_and_log(tmp_path, image_folder, tiny_teacher, tree):
     assert (summary.shards, summary.busy, summary.crops) == (1, [], 96)
     assert summary.store_bytes == sum(map(len, tree(tmp_path / "s").values()))
     assert summary.seconds > 0
-    assert lines[0].startswith("24 images x 4 crops = 96 targets of 'tiny' at 16 + 20 bytes: 3.5 kB in 1 shards; ")
+    assert lines[0].startswith("24 images x 4 crops = 96 targets of 'tiny' at 16 + 20 bytes: 3.5 kB in 1 shard; ")
     assert lines[1].startswith("teacher tiny: random convolutions; pixels normalised by mean 0.485 0.456 0.406")
     assert lines[2] == "training the codec SQ8 on a sample"
     assert lines[3].startswith("codec SQ8: cosine to the teacher's own targets 0.9999")
