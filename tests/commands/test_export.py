@@ -23,7 +23,7 @@ def test_what_cannot_be_is_refused(work: Path, call: Any, train_line: str) -> No
     assert call(f"{train_line} --out run").status == 0
     for line, said in (
         ("export --model nowhere --out f.safetensors", "--model nowhere: no such run or checkpoint"),
-        ("export --model run --out f.safetensors --layout timm", "timm has no network that is the same as squeezenet1_1"),
+        ("export --model run --out f.safetensors --layout timm", "timm has no network identical to squeezenet1_1"),
         (f"{train_line} --out other --init nowhere", "--init nowhere: no such run or checkpoint"),
         (f"{train_line} --out other --init run --student resnet18", "cannot start"),
     ):

@@ -24,7 +24,7 @@ def test_label_files_there_and_back(work: Path, call: Any) -> None:
     more = "precompute --images train --store again --teacher own_teacher:make --crops 4 --pixels 32"
     answer = call(more)
     assert answer.status == 2
-    assert "this store's recipe is" in answer.err
+    assert "its recipe is" in answer.err
     assert call(f"{more} --recipe imported").status == 0
     assert call("verify again --images train --teacher own_teacher:make").status == 0
 

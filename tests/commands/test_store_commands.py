@@ -44,7 +44,7 @@ class TestPrecompute:
             (f"{PRECOMPUTE} --store new".replace("train", "nowhere"), 2, "nowhere: no such folder of images"),
             (f"{PRECOMPUTE} --store new".replace("train", "empty"), 2, "empty: no images in this folder"),
             (f"{PRECOMPUTE} --store store".replace("train", "val"), 2, "store: was made from other images: it lists 18"),
-            (f"{PRECOMPUTE} --store store --seed 1", 2, "this store's seed is 0, not 1"),
+            (f"{PRECOMPUTE} --store store --seed 1", 2, "its seed is 0, not 1"),
             (f"{PRECOMPUTE} --store store --limit 3", 2, "was made from other images: it lists 18"),
             (f"{PRECOMPUTE} --store thesis", 2, "thesis: holds 'thesis.tex', which is not part of a store"),
             (f"{PRECOMPUTE} --store new --codec SQ9", 2, "codec 'SQ9': not supported"),

@@ -28,7 +28,7 @@ def test_what_is_given_stands() -> None:
         ({"epochs": 0}, r"epochs 0: must be positive"),
         ({"workers": -1}, r"workers -1: must not be negative"),
         ({"batch_size": 1}, r"BatchNorm needs at least 2"),
-        ({"momentum": 1.0}, r"momentum 1\.0: must be between 0 and 1"),
+        ({"momentum": 1.0}, r"momentum 1\.0: must be at least 0 and below 1"),
         ({"queue": 0}, r"queue 0: must be positive"),
         ({"prototypes": 300}, r"prototypes 300: mocov2 has no such option; it belongs to swav"),
         ({"method": "swav", "momentum": 0.99}, r"momentum 0\.99: swav has no such option; it belongs to mocov2"),

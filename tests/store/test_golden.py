@@ -40,5 +40,7 @@ def test_its_crops_are_still_what_is_drawn(store: Store) -> None:
 
 
 def test_it_is_whole(store: Store) -> None:
-    problems = [problem for problem in verify(store).problems if "pixel path" not in problem]  # another machine's
+    problems = [
+        problem for problem in verify(store).problems if "another version of OpenCV" not in problem
+    ]  # another machine's
     assert not problems

@@ -150,8 +150,8 @@ def test_the_same_export_gives_the_same_bytes_and_another_does_not_overwrite(tmp
 @pytest.mark.parametrize(
     ("name", "layout", "said"),
     [
-        ("squeezenet1_1", "timm", r"layout timm: timm has no network that is the same as squeezenet1_1; leave --layout out"),
-        ("reactnet_step1", "torchvision", r"layout torchvision: torchvision has no network that is the same as reactnet_step1"),
+        ("squeezenet1_1", "timm", r"layout timm: timm has no network identical to squeezenet1_1; leave out --layout"),
+        ("reactnet_step1", "torchvision", r"layout torchvision: torchvision has no network identical to reactnet_step1"),
         ("timm/mobilenetv3_small_050", "torchvision", r"torchvision has no network that is the same"),
     ],
 )
@@ -171,12 +171,12 @@ def test_networks_of_one_shape_that_differ_are_refused(tmp_path: Path, monkeypat
     from fkd_ssl.students import export as module
 
     monkeypatch.setattr(module, "_same", lambda one, other: False)
-    with pytest.raises(RequestError, match=r"timm has no network that is the same as resnet18"):
+    with pytest.raises(RequestError, match=r"timm has no network identical to resnet18"):
         export(student("resnet18"), tmp_path / "f.safetensors", layout="timm", pixels=64)
 
 
 def test_another_ending_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match=r"the file is one of safetensors; call it .*f\.safetensors"):
+    with pytest.raises(RequestError, match=r"expected a .safetensors file; write --out .*f\.safetensors"):
         export(student("squeezenet1_1"), tmp_path / "f.pth", layout=None, pixels=64)
 
 

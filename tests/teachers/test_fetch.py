@@ -332,7 +332,7 @@ def test_https_is_not_left(preset: Preset, tmp_path: Path, server: Server, monke
         return real(server.url, timeout=timeout)
 
     monkeypatch.setattr(fetch.urllib.request, "urlopen", redirected)
-    with pytest.raises(FkdError, match=r"leads to http://127.*, which is not https"):
+    with pytest.raises(FkdError, match=r"redirects to http://127.*, which is not https"):
         get(replace(preset, url="https://127.0.0.1/model.pth.tar"), tmp_path)
 
 

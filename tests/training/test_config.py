@@ -49,7 +49,7 @@ def test_these_must_not_be_negative(name: str) -> None:
         ({"lr_drops": "nan"}, r"lr_drops 'nan': expected epochs"),
         ({"lr_drops": "30,100"}, r"lr_drops 30,100: the last one must come before epochs 100"),
         ({"label_smoothing": 0.1}, r"label_smoothing 0.1: is for --targets labels, or --calibrate_below"),
-        ({"label_smoothing": 1.0, "targets": "labels"}, r"label_smoothing 1.0: must be between 0 and 1"),
+        ({"label_smoothing": 1.0, "targets": "labels"}, r"label_smoothing 1.0: must be at least 0 and below 1"),
         ({"calibrate_below": 0.0}, r"calibrate_below 0.0: must be between 0 and 1"),
         (
             {"targets": "labels", "calibrate_below": 0.5},
@@ -76,7 +76,10 @@ def test_these_must_not_be_negative(name: str) -> None:
         ({"column": "a,b", "teacher_weights": "1,0"}, r"expected a positive number for each of the 2 teachers \(a,b\)"),
         ({"column": "a,b", "teacher_weights": "1,x"}, r"expected a positive number for each"),
         ({"column": "a,b", "teacher_weights": "1,inf"}, r"expected a positive number for each"),
-        ({"targets": "online", "teacher": "a,b", "checkpoint": "F"}, r"checkpoint 'F': 1 for 2 teachers \(a,b\); expected one"),
+        (
+            {"targets": "online", "teacher": "a,b", "checkpoint": "F"},
+            r"checkpoint 'F': 1 for 2 teachers \(a,b\); pass one for each",
+        ),
     ],
 )
 def test_what_does_not_go_together_is_refused(options: dict[str, Any], message: str) -> None:

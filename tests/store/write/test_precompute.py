@@ -232,7 +232,8 @@ def test_a_limit_below_one_is_refused(tmp_path, make_store, limit):
     [
         ({"seed": 1}, "its seed is 0, not 1; pass the same, or choose another --store"),
         ({"crops": 5}, "its crops per image is 4, not 5; pass the same, or choose another --store"),
-        ({"recipe": RECIPES["swav"]}, "this store's recipe is Recipe.*mocov2.*not Recipe.*swav"),
+        ({"recipe": RECIPES["swav"]}, "its recipe is mocov2, not swav; pass the same"),
+        ({"recipe": replace(RECIPES["mocov2"], scale=(0.5, 1.0))}, r"its recipe's scale is \(0\.2, 1\.0\), not \(0\.5, 1\.0\)"),
         ({"limit": 20}, r"was made from other images: it lists 24, .* gives 20; .*train lacks '.*\.jpg'"),
         ({"chunk_size": 8}, "this column's chunk_size is 16, not 8; pass the same, or choose another --column"),
         ({"codec": "SQ4"}, "this column's codec is SQ8, not SQ4"),
