@@ -184,10 +184,10 @@ def _how_died(workers: list[Any]) -> str:
         return ""
     code = min(codes)
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with status {code}"
-    return f"a process that reads images {how}, often for lack of memory (see dmesg): use {_FEWER}, then "
-
-
-"repeat the command to continue"
+    return (
+        f"a process that reads images {how}, often for lack of memory (see dmesg): use {_FEWER}, then repeat the command to "
+        "continue"
+    )
 
 
 def start_worker(worker: int) -> None:

@@ -173,5 +173,5 @@ def read_sidecar(path: Path, manifest: Listing, shard: int, keys: Set[str]) -> d
         raise StoreError(f"{path}: keys are missing or unknown; the file is damaged or newer")
     if values["shard"] != shard or values["manifest"] != manifest.digest:
         where = f"shard {values['shard']!r}" if values["manifest"] == manifest.digest else "another folder"
-        raise StoreError(f"{path}: written for {where}: the files of two shards were swapped; restore this shard's own")
+        raise StoreError(f"{path}: belongs to {where}: files were swapped; restore this shard's own")
     return values

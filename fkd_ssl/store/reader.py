@@ -225,9 +225,7 @@ class Column:
         values = read_sidecar(path, self.store.manifest, shard, {"column"})
         _check_digests([values["file"], values["column"]], path.with_suffix(".json"))
         if values["column"] != self.digest:
-            raise StoreError(
-                f"{path}: written for another column: the files of two shards were swapped; restore this shard's own"
-            )
+            raise StoreError(f"{path}: belongs to another column: files were swapped; restore this shard's own")
         return values
 
 

@@ -107,7 +107,7 @@ def test_what_is_there_stays(place: Path, call: Any) -> None:
     path.write_bytes(data[:-1] + b"\x01")
     answer = call(LINE)
     assert answer.status == 1
-    assert "00000.npy: altered: " in answer.err
+    assert "00000.npy: damaged: " in answer.err
     path.unlink()
     path.with_suffix(".json").unlink()
     assert call(LINE).status == 0

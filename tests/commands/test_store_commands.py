@@ -155,7 +155,7 @@ class TestVerify:
         path.write_bytes(data)
         status, out, _ = call("verify store")
         assert status == 1
-        assert "codes-00000.npy: altered" in out
+        assert "codes-00000.npy: damaged" in out
         report = call("verify store --json")
         assert (report.status, json.loads(report.out)["ok"]) == (1, False)
 

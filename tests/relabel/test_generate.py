@@ -165,11 +165,11 @@ def test_what_another_process_writes_is_left_to_it(images: Folder, tmp_path: Pat
 @pytest.mark.parametrize(
     ("options", "about", "what"),
     [
-        ({"k": 4}, {}, "whose k is 5, not 4"),
-        ({"batch_size": 8}, {}, "whose batch_size is 7, not 8"),
-        ({}, {"seed": 1}, "whose checkpoint_sha256 is 0+, not 0+1"),
-        ({}, {"pixels": 56}, "whose pixels is 48, not 56"),
-        ({}, {"precision": "bf16"}, "whose precision is fp32, not bf16"),
+        ({"k": 4}, {}, "its k is 5, not 4"),
+        ({"batch_size": 8}, {}, "its batch_size is 7, not 8"),
+        ({}, {"seed": 1}, "its checkpoint_sha256 is 0+, not 0+1"),
+        ({}, {"pixels": 56}, "its pixels is 48, not 56"),
+        ({}, {"precision": "bf16"}, "its precision is fp32, not bf16"),
     ],
 )
 def test_maps_made_otherwise_are_left_alone(

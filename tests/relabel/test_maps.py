@@ -175,8 +175,8 @@ class TestDamage:
             ({"teacher": "x"}, "keys are missing or unknown, or a value is invalid"),
             ({"teacher": {"name": "x"}}, "keys are missing or unknown, or a value is invalid"),
             ({"count": 23}, "24 lines, the manifest says 23"),
-            ({"images_sha256": "0"}, "images.txt: altered"),
-            ({"sizes_sha256": "0"}, "images.npy: altered"),
+            ({"images_sha256": "0"}, "images.txt: damaged: its sha256 differs"),
+            ({"sizes_sha256": "0"}, "images.npy: damaged: its sha256 differs"),
         ],
     )
     def test_another_manifest(self, own: Path, changed: Any, what: str) -> None:
@@ -233,7 +233,7 @@ class TestDamage:
         data = bytearray(path.read_bytes())
         data[-1] ^= 1
         path.write_bytes(data)
-        with pytest.raises(StoreError, match=r"00000.npy: altered: .*delete both files and run the same"):
+        with pytest.raises(StoreError, match=r"00000.npy: damaged: .*delete both files and run the same"):
             LabelMaps(own).verify()
 
     def test_maps_of_another_folder_are_found_by_verify(self, own: Path) -> None:
@@ -258,7 +258,7 @@ class TestDamage:
             two.write_bytes(data)
         maps = LabelMaps(tmp_path / "maps")
         for row, shard in ((3, 1), (20, 0)):
-            with pytest.raises(StoreError, match=rf"written for shard {shard}; the files of two shards were swapped"):
+            with pytest.raises(StoreError, match=rf"belongs to shard {shard}: files were swapped"):
                 maps.read(row)
         with pytest.raises(StoreError, match="written for shard 1"):
             maps.verify()

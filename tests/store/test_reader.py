@@ -142,8 +142,8 @@ def test_what_is_no_store_is_named(tmp_path, image_folder):
         ({"rows_per_shard": 2.5}, "are impossible"),
         ({"seed": "0"}, "seed '0' or counts"),
         ({"count": 23}, r"images\.txt: 24 lines, the manifest says 23"),
-        ({"images_sha256": None}, r"images\.txt: altered"),
-        ({"sizes_sha256": "0" * 64}, r"images\.npy: altered"),
+        ({"images_sha256": None}, r"images\.txt: damaged: its sha256 differs"),
+        ({"sizes_sha256": "0" * 64}, r"images\.npy: damaged: its sha256 differs"),
     ],
 )
 def test_manifests_of_others_are_refused(folder, changes, message):
@@ -380,7 +380,7 @@ def test_codes_of_another_column_are_not_read(folder):
     resign(folder / "targets" / "tiny" / "codes-00001.json", column="0" * 64)
     column = open_store(folder).column()
     column.codes(3, slice(None))
-    with pytest.raises(StoreError, match=r"codes-00001\.npy: written for another column; the files of two shards were swapped"):
+    with pytest.raises(StoreError, match=r"codes-00001\.npy: belongs to another column: files were swapped"):
         column.codes(7, slice(None))
 
 

@@ -68,7 +68,7 @@ def read(folder: Path) -> None:
         (
             "store/crops/00000",
             "store/crops/00001",
-            r"crops/00000\.json: written for shard 1; the files of two shards were swapped",
+            r"crops/00000\.json: belongs to shard 1: files were swapped",
         ),
         ("store/targets/a/codes-00000", "store/targets/a/codes-00001", r"codes-00000\.json: written for shard 1"),
         ("store/targets/a/codes-00000", "store/targets/b/codes-00000", r"a/codes-00000\.npy: written for another column"),

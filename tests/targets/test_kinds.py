@@ -150,7 +150,7 @@ def test_a_grid_is_stored_verified_recoded_and_trained_on(image_folder: Path, tm
         out=str(tmp_path / "run"),
         targets="stored",
         store=str(store.folder),
-        teacher="small",
+        column="small",
         student="squeezenet1_1",
         objective="token_cosine",
         epochs=4,

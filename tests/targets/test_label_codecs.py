@@ -154,7 +154,7 @@ def test_names() -> None:
             LabelCodec(name, 8)
     with pytest.raises(RequestError, match=r"is not for class probabilities, the targets of r50; choose, for instance, hard"):
         TargetSpec("distribution", (8,)).check_codec("SQ8", "r50")
-    with pytest.raises(RequestError, match="the targets of moco are embeddings"):
+    with pytest.raises(RequestError, match="is not for embeddings, the targets of moco"):
         TargetSpec("embedding", (8,)).check_codec("hard", "moco")
     with pytest.raises(StoreError, match="has arrays"):
         KINDS["distribution"].load("hard", (8,), {"ranges": np.zeros(2)})

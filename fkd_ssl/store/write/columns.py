@@ -299,7 +299,7 @@ def publish_column(target: Path, meta: dict[str, Any], arrays: dict[str, Float32
 
 
 def _missing_meta(target: Path) -> str:
-    return f"{target}: the folder exists, but its meta.json is missing: restore it from a backup, or move "
-
-
-"the folder away and run this again"
+    return (
+        f"{target}: the folder exists, but its meta.json is missing: restore it from a backup, or move the folder away and run "
+        "this again"
+    )

@@ -196,7 +196,7 @@ def test_what_is_there_is_left(source, tree):
     for options in ({"codec": "SQ6", "to": "tiny-SQ4"}, {"codec": "SQ8", "to": "tiny"}):
         with pytest.raises(RequestError, match=r"its column '.*' is not tiny in SQ.; choose another --to or --out"):
             recode(source, column="tiny", **options)
-    with pytest.raises(RequestError, match=r"letters, digits, '\.', '_' and '-' only"):
+    with pytest.raises(RequestError, match=r"use only letters, digits, '\.', '_' and '-'"):
         recode(source, "SQ6", column="tiny", to="a/b")
     with pytest.raises(RequestError, match="codec 'SQ5': not supported"):
         recode(source, "SQ5", column="tiny")
@@ -206,7 +206,7 @@ def test_what_is_there_is_left(source, tree):
 def test_a_codec_that_needs_more_targets_is_refused_and_nothing_is_left(tmp_path, source, tree):
     before = tree(tmp_path)
     for place in ({}, {"out": tmp_path / "small"}):
-        with pytest.raises(RequestError, match=r"codec PQ4x8 needs at least 9984 targets for its training; there are 256, be"):
+        with pytest.raises(RequestError, match=r"codec PQ4x8 needs at least 9984 targets for its training; there are 256 "):
             recode(source, "PQ4x8", **place)
     assert tree(tmp_path) == before
     assert not list(tmp_path.rglob(".unfinished-*"))
@@ -222,7 +222,7 @@ def test_a_codec_that_leaves_nothing_is_refused(tmp_path, make_store, tree):
         recode(store, "SQ4")
     assert tree(tmp_path) == before
     assert not list(tmp_path.rglob(".unfinished-*"))
-    with pytest.raises(RequestError, match=r"codec SQ4: .* choose a larger codec"):
+    with pytest.raises(RequestError, match=r"codec SQ4 loses too much.* choose a larger codec"):
         make_store(tmp_path / "other", crops=1, limit=1, codec="SQ4")
 
 
@@ -231,7 +231,7 @@ def test_a_damaged_or_unfinished_source_is_refused(source, tree):
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    with pytest.raises(StoreError, match=r"codes-00002\.npy: altered"):
+    with pytest.raises(StoreError, match=r"codes-00002\.npy: damaged"):
         recode(source, "SQ4")
     path.with_suffix(".json").unlink()
     with pytest.raises(StoreError, match="1 of 5 shards missing"):

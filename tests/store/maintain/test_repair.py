@@ -187,7 +187,7 @@ def test_another_teacher_repairs_nothing(folder, tree, image_folder, new_teacher
 def test_the_list_of_images_comes_back(folder, tree, image_folder, name):
     before = tree(folder)
     flip(folder / name)
-    with pytest.raises(StoreError, match="altered"):
+    with pytest.raises(StoreError, match="its sha256 differs"):
         open_store(folder)
     lines = []
     repair_lists(folder, images.scan(image_folder), lines.append)

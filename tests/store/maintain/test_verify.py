@@ -159,7 +159,7 @@ def test_impossible_records_that_are_signed_are_found(folder, change):
     rewrite(folder, "crops/00001.npy", records)
     (found,) = problems(folder)
     assert "crops/00001.npy: " in found
-    assert "is impossible; delete" in found
+    assert "is invalid; delete" in found
     assert found.startswith("shard 1: ")
     assert "row 23 (cedar/007.jpg)" in found
 
@@ -176,7 +176,7 @@ def test_codes_of_another_column_are_found(folder, make_store, new_teacher):
     for suffix in ("npy", "json"):
         shutil.copy(folder / f"targets/other/codes-00001.{suffix}", folder / f"targets/tiny/codes-00001.{suffix}")
     (found,) = problems(folder)
-    assert "targets/tiny/codes-00001.npy: written for another column; the files of two shards were swapped; restore" in found
+    assert "targets/tiny/codes-00001.npy: belongs to another column: files were swapped; restore" in found
 
 
 @pytest.mark.parametrize("part", ["crops/00001", "targets/tiny/codes-00001"])
