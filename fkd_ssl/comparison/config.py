@@ -97,9 +97,7 @@ class CompareConfig:
         if self.seeds < 1 or self.epochs <= 0:
             raise RequestError(f"seeds {self.seeds} and epochs {self.epochs}: must be positive")
         if (self.store is None or self.crops is not None) and self.stored_crops < self.crops_per_image:
-            raise RequestError(
-                f"crops {self.stored_crops} stored an image: fewer than the {self.crops_per_image} of --crops_per_image"
-            )
+            raise RequestError(f"crops {self.stored_crops}: must be at least crops_per_image {self.crops_per_image}")
 
     @property
     def stored_crops(self) -> int:

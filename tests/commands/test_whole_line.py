@@ -231,7 +231,7 @@ def test_compare_uses_an_existing_store(work: Path, call: Any) -> None:
         ("--images val", "store: a store of other images"),
         ("--teacher own_teacher:other", "'other'"),
         ("--store nowhere", "nowhere"),
-        ("--crops_per_image 6", "fewer than the 6 of --crops_per_image"),
+        ("--crops_per_image 6", "must be at least crops_per_image 6"),
         ("--further_arms stored:Flat", "the store already has this codec"),
     ],
 )
