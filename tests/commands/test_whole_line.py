@@ -228,7 +228,7 @@ def test_compare_uses_an_existing_store(work: Path, call: Any) -> None:
         ("--codec SQ8", "this column's codec is Flat, not SQ8"),
         ("--pixels 48", "this column's pixels is 32, not 48"),
         ("--recipe swav", "store: its recipe is"),
-        ("--images val", "store: a store of other images"),
+        ("--images val", "store: was made from other images"),
         ("--teacher own_teacher:other", "'other'"),
         ("--store nowhere", "nowhere"),
         ("--crops_per_image 6", "must be at least crops_per_image 6"),

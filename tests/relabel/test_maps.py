@@ -241,7 +241,7 @@ class TestDamage:
         values = files.read_json(path)
         path.unlink()
         files.write_json(path, {**values, "manifest": "0"})
-        with pytest.raises(StoreError, match=r"written for another folder"):
+        with pytest.raises(StoreError, match=r"belongs to another folder"):
             LabelMaps(own).verify()
         assert json.loads(path.read_text())["manifest"] == "0"
 
@@ -260,7 +260,7 @@ class TestDamage:
         for row, shard in ((3, 1), (20, 0)):
             with pytest.raises(StoreError, match=rf"belongs to shard {shard}: files were swapped"):
                 maps.read(row)
-        with pytest.raises(StoreError, match="written for shard 1"):
+        with pytest.raises(StoreError, match="belongs to shard 1"):
             maps.verify()
 
     def test_maps_that_take_much_memory_are_refused_before_a_file_is_read(self, own: Path) -> None:

@@ -70,10 +70,10 @@ def read(folder: Path) -> None:
             "store/crops/00001",
             r"crops/00000\.json: belongs to shard 1: files were swapped",
         ),
-        ("store/targets/a/codes-00000", "store/targets/a/codes-00001", r"codes-00000\.json: written for shard 1"),
-        ("store/targets/a/codes-00000", "store/targets/b/codes-00000", r"a/codes-00000\.npy: written for another column"),
-        ("store/crops/00000", "other/crops/00000", r"crops/00000\.json: written for another folder"),
-        ("store/targets/a/codes-00001", "other/targets/a/codes-00001", r"codes-00001\.json: written for another folder"),
+        ("store/targets/a/codes-00000", "store/targets/a/codes-00001", r"codes-00000\.json: belongs to shard 1"),
+        ("store/targets/a/codes-00000", "store/targets/b/codes-00000", r"a/codes-00000\.npy: belongs to another column"),
+        ("store/crops/00000", "other/crops/00000", r"crops/00000\.json: belongs to another folder"),
+        ("store/targets/a/codes-00001", "other/targets/a/codes-00001", r"codes-00001\.json: belongs to another folder"),
     ],
 )
 def test_swapped_pairs_are_found(folder, image_folder, tmp_path, first, second, what):
@@ -98,7 +98,7 @@ def test_a_shard_of_a_store_with_the_same_crops_is_told_apart_from_a_part_of_it(
     for suffix in SUFFIXES:
         shutil.copy(tmp_path / f"part/targets/a/codes-00000.{suffix}", folder / f"store/targets/a/codes-00000.{suffix}")
     (found,) = verify(open_store(folder / "store")).problems
-    assert "codes-00000.json: written for another folder" in found
+    assert "codes-00000.json: belongs to another folder" in found
 
 
 def test_a_column_of_another_store_is_found(folder):
@@ -106,7 +106,7 @@ def test_a_column_of_another_store_is_found(folder):
     shutil.copytree(folder / "other/targets/a", folder / "store/targets/a")
     found = verify(open_store(folder / "store")).problems
     assert len(found) == 2
-    assert all("written for another folder" in problem for problem in found)
+    assert all("belongs to another folder" in problem for problem in found)
 
 
 @pytest.mark.parametrize("how", ["empty", "meta", "link", "named"])
