@@ -1,4 +1,4 @@
-"""Loads files of weights without executing anything in them. No file can take more memory than its own size."""
+"""Loads files of weights without executing anything in them, or using more memory than a file of that size needs."""
 
 import errno
 import hashlib
@@ -160,7 +160,7 @@ class _StandIn:
 
 
 def _stand_in(name: str, kind: str) -> Any:
-    """Returns a type called `name` for empty objects. If `kind` is dict or list, its objects keep their items only."""
+    """Returns a type called `name`, of empty objects; if `kind` is dict or list, of plain OrderedDicts or lists."""
     about: dict[str, Any] = {"__module__": name.rpartition(".")[0]}
     if kind != "object":  # torch sets items only for these types
         content: type[Any] = list if kind == "list" else OrderedDict
@@ -169,7 +169,7 @@ def _stand_in(name: str, kind: str) -> Any:
 
 
 def _describe(start: bytes) -> str:
-    """Guesses from the first bytes what a file is that cannot be loaded. Torch's own message advises to unpickle it."""
+    """Describes a file that cannot be loaded, by its first bytes. PyTorch's own message advises `weights_only=False`."""
     if start.lstrip()[:1] == b"<":
         return "it is a web page, not the file: download it again"
     if start == b"version h":

@@ -41,7 +41,7 @@ class CheckpointError(RequestError):
 
 
 def did_you_mean(word: str, known: Iterable[str], dashes: str = "") -> str:
-    """Returns the end of a message about an unknown word: the most similar known word, or "" if no word is similar.
+    """Returns the end of a message about an unknown word, which names the most similar known word; "" if none is similar.
 
     >>> did_you_mean("feature_k", ["feature_kl", "cosine"])
     '; did you mean feature_kl?'

@@ -61,7 +61,7 @@ def access_error(path: Path, error: OSError) -> StoreError:
 
 
 def exists(path: Path) -> bool:
-    """Whether a file of a store exists, links included. Raises StoreAccessError if its folder cannot be searched."""
+    """Whether a file of a store or a link of that name exists. Raises StoreAccessError if its folder cannot be searched."""
     try:
         path.lstat()
     except OSError as error:
@@ -72,7 +72,7 @@ def exists(path: Path) -> bool:
 
 
 def names(folder: Path) -> set[str]:
-    """Returns the names in a folder of a store, none if it is missing. Raises StoreAccessError if it cannot be listed."""
+    """Returns the names in a folder of a store; empty if it is missing. Raises StoreAccessError if it cannot be listed."""
     try:
         return set(os.listdir(folder))  # noqa: PTH208  (thousands of names)
     except OSError as error:
@@ -189,7 +189,7 @@ def match_with_checksum(path: Path, pattern: re.Pattern[bytes]) -> re.Match[byte
     Checks its sha256 as `read_json` does. The group `sha256` of `pattern` must match the value of that key.
 
     Returns:
-        The match; None if the file does not match or its sha256 is wrong. `read_json` then tells which of the two.
+        The match; None if the file does not match or its sha256 is wrong. `read_json` then raises the appropriate error.
 
     Raises:
         StoreError: The file cannot be read.

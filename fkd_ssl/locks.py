@@ -35,7 +35,7 @@ def try_lock(descriptor: int, *, seconds: float = 0.0) -> bool:
 def locked(path: Path, *, seconds: float = 0.0) -> Iterator[bool]:
     """Tries to lock the file `path` until the block ends; yields whether this process has the lock.
 
-    Creates the file if it is missing. The process that held the lock removes it.
+    Creates the file if it is missing, and removes it at the end of the block.
     """
     end = time.monotonic() + seconds
     while True:
@@ -72,7 +72,7 @@ def _is_named(descriptor: int, path: Path) -> bool:
 
 
 def _forget() -> None:
-    """Closes the locks in a forked process, which would otherwise keep them after its parent is killed."""
+    """Closes the lock files in a forked process, which would otherwise hold the locks after its parent is killed."""
     for descriptor in _held.values():
         os.close(descriptor)
     _held.clear()

@@ -1,4 +1,4 @@
-"""Config dataclasses with groups of options. A YAML file has one section per group; everywhere else the names are flat."""
+"""Config dataclasses with groups of options. A YAML file has one section per group; Python and the command line have none."""
 
 import dataclasses
 from collections.abc import Mapping
@@ -7,11 +7,11 @@ from typing import Any, Self
 from fkd_ssl.errors import RequestError, did_you_mean
 
 OBJECT = "object:"
-"""Start of the names of Python objects."""
+"""Prefix of the names of Python objects."""
 
 
 class Named(str):
-    """The name of a Python object in a config, with the object. Copies, files and other processes get the name only.
+    """The name of a Python object in a config. It holds the object, but copies, files and other processes get the name only.
 
     Attributes:
         value: The object; a list of names for several objects.
@@ -48,7 +48,7 @@ def declared(config: type, attribute: str) -> set[str]:
 
 
 def nested(values: Mapping[str, Any], config: type) -> dict[str, Any]:
-    """Sorts flat values into sections, in the order of the groups."""
+    """Sorts flat values into sections, one per group, in the order of the groups."""
     groups = groups_of(config)
     if not groups:
         return dict(values)
@@ -56,7 +56,7 @@ def nested(values: Mapping[str, Any], config: type) -> dict[str, Any]:
 
 
 def flat(values: Mapping[str, Any], config: type) -> dict[str, Any]:
-    """Flattens values in sections; the inverse of `nested`.
+    """Takes values out of their sections; the inverse of `nested`.
 
     Raises:
         RequestError: A key is unknown or in the wrong section; the message says where it belongs.

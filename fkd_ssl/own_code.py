@@ -10,7 +10,7 @@ from fkd_ssl.errors import FkdError, RequestError, did_you_mean
 
 
 def load_function(name: str, what: str) -> Callable[..., Any]:
-    """Imports the function `module:function`, also from the current folder. Messages begin with `what`, the thing it makes.
+    """Imports the function `module:function`, also from the current folder. `what` says what it makes, for messages.
 
     Raises:
         RequestError: The module or the function does not exist.

@@ -1,9 +1,9 @@
 """Bounds the memory that a file of torch.save can take, by reading its pickle without running it.
 
 `torch.load(weights_only=True)` executes no code of the file, but it allocates what the file asks for: `bytearray(2**36)`,
-`torch.FloatTensor(2**31)`, or a tensor of stride 0 that fills the memory when it is copied. So the pickle is read first, with
-the same stack as the unpickler. Only the calls that tensors and plain values need are allowed, with arguments that bound the
-size of the result.
+`torch.FloatTensor(2**31)`, or a tensor of stride 0 that fills the memory when it is copied. Therefore `scan` reads the pickle
+first, and keeps the stack that the unpickler would have. It allows only the calls that tensors and plain values need, and only
+if their arguments bound the size of the result.
 """
 
 import math
@@ -18,7 +18,7 @@ class UnsafePickleError(Exception):
     """The pickle needs something that a checkpoint of weights does not need; the message says what."""
 
 
-# The calls that make tensors and plain values, by name. Arguments are copied, so their size bounds the result.
+# Names of the calls that make tensors and plain values. They copy their arguments, whose size therefore bounds the result.
 _TENSORS = {f"torch._utils._rebuild_tensor{version}" for version in ("", "_v2", "_v3")}
 _PARAMETERS = {"torch._utils._rebuild_parameter", "torch._utils._rebuild_parameter_with_state"}
 _VALUES = {
@@ -31,7 +31,7 @@ _VALUES = {
     "builtins.complex",
 }
 _BYTES = "_codecs.encode"  # how protocol 2 encodes bytes
-# Modules with functions that torch runs itself. Any other name in a pickle gets a stand-in.
+# Modules whose names torch's unpickler looks up itself. A name from another module is replaced by a stand-in.
 _RUN_BY_TORCH = {
     "torch",
     "torch._utils",
@@ -72,7 +72,7 @@ class _Node:
     kind: str
     """One of constant, tuple, container, global and storage, or the name of the call that made it."""
     value: Any = None
-    """The constant, the tuple's items, the global's name, the storage's elements."""
+    """The constant, the tuple's items, the global's name, or the storage's number of elements."""
     size: int = 1
     """Upper bound of the size of a copy, in items or bytes."""
 
@@ -82,7 +82,7 @@ class Names:
     """The names and storages in the pickles of a file.
 
     Attributes:
-        stand_ins: Names that a checkpoint does not need, with how their objects are used: as object, dict or list.
+        stand_ins: Names that the weights do not need, each with the kind of its stand-in: object, dict or list.
         storage_bytes: Bytes of each storage, by key.
     """
 
@@ -100,7 +100,7 @@ def scan(stream: BinaryIO, length: int, names: Names, allowed: Collection[str] =
         allowed: Names of further functions and types that torch may call with arguments of bounded size.
 
     Raises:
-        UnsafePickleError: The pickle calls something else, or needs more memory than its size.
+        UnsafePickleError: The pickle makes other calls, or needs much more memory than its size.
         Exception: The pickle is damaged.
     """
     scanner = _Scanner(names, allowed)

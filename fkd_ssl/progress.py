@@ -12,7 +12,7 @@ def bar_disabled(*, show: bool) -> bool:
 
 
 def advance_done(bar: "tqdm[Any]", count: int) -> None:
-    """Advances a bar over work that was done before. The bar's rate and time left count only the work of this session."""
+    """Advances a bar by work of an earlier session, which does not count for the bar's rate and time left."""
     bar.n += count
     if not bar.disable:
         bar.initial += count

@@ -56,7 +56,7 @@ class Score(Result):
 
     @classmethod
     def of(cls, values: dict[str, Any], correct: Booleans, out: Path | None) -> Self:
-        """Makes the result of a results.json."""
+        """Returns the result that a results.json describes."""
         low, high = values.get("interval95") or (0.0, 0.0)
         return cls(
             line=values["line"],
@@ -85,7 +85,7 @@ class Retrieval(Result):
 
     @classmethod
     def of(cls, values: dict[str, Any], correct: Booleans, out: Path | None) -> Self:
-        """Makes the result of a results.json."""
+        """Returns the result that a results.json describes."""
         by_k = {key: {int(k): share for k, share in values[key].items()} for key in ("recall", "precision")}
         return cls(line=values["line"], values=values, out=out, **by_k, map_at_r=values["map_at_r"], correct=correct)
 

@@ -21,9 +21,9 @@ TILE, ACROSS = 168, 6
 """Side of a small picture in pixels, and the number of them in a row."""
 _LARGE = 448  # side of the picture at the top
 _GAP, _MARGIN, _LINE = 16, 24, 21
-_PNG_HEADER, _MAX_BYTES = 33, 2**28  # bytes of a PNG's signature and IHDR chunk; of a file that may be a sheet
+_PNG_HEADER, _MAX_BYTES = 33, 2**28  # bytes of a PNG's signature and IHDR chunk; maximum bytes of a sheet
 _INK, _QUIET, _PAPER, _HIT = "#16181a", "#5c666c", "#ffffff", "#00795a"
-# of boxes, which also have their number
+# colours of the boxes of crops, which also have numbers
 _COLOURS = ("#0072b2", "#d55e00", "#b0457f", "#8a6d00", "#5b4fc4", "#5f6b73")
 
 
@@ -108,7 +108,7 @@ def _draw(
 ) -> bytes:
     """Draws a title, a large picture with numbered notes beside it, and rows of small pictures.
 
-    A small picture comes with the number of its note, or 0; None leaves its place empty.
+    Each small picture has the number of its note, 0 for no note. None leaves its place empty.
     """
     body, bold = _font("DejaVuSans", 16), _font("DejaVuSans-Bold", 22)
     lines = max((len(picture.lines) for row in rows for picture, _ in row if picture), default=0)
@@ -143,7 +143,7 @@ def _draw(
 
 
 def _tile(sheet: Image.Image, place: tuple[int, int], picture: Picture, colour: str, number: int) -> None:
-    """Draws a small picture, its frame and its lines. A hit has a frame and a mark, so that it can be told without colour."""
+    """Draws a small picture with its frame and its lines. A mark shows the same class to readers without colour vision."""
     draw, font, (left, top) = ImageDraw.Draw(sheet), _font("DejaVuSans", 15), place
     tile = _contain(picture.pixels, TILE)
     x, y = left + (TILE - tile.width) // 2, top + (TILE - tile.height) // 2
@@ -160,7 +160,7 @@ def _tile(sheet: Image.Image, place: tuple[int, int], picture: Picture, colour: 
 
 
 def _badge(draw: ImageDraw.ImageDraw, place: tuple[float, float], colour: str, number: int) -> None:
-    """Draws a number on a ground of its crop's colour."""
+    """Draws a number on a rectangle of its crop's colour."""
     font = _font("DejaVuSans-Bold", 15)
     x, y = place
     draw.rectangle((x, y, x + (22 if number < 10 else 30), y + 21), fill=colour)
@@ -197,7 +197,7 @@ def check_replaceable(path: Path, option: str) -> None:
 
 
 def write(path: Path, png: bytes, option: str) -> None:
-    """Writes a sheet, with a chunk that tells it from other files; raises RequestError as `check_replaceable`."""
+    """Writes a sheet, with a chunk that identifies it. Raises RequestError as `check_replaceable` does."""
     check_replaceable(path, option)
     files.replace(path, _marked(png))
 

@@ -1,4 +1,4 @@
-"""Text for people: escapes for the terminal, byte counts and durations."""
+"""Formats text for users: escapes for the terminal, byte counts and durations."""
 
 import re
 
@@ -7,7 +7,7 @@ _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u20
 
 
 def printable(text: str, *, encoding: str | None = None, one_line: bool = False) -> str:
-    r"""Escapes what would control a terminal or cannot be encoded with backslashes, and newlines too if `one_line`.
+    r"""Escapes characters that control a terminal or that `encoding` lacks, with backslashes; newlines too if `one_line`.
 
     >>> printable("a\x1b[2Jb\ud800")
     'a\\x1b[2Jb\\ud800'
@@ -29,7 +29,7 @@ def plural(count: int, noun: str) -> str:
 
 
 def format_bytes(count: float) -> str:
-    """Formats a number of bytes for people.
+    """Formats a number of bytes with a decimal unit.
 
     >>> format_bytes(840), format_bytes(74_900), format_bytes(1.1e12)
     ('840 bytes', '74.9 kB', '1.1 TB')
@@ -41,7 +41,7 @@ def format_bytes(count: float) -> str:
 
 
 def format_duration(seconds: float) -> str:
-    """Formats a duration for people.
+    """Formats a duration with a unit of its size.
 
     >>> format_duration(42), format_duration(5400), format_duration(400_000)
     ('42 s', '1.5 hours', '4.6 days')

@@ -14,13 +14,13 @@ from fkd_ssl.errors import ImageError, RequestError
 from fkd_ssl.images import ImageSource, decode
 
 IMAGES = 8
-CROPS = 64  # at most so many of an image are measured
-GAIN = 1.05  # the GPU must be faster by this factor, since a measurement of a moment is uncertain
+CROPS = 64  # maximum number of crops per image that are measured
+GAIN = 1.05  # the GPU must be faster by this factor, since a short measurement is uncertain
 
 
 @dataclass(frozen=True, kw_only=True)
 class Rates:
-    """Seconds per crop of each step; those of the CPU are of one thread or process."""
+    """Seconds per crop of each step. Those of the CPU are for one thread or process."""
 
     decode: float
     replay: float
@@ -36,7 +36,7 @@ class Rates:
         return max((self.decode + self.replay) / workers, self.network)
 
     def on_device(self, workers: int) -> float:
-        """Seconds per crop if they only decode. The crops and the network share the GPU."""
+        """Seconds per crop if `workers` only decode. The GPU makes the crops and runs the network, one after the other."""
         return max(self.decode / workers, self.plan, self.device + self.network)
 
 
@@ -97,10 +97,10 @@ def measure(
     """Measures the steps on a few images; returns None if none of them can be read. Arguments are those of `choose`."""
     decoded = []
     started = time.perf_counter()
-    for index in range(min(IMAGES, len(images))):  # neighbours, since other images may have to be fetched
+    for index in range(min(IMAGES, len(images))):  # the first ones, since others may have to be fetched
         try:
             decoded.append((images.names[index], decode(images.read(index), images.where(index))))
-        except ImageError:  # reported when its turn comes
+        except ImageError:  # reported when the image is used
             continue
     read = time.perf_counter() - started
     if not decoded:

@@ -1,10 +1,10 @@
 """Colour jitter and greyscale of a crop as a single affine map of RGB.
 
 Brightness, contrast, saturation, hue and greyscale are each affine in a pixel's RGB once the mean of the crop is known, and
-so is their composition. This differs from torchvision's ColorJitter in two ways, by 3 to 4 grey levels in the median:
-values are not clamped between the operations, and hue is a rotation in YIQ instead of HSV. Teacher and student see the same
-pixels. Without clamping the four operations commute, so a record's `order` changes nothing beyond rounding. Records keep it
-for an implementation that clamps.
+so is their composition. Pixels differ from those of torchvision's ColorJitter by 3 to 4 grey levels in the median, for two
+reasons: values are not clamped between the operations, and hue is a rotation in YIQ instead of HSV. Teacher and student see
+the same pixels. Without clamping, the four operations commute, so a record's `order` changes only the rounding. Records keep
+it for an implementation that clamps.
 """
 
 import math
@@ -50,6 +50,8 @@ def matrix(
 ) -> Float32Array:
     """Returns the colour matrix float32 [3, 4] of a crop: output = matrix @ (R, G, B, 1), before rounding and clamping.
 
+    It is computed with scalars, so that the result depends only on this record, and not on the rounding of a vector unit.
+
     Args:
         flags: Flags of the crop's record.
         order: Index in `OPERATION_ORDERS`.
@@ -58,8 +60,6 @@ def matrix(
         saturation: Factor.
         hue: Shift in full circles.
         mean: Mean R, G and B of the resized crop. Its grey is the pivot of contrast, as in torchvision's `adjust_contrast`.
-
-    It computes with scalars, so that the result depends only on this record, and not on the rounding of a vector unit.
     """
     columns: list[Column] = [(1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0), (0.0, 0.0, 0.0)]
     if flags & JITTER:
@@ -105,10 +105,10 @@ def matrices(
     saturation: npt.NDArray[Any],
     hue: npt.NDArray[Any],
 ) -> tuple[Float32Array, npt.NDArray[np.float64]]:
-    """Computes `matrix` for n well-formed records with unknown means, with the same bits.
+    """Computes the matrices of n well-formed records before the means of their crops are known, with the bits of `matrix`.
 
-    Every operation is applied at each of the four positions. If the record's order has another operation at a position, a
-    factor is used that changes no bit.
+    Every operation is applied at each of the four positions. Where the record's order has another operation, its factor is one
+    that changes no bit.
 
     Returns:
         The columns of R, G and B, float32 [n, 3, 3], and the map from a crop's mean to its last column, float64 [n, 3, 3].

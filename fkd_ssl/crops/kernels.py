@@ -16,9 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-MAX_BLOCK = (
-    1 << 16 if os.environ.get("TRITON_INTERPRET") == "1" else 1024
-)  # values per program; the interpreter is faster with more
+# values per program; the interpreter is faster with more
+MAX_BLOCK = 1 << 16 if os.environ.get("TRITON_INTERPRET") == "1" else 1024
 VALUES = 1 << 26  # maximum size of a temporary array; larger batches are made in several parts
 
 
@@ -110,9 +109,8 @@ def _taps(size: Tensor, pixels: int) -> Tensor:
 
     They are computed as in OpenCV's resize: positions in float64, weights in float32. `_unpack` is the inverse.
     """
-    scale = 1.0 / torch.div(
-        torch.tensor(pixels, dtype=torch.float64, device=size.device), size
-    )  # `pixels / size` is not a division
+    # torch computes `pixels / size` as `pixels * (1 / size)`, which rounds twice
+    scale = 1.0 / torch.div(torch.tensor(pixels, dtype=torch.float64, device=size.device), size)
     position = ((torch.arange(pixels, device=size.device).double() + 0.5) * scale[:, None] - 0.5).float()
     below = position.floor()
     weight = position - below

@@ -1,8 +1,8 @@
 """Recipes: the distributions that crops are drawn from, and the draw itself.
 
-A crop depends only on the store's seed, the image's path and the crop's index: the key of Philox4x64 is blake2b-128 of seed and
-path, and crop `c` uses the 16 counter blocks from 16 c on. NumPy guarantees that the raw stream of Philox never changes, but
-not its distributions, so this module converts the stream to floats itself.
+The random numbers of a crop depend only on the store's seed, the image's path and the crop's index: the key of Philox4x64 is
+blake2b-128 of seed and path, and crop `c` uses the 16 counter blocks from 16 c on. NumPy guarantees that the raw stream of
+Philox never changes, but not its distributions, so this module converts the stream to floats itself.
 """
 
 import hashlib

@@ -47,7 +47,7 @@ def centre(height: int, width: int, pixels: int) -> Records:
 
 
 def unpack(records: Records, height: int, width: int) -> list[Fields]:
-    """Converts records to plain numbers, since reading a field of a structured scalar is as slow as flipping a small crop.
+    """Converts records to tuples of numbers, since reading the fields of a NumPy record takes about as long as flipping a crop.
 
     Raises:
         ImageError: A box is empty or not inside an image of `height` x `width` pixels.

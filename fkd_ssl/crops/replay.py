@@ -35,7 +35,7 @@ _STEPS = _steps()
 
 
 def describe_implementation() -> str:
-    """Describes which of the two implementations makes the crops of this process."""
+    """Describes whether the C extension or OpenCV makes the crops of this process."""
     if _avx2 is not None:
         return "crops in C (AVX2)"
     why = "this installation has no compiled part" if find_spec("fkd_ssl.crops._avx2") is None else "this processor has no AVX2"

@@ -82,8 +82,9 @@ def decode(data: bytes, name: str | Path) -> UInt8Array:
     """Decodes an image to RGB pixels uint8 [H, W, 3].
 
     simplejpeg (libjpeg-turbo) decodes JPEGs, and Pillow decodes everything else, including JPEGs that simplejpeg rejects. Both
-    give the same pixels (up to one level for CMYK). Pillow accepts corrupt data, but no truncated file. Animations give their
-    first frame. Greyscale, palette and CMYK images are converted to RGB, alpha is dropped, and EXIF orientation is not applied.
+    give the same pixels (up to one level for CMYK). Pillow decodes some corrupt data, but rejects truncated files. Animations
+    give their first frame. Greyscale, palette and CMYK images are converted to RGB, alpha is dropped, and EXIF orientation is
+    not applied.
 
     Greyscale images of more than 8 bits are converted to 8 bits by their range. 16-bit values lose the low byte. Files do not
     state the range of 32-bit integers: images with values up to 255 are kept, and images with values up to 65535 lose the low
@@ -163,7 +164,7 @@ def inaccessible(name: str | Path, error: OSError) -> ImageAccessError:
 
 
 def _unreadable(error: BaseException, name: str | Path) -> ImageError | ImageAccessError:
-    """Returns the error to raise for one of Pillow's. An errno means that the system failed, not that the data is damaged."""
+    """Returns our error for an error of Pillow. An errno means that the system failed, not that the data is damaged."""
     if isinstance(error, OSError) and error.errno is not None:
         return inaccessible(name, error)
     if isinstance(error, UnidentifiedImageError):

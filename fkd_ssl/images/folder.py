@@ -47,7 +47,7 @@ class Folder(ImageSource):
         index = {name: i for i, name in enumerate(classes)}
         super().__init__(str(root), names, [-1 if folder is None else index[folder] for folder in folders], classes)
         self.root = root
-        self._spelled = {k: spelled[name] for k, name in enumerate(names) if spelled[name] != name}  # in NFD, by macOS
+        self._spelled = {k: spelled[name] for k, name in enumerate(names) if spelled[name] != name}  # macOS gives NFD
         if left_out:
             self.notes.append(f"{root}: {left_out.total():,} files are not images by their names: {_kinds(left_out)}")
 

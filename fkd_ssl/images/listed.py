@@ -13,11 +13,11 @@ from fkd_ssl.images.patterns import classes_of
 
 
 class Listed(Folder):
-    """The images that a UTF-8 text file names: one path a line, and, if all lines have it, a tab and the image's class.
+    """The images that a UTF-8 text file lists: one path per line. All lines or none also have a tab and the image's class.
 
-    Paths are absolute or relative to the folder of the text file. Images are named by their paths relative to that folder, or,
-    if one lies outside of it, relative to the folder that holds all of them; so a list of all images of a folder is the same
-    set as the folder. Empty lines are skipped.
+    Paths are absolute or relative to the folder of the text file. The name of an image is its path relative to that folder.
+    If an image is outside it, names are relative to the deepest folder that contains all images. A list of all images of a
+    folder is therefore the same set as the folder. Empty lines are skipped.
 
     Args:
         file: The text file.

@@ -1,4 +1,4 @@
-"""Image sets by name, as NAME:SPLIT:ROOT with the `root` of torchvision: `cifar10:test:/data`, `imagenette:val:/data`.
+"""Image sets named NAME:SPLIT:ROOT, with the `root` of torchvision: `cifar10:test:/data`, `imagenette:val:/data`.
 
 Nothing is downloaded.
 """

@@ -15,9 +15,9 @@ _LISTED = 10  # maximum number of names in a message
 
 
 class Names(Sequence[str]):
-    """A list of names that stores their bytes and decodes a name when it is read, so that millions of names take little memory.
+    """A list of names. It stores them as bytes and decodes a name when it is read, so millions of names take little memory.
 
-    Forked processes share it, since reading a name writes nothing. A list of strings would write reference counts.
+    Forked processes share the memory, since reading a name writes nothing. Reading a list of strings writes reference counts.
 
     Args:
         names: Names without newlines, or the bytes of their lines, each of which ends with a newline.
@@ -75,7 +75,7 @@ def is_line(name: str) -> bool:
 
 
 def refuse(spec: str | Path, names: Iterable[str], why: str) -> None:
-    """Raises RequestError, with the first names and their number, unless `names` is empty."""
+    """Raises RequestError, which lists the first of the names, unless `names` is empty."""
     if wrong := sorted(names):
         some = "".join(f"\n  {name!r}" for name in wrong[:_LISTED])
         more = f"\n  and {len(wrong) - _LISTED:,} more" if len(wrong) > _LISTED else ""

@@ -19,7 +19,7 @@ from fkd_ssl.own_code import call, load_function
 SOURCES: dict[str, Callable[[str], ImageSource]] = dict.fromkeys(named.SPLITS, named.load)
 """Functions that open KIND:REST, by KIND."""
 _LISTS = (".txt", ".tsv")
-_TARS = (".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst")  # of which `Tars` refuses compressed ones with advice
+_TARS = (".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst")  # `Tars` rejects the compressed ones, with advice
 _TABLES = (".parquet", ".arrow")
 
 
@@ -32,7 +32,7 @@ def open_images(spec: str | Path | ImageSource) -> ImageSource:
             - a folder of images, of tars, of Parquet files, or that Hugging Face's `datasets` saved to disk,
             - tars, Parquet or Arrow files: a path or a pattern such as `train-{0000..0146}.tar` or `data/train-*.parquet`; the
               columns of a table can follow as `#image=COLUMN,label=COLUMN,name=COLUMN`,
-            - a text file (`.txt` or `.tsv`) with one path of an image a line, see `Listed`,
+            - a text file (`.txt` or `.tsv`) with one path per line, see `Listed`,
             - KIND:REST with a KIND in `SOURCES`,
             - `module:function`, the user's function that returns an ImageSource, called without arguments,
             - an ImageSource, which is returned unchanged.
@@ -40,7 +40,7 @@ def open_images(spec: str | Path | ImageSource) -> ImageSource:
     Raises:
         RequestError: The source does not exist, is damaged, or has names that a store cannot keep.
         ImageAccessError: A file cannot be read.
-        FkdError: The function failed, or returned something else than an ImageSource.
+        FkdError: The function failed, or did not return an ImageSource.
     """
     if isinstance(spec, ImageSource):
         return spec
@@ -101,7 +101,7 @@ def _open_folder(folder: Path) -> ImageSource:
 
 
 def _columns(spec: str, options: str) -> dict[str, str]:
-    """Parses `image=A,label=B` behind the # of a spec."""
+    """Parses `image=A,label=B`, the part of a spec after #."""
     pairs = [part.partition("=") for part in options.split(",")] if options else []
     for key, _, column in pairs:
         if not (key and column):
@@ -110,7 +110,7 @@ def _columns(spec: str, options: str) -> dict[str, str]:
 
 
 def _check_names(source: ImageSource) -> None:
-    """Raises RequestError if a store cannot keep the names and find them again."""
+    """Raises RequestError if a store cannot hold the names, or could not find the images by them again."""
     names = list(source.names)
     refuse(source.spec, (name for name in names if not is_line(name)), "have control characters or line separators")
     refuse(source.spec, (n for n in names if n != unicodedata.normalize("NFC", n)), "are not in Unicode's NFC form")

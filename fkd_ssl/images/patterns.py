@@ -1,4 +1,4 @@
-"""Parts of image sources of several files: patterns such as `train-{0000..0146}.tar`, order of names, classes given as text."""
+"""What sources of several files share: patterns such as `train-{0000..0146}.tar`, the order of names, classes from text."""
 
 import itertools
 import os
@@ -19,10 +19,10 @@ _MAX_NUMBER = 10**6  # largest class that is a number
 
 
 def expand(pattern: str) -> list[str]:
-    """Returns the names that a pattern's braces give: `{0..9}` counts, with the zeros given, and `{a,b}` lists.
+    """Expands the braces of a pattern: `{008..123}` gives these numbers with leading zeros, and `{a,b}` gives a and b.
 
     Raises:
-        RequestError: It gives none, or more than a million.
+        RequestError: The pattern gives no name, or more than a million.
     """
     alternatives: list[list[str]] = []
     count = 1
@@ -53,7 +53,7 @@ def stamp_of(path: str | Path) -> tuple[str, float]:
 
 
 def order_of(names: Sequence[str]) -> tuple[Int64Array, list[int]]:
-    """Returns the order that sorts the names [N], and the indices of those that occurred before."""
+    """Returns the order that sorts the names [N], and the indices of repeated names, without the first of each."""
     order = sorted(range(len(names)), key=names.__getitem__)
     return np.array(order, dtype=np.int64), [b for a, b in itertools.pairwise(order) if names[a] == names[b]]
 
@@ -67,8 +67,8 @@ def class_of_path(name: str) -> str:
 def classes_of(texts: Sequence[str], names: list[str] | None = None) -> tuple[Int64Array, list[str]]:
     """Returns the label of each image [N] and the classes, from the name or number of each image's class.
 
-    An empty text gives the label -1. If all classes are numbers, the labels are these numbers, so that class k stays class k
-    if images of a lower class are missing. Otherwise the labels count the names in alphabetical order, or in that of `names`.
+    An empty text gives the label -1. If all classes are numbers, these numbers are the labels, even if some classes have no
+    images. Otherwise a label is the index of the class in alphabetical order, or in `names` if given.
     """
     known = list(dict.fromkeys(names)) if names else sorted({text for text in texts if text})
     if not names and known and all(text.isascii() and text.isdecimal() and text == str(int(text)) for text in known):

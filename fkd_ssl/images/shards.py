@@ -1,4 +1,4 @@
-"""Files that hold many images: on a local disk, or in an object store, from where they are fetched into the cache folder."""
+"""Files of many images, on a local disk or in an object store. The latter are fetched into the cache folder."""
 
 import glob
 import os
@@ -26,7 +26,7 @@ _TRIES, _PAUSE = 5, 0.5  # attempts of a request; seconds before the second, dou
 _ABANDONED = 3600  # seconds since the last write, after which a partly fetched file is removed
 _LISTERS = 16  # threads that ask for sizes
 _MIXED = 16  # files whose images a training mixes by default
-_AHEAD = 2  # files that are fetched ahead of need, at a time
+_AHEAD = 2  # files that are fetched ahead at a time
 _VERSIONS = ("ETag", "etag", "md5Hash", "LastModified", "last_modified", "mtime", "created")
 _SECRET = re.compile("sig|token|key|secret|password|credential", re.IGNORECASE)
 
@@ -275,7 +275,7 @@ def _first_line(problem: object) -> str:
 
 
 class Prefetcher:
-    """Fetches remote files ahead of need, in threads of this process.
+    """Fetches remote files before they are read, in threads of this process.
 
     Attributes:
         mix: Number of files whose images a training mixes by default; 0 if all are local.
@@ -289,7 +289,7 @@ class Prefetcher:
         self._pool: ThreadPoolExecutor | None = None
 
     def expect(self, numbers: Iterable[int]) -> None:
-        """Begins to fetch these files, in order, unless they are there."""
+        """Begins to fetch those of these files that are not fetched yet, in order."""
         if not self.mix:
             return
         if self._pool is None or self._process != os.getpid():

@@ -22,7 +22,7 @@ from fkd_ssl.text import format_bytes, plural
 
 _JPEG = frozenset({".jpg", ".jpeg", ".jpe", ".jfif"})
 _SAMPLED = 32  # images that are shrunk first to estimate the size of the copy
-_AHEAD = 64  # images in work at a time
+_AHEAD = 64  # images that are processed at a time
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,7 +40,7 @@ class CacheSummary:
 
 
 def shrink(image: UInt8Array, short_side: int) -> UInt8Array:
-    """Shrinks an image to a short side of at most `short_side`, by area means: uint8 [h, w, 3]. Keeps a smaller image."""
+    """Shrinks an image to a short side of at most `short_side` by area means: uint8 [h, w, 3]. Smaller ones are unchanged."""
     height, width = image.shape[:2]
     size = _scaled(width, height, short_side)
     if size == (width, height):

@@ -34,8 +34,8 @@ class Table(ImageSource):
     its value in the label column: a class of a Hugging Face ClassLabel, a number, or text. Without a label column, the first
     folder of the name is the class.
 
-    A Parquet file is read by row group, and an Arrow file by row. In a random order, each image of a Parquet file therefore
-    costs the reading of a row group.
+    A Parquet file is read by row group, and an Arrow file by row. Reading a Parquet file in random order therefore reads a
+    whole row group for each image.
 
     Args:
         spec: As in ImageSource.
@@ -43,7 +43,7 @@ class Table(ImageSource):
         columns: Names of the columns `image`, `label` and `name`, where they differ from the defaults.
 
     Raises:
-        RequestError: pyarrow is missing, a file is damaged, a column is missing or ambiguous, or two images have one name.
+        RequestError: pyarrow is missing, a file is damaged, a column is missing or ambiguous, or two images have the same name.
     """
 
     def __init__(self, spec: str, shards: Sequence[Shard], columns: dict[str, str] | None = None) -> None:
@@ -109,7 +109,7 @@ class Table(ImageSource):
         return f"{stamp} {group} {row}", changed
 
     def group(self, index: int) -> int:
-        """Returns a number of the image's row group."""
+        """Returns a number that identifies the image's row group."""
         file, group, _ = self._at[index].tolist()
         return int(file << 32 | group)
 
@@ -137,7 +137,7 @@ class Table(ImageSource):
         return self._readers[file]
 
     def _list(self, file: int, columns: dict[str, str]) -> "tuple[list[str], list[str], list[str] | None, Int64Array]":
-        """Lists a file: names and classes of its images, the names of all classes if it has them, and positions [n, 2 + 1]."""
+        """Lists a file: names and classes of its images, all class names if it has them, and file, row group and row [n, 3]."""
         reader, path = self._reader(file), PurePosixPath(self.shards[file].name)
         image = _choose_image(reader.schema, columns.get("image"), path)
         if self._image not in ("", image):
@@ -300,7 +300,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def files_of(folder: Path) -> list[Shard]:
-    """Returns the Parquet or Arrow files of a data set's folder, as it lies on disk after a download or `save_to_disk`.
+    """Returns the Parquet or Arrow files of a data set's folder, in the layout of a download or of `save_to_disk`.
 
     Raises:
         RequestError: The folder holds several splits; the message names them.

@@ -166,7 +166,7 @@ def _read_index(shard: Shard) -> TarIndex:
                     elif suffix in _LABELS and member.size <= _MAX_JSON:
                         data = os.pread(file.fileno(), member.size, member.offset_data)
                         classes[key, suffix] = _class_in(data, suffix, f"{path}: {member.name}")
-                # tarfile takes any damaged or missing header behind the first one for the end
+                # tarfile treats a damaged or missing header after the first one as the end of the archive
                 if os.pread(file.fileno(), tarfile.BLOCKSIZE, tar.offset) != tarfile.NUL * tarfile.BLOCKSIZE:
                     raise RequestError(f"{path}: the tar is truncated or damaged at byte {tar.offset:,}; restore the file")
         except tarfile.ReadError as error:
@@ -179,7 +179,7 @@ def _read_index(shard: Shard) -> TarIndex:
 
 
 def _problem(shard: Shard, message: str) -> str:
-    """Says why a file is not a tar that can be read by position."""
+    """Describes why a tar cannot be read by position."""
     with shard.open() as file:
         start = file.read(6)
     if start.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
@@ -190,7 +190,7 @@ def _problem(shard: Shard, message: str) -> str:
 
 
 def _normalised(name: str) -> str:
-    """The name of a member in NFC, without a leading `./`."""
+    """Returns the name of a member in NFC, without a leading `./`."""
     while name.startswith("./"):
         name = name[2:]
     return unicodedata.normalize("NFC", name)

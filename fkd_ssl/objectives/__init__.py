@@ -46,7 +46,7 @@ def make_objective(expression: str, *, about: TeacherInfo | None = None) -> Obje
 
 
 def settings_of(name: str) -> list[str]:
-    """The names of an objective's settings, which are the keyword-only arguments of its constructor."""
+    """Returns the names of an objective's settings, the keyword-only arguments of its constructor."""
     parameters = inspect.signature(OBJECTIVES[name]).parameters.values()
     return [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
 

@@ -38,7 +38,7 @@ class Objective(nn.Module):
 
     @abstractmethod
     def forward(self, student: Tensor, target: Tensor) -> Tensor:
-        """The loss, a scalar, of student [B, D] and target [B, D]. It changes for the same arguments only after `remember`."""
+        """The loss, a scalar, of student [B, D] and target [B, D]. The same arguments give the same loss until `remember`."""
 
     def floor(self, target: Tensor) -> Tensor:
         """The minimum of `forward` for these targets [B, D]; for a cross-entropy, their mean entropy in nats."""

@@ -60,7 +60,7 @@ class QueueKL(Objective):
         return cross_entropy(of_student, of_target)
 
     def floor(self, target: Tensor) -> Tensor:
-        """The mean entropy in nats of the targets at T_t: a lower bound, perhaps out of reach if T is larger."""
+        """The mean entropy in nats of the targets at T_t: a lower bound, which may not be attainable if T is larger."""
         of_target = torch.cat([_own(target, target), scores(target, self.queue)], dim=1) / self.teacher_temperature
         return cross_entropy(of_target, of_target)
 

@@ -30,7 +30,7 @@ class Weighted(Objective):
         self.weights = list(weights)
 
     def forward(self, student: Tensor, target: Tensor) -> Tensor:
-        """The sum, a scalar, of L2-normalised student [B, D] and target [B, D]."""
+        """The sum, a scalar, of the losses of student [B, D] and target [B, D]."""
         return torch.stack([w * part(student, target) for w, part in zip(self.weights, self.parts, strict=True)]).sum()
 
     def floor(self, target: Tensor) -> Tensor:

@@ -144,7 +144,7 @@ def is_unsafe(lines: bytes) -> bool:
 
     It searches for plain strings, since a regular expression takes 1.5 seconds for a million lines.
     """
-    first = b"\n" + lines[:_PIECE]  # avoids a copy of the whole file
+    first = b"\n" + lines[:_PIECE]  # for the first line; not a copy of the whole file
     return any(
         any(part in text for part in _UNSAFE) or (b":" in text and _DRIVE.search(text) is not None) for text in (first, lines)
     )

@@ -59,7 +59,7 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def in_hash_order(paths: Sequence[str], purpose: str) -> list[int]:
-    """Returns the rows in the order of a hash of their paths, so that any first part is a sample across all folders."""
+    """Returns the rows in the order of a hash of their paths, so that the first n are a sample across all folders."""
 
     def key(row: int) -> bytes:
         return hashlib.blake2b(f"{purpose}\n{paths[row]}".encode(), digest_size=16).digest()

@@ -26,7 +26,7 @@ _TEACHERS = "teacher-"  # prefix of the names of a teacher's arrays
 _MAX_NUMBER = 2.0**53
 MAX_ARRAY = 2**28  # maximum bytes of all arrays of a teacher with their headers, and of one array of a codec
 _SHA256 = re.compile("[0-9a-f]{64}")
-# matches a sidecar of crops, to find the skipped ones of a million rows without parsing a million checksums
+# matches a sidecar of crops, to find the skipped rows among a million without parsing a million checksums
 _CROPS_SIDECAR = re.compile(
     rb'\{"file":"[0-9a-f]{64}","images":\[(?P<images>[0-9a-f",]*+)\],"manifest":"(?P<manifest>[0-9a-f]{64})",'
     rb'"sha256":"(?P<sha256>[0-9a-f]{64})","shard":(?P<shard>\d{1,10}),'
@@ -52,7 +52,7 @@ class ColumnMeta:
     the originals are the targets of its source. It also has `source_codec`, `source_column` (sha256 of the source's meta.json
     as in sidecars), and the source's cosines to the teacher's targets, `source_cosine_mean` and `source_cosine_min`."""
     chunk_size: int
-    """Number of crops per forward pass. Another number changes the last bits."""
+    """Number of crops per forward pass. Another number changes the last bits of the targets."""
     replay_digest: str
     """Identifies the code that made the pixels; see fkd_ssl.crops.replay_digest."""
     arrays: dict[str, str]
@@ -190,7 +190,7 @@ class Column:
         return rows[present[rows // self.store.manifest.rows_per_shard]]
 
     def require_complete(self) -> None:
-        """Raises StoreError, with their number and what to do, if shards are missing."""
+        """Raises StoreError if shards are missing."""
         absent = self.missing_shards
         if absent:
             total = self.store.manifest.shards

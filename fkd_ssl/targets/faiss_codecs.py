@@ -96,7 +96,7 @@ class FaissCodec:
         return codes
 
     def decode(self, codes: UInt8Array) -> Float32Array:
-        """Decodes uint8 [n, code_size] to targets float32 [n, D]. They are normalised again, except those of Flat (exact).
+        """Decodes uint8 [n, code_size] to targets float32 [n, D]. All but Flat normalise them again.
 
         Raises:
             StoreError: A decoded target is not finite, so the codes are damaged.

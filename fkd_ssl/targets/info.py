@@ -74,7 +74,7 @@ class TeacherInfo:
 
     @property
     def if_not_finite(self) -> str:
-        """Advice for the case that the network gives NaN or infinity."""
+        """What to do, or what is wrong, if the network gives NaN or infinity."""
         if self.precision != "fp32":
             return "try --precision fp32"
         return "its weights are damaged, or far from what its preprocessing gives it"

@@ -48,7 +48,7 @@ class TargetSpec:
         return math.prod(self.shape)
 
     def check_codec(self, codec: str, whose: str) -> int:
-        """Returns the bytes of one code of `codec`. Raises RequestError, naming `whose` targets, if it does not fit them."""
+        """Returns the bytes of one code of `codec`. Raises RequestError, naming the teacher `whose`, if it does not fit."""
         if not self.definition.has_codec(codec):
             raise RequestError(
                 f"codec {codec}: is not for {self.definition.display_name}, the targets of {whose}; choose, for "

@@ -207,7 +207,7 @@ def unpacked(codec: LabelCodec, codes: UInt8Array) -> npt.NDArray[Any]:
 
 
 def stem(path: str) -> str:
-    """Returns the path of an image's label file without suffix. FKD cuts a file's name at its first dot."""
+    """Returns the path of an image's label file, with the suffix .tar. FKD cuts an image's name at its first dot."""
     folder, slash, name = path.rpartition("/")
     return f"{folder}{slash}{name.split('.')[0]}.tar"
 

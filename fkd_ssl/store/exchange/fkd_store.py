@@ -118,7 +118,7 @@ def import_fkd(
 
 
 def export_fkd(column: Column, out: str | Path, *, fp16: bool = False) -> int:
-    """Writes a column as FKD's label files; returns the number of new files.
+    """Writes a column as FKD's label files; returns the number of files that did not exist.
 
     Raises:
         RequestError: The targets are embeddings, the crops have augmentations other than box and flip, float16 cannot represent

@@ -82,7 +82,7 @@ class Source:
 
     Attributes:
         columns: Columns of one store.
-        meta: meta.json of the new column, except for its codec and fidelity.
+        meta: meta.json of the new column, except for its codec, fidelity and arrays.
         name: Name of the column, or the names of all columns.
         digest: Digest that identifies the columns.
     """

@@ -20,8 +20,8 @@ from fkd_ssl.store.reader import COSINES, Column, Store, cosine_to_teacher
 from fkd_ssl.store.write.rows import Teacher
 from fkd_ssl.text import plural
 
-# the minimum cosine of a new sample may be this many times further from 1 than the recorded one, plus some slack for the
-# arithmetic of another machine
+# the cosines of a new sample may be this many times further from 1 than the recorded ones, plus some slack for the arithmetic
+# of another machine
 _MAX_RATIO, _SLACK = 4.0, 1e-3
 _RECORDS_AT_ONCE = 2**18  # crop records that are checked at once, about 20 MB
 _MIN_CROPS = 16  # minimum number of crops for a meaningful mean cosine
@@ -78,7 +78,7 @@ def verify(
     sample: int = 64,
     threads: int = 2,
 ) -> Report:
-    """Checks the sha256, shape and records of every file; every image, if given; and a sample of targets, given a teacher.
+    """Checks the sha256, shape and records of every file; with images, each of them; with a teacher, a sample of its targets.
 
     Args:
         store: The store.

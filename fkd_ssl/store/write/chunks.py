@@ -44,7 +44,7 @@ def forward(teacher: Teacher, chunk: Tensor | CropPlan, chunk_size: int) -> Tens
 
 def checked(teacher: Teacher, targets: Tensor, count: int) -> Float32Array:
     """Returns a copy of the targets of `count` crops. Raises FkdError if they are not finite or of another shape."""
-    result: Float32Array = targets.numpy().copy()  # pinned memory is used again
+    result: Float32Array = targets.numpy().copy()  # the pinned memory is reused
     expected = (count, *teacher.info.spec.shape)
     if result.shape != expected or not np.isfinite(result).all():
         raise FkdError(

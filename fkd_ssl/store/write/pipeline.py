@@ -16,7 +16,7 @@ from fkd_ssl.store.write import chunks
 from fkd_ssl.store.write.rows import Teacher, Views
 
 IN_FLIGHT = {"cpu": 0, "cuda": 3}
-"""Maximum number of chunks that were given to a teacher and whose targets are not written, by the teacher's device."""
+"""Maximum number of chunks that were given to a teacher, but whose targets are not written yet, by the teacher's device."""
 
 
 @dataclass
@@ -56,8 +56,8 @@ class Pipeline:
 
     Attributes:
         pool: The threads that read images.
-        ahead: Maximum number of images that were read and that a teacher has not been given.
-        in_flight: Maximum number of chunks that were given to a teacher and whose targets are not written.
+        ahead: Maximum number of images that were read but not given to a teacher yet.
+        in_flight: Maximum number of chunks that were given to a teacher, but whose targets are not written yet.
         stages: Seconds of each stage.
     """
 

@@ -37,7 +37,7 @@ class Share:
     index: int
     of: int
     steal: bool = False
-    """Whether to continue with the shards of other processes that are not begun, after its own."""
+    """Whether to continue, after its own shards, with shards of other processes that they have not begun."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.index < self.of:

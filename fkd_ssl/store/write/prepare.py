@@ -141,7 +141,7 @@ def begin(
     progress: bool,
     log: Callable[[str], None],
 ) -> Store:
-    """Announces the size of the store, then opens it, and creates it if it does not exist."""
+    """Logs the expected size of the store, then opens it, or creates it if it does not exist."""
     in_range("crops", crops, layout.MAX_CROPS)
     for request in requests:
         if not (folder / layout.TARGETS / request.name / "meta.json").exists():  # an existing column has its codec

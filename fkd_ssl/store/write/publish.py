@@ -32,7 +32,7 @@ def create_store(
     progress: bool = True,
     advice: str = "remove it or pass --on_unreadable skip",
 ) -> Manifest:
-    """Writes the lists of images and sizes of a new store, then its manifest. `advice` ends errors about unreadable images.
+    """Writes the lists of images and sizes of a new store, then its manifest. Errors about unreadable images end with `advice`.
 
     Raises:
         RequestError: The folder has other contents.

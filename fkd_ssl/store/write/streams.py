@@ -54,7 +54,7 @@ class TeacherStream:
         return self.skip if position == self.first else 0
 
     def push(self, position: int, row: Row, count: int, pipeline: Pipeline) -> None:
-        """Adds the crops of a row that the teacher has not seen. `row` may contain more of its `count` crops."""
+        """Adds those of the `count` crops of a row that the teacher has not seen. `row` may contain earlier ones."""
         if position < self.first or not self.on_row(row):
             return
         of_row = row.views[self.pixels]
@@ -78,7 +78,7 @@ class TeacherStream:
 
 @dataclass(frozen=True, kw_only=True)
 class Pass:
-    """Some rows that every teacher sees."""
+    """Rows that every teacher sees, for instance those of a shard."""
 
     rows: Sequence[int]
     """Rows of the store. The positions in `streams` are indices into this list."""

@@ -1,4 +1,4 @@
-"""Unfinished work: a work file with a journal, for the targets so far of a shard or of the codec's sample."""
+"""Work files: the finished part of a shard or of a codec's sample, with a journal, so that a killed run can continue."""
 
 import hashlib
 import math
@@ -24,7 +24,7 @@ class WorkFile:
 
     Attributes:
         crops: Number of crops that are done.
-        checksums: sha256 of each row's image. The caller appends them, at the latest when all crops of a row are done.
+        checksums: sha256 of each row's image. The caller appends it before it adds the last crop of the row.
     """
 
     def __init__(self, file: BinaryIO, path: Path, owner: str, *, unit: int, crops: int, per_row: int) -> None:
