@@ -40,7 +40,7 @@ def test_the_curve_is_a_table_and_a_plot(work: Path, call: Any) -> None:
         "%",
         "queries/s",
         "bytes",
-        "a",
+        "per",
         "vector",
         "build",
         "s",

@@ -59,7 +59,7 @@ def test_other_codecs(labels: Path, call: Any) -> None:
         assert answer.status == 2
         assert said in answer.err
         assert call(f"{STORE} --codec {codec} --column other").status == 2
-    assert "the targets of make are embeddings" in call("recode store --codec hard").err
+    assert "is not for embeddings, the targets of make" in call("recode store --codec hard").err
 
 
 def test_plan_has_fkds_codecs(work: Path, call: Any) -> None:
