@@ -55,7 +55,7 @@ def main() -> None:
             **{
                 f"{name}_{what}": round(float(function(scores[pixels])), 1)
                 for name, scores in (("ours", ours), ("pillow", pillow))
-                for what, function in (("mean", np.mean), ("least", np.min))
+                for what, function in (("mean", np.mean), ("minimum", np.min))
             },
         }
         for pixels in args.pixels

@@ -25,7 +25,7 @@ PATH_BYTES = 31  # bytes per image in images.txt
 
 
 def sizes(images: int, crops: list[int], codecs: list[str], dim: int) -> str:
-    rows = [["codec", "bytes a crop", *(f"C = {count}" for count in crops)]]
+    rows = [["codec", "bytes per crop", *(f"C = {count}" for count in crops)]]
     for codec in codecs:
         code = code_size(codec, dim)
         stores = [store_bytes(images, count, code, images * PATH_BYTES) / 1e9 for count in crops]
@@ -35,7 +35,7 @@ def sizes(images: int, crops: list[int], codecs: list[str], dim: int) -> str:
 
 def hours(images: int, crops: list[int], rates: list[int], gpus: list[int]) -> str:
     """Returns crops divided by crops per second, if reading is not the bottleneck."""
-    rows = [["crops a second of one GPU", "GPUs", *(f"C = {count}" for count in crops)]]
+    rows = [["crops per second of one GPU", "GPUs", *(f"C = {count}" for count in crops)]]
     for rate in rates:
         for count in gpus:
             rows.append([f"{rate:,}", str(count), *(format_duration(images * c / rate / count) for c in crops)])

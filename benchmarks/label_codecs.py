@@ -32,7 +32,9 @@ def main() -> None:
         f"{len(exact):,} crops of {column.meta.teacher.name}, {column.meta.target.size} classes; greatest probability "
         f"{exact.max(axis=1).mean():.3f} in the mean\n"
     )
-    print("| codec | bytes a crop, with its record | total variation, mean | most | same best class |\n|---|---|---|---|---|")
+    print(
+        "| codec | bytes per crop, with its record | total variation, mean | maximum | same best class |\n|---|---|---|---|---|"
+    )
     marginal = [f"marginal_{kind}_k{k}" for kind in ("smoothing", "renorm") for k in KEPT if k < column.meta.target.size]
     for spec in ("hard", "smoothing", *marginal, "full"):
         codec = LabelCodec(spec, column.meta.target.size)

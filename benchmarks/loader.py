@@ -289,7 +289,7 @@ def main() -> None:
     machine = {"machine": platform.machine(), "processors": len(processors), "versions": runs.versions()}
     results = {"images": len(images), "rows": rows, "several_workers": several, **machine}
     (args.out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    lines = ["| px | work | M | share of the limit | over the usual way | from the cache, over the usual way |"]
+    lines = ["| px | work | M | relative to the limit | relative to the usual way | the same, from the cache |"]
     lines += ["|---|---|---|---|---|---|"]
     lines += [
         f"| {r['pixels']} | {r['work']} | {r['crops']} | {r['share_of_limit']:.2f} | {r['over_usual']:.1f} | "
@@ -305,7 +305,7 @@ def main() -> None:
             lines.append(f"| {' | '.join(cells)} |")
         plot(detailed, args.out / "breakdown.png")
     if several:
-        lines += ["", "| workers | over the usual way | over no worker |", "|---|---|---|"]
+        lines += ["", "| workers | relative to the usual way | relative to no worker |", "|---|---|---|"]
         for row in several:
             rate = row["crops_per_second"]
             lines.append(

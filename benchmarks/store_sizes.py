@@ -68,7 +68,7 @@ def main() -> None:
     names = 31 * args.images
     if args.names:
         names = sum(len(os.fsencode(p.relative_to(args.names))) + 1 for p in args.names.rglob("*") if p.is_file())
-    print("| system | repository | of a crop | bytes a crop | GB | on disk |\n|---|---|---|---|---|---|")
+    print("| system | repository | stored per crop | bytes per crop | GB | on disk |\n|---|---|---|---|---|---|")
     shards = -(-args.images // ROWS_PER_SHARD)
     for spec in SPECS:
         size = code_size(spec, args.dim)
