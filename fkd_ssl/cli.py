@@ -25,8 +25,8 @@ from fkd_ssl.text import printable
 VERBS = {
     "demo": "run the whole pipeline on a generated image set, in minutes, without downloads",
     "teachers": "list known teachers; `teachers fetch NAME` downloads the weights of one",
-    "pretrain": "pretrain a MoCo v2 or SwAV teacher on a folder of images",
-    "cache": "copy a folder of images at a smaller size, for training on small crops",
+    "pretrain": "pretrain a MoCo v2 or SwAV teacher on images",
+    "cache": "copy images at a smaller size, for training on small crops",
     "plan": "show the size of a store in each codec before it is made",
     "precompute": "run a teacher on random crops of every image and store its targets",
     "inspect": "show the contents of a store",

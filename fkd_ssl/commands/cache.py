@@ -1,4 +1,4 @@
-"""Makes a smaller copy of a folder of images, so that training on small crops does not read full-size images.
+"""Makes a smaller copy of images, so that training on small crops does not read full-size images.
 
 The copy keeps the paths and formats, so precompute, train, knn and any other tool read it like the originals. The config and
 results.json are in the folder OUT.cache next to it. To continue a killed run, repeat the command.
@@ -20,7 +20,7 @@ class Config:
     """Options of cache."""
 
     images: str
-    """Folder of images, NAME:SPLIT:ROOT (cifar10:train:/data), or module:function."""
+    """Images: a folder, tars, Parquet files, a list of files, or another source (docs/sources.md)."""
     out: str
     """Folder of the copy; nothing in it is overwritten."""
     short_side: int = 128

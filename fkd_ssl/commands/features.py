@@ -20,7 +20,7 @@ class Config:
     model: str
     """A run folder, one of its .ckpt files, teacher:NAME, torchvision/NAME, timm/NAME, or module:function."""
     images: str
-    """Folder of images, NAME:SPLIT:ROOT (cifar10:test:/data), or module:function."""
+    """Images: a folder, tars, Parquet files, a list of files, or another source (docs/sources.md)."""
     features: str | None = None
     """Cache folder; needed on the command line."""
     pixels: int | None = None

@@ -26,7 +26,7 @@ class Config:
     model: str | None = None
     """A run folder, a .ckpt file, teacher:NAME, torchvision/NAME, timm/NAME or module:function; for files any name."""
     train: str
-    """Labelled images to search in: a folder, NAME:SPLIT:ROOT, or FEATURES.npy,LABELS.npy."""
+    """Labelled images to search in: a folder, another source (docs/sources.md), or FEATURES.npy,LABELS.npy."""
     val: str | None = None
     """Labelled images to classify, in the same forms as --train."""
     leave_one_out: bool = False

@@ -16,7 +16,7 @@ class Config:
     """Options of label-maps."""
 
     images: str
-    """Folder of images, NAME:SPLIT:ROOT (cifar10:train:/data), or module:function."""
+    """Images: a folder, tars, Parquet files, a list of files, or another source (docs/sources.md)."""
     out: str
     """Folder for the maps; nothing in it is overwritten."""
     teacher: str

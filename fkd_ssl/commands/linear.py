@@ -35,7 +35,7 @@ class Config:
     model: str | None = None
     """A run folder, a .ckpt file, teacher:NAME, torchvision/NAME, timm/NAME or module:function; for files any name."""
     train: str
-    """Labelled images to train the probe on: a folder, NAME:SPLIT:ROOT, or FEATURES.npy,LABELS.npy."""
+    """Labelled images to train the probe on: a folder, another source (docs/sources.md), or FEATURES.npy,LABELS.npy."""
     val: str
     """Labelled images to score the probe on, in the same forms as --train."""
     protocol: str = "logreg"

@@ -22,7 +22,7 @@ class Config:
     """Options of plan."""
 
     images: str
-    """Folder of images, NAME:SPLIT:ROOT (cifar10:train:/data), or module:function."""
+    """Images: a folder, tars, Parquet files, a list of files, or another source (docs/sources.md)."""
     teacher: str
     """A teacher of precompute: a family (mocov2, swav, lightly, transformers), a preset (fkd-ssl teachers lists them),
     torchvision/NAME, timm/NAME, run, or module:function of your own."""

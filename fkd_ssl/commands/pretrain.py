@@ -1,4 +1,4 @@
-"""Pretrains a teacher on a folder of images with MoCo v2 or SwAV, and saves it in the layout of the method's own code.
+"""Pretrains a teacher on images with MoCo v2 or SwAV, and saves it in the layout of the method's own code.
 
 It is meant for your own images; for ImageNet use a published teacher (fkd-ssl teachers). MoCo v2 can also train a small network
 without a teacher, as a baseline. To continue a killed run, repeat the command.

@@ -27,7 +27,7 @@ class Config:
     model: str | None = None
     """A run folder, a .ckpt file, teacher:NAME, torchvision/NAME, timm/NAME or module:function; for files any name."""
     gallery: str
-    """Labelled images to search in: a folder, NAME:SPLIT:ROOT, or FEATURES.npy,LABELS.npy."""
+    """Labelled images to search in: a folder, another source (docs/sources.md), or FEATURES.npy,LABELS.npy."""
     queries: str | None = None
     """Labelled query images, in the same forms as --gallery; by default the gallery itself."""
     index: Literal["exact", "hnsw", "ivfflat", "ivfpq"] = "exact"

@@ -35,7 +35,7 @@ class PretrainConfig:
     """
 
     images: str
-    """Folder of images, NAME:SPLIT:ROOT (cifar10:train:/data), or module:function; labels are not needed."""
+    """Images: a folder, tars, Parquet files, a list of files, or another source (docs/sources.md). Labels are not needed."""
     out: str
     """Run folder for checkpoint.pth.tar in the method's own layout (or student.safetensors), config.yaml, metrics.csv and
     results.json. Repeat the command to resume."""

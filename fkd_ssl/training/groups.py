@@ -80,7 +80,7 @@ class DataConfig:
     batch_size: int = FROM_DATA
     """Number of crops in a batch, a multiple of crops_per_image; by default 128 for up to 50,000 images, otherwise 256."""
     pixels: int = FROM_DATA
-    """Side of the student's crops; by default that of the teacher's."""
+    """Side of the student's crops; by default that of the teacher's crops, and 224 without a teacher."""
     mixup: float = 0.0
     """Mixup of crops and class probabilities: parameter of the Beta distribution, 0.8 in FKD. 0 disables it."""
     cutmix: float = 0.0
@@ -131,7 +131,8 @@ class TargetsConfig:
     teacher_precision: Literal["fp32", "bf16", "fp16"] | None = None
     """Precision of the online teacher; by default that of the student."""
     teacher_pixels: int | None = None
-    """Side of the online teacher's crops; by default that of the student. If it differs, each crop is made twice."""
+    """Side of the online teacher's crops; by default --pixels, or the teacher's native size. If it differs from --pixels, each
+    crop is made twice."""
     label_maps: str | None = None
     """Folder made by fkd-ssl label-maps, for --targets relabel."""
     label_smoothing: float = 0.0

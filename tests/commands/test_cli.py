@@ -175,7 +175,7 @@ class TestConfigFiles:
         assert status == 0
         values = yaml.safe_load(printed)
         assert list(values) == ["data", "targets", "student", "objective", "optimizer", "engine", "logging"]
-        assert (values["data"]["batch_size"], values["optimizer"]["lr"], values["optimizer"]["clip"]) == (256, 1e-3, None)
+        assert (values["data"]["batch_size"], values["optimizer"]["lr"], values["optimizer"]["clip"]) == (None, 1e-3, None)
         assert (values["logging"]["val"], values["logging"]["knn_every"]) == ("v", 2.5)
         (tmp_path / "a.yaml").write_text(printed)
         train = importlib.import_module("fkd_ssl.commands.train")
