@@ -88,7 +88,7 @@ def test_names_are_given_one_each(tmp_path, image_folder, pair):
 
 @pytest.mark.parametrize(("names", "pixels"), [(["x"], 32), (["x", "x"], 32), (["x", "y"], [32]), ("x", 32)])
 def test_names_and_sizes_that_do_not_go_with_the_teachers_are_refused(tmp_path, image_folder, pair, names, pixels):
-    with pytest.raises(RequestError, match=r"2 teachers, columns .*: each teacher needs one size and a name of its own"):
+    with pytest.raises(RequestError, match=r"2 teachers, columns .*: each teacher needs one size and one name of a column"):
         make(tmp_path / "store", image_folder, pair, column=names, pixels=pixels)
     assert not (tmp_path / "store").exists()
 
