@@ -86,7 +86,8 @@ def more_seeds(a: npt.ArrayLike, b: npt.ArrayLike, level: float = 0.90, margin: 
     With S seeds the variance of d is A / S + B. A is the variance of d over seeds, and B = (V - R / S) / n is what the n test
     images contribute, where V is the variance over images of their mean over seeds, and R that of the residuals of a two-way
     analysis of variance without replication. The half-width of the interval, z sqrt(A / S + B), must be less than
-    h = max(|d|, margin - |d|): the interval then excludes 0 or is within the margin. So S = A / ((h / z)^2 - B), rounded up.
+    h = max(abs(d), margin - abs(d)): the interval then excludes 0 or is within the margin. So S = A / ((h / z)^2 - B), rounded
+    up.
 
     Args:
         a: As in `paired_bootstrap`.
