@@ -60,19 +60,19 @@ class Arm:
     """A row of a table: runs that differ only in their seed."""
 
     name: str
-    """In the table, and what --only and --skip name."""
+    """Name in the table, for --only and --skip."""
     folder: str
-    """Of its runs, less the seed; arms of two experiments that are the same run have the same."""
+    """Folder of its runs, without the seed. Arms of two experiments share a folder if they are the same run."""
     options: dict[str, Any]
-    """Of train, beside what all students have."""
+    """Options of train, in addition to those of all students."""
     images: Path
-    """What it is trained on."""
+    """Training images."""
     crops: int | None = None
-    """C, stored of each image; None is online."""
+    """C, stored crops per image; None for online training."""
     cut_from: int | None = None
-    """C of the store whose first crops these are."""
+    """C of the larger store that these crops are the first of."""
     start: "Arm | None" = None
-    """Whose weights it starts from."""
+    """Arm whose final weights are its initial weights."""
 
 
 def fitting(args: argparse.Namespace) -> list[str]:

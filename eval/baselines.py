@@ -1,4 +1,4 @@
-"""What a score is worth: the same protocol on 8 x 8 pixels, on a colour histogram, and chance.
+"""Baselines of a score: the same protocol on 8 x 8 pixels, on a colour histogram, and chance.
 
 A network whose features are no better than these has learned nothing that the images' colours do not show.
 
@@ -20,7 +20,7 @@ NAMES = {"pixels": f"{GRID} x {GRID} pixels", "colours": "colour histogram", "ch
 DIMS = {"pixels": 3 * GRID**2, "colours": LEVELS**3}
 DIM = sum(DIMS.values())
 
-_SAMPLED = 64  # at least so many rows and columns of a crop are looked at
+_SAMPLED = 64  # minimum number of rows and columns of a crop that are read
 
 
 def features(views: torch.Tensor) -> torch.Tensor:

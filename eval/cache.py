@@ -1,9 +1,10 @@
 """Cache of features: a folder of memory-mapped .npy files, keyed by model, images and transform.
 
-CACHE/KEY/ has `about.json` (what the key is made of), `labels.npy` int64 [N], `features.npy` float32 [N, D], `baselines.npy`
-float32 [N, baselines.DIM], and `done.json` (the sha256 of these arrays), written last; until then it has parts of 2048 images.
-Several processes can fill one entry: a part is computed by the process that has its lock, which ends with the process, so a
-killed one can be continued and no image is computed twice or lost. The arrays can be read with numpy alone.
+CACHE/KEY/ has `about.json` (the data that the key is a digest of), `labels.npy` int64 [N], `features.npy` float32 [N, D],
+`baselines.npy` float32 [N, baselines.DIM], and `done.json` (the sha256 of these arrays), written last; until then it has parts
+of 2048 images. Several processes can fill one entry. Each part is computed by the process that holds its lock. The lock ends
+with the process, so another one continues if a process is killed, and no image is computed twice. NumPy alone can read the
+arrays.
 
 Legend: `N` images, `D` feature dimension, `P` pixels.
 """
@@ -30,7 +31,7 @@ from fkd_ssl.progress import advance_done, bar_disabled
 
 ROWS = 2048
 VERSION = 2
-_TOLERANCE = 0.01  # relative difference of a model's outputs on two machines; that of TF32 and bfloat16 is smaller
+_TOLERANCE = 0.01  # allowed relative difference of a model's outputs; TF32, bfloat16 and another machine stay below it
 
 
 def transform_of(pixels: int) -> dict[str, Any]:
@@ -51,7 +52,7 @@ def cached(
     desc: str = "features",
     skipped: set[str] | None = None,
 ) -> tuple[Float32Array, Float32Array, Int64Array, Path]:
-    """`extract_rows` with a cache: maps stored features, and computes and stores missing ones.
+    """Like `extract_rows`, but maps features that are stored in the cache, and stores those that it computes.
 
     Args:
         model: uint8 [B, 3, P, P] -> float [B, D].
@@ -66,7 +67,7 @@ def cached(
         skipped: As in `extract`. Also collects messages for images that an earlier call skipped.
 
     Returns:
-        Features float32 [N, D] and those of the baselines, mapped and read-only; numbers of the images int64 [N]; and the
+        Features float32 [N, D] and those of the baselines, mapped and read-only; indices of the images int64 [N]; and the
         entry's folder.
 
     Raises:
@@ -103,7 +104,7 @@ def cached(
     unreadable = done.get("unreadable", [])
     if not isinstance(unreadable, list) or not all(type(row) is int and 0 <= row < len(images) for row in unreadable):
         raise StoreError(f"{entry / 'done.json'}: invalid list of unreadable images; delete the folder {entry}")
-    messages = [f"{images.where(row)}: not a readable image when its features were computed" for row in unreadable]
+    messages = [f"{images.where(row)}: could not be read when its features were computed" for row in unreadable]
     if messages and skipped is None:
         raise ImageError(messages[0])
     count = len(images) - len(unreadable)
@@ -118,7 +119,7 @@ def cached(
 
 
 def _part(model: Model, images: ImageSource, pixels: int, batch_size: int, workers: int, *, skip: bool) -> Float32Array:
-    """Features of the images of a part and of the baselines: NaN for skipped images, no dimension if all are skipped."""
+    """Features of a part's images, with the baselines': NaN for skipped images; no columns if all are skipped."""
     skipped: set[str] | None = set() if skip else None
     try:
         found, rows = extract_rows(

@@ -72,8 +72,8 @@ def extract(
 ) -> tuple[Float32Array, Int64Array]:
     """Features of every image, in the set's order, and their labels (-1 for an image outside any class).
 
-    Besides the result, memory is bounded by a few batches. An `nn.Module` is in eval mode during the call; any other callable
-    must ensure that itself. No random state changes, so you can call it in the middle of a training.
+    Apart from the result, it holds a few batches in memory. An `nn.Module` is in eval mode during the call; any other callable
+    must ensure this itself. No random state changes, so you can call it in the middle of a training.
 
     Args:
         model: uint8 [B, 3, P, P] -> float [B, D], such as `student.features`. For a network that takes normalised floats, use
@@ -92,7 +92,7 @@ def extract(
     Raises:
         RequestError: The set is empty, or a number is below its minimum.
         ImageAccessError: An image cannot be opened.
-        ImageError: An image is damaged, and is not left out, or all are.
+        ImageError: An image is damaged and `skipped` is None, or all images are damaged.
         FkdError: The output of the model is not a finite [B, D] tensor of floats.
     """
     images = open_images(images)
@@ -114,9 +114,9 @@ def extract_rows(
     skipped: set[str] | None = None,
     with_baselines: bool = False,
 ) -> tuple[Float32Array, Int64Array]:
-    """`extract` with the numbers of the images, int64 [N], in place of their labels.
+    """Like `extract`, but returns the indices of the images, int64 [N], instead of their labels.
 
-    With `with_baselines`, the last `baselines.DIM` of the dimensions are those of `baselines.features`.
+    With `with_baselines`, the last `baselines.DIM` dimensions are the features of the baselines.
     """
     check_counts(pixels=pixels, batch_size=batch_size)
     if len(images) == 0:
@@ -169,8 +169,8 @@ def _run(model: Model, views: torch.Tensor) -> object:
     except (RuntimeError, TypeError) as error:
         if re.search("unsigned char|byte|uint8", str(error), re.IGNORECASE):
             raise FkdError(
-                f"the model cannot take uint8 [B, 3, P, P] ({error}); normalise them in it, or give a network of normalised "
-                "floats to fkd_ssl.features, knn or linear"
+                f"the model does not accept uint8 [B, 3, P, P] ({error}); normalise inside the model, or pass a network of "
+                "normalised floats to fkd_ssl.features, knn or linear"
             ) from error
         raise
 
@@ -186,7 +186,7 @@ def extract_split(
     progress: bool = True,
     skipped: set[str] | None = None,
 ) -> Split:
-    """`extract` of both sets, with the classes matched first, so that a wrong pair of folders fails at once."""
+    """Extracts the features of both sets. Matches the classes first, so that a wrong pair of folders fails at once."""
     labels = match_classes(train, val)
     options: dict[str, Any] = {
         "pixels": pixels,
@@ -250,7 +250,7 @@ def require_two_classes(images: ImageSource) -> None:
 
 
 def _level_hint(images: ImageSource) -> str:
-    """The end of a message about classes: advice if the only class folder has folders and no images."""
+    """The end of a message about classes: advice if the only class folder contains folders and no images."""
     folders = {tuple(path.split("/", 2)[:2]) for path in images.names if path.count("/") > 1}
     if len(images.classes) != 1 or len(folders) < 2 or any(path.count("/") < 2 for path in images.names):
         return ""
@@ -260,7 +260,7 @@ def _level_hint(images: ImageSource) -> str:
 
 @contextlib.contextmanager
 def frozen(model: object) -> Iterator[None]:
-    """Puts an `nn.Module` into eval mode, and each of its parts back into its own mode afterwards."""
+    """Puts an `nn.Module` into eval mode; afterwards restores the mode of each of its parts."""
     modes = [(part, part.training) for part in model.modules()] if isinstance(model, nn.Module) else []
     if isinstance(model, nn.Module):
         model.eval()
@@ -272,14 +272,14 @@ def frozen(model: object) -> Iterator[None]:
 
 
 def checked(output: object, images: ImageSource, indices: torch.Tensor) -> torch.Tensor:
-    """A model's output for the images at `indices` as finite float32 [B, D]; raises FkdError if it is something else."""
+    """Returns a model's output for the images at `indices` as finite float32 [B, D]; raises FkdError if it is invalid."""
     features = shaped(output, indices)
     require_finite(features, images, indices)
     return features
 
 
 def shaped(output: object, indices: torch.Tensor) -> torch.Tensor:
-    """`checked` without looking at the values, for which a GPU would have to finish first."""
+    """Like `checked`, but does not check the values, since that would wait for a GPU."""
     advice = "expected one tensor [B, D] of floats, such as a backbone's pooled features"
     if not isinstance(output, torch.Tensor):
         size = f" of {len(output)}" if isinstance(output, (tuple, list, dict)) else ""
@@ -300,7 +300,7 @@ def require_finite(features: torch.Tensor, images: ImageSource, indices: torch.T
 
 
 def _copy_to_host(tensor: torch.Tensor) -> tuple[torch.Tensor, torch.cuda.Event | None]:
-    """Begins to copy a tensor to pinned host memory; the event, if any, tells when the copy is complete."""
+    """Starts copying a tensor to pinned host memory; for a GPU tensor, the event is recorded after the copy."""
     if not tensor.is_cuda:
         return tensor.cpu(), None
     host = torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)

@@ -71,7 +71,7 @@ def evaluate(
     Args:
         fit: Trains the layers.
         settings: Settings to choose from.
-        key: What a setting is called.
+        key: Name of the setting.
         data: The arguments of `scores.as_probe`.
         names: Class names, for `per_class`; None leaves it out.
         seed: Seed for choosing the held-out images.
@@ -100,7 +100,7 @@ def evaluate(
         {key: setting, **_score(_logits(queries, weights), known[held])}
         for setting, weights in zip(ordered, layers, strict=True)
     ]
-    del layers  # with its features
+    del layers  # frees its features
     converged = [row for row in rows if row["loss"] is not None]
     if not converged:
         raise RequestError(f"the probe diverged with every {key} of {ordered}; give lower ones")

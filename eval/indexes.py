@@ -62,7 +62,7 @@ class GalleryIndex:
 
 
 def normalised(features: Float32Array) -> Float32Array:
-    """Rows of length 1; a row of zeros stays."""
+    """Scales rows to length 1; rows of zeros do not change."""
     length = search.lengths(features)
     unit: Float32Array = (features / np.where(length > 0, length, 1)[:, None]).astype(np.float32)
     return unit
@@ -91,10 +91,10 @@ def build(gallery: Float32Array, kind: IndexKind) -> GalleryIndex:
             raise RequestError(f"index ivfpq: {count} images in the gallery; product quantisation needs at least {2**bits}")
         pieces = max(m for m in range(1, max(1, dim // 8) + 1) if dim % m == 0)
         index = faiss.index_factory(dim, f"IVF{lists},PQ{pieces}x{bits}", faiss.METRIC_INNER_PRODUCT)
-        index.do_polysemous_training = False  # takes seconds and is only for a kind of search that is not used here
+        index.do_polysemous_training = False  # takes seconds, and this search does not use it
         index.pq.cp.min_points_per_centroid = 1
     if kind != "hnsw":
-        index.cp.min_points_per_centroid = 1  # else faiss warns about each list of a small gallery
+        index.cp.min_points_per_centroid = 1  # otherwise faiss warns about small galleries
         index.train(unit)
     index.add(unit)
     return GalleryIndex(kind, unit, index)
@@ -144,7 +144,7 @@ def curve(
 
 
 def _recall(unit: Float32Array, queries: Float32Array, found: Int64Array, exact: Float32Array) -> float:
-    """The share of the k found that are at least as similar as the exact k-th neighbour, as ann-benchmarks counts."""
+    """The share of the k results that are at least as similar as the exact k-th neighbour, as in ann-benchmarks."""
     threshold = exact[:, -1:] - 1e-6
     near = np.einsum("qkd,qd->qk", unit[found], queries) >= threshold
     return float((near & (found >= 0)).mean())

@@ -7,9 +7,9 @@ images are computed once, since the backbone is frozen; and the headline is the 
 protocols are made in the same way from
 `swav` https://github.com/facebookresearch/swav/blob/main/eval_linear.py,
 `simsiam` https://github.com/facebookresearch/simsiam/blob/main/main_lincls.py with --lars (whose text says lr 0.02), and
-`simclr` lightly.utils.benchmarking.LinearClassifier, which follows SimCLR (arXiv 2002.05709) but for its Nesterov momentum.
-A batch size above the training set's size uses the whole training set. The last batch of an epoch is smaller, where simclr
-drops it. The training loop is plain torch, since a Lightning Trainer would put the backbone into train mode.
+`simclr` lightly.utils.benchmarking.LinearClassifier, which follows SimCLR (arXiv 2002.05709) except for its Nesterov momentum.
+If the batch size is larger than the training set, a batch is the whole training set. The last batch of an epoch is smaller (the
+code of simclr drops it). The training loop is plain torch, since a Lightning Trainer would put the backbone into train mode.
 
 Legend: `B` images in a batch, `N` training images, `n` images to score, `D` feature dimension, `C` classes.
 """
@@ -39,7 +39,7 @@ from fkd_ssl.images import ImageSource
 from fkd_ssl.progress import bar_disabled
 
 RECIPE = RECIPES["fkd"]
-MAX_FORWARD = 256  # images per forward of the model; larger batches are made of their features
+MAX_FORWARD = 256  # images per forward pass; larger batches are put together from several passes
 
 
 PROTOCOLS = {
@@ -85,7 +85,7 @@ PROTOCOLS = {
 
 
 def evaluate(*, protocol: str, **options: Any) -> dict[str, Any]:
-    """The result of `evaluate_together` for one protocol."""
+    """Runs `evaluate_together` with one protocol."""
     return evaluate_together([protocol], **options)[protocol]
 
 

@@ -44,8 +44,8 @@ def evaluate(
 ) -> dict[str, Any]:
     """Accuracy on `features` of a logistic regression trained on `train_features`.
 
-    torch's L-BFGS reaches the optimum of scikit-learn's (a test compares them) in less time, since each strength starts from
-    the weights of the one before. Needs about two more copies of the training features.
+    torch's L-BFGS reaches the same optimum as scikit-learn's (a test compares them) in less time, since each strength starts
+    from the weights of the previous one. It needs memory for about two more copies of the training features.
 
     Args:
         train_features: Array or tensor [N, D].

@@ -24,7 +24,7 @@ Labels = Callable[[Any], Tensor]
 
 
 def second(batch: Any) -> Tensor:
-    """The labels of a batch (images, labels, ...), as in torchvision's and lightly's data sets."""
+    """Returns the labels of a batch (images, labels, ...), as in torchvision's and lightly's data sets."""
     labels: Tensor = batch[1]
     return labels
 
@@ -119,7 +119,7 @@ class OnlineKNN(_FeatureCallback):
         self.bank.clear()
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Clears the last validation."""
+        """Clears the features of the last validation."""
         self._seen = None
         self._queries.clear()
 
@@ -137,7 +137,7 @@ class OnlineKNN(_FeatureCallback):
             self._queries.append((taken[0].cpu(), taken[1].cpu()))
 
     def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Scores and logs."""
+        """Logs the accuracy."""
         if trainer.sanity_checking or not self.bank or not self._queries:
             return
         train, known, queries, labels = (
@@ -209,7 +209,7 @@ class OnlineLinear(_FeatureCallback):
         self._seen = None
 
     def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Clears the last validation."""
+        """Clears the counts of the last validation."""
         self._seen = None
         self._hits = [0, 0]
 

@@ -50,7 +50,7 @@ class ProbeProtocol:
     milestones: tuple[int, ...] = ()
     """Epochs, from 0, at which the learning rate drops to a tenth; cosine decay if empty."""
     every_step: bool = False
-    """Whether cosine decay changes at each step and ends at a thousandth, as in lightly; otherwise each epoch, towards 0."""
+    """Whether the cosine changes at each step and ends at a thousandth, as in lightly; otherwise at each epoch, towards 0."""
     lars: bool = False
     """Whether to scale each gradient to TRUST times the length of its tensor (apex's LARC without clipping)."""
     small_start: bool = True
@@ -115,7 +115,7 @@ class Probe:
         return {"loss": f"{self._loss / max(self._seen, 1):.4f}", "top1": f"{100 * self._hits / max(self._seen, 1):.1f}"}
 
     def end_epoch(self, features: Float32Array, labels: Int64Array) -> None:
-        """Takes the last step of the epoch, scores the layer on validation features [n, D], and writes the checkpoint."""
+        """Takes the last step of an epoch, scores the layer on validation features [n, D], and writes the checkpoint."""
         if self._waiting:
             self._step(*self._take())
         if not self._seen:
@@ -243,7 +243,7 @@ def scale_gradients(layer: nn.Module, weight_decay: float = 0.0, *, epsilon: flo
 
 
 def initial_layer(dim: int, classes: int, seed: int, *, small: bool = True) -> nn.Linear:
-    """A new layer: weights from N(0, WEIGHT_DEVIATION) and zero bias, or without `small` initialised as torch.nn.Linear."""
+    """Makes a layer. Its weights are drawn from N(0, WEIGHT_DEVIATION) and its bias is 0; without `small`, as in nn.Linear."""
     layer = nn.Linear(dim, classes, device="meta").to_empty(device="cpu")  # does not use the global generator
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

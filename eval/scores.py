@@ -15,7 +15,7 @@ from fkd_ssl.errors import FkdError, RequestError
 
 COLLAPSED = "the features are nearly constant (collapsed): the model hardly tells images apart"
 """The note of `feature_notes` about collapsed features."""
-_SAMPLE = 10_000  # training features that `feature_notes` looks at
+_SAMPLE = 10_000  # training features that `feature_notes` reads
 _MIN_VARIANCE = 1e-3  # variance of features of length 1; an untrained network's is above 0.01
 
 
@@ -64,7 +64,7 @@ def as_labels(values: Any, rows: int, name: str, *, num_classes: int | None = No
 
 
 def compact(known: Int64Array, wanted: Int64Array) -> tuple[Int64Array, Int64Array, list[str]]:
-    """Training labels and labels to predict as indices into the training labels that occur, and those labels as names.
+    """Replaces labels by their index among the training labels that occur; returns both arrays, and these labels as names.
 
     Raises:
         RequestError: A label to predict is not a training label.

@@ -111,14 +111,14 @@ def nearest(
 
 
 def sizes(device: torch.device, dim: int, k: int) -> tuple[int, int]:
-    """G and W. On the CPU a group is a chunk."""
+    """Returns G and W. On the CPU, a group has the size of a chunk."""
     if device.type == "cpu":
         return QUERIES, WIDTH
     return max(QUERIES, GPU_BYTES // (4 * dim + 24 * k)), max(1, min(WIDTH, GPU_BYTES // (4 * dim)))
 
 
 def gpu_bytes(train: int, queries: int, dim: int, k: int) -> int:
-    """The most GPU memory that a search needs: a group, a block, the products with room to select from, and the lengths."""
+    """Maximum GPU memory of a search: a group, a block, the products with their k largest values, and the lengths."""
     group, width = sizes(torch.device("cuda"), dim, k)
     group, width, chunk = min(group, queries), min(width, train), min(QUERIES, queries)
     return group * (4 * dim + 24 * k) + 4 * width * dim + 3 * 4 * chunk * width + 4 * train
@@ -149,14 +149,14 @@ def _blocks(train: Float32Array, width: int, device: torch.device) -> Iterator[t
 
 
 def _reads_memory(device: torch.device) -> bool:
-    """Whether training features need not be copied to the device."""
+    """Whether the device reads the training features in place, without a copy."""
     return device.type == "cpu"
 
 
 def _merged(
     similarity: torch.Tensor, neighbours: torch.Tensor, products: torch.Tensor, first: int, k: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The k best of the neighbours found so far and of the products with the rows from `first` on."""
+    """Merges the neighbours found so far with the products of the rows from `first` on; returns the k best."""
     values, found = products.topk(min(k, products.shape[1]), dim=1)
     if not len(similarity):
         return values, found + first

@@ -1,4 +1,4 @@
-"""The uncertainty of an accuracy, and of the difference between two arms, from the images and seeds they were measured on.
+"""The uncertainty of an accuracy and of the difference between two arms, from their test images and seeds.
 
 Legend: `S` seeds of an arm, `n` images.
 """
@@ -50,8 +50,8 @@ def paired_bootstrap(
     """Accuracy of `a` minus that of `b` in percentage points, with the percentile interval of a paired bootstrap.
 
     Each draw takes S seeds and n images with replacement, the same for both arms: the arms share their images, and a seed gives
-    both the same initial weights and order. With few seeds the interval misses much of the variance between seeds, with one
-    all of it: the true interval is wider.
+    both the same initial weights and order. With few seeds, the interval misses much of the variance between seeds; with one
+    seed, it misses all of it. The true interval is then wider.
 
     Args:
         a: Whether each image was classified correctly, bool [S, n], or [n] for one seed.

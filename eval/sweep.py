@@ -5,7 +5,7 @@ scaled to a batch of 1024, cosine decay to 0, weights from N(0, 0.01). Four thin
 
 - The layers of all rates are one tensor, so a step is two matrix products.
 - The features are those of the centre crop, without augmentation.
-- They are standardised: learning rates depend on the length of the features, and only a vision transformer has a LayerNorm.
+- They are standardised, since the best learning rate depends on their length. DINOv2's features come from a LayerNorm.
 - The rate is chosen on a held-out tenth of the training set, where DINOv2 chooses on the images that it reports. The layer is
   then trained again on the whole training set.
 
@@ -109,7 +109,7 @@ def train_layers(
         labels: int64 [N].
         classes: C.
         rates: For a batch of 256.
-        steps: Steps of BATCH images, or of all if there are fewer.
+        steps: Number of steps; each uses BATCH images, or all if there are fewer.
         seed: Seed for the initial weights and the order.
         bar: Is advanced at each step.
     """

@@ -32,7 +32,7 @@ def load(
 
     Raises:
         ImageAccessError: An image cannot be opened.
-        ImageError: An image is damaged, and is not left out.
+        ImageError: An image is damaged and `skipped` is None.
     """
     if isinstance(batches, list):
         workers = min(workers, len(batches))

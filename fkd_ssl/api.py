@@ -28,25 +28,24 @@ _OBJECTS = {
     "student": "a torch.nn.Module of ImageNet-normalised floats [B, 3, H, W] that returns features [B, F]",
     "init": "a torch.nn.Module",
 }
-"""Options that also take objects, and which."""
+"""Name of an option -> the Python objects that it also accepts."""
 _LISTS = ("k", "temperature", "protocol", "teacher_weights", "lr_drops", "checkpoint", "column")
-"""Options that take several values, on the command line with commas between them."""
-_LEFT_OUT = ("json",)  # a result has all values
+"""Options that accept several values, separated by commas on the command line."""
+_LEFT_OUT = ("json",)  # a function returns all values
 
 
 def _function(verb: str, returns: Any) -> Callable[..., Any]:
-    """Makes the function of a verb."""
     command = cli.command_of(verb)
     names, hints, defaults = _names(command.Config), typing.get_type_hints(command.Config), _defaults(command.Config)
 
     def call(*args: Any, **given: Any) -> Any:
         if len(args) > 1 or (args and names[0] in given):
-            raise RequestError(f"{verb}: only {names[0]} can be given without a name, and once")
+            raise RequestError(f"{verb}: takes one positional argument, {names[0]}; pass the other options by name")
         return command.work(_config(verb, command.Config, {**dict(zip(names, args, strict=False)), **given}))
 
     call.__name__ = call.__qualname__ = verb
     call.__module__ = "fkd_ssl"
-    objects = {} if verb == "compare" else _OBJECTS  # its trainings are processes of their own
+    objects = {} if verb == "compare" else _OBJECTS  # compare trains in other processes, which cannot receive objects
     call.__doc__ = _doc(command.__doc__ or "", cli.option_helps(command.Config), names, objects)
     kinds = [inspect.Parameter.POSITIONAL_OR_KEYWORD, *[inspect.Parameter.KEYWORD_ONLY] * (len(names) - 1)]
     call.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
@@ -60,7 +59,7 @@ def _function(verb: str, returns: Any) -> Callable[..., Any]:
 
 
 def _names(config: type) -> list[str]:
-    """The options of a function: those of its verb, without what only a command line needs."""
+    """Returns the options of a verb's function: those of the verb, except the ones for the command line only."""
     return [name for name in options.names_of(config) if name not in _LEFT_OUT]
 
 
@@ -95,7 +94,7 @@ def _config(verb: str, config: type, given: dict[str, Any]) -> Any:
 
 
 def _value(name: str, value: Any, pixels: int | None) -> Any:
-    """The value of an option as its config holds it: paths and lists as text, objects as a `Named`."""
+    """Converts the value of an option to the form in its config: paths and lists to text, objects to a `Named`."""
     if isinstance(value, results.Trained) and value.backbone is not None:
         return Named(str(value.out), value.student, value.pixels)
     if isinstance(value, os.PathLike):
@@ -115,7 +114,7 @@ def _value(name: str, value: Any, pixels: int | None) -> Any:
 
 
 def _name_of(value: Any) -> str:
-    """The name of an object in files and messages."""
+    """Returns the name of an object, for files and messages."""
     if hasattr(value, "spec") and hasattr(value, "names"):  # an ImageSource
         return str(value.spec)
     own = getattr(value, "__name__", type(value).__name__)
@@ -137,7 +136,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 
 def _words(name: str, hint: Any) -> str:
-    """What an option takes, for messages."""
+    """Describes the values that an option accepts, for messages."""
     if typing.get_origin(hint) is Literal:
         return " or ".join(map(repr, typing.get_args(hint)))
     kinds = typing.get_args(hint) or (hint,)
@@ -147,7 +146,7 @@ def _words(name: str, hint: Any) -> str:
 
 
 def _doc(text: str, helps: dict[str, str], names: list[str], objects: dict[str, str]) -> str:
-    """The docstring of a function, from those of its command and of the config's fields."""
+    """Builds the docstring of a function from those of its command and of the config's fields."""
     lines = [text.strip(), "", "Args:"]
     for name in names:
         also = f" Or {objects[name]}." if name in objects else ""

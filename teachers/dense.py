@@ -86,9 +86,8 @@ class DenseTeacher:
     def _refusal(self, why: str) -> RequestError:
         advice = "" if self.teacher.info.precision == "fp32" else "; if it is such a network, try --precision fp32"
         return RequestError(
-            f"teacher {self.teacher.info.name}: {why}: label maps need a network that ends in global average pooling over "
-            f"several places and one linear layer, as ResNet does, and images ({self.pixels} px here) large enough for "
-            f"several{advice}"
+            f"teacher {self.teacher.info.name}: {why}: label maps need a network that ends in global average pooling and one "
+            f"linear layer, like ResNet, and images (here {self.pixels} px) large enough for several positions{advice}"
         )
 
 
@@ -118,5 +117,5 @@ class _Watch(TorchFunctionMode):
 
 
 def _parameters(weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """The weight and bias in the arguments of torch.nn.functional.linear, positional or by keyword."""
+    """Returns the weight and bias in the arguments of torch.nn.functional.linear."""
     return weight, bias

@@ -77,7 +77,7 @@ class Ensemble(Teacher):
 
     @torch.inference_mode()
     def output(self, images: Tensor) -> Tensor:
-        """The logarithms [B, K] of the mean probabilities, whose softmax gives the probabilities again."""
+        """Logarithms of the mean probabilities [B, K]; their softmax equals the probabilities."""
         return self.embed(images).log()
 
     @torch.inference_mode()

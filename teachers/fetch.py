@@ -23,22 +23,22 @@ _MAX_BYTES = 2**34  # if neither the preset nor the server gives the size; the l
 _MIN_SPEED = 2**10  # mean bytes per second of a connection, checked after the first _TIMEOUT seconds
 
 Progress = Callable[[int, int | None], None]
-"""Called with the bytes received and the total, or None if the server does not give it."""
+"""Called with the number of bytes received and the total; the total is None if the server does not give it."""
 
 
 def find(preset: Preset, cache: str | Path | None = None) -> Path | None:
-    """The preset's file in the cache folder, None if it is missing."""
+    """Returns the preset's file in the cache folder; None if it is missing."""
     path = files.cache_folder(cache) / preset.file
     return path if path.is_file() else None
 
 
 def parts(preset: Preset, cache: str | Path | None = None) -> list[Path]:
-    """Unfinished downloads of the preset's file; their names have a digest of the server's ETag, so that files do not mix."""
+    """Returns unfinished downloads of the preset's file. Their names have a digest of the ETag, so versions never mix."""
     return sorted(files.cache_folder(cache).glob(f"{preset.file}.*.part"))
 
 
 def manual_download(preset: Preset, cache: str | Path | None = None) -> str:
-    """Instructions for downloading the file by hand."""
+    """Returns instructions for downloading the file by hand."""
     return (
         f"download {preset.url} (licence: {preset.licence}) on another machine and put it at "
         f"{files.cache_folder(cache) / preset.file}, or pass it as --checkpoint"
@@ -55,9 +55,9 @@ def fetch(
 ) -> Path:
     """Returns the path of the preset's checkpoint in the cache folder, after downloading it if it is missing.
 
-    A broken download is continued, in this call and the next, if the server gives an ETag and supports ranges. The file gets
-    its final name only when it is complete: it has the size given by the server and the preset and the md5 given by its
-    authors, and `check` accepts it.
+    A broken download is continued, by this call or the next, if the server gives an ETag and supports ranges. The file gets its
+    final name only if it has the size that the server and the preset give and the md5 that its authors give, and `check`
+    accepts it.
 
     Args:
         preset: One of `PRESETS`.
@@ -68,7 +68,7 @@ def fetch(
 
     Raises:
         RequestError: Another process is downloading it.
-        CheckpointError: The downloaded file is another one; it is deleted.
+        CheckpointError: The downloaded file is not the preset's; it is deleted.
         FkdError: The connection failed, the server returned an error or was too slow, or the disk has too little space.
     """
     folder = files.cache_folder(cache)
@@ -105,7 +105,7 @@ def fetch(
 def check_file(path: Path, preset: Preset) -> None:
     """Raises CheckpointError if the size or md5 of a file differs from the preset's, if these are known."""
     if preset.size is not None and path.stat().st_size != preset.size:
-        raise CheckpointError(f"{path}: {path.stat().st_size:,} bytes, {preset.file} has {preset.size:,}: another file")
+        raise CheckpointError(f"{path}: has {path.stat().st_size:,} bytes, {preset.file} has {preset.size:,}: another file")
     if preset.md5 is not None:
         md5 = digest(path, "md5")
         if not md5.startswith(preset.md5):
@@ -186,7 +186,7 @@ def _once(preset: Preset, folder: Path, progress: Progress) -> Path:
 def _open(preset: Preset, headers: dict[str, str]) -> HTTPResponse:
     """Opens the preset's URL; refuses a redirection from https to http, and a page in place of a file."""
     headers = {"Accept-Encoding": "identity", "User-Agent": "fkd_ssl", **headers}
-    request = urllib.request.Request(preset.url, headers=headers)  # noqa: S310 presets name http(s) alone
+    request = urllib.request.Request(preset.url, headers=headers)  # noqa: S310 all presets have http(s) URLs
     response: HTTPResponse = urllib.request.urlopen(request, timeout=_TIMEOUT)  # noqa: S310
     if preset.url.startswith("https:") and not response.url.startswith("https:"):
         raise FkdError(f"{preset.url}: the server redirects to {response.url}, which is not https")
@@ -196,5 +196,5 @@ def _open(preset: Preset, headers: dict[str, str]) -> HTTPResponse:
 
 
 def _number(text: str | None) -> int | None:
-    """A length in a header, None if it is missing or not a number."""
+    """Parses the length in a header; None if it is missing or not a number."""
     return int(text) if text and text.isascii() and text.isdecimal() and len(text) < 20 else None

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from fkd_ssl.errors import RequestError, did_you_mean
 
 PROBABILITIES = "probabilities"
-"""Name in place of a layer for the softmax of the whole classifier."""
+"""Name to give instead of a layer, for the softmax of the whole classifier."""
 
 
 class AtLayer(nn.Module):
@@ -31,7 +31,7 @@ class AtLayer(nn.Module):
         if layer not in names:
             tops = [name for name in names if "." not in name]
             raise RequestError(
-                f"teacher {teacher}: has no layer {layer!r}{did_you_mean(layer, names)} (at the top it has {', '.join(tops)})"
+                f"teacher {teacher}: has no layer {layer!r}{did_you_mean(layer, names)} (top-level layers: {', '.join(tops)})"
             )
         self.network = network
         self.layer = layer

@@ -28,7 +28,7 @@ def load_lightly(path: str | Path, *, name: str = "lightly", **about: Any) -> Te
     backbone = state_dicts.backbone(weights, str(path))
     if not backbone:
         first = next(iter(weights))
-        raise CheckpointError(f"{path}: not lightly's layout: no keys backbone.* or encoder.*, the first is {first!r}")
+        raise CheckpointError(f"{path}: not lightly's layout: no keys backbone.* or encoder.*; the first key is {first!r}")
     if all(key.partition(".")[0] in _NUMBERED for key in backbone):
         backbone = {f"{_NUMBERED[key.partition('.')[0]]}.{key.partition('.')[2]}": value for key, value in backbone.items()}
     backbone = {key: value for key, value in backbone.items() if not key.startswith("fc.")}  # a ResNet's classifier

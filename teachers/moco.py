@@ -24,7 +24,7 @@ def load_mocov2(path: str | Path, *, name: str = "mocov2", **about: Any) -> Teac
         swav = any(key.startswith(("projection_head.", "prototypes.")) for key in weights)
         hint = "; it looks like SwAV's: pass --teacher swav" if swav else ""
         first = next(iter(weights))
-        raise CheckpointError(f"{path}: not MoCo's layout: no keys module.encoder_q.*, the first is {first!r}{hint}")
+        raise CheckpointError(f"{path}: not MoCo's layout: no keys module.encoder_q.*; the first key is {first!r}{hint}")
     state_dicts.refuse_keys({"unexpected": others}, str(path))
     architecture = read_architecture(query, str(path))
     backbone = {key: value for key, value in query.items() if not key.startswith("fc.")}

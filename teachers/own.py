@@ -50,12 +50,13 @@ def load_own(name: str, checkpoint: str | Path | None, precision: Precision) -> 
 
 
 def of_object(named: Named, precision: Precision = "fp32") -> Teacher:
-    """Makes a Teacher of a copy of an nn.Module, a Teacher or a function, so that the user's own is not changed.
+    """Makes a Teacher from an nn.Module, a Teacher or a function. A module is copied, so that the user's is not changed.
 
-    A module is identified by its weights, a function by what it gives for noise.
+    A module is identified by its weights, a function by its output for noise.
 
     Raises:
-        FkdError: It cannot be copied, is something else, or does not work.
+        RequestError: The object is none of these.
+        FkdError: The object cannot be copied, or does not return [B, D].
     """
     if not callable(named.value):
         raise RequestError(f"{named}: expected a torch.nn.Module or a function, got {type(named.value).__name__}")
@@ -73,7 +74,7 @@ def of_object(named: Named, precision: Precision = "fp32") -> Teacher:
 
 
 class _Function(nn.Module):
-    """A function as a module, without weights that are known."""
+    """A function as a module; its weights, if any, are unknown."""
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -95,19 +96,19 @@ def as_teacher(
     checkpoint: str | None = None,
     digest: str | None = None,
 ) -> Teacher:
-    """Makes a Teacher of the user's network.
+    """Makes a Teacher from the user's network.
 
     Args:
         made: A Teacher, or an nn.Module as for `load_own`.
-        name: The user's name of it, for messages.
+        name: The user's name of the teacher, for messages.
         column: Default name of its column.
         precision: Precision of the forward pass.
-        pixels: Its native size; by default its attribute `pixels`, or 224.
-        checkpoint: Name of its file of weights.
-        digest: sha256 of that file; by default that of its weights.
+        pixels: Native size of the network; by default its attribute `pixels`, or 224.
+        checkpoint: Name of its checkpoint file.
+        digest: sha256 of that file; by default the digest of the weights.
 
     Raises:
-        FkdError: It is something else, or does not work.
+        FkdError: `made` is something else, or does not return [B, D].
     """
     if isinstance(made, Teacher):
         known = made.info.checkpoint_sha256 or digest or _digest(made, name)
@@ -130,7 +131,7 @@ def as_teacher(
         precision=precision,
         kind=getattr(made, "kind", "embedding"),
     )
-    # the digest makes a changed function another teacher; after the first forward, which creates lazy layers
+    # a function that changed its weights then counts as another teacher; after wrap's forward pass, which creates lazy layers
     teacher.info = replace(teacher.info, checkpoint_sha256=digest or _digest(made, name))
     return teacher
 
@@ -138,5 +139,5 @@ def as_teacher(
 def _digest(network: nn.Module, name: str) -> str:
     try:
         return state_dicts.weights_digest(network)
-    except Exception as error:  # weights that cannot be read: on the meta device, of a layout of their own
+    except Exception as error:  # for instance, weights on the meta device
         raise FkdError(f"teacher {name}: its weights cannot be read: {type(error).__name__}: {error}") from error

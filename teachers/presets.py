@@ -12,7 +12,7 @@ _SWAV = "https://dl.fbaipublicfiles.com/deepcluster"
 _MOCO_LICENCE = "facebookresearch/moco: its README says CC BY-NC 4.0, its source files MIT"
 _SWAV_LICENCE = "CC BY-NC 4.0 (facebookresearch/swav): not for commercial use"
 _MOCO_HEAD = "MLP 2048-2048-128"
-_SWAV_HEAD = "MLP with BatchNorm to 128, 3000 prototypes"  # its hidden width differs between script and code: read off the file
+_SWAV_HEAD = "MLP with BatchNorm to 128, 3000 prototypes"  # the hidden width is read from the file
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class Preset:
 
     @property
     def file(self) -> str:
-        """The name of the file, also in the cache folder."""
+        """The name of the file in the URL and in the cache folder."""
         return self.url.rpartition("/")[2]
 
 

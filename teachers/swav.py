@@ -31,9 +31,9 @@ def load_swav(path: str | Path, *, name: str = "swav", **about: Any) -> Teacher:
         moco = any(key.startswith("encoder_q.") for key in weights)
         hint = "; it looks like MoCo's: pass --teacher mocov2" if moco else ""
         if any(key.startswith("prototypes.prototypes") for key in weights):
-            hint = "; it has several sets of prototypes, as DeepCluster-v2's and SeLa-v2's: give it as module:function"
+            hint = "; it has several sets of prototypes, like DeepCluster-v2 and SeLa-v2: load it with module:function"
         lacks = "projection_head.*" if not head else "prototypes.weight"
-        raise CheckpointError(f"{path}: not SwAV's layout: no key {lacks}, the first is {next(iter(weights))!r}{hint}")
+        raise CheckpointError(f"{path}: not SwAV's layout: no key {lacks}; the first key is {next(iter(weights))!r}{hint}")
     backbone = {key: value for key, value in weights.items() if not key.startswith(_OTHERS)}
     architecture = read_architecture(backbone, str(path))
     projection, dim, words = state_dicts.read_head(head, architecture.feature_dim, f"{path}: projection_head")

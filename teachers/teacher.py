@@ -66,7 +66,7 @@ class Teacher(nn.Module):
         return self._mean.device
 
     def compile(self, *args: Any, **options: Any) -> None:
-        """Compiles the network with torch.compile, in place; the arguments are its."""
+        """Compiles the network in place; accepts the arguments of torch.compile."""
         for part in (self.backbone, self.head):
             part.compile(*args, **options)
 
@@ -85,7 +85,7 @@ class Teacher(nn.Module):
 
     @torch.inference_mode()
     def output(self, images: Tensor) -> Tensor:
-        """What `embed` makes targets of: vectors of any length or logits `[B, *shape]`, in the precision of the forward.
+        """Outputs of the head, from which `embed` makes targets: vectors or logits `[B, *shape]`, not necessarily float32.
 
         Raises:
             FkdError: As `embed`.
@@ -109,7 +109,7 @@ class Teacher(nn.Module):
                 raise
             height, width = images.shape[2:]
             side = self.info.pixels
-            own = "" if (height, width) == (side, side) else f"; its own size is {side} (--pixels)"
+            own = "" if (height, width) == (side, side) else f"; its native size is {side} (--pixels)"
             what = (str(error).splitlines() or [""])[0]
             raise FkdError(
                 f"teacher {self.info.name}: fails on crops of {width} x {height} px: {type(error).__name__}: {what}{own}"
@@ -127,9 +127,9 @@ class Teacher(nn.Module):
         return torch.autocast(self._mean.device.type, dtype=_AUTOCAST[self.info.precision])
 
     def _checked(self, output: Any, images: Tensor, shape: tuple[int, ...] | None = None) -> Tensor:
-        """Checks that an output is a tensor with one row per image, of `shape` or of features [B, F], and finite on the CPU.
+        """Checks that an output is a tensor of floats with one row per image, of `shape`, or if None of features [F].
 
-        On a GPU, checking for NaN and infinity would wait for the GPU; there the callers check what they copy to the CPU.
+        On the CPU, it must also be finite. On a GPU this check would wait for the GPU; callers check what they copy to the CPU.
         """
         right = isinstance(output, Tensor) and len(output) == len(images) and output.is_floating_point()
         if not right or (output.ndim != 2 if shape is None else output.shape[1:] != shape):

@@ -50,7 +50,7 @@ def load_timm(model: str, layer: str | None, checkpoint: str | Path | None, *, p
     own = str(checkpoint) == PRETRAINED
     config, about = resolve_model_data_config(network), network.pretrained_cfg
     pixels = int(config["input_size"][-1])
-    place = about.get("url") or about.get("hf_hub_id") or "nowhere that timm knows of"
+    place = about.get("url") or about.get("hf_hub_id") or "an unknown place"
     if checkpoint is None:
         raise RequestError(
             f"teacher {spec}: --checkpoint is needed: a file of its state_dict, or {PRETRAINED}, which lets timm download "
@@ -105,7 +105,7 @@ _POSITIONS = ("pos_embed", "positional_embedding", "position_embeddings")
 
 
 def _head_keys(name: str) -> set[str]:
-    """Returns the keys of a linear classifier called `name`; LeViT's is the part `linear` of one that also has a BatchNorm."""
+    """Returns the keys of a linear classifier called `name`. LeViT's is part of a module that also has a BatchNorm."""
     whole = name.removesuffix(".linear")
     norm = {f"{whole}.bn.{part}" for part in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")}
     return {f"{name}.weight", f"{name}.bias"} | (norm if whole != name else set())
@@ -123,7 +123,7 @@ def _converted(network: nn.Module, weights: dict[str, Tensor], classifier: Any, 
     convert = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)  # timm's convention
     if convert is None or all(key in wanted and wanted[key].shape == value.shape for key, value in kept.items()):
         return kept
-    # timm would resample another patch size or number of positions, which gives another teacher than the file's
+    # timm would resample another patch size or number of positions; the result would not be the teacher in the file
     positions = {key: wanted["pos_embed"] for key in kept if key.endswith(_POSITIONS)} if "pos_embed" in wanted else {}
     misshapen = [
         f"{key} {list(value.shape)}, expected {list(({**positions, **wanted})[key].shape)}"

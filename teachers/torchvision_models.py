@@ -15,7 +15,7 @@ from fkd_ssl.teachers.teacher import Teacher
 from fkd_ssl.teachers.wrap import wrap
 
 PRETRAINED = "pretrained"
-"""Value of --checkpoint with which a library downloads its own weights."""
+"""Value of --checkpoint that makes a library download its own weights."""
 
 
 def load_torchvision(model: str, layer: str | None, checkpoint: str | Path | None, *, precision: Precision = "fp32") -> Teacher:
@@ -88,7 +88,7 @@ def load_weights(
     """Loads a file's weights into `network`, or `download()` for `pretrained`, without keys that start with `unused`.
 
     Returns:
-        The name of the weights, their digest, and text about the moving average that they are, or "".
+        The name of the weights, their digest, and `StateDict.average`.
     """
 
     def load(weights: Mapping[str, Tensor], where: str) -> None:

@@ -31,7 +31,7 @@ def load_transformers(path: str | Path, *, name: str = "transformers", **about: 
     """
     path = Path(path)
     if not path.is_dir():
-        raise RequestError(f"{path}: {'a file' if path.exists() else 'not there'}; transformers takes the folder of a model")
+        raise RequestError(f"{path}: {'a file' if path.exists() else 'not found'}; expected the folder of a transformers model")
     try:
         from transformers import AutoImageProcessor, AutoModel
         from transformers.utils import logging
@@ -49,7 +49,7 @@ def load_transformers(path: str | Path, *, name: str = "transformers", **about: 
     finally:
         logging.set_verbosity(verbosity)
     if model.main_input_name != "pixel_values":
-        raise CheckpointError(f"{path}: a {type(model).__name__} takes {model.main_input_name}, expected a model of images")
+        raise CheckpointError(f"{path}: a {type(model).__name__} takes {model.main_input_name}; expected a vision model")
     lacks = sorted(info["missing_keys"])
     unpooled = bool(lacks) and all(key.startswith("pooler.") for key in lacks)
     foreign = sorted(key for key in info["unexpected_keys"] if not key.startswith(_HEADS))
@@ -66,7 +66,7 @@ def load_transformers(path: str | Path, *, name: str = "transformers", **about: 
         _Pooled(model.float(), class_token=unpooled),
         name=name,
         network=f"{type(model).__name__} of transformers, {features}",
-        source=str(path.name),
+        source=path.name,
         pixels=pixels,
         mean=mean,
         std=std,
@@ -110,7 +110,7 @@ class _Pooled(nn.Module):
             return token
         pooled = output.get("pooler_output")
         if pooled is None:
-            raise ValueError("it has no pooled output: give it as module:function")
+            raise ValueError("it has no pooled output: load it with module:function")
         vector: Tensor = pooled.flatten(1)
         return vector
 
@@ -123,7 +123,7 @@ def _preprocessing(processor: dict[str, Any], where: str) -> tuple[Rgb, Rgb, int
     size = processor.get("crop_size") if processor.get("do_center_crop") else processor.get("size")
     side = next((size[key] for key in ("height", "shortest_edge") if size.get(key)), None) if isinstance(size, dict) else size
     if not isinstance(side, int):
-        raise CheckpointError(f"{where}: cannot tell the size of its image processor's crops: {size}")
+        raise CheckpointError(f"{where}: the crop size of its image processor is unknown: {size}")
     if not processor.get("do_normalize", "image_mean" in processor):
         return (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), side
     return _rgb(processor, "image_mean", where), _rgb(processor, "image_std", where), side
@@ -146,10 +146,10 @@ def _check_preprocessing(processor: Any, mean: Rgb, std: Rgb, pixels: int, where
     try:
         made = processor(images=[image], do_resize=False, do_center_crop=False, return_tensors="np")["pixel_values"]
     except Exception as error:  # another kind of processor may raise anything
-        raise CheckpointError(f"{where}: its image processor cannot be tried: {type(error).__name__}: {error}") from error
+        raise CheckpointError(f"{where}: its image processor failed: {type(error).__name__}: {error}") from error
     expected = ((image / 255 - np.array(mean)) / np.array(std)).transpose(2, 0, 1)[None]
     if made.shape != expected.shape or np.abs(made - expected).max() > 1e-3:
         raise CheckpointError(
-            f"{where}: its image processor does more than scale and normalise (another order of channels, a second division): "
-            "give it as module:function"
+            f"{where}: its image processor does more than scale and normalise (for instance, it reorders the channels): load "
+            "it with module:function"
         )

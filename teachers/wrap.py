@@ -17,8 +17,8 @@ def wrap(module: nn.Module, *, name: str, source: str, pixels: int, test_pixels:
         module: Maps normalised floats [B, 3, H, W] to [B, D].
         name: Name of the column.
         source: The user's name of the teacher; error messages begin with it.
-        pixels: Its native size.
-        test_pixels: Side of the zeros; by default the native size.
+        pixels: Native size of the module.
+        test_pixels: Side of the zeros; by default `pixels`.
         **about: Further arguments of Teacher.
 
     Raises:
@@ -44,7 +44,7 @@ def wrap(module: nn.Module, *, name: str, source: str, pixels: int, test_pixels:
 
 
 def _is_target(output: torch.Tensor, kind: str) -> bool:
-    """Whether rows of `output` can be targets of this kind; unknown kinds are refused elsewhere."""
+    """Whether rows of `output` can be targets of this kind; TargetSpec raises an error for an unknown kind."""
     try:
         KINDS[kind].check_shape(tuple(output.shape[1:]))
     except RequestError:

@@ -3,7 +3,7 @@
 Trains the same student with the same initial weights, order of images, schedule and epochs, once with targets from a store
 and once with the teacher online. Scores the teacher and the trained and untrained students by kNN, a linear probe and
 retrieval, and reports after how many students the store pays off. Finished arms are not run again, so you can add seeds or
-further arms in the same --out. With two teachers A,B it trains from A, from B and from both, stored and online (arms
+further arms in the same --out. With two teachers A,B it trains students of A, of B and of both, stored and online (arms
 stored:A, stored:B, stored:A+B, ...).
 """
 
@@ -39,7 +39,7 @@ def work(config: Config) -> "Compared":
     for name, value in vars(config).items():
         if isinstance(value, Named):
             raise RequestError(
-                f"{name} {value}: compare trains in other processes, which cannot get your Python objects; name a folder, or "
+                f"{name} {value}: compare trains in other processes, which cannot receive Python objects; pass a folder, or "
                 "module:function"
             )
     from dataclasses import replace

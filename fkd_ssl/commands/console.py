@@ -18,7 +18,7 @@ from fkd_ssl.errors import ImageError
 from fkd_ssl.text import plural, printable
 
 _logger = logging.getLogger("fkd_ssl")
-_logger.addHandler(logging.NullHandler())  # without it, Python prints warnings of loggers that nobody configured
+_logger.addHandler(logging.NullHandler())  # without a handler, Python prints the warnings
 
 
 def log(message: str) -> None:
@@ -77,7 +77,7 @@ def skipping(on_unreadable: str) -> Iterator[set[str] | None]:
             raise ImageError(f"{error}; remove it or pass --on_unreadable skip") from error
         raise
     if skipped:
-        log(f"warning: {plural(len(skipped), 'image')} skipped, which cannot be read, for instance {min(skipped)}")
+        log(f"warning: skipped {plural(len(skipped), 'unreadable image')}, for instance {min(skipped)}")
 
 
 def table(rows: list[list[str]]) -> str:

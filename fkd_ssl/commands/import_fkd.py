@@ -40,7 +40,10 @@ def run(config: Config) -> int:
     images = images_of(config.images)
     classes = config.classes if config.classes is not None else len(images.classes)
     if classes < 2:
-        raise RequestError(f"{classes} classes, and {config.images} has {len(images.classes)} class folders; say --classes")
+        raise RequestError(
+            f"--classes {classes}: must be at least 2; by default the number of class folders of {config.images}, which has "
+            f"{len(images.classes)}"
+        )
     store = import_fkd(
         config.labels,
         images,

@@ -69,7 +69,7 @@ def run(config: Config) -> int:
     if about["skipped"]:
         lines.append(f"skipped because they cannot be read: {len(about['skipped'])}, for instance {about['skipped'][0]}")
     if about["missing_crops"]:
-        lines.append(f"NOT FINISHED: the crops of {len(about['missing_crops'])} of {plural(about['shards'], 'shard')} missing")
+        lines.append(f"NOT FINISHED: no crops yet for {len(about['missing_crops'])} of {plural(about['shards'], 'shard')}")
     if not about["columns"]:
         lines.append("NOT FINISHED: it has no targets; fkd-ssl precompute writes them")
     for name, column in about["columns"].items():
@@ -85,7 +85,9 @@ def run(config: Config) -> int:
         if "source_codec" in fidelity:
             lines.append(f"  recoded from {fidelity['source_codec']}: information that it discarded cannot be recovered")
         if column["missing_shards"]:
-            lines.append(f"  NOT FINISHED: {len(column['missing_shards'])} of {plural(about['shards'], 'shard')} missing")
+            lines.append(
+                f"  NOT FINISHED: no targets yet for {len(column['missing_shards'])} of {plural(about['shards'], 'shard')}"
+            )
     lines += [f"DAMAGED: {problem}" for problem in about["damaged"]]
     console.print_result("\n".join(printable(line, one_line=True) for line in lines))
     return 1 if about["damaged"] else 0

@@ -1,8 +1,8 @@
 """Measures the k-nearest-neighbour accuracy of a model's features: exact search, votes weighted by exp(similarity / T).
 
 The model is a run folder (its last checkpoint is scored), a checkpoint, or a teacher. Several k and temperatures share one
-search. The reported accuracy is that of k = 20 and T = 0.07 if they are given; it is never chosen by its value. --train and
---val also accept FEATURES.npy,LABELS.npy.
+search. The reported accuracy is then that of k = 20 and T = 0.07 if these are given, else of the first k and T; never the best.
+--train and --val also accept FEATURES.npy,LABELS.npy.
 """
 
 from dataclasses import dataclass, replace
@@ -24,7 +24,7 @@ class Config:
     PATHS: ClassVar[tuple[str, ...]] = ("model", "checkpoint", "train", "val", "out")
 
     model: str | None = None
-    """A run folder, a .ckpt file, teacher:NAME, torchvision/NAME, timm/NAME or module:function; for files any name."""
+    """A run folder, a .ckpt file, teacher:NAME, torchvision/NAME, timm/NAME or module:function; any name for feature files."""
     train: str
     """Labelled images to search in: a folder, another source (docs/sources.md), or FEATURES.npy,LABELS.npy."""
     val: str | None = None
@@ -40,7 +40,7 @@ class Config:
     metric: Literal["cosine", "euclidean"] = "cosine"
     """Similarity: the cosine, or minus half the squared Euclidean distance."""
     shots: str | None = None
-    """Use only so many training images per class: 5, or 1%."""
+    """Number or share of training images to use per class: 5, or 1%."""
     draws: int = 5
     """Number of random draws for --shots; the mean and standard deviation are reported."""
     seed: int = 0
@@ -112,7 +112,7 @@ def _score(
     config: Config, ks: list[int], temperatures: list[float], shots: float | None, split: "Split", about: dict[str, Any]
 ) -> "Score":
     """Classifies the images."""
-    from fkd_ssl.commands import results, sources
+    from fkd_ssl.commands import resolve, results
     from fkd_ssl.eval import baselines, knn
 
     labels = split.train_labels if config.leave_one_out else split.labels
@@ -126,7 +126,7 @@ def _score(
             "k": ks,
             "temperature": temperatures,
             "metric": config.metric,
-            "device": sources.search_device(),
+            "device": resolve.device(),
             **({} if config.leave_one_out else {"features": features, "labels": labels}),
         }
         if shots is None:

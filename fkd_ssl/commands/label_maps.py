@@ -66,7 +66,7 @@ def run(config: Config) -> int:
             skipped.update(made.unreadable)
     classes = teacher.info.spec.size
     if made.busy:
-        console.log(f"{plural(len(made.busy), 'shard')} being written by another process; if that is stopped, run this again")
+        console.log(f"{plural(len(made.busy), 'shard')} left to another process; if it stops early, repeat the command")
     else:
         LabelMaps(config.out).verify()
     if config.json:
@@ -74,10 +74,10 @@ def run(config: Config) -> int:
         values["unreadable_images"] = len(values.pop("unreadable"))
         console.print_json({**values, "classes": classes, "k": config.k, "height": dense.height, "width": dense.width})
     elif not made.made and not made.busy:
-        console.print_result(f"{config.out}: complete, and every file has its checksum; {format_bytes(made.bytes)}")
+        console.print_result(f"{config.out}: complete, all checksums match; {format_bytes(made.bytes)}")
     else:
         console.print_result(
             f"{config.out}: {made.made:,} images in {format_duration(made.seconds)}, {config.k} of {classes:,} classes at "
-            f"each of {dense.height} x {dense.width} places; {format_bytes(made.bytes)} on disk"
+            f"each of {dense.height} x {dense.width} positions; {format_bytes(made.bytes)} on disk"
         )
     return 0

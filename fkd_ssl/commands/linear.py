@@ -33,17 +33,16 @@ class Config:
     PATHS: ClassVar[tuple[str, ...]] = ("model", "checkpoint", "train", "val", "out")
 
     model: str | None = None
-    """A run folder, a .ckpt file, teacher:NAME, torchvision/NAME, timm/NAME or module:function; for files any name."""
+    """A run folder, a .ckpt file, teacher:NAME, torchvision/NAME, timm/NAME or module:function; any name for feature files."""
     train: str
     """Labelled images to train the probe on: a folder, another source (docs/sources.md), or FEATURES.npy,LABELS.npy."""
     val: str
     """Labelled images to score the probe on, in the same forms as --train."""
     protocol: str = "logreg"
-    """logreg, sweep, moco, swav, simsiam or simclr; several with commas between them."""
+    """logreg, sweep, moco, swav, simsiam or simclr; several separated by commas."""
     baseline: Literal["pixels", "chance"] | None = None
     """What to compare with: pixels (8 x 8 pixels, a colour histogram and chance, on the same images by the same protocol) or
-    chance only. Default: pixels for logreg and
-    sweep on images, else chance."""
+    chance only. Default: pixels for logreg and sweep on images, else chance."""
     pixels: int | None = None
     """Side of the crops; by default the size that the model was trained at."""
     checkpoint: str | None = None
@@ -191,13 +190,13 @@ def _on_crops(parts: dict[str, Config], evaluation: "Evaluation") -> Iterator["S
 def _on_features(parts: dict[str, Config], evaluation: "Evaluation") -> Iterator["Score"]:
     if not parts:
         return
-    from fkd_ssl.commands import results, sources
+    from fkd_ssl.commands import resolve, results, sources
     from fkd_ssl.eval import baselines, logreg, sweep
 
     config = next(iter(parts.values()))
     split, about = sources.split_of(evaluation, config)
     pixels = (about["transform"] or {}).get("centre_crop")
-    common = {**split.common, "names": split.classes, "seed": config.seed, "device": sources.search_device()}
+    common = {**split.common, "names": split.classes, "seed": config.seed, "device": resolve.device()}
     found = {} if config.baseline == "chance" else split.baselines
     for name, part in parts.items():
         probe: Callable[..., dict[str, Any]] = partial({"sweep": sweep, "logreg": logreg}[name].evaluate, **common)

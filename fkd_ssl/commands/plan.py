@@ -33,7 +33,7 @@ class Config:
     codec: str | None = None
     """Codec that the disk is checked for; by default the default of precompute. The table also shows other codecs."""
     limit: int | None = None
-    """Use only so many images."""
+    """Maximum number of images."""
     store: str = "."
     """Planned folder of the store, to check the free space on its disk."""
     json: bool = False

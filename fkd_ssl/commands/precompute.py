@@ -37,10 +37,10 @@ class Config:
     teacher: str
     """A family (mocov2, swav, lightly, transformers), a preset (fkd-ssl teachers lists them), torchvision/NAME or timm/NAME
     (with @LAYER for a layer's features, @probabilities for class probabilities), run (--checkpoint is a run of train), or
-    module:function of your own; several with commas between them. A+B averages the probabilities of two classifiers."""
+    module:function of your own; several separated by commas. A+B averages the probabilities of two classifiers."""
     checkpoint: str | None = None
     """Checkpoint of the teacher; `pretrained` downloads the weights of a library's teacher; a fetched preset needs none.
-    With several teachers, one each with commas between them; F+G for the teacher A+B."""
+    With several teachers, one for each, separated by commas; F+G for the teacher A+B."""
     crops: int = 400
     """C, crops stored per image. More crops than training epochs are never read."""
     recipe: str = "mocov2"
@@ -55,12 +55,12 @@ class Config:
     seed: int = 0
     """Seed of the crops."""
     limit: int | None = None
-    """Use only so many images, spread over all folders."""
+    """Maximum number of images; these are spread over all folders."""
     chunk_size: int = 128
     """Crops per forward pass of the teacher. Fixed for a column, since another size changes the last bits of the targets."""
     column: str | None = None
     """Name of the column; by default the teacher's name, with -2 appended for a second teacher of that name. With several
-    teachers, one each with commas between them."""
+    teachers, one for each, separated by commas."""
     on_unreadable: Literal["stop", "skip"] = "stop"
     """What to do if an image is damaged: stop and name it, or record it in the store and continue."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -131,7 +131,7 @@ def _on_ray(config: Config) -> "Summary":
     if processes.rank()[1] > 1 or config.shards is not None:
         raise RequestError("--runner ray divides the shards itself: leave out --shards and torchrun")
     if isinstance(config.teacher, Named) or isinstance(config.images, Named):
-        raise RequestError("--runner ray: other machines cannot get your Python objects; name each as module:function")
+        raise RequestError("--runner ray: other machines cannot receive Python objects; pass each as module:function")
     if config.evaluate is not None:
         raise RequestError(
             "--evaluate cannot be used with --runner ray: first run the command with --evaluate and --shards "
@@ -142,7 +142,7 @@ def _on_ray(config: Config) -> "Summary":
 
 
 def _notes(config: Config, summary: "Summary") -> list[str]:
-    """What the store still lacks."""
+    """Describes what is missing in the store."""
     from fkd_ssl.store import open_store
 
     notes = []
@@ -154,8 +154,8 @@ def _notes(config: Config, summary: "Summary") -> list[str]:
             notes.append(f"{len(rows)} of {len(store.paths):,} images could not be read and are left out: {some}")
     if summary.busy:
         notes.append(
-            f"{len(summary.busy)} of {plural(summary.shards, 'shard')} being written by other "
-            "processes, which finish them; if one is stopped, run it again"
+            f"{len(summary.busy)} of {plural(summary.shards, 'shard')} left to other processes, which are writing them; if one "
+            "stops early, run it again"
         )
     if summary.left:
         notes.append(f"{len(summary.left)} of {plural(summary.shards, 'shard')} left to the other --shards")
@@ -170,7 +170,7 @@ def write(
     log: Callable[[str], None],
     load: "Callable[[Config], tuple[ImageSource, list[Teacher]]] | None" = None,
 ) -> "Summary":
-    """Does the work of `run` in this process; `load` replaces `load_all`."""
+    """Writes the store, or a share of it, in this process; `load` replaces `load_all`."""
     import torch
 
     from fkd_ssl import processes
@@ -185,7 +185,7 @@ def write(
     images, teachers = (load or load_all)(config)
     sides = [resolve.pixels_of(config.pixels, teacher.info.pixels) for teacher in teachers]
     for teacher, side in zip(teachers, sides, strict=True):
-        if side != teacher.info.pixels:  # fails now, not after the store was created, if the teacher cannot take this size
+        if side != teacher.info.pixels:  # a teacher that does not support this size fails before the store is created
             teacher.embed(torch.zeros(2, 3, side, side, dtype=torch.uint8))
     if config.compile:
         resolve.compile_teachers(teachers, sides, config.chunk_size)
@@ -229,7 +229,7 @@ def write(
 
 
 def _seconds_per_crop(teachers: "Sequence[Teacher]", sides: Sequence[int], chunk_size: int) -> float:
-    """Measures the forward pass of the teachers on a GPU, with data that is there."""
+    """Measures the forward pass of the teachers on a GPU, with data on the GPU."""
     import time
 
     import torch

@@ -116,7 +116,7 @@ def _seeds(results: dict[str, Any]) -> str:
 
 
 def _protocol(results: dict[str, Any]) -> str:
-    """The protocol and the settings that differ from it."""
+    """The name of the protocol, and the settings that depart from it."""
     notes = [note.partition(": ")[2] for note in results.get("notes", []) if note.startswith("departs from")]
     return f"{results['protocol']} ({', '.join(notes)})" if notes else results["protocol"]
 

@@ -26,7 +26,7 @@ from fkd_ssl.training.groups import checkpoints_of, split
 from fkd_ssl.training.monitor import last_checkpoint
 
 RUN = "run"
-"""Name of the teacher that is a student of `fkd-ssl train`, with its head."""
+"""Value of --teacher for a student of `fkd-ssl train`, with its head."""
 _PIXELS = 224  # side of the crops of a student that was given as an object
 
 
@@ -85,7 +85,7 @@ def recipe_of(name: str, min_scale: float | None = None) -> Recipe:
     if name == IMPORTED.name:  # the recipe of stores made by import-fkd
         return IMPORTED
     if name not in RECIPES:
-        raise RequestError(f"--recipe {name!r} is unknown; there are {', '.join(RECIPES)}{did_you_mean(name, RECIPES)}")
+        raise RequestError(f"--recipe {name!r} is unknown; expected {', '.join(RECIPES)}{did_you_mean(name, RECIPES)}")
     recipe = RECIPES[name]
     if min_scale is None:
         return recipe
@@ -138,7 +138,7 @@ def compile_teachers(teachers: Sequence[Teacher], sides: Sequence[int], crops: i
         try:
             teacher.embed(torch.zeros(crops, 3, side, side, dtype=torch.uint8).contiguous(memory_format=torch.channels_last))
         except FkdError as error:
-            reason = " ".join(str(error.__cause__ or error).splitlines()[:2])  # torch names the compiler's error in the second
+            reason = " ".join(str(error.__cause__ or error).splitlines()[:2])  # the second line has the compiler's error
             raise RequestError(f"--compile: teacher {teacher.info.name}: {reason}; run without --compile") from error
 
 
@@ -230,7 +230,7 @@ def student_of(spec: str, option: str = "--model") -> tuple[Student, int]:
     """
     if isinstance(spec, Named):
         if not isinstance(spec.value, Student):
-            raise RequestError(f"{option} {spec}: expected a student that fkd_ssl.train or load_student gave")
+            raise RequestError(f"{option} {spec}: expected a student from fkd_ssl.train or fkd_ssl.load_student")
         return spec.value, spec.pixels or _PIXELS
     path = Path(spec)
     if path.is_dir():

@@ -25,7 +25,7 @@ class Config:
     PATHS: ClassVar[tuple[str, ...]] = ("model", "checkpoint", "gallery", "queries", "query", "sheet", "out")
 
     model: str | None = None
-    """A run folder, a .ckpt file, teacher:NAME, torchvision/NAME, timm/NAME or module:function; for files any name."""
+    """A run folder, a .ckpt file, teacher:NAME, torchvision/NAME, timm/NAME or module:function; any name for feature files."""
     gallery: str
     """Labelled images to search in: a folder, another source (docs/sources.md), or FEATURES.npy,LABELS.npy."""
     queries: str | None = None
@@ -93,7 +93,7 @@ def work(config: Config) -> "Retrieval | Nearest":
 
 def _search(config: Config, split: "Split", about: dict[str, Any]) -> "Retrieval":
     """Searches the gallery."""
-    from fkd_ssl.commands import sources
+    from fkd_ssl.commands import resolve
     from fkd_ssl.eval import indexes, retrieval
 
     base, labels = split.train_features, split.train_labels
@@ -105,7 +105,7 @@ def _search(config: Config, split: "Split", about: dict[str, Any]) -> "Retrieval
         queries=queries,
         labels=None if queries is None else split.labels,
         approximate=None if index is None else index.search,
-        device=sources.search_device(),
+        device=resolve.device(),
     )
     if config.curve:
         result["curve"] = indexes.curve(base, base[:1000] if queries is None else queries[:1000])

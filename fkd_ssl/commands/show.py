@@ -36,19 +36,19 @@ class Config:
     column: str | None = None
     """Column to find neighbours with; needed only if the store has several."""
     crops: int | None = None
-    """Show the first so many crops; by default 6, or all if fewer are stored."""
+    """Number of crops to show, starting with the first; by default 6, or all if fewer are stored."""
     neighbours: int = 5
     """Number of neighbours of each crop; 0 for none."""
     among: int = 1
-    """Search the first so many crops of each other image."""
+    """Number of crops of each other image to search, starting with the first."""
     pixels: int = 168
-    """Side of the crops in pixels; set the training's own to see them as a student does."""
+    """Side of the drawn crops in pixels; with the side of a training, they are what the student sees."""
 
     def __post_init__(self) -> None:
-        for name, least, most in (("crops", 1, 24), ("neighbours", 0, 12), ("among", 1, 10**6), ("pixels", 8, 512)):
+        for name, low, high in (("crops", 1, 24), ("neighbours", 0, 12), ("among", 1, 10**6), ("pixels", 8, 512)):
             value = getattr(self, name)
-            if value is not None and not least <= value <= most:
-                raise RequestError(f"{name} {value}: must be between {least} and {most}")
+            if value is not None and not low <= value <= high:
+                raise RequestError(f"{name} {value}: must be between {low} and {high}")
 
 
 def run(config: Config) -> int:
@@ -138,7 +138,7 @@ def _image(store: "Store", images: "ImageSource", row: int) -> tuple["UInt8Array
 
 
 def _picture(store: "Store", images: "ImageSource", pixels: int, neighbour: "Neighbour", name_of_class: str) -> "Picture":
-    """The picture of a neighbour of an image of a class."""
+    """Draws a neighbour of an image of the class `name_of_class`."""
     from fkd_ssl.crops import replay
     from fkd_ssl.sheet import Picture
 

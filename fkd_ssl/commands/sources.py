@@ -59,7 +59,7 @@ class Source:
     skipped: int = 0
     """Number of skipped images."""
     baselines: dict[str, Float32Array] = field(default_factory=dict)
-    """Features by `eval.baselines`, by name; empty for files."""
+    """Features of each baseline in `eval.baselines`, by its name; empty for files."""
 
 
 def is_files(spec: str) -> bool:
@@ -68,7 +68,7 @@ def is_files(spec: str) -> bool:
 
 
 def check_baseline(baseline: str | None, spec: str) -> None:
-    """Raises RequestError if the baseline `pixels` is asked for, and `spec` has features in place of images."""
+    """Raises RequestError if the baseline is `pixels` but `spec` has features instead of images."""
     if baseline == "pixels" and is_files(spec):
         raise RequestError(f"--baseline pixels needs images, and {spec} has features; choose --baseline chance")
 
@@ -236,8 +236,3 @@ def _files_digest(spec: str) -> str:
 def _arrays(spec: Named) -> list[Any]:
     """Features and labels as arrays of numpy."""
     return [one.detach().cpu().numpy() if isinstance(one, torch.Tensor) else np.asarray(one) for one in spec.value]
-
-
-def search_device() -> torch.device:
-    """The device of searches and of probes on features."""
-    return resolve.device()

@@ -21,7 +21,7 @@ class Config:
     out: str
     """Folder of the new store."""
     crops: int | None = None
-    """Copy only the first so many crops of each image."""
+    """Number of crops of each image to copy, starting with the first. Default: all."""
     column: str | None = None
     """Copy only these columns, separated by commas. Default: all."""
     list: str | None = None

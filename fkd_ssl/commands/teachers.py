@@ -54,21 +54,20 @@ def _list(config: Config) -> int:
         paths = {name: None if path is None else str(path) for name, path in here.items()}
         console.print_json({name: {**asdict(preset), "here": paths[name]} for name, preset in PRESETS.items()})
         return 0
-    rows = [["preset", "here", "network", "head", "target", "linear top-1", "licence of the weights"]]
+    rows = [["preset", "downloaded", "network", "head", "target", "linear top-1", "licence of the weights"]]
     for name, p in PRESETS.items():
-        there = "yes" if here[name] else "partly" if fetch.parts(p, config.cache) else "no"
-        rows.append([name, there, p.network, p.head, f"{p.dim}-d", f"{p.top1:.1f} %", p.licence])
+        downloaded = "yes" if here[name] else "partly" if fetch.parts(p, config.cache) else "no"
+        rows.append([name, downloaded, p.network, p.head, f"{p.dim}-d", f"{p.top1:.1f} %", p.licence])
     seen = [["preset", "crops", "mean", "std", "from"]]
     seen += [[name, f"{p.pixels} px", _rgb(p.mean), _rgb(p.std), f"{p.source}: {p.url}"] for name, p in PRESETS.items()]
     console.print_result(
         f"{console.table(rows)}\n\n{console.table(seen)}\n\n"
         f"Cache folder: {files.cache_folder(config.cache)} (--cache or {files.CACHE_VARIABLE} sets another)\n"
         "Download: fkd-ssl teachers fetch NAME; --teacher NAME then finds it. A file from elsewhere: --checkpoint FILE.\n\n"
-        "Families: --teacher mocov2 or swav takes any checkpoint in that layout (fkd-ssl pretrain makes one), lightly a\n"
-        "  LightningModule's with a ResNet as backbone.*, transformers a folder that save_pretrained wrote.\n"
-        "Libraries: --teacher torchvision/NAME or timm/NAME, perhaps with @LAYER or @probabilities: their networks and\n"
-        "  preprocessing. A slash, since a colon is your own. --checkpoint FILE gives the weights; --checkpoint pretrained\n"
-        "  lets them be downloaded.\n"
+        "Families: --teacher mocov2 or swav accepts any checkpoint in that layout (fkd-ssl pretrain makes one), lightly the\n"
+        "  checkpoint of a LightningModule with a ResNet as backbone.*, transformers a folder made by save_pretrained.\n"
+        "Libraries: --teacher torchvision/NAME or timm/NAME, optionally with @LAYER or @probabilities: a network of the\n"
+        "  library, with its preprocessing. --checkpoint FILE reads the weights; --checkpoint pretrained downloads them.\n"
         "Runs: --teacher run --checkpoint RUN is a student of fkd-ssl train, with its head.\n"
         "Ensembles: --teacher A+B --checkpoint F+G is the mean of two classifiers' probabilities.\n"
         "Your own: --teacher module:function, a function that returns a network of ImageNet-normalised floats to [B, D].\n"
@@ -87,7 +86,7 @@ def _fetch(config: Config, name: str) -> int:
     from fkd_ssl.teachers.presets import PRESETS
 
     if name not in PRESETS:
-        raise RequestError(f"no preset {name!r}{did_you_mean(name, PRESETS)} (there are {', '.join(PRESETS)})")
+        raise RequestError(f"no preset {name!r}{did_you_mean(name, PRESETS)} (known: {', '.join(PRESETS)})")
     preset = PRESETS[name]
     console.log(f"{name}: {preset.network}, {preset.head}; {preset.source}")
     console.log(f"licence of the weights: {preset.licence}")
@@ -111,10 +110,10 @@ def _fetch(config: Config, name: str) -> int:
     if config.json:
         console.print_json({**about, "network": network, "downloaded": present is None})
     else:
-        how = "was here" if present else "downloaded"
+        how = "already downloaded" if present else "downloaded"
         console.print_result(f"{path}: {how}, {about['bytes']:,} bytes, loads as {network}; use it as --teacher {name}")
     if config.cache is not None and fetch.find(preset) is None:
-        console.log(f"--teacher {name} finds it there with {files.CACHE_VARIABLE}={config.cache} in the environment")
+        console.log(f"set {files.CACHE_VARIABLE}={config.cache} in the environment, so that --teacher {name} finds it")
     return 0
 
 

@@ -148,7 +148,7 @@ def _pin_defaults(config: Config) -> Config:
     if config.targets != "stored" or config.column is not None:
         return config
     begun = runs.read_config(config.out)
-    assert config.store is not None  # by TrainConfig
+    assert config.store is not None  # TrainConfig checks it
     name = begun.get("column") if begun else open_store(config.store).column().name
     return replace(config, column=name if isinstance(name, str) else None)
 
@@ -242,7 +242,7 @@ def _finish(
             "small crops of large images, a smaller copy of them (fkd-ssl cache)"
         )
     if results["unreadable_images"]:
-        console.log(f"warning: {plural(results['unreadable_images'], 'image')} skipped, which could not be read")
+        console.log(f"warning: skipped {plural(results['unreadable_images'], 'unreadable image')}")
 
 
 def _classified(config: Config, folder: Path) -> dict[str, float]:
@@ -265,7 +265,7 @@ def _classified(config: Config, folder: Path) -> dict[str, float]:
             progress=False,
         )
     except (RequestError, ImageError, ImageAccessError) as error:
-        console.log(f"note: no top-1 of the student's own classes: {error}")
+        console.log(f"note: cannot measure the classifier's top-1: {error}")
         return {}
     return {key: found[key] for key in ("top1", "top5")}
 

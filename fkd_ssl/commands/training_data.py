@@ -24,7 +24,7 @@ from fkd_ssl.store.write.prepare import prepare
 from fkd_ssl.store.write.recording import Recording, is_published
 from fkd_ssl.targets import TargetSpec, TeacherInfo
 from fkd_ssl.teachers import Teacher
-from fkd_ssl.text import format_bytes
+from fkd_ssl.text import format_bytes, plural
 from fkd_ssl.training import defaults
 from fkd_ssl.training.config import TrainConfig
 from fkd_ssl.training.groups import checkpoints_of, split, teacher_precision
@@ -39,7 +39,7 @@ class TrainingData:
     config: TrainConfig
     """The config, with the defaults that follow from the data."""
     crops: Crops | None
-    """The crops, with targets if these are stored; None until a store to record is planned."""
+    """The crops, with targets if these are stored; None until `record` plans a store."""
     targets: list[TeacherInfo]
     """Information about each teacher's targets."""
     inputs: dict[str, str] = field(default_factory=dict)
@@ -159,7 +159,7 @@ def _crop_options(config: TrainConfig) -> dict[str, Any]:
 
 
 def choose_device_crops(config: TrainConfig, images: ImageSource, crops: Crops) -> None:
-    """Has the GPU make the crops if --device_crops is auto and that is faster."""
+    """Makes the crops on the GPU if --device_crops is auto and this is faster."""
     if config.device_crops == "auto":
         crops.decode_only = choose(
             images,
@@ -245,7 +245,7 @@ def record(config: TrainConfig, images: ImageSource, data: TrainingData, world: 
 
 
 def publish(config: TrainConfig, data: TrainingData) -> None:
-    """Publishes the recorded columns in the store; reports how to recompute targets that were damaged on disk meanwhile."""
+    """Publishes the recorded columns in the store; for targets damaged on disk, logs the command that computes them again."""
     teachers = zip(split(config.teacher), checkpoints_of(config.teacher, config.checkpoint), strict=True)
     for recording, (teacher, checkpoint) in zip(data.recordings or [], teachers, strict=False):  # only in the first process
         if recording is None:
@@ -262,7 +262,7 @@ def publish(config: TrainConfig, data: TrainingData) -> None:
                 "store": config.record,
                 "teacher": teacher,
                 "checkpoint": checkpoint,
-                "name": column.name,
+                "column": column.name,
                 "crops": store.crops_per_image,
                 "recipe": config.recipe,
                 "codec": column.meta.codec,
@@ -274,8 +274,8 @@ def publish(config: TrainConfig, data: TrainingData) -> None:
             }
             options = [f"--{key} {shlex.quote(str(value))}" for key, value in asked.items() if value is not None]
             console.log(
-                f"warning: {len(damaged)} of {store.manifest.shards} shards were damaged on the disk after they were recorded, "
-                f"and are left out; to compute them: fkd-ssl precompute {' '.join(options)}"
+                f"warning: left out {len(damaged)} of {plural(store.manifest.shards, 'shard')}, damaged on the disk after "
+                f"recording; to compute them: fkd-ssl precompute {' '.join(options)}"
             )
 
 
@@ -291,8 +291,8 @@ def describe(config: TrainConfig, data: TrainingData) -> dict[str, Any]:
         "store": crops.store.folder.name,
         "sha256 of its list of images": manifest.images_sha256,
         **{f"sha256 of column {c.name}": c.digest for c in crops.columns},
-        "stored an image": manifest.crops_per_image,
-        "seed of the draw": manifest.seed,
+        "crops per image": manifest.crops_per_image,
+        "seed of the crops": manifest.seed,
     }
     about = known or [column.info for column in crops.columns]
     return {"teachers": about, "store": store, "recipe": _describe_recipe(manifest.recipe)}

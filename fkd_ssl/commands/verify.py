@@ -1,8 +1,8 @@
 """Checks a store: the sha256 of every file, and every record.
 
 --images also checks every image; --teacher also replays a sample of crops and embeds them again. The exit status is 1 if a
-problem is found; the output then tells what to do. --repair removes damaged parts, and makes only these and missing parts
-again: crop records alone or with --images; codes and codecs need --images and --teacher.
+problem is found; the output then says what to do. --repair makes damaged and missing parts again and changes nothing else:
+some crop records need no options, others need --images; codes and codecs need --images and --teacher.
 """
 
 import re
@@ -35,7 +35,7 @@ class Config:
     sample: int = 64
     """Number of crops to embed again."""
     repair: bool = False
-    """Make damaged and missing parts again, as far as --images and --teacher allow, then check again."""
+    """Make damaged and missing parts again, if their --images and --teacher are given, then check again."""
     json: bool = False
     """Print one JSON object on standard output."""
 

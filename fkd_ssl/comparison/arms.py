@@ -26,7 +26,7 @@ class Arm:
 
     Attributes:
         kind: Source of its targets. `alone` has none; `labels` uses the images' classes, `relabel` label maps.
-        detail: Distinguishes it from other arms of its kind; empty if there is no need to.
+        detail: Distinguishes it from other arms of its kind; empty for the plain arm of a kind.
         chosen: Indices of the teachers that it is trained from.
         crops: Number of stored crops per image that it may use; None for all.
         codec: Codec of its targets; None for the store's.

@@ -169,9 +169,9 @@ class _Comparison:
 
     @property
     def precompute_seconds(self) -> float | None:
-        """Time to make all columns; None if it is unknown.
+        """Time to make all columns.
 
-        That is so for an existing store, and if a call was killed after it finished a column and before it saved the time.
+        None if it is unknown: for an existing store, or if a call was killed between finishing a column and saving its time.
         """
         known = [seconds for seconds in self.seconds if seconds is not None]
         return sum(known) if len(known) == len(self.seconds) else None
@@ -287,7 +287,7 @@ class _Comparison:
         }
 
     def _noted(self, name: str, seconds: float | None) -> float | None:
-        """Saves `seconds` in a file unless it exists, and returns the saved seconds; None if they are unknown."""
+        """Saves `seconds` in a file unless the file exists, and returns the saved value; None if there is none."""
         path = self.folder / name
         if seconds is not None and not path.exists():
             files.write_json(path, {"seconds": seconds})
@@ -295,4 +295,4 @@ class _Comparison:
 
     def _require_free(self, busy: list[int], place: Path) -> None:
         if busy:
-            raise FkdError(f"{place}: another process is writing it; run the same command again after it has ended")
+            raise FkdError(f"{place}: another process is writing it; wait until it ends, then repeat the command")

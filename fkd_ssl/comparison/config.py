@@ -29,10 +29,10 @@ class CompareConfig:
     """Existing store of these images and teachers, with its crops per image and codec. By default, compare makes a store. The
     time to make an existing store is unknown, so there is no break-even."""
     further_arms: str = ""
-    """Arms in addition to stored and online, with blanks between them: online:stored_crops (the teacher runs on the store's
-    crops), alone (MoCo v2 without a teacher, for as long as precompute and stored together), stored:C=4 (only the first 4
-    crops), stored:SQ4 (another codec); with a classifier as teacher also labels (supervised training without a teacher) and
-    relabel (ReLabel's label maps)."""
+    """Arms in addition to stored and online, separated by spaces: online:stored_crops (the teacher runs on the store's crops),
+    alone (MoCo v2 without a teacher, for as long as precompute and stored together), stored:C=4 (only the first 4 crops),
+    stored:SQ4 (another codec); with a classifier as teacher also labels (supervised training without a teacher) and relabel
+    (ReLabel's label maps)."""
     student: str = "resnet18"
     """Student network, as for train."""
     head: str = "mocov2"
@@ -47,7 +47,7 @@ class CompareConfig:
     """Number of repetitions, with seeds 0, 1, ...; you can increase it later."""
     crops: int | None = None
     """C, stored crops per image; by default the number of epochs, since more are never read. Every crop is read once before
-    any is read twice, also if M does not divide C."""
+    any is read twice, even if M does not divide C."""
     codec: str | None = None
     """Codec of the store, as for precompute."""
     recipe: str = "mocov2"

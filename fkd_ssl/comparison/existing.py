@@ -44,5 +44,5 @@ def use_store(
         codecs.add(codec)
         sizes.add(pixels)
     if len(sizes) > 1:
-        raise RequestError(f"{store.folder}: its teachers saw crops of {min(sizes)} and {max(sizes)} px, not of one size")
+        raise RequestError(f"{store.folder}: its teachers saw crops of {min(sizes)} and {max(sizes)} px; expected one size")
     return replace(config, crops=crops, codec=codecs.pop() if len(codecs) == 1 else None, pixels=sizes.pop())

@@ -21,7 +21,7 @@ COLOURS = {
 }
 FURTHER = ("#c0508f", "#a8801f", "#1a90a8", "#8c7466", "#6d8f2a", "#6b6bd6", "#d04a5a", "#5a8c8c", "#a86ba8")
 """Colours of the other arms. All are legible on white and on the report's dark ground."""
-_INK = "#101213"  # in SVG it becomes the page's own
+_INK = "#101213"  # colour of text and axes; an SVG uses the page's colour instead
 _LABELS = {"knn_top1": "kNN top-1, %", "linear_top1": "linear top-1, %", "kl": "loss minus its lower bound"}
 
 
@@ -58,7 +58,7 @@ def draw_all(results: dict[str, Any], folder: Path) -> list[Plot]:
 
 
 def colours_of(results: dict[str, Any]) -> dict[str, str]:
-    """Gives every arm a colour of its own: those in the headline and those without variants a fixed one."""
+    """Returns a colour for each arm; the two of the headline and those in COLOURS have fixed ones."""
     names = list(dict.fromkeys(arm["name"] for arm in results["arms"]))
     first = results["differences"][0]
     fixed = {**COLOURS, first["arm"]: COLOURS["stored"], first["minus"]: COLOURS["online"]}
@@ -95,7 +95,7 @@ def _draw(folder: Path, name: str, caption: str, draw: Any, results: dict[str, A
 
 
 def _curves(axes: Sequence[Any], results: dict[str, Any], column: str, folder: Path) -> None:
-    """Draws a measure against time (the main stored arm also after its precomputing) and against epochs."""
+    """Draws a measure against time and against epochs; the main stored arm also against time with precomputing."""
     main = results["differences"][0]["arm"]
     highest, lowest = 0.0, float("inf")
     for name, colour in colours_of(results).items():
@@ -133,7 +133,7 @@ def _curves(axes: Sequence[Any], results: dict[str, Any], column: str, folder: P
 
 
 def _curve(results: dict[str, Any], folder: Path, arm: dict[str, Any], column: str) -> dict[float, tuple[float, float]]:
-    """Returns seconds and value at each epoch that has one; scores begin with the untrained student's."""
+    """Returns epoch -> (seconds, value) where metrics.csv has a value; scores begin with the untrained student's."""
     metrics = read_metrics(folder / "runs" / run_name(arm["name"], arm["seed"]) / "metrics.csv")
     curve: dict[float, tuple[float, float]] = {}
     for start in results["arms"]:

@@ -318,8 +318,8 @@ def _size(results: dict[str, Any], store: dict[str, Any]) -> str:
 
 def _commands(results: dict[str, Any]) -> list[str]:
     """The command of the comparison and those of its trainings."""
-    config, usual = results["config"], {f.name: f.default for f in dataclasses.fields(CompareConfig)}
-    options = [f"--{k} {shlex.quote(str(v))}" for k, v in config.items() if k in usual and v != usual[k]]
+    config, defaults = results["config"], {f.name: f.default for f in dataclasses.fields(CompareConfig)}
+    options = [f"--{k} {shlex.quote(str(v))}" for k, v in config.items() if k in defaults and v != defaults[k]]
     runs = dict.fromkeys((arm["name"], arm["seed"]) for arm in results["arms"] if arm["train_seconds"] is not None)
     of_runs = [(("pretrain" if name == "alone" else "train"), run_name(name, seed)) for name, seed in runs]
     return [

@@ -76,7 +76,7 @@ def _difference(scorer: Scorer, seeds: int, one: str, other: str) -> dict[str, A
 def _reached(config: CompareConfig, online: str, names: Sequence[str]) -> dict[str, Any]:
     """Returns the seconds until each arm's kNN was within the margin of online's final kNN.
 
-    The seconds are means over seeds; None if a seed never got there.
+    The seconds are means over seeds; None if a seed did not reach it.
     """
     curves: dict[str, list[list[tuple[float, float]]]] = {name: [] for name in names}
     for name in names:
@@ -86,8 +86,6 @@ def _reached(config: CompareConfig, online: str, names: Sequence[str]) -> dict[s
                 [(line["seconds"] or 0.0, line["knn_top1"]) for line in metrics if line["knn_top1"] is not None]
             )
     goal = statistics.mean(curve[-1][1] for curve in curves[online]) - stats.MARGIN
-    first = {name: [next((s for s, top1 in curve if top1 >= goal), None) for curve in curves[name]] for name in names}
-    return {
-        "knn_top1": goal,
-        "seconds": {name: None if None in times else statistics.mean(t for t in times if t) for name, times in first.items()},
-    }
+    first = {name: [next((s for s, top1 in curve if top1 >= goal), math.inf) for curve in curves[name]] for name in names}
+    means = {name: statistics.mean(times) for name, times in first.items()}
+    return {"knn_top1": goal, "seconds": {name: mean if mean < math.inf else None for name, mean in means.items()}}

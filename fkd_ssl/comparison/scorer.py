@@ -22,7 +22,7 @@ from fkd_ssl.students import CLASSIFIER, Student
 PROBES = ("knn_top1", "linear_top1")
 """Scores for which the correctness of every test image is saved."""
 OWN = "top1"
-"""The same for the classes that a classifier itself predicts."""
+"""Accuracy of a classifier's own predictions; its correctness is saved too."""
 
 
 class Scorer:

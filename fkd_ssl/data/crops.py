@@ -22,9 +22,9 @@ Key = int | tuple[int, int]  # an image, for its next pass, or a pass and an ima
 class Crops(Dataset[Batch]):
     """Base class of data sets of crops: M crops per image, which is decoded once for all of them.
 
-    Each pass reads other crops of an image. `data[i]` reads the next pass of image `i`, and `data[p, i]` reads pass `p`, which
-    always gives the same crops. So `DataLoader(data, shuffle=True)` reads pass 0 in its first epoch, pass 1 in its second, and
-    so on, since its workers share the count. Distributed training also needs `set_epoch`. A loader returns crops [B, M, ...];
+    Each pass reads different crops of an image. `data[i]` reads the next pass of image `i`, and `data[p, i]` reads pass `p`,
+    which always gives the same crops. A `DataLoader(data, shuffle=True)` reads pass 0 in its first epoch, pass 1 in its second,
+    and so on; its workers share the count. Distributed training also needs `set_epoch`. A loader returns crops [B, M, ...];
     with `collate_fn=whole_batch` it returns [B M, ...] without another copy.
 
     Args:
@@ -33,7 +33,7 @@ class Crops(Dataset[Batch]):
         crops_per_image: Number of crops per image M.
         pixels: P, the side of the crops.
         teacher_pixels: Side of a second set of the same crops, for a teacher. Default: no second set.
-        skip_unreadable: Replace a damaged image by another one of its batch instead of raising an error.
+        skip_unreadable: Replace a damaged image with another one of its batch instead of raising an error.
         decode_only: Return decoded images and plans of the crops, from which `replay_on_device` makes them.
         contents: The expected contents of the images. Default: not checked.
     """
@@ -179,12 +179,12 @@ class Crops(Dataset[Batch]):
         """Returns the records [M] of image `i` in a pass."""
 
     def _targets(self, pairs: list[tuple[int, int]]) -> Batch:
-        """Returns the other entries of a batch of (pass, image) pairs: `targets`, if they are stored."""
+        """Returns further entries of the batch: `targets`, if they are stored."""
         return {}
 
 
 def _replace(failed: dict[int, ImageError], pairs: list[tuple[int, int]], pixels: Pixels) -> None:
-    """Replaces the images of a batch that cannot be read by the other ones, in turn."""
+    """Replaces the unreadable images of a batch with the readable ones, in turn."""
     good = [k for k in range(len(pairs)) if k not in failed]
     if not good:
         first = next(iter(failed.values()))

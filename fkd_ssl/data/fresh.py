@@ -9,14 +9,14 @@ from fkd_ssl.images import ImageSource
 
 
 class FreshCrops(Crops):
-    """Crops drawn again in every pass from a recipe, for online distillation. They use the same records as stored crops.
+    """Crops that are drawn from a recipe in every pass, for online distillation. Their records have the form of stored ones.
 
     Args:
         images: The image set.
         recipe: The recipe that crops are drawn from.
         crops_per_image: Number of crops per image M.
         pixels: P, the side of the crops.
-        seed: Seed of the crops. No store draws the same crops.
+        seed: Seed of the crops. They differ from the crops of a store with the same seed.
         teacher_pixels: Side of a second set of the same crops, for the teacher.
         skip_unreadable: As in StoredCrops.
         decode_only: As in StoredCrops.

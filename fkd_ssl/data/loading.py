@@ -22,12 +22,12 @@ from fkd_ssl.errors import FkdError, RequestError
 _FEWER = "fewer --workers, or --workers 0"
 _SENT = (FkdError, OSError)
 """Errors with a message for the user. Workers send them unchanged, while torch would send their traceback as text."""
-_GRACE_SECONDS = 60  # seconds
+_GRACE_SECONDS = 60
 _abandoned: list[Iterator[Any]] = []
 
 
 class Loader(DataLoader[Any]):
-    """A DataLoader over batches of keys. Its errors are short, and an error never makes the parent wait.
+    """A DataLoader over batches of keys. Its errors are short, and an error in a worker never blocks the parent.
 
     - A worker moves its batch into shared memory when it collates it, so that an error is raised in the parent. In torch, a
       thread of the queue moves it, which only prints the error, and the parent waits forever.
@@ -77,7 +77,7 @@ class Loader(DataLoader[Any]):
             return map(_raised, super().__iter__())
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # the workers inherit it
         try:
-            # torch needs as many; if its own attempt fails, its destructor prints a traceback
+            # torch makes as many queues; fail here instead of there, where the iterator's destructor would print a traceback
             [multiprocessing.Queue() for _ in range(self.num_workers + 1)]
             batches: Any = super().__iter__()
             # so that torch's signal handler ignores these workers
@@ -161,7 +161,7 @@ def _interrupted_by_death(workers: list[Any]) -> Iterator[None]:
     """Raises ChildProcessError as soon as a worker has died, also during a read that would never end."""
 
     def check(*_: Any) -> None:
-        if any(worker.exitcode for worker in workers):  # None while it runs, 0 where it ended as told
+        if any(worker.exitcode for worker in workers):  # None while it runs, 0 after a normal end
             raise ChildProcessError
 
     main = threading.current_thread() is threading.main_thread()  # no other thread may set a handler
@@ -209,6 +209,6 @@ def start_worker(worker: int) -> None:
 
 
 def _except_broken_connections(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Prints errors in a worker's threads, except that the parent has ended while a batch was sent."""
+    """Prints an error of the thread that sends a worker's batches, unless the parent ended and broke the connection."""
     if not issubclass(kind, (ConnectionError, EOFError)):
         sys.__excepthook__(kind, error, trace)

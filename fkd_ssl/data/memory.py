@@ -64,8 +64,8 @@ def empty(*shape: int) -> Tensor:
 def share(value: Any) -> Any:
     """Moves all tensors of a batch, or of a part of it, to shared memory before a worker sends them.
 
-    Tensors of `empty` are sent as their blocks. The queue would share other tensors too, but in a thread of its own, where an
-    error is only printed, and nothing is sent.
+    Tensors of `empty` are sent as their blocks. The queue would also share other tensors, but in a thread, which only prints
+    an error and sends nothing.
 
     Raises:
         FkdError: There is not enough shared memory.

@@ -1,4 +1,4 @@
-"""Counts how often each image was read, so that a plain DataLoader reads other crops in each epoch."""
+"""Counts how often each image was read, so that a plain DataLoader reads different crops in each epoch."""
 
 import mmap
 
@@ -48,7 +48,7 @@ class PassCounter:
 
     def __setstate__(self, state: tuple[Tensor, bool]) -> None:
         self._state, self._parent_distributed = state
-        if not self._state.is_shared():  # type: ignore[no-untyped-call]  # a copy, and not a worker's
+        if not self._state.is_shared():  # type: ignore[no-untyped-call]  # a copy in this process, not in a worker
             self._state = _shared(self._state)
 
 

@@ -8,7 +8,7 @@ from fkd_ssl.crops.device import CropPlan, PendingCrops, concatenate, plan_crops
 from fkd_ssl.data import memory
 
 Batch = dict[str, Any]
-Sides = dict[str, int]  # side of the crops by their key in a batch: images, and teacher_images if their size is another
+Sides = dict[str, int]  # side of the crops by their key in a batch: images, and teacher_images if their size differs
 
 
 class Pixels(Protocol):
@@ -73,5 +73,5 @@ class Planned:
 
 
 def replay_on_device(batch: Batch) -> Batch:
-    """Returns the batch with its planned crops made, on the device of the plans."""
+    """Returns the batch with crops in place of their plans; the crops are made on the device of the plans."""
     return {key: replay_plan(value) if isinstance(value, CropPlan) else value for key, value in batch.items()}

@@ -14,7 +14,7 @@ from fkd_ssl.relabel.maps import LabelMaps
 
 
 class RelabelledCrops(FreshCrops):
-    """Crops drawn again in every pass. Their `targets` float32 [B M, K] are pooled from the images' label maps at their boxes.
+    """Crops that are drawn in every pass, with `targets` float32 [B M, K] pooled from the images' label maps at the boxes.
 
     Yun et al., "Re-labeling ImageNet", CVPR 2021 (arXiv 2101.05022).
 

@@ -24,8 +24,8 @@ class PassSampler(Sampler[Pairs]):
     With `groups`, the groups come in a random order, and the images of `mix` groups at a time are mixed. A pass then reads, or
     fetches, each file that holds many images about once.
 
-    In the last `single` steps a batch has one crop per image instead of M, and so M times as many images. A pass is then one
-    crop of each image, and passes are numbered as if all earlier passes had one crop too, so that pass p reads crop p.
+    In the last `single` steps, a batch has one crop per image instead of M, and M times as many images. Such a pass reads one
+    crop of each image. It is counted as if each earlier pass were M passes of one crop, so that pass p reads crop p.
 
     Args:
         length: Number of images.
@@ -127,7 +127,7 @@ class PassSampler(Sampler[Pairs]):
 def mixed(order: Int64Array, groups: Int64Array, mix: int) -> Int64Array:
     """Rearranges a random order of images so that `mix` groups at a time come together, in random order: int64 [N].
 
-    Groups come in the order of their first images. With at least as many groups mixed as there are, nothing changes.
+    Groups come in the order of their first images. If `mix` is at least the number of groups, the order does not change.
     """
     _, first, inverse = np.unique(groups[order], return_index=True, return_inverse=True)
     rank = np.empty(len(first), dtype=np.int64)
@@ -137,7 +137,7 @@ def mixed(order: Int64Array, groups: Int64Array, mix: int) -> Int64Array:
 
 @lru_cache(maxsize=_ORDERS)
 def permutation(seed: int, pass_: int, length: int) -> Int64Array:
-    """The order of `length` images in a pass: int64 [length], from sorting raw output of Philox."""
+    """The order of `length` images in a pass: int64 [length], which sorts random numbers of Philox."""
     key = int.from_bytes(image_key(seed, f"pass {pass_}"), "little")
     words = np.random.Philox(key=key).random_raw(length)
     return np.argsort(words, kind="stable")

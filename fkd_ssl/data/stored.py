@@ -23,8 +23,8 @@ from fkd_ssl.text import plural
 class StoredCrops(Crops):
     """The crops of a store, with the targets of one or more teachers.
 
-    Pass p reads crops (start + p M + 0..M-1) mod C of an image, where start is a hash of the seed and the image. So every crop
-    is used before any is used twice.
+    Pass p reads crops (start + p M + 0..M-1) mod C of an image, where start is a hash of the seed and the image. Every crop is
+    used once before any is used twice.
 
     Args:
         store: An opened store, or its folder.
@@ -40,8 +40,8 @@ class StoredCrops(Crops):
             open the store again to use more.
         scale_boxes: The images are smaller copies of the store's images (made by fkd-ssl cache). Boxes are scaled to the size
             of a copy. The crops are then close to those that the teacher saw, but not identical.
-        skip_unreadable: Replace an image that is damaged or changed by another one of its batch, and count it. An image that
-            cannot be opened still raises an error, since it may be intact.
+        skip_unreadable: Replace a damaged or changed image with another one of its batch, and count it. An image that cannot
+            be opened still raises an error, since it may be intact.
         decode_only: Return decoded images and plans of the crops, from which a device makes them.
 
     Raises:

@@ -45,9 +45,9 @@ class PretrainConfig:
     """Network to train: a ResNet of torchvision, whose checkpoint is a teacher. MoCo can also train any student of train
     without a teacher; its backbone is then written in the format of export."""
     stem: Literal["standard", "small"] = "standard"
-    """Stem of such a student, as for train."""
+    """Stem, as for train. A network with the small stem is a student, not a teacher."""
     width: float = 1.0
-    """Multiplier of the number of channels of such a student, as for train."""
+    """Multiplier of the number of channels, as for train. A network with a width other than 1 is a student, not a teacher."""
     dim: int = 128
     """D, dimension of the embeddings and so of the targets."""
     epochs: int = 200
@@ -57,25 +57,27 @@ class PretrainConfig:
     pixels: int = 224
     """Side of the crops; the side of SwAV's small crops is 96/224 of it."""
     lr: float | None = None
-    """Peak learning rate of a cosine schedule to zero, not scaled with the batch size; 0.03 (MoCo, SGD) or 0.6 (SwAV, LARS)."""
+    """Peak learning rate of a cosine schedule to zero, not scaled with the batch size. Default: 0.03 (MoCo, SGD) or 0.6 (SwAV,
+    LARS)."""
     weight_decay: float | None = None
-    """Weight decay of all parameters; 1e-4 (MoCo) or 1e-6 (SwAV, where 0 would also disable the scaling of LARS)."""
+    """Weight decay of all parameters. Default: 1e-4 (MoCo) or 1e-6 (SwAV, where 0 would also disable the scaling of LARS)."""
     temperature: float | None = None
-    """Temperature of the loss; 0.2 (MoCo) or 0.1 (SwAV)."""
+    """Temperature of the loss. Default: 0.2 (MoCo) or 0.1 (SwAV)."""
     queue: int | None = None
-    """Number of earlier embeddings kept: 65536 negatives (MoCo) or 3840 for the assignment (SwAV); at most half the images."""
+    """Number of earlier embeddings kept, as negatives (MoCo) or for the assignment (SwAV); at most half the images. Default:
+    65536 (MoCo) or 3840 (SwAV)."""
     momentum: float | None = None
-    """MoCo: momentum of the key encoder's moving average; 0.999."""
+    """MoCo: momentum of the key encoder's moving average. Default: 0.999."""
     queue_epoch: int | None = None
-    """SwAV: number of epochs before the queue is filled and used; 15."""
+    """SwAV: number of epochs before the queue is filled and used. Default: 15."""
     prototypes: int | None = None
-    """SwAV: K, number of prototypes; 3000."""
+    """SwAV: K, number of prototypes. Default: 3000."""
     frozen_epochs: float | None = None
-    """SwAV: number of epochs at the start in which the prototypes are frozen; 1."""
+    """SwAV: number of epochs at the start in which the prototypes are frozen. Default: 1."""
     epsilon: float | None = None
-    """SwAV: epsilon of the Sinkhorn assignment; smaller is sharper; 0.05."""
+    """SwAV: epsilon of the Sinkhorn assignment. A smaller one gives sharper assignments. Default: 0.05."""
     small_crops: int | None = None
-    """SwAV: number of small crops per image, in addition to two large ones; 6."""
+    """SwAV: number of small crops per image, in addition to two large ones. Default: 6."""
     seed: int = 0
     """Seed of the initial weights, the order of images and the crops."""
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
@@ -83,11 +85,11 @@ class PretrainConfig:
     workers: int = 2
     """Processes that read images."""
     on_unreadable: Literal["stop", "skip"] = "stop"
-    """What to do if an image is damaged: stop and name it, or replace it by another image of its batch and count it."""
+    """What to do if an image is damaged: stop and name it, or replace it with another image of its batch and count it."""
     log_every: int = 20
     """Steps per line of metrics.csv."""
     checkpoint_interval: float = 60.0
-    """Seconds between checkpoints, at least; they are saved at the end of an epoch. The last step is always saved."""
+    """Minimum seconds between checkpoints, which are saved at the end of an epoch. The last step is always saved."""
 
     EXECUTION: ClassVar[tuple[str, ...]] = ("workers", "on_unreadable", "checkpoint_interval")
     PATHS: ClassVar[tuple[str, ...]] = ("images", "out")

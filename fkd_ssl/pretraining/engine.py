@@ -44,12 +44,12 @@ def pretrain(config: PretrainConfig, *, log: Callable[[str], None] = lambda mess
     inputs = image_set.identity()
     with runs.open_run(config.out, config, inputs) as (folder, state):
         if state == "done":
-            log(f"{folder}: finished already")
+            log(f"{folder}: already finished")
         else:
             log(f"{folder}: {'continuing' if state == 'resume' else 'training'} {config.arch} on {len(image_set):,} images")
             skipped = _pretrain(config, image_set, folder, inputs)
             if skipped:
-                log(f"warning: {plural(skipped, 'image')} skipped, which cannot be read")
+                log(f"warning: skipped {plural(skipped, 'unreadable image')}")
     return folder / weights_file(config)
 
 

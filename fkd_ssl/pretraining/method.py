@@ -21,7 +21,7 @@ class Method(TrainingModule):
         config: Config of the run.
         count: Number of images.
         mean: Per-channel mean of the network's input normalisation, for pixels in 0 to 1.
-        std: Per-channel standard deviation of it.
+        std: Per-channel standard deviation of the normalisation.
 
     Attributes:
         queue: Number of earlier embeddings kept.

@@ -3,9 +3,9 @@
 He et al., CVPR 2020 (arXiv 1911.05722), algorithm 1; Chen et al. 2020 (arXiv 2003.04297) for the head, the
 augmentation, the cosine and the temperature.
 
-The two views are crops of the recipe `mocov2`, the same as lightly's MoCoV2Transform, drawn and replayed as everywhere in
-this library. MoCo shuffles the batch of keys between GPUs, so that BatchNorm does not leak the positive; in one process a
-shuffled batch has the same statistics, so nothing is shuffled.
+The two views are crops of the recipe `mocov2`, which equals lightly's MoCoV2Transform; they are drawn and replayed like all
+crops of this library. MoCo shuffles the batch of keys between GPUs, so that BatchNorm does not reveal the positive. In one
+process a shuffled batch has the same statistics, so nothing is shuffled.
 """
 
 import copy

@@ -24,7 +24,7 @@ def small_side(pixels: int) -> int:
 
 
 class MultiCrops(FreshCrops):
-    """Large and small crops of each image, drawn anew in every pass and replayed as everywhere in this library.
+    """Large and small crops of each image, which are drawn in every pass.
 
     A batch has `images` uint8 [2 B, 3, P, P] and `small_images` uint8 [S B, 3, p, p] in channels-last memory format; crops of
     the same image are adjacent.

@@ -2,7 +2,7 @@
 
 Caron et al., NeurIPS 2020 (arXiv 2006.09882): swapped prediction of Sinkhorn assignments to prototypes, multi-crop, a
 queue that starts after some epochs, LARS. It differs from SwAV's code in two points: the cosine ends at 0, not at a
-thousandth of the peak, and there is one process, so that BatchNorm needs no synchronisation.
+thousandth of the peak, and BatchNorm is not synchronised, since there is one process.
 """
 
 from typing import Any
@@ -33,7 +33,7 @@ class SwAV(Method):
         from torchvision import models
 
         super().__init__(config, count, mean=MEAN, std=STD)
-        assert config.queue_epoch is not None  # these four by PretrainConfig
+        assert config.queue_epoch is not None  # PretrainConfig sets these four
         assert config.prototypes is not None
         assert config.frozen_epochs is not None
         assert config.small_crops is not None

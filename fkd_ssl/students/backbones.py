@@ -16,12 +16,12 @@ REACTNETS = {"reactnet": True, "reactnet_step1": False}
 """Name -> whether the weights are binary too."""
 TIMM = "timm/"
 MOMENTUM = 0.1
-"""The least momentum of BatchNorm's running statistics; torch's default.
+"""Minimum momentum of BatchNorm's running statistics; torch's default.
 
 Some networks of torchvision have 0.01 (MobileNetV3, EfficientNet-B5 to B7, MaxViT) or 0.0003 (MNASNet), for trainings of
 several 100,000 steps. After a few hundred steps, the running statistics would still be close to their initial values, or to
-those of much earlier weights, and the features in eval mode nearly constant. Train mode does not read them, so losses and
-weights do not depend on this value.
+those of much earlier weights, and the features in eval mode would be nearly constant. Losses and weights do not depend on this
+value, because train mode does not read the running statistics.
 """
 AUXILIARY = ("googlenet", "inception_v3")
 """torchvision's networks with auxiliary classifiers for training, which are left out."""
@@ -42,13 +42,13 @@ def make_backbone(name: str, *, stem: str = "standard", width: float = 1.0) -> t
         RequestError: The network is unknown, its last layers cannot be found, or it does not support the stem or width.
     """
     if stem not in ("standard", "small"):
-        raise RequestError(f"stem {stem!r} is unknown; there are standard, small")
+        raise RequestError(f"stem {stem!r} is unknown; expected standard or small")
     if isinstance(name, Named):
         return _own(name, stem, width)
     if not 0 < width <= 4:
         raise RequestError(f"width {width}: must be between 0 and 4")
     if width != 1 and name not in (*REACTNETS, *_WIDTHS):
-        raise RequestError(f"width {width}: student {name!r} has one width; others have {', '.join((*REACTNETS, *_WIDTHS))}")
+        raise RequestError(f"width {width}: student {name!r} has one width; choose {', '.join((*REACTNETS, *_WIDTHS))}")
     if name in REACTNETS:
         network: Any = ReActNet(binary_weights=REACTNETS[name], width=width)
     elif name.startswith(TIMM):
@@ -113,7 +113,7 @@ def has_dynamic_size(name: str) -> bool:
 
 
 def make_small(network: nn.Module, name: str) -> None:
-    """Replaces the stem for small images; raises RequestError if the first layer is not a convolution of 2 to 7 px."""
+    """Replaces the stem for small images; raises RequestError if the first layer is not a convolution of up to 7 px."""
     path, first = next(((path, part) for path, part in network.named_modules() if isinstance(part, nn.Conv2d)), ("", None))
     if first is None or max(first.kernel_size) > 7 or first.groups != 1:
         raise RequestError(f"student {name!r}: has no small stem: its first layer is not a convolution of up to 7 px")

@@ -78,9 +78,10 @@ def loading_code(spec: dict[str, Any], path: Path) -> str:
             else 'network.load_state_dict(safetensors.torch.load_file("{}"))'
         )
         return f"{load.format(path)}  # network: a {name.removeprefix(OBJECT)}"
-    unusual = set(spec) - {"name", "head", "dim", LAST_LAYER}  # a stem or width that the library does not have
+    changed = set(spec) - {"name", "head", "dim", LAST_LAYER}  # a stem or width that the library does not have
     foreign = spec.get(LAST_LAYER) == _OWN_LAST  # the library's network lacks this last layer
-    if unusual or foreign or name in REACTNETS or name.startswith("mnasnet"):  # whose layers ask for a version that no file has
+    # mnasnet's layers need a version number, which a safetensors file cannot have
+    if changed or foreign or name in REACTNETS or name.startswith("mnasnet"):
         return f'student, pixels = fkd_ssl.load_student("{path}")'
     if name.startswith(TIMM):
         sizes = ", dynamic_img_size=True" if has_dynamic_size(name) else ""

@@ -30,7 +30,7 @@ def simreg(features: int, dim: int) -> nn.Sequential:
 
 
 def classifier(features: int, dim: int) -> nn.Sequential:
-    """One linear layer to the logits of K classes, which are not normalised."""
+    """One linear layer to the unnormalised logits of K classes."""
     return nn.Sequential(nn.Linear(features, dim))
 
 
@@ -41,5 +41,5 @@ HEADS: dict[str, Callable[[int, int], nn.Sequential]] = {"mocov2": mocov2, "simr
 def make_head(name: str, features: int, dim: int) -> nn.Sequential:
     """Makes a head from F to D; raises RequestError if the name is unknown."""
     if name not in HEADS:
-        raise RequestError(f"head {name!r} is unknown; there are {', '.join(HEADS)}{did_you_mean(name, HEADS)}")
+        raise RequestError(f"head {name!r} is unknown; expected {', '.join(HEADS)}{did_you_mean(name, HEADS)}")
     return HEADS[name](features, dim)

@@ -48,7 +48,7 @@ def load_student(path: str | Path, *, backbone: nn.Module | None = None) -> tupl
             raise ValueError(f"pixels {reprlib.repr(pixels)}, dim {reprlib.repr(dims)}")
         heads = {len(value) for key, value in weights.items() if key.startswith(("head.", "more_heads.")) and value.ndim}
         if not exported and (len(dims) > len(weights) or not heads >= set(dims)):  # before any memory is allocated
-            raise ValueError(f"dim {reprlib.repr(dims)}, and no head gives as many")
+            raise ValueError(f"dim {reprlib.repr(dims)}, but no head has this dimension")
         options = {key: about[key] for key in ("head", "stem", "width") if key in about}
         name = str(about["name"])
         if backbone is not None:
@@ -60,7 +60,7 @@ def load_student(path: str | Path, *, backbone: nn.Module | None = None) -> tupl
         if exported:
             weights = {**{key: value for key, value in state.items() if key.startswith("head.")}, **weights}
         versioned = OrderedDict(weights)
-        versioned._metadata = state._metadata  # type: ignore[attr-defined]  # MNASNet's layers ask for their version
+        versioned._metadata = state._metadata  # type: ignore[attr-defined]  # MNASNet's layers need their version
         student.load_state_dict(versioned)
     except Exception as error:  # torch may raise anything for an untrusted file
         what = "file of fkd-ssl export" if exported else "checkpoint of fkd-ssl train"
@@ -81,5 +81,5 @@ def _exported(path: str | Path, weights: dict[str, Tensor]) -> tuple[dict[str, A
     last, dim = about.get(LAST_LAYER), 1
     head = {} if last is None else {f"head.0.{part}": weights.pop(f"{last}.{part}") for part in ("weight", "bias")}
     if head:
-        dim = len(head["head.0.bias"])  # not from the metadata, which may ask for any amount of memory
+        dim = len(head["head.0.bias"])  # not from the metadata, where a huge value would allocate too much memory
     return {**about, "dim": dim}, {**{f"backbone.{key}": value for key, value in weights.items()}, **head}

@@ -44,8 +44,8 @@ class Student(nn.Module):
     def __init__(self, name: str, *dims: int, head: str = "mocov2", stem: str = "standard", width: float = 1.0) -> None:
         super().__init__()
         options = {"head": (head, "mocov2"), "stem": (stem, "standard"), "width": (width, 1.0)}
-        unusual = {key: is_ for key, (is_, usual) in options.items() if is_ != usual}
-        self.spec: dict[str, Any] = {"name": str(name), **unusual}
+        changed = {key: value for key, (value, default) in options.items() if value != default}
+        self.spec: dict[str, Any] = {"name": str(name), **changed}
         self.backbone, self.feature_dim = make_backbone(name, stem=stem, width=width)
         self.head, *more = (make_head(head, self.feature_dim, dim) for dim in dims)
         self.more_heads = nn.ModuleList(more)
@@ -59,7 +59,7 @@ class Student(nn.Module):
         return features
 
     def start_from(self, given: Mapping[str, Tensor]) -> None:
-        """Copies the weights of a backbone, and those of heads whose shapes are equal, by the names of a student's state_dict.
+        """Copies weights from a student's state_dict: the whole backbone, and heads of the same shape.
 
         Raises:
             RequestError: The backbones differ.
@@ -69,7 +69,7 @@ class Student(nn.Module):
         backbone = {key for key in (*own, *given) if key.startswith("backbone.")}
         if absent := sorted(backbone - taken.keys()):
             raise RequestError(
-                f"init: these weights do not fit {self.spec} (their {absent[0]!r} differ); pass those of the same network"
+                f"init: these weights do not fit {self.spec} ({absent[0]!r} differs); pass those of the same network"
             )
         self.load_state_dict({**own, **taken})
 
@@ -79,7 +79,7 @@ class Student(nn.Module):
         return [int(head[-1].out_features) for head in (self.head, *self.more_heads)]
 
     def forward(self, images: Tensor) -> Tensor:
-        """L2-normalised embeddings [B, D], or logits [B, K] of a classifier, of uint8 [B, 3, H, W], from the first head."""
+        """Output of the first head for uint8 [B, 3, H, W]: L2-normalised embeddings [B, D], or a classifier's logits [B, K]."""
         return self._output(self.head(self.features(images)))
 
     def embeddings(self, images: Tensor) -> list[Tensor]:

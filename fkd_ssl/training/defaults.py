@@ -1,4 +1,4 @@
-"""The options of a training that follow from its data, if they are not given.
+"""Defaults of the options that depend on the training data.
 
 | images | `batch_size` | `lr` of adam and adamw | `warmup_epochs` |
 |---|---|---|---|
@@ -7,8 +7,8 @@
 
 S2-BNN's values (256, 3e-4, no warm-up) are for ImageNet, where 100 epochs are 500,000 steps. A few thousand images give a few
 thousand steps. They need smaller batches, so that there are more steps, and a higher learning rate (docs/results/defaults.md,
-students.md). An image is at most once in a batch, so tiny sets have smaller batches.
-`pixels` is the side of the teacher's crops.
+students.md). A batch has each image at most once, so tiny sets have even smaller batches. `pixels` is the side of the teacher's
+crops.
 """
 
 from dataclasses import replace
@@ -24,7 +24,7 @@ PIXELS = 224
 RATE = 3e-3
 """Learning rate of Adam on small sets."""
 RATES = {"relational": 1e-3}
-"""The same for objectives that need another one; a sum of objectives uses the smallest rate of its terms."""
+"""Objective -> its learning rate, if it needs another one; a sum of objectives uses the smallest rate of its terms."""
 FEW_STEPS = 500
 """Number of steps below which a training is reported as too short."""
 _NAMES = ("pixels", "batch_size", "lr", "warmup_epochs")
@@ -80,8 +80,8 @@ def warn_of_few(steps: int) -> str | None:
 def _batch_size(config: Any, images: int, crops: int) -> int:
     """The largest number of crops up to `crops` that a batch can have."""
     m, parts = config.crops_per_image, getattr(config, "accumulate", 1)
-    most = images // m if getattr(config, "single_crop_epochs", 0) else images
-    return int(m * parts * max(1, min(crops // m, most) // parts))
+    max_images = images // m if getattr(config, "single_crop_epochs", 0) else images
+    return int(m * parts * max(1, min(crops // m, max_images) // parts))
 
 
 def _rate(config: Any) -> float:

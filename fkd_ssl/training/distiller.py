@@ -75,7 +75,7 @@ class Distiller(TrainingModule):
         return loss
 
     def require_finite(self, step: int) -> None:
-        """Raises FkdError if the last loss is not finite; says so if the reason is a teacher's targets."""
+        """Raises FkdError if the last loss is not finite; its message differs if the cause is a teacher's targets."""
         try:
             super().require_finite(step)
         except FkdError as error:
@@ -108,7 +108,7 @@ class Distiller(TrainingModule):
             )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the data to rebuild the student without its run folder."""
+        """Adds what is needed to rebuild the student without its run folder."""
         dims = self.student.dims
         checkpoint[STUDENT_KEY] = {
             **self.student.spec,

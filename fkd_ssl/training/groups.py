@@ -51,7 +51,7 @@ def teacher_precision(config: Any) -> Literal["fp32", "bf16", "fp16"]:
 
 
 def check_positive(config: Any, *names: str) -> None:
-    """Raises RequestError if one of these numbers is neither None nor positive and finite."""
+    """Raises RequestError if one of these numbers is not positive and finite. None is allowed."""
     for name in names:
         value = getattr(config, name)
         if value is not None and not 0 < value < math.inf:
@@ -59,7 +59,7 @@ def check_positive(config: Any, *names: str) -> None:
 
 
 def check_not_negative(config: Any, *names: str) -> None:
-    """Raises RequestError if one of these numbers is neither None nor at least 0 and finite."""
+    """Raises RequestError if one of these numbers is negative or not finite. None is allowed."""
     for name in names:
         value = getattr(config, name)
         if value is not None and not 0 <= value < math.inf:
@@ -93,7 +93,7 @@ class DataConfig:
     """Mix the images of this many tars or Parquet row groups at a time, so that a pass reads each about once; 0 mixes all
     images. By default 16 for remote files, as many as fit in 256 MB for Parquet, and 0 for others."""
     on_unreadable: Literal["stop", "skip"] = "stop"
-    """What to do if an image is damaged or changed: stop and name it, or replace it by another image of its batch (skip)."""
+    """What to do if an image is damaged or changed: stop and name it, or replace it with another image of its batch (skip)."""
     workers: int = 2
     """Processes that read images."""
 
@@ -190,7 +190,7 @@ class TargetsConfig:
                 f"record {self.record}: needs --targets online, and no --store: the crops are those of the recorded store"
             )
         if self.record == "":
-            raise RequestError("record: an empty name for a store; leave it out to record nothing")
+            raise RequestError("record: the name of the store is empty; leave it out to record nothing")
         self.weights(len(split(self.column or self.teacher)) or 1)
         if self.targets == "online":
             checkpoints_of(self.teacher, self.checkpoint)
@@ -222,7 +222,7 @@ class StudentConfig:
     head: str = "mocov2"
     """Projection head: mocov2 (2 layers) or simreg (4 layers with BatchNorm); classifier (linear) for class probabilities."""
     stem: Literal["standard", "small"] = "standard"
-    """small, for images of 32 or 64 px, has a first convolution of 3 x 3 with stride 1, and no max-pooling after it."""
+    """First layers: small, for images of 32 or 64 px, has a 3 x 3 convolution with stride 1 and no max-pooling after it."""
     width: float = 1.0
     """Multiplier of the number of channels, for reactnet and torchvision's mobilenets."""
     init: str | None = None
@@ -264,7 +264,7 @@ class OptimizerConfig:
     """Epochs of linear warm-up, before a cosine to zero (or --lr_drops); by default a thirtieth of the epochs for up to 50,000
     images, otherwise 0."""
     lr_drops: str | None = None
-    """Epochs after which the learning rate is divided by 10, in place of the cosine, for instance 120,240. In a YAML file,
+    """Epochs after which the learning rate is divided by 10, instead of the cosine, for instance 120,240. In a YAML file,
     quote a single number."""
     single_crop_epochs: float = 0.0
     """Number of epochs at the end whose batches have one crop per image, as in FKD."""
@@ -297,7 +297,7 @@ class OptimizerConfig:
         except ValueError:
             drops = [-1.0]
         if not all(a < b for a, b in pairwise([0, *drops, math.inf])):
-            raise RequestError(f"lr_drops {self.lr_drops!r}: expected epochs in their order, as 120,240")
+            raise RequestError(f"lr_drops {self.lr_drops!r}: expected increasing epochs, such as 120,240")
         return drops
 
 
@@ -312,7 +312,7 @@ class EngineConfig:
     devices: int = 1
     """Number of processes on this machine, one per GPU if there are GPUs; torchrun overrides it."""
     accumulate: int = 1
-    """Split each batch into so many parts and accumulate their gradients, if a batch does not fit into memory."""
+    """Split each batch into this many parts and accumulate their gradients, if a batch does not fit into memory."""
     sync_batchnorm: bool = False
     """Synchronise BatchNorm over all processes (GPUs only)."""
     compile: bool = False
@@ -321,7 +321,7 @@ class EngineConfig:
     """Precision of the student, in Lightning's terms."""
 
     checkpoint_interval: float = 60.0
-    """Seconds between checkpoints, at least; they are saved at the end of an epoch. The last step is always saved."""
+    """Minimum seconds between checkpoints, which are saved at the end of an epoch. The last step is always saved."""
 
     EXECUTION: ClassVar[tuple[str, ...]] = ("devices", "checkpoint_interval")
     PATHS: ClassVar[tuple[str, ...]] = ("out",)

@@ -28,8 +28,8 @@ class MetricsWriter(pl.Callback):
 
     `loss` is the mean over the steps since the last line; `kl` is `loss` minus the smallest loss that the targets allow.
     `lr` is the learning rate of that step. `seconds` is the training time over all sessions of the run, without scoring and
-    saving, and with the steps that a GPU has to finish; `crops_per_second` is the rate since the last line; `wait` is the share
-    of `seconds` spent waiting for data.
+    saving; it includes the steps that a GPU still runs when scoring or saving begins. `crops_per_second` is the rate since the
+    last line; `wait` is the share of `seconds` spent waiting for data.
 
     Args:
         path: Path of metrics.csv.
@@ -128,7 +128,7 @@ class MetricsWriter(pl.Callback):
         if due:
             pl_module.require_finite(step)
             self._gather(trainer)
-            loss, floor_mean = (self._sums.double() / self._count).tolist()  # waits for the device, so before the clock
+            loss, floor_mean = (self._sums.double() / self._count).tolist()  # waits for the device, so before _tick
         self._tick()
         self._bar.update(1)
         if due:
@@ -154,7 +154,7 @@ class MetricsWriter(pl.Callback):
                 os.fsync(self._file.fileno())
 
     def finish_steps(self) -> None:
-        """Waits for the steps that a GPU has not finished, and counts them as training time; before scoring and saving."""
+        """Waits for the steps that a GPU has not finished, and counts the wait as training time. Call it before scoring."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         self._tick()

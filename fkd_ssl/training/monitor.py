@@ -95,12 +95,13 @@ class Monitor(pl.Callback):
             self._stopping if trainer.world_size == 1 else trainer.strategy.reduce_boolean_decision(self._stopping, all=False)
         )
         step, end = trainer.global_step, trainer.global_step == trainer.max_steps
-        due = step % self.score_every == 0 and trainer.max_steps - step >= self.score_every / 2  # the last step is near
+        # not shortly before the last step, which is always scored
+        due = step % self.score_every == 0 and trainer.max_steps - step >= self.score_every / 2
         save = end or stop or (step % self.save_every == 0 and self._interval_is_over(trainer))
         assert isinstance(pl_module, TrainingModule)
         if save or due:
             self.metrics.finish_steps()
-            pl_module.require_finite(step)  # does not save a diverged training
+            pl_module.require_finite(step)  # a diverged training is not saved
         if self.score is not None and (end or due):
             try:
                 self._score(trainer, pl_module, self.score)

@@ -30,7 +30,7 @@ class RecordingTargets(OnlineTargets):
         self._ready: Any = None
 
     def __call__(self, batch: Batch) -> list[Tensor]:
-        """Computes the targets of a batch; it must have `places`."""
+        """Computes the targets of a batch of RecordingCrops."""
         self.write()
         targets = super().__call__(batch)
         given = [all_gather(tensor) for tensor in (batch["places"], *targets)]

@@ -22,19 +22,14 @@ class OnlineTargets:
 
     Args:
         embeds: The teachers.
-
-    Attributes:
-        forwards: Total number of crops that the teachers have computed targets for.
     """
 
     def __init__(self, *embeds: Callable[[Tensor], Tensor]) -> None:
         self.embeds = embeds
-        self.forwards = 0
 
     def __call__(self, batch: Batch) -> list[Tensor]:
         """Computes the targets of a batch."""
         images: Tensor = batch["teacher_images"] if "teacher_images" in batch else batch["images"]
-        self.forwards += len(images) * len(self.embeds)
         # cloned, since autograd cannot save inference tensors
         return [embed(images).to(batch["images"].device).clone() for embed in self.embeds]
 

@@ -331,7 +331,7 @@ class TestInit:
             {"images": "train", "out": "c", "val": "val", "teacher": nn.ReLU()},
             r"teacher object:ReLU: compare trains in other processes",
         ),
-        ("precompute", {**GIVEN_TEACHER, "runner": "ray"}, r"--runner ray: other machines cannot get your Python objects"),
+        ("precompute", {**GIVEN_TEACHER, "runner": "ray"}, r"--runner ray: other machines cannot receive Python objects"),
     ],
 )
 def test_what_is_refused(work: Path, function: str, given: dict[str, Any], said: str) -> None:
@@ -340,9 +340,9 @@ def test_what_is_refused(work: Path, function: str, given: dict[str, Any], said:
 
 
 def test_only_one_argument_goes_without_a_name(work: Path) -> None:
-    with pytest.raises(RequestError, match=r"^knn: only model can be given without a name, and once"):
+    with pytest.raises(RequestError, match=r"^knn: takes one positional argument, model; pass the other options by name"):
         fkd_ssl.knn("run", "train")
-    with pytest.raises(RequestError, match=r"^knn: only model can be given without a name, and once"):
+    with pytest.raises(RequestError, match=r"^knn: takes one positional argument, model; pass the other options by name"):
         fkd_ssl.knn("run", model="run")
 
 

@@ -141,7 +141,7 @@ class TestUnreadable:
         assert done.status == 0
         assert results_of("run")["unreadable_images"] == 1
         assert done.err.count("warning: train/birch/3.png: changed since the store was made: other content") == 1
-        assert "warning: 1 image skipped, which could not be read" in done.err
+        assert "warning: skipped 1 unreadable image" in done.err
 
     def test_a_missing_one_is_never_skipped(self, work: Path, call: Any, train_line: str) -> None:
         Path("train/birch/3.png").unlink()

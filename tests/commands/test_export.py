@@ -41,7 +41,7 @@ def test_the_card_says_what_was_trained_from_what(work: Path, call: Any, train_l
         "| source | own_teacher:make |",
         "| licence | not stated |",
         "| recipe | mocov2 |",
-        "| stored an image | 4 |",
+        "| crops per image | 4 |",
         "| objective | feature_kl+0.5*relational |",
         "kNN-3 top-1, at the end",
         'student, pixels = fkd_ssl.load_student("run/checkpoints/last.ckpt")',

@@ -33,8 +33,8 @@ def test_what_is_refused(work: Path, call: Any) -> None:
     for line, said in {
         "export-fkd store --out files": "its targets are embeddings",
         "import-fkd train --images train --store new": "has no label files of these images",
-        "import-fkd train --images train/ash --store new": "0 classes, and train/ash has 0 class folders; say --classes",
-        "import-fkd train --images train --store new --classes 1": "1 classes, and train has 3 class folders; say --classes",
+        "import-fkd train --images train/ash --store new": "--classes 0: must be at least 2; by default the number of class folders of train/ash",
+        "import-fkd train --images train --store new --classes 1": "--classes 1: must be at least 2",
     }.items():
         answer = call(line)
         assert (answer.status, answer.out) == (2, "")

@@ -55,7 +55,7 @@ def test_made_once(place: Path, call: Any) -> None:
     assert "2 of 3 classes at each of 4 x 4 places" in answer.out
     again = call(LINE)
     assert again.status == 0
-    assert "maps: complete, and every file has its checksum" in again.out
+    assert "maps: complete, all checksums match" in again.out
     data = RelabelledCrops(images, LabelMaps(place / "maps"), RECIPES["fkd"], crops_per_image=4, pixels=32)
     batch = data.__getitems__(list(range(len(data)))).batch
     right = batch["targets"].argmax(dim=1).reshape(-1, 4) == batch["labels"].reshape(-1, 1)
@@ -125,7 +125,7 @@ def test_damaged_images_stop_or_are_skipped_and_counted(place: Path, call: Any) 
     for _ in range(2):
         skipped = call(f"{LINE} --on_unreadable skip --json")
         assert (skipped.status, json.loads(skipped.out)["unreadable_images"]) == (0, 1)
-        assert "warning: 1 image skipped, which cannot be read, for instance birch/3.png" in skipped.err
+        assert "warning: skipped 1 unreadable image, for instance birch/3.png" in skipped.err
     train = "train --images train --targets relabel --label_maps maps --student squeezenet1_1 --head classifier --epochs 2"
     train += " --objective soft_ce --pixels 32 --batch_size 18 --crops_per_image 1 --workers 0 --out run"
     assert "could not be read when the label maps were made" in call(train).err

@@ -56,5 +56,5 @@ def test_damaged_images_stop_or_are_replaced_and_counted(work: Path, call: Any, 
     skipped = call(f"{line} --epochs 2 --on_unreadable skip")
     assert skipped.status == 0, skipped.err
     assert skipped.err.count("warning: train/birch/3.png: not a readable image: unknown image format; skipped") == 1
-    assert "warning: 1 image skipped, which cannot be read" in skipped.err
+    assert "warning: skipped 1 unreadable image" in skipped.err
     assert json.loads(Path("teacher/results.json").read_text())["unreadable_images"] == 1

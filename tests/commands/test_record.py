@@ -214,10 +214,10 @@ def test_what_was_damaged_on_the_disk_is_computed_by_the_command_that_is_named(
     path.write_bytes(data)
     status, _, err = call(line)
     assert status == 0
-    assert "warning: 1 of 1 shard damaged on the disk after recording, and left out" in err
+    assert "warning: left out 1 of 1 shard, damaged on the disk after recording" in err
     assert json.loads(call("inspect new --json").out)["columns"]["make"]["missing_shards"] == [0]
     named = err[err.index("to compute them: fkd-ssl ") :].splitlines()[0].removeprefix("to compute them: fkd-ssl ")
-    assert "--name make" in named
+    assert "--column make" in named
     assert call(named).status == 0
     assert call(f"{LINE} --epochs 6 --record whole --out whole_run").status == 0
     assert np.abs(codes_of("new") - codes_of("whole")).max() <= 1

@@ -48,7 +48,7 @@ class TestPrecompute:
             (f"{PRECOMPUTE} --store store --limit 3", 2, "was made from other images: it lists 18"),
             (f"{PRECOMPUTE} --store thesis", 2, "thesis: holds 'thesis.tex', which is not part of a store"),
             (f"{PRECOMPUTE} --store new --codec SQ9", 2, "codec 'SQ9': not supported"),
-            (f"{PRECOMPUTE} --store new --recipe mocov3", 2, "--recipe 'mocov3' is unknown; there are mocov2"),
+            (f"{PRECOMPUTE} --store new --recipe mocov3", 2, "--recipe 'mocov3' is unknown; expected mocov2"),
             (f"{PRECOMPUTE} --store new --column a/b", 2, "a/b"),
             (f"{PRECOMPUTE} --store new".replace("own_teacher:make", "mocov"), 2, "did you mean mocov2?"),
             (f"{PRECOMPUTE} --store new".replace("own_teacher:make", "mocov2"), 2, "--checkpoint is needed"),
@@ -114,7 +114,7 @@ class TestInspect:
     def test_half_a_store_is_said_to_be_one(self, work: Path, call: Any) -> None:
         for path in (work / "store/targets/make").glob("codes-*"):
             path.unlink()
-        assert "NOT FINISHED: 1 of 1 shard missing" in call("inspect store").out
+        assert "NOT FINISHED: no targets yet for 1 of 1 shard" in call("inspect store").out
 
     def test_a_store_without_targets_or_crops_is_said_to_be_unfinished(self, work: Path, call: Any) -> None:
         (work / "store/targets/make").rename(work / "away")
@@ -123,7 +123,7 @@ class TestInspect:
         assert "the crops of" not in said
         for path in (work / "store/crops").iterdir():
             path.unlink()
-        assert "NOT FINISHED: the crops of 1 of 1 shard missing" in call("inspect store").out
+        assert "NOT FINISHED: no crops yet for 1 of 1 shard" in call("inspect store").out
         about = json.loads(call("inspect store --json").out)
         assert (about["missing_crops"], about["columns"], about["readable"]) == ([0], {}, 0)
 

@@ -51,7 +51,7 @@ def test_the_list_says_what_is_here(call: Any, cache: Path) -> None:
     assert "licence of the weights" in out
     assert f"Cache folder: {cache} " in out
     rows = {line.split()[0]: line.split()[1] for line in out.splitlines()[: 1 + len(PRESETS)]}
-    assert rows == {"preset": "here", **dict.fromkeys(PRESETS, "no")}
+    assert rows == {"preset": "downloaded", **dict.fromkeys(PRESETS, "no")}
     cache.mkdir()
     (cache / PRESETS[NAME].file).touch()
     (cache / f"{PRESETS['mocov2_r50_200ep'].file}.0a1b2c3d.part").touch()
@@ -83,7 +83,7 @@ def test_fetch_says_the_licence_and_makes_the_name_enough(call: Any, cache: Path
     assert load_teacher(NAME).info.checkpoint == "swav.pth.tar"
     (served / "swav.pth.tar").unlink()
     said = call(f"teachers fetch {NAME}")
-    assert "was here" in said.out
+    assert "already downloaded" in said.out
     about = json.loads(call(f"teachers fetch {NAME} --json").out)
     assert (about["path"], about["downloaded"]) == (str(cache / "swav.pth.tar"), False)
     assert "CC BY-NC" in about["licence"]

@@ -63,7 +63,7 @@ def test_a_finished_run_is_left_alone(method: str, trained: Any, make_config: An
     capsys.readouterr()
     said: list[str] = []
     assert pretrain(make_config(f"run-{method}", method), log=said.append) == path
-    assert "finished already" in said[0]
+    assert "already finished" in said[0]
     assert path.stat().st_mtime_ns == before
     with pytest.raises(RequestError, match=r"another config \(lr is 0\.\d+ there, 0\.02 here\)"):
         pretrain(make_config(f"run-{method}", method, lr=0.02))

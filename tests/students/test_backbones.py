@@ -70,7 +70,7 @@ class TestSmallStems:
             make_backbone("timm/vit_tiny_patch16_224", stem="small")
 
     def test_another_stem_is_refused(self) -> None:
-        with pytest.raises(RequestError, match=r"stem 'tiny' is unknown; there are standard, small"):
+        with pytest.raises(RequestError, match=r"stem 'tiny' is unknown; expected standard or small"):
             make_backbone("resnet18", stem="tiny")
 
 
@@ -84,7 +84,7 @@ class TestWidths:
     @pytest.mark.parametrize(
         ("options", "said"),
         [
-            ({"name": "resnet18", "width": 0.5}, r"width 0\.5: student 'resnet18' has one width; others have reactnet, "),
+            ({"name": "resnet18", "width": 0.5}, r"width 0\.5: student 'resnet18' has one width; choose reactnet, "),
             ({"name": "reactnet", "width": 0.0}, r"width 0\.0: must be between 0 and 4"),
         ],
     )
@@ -121,6 +121,6 @@ def test_a_student_that_cannot_take_such_crops_is_refused() -> None:
     with pytest.raises(RequestError, match=r"student 'vit_b_32': cannot take crops of 64 px"):
         check_student("vit_b_32", 64)
     with pytest.raises(
-        RequestError, match=r"head 'simreq' is unknown; there are mocov2, simreg, classifier; did you mean simreg"
+        RequestError, match=r"head 'simreq' is unknown; expected mocov2, simreg, classifier; did you mean simreg"
     ):
         check_student("squeezenet1_1", 64, head="simreq")

@@ -85,6 +85,6 @@ def test_keys_that_do_not_fit_are_named(change: dict[str, Any], message: str, ki
 
 def test_other_layouts_are_refused(kit: SimpleNamespace, write: Any) -> None:
     with pytest.raises(
-        CheckpointError, match=r"not lightly's layout: no keys backbone\.\* or encoder\.\*, the first is 'encoder_q\.conv1"
+        CheckpointError, match=r"not lightly's layout: no keys backbone\.\* or encoder\.\*; the first key is 'encoder_q\.conv1"
     ):
         load_teacher("lightly", checkpoint=write(kit.hollow(kit.moco())))

@@ -44,7 +44,7 @@ def test_swavs_layout_is_refused_and_named(kit: SimpleNamespace, write: Any) -> 
 
 
 def test_a_supervised_resnet_is_refused(kit: SimpleNamespace, write: Any) -> None:
-    with pytest.raises(CheckpointError, match=r"no keys module\.encoder_q\.\*, the first is 'conv1\.weight'"):
+    with pytest.raises(CheckpointError, match=r"no keys module\.encoder_q\.\*; the first key is 'conv1\.weight'"):
         load_teacher("mocov2", checkpoint=write(kit.hollow(kit.body("resnet18"))))
 
 

@@ -282,5 +282,5 @@ class TestOwnMistakes:
 
     def test_a_size_that_it_cannot_take_is_said_with_its_own(self) -> None:
         teacher = load_teacher("own_mistakes:fixed")
-        with pytest.raises(FkdError, match=r"fails on crops of 40 x 24 px: RuntimeError: .*its own size is 32 \(--pixels\)"):
+        with pytest.raises(FkdError, match=r"fails on crops of 40 x 24 px: RuntimeError: .*its native size is 32 \(--pixels\)"):
             teacher.features(torch.zeros(2, 3, 24, 40, dtype=torch.uint8))

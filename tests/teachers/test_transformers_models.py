@@ -119,12 +119,12 @@ def test_other_pixels_are_refused(change: dict[str, Any], message: str, tmp_path
 def test_a_pooled_output_is_needed(tmp_path: Path) -> None:
     config = transformers.ViTMAEConfig(**SIZES, image_size=28, patch_size=14)
     saved(transformers.ViTMAEModel(config), tmp_path)
-    with pytest.raises(FkdError, match=r"it has no pooled output: give it as module:function"):
+    with pytest.raises(FkdError, match=r"it has no pooled output: load it with module:function"):
         load_teacher("transformers", checkpoint=tmp_path)
 
 
 def test_folders_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(RequestError, match=r"none: not there; transformers takes the folder of a model"):
+    with pytest.raises(RequestError, match=r"none: not found; expected the folder of a transformers model"):
         load_teacher("transformers", checkpoint=tmp_path / "none")
     (tmp_path / "file").touch()
     with pytest.raises(RequestError, match=r"file: a file; transformers takes the folder"):

@@ -43,7 +43,7 @@ def test_these_must_not_be_negative(name: str) -> None:
         ({"lr": float("nan")}, r"lr nan: must be positive and finite"),
         ({"clip": float("inf")}, r"clip inf: must be positive and finite"),
         ({"mixup": float("nan")}, r"mixup nan: must be at least 0, and finite"),
-        ({"lr_drops": "30,20"}, r"lr_drops '30,20': expected epochs in their order, as 120,240"),
+        ({"lr_drops": "30,20"}, r"lr_drops '30,20': expected increasing epochs, such as 120,240"),
         ({"lr_drops": "30,x"}, r"lr_drops '30,x': expected epochs"),
         ({"lr_drops": "0,30"}, r"lr_drops '0,30': expected epochs"),
         ({"lr_drops": "nan"}, r"lr_drops 'nan': expected epochs"),
