@@ -240,7 +240,7 @@ def test_scan_does_not_depend_on_how_the_folder_is_spelled(tmp_path, monkeypatch
         assert all(found.file(k).is_file() for k in range(2))
     monkeypatch.chdir(root)
     assert images.scan(".").names == expected
-    with pytest.raises(RequestError, match="an empty name"):
+    with pytest.raises(RequestError, match="the name of the folder is empty"):
         images.scan("")
 
 

@@ -83,7 +83,7 @@ def work(config: Config) -> "Trained":
             return _done(config)
         console.log(
             f"{'continuing' if state == 'resume' else 'training'} {config.student} on {len(crops):,} images, {config.targets} "
-            f"targets, D = {' and '.join(map(str, student.dims))}; {config.epochs:g} epochs of one crop an image"
+            f"targets, D = {' and '.join(map(str, student.dims))}; {config.epochs:g} epochs of one crop per image"
         )
         console.log(f"{config.student} at {config.pixels} px: {size}")
         console.log(resolve.describe_machine(device_crops=crops.decode_only))

@@ -343,7 +343,7 @@ def test_the_same_images_twice_and_collapsed_features_get_a_note(work: Path, cal
     assert itself in call(f"knn {TEACHER} --train train --val train").err
     assert itself not in call(f"knn {TEACHER} {SETS}").err
     assert (
-        "the probe is scored on what it learned from"
+        "the probe is scored on its training images"
         in call(f"linear {TEACHER} --train train --val train --protocol moco --epochs 1 --workers 0").err
     )
     rows = np.random.default_rng(0).normal(size=(60, 8)).astype(np.float32)

@@ -33,7 +33,7 @@ def test_what_is_refused(work: Path, call: Any) -> None:
     for line, said in {
         "export-fkd store --out files": "its targets are embeddings",
         "import-fkd train --images train --store new": "has no label files of these images",
-        "import-fkd train --images train/ash --store new": "--classes 0: must be at least 2; by default the number of class folders of train/ash",
+        "import-fkd train --images train/ash --store new": "number of class folders of train/ash, which has 0",
         "import-fkd train --images train --store new --classes 1": "--classes 1: must be at least 2",
     }.items():
         answer = call(line)

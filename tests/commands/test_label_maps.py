@@ -52,7 +52,7 @@ def test_made_once(place: Path, call: Any) -> None:
     assert "2 of 3 logits at each of 4 x 4 positions: 128 bytes per image" in answer.err
     images = scan(place / "train")
     assert f"maps: {len(images)} images in " in answer.out
-    assert "2 of 3 classes at each of 4 x 4 places" in answer.out
+    assert "2 of 3 classes at each of 4 x 4 positions" in answer.out
     again = call(LINE)
     assert again.status == 0
     assert "maps: complete, all checksums match" in again.out

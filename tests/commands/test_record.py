@@ -248,7 +248,7 @@ def test_a_store_has_the_crops_of_whole_passes(work: Path, call: Any, epochs: st
         ("--codec PQ4x12", "needs at least"),
         ("--record train", "which is not part of a store"),
         ("--record own_teacher.py", "is a file"),
-        ("--record=", "an empty name for a store"),
+        ("--record=", "the name of the store is empty"),
         ("--record run", "neither inside the other"),
         ("--record run/new", "neither inside the other"),
         ("--record new --out new/run", "neither inside the other"),
@@ -267,7 +267,7 @@ def test_record_is_for_online_targets(work: Path, call: Any) -> None:
     status, _, err = call("train --images train --store store --record new --student squeezenet1_1 --out run")
     assert (status, "needs --targets online" in err) == (2, True)
     status, _, err = call("train --images train --store store --crops 4 --student squeezenet1_1 --out run")
-    assert (status, "it is for --record" in err) == (2, True)
+    assert (status, "is for --record" in err) == (2, True)
 
 
 @pytest.mark.ddp

@@ -92,7 +92,7 @@ def test_fetch_says_the_licence_and_makes_the_name_enough(call: Any, cache: Path
 def test_fetch_into_another_folder(call: Any, served: Path, tmp_path: Path) -> None:
     status, _, err = call(f"teachers fetch {NAME}", cache=tmp_path / "other")
     assert status == 0
-    assert f"--teacher {NAME} finds it there with FKD_SSL_CACHE={tmp_path}/other" in err
+    assert f"set FKD_SSL_CACHE={tmp_path}/other in the environment, so that --teacher {NAME} finds it" in err
     assert (tmp_path / "other" / "swav.pth.tar").is_file()
 
 

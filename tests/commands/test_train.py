@@ -39,7 +39,7 @@ def test_a_run_folder_is_complete(work: Path, call: Any, train_line: str) -> Non
     assert status == 0
     assert out.startswith("run: 2 steps in ")
     assert out.count("\n") == 1
-    assert "training squeezenet1_1 on 18 images, stored targets, D = 16; 2 epochs of one crop an image" in err
+    assert "training squeezenet1_1 on 18 images, stored targets, D = 16; 2 epochs of one crop per image" in err
     assert {path.name for path in (work / "run").iterdir()} == {
         "config.yaml",
         "inputs.json",
@@ -351,7 +351,7 @@ class TestRefused:
             (("--store store", f"{ONLINE}:x"), 2, "own_teacher:make:x"),
             (("--store store", f"{ONLINE} --recipe nix"), 2, "--recipe 'nix' is unknown"),
             (("--epochs 2", "--epochs 2 --val nowhere"), 2, "nowhere: no such folder of images"),
-            (("--epochs 2", "--epochs 2 --codec SQ8"), 2, "codec SQ8: it is for --record"),
+            (("--epochs 2", "--epochs 2 --codec SQ8"), 2, "codec SQ8: is for --record"),
             (("--epochs 2", "--epochs 2 --optimizer lars"), 2, "scales only weights with weight decay"),
             (
                 ("--batch_size 18", "--batch_size 18 --accumulate 9 --devices 2"),

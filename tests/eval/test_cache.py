@@ -203,7 +203,7 @@ def test_damaged_images_are_skipped_and_remembered(make_set, backbone, tmp_path,
         assert str(images.file(1)) in min(skipped)
     assert model.seen - 2 == 15  # the second time, only the check ran
     np.testing.assert_array_equal(np.load(entry / "labels.npy", allow_pickle=False), images.labels[rows])
-    with pytest.raises(ImageError, match=f"{images.file(1)}: not a readable image when its features were computed"):
+    with pytest.raises(ImageError, match=f"{images.file(1)}: could not be read when its features were computed"):
         cache.cached(backbone, images, **options(tmp_path))
     for row in range(20):
         images.file(row).write_bytes(b"no picture")

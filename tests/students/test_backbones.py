@@ -106,14 +106,14 @@ class TestSize:
         size = measure(make_backbone("resnet18")[0], 224)
         assert size.multiply_adds == pytest.approx(1.8e9, rel=0.02)
         assert size.parameters == 11_689_512 - 513_000
-        assert str(size) == "11.18 M parameters, 1,813.6 M multiply-adds an image"
+        assert str(size) == "11.18 M parameters, 1,813.6 M multiply-adds per image"
 
     def test_reactnet_a_is_what_the_paper_says(self) -> None:
         """4.82 x 10^9 binary and 0.12 x 10^8 real ones, the classifier's 1024 x 1000 among them (arXiv 2003.03488, table 1)."""
         size = measure(make_backbone("reactnet")[0], 224)
         assert size.binary_multiply_adds == pytest.approx(4.82e9, rel=2e-3)
         assert size.multiply_adds + 1024 * 1000 == pytest.approx(0.12e8, rel=2e-2)
-        assert "M binary ones an image" in str(size)
+        assert "M binary ones per image" in str(size)
         assert measure(make_backbone("reactnet_step1")[0], 224).binary_multiply_adds == 0
 
 

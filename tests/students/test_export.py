@@ -228,6 +228,6 @@ def test_a_dimension_in_a_checkpoint_asks_for_no_memory(tmp_path: Path) -> None:
     assert load_student(tmp_path / "last.ckpt")[0].dims == [3, 5]
     torch.save({STUDENT_KEY: {**about, "dim": [3, 2**20]}, "state_dict": weights}, tmp_path / "last.ckpt")
     with pytest.raises(
-        CheckpointError, match=r"last\.ckpt: not a checkpoint of fkd-ssl train \(dim \[3, 1048576\], and no head"
+        CheckpointError, match=r"last\.ckpt: not a checkpoint of fkd-ssl train \(dim \[3, 1048576\], but no head"
     ):
         load_student(tmp_path / "last.ckpt")

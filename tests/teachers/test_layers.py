@@ -25,7 +25,7 @@ def test_a_layer_ends_the_forward() -> None:
 def test_layers_that_are_not_there_or_not_run() -> None:
     network = nn.ModuleDict({"body": nn.Conv2d(3, 5, 3), "unused": nn.Identity()})
     with pytest.raises(
-        RequestError, match=r"teacher x: has no layer 'bodi'; did you mean body\? \(at the top it has body, unu"
+        RequestError, match=r"teacher x: has no layer 'bodi'; did you mean body\? \(top-level layers: body, unu"
     ):
         AtLayer(network, "bodi", "x")
 

@@ -73,7 +73,7 @@ def test_a_checkpoint_of_a_training_with_lightly(form: Any, crops: Tensor, tmp_p
     [
         ({"backbone.layer2.0.conv1.weight": None}, r"backbone: its keys do not fit: 1 missing \(layer2\.0\.conv1\.weight\)"),
         ({"backbone.other.weight": (1000, 512)}, r"1 unexpected \(other\.weight\)"),
-        ({"backbone.conv1.weight": (64, 3, 3, 3)}, r"none of resnet18.*stem \[64, 3, 3, 3\]"),
+        ({"backbone.conv1.weight": (64, 3, 3, 3)}, r"not one of resnet18.*stem \[64, 3, 3, 3\]"),
         ({"backbone.conv1.weight": None}, r"not a ResNet in torchvision's layout"),
     ],
 )

@@ -60,8 +60,8 @@ def test_a_supervised_resnet_is_refused(kit: SimpleNamespace, write: Any) -> Non
         ({"fc.2.weight": None}, r"its head's 2\.weight is missing"),
         ({"fc.4.weight": (1, 1)}, r"its head has keys .* expected one linear layer, layers 0 and 2"),
         ({"conv1.weight": None}, r"not a ResNet in torchvision's layout \('conv1\.weight' is missing\)"),
-        ({"conv1.weight": (64, 3, 3, 3)}, r"none of resnet18.* stem \[64, 3, 3, 3\]"),
-        ({"layer2.2.conv1.weight": (1,)}, r"none of resnet18.*found BasicBlocks \[2, 3, 2, 2\]"),
+        ({"conv1.weight": (64, 3, 3, 3)}, r"not one of resnet18.* stem \[64, 3, 3, 3\]"),
+        ({"layer2.2.conv1.weight": (1,)}, r"not one of resnet18.*found BasicBlocks \[2, 3, 2, 2\]"),
     ],
 )
 def test_keys_that_do_not_fit_are_named(change: dict[str, Any], message: str, kit: SimpleNamespace, write: Any) -> None:

@@ -41,7 +41,7 @@ def test_several_sets_of_prototypes_are_refused(kit: SimpleNamespace, write: Any
     shapes = kit.swav()
     del shapes["module.prototypes.weight"]
     shapes |= {f"module.prototypes.prototypes{k}.weight": (30, 128) for k in range(3)}
-    with pytest.raises(CheckpointError, match=r"several sets of prototypes, as DeepCluster-v2's"):
+    with pytest.raises(CheckpointError, match=r"several sets of prototypes, like DeepCluster-v2 and SeLa-v2"):
         load_teacher("swav", checkpoint=write(kit.hollow(shapes)))
 
 

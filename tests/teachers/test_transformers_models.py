@@ -99,7 +99,7 @@ def test_pickles_are_not_read(tmp_path: Path) -> None:
 
 def test_a_model_of_text_is_refused(tmp_path: Path) -> None:
     saved(transformers.BertModel(transformers.BertConfig(**SIZES, vocab_size=50)), tmp_path)
-    with pytest.raises(CheckpointError, match=r"a BertModel takes input_ids, expected a model of images"):
+    with pytest.raises(CheckpointError, match=r"a BertModel takes input_ids; expected a vision model"):
         load_teacher("transformers", checkpoint=tmp_path)
 
 
@@ -127,7 +127,7 @@ def test_folders_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(RequestError, match=r"none: not found; expected the folder of a transformers model"):
         load_teacher("transformers", checkpoint=tmp_path / "none")
     (tmp_path / "file").touch()
-    with pytest.raises(RequestError, match=r"file: a file; transformers takes the folder"):
+    with pytest.raises(RequestError, match=r"file: a file; expected the folder"):
         load_teacher("transformers", checkpoint=tmp_path / "file")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "nothing"}))
     with pytest.raises(CheckpointError, match=r"transformers cannot read it as a vision model"):

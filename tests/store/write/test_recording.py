@@ -159,7 +159,7 @@ def test_a_kill_while_publishing(tmp_path, begin, train, tree, monkeypatch):
 
 def test_precompute_leaves_a_training_alone_that_made_no_checkpoint_yet(tmp_path, begin, train, finish, new_teacher):
     recording = train(begin(), 0, 4)
-    with pytest.raises(RequestError, match="another process records"):
+    with pytest.raises(RequestError, match="another process is recording"):
         finish(new_teacher())
     recording.close()
     assert finish(new_teacher()).crops == 24 * CROPS  # no checkpoint relies on its targets
@@ -181,7 +181,7 @@ def test_a_column_that_precompute_began_is_not_recorded(begin, finish, new_teach
 
 def test_no_two_record_one_column(begin):
     recording = begin()
-    with pytest.raises(RequestError, match="another process records"):
+    with pytest.raises(RequestError, match="another process is recording"):
         begin()
     recording.close()
 
@@ -325,7 +325,7 @@ def stopped(recording, train, last):
 def test_precompute_does_not_touch_what_a_training_recorded(tmp_path, begin, train, finish, new_teacher, tree):
     recording = train(begin(), 0, 24 + 9)
     recording.sync()
-    with pytest.raises(RequestError, match="another process records"):
+    with pytest.raises(RequestError, match="another process is recording"):
         finish(new_teacher())
     recording.close()
     before, teacher = tree(tmp_path / "store"), new_teacher()
