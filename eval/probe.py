@@ -88,7 +88,7 @@ class Probe:
         self.sample = torch.from_numpy(features[:_SAMPLE].copy())
         self.layer = initial_layer(features.shape[1], len(train.classes), seed, small=protocol.small_start)
         self.history: list[dict[str, Any]] = []
-        self.steps_an_epoch = math.ceil(len(train) / protocol.batch_size)
+        self.steps_per_epoch = math.ceil(len(train) / protocol.batch_size)
         self._momentum: list[Tensor] | None = None
         self._optimizer: torch.optim.SGD | None = None  # once the features' device is known
         self._waiting: list[tuple[Tensor, Tensor]] = []
@@ -179,8 +179,8 @@ class Probe:
     def _step(self, features: Tensor, target: Tensor) -> None:
         if self._optimizer is None:
             self._optimizer = self._start(features.device)
-        done = len(self.history) * self.steps_an_epoch + self._steps
-        rate = self.protocol.rate_at(done, self.protocol.epochs * self.steps_an_epoch)
+        done = len(self.history) * self.steps_per_epoch + self._steps
+        rate = self.protocol.rate_at(done, self.protocol.epochs * self.steps_per_epoch)
         self._optimizer.param_groups[0]["lr"] = rate
         with torch.enable_grad():
             logits = self.layer(features)

@@ -33,7 +33,7 @@ def write(
         recipe: The recipe that the crops were drawn from.
     """
     steps = (
-        f"{results['epochs']:g} epochs of one crop an image ({results['steps']:,} steps of {config['batch_size']} crops, "
+        f"{results['epochs']:g} epochs of one crop per image ({results['steps']:,} steps of {config['batch_size']} crops, "
         f"{results['crops_seen']:,} crops of {results['images']:,} images at {config['pixels']} px)"
     )
     settings = {key: value for key, value in config.items() if key in _SETTINGS and value not in (None, False)}

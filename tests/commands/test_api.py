@@ -325,7 +325,7 @@ class TestInit:
         ("knn", {**SETS, "train": nn.ReLU()}, r"object:ReLU: expected images, as a folder or an ImageSource"),
         ("train", {**GIVEN, "student": lambda x: x}, r"expected a torch\.nn\.Module, got function"),
         ("train", {**GIVEN, "student": nn.Flatten(1, 2)}, r"gives no features \[B, F\]"),
-        ("export", {"model": nn.ReLU(), "out": "a.safetensors"}, r"object:ReLU: expected a student that fkd_ssl\.train"),
+        ("export", {"model": nn.ReLU(), "out": "a.safetensors"}, r"object:ReLU: expected a student from fkd_ssl\.train"),
         (
             "compare",
             {"images": "train", "out": "c", "val": "val", "teacher": nn.ReLU()},
