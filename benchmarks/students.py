@@ -293,7 +293,7 @@ def table(rows: list[dict[str, Any]], reference: str | None) -> str:
     head = ["arm", "learning rate"]
     for name in PROBES.values():
         head += [f"{name} top-1", *([f"minus {reference}"] if reference else [])]
-    head += ["steps", "training seconds", "crops a second", *(["teacher forwards"] if online else [])]
+    head += ["steps", "training seconds", "crops per second", *(["teacher forwards"] if online else [])]
     lines = [head, ["---"] * len(head)]
     for row in rows:
         cells = [row["arm"], f"{row['lr']:g}"]
