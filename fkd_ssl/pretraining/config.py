@@ -22,7 +22,7 @@ METHODS: dict[str, dict[str, float]] = {
 }
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2", "wide_resnet101_2")
 _METHOD_OPTIONS = sorted({name for own in METHODS.values() for name in own})
-_MAY_BE_ZERO = ("weight_decay", "workers", "queue_epoch", "frozen_epochs", "small_crops")
+_MAY_BE_ZERO = ("weight_decay", "workers", "queue_epoch", "frozen_epochs", "small_crops", "checkpoint_interval")
 
 
 @dataclass(frozen=True, kw_only=True)
