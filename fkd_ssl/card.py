@@ -52,7 +52,7 @@ def write(
             for teacher in teachers
             for line in ("", f"| teacher {teacher.name} | |", "|---|---|", *(_row(teacher, key) for key in _TEACHER))
         ),
-        *(["", "The licence of the teacher's weights may bind the student's too."] if teachers else []),
+        *(["", "The licence of the teacher's weights may also apply to the student's weights."] if teachers else []),
         "",
         "| crops | |",
         "|---|---|",
@@ -112,4 +112,4 @@ def _scores(config: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str, 
     own = {f"{key} of its own classes": f"{results[key]:.2f} %" for key in ("top1", "top5") if key in results}
     scores = own | {f"kNN-{config['knn_k']} top-1, at the end": f"{results['knn_top1']:.2f} %"}
     best = results["knn_best"]
-    return {**scores, "the best on the way": f"{best['top1']:.2f} % at step {best['step']}"}
+    return {**scores, "best during training": f"{best['top1']:.2f} % at step {best['step']}"}

@@ -59,7 +59,7 @@ def load(path: str | Path, *, mapped: bool = False, allowed: Mapping[str, Any] |
             names = _scan_zip(file, allowed or {}) if start.startswith(b"PK") else _scan_legacy(file, allowed or {})
         taken = sum(names.storage_bytes.values())
         if taken > size or len(names.storage_bytes) > _MAX_STORAGES:
-            raise pickles.UnsafePickleError(f"asks for tensors of {taken:,} bytes, and has {size:,}")
+            raise pickles.UnsafePickleError(f"its tensors need {taken:,} bytes, but the file has {size:,}")
         safe: list[Any] = [(_stand_in(name, kind), name) for name, kind in names.stand_ins.items()]
         safe += [(value, name) for name, value in (allowed or {}).items()]
         with _LOADING, torch.serialization.safe_globals(safe):
@@ -94,7 +94,7 @@ def digest(path: str | Path, algorithm: str = "sha256") -> str:
 def _load_safetensors(path: Path, start: bytes) -> dict[str, torch.Tensor]:
     header = int(struct.unpack("<Q", start[:8])[0])
     if header > _MAX_HEADER:
-        raise pickles.UnsafePickleError(f"has a header of {header:,} bytes, and at most {_MAX_HEADER:,} are read")
+        raise pickles.UnsafePickleError(f"has a header of {header:,} bytes; the maximum is {_MAX_HEADER:,}")
     with safe_open(path, framework="pt") as file:
         return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
 
@@ -122,7 +122,7 @@ def _scan_zip(file: BinaryIO, allowed: Mapping[str, Any]) -> pickles.Names:
             raise pickles.UnsafePickleError("has compressed entries, which torch.save does not write")
         total = sum(entry.file_size for entry in entries)
         if total > size:
-            raise pickles.UnsafePickleError(f"has entries of {total:,} bytes, and itself {size:,}")
+            raise pickles.UnsafePickleError(f"its entries have {total:,} bytes, but the file has {size:,}")
         folder = entries[0].filename.partition("/")[0]
         data = archive.read(f"{folder}/data.pkl")
     names = pickles.Names()
@@ -130,7 +130,7 @@ def _scan_zip(file: BinaryIO, allowed: Mapping[str, Any]) -> pickles.Names:
     sizes = {entry.filename: entry.file_size for entry in entries}
     for key, taken in names.storage_bytes.items():  # torch would read past the end of a storage that is too short
         if sizes.get(f"{folder}/data/{key}", 0) < taken:
-            raise pickles.UnsafePickleError(f"asks for {taken:,} bytes of its entry data/{key}, which has fewer")
+            raise pickles.UnsafePickleError(f"needs {taken:,} bytes of its entry data/{key}, which is shorter")
     return names
 
 

@@ -89,7 +89,7 @@ def open_descriptor(path: Path, flags: int = os.O_RDONLY) -> int:
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.EMLINK):  # Linux and macOS; FreeBSD
             raise StoreError(
-                f"{path}: a symbolic link, which is not followed inside a store; replace it by the file"
+                f"{path}: a symbolic link, which is not followed inside a store; replace it with the file"
             ) from error
         raise
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
@@ -101,7 +101,7 @@ def open_descriptor(path: Path, flags: int = os.O_RDONLY) -> int:
 def reject_symlink(path: Path) -> Path:
     """Returns `path`, which may be missing. Raises StoreError if it is a link, which may point out of the store."""
     if path.is_symlink():
-        raise StoreError(f"{path}: a symbolic link, which is not followed inside a store; replace it by the folder")
+        raise StoreError(f"{path}: a symbolic link, which is not followed inside a store; replace it with the folder")
     return path
 
 
@@ -179,7 +179,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError):
         found, same = "undefined", False
     if not same:
-        raise StoreError(f"{path}: altered: its sha256 is {found}, it says {_short(said)}; restore the file or delete it")
+        raise StoreError(f"{path}: altered: its sha256 is {found}, but it states {_short(said)}; restore the file or delete it")
     return value
 
 

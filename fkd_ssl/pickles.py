@@ -180,7 +180,7 @@ class _Scanner:
     def _call(self, function: _Node, arguments: _Node) -> _Node:
         name, given = function.value, arguments.value
         if function.kind != "global" or arguments.kind != "tuple":
-            raise UnsafePickleError("calls a value")
+            raise UnsafePickleError("calls an object that is not a named function")
         if name in self.names.stand_ins:
             return _Node(name)
         if name in _TENSORS:
@@ -205,7 +205,7 @@ class _Scanner:
             raise UnsafePickleError("holds a whole network and not its state_dict")
         what, kind, key, _, elements, *_ = given
         if what != "storage" or not isinstance(elements, int) or elements < 0:
-            raise UnsafePickleError("names a storage in an unknown way")
+            raise UnsafePickleError("refers to a storage in an unknown format")
         bytes_each = _ITEM_BYTES.get(str(kind).rpartition(".")[2], 1)
         taken = self.names.storage_bytes
         taken[str(key)] = max(taken.get(str(key), 0), elements * bytes_each)

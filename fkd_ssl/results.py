@@ -5,16 +5,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-import numpy as np
-import numpy.typing as npt
+from fkd_ssl.arrays import BoolArray, Float32Array, Int64Array
 
 if TYPE_CHECKING:
     from torch import nn
 
     from fkd_ssl.store import Store
     from fkd_ssl.students import Student
-
-Booleans = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, kw_only=True, repr=False, eq=False)
@@ -49,13 +46,13 @@ class Score(Result):
     """Share of images whose class is among the first five, in percent."""
     interval95: tuple[float, float] | None
     """Wilson's 95 % interval of `top1`; None for a mean over draws."""
-    correct: Booleans
+    correct: BoolArray
     """Which images were classified correctly, bool [n]; compare two models with fkd_ssl.eval.paired_bootstrap."""
     baselines: dict[str, float]
     """Accuracy in percent of `pixels` and `colours`, by the same protocol, and of `chance`."""
 
     @classmethod
-    def of(cls, values: dict[str, Any], correct: Booleans, out: Path | None) -> Self:
+    def of(cls, values: dict[str, Any], correct: BoolArray, out: Path | None) -> Self:
         """Returns the result that a results.json describes."""
         low, high = values.get("interval95") or (0.0, 0.0)
         return cls(
@@ -80,11 +77,11 @@ class Retrieval(Result):
     """Share of images of the query's class among the first k, in percent, by k."""
     map_at_r: float
     """Mean average precision at R, in percent."""
-    correct: Booleans
+    correct: BoolArray
     """Whether the first image has the query's class, bool [n]."""
 
     @classmethod
-    def of(cls, values: dict[str, Any], correct: Booleans, out: Path | None) -> Self:
+    def of(cls, values: dict[str, Any], correct: BoolArray, out: Path | None) -> Self:
         """Returns the result that a results.json describes."""
         by_k = {key: {int(k): share for k, share in values[key].items()} for key in ("recall", "precision")}
         return cls(line=values["line"], values=values, out=out, **by_k, map_at_r=values["map_at_r"], correct=correct)
@@ -110,9 +107,9 @@ class Nearest(Sheet):
 class Features(Result):
     """Features of an image set; `out` is their folder in the cache."""
 
-    features: npt.NDArray[np.float32]
+    features: Float32Array
     """[N, D]."""
-    labels: npt.NDArray[np.int64]
+    labels: Int64Array
     """[N]; -1 for an image without a class."""
 
 

@@ -19,6 +19,11 @@ def printable(text: str, *, encoding: str | None = None, one_line: bool = False)
     return escaped.encode(encoding, "backslashreplace").decode(encoding)
 
 
+def first_line(error: object) -> str:
+    """Returns the first line of an error's message, or the name of its type if it has no message."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def plural(count: int, noun: str) -> str:
     """Formats a count with its noun, which gets an s unless the count is 1.
 

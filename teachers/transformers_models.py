@@ -12,6 +12,7 @@ from fkd_ssl.targets import Rgb
 from fkd_ssl.teachers import state_dicts
 from fkd_ssl.teachers.teacher import Teacher
 from fkd_ssl.teachers.wrap import wrap
+from fkd_ssl.text import first_line
 
 
 def load_transformers(path: str | Path, *, name: str = "transformers", **about: Any) -> Teacher:
@@ -44,8 +45,9 @@ def load_transformers(path: str | Path, *, name: str = "transformers", **about: 
         model, info = AutoModel.from_pretrained(path, use_safetensors=True, output_loading_info=True, **options)
         processor = AutoImageProcessor.from_pretrained(path, **options)
     except Exception as error:  # transformers may raise anything for an unknown folder
-        line = (str(error).splitlines() or [type(error).__name__])[0]
-        raise CheckpointError(f"{path}: transformers cannot read it as a vision model in safetensors: {line}") from error
+        raise CheckpointError(
+            f"{path}: transformers cannot read it as a vision model in safetensors: {first_line(error)}"
+        ) from error
     finally:
         logging.set_verbosity(verbosity)
     if model.main_input_name != "pixel_values":

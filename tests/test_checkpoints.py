@@ -210,7 +210,7 @@ def test_what_a_storage_says_of_its_length_is_held_against_the_file(tmp_path: Pa
     huge = data.replace(b"M" + number, b"J" + struct.pack("<i", 2**30))
     assert huge != data
     file.write_bytes(huge)
-    with pytest.raises(CheckpointError, match=r"asks for tensors of 4,294,967,296 bytes, and has [\d,]+"):
+    with pytest.raises(CheckpointError, match=r"its tensors need 4,294,967,296 bytes, but the file has [\d,]+"):
         checkpoints.load(file)
 
 
@@ -226,7 +226,7 @@ def test_a_storage_that_is_longer_than_its_entry_is_refused(tmp_path: Path, mapp
     with zipfile.ZipFile(file, "w") as archive:
         for name, content in entries:
             archive.writestr(name, content.replace(number, b"M" + struct.pack("<H", 50_000)))
-    with pytest.raises(CheckpointError, match=r"asks for 200,000 bytes of its entry data/0, which has fewer"):
+    with pytest.raises(CheckpointError, match=r"needs 200,000 bytes of its entry data/0, which is shorter"):
         checkpoints.load(file, mapped=mapped)
 
 
@@ -279,14 +279,14 @@ def test_entries_that_lie_over_one_another_are_refused(tmp_path: Path) -> None:
         at = data.find(b"PK\1\2", at + 4)
     assert first >= 0
     file.write_bytes(data)
-    with pytest.raises(CheckpointError, match=r"has entries of [\d,]+ bytes, and itself [\d,]+"):
+    with pytest.raises(CheckpointError, match=r"its entries have [\d,]+ bytes, but the file has [\d,]+"):
         checkpoints.load(file)
 
 
 def test_a_header_of_safetensors_that_fills_the_file_is_refused(tmp_path: Path) -> None:
     header = (b'{"__metadata__":{' + b",".join(b'"%d":"x"' % i for i in range(900_000)) + b"}}").ljust(9_000_000)
     (tmp_path / "w.safetensors").write_bytes(struct.pack("<Q", len(header)) + header)
-    with pytest.raises(CheckpointError, match=r"has a header of [\d,]+ bytes, and at most 8,388,608 are read"):
+    with pytest.raises(CheckpointError, match=r"has a header of [\d,]+ bytes; the maximum is 8,388,608"):
         checkpoints.load(tmp_path / "w.safetensors")
 
 

@@ -81,7 +81,7 @@ def test_another_spelling_of_the_same_json_is_found(tmp_path, change):
         (b"", "not JSON"),
         (b"\xff\xfe\x00", "not JSON"),
         (b"[1]", "a JSON list, expected an object"),
-        (b'{"a":1}\n', "altered: its sha256 is [0-9a-f]{64}, it says None; restore"),
+        (b'{"a":1}\n', "altered: its sha256 is [0-9a-f]{64}, but it states None; restore"),
         (b'{"a":NaN,"sha256":"0"}\n', "altered"),
         (b"[" * 100_000, "not JSON"),
     ],
@@ -315,7 +315,7 @@ def test_links_pipes_and_folders_are_not_read(tmp_path, read):
     (tmp_path / "folder").mkdir()
     for name in ("link", "loop"):
         with pytest.raises(
-            StoreError, match=rf"{name}: a symbolic link, which is not followed inside a store; replace it by the file"
+            StoreError, match=rf"{name}: a symbolic link, which is not followed inside a store; replace it with the file"
         ):
             read(tmp_path / name)
     for name in ("pipe", "folder"):
@@ -327,7 +327,7 @@ def test_a_folder_of_ones_own_is_no_link(tmp_path):
     assert files.reject_symlink(tmp_path / "missing") == tmp_path / "missing"
     (tmp_path / "link").symlink_to(tmp_path)
     with pytest.raises(
-        StoreError, match="link: a symbolic link, which is not followed inside a store; replace it by the folder"
+        StoreError, match="link: a symbolic link, which is not followed inside a store; replace it with the folder"
     ):
         files.reject_symlink(tmp_path / "link")
 

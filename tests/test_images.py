@@ -153,7 +153,7 @@ def test_extreme_sizes(tmp_path, height, width, suffix):
 
 def test_side_over_uint16_is_refused(tmp_path):
     file = save(tmp_path / "long.png", Image.fromarray(picture(1, 65536)))
-    with pytest.raises(ImageError, match=r"long\.png: 65536 x 1 pixels; a side may have 65535 at most"):
+    with pytest.raises(ImageError, match=r"long\.png: 65536 x 1 pixels; the maximum is 65535 per side"):
         images.read_size(file)
 
 

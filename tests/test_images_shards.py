@@ -203,7 +203,7 @@ def _cut(path: Path, size: int) -> None:
         (lambda path: path.write_bytes(b"no tar" * 200), "not a readable tar"),
         (lambda path: path.write_bytes(b""), "not a readable tar"),
         (lambda path: write_tar(path, {"a.txt": b"b"}), "no images in this tar"),
-        (lambda path: write_tar(path, [("a.jpg", b"1"), ("./a.jpg", b"2")]), r"1 names are those of several .*\n.*a\.jpg in"),
+        (lambda path: write_tar(path, [("a.jpg", b"1"), ("./a.jpg", b"2")]), r"1 names are used by several .*\n.*a\.jpg in"),
         (lambda path: write_tar(path, {"../a.jpg": b""}), "are absolute, or have"),
         (lambda path: write_tar(path, {"/a.jpg": b""}), "are absolute, or have"),
         (lambda path: write_tar(path, {"a\nb.jpg": b""}), "line breaks"),
@@ -233,7 +233,7 @@ def _overwrite(path: Path, at: int) -> None:
 def test_members_of_two_tars_with_one_name(tmp_path: Path) -> None:
     for name in ("a", "b"):
         write_tar(tmp_path / f"{name}.tar", {"x/1.jpg": b"1", f"x/{name}.jpg": b"2"})
-    with pytest.raises(RequestError, match=r"1 names are those of several images.*\n.*x/1\.jpg in .*b\.tar"):
+    with pytest.raises(RequestError, match=r"1 names are used by several images.*\n.*x/1\.jpg in .*b\.tar"):
         open_images(str(tmp_path / "*.tar"))
 
 
@@ -341,7 +341,7 @@ def test_class_names_of_hugging_face(image_folder: Path, tmp_path: Path) -> None
         ({"a": [b"1"]}, "#label=b", "no column 'b'.*; it has a"),
         ({"a": [b"1"]}, "#picture=a", "unknown column option 'picture'.*; known: image, label, name"),
         ({"a": [b"1"]}, "#image", "expected columns as #image=COLUMN"),
-        ({"a": [b"1", b"2"], "n": ["x", "x"]}, "#name=n", "1 names are those of several rows"),
+        ({"a": [b"1", b"2"], "n": ["x", "x"]}, "#name=n", "1 names are used by several rows"),
         ({"a": [b"1"], "n": ["../x"]}, "#name=n", "are absolute, or have"),
         ({"a": [b"1"], "n": ["x\ny"]}, "#name=n", "control characters"),
         ({"a": pa.array([], pa.binary())}, "", "has no rows"),

@@ -4,11 +4,13 @@ import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from PIL import Image
 
 from fkd_ssl.errors import FkdError, ImageError, RequestError
-from fkd_ssl.images import read_image, scan
+from fkd_ssl.images import open_images, read_image, scan
 from fkd_ssl.images.shrinking import encode, shrink, shrink_set
 
 
@@ -45,6 +47,15 @@ def test_every_format_comes_back_as_itself(smooth, tmp_path, suffix):
         assert picture.format in {"JPEG", "PNG", "BMP", "WEBP", "PPM", "TIFF"}
         assert picture.format[:2] == Image.registered_extensions()[path.suffix.lower()][:2]
     assert np.abs(read_image(path).astype(int) - image).mean() < 2
+
+
+def test_names_without_a_suffix_are_rejected_before_anything_is_written(smooth, tmp_path):
+    """Rows of a table without a column of names are named FILE/ROW."""
+    shard = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"image": [encode(smooth(0, 60, 80), "a.png", 95)]}), shard)
+    with pytest.raises(RequestError, match=r"1 names have no suffix of an image format.*\n  'a/00000000'"):
+        shrink_set(open_images(shard), tmp_path / "copy", short_side=32)
+    assert not (tmp_path / "copy").exists()
 
 
 def test_a_copy_has_the_same_paths_and_smaller_pictures(image_folder, tmp_path):

@@ -343,7 +343,7 @@ class TestRelational:
         assert Relational()(student @ turn, target).item() == pytest.approx(Relational()(student, target).item(), rel=1e-10)
 
     def test_one_crop_has_no_relations(self) -> None:
-        with pytest.raises(RequestError, match=r"objective relational: compares the crops of a batch, and there is 1"):
+        with pytest.raises(RequestError, match=r"objective relational: needs at least 2 crops in a batch, found 1"):
             Relational()(*pair(1))
 
 

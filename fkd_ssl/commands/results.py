@@ -11,14 +11,15 @@ from typing import Any
 import numpy as np
 
 from fkd_ssl import files, runs
+from fkd_ssl.arrays import BoolArray
 from fkd_ssl.commands import console
 from fkd_ssl.errors import RequestError
-from fkd_ssl.results import Booleans, Result, Score
+from fkd_ssl.results import Result, Score
 
 CORRECT = "correct.npy"
 
 
-def finished(config: Any, inputs: runs.Inputs) -> tuple[dict[str, Any], Booleans, Path] | None:
+def finished(config: Any, inputs: runs.Inputs) -> tuple[dict[str, Any], BoolArray, Path] | None:
     """Reads the results of this evaluation from `config.out`: its values, which images were correct, and the folder.
 
     Returns None if the folder has no results yet.
@@ -76,7 +77,7 @@ def score(kind: str, title: str, config: Any, protocol: str, about: dict[str, An
     return Score.of(*finish({"kind": kind, "protocol": protocol, **about, **said}, line, config, correct))
 
 
-def finish(value: dict[str, Any], line: str, config: Any, correct: Booleans) -> tuple[dict[str, Any], Booleans, Path | None]:
+def finish(value: dict[str, Any], line: str, config: Any, correct: BoolArray) -> tuple[dict[str, Any], BoolArray, Path | None]:
     """Completes the values of an evaluation; with `out`, also writes results.json and correct.npy. Returns as `finished`."""
     settings = dataclasses.asdict(config)
     whole = {"seed": settings.get("seed"), **value, "line": line, "config": settings}

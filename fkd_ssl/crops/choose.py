@@ -71,7 +71,7 @@ def choose(
         log(f"crops are made on the CPU: {error}")
         return False
     if replay_digest(str(device)) != replay_digest():
-        log("crops are made on the CPU: this GPU makes slightly other pixels")
+        log("crops are made on the CPU: this GPU makes slightly different pixels")
         return False
     rates = measure(images, recipe, crops=min(crops, CROPS), sides=sides, device=device, network=network)
     if rates is None:
@@ -80,7 +80,7 @@ def choose(
     chosen = on_cpu > GAIN * on_device
     log(
         f"crops are made on the {'GPU' if chosen else 'CPU'}: measured {1 / on_device:,.0f} crops a second with the GPU, "
-        f"{1 / on_cpu:,.0f} without it (--device_crops on or off sets it)"
+        f"{1 / on_cpu:,.0f} without it (set it with --device_crops on or off)"
     )
     return chosen
 

@@ -1,13 +1,6 @@
 """Image sources, and the decoder that all of them share."""
 
-from fkd_ssl.images.decoding import (
-    MAX_PIXELS,
-    MAX_SIDE,
-    decode,
-    read_bytes,
-    read_image,
-    read_size,
-)
+from fkd_ssl.images.decoding import decode, read_bytes, read_image, read_size
 from fkd_ssl.images.folder import SUFFIXES, Folder, scan
 from fkd_ssl.images.listed import Listed
 from fkd_ssl.images.names import Names
@@ -18,8 +11,6 @@ from fkd_ssl.images.tars import Tars
 
 __all__ = [
     "CONTENTS",
-    "MAX_PIXELS",
-    "MAX_SIDE",
     "SOURCES",
     "SUFFIXES",
     "Folder",

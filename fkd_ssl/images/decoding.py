@@ -14,6 +14,7 @@ from PIL import Image, UnidentifiedImageError
 
 from fkd_ssl.arrays import UInt8Array
 from fkd_ssl.errors import ImageAccessError, ImageError
+from fkd_ssl.text import first_line
 
 MAX_SIDE = 65535  # boxes are uint16
 MAX_PIXELS = 178_956_970  # Pillow suspects a decompression bomb in larger images
@@ -155,7 +156,7 @@ def _eight_bits(values: npt.NDArray[Any], format_: str | None) -> UInt8Array:
 
 def _check_size(height: int, width: int, name: str | Path) -> None:
     if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
-        raise ImageError(f"{name}: {width} x {height} pixels; a side may have {MAX_SIDE} at most, all {MAX_PIXELS}")
+        raise ImageError(f"{name}: {width} x {height} pixels; the maximum is {MAX_SIDE} per side, {MAX_PIXELS} in all")
 
 
 def inaccessible(name: str | Path, error: OSError) -> ImageAccessError:
@@ -167,8 +168,5 @@ def _unreadable(error: BaseException, name: str | Path) -> ImageError | ImageAcc
     """Returns our error for an error of Pillow. An errno means that the system failed, not that the data is damaged."""
     if isinstance(error, OSError) and error.errno is not None:
         return inaccessible(name, error)
-    if isinstance(error, UnidentifiedImageError):
-        reason = "unknown image format"
-    else:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    reason = "unknown image format" if isinstance(error, UnidentifiedImageError) else first_line(error)
     return ImageError(f"{name}: not a readable image: {reason}")

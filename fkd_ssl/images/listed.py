@@ -30,14 +30,14 @@ class Listed(Folder):
         try:
             lines = [line for line in read_bytes(file).decode("utf-8-sig").replace("\r\n", "\n").split("\n") if line.strip()]
         except UnicodeDecodeError as error:
-            raise RequestError(f"{file}: not UTF-8 text; expected one path of an image a line") from error
+            raise RequestError(f"{file}: not UTF-8 text; expected one image path per line") from error
         entries = [line.split("\t") for line in lines]
         if not entries:
-            raise RequestError(f"{file}: names no images; expected one path a line")
+            raise RequestError(f"{file}: names no images; expected one path per line")
         for k, entry in enumerate(entries):
             if len(entry) != len(entries[0]) or len(entry) > 2:
                 raise RequestError(
-                    f"{file}: entry {k + 1} has {len(entry) - 1} tabs; expected one path a line, or all PATH<TAB>CLASS"
+                    f"{file}: entry {k + 1} has {len(entry) - 1} tabs; expected one path per line, or all PATH<TAB>CLASS"
                 )
         above = Path(os.path.abspath(file)).parent  # noqa: PTH100  (resolves no links)
         paths = [os.path.normpath(above / path.strip()) for path, *_ in entries]

@@ -117,4 +117,4 @@ def _check_names(source: ImageSource) -> None:
     wrong = (name for name in names if name.startswith("/") or not {"", ".", ".."}.isdisjoint(name.split("/")))
     refuse(source.spec, wrong, "are absolute, or have an empty part or one that is '.' or '..'")
     if twice := len(names) - len(set(names)):
-        raise RequestError(f"{source.spec}: {twice:,} names are those of several images; give each its own")
+        raise RequestError(f"{source.spec}: {twice:,} names are used by several images; give each image its own name")

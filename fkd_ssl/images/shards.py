@@ -17,6 +17,7 @@ from fkd_ssl import files, locks
 from fkd_ssl.errors import ImageAccessError, RequestError
 from fkd_ssl.images.decoding import open_file
 from fkd_ssl.images.patterns import expand, stamp_of
+from fkd_ssl.text import first_line
 
 CACHE_BYTES = "FKD_SSL_CACHE_BYTES"
 """Environment variable: maximum bytes of fetched files in the cache folder."""
@@ -154,7 +155,7 @@ class RemoteShard:
             if len(data) == end - start:
                 return data
             problem = f"{len(data)} of {end - start} bytes received"
-        raise ImageAccessError(f"{self.url}: cannot be fetched after {_TRIES} attempts: {_first_line(problem)}")
+        raise ImageAccessError(f"{self.url}: cannot be fetched after {_TRIES} attempts: {first_line(problem)}")
 
 
 def fetched_folder() -> Path:
@@ -260,18 +261,14 @@ def _filesystem_of(protocol: str, process: int) -> Any:
     try:
         return fsspec.filesystem(protocol, skip_instance_cache=True, use_listings_cache=False)
     except ImportError as error:
-        raise RequestError(f"{protocol}://: {_first_line(error)}") from error
+        raise RequestError(f"{protocol}://: {first_line(error)}") from error
     except ValueError as error:
-        raise RequestError(f"{protocol}://: {_first_line(error)}; see docs/sources.md") from error
+        raise RequestError(f"{protocol}://: {first_line(error)}; see docs/sources.md") from error
 
 
 def _inaccessible(url: str, error: Exception) -> ImageAccessError:
-    reason = "not found" if isinstance(error, FileNotFoundError) else _first_line(error)
+    reason = "not found" if isinstance(error, FileNotFoundError) else first_line(error)
     return ImageAccessError(f"{url}: {reason}; check the URL, and the credentials in the environment")
-
-
-def _first_line(problem: object) -> str:
-    return (str(problem).splitlines() or [type(problem).__name__])[0]
 
 
 class Prefetcher:

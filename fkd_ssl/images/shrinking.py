@@ -17,7 +17,8 @@ from tqdm.auto import tqdm
 from fkd_ssl import files, progress
 from fkd_ssl.arrays import UInt8Array
 from fkd_ssl.errors import FkdError, ImageError, RequestError
-from fkd_ssl.images import ImageSource, decode, read_size
+from fkd_ssl.images import SUFFIXES, ImageSource, decode, read_size
+from fkd_ssl.images.names import refuse
 from fkd_ssl.text import format_bytes, plural
 
 _JPEG = frozenset({".jpg", ".jpeg", ".jpe", ".jfif"})
@@ -93,7 +94,7 @@ def shrink_set(
         log: Called with each line for the user.
 
     Raises:
-        RequestError: One folder would be inside the other, or a setting is invalid.
+        RequestError: One folder would be inside the other, a name has no suffix of an image format, or a setting is invalid.
         ImageAccessError: An image cannot be opened.
         ImageError: An image is damaged, or an existing file in `folder` does not belong to the copy.
         FkdError: There is not enough disk space.
@@ -103,6 +104,8 @@ def shrink_set(
             f"short_side {short_side}, quality {quality}, threads {threads}: expected 8 to 4096, 1 to 100, at least 1"
         )
     check_apart(images.spec, folder)
+    odd = (name for name in images.names if Path(name).suffix.lower() not in SUFFIXES)
+    refuse(images.spec, odd, "have no suffix of an image format, which a file needs")
     log(_announce(images, folder, short_side, quality))
     for place in sorted({folder / Path(name).parent for name in images.names}):
         place.mkdir(parents=True, exist_ok=True)

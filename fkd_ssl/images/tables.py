@@ -18,6 +18,7 @@ from fkd_ssl.images.names import is_line, refuse
 from fkd_ssl.images.patterns import class_of_path, classes_of, order_of
 from fkd_ssl.images.shards import LocalShard, Prefetcher, Shard
 from fkd_ssl.images.source import ImageSource
+from fkd_ssl.text import first_line
 
 OPTIONS = ("image", "label", "name")
 """Columns that can be chosen in a spec."""
@@ -66,16 +67,14 @@ class Table(ImageSource):
             try:
                 parts.append(self._list(k, columns))
             except (pyarrow.ArrowException, OSError) as error:
-                raise RequestError(f"{shard.name}: not a readable table ({_first_line(error)}); restore the file") from error
+                raise RequestError(f"{shard.name}: not a readable table ({first_line(error)}); restore the file") from error
         names = [name for part in parts for name in part[0]]
         texts = [text for part in parts for text in part[1]]
         if not names:
             raise RequestError(f"{spec}: has no rows")
         refuse(spec, (name for name in names if not is_line(name)), "have control characters or line separators")
         order, repeated = order_of(names)
-        refuse(
-            spec, {names[k] for k in repeated}, "are those of several rows; choose another column of names with #name=COLUMN"
-        )
+        refuse(spec, {names[k] for k in repeated}, "are used by several rows; choose another column of names with #name=COLUMN")
         if not any(texts):
             texts = [class_of_path(name) for name in names]
         super().__init__(spec, (names[k] for k in order), *classes_of([texts[k] for k in order], parts[0][2]))
@@ -291,12 +290,8 @@ def _text(value: Any, classes: list[str] | None, path: PurePosixPath) -> str:
     if classes is None or not isinstance(value, int):
         return str(value)
     if value >= len(classes):
-        raise RequestError(f"{path}: class {value} of {len(classes)} named classes")
+        raise RequestError(f"{path}: class {value}, but only {len(classes)} classes have names")
     return classes[value]
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def files_of(folder: Path) -> list[Shard]:

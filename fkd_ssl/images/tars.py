@@ -71,7 +71,7 @@ class Tars(ImageSource):
         if not names:
             raise RequestError(f"{spec}: no images in {'this tar' if len(self.shards) == 1 else 'these tars'}")
         order, repeated = order_of(names)
-        refuse(spec, (f"{names[k]} in {self.shards[numbers[k]].name}" for k in repeated), "are those of several images")
+        refuse(spec, (f"{names[k]} in {self.shards[numbers[k]].name}" for k in repeated), "are used by several images")
         labels = [label for index in indexes for label in index.labels]
         if not any(labels):
             labels = [class_of_path(name) for name in names]

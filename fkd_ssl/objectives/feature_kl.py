@@ -1,10 +1,8 @@
 """Cross-entropy of softmaxed features: the loss of S2-BNN, which FKD-SSL uses."""
 
-import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from fkd_ssl.objectives.objective import Objective, check_positive
+from fkd_ssl.objectives.objective import Objective, check_positive, cross_entropy
 
 
 class FeatureKL(Objective):
@@ -24,5 +22,4 @@ class FeatureKL(Objective):
 
     def forward(self, student: Tensor, target: Tensor) -> Tensor:
         """The mean cross-entropy in nats, a scalar, of L2-normalised student [B, D] and target [B, D]."""
-        p = torch.softmax(target / self.temperature, dim=1)
-        return -(p * F.log_softmax(student / self.temperature, dim=1)).sum(dim=1).mean()
+        return cross_entropy(student / self.temperature, target / self.temperature)

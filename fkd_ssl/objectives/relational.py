@@ -32,7 +32,7 @@ class Relational(Objective):
             RequestError: B is 1.
         """
         if len(student) < 2:
-            raise RequestError("objective relational: compares the crops of a batch, and there is 1; choose a larger batch")
+            raise RequestError("objective relational: needs at least 2 crops in a batch, found 1; choose a larger batch")
         return cross_entropy(_others(student) / self.temperature, _others(target) / self.temperature)
 
 

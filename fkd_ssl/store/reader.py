@@ -107,7 +107,7 @@ def _check_meta(meta: ColumnMeta, path: Path) -> None:
     }
     wrong = [key for key, fits in right.items() if not fits]
     if wrong:
-        raise StoreError(f"{path}: a {wrong[0]} that this version does not read; the file is damaged or newer")
+        raise StoreError(f"{path}: its {wrong[0]} is invalid; the file is damaged or newer")
 
 
 def _check_digests(values: Iterable[Any], path: Path) -> None:
@@ -136,7 +136,7 @@ class Column:
         parameters = {name: self._array(name, shape) for name, shape in shapes.items()}
         self.codec = meta.target.definition.load(meta.codec, meta.target.shape, parameters)
         if self.codec.code_size != meta.code_size:
-            raise StoreError(f"{path}: code size {meta.code_size}, {meta.codec} has another")
+            raise StoreError(f"{path}: code size {meta.code_size}, but {meta.codec} has {self.codec.code_size}")
         self._files = ShardFiles(self._finished, np.dtype(np.uint8), (store.crops_per_image, meta.code_size))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -287,7 +287,7 @@ class Store:
         targets = self.folder / layout.TARGETS
         for path in (targets / name for name in sorted(files.names(targets)) if not name.startswith(".")):
             if path.is_symlink():
-                problems.append(f"{path}: a symbolic link, which is not followed inside a store; replace it by the folder")
+                problems.append(f"{path}: a symbolic link, which is not followed inside a store; replace it with the folder")
             elif path.is_dir() and not layout.COLUMN_NAME.fullmatch(path.name):
                 problems.append(f"{path}: not a valid name of a column; move the folder away")
             elif path.is_dir() and not files.exists(path / "meta.json"):

@@ -98,7 +98,7 @@ class ShardFiles:
         else:
             file = _OpenFile(known.path)
             if os.fstat(file.descriptor).st_size != known.size:
-                raise StoreError(f"{known.path}: has another size than when it was first read; run fkd-ssl verify")
+                raise StoreError(f"{known.path}: its size changed since it was first read; run fkd-ssl verify")
         while len(self._open) >= MAX_OPEN_FILES:
             with suppress(KeyError, StopIteration, RuntimeError):  # another thread did it
                 del self._open[next(iter(self._open))]

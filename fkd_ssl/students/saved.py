@@ -13,6 +13,7 @@ from fkd_ssl import checkpoints
 from fkd_ssl.errors import CheckpointError
 from fkd_ssl.options import OBJECT, Named
 from fkd_ssl.students.student import Student
+from fkd_ssl.text import first_line
 
 STUDENT_KEY = "fkd_ssl_student"
 """Key of the student's description in a Lightning checkpoint and in the metadata of an exported file."""
@@ -64,7 +65,7 @@ def load_student(path: str | Path, *, backbone: nn.Module | None = None) -> tupl
         student.load_state_dict(versioned)
     except Exception as error:  # torch may raise anything for an untrusted file
         what = "file of fkd-ssl export" if exported else "checkpoint of fkd-ssl train"
-        reason = f"{(str(error).splitlines() or [type(error).__name__])[0]:.200}"
+        reason = f"{first_line(error):.200}"
         reason = f"no {error} in it" if isinstance(error, KeyError) else reason
         raise CheckpointError(f"{path}: not a {what} ({reason})") from error
     return student.eval().to(memory_format=torch.channels_last), pixels

@@ -24,7 +24,7 @@ _RANGE_MARGIN = 0.1  # of max - min at each end, since values beyond the sample'
 _TAIL = 0.01  # SQ4's range excludes this share of the values at each end: with 16 steps, a margin loses more than clipping
 _INTEGERS = ("SQ8", "SQ6", "SQ4")
 _MAX_PARAMETERS = 2**26  # a square transform of 8,192 dimensions; faiss itself has no limit for an untrusted file
-_NOT_FINITE = "codes stand for targets that are not finite: a file of the store is damaged; run fkd-ssl verify"
+_NOT_FINITE = "decoded targets are not finite: a file of the store is damaged; run fkd-ssl verify"
 _SAMPLES = 4096
 _SAMPLES_PER_CENTROID = 64
 _MIN_PER_CENTROID = 39  # faiss's own minimum; with fewer, centroids fit single targets
@@ -169,7 +169,7 @@ def _checked(spec: str, dim: int) -> tuple[re.Match[str], int]:
     elif match["pre"]:
         inner = int(match["pre_a"])
         if inner > dim or match["pre_b"]:
-            raise RequestError(f"codec {spec}: cannot reduce {dim} dimensions to that number")
+            raise RequestError(f"codec {spec}: {match['pre']} takes one number of dimensions, at most {dim}")
     if match["m"] and inner % int(match["m"]):
         raise RequestError(f"codec {spec}: {match['m']} sub-vectors do not divide {inner} dimensions")
     count = sum(math.prod(shape) for shape in _shapes(match, inner, dim).values())

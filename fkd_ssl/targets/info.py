@@ -77,7 +77,7 @@ class TeacherInfo:
         """What to do, or what is wrong, if the network gives NaN or infinity."""
         if self.precision != "fp32":
             return "try --precision fp32"
-        return "its weights are damaged, or far from what its preprocessing gives it"
+        return "its weights are damaged, or do not match its preprocessing"
 
     @property
     def description(self) -> str:

@@ -69,7 +69,7 @@ def test_the_faster_one_is_chosen_and_said(
 def test_a_gpu_that_makes_other_pixels_is_not_used(image_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choose, "check_device", lambda device: None)
     monkeypatch.setattr(choose, "replay_digest", lambda device=None: str(device))
-    assert choice(image_folder, "cuda") == (False, ["crops are made on the CPU: this GPU makes slightly other pixels"])
+    assert choice(image_folder, "cuda") == (False, ["crops are made on the CPU: this GPU makes slightly different pixels"])
 
 
 @pytest.mark.gpu

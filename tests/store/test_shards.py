@@ -121,7 +121,7 @@ def test_a_file_of_another_size_when_opened_again_is_an_error(tmp_path, monkeypa
     read.read(0, 0, slice(None)), read.read(1, 0, slice(None))
     with (tmp_path / "0.npy").open("ab") as file:
         file.write(b"more")
-    with pytest.raises(StoreError, match=r"0\.npy: has another size than when it was first read"):
+    with pytest.raises(StoreError, match=r"0\.npy: its size changed since it was first read"):
         read.read(0, 0, slice(None))
     (tmp_path / "1.npy").unlink()
     read.read(1, 0, slice(None))  # still open

@@ -173,8 +173,8 @@ def test_specs_off_the_list_are_refused(spec):
         ("PQ8x13", "13 bits per sub-vector; must be between 4 and 12"),
         ("OPQ5,PQ8x8", "5 parts do not divide 32 of 32 dimensions"),
         ("OPQ8_64,PQ8x8", "8 parts do not divide 64 of 32"),
-        ("PCA64,SQ8", "cannot reduce 32 dimensions to that number"),
-        ("PCA16_8,SQ8", "cannot reduce 32 dimensions to that number"),
+        ("PCA64,SQ8", "PCA takes one number of dimensions, at most 32"),
+        ("PCA16_8,SQ8", "PCA takes one number of dimensions, at most 32"),
         ("PCA16,PQ5x8", "5 sub-vectors do not divide 16"),
     ],
 )
@@ -237,7 +237,7 @@ def test_codes_of_no_finite_target_are_refused(trained, spec, byte):
     codes[2] = byte  # NaN, or the largest bfloat16 there is
     if spec == "Flat" and byte == 0x7F:
         codes[2, 2::4] = 0x80  # 0x7f807f7f: a NaN
-    with pytest.raises(StoreError, match="codes stand for targets that are not finite: a file of the store is damaged"):
+    with pytest.raises(StoreError, match="decoded targets are not finite: a file of the store is damaged"):
         trained[spec].decode(codes)
 
 

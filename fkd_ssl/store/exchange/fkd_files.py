@@ -206,7 +206,7 @@ def unpacked(codec: LabelCodec, codes: UInt8Array) -> npt.NDArray[Any]:
     return both[:, :, 0] if codec.spec == "smoothing" else both
 
 
-def stem(path: str) -> str:
+def label_file(path: str) -> str:
     """Returns the path of an image's label file, with the suffix .tar. FKD cuts an image's name at its first dot."""
     folder, slash, name = path.rpartition("/")
     return f"{folder}{slash}{name.split('.')[0]}.tar"
@@ -215,8 +215,8 @@ def stem(path: str) -> str:
 def check_names(paths: Iterable[str]) -> None:
     """Raises RequestError if two of these sorted images share a label file."""
     for one, other in pairwise(paths):
-        if stem(one) == stem(other):
-            raise RequestError(f"{one!r} and {other!r} would share the label file {stem(one)!r}; rename one of them")
+        if label_file(one) == label_file(other):
+            raise RequestError(f"{one!r} and {other!r} would share the label file {label_file(one)!r}; rename one of them")
 
 
 def find(folder: Path, paths: Sequence[str]) -> Path:
@@ -226,8 +226,8 @@ def find(folder: Path, paths: Sequence[str]) -> Path:
         RequestError: No label file of these images is found.
     """
     for place in _PLACES:
-        if any((folder / place / stem(path)).is_file() for path in paths[:: -(-len(paths) // 100)]):
+        if any((folder / place / label_file(path)).is_file() for path in paths[:: -(-len(paths) // 100)]):
             return folder / place
     raise RequestError(
-        f"{folder}: has no label files of these images (looked for {stem(paths[0])!r} in it, in {', '.join(_PLACES[1:])})"
+        f"{folder}: has no label files of these images (looked for {label_file(paths[0])!r} in it, in {', '.join(_PLACES[1:])})"
     )

@@ -66,7 +66,7 @@ def import_fkd(
         raise RequestError(f"{out}: exists; choose another --store")
     fkd_files.check_names(images.names)
     folder = fkd_files.find(Path(labels), images.names)
-    paths = [folder / fkd_files.stem(path) for path in images.names]
+    paths = [folder / fkd_files.label_file(path) for path in images.names]
     first = _first(paths)
     kept = LabelCodec(codec or first.codec(), classes)
     log(f"{len(images):,} images x {len(first)} crops, {kept.spec} of {classes} classes: {kept.code_size} + 20 bytes per crop")
@@ -130,14 +130,14 @@ def export_fkd(column: Column, out: str | Path, *, fp16: bool = False) -> int:
         raise RequestError(f"{column.folder}: its targets are embeddings; FKD's files hold class probabilities")
     if fp16 and codec.spec != "full" and codec.dim > fkd_files.LARGEST_EXACT:
         raise RequestError(f"--fp16: float16 is exact up to {fkd_files.LARGEST_EXACT}, and there are {codec.dim} classes")
-    m = store.manifest.recipe
-    if m.jitter or m.grey or m.blur:
-        raise RequestError(f"{store.folder}: crops of the recipe {m.name} change colours, which FKD's files cannot store")
+    recipe = store.manifest.recipe
+    if recipe.jitter or recipe.grey or recipe.blur:
+        raise RequestError(f"{store.folder}: crops of the recipe {recipe.name} change colours, which FKD's files cannot store")
     column.require_complete()
     fkd_files.check_names(store.paths[row] for row in store.rows.tolist())
     written = 0
     for row in tqdm(store.rows.tolist(), unit="img", desc="files"):
-        path = Path(out) / fkd_files.stem(store.paths[row])
+        path = Path(out) / fkd_files.label_file(store.paths[row])
         path.parent.mkdir(parents=True, exist_ok=True)
         size = store.sizes[row]
         everything = slice(0, store.crops_per_image)
@@ -190,10 +190,10 @@ def _row(
         return str(error) if str(paths[row]) in str(error) else f"{paths[row]}: {error}"
 
 
-def _publish(store: Store, name: str, shard: int, column: str, made: list[tuple[str, Records, UInt8Array]]) -> None:
+def _publish(store: Store, column: str, shard: int, digest: str, made: list[tuple[str, Records, UInt8Array]]) -> None:
     images, records, codes = zip(*made, strict=True)
     publish.publish_crops(store.folder, store.manifest, shard, np.stack(records), images)
-    publish.publish_codes(store.folder, store.manifest, shard, np.stack(codes), column=name, digest=column)
+    publish.publish_codes(store.folder, store.manifest, shard, np.stack(codes), column=column, digest=digest)
 
 
 def _meta(codec: LabelCodec, folder: str, pixels: int) -> dict[str, Any]:

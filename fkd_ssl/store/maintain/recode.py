@@ -61,16 +61,14 @@ def recode(
         target = store.folder / layout.TARGETS / to
         if target.exists():
             return _same(store, source, codec, to)
-        check_sample(codec, source.meta.target, _sample(source, codec)[2])
-        _check_files(source)
+        _check_source(source, codec)
         with atomic_folder(target) as folder:
             _fill(source, codec, store, folder.name)
         return Store(store.folder).column(to)
     out = Path(out).resolve()  # a temporary folder is named after it, and '.' has no name
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         return _same(Store(out), source, codec, to)
-    check_sample(codec, source.meta.target, _sample(source, codec)[2])
-    _check_files(source)
+    _check_source(source, codec)
     with atomic_folder(out) as folder:
         Part(store, column=[]).write(folder, beside=to)
         _fill(source, codec, Store(folder), to)
@@ -129,7 +127,9 @@ class Source:
         return decoded[0] if len(decoded) == 1 else np.mean(decoded, axis=0, dtype=np.float32)
 
 
-def _check_files(source: Source) -> None:
+def _check_source(source: Source, codec: str) -> None:
+    """Raises RequestError if the source has too few targets to train the codec, StoreError if it is damaged."""
+    check_sample(codec, source.meta.target, _sample(source, codec)[2])
     for column in source.columns:
         check_files(source.store, column)
 
@@ -164,7 +164,7 @@ def _fill(source: Source, codec: str, store: Store, to: str) -> None:
     if not _is_of(column, source, codec):
         raise RequestError(
             f"{folder}: holds an unfinished recoding of {column.meta.teacher.name} to {column.meta.codec}, "
-            f"not of this {source.name} to {codec}; delete that folder, or choose another --to or --out"
+            f"not of {source.name} to {codec}; delete that folder, or choose another --to or --out"
         )
     codes_of = functools.partial(layout.codes_file, store.folder, to)
     missing = [shard for shard in range(store.manifest.shards) if not codes_of(shard).with_suffix(".json").exists()]

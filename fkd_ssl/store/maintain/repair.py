@@ -1,6 +1,5 @@
 """Repair: rebuilds only the parts that `verify` found damaged. The result must match the recorded checksums."""
 
-import io
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -143,10 +142,9 @@ def _retrain(store: Store, name: str, teacher: Teacher, reader: RowReader, pipel
                 f"{folder}: its meta.json names an array {array!r}, which neither the codec nor the teacher has "
                 f"(they have {sorted(arrays)}): restore {array}.npy from a backup, or precompute another column"
             )
-        buffer = io.BytesIO()
-        buffer.write(files.npy_header(np.dtype(np.float32), arrays[array].shape))
-        buffer.write(np.ascontiguousarray(arrays[array], dtype=np.float32).tobytes())
-        _replace(folder / f"{array}.npy", buffer.getvalue(), meta.arrays[array], log)
+        values = np.ascontiguousarray(arrays[array], dtype=np.float32)
+        data = files.npy_header(values.dtype, arrays[array].shape) + values.tobytes()
+        _replace(folder / f"{array}.npy", data, meta.arrays[array], log)
 
 
 def _recompute(

@@ -126,11 +126,11 @@ def check_files(store: Store, column: Column) -> None:
 
 def _columns(store: Store, report: Report) -> Iterator[Column]:
     for name in store.column_names:
-        damage, sound = Damage(kind="array", column=name), Damage(kind="access", column=name)
+        damage, inaccessible = Damage(kind="array", column=name), Damage(kind="access", column=name)
         try:
             column = store.column(name)
         except StoreAccessError as error:
-            report.add(str(error), sound)
+            report.add(str(error), inaccessible)
             continue
         except StoreError as error:
             report.add(f"{error}; without a backup, try verify --repair with the teacher of column {name}", damage)
@@ -140,11 +140,11 @@ def _columns(store: Store, report: Report) -> Iterator[Column]:
             try:
                 column.array(array)
             except StoreError as error:
-                report.add(str(error), sound if isinstance(error, StoreAccessError) else damage)
+                report.add(str(error), inaccessible if isinstance(error, StoreAccessError) else damage)
         if column.meta.replay_digest != replay_digest():
             report.add(
                 f"{column.folder}: its crops were made with another version of OpenCV or torchvision, or on "
-                "another kind of processor, so that students here see slightly other pixels; precompute here, or "
+                "another kind of processor, so that students here see slightly different pixels; precompute here, or "
                 "train where it was made"
             )
         yield column

@@ -163,7 +163,7 @@ def precompute(
                 work.clear(path)
     seconds = time.perf_counter() - started
     if writer.seen:
-        log(f"{pipeline.stages.describe(seconds)}; at most {format_bytes(queues)} of memory for what waits")
+        log(f"{pipeline.stages.describe(seconds)}; at most {format_bytes(queues)} of memory for images and crops that wait")
     return Summary(
         shards=store.manifest.shards,
         busy=busy,

@@ -76,9 +76,7 @@ def check_names(images: ImageSource) -> None:
     if is_unsafe(images.names.lines):
         wrong = [name for name in images.names if is_unsafe(f"{name}\n".encode())]
         some = ", ".join(repr(name) for name in wrong[:10])
-        raise RequestError(
-            f"{images.spec}: {len(wrong)} names with '\\', or like those of a drive, cannot be stored; rename {some}"
-        )
+        raise RequestError(f"{images.spec}: {len(wrong)} names have a '\\' or begin like a drive of Windows; rename {some}")
 
 
 def read_sizes(

@@ -198,7 +198,7 @@ def require_not_recording(column: Column) -> None:
     if os.path.lexists(journal):
         raise RequestError(
             f"{column.folder}: a training that records this column was stopped: run the same fkd-ssl train command again to "
-            f"finish it, precompute --column another column, or delete {_WORK} and {_JOURNAL} there to discard what it recorded"
+            f"finish it, precompute another --column, or delete {_WORK} and {_JOURNAL} there to discard what it recorded"
         )
     work.unlink()  # left by a training that was killed before its first checkpoint
 

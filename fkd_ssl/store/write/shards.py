@@ -89,7 +89,7 @@ class ShardWriter:
         """Publishes a shard whose targets are written, and removes its work files."""
         store, m = self._store, self._store.manifest
         rows = m.shard_rows(shard)
-        if without_crops and (held or self._encoded(shard)):
+        if without_crops and (held or _encoded(store, self._columns, shard)):
             checksums = held[0][1].checksums if held else image_checksums(self._reader, rows, self._pipeline)
             publish_crops(self._reader, shard, checksums)
         for column, progress, already in held:
@@ -99,11 +99,6 @@ class ShardWriter:
             publish_codes(store.folder, m, shard, publish, column=column.name, digest=column.digest)
             self._counted.add((column.name, shard))
         files.close()
-
-    def _encoded(self, shard: int) -> bool:
-        """Whether the codes of every column exist, so that only the crops are missing. Those need no teacher."""
-        paths = [layout.codes_file(self._store.folder, column.name, shard) for column in self._columns]
-        return all(path.with_suffix(".json").exists() for path in paths)
 
     def _count(self, column: Column, shard: int, crops: int) -> None:
         """Advances the progress bar for a shard that another process has finished."""
@@ -140,5 +135,9 @@ class ShardWriter:
 
 def finished(store: Store, columns: Sequence[Column], shard: int) -> bool:
     """Whether a shard now has its crops and the codes of every column."""
-    sidecars = [layout.codes_file(store.folder, c.name, shard).with_suffix(".json") for c in columns]
-    return store.has_crops(shard) and all(path.exists() for path in sidecars)
+    return store.has_crops(shard) and _encoded(store, columns, shard)
+
+
+def _encoded(store: Store, columns: Sequence[Column], shard: int) -> bool:
+    """Whether a shard has the codes of every column. If only its crops are missing, no teacher is needed."""
+    return all(layout.codes_file(store.folder, c.name, shard).with_suffix(".json").exists() for c in columns)

@@ -54,7 +54,7 @@ def published(folder: Path, images: Path, *, kind: str = "marginal_smoothing_k5"
         state = [fractions.numpy(), flips.numpy(), labels]
         if fp16:
             state = [np.float16(fractions.numpy()), flips.numpy(), np.float16(labels.numpy())]
-        file = folder / fkd_files.stem(path)
+        file = folder / fkd_files.label_file(path)
         file.parent.mkdir(parents=True, exist_ok=True)
         torch.save(state, file)
         made[path] = [fractions, flips, labels, p]
@@ -78,7 +78,7 @@ def fkds_crop(picture: Image.Image, fractions: Any, flip: bool, side: int) -> Im
 def test_boxes_are_fkds_to_the_pixel(images: Path, tmp_path: Path, fp16: bool) -> None:
     made = published(tmp_path / "labels", images, fp16=fp16)
     for path in list(made)[:6]:
-        labels = fkd_files.read(tmp_path / "labels" / fkd_files.stem(path))
+        labels = fkd_files.read(tmp_path / "labels" / fkd_files.label_file(path))
         with Image.open(images / path) as file:
             picture = file.convert("RGB")
         records = labels.records(picture.height, picture.width)
@@ -280,8 +280,8 @@ def test_what_is_refused(images: Path, tmp_path: Path, make_store: Any) -> None:
 def test_a_class_without_labels_does_not_hide_the_others(tmp_path: Path) -> None:
     paths = [f"{folder}/{number:03d}.jpg" for folder in "ab" for number in range(300)]
     for path in paths[300:]:
-        (tmp_path / fkd_files.stem(path)).parent.mkdir(exist_ok=True)
-        (tmp_path / fkd_files.stem(path)).touch()
+        (tmp_path / fkd_files.label_file(path)).parent.mkdir(exist_ok=True)
+        (tmp_path / fkd_files.label_file(path)).touch()
     assert fkd_files.find(tmp_path, paths) == tmp_path
 
 
@@ -307,7 +307,7 @@ def test_two_images_with_one_file_of_labels(images: Path, tmp_path: Path, monkey
     first = scan(pictures).names[0]
     twin = f"{first.partition('.')[0]}.left.jpg"
     shutil.copy(pictures / first, pictures / twin)
-    said = f"would share the label file '{fkd_files.stem(first)}'; rename one of them"
+    said = f"would share the label file '{fkd_files.label_file(first)}'; rename one of them"
     with pytest.raises(RequestError, match=said):
         import_fkd(tmp_path / "labels", scan(pictures), tmp_path / "store", classes=K)
     with monkeypatch.context() as patch:
@@ -320,7 +320,7 @@ def test_two_images_with_one_file_of_labels(images: Path, tmp_path: Path, monkey
 def test_export_keeps_files_of_other_labels(images: Path, tmp_path: Path) -> None:
     published(tmp_path / "labels", images)
     store = import_fkd(tmp_path / "labels", scan(images), tmp_path / "store", classes=K)
-    first = tmp_path / "out" / fkd_files.stem(store.paths[0])
+    first = tmp_path / "out" / fkd_files.label_file(store.paths[0])
     export_fkd(store.column(), tmp_path / "out")
     before = first.read_bytes()
     with pytest.raises(StoreError, match=rf"{first}: exists and holds other labels"):

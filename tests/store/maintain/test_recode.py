@@ -157,7 +157,7 @@ def killed_behind_meta(monkeypatch):
 
 def test_another_codec_that_was_begun_is_refused(source, killed_behind_meta):
     killed_behind_meta(source, "SQ4", to="new")
-    with pytest.raises(RequestError, match="holds an unfinished recoding of tiny to SQ4, not of this tiny to SQ6; delete that"):
+    with pytest.raises(RequestError, match="holds an unfinished recoding of tiny to SQ4, not of tiny to SQ6; delete that"):
         recode(source, "SQ6", to="new")
 
 
@@ -175,7 +175,7 @@ def test_another_column_that_was_begun_is_refused(tmp_path, source, make_store, 
     place = {"to": "new"} | ({} if out is None else {"out": tmp_path / out})
     killed_behind_meta(store, "SQ4", column="tiny", **place)
     with pytest.raises(
-        RequestError, match=r"new: holds an unfinished recoding of tiny to SQ4, not of this other to SQ4; delete that folder"
+        RequestError, match=r"new: holds an unfinished recoding of tiny to SQ4, not of other to SQ4; delete that folder"
     ):
         recode(store, "SQ4", column="other", **place)
     recode(store, "SQ4", column="tiny", **place)

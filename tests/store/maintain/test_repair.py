@@ -168,7 +168,7 @@ def test_an_array_that_the_teacher_does_not_bring(folder, tmp_path, image_folder
             mend(folder, images.scan(image_folder), teacher, column="tiny")
     else:
         lines, problems = mend(folder, images.scan(image_folder), teacher, column="tiny")
-        assert "meta.json: a arrays that this version does not read" in lines[0]
+        assert "meta.json: its arrays is invalid" in lines[0]
         assert problems
     assert tree(tmp_path) == before
 

@@ -233,7 +233,7 @@ def test_an_arrays_name_that_leads_elsewhere_is_refused_when_the_column_is_opene
     values = files.read_json(path)
     values["arrays"][name] = digest
     path.write_bytes(files.with_checksum(values))
-    with pytest.raises(StoreError, match=r"meta\.json: a arrays that this version does not read"):
+    with pytest.raises(StoreError, match=r"meta\.json: its arrays is invalid"):
         subset(open_store(prototyped.folder), tmp_path / "part")
     assert not list(tmp_path.glob("*part*"))
 
