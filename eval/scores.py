@@ -19,6 +19,13 @@ _SAMPLE = 10_000  # training features that `feature_notes` reads
 _MIN_VARIANCE = 1e-3  # variance of features of length 1; an untrained network's is above 0.01
 
 
+def numpy_of(tensor: torch.Tensor) -> npt.NDArray[Any]:
+    """Returns a tensor on any device as an array; bfloat16, which NumPy does not have, as float32."""
+    tensor = tensor.detach().cpu()
+    found: npt.NDArray[Any] = (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    return found
+
+
 def as_features(values: Any, name: str) -> Float32Array:
     """Features as float32 [n, D].
 
@@ -27,12 +34,13 @@ def as_features(values: Any, name: str) -> Float32Array:
         name: Name of the features in error messages.
 
     Raises:
-        RequestError: They are not two-dimensional, or empty.
+        RequestError: They are not real numbers, not two-dimensional, or empty.
         FkdError: A value is not finite.
     """
-    if isinstance(values, torch.Tensor):
-        values = values.detach().float().cpu().numpy()
-    features = np.asarray(values, dtype=np.float32)
+    values = numpy_of(values) if isinstance(values, torch.Tensor) else np.asarray(values)
+    if values.dtype.kind not in "fiub":
+        raise RequestError(f"{name}: expected real numbers, got {values.dtype}")
+    features = values.astype(np.float32, copy=False)
     if features.ndim != 2 or 0 in features.shape:
         raise RequestError(f"{name}: expected a non-empty array [images, dimensions], got {list(features.shape)}")
     pieces = range(0, len(features), 8192)  # a mask of all values would take a quarter of their memory

@@ -105,6 +105,8 @@ def _value(name: str, value: Any, pixels: int | None) -> Any:
         return Named(_name_of(value), value, pixels)
     if len(value) == 2 and all(hasattr(one, "shape") for one in value):
         return Named(f"{OBJECT}arrays", value)
+    if any(isinstance(one, (list, tuple)) for one in value):
+        raise RequestError(f"{name}: found a list within a list; expected {_OBJECTS.get(name, 'values')}")
     parts = [_value(name, one, pixels) for one in value]
     for k, part in enumerate(parts):
         if isinstance(part, Named) and (before := sum(part == one for one in parts[:k])):  # two modules of one class

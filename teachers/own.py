@@ -62,7 +62,7 @@ def of_object(named: Named, precision: Precision = "fp32") -> Teacher:
         raise RequestError(f"{named}: expected a torch.nn.Module or a function, got {type(named.value).__name__}")
     try:
         made = copy.deepcopy(named.value) if isinstance(named.value, nn.Module) else _Function(named.value)
-    except Exception as error:  # the user's code may raise anything
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
         raise FkdError(f"{named}: cannot be copied: {type(error).__name__}: {error}") from error
     teacher = as_teacher(made, str(named), named.removeprefix(OBJECT), precision=precision, pixels=named.pixels)
     if isinstance(made, _Function):
@@ -78,6 +78,9 @@ class _Function(nn.Module):
 
     def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
+        if isinstance(getattr(function, "__self__", None), nn.Module):  # a method of the user's module, which is not changed
+            function = copy.deepcopy(function)
+            self.owner = function.__self__  # type: ignore[attr-defined]
         self.function = function
         self.pixels, self.kind = getattr(function, "pixels", 224), getattr(function, "kind", "embedding")
 

@@ -29,8 +29,9 @@ def wrap(module: nn.Module, *, name: str, source: str, pixels: int, test_pixels:
     try:
         with torch.inference_mode():
             output = module(torch.zeros(2, 3, side, side))
-            right = isinstance(output, torch.Tensor) and len(output) == 2 and _is_target(output, about.get("kind", "embedding"))
-    except Exception as error:  # the user's code may raise anything
+            dense = isinstance(output, torch.Tensor) and output.layout == torch.strided
+            right = dense and len(output) == 2 and _is_target(output, about.get("kind", "embedding"))
+    except (Exception, SystemExit) as error:  # the user's code may raise anything
         raise FkdError(
             f"teacher {source}: fails on [2, 3, {side}, {side}] floats: {type(error).__name__}: {error}; it must map "
             "them to [2, D]"

@@ -212,9 +212,43 @@ def test_the_cache_is_bounded(three_tars: str, server: Server, monkeypatch: pyte
         time.sleep(0.02)
         assert sum(path.stat().st_size for path in fetched_folder().iterdir() if path.suffix != ".lock") <= 2 * largest
     assert [read.split()[0][-5] for read in server.reads] == ["0", "1", "2"]
+    monkeypatch.setenv("FKD_SSL_CACHE_BYTES", "inf")
+    source.read(8)
+    for path in fetched_folder().iterdir():
+        path.unlink()
     monkeypatch.setenv("FKD_SSL_CACHE_BYTES", "much")
     with pytest.raises(RequestError, match="FKD_SSL_CACHE_BYTES=much: expected a number of bytes"):
         source.read(8)
+
+
+def test_a_cache_folder_that_cannot_be_written(
+    three_tars: str, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("FKD_SSL_CACHE", str(tmp_path / "file"))
+    with pytest.raises(ImageAccessError, match=r"set/0\.tar: cannot be kept in .*/file/fetched: .*; make room there"):
+        open_images(three_tars)
+
+
+def test_a_fetch_that_is_killed_is_continued_by_another_process(
+    three_tars: str, server: Server, monkeypatch: pytest.MonkeyPatch, image_folder: Path
+) -> None:
+    source = open_images(three_tars)
+    for path in fetched_folder().iterdir():
+        path.unlink()
+    monkeypatch.setattr(shards, "_PIECE", 5_000)
+    server.harms += [""] * 3 + ["slow"] * 40
+    first, second = (multiprocessing.get_context("fork").Process(target=source.read, args=(0,)) for _ in range(2))
+    first.start()
+    while not any(path.stat().st_size for path in fetched_folder().glob("*.part")):
+        time.sleep(0.01)
+    second.start()  # waits for the first
+    first.kill()
+    first.join()
+    server.harms.clear()
+    second.join()
+    assert second.exitcode == 0
+    assert contents(source) == contents(scan(image_folder))
 
 
 def test_processes_share_what_is_fetched(three_tars: str, server: Server, image_folder: Path) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -17,7 +18,9 @@ import torch
 from fkd_ssl.errors import ImageAccessError, ImageError, RequestError
 from fkd_ssl.images import ImageSource, absolute, open_images, scan
 from fkd_ssl.images import tars as tars_module
+from fkd_ssl.images.decoding import read_bytes
 
+INVALID_TEXT = pa.Array.from_buffers(pa.string(), 1, [None, pa.py_buffer(bytes(4) + b"\1\0\0\0"), pa.py_buffer(b"\xff")])
 HUGGING_FACE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
 
 
@@ -141,6 +144,11 @@ def test_labels_of_webdataset(image_folder: Path, tmp_path: Path) -> None:
         ("json", "5", "5"),
         ("cls", "wolf", "wolf"),
         ("cls", "-1", ""),
+        ("json", '{"label": -1}', ""),
+        ("json", '{"label": "\\ud800"}', ""),  # a lone surrogate, which no file can store
+        ("json", '{"label": "007"}', "7"),
+        ("txt", "-1", ""),
+        ("txt", "two\rlines", ""),
         ("txt", "a dog", "a dog"),
         ("txt", "a long caption " * 20, ""),
     ],
@@ -162,12 +170,21 @@ def test_the_index_is_kept_until_the_tar_changes(
     second = open_images(path)
     assert (made, second.names) == ([str(path)], first.names)
     assert contents(second) == contents(first)
-    for kept in (cache / "tars").iterdir():
-        kept.write_bytes(b"damaged")
-    assert open_images(path).names == first.names
+    [kept] = (cache / "tars").iterdir()
+    whole, other = kept.read_bytes(), io.BytesIO()
+    np.savez(other, spans=np.zeros((len(first), 2)), **{key: np.zeros(0, dtype=np.uint8) for key in ("names", "labels")})
+    damages = (b"", b"damaged", whole[:-30], whole[:200] + bytes([whole[200] ^ 255]) + whole[201:], other.getvalue())
+    for k, damage in enumerate(damages):
+        kept.write_bytes(damage)
+        assert contents(open_images(path)) == contents(first)
+        assert len(made) == k + 2
+    kept.unlink()
+    os.mkfifo(kept)  # reading it would never end
+    assert contents(open_images(path)) == contents(first)
+    made.clear()
     write_tar(path, dict(list(contents(first).items())[:3]))
     assert len(open_images(path)) == 3
-    assert len(made) == 3
+    assert len(made) == 1
 
 
 def _recording(function: Callable[[Any], Any], calls: list[str]) -> Callable[[Any], Any]:
@@ -206,7 +223,10 @@ def _cut(path: Path, size: int) -> None:
         (lambda path: write_tar(path, [("a.jpg", b"1"), ("./a.jpg", b"2")]), r"1 names are used by several .*\n.*a\.jpg in"),
         (lambda path: write_tar(path, {"../a.jpg": b""}), "are absolute, or have"),
         (lambda path: write_tar(path, {"/a.jpg": b""}), "are absolute, or have"),
-        (lambda path: write_tar(path, {"a\nb.jpg": b""}), "line breaks"),
+        (lambda path: write_tar(path, {"a\nb.jpg": b""}), "control characters"),
+        (lambda path: write_tar(path, {"a\udcff.jpg": b""}), "invalid UTF-8; rename them:\n.*udcff"),
+        (lambda path: _huge(path, "x.jpg", tarfile.XHDTYPE), r"not a readable tar \(a header of 17,179,869,184 bytes"),
+        (lambda path: _huge(path, "x.jpg", tarfile.GNUTYPE_LONGNAME), r"not a readable tar \(a header of 17,179,869,184 bytes"),
         (lambda path: write_tar(path, {"a.jpg": b"", "a.cls": b"\xff"}), r"a\.cls: not readable as the class of an image"),
         (lambda path: write_tar(path, {"a.jpg": b"", "a.json": b"{"}), r"a\.json: not readable as the class of an image"),
     ],
@@ -217,6 +237,25 @@ def test_a_bad_tar_is_named(image_folder: Path, tmp_path: Path, harm: Callable[[
     with pytest.raises(RequestError, match=message) as caught:
         open_images(path)
     assert str(path) in str(caught.value)
+
+
+def _huge(path: Path, name: str, kind: bytes = tarfile.REGTYPE) -> Path:
+    """Writes a tar whose member claims 16 GiB, as a sparse file."""
+    member = tarfile.TarInfo(name)
+    member.type, member.size = kind, 2**34
+    path.write_bytes(member.tobuf(tarfile.GNU_FORMAT))
+    os.truncate(path, 2**34 + 10_240)
+    return path
+
+
+def test_a_member_that_is_too_large_for_an_image(tmp_path: Path) -> None:
+    source = open_images(_huge(tmp_path / "a.tar", "x.jpg"))
+    with pytest.raises(ImageError, match=r"a\.tar: x\.jpg: 17,179,869,184 bytes; an image may have 2,147,479,552 at most"):
+        source.read(0)
+    (tmp_path / "large.jpg").touch()
+    os.truncate(tmp_path / "large.jpg", 2**34)
+    with pytest.raises(ImageError, match=r"large\.jpg: 17,179,869,184 bytes"):
+        read_bytes(tmp_path / "large.jpg")
 
 
 def _offset(path: Path, member: int) -> int:
@@ -282,6 +321,15 @@ def test_a_pattern_without_files(tmp_path: Path, pattern: str, message: str) -> 
         open_images(f"{tmp_path}/{pattern}")
 
 
+def test_a_pattern_longer_than_a_name(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=r"00\.tar: no such file"):
+        open_images(f"{tmp_path}/{{{','.join(f'{k:02d}' for k in range(100))}}}.tar")
+    with pytest.raises(RequestError, match="no such folder of images"):
+        open_images("x" * 5000)
+    with pytest.raises(RequestError, match="the name of the images is empty"):
+        open_images("")
+
+
 def test_absolute_specs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a").mkdir()
@@ -343,6 +391,11 @@ def test_class_names_of_hugging_face(image_folder: Path, tmp_path: Path) -> None
         ({"a": [b"1"]}, "#image", "expected columns as #image=COLUMN"),
         ({"a": [b"1", b"2"], "n": ["x", "x"]}, "#name=n", "1 names are used by several rows"),
         ({"a": [b"1"], "n": ["../x"]}, "#name=n", "are absolute, or have"),
+        ({"a": [b"1"], "n": [1.0]}, "#name=n", "column 'n' is double; expected integers or text"),
+        ({"a": [b"1"], "n": [[1]]}, "#label=n", "column 'n' is list<.*>; expected integers or text"),
+        ({"a": [b"1"], "label": ["x\0"]}, "", "1 names of classes have control characters"),
+        ({"a": [{"bytes": 2**40, "path": "x.jpg"}]}, "", r"no column has images \(\['a'\]\)"),
+        ({"a": [b"1"], "label": INVALID_TEXT}, "", "not a readable table .*decode"),
         ({"a": [b"1"], "n": ["x\ny"]}, "#name=n", "control characters"),
         ({"a": pa.array([], pa.binary())}, "", "has no rows"),
     ],
@@ -359,6 +412,46 @@ def test_a_damaged_table_is_named(tmp_path: Path, suffix: str, data: bytes) -> N
     (tmp_path / f"a.{suffix}").write_bytes(data)
     with pytest.raises(RequestError, match=rf"a\.{suffix}: not a readable table"):
         open_images(tmp_path / f"a.{suffix}")
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_a_pipe_is_not_a_table(tmp_path: Path, suffix: str) -> None:
+    os.mkfifo(tmp_path / f"a.{suffix}")  # reading it would never end
+    with pytest.raises(ImageAccessError, match=rf"a\.{suffix}: not a regular file"):
+        open_images(tmp_path / f"a.{suffix}")
+
+
+def test_a_damaged_row_group_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"a": [bytes(range(256)) * 10, bytes(3000)], "label": [1, 2]}), path, compression="gzip")
+    data = path.read_bytes()
+    path.write_bytes(data[:60] + b"x" * 100 + data[160:])
+    with pytest.raises(ImageError, match=r"a\.parquet: a/00000000: its row group is damaged"):
+        open_images(path).read(0)
+
+
+def test_positions_that_lead_out_of_an_arrow_file(tmp_path: Path) -> None:
+    rows = pa.table({"a": [b"first", b"second"]})
+    with pa.OSFile(str(tmp_path / "a.arrow"), "wb") as file, pa.ipc.new_stream(file, rows.schema) as writer:
+        writer.write_table(rows)
+    data = (tmp_path / "a.arrow").read_bytes()
+    wanted = np.array([0, 5, 11], dtype=np.int32).tobytes()
+    assert data.count(wanted) == 1
+    (tmp_path / "a.arrow").write_bytes(data.replace(wanted, np.array([0, 2**30, 2**30 + 6], dtype=np.int32).tobytes()))
+    with pytest.raises(RequestError, match=r"a\.arrow: not a readable table"):
+        open_images(tmp_path / "a.arrow")
+
+
+def test_a_label_column_of_floats_is_left_out(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"a": [b"1", b"2"], "label": [10.0, 2.0], "cls": ["x", "y"]}), tmp_path / "a.parquet")
+    source = open_images(tmp_path / "a.parquet")
+    assert source.classes == ["x", "y"]
+    assert source.notes == ["column 'label' is double, and classes are integers or text; it is ignored"]
+    repeated = pa.Table.from_arrays([pa.array([b"1"]), pa.array([1]), pa.array([2])], names=["a", "label", "label"])
+    with pa.OSFile(str(tmp_path / "b.arrow"), "wb") as file, pa.ipc.new_stream(file, repeated.schema) as writer:
+        writer.write_table(repeated)
+    with pytest.raises(RequestError, match=r"b\.arrow: several columns are named 'label'"):
+        open_images(tmp_path / "b.arrow")
 
 
 def test_a_row_without_an_image(tmp_path: Path, image_folder: Path) -> None:
@@ -410,6 +503,7 @@ def test_a_list_with_classes(image_folder: Path, tmp_path: Path) -> None:
         ("a.jpg\tb\tc", "entry 1 has 2 tabs"),
         ("a.jpg 3", r"'.*a\.jpg 3' is not an image by its suffix; a class is separated from the path by a tab"),
         ("a.jpg\nb/../a.jpg", r"1 names are listed more than once"),
+        ("a.jpg\tb\0", r"1 names of classes have control characters"),
     ],
 )
 def test_a_bad_list_is_named(tmp_path: Path, text: str, message: str) -> None:

@@ -17,7 +17,7 @@ from fkd_ssl.commands.images import images_of
 from fkd_ssl.errors import RequestError
 from fkd_ssl.eval import baselines, cache
 from fkd_ssl.eval.features import Split, extract_rows, match_classes
-from fkd_ssl.eval.scores import as_features, as_labels, compact, same_dimension
+from fkd_ssl.eval.scores import as_features, as_labels, compact, numpy_of, same_dimension
 from fkd_ssl.images import CONTENTS, ImageSource
 from fkd_ssl.options import Named
 from fkd_ssl.teachers.state_dicts import tensors_digest
@@ -234,5 +234,10 @@ def _files_digest(spec: str) -> str:
 
 
 def _arrays(spec: Named) -> list[Any]:
-    """Features and labels as arrays of numpy."""
-    return [one.detach().cpu().numpy() if isinstance(one, torch.Tensor) else np.asarray(one) for one in spec.value]
+    """Features and labels as arrays of numpy. Raises RequestError if they are something else."""
+    if len(spec.value) != 2:
+        raise RequestError(f"{spec}: expected two arrays (features, labels), got {len(spec.value)}")
+    try:
+        return [numpy_of(one) if isinstance(one, torch.Tensor) else np.asarray(one) for one in spec.value]
+    except (TypeError, ValueError, RuntimeError) as error:  # such as a sparse tensor
+        raise RequestError(f"{spec}: {error}; expected two arrays (features, labels)") from error

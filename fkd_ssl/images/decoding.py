@@ -18,6 +18,7 @@ from fkd_ssl.text import first_line
 
 MAX_SIDE = 65535  # boxes are uint16
 MAX_PIXELS = 178_956_970  # Pillow suspects a decompression bomb in larger images
+MAX_BYTES = 2**31 - 4096  # what Linux reads at once
 _ORIENTATION = 0x0112
 # the inverse of Pillow's transposition for each EXIF orientation
 _UNDO = {
@@ -43,15 +44,23 @@ def open_file(path: str | Path, buffering: int = -1) -> BinaryIO:
         if stat.S_ISREG(os.fstat(descriptor).st_mode):
             return open(descriptor, "rb", buffering=buffering)  # noqa: PTH123  (a descriptor)
         os.close(descriptor)
+    except ValueError as error:
+        raise ImageAccessError(f"{path!r}: cannot be opened: {error}") from error
     except OSError as error:
         raise inaccessible(path, error) from error
     raise ImageAccessError(f"{path}: not a regular file; remove it from the folder of images")
 
 
 def read_bytes(path: str | Path) -> bytes:
-    """Returns the bytes of an image file. Raises ImageAccessError, with the file's name, if it cannot be read."""
+    """Returns the bytes of an image file.
+
+    Raises:
+        ImageAccessError: The file cannot be read.
+        ImageError: The file is too large for an image.
+    """
     try:
         with open_file(path, buffering=0) as file:
+            check_bytes(os.fstat(file.fileno()).st_size, path)
             return file.read()
     except OSError as error:
         raise inaccessible(path, error) from error
@@ -157,6 +166,12 @@ def _eight_bits(values: npt.NDArray[Any], format_: str | None) -> UInt8Array:
 def _check_size(height: int, width: int, name: str | Path) -> None:
     if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS:
         raise ImageError(f"{name}: {width} x {height} pixels; the maximum is {MAX_SIDE} per side, {MAX_PIXELS} in all")
+
+
+def check_bytes(size: int, name: str | Path) -> None:
+    """Raises ImageError if an encoded image has too many bytes, before they are read into memory."""
+    if size > MAX_BYTES:
+        raise ImageError(f"{name}: {size:,} bytes; an image may have {MAX_BYTES:,} at most")
 
 
 def inaccessible(name: str | Path, error: OSError) -> ImageAccessError:

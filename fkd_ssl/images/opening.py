@@ -1,5 +1,6 @@
 """Opens the image source that a user names."""
 
+import os
 import unicodedata
 from collections.abc import Callable
 from pathlib import Path
@@ -45,16 +46,18 @@ def open_images(spec: str | Path | ImageSource) -> ImageSource:
     if isinstance(spec, ImageSource):
         return spec
     source = _open(str(spec))
-    if not isinstance(source, Folder):  # the names of a folder are already checked
-        _check_names(source)
+    check_names(source)
     return source
 
 
 def _open(spec: str) -> ImageSource:
+    if not spec:
+        raise RequestError("the name of the images is empty; give a folder, such as . for the current one")
     path, (kind, colon, rest) = Path(spec), spec.partition(":")
-    if path.is_dir():
+    if os.path.isdir(path):  # noqa: PTH112  (unlike Path, False for a name that is too long)
         return _open_folder(path)
-    pattern, hash_, options = (spec, "", "") if path.exists() else spec.partition("#")
+    exists = os.path.exists(path)  # noqa: PTH110
+    pattern, hash_, options = (spec, "", "") if exists else spec.partition("#")
     suffix = Path(urlsplit(pattern).path if is_url(pattern) else pattern).suffix.lower()
     if is_url(pattern) and suffix not in (*_TARS, *_TABLES):
         raise RequestError(f"{spec}: a URL must name tars or Parquet files, such as {kind}://.../train-{{000..146}}.tar")
@@ -67,7 +70,7 @@ def _open(spec: str) -> ImageSource:
         if hash_:
             raise RequestError(f"{spec}: tars have no columns; leave out #{options}")
         return Tars(spec, files)
-    if not colon or path.exists():
+    if not colon or exists:
         return scan(spec)
     if kind in SOURCES:
         return SOURCES[kind](spec)
@@ -84,7 +87,7 @@ def _open(spec: str) -> ImageSource:
 
 def absolute(spec: str) -> str:
     """Returns a spec of `open_images` with an absolute path, for a process with another working folder."""
-    is_path = Path(spec).exists() or Path(spec.partition("#")[0]).suffix.lower() in (*_LISTS, *_TARS, *_TABLES)
+    is_path = os.path.exists(spec) or Path(spec.partition("#")[0]).suffix.lower() in (*_LISTS, *_TARS, *_TABLES)  # noqa: PTH110
     return str(Path(spec).absolute()) if is_path and not is_url(spec) and spec.partition(":")[0] not in SOURCES else spec
 
 
@@ -109,10 +112,13 @@ def _columns(spec: str, options: str) -> dict[str, str]:
     return {key.strip(): column for key, _, column in pairs}
 
 
-def _check_names(source: ImageSource) -> None:
-    """Raises RequestError if a store cannot hold the names, or could not find the images by them again."""
+def check_names(source: ImageSource) -> None:
+    """Raises RequestError if a store cannot hold the names, could not find the images by them again, or classes are not lines."""
+    if type(source) is Folder:  # checked while it was listed
+        return
     names = list(source.names)
     refuse(source.spec, (name for name in names if not is_line(name)), "have control characters or line separators")
+    refuse(source.spec, (name for name in source.classes if not is_line(name)), "of classes have control characters")
     refuse(source.spec, (n for n in names if n != unicodedata.normalize("NFC", n)), "are not in Unicode's NFC form")
     wrong = (name for name in names if name.startswith("/") or not {"", ".", ".."}.isdisjoint(name.split("/")))
     refuse(source.spec, wrong, "are absolute, or have an empty part or one that is '.' or '..'")

@@ -69,7 +69,8 @@ class LocalShard:
         return open_file(self.file)
 
     def path(self) -> Path:
-        """Returns the file."""
+        """Returns the file. Raises as `open` does."""
+        self.open().close()  # pyarrow would wait for the writer of a pipe
         return self.file
 
 
@@ -109,7 +110,20 @@ class RemoteShard:
         return self._kept.exists()
 
     def open(self) -> BinaryIO:
-        """Opens the fetched file. Raises ImageAccessError if it cannot be fetched, or has changed since it was listed."""
+        """Opens the fetched file.
+
+        Raises:
+            ImageAccessError: It cannot be fetched, has changed since it was listed, or the cache folder cannot keep it.
+        """
+        try:
+            return self._open()
+        except OSError as error:
+            raise ImageAccessError(
+                f"{self.url}: cannot be kept in {self._kept.parent}: {error.strerror or error}; make room there, or choose "
+                f"another cache folder with {files.CACHE_VARIABLE}"
+            ) from error
+
+    def _open(self) -> BinaryIO:
         while True:
             with suppress(FileNotFoundError):  # not fetched yet, or removed by another process just now
                 os.utime(self._kept)  # for `_evict`
@@ -163,13 +177,13 @@ def fetched_folder() -> Path:
     return files.cache_folder() / "fetched"
 
 
-def _limit() -> int:
+def _limit() -> float:
     """Returns the maximum bytes of fetched files."""
     text = os.environ.get(CACHE_BYTES, str(_DEFAULT_BYTES))
-    try:
-        return int(float(text))
-    except ValueError as error:
-        raise RequestError(f"{CACHE_BYTES}={text}: expected a number of bytes, such as 200e9") from error
+    with suppress(ValueError):
+        if (limit := float(text)) >= 0:  # not for NaN
+            return limit
+    raise RequestError(f"{CACHE_BYTES}={text}: expected a number of bytes, such as 200e9, or inf")
 
 
 def _evict(keep: int) -> None:
@@ -199,7 +213,7 @@ def open_shards(pattern: str) -> list[Shard]:
         names = expand(pattern)
         with ThreadPoolExecutor(_LISTERS) as pool:
             return [shard for shards in pool.map(_list_remote, names) for shard in shards]
-    if Path(pattern).exists():
+    if os.path.exists(pattern):  # noqa: PTH110  (False for a pattern that is too long for a name)
         return [LocalShard(Path(pattern))]
     found: list[Shard] = []
     for name in expand(pattern):

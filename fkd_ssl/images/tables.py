@@ -14,6 +14,7 @@ import numpy as np
 
 from fkd_ssl.arrays import Int64Array
 from fkd_ssl.errors import ImageAccessError, ImageError, RequestError, did_you_mean
+from fkd_ssl.images.decoding import inaccessible
 from fkd_ssl.images.names import is_line, refuse
 from fkd_ssl.images.patterns import class_of_path, classes_of, order_of
 from fkd_ssl.images.shards import LocalShard, Prefetcher, Shard
@@ -62,11 +63,12 @@ class Table(ImageSource):
         self._readers: dict[int, _Reader] = {}
         self._process, self._lock = os.getpid(), threading.Lock()
         self._image = ""  # the column of images
+        notes: list[str] = []
         parts = []
         for k, shard in enumerate(self.shards):
             try:
-                parts.append(self._list(k, columns))
-            except (pyarrow.ArrowException, OSError) as error:
+                parts.append(self._list(k, columns, notes))
+            except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
                 raise RequestError(f"{shard.name}: not a readable table ({first_line(error)}); restore the file") from error
         names = [name for part in parts for name in part[0]]
         texts = [text for part in parts for text in part[1]]
@@ -78,6 +80,7 @@ class Table(ImageSource):
         if not any(texts):
             texts = [class_of_path(name) for name in names]
         super().__init__(spec, (names[k] for k in order), *classes_of([texts[k] for k in order], parts[0][2]))
+        self.notes = sorted(set(notes))
         self._at = np.concatenate([part[3] for part in parts])[order]
         self._stamps = [shard.stamp() for shard in self.shards]
         self._prefetcher = Prefetcher(self.shards)
@@ -88,13 +91,22 @@ class Table(ImageSource):
 
         Raises:
             ImageAccessError: The file cannot be read or has changed.
-            ImageError: The row has no image.
+            ImageError: The row has no image, or its row group is damaged.
         """
+        import pyarrow
+
         file, group, row = self._at[index].tolist()
         shard = self.shards[file]
         if shard.stamp() != self._stamps[file]:
             raise ImageAccessError(f"{shard.name}: the file changed while it was in use; run the command again")
-        value = self._group(file, group)[row].as_py()
+        try:
+            value = self._group(file, group)[row].as_py()
+        except MemoryError:  # also an ArrowException
+            raise
+        except (pyarrow.ArrowException, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise inaccessible(shard.name, error) from error
+            raise ImageError(f"{self.where(index)}: its row group is damaged ({first_line(error)})") from error
         if isinstance(value, dict):
             value = value["bytes"]
         if value is None:
@@ -135,18 +147,21 @@ class Table(ImageSource):
             self._readers[file] = _open(self.shards[file])
         return self._readers[file]
 
-    def _list(self, file: int, columns: dict[str, str]) -> "tuple[list[str], list[str], list[str] | None, Int64Array]":
+    def _list(
+        self, file: int, columns: dict[str, str], notes: list[str]
+    ) -> "tuple[list[str], list[str], list[str] | None, Int64Array]":
         """Lists a file: names and classes of its images, all class names if it has them, and file, row group and row [n, 3]."""
         reader, path = self._reader(file), PurePosixPath(self.shards[file].name)
         image = _choose_image(reader.schema, columns.get("image"), path)
         if self._image not in ("", image):
             raise RequestError(f"{path}: its image column is {image!r}, and {self._image!r} in {self.shards[0].name}")
         self._image = image
-        label = _choose_label(reader.schema, columns.get("label"), path)
+        label = _choose_label(reader.schema, columns.get("label"), path, notes)
         if "name" in columns:
-            names = reader.values(_existing(reader.schema, columns["name"], path))
+            names = reader.values(_text_column(reader.schema, columns["name"], path))
         else:
             names = reader.values(image, "path") if _is_nested(reader.schema, image) else [None] * sum(reader.sizes)
+        reader.validate(image)
         classes = None if label is None else _class_names(reader.schema, label)
         texts = [""] * len(names) if label is None else [_text(value, classes, path) for value in reader.values(label)]
         at = [(file, group, row) for group, size in enumerate(reader.sizes) for row in range(size)]
@@ -174,6 +189,9 @@ class _Parquet:
         self._file = pyarrow.parquet.ParquetFile(path, memory_map=True)
         self.schema = self._file.schema_arrow
         self.sizes = [self._file.metadata.row_group(k).num_rows for k in range(self._file.metadata.num_row_groups)]
+
+    def validate(self, column: str) -> None:
+        """Does nothing, since pyarrow checks each value that it decodes."""
 
     def values(self, column: str, field: str | None = None) -> list[Any]:
         """Returns a column, or a field of a column of structs, as Python values."""
@@ -204,8 +222,13 @@ class _Arrow:
         self._table, self._batches, self.schema = table, table.to_batches(), table.schema
         self.sizes = [batch.num_rows for batch in self._batches]
 
+    def validate(self, column: str) -> None:
+        """Checks the positions of a column's values. In a damaged file, pyarrow would otherwise read outside of it."""
+        self._table.column(column).validate(full=True)
+
     def values(self, column: str, field: str | None = None) -> list[Any]:
         """Returns a column, or a field of a column of structs, as Python values."""
+        self.validate(column)
         return _values(self._table.column(column), field)
 
     def group_bytes(self) -> list[int]:
@@ -240,17 +263,38 @@ def _choose_image(schema: Any, chosen: str | None, path: PurePosixPath) -> str:
         if _existing(schema, chosen, path) not in binary:
             raise RequestError(f"{path}: column {chosen!r} is {schema.field(chosen).type}; expected encoded images as binary")
         return chosen
-    if len(binary) != 1:
+    if len(binary) != 1 or schema.names.count(binary[0]) > 1:
         found = f"several columns can hold images ({', '.join(binary)})" if binary else f"no column has images ({schema.names})"
         raise RequestError(f"{path}: {found}; choose one with #image=COLUMN")
     return str(binary[0])
 
 
-def _choose_label(schema: Any, chosen: str | None, path: PurePosixPath) -> str | None:
+def _choose_label(schema: Any, chosen: str | None, path: PurePosixPath, notes: list[str]) -> str | None:
     """Returns the name of the column of classes; None if there is none."""
     if chosen is not None:
-        return _existing(schema, chosen, path)
-    return next((name for name in _LABELS if name in schema.names), None)
+        return _text_column(schema, chosen, path)
+    for name in _LABELS:
+        if name in schema.names:
+            if _is_text(schema.field(_existing(schema, name, path)).type):
+                return name
+            notes.append(f"column {name!r} is {schema.field(name).type}, and classes are integers or text; it is ignored")
+    return None
+
+
+def _text_column(schema: Any, column: str, path: PurePosixPath) -> str:
+    kind = schema.field(_existing(schema, column, path)).type
+    if not _is_text(kind):
+        raise RequestError(f"{path}: column {column!r} is {kind}; expected integers or text")
+    return column
+
+
+def _is_text(kind: Any) -> bool:
+    """Whether values of this type are names, or numbers of classes."""
+    import pyarrow.types as kinds
+
+    kind = kind.value_type if kinds.is_dictionary(kind) else kind
+    known = (kinds.is_integer, kinds.is_boolean, kinds.is_null, kinds.is_string, kinds.is_large_string, kinds.is_string_view)
+    return any(is_kind(kind) for is_kind in known)
 
 
 def _existing(schema: Any, column: str, path: PurePosixPath) -> str:
@@ -258,19 +302,23 @@ def _existing(schema: Any, column: str, path: PurePosixPath) -> str:
         raise RequestError(
             f"{path}: no column {column!r}{did_you_mean(column, schema.names)}; it has {', '.join(schema.names)}"
         )
+    if schema.names.count(column) > 1:
+        raise RequestError(f"{path}: several columns are named {column!r}; rename them")
     return column
 
 
 def _has_bytes(kind: Any) -> bool:
     import pyarrow.types as kinds
 
-    return bool(kinds.is_struct(kind)) and any(kind.field(k).name == "bytes" for k in range(kind.num_fields))
+    if not kinds.is_struct(kind):
+        return False
+    return any(f.name == "bytes" and (kinds.is_binary(f.type) or kinds.is_large_binary(f.type)) for f in kind.fields)
 
 
 def _is_nested(schema: Any, image: str) -> bool:
     """Whether the image column is a struct with a path."""
     kind = schema.field(image).type
-    return _has_bytes(kind) and any(kind.field(k).name == "path" for k in range(kind.num_fields))
+    return _has_bytes(kind) and any(f.name == "path" and _is_text(f.type) for f in kind.fields)
 
 
 def _class_names(schema: Any, label: str) -> list[str] | None:
@@ -278,7 +326,7 @@ def _class_names(schema: Any, label: str) -> list[str] | None:
     try:
         about = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
         names = about["info"]["features"][label]["names"]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
     return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None
 

@@ -3,23 +3,26 @@
 import io
 import json
 import os
+import re
 import tarfile
 import time
 import unicodedata
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO, cast
+from zipfile import BadZipFile
 
 import numpy as np
 from tqdm.auto import tqdm
 
 from fkd_ssl import files
 from fkd_ssl.arrays import Int64Array
-from fkd_ssl.errors import ImageAccessError, RequestError
-from fkd_ssl.images.decoding import inaccessible
+from fkd_ssl.errors import ImageAccessError, RequestError, StoreError
+from fkd_ssl.images.decoding import check_bytes, inaccessible
 from fkd_ssl.images.folder import SUFFIXES
-from fkd_ssl.images.names import Names, refuse
+from fkd_ssl.images.names import Names, is_line, refuse
 from fkd_ssl.images.patterns import class_of_path, classes_of, order_of
 from fkd_ssl.images.shards import Prefetcher, Shard
 from fkd_ssl.images.source import ImageSource
@@ -29,6 +32,9 @@ _LABELS = ("cls", "json", "txt")  # the members that may hold an image's class, 
 _KEYS = ("label", "cls", "class")  # the keys of a .json member that may hold it
 _MAX_LABEL = 200  # bytes; longer text is a caption, not a class
 _MAX_JSON = 2**20
+_MAX_HEADER = 2**20  # bytes of a member's long name or pax header
+_MAX_INDEX = 2**31  # bytes of an index in the cache folder
+_NUMBER = re.compile(r"-?\d+")
 _SETTLED = 10  # seconds; the index of a file that changed more recently is not kept
 
 
@@ -42,6 +48,20 @@ class TarIndex:
     """Offset and size in bytes of each image [n, 2]."""
     labels: Names
     """Name or number of each image's class; empty if the file does not state it."""
+
+
+class _Headers:
+    """A file of which `tarfile` reads the headers. A damaged or hostile header cannot make it ask for much memory."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.seek, self.tell = file.seek, file.tell
+        self._file = file
+
+    def read(self, size: int) -> bytes:
+        """Returns the next bytes. Raises tarfile.ReadError if these are too many for a header."""
+        if size > _MAX_HEADER:
+            raise tarfile.ReadError(f"a header of {size:,} bytes")
+        return self._file.read(size)
 
 
 class Tars(ImageSource):
@@ -83,9 +103,15 @@ class Tars(ImageSource):
         self.mix_groups = self._prefetcher.mix
 
     def read(self, index: int) -> bytes:
-        """Returns the bytes of a member. Raises ImageAccessError if the tar cannot be read or fetched, or has changed."""
+        """Returns the bytes of a member.
+
+        Raises:
+            ImageAccessError: The tar cannot be read or fetched, or has changed.
+            ImageError: The member is too large for an image.
+        """
         number, (offset, size) = int(self._shard[index]), self._spans[index].tolist()
         shard = self.shards[number]
+        check_bytes(size, self.where(index))
         if shard.stamp() != self._stamps[number]:
             raise ImageAccessError(f"{shard.name}: the tar changed while it was in use; run the command again")
         with shard.open() as file:
@@ -128,10 +154,8 @@ def index_of(shard: Shard) -> TarIndex:
     """
     stamp, changed = shard.stamp()
     kept = files.cache_folder() / "tars" / f"{files.sha256(f'1 {stamp}'.encode())}.npz"
-    with suppress(OSError, ValueError, KeyError, EOFError), np.load(kept, allow_pickle=False) as arrays:
-        names, labels = (Names(arrays[key].tobytes()) for key in ("names", "labels"))
-        if arrays["spans"].shape == (len(names), 2) and len(labels) == len(names):
-            return TarIndex(names=names, spans=arrays["spans"], labels=labels)
+    if (found := _kept_index(kept)) is not None:
+        return found
     index = _read_index(shard)
     if changed < time.time() - _SETTLED:
         with suppress(OSError):  # without a writable cache folder, the index is made again
@@ -143,6 +167,18 @@ def index_of(shard: Shard) -> TarIndex:
     return index
 
 
+def _kept_index(kept: Path) -> TarIndex | None:
+    """Returns an index from the cache folder; None if it is missing or damaged."""
+    with suppress(StoreError, OSError, ValueError, KeyError, EOFError, TypeError, NotImplementedError, BadZipFile):
+        with np.load(io.BytesIO(files.read_regular(kept, _MAX_INDEX)), allow_pickle=False) as arrays:
+            names, labels, spans = arrays["names"].tobytes(), arrays["labels"].tobytes(), arrays["spans"]
+        names.decode(), labels.decode()
+        index = TarIndex(names=Names(names), spans=spans, labels=Names(labels))
+        if spans.shape == (len(index.names), 2) and spans.dtype == np.int64 and len(index.labels) == len(index.names):
+            return index
+    return None
+
+
 def _read_index(shard: Shard) -> TarIndex:
     """Reads the headers of a tar, and the members that hold classes."""
     names, keys, spans, classes = [], [], [], {}
@@ -150,7 +186,7 @@ def _read_index(shard: Shard) -> TarIndex:
     with shard.open() as file:
         length = os.fstat(file.fileno()).st_size
         try:
-            with tarfile.open(fileobj=file, mode="r:") as tar:
+            with tarfile.open(fileobj=cast(BinaryIO, _Headers(file)), mode="r:") as tar:
                 for member in tar:
                     tar.members = []  # type: ignore[attr-defined]  # otherwise it keeps all members in memory
                     if not member.isreg() or member.issparse():
@@ -174,7 +210,7 @@ def _read_index(shard: Shard) -> TarIndex:
         except OSError as error:
             raise inaccessible(path, error) from error
     labels = [next((text for suffix in _LABELS if (text := classes.get((key, suffix)))), "") for key in keys]
-    refuse(path, (name for name in names if "\n" in name), "have line breaks")
+    refuse(path, (name for name in names if not is_line(name)), "have control characters, line separators or invalid UTF-8")
     return TarIndex(names=Names(names), spans=np.array(spans, dtype=np.int64).reshape(-1, 2), labels=Names(labels))
 
 
@@ -211,9 +247,10 @@ def _class_in(data: bytes, suffix: str, where: str) -> str:
             values = json.loads(text)
             found = next((values[key] for key in _KEYS if key in values), None) if isinstance(values, dict) else values
             text = str(found) if isinstance(found, (str, int)) and not isinstance(found, bool) else ""
-        elif suffix == "cls" and text:
-            number = int(text) if text.lstrip("-").isdecimal() else None
-            text = text if number is None else str(number) if number >= 0 else ""
     except (ValueError, RecursionError) as error:
         raise RequestError(f"{where}: not readable as the class of an image ({error})") from error
-    return text if len(text) <= _MAX_LABEL and "\n" not in text else ""
+    if len(text) > _MAX_LABEL or not is_line(text):
+        return ""
+    if _NUMBER.fullmatch(text):
+        return str(int(text)) if int(text) >= 0 else ""
+    return text

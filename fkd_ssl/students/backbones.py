@@ -78,7 +78,7 @@ def _prepare(network: Any, name: str, size: tuple[Any, Any]) -> tuple[nn.Module,
         with torch.no_grad():
             output = network(torch.zeros(1, 3, *size))
             _, dim = output.shape
-    except Exception as error:  # the network may raise anything, for instance if its input is not images
+    except (Exception, SystemExit) as error:  # the network may raise anything, for instance if its input is not images
         raise RequestError(
             f"student {name!r}: gives no features [B, F] of images of {size[1]} x {size[0]} px: {type(error).__name__}: {error}"
         ) from error

@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import json
 import logging
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from torch import nn
 import fkd_ssl
 from fkd_ssl import api, cli, options, runs
 from fkd_ssl.errors import CheckpointError, FkdError, RequestError
-from fkd_ssl.images import open_images
+from fkd_ssl.images import ImageSource, open_images
 
 TEACHER = "teacher:own_teacher:make"
 SETS: dict[str, Any] = {"train": "train", "val": "val", "workers": 0}
@@ -202,6 +203,57 @@ class TestObjects:
         assert net.training
         assert all(parameter.requires_grad for parameter in net.parameters())
         assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
+
+    def test_a_method_does_not_change_the_users_module(self, net: nn.Module) -> None:
+        user = nn.Sequential(net, nn.BatchNorm1d(16)).train()
+        before = {key: value.clone() for key, value in user.state_dict().items()}
+        score = fkd_ssl.knn(user.forward, **SETS, pixels=32)
+        assert score.top1 == fkd_ssl.knn(user, **SETS, pixels=32).top1
+        assert user.training
+        assert all(torch.equal(before[key], value) for key, value in user.state_dict().items())
+
+    @pytest.mark.parametrize(
+        ("function", "said"),
+        [
+            (lambda x: sys.exit(3), "SystemExit: 3"),
+            (lambda x: x.flatten(1)[:, :4].to_sparse(), r"gives \[2, 4\] for .*, expected one tensor"),
+        ],
+    )
+    def test_a_function_that_is_no_teacher(self, work: Path, function: Any, said: str) -> None:
+        with pytest.raises(FkdError, match=said):
+            fkd_ssl.knn(function, **SETS, pixels=32)
+
+    @pytest.mark.parametrize(
+        ("arrays", "said"),
+        [
+            ((np.eye(4), np.arange(4), np.arange(4)), "expected two arrays .*, got 3"),
+            ((np.eye(4) * 1j, np.arange(4) % 2), "features: expected real numbers, got complex128"),
+            ((np.eye(4).astype(str), np.arange(4) % 2), "features: expected real numbers, got <U"),
+            ((np.eye(4).tolist(), np.arange(4) % 2), "train: found a list within a list; expected an ImageSource, or arrays"),
+            ((torch.eye(4).to_sparse(), torch.arange(4) % 2), "expected two arrays"),
+        ],
+    )
+    def test_arrays_that_are_no_features(self, arrays: Any, said: str) -> None:
+        with pytest.raises(RequestError, match=said):
+            fkd_ssl.knn(train=arrays, leave_one_out=True, k=1)
+
+    def test_bfloat16(self) -> None:
+        features, labels = torch.eye(6), torch.arange(6) % 2
+        scores = [fkd_ssl.knn(train=(kind, labels), leave_one_out=True, k=1) for kind in (features, features.bfloat16())]
+        assert scores[0].top1 == scores[1].top1
+
+    @pytest.mark.parametrize(
+        ("names", "said"),
+        [(["a.png", "a.png"], "1 names are those of several images"), (["e\u0301.png", "b.png"], "not in Unicode's NFC form")],
+    )
+    def test_names_of_a_source_are_checked(self, net: nn.Module, names: list[str], said: str) -> None:
+        class Source(ImageSource):
+            def read(self, index: int) -> bytes:
+                return Path("train/ash/0.png").read_bytes()
+
+        with pytest.raises(RequestError, match=said):
+            fkd_ssl.precompute(Source("mine", names, [0, 0], ["a"]), store="new", teacher=net, crops=2)
+        assert not Path("new").exists()
 
     def test_files_have_the_name_only(self, net: nn.Module) -> None:
         fkd_ssl.knn(net, **SETS, out="score")
