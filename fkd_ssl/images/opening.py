@@ -113,7 +113,7 @@ def _columns(spec: str, options: str) -> dict[str, str]:
 
 
 def check_names(source: ImageSource) -> None:
-    """Raises RequestError if a store cannot hold the names, could not find the images by them again, or classes are not lines."""
+    """Raises RequestError if a store cannot hold the names, or find the images by them again, or a text file the classes."""
     if type(source) is Folder:  # checked while it was listed
         return
     names = list(source.names)
