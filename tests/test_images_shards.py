@@ -326,7 +326,7 @@ def test_a_pattern_longer_than_a_name(tmp_path: Path) -> None:
         open_images(f"{tmp_path}/{{{','.join(f'{k:02d}' for k in range(100))}}}.tar")
     with pytest.raises(RequestError, match="no such folder of images"):
         open_images("x" * 5000)
-    with pytest.raises(RequestError, match="the name of the images is empty"):
+    with pytest.raises(RequestError, match="the name of the folder is empty"):
         open_images("")
 
 

@@ -52,7 +52,7 @@ def open_images(spec: str | Path | ImageSource) -> ImageSource:
 
 def _open(spec: str) -> ImageSource:
     if not spec:
-        raise RequestError("the name of the images is empty; give a folder, such as . for the current one")
+        raise RequestError("images: the name of the folder is empty; give . for the current folder")
     path, (kind, colon, rest) = Path(spec), spec.partition(":")
     if os.path.isdir(path):  # noqa: PTH112  (unlike Path, False for a name that is too long)
         return _open_folder(path)
