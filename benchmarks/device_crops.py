@@ -2,9 +2,9 @@
 
     python benchmarks/device_crops.py --images DIR --limit 64
 
-For each size and M, with the full MoCo v2 recipe: the CPU time of one worker for a batch without --device_crops (read,
-decode, replay) and with it (read, decode, plan), in alternation, the best of several rounds per batch. Then the number of
-crops per second that the device makes, including the transfer, and the ratio to one core's replay. Without a GPU, set
+Runs each size and M with the full MoCo v2 recipe. First it measures the CPU time of one worker for a batch, without
+--device_crops (read, decode, replay) and with it (read, decode, plan), in alternation; the best of several rounds counts. Then
+it measures the crops per second of the device, including the transfer, relative to one core's replay. Without a GPU, set
 TRITON_INTERPRET=1; then only the worker time is meaningful.
 """
 

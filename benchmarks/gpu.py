@@ -3,7 +3,8 @@
     python benchmarks/gpu.py --images DIR > gpu.jsonl        # photographs, of about 500 x 375 pixels
     python benchmarks/gpu.py --page gpu.jsonl > docs/results/gpu.md
 
-Prints one JSON line per section, also if other sections fail; --sections picks some. Hard links make many images of few.
+Prints one JSON line per section, even if other sections fail; --sections selects some. Hard links to a few images serve as a
+large set.
 Teachers have random weights, since only their size matters. Needs an installed fkd_ssl and no network. On a CPU, use --tiny,
 which only shows that every section works (with TRITON_INTERPRET=1 also those that make crops on the GPU).
 """

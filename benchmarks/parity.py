@@ -4,9 +4,9 @@
 
 Random weights in the official layouts, with the official heads and numbers of prototypes, since the published files are not
 redistributed. The float64 forward is that of the tests (tests/teachers/conftest.py): torch.nn.functional on the file's
-tensors, which shares no code with fkd_ssl. Each load runs in a process of its own. Its memory is the peak resident memory
-beyond that of Python and its libraries, minus the weights; for a zip file, and for the format of PyTorch before 1.6 (that of
-MoCo's files). w5 takes 6 GB of disk and 8 GB of memory.
+tensors, which shares no code with fkd_ssl. Each load runs in a separate process. The script prints its peak resident memory,
+minus the memory of Python with its libraries and minus the weights, for a zip file and for the format of PyTorch before 1.6
+(that of MoCo's files). w5 takes 6 GB of disk and 8 GB of memory.
 """
 
 import argparse

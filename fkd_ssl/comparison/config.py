@@ -13,7 +13,7 @@ class CompareConfig:
     """Options of compare."""
 
     images: str
-    """Folder of training images in class folders; only the probes and the arm labels use the labels."""
+    """Folder of training images in class folders. Only the probes, and the further arm `labels`, use the classes."""
     val: str
     """Folder of test images in class folders."""
     teacher: str

@@ -72,7 +72,7 @@ class DataConfig:
 
     images: str
     """Images: a folder, tars, Parquet files, a list of files, or another source (docs/sources.md). Classes are needed only for
-    kNN."""
+    --targets labels, --calibrate_below and --val."""
     recipe: str = "mocov2"
     """Augmentation that online crops are drawn from: mocov2, s2bnn, swav or fkd. Stored crops use that of the store."""
     crops_per_image: int = 4
@@ -138,7 +138,7 @@ class TargetsConfig:
     label_smoothing: float = 0.0
     """Probability that is spread evenly over all classes, for --targets labels and --calibrate_below."""
     calibrate_below: float | None = None
-    """Replace the target by the label of the image if the teacher's largest class probability is below this, as in FerKD."""
+    """Replace the target with the label of the image if the teacher's largest class probability is below this, as in FerKD."""
     record: str | None = None
     """With --targets online: folder of a store to which the teacher's targets are written, for later students."""
     crops: int | None = None
