@@ -229,7 +229,7 @@ def test_a_killed_worker_is_said_in_words(work: Path, train_line: str) -> None:
     assert process.returncode == 1
     assert "Traceback" not in said
     assert "fkd-ssl train: a process that reads images was killed by SIGKILL, often for lack of memory" in said
-    assert "the same command continues" in said
+    assert "repeat the command to continue" in said
 
 
 def test_other_broken_connections_are_not_taken_for_it(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:

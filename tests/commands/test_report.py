@@ -116,7 +116,7 @@ def test_what_is_refused(folders: dict[str, list[float]], call: Any, tmp_path: P
         "report torn": "torn/results.json: not JSON (Expecting property name",
         "report r --baseline bse": "--baseline bse: no such model in the table; did you mean base?",
         "report r --baseline lone": "runs/a_b has seeds 0 / 1 / 2, the baseline none (moco)",
-        "report": "folders",
+        "report": "FOLDERS must be given",
     }.items():
         answer = call(line)
         assert (answer.status, answer.out) == (2, "")
