@@ -1,6 +1,7 @@
 """Data sets of crops, from a store or fresh."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -180,6 +181,10 @@ class TestStored:
         (own_folder / "birch/004.jpg").unlink()
         with pytest.raises(StoreError, match=r"lacks 1 of the 24 images of .*store, for instance 'birch/004\.jpg'"):
             StoredCrops(store, own_folder)
+
+    def test_a_parent_of_the_stores_folder_is_pointed_out(self, store: Store, own_folder: Path) -> None:
+        with pytest.raises(StoreError, match=rf"the store was made from; did you mean {re.escape(str(own_folder))}\?"):
+            StoredCrops(store, own_folder.parent)
 
     def test_an_image_that_vanishes_later_is_named(self, store: Store, own_folder: Path) -> None:
         data = StoredCrops(store, own_folder, pixels=8)

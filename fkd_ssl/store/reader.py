@@ -356,9 +356,13 @@ class Store:
         found = found if rows is None else found[rows]
         if missing := np.flatnonzero(found < 0).tolist():
             first = missing[0] if rows is None else int(rows[missing[0]])
+            ending = f"/{self.paths[first]}"
+            inside = next((name.removesuffix(ending) for name in images.names if name.endswith(ending)), None)
+            nested = inside is not None and Path(images.spec, inside)  # a folder with the store's images, if any
+            hint = f"; did you mean {nested}?" if nested and nested.is_dir() else ""
             raise StoreError(
                 f"{images.spec}: lacks {len(missing)} of the {len(found)} images of {self.folder}, for instance "
-                f"{self.paths[first]!r}: give the images that the store was made from"
+                f"{self.paths[first]!r}: give the images that the store was made from{hint}"
             )
         return found
 
