@@ -55,14 +55,19 @@ class QueueKL(Objective):
 
     def forward(self, student: Tensor, target: Tensor) -> Tensor:
         """The mean cross-entropy in nats, a scalar, of L2-normalised student [B, D] and target [B, D]."""
-        of_student = torch.cat([_own(student, target), scores(student, self.queue)], dim=1) / self.temperature
-        of_target = torch.cat([_own(target, target), scores(target, self.queue)], dim=1) / self.teacher_temperature
-        return cross_entropy(of_student, of_target)
+        of_target = self._similarities(target, target) / self.teacher_temperature
+        return cross_entropy(self._similarities(student, target) / self.temperature, of_target)
 
     def floor(self, target: Tensor) -> Tensor:
         """The mean entropy in nats of the targets at T_t: a lower bound, which may not be attainable if T is larger."""
-        of_target = torch.cat([_own(target, target), scores(target, self.queue)], dim=1) / self.teacher_temperature
+        of_target = self._similarities(target, target) / self.teacher_temperature
         return cross_entropy(of_target, of_target)
+
+    def _similarities(self, rows: Tensor, target: Tensor) -> Tensor:
+        """Returns the dot products of each row with its own target and with those in the queue: [B, 1 + K]."""
+        exact = torch.promote_types(rows.dtype, torch.float32)
+        own = (rows.to(exact) * target.to(exact)).sum(dim=1, keepdim=True)
+        return torch.cat([own, scores(rows, self.queue)], dim=1)
 
     @torch.no_grad()
     def remember(self, target: Tensor) -> None:
@@ -76,9 +81,3 @@ class QueueKL(Objective):
         places = (self.next + torch.arange(len(target), device=self.queue.device)) % size
         self.queue[places] = target.to(self.queue)
         self.next.add_(len(target)).remainder_(size)
-
-
-def _own(rows: Tensor, target: Tensor) -> Tensor:
-    """The dot product of each row with its own target: [B, 1]."""
-    exact = torch.promote_types(rows.dtype, torch.float32)
-    return (rows.to(exact) * target.to(exact)).sum(dim=1, keepdim=True)

@@ -376,10 +376,6 @@ class Store:
         """Returns the records [m] of the crops `index` of a row, read-only."""
         return self._files.read(*self.locate(row), index)
 
-    def crop_shard(self, shard: int) -> Records:
-        """Returns the crop records of a shard, memory-mapped: [rows, C]."""
-        return self._files.map(shard)
-
     def locate(self, row: int) -> tuple[int, int]:
         """Returns the shard of a row, and the row's position in it. Raises IndexError if the row does not exist."""
         if not 0 <= row < self.manifest.count:
