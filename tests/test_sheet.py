@@ -109,6 +109,11 @@ def test_a_sheet_replaces_a_sheet(tmp_path):
         assert np.array_equal(picture, bare)
 
 
+def test_a_sheet_in_a_missing_folder(tmp_path):
+    with pytest.raises(RequestError, match=r"the folder .*/no was not found; make it, or choose another --out"):
+        sheet.check_replaceable(tmp_path / "no/sheet.png", "--out")
+
+
 @pytest.mark.parametrize("kind", ["foreign", "changed", "folder", "link", "empty"])
 def test_a_sheet_replaces_nothing_else(tmp_path, kind):
     path = tmp_path / "sheet.png"

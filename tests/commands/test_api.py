@@ -244,7 +244,7 @@ class TestObjects:
 
     @pytest.mark.parametrize(
         ("names", "said"),
-        [(["a.png", "a.png"], "1 names are those of several images"), (["e\u0301.png", "b.png"], "not in Unicode's NFC form")],
+        [(["a.png", "a.png"], "1 names are used by several images"), (["e\u0301.png", "b.png"], "not in Unicode's NFC form")],
     )
     def test_names_of_a_source_are_checked(self, net: nn.Module, names: list[str], said: str) -> None:
         class Source(ImageSource):
