@@ -190,6 +190,8 @@ def _nearest(config: Config, query: str) -> "Nearest":
 
     out, path = Path(config.sheet), Path(query)
     sheet.check_replaceable(out, "--sheet")
+    if not path.exists():
+        raise RequestError(f"--query {query}: not found; give the path of an image file")
     try:
         picture = read_image(path)
     except (ImageAccessError, ImageError) as error:  # the user named this file

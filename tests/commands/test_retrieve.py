@@ -103,7 +103,7 @@ def test_the_images_nearest_to_one_of_a_set_in_memory(work: Path, call: Any, mon
         (f"retrieve {TEACHER} --queries val", 2, "gallery"),
         (f"retrieve {TEACHER} --gallery train --query q.png --curve", 2, "remove --queries, --curve, --out and --index"),
         (f"retrieve {TEACHER} --gallery train --query q.png --index hnsw", 2, "remove --queries, --curve, --out and --index"),
-        (f"retrieve {TEACHER} --gallery train --query gone.png", 2, "gone.png: cannot be read"),
+        (f"retrieve {TEACHER} --gallery train --query gone.png", 2, "--query gone.png: not found; give the path"),
         (f"retrieve {TEACHER} --gallery x.npy,y.npy --query val/ash/0.png", 2, "pass --gallery as images"),
         (f"retrieve {TEACHER} --gallery train --query val/ash/0.png --nearest 0", 2, "--nearest 0: must be at least 1"),
         (f"retrieve {TEACHER} --gallery val --index ivfpq", 2, "index ivfpq: 12 images in the gallery"),
