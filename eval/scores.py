@@ -40,7 +40,7 @@ def as_features(values: Any, name: str) -> Float32Array:
     values = numpy_of(values) if isinstance(values, torch.Tensor) else np.asarray(values)
     if values.dtype.kind not in "fiub":
         raise RequestError(f"{name}: expected real numbers, got {values.dtype}")
-    features = values.astype(np.float32, copy=False)
+    features: Float32Array = values.astype(np.float32, copy=False)
     if features.ndim != 2 or 0 in features.shape:
         raise RequestError(f"{name}: expected a non-empty array [images, dimensions], got {list(features.shape)}")
     pieces = range(0, len(features), 8192)  # a mask of all values would take a quarter of their memory
