@@ -68,8 +68,9 @@ class Student(nn.Module):
         taken = {key: value for key, value in given.items() if key in own and own[key].shape == value.shape}
         backbone = {key for key in (*own, *given) if key.startswith("backbone.")}
         if absent := sorted(backbone - taken.keys()):
+            network = ", ".join(map(str, self.spec.values()))
             raise RequestError(
-                f"init: these weights do not fit {self.spec} ({absent[0]!r} differs); pass those of the same network"
+                f"init: these weights are not those of {network} ({absent[0]!r} differs); pass those of the same network"
             )
         self.load_state_dict({**own, **taken})
 

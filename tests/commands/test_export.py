@@ -25,7 +25,7 @@ def test_what_cannot_be_is_refused(work: Path, call: Any, train_line: str) -> No
         ("export --model nowhere --out f.safetensors", "--model nowhere: no such run or checkpoint"),
         ("export --model run --out f.safetensors --layout timm", "timm has no network identical to squeezenet1_1"),
         (f"{train_line} --out other --init nowhere", "--init nowhere: not found; give a run folder"),
-        (f"{train_line} --out other --init run --student resnet18", "these weights do not fit"),
+        (f"{train_line} --out other --init run --student resnet18", "init: these weights are not those of resnet18"),
     ):
         status, out, err = call(line.replace("--student squeezenet1_1 ", "") if "resnet18" in line else line)
         assert (status, out) == (2, "")

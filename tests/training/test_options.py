@@ -373,7 +373,7 @@ class TestInit:
         assert torch.equal(two.head[2].weight, before)
 
     def test_another_network_is_refused(self) -> None:
-        with pytest.raises(RequestError, match=r"init: these weights do not fit .*squeezenet1_1.*; pass those of the same"):
+        with pytest.raises(RequestError, match=r"init: these weights are not those of squeezenet1_1.*; pass those of the same"):
             Student("squeezenet1_1", 8).start_from(Student("resnet18", 8).state_dict())
 
 
