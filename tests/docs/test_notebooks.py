@@ -36,14 +36,14 @@ def test_the_quickstart_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    teacher, _, sheet, trained, student, linear, nearest, shapes, exported, features = run(NOTEBOOKS[0])
-    assert teacher.top1 > 80
-    assert teacher.values["baselines"]
+    _, teacher, _, sheet, trained, student, linear, nearest, shapes, exported, features = run(NOTEBOOKS[0])
+    assert teacher.top1 > 70
+    assert teacher.baselines
     assert sheet._repr_png_().startswith(b"\x89PNG")
     assert trained.knn_top1 == student.top1
-    assert student.top1 > 15  # chance is 10
-    assert linear.top1 > 15
+    assert student.top1 > max(student.baselines.values()) + 15
+    assert linear.top1 > 50
     assert len(nearest.nearest) == 6
     assert shapes["images"][-2:] == (48, 48)
     assert exported.out == Path("quickstart/student.safetensors")
-    assert features == (1, 1024)
+    assert features == (1, 128)

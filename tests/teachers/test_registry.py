@@ -280,6 +280,16 @@ class TestOwnMistakes:
         (tmp_path / "w.pth").write_bytes(b"x")
         assert load_teacher("own_mistakes:takes_any", checkpoint=tmp_path / "w.pth").info.checkpoint == "w.pth"
 
+    @pytest.mark.parametrize("error", [KeyError("x"), SystemExit(0), AttributeError("x")])
+    def test_a_network_that_raises_anything_is_an_error(self, monkeypatch: pytest.MonkeyPatch, error: BaseException) -> None:
+        def forward(_: torch.Tensor) -> torch.Tensor:
+            raise error
+
+        teacher = load_teacher("own_mistakes:fixed")
+        monkeypatch.setattr(teacher.backbone, "forward", forward)
+        with pytest.raises(FkdError, match=f"fails on crops of 32 x 32 px: {type(error).__name__}"):
+            teacher.embed(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
+
     def test_a_size_that_it_cannot_take_is_said_with_its_own(self) -> None:
         teacher = load_teacher("own_mistakes:fixed")
         with pytest.raises(FkdError, match=r"fails on crops of 40 x 24 px: RuntimeError: .*its native size is 32 \(--pixels\)"):
