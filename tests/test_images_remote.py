@@ -9,9 +9,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import pyarrow.parquet as pq
 import pytest
+
+pytest.importorskip("s3fs", reason="pip install s3fs 'moto[server]'")
+pytest.importorskip("moto.server", reason="pip install s3fs 'moto[server]'")
+
+import fsspec
 from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import WSGIRequestHandler, make_server
 
