@@ -14,7 +14,7 @@ pytest.importorskip("argcomplete")
     ("line", "found"),
     [
         ("fkd-ssl pre", {"pretrain", "precompute"}),
-        ("fkd-ssl train --teacher", {"--teacher", "--teacher_weights", "--teacher_pixels"}),
+        ("fkd-ssl train --teacher", {"--teacher", "--teacher_weights", "--teacher_pixels", "--teacher_precision"}),
         ("fkd-ssl train --targets ", {"stored", "online", "labels", "relabel"}),
         ("fkd-ssl verify --no", {"--no_repair", "--no_json"}),
     ],

@@ -77,7 +77,7 @@ class TestShards:
     def test_what_is_no_share(self, workplace: Path, call: Any, text: str) -> None:
         status, _, err = call(f"{LINE} --store new --shards={text}")
         assert status == 2
-        assert f"--shards {text}: i/n" in err
+        assert f"--shards {text}: expected i/n" in err
         assert not (workplace / "new").exists()
 
     @pytest.mark.parametrize(

@@ -70,8 +70,9 @@ def is_running(pid: int) -> bool:
 def test_the_second_of_two_at_once_is_refused(work: Path, call: Any, verb: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(locks, "PATIENCE", 0.2)
     line = f"{COMMANDS[verb]} --out run"
+    folder = "run.cache" if verb == "cache" else "run"
     with start(line) as first:
-        wait_for((work / "run" / runs.LOCK).exists, first)
+        wait_for((work / folder / runs.LOCK).exists, first)
         first.send_signal(signal.SIGSTOP)
         try:
             second = call(line)
@@ -81,11 +82,11 @@ def test_the_second_of_two_at_once_is_refused(work: Path, call: Any, verb: str, 
             first.kill()
         _, err = first.communicate(timeout=900)
     assert second.status == 2
-    assert f"fkd-ssl {verb}: another process is using run: wait until it ends, or choose another --out" in second.err
+    assert f"fkd-ssl {verb}: another process is using {folder}: wait until it ends, or choose another --out" in second.err
     if verb != "compare":
         assert first.returncode == 0, err
-        assert (work / "run/results.json").exists()
-        assert temporary(work / "run") == []
+        assert (work / folder / "results.json").exists()
+        assert temporary(work / folder) == []
 
 
 def test_two_trainings_started_together_leave_one_whole_run(work: Path) -> None:

@@ -103,7 +103,7 @@ def test_other_sizes_give_other_maps(images: Tensor) -> None:
         (lambda: Body(last=nn.Sequential(nn.LayerNorm(24), nn.Linear(24, 10))), "differs by up to "),
         (lambda: Body(pool=lambda x: x.amax((2, 3))), "differs by up to "),
         (lambda: Body(last=nn.Sequential(nn.Linear(24, 10), nn.Softplus())), "differs by up to "),
-        (lambda: models.resnet18(num_classes=10), "images .32 px here. large enough for several"),
+        (lambda: models.resnet18(num_classes=10), "images .here 32 px. large enough"),
     ],
     ids=["mobilenet_v3", "squeezenet", "vit", "norm behind the pooling", "maximum", "behind the logits", "one place"],
 )

@@ -134,7 +134,7 @@ def test_a_family_needs_a_checkpoint(family: str) -> None:
 def test_a_preset_that_is_not_here_says_where_it_is(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FKD_SSL_CACHE", str(tmp_path))
     place = rf"https://dl\.fbaipublicfiles\.com/\S+ \(licence: .*\).*{tmp_path}/\S+, or .*--checkpoint"
-    said = rf"teachers fetch {name} .*download {place}"
+    said = rf"teachers fetch {name}; .*download {place}"
     with pytest.raises(RequestError, match=said):
         load_teacher(name)
 
