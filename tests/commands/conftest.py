@@ -1,6 +1,7 @@
 """The command line in this process: `call` returns status, standard output and standard error; `work` is a prepared folder."""
 
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -137,6 +138,8 @@ def work(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of `made` that a test may change, as the current folder."""
     folder = Path(shutil.copytree(made, tmp_path / "work"))
     monkeypatch.chdir(folder)
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.delitem(sys.modules, "own_teacher", raising=False)  # of another test, which may have changed it
     return folder
 
 
