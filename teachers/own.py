@@ -55,7 +55,7 @@ def of_object(named: Named, precision: Precision = "fp32") -> Teacher:
     A module is identified by its weights, a function by its output for noise.
 
     Raises:
-        RequestError: The object is none of these.
+        RequestError: The object is of another type.
         FkdError: The object cannot be copied, or does not return [B, D].
     """
     if not callable(named.value):

@@ -63,7 +63,7 @@ def find(saved: Mapping[str, Any], where: str) -> dict[str, Tensor]:
 
 
 def _place(saved: Mapping[str, Any]) -> str | None:
-    """Returns the key of a training checkpoint that contains the weights; None if there is none."""
+    """Returns the key of a training checkpoint that contains the weights, or None if no key does."""
     return next((name for name in _PLACES if isinstance(saved.get(name), Mapping) and saved[name]), None)
 
 

@@ -196,7 +196,7 @@ def model_of(spec: str, checkpoint: str | None = None) -> Model:
     A teacher is NAME, LIBRARY/NAME or module:function. The prefix `teacher:` is needed only if a file or folder has its name.
 
     Raises:
-        RequestError: `spec` is none of these.
+        RequestError: `spec` has another form.
     """
     if isinstance(spec, Named) and isinstance(spec.value, Student):
         student = copy.deepcopy(spec.value).to(device()).eval()

@@ -287,7 +287,7 @@ class _Comparison:
         }
 
     def _noted(self, name: str, seconds: float | None) -> float | None:
-        """Saves `seconds` in a file unless the file exists, and returns the saved value; None if there is none."""
+        """Saves `seconds` in a file unless the file exists, and returns the saved value, or None if nothing was saved."""
         path = self.folder / name
         if seconds is not None and not path.exists():
             files.write_json(path, {"seconds": seconds})

@@ -329,7 +329,7 @@ def _commands(results: dict[str, Any]) -> list[str]:
 
 
 def _sheet(results: dict[str, Any], folder: Path, draw: Callable[[Store], bytes] | None) -> bytes:
-    """The contact sheet as PNG, drawn only once; empty if there is none, or if the store or the images were removed."""
+    """The contact sheet as PNG, drawn only once; empty if it cannot be drawn: there is no store, or its images were removed."""
     if (folder / SHEET).exists():
         return (folder / SHEET).read_bytes()
     store = Path(results["config"].get("store") or folder / "store")

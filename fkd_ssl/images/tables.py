@@ -270,7 +270,7 @@ def _choose_image(schema: Any, chosen: str | None, path: PurePosixPath) -> str:
 
 
 def _choose_label(schema: Any, chosen: str | None, path: PurePosixPath, notes: list[str]) -> str | None:
-    """Returns the name of the column of classes; None if there is none."""
+    """Returns the name of the column of classes, or None if the table has no such column."""
     if chosen is not None:
         return _text_column(schema, chosen, path)
     for name in _LABELS:

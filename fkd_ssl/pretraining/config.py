@@ -1,5 +1,6 @@
 """The config of a pretraining. This module does not import torch, since the command line's help is built from it."""
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -108,9 +109,9 @@ class PretrainConfig:
             )
         for name in ("dim", "epochs", "batch_size", "pixels", "log_every", "workers", "checkpoint_interval", *own):
             least_is_zero = name in _MAY_BE_ZERO or (self.method, name) == ("swav", "queue")
-            if getattr(self, name) < 0 or (getattr(self, name) == 0 and not least_is_zero):
+            if not 0 <= getattr(self, name) < math.inf or (getattr(self, name) == 0 and not least_is_zero):
                 raise RequestError(
-                    f"{name} {getattr(self, name)}: must {'not be negative' if least_is_zero else 'be positive'}"
+                    f"{name} {getattr(self, name)}: must be {'at least 0' if least_is_zero else 'positive'}, and finite"
                 )
         if self.batch_size < 2:
             raise RequestError(f"batch_size {self.batch_size}: BatchNorm needs at least 2")

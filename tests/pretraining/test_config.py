@@ -1,3 +1,4 @@
+import math
 from typing import Any
 
 import pytest
@@ -26,15 +27,17 @@ def test_what_is_given_stands() -> None:
     ("changes", "message"),
     [
         ({"epochs": 0}, r"epochs 0: must be positive"),
-        ({"workers": -1}, r"workers -1: must not be negative"),
+        ({"workers": -1}, r"workers -1: must be at least 0, and finite"),
+        ({"lr": math.nan}, r"lr nan: must be positive, and finite"),
+        ({"epochs": math.inf}, r"epochs inf: must be positive, and finite"),
         ({"batch_size": 1}, r"BatchNorm needs at least 2"),
         ({"momentum": 1.0}, r"momentum 1\.0: must be at least 0 and below 1"),
         ({"queue": 0}, r"queue 0: must be positive"),
         ({"prototypes": 300}, r"prototypes 300: mocov2 has no such option; it belongs to swav"),
         ({"method": "swav", "momentum": 0.99}, r"momentum 0\.99: swav has no such option; it belongs to mocov2"),
         ({"method": "swav", "prototypes": 0}, r"prototypes 0: must be positive"),
-        ({"method": "swav", "queue": -1}, r"queue -1: must not be negative"),
-        ({"method": "swav", "small_crops": -1}, r"small_crops -1: must not be negative"),
+        ({"method": "swav", "queue": -1}, r"queue -1: must be at least 0, and finite"),
+        ({"method": "swav", "small_crops": -1}, r"small_crops -1: must be at least 0, and finite"),
     ],
 )
 def test_impossible_configs_are_refused(changes: dict[str, Any], message: str) -> None:
