@@ -7,15 +7,29 @@ import sys
 import threading
 import time
 
+from fkd_ssl.errors import RequestError
+
 PARENT = "FKD_SSL_PARENT"
 """Environment variable with the process id of the parent: the command ends when the parent does."""
 _PR_SET_PDEATHSIG = 1
 
 
 def rank() -> tuple[int, int]:
-    """Returns the rank and the number of processes, as set by torchrun or Lightning; (0, 1) without them."""
-    number = os.environ.get("RANK") or os.environ.get("LOCAL_RANK") or "0"  # Lightning sets only LOCAL_RANK
-    return int(number), int(os.environ.get("WORLD_SIZE", "1"))
+    """Returns the rank and the number of processes, as set by torchrun or Lightning; (0, 1) without them.
+
+    Raises:
+        RequestError: RANK, LOCAL_RANK or WORLD_SIZE is not a number.
+    """
+    key = "RANK" if os.environ.get("RANK") else "LOCAL_RANK"  # Lightning sets only LOCAL_RANK
+    return number(key, 0), number("WORLD_SIZE", 1)
+
+
+def number(key: str, default: int) -> int:
+    """Returns the number in an environment variable; raises RequestError if it holds something else."""
+    value = os.environ.get(key) or str(default)
+    if not value.isdecimal():
+        raise RequestError(f"{key}={value!r}: must be a number; torchrun sets it, otherwise unset it")
+    return int(value)
 
 
 def end_with_parent(parent: int | None = None) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from fkd_ssl import processes
+from fkd_ssl.errors import RequestError
 
 PARENT = """
 import subprocess, sys, time
@@ -62,3 +63,6 @@ def test_rank_is_that_of_torchrun_or_lightning(monkeypatch: pytest.MonkeyPatch) 
     assert processes.rank() == (1, 4)
     monkeypatch.setenv("RANK", "3")
     assert processes.rank() == (3, 4)
+    monkeypatch.setenv("RANK", "x")
+    with pytest.raises(RequestError, match="RANK='x': must be a number"):
+        processes.rank()

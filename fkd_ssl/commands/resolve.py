@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from fkd_ssl import processes
 from fkd_ssl.crops import IMPORTED, RECIPES, Recipe
 from fkd_ssl.crops.replay import describe_implementation
 from fkd_ssl.errors import FkdError, RequestError, did_you_mean
@@ -57,7 +58,7 @@ def device() -> torch.device:
     """The GPU if available, otherwise the CPU; under torchrun the processes of a machine use different GPUs if possible."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+    return torch.device("cuda", processes.number("LOCAL_RANK", 0) % torch.cuda.device_count())
 
 
 def describe_machine(*, device_crops: bool = False) -> str:
@@ -70,7 +71,7 @@ def describe_machine(*, device_crops: bool = False) -> str:
 def cpu_threads() -> int:
     """Number of processors that this process may use; under torchrun its share of them."""
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, count // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, count // processes.number("LOCAL_WORLD_SIZE", 1))
 
 
 def pixels_of(asked: int | None, default: int) -> int:

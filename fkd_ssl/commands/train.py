@@ -124,7 +124,7 @@ def _join_processes(config: Config) -> tuple[int, int]:
     if "LOCAL_RANK" in os.environ:  # Lightning or torchrun started this process
         processes.end_with_parent()
     if not is_torchelastic_launched():  # torchrun's number of processes overrides --devices
-        if int(os.environ.get("SLURM_PROCID", "0")):
+        if processes.number("SLURM_PROCID", 0):
             raise RequestError(
                 "srun started several independent tasks: let it start torchrun, one per machine, or one task with --devices"
             )

@@ -351,6 +351,7 @@ class Store:
 
         Raises:
             StoreError: An image is missing; the message names one.
+            NotFoundError: All of them are, so these are not the images of the store.
         """
         found = images.names.positions(self.paths)
         found = found if rows is None else found[rows]
@@ -360,7 +361,8 @@ class Store:
             inside = next((name.removesuffix(ending) for name in images.names if name.endswith(ending)), None)
             nested = inside is not None and Path(images.spec, inside)  # a folder with the store's images, if any
             hint = f"; did you mean {nested}?" if nested and nested.is_dir() else ""
-            raise StoreError(
+            failed = NotFoundError if len(missing) == len(found) else StoreError
+            raise failed(
                 f"{images.spec}: lacks {len(missing)} of the {len(found)} images of {self.folder}, for instance "
                 f"{self.paths[first]!r}: give the images that the store was made from{hint}"
             )

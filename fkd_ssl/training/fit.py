@@ -2,7 +2,6 @@
 
 import io
 import logging
-import os
 import signal
 import warnings
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from pytorch_lightning.plugins import TorchCheckpointIO
 from pytorch_lightning.strategies import DDPStrategy
 from torch.distributed import is_torchelastic_launched
 
-from fkd_ssl import checkpoints, files, runs
+from fkd_ssl import checkpoints, files, processes, runs
 from fkd_ssl.data import Loader
 from fkd_ssl.data.sampler import PassSampler
 from fkd_ssl.errors import CheckpointError, RequestError
@@ -173,8 +172,8 @@ def _run_trainer(
     if not is_torchelastic_launched():  # or Lightning adapts to SLURM and requeues the job
         plugins.append(LightningEnvironment())
     else:
-        devices = int(os.environ["LOCAL_WORLD_SIZE"])
-        nodes = int(os.environ["WORLD_SIZE"]) // devices
+        devices = processes.number("LOCAL_WORLD_SIZE", 1)
+        nodes = processes.number("WORLD_SIZE", 1) // devices
     with warnings.catch_warnings():
         # Lightning warns about few workers, even on a small machine, and about the length of our loader
         warnings.filterwarnings("ignore", module="pytorch_lightning")

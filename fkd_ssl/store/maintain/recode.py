@@ -50,6 +50,8 @@ def recode(
         StoreError: A source is damaged or incomplete.
     """
     names = [column] if column is None or isinstance(column, str) else [*column]
+    if not names:
+        raise RequestError("column []: expected the name of a column")
     source = Source([store.column(each) for each in names])
     source.meta.target.check_codec(codec, source.name)
     if to is None:

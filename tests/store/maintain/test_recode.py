@@ -332,6 +332,7 @@ class TestMean:
             (["a", "d"], "column a,d: d has embeddings, D = 16; a mean is taken of class probabilities"),
             (["d", "a"], "column d,a: d has embeddings, D = 16; a mean is taken of class probabilities"),
             (["a", "a"], "column a,a: a column is named twice"),
+            ([], r"column \[\]: expected the name of a column"),
         ):
             with pytest.raises(RequestError, match=message):
                 recode(store, "full", column=names, to="mean")

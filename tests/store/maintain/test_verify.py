@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from fkd_ssl import files, images
 from fkd_ssl.crops import RECIPES, box_record, replay_digest
 from fkd_ssl.data import StoredCrops
-from fkd_ssl.errors import FkdError, ImageError, RequestError, StoreAccessError, StoreError
+from fkd_ssl.errors import FkdError, ImageError, NotFoundError, RequestError, StoreAccessError, StoreError
 from fkd_ssl.store import manifest, open_store
 from fkd_ssl.store.maintain import verify as verifying
 from fkd_ssl.store.maintain.repair import repair
@@ -117,6 +118,14 @@ def test_a_changed_and_a_missing_image_are_found(folder, pictures):
     (pictures / "ash" / "003.jpg").unlink()
     with pytest.raises(StoreError, match=r"lacks 1 of the 24 images of .*, for instance 'ash/003\.jpg'"):
         verify(open_store(folder), images.scan(pictures))
+
+
+def test_a_wholly_other_folder_of_images_is_a_wrong_request(folder, tmp_path):
+    other = tmp_path / "other" / "ash"
+    other.mkdir(parents=True)
+    Image.new("RGB", (40, 40)).save(other / "other.jpg")
+    with pytest.raises(NotFoundError, match="lacks 24 of the 24 images"):
+        verify(open_store(folder), images.scan(other.parent))
 
 
 def test_images_that_the_store_does_not_hold_do_not_matter(folder, pictures, tiny_teacher):
