@@ -10,7 +10,7 @@ from pytorch_lightning.loggers import Logger
 from torch import Tensor
 from torch.distributed import is_torchelastic_launched
 
-from fkd_ssl import runs
+from fkd_ssl import processes, runs
 from fkd_ssl.data import Crops, Loader, StoredCrops, whole_batch
 from fkd_ssl.data.sampler import PassSampler
 from fkd_ssl.errors import RequestError
@@ -18,6 +18,7 @@ from fkd_ssl.objectives import Objective, make_objective
 from fkd_ssl.store.write.recording import Recording
 from fkd_ssl.students import CLASSIFIER, Student
 from fkd_ssl.targets import TeacherInfo
+from fkd_ssl.text import plural
 from fkd_ssl.training import defaults
 from fkd_ssl.training.config import TrainConfig
 from fkd_ssl.training.distiller import Distiller
@@ -74,8 +75,12 @@ def check_batch(config: TrainConfig, images: int, *, world: int = 1) -> None:
         raise RequestError(
             f"batch_size {config.batch_size}: BatchNorm needs at least 2 crops in each of {world * config.accumulate} parts"
         )
-    if torch.cuda.is_available() and not is_torchelastic_launched() and config.devices > torch.cuda.device_count():
-        raise RequestError(f"devices {config.devices}: this machine has {torch.cuda.device_count()} GPUs")
+    local = processes.number("LOCAL_WORLD_SIZE", 1) if is_torchelastic_launched() else config.devices
+    if torch.cuda.is_available() and local > torch.cuda.device_count():
+        raise RequestError(
+            f"{local} processes on this machine, which has {plural(torch.cuda.device_count(), 'GPU')}: each process needs its own "
+            "GPU; give fewer --devices, or fewer processes to torchrun"
+        )
     if config.sync_batchnorm and not torch.cuda.is_available():
         raise RequestError("sync_batchnorm: needs GPUs; this machine has none")
 

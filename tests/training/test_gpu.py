@@ -18,7 +18,8 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 
 @pytest.mark.parametrize(
-    "change", [{"precision": "bf16-mixed"}, {"precision": "16-mixed"}, {"compile": True}, {"accumulate": 2}]
+    "change",
+    [{"precision": "bf16-mixed"}, {"precision": "16-mixed"}, {"compile": True}, {"accumulate": 2}, {"sync_batchnorm": True}],
 )
 def test_a_few_steps_with_an_option_are_near_those_without(make_run: Any, change: dict[str, Any]) -> None:
     plain, run = make_run("plain").train(), make_run("run", **change).train()
@@ -66,3 +67,14 @@ def test_two_processes_share_a_card_in_precompute(tmp_path: Path, image_folder: 
     assert one.manifest.recipe == RECIPES["mocov2"]
     for row in range(24):
         np.testing.assert_array_equal(one.column().codes(row, slice(None)), two.column().codes(row, slice(None)))
+
+
+def test_more_processes_than_cards_are_refused_in_training(tmp_path: Path, flat_store: Any, image_folder: Path) -> None:
+    """NCCL cannot run two processes on one GPU."""
+    count = torch.cuda.device_count() + 1
+    line = f"train --images {image_folder} --store {flat_store.folder} --pixels 32 --student resnet18 --epochs 1 --batch_size {2 * count}"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count), "-m", "fkd_ssl", *line.split()]
+    done = subprocess.run([*command, "--out", "run"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode != 0
+    assert f"{count} processes on this machine, which has" in done.stderr
+    assert not (tmp_path / "run").exists()
