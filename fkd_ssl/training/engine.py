@@ -78,8 +78,8 @@ def check_batch(config: TrainConfig, images: int, *, world: int = 1) -> None:
     local = processes.number("LOCAL_WORLD_SIZE", 1) if is_torchelastic_launched() else config.devices
     if torch.cuda.is_available() and local > torch.cuda.device_count():
         raise RequestError(
-            f"{local} processes on this machine, which has {plural(torch.cuda.device_count(), 'GPU')}: each process needs its own "
-            "GPU; give fewer --devices, or fewer processes to torchrun"
+            f"{local} processes on this machine, which has {plural(torch.cuda.device_count(), 'GPU')}: each process needs its "
+            "own GPU; give fewer --devices, or fewer processes to torchrun"
         )
     if config.sync_batchnorm and not torch.cuda.is_available():
         raise RequestError("sync_batchnorm: needs GPUs; this machine has none")

@@ -72,7 +72,7 @@ def test_two_processes_share_a_card_in_precompute(tmp_path: Path, image_folder: 
 def test_more_processes_than_cards_are_refused_in_training(tmp_path: Path, flat_store: Any, image_folder: Path) -> None:
     """NCCL cannot run two processes on one GPU."""
     count = torch.cuda.device_count() + 1
-    line = f"train --images {image_folder} --store {flat_store.folder} --pixels 32 --student resnet18 --epochs 1 --batch_size {2 * count}"
+    line = f"train --images {image_folder} --store {flat_store.folder} --pixels 32 --epochs 1 --batch_size {2 * count}"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count), "-m", "fkd_ssl", *line.split()]
     done = subprocess.run([*command, "--out", "run"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode != 0
