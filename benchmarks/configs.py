@@ -79,9 +79,9 @@ class Bench:
         for lr in rates:
             command = ["train", "--config", config, "--targets", "stored", "--images", self.fit, "--store", store, "--lr", lr]
             command += ["--val", self.held_out, "--knn_every", 1000, "--epochs", self.args.rate_epochs]
-            if drops := values.get("lr_drops"):  # scaled to the shorter training
+            if "," in (drops := values.get("lr_decay", "")):  # scaled to the shorter training
                 share = self.args.rate_epochs / values["epochs"]
-                command += ["--lr_drops", ",".join(f"{share * float(epoch):g}" for epoch in drops.split(","))]
+                command += ["--lr_decay", ",".join(f"{share * float(epoch):g}" for epoch in drops.split(","))]
             found = done(self.args.out / config.stem / f"rate-{lr:g}", *command, *shlex.split(self.args.options))
             scores[f"{lr:g}"] = round(found["knn_top1"], 2)
         best = max(scores, key=scores.__getitem__)

@@ -29,7 +29,7 @@ _OBJECTS = {
     "init": "a torch.nn.Module",
 }
 """Name of an option -> the Python objects that it also accepts."""
-_LISTS = ("k", "temperature", "protocol", "teacher_weights", "lr_drops", "checkpoint", "column")
+_LISTS = ("k", "temperature", "protocol", "teacher_weights", "lr_decay", "checkpoint", "column")
 """Options that accept several values, separated by commas on the command line."""
 _LEFT_OUT = ("json",)  # a function returns all values
 

@@ -32,10 +32,11 @@ def load_teacher(name: str, *, checkpoint: str | Path | None = None, precision: 
 
     Args:
         name: A family (`mocov2`, `swav`, `lightly` or `transformers`; the checkpoint determines the architecture), a preset in
-            `PRESETS`, a network of a library as `torchvision/NAME` or `timm/NAME`, or your own `module:function`. The target of
-            a library's network is its pooled features; `@LAYER` selects those of a layer, `@probabilities` the class
-            probabilities. Your function is called without arguments, or with `checkpoint=` if given; it returns a Teacher, or
-            an nn.Module that maps ImageNet-normalised floats [B, 3, H, W] to [B, D]. To average classifiers, use Ensemble.
+            `PRESETS` (both also as `NAME@backbone`, whose target is the backbone's features, without the head), a network of a
+            library as `torchvision/NAME` or `timm/NAME`, or your own `module:function`. The target of a library's network is
+            its pooled features; `@LAYER` selects those of a layer, `@probabilities` the class probabilities. Your function is
+            called without arguments, or with `checkpoint=` if given; it returns a Teacher, or an nn.Module that maps
+            ImageNet-normalised floats [B, 3, H, W] to [B, D]. To average classifiers, use Ensemble.
         checkpoint: File of weights; a folder for `transformers`. By default a preset is searched for in the cache folder.
             `pretrained` downloads the weights of a library's network.
         precision: Precision of the forward pass.
@@ -56,8 +57,12 @@ def load_teacher(name: str, *, checkpoint: str | Path | None = None, precision: 
         if not model or (at and not layer):
             raise RequestError(f"teacher {name!r}: expected {library}/NAME or {library}/NAME@LAYER")
         return LIBRARIES[library](model, layer or None, checkpoint, precision=precision)
+    name, at, part = name.partition("@")
+    if at and part != "backbone":
+        raise RequestError(f"teacher {name}@{part}: expected {name}@backbone, or {name} for the output of its head")
     if name in PRESETS:
-        return _preset(name, checkpoint, precision)
+        teacher = _preset(name, checkpoint, precision)
+        return teacher.without_head() if at else teacher
     if name not in FAMILIES:
         raise RequestError(
             f"teacher {name!r} is unknown{did_you_mean(name, [*FAMILIES, *PRESETS, *(f'{key}/{model}' for key in LIBRARIES)])} "
@@ -66,7 +71,8 @@ def load_teacher(name: str, *, checkpoint: str | Path | None = None, precision: 
         )
     if checkpoint is None:
         raise RequestError(f"teacher {name}: --checkpoint is needed, a file in the layout of {name}")
-    return FAMILIES[name](checkpoint, precision=precision)
+    teacher = FAMILIES[name](checkpoint, precision=precision)
+    return teacher.without_head() if at else teacher
 
 
 def _preset(name: str, checkpoint: str | Path | None, precision: Precision) -> Teacher:

@@ -2,6 +2,7 @@
 
 import re
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any, Self
 
 import torch
@@ -69,6 +70,13 @@ class Teacher(nn.Module):
         """Compiles the network in place; accepts the arguments of torch.compile."""
         for part in (self.backbone, self.head):
             part.compile(*args, **options)
+
+    def without_head(self) -> Self:
+        """Makes the backbone's features [F] the target, as in SimReg (arXiv 2201.05131). Returns the same teacher."""
+        about = {"name": f"{self.info.name}-backbone", "network": f"{self.info.network}: the features of the backbone"}
+        self.info = replace(self.info, **about, spec=TargetSpec("embedding", (self.feature_dim,)), arrays={})
+        self.head = nn.Identity()
+        return self
 
     def train(self, mode: bool = True) -> Self:
         """Stays in eval mode: a teacher is frozen."""

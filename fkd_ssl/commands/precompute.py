@@ -44,9 +44,11 @@ class Config:
     crops: int = 400
     """C, crops stored per image. More crops than training epochs are never read."""
     recipe: str = "mocov2"
-    """Augmentation that the crops are drawn from: mocov2, s2bnn, swav or fkd."""
+    """Augmentation that the crops are drawn from: mocov2, s2bnn, swav, fkd or simreg."""
     min_scale: float | None = None
-    """Minimum share of the image that a crop covers; by default that of the recipe."""
+    """Minimum share of the image that a crop covers; by default that of the recipe. SwAV's ResNet-50 w4 used 0.08."""
+    max_scale: float | None = None
+    """Maximum share of the image that a crop covers; by default that of the recipe, 1. FKD's labels were made with 0.936."""
     codec: str | None = None
     """Codec of the targets. For embeddings SQ8 (D bytes, the default), SQ4 (D/2), OPQ16,PQ16x8 (16), Flat (exact), ...; for
     class probabilities marginal_smoothing_k5 (20 bytes, the default), hard, smoothing, marginal_renorm_k5, full, ..."""
@@ -191,7 +193,7 @@ def write(
         resolve.compile_teachers(teachers, sides, config.chunk_size)
     if config.evaluate is not None and not processes.rank()[0] and (share is None or not share.index):
         _evaluate(config, config.evaluate, teachers, log)
-    recipe = resolve.recipe_of(config.recipe, config.min_scale)
+    recipe = resolve.recipe_of(config.recipe, config.min_scale, config.max_scale)
     threads = min(16, resolve.cpu_threads()) if config.threads is None else config.threads
     on_device = config.device_crops == "on" or (
         config.device_crops == "auto"

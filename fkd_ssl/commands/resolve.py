@@ -81,16 +81,15 @@ def pixels_of(asked: int | None, default: int) -> int:
     return default if asked is None else asked
 
 
-def recipe_of(name: str, min_scale: float | None = None) -> Recipe:
-    """A recipe by name, optionally with another minimum scale; raises RequestError if the name is unknown."""
+def recipe_of(name: str, min_scale: float | None = None, max_scale: float | None = None) -> Recipe:
+    """A recipe by name, optionally with another scale; raises RequestError if the name is unknown."""
     if name == IMPORTED.name:  # the recipe of stores made by import-fkd
         return IMPORTED
     if name not in RECIPES:
         raise RequestError(f"--recipe {name!r} is unknown; expected {', '.join(RECIPES)}{did_you_mean(name, RECIPES)}")
     recipe = RECIPES[name]
-    if min_scale is None:
-        return recipe
-    return Recipe(**{**recipe.__dict__, "scale": (min_scale, recipe.scale[1])})
+    low, high = recipe.scale
+    return replace(recipe, scale=(low if min_scale is None else min_scale, high if max_scale is None else max_scale))
 
 
 def teacher_of(name: str, checkpoint: str | None, precision: Precision = "fp32") -> Teacher:

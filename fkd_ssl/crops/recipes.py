@@ -85,9 +85,13 @@ RECIPES: dict[str, Recipe] = {
         Recipe(name="s2bnn", jitter=0.6, blur=0.2, **_MOCO),  # type: ignore[arg-type]
         Recipe(name="swav", jitter=0.8, blur=0.5, **_SWAV),  # type: ignore[arg-type]
         Recipe(name="fkd", scale=(0.08, 1.0)),
+        Recipe(name="simreg", scale=(0.2, 1.0)),
     )
 }
-"""MoCo v2 (arXiv 2003.04297), S2-BNN (2102.08946), SwAV's global crops (2006.09882), FKD (2112.01528)."""
+"""MoCo v2 (arXiv 2003.04297), S2-BNN (2102.08946), SwAV's global crops (2006.09882), FKD (2112.01528), SimReg (2201.05131).
+
+SwAV's script for ResNet-50 w4 has a minimum scale of 0.08, and the generator of FKD's labels a maximum of 0.936:
+`precompute` has `min_scale` and `max_scale`."""
 IMPORTED = Recipe(name="imported", scale=(0.08, 1.0))
 """The recipe of stores with imported crops, which cannot be drawn again."""
 

@@ -14,7 +14,7 @@ from fkd_ssl.objectives import Objective
 from fkd_ssl.students import STUDENT_KEY, Student
 from fkd_ssl.training.config import TrainConfig
 from fkd_ssl.training.mixing import Mixing
-from fkd_ssl.training.module import TrainingModule, cosine, dropping
+from fkd_ssl.training.module import TrainingModule, cosine, dropping, linear
 from fkd_ssl.training.targets import Targets
 
 
@@ -117,13 +117,14 @@ class Distiller(TrainingModule):
         }
 
     def configure_optimizers(self) -> Any:
-        """Makes the optimiser and its per-step schedule: a linear warm-up, then a cosine to zero or drops."""
+        """Makes the optimiser and its per-step schedule: a linear warm-up, then the config's `lr_decay`."""
         optimizer = make_optimizer(nn.ModuleList([self.student, self.parts]), self.config)
         warmup, *drops = (
             round(epochs / self.config.epochs * self.steps) for epochs in (self.config.warmup_epochs, *self.config.drops)
         )
+        decay = linear if self.config.lr_decay == "linear" else cosine
         return self.by_steps(
-            optimizer, lambda step: dropping(step, drops, warmup) if drops else cosine(step, self.steps, warmup)
+            optimizer, lambda step: dropping(step, drops, warmup) if drops else decay(step, self.steps, warmup)
         )
 
 
@@ -142,11 +143,11 @@ def update_average(average: nn.Module, network: nn.Module, decay: float) -> None
 
 
 def make_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """Makes the config's optimiser for a network; biases and normalisation parameters get no weight decay."""
+    """Makes the config's optimiser for a network; biases and normalisation parameters decay only with `decay_all`."""
     parameters = [p for p in network.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": config.weight_decay if config.decay_all else 0.0},
     ]
     if config.optimizer == "adam":
         return torch.optim.Adam(groups, lr=config.lr)

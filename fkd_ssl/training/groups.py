@@ -74,7 +74,7 @@ class DataConfig:
     """Images: a folder, tars, Parquet files, a list of files, or another source (docs/sources.md). Classes are needed only for
     --targets labels, --calibrate_below and --val."""
     recipe: str = "mocov2"
-    """Augmentation that online crops are drawn from: mocov2, s2bnn, swav or fkd. Stored crops use that of the store."""
+    """Augmentation that online crops are drawn from: mocov2, s2bnn, swav, fkd or simreg. Stored crops use that of the store."""
     crops_per_image: int = 4
     """M, crops per image in a batch. A larger M decodes fewer images, but makes the crops of a batch more alike."""
     batch_size: int = FROM_DATA
@@ -255,17 +255,18 @@ class OptimizerConfig:
     """Peak learning rate; it is not scaled with the batch size. By default, for adam and adamw, it depends on the objective for
     up to 50,000 images, and is 3e-4 otherwise (S2-BNN)."""
     weight_decay: float = 0.0
-    """Weight decay; biases and normalisation parameters get none."""
+    """Weight decay of the weights of convolutions and linear layers."""
+    decay_all: bool = False
+    """Apply the weight decay to biases and normalisation parameters too, as the codes of SEED, SimReg and FKD do with SGD."""
     momentum: float = 0.9
     """Momentum of sgd and lars."""
     epochs: float = 100
     """Number of epochs. One epoch is one crop of every image, regardless of crops_per_image."""
     warmup_epochs: float = FROM_DATA
-    """Epochs of linear warm-up, before a cosine to zero (or --lr_drops); by default a thirtieth of the epochs for up to 50,000
-    images, otherwise 0."""
-    lr_drops: str | None = None
-    """Epochs after which the learning rate is divided by 10, instead of the cosine, for instance 120,240. In a YAML file,
-    quote a single number."""
+    """Epochs of linear warm-up; by default a thirtieth of the epochs for up to 50,000 images, otherwise 0."""
+    lr_decay: str = "cosine"
+    """Schedule of the learning rate after the warm-up: cosine or linear (S2-BNN), both to zero, or the epochs after which it is
+    divided by 10, for instance 120,240. In a YAML file, quote a single number."""
     single_crop_epochs: float = 0.0
     """Number of epochs at the end whose batches have one crop per image, as in FKD."""
     clip: float | None = None
@@ -285,19 +286,21 @@ class OptimizerConfig:
         if self.ema is not None and not 0 < self.ema < 1:
             raise RequestError(f"ema {self.ema}: must be between 0 and 1; 0.999 averages about the last thousand steps")
         if self.drops and self.drops[-1] >= self.epochs:
-            raise RequestError(f"lr_drops {self.lr_drops}: the last one must come before epochs {self.epochs:g}")
+            raise RequestError(f"lr_decay {self.lr_decay}: the last one must come before epochs {self.epochs:g}")
         if self.single_crop_epochs > self.epochs:
             raise RequestError(f"single_crop_epochs {self.single_crop_epochs}: must be at most epochs {self.epochs}")
 
     @property
     def drops(self) -> list[float]:
-        """The epochs in `lr_drops`."""
+        """The epochs in `lr_decay`; empty for cosine and linear."""
+        if self.lr_decay in ("cosine", "linear"):
+            return []
         try:
-            drops = [float(epoch) for epoch in split(self.lr_drops)]
+            drops = [float(epoch) for epoch in split(self.lr_decay)]
         except ValueError:
             drops = [-1.0]
         if not all(a < b for a, b in pairwise([0, *drops, math.inf])):
-            raise RequestError(f"lr_drops {self.lr_drops!r}: expected increasing epochs, such as 120,240")
+            raise RequestError(f"lr_decay {self.lr_decay!r}: expected cosine, linear, or increasing epochs such as 120,240")
         return drops
 
 

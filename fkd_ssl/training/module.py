@@ -68,6 +68,17 @@ def cosine(step: int, steps: int, warmup: int) -> float:
     return 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, steps - warmup))))
 
 
+def linear(step: int, steps: int, warmup: int) -> float:
+    """The factor of the learning rate at a step: linear up to 1 over `warmup` steps, then linear down to almost 0.
+
+    The code of S2-BNN (arXiv 2102.08946), under the name --cos. It lowers the rate once per epoch, to 1 - epoch / epochs; here
+    it falls at every step.
+    """
+    if step < warmup:
+        return (step + 1) / warmup
+    return 1 - min(1.0, (step - warmup) / max(1, steps - warmup))
+
+
 def dropping(step: int, drops: Sequence[int], warmup: int) -> float:
     """The factor of the learning rate at a step: linear up to 1 over `warmup` steps, divided by 10 at each step in `drops`."""
     if step < warmup:

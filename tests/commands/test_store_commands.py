@@ -2,10 +2,16 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+
+from fkd_ssl.crops import RECIPES
+from fkd_ssl.crops.operations import FLIP
+from fkd_ssl.store import open_store
 
 PRECOMPUTE = "precompute --images train --teacher own_teacher:make --crops 4 --codec Flat --chunk_size 16"
 
@@ -27,6 +33,17 @@ class TestPrecompute:
         status, out, _ = call(f"{PRECOMPUTE} --store store")
         assert (status, out.split(";")[0]) == (0, "store: nothing to do")
         assert contents(work / "store") == before
+
+    def test_the_scale_of_the_crops(self, work: Path, call: Any) -> None:
+        assert call(f"{PRECOMPUTE} --store new --recipe simreg --min_scale 0.3 --max_scale 0.4").status == 0
+        store = open_store(work / "new")
+        assert store.manifest.recipe == replace(RECIPES["simreg"], scale=(0.3, 0.4))
+        records = np.load(work / "new/crops/00000.npy")
+        shares = records["height"] * 1.0 * records["width"] / (40 * 44)
+        assert (shares > 0.28).all()
+        assert (shares < 0.42).all()
+        assert set(np.unique(records["flags"])) == {0, FLIP}
+        assert call(f"{PRECOMPUTE} --store other --max_scale 0.1").status == 2  # below mocov2's minimum
 
     def test_json_is_one_object(self, work: Path, call: Any) -> None:
         status, out, _ = call(f"{PRECOMPUTE} --store new --json")

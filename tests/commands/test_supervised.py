@@ -126,7 +126,7 @@ def test_plain_training_with_labels(call: Any, work: Path) -> None:
     assert "licence" not in card
     assert f"| top1 of its own classes | {results['top1']:.2f} % |" in card
     assert "| label_smoothing | 0.1 |" in card
-    assert call(f"{LABELS} --epochs 1 --mixup 0.8 --cutmix 1 --lr_drops 0.5 --store store --out stored").status == 0
+    assert call(f"{LABELS} --epochs 1 --mixup 0.8 --cutmix 1 --lr_decay 0.5 --store store --out stored").status == 0
 
 
 def test_labels_need_classes(call: Any, work: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from fkd_ssl.errors import CheckpointError, FkdError, RequestError
 from fkd_ssl.teachers import FAMILIES, PRESETS, Teacher, load_teacher
@@ -144,6 +145,21 @@ def test_a_preset_is_found_in_the_cache_folder(kit: SimpleNamespace, tmp_path: P
     kit.save(tmp_path / PRESETS["swav_r50_800ep"].file, kit.hollow(kit.swav("resnet50", prototypes=3000)))
     teacher = load_teacher("swav_r50_800ep")
     assert (teacher.info.name, teacher.info.checkpoint) == ("swav_r50_800ep", "swav_800ep_pretrain.pth.tar")
+
+
+@pytest.mark.parametrize(("layout", "std"), [("moco", (0.229, 0.224, 0.225)), ("swav", (0.228, 0.224, 0.225))])
+def test_the_features_of_a_backbone_are_targets(kit: SimpleNamespace, write: Any, layout: str, std: Any) -> None:
+    family = "mocov2" if layout == "moco" else "swav"
+    state = kit.fill(getattr(kit, layout)("resnet18"))
+    path = write(state)
+    teacher = load_teacher(f"{family}@backbone", checkpoint=path)
+    assert (teacher.info.name, teacher.info.spec.shape, dict(teacher.info.arrays)) == (f"{family}-backbone", (512,), {})
+    images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    prefix = "module.encoder_q." if layout == "moco" else "module."
+    expected = F.normalize(kit.forward(state, prefix, images, std, layout == "swav"), dim=1)
+    torch.testing.assert_close(teacher.embed(images).double(), expected, atol=1e-5, rtol=0)
+    with pytest.raises(RequestError, match=rf"teacher {family}@layer3: expected {family}@backbone, or {family}"):
+        load_teacher(f"{family}@layer3", checkpoint=path)
 
 
 def test_a_preset_is_held_against_the_shapes_and_the_md5(kit: SimpleNamespace, write: Any) -> None:

@@ -11,7 +11,7 @@ from fkd_ssl.objectives import FeatureKL
 from fkd_ssl.students import Student
 from fkd_ssl.training.config import TrainConfig
 from fkd_ssl.training.distiller import Distiller, make_optimizer
-from fkd_ssl.training.module import cosine, dropping
+from fkd_ssl.training.module import cosine, dropping, linear
 from fkd_ssl.training.targets import OnlineTargets, stored_targets
 
 OPTIMIZERS = {"adam": "Adam", "adamw": "AdamW", "sgd": "SGD", "lars": "LARS"}
@@ -42,6 +42,17 @@ class TestCosine:
         assert cosine(10, 10, 10) == 1
 
 
+class TestLinear:
+    def test_at_the_start_of_every_epoch_it_is_s2bnns(self) -> None:
+        epochs, steps_per_epoch = 10, 7
+        for epoch in range(epochs):
+            factor = linear(epoch * steps_per_epoch, epochs * steps_per_epoch, 0)
+            assert factor == pytest.approx(1 - epoch / epochs)  # adjust_learning_rate of its main_moco.py
+
+    def test_warm_up_comes_first_and_the_end_is_zero(self) -> None:
+        assert [linear(step, 6, 2) for step in range(7)] == pytest.approx([0.5, 1, 1, 0.75, 0.5, 0.25, 0])
+
+
 class TestDropping:
     def test_a_tenth_after_each_drop(self) -> None:
         assert [dropping(step, [3, 5], 0) for step in (0, 2, 3, 4, 5, 90)] == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
@@ -65,6 +76,23 @@ class TestOptimizer:
         expected = {n for n in named.values() if n.endswith(".bias") or n.rpartition(".")[0] in norms}
         assert {named[id(p)] for p in free["params"]} == expected
         assert expected
+
+    def test_with_decay_all_everything_decays_as_in_one_group(self) -> None:
+        networks = []
+        for _ in range(2):
+            torch.manual_seed(0)
+            networks.append(torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4)))
+        config = make_config(optimizer="sgd", weight_decay=0.5, decay_all=True, lr=0.1, momentum=0.9)
+        ours = make_optimizer(networks[0], config)
+        theirs = torch.optim.SGD(networks[1].parameters(), 0.1, momentum=0.9, weight_decay=0.5)
+        for network, optimizer in zip(networks, (ours, theirs), strict=True):
+            for _ in range(3):
+                optimizer.zero_grad()
+                network(torch.eye(3)).pow(2).sum().backward()
+                optimizer.step()
+        for a, b in zip(networks[0].parameters(), networks[1].parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=0, atol=0)
+        assert not torch.equal(networks[0][1].weight, torch.ones(4))
 
     @pytest.mark.parametrize("name", ["sgd", "lars"])
     def test_momentum_is_passed_on(self, name: str) -> None:

@@ -73,6 +73,10 @@ class TestAccumulation:
         assert parts.column("lr") == whole.column("lr")
         assert {key: parts.results[key] for key in ("steps", "crops_seen")} == {"steps": 9, "crops_seen": 144}
 
+    def test_the_learning_rate_decays_linearly(self, make_run: Any) -> None:
+        run = make_run("linear", lr_decay="linear").train()
+        assert run.column("lr") == pytest.approx([run.config.lr * (1 - step / 9) for step in range(9)])
+
     def test_parts_must_divide_a_batch(self) -> None:
         with pytest.raises(RequestError, match=r"accumulate 3: does not divide the 64 images of a batch"):
             TrainConfig(images="i", out="o", store="s", accumulate=3, batch_size=256)
@@ -111,7 +115,7 @@ class TestResume:
             "mixup": 0.8,
             "cutmix": 1.0,
             "accumulate": 2,
-            "lr_drops": "2,4",
+            "lr_decay": "2,4",
         }
         about = [TeacherInfo(name="labels", spec=TargetSpec("distribution", (3,)))]
         whole = make_run("whole", **options).train(targets=about)
