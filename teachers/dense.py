@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from fkd_ssl.errors import RequestError
+from fkd_ssl.maps import MapWatch
 from fkd_ssl.teachers.teacher import Teacher
 
 TOLERANCE = {"fp32": 1e-3, "fp16": 2e-2, "bf16": 5e-2}
@@ -69,7 +69,7 @@ class DenseTeacher:
         """
         with _Watch() as watch:
             logits = self.teacher.output(images)
-        found, last = watch.pooled, watch.linear
+        found, last = watch.map if watch.pooled else None, watch.linear
         if last is None or last[0].shape[0] != self.teacher.info.spec.size:
             raise self._refusal("its logits do not come from a linear layer")
         weight, bias = last
@@ -91,29 +91,21 @@ class DenseTeacher:
         )
 
 
-class _Watch(TorchFunctionMode):
-    """Records the last linear layer that a network applies to vectors, and the last map that it pools to one value per channel.
+class _Watch(MapWatch):
+    """Also records the last linear layer that a network applies to vectors.
 
     Attributes:
-        pooled: The map [B, F, h, w] with several positions; None if nothing was pooled.
         linear: Weight [K, F] and bias [K] or None.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.pooled: Tensor | None = None
         self.linear: tuple[Tensor, Tensor | None] | None = None
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        output = function(*args, **kwargs)
-        given = args[0] if args else None
-        if isinstance(output, Tensor) and isinstance(given, Tensor):
-            if function is F.linear and given.ndim == 2:
-                self.linear = _parameters(*args[1:], **kwargs)
-            elif given.ndim == 4 and output.numel() < given.numel() == output.numel() * given.shape[2] * given.shape[3]:
-                self.pooled = given
-        return output
+        if function is F.linear and args[0].ndim == 2:
+            self.linear = _parameters(*args[1:], **(kwargs or {}))
+        return super().__torch_function__(function, types, args, kwargs)
 
 
 def _parameters(weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, Tensor | None]:

@@ -8,6 +8,7 @@ import numpy as np
 from torch import Tensor, nn
 
 from fkd_ssl.errors import CheckpointError, RequestError
+from fkd_ssl.maps import arrange
 from fkd_ssl.targets import Rgb
 from fkd_ssl.teachers import state_dicts
 from fkd_ssl.teachers.teacher import Teacher
@@ -95,7 +96,7 @@ _HEADS = (
 
 
 class _Pooled(nn.Module):
-    """Maps [B, 3, H, W] to [B, F]."""
+    """Maps [B, 3, H, W] to [B, F], and to the map of the last hidden state."""
 
     def __init__(self, model: Any, *, class_token: bool) -> None:
         super().__init__()
@@ -106,7 +107,21 @@ class _Pooled(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """Features of normalised floats."""
+        return self._features(self.model(pixel_values=images, **self.options))
+
+    def features_and_map(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Features, and the last hidden state as a map [B, F, h, w], without class, distillation and register tokens."""
         output = self.model(pixel_values=images, **self.options)
+        hidden: Tensor = output.last_hidden_state
+        if hidden.ndim == 4:
+            return self._features(output), hidden
+        side = getattr(self.model.config, "patch_size", 1)
+        height, width = side if isinstance(side, (list, tuple)) else (side, side)
+        size = images.shape[2] // height, images.shape[3] // width
+        prefix = hidden.shape[1] - size[0] * size[1]  # negative for Swin, which merges patches
+        return self._features(output), arrange(hidden, size, prefix=max(prefix, 0))
+
+    def _features(self, output: Any) -> Tensor:
         if self.class_token:
             token: Tensor = output.last_hidden_state[:, 0]
             return token

@@ -7,10 +7,11 @@ from fkd_ssl.errors import RequestError
 from fkd_ssl.targets.distribution import Distribution
 from fkd_ssl.targets.embedding import Embedding
 from fkd_ssl.targets.kind import Kind, Shape
+from fkd_ssl.targets.tokens import Tokens
 
-KINDS: dict[str, Kind] = {kind.name: kind for kind in (Embedding(), Distribution())}
+KINDS: dict[str, Kind] = {kind.name: kind for kind in (Embedding(), Distribution(), Tokens())}
 """The kinds of targets, by name."""
-MAX_SIZE = 2**16
+MAX_SIZE = 2**20
 """Maximum number of values in one target."""
 
 
@@ -20,7 +21,7 @@ class TargetSpec:
 
     Attributes:
         kind: A name in `KINDS`.
-        shape: Shape of one target: [D] for an embedding, [K] for class probabilities.
+        shape: Shape of one target: [D] for an embedding, [K] for class probabilities, [h, w, D] for tokens.
 
     Raises:
         RequestError: The kind is unknown, or the shape is invalid for it.

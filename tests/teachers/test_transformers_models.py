@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from fkd_ssl.errors import CheckpointError, FkdError, RequestError
+from fkd_ssl.maps import feature_map, features_and_map
 from fkd_ssl.teachers import load_teacher
+from fkd_ssl.teachers.transformers_models import _Pooled
 
 transformers = pytest.importorskip("transformers")
 
@@ -135,3 +138,56 @@ def test_folders_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(RequestError, match=r"transformers is not installed .*pip install 'fkd_ssl\[transformers\]'"):
         load_teacher("transformers", checkpoint=tmp_path)
+
+
+LAYOUTS: dict[str, Callable[[], tuple[Any, int]]] = {
+    "ViT": lambda: (transformers.ViTModel(transformers.ViTConfig(**SIZES, image_size=28, patch_size=14)), 1),
+    "DeiT": lambda: (transformers.DeiTModel(transformers.DeiTConfig(**SIZES, image_size=28, patch_size=14)), 2),
+    "DINOv2": lambda: (dinov2(), 1),
+    "registers": lambda: (
+        transformers.Dinov2WithRegistersModel(
+            transformers.Dinov2WithRegistersConfig(**SIZES, image_size=28, patch_size=14, num_register_tokens=4)
+        ),
+        5,
+    ),
+    "DINOv3": lambda: (
+        transformers.DINOv3ViTModel(transformers.DINOv3ViTConfig(**SIZES, image_size=28, patch_size=14, num_register_tokens=4)),
+        5,
+    ),
+    "SigLIP": lambda: (
+        transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**SIZES, image_size=28, patch_size=14)),
+        0,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+@pytest.mark.parametrize(("height", "width"), [(28, 28), (42, 70)])
+def test_the_map_is_the_last_hidden_state_without_other_tokens(name: str, height: int, width: int) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model, prefix = LAYOUTS[name]()
+        given = torch.randn(2, 3, height, width)
+    network = _Pooled(model.eval(), class_token=False)
+    features, found = features_and_map(network, given)
+    output = model(pixel_values=given, **network.options)
+    rows, columns = height // 14, width // 14
+    assert output.last_hidden_state.shape[1] == prefix + rows * columns
+    expected = output.last_hidden_state[:, prefix:].reshape(2, rows, columns, -1).permute(0, 3, 1, 2)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    torch.testing.assert_close(features, output.pooler_output, rtol=0, atol=0)
+
+
+def test_maps_of_a_convolutional_network_and_of_merged_patches() -> None:
+    with torch.random.fork_rng(devices=[]):
+        convnext = transformers.ConvNextModel(
+            transformers.ConvNextConfig(hidden_sizes=[4, 4, 4, 8], depths=[1, 1, 1, 1])
+        ).eval()
+        swin = transformers.SwinModel(
+            transformers.SwinConfig(image_size=64, embed_dim=8, depths=[1, 1], num_heads=[1, 2], window_size=4)
+        ).eval()
+    given = torch.zeros(1, 3, 64, 96)
+    torch.testing.assert_close(feature_map(_Pooled(convnext, class_token=False), given), convnext(given).last_hidden_state)
+    found = feature_map(_Pooled(swin, class_token=False), given)
+    expected = swin(given, interpolate_pos_encoding=True).last_hidden_state.reshape(1, 8, 12, 16).permute(0, 3, 1, 2)
+    torch.testing.assert_close(found, expected)

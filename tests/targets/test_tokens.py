@@ -1,0 +1,75 @@
+"""Tokens: each is normalised and coded on its own, by one codec, in row order."""
+
+import numpy as np
+import pytest
+import torch
+
+from fkd_ssl.arrays import Float32Array
+from fkd_ssl.errors import RequestError, StoreError
+from fkd_ssl.targets import KINDS, TargetSpec
+from fkd_ssl.targets.faiss_codecs import FaissCodec
+
+SHAPE = (2, 3, 16)
+TOKENS = KINDS["tokens"]
+
+
+def grids(count: int = 400) -> Float32Array:
+    """Unit vectors near a subspace of 6 dimensions, as features are."""
+    rng = np.random.default_rng(0)
+    vectors = rng.normal(size=(count, 2, 3, 6)) @ rng.normal(size=(6, 16)) + 0.1 * rng.normal(size=(count, *SHAPE))
+    return (vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)).astype(np.float32)
+
+
+def test_each_token_is_normalised() -> None:
+    output = torch.randn(5, *SHAPE, dtype=torch.bfloat16)
+    found = TOKENS.of_output(output)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, output.float() / output.float().square().sum(-1, keepdim=True).sqrt())
+
+
+@pytest.mark.parametrize("codec", ["Flat", "SQ8", "SQ4", "OPQ4,PQ4x8", "PCA8,SQ8", "PCA8,PQ4x8"])
+def test_a_codec_codes_each_token_in_row_order(codec: str) -> None:
+    """The oracle lists the tokens one after the other and codes the list."""
+    exact = grids(1700)
+    trained = TOKENS.train(codec, exact)
+    alone = FaissCodec.load(codec, 16, trained.arrays())
+    listed = alone.encode(
+        np.stack([exact[crop, row, column] for crop in range(1700) for row in range(2) for column in range(3)])
+    )
+    codes = trained.encode(exact)
+    assert (codes.dtype, codes.shape) == (np.uint8, (1700, TOKENS.code_size(codec, SHAPE)))
+    np.testing.assert_array_equal(codes, [np.concatenate(listed[6 * crop : 6 * crop + 6]) for crop in range(1700)])
+    again = TOKENS.load(codec, SHAPE, trained.arrays())
+    for decoded in (trained.decode(codes), again.decode(codes)):
+        np.testing.assert_array_equal(decoded[7, 1, 0], alone.decode(listed)[6 * 7 + 3])
+        assert (decoded * exact).sum(-1).mean() > 0.9
+    assert {name: array.shape for name, array in trained.arrays().items()} == TOKENS.parameter_shapes(codec, SHAPE)
+    assert trained.decode(codes[:0]).shape == (0, *SHAPE)
+
+
+def test_fidelity_is_measured_per_token() -> None:
+    """One bad token among 2,400 is the minimum, which a cosine of whole grids would hide."""
+    exact = grids()
+    decoded = exact.copy()
+    decoded[3, 1, 2] *= -1
+    found = TOKENS.fidelity(exact, decoded)
+    assert found == pytest.approx({"cosine_mean": 1 - 2 / 2400, "cosine_min": -1})
+
+
+@pytest.mark.parametrize("shape", [(16,), (4, 16), (1, 2, 2, 16)])
+def test_other_shapes_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(RequestError, match=r"tokens are grids \[h, w, D\]"):
+        TargetSpec("tokens", shape)
+
+
+def test_a_large_map_fits() -> None:
+    assert str(TargetSpec("tokens", (7, 7, 2048))) == "7 x 7 tokens, D = 2048"
+
+
+def test_codecs_of_other_kinds_and_damaged_arrays_are_refused() -> None:
+    spec = TargetSpec("tokens", SHAPE)
+    assert spec.check_codec("SQ8", "it") == 6 * 16
+    with pytest.raises(RequestError, match="codec hard: is not for tokens"):
+        spec.check_codec("hard", "it")
+    with pytest.raises(StoreError):
+        TOKENS.load("SQ8", SHAPE, {"ranges": np.zeros((2, 96), np.float32)})
