@@ -77,7 +77,7 @@ def arrange(tokens: Tensor, size: tuple[int, ...], *, prefix: int = 0) -> Tensor
         return max(found / ratio, ratio / found)
 
     h, w = min(pairs, key=apart)
-    return tokens.transpose(1, 2).unflatten(2, (h, w)) if apart((h, w)) < 2 else None
+    return tokens.transpose(1, 2).reshape(len(tokens), -1, h, w) if apart((h, w)) < 2 else None
 
 
 class MapWatch(TorchFunctionMode):
@@ -118,13 +118,13 @@ class MapWatch(TorchFunctionMode):
             first, last = sides
             positions = self._patches[0] * self._patches[1]
             if first > 1 and output.shape == (batch, last) and 0 <= first - positions <= _MAX_PREFIX:  # [B, N, F] to [B, F]
-                self.map = given[:, first - positions :].transpose(1, 2).unflatten(2, self._patches)
+                self.map = given[:, first - positions :].transpose(1, 2).reshape(batch, last, *self._patches)
                 self.pooled = False
             elif last == positions > 1 and output.shape in (
                 (batch, first),
                 (batch, first, 1),
             ):  # [B, F, N] to [B, F] or [B, F, 1]
-                self.map, self.pooled = given.unflatten(2, self._patches), True
+                self.map, self.pooled = given.reshape(batch, first, *self._patches), True
 
 
 def _read(network: Any, images: Tensor) -> tuple[Tensor, Tensor | None]:
