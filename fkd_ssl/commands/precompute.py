@@ -51,7 +51,8 @@ class Config:
     """Maximum share of the image that a crop covers; by default that of the recipe, 1. FKD's labels were made with 0.936."""
     codec: str | None = None
     """Codec of the targets. For embeddings SQ8 (D bytes, the default), SQ4 (D/2), OPQ16,PQ16x8 (16), Flat (exact), ...; for
-    class probabilities marginal_smoothing_k5 (20 bytes, the default), hard, smoothing, marginal_renorm_k5, full, ..."""
+    class probabilities marginal_smoothing_k5 (20 bytes, the default), marginal_quantised_k8 (16 for 1,000 classes), hard,
+    smoothing, marginal_renorm_k5, full, ..."""
     pixels: int | None = None
     """Side of the crops that the teacher sees; by default its native size."""
     seed: int = 0

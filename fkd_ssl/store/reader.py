@@ -44,7 +44,7 @@ class ColumnMeta:
     teacher: TeacherInfo
     """The teacher, with kind and shape of the targets. Its `pixels` is the side of the crops that it saw."""
     codec: str
-    """faiss factory string for embeddings, or one of FKD's names for class probabilities."""
+    """faiss factory string for embeddings, or a label codec for class probabilities."""
     code_size: int
     """Bytes of one code."""
     fidelity: dict[str, Any]

@@ -1,4 +1,4 @@
-"""Class probabilities [K], stored with FKD's codecs."""
+"""Class probabilities [K], stored with the label codecs."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +35,7 @@ class Distribution(Kind):
         return output.float().softmax(dim=1)
 
     def has_codec(self, codec: str) -> bool:
-        """Whether `codec` is one of FKD's names."""
+        """Whether `codec` is the name of a label codec."""
         return is_label(codec)
 
     def default_codec(self, shape: Shape) -> str:

@@ -37,6 +37,7 @@ SPECS = (
     "marginal_smoothing_k5",
     "marginal_renorm_k3",
     "full",
+    "marginal_quantised_k5",
 )
 
 

@@ -23,7 +23,7 @@ RECORD = np.dtype(
         ("sigma", "<f2"),
     ]
 )
-LABEL = re.compile(r"hard|smoothing|full|marginal_(?:smoothing|renorm)_k([1-9]\d*)")
+LABEL = re.compile(r"hard|smoothing|full|marginal_(?:smoothing|renorm|quantised)_k([1-9]\d*)")
 SPEC = re.compile(r"(?:(OPQ|PCAR?|RR)(\d+)(?:_(\d+))?,)?(?:(Flat|SQ8|SQ6|SQ4|SQfp16|SQbf16)|PQ(\d+)(?:x(\d+))?)")
 
 
@@ -65,6 +65,15 @@ def bits(codes: np.ndarray, width: int, count: int) -> np.ndarray:
 
 def probabilities(spec: str, dim: int, k: int, codes: np.ndarray) -> np.ndarray:
     """Class probabilities float32 [n, K] of codes uint8 [n, code size]."""
+    if "quantised" in spec:
+        width = (dim - 1).bit_length()
+        numbers = bits(codes, 1, 8 * codes.shape[1])
+        classes, levels = bits(codes, width, k), numbers[:, k * width : k * (width + 6)].reshape(-1, k, 6) @ 2 ** np.arange(6)
+        assert not numbers[:, k * (width + 6) :].any()
+        ratios = 2.0 ** (-(levels + 0.5) * (12 + np.log2(dim)) / 64)
+        p = np.repeat(ratios[:, -1:], dim, axis=1)
+        np.put_along_axis(p, classes, np.concatenate([np.ones((len(codes), 1)), ratios[:, :-1]], axis=1), axis=1)
+        return (p / p.sum(axis=1, keepdims=True)).astype(np.float32)
     classes = codes[:, : 2 * k].copy().view("<u2").astype(int)
     values = codes[:, 2 * k :].copy().view("<f2").astype(float)
     if spec == "full":

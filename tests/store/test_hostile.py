@@ -42,7 +42,18 @@ spec.loader.exec_module(made)
 EXAMPLES = int(os.environ.get("FKD_SSL_FUZZ", "300"))
 LARGEST = 2**25  # bytes of a file that a test reads
 ROOM = 2**30  # bytes of address space that a hostile store may take
-SPECS = ("Flat", "SQfp16", "SQ8", "PQ4x4", "OPQ4_8,PQ4x4", "PCA8,SQ4", "hard", "marginal_smoothing_k5", "full")
+SPECS = (
+    "Flat",
+    "SQfp16",
+    "SQ8",
+    "PQ4x4",
+    "OPQ4_8,PQ4x4",
+    "PCA8,SQ4",
+    "hard",
+    "marginal_smoothing_k5",
+    "full",
+    "marginal_quantised_k3",
+)
 NAMES = [made.name_of(spec) for spec in SPECS]
 RUNS = {
     "pickle.find_class",

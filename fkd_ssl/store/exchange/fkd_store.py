@@ -69,6 +69,8 @@ def import_fkd(
     paths = [folder / fkd_files.label_file(path) for path in images.names]
     first = _first(paths)
     kept = LabelCodec(codec or first.codec(), classes)
+    if kept.quantised:
+        raise RequestError(f"codec {codec}: changes the labels; import-fkd keeps them as they are: leave --codec out")
     log(f"{len(images):,} images x {len(first)} crops, {kept.spec} of {classes} classes: {kept.code_size} + 20 bytes per crop")
     layout.checked_name(column)
     with atomic_folder(out) as new, ThreadPoolExecutor(threads) as pool:

@@ -38,7 +38,7 @@ def recode(
 
     Args:
         store: The store.
-        codec: faiss factory string for embeddings, one of FKD's names for class probabilities.
+        codec: faiss factory string for embeddings, a label codec for class probabilities.
         column: The column to recode. Default: the only column. A list of columns with class probabilities gives their mean
             (MEAL V2, arXiv 2009.08453, section 3).
         to: Name of the new column. Default: the source's name, followed by the codec's name unless `out` is given.

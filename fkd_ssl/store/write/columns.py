@@ -34,7 +34,7 @@ class Request:
     name: str
     teacher: Teacher
     codec: str
-    """faiss factory string for embeddings, or one of FKD's names for class probabilities."""
+    """faiss factory string for embeddings, or a label codec for class probabilities."""
     pixels: int
     """Side of the crops that the teacher sees."""
     chunk_size: int

@@ -101,7 +101,7 @@ def precompute(
         teacher: The frozen network, or several.
         crops: Number of crops per image C; fixed when the store is created.
         recipe: Recipe that the crops are drawn from; fixed when the store is created.
-        codec: Codec of each column: a faiss factory string for embeddings, one of FKD's names for class probabilities. Default:
+        codec: Codec of each column: a faiss factory string for embeddings, a label codec for class probabilities. Default:
             SQ8 for embeddings, marginal_smoothing_k5 for class probabilities (full for up to 10 classes).
         pixels: Side of the crops that the teachers see: one for all, or one per teacher.
         seed: Seed of the crops.

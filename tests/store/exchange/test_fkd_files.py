@@ -24,6 +24,7 @@ from fkd_ssl.store import open_store
 from fkd_ssl.store.exchange import fkd_files
 from fkd_ssl.store.exchange import fkd_store as fkd_exchange
 from fkd_ssl.store.exchange.fkd_store import export_fkd, import_fkd
+from fkd_ssl.store.maintain.recode import recode
 from fkd_ssl.store.maintain.repair import repair
 from fkd_ssl.store.maintain.verify import verify
 from fkd_ssl.store.write.columns import describe_fidelity
@@ -134,6 +135,30 @@ def test_there_and_back(images: Path, tmp_path: Path, kind: str) -> None:
     for row in range(len(store)):
         assert (np.asarray(again.crops(row, slice(0, C))) == np.asarray(store.crops(row, slice(0, C)))).all()
         np.testing.assert_allclose(again.targets("fkd", row, slice(0, C)), store.targets("fkd", row, slice(0, C)), atol=2e-3)
+
+
+def test_a_quantised_column_is_exported_as_what_fkd_recovers(images: Path, tmp_path: Path) -> None:
+    published(tmp_path / "labels", images, kind="full")
+    with pytest.raises(RequestError, match=r"marginal_quantised_k5: changes the labels; .*leave --codec out"):
+        import_fkd(tmp_path / "labels", scan(images), tmp_path / "store", classes=K, codec="marginal_quantised_k5")
+    store = import_fkd(tmp_path / "labels", scan(images), tmp_path / "store", classes=K)
+    column = recode(store, "marginal_quantised_k5", out=tmp_path / "small")
+    export_fkd(column, tmp_path / "out")
+    again = import_fkd(tmp_path / "out", scan(images), tmp_path / "again", classes=K)
+    assert again.column().meta.codec == "marginal_smoothing_k5"
+    for row in range(len(again)):
+        small = column.store.targets(column.name, row, slice(0, C))
+        np.testing.assert_allclose(again.targets("fkd", row, slice(0, C)), small, atol=2e-3)
+
+
+@pytest.mark.parametrize("kind", ["smoothing", "marginal_smoothing_k5"])
+def test_fkds_recovery_fails_on_its_own_fp16_files(images: Path, tmp_path: Path, kind: str) -> None:
+    """What the help of --fp16 says; `Recover_soft_label` scatters the values of the file into float32 zeros or ones."""
+    published(tmp_path / "labels", images, kind=kind, fp16=True)
+    labels = torch.from_numpy(fkd_files.read(next((tmp_path / "labels").rglob("*.tar"))).labels)
+    index, value = labels[:, 0].reshape(C, -1).long(), labels[:, 1].reshape(C, -1)
+    with pytest.raises(RuntimeError, match="dtype"):
+        torch.ones(C, K).scatter_(1, index, value)
 
 
 def test_another_teacher_sees_the_imported_crops(images: Path, tmp_path: Path, tiny_teacher: Any) -> None:
