@@ -11,6 +11,7 @@ from fkd_ssl import cli
 from fkd_ssl.comparison.config import CompareConfig
 from fkd_ssl.students import check_student
 from fkd_ssl.targets import TargetSpec, TeacherInfo
+from fkd_ssl.training import defaults
 from fkd_ssl.training.config import TrainConfig
 
 ROOT = Path(__file__).parents[1]
@@ -58,15 +59,14 @@ SMALL = sorted({path for path in CONFIGS if path.parent.name == "imagenette" and
 
 @pytest.mark.parametrize("path", SMALL, ids=lambda path: str(path.stem))
 def test_its_student_and_objective_are_there(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from fkd_ssl.training.engine import objective_of
+    from fkd_ssl.training.engine import objectives_of
 
     config = parsed(path, monkeypatch)
     check_student(config.student, config.pixels, head=config.head, stem=config.stem, width=config.width)
     if isinstance(config, TrainConfig):
-        objective_of(
-            config,
-            TeacherInfo(name="t", spec=TargetSpec("distribution" if config.head == "classifier" else "embedding", (128,))),
-        )
+        kind = "distribution" if config.head == "classifier" else "embedding"
+        config = defaults.resolve(config, images=7000, pixels=64, kinds=[kind])
+        objectives_of(config, [TeacherInfo(name="t", spec=TargetSpec(kind, (128,)))])
 
 
 def test_every_imagenet_run_has_a_small_twin() -> None:

@@ -19,15 +19,21 @@ from fkd_ssl.objectives import (
     QueueKL,
     Relational,
     SoftCE,
+    TokenCosine,
+    TokenRelations,
     Weighted,
+    complete,
     make_objective,
+    make_objectives,
+    only,
     settings_of,
 )
 from fkd_ssl.targets import TargetSpec, TeacherInfo
 
 Array = npt.NDArray[np.float64]
 SUM = "feature_kl+0.5*relational+2*queue_kl"
-OF_EMBEDDINGS = [name for name in OBJECTIVES if name not in ("soft_ce", "discriminator")]
+OF_EMBEDDINGS = [name for name, objective in OBJECTIVES.items() if objective.kind == "embedding"]
+OF_TOKENS = ["token_cosine", "token_relations", "token_cosine+3*token_relations"]
 
 
 def make(name: str, dim: int = 12) -> Objective:
@@ -525,3 +531,98 @@ class TestDiscriminator:
     def test_it_needs_the_number_of_classes(self) -> None:
         with pytest.raises(RequestError, match="objective discriminator: the size of the targets is needed"):
             make_objective("discriminator")
+
+
+def grids(batch: int = 3, h: int = 2, w: int = 3, dim: int = 5, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """L2-normalised tokens of student and target, float64 [B, h, w, D]."""
+    both = torch.randn(2, batch, h, w, dim, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    student, target = F.normalize(both, dim=-1)
+    return student, target
+
+
+class TestTokens:
+    @pytest.mark.parametrize("shape", [(1, 1, 1, 2), (3, 2, 3, 5), (4, 7, 7, 64)])
+    def test_token_cosine_is_the_squared_distance_of_the_tokens(self, shape: tuple[int, int, int, int]) -> None:
+        student, target = grids(*shape)
+        rows = [part.numpy().reshape(-1, shape[3]) for part in (student, target)]
+        assert TokenCosine()(student, target).item() == pytest.approx(squared_distance(*rows), rel=1e-12)
+
+    @pytest.mark.parametrize("shape", [(1, 1, 2, 2), (3, 2, 3, 5), (2, 7, 7, 16)])
+    def test_token_relations_compares_all_pairs_of_positions_of_a_crop(self, shape: tuple[int, int, int, int]) -> None:
+        student, target = grids(*shape)
+        squares = []
+        for s, t in zip(student.numpy(), target.numpy(), strict=True):
+            a, b = s.reshape(-1, shape[3]), t.reshape(-1, shape[3])
+            squares += [(sum(a[i] * a[j]) - sum(b[i] * b[j])) ** 2 for i in range(len(a)) for j in range(len(a))]
+        assert TokenRelations()(student, target).item() == pytest.approx(np.mean(squares), rel=1e-12)
+
+    def test_token_relations_does_not_depend_on_a_rotation_or_on_the_students_dimension(self) -> None:
+        student, target = grids()
+        rotation = torch.linalg.qr(torch.randn(5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))).Q
+        value = TokenRelations()(student, target).item()
+        assert TokenRelations()(student @ rotation, target).item() == pytest.approx(value, rel=1e-9)
+        assert TokenRelations()(F.pad(student, (0, 2)), target).item() == pytest.approx(value, rel=1e-12)
+        assert TokenRelations()(target @ rotation, target).item() == pytest.approx(0, abs=1e-15)
+
+    @pytest.mark.parametrize("name", OF_TOKENS)
+    def test_the_value_is_a_mean_over_the_batch_with_zero_at_the_target(self, name: str) -> None:
+        objective = make_objective(name, about=TeacherInfo(name="vit", spec=TargetSpec("tokens", (2, 3, 5))))
+        student, target = grids()
+        rows = [objective(student[k : k + 1], target[k : k + 1]).item() for k in range(3)]
+        assert objective(student, target).item() == pytest.approx(sum(rows) / 3, rel=1e-12)
+        assert objective.floor(target).item() == 0
+        assert objective(target, target).item() == pytest.approx(0, abs=1e-12)
+
+    @pytest.mark.parametrize("name", OF_TOKENS)
+    def test_gradients_bfloat16_and_autocast(self, name: str) -> None:
+        student, target = grids()
+        objective = make_objective(name)
+        assert torch.autograd.gradcheck(lambda s: objective(s, target), (student.requires_grad_(),))
+        student, target = grids(8, 7, 7, 64)
+        expected = objective(student, target).item()
+        assert objective(student.bfloat16(), target.float()).item() == pytest.approx(expected, rel=1e-2)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert objective(student.float(), target.float()).item() == pytest.approx(expected, rel=1e-2)
+
+
+class TestSeveralKinds:
+    GLOBAL = TeacherInfo(name="cls", spec=TargetSpec("embedding", (12,)))
+    DENSE = TeacherInfo(name="vit", spec=TargetSpec("tokens", (2, 3, 5)))
+
+    def test_each_teacher_gets_the_terms_for_its_kind(self) -> None:
+        first, second = make_objectives("cosine + 2*token_cosine + 0.5*relational", [self.GLOBAL, self.DENSE])
+        assert isinstance(first, Weighted)
+        assert [type(part) for part in first.parts] == [Cosine, Relational]
+        assert first.weights == [1, 0.5]
+        assert isinstance(second, Weighted)
+        assert ([type(part) for part in second.parts], second.weights) == ([TokenCosine], [2])
+        again, _ = make_objectives("feature_kl+token_cosine", [self.GLOBAL, self.DENSE])
+        assert type(again) is FeatureKL
+
+    @pytest.mark.parametrize(
+        ("expression", "kinds", "expected"),
+        [
+            (None, ["embedding"], "feature_kl"),
+            (None, ["distribution"], "soft_ce"),
+            (None, ["tokens"], "token_cosine"),
+            (None, ["tokens", "embedding", "tokens"], "token_cosine+feature_kl"),
+            ("relational", ["embedding", "tokens"], "relational+token_cosine"),
+            ("2*token_relations + cosine", ["embedding", "tokens"], "2*token_relations + cosine"),
+        ],
+    )
+    def test_missing_terms_are_the_defaults(self, expression: str | None, kinds: list[str], expected: str) -> None:
+        assert complete(expression, kinds) == expected
+
+    def test_the_terms_of_one_kind_are_an_expression(self) -> None:
+        found = only("0.5*queue_kl(queue=8, temperature=0.1) + token_cosine + cosine", ["embedding"])
+        assert found == "0.5*queue_kl(queue=8, temperature=0.1)+cosine"
+
+    def test_a_term_for_no_teacher_is_refused(self) -> None:
+        with pytest.raises(RequestError, match="objective token_cosine: the targets of 'cls' are embeddings: choose"):
+            make_objectives("cosine+token_cosine", [self.GLOBAL])
+        with pytest.raises(
+            RequestError, match=r"objective cosine: the targets of 'vit' are .*: choose --objective token_cosine"
+        ):
+            make_objectives("cosine+token_cosine", [self.DENSE])
+        with pytest.raises(RequestError, match="objective: no term is for embeddings, the targets of 'cls'"):
+            make_objectives("token_cosine", [self.GLOBAL, self.DENSE])

@@ -45,9 +45,9 @@ def work(config: Config) -> "Trained":
     from fkd_ssl.commands import console, resolve, training_data
     from fkd_ssl.commands.images import images_of
     from fkd_ssl.commands.initial import initial_weights
-    from fkd_ssl.students import check_student, measure
+    from fkd_ssl.students import check_student, dims_of, measure
     from fkd_ssl.training import defaults
-    from fkd_ssl.training.engine import total_steps, train
+    from fkd_ssl.training.engine import student_options, total_steps, train
     from fkd_ssl.training.loggers import make_logger
 
     rank, world = _join_processes(config)
@@ -57,7 +57,7 @@ def work(config: Config) -> "Trained":
     config = data.config
     if isinstance(config.student, Named):
         config = replace(config, student=Named(config.student, config.student.value, config.pixels))
-    check_student(config.student, config.pixels, head=config.head, stem=config.stem, width=config.width)
+    check_student(config.student, config.pixels, *dims_of(data.targets), **student_options(config))
     init = initial_weights(config)
     inputs = None if rank else _inputs(config, images, data, init)
     state = runs.peek(config.out, config, inputs)
@@ -81,9 +81,10 @@ def work(config: Config) -> "Trained":
         folder, state = stack.enter_context(runs.open_run(config.out, config, inputs))
         if state == "done":  # another process finished it while this one was starting
             return _done(config)
+        shapes = " and ".join(str(about.spec) for about in data.targets)
         console.log(
             f"{'continuing' if state == 'resume' else 'training'} {config.student} on {len(crops):,} images, {config.targets} "
-            f"targets, D = {' and '.join(map(str, student.dims))}; {config.epochs:g} epochs of one crop per image"
+            f"targets, {shapes}; {config.epochs:g} epochs of one crop per image"
         )
         console.log(f"{config.student} at {config.pixels} px: {size}")
         console.log(resolve.describe_machine(device_crops=crops.decode_only))
@@ -171,19 +172,18 @@ def _inputs(config: Config, images: "ImageSource", data: "TrainingData", init: "
 def _check(config: Config, images: "ImageSource", data: "TrainingData", init: "Weights | None", world: int) -> "Student":
     """Makes the initial student; raises RequestError for what would fail later, before the run folder is created."""
     from fkd_ssl.eval.classify import check_classes
-    from fkd_ssl.students import Student
-    from fkd_ssl.training.engine import check_batch, objective_of
+    from fkd_ssl.students import Student, dims_of
+    from fkd_ssl.training.engine import check_batch, objectives_of, student_options
     from fkd_ssl.training.loggers import check_logger
 
     check_batch(config, len(images if data.crops is None else data.crops), world=world)
-    for about in data.targets:
-        objective_of(config, about)
-        if config.calibrate_below is not None:
+    objectives_of(config, data.targets)
+    if config.calibrate_below is not None:
+        for about in data.targets:
             check_classes(images, about.spec.size)
     if config.logger is not None:
         check_logger(config.logger)
-    dims = [about.spec.size for about in data.targets]
-    student = Student(config.student, *dims, head=config.head, stem=config.stem, width=config.width)
+    student = Student(config.student, *dims_of(data.targets), **student_options(config))
     if init is not None:
         student.start_from(init)
     return student

@@ -78,10 +78,16 @@ def open_data(config: TrainConfig, images: ImageSource) -> TrainingData:
 def _stored(config: TrainConfig, images: ImageSource, store: Store | None) -> TrainingData:
     """Crops and targets of the store."""
     assert store is not None  # by TrainConfig
-    columns = split(config.column)
-    first = store.column(columns[0] if columns else None)
-    config = defaults.resolve(config, images=len(store), pixels=first.meta.teacher.pixels, mix_groups=images.mix_groups)
-    crops = StoredCrops(store, images, column=columns or None, scale_boxes=config.scale_boxes, **_crop_options(config))
+    names = split(config.column)
+    columns = [store.column(name) for name in names or [None]]
+    config = defaults.resolve(
+        config,
+        images=len(store),
+        pixels=columns[0].meta.teacher.pixels,
+        kinds=[column.info.spec.kind for column in columns],
+        mix_groups=images.mix_groups,
+    )
+    crops = StoredCrops(store, images, column=names or None, scale_boxes=config.scale_boxes, **_crop_options(config))
     return TrainingData(
         config=config,
         crops=crops,
@@ -97,7 +103,11 @@ def _labels(config: TrainConfig, images: ImageSource, store: Store | None) -> Tr
     require_two_classes(images)
     seen = [store.column(name).meta.teacher.pixels for name in store.column_names] if store else []
     config = defaults.resolve(
-        config, images=len(store or images), pixels=(*seen, defaults.PIXELS)[0], mix_groups=images.mix_groups
+        config,
+        images=len(store or images),
+        pixels=(*seen, defaults.PIXELS)[0],
+        kinds=["distribution"],
+        mix_groups=images.mix_groups,
     )
     return TrainingData(
         config=config,
@@ -111,7 +121,7 @@ def _relabel(config: TrainConfig, images: ImageSource, store: Store | None) -> T
     """Fresh crops, with targets from ReLabel's label maps."""
     assert config.label_maps is not None  # by TrainConfig
     maps = LabelMaps(config.label_maps)
-    config = defaults.resolve(config, images=len(images), pixels=maps.manifest.teacher.pixels)
+    config = defaults.resolve(config, images=len(images), pixels=maps.manifest.teacher.pixels, kinds=["distribution"])
     return TrainingData(
         config=config,
         crops=RelabelledCrops(images, maps, resolve.recipe_of(config.recipe), **_crop_options(config)),
@@ -128,7 +138,12 @@ def _online(config: TrainConfig, images: ImageSource, store: Store | None) -> Tr
     teachers = resolve.teachers_of(config.teacher, config.checkpoint, precision)
     config = replace(config, teacher_precision=precision)
     inputs = {f"teacher {t.info.name}": f"{t.info.network}, sha256 {t.info.checkpoint_sha256}" for t in teachers}
-    config = defaults.resolve(config, images=len(store or images), pixels=config.teacher_pixels or teachers[0].info.pixels)
+    config = defaults.resolve(
+        config,
+        images=len(store or images),
+        pixels=config.teacher_pixels or teachers[0].info.pixels,
+        kinds=[teacher.info.spec.kind for teacher in teachers],
+    )
     return TrainingData(
         config=config,
         crops=None if config.record is not None else _crops_without_targets(config, images, store),

@@ -8,8 +8,10 @@ from typing import Any, Literal
 
 from fkd_ssl.comparison.config import CompareConfig
 from fkd_ssl.errors import RequestError, did_you_mean
+from fkd_ssl.objectives import complete, only
 from fkd_ssl.pretraining.config import PretrainConfig
 from fkd_ssl.students.heads import CLASSIFIER
+from fkd_ssl.targets import TeacherInfo
 from fkd_ssl.training.config import TrainConfig
 from fkd_ssl.training.groups import checkpoints_of, split, teacher_precision
 
@@ -112,8 +114,8 @@ def _further(word: str, config: CompareConfig, chosen: tuple[int, ...]) -> Arm:
     return Arm(kind="stored", detail=detail, chosen=chosen, codec=detail)
 
 
-def training(arm: Arm, config: CompareConfig, seed: int, columns: Sequence[str]) -> TrainConfig:
-    """Returns the config of the training of any arm but `alone`. `columns` are the teachers' columns of the store."""
+def training(arm: Arm, config: CompareConfig, seed: int, teachers: Sequence[TeacherInfo]) -> TrainConfig:
+    """Returns the config of the training of any arm but `alone`. The teachers' names are their columns of the store."""
     own = {"out", "store", "teacher", "teacher_weights", "checkpoint", "crops", "codec", "teacher_precision"}
     shared = {f.name for f in fields(TrainConfig)} & {f.name for f in fields(CompareConfig)} - own
     where: dict[str, Any] = {
@@ -123,14 +125,16 @@ def training(arm: Arm, config: CompareConfig, seed: int, columns: Sequence[str])
         "label_maps": str(Path(config.out) / MAPS) if arm.kind == "relabel" else None,
     }
     if arm.kind == "stored":
-        where["column"] = ",".join(columns[k] for k in arm.chosen)
+        where["column"] = ",".join(teachers[k].name for k in arm.chosen)
     elif arm.kind == "online":
         files = [checkpoints_of(config.teacher, config.checkpoint)[k] for k in arm.chosen]
         where["teacher"] = ",".join(split(config.teacher)[k] for k in arm.chosen)
         where["teacher_precision"] = teacher_precision(config)
         where["checkpoint"] = ",".join(file or "" for file in files) if any(files) else None
+    kinds = [teachers[k].spec.kind for k in arm.chosen] or ["distribution"]
+    where["objective"] = only(complete(config.objective, kinds), kinds)
     out = str(Path(config.out) / "runs" / run_name(arm.name, seed))
-    return TrainConfig(out=out, seed=seed, **{key: getattr(config, key) for key in shared}, **where)
+    return TrainConfig(out=out, seed=seed, **{**{key: getattr(config, key) for key in shared}, **where})
 
 
 def pretraining(config: CompareConfig, name: str, *, seed: int, epochs: int) -> PretrainConfig:

@@ -19,6 +19,7 @@ from fkd_ssl.errors import FkdError, RequestError
 from fkd_ssl.eval.classify import check_classes
 from fkd_ssl.eval.features import match_classes
 from fkd_ssl.images import ImageSource, open_images
+from fkd_ssl.objectives import only
 from fkd_ssl.pretraining.config import PretrainConfig
 from fkd_ssl.pretraining.engine import check_pretraining, weights_file
 from fkd_ssl.relabel import generate
@@ -27,11 +28,12 @@ from fkd_ssl.store.maintain.subset import subset
 from fkd_ssl.store.reader import Store, open_store
 from fkd_ssl.store.write.precompute import precompute
 from fkd_ssl.students import CLASSIFIER, check_student
+from fkd_ssl.targets import TeacherInfo
 from fkd_ssl.teachers import Teacher
 from fkd_ssl.teachers.dense import DenseTeacher
 from fkd_ssl.training import defaults
 from fkd_ssl.training.config import TrainConfig
-from fkd_ssl.training.engine import check_batch, objective_of
+from fkd_ssl.training.engine import check_batch, objectives_of
 
 # keys of trained arms only
 _TRAINED = ("train_seconds", "teacher_forwards", "peak_memory_bytes", "epochs", "data_wait")
@@ -91,9 +93,10 @@ def compare(config: CompareConfig, tools: Tools) -> dict[str, Any]:
     if config.store is not None:
         store = open_store(config.store)
         config = use_store(config, store, images, teachers, tools.recipe)
-    config = defaults.resolve(config, images=len(images), pixels=teachers[0].info.pixels)
+    infos = [teacher.info for teacher in teachers]
+    config = defaults.resolve(config, images=len(images), pixels=infos[0].pixels, kinds=[info.spec.kind for info in infos])
     check_student(config.student, config.pixels, head=config.head, stem=config.stem, width=config.width)
-    arms = arms_of(config, [teacher.info.name for teacher in teachers])
+    arms = arms_of(config, [info.name for info in infos])
     _check(config, images, val, teachers, arms)
     # before anything is written, because some networks cannot make label maps
     dense = DenseTeacher(teachers[0], pixels=config.pixels) if any(arm.kind == "relabel" for arm in arms) else None
@@ -110,7 +113,7 @@ def compare(config: CompareConfig, tools: Tools) -> dict[str, Any]:
         if line := defaults.describe(given, config, len(images)):
             tools.log(line)
         files.replace(folder / runs.CONFIG, runs.to_yaml(config).encode())  # it may have new seeds and further arms
-        work = _Comparison(config, tools, folder, images, val, arms, [teacher.info.name for teacher in teachers])
+        work = _Comparison(config, tools, folder, images, val, arms, infos)
         for teacher in teachers:
             work.use_teacher(teacher)
         if dense is not None:
@@ -128,9 +131,9 @@ def compare(config: CompareConfig, tools: Tools) -> dict[str, Any]:
 
 def _check(config: CompareConfig, images: ImageSource, val: ImageSource, teachers: list[Teacher], arms: list[Arm]) -> None:
     """Checks codecs, classes, objective and batch before any work. Raises RequestError."""
-    plain = training(arms[0], config, 0, [teacher.info.name for teacher in teachers])
+    plain = training(arms[0], config, 0, [teacher.info for teacher in teachers])
     for teacher in teachers:
-        objective_of(plain, teacher.info)
+        objectives_of(replace(plain, objective=only(config.objective, [teacher.info.spec.kind])), [teacher.info])
         own = config.codec or teacher.info.spec.definition.default_codec(teacher.info.spec.shape)
         for codec in (own, *(arm.codec for arm in arms if arm.codec is not None)):
             teacher.info.spec.check_codec(codec, teacher.info.name)
@@ -157,10 +160,11 @@ class _Comparison:
         images: ImageSource,
         val: ImageSource,
         arms: list[Arm],
-        columns: list[str],
+        teachers: list[TeacherInfo],
     ) -> None:
         self.config, self.tools, self.folder, self.images, self.val = config, tools, folder, images, val
-        self.arms, self.columns = arms, columns
+        self.arms, self.teachers = arms, teachers
+        self.columns = [info.name for info in teachers]
         self.scorer = Scorer(config, folder / "scores", images, val, tools.device)
         self.lines: list[dict[str, Any]] = []  # one per model of the table
         self.stores: dict[str, dict[str, Any]] = {}  # of each stored arm
@@ -251,7 +255,7 @@ class _Comparison:
         if arm.kind == "alone":
             trained, model = self._train_alone(name, seed)
         else:
-            config = training(arm, self.config, seed, self.columns)
+            config = training(arm, self.config, seed, self.teachers)
             results = self.tools.train(replace(config, mix_groups=self.images.mix_groups))  # as the run itself resolves it
             trained, model = {key: results[key] for key in _TRAINED}, self.tools.load_model(str(run), None)
         scores = self.scorer.score(name, model.features, classify=None if arm.kind == "alone" else model.network)

@@ -58,14 +58,14 @@ class CompareConfig:
     """M, crops per image in a batch, in all arms with a teacher."""
     batch_size: int = FROM_DATA
     """Number of crops in a batch, by default as for train; in the arm alone, number of images with two crops each."""
-    objective: str = "feature_kl"
-    """Loss, as for train; prototype_ce only if every teacher has prototypes."""
+    objective: str = FROM_DATA
+    """Loss, by default as for train; prototype_ce only if every teacher has prototypes."""
     optimizer: Literal["adam", "adamw", "sgd", "lars"] = "adam"
     """Optimizer of all arms with a teacher."""
     lr: float = FROM_DATA
     """Peak learning rate, by default as for train."""
     weight_decay: float = 0.0
-    """Weight decay; biases and normalisation parameters get none."""
+    """Weight decay, as for train."""
     warmup_epochs: float = FROM_DATA
     """Epochs of linear warm-up, by default as for train."""
     alone_lr: float = 0.03

@@ -1,6 +1,7 @@
-"""Objectives: the loss between a student's output and a target, both [B, D]."""
+"""Objectives: the loss between a student's output and a target, both [B, D] or, for grids of tokens, [B, h, w, D]."""
 
 import inspect
+from collections.abc import Collection, Iterable, Sequence
 
 from fkd_ssl.errors import RequestError, did_you_mean
 from fkd_ssl.objectives.cosine import Cosine
@@ -12,6 +13,7 @@ from fkd_ssl.objectives.prototype_ce import PrototypeCE
 from fkd_ssl.objectives.queue_kl import QueueKL
 from fkd_ssl.objectives.relational import Relational
 from fkd_ssl.objectives.soft_ce import SoftCE
+from fkd_ssl.objectives.tokens import TokenCosine, TokenRelations
 from fkd_ssl.objectives.weighted import Weighted
 from fkd_ssl.targets import KINDS, TeacherInfo
 
@@ -23,7 +25,47 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "relational": Relational,
     "soft_ce": SoftCE,
     "discriminator": Discriminator,
+    "token_cosine": TokenCosine,
+    "token_relations": TokenRelations,
 }
+DEFAULTS = {"embedding": "feature_kl", "distribution": "soft_ce", "tokens": "token_cosine"}
+"""Kind of targets -> its default objective."""
+
+
+def complete(expression: str | None, kinds: Iterable[str]) -> str:
+    """Adds the default objective of each of these kinds of targets that has no term in the expression.
+
+    >>> complete("queue_kl(queue=4096)", ["embedding", "tokens"])
+    'queue_kl(queue=4096)+token_cosine'
+
+    Raises:
+        RequestError: The expression cannot be read, or a name is unknown.
+    """
+    present = [] if expression is None else [_class_of(term).kind for term in parse(expression)]
+    added = [DEFAULTS[kind] for kind in dict.fromkeys(kinds) if kind in DEFAULTS and kind not in present]
+    return "+".join(added if expression is None else [expression, *added])
+
+
+def only(expression: str, kinds: Collection[str]) -> str:
+    """Returns the terms of an expression that are for these kinds of targets.
+
+    >>> only("2*cosine+token_cosine", ["embedding"])
+    '2.0*cosine'
+    """
+    return "+".join(term.text for term in parse(expression) if _class_of(term).kind in kinds)
+
+
+def make_objectives(expression: str, targets: Sequence[TeacherInfo]) -> list[Objective]:
+    """Makes one objective per teacher: the sum of the terms for its kind of targets.
+
+    Raises:
+        RequestError: `make_objective` raises it, a term is for another kind of targets, or a teacher has no term.
+    """
+    terms = parse(expression)
+    for term in terms:
+        if _class_of(term).kind not in [about.spec.kind for about in targets]:
+            _check_kind(term, targets[0])
+    return [_sum([term for term in terms if _class_of(term).kind == about.spec.kind], about) for about in targets]
 
 
 def make_objective(expression: str, *, about: TeacherInfo | None = None) -> Objective:
@@ -38,11 +80,7 @@ def make_objective(expression: str, *, about: TeacherInfo | None = None) -> Obje
         RequestError: The expression cannot be read, a name or a setting is unknown, a value is wrong, or the targets lack what
             the objective needs.
     """
-    terms = parse(expression)
-    parts = [_part(term, about) for term in terms]
-    if len(terms) == 1 and terms[0].weight == 1:
-        return parts[0]
-    return Weighted(parts, [term.weight for term in terms])
+    return _sum(parse(expression), about)
 
 
 def settings_of(name: str) -> list[str]:
@@ -51,34 +89,53 @@ def settings_of(name: str) -> list[str]:
     return [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
 
 
-def _part(term: Term, about: TeacherInfo | None) -> Objective:
+def _sum(terms: Sequence[Term], about: TeacherInfo | None) -> Objective:
+    if not terms:
+        assert about is not None  # by parse
+        raise RequestError(f"objective: no term is for {about.spec.definition.display_name}, the targets of {about.name!r}")
+    parts = [_part(term, about) for term in terms]
+    if len(terms) == 1 and terms[0].weight == 1:
+        return parts[0]
+    return Weighted(parts, [term.weight for term in terms])
+
+
+def _class_of(term: Term) -> type[Objective]:
     if term.name not in OBJECTIVES:
         raise RequestError(
             f"objective {term.name!r} is unknown; there are {', '.join(OBJECTIVES)}{did_you_mean(term.name, OBJECTIVES)}"
         )
+    return OBJECTIVES[term.name]
+
+
+def _part(term: Term, about: TeacherInfo | None) -> Objective:
+    objective = _class_of(term)
     known = settings_of(term.name)
     for setting in term.settings:
         if setting not in known:
             has = f"it has {', '.join(known)}" if known else "it has none"
             raise RequestError(f"objective {term.name}: no setting {setting!r}{did_you_mean(setting, known)}; {has}")
-    objective = OBJECTIVES[term.name].for_targets(about, **term.settings)
-    _check_kind(objective, term.name, about)
-    return objective
+    if about is not None:
+        _check_kind(term, about)
+    return objective.for_targets(about, **term.settings)
 
 
-def _check_kind(objective: Objective, name: str, about: TeacherInfo | None) -> None:
+def _check_kind(term: Term, about: TeacherInfo) -> None:
     """Raises RequestError if the objective is for another kind of targets."""
-    if about is not None and about.spec.kind != objective.kind:
-        advice = {
-            "embedding": "choose --objective feature_kl, for instance, and --head mocov2",
-            "distribution": "choose --objective soft_ce and --head classifier",
-        }.get(about.spec.kind, f"{name} is for {KINDS[objective.kind].display_name}")
-        raise RequestError(
-            f"objective {name}: the targets of {about.name!r} are {about.spec.definition.display_name}: {advice}"
-        )
+    kind = _class_of(term).kind
+    if about.spec.kind == kind:
+        return
+    advice = {
+        "embedding": "choose --objective feature_kl, for instance, and --head mocov2",
+        "distribution": "choose --objective soft_ce and --head classifier",
+        "tokens": "choose --objective token_cosine, for instance",
+    }.get(about.spec.kind, f"{term.name} is for {KINDS[kind].display_name}")
+    raise RequestError(
+        f"objective {term.name}: the targets of {about.name!r} are {about.spec.definition.display_name}: {advice}"
+    )
 
 
 __all__ = [
+    "DEFAULTS",
     "OBJECTIVES",
     "Cosine",
     "Discriminator",
@@ -88,7 +145,12 @@ __all__ = [
     "QueueKL",
     "Relational",
     "SoftCE",
+    "TokenCosine",
+    "TokenRelations",
     "Weighted",
+    "complete",
     "make_objective",
+    "make_objectives",
+    "only",
     "settings_of",
 ]

@@ -12,9 +12,9 @@ class Cosine(Objective):
     """
 
     def forward(self, student: Tensor, target: Tensor) -> Tensor:
-        """The mean distance, a scalar in 0 to 4, of L2-normalised student [B, D] and target [B, D]."""
-        return 2 - 2 * (student * target).sum(dim=1).mean()
+        """The mean distance, a scalar in 0 to 4, of L2-normalised student [..., D] and target [..., D]."""
+        return 2 - 2 * (student * target).sum(dim=-1).mean()
 
     def floor(self, target: Tensor) -> Tensor:
-        """The minimum of `forward` for these targets [B, D], which is 0."""
+        """The minimum of `forward` for these targets, which is 0."""
         return target.new_zeros(())

@@ -18,6 +18,12 @@ class Term:
     name: str
     settings: dict[str, Any]
 
+    @property
+    def text(self) -> str:
+        """The term as an expression."""
+        settings = ", ".join(f"{key}={value!r}" for key, value in self.settings.items())
+        return (f"{self.weight!r}*" if self.weight != 1 else "") + self.name + (f"({settings})" if settings else "")
+
 
 def parse(expression: str) -> list[Term]:
     """Parses an expression into its terms without executing it.

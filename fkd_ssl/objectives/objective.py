@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 class Objective(nn.Module):
     """Base class of losses between student outputs [B, D] and targets [B, D]: L2-normalised, or logits and class probabilities.
 
-    For targets of another shape, the student has as many outputs as a target has elements.
+    For grids of tokens, both are L2-normalised [B, h, w, D]. For targets of another shape, the student has as many outputs as a
+    target has elements.
 
     The settings of an objective are the keyword-only arguments of its constructor, each a number with a default. Users set them
     with `--objective "name(setting=value)"`; no other module needs to know their names.

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fkd_ssl.errors import RequestError, did_you_mean
+from fkd_ssl.maps import feature_map
 from fkd_ssl.options import Named
 from fkd_ssl.students.reactnet import ReActNet
 
@@ -29,7 +30,7 @@ _CLASSIFIERS = ("fc", "classifier", "heads", "head")  # names of the last layers
 _WIDTHS = ("mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large")  # torchvision's networks with a width option
 
 
-def make_backbone(name: str, *, stem: str = "standard", width: float = 1.0) -> tuple[nn.Module, int]:
+def make_backbone(name: str, *, stem: str = "standard", width: float = 1.0, drop_path: float = 0.0) -> tuple[nn.Module, int]:
     """Makes an untrained network without its last layers, in train mode; returns it and its feature dimension F.
 
     Args:
@@ -37,9 +38,11 @@ def make_backbone(name: str, *, stem: str = "standard", width: float = 1.0) -> t
         stem: `standard`, or `small` for images of 32 or 64 px: the first convolution is 3 x 3 with stride 1, without the
             max-pooling after it (SimCLR, arXiv 2002.05709, appendix B.9).
         width: Multiplier of the number of channels, for networks that support it.
+        drop_path: Rate of stochastic depth (arXiv 1603.09382) of the last block, increasing linearly from 0 at the first one;
+            only for timm.
 
     Raises:
-        RequestError: The network is unknown, its last layers cannot be found, or it does not support the stem or width.
+        RequestError: The network is unknown, its last layers cannot be found, or it does not support an option.
     """
     if stem not in ("standard", "small"):
         raise RequestError(f"stem {stem!r} is unknown; expected standard or small")
@@ -49,15 +52,17 @@ def make_backbone(name: str, *, stem: str = "standard", width: float = 1.0) -> t
         raise RequestError(f"width {width}: must be between 0 and 4")
     if width != 1 and name not in (*REACTNETS, *_WIDTHS):
         raise RequestError(f"width {width}: student {name!r} has one width; choose {', '.join((*REACTNETS, *_WIDTHS))}")
+    if drop_path and not name.startswith(TIMM):
+        raise RequestError(f"drop_path {drop_path}: only for students of timm, not {name!r}")
     if name in REACTNETS:
         network: Any = ReActNet(binary_weights=REACTNETS[name], width=width)
     elif name.startswith(TIMM):
-        network = _timm(name)
+        network = _timm(name, drop_path)
     else:
         network = _torchvision(name, {"width_mult": width} if width != 1 else {})
     if stem == "small":
         make_small(network, name)
-    return _prepare(network, name, _input_size(network))
+    return _prepare(network, name)
 
 
 def _own(name: Named, stem: str, width: float) -> tuple[nn.Module, int]:
@@ -66,14 +71,13 @@ def _own(name: Named, stem: str, width: float) -> tuple[nn.Module, int]:
         raise RequestError(f"student {name}: a module of your own has its own stem and width; leave out stem and width")
     if not isinstance(name.value, nn.Module):
         raise RequestError(f"student {name}: expected a torch.nn.Module, got {type(name.value).__name__}")
-    network = copy.deepcopy(name.value)
-    side = name.pixels or getattr(network, "pixels", 224)
-    return _prepare(network, name, (side, side))
+    return _prepare(copy.deepcopy(name.value), name)
 
 
-def _prepare(network: Any, name: str, size: tuple[Any, Any]) -> tuple[nn.Module, int]:
+def _prepare(network: Any, name: str) -> tuple[nn.Module, int]:
     """Raises BatchNorm's momentum to MOMENTUM and measures F; returns the network in train mode, and F."""
     network.eval()
+    size = _input_size(network, name)
     try:
         with torch.no_grad():
             output = network(torch.zeros(1, 3, *size))
@@ -87,6 +91,22 @@ def _prepare(network: Any, name: str, size: tuple[Any, Any]) -> tuple[nn.Module,
         if isinstance(part, _BatchNorm) and part.momentum is not None:
             part.momentum = max(part.momentum, MOMENTUM)
     return network, int(dim)
+
+
+def map_dim(network: nn.Module, name: str) -> int:
+    """The number of channels of a backbone's last map, which may differ from F.
+
+    Raises:
+        RequestError: It has no map.
+    """
+    network.eval()
+    try:
+        with torch.no_grad():
+            return feature_map(network, torch.zeros(1, 3, *_input_size(network, name))).shape[1]
+    except RequestError as error:
+        raise RequestError(f"student {name!r}: {error}") from error
+    finally:
+        network.train()
 
 
 def last_layer(name: str, classes: int, dim: int, backbone: Mapping[str, Tensor]) -> str | None:
@@ -154,8 +174,8 @@ def _torchvision(name: str, options: dict[str, Any]) -> nn.Module:
     return network
 
 
-def _timm(name: str) -> nn.Module:
-    return _whole_timm(name, num_classes=0)
+def _timm(name: str, drop_path: float = 0.0) -> nn.Module:
+    return _whole_timm(name, num_classes=0, **({"drop_path_rate": drop_path} if drop_path else {}))
 
 
 def _whole_timm(name: str, **more: Any) -> nn.Module:
@@ -177,7 +197,10 @@ def _whole_timm(name: str, **more: Any) -> nn.Module:
     return network
 
 
-def _input_size(network: Any) -> tuple[int, int]:
-    """The image size at which the feature dimension is measured."""
+def _input_size(network: Any, name: str) -> tuple[Any, Any]:
+    """The image size at which the dimensions are measured."""
+    if isinstance(name, Named):
+        side = name.pixels or getattr(network, "pixels", 224)
+        return side, side
     size = getattr(network, "pretrained_cfg", {}).get("input_size", (3, 224, 224))
     return size[1], size[2]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fkd_ssl import checkpoints
 from fkd_ssl.errors import CheckpointError
 from fkd_ssl.options import OBJECT, Named
-from fkd_ssl.students.student import Student
+from fkd_ssl.students.student import Dim, Student
 from fkd_ssl.text import first_line
 
 STUDENT_KEY = "fkd_ssl_student"
@@ -20,7 +20,7 @@ STUDENT_KEY = "fkd_ssl_student"
 LAST_LAYER = "last_layer"
 """Key in that metadata of the name of an exported classifier's last layer."""
 EXPORTED = ".safetensors"
-_MAX_PIXELS, _MAX_DIM = 4096, 2**20
+_MAX_PIXELS, _MAX_DIM, _MAX_GRID = 4096, 2**20, 256
 
 
 def load_student(path: str | Path, *, backbone: nn.Module | None = None) -> tuple[Student, int]:
@@ -41,14 +41,13 @@ def load_student(path: str | Path, *, backbone: nn.Module | None = None) -> tupl
     saved = checkpoints.load(path)
     try:
         about, weights = _exported(path, saved) if exported else _checkpoint(saved)
-        dims = about["dim"] if isinstance(about["dim"], list) else [about["dim"]]
+        dims = [_dim(dim) for dim in (about["dim"] if isinstance(about["dim"], list) else [about["dim"]])]
         pixels = about["pixels"]
-        if not all(
-            type(n) is int and 1 <= n <= limit for n, limit in ((pixels, _MAX_PIXELS), *((dim, _MAX_DIM) for dim in dims))
-        ):
-            raise ValueError(f"pixels {reprlib.repr(pixels)}, dim {reprlib.repr(dims)}")
+        if type(pixels) is not int or not 1 <= pixels <= _MAX_PIXELS:
+            raise ValueError(f"pixels {reprlib.repr(pixels)}")
         heads = {len(value) for key, value in weights.items() if key.startswith(("head.", "more_heads.")) and value.ndim}
-        if not exported and (len(dims) > len(weights) or not heads >= set(dims)):  # before any memory is allocated
+        lengths = {dim[-1] if isinstance(dim, tuple) else dim for dim in dims}
+        if not exported and (len(dims) > len(weights) or not heads >= lengths):  # before any memory is allocated
             raise ValueError(f"dim {reprlib.repr(dims)}, but no head has this dimension")
         options = {key: about[key] for key in ("head", "stem", "width") if key in about}
         name = str(about["name"])
@@ -69,6 +68,14 @@ def load_student(path: str | Path, *, backbone: nn.Module | None = None) -> tupl
         reason = f"no {error} in it" if isinstance(error, KeyError) else reason
         raise CheckpointError(f"{path}: not a {what} ({reason})") from error
     return student.eval().to(memory_format=torch.channels_last), pixels
+
+
+def _dim(saved: Any) -> Dim:
+    """A saved size of targets: D, or [h, w, D] of tokens."""
+    lengths = saved if isinstance(saved, list) and len(saved) == 3 else [saved]
+    if not all(type(n) is int and 1 <= n <= _MAX_DIM for n in lengths) or (len(lengths) == 3 and max(lengths[:2]) > _MAX_GRID):
+        raise ValueError(f"dim {reprlib.repr(saved)}")
+    return tuple(lengths) if len(lengths) == 3 else lengths[0]  # type: ignore[no-any-return]
 
 
 def _checkpoint(saved: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -42,6 +42,8 @@ class TrainConfig(DataConfig, TargetsConfig, StudentConfig, ObjectiveConfig, Opt
             raise RequestError(
                 f"accumulate {self.accumulate}: does not divide the {self.batch_size // self.crops_per_image} images of a batch"
             )
+        if self.layer_decay is not None and not self.student.startswith("timm/"):
+            raise RequestError(f"layer_decay {self.layer_decay}: only for students of timm, not {self.student!r}")
         if self.record is not None:
             self._check_record(self.record)
 

@@ -11,10 +11,12 @@ students.md). A batch has each image at most once, so tiny sets have even smalle
 crops.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
 from fkd_ssl.errors import RequestError
+from fkd_ssl.objectives import complete
 from fkd_ssl.objectives.expression import parse
 
 SMALL = 50_000
@@ -31,18 +33,22 @@ _NAMES = ("pixels", "batch_size", "lr", "warmup_epochs")
 Config = TypeVar("Config", bound=Any)
 
 
-def resolve(config: Config, *, images: int, pixels: int, mix_groups: int = 0) -> Config:
+def resolve(config: Config, *, images: int, pixels: int, kinds: Sequence[str] = ("embedding",), mix_groups: int = 0) -> Config:
     """Fills in the options that were not given. Options that were given stay as they are.
+
+    `objective` gets the default of every kind of targets that it has no term for.
 
     Args:
         config: A TrainConfig or CompareConfig.
         images: Number of images that the training uses.
         pixels: Side of the teacher's crops, or `PIXELS` without one.
+        kinds: Kind of each teacher's targets.
         mix_groups: `ImageSource.mix_groups`.
 
     Raises:
         RequestError: `lr` is missing and there is no default for the optimizer.
     """
+    config = replace(config, objective=complete(config.objective, kinds))
     small = images <= SMALL
     chosen = {
         "pixels": pixels,

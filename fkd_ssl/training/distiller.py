@@ -48,6 +48,7 @@ class Distiller(TrainingModule):
         self.config = config
         self._seen: list[list[Tensor]] = []  # targets of this step's batches
         self._last: list[Tensor] = []  # targets of the last batch
+        self.unused_parameters = all(isinstance(dim, tuple) for dim in student.dims)  # such as a norm after the pooling
         self.average = None if config.ema is None else copy.deepcopy(student).eval().requires_grad_(False)
         if config.compile:
             student.backbone.compile()  # in place, so that the names of the weights do not change
@@ -98,27 +99,26 @@ class Distiller(TrainingModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Raises RequestError if a checkpoint's targets have other dimensions, for instance of another teacher."""
-        saved = checkpoint[STUDENT_KEY]["dim"]
-        dims = saved if isinstance(saved, list) else [saved]
-        if dims != self.student.dims:
-            was, now = (" and ".join(map(str, some)) for some in (dims, self.student.dims))
+        saved, now = checkpoint[STUDENT_KEY]["dim"], self._dim
+        if saved != now:
             raise RequestError(
-                f"{self.trainer.ckpt_path}: was trained on targets of D = {was}, and now they have D = {now}: give the same "
+                f"{self.trainer.ckpt_path}: was trained on targets of D = {saved}, and now they have D = {now}: give the same "
                 "images and teacher, or choose another --out"
             )
 
+    @property
+    def _dim(self) -> Any:
+        """The sizes of the targets in a checkpoint: D of a single vector, else a list of D and [h, w, D]."""
+        dims = [[*dim] if isinstance(dim, tuple) else dim for dim in self.student.dims]
+        return dims[0] if len(dims) == 1 and isinstance(dims[0], int) else dims
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Adds what is needed to rebuild the student without its run folder."""
-        dims = self.student.dims
-        checkpoint[STUDENT_KEY] = {
-            **self.student.spec,
-            "dim": dims[0] if len(dims) == 1 else dims,
-            "pixels": self.config.pixels,
-        }
+        checkpoint[STUDENT_KEY] = {**self.student.spec, "dim": self._dim, "pixels": self.config.pixels}
 
     def configure_optimizers(self) -> Any:
         """Makes the optimiser and its per-step schedule: a linear warm-up, then the config's `lr_decay`."""
-        optimizer = make_optimizer(nn.ModuleList([self.student, self.parts]), self.config)
+        optimizer = make_optimizer(nn.ModuleList([self.student, self.parts]), self.config, backbone=self.student.backbone)
         warmup, *drops = (
             round(epochs / self.config.epochs * self.steps) for epochs in (self.config.warmup_epochs, *self.config.drops)
         )
@@ -142,12 +142,29 @@ def update_average(average: nn.Module, network: nn.Module, decay: float) -> None
             mean.copy_(now)
 
 
-def make_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """Makes the config's optimiser for a network; biases and normalisation parameters decay only with `decay_all`."""
-    parameters = [p for p in network.parameters() if p.requires_grad]
+def make_optimizer(network: nn.Module, config: TrainConfig, *, backbone: nn.Module | None = None) -> torch.optim.Optimizer:
+    """Makes the config's optimiser for a network.
+
+    Biases, normalisation parameters, position embeddings and class tokens get weight decay only with `decay_all`. With
+    `layer_decay`, the learning rates of the layers of `backbone`, a network of timm, decrease from the last to the first.
+    """
+    free = {p for name, p in network.named_parameters() if not (config.decay_all or _decays(name, p))}
+    layers = []
+    if config.layer_decay is not None and backbone is not None:
+        from timm.optim import param_groups_layer_decay
+
+        names = [name for name, p in backbone.named_parameters() if p in free]
+        layers = param_groups_layer_decay(
+            backbone, config.weight_decay, names, weight_decay_exclude_1d=False, layer_decay=config.layer_decay
+        )
+        for group in layers:
+            group["lr"] = config.lr * group.pop("lr_scale")
+    done = {p for group in layers for p in group["params"]}
+    rest = [p for p in network.parameters() if p.requires_grad and p not in done]
     groups = [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": config.weight_decay if config.decay_all else 0.0},
+        {"params": [p for p in rest if p not in free], "weight_decay": config.weight_decay},
+        {"params": [p for p in rest if p in free], "weight_decay": 0.0},
+        *layers,
     ]
     if config.optimizer == "adam":
         return torch.optim.Adam(groups, lr=config.lr)
@@ -157,3 +174,8 @@ def make_optimizer(network: nn.Module, config: TrainConfig) -> torch.optim.Optim
         return torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
     lars: torch.optim.Optimizer = LARS(groups, lr=config.lr, momentum=config.momentum)
     return lars
+
+
+def _decays(name: str, parameter: nn.Parameter) -> bool:
+    """Whether a parameter is a layer's weight; the names of position embeddings and class tokens do not end in `weight`."""
+    return parameter.ndim > 1 and name.endswith("weight")

@@ -14,9 +14,9 @@ from fkd_ssl import processes, runs
 from fkd_ssl.data import Crops, Loader, StoredCrops, whole_batch
 from fkd_ssl.data.sampler import PassSampler
 from fkd_ssl.errors import RequestError
-from fkd_ssl.objectives import Objective, make_objective
+from fkd_ssl.objectives import Objective, make_objectives
 from fkd_ssl.store.write.recording import Recording
-from fkd_ssl.students import CLASSIFIER, Student
+from fkd_ssl.students import CLASSIFIER, Student, dims_of
 from fkd_ssl.targets import TeacherInfo
 from fkd_ssl.text import plural
 from fkd_ssl.training import defaults
@@ -29,19 +29,27 @@ from fkd_ssl.training.single_crop import SingleCropPasses
 from fkd_ssl.training.targets import CalibratedTargets, LabelTargets, OnlineTargets, Targets, stored_targets
 
 
-def objective_of(config: TrainConfig, about: TeacherInfo) -> Objective:
-    """Makes the objective for one teacher's targets; raises RequestError as make_objective, or if the head does not fit."""
-    if (config.head == CLASSIFIER) != (about.spec.kind == "distribution"):
-        what, head = about.spec.definition.display_name, CLASSIFIER if about.spec.kind == "distribution" else "mocov2 or simreg"
-        objective = "--objective soft_ce and " if head == CLASSIFIER and "soft_ce" not in config.objective else ""
-        raise RequestError(f"head {config.head}: the targets of {about.name!r} are {what}: choose {objective}--head {head}")
-    for option, value in (("mixup", config.mixup), ("cutmix", config.cutmix), ("calibrate_below", config.calibrate_below)):
-        if value and about.spec.kind != "distribution":
-            raise RequestError(
-                f"{option} {value}: the targets of {about.name!r} are {about.spec.definition.display_name}; "
-                "it is for class probabilities"
-            )
-    return make_objective(config.objective, about=about)
+def objectives_of(config: TrainConfig, targets: Sequence[TeacherInfo]) -> list[Objective]:
+    """Makes each teacher's objective; raises RequestError as make_objectives, or if the head or an option does not fit."""
+    for k, about in enumerate(targets):
+        kind, what = about.spec.kind, about.spec.definition.display_name
+        # after class probabilities, tokens have a linear head
+        if (config.head == CLASSIFIER) != (kind == "distribution") and (kind != "tokens" or k == 0):
+            head = CLASSIFIER if kind == "distribution" else "mocov2 or simreg"
+            raise RequestError(f"head {config.head}: the targets of {about.name!r} are {what}: choose --head {head}")
+        for option, value in (
+            ("mixup", config.mixup),
+            ("cutmix", config.cutmix),
+            ("calibrate_below", config.calibrate_below),
+        ):
+            if value and kind != "distribution":
+                raise RequestError(f"{option} {value}: the targets of {about.name!r} are {what}; it is for class probabilities")
+    return make_objectives(config.objective, targets)
+
+
+def student_options(config: TrainConfig) -> dict[str, Any]:
+    """The options of Student and check_student."""
+    return {"head": config.head, "stem": config.stem, "width": config.width, "drop_path": config.drop_path}
 
 
 def total_steps(config: TrainConfig, images: int) -> int:
@@ -122,14 +130,14 @@ def train(
         ImageError: An image cannot be read; the message names it.
         KeyboardInterrupt: The training was stopped. Call it again to continue.
     """
-    config = defaults.resolve(config, images=len(data), pixels=data.pixels, mix_groups=data.images.mix_groups)
+    kinds = [about.spec.kind for about in targets]
+    config = defaults.resolve(config, images=len(data), pixels=data.pixels, kinds=kinds, mix_groups=data.images.mix_groups)
     check_batch(config, len(data))
     batch_images = config.batch_size // config.crops_per_image
     steps = total_steps(config, len(data))
     torch.manual_seed(config.seed)
-    objectives = [objective_of(config, about) for about in targets]
-    shape: dict[str, Any] = {"head": config.head, "stem": config.stem, "width": config.width}
-    student = Student(config.student, *(about.spec.size for about in targets), **shape)
+    objectives = objectives_of(config, targets)
+    student = Student(config.student, *dims_of(targets), **student_options(config))
     if init is not None:
         student.start_from(init)
     source: Targets = stored_targets if embeds is None else OnlineTargets(*embeds)

@@ -185,7 +185,13 @@ def _run_trainer(
             num_nodes=nodes,
             # Long timeout: the other processes wait while the first one scores. Buffers need no broadcast at each step: running
             # means do not affect training and only the first process saves them, and queues are equal in all processes.
-            strategy="auto" if devices * nodes == 1 else DDPStrategy(timeout=timedelta(hours=2), broadcast_buffers=False),
+            strategy="auto"
+            if devices * nodes == 1
+            else DDPStrategy(
+                timeout=timedelta(hours=2),
+                broadcast_buffers=False,
+                find_unused_parameters=module.unused_parameters,
+            ),
             sync_batchnorm=sync_batchnorm,
             accumulate_grad_batches=sampler.parts,
             gradient_clip_val=clip,

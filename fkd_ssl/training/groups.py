@@ -225,6 +225,8 @@ class StudentConfig:
     """First layers: small, for images of 32 or 64 px, has a 3 x 3 convolution with stride 1 and no max-pooling after it."""
     width: float = 1.0
     """Multiplier of the number of channels, for reactnet and torchvision's mobilenets."""
+    drop_path: float = 0.0
+    """Stochastic depth: rate at which the last block is skipped, 0.1 for instance; only for timm students."""
     init: str | None = None
     """Initial weights: a run, a checkpoint or an exported file; a state_dict of torchvision or timm (.pth, .safetensors), whose
     classifier is ignored. reactnet can start from a reactnet_step1."""
@@ -233,16 +235,20 @@ class StudentConfig:
 
     def __post_init__(self) -> None:
         check_positive(self, "width")
+        if not 0 <= self.drop_path < 1:
+            raise RequestError(f"drop_path {self.drop_path}: must be at least 0 and below 1")
 
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
     """Loss between the student's output and the targets."""
 
-    objective: str = "feature_kl"
-    """For embeddings: feature_kl (S2-BNN), cosine (SimReg), queue_kl (SEED), prototype_ce (SwAV; needs a SwAV teacher) or
-    relational (similarities within the batch). For class probabilities: soft_ce (FKD) or soft_ce+discriminator (MEAL V2). Give
-    settings in parentheses and weights as factors: "feature_kl + 0.5*queue_kl(queue=4096)"; the documentation lists them."""
+    objective: str = FROM_DATA
+    """For embeddings: feature_kl (S2-BNN, the default), cosine (SimReg), queue_kl (SEED), prototype_ce (SwAV; needs a SwAV
+    teacher) or relational (similarities within the batch). For class probabilities: soft_ce (FKD, the default) or
+    soft_ce+discriminator (MEAL V2). For tokens: token_cosine (the default) or token_relations (cosines between positions). Give
+    settings in parentheses and weights as factors: "feature_kl + 0.5*queue_kl(queue=4096)"; the documentation lists them. With
+    columns of several kinds, each uses the terms for its kind."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -257,7 +263,11 @@ class OptimizerConfig:
     weight_decay: float = 0.0
     """Weight decay of the weights of convolutions and linear layers."""
     decay_all: bool = False
-    """Apply the weight decay to biases and normalisation parameters too, as the codes of SEED, SimReg and FKD do with SGD."""
+    """Apply the weight decay to biases, normalisation parameters, position embeddings and class tokens too, as the codes of SEED,
+    SimReg and FKD do with SGD."""
+    layer_decay: float | None = None
+    """Multiply the learning rate by this from each layer to the one before it, 0.75 for instance, to fine-tune a timm student
+    from --init."""
     momentum: float = 0.9
     """Momentum of sgd and lars."""
     epochs: float = 100
@@ -281,6 +291,8 @@ class OptimizerConfig:
             check_not_negative(self, "warmup_epochs")
             if self.warmup_epochs >= self.epochs:
                 raise RequestError(f"warmup_epochs {self.warmup_epochs}: must be fewer than epochs {self.epochs}")
+        if self.layer_decay is not None and not 0 < self.layer_decay < 1:
+            raise RequestError(f"layer_decay {self.layer_decay}: must be between 0 and 1")
         if self.optimizer == "lars" and not self.weight_decay:
             raise RequestError("optimizer lars: scales only weights with weight decay; pass --weight_decay, or --optimizer sgd")
         if self.ema is not None and not 0 < self.ema < 1:

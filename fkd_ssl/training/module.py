@@ -25,6 +25,7 @@ class TrainingModule(pl.LightningModule):
         last_floor: The smallest loss that the targets of the last batch allow; None if the method has no such bound.
         saved: Text that names the last checkpoint.
         advice: Advice for the error message if the training diverges.
+        unused_parameters: Whether some parameters may get no gradient.
     """
 
     advice = "choose a smaller --lr and another --out"
@@ -36,6 +37,7 @@ class TrainingModule(pl.LightningModule):
         self.last_loss = torch.zeros(())
         self.last_floor: Tensor | None = None
         self.saved = "there is no earlier checkpoint"
+        self.unused_parameters = False
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         """Seeds torch with seed, step and rank, so that a resumed training draws the same dropout, drop path and mixing."""

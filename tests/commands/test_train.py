@@ -282,7 +282,7 @@ class TestSeveralTeachers:
         line = f"{train_line} --epochs 3 --teacher_weights 2,1"
         status, _, err = call(f"{line} --out stored --column make,prototyped")
         assert status == 0
-        assert "stored targets, D = 16 and 16;" in err
+        assert "stored targets, D = 16 and D = 16;" in err
         online = "--targets online --teacher own_teacher:make,own_teacher:prototyped"
         assert call(f"{line} --out online {online}").status == 0
         stored, online = (read_metrics(two / name / "metrics.csv") for name in ("stored", "online"))

@@ -7,11 +7,16 @@ import pytest
 from fkd_ssl.comparison.arms import arms_of, run_name, training
 from fkd_ssl.comparison.config import CompareConfig
 from fkd_ssl.errors import RequestError
+from fkd_ssl.targets import TargetSpec, TeacherInfo
 
 
 def config(**changes: Any) -> CompareConfig:
     options: dict[str, Any] = {"images": "i", "val": "v", "teacher": "mocov2", "checkpoint": "f", "out": "o", "epochs": 30}
     return CompareConfig(**options | changes)
+
+
+def infos(*names: str, kind: str = "embedding") -> list[TeacherInfo]:
+    return [TeacherInfo(name=name, spec=TargetSpec(kind, (8,))) for name in names]
 
 
 def test_one_teacher() -> None:
@@ -25,7 +30,7 @@ def test_one_teacher() -> None:
 
 def test_what_an_arm_trains_on() -> None:
     asked = config(further_arms="stored:C=4 online:stored_crops", lr=0.5, batch_size=64)
-    trainings = {arm.name: training(arm, asked, 3, ["mocov2"]) for arm in arms_of(asked, ["mocov2"])}
+    trainings = {arm.name: training(arm, asked, 3, infos("mocov2")) for arm in arms_of(asked, ["mocov2"])}
     found = {name: (t.targets, t.store, t.column, t.teacher, t.checkpoint) for name, t in trainings.items()}
     assert found == {
         "stored": ("stored", "o/store", "mocov2", None, None),
@@ -41,7 +46,7 @@ def test_labels() -> None:
     asked = config(further_arms="labels", head="classifier", objective="soft_ce")
     arms = arms_of(asked, ["r18"])
     assert [arm.name for arm in arms] == ["stored", "online", "labels"]
-    plain = training(arms[2], asked, 1, ["r18"])
+    plain = training(arms[2], asked, 1, infos("r18", kind="distribution"))
     assert (plain.targets, plain.store, plain.teacher, plain.checkpoint) == ("labels", None, None, None)
     assert (plain.head, plain.objective) == ("classifier", "soft_ce")
     with pytest.raises(RequestError, match="further_arms 'labels': trains a classifier; add --head classifier"):
@@ -52,7 +57,7 @@ def test_relabel() -> None:
     asked = config(further_arms="relabel", head="classifier", objective="soft_ce")
     arms = arms_of(asked, ["r18"])
     assert [arm.name for arm in arms] == ["stored", "online", "relabel"]
-    found = training(arms[2], asked, 1, ["r18"])
+    found = training(arms[2], asked, 1, infos("r18", kind="distribution"))
     assert (found.targets, found.store, found.label_maps, found.teacher) == ("relabel", None, "o/label-maps", None)
     with pytest.raises(RequestError, match="further_arms 'relabel': trains a classifier; add --head classifier"):
         arms_of(config(further_arms="relabel"), ["r18"])
@@ -65,7 +70,7 @@ def test_two_teachers() -> None:
     arms = arms_of(config(**two), ["A", "B"])
     kinds = [f"{kind}:{names}" for kind in ("stored", "online") for names in ("A", "B", "A+B")]
     assert [arm.name for arm in arms] == [*kinds, "stored:C=4", "alone"]
-    first, both, online = (training(arms[k], config(**two), 0, ["A", "B"]) for k in (0, 2, 4))
+    first, both, online = (training(arms[k], config(**two), 0, infos("A", "B")) for k in (0, 2, 4))
     assert (first.column, first.teacher_weights, both.column, both.teacher_weights) == ("A", None, "A,B", "2,1")
     assert (online.teacher, online.checkpoint) == ("swav", "g")
     with pytest.raises(RequestError, match="codecs are compared with one teacher"):

@@ -15,7 +15,7 @@ def make(**options: Any) -> TrainConfig:
 
 def test_defaults_are_s2bnns_or_follow_from_the_data() -> None:
     config = make()
-    assert (config.objective, config.optimizer, config.weight_decay) == ("feature_kl", "adam", 0.0)
+    assert (config.objective, config.optimizer, config.weight_decay) == (None, "adam", 0.0)
     assert (config.epochs, config.crops_per_image) == (100, 4)
     assert (config.pixels, config.batch_size, config.lr, config.warmup_epochs) == (None, None, None, None)
 
