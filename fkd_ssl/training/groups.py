@@ -263,8 +263,8 @@ class OptimizerConfig:
     weight_decay: float = 0.0
     """Weight decay of the weights of convolutions and linear layers."""
     decay_all: bool = False
-    """Apply the weight decay to biases, normalisation parameters, position embeddings and class tokens too, as the codes of SEED,
-    SimReg and FKD do with SGD."""
+    """Apply the weight decay to biases, normalisation parameters, position embeddings and class tokens too, as the codes of
+    SEED, SimReg and FKD do with SGD."""
     layer_decay: float | None = None
     """Multiply the learning rate by this from each layer to the one before it, 0.75 for instance, to fine-tune a timm student
     from --init."""
