@@ -172,11 +172,13 @@ def _object_teacher(name: Named, checkpoint: str | None, precision: Precision) -
 
 def _student_teacher(student: Student, pixels: int, name: str, checkpoint: str | None, precision: Precision) -> Teacher:
     """A student with its head as a teacher."""
+    if not isinstance(student.dims[0], int):
+        raise RequestError(f"teacher {name}: its first head is for tokens; only a head for vectors can be a teacher")
     return Teacher(
         student.backbone,
         student.head,
         name=name,
-        shape=(student.dims[0],),
+        shape=(student.dim,),
         feature_dim=student.feature_dim,
         network=", ".join(f"{key} {value}" for key, value in student.spec.items()),
         pixels=pixels,

@@ -260,7 +260,7 @@ def _classified(config: Config, folder: Path) -> dict[str, float]:
             student,
             images_of(config.val),
             pixels=config.pixels,
-            classes=student.dims[0],
+            classes=student.dim,
             workers=config.workers,
             progress=False,
         )

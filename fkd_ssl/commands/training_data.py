@@ -79,7 +79,7 @@ def _stored(config: TrainConfig, images: ImageSource, store: Store | None) -> Tr
     """Crops and targets of the store."""
     assert store is not None  # by TrainConfig
     names = split(config.column)
-    columns = [store.column(name) for name in names or [None]]
+    columns = [store.column(name) for name in names] or [store.column()]
     config = defaults.resolve(
         config,
         images=len(store),

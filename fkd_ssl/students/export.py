@@ -52,8 +52,8 @@ def export(student: Student, path: Path, *, layout: Layout | None, pixels: int) 
     if layout is not None and layout != own:
         about["name"], weights = _translated(student, layout, weights)
     if head == CLASSIFIER:
-        about |= {"head": head, "dim": student.dims[0]}
-        last = last_layer(str(about["name"]), student.dims[0], student.feature_dim, weights)
+        about |= {"head": head, "dim": student.dim}
+        last = last_layer(str(about["name"]), student.dim, student.feature_dim, weights)
         about[LAST_LAYER] = last or _OWN_LAST
         for key, value in student.head[-1].state_dict().items():
             weights[f"{about[LAST_LAYER]}.{key}"] = value.detach().cpu().contiguous()

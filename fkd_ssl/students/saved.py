@@ -75,7 +75,7 @@ def _dim(saved: Any) -> Dim:
     lengths = saved if isinstance(saved, list) and len(saved) == 3 else [saved]
     if not all(type(n) is int and 1 <= n <= _MAX_DIM for n in lengths) or (len(lengths) == 3 and max(lengths[:2]) > _MAX_GRID):
         raise ValueError(f"dim {reprlib.repr(saved)}")
-    return tuple(lengths) if len(lengths) == 3 else lengths[0]  # type: ignore[no-any-return]
+    return tuple(lengths) if len(lengths) == 3 else lengths[0]
 
 
 def _checkpoint(saved: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -72,6 +72,12 @@ class Student(nn.Module):
         self.register_buffer("mean", torch.tensor(MEAN).view(1, 3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(STD).view(1, 3, 1, 1) * 255, persistent=False)
 
+    @property
+    def dim(self) -> int:
+        """D of the first head's targets."""
+        first = self.dims[0]
+        return first if isinstance(first, int) else first[-1]
+
     def features(self, images: Tensor) -> Tensor:
         """Backbone features [B, F] of uint8 [B, 3, H, W]."""
         features: Tensor = self.backbone(self._normalised(images))
