@@ -64,6 +64,8 @@ class Config:
     column: str | None = None
     """Name of the column; by default the teacher's name, with -2 appended for a second teacher of that name. With several
     teachers, one for each, separated by commas."""
+    extend: bool = False
+    """Add new images to an existing store, as new shards; its files do not change. Its images must still be there."""
     on_unreadable: Literal["stop", "skip"] = "stop"
     """What to do if an image is damaged: stop and name it, or record it in the store and continue."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
@@ -226,6 +228,7 @@ def write(
         threads=threads,
         device=str(resolve.device()) if on_device else None,
         share=share,
+        extend=config.extend,
         progress=progress,
         log=log,
     )

@@ -304,7 +304,7 @@ def describe(config: TrainConfig, data: TrainingData) -> dict[str, Any]:
     manifest = crops.store.manifest
     store = {
         "store": crops.store.folder.name,
-        "sha256 of its list of images": manifest.images_sha256,
+        "sha256 of its list of images": files.sha256(crops.store.paths.lines),
         **{f"sha256 of column {c.name}": c.digest for c in crops.columns},
         "crops per image": manifest.crops_per_image,
         "seed of the crops": manifest.seed,

@@ -139,10 +139,9 @@ class StoredCrops(Crops):
 
 def _contents(store: Store, rows: Int64Array, *, every_pass: bool) -> Contents:
     """Returns the contents of the images of these rows when the store was made."""
-    checksums, each = np.empty((len(rows), 32), dtype=np.uint8), store.manifest.rows_per_shard
-    for shard in np.unique(rows // each).tolist():
-        first, end = np.searchsorted(rows, (shard * each, (shard + 1) * each))
-        checksums[first:end] = store.image_checksums(shard)[rows[first:end] - shard * each]
+    checksums = np.empty((len(rows), 32), dtype=np.uint8)
+    for shard, here, within in store.by_shard(rows):
+        checksums[here] = store.image_checksums(shard)[within]
     return Contents(
         checksums,
         store.sizes["bytes"][rows].astype(np.int64),

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from fkd_ssl.crops import Recipe
 from fkd_ssl.errors import RequestError, StoreError
 from fkd_ssl.images import ImageSource
-from fkd_ssl.store.listing import MANIFEST, Listing, read_values
+from fkd_ssl.store.listing import MANIFEST, MAX_COUNT, Listing, read_values, with_extensions
 
 ROWS_PER_SHARD = 1024
 MAX_CROPS = 10**6
@@ -35,11 +35,11 @@ class Manifest(Listing):
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Reads the manifest of a store.
+    """Reads the manifest of a store and its extensions.
 
     Raises:
         NotFoundError: The folder is missing or is not a store.
-        StoreError: The manifest is damaged, or this version cannot read it.
+        StoreError: The manifest or an extension is damaged, or this version cannot read it.
     """
     values, digest = read_values(folder, Manifest.FORMAT, what="a store", command="fkd-ssl precompute")
     path = folder / MANIFEST
@@ -50,12 +50,12 @@ def read_manifest(folder: Path) -> Manifest:
     except StoreError as error:
         raise StoreError(f"{path}: {error}") from error
     counts = (manifest.crops_per_image, manifest.rows_per_shard, manifest.count)
-    limits = (MAX_CROPS, 2**31, 2**31)
+    limits = (MAX_CROPS, MAX_COUNT, MAX_COUNT)
     fits = all(type(n) is int and 0 < n <= limit for n, limit in zip(counts, limits, strict=True))
     if not fits or type(manifest.seed) is not int:
         raise StoreError(f"{path}: seed {manifest.seed!r} or counts {counts} are impossible")
-    manifest.__dict__["digest"] = digest  # of the file, which may lack settings of a later version's recipe
-    return manifest
+    manifest.of_file(digest)
+    return with_extensions(folder, manifest)
 
 
 def in_hash_order(paths: Sequence[str], purpose: str) -> list[int]:

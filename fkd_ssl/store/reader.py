@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -187,7 +187,7 @@ class Column:
         present = np.ones(self.store.manifest.shards, dtype=bool)
         present[self.missing_shards] = False
         rows = self.store.rows
-        return rows[present[rows // self.store.manifest.rows_per_shard]]
+        return rows[present[self.store.manifest.shards_of(rows)]]
 
     def require_complete(self) -> None:
         """Raises StoreError if shards are missing."""
@@ -343,7 +343,7 @@ class Store:
         """Matches the sidecar of a shard's crops without parsing its JSON; None if it is not valid."""
         path, rows = layout.crops_file(self.folder, shard).with_suffix(".json"), self.manifest.shard_rows(shard)
         match = files.match_with_checksum(path, _CROPS_SIDECAR)
-        own = match is not None and (match["manifest"].decode(), int(match["shard"])) == (self.manifest.digest, shard)
+        own = match is not None and (match["manifest"].decode(), int(match["shard"])) == (self.manifest.digest_of(shard), shard)
         return match if match is not None and own and match["images"].count(b'"') == 2 * len(rows) else None
 
     def find_images(self, images: ImageSource, rows: Int64Array | None = None) -> Int64Array:
@@ -382,7 +382,14 @@ class Store:
         """Returns the shard of a row, and the row's position in it. Raises IndexError if the row does not exist."""
         if not 0 <= row < self.manifest.count:
             raise IndexError(f"row {row} of {self.manifest.count}")
-        return divmod(row, self.manifest.rows_per_shard)
+        return self.manifest.locate(row)
+
+    def by_shard(self, rows: Int64Array) -> Iterator[tuple[int, Int64Array, Int64Array]]:
+        """Yields each shard of some rows, the positions of its rows in `rows`, and their positions in the shard."""
+        shards = self.manifest.shards_of(rows)
+        for shard in np.unique(shards).tolist():
+            here = np.flatnonzero(shards == shard)
+            yield shard, here, rows[here] - self.manifest.shard_rows(shard).start
 
     def _finished(self, shard: int) -> tuple[Path, int]:
         path = layout.crops_file(self.folder, shard)

@@ -48,11 +48,10 @@ def nearest(
     unit = _normalised(targets)
     cosines = np.zeros((len(unit), 0), dtype=np.float32)
     found = np.zeros((len(unit), 0, 2), dtype=np.int64)  # row and crop
-    m = column.store.manifest
     readable = column.rows[column.rows != without]
-    for shard in np.unique(readable // m.rows_per_shard).tolist():
-        rows = readable[readable // m.rows_per_shard == shard]
-        codes = np.asarray(column.shard(shard)[rows % m.rows_per_shard, :crops])
+    for shard, here_rows, within in column.store.by_shard(readable):
+        rows = readable[here_rows]
+        codes = np.asarray(column.shard(shard)[within, :crops])
         decoded = column.codec.decode(codes.reshape(-1, codes.shape[-1]))
         here = (unit @ _normalised(decoded).T).reshape(len(unit), *codes.shape[:2])
         best = here.argmax(axis=2)

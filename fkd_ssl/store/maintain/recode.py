@@ -11,7 +11,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from fkd_ssl import files
-from fkd_ssl.arrays import Float32Array, UInt8Array
+from fkd_ssl.arrays import Float32Array, Int64Array, UInt8Array
 from fkd_ssl.errors import RequestError, StoreError
 from fkd_ssl.store import manifest as layout
 from fkd_ssl.store.maintain.subset import Part, atomic_folder
@@ -62,18 +62,19 @@ def recode(
     if out is None:
         target = store.folder / layout.TARGETS / to
         if target.exists():
-            return _same(store, source, codec, to)
+            return _same(store, store.manifest, source, codec, to)
         _check_source(source, codec)
         with atomic_folder(target) as folder:
-            _fill(source, codec, store, folder.name)
+            _fill(source, codec, store, folder.name, np.arange(store.manifest.count))
         return Store(store.folder).column(to)
     out = Path(out).resolve()  # a temporary folder is named after it, and '.' has no name
+    part = Part(store, column=[])
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        return _same(Store(out), source, codec, to)
+        return _same(Store(out), part.manifest, source, codec, to)
     _check_source(source, codec)
     with atomic_folder(out) as folder:
-        Part(store, column=[]).write(folder, beside=to)
-        _fill(source, codec, Store(folder), to)
+        part.write(folder, beside=to)
+        _fill(source, codec, Store(folder), to, part.rows)
     return Store(out).column(to)
 
 
@@ -136,11 +137,11 @@ def _check_source(source: Source, codec: str) -> None:
         check_files(source.store, column)
 
 
-def _same(store: Store, source: Source, codec: str, to: str) -> Column:
-    """Returns the existing column, if it is the requested one."""
+def _same(store: Store, manifest: layout.Manifest, source: Source, codec: str, to: str) -> Column:
+    """Returns the existing column, if it is the requested one in a store with this manifest."""
     try:
         there = store.column(to)
-        if _is_of(there, source, codec) and store.manifest == source.store.manifest and not there.missing_shards:
+        if _is_of(there, source, codec) and store.manifest == manifest and not there.missing_shards:
             return there
     except StoreError:
         pass
@@ -154,8 +155,8 @@ def _is_of(column: Column, source: Source, codec: str) -> bool:
     return same and (f.get("source_codec"), f.get("source_column")) == (source.meta.codec, source.digest)
 
 
-def _fill(source: Source, codec: str, store: Store, to: str) -> None:
-    """Writes the column `to` of a store that has the source's crops."""
+def _fill(source: Source, codec: str, store: Store, to: str, rows: Int64Array) -> None:
+    """Writes the column `to` of a store that has the source's crops. `rows` has the source's row of each of its rows."""
     folder = store.folder / layout.TARGETS / to
     if not (folder / "meta.json").exists():
         meta, arrays = _train(source, codec)
@@ -172,9 +173,10 @@ def _fill(source: Source, codec: str, store: Store, to: str) -> None:
     missing = [shard for shard in range(store.manifest.shards) if not codes_of(shard).with_suffix(".json").exists()]
     total, done = store.manifest.shards, store.manifest.shards - len(missing)
     for shard in tqdm(missing, total=total, initial=done, desc=f"recode {source.name}", unit="shard"):
-        codes = [one.shard(shard) for one in source.columns]
-        read = np.ones(len(codes[0]), dtype=bool)  # the codes of skipped images have no meaning
-        read[np.array(source.store.skipped(shard), dtype=np.int64) - store.manifest.shard_rows(shard).start] = False
+        of_shard = store.manifest.shard_rows(shard)
+        codes = [_codes(one, rows[of_shard.start : of_shard.stop]) for one in source.columns]
+        read = np.ones(len(of_shard), dtype=bool)  # the codes of skipped images have no meaning
+        read[np.array(store.skipped(shard), dtype=np.int64) - of_shard.start] = False
         flat = [of_one[read].reshape(-1, of_one.shape[-1]) for of_one in codes]
         made = np.zeros((*codes[0].shape[:2], column.meta.code_size), dtype=np.uint8)
         block = max(1, _BLOCK // source.meta.target.size)
@@ -185,6 +187,14 @@ def _fill(source: Source, codec: str, store: Store, to: str) -> None:
         if parts:
             made[read] = np.concatenate(parts).reshape(-1, *made.shape[1:])
         publish_codes(store.folder, store.manifest, shard, made, column=to, digest=column.digest)
+
+
+def _codes(column: Column, rows: Int64Array) -> UInt8Array:
+    """Returns the codes [n, C, code_size] of some rows."""
+    codes = np.empty((len(rows), column.store.crops_per_image, column.meta.code_size), dtype=np.uint8)
+    for shard, here, within in column.store.by_shard(rows):
+        codes[here] = column.shard(shard)[within]
+    return codes
 
 
 def _sample(source: Source, codec: str) -> tuple[list[int], int, int]:

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 
 from fkd_ssl import files
-from fkd_ssl.arrays import Float32Array
+from fkd_ssl.arrays import Float32Array, Int64Array
 from fkd_ssl.crops import IMPORTED
 from fkd_ssl.errors import ImageError, RequestError, StoreAccessError, StoreError
-from fkd_ssl.images import ImageSource
+from fkd_ssl.images import ImageSource, Names
 from fkd_ssl.store import manifest as layout
-from fkd_ssl.store.listing import IMAGES, SIZE_DTYPE, SIZES
+from fkd_ssl.store.listing import SIZE_DTYPE, Part, read_names
 from fkd_ssl.store.maintain.verify import Damage
 from fkd_ssl.store.reader import Store, read_meta
 from fkd_ssl.store.write.columns import Request, train_columns
@@ -26,23 +26,33 @@ Log = Callable[[str], None]
 
 
 def repair_lists(folder: Path, images: ImageSource, log: Log) -> None:
-    """Rebuilds images.txt and images.npy if they do not match the manifest but the folder of images still does.
+    """Rebuilds lists of images and sizes that do not match the manifest or an extension, if the folder of images still does.
 
     Raises:
         StoreError: The manifest is damaged, or the images have changed. Only a backup can help then.
     """
-    manifest = layout.read_manifest(folder)
-    if files.sha256(images.names.lines) != manifest.images_sha256:
-        images = layout.limit_images(images, manifest.count)
-    if _digest(folder / IMAGES) != manifest.images_sha256:
-        _replace(folder / IMAGES, images.names.lines, manifest.images_sha256, log)
-    if _digest(folder / SIZES) != manifest.sizes_sha256:
-        sizes = np.zeros(len(images), dtype=SIZE_DTYPE)
-        for row in range(len(images)):
-            with suppress(ImageError):  # zeros for an image that was skipped; for any other image the digest will differ
-                sizes[row] = images.size(row)
-        header = files.npy_header(sizes.dtype, sizes.shape)
-        _replace(folder / SIZES, header + sizes.tobytes(), manifest.sizes_sha256, log)
+    parts = layout.read_manifest(folder).parts
+    where = {part: _find(folder, part, images) for part in parts}
+    for part, found in where.items():
+        if found is not None and _digest(part.file(folder, ".npy")) == part.sizes_sha256:
+            continue
+        if found is not None:
+            own = images.subset(found)
+        else:  # the images that no other part lists
+            left = np.ones(len(images), dtype=bool)
+            for other in where.values():
+                left[other if other is not None else []] = False
+            own = images.subset(np.flatnonzero(left))
+            if files.sha256(own.names.lines) != part.images_sha256:
+                own = layout.limit_images(own, part.count)
+            _replace(part.file(folder, ".txt"), own.names.lines, part.images_sha256, log)
+        if _digest(part.file(folder, ".npy")) != part.sizes_sha256:
+            sizes = np.zeros(len(own), dtype=SIZE_DTYPE)
+            for row in range(len(own)):
+                with suppress(ImageError):  # zeros for an image that was skipped; for any other image the digest will differ
+                    sizes[row] = own.size(row)
+            header = files.npy_header(sizes.dtype, sizes.shape)
+            _replace(part.file(folder, ".npy"), header + sizes.tobytes(), part.sizes_sha256, log)
 
 
 def repair(
@@ -102,6 +112,17 @@ def repair(
         if Damage(kind="array", column=target) in damage:
             _retrain(store, target, teacher, reader, pipeline, log)
     _recompute(store, [d.shard for d in damage if d.kind == "codes" and d.column == target], own, teacher, target, threads, log)
+
+
+def _find(folder: Path, part: Part, images: ImageSource) -> Int64Array | None:
+    """Returns the indices of a part's images, without missing ones; None if its list is damaged or missing."""
+    try:
+        where = images.names.positions(Names(read_names(folder, part)))
+    except StoreAccessError:
+        raise
+    except StoreError:
+        return None
+    return where[where >= 0]
 
 
 def _redraw(store: Store, shard: int, log: Log) -> bool:

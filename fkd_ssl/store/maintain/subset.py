@@ -15,6 +15,8 @@ from fkd_ssl import files, locks
 from fkd_ssl.arrays import Int64Array
 from fkd_ssl.crops import CROP_DTYPE
 from fkd_ssl.errors import RequestError, StoreError
+from fkd_ssl.images import Names
+from fkd_ssl.images.patterns import order_of
 from fkd_ssl.store import manifest as layout
 from fkd_ssl.store.listing import IMAGES, SIZES
 from fkd_ssl.store.reader import MAX_ARRAY, Column, Store
@@ -84,7 +86,7 @@ class Part:
             raise RequestError(f"{store.folder}: no targets of {absent[0]!r}; there are {store.column_names or 'none'}")
         self.columns = [store.column(name) for name in names]
         self.rows = _rows(store, paths)
-        self._listing = "".join(f"{store.paths[int(row)]}\n" for row in self.rows).encode()
+        self._listing = Names(store.paths[int(row)] for row in self.rows).lines
         sizes = np.ascontiguousarray(store.sizes[self.rows])
         self._sizes = files.npy_header(sizes.dtype, sizes.shape) + sizes.tobytes()
         self.manifest = replace(
@@ -93,6 +95,7 @@ class Part:
             count=len(self.rows),
             images_sha256=files.sha256(self._listing),
             sizes_sha256=files.sha256(self._sizes),
+            extensions=(),
         )
 
     def is_in(self, folder: Path) -> bool:
@@ -106,7 +109,7 @@ class Part:
 
     def require(self) -> None:
         """Raises StoreError if a shard that is needed is not finished."""
-        for shard in sorted({int(shard) for shard in self.rows // self.store.manifest.rows_per_shard}):
+        for shard in np.unique(self.store.manifest.shards_of(self.rows)).tolist():
             path = layout.crops_file(self.store.folder, shard)
             if not self.store.has_crops(shard):
                 raise StoreError(f"{path}: this shard is not finished; run the same fkd-ssl precompute again")
@@ -159,11 +162,11 @@ class Part:
             return
         store = self.store
         found = _gather(store, rows, lambda s: layout.crops_file(store.folder, s), store.crops_sidecar, CROP_DTYPE, ())
-        checksums: list[str] = []
-        for part in _by_shard(store, rows):
-            source, within = divmod(part, store.manifest.rows_per_shard)
-            of_shard = store.crops_sidecar(int(source[0]))["images"]
-            checksums += [of_shard[k] for k in within]
+        checksums = [""] * len(rows)
+        for source, here, within in store.by_shard(rows):
+            of_shard = store.crops_sidecar(source)["images"]
+            for place, k in zip(here.tolist(), within.tolist(), strict=True):
+                checksums[place] = of_shard[k]
         publish.publish_crops(folder, self.manifest, shard, found[:, : self.crops], checksums)
 
     def _copy_codes(self, column: Column, folder: Path, shard: int, rows: Rows) -> None:
@@ -204,16 +207,20 @@ def atomic_folder(target: Path) -> Iterator[Path]:
 
 
 def _rows(store: Store, paths: Sequence[str] | None) -> Rows:
-    """Returns the rows of some images in ascending order."""
+    """Returns the rows of some images in the order of their names, like those of a new store."""
     if paths is None:
-        return np.arange(store.manifest.count)
-    where = {path: row for row, path in enumerate(store.paths)}
-    absent = [path for path in paths if path not in where]
-    if absent:
-        raise RequestError(f"{store.folder}: lacks {len(absent)} of the requested images, for instance {absent[0]!r}")
-    if not paths:
-        raise RequestError("the list of images is empty")
-    return np.array(sorted({where[path] for path in paths}), dtype=np.int64)
+        rows = np.arange(store.manifest.count)
+    else:
+        rows = store.paths.positions(paths)
+        absent = np.flatnonzero(rows < 0).tolist()
+        if absent:
+            raise RequestError(
+                f"{store.folder}: lacks {len(absent)} of the requested images, for instance {paths[absent[0]]!r}"
+            )
+        if not len(rows):
+            raise RequestError("the list of images is empty")
+        rows = np.unique(rows)
+    return rows if not store.manifest.extensions else rows[order_of([store.paths[int(row)] for row in rows])[0]]
 
 
 def _other(folder: Path) -> str:
@@ -244,11 +251,6 @@ def _column_files(column: Column) -> Iterator[tuple[str, bytes]]:
         yield path.name, data
 
 
-def _by_shard(store: Store, rows: Rows) -> list[Rows]:
-    """Splits ascending rows into one array per shard."""
-    return np.split(rows, np.flatnonzero(np.diff(rows // store.manifest.rows_per_shard)) + 1)
-
-
 def _gather(
     store: Store,
     rows: Rows,
@@ -258,14 +260,13 @@ def _gather(
     crop_shape: tuple[int, ...],
 ) -> npt.NDArray[Any]:
     """Reads the crops [rows, C, ...] of some rows from the files of shards. Raises StoreError if a checksum differs."""
-    parts = []
-    for part in _by_shard(store, rows):
-        shard = int(part[0]) // store.manifest.rows_per_shard
+    found = np.empty((len(rows), store.crops_per_image, *crop_shape), dtype=dtype)
+    for shard, here, within in store.by_shard(rows):
         path = locate(shard)
         array = files.map_npy(path, dtype, (len(store.manifest.shard_rows(shard)), store.crops_per_image, *crop_shape))
         if files.sha256_file(path) != sidecar(shard)["file"]:
             raise StoreError(
                 f"{path}: damaged: its sha256 differs from the one in its .json; fkd-ssl verify {store.folder} says more"
             )
-        parts.append(array[part % store.manifest.rows_per_shard])
-    return np.concatenate(parts)
+        found[here] = array[within]
+    return found

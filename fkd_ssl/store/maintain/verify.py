@@ -1,6 +1,7 @@
 """Verify: checks every file of a store, and compares a sample of its targets with the teacher."""
 
 import functools
+import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from fkd_ssl.text import plural
 # the cosines of a new sample may be this many times further from 1 than the recorded ones, plus some slack for the arithmetic
 # of another machine
 _MAX_RATIO, _SLACK = 4.0, 1e-3
+_SIDECAR = re.compile(r"(\d{5,})\.json")
 _RECORDS_AT_ONCE = 2**18  # crop records that are checked at once, about 20 MB
 _MIN_CROPS = 16  # minimum number of crops for a meaningful mean cosine
 
@@ -96,6 +98,11 @@ def verify(
         )
         return report
     columns = list(_columns(store, report))
+    for name in sorted(files.names(store.folder / layout.CROPS)):
+        if (match := _SIDECAR.fullmatch(name)) and int(match[1]) >= store.manifest.shards:
+            report.add(
+                f"{store.folder / layout.CROPS / name}: no list of images has its shard: restore images-*.json from a backup"
+            )
     shards = range(store.manifest.shards)
     with ThreadPoolExecutor(threads) as pool:
         for part in tqdm(
@@ -307,7 +314,7 @@ def _check_targets(
     min_mean, min_cosine = (1 - _MAX_RATIO * (1 - cosine_to_teacher(column.meta, key)) - _SLACK for key in COSINES)
     bad = [row for row, cosine in zip(order, cosines, strict=True) if cosine < min_cosine]
     if bad:
-        shard = bad[0] // store.manifest.rows_per_shard
+        shard, _ = store.locate(bad[0])
         report.add(
             f"{column.folder}: {len(bad)} of {len(cosines)} sampled targets differ from this teacher's "
             f"(minimum cosine {min(cosines):.4f}, expected at least {min_cosine:.4f}), the first in row "

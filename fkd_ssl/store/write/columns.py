@@ -166,11 +166,15 @@ def describe_fidelity(fidelity: dict[str, Any]) -> str:
 
 
 def sample_rows(store: Store, codec: str, target: TargetSpec) -> tuple[list[int], int, int]:
-    """Returns the crops that a codec is trained on: rows in an order hashed from the seed, crops per row, total crops."""
+    """Returns the crops that a codec is trained on: rows in an order hashed from the seed, crops per row, total crops.
+
+    They are from the first part of the store, so that a codec can be made again after the store was extended.
+    """
     m = store.manifest
-    size = sample_targets(codec, target, m.count * m.crops_per_image)
-    per_image = -(-size // m.count)
-    return layout.in_hash_order(list(store.paths), f"codec {m.seed}")[: -(-size // per_image)], per_image, size
+    count = m.parts[0].count
+    size = sample_targets(codec, target, count * m.crops_per_image)
+    per_image = -(-size // count)
+    return layout.in_hash_order(store.paths[:count], f"codec {m.seed}")[: -(-size // per_image)], per_image, size
 
 
 def train_columns(

@@ -87,6 +87,7 @@ def precompute(
     threads: int = 2,
     device: str | None = None,
     share: Share | None = None,
+    extend: bool = False,
     progress: bool = True,
     log: Callable[[str], None] = lambda message: None,
 ) -> Summary:
@@ -112,6 +113,7 @@ def precompute(
         threads: Number of threads that read, decode and replay while the teacher runs.
         device: torch device that makes the crops. Default: the threads make them. The pixels are the same.
         share: The shards that this process writes. Default: all.
+        extend: Add rows for images that an existing store lacks. Its files do not change.
         progress: Whether to show a progress bar.
         log: Called with each line for the user.
 
@@ -125,7 +127,7 @@ def precompute(
     requests = make_requests(teacher, codec, pixels, chunk_size, column, device)
     names = [request.name for request in requests]
     images = layout.limit_images(images, limit)
-    store = begin(
+    store, images = begin(
         images,
         Path(folder),
         requests,
@@ -135,6 +137,7 @@ def precompute(
         skip_unreadable=skip_unreadable,
         progress=progress,
         log=log,
+        extend=extend,
     )
     reader = RowReader(store, images, skip_unreadable, device=device)
     with Pipeline(threads, [request.teacher for request in requests]) as pipeline:

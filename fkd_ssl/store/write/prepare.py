@@ -6,6 +6,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm.auto import tqdm
 
 from fkd_ssl import files
@@ -19,7 +20,7 @@ from fkd_ssl.store.reader import MAX_ARRAY, Column, Store
 from fkd_ssl.store.write import advice
 from fkd_ssl.store.write.columns import Request, check_sample, open_or_train, sample_targets
 from fkd_ssl.store.write.pipeline import Pipeline
-from fkd_ssl.store.write.publish import create_store, require_space
+from fkd_ssl.store.write.publish import create_store, extend_store, require_space
 from fkd_ssl.store.write.recording import recorded_bytes
 from fkd_ssl.store.write.rows import RowReader, Teacher, publish_crops
 from fkd_ssl.store.write.streams import image_checksums
@@ -50,7 +51,7 @@ def prepare(
         The column of each teacher, in a store that has all crops.
     """
     requests = make_requests(teacher, codec, pixels, chunk_size, None, None)
-    store = begin(
+    store, images = begin(
         images,
         Path(folder),
         requests,
@@ -140,8 +141,13 @@ def begin(
     skip_unreadable: bool,
     progress: bool,
     log: Callable[[str], None],
-) -> Store:
-    """Logs the expected size of the store, then opens it, or creates it if it does not exist."""
+    extend: bool = False,
+) -> tuple[Store, ImageSource]:
+    """Logs the expected size of the store, then opens it, or creates it if it does not exist.
+
+    Returns:
+        The store, and its images in the order of its rows.
+    """
     in_range("crops", crops, layout.MAX_CROPS)
     for request in requests:
         if not (folder / layout.TARGETS / request.name / "meta.json").exists():  # an existing column has its codec
@@ -151,16 +157,24 @@ def begin(
         if warning := advice.on_size(request.target, request.codec, len(images) * crops):
             log(warning)
     store = _open_or_create(
-        folder, images, seed=seed, recipe=recipe, crops=crops, skip_unreadable=skip_unreadable, progress=progress
+        folder, images, seed=seed, recipe=recipe, crops=crops, skip_unreadable=skip_unreadable, progress=progress, extend=extend
     )
     columns = [folder / layout.TARGETS / request.name for request in requests]
     for part in (folder, folder / layout.CROPS, folder / layout.TARGETS, *columns):
         files.remove_leftovers(part)
-    return store
+    return store, images if images.names == store.paths else images.subset(store.find_images(images))
 
 
 def _open_or_create(
-    folder: Path, images: ImageSource, *, seed: int, recipe: Recipe, crops: int, skip_unreadable: bool, progress: bool
+    folder: Path,
+    images: ImageSource,
+    *,
+    seed: int,
+    recipe: Recipe,
+    crops: int,
+    skip_unreadable: bool,
+    progress: bool,
+    extend: bool,
 ) -> Store:
     if not (folder / MANIFEST).exists():
         if recipe == IMPORTED:
@@ -168,11 +182,22 @@ def _open_or_create(
         create_store(folder, images, seed=seed, recipe=recipe, crops=crops, skip_unreadable=skip_unreadable, progress=progress)
         return Store(folder)
     store = Store(folder)
+    if extend:
+        check_settings(store, seed=seed, recipe=recipe, crops=crops)
+        if recipe == IMPORTED:
+            raise RequestError(f"{folder}: its crops were imported, and new images have none: --extend cannot be used")
+        store = extend_store(store, images, skip_unreadable=skip_unreadable, progress=progress)
     check_store(store, images, seed=seed, recipe=recipe, crops=crops)
     return store
 
 
 def check_store(store: Store, images: ImageSource, *, seed: int, recipe: Recipe, crops: int) -> None:
+    """Raises RequestError if a store was made with other arguments or from other images."""
+    check_settings(store, seed=seed, recipe=recipe, crops=crops)
+    check_images(store, images)
+
+
+def check_settings(store: Store, *, seed: int, recipe: Recipe, crops: int) -> None:
     """Raises RequestError if a store was made with other arguments."""
     folder, m = store.folder, store.manifest
     for what, here, asked in (
@@ -182,14 +207,22 @@ def check_store(store: Store, images: ImageSource, *, seed: int, recipe: Recipe,
     ):
         if here != asked:
             raise RequestError(f"{folder}: its {what} is {here}, not {asked}; pass the same, or choose another --store")
-    if images.names != store.paths:
-        stored, given = set(store.paths), set(images.names)
-        first = sorted(stored ^ given)[0]
-        where = f"{images.spec} lacks" if first in stored else "the store lacks"
-        raise RequestError(
-            f"{folder}: was made from other images: it lists {m.count}, {images.spec} has {len(images)} "
-            f"(after --limit); {where} {first!r}; pass the same images, or choose another --store"
-        )
+
+
+def check_images(store: Store, images: ImageSource) -> None:
+    """Raises RequestError if a store was made from other images. Their order may differ."""
+    missing = np.flatnonzero(images.names.positions(store.paths) < 0)
+    if not len(missing) and len(images) == len(store.paths):
+        return
+    if len(missing):
+        example, advice = f"{images.spec} lacks {store.paths[int(missing[0])]!r}", "pass the same images"
+    else:
+        new = int(np.flatnonzero(store.paths.positions(images.names) < 0)[0])
+        example, advice = f"the store lacks {images.names[new]!r}", "pass --extend to add images"
+    raise RequestError(
+        f"{store.folder}: was made from other images: it lists {len(store.paths)}, {images.spec} has {len(images)} "
+        f"(after --limit); {example}; {advice}, or choose another --store"
+    )
 
 
 def _settings(stored: Recipe, asked: Recipe) -> list[tuple[str, Any, Any]]:

@@ -16,8 +16,9 @@ from fkd_ssl.errors import FkdError, ImageError, RequestError
 from fkd_ssl.images import ImageSource
 from fkd_ssl.progress import bar_disabled
 from fkd_ssl.store import manifest as layout
-from fkd_ssl.store.listing import IMAGES, MANIFEST, SIZE_DTYPE, SIZES, is_unsafe, write_sidecar
+from fkd_ssl.store.listing import IMAGES, MANIFEST, SIZE_DTYPE, SIZES, Part, is_unsafe, write_sidecar
 from fkd_ssl.store.manifest import Manifest
+from fkd_ssl.store.reader import Store
 from fkd_ssl.text import format_bytes
 
 
@@ -48,6 +49,48 @@ def create_store(
     manifest = Manifest(seed=seed, recipe=recipe, crops_per_image=crops, rows_per_shard=layout.ROWS_PER_SHARD, **lists)
     manifest.write(folder)
     return manifest
+
+
+def extend_store(
+    store: Store,
+    images: ImageSource,
+    *,
+    skip_unreadable: bool,
+    progress: bool = True,
+    advice: str = "remove it or pass --on_unreadable skip",
+) -> Store:
+    """Adds rows for the images that a store lacks, and changes no file. Returns the store unchanged if it lacks none.
+
+    Raises:
+        RequestError: Images of the store are missing, or differ in bytes from those that it was made from.
+        ImageError: A header of a new image is damaged, and `skip_unreadable` is False.
+    """
+    where = images.names.positions(store.paths)
+    new = np.ones(len(images), dtype=bool)
+    new[where[where >= 0]] = False
+    if not new.any():
+        return store
+    gone = np.flatnonzero(where < 0)
+    if len(gone):
+        raise RequestError(
+            f"{images.spec}: lacks {len(gone):,} of the {len(where):,} images of {store.folder}, for instance "
+            f"{store.paths[int(gone[0])]!r}; a store can only grow: restore them, or make another store"
+        )
+    for row, index in enumerate(where.tolist()):
+        if store.sizes["width"][row] and images.byte_size(index) != store.sizes["bytes"][row]:
+            raise RequestError(
+                f"{images.where(index)}: changed since the store was made ({store.sizes['bytes'][row]} bytes then); "
+                "restore it, or make another store"
+            )
+    added = images.subset(np.flatnonzero(new))
+    check_names(added)
+    sizes = read_sizes(added, skip_unreadable=skip_unreadable, advice=advice, progress=progress)
+    last = store.manifest.parts[-1]
+    number = last.number + 1
+    lists = publish_lists(store.folder, added, sizes, number)
+    path = Part(number=number, digest="", **lists).file(store.folder, ".json")
+    files.write_json(path, {**lists, "manifest": last.digest})
+    return Store(store.folder)
 
 
 def check_folder(folder: Path, parts: Set[str], *, what: str) -> None:
@@ -94,12 +137,14 @@ def read_sizes(
     return sizes
 
 
-def publish_lists(folder: Path, images: ImageSource, sizes: npt.NDArray[np.void]) -> dict[str, Any]:
-    """Publishes images.txt and images.npy; returns their values for the manifest."""
-    with files.publish(folder / IMAGES) as file:
-        file.write(images.names.lines)
-    sha256 = files.write_npy(folder / SIZES, sizes)
-    return {"count": len(images), "images_sha256": files.sha256(images.names.lines), "sizes_sha256": sha256}
+def publish_lists(folder: Path, images: ImageSource, sizes: npt.NDArray[np.void], part: int = 0) -> dict[str, Any]:
+    """Publishes the names and sizes of a part; returns their values for the manifest or the extension."""
+    names = images.names.lines
+    lists = {"count": len(images), "images_sha256": files.sha256(names), "sizes_sha256": ""}
+    listed = Part(number=part, digest="", **lists)
+    with files.publish(listed.file(folder, ".txt")) as file:
+        file.write(names)
+    return {**lists, "sizes_sha256": files.write_npy(listed.file(folder, ".npy"), sizes)}
 
 
 def publish_crops(folder: Path, manifest: Manifest, shard: int, records: Records, images: Sequence[str]) -> None:
