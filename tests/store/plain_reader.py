@@ -127,21 +127,30 @@ def read_store(folder: Path) -> dict[str, Any]:
     digest = sha256(canonical(m))
     assert m["format"] == "fkd_ssl store"
     assert m["version"] == 1
-    text = (folder / "images.txt").read_bytes()
-    assert sha256(text) == m["images_sha256"]
-    paths = text.decode("utf-8").split("\n")[:-1]
-    count, crops, size = m["count"], m["crops_per_image"], m["rows_per_shard"]
-    assert len(paths) == count
-    sizes = np.dtype([("bytes", "<u8"), ("width", "<u2"), ("height", "<u2")])
+    parts = [(folder / "images", m, digest)]
+    for number, path in enumerate(sorted(folder.glob("images-*.json")), 1):
+        extension = read_json(path)
+        assert (path.name, extension["manifest"]) == (f"images-{number:05d}.json", digest)
+        digest = sha256(canonical(extension))
+        parts.append((path.with_suffix(""), extension, digest))
+    paths, sizes, shards = [], [], []
+    crops, size = m["crops_per_image"], m["rows_per_shard"]
+    kind = np.dtype([("bytes", "<u8"), ("width", "<u2"), ("height", "<u2")])
+    for path, about, digest in parts:
+        text, count = path.with_suffix(".txt").read_bytes(), about["count"]
+        assert sha256(text) == about["images_sha256"]
+        assert len(text.decode("utf-8").split("\n")[:-1]) == count
+        paths += text.decode("utf-8").split("\n")[:-1]
+        sizes.append(read_npy(path.with_suffix(".npy"), about["sizes_sha256"], kind, (count,)))
+        shards += [(min(size, count - first), digest) for first in range(0, count, size)]
     store: dict[str, Any] = {
         "paths": paths,
         "skipped": [],
         "crops": [],
         "columns": {},
-        "sizes": read_npy(folder / "images.npy", m["sizes_sha256"], sizes, (count,)),
+        "sizes": np.concatenate(sizes),
     }
-    shards = [min(size, count - first) for first in range(0, count, size)]
-    for shard, rows in enumerate(shards):
+    for shard, (rows, digest) in enumerate(shards):
         about = read_json(folder / "crops" / f"{shard:05d}.json")
         assert set(about) == {"file", "images", "manifest", "shard", "skipped"}
         assert (about["manifest"], about["shard"], len(about["images"])) == (digest, shard, rows)
@@ -153,14 +162,14 @@ def read_store(folder: Path) -> dict[str, Any]:
         shapes = {name: shape_of(meta, name) for name in meta["arrays"] if not name.startswith("teacher-")}
         arrays = {name: read_npy(column / f"{name}.npy", meta["arrays"][name], "<f4", shape) for name, shape in shapes.items()}
         codes = []
-        for shard, rows in enumerate(shards):
+        for shard, (rows, digest) in enumerate(shards):
             about = read_json(column / f"codes-{shard:05d}.json")
             assert set(about) == {"column", "file", "manifest", "shard"}
             assert (about["manifest"], about["shard"], about["column"]) == (digest, shard, sha256(canonical(meta)))
             codes.append(read_npy(column / f"codes-{shard:05d}.npy", about["file"], "u1", (rows, crops, meta["code_size"])))
         every, (dim,) = np.concatenate(codes), meta["teacher"]["shape"]
         targets = decode(meta["codec"], dim, arrays, every.reshape(-1, meta["code_size"]))
-        store["columns"][column.name] = targets.reshape(count, crops, dim)
+        store["columns"][column.name] = targets.reshape(len(paths), crops, dim)
     return store
 
 
