@@ -1,7 +1,8 @@
 """Makes a smaller copy of images, so that training on small crops does not read full-size images.
 
-The copy keeps the paths and formats, so precompute, train, knn and any other tool read it like the originals. The config and
-results.json are in the folder OUT.cache next to it. To continue a killed run, repeat the command.
+The copy keeps the names and formats, so precompute, train, knn and any other tool read it like the originals. It has a file for
+each image, or tars (--tars). The config and results.json are in the folder OUT.cache next to it. To continue a killed run,
+repeat the command.
 """
 
 from dataclasses import dataclass
@@ -24,7 +25,10 @@ class Config:
     out: str
     """Folder of the copy; nothing in it is overwritten."""
     short_side: int = 128
-    """Short side of the copies in pixels; twice the side of the crops keeps most detail. Smaller images are not resized."""
+    """Short side of the copies in pixels; twice the side of the crops keeps most detail. Smaller images are not resized; 0
+    copies every image unchanged."""
+    tars: int | None = None
+    """Number of tars (webdataset's layout) that the copies are written to, instead of a file for each."""
     quality: int = 95
     """Quality of JPEG and WebP files; colours are kept at full resolution."""
     on_unreadable: Literal["stop", "skip"] = "stop"
@@ -76,6 +80,7 @@ def _shrink(config: Config, images: "ImageSource", folder: "Path", run_folder: "
         folder,
         short_side=config.short_side,
         quality=config.quality,
+        tars=config.tars,
         skip_unreadable=config.on_unreadable == "skip",
         threads=min(16, resolve.cpu_threads()) if config.threads is None else config.threads,
         log=console.log,

@@ -68,8 +68,9 @@ class Tars(ImageSource):
     """Images in uncompressed tar files, in the order of their names.
 
     Members `KEY.jpg` are images, for all suffixes of a folder of images. A member `KEY.cls`, `KEY.json` (its "label", "cls" or
-    "class") or `KEY.txt` gives the class, as a number or a name. If no image has such a member, the first folder of a
-    member's path is its class, so that a tar of a folder of images gives the same set as the folder.
+    "class") or `KEY.txt` gives the class, as a number or a name. If no image has such a member, or if these are the numbers of
+    the first folders of the members' paths, these folders are the classes, so that tars of a folder of images give the same set
+    as the folder.
 
     The positions of a tar's members are read once and kept in the cache folder until the file changes.
 
@@ -92,10 +93,13 @@ class Tars(ImageSource):
             raise RequestError(f"{spec}: no images in {'this tar' if len(self.shards) == 1 else 'these tars'}")
         order, repeated = order_of(names)
         refuse(spec, (f"{names[k]} in {self.shards[numbers[k]].name}" for k in repeated), "are used by several images")
-        labels = [label for index in indexes for label in index.labels]
-        if not any(labels):
-            labels = [class_of_path(name) for name in names]
-        super().__init__(spec, (names[k] for k in order), *classes_of([labels[k] for k in order]))
+        texts = [label for index in indexes for label in index.labels]
+        labels, classes = classes_of([texts[k] for k in order])
+        if all(name.isdecimal() for name in classes):
+            numbered = classes_of([class_of_path(names[k]) for k in order])
+            if not classes or np.array_equal(labels, numbered[0]):  # the numbers are those of the folders
+                labels, classes = numbered
+        super().__init__(spec, (names[k] for k in order), labels, classes)
         self._shard = numbers[order]
         self._spans = np.concatenate([index.spans for index in indexes])[order]
         self._stamps = [shard.stamp() for shard in self.shards]
@@ -153,7 +157,7 @@ def index_of(shard: Shard) -> TarIndex:
         ImageAccessError: The file cannot be read.
     """
     stamp, changed = shard.stamp()
-    kept = files.cache_folder() / "tars" / f"{files.sha256(f'1 {stamp}'.encode())}.npz"
+    kept = files.cache_folder() / "tars" / f"{files.sha256(f'2 {stamp}'.encode())}.npz"
     if (found := _kept_index(kept)) is not None:
         return found
     index = _read_index(shard)
@@ -194,7 +198,7 @@ def _read_index(shard: Shard) -> TarIndex:
                     if member.offset_data + member.size > length:
                         raise RequestError(f"{path}: the tar ends within its member {member.name!r}; restore the file")
                     name = _normalised(member.name)
-                    key, suffix = _key_of(name)
+                    key, suffix = key_of(name)
                     if PurePosixPath(name).suffix.lower() in SUFFIXES and not PurePosixPath(name).name.startswith("."):
                         names.append(name)
                         keys.append(key)
@@ -205,6 +209,13 @@ def _read_index(shard: Shard) -> TarIndex:
                 # tarfile treats a damaged or missing header after the first one as the end of the archive
                 if os.pread(file.fileno(), tarfile.BLOCKSIZE, tar.offset) != tarfile.NUL * tarfile.BLOCKSIZE:
                     raise RequestError(f"{path}: the tar is truncated or damaged at byte {tar.offset:,}; restore the file")
+                file.seek(tar.offset)
+                while piece := file.read(_MAX_HEADER):
+                    if piece.strip(b"\0"):
+                        raise RequestError(
+                            f"{path}: data follow the end of the tar at byte {tar.offset:,}; if tars were joined with cat, "
+                            "join them with tar --concatenate"
+                        )
         except tarfile.ReadError as error:
             raise RequestError(f"{path}: {_problem(shard, str(error))}") from error
         except OSError as error:
@@ -232,7 +243,7 @@ def _normalised(name: str) -> str:
     return unicodedata.normalize("NFC", name)
 
 
-def _key_of(name: str) -> tuple[str, str]:
+def key_of(name: str) -> tuple[str, str]:
     """Splits a name into the key of its sample and the suffix, at the first dot of the last part, as webdataset does."""
     folder, slash, base = name.rpartition("/")
     key, _, suffix = base.partition(".")

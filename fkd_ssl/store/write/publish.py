@@ -140,7 +140,7 @@ def read_sizes(
 def publish_lists(folder: Path, images: ImageSource, sizes: npt.NDArray[np.void], part: int = 0) -> dict[str, Any]:
     """Publishes the names and sizes of a part; returns their values for the manifest or the extension."""
     names = images.names.lines
-    lists = {"count": len(images), "images_sha256": files.sha256(names), "sizes_sha256": ""}
+    lists: dict[str, Any] = {"count": len(images), "images_sha256": files.sha256(names), "sizes_sha256": ""}
     listed = Part(number=part, digest="", **lists)
     with files.publish(listed.file(folder, ".txt")) as file:
         file.write(names)
