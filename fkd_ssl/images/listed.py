@@ -54,4 +54,4 @@ class Listed(Folder):
         self.spec = str(file)
         if len(entries[0]) == 2:
             given = dict(zip(spelled, (text.strip() for _, text in entries), strict=True))
-            self.labels, self.classes = classes_of([given[name] for name in self.names])
+            self.labels, self.classes = classes_of([[given[name].encode() for name in self.names]])

@@ -10,7 +10,7 @@ from fkd_ssl.errors import FkdError, RequestError, did_you_mean
 from fkd_ssl.images import named
 from fkd_ssl.images.folder import Folder, NoImagesError, scan
 from fkd_ssl.images.listed import Listed
-from fkd_ssl.images.names import is_line, refuse
+from fkd_ssl.images.names import has_bad_parts, is_line, is_plain, refuse
 from fkd_ssl.images.shards import LocalShard, is_url, open_shards
 from fkd_ssl.images.source import ImageSource
 from fkd_ssl.images.tables import Table, files_of
@@ -116,11 +116,13 @@ def check_names(source: ImageSource) -> None:
     """Raises RequestError if a store cannot hold the names, or find the images by them again, or a text file the classes."""
     if type(source) is Folder:  # checked while it was listed
         return
-    names = list(source.names)
-    refuse(source.spec, (name for name in names if not is_line(name)), "have control characters or line separators")
+    names = source.names
     refuse(source.spec, (name for name in source.classes if not is_line(name)), "of classes have control characters")
-    refuse(source.spec, (n for n in names if n != unicodedata.normalize("NFC", n)), "are not in Unicode's NFC form")
-    wrong = (name for name in names if name.startswith("/") or not {"", ".", ".."}.isdisjoint(name.split("/")))
-    refuse(source.spec, wrong, "are absolute, or have an empty part or one that is '.' or '..'")
-    if twice := len(names) - len(set(names)):
-        raise RequestError(f"{source.spec}: {twice:,} names are used by several images; give each image its own name")
+    if not is_plain(names.lines):
+        refuse(source.spec, (name for name in names if not is_line(name)), "have control characters or line separators")
+        refuse(source.spec, (n for n in names if n != unicodedata.normalize("NFC", n)), "are not in Unicode's NFC form")
+    if has_bad_parts(names.lines):
+        wrong = (name for name in names if has_bad_parts(f"{name}\n".encode()))
+        refuse(source.spec, wrong, "are absolute, or have an empty part or one that is '.' or '..'")
+    if not isinstance(source, (Tars, Table)) and len(twice := names.order()[1]):  # these two have checked it
+        raise RequestError(f"{source.spec}: {len(twice):,} names are used by several images; give each image its own name")

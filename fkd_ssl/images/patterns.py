@@ -3,7 +3,7 @@
 import itertools
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -52,28 +52,27 @@ def stamp_of(path: str | Path) -> tuple[str, float]:
     return f"{stat.st_dev} {stat.st_ino} {stat.st_size} {stat.st_mtime_ns} {stat.st_ctime_ns}", stat.st_ctime
 
 
-def order_of(names: Sequence[str]) -> tuple[Int64Array, list[int]]:
-    """Returns the order that sorts the names [N], and the indices of repeated names, without the first of each."""
-    order = sorted(range(len(names)), key=names.__getitem__)
-    return np.array(order, dtype=np.int64), [b for a, b in itertools.pairwise(order) if names[a] == names[b]]
+def folder_of(lines: bytes) -> list[bytes]:
+    """Returns the first folder of each name, which is its class; empty if it is in no folder."""
+    if b"/" not in lines:
+        return [b""] * lines.count(b"\n")
+    return [line.partition(b"/")[0] if b"/" in line else b"" for line in lines.split(b"\n")[:-1]]
 
 
-def class_of_path(name: str) -> str:
-    """Returns the first folder of an image's name, which is its class; empty if it is in no folder."""
-    folder, slash, _ = name.partition("/")
-    return folder if slash else ""
-
-
-def classes_of(texts: Sequence[str], names: list[str] | None = None) -> tuple[Int64Array, list[str]]:
-    """Returns the label of each image [N] and the classes, from the name or number of each image's class.
+def classes_of(texts: Iterable[Iterable[bytes]], names: list[str] | None = None) -> tuple[Int64Array, list[str]]:
+    """Returns the label of each image [N] and the classes, from the name or number of each image's class, in several parts.
 
     An empty text gives the label -1. If all classes are numbers, these numbers are the labels, even if some classes have no
     images. Otherwise a label is the index of the class in alphabetical order, or in `names` if given.
     """
-    known = list(dict.fromkeys(names)) if names else sorted({text for text in texts if text})
+    numbers: dict[bytes, int] = {}
+    codes = [np.fromiter((numbers.setdefault(text, len(numbers)) for text in part), dtype=np.int32) for part in texts]
+    distinct = [text.decode() for text in numbers]
+    known = list(dict.fromkeys(names)) if names else sorted(text for text in distinct if text)
     if not names and known and all(text.isascii() and text.isdecimal() and text == str(int(text)) for text in known):
         highest = max(map(int, known))
         if highest <= _MAX_NUMBER:
             known = [str(number) for number in range(highest + 1)]
     index = {name: k for k, name in enumerate(known)}
-    return np.array([index.get(text, -1) for text in texts], dtype=np.int64), known
+    labels = np.array([index.get(text, -1) for text in distinct], dtype=np.int64)
+    return np.concatenate([labels[part] for part in codes]) if codes else labels, known

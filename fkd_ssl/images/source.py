@@ -93,6 +93,10 @@ class ImageSource(ABC):
         """Returns the group of image `index`: images of one group are read faster in sequence. Default: 0 for all images."""
         return 0
 
+    def groups(self, indices: Int64Array) -> Int64Array:
+        """Returns the group of each of these images: int64 [n]."""
+        return np.array([self.group(index) for index in indices.tolist()], dtype=np.int64)
+
     def expect(self, groups: Iterable[int]) -> None:  # noqa: B027  (optional)
         """Tells the source which groups are read next, in order, so that it can fetch them ahead. Default: does nothing."""
 
@@ -190,7 +194,7 @@ class ImageSource(ABC):
 
 class _Subset(ImageSource):
     def __init__(self, source: ImageSource, indices: Int64Array) -> None:
-        super().__init__(source.spec, (source.names[i] for i in indices.tolist()), source.labels[indices], source.classes)
+        super().__init__(source.spec, source.names.take(indices), source.labels[indices], source.classes)
         self._source, self._indices = source, indices
         self.mix_groups = source.mix_groups
 
@@ -208,6 +212,9 @@ class _Subset(ImageSource):
 
     def group(self, index: int) -> int:
         return self._source.group(int(self._indices[index]))
+
+    def groups(self, indices: Int64Array) -> Int64Array:
+        return self._source.groups(self._indices[indices])
 
     def expect(self, groups: Iterable[int]) -> None:
         self._source.expect(groups)

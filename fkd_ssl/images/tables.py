@@ -15,8 +15,8 @@ import numpy as np
 from fkd_ssl.arrays import Int64Array
 from fkd_ssl.errors import ImageAccessError, ImageError, RequestError, did_you_mean
 from fkd_ssl.images.decoding import inaccessible
-from fkd_ssl.images.names import is_line, refuse
-from fkd_ssl.images.patterns import class_of_path, classes_of, order_of
+from fkd_ssl.images.names import Names, is_line, refuse
+from fkd_ssl.images.patterns import classes_of, folder_of
 from fkd_ssl.images.shards import LocalShard, Prefetcher, Shard
 from fkd_ssl.images.source import ImageSource
 from fkd_ssl.text import first_line
@@ -70,18 +70,29 @@ class Table(ImageSource):
                 parts.append(self._list(k, columns, notes))
             except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
                 raise RequestError(f"{shard.name}: not a readable table ({first_line(error)}); restore the file") from error
-        names = [name for part in parts for name in part[0]]
-        texts = [text for part in parts for text in part[1]]
-        if not names:
+        refuse(
+            spec,
+            (name for part in parts for name in part[0] if not is_line(name)),
+            "have control characters or line separators",
+        )
+        names = Names(name for part in parts for name in part[0])
+        if not len(names):
             raise RequestError(f"{spec}: has no rows")
-        refuse(spec, (name for name in names if not is_line(name)), "have control characters or line separators")
-        order, repeated = order_of(names)
-        refuse(spec, {names[k] for k in repeated}, "are used by several rows; choose another column of names with #name=COLUMN")
-        if not any(texts):
-            texts = [class_of_path(name) for name in names]
-        super().__init__(spec, (names[k] for k in order), *classes_of([texts[k] for k in order], parts[0][2]))
+        order, repeated = names.order()
+        refuse(
+            spec,
+            {names[k] for k in repeated.tolist()},
+            "are used by several rows; choose another column of names with #name=COLUMN",
+        )
+        labels, classes = classes_of(([text.encode() for text in part[1]] for part in parts), parts[0][2])
+        if not any(any(part[1]) for part in parts):
+            labels, classes = classes_of([folder_of(names.lines)], parts[0][2])
+        at = np.concatenate([part[3] for part in parts])
+        if order is not None:
+            names, labels, at = names.take(order), labels[order], at[order]
+        super().__init__(spec, names, labels, classes)
         self.notes = sorted(set(notes))
-        self._at = np.concatenate([part[3] for part in parts])[order]
+        self._at = at
         self._stamps = [shard.stamp() for shard in self.shards]
         self._prefetcher = Prefetcher(self.shards)
         self.mix_groups = self._groups_in_memory() or self._prefetcher.mix
@@ -123,6 +134,12 @@ class Table(ImageSource):
         """Returns a number that identifies the image's row group."""
         file, group, _ = self._at[index].tolist()
         return int(file << 32 | group)
+
+    def groups(self, indices: Int64Array) -> Int64Array:
+        """Returns the numbers of the images' row groups: int64 [n]."""
+        at = self._at[indices]
+        found: Int64Array = at[:, 0] << 32 | at[:, 1]
+        return found
 
     def expect(self, groups: Iterable[int]) -> None:
         """Begins to fetch the files of these groups, if they are remote."""

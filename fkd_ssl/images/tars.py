@@ -23,7 +23,7 @@ from fkd_ssl.errors import ImageAccessError, RequestError, StoreError
 from fkd_ssl.images.decoding import check_bytes, inaccessible
 from fkd_ssl.images.folder import SUFFIXES
 from fkd_ssl.images.names import Names, is_line, refuse
-from fkd_ssl.images.patterns import class_of_path, classes_of, order_of
+from fkd_ssl.images.patterns import classes_of, folder_of
 from fkd_ssl.images.shards import Prefetcher, Shard
 from fkd_ssl.images.source import ImageSource
 from fkd_ssl.progress import bar_disabled
@@ -87,21 +87,23 @@ class Tars(ImageSource):
         indexes = []
         for shard in tqdm(self.shards, desc="index", unit="tar", disable=bar_disabled(show=len(self.shards) > 1)):
             indexes.append(index_of(shard))
-        names = [name for index in indexes for name in index.names]
-        numbers = np.repeat(np.arange(len(indexes)), [len(index.names) for index in indexes])
-        if not names:
+        names = Names(b"".join(index.names.lines for index in indexes))
+        self._shard = np.repeat(np.arange(len(indexes), dtype=np.int32), [len(index.names) for index in indexes])
+        if not len(names):
             raise RequestError(f"{spec}: no images in {'this tar' if len(self.shards) == 1 else 'these tars'}")
-        order, repeated = order_of(names)
-        refuse(spec, (f"{names[k]} in {self.shards[numbers[k]].name}" for k in repeated), "are used by several images")
-        texts = [label for index in indexes for label in index.labels]
-        labels, classes = classes_of([texts[k] for k in order])
+        order, repeated = names.order()
+        refuse(
+            spec, (f"{names[k]} in {self.shards[self._shard[k]].name}" for k in repeated.tolist()), "are used by several images"
+        )
+        labels, classes = classes_of(index.labels.lines.split(b"\n")[:-1] for index in indexes)
         if all(name.isdecimal() for name in classes):
-            numbered = classes_of([class_of_path(names[k]) for k in order])
+            numbered = classes_of(folder_of(index.names.lines) for index in indexes)
             if not classes or np.array_equal(labels, numbered[0]):  # the numbers are those of the folders
                 labels, classes = numbered
-        super().__init__(spec, (names[k] for k in order), labels, classes)
-        self._shard = numbers[order]
-        self._spans = np.concatenate([index.spans for index in indexes])[order]
+        self._spans = np.concatenate([index.spans for index in indexes])
+        if order is not None:
+            names, labels, self._shard, self._spans = names.take(order), labels[order], self._shard[order], self._spans[order]
+        super().__init__(spec, names, labels, classes)
         self._stamps = [shard.stamp() for shard in self.shards]
         self._prefetcher = Prefetcher(self.shards)
         self.mix_groups = self._prefetcher.mix
@@ -140,6 +142,10 @@ class Tars(ImageSource):
         """Returns the position of the image's tar file among all of them."""
         return int(self._shard[index])
 
+    def groups(self, indices: Int64Array) -> Int64Array:
+        """Returns the position of each image's tar file: int64 [n]."""
+        return self._shard[indices].astype(np.int64)
+
     def where(self, index: int) -> str:
         """Returns the tar file and the member's name."""
         return f"{self.shards[self._shard[index]].name}: {self.names[index]}"
@@ -157,18 +163,28 @@ def index_of(shard: Shard) -> TarIndex:
         ImageAccessError: The file cannot be read.
     """
     stamp, changed = shard.stamp()
-    kept = files.cache_folder() / "tars" / f"{files.sha256(f'2 {stamp}'.encode())}.npz"
+    kept = index_file(stamp)
     if (found := _kept_index(kept)) is not None:
         return found
     index = _read_index(shard)
     if changed < time.time() - _SETTLED:
         with suppress(OSError):  # without a writable cache folder, the index is made again
-            kept.parent.mkdir(parents=True, exist_ok=True)
-            buffer = io.BytesIO()
-            text = {key: np.frombuffer(getattr(index, key).lines, dtype=np.uint8) for key in ("names", "labels")}
-            np.savez(buffer, spans=index.spans, **text)  # type: ignore[arg-type]
-            files.replace(kept, buffer.getbuffer())
+            keep_index(kept, index)
     return index
+
+
+def index_file(stamp: str) -> Path:
+    """Returns the file in the cache folder that keeps the index of the tar with this stamp."""
+    return files.cache_folder() / "tars" / f"{files.sha256(f'2 {stamp}'.encode())}.npz"
+
+
+def keep_index(kept: Path, index: TarIndex) -> None:
+    """Writes an index to the cache folder."""
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    buffer = io.BytesIO()
+    text = {key: np.frombuffer(getattr(index, key).lines, dtype=np.uint8) for key in ("names", "labels")}
+    np.savez(buffer, spans=index.spans, **text)  # type: ignore[arg-type]
+    files.replace(kept, buffer.getbuffer())
 
 
 def _kept_index(kept: Path) -> TarIndex | None:

@@ -15,8 +15,6 @@ from fkd_ssl import files, locks
 from fkd_ssl.arrays import Int64Array
 from fkd_ssl.crops import CROP_DTYPE
 from fkd_ssl.errors import RequestError, StoreError
-from fkd_ssl.images import Names
-from fkd_ssl.images.patterns import order_of
 from fkd_ssl.store import manifest as layout
 from fkd_ssl.store.listing import IMAGES, SIZES
 from fkd_ssl.store.reader import MAX_ARRAY, Column, Store
@@ -86,7 +84,7 @@ class Part:
             raise RequestError(f"{store.folder}: no targets of {absent[0]!r}; there are {store.column_names or 'none'}")
         self.columns = [store.column(name) for name in names]
         self.rows = _rows(store, paths)
-        self._listing = Names(store.paths[int(row)] for row in self.rows).lines
+        self._listing = store.paths.take(self.rows).lines
         sizes = np.ascontiguousarray(store.sizes[self.rows])
         self._sizes = files.npy_header(sizes.dtype, sizes.shape) + sizes.tobytes()
         self.manifest = replace(
@@ -220,7 +218,8 @@ def _rows(store: Store, paths: Sequence[str] | None) -> Rows:
         if not len(rows):
             raise RequestError("the list of images is empty")
         rows = np.unique(rows)
-    return rows if not store.manifest.extensions else rows[order_of([store.paths[int(row)] for row in rows])[0]]
+    order, _ = store.paths.take(rows).order()
+    return rows if order is None else rows[order]
 
 
 def _other(folder: Path) -> str:

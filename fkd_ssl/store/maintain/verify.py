@@ -4,6 +4,7 @@ import functools
 import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -98,11 +99,11 @@ def verify(
         )
         return report
     columns = list(_columns(store, report))
-    for name in sorted(files.names(store.folder / layout.CROPS)):
-        if (match := _SIDECAR.fullmatch(name)) and int(match[1]) >= store.manifest.shards:
-            report.add(
-                f"{store.folder / layout.CROPS / name}: no list of images has its shard: restore images-*.json from a backup"
-            )
+    with suppress(StoreAccessError):  # reported for each shard
+        for name in sorted(files.names(store.folder / layout.CROPS)):
+            if (match := _SIDECAR.fullmatch(name)) and int(match[1]) >= store.manifest.shards:
+                path = store.folder / layout.CROPS / name
+                report.add(f"{path}: no list of images has its shard: restore images-*.json from a backup")
     shards = range(store.manifest.shards)
     with ThreadPoolExecutor(threads) as pool:
         for part in tqdm(
