@@ -3,6 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset
 
@@ -72,7 +73,7 @@ class Crops(Dataset[Batch]):
     @property
     def groups(self) -> Int64Array:
         """The group of each image [N], see `ImageSource.group`."""
-        return self.images.groups(self._positions)
+        return self.images.groups(np.asarray(self._positions, dtype=np.int64))
 
     def set_epoch(self, epoch: int) -> None:
         """Makes pass `epoch` the next pass of all images, in this process and in the workers of its loaders.
