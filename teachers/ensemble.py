@@ -84,3 +84,7 @@ class Ensemble(Teacher):
     def features(self, images: Tensor) -> Tensor:
         """Backbone features of all members float32 [B, F] of uint8 [B, 3, H, W]."""
         return torch.cat([member.features(images) for member in self.members], dim=1)
+
+    def map(self, images: Tensor) -> Tensor:
+        """Raises RequestError: members may have different feature maps."""
+        raise RequestError(f"teacher {self.info.name}: an ensemble has no feature map")

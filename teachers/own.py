@@ -25,7 +25,8 @@ def load_own(name: str, checkpoint: str | Path | None, precision: Precision) -> 
 
     The function is called without arguments, or with `checkpoint=` if given. It returns a Teacher, or an nn.Module that maps
     ImageNet-normalised floats [B, 3, H, W] to [B, D]. The module can have the attributes `pixels`, its native size, and `kind`,
-    which is `distribution` if the outputs are a classifier's logits.
+    which is `distribution` if the outputs are a classifier's logits, and `tokens` for targets made of the module's feature map:
+    its output [B, F, h, w], or the map that `fkd_ssl.maps.features_and_map` finds.
 
     Raises:
         RequestError: The module or function does not exist, or a checkpoint is given but not accepted.
@@ -68,7 +69,7 @@ def of_object(named: Named, precision: Precision = "fp32") -> Teacher:
     if isinstance(made, _Function):
         side = teacher.info.pixels
         noise = torch.randint(256, (2, 3, side, side), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-        made.register_buffer("output", teacher.output(noise))
+        made.register_buffer("output", teacher.features(noise))
         teacher.info = replace(teacher.info, checkpoint_sha256=_digest(made, str(named)))
     return teacher
 

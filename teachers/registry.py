@@ -13,6 +13,7 @@ from fkd_ssl.teachers.presets import PRESETS
 from fkd_ssl.teachers.swav import load_swav
 from fkd_ssl.teachers.teacher import Teacher
 from fkd_ssl.teachers.timm_models import load_timm
+from fkd_ssl.teachers.tokens import as_tokens, set_grid, split_name
 from fkd_ssl.teachers.torchvision_models import load_torchvision
 from fkd_ssl.teachers.transformers_models import load_transformers
 
@@ -27,7 +28,9 @@ LIBRARIES: dict[str, Callable[..., Teacher]] = {"torchvision": load_torchvision,
 """Loaders (model, layer, checkpoint, *, precision) of LIBRARY/MODEL."""
 
 
-def load_teacher(name: str, *, checkpoint: str | Path | None = None, precision: Precision = "fp32") -> Teacher:
+def load_teacher(
+    name: str, *, checkpoint: str | Path | None = None, precision: Precision = "fp32", grid: int | None = None
+) -> Teacher:
     """Loads a frozen teacher.
 
     Args:
@@ -37,15 +40,26 @@ def load_teacher(name: str, *, checkpoint: str | Path | None = None, precision: 
             its pooled features; `@LAYER` selects those of a layer, `@probabilities` the class probabilities. Your function is
             called without arguments, or with `checkpoint=` if given; it returns a Teacher, or an nn.Module that maps
             ImageNet-normalised floats [B, 3, H, W] to [B, D]. To average classifiers, use Ensemble.
+            Any of these names followed by `@tokens` gives the network's feature map, pooled to a grid of tokens.
         checkpoint: File of weights; a folder for `transformers`. By default a preset is searched for in the cache folder.
             `pretrained` downloads the weights of a library's network.
         precision: Precision of the forward pass.
+        grid: Number of tokens along each side of the crop; by default 7.
 
     Raises:
-        RequestError: The name is unknown or needs a checkpoint.
+        RequestError: The name is unknown or needs a checkpoint, or a grid is given and the teacher does not give tokens.
         CheckpointError: The checkpoint has another layout or is of another network.
         FkdError: Your function failed, or a library could not download its weights.
     """
+    base, tokens = split_name(name)
+    teacher = _load(base, checkpoint, precision)
+    if tokens:
+        teacher = as_tokens(teacher)
+    set_grid([teacher], grid)
+    return teacher
+
+
+def _load(name: str, checkpoint: str | Path | None, precision: Precision) -> Teacher:
     library, colon, model = name.partition(":")
     if colon and library in LIBRARIES:
         raise RequestError(f"teacher {name}: write {library}/{model}")

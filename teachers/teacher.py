@@ -1,6 +1,7 @@
 """Teachers: frozen networks that map crops to targets."""
 
 import re
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any, Self
@@ -8,8 +9,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from fkd_ssl.errors import FkdError
+from fkd_ssl.errors import FkdError, RequestError
+from fkd_ssl.maps import features_and_map, to_grid
 from fkd_ssl.targets import TargetSpec, TeacherInfo
+from fkd_ssl.targets.tokens import TOKENS
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -19,11 +22,12 @@ class Teacher(nn.Module):
 
     Args:
         backbone: Maps normalised floats [B, 3, H, W] to features [B, F].
-        head: Maps features to vectors of any length, or logits, `[B, *shape]`.
+        head: Maps features, or a grid of tokens, to vectors of any length, or logits, `[B, *shape]`.
         name: Default name of the column in a store.
         shape: Shape of one target.
         kind: `embedding`: targets are the L2-normalised outputs of the head; `distribution`: targets are class probabilities,
-            the softmax of the head's outputs.
+            the softmax of the head's outputs; `tokens`: the backbone's feature map is pooled to the grid of `shape` [h, w, D],
+            passes through the head as [B, h, w, F], and each token is normalised.
         feature_dim: F; by default the size of a target.
         **about: Fields of TeacherInfo: network, pixels, mean, std, licence, source, checkpoint, checkpoint_sha256, precision,
             arrays. On a GPU, fp32 follows PyTorch's settings: by default convolutions use TF32.
@@ -73,8 +77,13 @@ class Teacher(nn.Module):
 
     def without_head(self) -> Self:
         """Makes the backbone's features [F] the target, as in SimReg (arXiv 2201.05131). Returns the same teacher."""
-        about = {"name": f"{self.info.name}-backbone", "network": f"{self.info.network}: the features of the backbone"}
-        self.info = replace(self.info, **about, spec=TargetSpec("embedding", (self.feature_dim,)), arrays={})
+        self.info = replace(
+            self.info,
+            name=f"{self.info.name}-backbone",
+            network=f"{self.info.network}: the features of the backbone",
+            spec=TargetSpec("embedding", (self.feature_dim,)),
+            arrays={},
+        )
         self.head = nn.Identity()
         return self
 
@@ -91,24 +100,81 @@ class Teacher(nn.Module):
         """
         return self.info.spec.definition.of_output(self.output(images))
 
+    @property
+    def network_key(self) -> object:
+        """Equal for teachers that share a network and its input, so that `embed_with` can take them together."""
+        return id(self.backbone), self.info.mean, self.info.std, self.info.precision
+
     @torch.inference_mode()
-    def output(self, images: Tensor) -> Tensor:
-        """Outputs of the head, from which `embed` makes targets: vectors or logits `[B, *shape]`, not necessarily float32.
+    def embed_with(self, others: "Sequence[Teacher]", images: Tensor) -> list[Tensor]:
+        """Targets of this teacher and of others with the same `network_key`, from one forward pass.
 
         Raises:
             FkdError: As `embed`.
         """
+        teachers = [self, *others]
         with self._autocast():
-            features = self._checked(self._run(self.backbone, self._prepare(images), images), images)
-            return self._checked(self._run(self.head, features, images), images, self.info.spec.shape)
+            found = self._forward(images, with_map=any(teacher.info.spec.kind == TOKENS for teacher in teachers))
+            outputs = [teacher._output(*found, images) for teacher in teachers]
+        return [teacher.info.spec.definition.of_output(output) for teacher, output in zip(teachers, outputs, strict=True)]
+
+    @torch.inference_mode()
+    def output(self, images: Tensor) -> Tensor:
+        """Outputs of the head, from which `embed` makes targets: vectors, logits or tokens `[B, *shape]`, of any float type.
+
+        Raises:
+            RequestError: The grid of the tokens is finer than the feature map, or there is no map.
+            FkdError: As `embed`.
+        """
+        with self._autocast():
+            return self._output(*self._forward(images, with_map=self.info.spec.kind == TOKENS), images)
 
     @torch.inference_mode()
     def features(self, images: Tensor) -> Tensor:
         """Backbone features float32 [B, F] of uint8 [B, 3, H, W], used by probes and kNN."""
         with self._autocast():
-            return self._checked(self._run(self.backbone, self._prepare(images), images), images).float()
+            return self._forward(images, with_map=False)[0].float()
 
-    def _run(self, part: nn.Module, given: Tensor, images: Tensor) -> Any:
+    @torch.inference_mode()
+    def map(self, images: Tensor) -> Tensor:
+        """Feature map float32 [B, h, w, F] of uint8 [B, 3, H, W], neither pooled nor normalised.
+
+        Raises:
+            RequestError: The network has no feature map.
+            FkdError: As `embed`.
+        """
+        with self._autocast():
+            _, found = self._forward(images, with_map=True)
+        assert found is not None
+        return found.permute(0, 2, 3, 1).float()
+
+    def _forward(self, images: Tensor, *, with_map: bool) -> tuple[Tensor, Tensor | None]:
+        """Features [B, F], and the feature map [B, F, h, w] if requested."""
+        inputs = self._prepare(images)
+        if not with_map:
+            return self._checked(self._run(self.backbone, inputs, images), images), None
+        try:
+            features, found = self._run(lambda given: features_and_map(self.backbone, given), inputs, images)
+        except RequestError as error:
+            raise RequestError(f"teacher {self.info.name}: {error}") from error
+        return self._checked(features, images), self._checked(found, images, tuple(found.shape[1:]))
+
+    def _output(self, features: Tensor, found: Tensor | None, images: Tensor) -> Tensor:
+        """Output of the head for features, or for the grid of a map."""
+        shape = self.info.spec.shape
+        if self.info.spec.kind == TOKENS:
+            assert found is not None
+            rows, columns = found.shape[2:]
+            if rows < shape[0] or columns < shape[1]:
+                raise RequestError(
+                    f"teacher {self.info.name}: its feature map has {rows} x {columns} positions for crops of "
+                    f"{images.shape[3]} x {images.shape[2]} px; a grid of {shape[0]} x {shape[1]} is too fine: choose --grid "
+                    f"{min(rows, columns)}, or larger crops (--pixels)"
+                )
+            features = to_grid(found.float(), (shape[0], shape[1]))
+        return self._checked(self._run(self.head, features, images), images, shape)
+
+    def _run(self, part: Callable[[Tensor], Any], given: Tensor, images: Tensor) -> Any:
         """Runs a part; turns its exceptions, except out of memory, into an FkdError that names the size of the crops."""
         try:
             return part(given)

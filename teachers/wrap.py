@@ -7,14 +7,16 @@ from torch import nn
 
 from fkd_ssl.errors import FkdError, RequestError
 from fkd_ssl.targets import KINDS
+from fkd_ssl.targets.tokens import TOKENS
 from fkd_ssl.teachers.teacher import Teacher
+from fkd_ssl.teachers.tokens import as_tokens
 
 
 def wrap(module: nn.Module, *, name: str, source: str, pixels: int, test_pixels: int | None = None, **about: Any) -> Teacher:
     """Makes a Teacher whose targets are the module's normalised outputs; a forward pass of zeros determines their shape.
 
     Args:
-        module: Maps normalised floats [B, 3, H, W] to [B, D].
+        module: Maps normalised floats [B, 3, H, W] to [B, D]; for tokens, to features [B, F] or a map [B, F, h, w].
         name: Name of the column.
         source: The user's name of the teacher; error messages begin with it.
         pixels: Native size of the module.
@@ -22,13 +24,19 @@ def wrap(module: nn.Module, *, name: str, source: str, pixels: int, test_pixels:
         **about: Further arguments of Teacher.
 
     Raises:
+        RequestError: The kind is `tokens`, and the module has no feature map.
         FkdError: The module does not map [2, 3, P, P] floats to one tensor [2, D], or gives probabilities, not logits.
     """
     module.eval()
     side = test_pixels or pixels
+    if tokens := about.get("kind") == TOKENS:
+        about["kind"] = "embedding"
     try:
         with torch.inference_mode():
             output = module(torch.zeros(2, 3, side, side))
+            if tokens and isinstance(output, torch.Tensor) and output.ndim == 4:
+                module = nn.Sequential(module, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+                output = module[1:](output)
             dense = isinstance(output, torch.Tensor) and output.layout == torch.strided
             right = dense and len(output) == 2 and _is_target(output, about.get("kind", "embedding"))
     except (Exception, SystemExit) as error:  # the user's code may raise anything
@@ -41,7 +49,8 @@ def wrap(module: nn.Module, *, name: str, source: str, pixels: int, test_pixels:
     if not right:
         found = list(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
         raise FkdError(f"teacher {source}: gives {found} for [2, 3, {side}, {side}] floats, expected one tensor [2, D]")
-    return Teacher(module, nn.Identity(), name=name, shape=tuple(output.shape[1:]), pixels=pixels, source=source, **about)
+    teacher = Teacher(module, nn.Identity(), name=name, shape=tuple(output.shape[1:]), pixels=pixels, source=source, **about)
+    return as_tokens(teacher, name=name) if tokens else teacher
 
 
 def _is_target(output: torch.Tensor, kind: str) -> bool:

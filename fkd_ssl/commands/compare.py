@@ -53,7 +53,7 @@ def work(config: Config) -> "Compared":
     folder = Path(config.out)
     tools = Tools(
         recipe=resolve.recipe_of(config.recipe),
-        load_teachers=lambda: resolve.teachers_of(config.teacher, config.checkpoint, teacher_precision(config)),
+        load_teachers=lambda: resolve.teachers_of(config.teacher, config.checkpoint, teacher_precision(config), config.grid),
         load_model=resolve.model_of,
         train=_train,
         device=resolve.device(),

@@ -25,13 +25,15 @@ class Config:
     """Images: a folder, tars, Parquet files, a list of files, or another source (docs/sources.md)."""
     teacher: str
     """A teacher of precompute: a family (mocov2, swav, lightly, transformers), a preset (fkd-ssl teachers lists them),
-    torchvision/NAME, timm/NAME, run, or module:function of your own."""
+    torchvision/NAME, timm/NAME, run, or module:function of your own; NAME@tokens for a grid of its feature map."""
     checkpoint: str | None = None
     """Checkpoint of the teacher."""
     crops: int = 400
     """C, crops stored per image."""
     codec: str | None = None
     """Codec that the disk is checked for; by default the default of precompute. The table also shows other codecs."""
+    grid: int | None = None
+    """Number of tokens along each side of the crop, for a teacher NAME@tokens; by default 7."""
     limit: int | None = None
     """Maximum number of images."""
     store: str = "."
@@ -51,13 +53,13 @@ def run(config: Config) -> int:
     if config.crops <= 0:
         raise RequestError(f"--crops {config.crops}: must be positive")
     images = limit_images(images_of(config.images), config.limit)
-    teacher = resolve.teacher_of(config.teacher, config.checkpoint)
+    teacher = resolve.teacher_of(config.teacher, config.checkpoint, grid=config.grid)
     targets = len(images) * config.crops
     per_image = sum(len(name.encode()) + 80 for name in images.names)  # path, size and checksum
     target = teacher.info.spec
     chosen = config.codec or target.definition.default_codec(target.shape)
     sizes = {chosen: target.check_codec(chosen, teacher.info.name)}
-    for codec in CODECS if target.kind == "embedding" else target.definition.example_codecs:
+    for codec in target.definition.example_codecs if target.kind == "distribution" else CODECS:
         try:
             sizes[codec] = target.definition.code_size(codec, target.shape)
         except RequestError:
@@ -78,6 +80,7 @@ def run(config: Config) -> int:
         "crops": config.crops,
         "targets": targets,
         "dim": target.size,
+        "shape": str(target),
         "teacher": teacher.info.network,
         "codec": chosen,
         "codecs": codecs,
@@ -101,7 +104,7 @@ def describe(config: Config, plan: dict[str, Any]) -> str:
         chosen = "  <- --codec" if codec == plan["codec"] else ""
         rows.append([codec, str(size["bytes_per_crop"]), format_bytes(size["bytes"]), f"{note}{chosen}"])
     lines = [
-        f"{plan['images']:,} images x {plan['crops']} crops = {plan['targets']:,} targets, D = {plan['dim']}; "
+        f"{plan['images']:,} images x {plan['crops']} crops = {plan['targets']:,} targets, {plan['shape']}; "
         f"{format_bytes(plan['free_bytes'])} free on the disk of {config.store}",
         console.table(rows),
         f"to estimate the time, run precompute with --limit 500 and another --store: it prints crops per second; this plan is "

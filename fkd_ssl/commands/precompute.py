@@ -37,7 +37,8 @@ class Config:
     teacher: str
     """A family (mocov2, swav, lightly, transformers), a preset (fkd-ssl teachers lists them), torchvision/NAME or timm/NAME
     (with @LAYER for a layer's features, @probabilities for class probabilities), run (--checkpoint is a run of train), or
-    module:function of your own; several separated by commas. A+B averages the probabilities of two classifiers."""
+    module:function of your own; several separated by commas. NAME@tokens stores a grid of the network's feature map. A+B
+    averages the probabilities of two classifiers."""
     checkpoint: str | None = None
     """Checkpoint of the teacher; `pretrained` downloads the weights of a library's teacher; a fetched preset needs none.
     With several teachers, one for each, separated by commas; F+G for the teacher A+B."""
@@ -52,7 +53,10 @@ class Config:
     codec: str | None = None
     """Codec of the targets. For embeddings SQ8 (D bytes, the default), SQ4 (D/2), OPQ16,PQ16x8 (16), Flat (exact), ...; for
     class probabilities marginal_smoothing_k5 (20 bytes, the default), marginal_quantised_k8 (16 for 1,000 classes), hard,
-    smoothing, marginal_renorm_k5, full, ..."""
+    smoothing, marginal_renorm_k5, full, ...; for tokens those of embeddings, applied to each token (the default is
+    OPQ16,PQ16x8)."""
+    grid: int | None = None
+    """Number of tokens along each side of the crop, for teachers NAME@tokens; by default 7."""
     pixels: int | None = None
     """Side of the crops that the teacher sees; by default its native size."""
     seed: int = 0
@@ -190,7 +194,8 @@ def write(
     images, teachers = (load or load_all)(config)
     sides = [resolve.pixels_of(config.pixels, teacher.info.pixels) for teacher in teachers]
     for teacher, side in zip(teachers, sides, strict=True):
-        if side != teacher.info.pixels:  # a teacher that does not support this size fails before the store is created
+        # a teacher that does not support this size, or has too small a map, fails before the store is created
+        if side != teacher.info.pixels or teacher.info.spec.kind == "tokens":
             teacher.embed(torch.zeros(2, 3, side, side, dtype=torch.uint8))
     if config.compile:
         resolve.compile_teachers(teachers, sides, config.chunk_size)
@@ -280,8 +285,8 @@ def load_all(config: Config) -> "tuple[ImageSource, list[Teacher]]":
 
     images = images_of(config.images)
     if config.column is None:
-        return images, resolve.teachers_of(config.teacher, config.checkpoint, config.precision)
-    return images, [resolve.teacher_of(name, file, config.precision) for name, file in teachers_of(config)]
+        return images, resolve.teachers_of(config.teacher, config.checkpoint, config.precision, config.grid)
+    return images, resolve.load_each(teachers_of(config), config.precision, config.grid)
 
 
 def teachers_of(config: Config) -> list[tuple[str, str | None]]:

@@ -23,6 +23,7 @@ from fkd_ssl.teachers import Ensemble, Teacher, load_teacher
 from fkd_ssl.teachers.own import of_object
 from fkd_ssl.teachers.registry import LIBRARIES
 from fkd_ssl.teachers.state_dicts import tensors_digest, weights_digest
+from fkd_ssl.teachers.tokens import as_tokens, set_grid, split_name
 from fkd_ssl.training.groups import checkpoints_of, split
 from fkd_ssl.training.monitor import last_checkpoint
 
@@ -92,27 +93,45 @@ def recipe_of(name: str, min_scale: float | None = None, max_scale: float | None
     return replace(recipe, scale=(low if min_scale is None else min_scale, high if max_scale is None else max_scale))
 
 
-def teacher_of(name: str, checkpoint: str | None, precision: Precision = "fp32") -> Teacher:
+def teacher_of(name: str, checkpoint: str | None, precision: Precision = "fp32", grid: int | None = None) -> Teacher:
     """Loads a teacher onto `device()`: `run`, a teacher of fkd_ssl.teachers.load_teacher, or the mean A+B of two.
 
     Raises:
         RequestError: `load_teacher` raises it, or the checkpoints of A+B are not given as F+G.
     """
+    return load_each([(name, checkpoint)], precision, grid)[0]
+
+
+def load_each(asked: Sequence[tuple[str, str | None]], precision: Precision, grid: int | None) -> list[Teacher]:
+    """Loads teachers with their checkpoints as `teacher_of`. NAME and NAME@tokens share the network, which is loaded once."""
+    loaded: dict[tuple[str, str | None], Teacher] = {}
+    teachers = []
+    for name, checkpoint in asked:
+        base, tokens = (name, False) if isinstance(name, Named) else split_name(name)
+        if (base, checkpoint) not in loaded:
+            loaded[base, checkpoint] = _load(base, checkpoint, precision).to(device())
+        teacher = loaded[base, checkpoint]
+        teachers.append(as_tokens(teacher) if tokens else teacher)
+    set_grid(teachers, grid)
+    return teachers
+
+
+def _load(name: str, checkpoint: str | None, precision: Precision) -> Teacher:
     if isinstance(name, Named):
-        return _object_teacher(name, checkpoint, precision).to(device())
+        return _object_teacher(name, checkpoint, precision)
     names = [part.strip() for part in name.split("+")]
     if len(names) == 1:
-        return _one_teacher(name, checkpoint, precision).to(device())
+        return _one_teacher(name, checkpoint, precision)
     files = [None] * len(names) if checkpoint is None else [part.strip() or None for part in checkpoint.split("+")]
     if "" in names or len(files) != len(names):
         raise RequestError(
             f"teacher {name}, checkpoint {checkpoint}: expected A+B and a checkpoint for each, F+G; leave one "
             "empty if its teacher needs none"
         )
-    return Ensemble([_one_teacher(one, file, precision) for one, file in zip(names, files, strict=True)]).to(device())
+    return Ensemble([_one_teacher(one, file, precision) for one, file in zip(names, files, strict=True)])
 
 
-def teachers_of(names: str, checkpoints: str | None, precision: Precision = "fp32") -> list[Teacher]:
+def teachers_of(names: str, checkpoints: str | None, precision: Precision = "fp32", grid: int | None = None) -> list[Teacher]:
     """Loads the teachers A,B with their checkpoints F,G; a second teacher of the same name gets the suffix -2.
 
     Raises:
@@ -121,7 +140,7 @@ def teachers_of(names: str, checkpoints: str | None, precision: Precision = "fp3
     asked = list(zip(split(names), checkpoints_of(names, checkpoints), strict=True))
     if len(set(asked)) < len(asked):
         raise RequestError(f"teacher {names}: a teacher is named twice")
-    teachers = [teacher_of(name, file, precision) for name, file in asked]
+    teachers = load_each(asked, precision, grid)
     taken: Counter[str] = Counter()
     for teacher in teachers:
         name = teacher.info.name

@@ -135,7 +135,7 @@ def _online(config: TrainConfig, images: ImageSource, store: Store | None) -> Tr
     """Stored or fresh crops, with targets that the teachers compute for every batch."""
     assert config.teacher is not None  # by TrainConfig
     precision = teacher_precision(config)
-    teachers = resolve.teachers_of(config.teacher, config.checkpoint, precision)
+    teachers = resolve.teachers_of(config.teacher, config.checkpoint, precision, config.grid)
     config = replace(config, teacher_precision=precision)
     inputs = {f"teacher {t.info.name}": f"{t.info.network}, sha256 {t.info.checkpoint_sha256}" for t in teachers}
     config = defaults.resolve(

@@ -84,7 +84,8 @@ def work(config: Config) -> "Verified":
     teacher = None
     if config.teacher:
         name = store.column().name if name is None and len(store.column_names) != 1 else name or store.column_names[0]
-        teacher = resolve.teacher_of(config.teacher, config.checkpoint, _precision(store, name))
+        precision, grid = _settings(store, name)
+        teacher = resolve.teacher_of(config.teacher, config.checkpoint, precision, grid)
     threads = min(16, resolve.cpu_threads())
     report = verify(store, images, teacher, column=name, sample=config.sample, threads=threads)
     if config.repair and report.damage:
@@ -104,13 +105,14 @@ def work(config: Config) -> "Verified":
     )
 
 
-def _precision(store: "Store", name: str) -> "Precision":
-    """The precision that a column's targets were computed in, even if its codec is damaged."""
+def _settings(store: "Store", name: str) -> "tuple[Precision, int | None]":
+    """The precision and the grid of a column's targets, even if its codec is damaged; None unless they are tokens."""
     from fkd_ssl import files
-    from fkd_ssl.errors import StoreError
+    from fkd_ssl.errors import FkdError
+    from fkd_ssl.targets import TeacherInfo
 
     try:
-        found = files.read_json(store.folder / "targets" / name / "meta.json")["teacher"]["precision"]
-    except (StoreError, KeyError, TypeError):
-        return "fp32"
-    return found if found in ("bf16", "fp16") else "fp32"
+        info = TeacherInfo.from_json(files.read_json(store.folder / "targets" / name / "meta.json")["teacher"])
+    except (FkdError, KeyError, TypeError):
+        return "fp32", None
+    return info.precision, info.spec.shape[0] if info.spec.kind == "tokens" else None

@@ -116,7 +116,7 @@ def _further(word: str, config: CompareConfig, chosen: tuple[int, ...]) -> Arm:
 
 def training(arm: Arm, config: CompareConfig, seed: int, teachers: Sequence[TeacherInfo]) -> TrainConfig:
     """Returns the config of the training of any arm but `alone`. The teachers' names are their columns of the store."""
-    own = {"out", "store", "teacher", "teacher_weights", "checkpoint", "crops", "codec", "teacher_precision"}
+    own = {"out", "store", "teacher", "teacher_weights", "checkpoint", "crops", "codec", "teacher_precision", "grid"}
     shared = {f.name for f in fields(TrainConfig)} & {f.name for f in fields(CompareConfig)} - own
     where: dict[str, Any] = {
         "targets": arm.kind,
@@ -130,6 +130,7 @@ def training(arm: Arm, config: CompareConfig, seed: int, teachers: Sequence[Teac
         files = [checkpoints_of(config.teacher, config.checkpoint)[k] for k in arm.chosen]
         where["teacher"] = ",".join(split(config.teacher)[k] for k in arm.chosen)
         where["teacher_precision"] = teacher_precision(config)
+        where["grid"] = config.grid if any(name.endswith("@tokens") for name in split(where["teacher"])) else None
         where["checkpoint"] = ",".join(file or "" for file in files) if any(files) else None
     kinds = [teachers[k].spec.kind for k in arm.chosen] or ["distribution"]
     where["objective"] = only(complete(config.objective, kinds), kinds)

@@ -76,6 +76,8 @@ class CompareConfig:
     """Precision of all trainings, in Lightning's terms."""
     teacher_precision: Literal["fp32", "bf16", "fp16"] | None = None
     """Precision of the teacher, for the store and online; by default that of the trainings."""
+    grid: int | None = None
+    """Number of tokens along each side of the crop, for teachers NAME@tokens; by default 7."""
     workers: int = 2
     """Processes that read images."""
     knn_every: float = 5

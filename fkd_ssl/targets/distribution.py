@@ -64,7 +64,7 @@ class Distribution(Kind):
             raise StoreError(str(error)) from error
         return {}
 
-    def sample_size(self, codec: str) -> int:
+    def sample_size(self, codec: str, shape: Shape) -> int:
         """Returns a small number, for measuring only."""
         return _SAMPLE
 

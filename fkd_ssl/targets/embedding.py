@@ -56,10 +56,10 @@ class Embedding(Kind):
         """Returns the shapes of the arrays of the faiss index."""
         return faiss_codecs.parameter_shapes(codec, shape[0])
 
-    def sample_size(self, codec: str) -> int:
+    def sample_size(self, codec: str, shape: Shape) -> int:
         """Returns the size of the sample, which grows with the number of centroids."""
         return faiss_codecs.sample_size(codec)
 
-    def min_sample(self, codec: str) -> int:
+    def min_sample(self, codec: str, shape: Shape) -> int:
         """Returns the minimum size of the sample, which grows with the number of centroids."""
         return faiss_codecs.min_sample(codec)

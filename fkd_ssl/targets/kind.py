@@ -94,12 +94,16 @@ class Kind(ABC):
         """Returns the shapes of a codec's trained float32 arrays. Raises StoreError if the codec does not fit the shape."""
 
     @abstractmethod
-    def sample_size(self, codec: str) -> int:
+    def sample_size(self, codec: str, shape: Shape) -> int:
         """Returns the maximum number of targets that a codec is trained and measured on."""
 
-    def min_sample(self, codec: str) -> int:
+    def min_sample(self, codec: str, shape: Shape) -> int:
         """Returns the minimum number of targets for training a codec."""
         return 1
+
+    def sample(self, targets: Float32Array) -> Float32Array:
+        """Returns the part of targets [n, *shape] that a codec is trained and measured on, one row per target."""
+        return targets
 
     def fidelity(self, exact: Float32Array, decoded: Float32Array) -> dict[str, float]:
         """Measures how close decoded targets [n, *shape] are to the originals, by the cosines of the flattened targets."""

@@ -123,13 +123,15 @@ class TargetsConfig:
     column: str | None = None
     """With --targets stored: column of the store; needed only if it has several. A,B uses both."""
     teacher: str | None = None
-    """With --targets online: teacher, named as for precompute. A,B uses both."""
+    """With --targets online: teacher, named as for precompute. A,B uses both; NAME,NAME@tokens need one forward pass."""
     teacher_weights: str | None = None
     """Weight of each teacher in the loss, for instance 2,1. Default: equal."""
     checkpoint: str | None = None
     """Checkpoint of the online teacher; F,G for teachers A,B."""
     teacher_precision: Literal["fp32", "bf16", "fp16"] | None = None
     """Precision of the online teacher; by default that of the student."""
+    grid: int | None = None
+    """Number of tokens along each side of the crop, for online teachers NAME@tokens; by default 7."""
     teacher_pixels: int | None = None
     """Side of the online teacher's crops; by default --pixels, or the teacher's native size. If it differs from --pixels, each
     crop is made twice."""
@@ -164,10 +166,10 @@ class TargetsConfig:
                 else f"label_maps {self.label_maps}: is for --targets relabel"
             )
         unused = {
-            "stored": ("teacher", "checkpoint", "teacher_pixels", "teacher_precision"),
+            "stored": ("teacher", "checkpoint", "teacher_pixels", "teacher_precision", "grid"),
             "online": ("column",),
-            "labels": ("column", "teacher", "checkpoint", "teacher_pixels", "teacher_precision", "calibrate_below"),
-            "relabel": ("column", "teacher", "checkpoint", "teacher_pixels", "teacher_precision", "store"),
+            "labels": ("column", "teacher", "checkpoint", "teacher_pixels", "teacher_precision", "grid", "calibrate_below"),
+            "relabel": ("column", "teacher", "checkpoint", "teacher_pixels", "teacher_precision", "grid", "store"),
         }
         for name in unused[self.targets]:
             if (value := getattr(self, name)) is not None:

@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fkd_ssl.data import Batch
+from fkd_ssl.targets.sharing import embed_all
 
 Targets = Callable[[Batch], list[Tensor]]
 
@@ -18,10 +19,10 @@ def stored_targets(batch: Batch) -> list[Tensor]:
 
 
 class OnlineTargets:
-    """Computes each teacher's targets [B M, D] for every batch.
+    """Computes each teacher's targets [B M, D] for every batch. Teachers that share a network run it once.
 
     Args:
-        embeds: The teachers.
+        embeds: The teachers' methods `embed`, or functions.
     """
 
     def __init__(self, *embeds: Callable[[Tensor], Tensor]) -> None:
@@ -31,7 +32,7 @@ class OnlineTargets:
         """Computes the targets of a batch."""
         images: Tensor = batch["teacher_images"] if "teacher_images" in batch else batch["images"]
         # cloned, since autograd cannot save inference tensors
-        return [embed(images).to(batch["images"].device).clone() for embed in self.embeds]
+        return [targets.to(batch["images"].device).clone() for targets in embed_all(self.embeds, images)]
 
 
 class LabelTargets:

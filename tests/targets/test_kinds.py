@@ -86,7 +86,7 @@ class Grid(Kind):
     def parameter_shapes(self, codec: str, shape: Shape) -> dict[str, Shape]:
         return {}
 
-    def sample_size(self, codec: str) -> int:
+    def sample_size(self, codec: str, shape: Shape) -> int:
         return 16
 
 

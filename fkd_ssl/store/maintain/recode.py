@@ -209,13 +209,19 @@ def _train(source: Source, codec: str) -> tuple[dict[str, Any], dict[str, Float3
     """Returns meta.json of the recoded column, without the checksums of its arrays, and the arrays."""
     rows, per_image, size = _sample(source, codec)
     codes = [np.concatenate([one.codes(row, slice(per_image)) for row in rows])[:size] for one in source.columns]
-    trained, fidelity = train_codec(codec, source.meta.target, source.decode(codes))
+    block = max(1, _BLOCK // source.meta.target.size)
+    sample = [
+        source.meta.target.definition.sample(source.decode([of_one[k : k + block] for of_one in codes]))
+        for k in range(0, size, block)
+    ]
+    trained, fidelity = train_codec(codec, source.meta.target, np.concatenate(sample))
     fidelity |= {
         "source_codec": source.meta.codec,
         "source_column": source.digest,
         **{f"source_{key}": min(cosine_to_teacher(one.meta, key) for one in source.columns) for key in COSINES},
     }
-    meta = {**source.meta.to_json(), "codec": codec, "code_size": trained.code_size, "fidelity": fidelity}
+    size_of_code = source.meta.target.check_codec(codec, source.name)
+    meta = {**source.meta.to_json(), "codec": codec, "code_size": size_of_code, "fidelity": fidelity}
     del meta["arrays"]
     extra = {array: source.columns[0].array(array) for array in source.meta.arrays if array.startswith("teacher-")}
     return meta, {**trained.arrays(), **extra}

@@ -11,6 +11,7 @@ from fkd_ssl.arrays import Float32Array
 from fkd_ssl.crops.device import CropPlan, PendingCrops, concatenate, plan_crops, replay_plan
 from fkd_ssl.errors import FkdError
 from fkd_ssl.store.write.rows import Teacher, Views
+from fkd_ssl.targets.sharing import embed_all
 
 
 def device_of(teacher: Teacher) -> torch.device:
@@ -34,12 +35,13 @@ def join(parts: Sequence[Views], pixels: int, *, pinned: bool) -> Tensor | CropP
     return chunk.permute(0, 3, 1, 2)
 
 
-def forward(teacher: Teacher, chunk: Tensor | CropPlan, chunk_size: int) -> Tensor:
-    """Returns the targets of at most `chunk_size` crops uint8 [n, 3, P, P], padded with zeros to exactly `chunk_size`."""
+def forward(teachers: Sequence[Teacher], chunk: Tensor | CropPlan, chunk_size: int) -> list[Tensor]:
+    """Returns each teacher's targets of at most `chunk_size` crops uint8 [n, 3, P, P], padded to exactly `chunk_size`."""
     crops = replay_plan(chunk) if isinstance(chunk, CropPlan) else chunk
     missing = chunk_size - len(crops)
     padded = torch.cat([crops, crops.new_zeros(missing, *crops.shape[1:])]) if missing else crops
-    return teacher.embed(padded.contiguous(memory_format=torch.channels_last))[: len(crops)].float()
+    found = embed_all([teacher.embed for teacher in teachers], padded.contiguous(memory_format=torch.channels_last))
+    return [targets[: len(crops)].float() for targets in found]
 
 
 def checked(teacher: Teacher, targets: Tensor, count: int) -> Float32Array:
@@ -58,18 +60,18 @@ class Launched:
     """A chunk that a GPU works on, while the CPU goes on.
 
     Args:
-        teacher: A teacher on a GPU.
+        teachers: Teachers on the same GPU.
         chunk: n crops in pinned memory. They are copied on a stream of their own.
         chunk_size: Number of crops per forward pass.
 
     Attributes:
-        targets: float32 [n, *shape] in pinned memory, which is valid after `wait`.
+        targets: Each teacher's float32 [n, *shape] in pinned memory, which is valid after `wait`.
     """
 
     _copies: ClassVar[dict[torch.device, Any]] = {}
 
-    def __init__(self, teacher: Teacher, chunk: Tensor | CropPlan, chunk_size: int) -> None:
-        device = device_of(teacher)
+    def __init__(self, teachers: Sequence[Teacher], chunk: Tensor | CropPlan, chunk_size: int) -> None:
+        device = device_of(teachers[0])
         with torch.cuda.device(device):
             copies = self._copies.setdefault(device, torch.cuda.Stream())  # type: ignore[no-untyped-call]
             self._marks: list[Any] = [
@@ -82,7 +84,7 @@ class Launched:
                 self._marks[1].record()
             torch.cuda.current_stream().wait_event(self._marks[1])
             self._marks[2].record()
-            self.targets = forward(teacher, self._chunk, chunk_size).to("cpu", non_blocking=True)
+            self.targets = [targets.to("cpu", non_blocking=True) for targets in forward(teachers, self._chunk, chunk_size)]
             self._marks[3].record()
 
     def wait(self, stages: Any) -> None:

@@ -1,5 +1,6 @@
 """Creates new columns of a store: trains their codecs on a sample that depends on the seed, and writes their meta.json."""
 
+import math
 import secrets
 import shutil
 from collections.abc import Callable, Sequence
@@ -111,7 +112,7 @@ def train(request: Request, sample: Float32Array) -> tuple[dict[str, Any], dict[
 
 
 def train_codec(codec: str, target: TargetSpec, sample: Float32Array) -> tuple[Codec, dict[str, Any]]:
-    """Trains a codec on a sample, with part of it held out. Returns the codec and its fidelity on the held-out part.
+    """Trains a codec on a sample (`Kind.sample`), part of it held out. Returns the codec and its fidelity on that part.
 
     Raises:
         RequestError: The sample is too small, or the decoded targets are too far from the original ones.
@@ -123,7 +124,11 @@ def train_codec(codec: str, target: TargetSpec, sample: Float32Array) -> tuple[C
     exact = sample[-held_out:]
     fidelity = {**definition.fidelity(exact, trained.decode(trained.encode(exact))), "sample": held_out}
     if not fidelity["cosine_mean"] >= definition.min_cosine:
-        larger = [other for other in definition.larger_codecs if definition.code_size(other, target.shape) > trained.code_size]
+        larger = [
+            other
+            for other in definition.larger_codecs
+            if definition.code_size(other, target.shape) > definition.code_size(codec, target.shape)
+        ]
         raise RequestError(
             f"codec {codec} loses too much: after training on {plural(_trained_on(len(sample)), 'target')}, "
             f"the mean cosine of {plural(held_out, 'other')} is {fidelity['cosine_mean']:.3f}, and at least "
@@ -135,12 +140,12 @@ def train_codec(codec: str, target: TargetSpec, sample: Float32Array) -> tuple[C
 
 def check_sample(codec: str, target: TargetSpec, sample: int) -> None:
     """Raises RequestError if a sample of this many targets, with part of them held out, is too small for a codec."""
-    needed = target.definition.min_sample(codec)
+    needed = target.definition.min_sample(codec, target.shape)
     if _trained_on(sample) < needed:
         raise RequestError(
             f"codec {codec} needs at least {needed} targets for its training; there are {_trained_on(sample)} "
             f"(one in {FIDELITY_SHARE} is held out): store more crops or images, or choose "
-            f"{target.definition.default_codec(target.shape)}"
+            f"{(target.definition.larger_codecs or [target.definition.default_codec(target.shape)])[0]}"
         )
 
 
@@ -150,7 +155,7 @@ def _trained_on(sample: int) -> int:
 
 def sample_targets(codec: str, target: TargetSpec, targets: int) -> int:
     """Returns how many of a store's `targets` form a codec's sample, including the held-out ones."""
-    size = target.definition.sample_size(codec)
+    size = target.definition.sample_size(codec, target.shape)
     return min(size + size // (FIDELITY_SHARE - 1), targets)
 
 
@@ -208,7 +213,7 @@ def train_columns(
         streams = []
         for request, mine in zip(requests, parts, strict=True):
             owner = files.sha256(files.canonical({"sample": request.meta()}))
-            unit = request.target.size * np.dtype(np.float32).itemsize
+            unit = math.prod(_sample_shape(request)) * np.dtype(np.float32).itemsize
             progress = stack.enter_context(
                 work.open_work(_sample_file(store, request), owner, unit=unit, crops=len(order) * per_image, per_row=per_image)
             )
@@ -238,7 +243,7 @@ def _sample_stream(
         progress.restart()
         done, checksums, readable, first = 0, progress.checksums, 0, 0
     if progress is not None and done:
-        parts.append(np.frombuffer(progress.read(), dtype=np.float32).reshape(done, *request.target.shape))
+        parts.append(np.frombuffer(progress.read(), dtype=np.float32).reshape(done, *_sample_shape(request)))
 
     def on_row(row: Row) -> bool:
         checksums.append("+" if row.checksum else "")  # keeps the journal small: it lists up to 300,000 rows
@@ -247,9 +252,10 @@ def _sample_stream(
     def on_targets(targets: Float32Array) -> None:
         if overtaken():
             raise _PublishedError
-        parts.append(targets)
+        sample = np.ascontiguousarray(request.target.definition.sample(targets))
+        parts.append(sample)
         if progress is not None:
-            progress.add(targets)
+            progress.add(sample)
 
     return TeacherStream(
         request.teacher,
@@ -261,6 +267,11 @@ def _sample_stream(
         on_targets=on_targets,
         device=request.device,
     )
+
+
+def _sample_shape(request: Request) -> tuple[int, ...]:
+    """Returns the shape of one target in a codec's sample."""
+    return request.target.definition.sample(np.empty((0, *request.target.shape), dtype=np.float32)).shape[1:]
 
 
 def _sample_file(store: Store, request: Request) -> Path:

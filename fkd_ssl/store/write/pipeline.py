@@ -11,6 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Self
 
+from torch import Tensor
+
 from fkd_ssl.arrays import Float32Array
 from fkd_ssl.store.write import chunks
 from fkd_ssl.store.write.rows import Teacher, Views
@@ -120,33 +122,37 @@ class Pipeline:
 
     def embed(
         self,
-        teacher: Teacher,
+        teachers: Sequence[Teacher],
         parts: Sequence[Views],
-        done: Callable[[Float32Array], None],
+        done: Callable[[list[Float32Array]], None],
         *,
         pixels: int,
         chunk_size: int,
         device: str | None = None,
     ) -> None:
-        """Runs a teacher on a chunk, and passes its targets float32 [n, *shape] to `done` in the thread that writes.
+        """Runs teachers on a chunk, and passes their targets float32 [n, *shape] to `done` in the thread that writes.
 
         Args:
-            teacher: The teacher.
+            teachers: Teachers on one device.
             parts: The n crops of the chunk, at most `chunk_size`.
-            done: Called with the targets.
+            done: Called with the targets of each teacher.
             pixels: Side of the crops.
             chunk_size: Number of crops per forward pass. A smaller chunk is padded with zeros.
             device: Device that makes crops that are not made yet.
         """
         started = time.perf_counter()
-        on_gpu = chunks.device_of(teacher).type == "cuda"
+        on_gpu = chunks.device_of(teachers[0]).type == "cuda"
         chunk = chunks.join(parts, pixels, pinned=on_gpu)
         joined = time.perf_counter()
         self.stages.join += joined - started
+
+        def finish(found: list[Tensor]) -> None:
+            done([chunks.checked(one, targets, len(chunk)) for one, targets in zip(teachers, found, strict=True)])
+
         if on_gpu:
-            launched = chunks.Launched(teacher, chunk, chunk_size)
-            self.later(lambda: done(chunks.checked(teacher, launched.targets, len(chunk))), lambda: launched.wait(self.stages))
+            launched = chunks.Launched(teachers, chunk, chunk_size)
+            self.later(lambda: finish(launched.targets), lambda: launched.wait(self.stages))
             return
-        targets = chunks.forward(teacher, chunk.to(device or "cpu"), chunk_size).cpu()
+        found = [targets.cpu() for targets in chunks.forward(teachers, chunk.to(device or "cpu"), chunk_size)]
         self.stages.forward += time.perf_counter() - joined
-        self.later(lambda: done(chunks.checked(teacher, targets, len(chunk))))
+        self.later(lambda: finish(found))

@@ -16,7 +16,7 @@ from fkd_ssl.store.write.columns import Request
 from fkd_ssl.store.write.pipeline import Pipeline
 from fkd_ssl.store.write.publish import publish_codes
 from fkd_ssl.store.write.rows import Row, RowReader, publish_crops
-from fkd_ssl.store.write.streams import Pass, TeacherStream, feed, image_checksums
+from fkd_ssl.store.write.streams import Pass, TeacherStream, feed, image_checksums, merged
 
 
 class ShardWriter:
@@ -83,7 +83,7 @@ class ShardWriter:
             streams.append(self._stream(request, column, progress))
         known = store.crops_sidecar(shard)["images"] if store.has_crops(shard) else None
         end = functools.partial(self._end, shard, held, known is None, files)
-        return Pass(rows=rows, streams=streams, checksums=known, end=end)
+        return Pass(rows=rows, streams=merged(streams), checksums=known, end=end)
 
     def _end(self, shard: int, held: list[tuple[Column, work.WorkFile, int]], without_crops: bool, files: ExitStack) -> None:
         """Publishes a shard whose targets are written, and removes its work files."""

@@ -10,6 +10,7 @@ from typing import Any
 from fkd_ssl.arrays import Float32Array
 from fkd_ssl.store.write.pipeline import Pipeline
 from fkd_ssl.store.write.rows import Row, RowReader, Teacher, Views, read_ahead
+from fkd_ssl.targets.sharing import network_key
 
 
 class TeacherStream:
@@ -44,10 +45,21 @@ class TeacherStream:
         self.on_row = on_row
         self.on_targets = on_targets
         self._teacher = teacher
+        self._twins: list[TeacherStream] = []
         self._chunk_size = chunk_size
         self._device = device
         self._parts: list[Views] = []
         self._held = 0
+
+    @property
+    def key(self) -> tuple[Any, ...]:
+        """Equal for streams of the same chunks through the same network."""
+        network = network_key(self._teacher.embed)
+        return network, self.pixels, self._chunk_size, self.first, self.skip, self._device
+
+    def join(self, other: "TeacherStream") -> None:
+        """Adds a stream of the same key, which gets its targets from this stream's forward passes."""
+        self._twins.append(other)
 
     def crops_seen(self, position: int) -> int:
         """Returns the number of crops that the teacher has seen of the row at `position`, which is at least `first`."""
@@ -55,7 +67,10 @@ class TeacherStream:
 
     def push(self, position: int, row: Row, count: int, pipeline: Pipeline) -> None:
         """Adds those of the `count` crops of a row that the teacher has not seen. `row` may contain earlier ones."""
-        if position < self.first or not self.on_row(row):
+        if position < self.first:
+            return
+        wanted = [stream.on_row(row) for stream in (self, *self._twins)]
+        if not all(wanted):
             return
         of_row = row.views[self.pixels]
         views = of_row[len(of_row) - (count - self.crops_seen(position)) :]
@@ -71,9 +86,30 @@ class TeacherStream:
         """Runs the teacher on the crops added so far: a full chunk, or the last one."""
         if self._held:
             parts, self._parts, self._held = self._parts, [], 0
+            streams = (self, *self._twins)
+
+            def done(found: list[Float32Array]) -> None:
+                for stream, targets in zip(streams, found, strict=True):
+                    stream.on_targets(targets)
+
             pipeline.embed(
-                self._teacher, parts, self.on_targets, pixels=self.pixels, chunk_size=self._chunk_size, device=self._device
+                [stream._teacher for stream in streams],
+                parts,
+                done,
+                pixels=self.pixels,
+                chunk_size=self._chunk_size,
+                device=self._device,
             )
+
+
+def merged(streams: Iterable[TeacherStream]) -> list[TeacherStream]:
+    """Joins streams that need the same forward passes."""
+    found: dict[tuple[Any, ...], TeacherStream] = {}
+    for stream in streams:
+        first = found.setdefault(stream.key, stream)
+        if first is not stream:
+            first.join(stream)
+    return list(found.values())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +119,7 @@ class Pass:
     rows: Sequence[int]
     """Rows of the store. The positions in `streams` are indices into this list."""
     streams: Sequence[TeacherStream]
-    """One stream per teacher."""
+    """One stream per network."""
     checksums: Sequence[str] | None = None
     """sha256 of each row's image, empty for a skipped image; None if they are unknown."""
     end: Callable[[], None] = lambda: None

@@ -101,7 +101,7 @@ def test_no_more_than_the_bound_waits_to_be_written(overlapping, tiny_teacher):
         with stages.draining():
             for k in range(8):
                 crops = np.zeros((4, 32, 32, 3), dtype=np.uint8)
-                stages.embed(tiny_teacher, [crops], slow, pixels=32, chunk_size=4)
+                stages.embed([tiny_teacher], [crops], slow, pixels=32, chunk_size=4)
                 ahead.append(k + 1 - written)
         assert written == 8
     assert max(ahead) == 3
