@@ -11,6 +11,7 @@ import strong_tables
 STUDENT = "mobilenet_v3_small"
 CODECS = ("PCA256,SQ8", "PCA64,SQ8", "OPQ64,PQ64x8", "PCA16,SQ8", "OPQ16,PQ16x8")
 LABELS = ("hard", "smoothing", "marginal_smoothing_k5", "marginal_smoothing_k10", "marginal_renorm_k5")
+LABELS += ("marginal_quantised_k6", "marginal_quantised_k10")
 TUNING = {"targets": "labels", "objective": "soft_ce", "head": "classifier", "recipe": "fkd", "lr": 1e-3}
 SMALL = "imagenette-small"
 
