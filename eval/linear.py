@@ -1,13 +1,15 @@
 """Linear probes: one fully connected layer trained on a frozen backbone, on random crops.
 
 `moco` has the settings of MoCo's main_lincls.py (He et al., CVPR 2020, arXiv 1911.05722, section 4.1),
-https://github.com/facebookresearch/moco/blob/main/main_lincls.py. Three things differ: crops are drawn by the recipe `fkd` (the
-defaults of torchvision's RandomResizedCrop and flip) and resized by this project's `replay`; the features of the validation
-images are computed once, since the backbone is frozen; and the headline is the last epoch, where MoCo keeps the best. The other
-protocols are made in the same way from
-`swav` https://github.com/facebookresearch/swav/blob/main/eval_linear.py,
-`simsiam` https://github.com/facebookresearch/simsiam/blob/main/main_lincls.py with --lars (whose text says lr 0.02), and
-`simclr` lightly.utils.benchmarking.LinearClassifier, which follows SimCLR (arXiv 2002.05709) except for its Nesterov momentum.
+https://github.com/facebookresearch/moco/blob/1999df86de600027cd2702cbd7cd7b7d2a53559d/main_lincls.py
+Three things differ: crops are drawn by the recipe `fkd` (the defaults of torchvision's RandomResizedCrop and flip) and resized
+by this project's `replay`; the features of the validation images are computed once, since the backbone is frozen; and the
+headline is the last epoch, where MoCo keeps the best. The other protocols are made in the same way: `simclr` from
+lightly.utils.benchmarking.LinearClassifier, which follows SimCLR (arXiv 2002.05709) except for its Nesterov momentum, and
+`swav` and `simsiam` (with --lars, whose text says lr 0.02) from
+https://github.com/facebookresearch/swav/blob/06b1b7cbaf6ba2a792300d79c7299db98b93b7f9/eval_linear.py
+https://github.com/facebookresearch/simsiam/blob/a7bc1772896d0dad0806c51f0bb6f3b16d290468/main_lincls.py
+
 If the batch size is larger than the training set, a batch is the whole training set. The last batch of an epoch is smaller (the
 code of simclr drops it). The training loop is plain torch, since a Lightning Trainer would put the backbone into train mode.
 

@@ -1,13 +1,14 @@
 """The `sweep` probe: linear layers on cached features with DINOv2's 13 learning rates, all trained at once.
 
 dinov2/eval/linear.py (arXiv 2304.07193): SGD with momentum 0.9 and no weight decay, 13 learning rates for a batch of 256,
-scaled to a batch of 1024, cosine decay to 0, weights from N(0, 0.01). Four things differ:
+scaled to a batch of 1024, cosine decay to 0, weights from N(0, 0.01). Five things differ:
 
 - The layers of all rates are one tensor, so a step is two matrix products.
 - The features are those of the centre crop, without augmentation.
 - They are standardised, since the best learning rate depends on their length. DINOv2's features come from a LayerNorm.
 - The rate is chosen on a held-out tenth of the training set, where DINOv2 chooses on the images that it reports. The layer is
   then trained again on the whole training set.
+- The features are the model's. DINOv2 also tries the last 1 or 4 blocks, with and without the mean of the patch tokens.
 
 Legend: `N` training images, `n` images to score, `D` feature dimension, `C` classes, `R` rates, `B` images in a batch.
 """

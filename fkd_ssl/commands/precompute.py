@@ -35,10 +35,10 @@ class Config:
     store: str
     """Folder of the store. An existing store is continued, or gets another column."""
     teacher: str
-    """A family (mocov2, swav, lightly, transformers), a preset (fkd-ssl teachers lists them), torchvision/NAME or timm/NAME
-    (with @LAYER for a layer's features, @probabilities for class probabilities), run (--checkpoint is a run of train), or
-    module:function of your own; several separated by commas. NAME@tokens stores a grid of the network's feature map. A+B
-    averages the probabilities of two classifiers."""
+    """A family (mocov2, swav, lightly, transformers) or a preset (fkd-ssl teachers lists them), with @backbone for the features
+    before the head; torchvision/NAME or timm/NAME, with @LAYER for a layer's features and @probabilities for class
+    probabilities; run (--checkpoint is a run of train); or module:function of your own. NAME@tokens stores a grid of the
+    network's feature map. Separate several by commas. A+B averages the probabilities of two classifiers."""
     checkpoint: str | None = None
     """Checkpoint of the teacher; `pretrained` downloads the weights of a library's teacher; a fetched preset needs none.
     With several teachers, one for each, separated by commas; F+G for the teacher A+B."""

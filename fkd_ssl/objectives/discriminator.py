@@ -15,9 +15,12 @@ class Discriminator(Objective):
     """Cross-entropy of a small network that tells the teacher's probabilities from the student's; the student maximises it.
 
     MEAL V2 (Shen and Savvides, arXiv 2009.08453, section 3; MEAL, arXiv 1812.02425, eq. 6): layers of K/8, K/64 (each at least
-    16) and 1 output, with ReLU between them. The network is trained together with the student, and the student's gradient is
-    reversed, as in the adversarial game of the paper; in the authors' code both minimise the same loss. The input is
-    probabilities, since stores have no logits.
+    16) and 1 output, with ReLU between them. The network is trained with the student. The input is probabilities, since
+    stores have no logits (the same in the authors' FKD_train.py). It differs from their code in three points:
+
+    - The student's gradient is reversed, as in the adversarial game of the paper; in the code both minimise the same loss.
+    - One output is the logit. Theirs has two behind another ReLU, which has no gradient where it is 0.
+    - With 1,000 classes the second layer has 16 units; theirs has 15, since it divides by 8 twice.
 
     Args:
         dim: K.

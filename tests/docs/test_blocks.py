@@ -68,6 +68,7 @@ SCRIPTS = {
     "benchmarks/figures.py": "",
     "benchmarks/store_scale.py": "--images 3000 --crops 4 --workers 1 --reads 50",
     "benchmarks/geometry.py": "--limit 3 --pixels 32",
+    "benchmarks/colours.py": "--limit 3 --pixels 32",
     "benchmarks/device_crops.py": "--limit 2 --pixels 32 --crops_per_image 2 --rounds 1",
 }
 """Likewise for the scripts that are quick enough to run here; the others are parsed."""
