@@ -15,7 +15,7 @@ import sys
 import time
 from pathlib import Path
 
-from fkd_ssl.commands.results import read_correct
+from fkd_ssl.commands.results import read_array
 from fkd_ssl.eval import stats
 
 ON_FEATURES = ("sweep", "logreg")
@@ -62,7 +62,7 @@ def main() -> None:
     print("|---|---|---|---|---|")
     for name in names:
         top1 = json.loads((args.out / name / "results.json").read_text())["top1"]
-        gain, low, high = stats.paired_bootstrap(read_correct(args.out / name), read_correct(args.out / args.reference))
+        gain, low, high = stats.paired_bootstrap(read_array(args.out / name), read_array(args.out / args.reference))
         speed = seconds[args.reference] / seconds[name]
         print(f"| {name} | {top1:.2f} | {gain:+.2f} ({low:+.2f} to {high:+.2f}) | {seconds[name]:.1f} | {speed:.1f} |")
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _MODULES = {"crops", "data", "errors", "eval", "images", "objectives", "results", "store", "students", "teachers", "training"}
-_VERBS = ("compare", "export", "features", "knn", "linear", "precompute", "retrieve", "show", "train", "verify")
+_VERBS = ("compare", "export", "features", "knn", "linear", "precompute", "retrieve", "segment", "show", "train", "verify")
 _NAMES = {
     **dict.fromkeys(_VERBS, "fkd_ssl.api"),
     "open_store": "fkd_ssl.store",
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from fkd_ssl.api import linear as linear
     from fkd_ssl.api import precompute as precompute
     from fkd_ssl.api import retrieve as retrieve
+    from fkd_ssl.api import segment as segment
     from fkd_ssl.api import show as show
     from fkd_ssl.api import train as train
     from fkd_ssl.api import verify as verify

@@ -29,7 +29,7 @@ _OBJECTS = {
     "init": "a torch.nn.Module",
 }
 """Name of an option -> the Python objects that it also accepts."""
-_LISTS = ("k", "temperature", "protocol", "teacher_weights", "lr_decay", "checkpoint", "column")
+_LISTS = ("k", "temperature", "protocol", "teacher_weights", "lr_decay", "checkpoint", "column", "classes")
 """Options that accept several values, separated by commas on the command line."""
 _LEFT_OUT = ("json",)  # a function returns all values
 
@@ -165,7 +165,8 @@ export: Callable[..., results.Exported] = _function("export", results.Exported)
 features: Callable[..., results.Features] = _function("features", results.Features)
 knn: Callable[..., results.Score] = _function("knn", results.Score)
 linear: Callable[..., Any] = _function("linear", results.Score | dict[str, results.Score])
+segment: Callable[..., results.Segmentation] = _function("segment", results.Segmentation)
 retrieve: Callable[..., Any] = _function("retrieve", results.Retrieval | results.Nearest)
 compare: Callable[..., results.Compared] = _function("compare", results.Compared)
 
-__all__ = ["compare", "export", "features", "knn", "linear", "precompute", "retrieve", "show", "train", "verify"]
+__all__ = ["compare", "export", "features", "knn", "linear", "precompute", "retrieve", "segment", "show", "train", "verify"]

@@ -42,6 +42,7 @@ VERBS = {
     "features": "compute the features of images once, for knn, linear and retrieve",
     "knn": "evaluate a model by k-nearest-neighbour classification",
     "linear": "evaluate a model by a linear probe",
+    "segment": "evaluate a model's feature maps by semantic segmentation",
     "retrieve": "evaluate a model by image retrieval, or find the images most similar to a query",
     "report": "summarise the results of several evaluations in one table",
     "compare": "train and compare students of stored and online targets, with a report",

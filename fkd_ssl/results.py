@@ -88,6 +88,35 @@ class Retrieval(Result):
 
 
 @dataclass(frozen=True, kw_only=True, repr=False, eq=False)
+class Segmentation(Result):
+    """Semantic segmentation from a model's frozen feature maps."""
+
+    miou: float
+    """Mean intersection over union of the linear layer, in percent."""
+    pixel_accuracy: float
+    """Share of pixels that it classifies correctly, in percent."""
+    interval95: tuple[float, float]
+    """95 % interval of `miou` by a bootstrap over images."""
+    knn_miou: float
+    """Mean intersection over union of nearest neighbours, in percent."""
+    per_class: dict[str, dict[str, float | None]]
+    """`iou`, `knn_iou` and `share` of the pixels of each class, in percent."""
+    counts: Int64Array
+    """Pixels of intersection, prediction and mask, int64 [n, 3, C]; compare two models with fkd_ssl.eval.iou.paired_bootstrap."""
+    baselines: dict[str, float]
+    """Mean IoU in percent of `colours` and `colours_knn`, by the same protocols, and of `majority`."""
+
+    @classmethod
+    def of(cls, values: dict[str, Any], counts: Int64Array, out: Path | None) -> Self:
+        """Returns the result that a results.json describes."""
+        same = ("miou", "pixel_accuracy", "knn_miou", "per_class", "baselines")
+        low, high = values["interval95"]
+        return cls(
+            line=values["line"], values=values, out=out, interval95=(low, high), counts=counts, **{key: values[key] for key in same}
+        )
+
+
+@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class Sheet(Result):
     """A contact sheet; `out` is the PNG, which a notebook shows."""
 

@@ -1,4 +1,4 @@
-"""Collects the results.json files of knn, linear and retrieve in one table: mean and standard deviation over seeds.
+"""Collects the results.json files of knn, linear, segment and retrieve in one table: mean and standard deviation over seeds.
 
 Each row has the evaluations of one model, protocol, image set and image size. Evaluations that differ only in their seed share
 a row: the seed is seed0, seed-0 or seed_0 in the model's name, and the evaluation's --seed. A changed protocol, for instance
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 POSITIONALS = ("folders",)
-KINDS = ("knn", "linear", "retrieve")
+KINDS = ("knn", "linear", "segment", "retrieve")
+METRICS = {"top1": "top-1", "top5": "top-5", "map_at_r": "mAP@R", "miou": "mIoU", "knn_miou": "kNN mIoU"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +85,8 @@ def grouped(evaluations: list[tuple["Path", dict[str, Any]]]) -> list[dict[str, 
         data = results["data"]
         model = _SEED.sub("", _name(results))
         scored = data.get("val") or data.get("queries") or next(iter(data.values()))
-        pixels = (results["transform"] or {}).get("centre_crop")
+        transform = results["transform"] or {}
+        pixels = transform.get("centre_crop", transform.get("short_side"))
         key = (model, results["kind"], _protocol(results), scored["source"], scored["images"], pixels)
         once = (json.dumps(results["model"], sort_keys=True), results.get("seed"))
         groups.setdefault(key, {}).setdefault(once, (folder, results))  # a repeated evaluation counts once
@@ -93,7 +95,7 @@ def grouped(evaluations: list[tuple["Path", dict[str, Any]]]) -> list[dict[str, 
         members = list(evaluated.values())
         row = {"model": model, "kind": kind, "protocol": protocol, "data": source, "images": images, "pixels": pixels}
         row |= {"seeds": len(members), "runs": [(_seeds(results), folder) for folder, results in members]}
-        for metric in ("top1", "top5", "map_at_r"):
+        for metric in METRICS:
             values = [results[metric] for _, results in members if metric in results]
             row[metric] = statistics.mean(values) if values else None
             row[f"{metric}_std"] = statistics.stdev(values) if len(values) > 1 else None
@@ -122,7 +124,7 @@ def _protocol(results: dict[str, Any]) -> str:
 
 
 def compare(rows: list[dict[str, Any]], baseline: str) -> None:
-    """Adds `difference`, `low` and `high` in top-1 points to each row that has a matching row of the baseline.
+    """Adds `difference`, `low` and `high` in points of top-1 or mIoU to each row that has a matching row of the baseline.
 
     Runs are paired by their seeds.
 
@@ -133,7 +135,7 @@ def compare(rows: list[dict[str, Any]], baseline: str) -> None:
 
     from fkd_ssl.commands import results
     from fkd_ssl.errors import did_you_mean
-    from fkd_ssl.eval import stats
+    from fkd_ssl.eval import iou, stats
 
     same = ("kind", "protocol", "data", "images")
     base = {tuple(row[key] for key in same): row for row in rows if row["model"] == baseline}
@@ -151,10 +153,13 @@ def compare(rows: list[dict[str, Any]], baseline: str) -> None:
                 f"--baseline {baseline}: runs are paired by seed: {row['model']} has seeds {_listed(seeds)}, the baseline "
                 f"{_listed(its_seeds)} ({row['protocol']}); evaluate the same seeds of both, each once"
             )
-        arms = [[results.read_correct(folder) for _, folder in runs] for runs in (own, its)]
-        if len({len(correct) for arm in arms for correct in arm}) != 1:
-            raise RequestError(f"--baseline {baseline}: {row['model']} was scored on another number of images; use the same")
-        difference, low, high = stats.paired_bootstrap(np.stack(arms[0]), np.stack(arms[1]))
+        segmented = row["kind"] == "segment"
+        name = results.COUNTS if segmented else results.CORRECT
+        arms = [[results.read_array(folder, name) for _, folder in runs] for runs in (own, its)]
+        if len({array.shape for arm in arms for array in arm}) != 1:
+            raise RequestError(f"--baseline {baseline}: {row['model']} was scored on other images or classes; use the same")
+        bootstrap = iou.paired_bootstrap if segmented else stats.paired_bootstrap
+        difference, low, high = bootstrap(np.stack(arms[0]), np.stack(arms[1]))
         row |= {"difference": difference, "low": low, "high": high}
 
 
@@ -177,9 +182,7 @@ def cells(rows: list[dict[str, Any]]) -> list[list[str]]:
         "images": [f"{row['data']} ({row['images']})" for row in rows],
         "px": ["" if row["pixels"] is None else str(row["pixels"]) for row in rows],
         "seeds": [str(row["seeds"]) for row in rows],
-        "top-1": [score(row, "top1") for row in rows],
-        "top-5": [score(row, "top5") for row in rows],
-        "mAP@R": [score(row, "map_at_r") for row in rows],
+        **{heading: [score(row, metric) for row in rows] for metric, heading in METRICS.items()},
         "difference": [f"{r['difference']:+.2f} ({r['low']:+.2f} to {r['high']:+.2f})" if "low" in r else "" for r in rows],
     }
     shown = {name: column for name, column in columns.items() if any(column)}

@@ -39,6 +39,8 @@ class Model:
     name: str
     features: Callable[[Tensor], Tensor]
     """Maps uint8 images [B, 3, P, P] to backbone features [B, F]."""
+    map: Callable[[Tensor], Tensor]
+    """Maps uint8 images [B, 3, H, W] to the backbone's last map, float32 [B, h, w, F]."""
     pixels: int
     """Side of the images that it was trained at."""
     network: nn.Module
@@ -221,7 +223,7 @@ def model_of(spec: str, checkpoint: str | None = None) -> Model:
     """
     if isinstance(spec, Named) and isinstance(spec.value, Student):
         student = copy.deepcopy(spec.value).to(device()).eval()
-        return _model(spec, student, student.features, spec.pixels or _PIXELS, {"network": type(student.backbone).__name__})
+        return _model(spec, student, spec.pixels or _PIXELS, {"network": type(student.backbone).__name__})
     path = Path(spec)
     is_teacher = spec.startswith((OBJECT, "teacher:")) or spec.partition("/")[0] in LIBRARIES or ":" in spec
     if is_teacher and (spec.startswith("teacher:") or not path.exists()):
@@ -234,12 +236,12 @@ def model_of(spec: str, checkpoint: str | None = None) -> Model:
             "checkpoint_sha256": info.checkpoint_sha256,
             "licence": info.licence,
         }
-        return _model(spec, teacher, teacher.features, info.pixels, about)
+        return _model(spec, teacher, info.pixels, about)
     if checkpoint is not None:
         raise RequestError("--checkpoint is for --model teacher:NAME; for a run, pass its .ckpt file as --model")
     student, pixels = student_of(spec)
     student = student.to(device())
-    return _model(spec, student, student.features, pixels, {"network": type(student.backbone).__name__})
+    return _model(spec, student, pixels, {"network": type(student.backbone).__name__})
 
 
 def student_of(spec: str, option: str = "--model") -> tuple[Student, int]:
@@ -264,10 +266,6 @@ def student_of(spec: str, option: str = "--model") -> tuple[Student, int]:
     return load_student(path)
 
 
-def _model(
-    spec: str, network: nn.Module, features: Callable[[Tensor], Tensor], pixels: int, about: dict[str, str | None]
-) -> Model:
-    digest = weights_digest(network)
-    return Model(
-        name=spec, features=features, pixels=pixels, network=network, about={"name": spec, **about, "weights_sha256": digest}
-    )
+def _model(spec: str, network: Student | Teacher, pixels: int, about: dict[str, str | None]) -> Model:
+    about = {"name": spec, **about, "weights_sha256": weights_digest(network)}
+    return Model(name=spec, features=network.features, map=network.map, pixels=pixels, network=network, about=about)

@@ -11,16 +11,16 @@ from typing import Any
 import numpy as np
 
 from fkd_ssl import files, runs
-from fkd_ssl.arrays import BoolArray
 from fkd_ssl.commands import console
 from fkd_ssl.errors import RequestError
 from fkd_ssl.results import Result, Score
 
-CORRECT = "correct.npy"
+CORRECT, COUNTS = "correct.npy", "counts.npy"
+"""Files beside results.json: which images were correct, bool [n], or the counts of a segmentation, int64 [n, 3, C]."""
 
 
-def finished(config: Any, inputs: runs.Inputs) -> tuple[dict[str, Any], BoolArray, Path] | None:
-    """Reads the results of this evaluation from `config.out`: its values, which images were correct, and the folder.
+def finished(config: Any, inputs: runs.Inputs, name: str = CORRECT) -> tuple[dict[str, Any], Any, Path] | None:
+    """Reads the results of this evaluation from `config.out`: its values, the array in the file `name`, and the folder.
 
     Returns None if the folder has no results yet.
 
@@ -31,7 +31,7 @@ def finished(config: Any, inputs: runs.Inputs) -> tuple[dict[str, Any], BoolArra
         return None
     console.log(f"{config.out}: this evaluation is done")
     folder = Path(config.out)
-    return runs.read_results(folder), read_correct(folder), folder
+    return runs.read_results(folder), read_array(folder, name), folder
 
 
 @contextmanager
@@ -74,21 +74,21 @@ def score(kind: str, title: str, config: Any, protocol: str, about: dict[str, An
     said["notes"] = [*result["notes"], *baselines.note(result["top1"], result["baselines"])]
     if "draws" not in result:
         said["interval95"] = [low, high]
-    return Score.of(*finish({"kind": kind, "protocol": protocol, **about, **said}, line, config, correct))
+    return Score.of(*finish({"kind": kind, "protocol": protocol, **about, **said}, line, config, CORRECT, correct))
 
 
-def finish(value: dict[str, Any], line: str, config: Any, correct: BoolArray) -> tuple[dict[str, Any], BoolArray, Path | None]:
-    """Completes the values of an evaluation; with `out`, also writes results.json and correct.npy. Returns as `finished`."""
+def finish(value: dict[str, Any], line: str, config: Any, name: str, array: Any) -> tuple[dict[str, Any], Any, Path | None]:
+    """Completes the values of an evaluation; with `out`, also writes results.json and the array. Returns as `finished`."""
     settings = dataclasses.asdict(config)
     whole = {"seed": settings.get("seed"), **value, "line": line, "config": settings}
     whole = json.loads(json.dumps(whole), parse_constant=str)  # JSON cannot represent an infinite temperature
     folder = None if config.out is None else Path(config.out)
     if folder is not None:
         buffer = io.BytesIO()
-        np.save(buffer, correct)
-        files.replace(folder / CORRECT, buffer.getvalue())
+        np.save(buffer, array)
+        files.replace(folder / name, buffer.getvalue())
         runs.finish(folder, whole)
-    return {**whole, "versions": runs.versions()}, correct, folder
+    return {**whole, "versions": runs.versions()}, array, folder
 
 
 def show(result: Result, *, json: bool) -> None:
@@ -101,11 +101,12 @@ def show(result: Result, *, json: bool) -> None:
     console.print_result(result.line)
 
 
-def read_correct(folder: Path) -> Any:
-    """Reads which images the evaluation in `folder` classified correctly, bool [n]; raises RequestError if unreadable."""
-    correct = files.map_user_npy(folder / CORRECT, kinds="fiub")
-    if correct.dtype != np.bool_ or correct.ndim != 1:
-        raise RequestError(
-            f"{folder / CORRECT}: holds {correct.dtype} {list(correct.shape)}, expected one boolean for each image"
-        )
-    return correct
+def read_array(folder: Path, name: str = CORRECT) -> Any:
+    """Reads correct.npy or counts.npy in the folder of an evaluation; raises RequestError if it is missing or invalid."""
+    array = files.map_user_npy(folder / name, kinds="fiub")
+    what = f"{folder / name}: holds {array.dtype} {list(array.shape)}, expected"
+    if name == CORRECT and (array.dtype != np.bool_ or array.ndim != 1):
+        raise RequestError(f"{what} one boolean for each image")
+    if name == COUNTS and (array.dtype != np.int64 or array.ndim != 3 or array.shape[1] != 3):
+        raise RequestError(f"{what} int64 [images, 3, classes]")
+    return array

@@ -129,7 +129,7 @@ def _retrieval(config: Config, about: dict[str, Any], result: dict[str, Any]) ->
     line = f"{config.model or config.gallery}: {config.index}{where}: {', '.join(said)}, mAP@R {result['map_at_r']:.2f} %"
     value = {key: part for key, part in result.items() if key != "correct"}
     value = {"kind": "retrieve", "protocol": config.index, **about, "top1": result["recall"]["1"], **value}
-    return Retrieval.of(*results.finish(value, line, config, result["correct"]))
+    return Retrieval.of(*results.finish(value, line, config, results.CORRECT, result["correct"]))
 
 
 def curve_table(rows: list[dict[str, Any]]) -> str:

@@ -13,13 +13,14 @@ import simplejpeg
 from PIL import Image, UnidentifiedImageError
 
 from fkd_ssl.arrays import UInt8Array
-from fkd_ssl.errors import ImageAccessError, ImageError
+from fkd_ssl.errors import ImageAccessError, ImageError, RequestError
 from fkd_ssl.text import first_line
 
 MAX_SIDE = 65535  # boxes are uint16
 MAX_PIXELS = 178_956_970  # Pillow suspects a decompression bomb in larger images
 MAX_BYTES = 2**31 - 4096  # what Linux reads at once
 _ORIENTATION = 0x0112
+_GREY, _PALETTE = 0, 3  # colour types of a PNG
 # the inverse of Pillow's transposition for each EXIF orientation
 _UNDO = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -118,6 +119,24 @@ def decode(data: bytes, name: str | Path) -> UInt8Array:
                 grey = _eight_bits(np.asarray(picture), picture.format)
                 return np.repeat(grey[:, :, None], 3, axis=2)
             return np.array(picture.convert("RGB"))
+    except _INVALID as error:
+        raise _unreadable(error, name) from error
+
+
+def decode_mask(data: bytes, name: str | Path) -> UInt8Array:
+    """Decodes a PNG with one byte per pixel, greyscale or palette, to its values uint8 [H, W]: grey levels or palette indices.
+
+    Raises:
+        RequestError: The file is another kind of image.
+        ImageError: The data is damaged.
+    """
+    depth, colours = data[24:26] if len(data) > 25 and data.startswith(b"\x89PNG\r\n\x1a\n") else (0, 0)
+    if colours != _PALETTE and (colours, depth) != (_GREY, 8):  # Pillow would stretch the values of fewer bits
+        raise RequestError(f"{name}: expected a mask: a PNG with one byte per pixel (greyscale of 8 bits, or a palette)")
+    try:
+        with Image.open(io.BytesIO(data)) as encoded:
+            _check_size(encoded.height, encoded.width, name)
+            return np.array(encoded)
     except _INVALID as error:
         raise _unreadable(error, name) from error
 
