@@ -18,7 +18,7 @@ from fkd_ssl.images import ImageSource
 from fkd_ssl.images.decoding import decode_mask
 
 IGNORED = 255
-"""Class index of a pixel that is not scored."""
+"""Label and class index of a pixel that is not scored."""
 _READERS = 8
 
 
@@ -88,25 +88,23 @@ def classes_of(train: Masked, val: Masked, asked: int | Sequence[str] | None, ig
         train: Training images.
         val: Images to score.
         asked: Number of labels, or their names from label 0 on; by default as many as the training masks have.
-        ignore: Label of pixels that are not scored; also left out of the classes.
+        ignore: Label of pixels that are not scored, besides 255; also left out of the classes.
 
     Raises:
         RequestError: A mask has a label beyond the number of classes, or fewer than two classes have pixels in `train`.
     """
-    used = np.flatnonzero(train.pixels.any(axis=0))
-    used = used[used != ignore]
+    scored = np.array([label not in (ignore, IGNORED) for label in range(256)])
+    used = np.flatnonzero(train.pixels.any(axis=0) & scored)
     if len(used) < 2:
         raise RequestError(
-            f"{train.masks.spec}: its masks have {len(used)} labels apart from {ignore} (ignored); expected two or more"
+            f"{train.masks.spec}: its masks have {len(used)} labels apart from ignored ones; expected two or more"
         )
     if isinstance(asked, int):
         names = [str(label) for label in range(asked)]
     else:
         names = [str(label) for label in range(int(used[-1]) + 1)] if asked is None else list(asked)
     for part in (train, val):
-        beyond = part.pixels[:, len(names) :].copy()
-        if ignore >= len(names):
-            beyond[:, ignore - len(names)] = 0
+        beyond = part.pixels[:, len(names) :] * scored[len(names) :]
         if beyond.any():
             row = int(beyond.any(axis=1).argmax())
             label = len(names) + int(beyond[row].argmax())

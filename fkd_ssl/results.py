@@ -112,7 +112,12 @@ class Segmentation(Result):
         same = ("miou", "pixel_accuracy", "knn_miou", "per_class", "baselines")
         low, high = values["interval95"]
         return cls(
-            line=values["line"], values=values, out=out, interval95=(low, high), counts=counts, **{key: values[key] for key in same}
+            line=values["line"],
+            values=values,
+            out=out,
+            interval95=(low, high),
+            counts=counts,
+            **{key: values[key] for key in same},
         )
 
 

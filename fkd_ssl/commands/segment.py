@@ -32,16 +32,16 @@ class Config:
     classes: int | str | None = None
     """Number of labels, or their names in order: sky,road,car. By default one more than the largest label of --train."""
     ignore: int = 255
-    """Label of pixels that are neither learned from nor scored."""
+    """Label of pixels that are neither learned from nor scored, besides 255."""
     pixels: int | None = None
     """Short side of the images; by default the size that the model was trained at. A larger one gives finer maps."""
     checkpoint: str | None = None
     """Checkpoint of the teacher; `pretrained` downloads its library's weights."""
-    steps: int = 2000
-    """Steps of the linear layer's training."""
+    steps: int | None = None
+    """Steps of the linear layer's training; by default 10 epochs, at least 500 steps."""
     batch_size: int = 16
     """Images per step."""
-    lr: float = 1e-3
+    lr: float = 1e-2
     """Learning rate of the linear layer."""
     k: int = 30
     """Number of nearest positions that vote."""
@@ -60,7 +60,7 @@ class Config:
 
     def __post_init__(self) -> None:
         if not 0 <= self.ignore <= 255:
-            raise RequestError(f"--ignore {self.ignore}: must be between 0 and 255, the labels that a mask can have")
+            raise RequestError(f"--ignore {self.ignore}: must be between 0 and 255")
         if isinstance(self.classes, int) and not 2 <= self.classes <= 255:
             raise RequestError(f"--classes {self.classes}: must be between 2 and 255")
 
@@ -101,7 +101,9 @@ def work(config: Config) -> "Segmentation":
         return Segmentation.of(*found)
     settings: dict[str, Any] = {"pixels": config.pixels, "multiple": maps.multiple_of(model.network)}
     size, (h, w, dim) = segmentation.map_bytes(model.map, train, **settings)
-    console.log(f"maps of {h} x {w} positions and {dim} channels; those of {len(train)} images take {format_bytes(size)} of memory")
+    console.log(
+        f"maps of {h} x {w} positions and {dim} channels; those of {len(train)} images take {format_bytes(size)} of memory"
+    )
     if size > 1e9 * config.max_memory:
         raise RequestError(
             f"the maps of the training images need {format_bytes(size)} of memory, over --max_memory {config.max_memory:g} GB: "
@@ -124,7 +126,11 @@ def work(config: Config) -> "Segmentation":
             workers=config.workers,
         )
         data = {name: _about(spec, part) for name, spec, part in (("train", config.train, train), ("val", config.val, val))}
-        about = {"model": model.about, "transform": {"short_side": config.pixels, "multiple": settings["multiple"]}, "data": data}
+        about = {
+            "model": model.about,
+            "transform": {"short_side": config.pixels, "multiple": settings["multiple"]},
+            "data": data,
+        }
         return _result(config, about, found)
 
 
