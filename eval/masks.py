@@ -107,7 +107,7 @@ def classes_of(train: Masked, val: Masked, asked: int | Sequence[str] | None, ig
         beyond = part.pixels[:, len(names) :] * scored[len(names) :]
         if beyond.any():
             row = int(beyond.any(axis=1).argmax())
-            label = len(names) + int(beyond[row].argmax())
+            label = len(names) + int((beyond[row] > 0).argmax())
             raise RequestError(
                 f"{part.masks.where(row)}: has label {label}, but there are {len(names)} classes, 0 to {len(names) - 1}"
                 f"{' (as in the training masks)' if asked is None else ''}; give the number with --classes, or --ignore {label}"

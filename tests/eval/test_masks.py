@@ -107,7 +107,7 @@ def test_a_jpeg_is_no_mask_and_a_damaged_mask_is_named(folder: Path) -> None:
         opened(folder)
     (folder / "masks/2.png").unlink()
     Image.fromarray(np.zeros((60, 80), np.uint8)).save(folder / "masks/2.jpg")
-    with pytest.raises(RequestError, match="2.jpg: expected a mask"):
+    with pytest.raises(RequestError, match=r"2.jpg: expected a mask"):
         opened(folder)
 
 
