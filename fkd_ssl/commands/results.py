@@ -16,7 +16,7 @@ from fkd_ssl.errors import RequestError
 from fkd_ssl.results import Result, Score
 
 CORRECT, COUNTS = "correct.npy", "counts.npy"
-"""Files beside results.json: which images were correct, bool [n], or the counts of a segmentation, int64 [n, 3, C]."""
+"""Files beside results.json: which images were correct, bool [n], or the counts of a segmentation, int64 [n, 3 C]."""
 
 
 def finished(config: Any, inputs: runs.Inputs, name: str = CORRECT) -> tuple[dict[str, Any], Any, Path] | None:
@@ -85,7 +85,7 @@ def finish(value: dict[str, Any], line: str, config: Any, name: str, array: Any)
     folder = None if config.out is None else Path(config.out)
     if folder is not None:
         buffer = io.BytesIO()
-        np.save(buffer, array)
+        np.save(buffer, array if array.ndim == 1 else array.reshape(len(array), -1))
         files.replace(folder / name, buffer.getvalue())
         runs.finish(folder, whole)
     return {**whole, "versions": runs.versions()}, array, folder
@@ -102,11 +102,13 @@ def show(result: Result, *, json: bool) -> None:
 
 
 def read_array(folder: Path, name: str = CORRECT) -> Any:
-    """Reads correct.npy or counts.npy in the folder of an evaluation; raises RequestError if it is missing or invalid."""
+    """Reads correct.npy, bool [n], or counts.npy, int64 [n, 3, C], of an evaluation; raises RequestError if it is invalid."""
     array = files.map_user_npy(folder / name, kinds="fiub")
     what = f"{folder / name}: holds {array.dtype} {list(array.shape)}, expected"
     if name == CORRECT and (array.dtype != np.bool_ or array.ndim != 1):
         raise RequestError(f"{what} one boolean for each image")
-    if name == COUNTS and (array.dtype != np.int64 or array.ndim != 3 or array.shape[1] != 3):
-        raise RequestError(f"{what} int64 [images, 3, classes]")
-    return array
+    if name == CORRECT:
+        return array
+    if array.dtype != np.int64 or array.ndim != 2 or array.shape[1] % 3 or not array.size:
+        raise RequestError(f"{what} int64 [images, 3 times the classes]")
+    return array.reshape(len(array), 3, -1)

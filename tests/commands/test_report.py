@@ -112,7 +112,7 @@ def test_what_is_refused(folders: dict[str, list[float]], call: Any, tmp_path: P
     (tmp_path / "torn/results.json").write_text("{")
     for line, said in {
         "report nowhere": "nowhere: no such folder of results",
-        "report empty": "empty: no results.json of knn, linear, retrieve; evaluate with --out first",
+        "report empty": "empty: no results.json of knn, linear, segment, retrieve; evaluate with --out first",
         "report torn": "torn/results.json: not JSON (Expecting property name",
         "report r --baseline bse": "--baseline bse: no such model in the table; did you mean base?",
         "report r --baseline lone": "runs/a_b has seeds 0 / 1 / 2, the baseline none (moco)",

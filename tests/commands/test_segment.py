@@ -104,7 +104,7 @@ def test_a_finished_run_is_shown_and_another_is_refused(place: Path, call: Any) 
     again = call(f"{line} --workers 1 --max_memory 1 --pixels 64")
     assert again.out == first.out
     assert "seg: this evaluation is done" in again.err
-    assert np.load("seg/counts.npy", allow_pickle=False).shape == (5, 3, 3)
+    assert np.load("seg/counts.npy", allow_pickle=False).shape == (5, 9)
     assert "pixels is" in call(f"{line} --pixels 96").err
     changed = np.asarray(Image.open("val/masks/1.png")).copy()
     changed[0, 50] = 0
