@@ -102,7 +102,7 @@ class Segmentation(Result):
     per_class: dict[str, dict[str, float | None]]
     """`iou`, `knn_iou` and `share` of the pixels of each class, in percent."""
     counts: Int64Array
-    """Pixels of intersection, prediction and mask, int64 [n, 3, C]; compare two models with fkd_ssl.eval.iou.paired_bootstrap."""
+    """Pixels of intersection, prediction and mask, int64 [n, 3, C]; fkd_ssl.eval.iou.paired_bootstrap compares two models."""
     baselines: dict[str, float]
     """Mean IoU in percent of `colours` and `colours_knn`, by the same protocols, and of `majority`."""
 
