@@ -37,14 +37,14 @@ def multiple_of(network: nn.Module) -> int:
     return patch * max(1, 32 // patch)
 
 
-def resized(height: int, width: int, pixels: int, multiple: int) -> tuple[int, int]:
+def resized(size: tuple[int, int], pixels: int, multiple: int) -> tuple[int, int]:
     """Height and width of an image in front of the network.
 
-    >>> resized(360, 480, 224, 32)
+    >>> resized((360, 480), 224, 32)
     (224, 288)
     """
-    scale = pixels / min(height, width)
-    return multiple * max(1, round(height * scale / multiple)), multiple * max(1, round(width * scale / multiple))
+    height, width = (multiple * max(1, round(side * pixels / min(size) / multiple)) for side in size)
+    return height, width
 
 
 class _Resized(Dataset[View]):
@@ -75,7 +75,7 @@ def extract(
     desc: str,
 ) -> Iterator[tuple[int, tuple[int, int], dict[str, Tensor]]]:
     """For each image in `rows`, by size: its index, h and w, and its positions, float32 on the CPU, see `_Example`."""
-    sizes = {int(row): resized(*data.sizes[row], pixels, multiple) for row in rows}
+    sizes = {int(row): resized(data.sizes[row], pixels, multiple) for row in rows}
     by_size: dict[tuple[int, int], list[int]] = {}
     for row, size in sizes.items():
         by_size.setdefault(size, []).append(row)

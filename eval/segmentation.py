@@ -73,7 +73,7 @@ def map_bytes(model: Maps, train: Masked, *, pixels: int, multiple: int = 32) ->
     Raises:
         FkdError: The output of the model is not a map.
     """
-    sizes = [maps.resized(*size, pixels, multiple) for size in train.sizes]
+    sizes = [maps.resized(size, pixels, multiple) for size in train.sizes]
     with frozen(model), torch.no_grad():
         h, w, dim = maps.checked(model(torch.zeros(1, 3, *sizes[0], dtype=torch.uint8)), 1).shape[1:]
     area = sum(height * width for height, width in sizes) / math.prod(sizes[0])
@@ -294,7 +294,7 @@ def _fit(
                 mean = float(torch.stack(losses).mean())
                 if not math.isfinite(mean):
                     raise RequestError(f"the linear layer's loss is {mean} at step {step}; choose a lower lr")
-                history.append({"step": step, "lr": schedule.get_last_lr()[0], "loss": mean})
+                history.append({"step": step, "lr": float(schedule.get_last_lr()[0]), "loss": mean})
                 bar.set_postfix(loss=f"{mean:.4f}", refresh=False)
                 losses = []
             schedule.step()
@@ -324,7 +324,7 @@ def _votes(
 
 def _grid(scores: Tensor, size: tuple[int, int]) -> Tensor:
     """Scores [h w, C] as [C, h, w]."""
-    return scores.T.unflatten(1, size)
+    return scores.T.reshape(-1, *size)
 
 
 def _classes_at(scores: Tensor, height: int, width: int) -> Tensor:
@@ -332,7 +332,7 @@ def _classes_at(scores: Tensor, height: int, width: int) -> Tensor:
     x = (torch.arange(width, device=scores.device) * 2 + 1) / width - 1
     y = (torch.arange(height, device=scores.device) * 2 + 1) / height - 1
     found = []
-    for part in y.split(max(1, _VALUES // (width * len(scores)))):
+    for part in torch.split(y, max(1, _VALUES // (width * len(scores)))):
         points = torch.stack([x.expand(len(part), width), part[:, None].expand(len(part), width)], dim=-1)
         found.append(sample(scores, points.flatten(0, 1)).argmax(dim=1))
     return torch.cat(found).view(height, width)

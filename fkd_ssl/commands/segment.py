@@ -85,9 +85,10 @@ def work(config: Config) -> "Segmentation":
     from fkd_ssl.results import Segmentation
     from fkd_ssl.text import format_bytes
 
-    asked = config.classes
-    if isinstance(asked, str):
-        asked = int(asked) if asked.isdecimal() else [name.strip() for name in asked.split(",")]
+    asked: int | list[str] | None = None
+    if config.classes is not None:
+        text = str(config.classes)
+        asked = int(text) if text.isdecimal() else [name.strip() for name in text.split(",")]
     train, val = _open(config.train, "--train"), _open(config.val, "--val")
     classes = masks.classes_of(train, val, asked, config.ignore)
     model = resolve.model_of(config.model, config.checkpoint)
@@ -97,8 +98,8 @@ def work(config: Config) -> "Segmentation":
     for name, part in (("train", train), ("val", val)):
         for what, source in ((f"{name} images", part.images), (f"{name} masks", part.masks)):
             inputs |= source.identity(what, sizes=False) | {f"{CONTENTS}{what}": f"sha256 {source.digest()}"}
-    if found := results.finished(config, inputs, results.COUNTS):
-        return Segmentation.of(*found)
+    if done := results.finished(config, inputs, results.COUNTS):
+        return Segmentation.of(*done)
     settings: dict[str, Any] = {"pixels": config.pixels, "multiple": maps.multiple_of(model.network)}
     size, (h, w, dim) = segmentation.map_bytes(model.map, train, **settings)
     console.log(

@@ -152,7 +152,7 @@ def test_images_of_several_sizes(shapes: Path, options: dict, tmp_path: Path) ->
             size = [(80, 60), (121, 91), (60, 80)][k % 3]
             picture.resize(size, Image.Resampling.NEAREST).save(tmp_path / name / f"{k}.png")
     val = opened(tmp_path)
-    sizes = [maps.resized(*size, 60, 4) for size in val.sizes]
+    sizes = [maps.resized(size, 60, 4) for size in val.sizes]
     assert sizes == [(60, 80), (60, 80), (80, 60)] * 2
     found = segmentation.evaluate(**{**options, "val": val}, steps=50)
     assert found["miou"] > 60
