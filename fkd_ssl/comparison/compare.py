@@ -1,6 +1,6 @@
 """Trains and scores the arms of a comparison. Finished steps are not repeated."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,7 +27,7 @@ from fkd_ssl.store.maintain.recode import recode
 from fkd_ssl.store.maintain.subset import subset
 from fkd_ssl.store.reader import Store, open_store
 from fkd_ssl.store.write.precompute import precompute
-from fkd_ssl.students import CLASSIFIER, check_student
+from fkd_ssl.students import CLASSIFIER, Dim, check_student, dims_of
 from fkd_ssl.targets import TeacherInfo
 from fkd_ssl.teachers import Teacher
 from fkd_ssl.teachers.dense import DenseTeacher
@@ -95,7 +95,7 @@ def compare(config: CompareConfig, tools: Tools) -> dict[str, Any]:
         config = use_store(config, store, images, teachers, tools.recipe)
     infos = [teacher.info for teacher in teachers]
     config = defaults.resolve(config, images=len(images), pixels=infos[0].pixels, kinds=[info.spec.kind for info in infos])
-    check_student(config.student, config.pixels, head=config.head, stem=config.stem, width=config.width)
+    check_student(config.student, config.pixels, *dims_of(infos), head=config.head, stem=config.stem, width=config.width)
     arms = arms_of(config, [info.name for info in infos])
     _check(config, images, val, teachers, arms)
     # before anything is written, because some networks cannot make label maps
@@ -118,11 +118,11 @@ def compare(config: CompareConfig, tools: Tools) -> dict[str, Any]:
             work.use_teacher(teacher)
         if dense is not None:
             work.make_label_maps(dense)
-        dim = teachers[0].info.spec.size
+        dims = dims_of(infos[:1])
         del teachers, teacher, dense  # the processes of the trainings need the memory
         work.make_stores()
         for seed in range(config.seeds):
-            work.score_untrained(seed, dim)
+            work.score_untrained(seed, dims)
             for arm in sorted(arms, key=lambda arm: arm.kind == "alone"):  # last, because it trains for as long as stored
                 work.train_arm(arm, seed)
         runs.finish(folder, work.results())
@@ -242,9 +242,9 @@ class _Comparison:
                 "seconds": None if seconds is None else seconds * crops / whole.crops_per_image,
             }
 
-    def score_untrained(self, seed: int, dim: int) -> None:
+    def score_untrained(self, seed: int, dims: Sequence[Dim]) -> None:
         """Scores the student with its initial weights."""
-        scores = self.scorer.score_untrained(run_name("untrained", seed), seed, dim)
+        scores = self.scorer.score_untrained(run_name("untrained", seed), seed, dims)
         self.lines.append({"name": "untrained", "seed": seed, **scores, **_UNTRAINED})
 
     def train_arm(self, arm: Arm, seed: int) -> None:

@@ -1,7 +1,7 @@
 """kNN, linear probe and retrieval of the models of a comparison. Scores are saved and not computed again."""
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from fkd_ssl.eval import baselines, knn, logreg, retrieval
 from fkd_ssl.eval.classify import evaluate
 from fkd_ssl.eval.features import Split, extract_split
 from fkd_ssl.images import ImageSource
-from fkd_ssl.students import CLASSIFIER, Student
+from fkd_ssl.students import CLASSIFIER, Dim, Student
 
 PROBES = ("knn_top1", "linear_top1")
 """Scores for which the correctness of every test image is saved."""
@@ -110,11 +110,11 @@ class Scorer:
         scores = {"knn_top1": neighbours["top1"], "linear_top1": probe["top1"], "map_at_r": found["map_at_r"]}
         return scores, [neighbours["correct"], probe["correct"]]
 
-    def score_untrained(self, name: str, seed: int, dim: int) -> dict[str, Any]:
+    def score_untrained(self, name: str, seed: int, dims: Sequence[Dim]) -> dict[str, Any]:
         """Returns the scores of the student with its initial weights."""
         torch.manual_seed(seed)
         c = self.config
-        student = Student(c.student, dim, head=c.head, stem=c.stem, width=c.width)
+        student = Student(c.student, *dims, head=c.head, stem=c.stem, width=c.width)
         student = student.eval().to(self.device)
         return self.score(name, student.features, classify=student)
 
