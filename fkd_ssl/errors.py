@@ -32,6 +32,10 @@ class StoreAccessError(StoreError):
     """A part of a store cannot be opened or listed (no permission, a failing disk). It may be intact."""
 
 
+class FetchError(StoreAccessError, ImageAccessError):
+    """A file on a server cannot be fetched: not found, no permission, no connection, or it changed. It may be intact."""
+
+
 class NotFoundError(StoreError, RequestError):
     """The store, the column or the label maps that the user named do not exist, so the request is wrong."""
 

@@ -19,6 +19,15 @@ def printable(text: str, *, encoding: str | None = None, one_line: bool = False)
     return escaped.encode(encoding, "backslashreplace").decode(encoding)
 
 
+def redacted(message: str) -> str:
+    """Removes user names, passwords and queries from the URLs in a message.
+
+    >>> redacted("GET https://me:secret@server/a.tar?X-Amz-Signature=12ab: denied")
+    'GET https://server/a.tar?... denied'
+    """
+    return re.sub(r"(?<=://)[^/\s@]*@", "", re.sub(r"(\w+://[^\s?'\"]+\?|\burl: [^\s?'\"]+\?)[^\s'\")]+", r"\1...", message))
+
+
 def first_line(error: object) -> str:
     """Returns the first line of an error's message, or the name of its type if it has no message."""
     return (str(error).splitlines() or [type(error).__name__])[0]

@@ -19,9 +19,10 @@ import fsspec
 from moto.server import DomainDispatcherApplication, create_backend_app
 from werkzeug.serving import WSGIRequestHandler, make_server
 
+from fkd_ssl import fetching
 from fkd_ssl.errors import ImageAccessError, RequestError
-from fkd_ssl.images import open_images, scan, shards
-from fkd_ssl.images.shards import fetched_folder
+from fkd_ssl.fetching import fetched_folder
+from fkd_ssl.images import open_images, scan
 from tests.test_images_shards import contents, table, write_tar
 
 Answer = Callable[..., Any]
@@ -94,8 +95,8 @@ def environment(server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path_factor
         "FKD_SSL_CACHE": str(tmp_path_factory.mktemp("cache")),
     }.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(shards, "_PAUSE", 0.01)
-    shards._filesystem_of.cache_clear()
+    monkeypatch.setattr(fetching, "_PAUSE", 0.01)
+    fetching._filesystem_of.cache_clear()
 
 
 @pytest.fixture
@@ -182,8 +183,8 @@ def test_an_expired_token_is_named_and_not_shown(three_tars: str, server: Server
 def test_an_interrupted_fetch_continues(
     three_tars: str, server: Server, monkeypatch: pytest.MonkeyPatch, image_folder: Path
 ) -> None:
-    monkeypatch.setattr(shards, "_PIECE", 10_000)
-    monkeypatch.setattr(shards, "_TRIES", 1)
+    monkeypatch.setattr(fetching, "_PIECE", 10_000)
+    monkeypatch.setattr(fetching, "_TRIES", 1)
     server.harms += ["", "", "truncate"]
     with pytest.raises(ImageAccessError, match="after 1 attempts"):
         open_images(three_tars)
@@ -240,7 +241,7 @@ def test_a_fetch_that_is_killed_is_continued_by_another_process(
     source = open_images(three_tars)
     for path in fetched_folder().iterdir():
         path.unlink()
-    monkeypatch.setattr(shards, "_PIECE", 5_000)
+    monkeypatch.setattr(fetching, "_PIECE", 5_000)
     server.harms += [""] * 3 + ["slow"] * 40
     first, second = (multiprocessing.get_context("fork").Process(target=source.read, args=(0,)) for _ in range(2))
     first.start()

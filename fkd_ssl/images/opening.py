@@ -7,11 +7,12 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from fkd_ssl.errors import FkdError, RequestError, did_you_mean
+from fkd_ssl.fetching import is_url
 from fkd_ssl.images import named
 from fkd_ssl.images.folder import Folder, NoImagesError, scan
 from fkd_ssl.images.listed import Listed
 from fkd_ssl.images.names import has_bad_parts, is_line, is_plain, refuse
-from fkd_ssl.images.shards import LocalShard, is_url, open_shards
+from fkd_ssl.images.shards import LocalShard, open_shards
 from fkd_ssl.images.source import ImageSource
 from fkd_ssl.images.tables import Table, files_of
 from fkd_ssl.images.tars import Tars

@@ -17,7 +17,7 @@ from fkd_ssl.errors import ImageAccessError, ImageError, RequestError, did_you_m
 from fkd_ssl.images.decoding import inaccessible
 from fkd_ssl.images.names import Names, is_line, refuse
 from fkd_ssl.images.patterns import classes_of, folder_of
-from fkd_ssl.images.shards import LocalShard, Prefetcher, Shard
+from fkd_ssl.images.shards import LocalShard, Shard, prefetcher_of
 from fkd_ssl.images.source import ImageSource
 from fkd_ssl.text import first_line
 
@@ -94,8 +94,8 @@ class Table(ImageSource):
         self.notes = sorted(set(notes))
         self._at = at
         self._stamps = [shard.stamp() for shard in self.shards]
-        self._prefetcher = Prefetcher(self.shards)
-        self.mix_groups = self._groups_in_memory() or self._prefetcher.mix
+        self._prefetcher, mixed = prefetcher_of(self.shards)
+        self.mix_groups = self._groups_in_memory() or mixed
 
     def read(self, index: int) -> bytes:
         """Returns the bytes of an image.

@@ -24,7 +24,7 @@ from fkd_ssl.images.decoding import check_bytes, inaccessible
 from fkd_ssl.images.folder import SUFFIXES
 from fkd_ssl.images.names import Names, is_line, refuse
 from fkd_ssl.images.patterns import classes_of, folder_of
-from fkd_ssl.images.shards import Prefetcher, Shard
+from fkd_ssl.images.shards import Shard, prefetcher_of
 from fkd_ssl.images.source import ImageSource
 from fkd_ssl.progress import bar_disabled
 
@@ -105,8 +105,8 @@ class Tars(ImageSource):
             names, labels, self._shard, self._spans = names.take(order), labels[order], self._shard[order], self._spans[order]
         super().__init__(spec, names, labels, classes)
         self._stamps = [shard.stamp() for shard in self.shards]
-        self._prefetcher = Prefetcher(self.shards)
-        self.mix_groups = self._prefetcher.mix
+        self._prefetcher, mixed = prefetcher_of(self.shards)
+        self.mix_groups = mixed
 
     def read(self, index: int) -> bytes:
         """Returns the bytes of a member.

@@ -1,0 +1,337 @@
+"""Files in object stores and on web servers, fetched into a bounded cache folder that processes share."""
+
+import glob
+import hashlib
+import os
+import re
+import shutil
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any, BinaryIO
+from urllib.parse import parse_qsl, urlsplit
+
+from fkd_ssl import files, locks
+from fkd_ssl.errors import FetchError, RequestError
+from fkd_ssl.text import first_line, format_bytes, redacted
+from fkd_ssl.web import Web
+
+CACHE_BYTES = "FKD_SSL_CACHE_BYTES"
+"""Environment variable: maximum bytes of fetched files in the cache folder."""
+MIXED = 16
+"""Number of remote files whose images a training mixes by default."""
+LENGTH = "bytes"
+"""Name of the file with the bytes of a folder in `fetched_folder`. It is written last, and read by `evict`."""
+_DEFAULT_BYTES = 100 * 10**9
+_PIECE = 2**23  # bytes of a request
+_TRIES, _PAUSE = 5, 0.5  # attempts of a request; seconds before the second, doubled before each further one
+_ABANDONED = 3600  # seconds since the last write, after which a partly fetched file is removed
+_AHEAD = 2  # files that are fetched ahead at a time
+_VERSIONS = ("ETag", "etag", "md5Hash", "LastModified", "last_modified", "Last-Modified", "mtime", "created")
+_SECRET = re.compile("sig|token|key|secret|password|credential", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file in an object store or on a web server, which is fetched as a whole when it is first read.
+
+    Fetched files are kept in the cache folder up to $FKD_SSL_CACHE_BYTES bytes (default: 100 GB); those that were not read for
+    the longest time are removed first. Processes share them. An interrupted fetch continues where it stopped.
+
+    Attributes:
+        url: A URL that fsspec can open.
+        size: Bytes of the file when it was listed.
+        version: What changes when the file changes: ETag, time or checksum.
+        sha256: The expected digest of the file. If empty, the file is listed again after it is fetched.
+    """
+
+    url: str
+    size: int
+    version: str = ""
+    sha256: str = ""
+
+    @property
+    def name(self) -> str:
+        """The URL."""
+        return self.url
+
+    def stamp(self) -> tuple[str, float]:
+        """Returns URL, size and version."""
+        return f"{self.url} {self.size} {self.version}", 0.0
+
+    @cached_property
+    def _kept(self) -> Path:
+        return fetched_folder() / (self.sha256 or files.sha256(self.stamp()[0].encode()))
+
+    @property
+    def is_fetched(self) -> bool:
+        """Whether the file is in the cache folder."""
+        return self._kept.exists()
+
+    def open(self) -> BinaryIO:
+        """Opens the fetched file.
+
+        Raises:
+            FetchError: It cannot be fetched, has changed since it was listed, or the cache folder cannot keep it.
+        """
+        with keeping(self.url, self._kept.parent):
+            while True:
+                with suppress(FileNotFoundError):  # not fetched yet, or removed by another process just now
+                    os.utime(self._kept)  # for `evict`
+                    return self._kept.open("rb")
+                self._kept.parent.mkdir(parents=True, exist_ok=True)
+                with locks.locked(self._kept.with_name(f"{self._kept.name}.lock"), seconds=float("inf")):
+                    if not self._kept.exists():
+                        self._fetch()
+
+    def path(self) -> Path:
+        """Returns the fetched file, which `evict` may remove. Raises as `open` does."""
+        self.open().close()
+        return self._kept
+
+    def _fetch(self) -> None:
+        part = self._kept.with_name(f"{self._kept.name}.part")
+        evict(self.size, self.url)
+        with part.open("ab") as file:
+            if file.tell() > self.size:
+                file.truncate(0)
+            while (start := file.tell()) < self.size:
+                file.write(piece(self.url, start, min(start + _PIECE, self.size)))
+            file.flush()
+            os.fsync(file.fileno())
+        if self.sha256:
+            with part.open("rb") as file:
+                same = hashlib.file_digest(file, "sha256").hexdigest() == self.sha256
+        else:
+            same = list_remote(self.url) == [self]
+        if not same:
+            part.unlink()
+            raise FetchError(f"{self.url}: the file changed since it was listed; run the command again")
+        part.rename(self._kept)
+
+
+@contextmanager
+def keeping(url: str, folder: Path) -> Iterator[None]:
+    """Reports an OSError of the cache folder as FetchError."""
+    try:
+        yield
+    except OSError as error:
+        raise FetchError(
+            f"{url}: cannot be kept in {folder}: {error.strerror or error}; make room there, or choose another cache folder "
+            f"with {files.CACHE_VARIABLE}"
+        ) from error
+
+
+def piece(url: str, start: int, end: int, *, whole: bool = True) -> bytes:
+    """Fetches a range of bytes, with several attempts.
+
+    Args:
+        url: The file.
+        start: First byte.
+        end: Byte after the last one.
+        whole: Whether the file must have all these bytes.
+
+    Raises:
+        FetchError: The file is missing, access is denied, or all attempts failed.
+    """
+    problem: object = None
+    for attempt in range(_TRIES):
+        if attempt:
+            time.sleep(_PAUSE * 2 ** (attempt - 1))
+        try:
+            data: bytes = filesystem(url).cat_file(url, start=start, end=end)
+        except (FileNotFoundError, PermissionError) as error:
+            raise inaccessible(url, error) from error
+        except Exception as error:  # each library of an object store has its own errors
+            problem = error
+            continue
+        if len(data) == end - start or (len(data) < end - start and not whole):
+            return data
+        problem = f"{len(data)} of {end - start} bytes received"
+    raise FetchError(f"{url}: cannot be fetched after {_TRIES} attempts: {redacted(first_line(problem))}")
+
+
+def fetched_folder() -> Path:
+    """Returns the folder of fetched files."""
+    return files.cache_folder() / "fetched"
+
+
+def cache_limit() -> float:
+    """Returns the maximum bytes of fetched files."""
+    text = os.environ.get(CACHE_BYTES, str(_DEFAULT_BYTES))
+    with suppress(ValueError):
+        if (limit := float(text)) >= 0:  # not for NaN
+            return limit
+    raise RequestError(f"{CACHE_BYTES}={text}: expected a number of bytes, such as 200e9, or inf")
+
+
+def evict(keep: int, url: str) -> None:
+    """Removes the fetched files that were not read for the longest time, so that `keep` more bytes of `url` fit.
+
+    Folders with a file `LENGTH` are removed as a whole, unless a process has locked that file.
+
+    Raises:
+        FetchError: `keep` is larger than the maximum.
+    """
+    limit = cache_limit()
+    if keep > limit:
+        raise FetchError(
+            f"{url}: {format_bytes(keep)} must be fetched, and the cache may keep {format_bytes(limit)}; raise {CACHE_BYTES}"
+        )
+    found = []
+    for path in fetched_folder().iterdir():
+        with suppress(FileNotFoundError, NotADirectoryError, ValueError):  # another process removed it
+            if path.is_dir():
+                found.append(((path / LENGTH).stat().st_mtime, int((path / LENGTH).read_text()), path))
+            elif path.suffix != ".lock" and not (path.suffix == ".part" and path.stat().st_mtime > time.time() - _ABANDONED):
+                found.append((path.stat().st_mtime, path.stat().st_size, path))
+    over = sum(size for _, size, _ in found) + keep - limit
+    for _, size, path in sorted(found):
+        if over <= 0:
+            break
+        if not path.is_dir():
+            path.unlink(missing_ok=True)  # a process that has opened it can read on
+            over -= size
+        elif _remove_unused(path):
+            over -= size
+
+
+def _remove_unused(folder: Path) -> bool:
+    """Removes a fetched folder unless a process uses it; returns whether it is removed."""
+    with suppress(FileNotFoundError), (folder / LENGTH).open("rb") as file:
+        if not locks.try_lock(file.fileno()):
+            return False
+        (folder / LENGTH).unlink()  # it is incomplete from now on
+        shutil.rmtree(folder, ignore_errors=True)
+    return True
+
+
+def is_url(spec: str) -> bool:
+    """Whether a spec is a URL, such as s3://bucket/train.tar."""
+    return "://" in spec
+
+
+def check_url(url: str) -> None:
+    """Raises RequestError if a URL has credentials: specs are written to configs and messages."""
+    parts = urlsplit(url)
+    if "@" in parts.netloc or any(_SECRET.search(key) for key, _ in parse_qsl(parts.query)):
+        hidden = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+        raise RequestError(
+            f"{hidden}: a URL with credentials would be written to configs and logs; give them in the environment"
+        )
+
+
+def list_remote(url: str) -> list[RemoteFile]:
+    """Returns the files that a URL names, which may have `*`.
+
+    Raises:
+        RequestError: The URL names no file.
+        FetchError: The server does not answer, or refuses access.
+    """
+    at = filesystem(url)
+    is_web = isinstance(at, Web)
+    if glob.has_magic(url.partition("?")[0] if is_web else url):
+        if is_web:
+            raise RequestError(f"{url}: a web server does not list its files; name them, for instance with {{000..146}}")
+        listed = {at.unstrip_protocol(path): about for path, about in _ask(url, at.glob, url, detail=True).items()}
+        if not listed:
+            raise RequestError(f"{url}: matches no file")
+    else:
+        listed = {url: _ask(url, at.info, url)}
+    return [_remote(name, about) for name, about in sorted(listed.items())]
+
+
+def _ask(url: str, call: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    try:
+        return call(*args, **options)
+    except Exception as error:  # each library of an object store has its own errors
+        raise inaccessible(url, error) from error
+
+
+def _remote(url: str, about: Mapping[str, Any]) -> RemoteFile:
+    if about.get("type") == "directory" or about.get("size") is None:
+        raise RequestError(f"{url}: not a file of a known size; name the files, for instance with *.tar")
+    version = next((about[key] for key in _VERSIONS if about.get(key)), "")
+    return RemoteFile(url, int(about["size"]), str(version))
+
+
+def filesystem(url: str) -> Any:
+    """Returns fsspec's file system of a URL. Raises RequestError if there is none, or its library is not installed."""
+    return _filesystem_of(url.partition("://")[0], os.getpid())
+
+
+@cache
+def _filesystem_of(protocol: str, process: int) -> Any:
+    """Makes the file system of a protocol, one in each process, since their event loops do not survive a fork."""
+    import fsspec
+
+    try:
+        if protocol in ("http", "https"):
+            import requests  # noqa: F401
+
+            return Web()
+        return fsspec.filesystem(protocol, skip_instance_cache=True, use_listings_cache=False)
+    except ImportError as error:
+        extra = "; pip install 'fkd_ssl[remote]'" if protocol in ("http", "https", "s3", "s3a") else ""
+        raise RequestError(f"{protocol}://: {first_line(error)}{extra}") from error
+    except ValueError as error:
+        raise RequestError(f"{protocol}://: {first_line(error)}; see docs/sources.md") from error
+
+
+def inaccessible(url: str, error: Exception) -> FetchError:
+    """Returns the error for a file that a server does not give."""
+    reason = "not found" if isinstance(error, FileNotFoundError) else redacted(first_line(error))
+    return FetchError(f"{url}: {reason}; check the URL, and the credentials in the environment")
+
+
+class Prefetcher:
+    """Fetches remote files before they are read, in threads of this process that do not delay its end.
+
+    Args:
+        files_of: Returns the remote files of a number.
+    """
+
+    def __init__(self, files_of: Callable[[int], Sequence[RemoteFile]]) -> None:
+        self._files_of = files_of
+        self._begin()
+
+    def _begin(self) -> None:
+        self._process, self._lock = os.getpid(), threading.Lock()
+        self._queue: deque[int] = deque()
+        self._waiting: set[int] = set()
+        self._threads = 0
+
+    def expect(self, numbers: Iterable[int]) -> None:
+        """Begins to fetch those of these that are not fetched yet, in order."""
+        if self._process != os.getpid():  # a forked process has no threads
+            self._begin()
+        new = [number for number in dict.fromkeys(numbers) if number not in self._waiting and self._missing(number)]
+        with self._lock:
+            self._queue.extend(new)
+            self._waiting.update(new)
+            while self._threads < min(_AHEAD, len(self._queue)):
+                self._threads += 1
+                threading.Thread(target=self._work, name="fetch", daemon=True).start()
+
+    def _work(self) -> None:
+        while True:
+            with self._lock:
+                if not self._queue:
+                    self._threads -= 1
+                    return
+                number = self._queue.popleft()
+            with suppress(Exception):  # raised again where the file is read
+                for file in self._missing(number):
+                    file.open().close()
+            self._waiting.discard(number)
+
+    def _missing(self, number: int) -> list[RemoteFile]:
+        return [file for file in self._files_of(number) if not file.is_fetched]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Prefetcher, (self._files_of,))
