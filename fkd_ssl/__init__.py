@@ -9,7 +9,21 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _MODULES = {"crops", "data", "errors", "eval", "images", "objectives", "results", "store", "students", "teachers", "training"}
-_VERBS = ("compare", "export", "features", "knn", "linear", "precompute", "retrieve", "segment", "show", "train", "verify")
+_VERBS = (
+    "compare",
+    "export",
+    "features",
+    "knn",
+    "linear",
+    "precompute",
+    "publish",
+    "pull",
+    "retrieve",
+    "segment",
+    "show",
+    "train",
+    "verify",
+)
 _NAMES = {
     **dict.fromkeys(_VERBS, "fkd_ssl.api"),
     "open_store": "fkd_ssl.store",
@@ -25,6 +39,8 @@ if TYPE_CHECKING:
     from fkd_ssl.api import knn as knn
     from fkd_ssl.api import linear as linear
     from fkd_ssl.api import precompute as precompute
+    from fkd_ssl.api import publish as publish
+    from fkd_ssl.api import pull as pull
     from fkd_ssl.api import retrieve as retrieve
     from fkd_ssl.api import segment as segment
     from fkd_ssl.api import show as show

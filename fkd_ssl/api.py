@@ -89,7 +89,7 @@ def _config(verb: str, config: type, given: dict[str, Any]) -> Any:
             values[name] = str(value)  # such as shots=5
         if not _fits(values[name], hints[name]):
             raise RequestError(f"{verb}: {name} {value!r:.80}: expected {_words(name, hints[name])}")
-    cli.check_seed(values.get("seed", 0))
+    cli.check_values(verb, values)
     return config(**values)
 
 
@@ -166,7 +166,23 @@ features: Callable[..., results.Features] = _function("features", results.Featur
 knn: Callable[..., results.Score] = _function("knn", results.Score)
 linear: Callable[..., Any] = _function("linear", results.Score | dict[str, results.Score])
 segment: Callable[..., results.Segmentation] = _function("segment", results.Segmentation)
+publish: Callable[..., results.Published] = _function("publish", results.Published)
+pull: Callable[..., results.Copied] = _function("pull", results.Copied)
 retrieve: Callable[..., Any] = _function("retrieve", results.Retrieval | results.Nearest)
 compare: Callable[..., results.Compared] = _function("compare", results.Compared)
 
-__all__ = ["compare", "export", "features", "knn", "linear", "precompute", "retrieve", "segment", "show", "train", "verify"]
+__all__ = [
+    "compare",
+    "export",
+    "features",
+    "knn",
+    "linear",
+    "precompute",
+    "publish",
+    "pull",
+    "retrieve",
+    "segment",
+    "show",
+    "train",
+    "verify",
+]

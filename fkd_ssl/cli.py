@@ -13,13 +13,14 @@ import sys
 import threading
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import FrameType, ModuleType
 from typing import Any
 
 from fkd_ssl import __version__, options, processes
 from fkd_ssl.commands import console
 from fkd_ssl.errors import FkdError, RequestError, did_you_mean
+from fkd_ssl.fetching import is_url
 from fkd_ssl.text import printable
 
 VERBS = {
@@ -33,6 +34,8 @@ VERBS = {
     "show": "draw an image's stored crops and their nearest neighbours",
     "verify": "check a store's files, images and targets; --repair mends it",
     "subset": "copy part of a store: fewer crops, columns or images",
+    "publish": "write a store to a URL, with a card, for others to train from",
+    "pull": "copy a published store, or a part of it, into a folder",
     "recode": "convert stored targets to another codec, without the teacher",
     "import-fkd": "make a store from FKD's published label files",
     "export-fkd": "write a store's class probabilities as FKD's label files",
@@ -48,6 +51,7 @@ VERBS = {
     "compare": "train and compare students of stored and online targets, with a report",
 }
 _SHARED = ("precompute", "train", "features", "label-maps")  # verbs that several processes of torchrun can share
+_MAKE_STORES = ("plan", "precompute", "import-fkd")
 _STOPPED = "stopped; repeat the command to continue"
 _USAGE = "usage: fkd-ssl VERB [options]     (fkd-ssl VERB --help lists the options of a verb)"
 
@@ -194,14 +198,17 @@ def parse(verb: str, command: ModuleType, args: list[str]) -> Any:
     except SystemExit:  # --help or --print_config
         sys.stdout.flush()  # raises BrokenPipeError here, not when the process ends
         raise
-    check_seed(values.get("seed", 0))
+    check_values(verb, values)
     return config(**{name: values[name] for name in fields})
 
 
-def check_seed(seed: int) -> None:
-    """Raises RequestError if a seed is too large for the generators of torch and numpy."""
-    if not 0 <= seed < 2**63:
+def check_values(verb: str, values: Mapping[str, Any]) -> None:
+    """Raises RequestError if a seed is too large for the generators of torch and numpy, or an output is a URL."""
+    if not 0 <= (seed := values.get("seed", 0)) < 2**63:
         raise RequestError(f"--seed {seed}: must be between 0 and 2^63 - 1")
+    for name in ("out", "record", *(["store"] if verb in _MAKE_STORES else [])):
+        if isinstance(value := values.get(name), str) and is_url(value):
+            raise RequestError(f"--{name}: a URL; choose a local folder, and send a finished store with fkd-ssl publish")
 
 
 def _yaml_in_sections(config: type) -> str:

@@ -1,9 +1,9 @@
 """Files in object stores and on web servers, fetched into a bounded cache folder that processes share."""
 
 import glob
-import hashlib
 import os
 import re
+import secrets
 import shutil
 import threading
 import time
@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 from urllib.parse import parse_qsl, urlsplit
 
 from fkd_ssl import files, locks
@@ -28,11 +28,12 @@ MIXED = 16
 LENGTH = "bytes"
 """Name of the file with the bytes of a folder in `fetched_folder`. It is written last, and read by `evict`."""
 _DEFAULT_BYTES = 100 * 10**9
-_PIECE = 2**23  # bytes of a request
-_TRIES, _PAUSE = 5, 0.5  # attempts of a request; seconds before the second, doubled before each further one
+PIECE = 2**23  # bytes of a request
+TRIES, PAUSE = 5, 0.5  # attempts of a request; seconds before the second, doubled before each further one
 _ABANDONED = 3600  # seconds since the last write, after which a partly fetched file is removed
 _AHEAD = 2  # files that are fetched ahead at a time
 _VERSIONS = ("ETag", "etag", "md5Hash", "LastModified", "last_modified", "Last-Modified", "mtime", "created")
+T = TypeVar("T")
 _SECRET = re.compile("sig|token|key|secret|password|credential", re.IGNORECASE)
 
 
@@ -95,24 +96,43 @@ class RemoteFile:
         return self._kept
 
     def _fetch(self) -> None:
-        part = self._kept.with_name(f"{self._kept.name}.part")
         evict(self.size, self.url)
+        download(self.url, self.size, self.sha256 or None, self._kept, is_same=lambda: list_remote(self.url) == [self])
+
+
+def download(url: str, size: int, sha256: str | None, path: Path, *, is_same: Callable[[], bool] = bool) -> None:
+    """Fetches a file, which appears as `path` when it is complete and checked. A further call continues an interrupted one.
+
+    Args:
+        url: The file.
+        size: Its bytes.
+        sha256: Its digest, if known.
+        path: The local file. No other process may fetch it.
+        is_same: Without a digest, returns whether the file is still the same.
+
+    Raises:
+        FetchError: The file cannot be fetched, or has changed.
+        OSError: The disk is full or fails.
+    """
+    part = path.with_name(f".{path.name}.part")
+    for again in (True, False):
         with part.open("ab") as file:
-            if file.tell() > self.size:
+            if file.tell() > size:
                 file.truncate(0)
-            while (start := file.tell()) < self.size:
-                file.write(piece(self.url, start, min(start + _PIECE, self.size)))
+            resumes = file.tell() > 0
+            while (start := file.tell()) < size:
+                file.write(piece(url, start, min(start + PIECE, size)))
             file.flush()
             os.fsync(file.fileno())
-        if self.sha256:
-            with part.open("rb") as file:
-                same = hashlib.file_digest(file, "sha256").hexdigest() == self.sha256
-        else:
-            same = list_remote(self.url) == [self]
-        if not same:
-            part.unlink()
-            raise FetchError(f"{self.url}: the file changed since it was listed; run the command again")
-        part.rename(self._kept)
+        if is_same() if sha256 is None else files.sha256_file(part) == sha256:
+            part.rename(path)
+            return
+        part.unlink()
+        if not (again and resumes):  # the first part may be of another version
+            break
+    if sha256 is None:
+        raise FetchError(f"{url}: the file changed since it was listed; run the command again")
+    raise FetchError(f"{url}: its sha256 differs from the expected one: it is damaged, or changed since the store was opened")
 
 
 @contextmanager
@@ -139,21 +159,34 @@ def piece(url: str, start: int, end: int, *, whole: bool = True) -> bytes:
     Raises:
         FetchError: The file is missing, access is denied, or all attempts failed.
     """
+    at = filesystem(url)
+
+    def fetch() -> bytes:
+        data: bytes = at.cat_file(url, start=start, end=end)
+        if len(data) > end - start or (whole and len(data) < end - start):
+            raise EOFError(f"{len(data)} of {end - start} bytes received")
+        return data
+
+    return attempt(url, fetch, "fetched")
+
+
+def attempt(url: str, call: Callable[[], T], done: str) -> T:
+    """Calls a function that reads or writes a file, again if it fails.
+
+    Raises:
+        FetchError: The file is missing, access is denied, or all attempts failed. The message says that it cannot be `done`.
+    """
     problem: object = None
-    for attempt in range(_TRIES):
-        if attempt:
-            time.sleep(_PAUSE * 2 ** (attempt - 1))
+    for number in range(TRIES):
+        if number:
+            time.sleep(PAUSE * 2 ** (number - 1))
         try:
-            data: bytes = filesystem(url).cat_file(url, start=start, end=end)
+            return call()
         except (FileNotFoundError, PermissionError) as error:
             raise inaccessible(url, error) from error
         except Exception as error:  # each library of an object store has its own errors
             problem = error
-            continue
-        if len(data) == end - start or (len(data) < end - start and not whole):
-            return data
-        problem = f"{len(data)} of {end - start} bytes received"
-    raise FetchError(f"{url}: cannot be fetched after {_TRIES} attempts: {redacted(first_line(problem))}")
+    raise FetchError(f"{url}: cannot be {done} after {TRIES} attempts: {redacted(first_line(problem))}")
 
 
 def fetched_folder() -> Path:
@@ -186,7 +219,9 @@ def evict(keep: int, url: str) -> None:
     found = []
     for path in fetched_folder().iterdir():
         with suppress(FileNotFoundError, NotADirectoryError, ValueError):  # another process removed it
-            if path.is_dir():
+            if path.is_dir() and not (path / LENGTH).exists():
+                _remove_abandoned(path)
+            elif path.is_dir():
                 found.append(((path / LENGTH).stat().st_mtime, int((path / LENGTH).read_text()), path))
             elif path.suffix != ".lock" and not (path.suffix == ".part" and path.stat().st_mtime > time.time() - _ABANDONED):
                 found.append((path.stat().st_mtime, path.stat().st_size, path))
@@ -206,9 +241,18 @@ def _remove_unused(folder: Path) -> bool:
     with suppress(FileNotFoundError), (folder / LENGTH).open("rb") as file:
         if not locks.try_lock(file.fileno()):
             return False
-        (folder / LENGTH).unlink()  # it is incomplete from now on
-        shutil.rmtree(folder, ignore_errors=True)
+        trash = folder.with_name(f"{folder.name}-{secrets.token_hex(6)}")
+        folder.rename(trash)  # another process can fetch it again while this one removes it
+        shutil.rmtree(trash, ignore_errors=True)
     return True
+
+
+def _remove_abandoned(folder: Path) -> None:
+    """Removes a folder that a killed process has begun to fetch."""
+    if folder.stat().st_mtime < time.time() - _ABANDONED:
+        with locks.locked(folder.with_name(f"{folder.name}.lock")) as unused:
+            if unused:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def is_url(spec: str) -> bool:

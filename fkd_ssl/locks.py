@@ -15,6 +15,12 @@ PATIENCE = 5.0
 _held: dict[Path, int] = {}
 
 
+def share(descriptor: int) -> None:
+    """Waits until no process has locked an open file; no process can lock it until the descriptor and its copies are closed."""
+    with suppress(OSError):  # a file system without locks
+        fcntl.flock(descriptor, fcntl.LOCK_SH)
+
+
 def try_lock(descriptor: int, *, seconds: float = 0.0) -> bool:
     """Tries for up to `seconds` to lock an open file; returns whether this process has the lock."""
     end = time.monotonic() + seconds
@@ -44,7 +50,7 @@ def locked(path: Path, *, seconds: float = 0.0) -> Iterator[bool]:
             os.close(descriptor)
             yield False
             return
-        if _is_named(descriptor, path):
+        if is_named(descriptor, path):
             break
         os.close(descriptor)  # the previous holder removed the file between our open and our lock
     _held[path] = descriptor
@@ -52,7 +58,7 @@ def locked(path: Path, *, seconds: float = 0.0) -> Iterator[bool]:
         yield True
     finally:
         if _held.pop(path, None) is not None:  # a forked process has already closed it
-            if _is_named(descriptor, path):
+            if is_named(descriptor, path):
                 with suppress(OSError):
                     path.unlink()
             os.close(descriptor)
@@ -60,10 +66,10 @@ def locked(path: Path, *, seconds: float = 0.0) -> Iterator[bool]:
 
 def is_lost(path: Path) -> bool:
     """Whether the lock file `path`, which this process holds, was removed or replaced."""
-    return path in _held and not _is_named(_held[path], path)
+    return path in _held and not is_named(_held[path], path)
 
 
-def _is_named(descriptor: int, path: Path) -> bool:
+def is_named(descriptor: int, path: Path) -> bool:
     """Whether `path` still names this open file."""
     try:
         return os.path.samestat(path.stat(), os.fstat(descriptor))

@@ -167,6 +167,28 @@ class Precomputed(Result):
 
 
 @dataclass(frozen=True, kw_only=True, repr=False, eq=False)
+class Copied(Result):
+    """A copy of a store, or of a part of one; `out` is its folder."""
+
+    @property
+    def store(self) -> "Store":
+        """The opened store."""
+        from fkd_ssl.store import open_store
+
+        return open_store(self)
+
+
+@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
+class Published(Result):
+    """A store at a URL."""
+
+    url: str
+    """The URL, for `open_store` and for the option `store` of other functions."""
+    sent_bytes: int
+    """Bytes of the files that were not there already."""
+
+
+@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class Verified(Result):
     """The check of a store."""
 

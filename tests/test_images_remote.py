@@ -95,7 +95,7 @@ def environment(server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path_factor
         "FKD_SSL_CACHE": str(tmp_path_factory.mktemp("cache")),
     }.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(fetching, "_PAUSE", 0.01)
+    monkeypatch.setattr(fetching, "PAUSE", 0.01)
     fetching._filesystem_of.cache_clear()
 
 
@@ -183,8 +183,8 @@ def test_an_expired_token_is_named_and_not_shown(three_tars: str, server: Server
 def test_an_interrupted_fetch_continues(
     three_tars: str, server: Server, monkeypatch: pytest.MonkeyPatch, image_folder: Path
 ) -> None:
-    monkeypatch.setattr(fetching, "_PIECE", 10_000)
-    monkeypatch.setattr(fetching, "_TRIES", 1)
+    monkeypatch.setattr(fetching, "PIECE", 10_000)
+    monkeypatch.setattr(fetching, "TRIES", 1)
     server.harms += ["", "", "truncate"]
     with pytest.raises(ImageAccessError, match="after 1 attempts"):
         open_images(three_tars)
@@ -241,7 +241,7 @@ def test_a_fetch_that_is_killed_is_continued_by_another_process(
     source = open_images(three_tars)
     for path in fetched_folder().iterdir():
         path.unlink()
-    monkeypatch.setattr(fetching, "_PIECE", 5_000)
+    monkeypatch.setattr(fetching, "PIECE", 5_000)
     server.harms += [""] * 3 + ["slow"] * 40
     first, second = (multiprocessing.get_context("fork").Process(target=source.read, args=(0,)) for _ in range(2))
     first.start()

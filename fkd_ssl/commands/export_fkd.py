@@ -14,7 +14,7 @@ class Config:
     """Options of export-fkd."""
 
     store: str
-    """Folder of the store."""
+    """Folder or URL of the store."""
     out: str
     """Folder for the files, for instance labels/imagenet/train."""
     column: str | None = None

@@ -13,14 +13,13 @@ class Config:
     """Options of inspect."""
 
     store: str
-    """Folder of the store."""
+    """Folder or URL of the store."""
     json: bool = False
     """Print one JSON object on standard output."""
 
 
 def describe(folder: str) -> dict[str, Any]:
     """Describes a store as a JSON object."""
-    from fkd_ssl import files
     from fkd_ssl.crops import CROP_DTYPE
     from fkd_ssl.store import open_store
 
@@ -37,7 +36,7 @@ def describe(folder: str) -> dict[str, Any]:
     crops = store.shards_with_crops()
     skipped = [store.paths[row] for s in sorted(crops) for row in store.skipped(s)]
     return {
-        "store": str(store.folder),
+        "store": store.name,
         "images": m.count,
         "readable": len(store),
         "skipped": skipped,
@@ -46,7 +45,7 @@ def describe(folder: str) -> dict[str, Any]:
         "seed": m.seed,
         "shards": m.shards,
         "missing_crops": [s for s in range(m.shards) if s not in crops],
-        "bytes": files.total_bytes(store.folder),
+        "bytes": store.total_bytes,
         "columns": columns,
         "damaged": store.broken_columns(),
     }

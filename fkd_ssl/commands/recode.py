@@ -15,7 +15,7 @@ class Config:
     """Options of recode."""
 
     store: str
-    """Folder of the store."""
+    """Folder of the store; or its URL, with --out."""
     codec: str
     """Codec of the new column: SQ4, OPQ16,PQ16x8, ...; for class probabilities hard, marginal_smoothing_k5, ..."""
     column: str | None = None

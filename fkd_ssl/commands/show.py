@@ -26,7 +26,7 @@ class Config:
     """Options of show."""
 
     store: str
-    """Folder of the store."""
+    """Folder or URL of the store."""
     images: str
     """The images of the store, as given to precompute."""
     image: str

@@ -7,8 +7,6 @@ the command. The crop records are identical to those of precompute --crops k; th
 import unicodedata
 from dataclasses import dataclass
 
-from fkd_ssl.text import format_bytes
-
 POSITIONALS = ("store",)
 
 
@@ -17,7 +15,7 @@ class Config:
     """Options of subset."""
 
     store: str
-    """Folder of the store."""
+    """Folder or URL of the store."""
     out: str
     """Folder of the new store."""
     crops: int | None = None
@@ -32,11 +30,8 @@ class Config:
 
 def run(config: Config) -> int:
     """Copies the part and reports its contents."""
-    from fkd_ssl import files
-    from fkd_ssl.commands import console
+    from fkd_ssl.commands import copying, results
     from fkd_ssl.errors import RequestError
-    from fkd_ssl.store import open_store
-    from fkd_ssl.store.maintain.subset import subset
 
     paths = None
     if config.list is not None:
@@ -46,15 +41,6 @@ def run(config: Config) -> int:
                 paths = [unicodedata.normalize("NFC", line.rstrip("\n")) for line in file if line.strip()]
         except (OSError, UnicodeDecodeError) as error:
             raise RequestError(f"--list {config.list}: cannot be read: {error}") from error
-    columns = None if config.column is None else config.column.split(",")
-    made = subset(open_store(config.store), config.out, crops=config.crops, column=columns, paths=paths)
-    size = files.total_bytes(made.folder)
-    if config.json:
-        about = {"images": made.manifest.count, "crops_per_image": made.crops_per_image, "columns": made.column_names}
-        console.print_json({"store": config.out, **about, "store_bytes": size})
-    else:
-        console.print_result(
-            f"{config.out}: {made.manifest.count:,} images x {made.crops_per_image} crops, targets of "
-            f"{', '.join(made.column_names) or 'no column'}; {format_bytes(size)} on disk"
-        )
+    copied = copying.copy(config.store, config.out, crops=config.crops, column=config.column, paths=paths)
+    results.show(copied, json=config.json)
     return 0

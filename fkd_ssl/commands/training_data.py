@@ -75,18 +75,21 @@ def open_data(config: TrainConfig, images: ImageSource) -> TrainingData:
     return _OPEN[config.targets](config, images, store)
 
 
+def _resolve(
+    config: TrainConfig, images: ImageSource, store: Store | None, *, pixels: int, kinds: list[str]
+) -> TrainConfig:
+    """Returns the config with the defaults that follow from the data."""
+    mix = images.mix_groups or (store.mix_groups if store else 0)
+    return defaults.resolve(config, images=len(store or images), pixels=pixels, kinds=kinds, mix_groups=mix)
+
+
 def _stored(config: TrainConfig, images: ImageSource, store: Store | None) -> TrainingData:
     """Crops and targets of the store."""
     assert store is not None  # by TrainConfig
     names = split(config.column)
     columns = [store.column(name) for name in names] or [store.column()]
-    config = defaults.resolve(
-        config,
-        images=len(store),
-        pixels=columns[0].meta.teacher.pixels,
-        kinds=[column.info.spec.kind for column in columns],
-        mix_groups=images.mix_groups,
-    )
+    kinds = [column.info.spec.kind for column in columns]
+    config = _resolve(config, images, store, pixels=columns[0].meta.teacher.pixels, kinds=kinds)
     crops = StoredCrops(store, images, column=names or None, scale_boxes=config.scale_boxes, **_crop_options(config))
     return TrainingData(
         config=config,
@@ -102,13 +105,7 @@ def _labels(config: TrainConfig, images: ImageSource, store: Store | None) -> Tr
     check_classes(images, len(images.classes))
     require_two_classes(images)
     seen = [store.column(name).meta.teacher.pixels for name in store.column_names] if store else []
-    config = defaults.resolve(
-        config,
-        images=len(store or images),
-        pixels=(*seen, defaults.PIXELS)[0],
-        kinds=["distribution"],
-        mix_groups=images.mix_groups,
-    )
+    config = _resolve(config, images, store, pixels=(*seen, defaults.PIXELS)[0], kinds=["distribution"])
     return TrainingData(
         config=config,
         crops=_crops_without_targets(config, images, store),
@@ -121,7 +118,7 @@ def _relabel(config: TrainConfig, images: ImageSource, store: Store | None) -> T
     """Fresh crops, with targets from ReLabel's label maps."""
     assert config.label_maps is not None  # by TrainConfig
     maps = LabelMaps(config.label_maps)
-    config = defaults.resolve(config, images=len(images), pixels=maps.manifest.teacher.pixels, kinds=["distribution"])
+    config = _resolve(config, images, None, pixels=maps.manifest.teacher.pixels, kinds=["distribution"])
     return TrainingData(
         config=config,
         crops=RelabelledCrops(images, maps, resolve.recipe_of(config.recipe), **_crop_options(config)),
@@ -138,12 +135,8 @@ def _online(config: TrainConfig, images: ImageSource, store: Store | None) -> Tr
     teachers = resolve.teachers_of(config.teacher, config.checkpoint, precision, config.grid)
     config = replace(config, teacher_precision=precision)
     inputs = {f"teacher {t.info.name}": f"{t.info.network}, sha256 {t.info.checkpoint_sha256}" for t in teachers}
-    config = defaults.resolve(
-        config,
-        images=len(store or images),
-        pixels=config.teacher_pixels or teachers[0].info.pixels,
-        kinds=[teacher.info.spec.kind for teacher in teachers],
-    )
+    kinds, pixels = [teacher.info.spec.kind for teacher in teachers], config.teacher_pixels or teachers[0].info.pixels
+    config = _resolve(config, images, store, pixels=pixels, kinds=kinds)
     return TrainingData(
         config=config,
         crops=None if config.record is not None else _crops_without_targets(config, images, store),
@@ -303,7 +296,7 @@ def describe(config: TrainConfig, data: TrainingData) -> dict[str, Any]:
         return {"teachers": known + maps, "store": None, "recipe": _describe_recipe(resolve.recipe_of(config.recipe))}
     manifest = crops.store.manifest
     store = {
-        "store": crops.store.folder.name,
+        "store": crops.store.folder.name if crops.store.remote is None else crops.store.name,
         "sha256 of its list of images": files.sha256(crops.store.paths.lines),
         **{f"sha256 of column {c.name}": c.digest for c in crops.columns},
         "crops per image": manifest.crops_per_image,

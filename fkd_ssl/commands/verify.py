@@ -23,7 +23,7 @@ class Config:
     """Options of verify."""
 
     store: str
-    """Folder of the store."""
+    """Folder or URL of the store."""
     images: str | None = None
     """Images of the store, as given to precompute; each is compared with the image that the teacher saw."""
     teacher: str | None = None
@@ -54,6 +54,7 @@ def work(config: Config) -> "Verified":
     from fkd_ssl.commands import console, resolve
     from fkd_ssl.commands.images import images_of
     from fkd_ssl.errors import NotFoundError, RequestError
+    from fkd_ssl.fetching import is_url
     from fkd_ssl.results import Verified
     from fkd_ssl.store import open_store
     from fkd_ssl.store.maintain.repair import repair, repair_lists
@@ -64,6 +65,8 @@ def work(config: Config) -> "Verified":
         raise RequestError(f"--sample {config.sample}: must be at least 1")
     if config.teacher and not config.images:
         raise RequestError("--teacher needs --images: crops are replayed from them")
+    if config.repair and is_url(config.store):
+        raise RequestError("--repair cannot change a store at a URL: copy it with fkd-ssl pull, and publish the copy")
     images = images_of(config.images) if config.images else None
     repaired: list[str] = []
 

@@ -53,11 +53,11 @@ class Arm:
         return "store" if self.crops is None and self.codec is None else f"store-{self.detail.replace(',', '-')}"
 
 
-def store_folder(config: CompareConfig, arm: Arm) -> Path:
-    """Returns the folder of an arm's store."""
+def store_folder(config: CompareConfig, arm: Arm) -> str:
+    """Returns the folder of an arm's store, or its URL."""
     if config.store is not None and arm.store == "store":
-        return Path(config.store)
-    return Path(config.out) / arm.store
+        return config.store
+    return str(Path(config.out) / arm.store)
 
 
 def run_name(arm: str, seed: int) -> str:
@@ -121,7 +121,7 @@ def training(arm: Arm, config: CompareConfig, seed: int, teachers: Sequence[Teac
     where: dict[str, Any] = {
         "targets": arm.kind,
         "teacher_weights": config.teacher_weights if len(arm.chosen) > 1 else None,
-        "store": str(store_folder(config, arm)) if arm.kind == "stored" or arm.on_stored else None,
+        "store": store_folder(config, arm) if arm.kind == "stored" or arm.on_stored else None,
         "label_maps": str(Path(config.out) / MAPS) if arm.kind == "relabel" else None,
     }
     if arm.kind == "stored":

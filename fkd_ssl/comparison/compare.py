@@ -25,7 +25,7 @@ from fkd_ssl.pretraining.engine import check_pretraining, weights_file
 from fkd_ssl.relabel import generate
 from fkd_ssl.store.maintain.recode import recode
 from fkd_ssl.store.maintain.subset import subset
-from fkd_ssl.store.reader import Store, open_store
+from fkd_ssl.store.reader import open_store
 from fkd_ssl.store.write.precompute import precompute
 from fkd_ssl.students import CLASSIFIER, Dim, check_student, dims_of
 from fkd_ssl.targets import TeacherInfo
@@ -222,7 +222,7 @@ class _Comparison:
 
     def make_stores(self) -> None:
         """Makes the stores of the stored arms: all of the store, some of its crops, or a recoded copy."""
-        whole = Store(store_folder(self.config, self.arms[0]))
+        whole = open_store(store_folder(self.config, self.arms[0]))
         for arm in self.arms:
             if arm.kind != "stored":
                 continue
@@ -237,7 +237,7 @@ class _Comparison:
             used = [column for k, column in enumerate(self.columns) if k in arm.chosen]
             unused = sum(files.total_bytes(store.column(name).folder) for name in store.column_names if name not in used)
             self.stores[arm.name] = {
-                "bytes": files.total_bytes(store.folder) - unused,
+                "bytes": store.total_bytes - unused,
                 "crops": crops,
                 "seconds": None if seconds is None else seconds * crops / whole.crops_per_image,
             }

@@ -26,8 +26,8 @@ class CompareConfig:
     out: str
     """Folder of the comparison, for store, runs, report.html, report.md, results.json and plots."""
     store: str | None = None
-    """Existing store of these images and teachers, with its crops per image and codec. By default, compare makes a store. The
-    time to make an existing store is unknown, so there is no break-even."""
+    """Folder or URL of an existing store of these images and teachers, with its crops per image and codec. By default, compare
+    makes a store. The time to make an existing store is unknown, so there is no break-even."""
     further_arms: str = ""
     """Arms in addition to stored and online, separated by spaces: online:stored_crops (the teacher runs on the store's crops),
     alone (MoCo v2 without a teacher, for as long as precompute and stored together), stored:C=4 (only the first 4 crops),

@@ -332,11 +332,10 @@ def _sheet(results: dict[str, Any], folder: Path, draw: Callable[[Store], bytes]
     """The contact sheet as PNG, drawn only once; empty if it cannot be drawn: there is no store, or its images were removed."""
     if (folder / SHEET).exists():
         return (folder / SHEET).read_bytes()
-    store = Path(results["config"].get("store") or folder / "store")
-    if draw is None or not store.is_dir():
+    if draw is None:
         return b""
     try:
-        picture = draw(open_store(store))
+        picture = draw(open_store(results["config"].get("store") or folder / "store"))
     except FkdError:
         return b""
     files.replace(folder / SHEET, picture)

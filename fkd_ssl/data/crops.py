@@ -1,7 +1,7 @@
 """Data sets of crops. Each image is read and decoded once for all its crops."""
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -74,6 +74,15 @@ class Crops(Dataset[Batch]):
     def groups(self) -> Int64Array:
         """The group of each image [N], see `ImageSource.group`."""
         return self.images.groups(np.asarray(self._positions, dtype=np.int64))
+
+    @property
+    def mix_groups(self) -> int:
+        """Number of groups that a training mixes by default; 0 mixes all images."""
+        return self.images.mix_groups
+
+    def expect(self, indices: Iterable[int]) -> None:
+        """Tells where the data comes from that these images are read soon, in order, so that it can be fetched ahead."""
+        self.images.expect(dict.fromkeys(self.images.group(int(self._positions[i])) for i in indices))
 
     def set_epoch(self, epoch: int) -> None:
         """Makes pass `epoch` the next pass of all images, in this process and in the workers of its loaders.

@@ -39,7 +39,7 @@ class PassSampler(Sampler[Pairs]):
         crops_per_image: M; used only if `single` is positive.
         groups: Group of each image [N], see `ImageSource.group`. Default: all images are mixed.
         mix: Number of groups that are mixed; used only with `groups`.
-        expect: Called with the groups that are read soon, see `ImageSource.expect`.
+        expect: Called with the images that are read soon, see `Crops.expect`.
 
     Attributes:
         start: The step that iteration starts from, for a resumed training.
@@ -90,8 +90,9 @@ class PassSampler(Sampler[Pairs]):
 
     def __iter__(self) -> Iterator[Pairs]:
         for step in range(self.start, self.steps):
-            if self.expect is not None and self.groups is not None and step + _AHEAD < self.steps:
-                self.expect(dict.fromkeys(int(self.groups[i]) for _, i in self.batch(step + _AHEAD)))
+            if self.expect is not None:
+                for near in range(step if step == self.start else step + _AHEAD, min(step + _AHEAD + 1, self.steps)):
+                    self.expect(i for _, i in self.batch(near))
             batch = self.batch(step)
             size = len(batch) // self.parts
             yield from (batch[first : first + size] for first in range(0, len(batch), size))

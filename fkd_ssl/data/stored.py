@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from fkd_ssl.data.contents import Contents
 from fkd_ssl.data.crops import Crops
 from fkd_ssl.data.pixels import Batch
 from fkd_ssl.errors import ImageError, RequestError, StoreError
+from fkd_ssl.fetching import Prefetcher, RemoteFile
 from fkd_ssl.images import ImageSource, open_images
 from fkd_ssl.store import Store, open_store
 from fkd_ssl.text import plural
@@ -95,6 +96,7 @@ class StoredCrops(Crops):
                 f"{store.folder}: holds no finished {'targets' if self.columns else 'crops'}; run fkd-ssl precompute"
             )
         self._rows = rows
+        self._prefetcher = Prefetcher(self._remote_files)
         self.seed = seed
         self.scale_boxes = scale_boxes
         super().__init__(
@@ -107,6 +109,28 @@ class StoredCrops(Crops):
             decode_only=decode_only,
             contents=None if scale_boxes else _contents(store, rows, every_pass=self._every_pass),
         )
+
+    @property
+    def groups(self) -> Int64Array:
+        """The group of each image [N]: see `ImageSource.group`, or the shard if only the store is at a URL."""
+        by_shard = self.store.remote is not None and not self.images.mix_groups
+        return self._rows // self.store.manifest.rows_per_shard if by_shard else super().groups
+
+    @property
+    def mix_groups(self) -> int:
+        """Number of groups that a training mixes by default; 0 mixes all images."""
+        return self.images.mix_groups or self.store.mix_groups
+
+    def expect(self, indices: Iterable[int]) -> None:
+        """Fetches ahead what these images need, in order."""
+        indices = list(indices)
+        super().expect(indices)
+        if self.store.remote is not None:
+            self._prefetcher.expect((self._rows[indices] // self.store.manifest.rows_per_shard).tolist())
+
+    def _remote_files(self, shard: int) -> list[RemoteFile]:
+        found = [self.store.remote_file(shard), *(column.remote_file(shard) for column in self.columns)]
+        return [file for file in found if file is not None]
 
     def _index(self, pass_: int, i: int) -> slice | Int64Array:
         """Returns the crops of an image that a pass reads: a slice, which needs no copy, unless they wrap around."""

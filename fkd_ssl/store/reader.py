@@ -15,9 +15,11 @@ from fkd_ssl import files
 from fkd_ssl.arrays import Float32Array, Int64Array, UInt8Array
 from fkd_ssl.crops import CROP_DTYPE, Records
 from fkd_ssl.errors import NotFoundError, RequestError, StoreError
+from fkd_ssl.fetching import MIXED, RemoteFile, is_url
 from fkd_ssl.images import ImageSource
 from fkd_ssl.store import manifest as layout
 from fkd_ssl.store.listing import read_images, read_sidecar
+from fkd_ssl.store.remote import Remote, open_remote
 from fkd_ssl.store.shards import Index, ShardFiles
 from fkd_ssl.targets import TargetSpec, TeacherInfo
 from fkd_ssl.text import format_bytes, plural
@@ -208,12 +210,24 @@ class Column:
         """Returns the codes of a shard, memory-mapped: uint8 [rows, C, code_size]."""
         return self._files.map(shard)
 
-    def file(self, shard: int) -> Path:
-        """Returns the file of a shard's codes. Raises StoreError if they are not finished."""
+    def require(self, shard: int) -> Path:
+        """Returns the path of a shard's codes in the store. Raises StoreError if they are not finished."""
         path = layout.codes_file(self.store.folder, self.name, shard)
         if not files.exists(path.with_suffix(".json")):
             raise StoreError(f"{path}: this shard is not finished; run the same fkd-ssl precompute again")
         return path
+
+    def file(self, shard: int) -> Path:
+        """Returns the file of a shard's codes, after it is fetched. Raises StoreError if they are not finished."""
+        path, remote = self.require(shard), self.remote_file(shard)
+        return path if remote is None else remote.path()
+
+    def remote_file(self, shard: int) -> RemoteFile | None:
+        """Returns the file of a shard's codes at the store's URL; None if the store is local."""
+        if self.store.remote is None:
+            return None
+        body = len(self.store.manifest.shard_rows(shard)) * self.store.crops_per_image * self.meta.code_size
+        return self.store.remote.array(self.require(shard), body=body, sha256=self.sidecar(shard)["file"])
 
     def _finished(self, shard: int) -> tuple[Path, int]:
         self.sidecar(shard)
@@ -221,7 +235,7 @@ class Column:
 
     def sidecar(self, shard: int) -> dict[str, Any]:
         """Reads the sidecar of a shard's codes. Raises StoreError if it is damaged, or of another shard, column or store."""
-        path = self.file(shard)
+        path = self.require(shard)
         values = read_sidecar(path, self.store.manifest, shard, {"column"})
         _check_digests([values["file"], values["column"]], path.with_suffix(".json"))
         if values["column"] != self.digest:
@@ -233,14 +247,16 @@ class Store:
     """The crops and targets of one image set, opened for reading.
 
     Attributes:
-        folder: The folder of the store.
+        folder: The folder of the store. For a store at a URL, a folder of the cache without the arrays of shards.
+        remote: The store at its URL; None if it is local.
         manifest: The store's manifest.
         paths: Relative path of each row.
         sizes: Byte size, width and height of each row's image.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
+    def __init__(self, folder: str | os.PathLike[str], remote: Remote | None = None) -> None:
         self.folder = Path(folder)
+        self.remote = remote
         self.manifest = layout.read_manifest(self.folder)
         self.paths, self.sizes = read_images(self.folder, self.manifest)
         for part in (layout.CROPS, layout.TARGETS):
@@ -249,16 +265,36 @@ class Store:
         self._columns: dict[str, Column] = {}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (Store, (self.folder,))  # a worker process opens the files itself
+        return (Store, (self.folder, self.remote))  # a worker process opens the files itself
 
     def __fspath__(self) -> str:
-        return os.fspath(self.folder)
+        return self.name
+
+    @property
+    def name(self) -> str:
+        """The folder or the URL of the store."""
+        return os.fspath(self.folder) if self.remote is None else self.remote.url
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes of all files."""
+        return files.total_bytes(self.folder) if self.remote is None else self.remote.list.total
+
+    @property
+    def mix_groups(self) -> int:
+        """Number of shards whose images a training mixes by default; 0 mixes all images."""
+        return 0 if self.remote is None else MIXED
+
+    def require_local(self) -> None:
+        """Raises RequestError if the store is at a URL, where it cannot be changed."""
+        if self.remote is not None:
+            raise RequestError(f"{self.name}: cannot be changed at its URL: copy it with fkd-ssl pull, and publish the copy")
 
     def __repr__(self) -> str:
         columns = ", ".join(self.column_names) or "none yet"
         return (
-            f"Store {self.folder}: {len(self.paths):,} images x {self.crops_per_image} crops, "
-            f"{format_bytes(files.total_bytes(self.folder))}; columns: {columns}"
+            f"Store {self.name}: {len(self.paths):,} images x {self.crops_per_image} crops, "
+            f"{format_bytes(self.total_bytes)}; columns: {columns}"
         )
 
     def __len__(self) -> int:
@@ -391,12 +427,25 @@ class Store:
             here = np.flatnonzero(shards == shard)
             yield shard, here, rows[here] - self.manifest.shard_rows(shard).start
 
-    def _finished(self, shard: int) -> tuple[Path, int]:
+    def crops_file(self, shard: int) -> Path:
+        """Returns the file of a shard's crop records, after it is fetched."""
+        remote = self.remote_file(shard)
+        return layout.crops_file(self.folder, shard) if remote is None else remote.path()
+
+    def remote_file(self, shard: int) -> RemoteFile | None:
+        """Returns the file of a shard's crop records at the store's URL; None if the store is local."""
+        if self.remote is None:
+            return None
+        body = len(self.manifest.shard_rows(shard)) * self.crops_per_image * CROP_DTYPE.itemsize
         path = layout.crops_file(self.folder, shard)
+        return self.remote.array(path, body=body, sha256=self.crops_sidecar(shard)["file"])
+
+    def _finished(self, shard: int) -> tuple[Path, int]:
         if not self.has_crops(shard):
+            path = layout.crops_file(self.folder, shard)
             raise StoreError(f"{path}: this shard is not finished; run the same fkd-ssl precompute again")
         self.skipped(shard)  # checks that the sidecar belongs to this shard
-        return path, len(self.manifest.shard_rows(shard))
+        return self.crops_file(shard), len(self.manifest.shard_rows(shard))
 
     def column(self, name: str | None = None) -> Column:
         """Opens the column of one teacher. Default: the only column.
@@ -424,5 +473,17 @@ class Store:
 
 
 def open_store(folder: str | os.PathLike[str]) -> Store:
-    """Opens a store for reading. Raises NotFoundError if it does not exist, and StoreError if it is damaged."""
+    """Opens a store for reading.
+
+    Args:
+        folder: Its folder, or the URL where `fkd-ssl publish` wrote it, such as hf://, s3:// or https://.
+
+    Raises:
+        NotFoundError: There is no store.
+        StoreError: It is damaged.
+        FetchError: A file cannot be fetched.
+    """
+    if isinstance(folder, str) and is_url(folder):
+        remote = open_remote(folder)
+        return Store(remote.folder, remote)
     return Store(folder)

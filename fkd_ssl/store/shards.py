@@ -47,7 +47,8 @@ class ShardFiles:
     """The .npy files [rows, C, ...] of all shards of one kind.
 
     Args:
-        locate: Returns the file of a shard and its number of rows. Raises StoreError if the shard is not finished.
+        locate: Returns the file of a shard, after it is fetched, and its number of rows. Raises StoreError if the shard is not
+            finished.
         dtype: dtype of the arrays.
         row_shape: Shape of a row: C, and the shape of a crop.
     """
@@ -89,7 +90,7 @@ class ShardFiles:
     def _enter(self, shard: int) -> _OpenFile:
         """Opens a shard's file, checks its header the first time, and releases the oldest open file if there are too many."""
         known = self._known.get(shard)
-        if known is None:
+        if known is None or not known.path.exists():  # a fetched file can be removed from the cache
             path, rows = self._locate(shard)
             file = _OpenFile(path)
             with os.fdopen(os.dup(file.descriptor), "rb") as reader:

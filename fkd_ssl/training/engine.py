@@ -131,7 +131,7 @@ def train(
         KeyboardInterrupt: The training was stopped. Call it again to continue.
     """
     kinds = [about.spec.kind for about in targets]
-    config = defaults.resolve(config, images=len(data), pixels=data.pixels, kinds=kinds, mix_groups=data.images.mix_groups)
+    config = defaults.resolve(config, images=len(data), pixels=data.pixels, kinds=kinds, mix_groups=data.mix_groups)
     check_batch(config, len(data))
     batch_images = config.batch_size // config.crops_per_image
     steps = total_steps(config, len(data))
@@ -161,7 +161,7 @@ def train(
         crops_per_image=config.crops_per_image,
         groups=data.groups if config.mix_groups else None,
         mix=config.mix_groups,
-        expect=data.images.expect,
+        expect=data.expect if data.mix_groups else None,
     )
     source_of_crops = SingleCropPasses(data, sampler) if single else data
     loader = Loader(source_of_crops, sampler, workers=config.workers, collate=whole_batch, prefetch=4)

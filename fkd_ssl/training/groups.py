@@ -119,7 +119,7 @@ class TargetsConfig:
     """Source of the targets: the --store (stored), a teacher that runs on every batch (online), the class folders of the
     images (labels), or ReLabel's --label_maps (relabel)."""
     store: str | None = None
-    """Store made by precompute. With --targets online or labels, only its crops are used."""
+    """Folder or URL of the store. With --targets online or labels, only its crops are used."""
     column: str | None = None
     """With --targets stored: column of the store; needed only if it has several. A,B uses both."""
     teacher: str | None = None

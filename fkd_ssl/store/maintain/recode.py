@@ -60,6 +60,7 @@ def recode(
     for each in source.columns:
         each.require_complete()
     if out is None:
+        store.require_local()
         target = store.folder / layout.TARGETS / to
         if target.exists():
             return _same(store, store.manifest, source, codec, to)

@@ -113,7 +113,7 @@ class Part:
                 raise StoreError(f"{path}: this shard is not finished; run the same fkd-ssl precompute again")
             for column in self.columns:
                 try:
-                    column.file(shard)
+                    column.require(shard)
                 except StoreError as error:
                     raise StoreError(f"{error}, or leave out {column.name}") from error
 
@@ -159,7 +159,7 @@ class Part:
         if layout.crops_file(folder, shard).with_suffix(".json").exists():
             return
         store = self.store
-        found = _gather(store, rows, lambda s: layout.crops_file(store.folder, s), store.crops_sidecar, CROP_DTYPE, ())
+        found = _gather(store, rows, store.crops_file, store.crops_sidecar, CROP_DTYPE, ())
         checksums = [""] * len(rows)
         for source, here, within in store.by_shard(rows):
             of_shard = store.crops_sidecar(source)["images"]

@@ -186,8 +186,9 @@ def _check_crops(store: Store, shard: int, report: Report) -> None:
         return
     try:
         sidecar = store.crops_sidecar(shard)
-        records = files.map_npy(path, CROP_DTYPE, (len(rows), store.crops_per_image))
-        digest = files.sha256_file(path)
+        fetched = store.crops_file(shard)
+        records = files.map_npy(fetched, CROP_DTYPE, (len(rows), store.crops_per_image))
+        digest = files.sha256_file(fetched)
     except StoreAccessError:
         raise
     except StoreError as error:
@@ -231,7 +232,7 @@ def _impossible(store: Store, shard: int, records: Records, skipped: list[int]) 
 def _check_codes(column: Column, shard: int, report: Report) -> None:
     m, damage = column.store.manifest, Damage(kind="codes", shard=shard, column=column.name)
     try:
-        path = column.file(shard)
+        path = column.require(shard)
     except StoreAccessError:
         raise
     except StoreError:
@@ -240,8 +241,9 @@ def _check_codes(column: Column, shard: int, report: Report) -> None:
         return
     try:
         sidecar = column.sidecar(shard)
-        files.map_npy(path, np.dtype(np.uint8), (len(m.shard_rows(shard)), m.crops_per_image, column.meta.code_size))
-        digest = files.sha256_file(path)
+        fetched = column.file(shard)
+        files.map_npy(fetched, np.dtype(np.uint8), (len(m.shard_rows(shard)), m.crops_per_image, column.meta.code_size))
+        digest = files.sha256_file(fetched)
     except StoreAccessError:
         raise
     except StoreError as error:
