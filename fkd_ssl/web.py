@@ -1,6 +1,7 @@
 """Reads files from web servers, in bounded memory and time. fsspec would keep an endless answer in memory."""
 
 import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,7 @@ from typing import Any
 _CONNECT, _SILENCE, _TOTAL = 10, 60, 600  # seconds to connect, without a byte, and for an answer
 _CONNECTIONS = 32
 _BLOCK = 2**16
+_RANGE = re.compile(r"bytes (\d{1,18})-\d{1,18}/(\d{1,18})")
 _HEADERS = {"Accept-Encoding": "identity"}  # sizes and positions are those of the file
 
 
@@ -29,11 +31,12 @@ class Web:
         """Returns a range of bytes, or fewer at the end of the file. Raises OSError if the server does not answer."""
         with _answer(url, f"bytes={start}-{end - 1}") as answer:
             blocks, late = _blocks(answer), time.monotonic() + _TOTAL
-            skip = 0
-            if answer.status_code != 206:
-                skip = start  # the server sends the whole file
-            elif not answer.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
-                raise OSError("the server answered with another range of bytes")
+            skip, length = start, 0  # for a server that sends the whole file
+            if answer.status_code == 206:
+                found = _RANGE.fullmatch(answer.headers.get("Content-Range", ""))
+                if found is None or int(found[1]) != start:
+                    raise OSError("the server answered with another range of bytes")
+                skip, length = 0, min(end, int(found[2])) - start
             data = bytearray()
             for block in blocks:
                 data += block[skip:]
@@ -42,6 +45,8 @@ class Web:
                     break
                 if time.monotonic() > late:
                     raise TimeoutError(f"the server needs more than {_TOTAL} seconds")
+        if len(data) < length:
+            raise EOFError(f"{len(data)} of {length} bytes received")
         return bytes(data[: end - start])
 
 

@@ -20,6 +20,8 @@ from fkd_ssl.images.names import has_bad_parts
 
 VERSION = 1
 MANIFEST, IMAGES, SIZES = "manifest.json", "images.txt", "images.npy"
+PUBLISHED = ("files.txt", "README.md")
+"""The files that fkd-ssl publish adds."""
 MAX_COUNT = 2**31
 _EXTENSION = re.compile(r"images-(\d{5})\.json")
 SIZE_DTYPE = np.dtype([("bytes", "<u8"), ("width", "<u2"), ("height", "<u2")])

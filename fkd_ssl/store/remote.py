@@ -15,10 +15,11 @@ from fkd_ssl import fetching, files, locks
 from fkd_ssl.errors import FetchError, NotFoundError, RequestError, StoreError
 from fkd_ssl.fetching import RemoteFile
 from fkd_ssl.progress import bar_disabled
+from fkd_ssl.store.listing import PUBLISHED
 from fkd_ssl.store.manifest import CROPS, TARGETS
 from fkd_ssl.text import plural
 
-INDEX = "files.txt"
+INDEX = PUBLISHED[0]
 _TITLE = "fkd_ssl files 1"
 _MAX_INDEX = 2**26
 _FETCHERS = 16  # threads that fetch small files

@@ -15,13 +15,13 @@ from fkd_ssl import fetching, files
 from fkd_ssl.errors import RequestError, StoreError
 from fkd_ssl.store import manifest as layout
 from fkd_ssl.store.exchange import card
-from fkd_ssl.store.listing import IMAGES, MANIFEST, SIZES
+from fkd_ssl.store.listing import IMAGES, MANIFEST, PUBLISHED, SIZES
 from fkd_ssl.store.maintain.verify import verify
 from fkd_ssl.store.reader import Store
 from fkd_ssl.store.remote import INDEX, FileList
 from fkd_ssl.text import format_bytes, plural
 
-README = "README.md"
+README = PUBLISHED[1]
 _SENDERS = 8  # threads
 _COMMIT = 100  # groups of files in a commit of the Hugging Face Hub, which limits commits per hour
 _RUNNING = re.compile(r"\.(work-|record|unfinished-)")  # names of files of running writers

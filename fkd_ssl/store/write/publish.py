@@ -16,7 +16,7 @@ from fkd_ssl.errors import FkdError, ImageError, RequestError
 from fkd_ssl.images import ImageSource
 from fkd_ssl.progress import bar_disabled
 from fkd_ssl.store import manifest as layout
-from fkd_ssl.store.listing import IMAGES, MANIFEST, SIZE_DTYPE, SIZES, Part, is_unsafe, write_sidecar
+from fkd_ssl.store.listing import IMAGES, MANIFEST, PUBLISHED, SIZE_DTYPE, SIZES, Part, is_unsafe, write_sidecar
 from fkd_ssl.store.manifest import Manifest
 from fkd_ssl.store.reader import Store
 from fkd_ssl.text import format_bytes
@@ -98,7 +98,7 @@ def check_folder(folder: Path, parts: Set[str], *, what: str) -> None:
     if folder.exists() and not folder.is_dir():
         raise RequestError(f"{folder}: is a file; expected a folder for {what}")
     there = {entry.name for entry in folder.iterdir() if not entry.name.startswith(".")} if folder.is_dir() else set()
-    foreign = there - {MANIFEST, IMAGES, SIZES, *parts}  # another process may have written the manifest
+    foreign = there - {MANIFEST, IMAGES, SIZES, *PUBLISHED, *parts}  # another process may have written the manifest
     if foreign:
         raise RequestError(f"{folder}: holds {sorted(foreign)[0]!r}, which is not part of {what}; choose another folder")
 
