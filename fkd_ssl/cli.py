@@ -20,8 +20,7 @@ from typing import Any
 from fkd_ssl import __version__, options, processes
 from fkd_ssl.commands import console
 from fkd_ssl.errors import FkdError, RequestError, did_you_mean
-from fkd_ssl.fetching import is_url
-from fkd_ssl.text import printable
+from fkd_ssl.text import is_url, printable
 
 VERBS = {
     "demo": "run the whole pipeline on a generated image set, in minutes, without downloads",

@@ -255,11 +255,6 @@ def _remove_abandoned(folder: Path) -> None:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
-def is_url(spec: str) -> bool:
-    """Whether a spec is a URL, such as s3://bucket/train.tar."""
-    return "://" in spec
-
-
 def check_url(url: str) -> None:
     """Raises RequestError if a URL has credentials: specs are written to configs and messages."""
     parts = urlsplit(url)

@@ -19,6 +19,11 @@ def printable(text: str, *, encoding: str | None = None, one_line: bool = False)
     return escaped.encode(encoding, "backslashreplace").decode(encoding)
 
 
+def is_url(spec: str) -> bool:
+    """Whether a spec is a URL, such as s3://bucket/train.tar."""
+    return "://" in spec
+
+
 def redacted(message: str) -> str:
     """Removes user names, passwords and queries from the URLs in a message.
 

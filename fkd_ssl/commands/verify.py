@@ -54,12 +54,11 @@ def work(config: Config) -> "Verified":
     from fkd_ssl.commands import console, resolve
     from fkd_ssl.commands.images import images_of
     from fkd_ssl.errors import NotFoundError, RequestError
-    from fkd_ssl.fetching import is_url
     from fkd_ssl.results import Verified
     from fkd_ssl.store import open_store
     from fkd_ssl.store.maintain.repair import repair, repair_lists
     from fkd_ssl.store.maintain.verify import verify
-    from fkd_ssl.text import plural
+    from fkd_ssl.text import is_url, plural
 
     if config.sample < 1:
         raise RequestError(f"--sample {config.sample}: must be at least 1")

@@ -7,7 +7,6 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from fkd_ssl.errors import FkdError, RequestError, did_you_mean
-from fkd_ssl.fetching import is_url
 from fkd_ssl.images import named
 from fkd_ssl.images.folder import Folder, NoImagesError, scan
 from fkd_ssl.images.listed import Listed
@@ -17,6 +16,7 @@ from fkd_ssl.images.source import ImageSource
 from fkd_ssl.images.tables import Table, files_of
 from fkd_ssl.images.tars import Tars
 from fkd_ssl.own_code import call, load_function
+from fkd_ssl.text import is_url
 
 SOURCES: dict[str, Callable[[str], ImageSource]] = dict.fromkeys(named.SPLITS, named.load)
 """Functions that open KIND:REST, by KIND."""

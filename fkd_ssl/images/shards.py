@@ -14,6 +14,7 @@ from fkd_ssl.errors import RequestError
 from fkd_ssl.fetching import Prefetcher, RemoteFile
 from fkd_ssl.images.decoding import open_file
 from fkd_ssl.images.patterns import expand, stamp_of
+from fkd_ssl.text import is_url
 
 _LISTERS = 16  # threads that ask for sizes
 
@@ -67,7 +68,7 @@ def open_shards(pattern: str) -> list[Shard]:
         RequestError: A file is missing, or none matches; a URL has credentials; the library for a kind of URL is missing.
         ImageAccessError: The server does not answer, or refuses access.
     """
-    if fetching.is_url(pattern):
+    if is_url(pattern):
         fetching.check_url(pattern)
         names = expand(pattern)
         with ThreadPoolExecutor(_LISTERS) as pool:

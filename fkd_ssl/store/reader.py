@@ -15,14 +15,14 @@ from fkd_ssl import files
 from fkd_ssl.arrays import Float32Array, Int64Array, UInt8Array
 from fkd_ssl.crops import CROP_DTYPE, Records
 from fkd_ssl.errors import NotFoundError, RequestError, StoreError
-from fkd_ssl.fetching import MIXED, RemoteFile, is_url
+from fkd_ssl.fetching import MIXED, RemoteFile
 from fkd_ssl.images import ImageSource
 from fkd_ssl.store import manifest as layout
 from fkd_ssl.store.listing import read_images, read_sidecar
 from fkd_ssl.store.remote import Remote, open_remote
 from fkd_ssl.store.shards import Index, ShardFiles
 from fkd_ssl.targets import TargetSpec, TeacherInfo
-from fkd_ssl.text import format_bytes, plural
+from fkd_ssl.text import format_bytes, is_url, plural
 
 _TEACHERS = "teacher-"  # prefix of the names of a teacher's arrays
 _MAX_NUMBER = 2.0**53

@@ -207,7 +207,7 @@ class TestConfigFiles:
         file = ["--config", str(tmp_path / "a.yaml")] if needed else []
         for flag in flags:
             lines = ([], [f"--no_{flag}"], [f"--no_{flag}", f"--{flag}"])
-            found = [getattr(cli.parse(verb, command, ["x"][: len(positionals)] + file + line), flag) for line in lines]
+            found = [getattr(cli.parse(verb, command, ["x"] * len(positionals) + file + line), flag) for line in lines]
             assert found == [bool(needed), False, True]
 
     def test_a_runs_config_is_a_config_file(self, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from fkd_ssl.store.listing import IMAGES, MANIFEST, PUBLISHED, SIZES
 from fkd_ssl.store.maintain.verify import verify
 from fkd_ssl.store.reader import Store
 from fkd_ssl.store.remote import INDEX, FileList
-from fkd_ssl.text import format_bytes, plural
+from fkd_ssl.text import format_bytes, is_url, plural
 
 README = PUBLISHED[1]
 _SENDERS = 8  # threads
@@ -151,7 +151,7 @@ class _Target:
     """A folder at a URL."""
 
     def __init__(self, url: str) -> None:
-        self.url = url = (url if fetching.is_url(url) else f"file://{os.path.abspath(url)}").rstrip("/")  # noqa: PTH100
+        self.url = url = (url if is_url(url) else f"file://{os.path.abspath(url)}").rstrip("/")  # noqa: PTH100
         self._at = fetching.filesystem(url)
         if not hasattr(self._at, "put_file"):
             raise RequestError(f"{url}: a web server can be read, but not written; publish to a folder that it serves")
