@@ -39,13 +39,14 @@ class Server:
         self.harms: list[str] = []  # what happens to the next reads of an object, in turn
         self.reads: list[str] = []  # paths and ranges
         self.has_bucket = False
+        self.suffixes: tuple[str, ...] = (".tar", ".parquet")  # of the objects that `harms` is about
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
     def stop(self) -> None:
         self._server.shutdown()
 
     def _answer(self, environ: dict[str, Any], start: Answer) -> Any:
-        is_read = environ["REQUEST_METHOD"] == "GET" and environ["PATH_INFO"].endswith((".tar", ".parquet"))
+        is_read = environ["REQUEST_METHOD"] == "GET" and environ["PATH_INFO"].endswith(self.suffixes)
         if not is_read:
             return self._s3(environ, start)
         self.reads.append(f"{environ['PATH_INFO']} {environ.get('HTTP_RANGE', '')}")

@@ -17,19 +17,21 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from tqdm import tqdm
 
-from fkd_ssl import files
+from fkd_ssl import fetching, files
 from fkd_ssl.commands import inspect
 from fkd_ssl.errors import RequestError, StoreError
-from fkd_ssl.store import open_store
+from fkd_ssl.store import open_store, remote
 from fkd_ssl.store.maintain.recode import recode
 from fkd_ssl.store.maintain.subset import subset
 from fkd_ssl.store.maintain.verify import verify
+from fkd_ssl.store.remote import INDEX, FileList
 from fkd_ssl.targets import faiss_codecs
 from fkd_ssl.targets.label_codecs import is_label
 
@@ -128,7 +130,7 @@ def guarded(folder: Path, *out: Path) -> Iterator[None]:
     assert not seen, seen
 
 
-def read(folder: Path) -> dict[str, Any]:
+def read(folder: Path | str) -> dict[str, Any]:
     """Reads everything in a store through every function; verify's problems are under `problems`."""
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
@@ -568,3 +570,52 @@ def test_the_guard_sees_what_is_opened_outside_and_what_is_run(tmp_path: Path, a
 def test_the_guard_bounds_memory(tmp_path: Path) -> None:
     with pytest.raises(MemoryError), guarded(tmp_path):
         np.ones(2 * ROOM, dtype=np.uint8)
+
+
+def listed(draw: Any, text: bytes) -> bytes:
+    """A list of files with other sizes, digests, paths or lines."""
+    first, *lines, _ = text.decode().split("\n")
+    k = draw(st.integers(0, len(lines) - 1))
+    digest, size, path = lines[k].split()
+    size = draw(st.sampled_from([size, size, "0", str(int(size) + 1), str(2**27), str(2**50), "9" * 40, "-1", "x"]))
+    digest = draw(st.sampled_from([digest, digest, "0" * 64, "", "x" * 64]))
+    other = draw(st.sampled_from(lines)).split()[2]
+    path = draw(st.sampled_from([path, path, other, "../evil", "/evil", "crops", "crops/../evil", f"{other}/x", "a" * 300, ""]))
+    lines[k : k + 1] = [f"{digest} {size} {path}"] * draw(st.sampled_from([1, 1, 0, 2]))
+    total = sum(int(line.split()[1]) for line in lines if line.split()[1:2] and line.split()[1].isdecimal())
+    if draw(st.booleans()):
+        first = f"fkd_ssl files 1 {len(lines)} {total}"
+    return "\n".join([first, *lines, ""]).encode()
+
+
+@settings(FUZZ, max_examples=max(30, EXAMPLES // 5))
+@given(st.data())
+def test_every_published_store_is_refused_or_reads_right(original: Path, monkeypatch: pytest.MonkeyPatch, data: Any) -> None:
+    """A server with a mutated store and a list of its files, which an attacker made."""
+    memory = fsspec.filesystem("memory")
+    memory.store.clear()
+    folder, signed = mutated(original, data) if data.draw(st.integers(0, 3)) else (original, [])
+    there = [path for path in store_files(folder) if not path.is_symlink()]
+    contents = {path.relative_to(folder).as_posix(): path.read_bytes() for path in there}
+    text = FileList({path: (len(text), files.sha256(text)) for path, text in contents.items()}).encode()
+    if folder == original or not data.draw(st.integers(0, 3)):
+        text = listed(data.draw, text)
+        signed = [True]
+    for path, content in {**contents, INDEX: text}.items():
+        memory.pipe_file(f"/set/{path}", content)
+    cache = original.parent / "cache"
+    shutil.rmtree(cache, ignore_errors=True)
+    (cache / "fetched").mkdir(parents=True)
+    monkeypatch.setenv("FKD_SSL_CACHE", str(cache))
+    monkeypatch.setenv("FKD_SSL_CACHE_BYTES", str(2**28))
+    monkeypatch.setattr(fetching, "PAUSE", 0)
+    monkeypatch.setattr(remote, "_FETCHERS", 2)  # each thread takes address space
+    said = None
+    with guarded(cache, cache), contextlib.suppress(StoreError, RequestError):
+        said = read("memory://set")
+    if said is not None and not any(signed) and not said.pop("problems"):
+        whole = read(original)
+        whole.pop("problems")
+        for name in set(whole) - set(said):
+            whole.pop(name)
+        assert same(said, whole)
