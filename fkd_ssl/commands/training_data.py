@@ -75,9 +75,7 @@ def open_data(config: TrainConfig, images: ImageSource) -> TrainingData:
     return _OPEN[config.targets](config, images, store)
 
 
-def _resolve(
-    config: TrainConfig, images: ImageSource, store: Store | None, *, pixels: int, kinds: list[str]
-) -> TrainConfig:
+def _resolve(config: TrainConfig, images: ImageSource, store: Store | None, *, pixels: int, kinds: list[str]) -> TrainConfig:
     """Returns the config with the defaults that follow from the data."""
     mix = images.mix_groups or (store.mix_groups if store else 0)
     return defaults.resolve(config, images=len(store or images), pixels=pixels, kinds=kinds, mix_groups=mix)

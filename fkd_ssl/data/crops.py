@@ -82,7 +82,8 @@ class Crops(Dataset[Batch]):
 
     def expect(self, indices: Iterable[int]) -> None:
         """Tells where the data comes from that these images are read soon, in order, so that it can be fetched ahead."""
-        self.images.expect(dict.fromkeys(self.images.group(int(self._positions[i])) for i in indices))
+        positions = np.array([int(self._positions[i]) for i in indices], dtype=np.int64)
+        self.images.expect(dict.fromkeys(self.images.groups(positions).tolist()))
 
     def set_epoch(self, epoch: int) -> None:
         """Makes pass `epoch` the next pass of all images, in this process and in the workers of its loaders.

@@ -15,7 +15,6 @@ from fkd_ssl.data.contents import Contents
 from fkd_ssl.data.crops import Crops
 from fkd_ssl.data.pixels import Batch
 from fkd_ssl.errors import ImageError, RequestError, StoreError
-from fkd_ssl.fetching import Prefetcher, RemoteFile
 from fkd_ssl.images import ImageSource, open_images
 from fkd_ssl.store import Store, open_store
 from fkd_ssl.text import plural
@@ -96,7 +95,7 @@ class StoredCrops(Crops):
                 f"{store.folder}: holds no finished {'targets' if self.columns else 'crops'}; run fkd-ssl precompute"
             )
         self._rows = rows
-        self._prefetcher = Prefetcher(self._remote_files)
+        self._prefetcher = store.prefetcher(self.columns)
         self.seed = seed
         self.scale_boxes = scale_boxes
         super().__init__(
@@ -114,7 +113,7 @@ class StoredCrops(Crops):
     def groups(self) -> Int64Array:
         """The group of each image [N]: see `ImageSource.group`, or the shard if only the store is at a URL."""
         by_shard = self.store.remote is not None and not self.images.mix_groups
-        return self._rows // self.store.manifest.rows_per_shard if by_shard else super().groups
+        return self.store.manifest.shards_of(self._rows) if by_shard else super().groups
 
     @property
     def mix_groups(self) -> int:
@@ -126,11 +125,7 @@ class StoredCrops(Crops):
         indices = list(indices)
         super().expect(indices)
         if self.store.remote is not None:
-            self._prefetcher.expect((self._rows[indices] // self.store.manifest.rows_per_shard).tolist())
-
-    def _remote_files(self, shard: int) -> list[RemoteFile]:
-        found = [self.store.remote_file(shard), *(column.remote_file(shard) for column in self.columns)]
-        return [file for file in found if file is not None]
+            self._prefetcher.expect(self.store.manifest.shards_of(self._rows[indices]).tolist())
 
     def _index(self, pass_: int, i: int) -> slice | Int64Array:
         """Returns the crops of an image that a pass reads: a slice, which needs no copy, unless they wrap around."""

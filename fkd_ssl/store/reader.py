@@ -2,10 +2,10 @@
 
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from fkd_ssl import files
 from fkd_ssl.arrays import Float32Array, Int64Array, UInt8Array
 from fkd_ssl.crops import CROP_DTYPE, Records
 from fkd_ssl.errors import NotFoundError, RequestError, StoreError
-from fkd_ssl.fetching import MIXED, RemoteFile
+from fkd_ssl.fetching import MIXED, Prefetcher, RemoteFile
 from fkd_ssl.images import ImageSource
 from fkd_ssl.store import manifest as layout
 from fkd_ssl.store.listing import read_images, read_sidecar
@@ -227,7 +227,7 @@ class Column:
         if self.store.remote is None:
             return None
         body = len(self.store.manifest.shard_rows(shard)) * self.store.crops_per_image * self.meta.code_size
-        return self.store.remote.array(self.require(shard), body=body, sha256=self.sidecar(shard)["file"])
+        return self.store.remote.array(self.require(shard), body=body, sha256=lambda: self.sidecar(shard)["file"])
 
     def _finished(self, shard: int) -> tuple[Path, int]:
         self.sidecar(shard)
@@ -284,6 +284,10 @@ class Store:
     def mix_groups(self) -> int:
         """Number of shards whose images a training mixes by default; 0 mixes all images."""
         return 0 if self.remote is None else MIXED
+
+    def prefetcher(self, columns: Sequence["Column"]) -> Prefetcher:
+        """Returns what fetches the crops and some columns of shards ahead, if the store is at a URL."""
+        return Prefetcher(partial(_remote_files, [self, *columns]))
 
     def require_local(self) -> None:
         """Raises RequestError if the store is at a URL, where it cannot be changed."""
@@ -438,7 +442,7 @@ class Store:
             return None
         body = len(self.manifest.shard_rows(shard)) * self.crops_per_image * CROP_DTYPE.itemsize
         path = layout.crops_file(self.folder, shard)
-        return self.remote.array(path, body=body, sha256=self.crops_sidecar(shard)["file"])
+        return self.remote.array(path, body=body, sha256=lambda: self.crops_sidecar(shard)["file"])
 
     def _finished(self, shard: int) -> tuple[Path, int]:
         if not self.has_crops(shard):
@@ -470,6 +474,11 @@ class Store:
         """Returns the decoded targets float32 [m, D] of the crops `index` of a row."""
         column = self.column(name)
         return column.codec.decode(column.codes(row, index))
+
+
+def _remote_files(sources: Sequence[Store | Column], shard: int) -> list[RemoteFile]:
+    """Returns the files of a shard at the URL of their store."""
+    return [file for source in sources if (file := source.remote_file(shard)) is not None]
 
 
 def open_store(folder: str | os.PathLike[str]) -> Store:

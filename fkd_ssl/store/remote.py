@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -76,6 +77,7 @@ class Remote:
     def __init__(self, url: str, folder: Path) -> None:
         self.url = url
         self.folder = folder
+        self._arrays: dict[str, RemoteFile] = {}
         self._lock = os.open(folder / fetching.LENGTH, os.O_RDONLY | os.O_CLOEXEC)
         locks.share(self._lock)
         if not locks.is_named(self._lock, folder / fetching.LENGTH):
@@ -94,25 +96,27 @@ class Remote:
         """The store's files."""
         return FileList.decode(files.read_regular(self.folder / INDEX, _MAX_INDEX), f"{self.url}/{INDEX}")
 
-    def array(self, path: Path, *, body: int, sha256: str) -> RemoteFile:
+    def array(self, path: Path, *, body: int, sha256: Callable[[], str]) -> RemoteFile:
         """Returns the array of a shard.
 
         Args:
             path: Its path if it were in `folder`.
             body: The bytes of its values.
-            sha256: The digest in its sidecar.
+            sha256: Returns the digest in its sidecar.
 
         Raises:
             FetchError: The list of files has no such array, or states another size or digest.
         """
         name = path.relative_to(self.folder).as_posix()
-        size, digest = self.list.files.get(name, (0, ""))
-        if not body < size <= body + files.MAX_HEADER + 10 or digest != sha256:
-            raise FetchError(
-                f"{self.url}/{name}: {INDEX} states {size} bytes, sha256 {digest or 'none'}; expected {body} and a header, "
-                f"sha256 {sha256}: the store is damaged; publish it again"
-            )
-        return RemoteFile(f"{self.url}/{name}", size, sha256=digest)
+        if name not in self._arrays:
+            (size, digest), expected = self.list.files.get(name, (0, "")), sha256()
+            if not body < size <= body + files.MAX_HEADER + 10 or digest != expected:
+                raise FetchError(
+                    f"{self.url}/{name}: {INDEX} states {size} bytes, sha256 {digest or 'none'}; expected {body} and a header, "
+                    f"sha256 {expected}: the store is damaged; publish it again"
+                )
+            self._arrays[name] = RemoteFile(f"{self.url}/{name}", size, sha256=digest)
+        return self._arrays[name]
 
 
 def open_remote(url: str) -> Remote:

@@ -5,6 +5,7 @@ from typing import Any
 
 import yaml
 
+from fkd_ssl import files
 from fkd_ssl.crops import CROP_DTYPE
 from fkd_ssl.store.reader import Column, Store
 from fkd_ssl.store.remote import INDEX, FileList
@@ -52,7 +53,7 @@ def text(store: Store, url: str, listed: FileList) -> str:
         f"| size | {format_bytes(listed.total)} |",
         f"| recipe | {recipe.pop('name')}: {', '.join(f'{key} {_cell(value)}' for key, value in recipe.items())} |",
         f"| seed of the crops | {m.seed} |",
-        f"| sha256 of the list of images | {m.images_sha256} |",
+        f"| sha256 of the list of images | {files.sha256(store.paths.lines)} |",
         f"| sha256 of the manifest | {m.digest} |",
     ]
     for column in columns:

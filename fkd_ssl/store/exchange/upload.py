@@ -15,7 +15,7 @@ from fkd_ssl import fetching, files
 from fkd_ssl.errors import RequestError, StoreError
 from fkd_ssl.store import manifest as layout
 from fkd_ssl.store.exchange import card
-from fkd_ssl.store.listing import IMAGES, MANIFEST, PUBLISHED, SIZES
+from fkd_ssl.store.listing import MANIFEST, PUBLISHED
 from fkd_ssl.store.maintain.verify import verify
 from fkd_ssl.store.reader import Store
 from fkd_ssl.store.remote import INDEX, FileList
@@ -109,8 +109,11 @@ def _groups(store: Store) -> Iterator[list[tuple[str, tuple[int, str]]]]:
         return path.relative_to(store.folder).as_posix(), (path.lstat().st_size, digest or files.sha256_file(path))
 
     yield [entry(store.folder / MANIFEST)]  # first, to tell unfinished stores apart
-    yield [entry(store.folder / IMAGES, store.manifest.images_sha256)]
-    yield [entry(store.folder / SIZES, store.manifest.sizes_sha256)]
+    for part in store.manifest.parts:
+        yield [entry(part.file(store.folder, ".txt"), part.images_sha256)]
+        yield [entry(part.file(store.folder, ".npy"), part.sizes_sha256)]
+        if part.number:
+            yield [entry(part.file(store.folder, ".json"))]
     columns = [store.column(name) for name in store.column_names]
     for column in columns:
         yield [entry(column.folder / "meta.json")]

@@ -21,6 +21,7 @@ from fkd_ssl.store.reader import MAX_ARRAY, Column, Store
 from fkd_ssl.store.write import publish
 
 Rows = Int64Array
+_AHEAD = 4  # shards whose sources are fetched ahead
 
 
 def subset(
@@ -145,7 +146,11 @@ class Part:
             for name, data in _column_files(column):
                 _publish(folder, place / name, data)
         total, missing = self.manifest.shards, [s for s in range(self.manifest.shards) if not self._copied(folder, s)]
-        for shard in tqdm(missing, total=total, initial=total - len(missing), desc="copy", unit="shard"):
+        ahead = self.store.prefetcher(self.columns)
+        for k, shard in enumerate(tqdm(missing, total=total, initial=total - len(missing), desc="copy", unit="shard")):
+            if self.store.remote is not None:
+                near = np.concatenate([self.rows[np.asarray(self.manifest.shard_rows(s))] for s in missing[k : k + _AHEAD]])
+                ahead.expect(np.unique(self.store.manifest.shards_of(near)).tolist())
             rows = self.rows[np.asarray(self.manifest.shard_rows(shard))]
             self._copy_crops(folder, shard, rows)
             for column in self.columns:
