@@ -110,11 +110,30 @@ class FaissCodec:
             return targets
         if self._outside is not None:
             targets += self._outside
-        norms = np.sqrt(np.einsum("nd,nd->n", targets, targets))
-        if not np.isfinite(norms).all():
-            raise StoreError(_NOT_FINITE)
-        targets /= np.maximum(norms, np.float32(1e-12))[:, None]
-        return targets
+        return normalise(targets)
+
+    def table(self) -> tuple[Float32Array, Float32Array] | None:
+        """Returns what is summed to decode a product quantiser of bytes behind a transform; None for other codecs.
+
+        A code of m bytes decodes to the sum of one row of each of m parts, float32 [m, 256, D], and a constant [D], normalised.
+        This avoids multiplying each decoded vector by the transform.
+        """
+        arrays = self.arrays()
+        transform, centroids = arrays.get("transform"), arrays.get("centroids")
+        if transform is None or centroids is None or centroids.shape[1] != 256:
+            return None
+        parts = np.matmul(centroids, transform.reshape(len(centroids), -1, self.dim))
+        constant = np.zeros(self.dim, dtype=np.float32) if self._outside is None else self._outside
+        return parts, constant - arrays["transform_bias"] @ transform if "transform_bias" in arrays else constant
+
+
+def normalise(targets: Float32Array) -> Float32Array:
+    """Normalises decoded targets [n, D] in place and returns them. Raises StoreError if one is not finite."""
+    norms = np.sqrt(np.einsum("nd,nd->n", targets, targets))
+    if not np.isfinite(norms).all():
+        raise StoreError(_NOT_FINITE)
+    targets /= np.maximum(norms, np.float32(1e-12))[:, None]
+    return targets
 
 
 def code_size(spec: str, dim: int) -> int:
