@@ -114,6 +114,8 @@ class MapWatch(TorchFunctionMode):
                 self.map, self.pooled = given.permute(0, 3, 1, 2), True
             elif function in (torch.flatten, Tensor.flatten) and output.ndim == 2 and sides[1] * sides[2] > 1:
                 self.map, self.pooled = given, False
+            elif function in (F.adaptive_avg_pool2d, torch.mean, Tensor.mean) and sides[1] * sides[2] == 1:
+                self.map = None  # an earlier map, for instance of squeeze-and-excitation, is not the last one
         elif given.ndim == 3 and self._patches is not None:
             first, last = sides
             positions = self._patches[0] * self._patches[1]

@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from fkd_ssl import files
-from fkd_ssl.arrays import UInt8Array
+from fkd_ssl.arrays import Float32Array, UInt8Array
 from fkd_ssl.crops import Records
 from fkd_ssl.crops.operations import BLUR, FLIP, GREY, JITTER, OPERATIONS
 from fkd_ssl.errors import RequestError
@@ -212,3 +212,30 @@ def _mark(png: bytes) -> bytes:
     """A tEXt chunk with the sha256 of the rest of the file."""
     body = b"tEXtfkd_ssl\0" + files.sha256(png).encode()
     return struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+
+
+class Colours:
+    """Colours for tokens: their first three principal components as red, green and blue.
+
+    Args:
+        tokens: float32 [n, D], from which the components and their ranges are computed.
+    """
+
+    def __init__(self, tokens: Float32Array) -> None:
+        values = tokens.astype(np.float64)
+        self._mean = values.mean(axis=0)
+        _, _, axes = np.linalg.svd(values - self._mean, full_matrices=False)
+        axes = axes[:3]
+        axes = axes * np.sign(axes[np.arange(len(axes)), np.abs(axes).argmax(axis=1)])[:, None]  # the sign is arbitrary
+        self._axes = axes
+        self._low, self._high = np.percentile((values - self._mean) @ axes.T, (2, 98), axis=0)
+
+    def over(self, crop: UInt8Array, grid: Float32Array) -> UInt8Array:
+        """Draws a grid [h, w, D] over the crop uint8 [P, P, 3] that it belongs to, which shows through in grey."""
+        found = (grid.astype(np.float64) - self._mean) @ self._axes.T
+        shares = ((found - self._low) / np.maximum(self._high - self._low, 1e-12)).clip(0, 1)
+        rgb = np.zeros((*grid.shape[:2], 3), dtype=np.uint8)
+        rgb[..., : shares.shape[2]] = np.rint(255 * shares)
+        cells = Image.fromarray(rgb).resize(crop.shape[1::-1], Image.Resampling.NEAREST)
+        grey = Image.fromarray(np.ascontiguousarray(crop)).convert("L").convert("RGB")
+        return np.asarray(Image.blend(grey, cells, 0.65))

@@ -194,9 +194,11 @@ def test_without_a_map(layers: tuple[nn.Module, ...]) -> None:
         features_and_map(nn.Sequential(*layers), noise())
 
 
-def test_one_position_is_no_map() -> None:
-    with pytest.raises(RequestError, match="ResNet: has no feature map for images of 32 x 32 px, or only one position"):
-        features_and_map(seeded(models.resnet18), noise(32, 32))
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v3_small", "efficientnet_b0"])
+def test_one_position_is_no_map(name: str) -> None:
+    """Not even if an earlier map of several positions was pooled, as by squeeze-and-excitation."""
+    with pytest.raises(RequestError, match="has no feature map for images of 32 x 32 px, or only one position"):
+        features_and_map(seeded(lambda: models.get_model(name)), noise(32, 32))
 
 
 @pytest.mark.parametrize("name", ["resnet18", "timm/vit_tiny_patch16_224", "torch_vit"])

@@ -129,3 +129,20 @@ def test_a_sheet_replaces_nothing_else(tmp_path, kind):
     ):
         sheet.write(path, PNG, "--out")
     assert kind != "foreign" or path.read_bytes() == PNG
+
+
+def test_tokens_have_the_colours_of_their_components_where_they_are():
+    """Two groups of tokens get two colours; the crop shows through in grey."""
+    rng = np.random.default_rng(0)
+    one, other = rng.normal(size=(2, 16))
+    grid = np.stack([[one, one, other], [one, other, other]]).astype(np.float32)
+    found = sheet.Colours(grid.reshape(-1, 16)).over(np.full((20, 30, 3), 100, dtype=np.uint8), grid).astype(int)
+    assert found.shape == (20, 30, 3)
+    cells = found.reshape(2, 10, 3, 10, 3)
+    assert (cells == cells[:, :1, :, :1]).all()
+    first, second = cells[0, 0, 0, 0], cells[0, 0, 2, 0]
+    assert abs(first - second)[0] > 100
+    expected = [[first, first, second], [first, second, second]]
+    np.testing.assert_allclose(cells[:, 0, :, 0], expected, atol=1)
+    dark = sheet.Colours(grid.reshape(-1, 16)).over(np.zeros((20, 30, 3), dtype=np.uint8), grid)
+    np.testing.assert_allclose(found - dark, 35, atol=1)

@@ -1,7 +1,8 @@
 """Draws the stored crops of an image: their boxes, their pixels, and the nearest crops of other images.
 
 The sheet is a PNG. Neighbours are the crops of other images with the highest cosine similarity of stored targets, so they show
-what the teacher considers similar.
+what the teacher considers similar. For a column of tokens, the sheet also has the grid of each crop, with its first three
+principal components as colours, and beside it that of a student (--model).
 """
 
 import unicodedata
@@ -12,6 +13,8 @@ from fkd_ssl.arrays import UInt8Array
 from fkd_ssl.errors import RequestError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from fkd_ssl.images import ImageSource
     from fkd_ssl.results import Sheet
     from fkd_ssl.sheet import Picture
@@ -35,6 +38,8 @@ class Config:
     """The PNG to write. It replaces an earlier sheet, but no other file."""
     column: str | None = None
     """Column to find neighbours with; needed only if the store has several."""
+    model: str | None = None
+    """For a column of tokens: a run folder of train, one of its checkpoints, or an export, drawn beside the stored tokens."""
     crops: int | None = None
     """Number of crops to show, starting with the first; by default 6, or all if fewer are stored."""
     neighbours: int = 5
@@ -94,6 +99,9 @@ def sheet_of(config: Config, store: "Store") -> tuple[bytes, str]:
     crops = [view.transpose(1, 2, 0) for view in replay(image, records, config.pixels)]
     near: list[list[Picture]] = [[] for _ in crops]
     said = f"the first {len(crops)} of {store.crops_per_image} stored crops"
+    if config.model is not None or (config.column is not None and store.column(config.column).meta.target.kind == "tokens"):
+        near = _tokens(config, store, row, image, crops)
+        said += ", their tokens in colours"
     if config.neighbours:
         column = store.column(config.column)
         with tqdm(total=len(column.rows) - 1, unit="img", desc="neighbours", disable=bar_disabled(show=True)) as bar:
@@ -112,6 +120,41 @@ def sheet_of(config: Config, store: "Store") -> tuple[bytes, str]:
     title = f"{name_of_class} / {name}" if name_of_class else name
     note = f"{said}; ✓ and a frame: the same class" if name_of_class and config.neighbours else said
     return sheet.draw_crops(image, records, crops, near, title, note), f"{config.image}: {said}"
+
+
+def _tokens(
+    config: Config, store: "Store", row: int, image: "UInt8Array", crops: "Sequence[UInt8Array]"
+) -> "list[list[Picture]]":
+    """Draws the stored tokens of each crop, and the student's if there is a model."""
+    import torch
+
+    from fkd_ssl.commands import resolve
+    from fkd_ssl.crops import replay
+    from fkd_ssl.sheet import Colours, Picture
+    from fkd_ssl.students import EXPORTED
+
+    column, chosen = store.column(config.column), slice(0, len(crops))
+    shape = column.meta.target.shape
+    if column.meta.target.kind != "tokens":
+        raise RequestError(
+            f"model {config.model}: is drawn beside tokens, and {column.name} has {column.meta.target}; leave it out"
+        )
+    stored = store.targets(column.name, row, chosen)
+    colours = Colours(stored.reshape(-1, shape[-1]))
+    lines = [[Picture(pixels=colours.over(crop, grid), lines=(column.name,))] for crop, grid in zip(crops, stored, strict=True)]
+    if config.model is None:
+        return lines
+    student, pixels = resolve.student_of(config.model)
+    views = torch.from_numpy(replay(image, store.crops(row, chosen), pixels))
+    with torch.inference_mode():
+        heads = [] if config.model.endswith(EXPORTED) else [k for k, dim in enumerate(student.dims) if dim == shape]
+        found = (student.embeddings(views)[heads[0]] if heads else student.map(views)).numpy()
+    if not heads:  # an export, or a student of other targets: its map has components of its own
+        colours = Colours(found.reshape(-1, found.shape[-1]))
+    for line, crop, grid, exact in zip(lines, crops, found, stored, strict=True):
+        said = f"cosine {(grid * exact).sum(axis=-1).mean():.3f}" if heads else "its own colours"
+        line.append(Picture(pixels=colours.over(crop, grid), lines=("student", said)))
+    return lines
 
 
 def _row(store: "Store", image: str) -> int:

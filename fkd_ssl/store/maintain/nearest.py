@@ -9,6 +9,8 @@ from fkd_ssl.arrays import Float32Array
 from fkd_ssl.errors import RequestError
 from fkd_ssl.store.reader import Column
 
+_BLOCK = 2**23  # values that are decoded at once
+
 
 @dataclass(frozen=True, kw_only=True)
 class Neighbour:
@@ -49,11 +51,13 @@ def nearest(
     cosines = np.zeros((len(unit), 0), dtype=np.float32)
     found = np.zeros((len(unit), 0, 2), dtype=np.int64)  # row and crop
     readable = column.rows[column.rows != without]
+    block = max(1, _BLOCK // column.meta.target.size)
     for shard, here_rows, within in column.store.by_shard(readable):
         rows = readable[here_rows]
         codes = np.asarray(column.shard(shard)[within, :crops])
-        decoded = column.codec.decode(codes.reshape(-1, codes.shape[-1]))
-        here = (unit @ _normalised(decoded).T).reshape(len(unit), *codes.shape[:2])
+        flat = codes.reshape(-1, codes.shape[-1])
+        parts = [unit @ _normalised(column.codec.decode(flat[k : k + block])).T for k in range(0, len(flat), block)]
+        here = np.concatenate(parts, axis=1).reshape(len(unit), *codes.shape[:2])
         best = here.argmax(axis=2)
         cosines = np.concatenate([cosines, np.take_along_axis(here, best[:, :, None], axis=2)[:, :, 0]], axis=1)
         places = np.stack([np.broadcast_to(rows, best.shape), best], axis=2)

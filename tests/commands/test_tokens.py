@@ -1,0 +1,122 @@
+"""Tokens from the command line: every verb on a store with a global column and a column of tokens of one network."""
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+NETWORK = """
+import torch
+from torch import nn
+
+
+class Net(nn.Module):
+    pixels = 64
+
+    def __init__(self):
+        super().__init__()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            self.body = nn.Sequential(nn.Conv2d(3, 16, 16, stride=16), nn.Tanh())
+
+    def forward(self, images):
+        return self.body(images).mean((2, 3))
+
+
+def net():
+    return Net()
+
+
+def flat():
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 224 * 224, 4))
+"""
+BOTH = "--teacher maps:net,maps:net@tokens --grid 2"
+
+
+@pytest.fixture
+def maps(work: Path) -> Path:
+    (work / "maps.py").write_text(NETWORK)
+    return work
+
+
+@pytest.fixture
+def store(maps: Path, call: Any) -> Path:
+    assert call(f"precompute --images train --store dense {BOTH} --crops 4 --codec SQ8").status == 0
+    return maps / "dense"
+
+
+def test_inspect_verify_and_recode(store: Path, call: Any) -> None:
+    found = json.loads(call("inspect dense --json").out)
+    columns = (
+        {column["name"]: column for column in found["columns"]} if isinstance(found["columns"], list) else found["columns"]
+    )
+    assert set(columns) == {"net", "net-tokens"}
+    assert "2 x 2 tokens, D = 16" in call("inspect dense").out
+    answer = call("verify dense --images train --teacher maps:net@tokens")  # takes the grid from the store
+    assert answer.status == 0, answer
+    assert "0 problems" in answer.out
+    assert call("recode dense --column net-tokens --codec SQ4 --to small").status == 0
+    assert call("verify dense").status == 0
+
+
+def test_plan_counts_the_bytes_of_all_tokens(maps: Path, call: Any) -> None:
+    plan = json.loads(call("plan --images train --teacher maps:net@tokens --grid 4 --crops 10 --codec SQ8 --json").out)
+    assert plan["shape"] == "4 x 4 tokens, D = 16"
+    assert plan["codecs"]["SQ8"]["bytes_per_crop"] == 16 * 16 + 20
+    assert plan["codecs"]["OPQ16,PQ16x8"]["bytes_per_crop"] == 16 * 16 + 20
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (
+            "--teacher maps:net@tokens --grid 7",
+            "4 x 4 positions for crops of 64 x 64 px; a grid of 7 x 7 is too fine: choose --grid 4",
+        ),
+        ("--teacher maps:net@tokens", "a grid of 7 x 7 is too fine"),
+        ("--teacher maps:net@tokens --grid 4 --pixels 32", "2 x 2 positions for crops of 32 x 32 px"),
+        ("--teacher maps:net --grid 4", "--grid 4: no teacher gives tokens (net): name one NAME@tokens"),
+        ("--teacher maps:flat@tokens", "teacher flat: Sequential: has no feature map"),
+        ("--teacher maps:net@tokens --grid 4 --codec hard", "codec hard: is not for tokens"),
+        ("--teacher maps:net@tokens --grid 4", "codec OPQ16,PQ16x8 needs at least 624 targets for its training; there are "),
+    ],
+)
+def test_wrong_requests_leave_no_store(line: str, said: str, maps: Path, call: Any) -> None:
+    answer = call(f"precompute --images train --store new --crops 2 {line}")
+    assert answer.status == 2
+    assert said in answer.err
+    assert not (maps / "new").exists()
+
+
+def picture(path: Path) -> Any:
+    return np.asarray(Image.open(io.BytesIO(path.read_bytes())).convert("RGB")).astype(int)
+
+
+def test_show_draws_the_tokens(store: Path, call: Any) -> None:
+    line = "show dense --images train --image ash/0.png --crops 2 --neighbours 0"
+    assert call(f"{line} --column net --out plain.png").status == 0
+    answer = call(f"{line} --column net-tokens --out tokens.png")
+    assert answer.status == 0
+    assert "their tokens in colours" in answer.out
+    plain, tokens = picture(store.parent / "plain.png"), picture(store.parent / "tokens.png")
+    assert tokens.shape != plain.shape or np.abs(tokens - plain).mean() > 1
+    answer = call(f"{line} --column net --model runs/x --out other.png")
+    assert answer.status == 2
+    assert "is drawn beside tokens, and net has D = 16" in answer.err
+
+
+def test_show_draws_a_students_tokens_beside_them(store: Path, call: Any) -> None:
+    train = "train --images train --store dense --column net-tokens --student resnet18 --pixels 64 --epochs 1"
+    answer = call(f"{train} --crops_per_image 2 --batch_size 12 --workers 0 --out run")
+    assert answer.status == 0, answer
+    line = "show dense --images train --image ash/0.png --crops 2 --neighbours 0 --column net-tokens"
+    assert call(f"{line} --out alone.png").status == 0
+    assert call(f"{line} --model run --out beside.png").status == 0
+    alone, beside = picture(store.parent / "alone.png"), picture(store.parent / "beside.png")
+    third = slice(24 + 2 * 184, 24 + 2 * 184 + 168)  # right of the crop and its stored tokens
+    assert (alone[-200:-60, third] == 255).all()
+    assert beside[-200:-60, third].mean() < 250
