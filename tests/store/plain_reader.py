@@ -122,7 +122,7 @@ def decode(spec: str, dim: int, arrays: dict[str, np.ndarray], codes: np.ndarray
 
 
 def read_store(folder: Path) -> dict[str, Any]:
-    """Reads everything: paths, sizes, records [N, C], which rows were skipped, and the targets [N, C, D] of every column."""
+    """Reads everything: paths, sizes, records [N, C], which rows were skipped, and the targets [N, C, *shape] of every column."""
     m = read_json(folder / "manifest.json")
     digest = sha256(canonical(m))
     assert m["format"] == "fkd_ssl store"
@@ -167,9 +167,10 @@ def read_store(folder: Path) -> dict[str, Any]:
             assert set(about) == {"column", "file", "manifest", "shard"}
             assert (about["manifest"], about["shard"], about["column"]) == (digest, shard, sha256(canonical(meta)))
             codes.append(read_npy(column / f"codes-{shard:05d}.npy", about["file"], "u1", (rows, crops, meta["code_size"])))
-        every, (dim,) = np.concatenate(codes), meta["teacher"]["shape"]
-        targets = decode(meta["codec"], dim, arrays, every.reshape(-1, meta["code_size"]))
-        store["columns"][column.name] = targets.reshape(len(paths), crops, dim)
+        every, (*grid, dim) = np.concatenate(codes), meta["teacher"]["shape"]
+        assert len(grid) == (2 if meta["teacher"]["kind"] == "tokens" else 0)
+        targets = decode(meta["codec"], dim, arrays, every.reshape(-1, meta["code_size"] // int(np.prod(grid))))
+        store["columns"][column.name] = targets.reshape(len(paths), crops, *grid, dim)
     return store
 
 
@@ -177,7 +178,7 @@ def shape_of(meta: dict[str, Any], name: str) -> tuple[int, ...]:
     match = SPEC.fullmatch(meta["codec"])
     assert match is not None
     pre, a, b, _, parts, width = match.groups()
-    (dim,) = meta["teacher"]["shape"]
+    dim = meta["teacher"]["shape"][-1]
     inner = dim if not pre or (pre == "OPQ" and b is None) else int(b or a)
     if name == "centroids":
         return (int(parts), 2 ** int(width or 8), inner // int(parts))

@@ -1,5 +1,6 @@
 """Global targets and tokens of one network in one store: their forward passes, their values, and every verb on them."""
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,20 @@ def test_verify_recode_and_subset(image_folder: Path, tmp_path: Path) -> None:
     part = open_store(tmp_path / "part")
     row = part.paths.index(store.paths[4])
     np.testing.assert_array_equal(part.targets("small", row, slice(None)), store.targets("small", 4, slice(0, 3)))
+
+
+def test_a_reader_of_the_documented_format_reads_tokens(image_folder: Path, tmp_path: Path) -> None:
+    write(tmp_path / "store", teachers(Network()), image_folder)
+    spec = importlib.util.spec_from_file_location("plain_reader", Path(__file__).parents[1] / "plain_reader.py")
+    assert spec is not None
+    assert spec.loader is not None
+    plain = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(plain)
+    found = plain.read_store(tmp_path / "store")["columns"]["whole-tokens"]
+    store = open_store(tmp_path / "store")
+    assert found.shape == (24, CROPS, 2, 2, 16)
+    for row in range(24):
+        np.testing.assert_allclose(found[row], store.targets("whole-tokens", row, slice(None)), rtol=0, atol=1e-6)
 
 
 def test_a_grid_finer_than_the_map_is_refused(image_folder: Path, tmp_path: Path) -> None:
