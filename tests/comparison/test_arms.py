@@ -75,3 +75,13 @@ def test_two_teachers() -> None:
     assert (online.teacher, online.checkpoint) == ("swav", "g")
     with pytest.raises(RequestError, match="codecs are compared with one teacher"):
         arms_of(config(**two | {"further_arms": "stored:SQ4"}), ["A", "B"])
+
+
+@pytest.mark.parametrize("objective", [None, "cosine+2*token_cosine"])
+def test_each_arm_has_the_objective_of_its_targets(objective: str | None) -> None:
+    teachers = [*infos("A"), TeacherInfo(name="A-tokens", spec=TargetSpec("tokens", (2, 2, 8)))]
+    asked = config(teacher="a,a@tokens", checkpoint="f,f", grid=2, objective=objective)
+    found = [training(arm, asked, 0, teachers) for arm in arms_of(asked, ["A", "A-tokens"])]
+    first, second = ("feature_kl", "token_cosine") if objective is None else ("cosine", "2.0*token_cosine")
+    assert [run.objective for run in found] == 2 * [first, second, f"{first}+{second}"]
+    assert [run.grid for run in found] == [None, None, None, None, 2, 2]

@@ -127,6 +127,13 @@ def test_a_killed_training_continues_to_the_same_bits(dense_run: Any) -> None:
     assert all(torch.equal(value, whole.weights[key]) for key, value in run.weights.items())
 
 
+@pytest.mark.slow
+def test_a_compiled_backbone_gives_the_same_training(dense_run: Any) -> None:
+    plain, compiled = dense_run("plain", epochs=1), dense_run("compiled", epochs=1, compile=True)
+    assert compiled.column("loss") == pytest.approx(plain.column("loss"), rel=1e-4)
+    assert compiled.weights.keys() == plain.weights.keys()
+
+
 def test_targets_of_another_grid_are_refused(dense_run: Any) -> None:
     run = dense_run("run", ("tokens",), epochs=1)
     other = TeacherInfo(name="tokens", spec=TargetSpec("tokens", (2, 2, D)))
