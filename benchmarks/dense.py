@@ -255,13 +255,13 @@ def page(args: argparse.Namespace) -> str:
         for codec in CODECS
     ]
     made = json.loads((work / "store.json").read_text())
-    text = f"""# Dense targets: measurements
+    return f"""# Dense targets: measurements
 
 Made by `benchmarks/dense.py` with `--epochs {args.epochs} --crops {args.crops} --seeds {args.seeds}`. The teacher sees crops of
 {args.teacher_pixels} px and gives a grid of 7 x 7 tokens; students see the same crops at {args.pixels} px. Training images: 367
 of CamVid and {10 * args.per_class} of imagenette, without masks and labels. mIoU in percent: a linear layer on the frozen map
-(`fkd-ssl segment`, short side {args.eval_pixels} px), trained on CamVid's 367 training images, tested on its 233 test images; kNN
-mIoU: nearest neighbours, without training.
+(`fkd-ssl segment`, short side {args.eval_pixels} px), trained on CamVid's 367 training images, tested on its 233 test images;
+kNN mIoU: nearest neighbours, without training.
 
 {table(head, lines)}
 
@@ -277,7 +277,6 @@ Students `dense`, stored, in different codecs. Cosine: decoded to exact tokens.
 
 {platform.machine()}, Python {platform.python_version()}, torch {runs.versions()["torch"]}.
 """
-    return text
 
 
 def table(head: list[str], lines: list[str | None]) -> str:

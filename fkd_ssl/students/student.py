@@ -63,9 +63,9 @@ class Student(nn.Module):
         self.spec: dict[str, Any] = {"name": str(name), **changed}
         self.backbone, self.feature_dim = make_backbone(name, stem=stem, width=width, drop_path=drop_path)
         self.dims = [*dims]
-        self._channels = map_dim(self.backbone, name) if any(isinstance(dim, tuple) for dim in dims) else 0
+        channels = map_dim(self.backbone, name) if any(isinstance(dim, tuple) for dim in dims) else 0
         self.head, *more = (
-            make_head(head, self._channels, dim[-1]) if isinstance(dim, tuple) else make_head(head, self.feature_dim, dim)
+            make_head(head, channels, dim[-1]) if isinstance(dim, tuple) else make_head(head, self.feature_dim, dim)
             for dim in dims
         )
         self.more_heads = nn.ModuleList(more)
@@ -124,8 +124,6 @@ class Student(nn.Module):
             features, found = self.features(images), None
         else:
             features, found = features_and_map(self.backbone, self._normalised(images))
-            if found.shape[1] != self._channels:  # the last map has one position, and an earlier one was found
-                raise RequestError(f"its feature map has only one position for images of {images.shape[3]} px: use larger ones")
         outputs = []
         for dim, head in heads:
             if isinstance(dim, tuple):

@@ -71,7 +71,7 @@ def test_what_does_not_fit_is_refused(dense: Path, call: Any) -> None:
     for more, said in {
         "--objective cosine": "objective cosine: the targets of 'make-tokens' are tokens: choose --objective token_cosine",
         "--cutmix 1": "cutmix 1.0: the targets of 'make-tokens' are tokens; it is for class probabilities",
-        "--pixels 32": "student 'squeezenet1_1': its feature map has only one position for images of 32 px",
+        "--pixels 32": "has no feature map for images of 32 x 32 px, or only one position: use larger images",
         "--head classifier": "head classifier: the targets of 'make-tokens' are tokens: choose --head mocov2 or simreg",
     }.items():
         answer = call(f"{line} {more}")
