@@ -107,6 +107,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     shutil.copytree(folder, outside)
     interval, tqdm.monitor_interval = tqdm.monitor_interval, 0
     read(folder)  # triggers late imports
+    np.unique(np.zeros(1))  # likewise: NumPy imports numpy.ma at the first call
     yield folder
     tqdm.monitor_interval = interval
 
