@@ -66,6 +66,7 @@ def _list(config: Config) -> int:
         "Download: fkd-ssl teachers fetch NAME; --teacher NAME then finds it. A file from elsewhere: --checkpoint FILE.\n\n"
         "Families: --teacher mocov2 or swav accepts any checkpoint in that layout (fkd-ssl pretrain makes one), lightly the\n"
         "  checkpoint of a LightningModule with a ResNet as backbone.*, transformers a folder made by save_pretrained.\n"
+        "  NAME@backbone, also of a preset, gives the features before the head.\n"
         "Libraries: --teacher torchvision/NAME or timm/NAME, optionally with @LAYER or @probabilities: a network of the\n"
         "  library, with its preprocessing. --checkpoint FILE reads the weights; --checkpoint pretrained downloads them.\n"
         "Runs: --teacher run --checkpoint RUN is a student of fkd-ssl train, with its head.\n"
