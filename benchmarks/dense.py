@@ -30,8 +30,8 @@ from fkd_ssl import runs
 TEACHER, NAME = "timm/tf_efficientnet_lite2", "tf_efficientnet_lite2"
 TOKENS = f"{NAME}-tokens"
 COLUMNS = {"global": (NAME,), "dense": (TOKENS,), "both": (NAME, TOKENS)}
-CODECS = ("Flat", "SQ8", "SQ4", "OPQ16,PQ16x8", "OPQ8,PQ8x8", "PCAR256,SQ8", "PCAR256,OPQ16,PQ16x8")
-USED = "OPQ16,PQ16x8"
+CODECS = ("Flat", "SQ8", "SQ4", "PCAR256,SQ8", "OPQ16_256,PQ16x8", "OPQ8_256,PQ8x8")
+USED = "OPQ16_256,PQ16x8"
 SHORT = {"mobilenet_v3_small": "MobileNetV3-Small", "timm/vit_tiny_patch16_224": "ViT-Tiny"}
 # the same for every arm of a student
 OPTIONS = {
