@@ -15,7 +15,7 @@ import secrets
 import shutil
 import stat
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -338,6 +338,20 @@ def write_npy(path: Path, array: npt.NDArray[Any]) -> str:
     with publish(path) as file:
         file.write(data)
     return sha256(data)
+
+
+def write_npy_parts(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...], parts: Iterable[npt.NDArray[Any]]) -> str:
+    """Publishes an array of this shape as a .npy file, given its parts along the first axis; returns the file's sha256."""
+    header = npy_header(dtype, shape)
+    digest, size = hashlib.sha256(header), len(header)
+    with publish(path) as file:
+        file.write(header)
+        for part in parts:
+            data = np.ascontiguousarray(part, dtype=dtype).data.cast("B")
+            digest.update(data)
+            size += file.write(data)
+        assert size == len(header) + math.prod(shape) * dtype.itemsize
+    return digest.hexdigest()
 
 
 def map_npy(path: Path, dtype: np.dtype[Any], shape: tuple[int | None, ...] | None) -> npt.NDArray[Any]:

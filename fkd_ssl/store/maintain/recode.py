@@ -2,12 +2,13 @@
 
 import functools
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 from tqdm.auto import tqdm
 
 from fkd_ssl import files
@@ -175,19 +176,30 @@ def _fill(source: Source, codec: str, store: Store, to: str, rows: Int64Array) -
     total, done = store.manifest.shards, store.manifest.shards - len(missing)
     for shard in tqdm(missing, total=total, initial=done, desc=f"recode {source.name}", unit="shard"):
         of_shard = store.manifest.shard_rows(shard)
-        codes = [_codes(one, rows[of_shard.start : of_shard.stop]) for one in source.columns]
         read = np.ones(len(of_shard), dtype=bool)  # the codes of skipped images have no meaning
         read[np.array(store.skipped(shard), dtype=np.int64) - of_shard.start] = False
-        flat = [of_one[read].reshape(-1, of_one.shape[-1]) for of_one in codes]
-        made = np.zeros((*codes[0].shape[:2], column.meta.code_size), dtype=np.uint8)
-        block = max(1, _BLOCK // source.meta.target.size)
-        parts = [
+        parts = _recoded(source, column, rows[of_shard.start : of_shard.stop], read)
+        shape = len(of_shard), store.crops_per_image, column.meta.code_size
+        publish = functools.partial(files.write_npy_parts, dtype=np.dtype(np.uint8), shape=shape, parts=parts)
+        publish_codes(store.folder, store.manifest, shard, publish, column=to, digest=column.digest)
+
+
+def _recoded(source: Source, column: Column, rows: Int64Array, read: npt.NDArray[np.bool_]) -> Iterator[UInt8Array]:
+    """Yields the new codes [n, C, code_size] of some of the source's rows, zeros where `read` is False, a few rows at a time."""
+    block = max(1, _BLOCK // source.meta.target.size)
+    step = max(1, block // column.store.crops_per_image)
+    for first in range(0, len(rows), step):
+        some = read[first : first + step]
+        codes = [_codes(one, rows[first : first + step][some]) for one in source.columns]
+        flat = [of_one.reshape(-1, of_one.shape[-1]) for of_one in codes]
+        made = np.zeros((len(some), column.store.crops_per_image, column.meta.code_size), dtype=np.uint8)
+        new = [
             column.codec.encode(source.decode([of_one[k : k + block] for of_one in flat]))
             for k in range(0, len(flat[0]), block)
         ]
-        if parts:
-            made[read] = np.concatenate(parts).reshape(-1, *made.shape[1:])
-        publish_codes(store.folder, store.manifest, shard, made, column=to, digest=column.digest)
+        if new:
+            made[some] = np.concatenate(new).reshape(-1, *made.shape[1:])
+        yield made
 
 
 def _codes(column: Column, rows: Int64Array) -> UInt8Array:

@@ -1,5 +1,7 @@
 """Subset: copies the first crops, some columns or some images of a store into a new store. Needs no teacher."""
 
+import functools
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -21,6 +23,7 @@ from fkd_ssl.store.reader import MAX_ARRAY, Column, Store
 from fkd_ssl.store.write import publish
 
 Rows = Int64Array
+_PIECE = 2**26  # bytes that are copied at once
 _AHEAD = 4  # shards whose sources are fetched ahead
 
 
@@ -164,20 +167,21 @@ class Part:
         if layout.crops_file(folder, shard).with_suffix(".json").exists():
             return
         store = self.store
-        found = _gather(store, rows, store.crops_file, store.crops_sidecar, CROP_DTYPE, ())
+        parts = _gather(store, rows, store.crops_file, store.crops_sidecar, CROP_DTYPE, (self.crops,))
         checksums = [""] * len(rows)
         for source, here, within in store.by_shard(rows):
             of_shard = store.crops_sidecar(source)["images"]
             for place, k in zip(here.tolist(), within.tolist(), strict=True):
                 checksums[place] = of_shard[k]
-        publish.publish_crops(folder, self.manifest, shard, found[:, : self.crops], checksums)
+        publish.publish_crops(folder, self.manifest, shard, np.concatenate([*parts]), checksums)
 
     def _copy_codes(self, column: Column, folder: Path, shard: int, rows: Rows) -> None:
         if layout.codes_file(folder, column.name, shard).with_suffix(".json").exists():
             return
-        found = _gather(self.store, rows, column.file, column.sidecar, np.dtype(np.uint8), (column.meta.code_size,))
-        codes = found[:, : self.crops]
-        publish.publish_codes(folder, self.manifest, shard, codes, column=column.name, digest=column.digest)
+        dtype, shape = np.dtype(np.uint8), (self.crops, column.meta.code_size)
+        parts = _gather(self.store, rows, column.file, column.sidecar, dtype, shape)
+        write = functools.partial(files.write_npy_parts, dtype=dtype, shape=(len(rows), *shape), parts=parts)
+        publish.publish_codes(folder, self.manifest, shard, write, column=column.name, digest=column.digest)
 
 
 @contextmanager
@@ -261,16 +265,27 @@ def _gather(
     locate: Callable[[int], Path],
     sidecar: Callable[[int], dict[str, Any]],
     dtype: np.dtype[Any],
-    crop_shape: tuple[int, ...],
-) -> npt.NDArray[Any]:
-    """Reads the crops [rows, C, ...] of some rows from the files of shards. Raises StoreError if a checksum differs."""
-    found = np.empty((len(rows), store.crops_per_image, *crop_shape), dtype=dtype)
-    for shard, here, within in store.by_shard(rows):
+    shape: tuple[int, ...],
+) -> Iterator[npt.NDArray[Any]]:
+    """Yields the first crops of some rows, each part of the given `shape` without its first axis, from the files of shards.
+
+    Raises:
+        StoreError: A checksum differs.
+    """
+    crops, *crop_shape = shape
+    arrays = {}
+    for shard, _, _ in store.by_shard(rows):
         path = locate(shard)
-        array = files.map_npy(path, dtype, (len(store.manifest.shard_rows(shard)), store.crops_per_image, *crop_shape))
+        count = len(store.manifest.shard_rows(shard))
+        arrays[shard] = files.map_npy(path, dtype, (count, store.crops_per_image, *crop_shape))
         if files.sha256_file(path) != sidecar(shard)["file"]:
             raise StoreError(
                 f"{path}: damaged: its sha256 differs from the one in its .json; fkd-ssl verify {store.folder} says more"
             )
-        found[here] = array[within]
-    return found
+    step = max(1, _PIECE // (math.prod(shape) * dtype.itemsize))
+    for first in range(0, len(rows), step):
+        some = rows[first : first + step]
+        found = np.empty((len(some), *shape), dtype=dtype)
+        for shard, here, within in store.by_shard(some):
+            found[here] = arrays[shard][within, :crops]
+        yield found

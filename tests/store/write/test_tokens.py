@@ -139,6 +139,22 @@ def test_verify_recode_and_subset(image_folder: Path, tmp_path: Path) -> None:
     np.testing.assert_array_equal(part.targets("small", row, slice(None)), store.targets("small", 4, slice(0, 3)))
 
 
+def test_large_codes_are_copied_and_recoded_in_pieces(
+    image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shard of tokens may be larger than the memory; here a piece is one row, or one crop."""
+    write(tmp_path / "store", teachers(Network()), image_folder, codec="Flat")
+    store = open_store(tmp_path / "store")
+    whole = recode(store, "SQ8", column="whole-tokens", to="whole-pieces")
+    subset(store, tmp_path / "one", crops=4)
+    monkeypatch.setattr("fkd_ssl.store.maintain.recode._BLOCK", 100)
+    monkeypatch.setattr("fkd_ssl.store.maintain.subset._PIECE", 1)
+    pieces = recode(store, "SQ8", column="whole-tokens", to="small-pieces")
+    np.testing.assert_array_equal(pieces.shard(0), whole.shard(0))
+    subset(store, tmp_path / "two", crops=4, column=["whole-tokens", "whole", "whole-pieces"])
+    assert codes(tmp_path / "two") == codes(tmp_path / "one")
+
+
 def test_a_reader_of_the_documented_format_reads_tokens(image_folder: Path, tmp_path: Path) -> None:
     write(tmp_path / "store", teachers(Network()), image_folder)
     spec = importlib.util.spec_from_file_location("plain_reader", Path(__file__).parents[1] / "plain_reader.py")
