@@ -185,7 +185,7 @@ def _fill(source: Source, codec: str, store: Store, to: str, rows: Int64Array) -
 
 
 def _recoded(source: Source, column: Column, rows: Int64Array, read: npt.NDArray[np.bool_]) -> Iterator[UInt8Array]:
-    """Yields the new codes [n, C, code_size] of some of the source's rows, zeros where `read` is False, a few rows at a time."""
+    """Yields the new codes [n, C, code_size] of some of the source's rows, a few at a time; zeros where `read` is False."""
     block = max(1, _BLOCK // source.meta.target.size)
     step = max(1, block // column.store.crops_per_image)
     for first in range(0, len(rows), step):

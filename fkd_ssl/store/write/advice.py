@@ -27,10 +27,13 @@ def on_size(target: TargetSpec, codec: str, crops: int) -> str | None:
     def total(code: int) -> str:
         return f"{code} bytes per crop ({format_bytes(crops * (code + CROP_DTYPE.itemsize))} in all)"
 
-    if target.kind == "distribution":
+    if target.kind in ("distribution", "tokens"):
         default = definition.default_codec(shape)
-        smaller = total(definition.code_size(default, shape))
-        return f"note: {target.size} class probabilities take {total(size)} in {codec}; --codec {default} takes {smaller}"
+        smaller = definition.code_size(default, shape)
+        if smaller >= size:
+            return None
+        what = f"{target.size} class probabilities" if target.kind == "distribution" else str(target)
+        return f"note: {what} take {total(size)} in {codec}; --codec {default} takes {total(smaller)}"
     said = f"note: targets of {target} take {total(size)} in {codec}"
     if target.kind != "embedding":
         return said

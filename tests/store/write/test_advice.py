@@ -44,3 +44,13 @@ def test_precompute_says_it(make_store: Any, tiny_teacher: Any, tmp_path: Any, m
 def test_a_codec_that_cannot_be_is_refused() -> None:
     with pytest.raises(RequestError, match=r"codec 'SQ9': not supported"):
         advice.on_size(TargetSpec("embedding", (2048,)), "SQ9", 1)
+
+
+def test_tokens_in_a_larger_codec_than_the_default():
+    spec = TargetSpec("tokens", (7, 7, 384))
+    assert advice.on_size(spec, "OPQ16,PQ16x8", 10**6) is None
+    said = advice.on_size(spec, "SQ8", 10**6)
+    assert said == (
+        "note: 7 x 7 tokens, D = 384 take 18816 bytes per crop (18.8 GB in all) in SQ8; --codec OPQ16,PQ16x8 takes 784 bytes "
+        "per crop (804.0 MB in all)"
+    )
