@@ -18,6 +18,7 @@ from fkd_ssl.objectives import Objective, make_objectives
 from fkd_ssl.store.write.recording import Recording
 from fkd_ssl.students import CLASSIFIER, Student, dims_of
 from fkd_ssl.targets import TeacherInfo
+from fkd_ssl.targets.sharing import network_key
 from fkd_ssl.text import plural
 from fkd_ssl.training import defaults
 from fkd_ssl.training.config import TrainConfig
@@ -187,6 +188,6 @@ def train(
         "crops_seen": steps * config.batch_size,
         "device_crops": data.decode_only,
         "stored_crops_per_image": data.store.crops_per_image if isinstance(data, StoredCrops) else None,
-        "teacher_forwards": 0 if embeds is None else steps * config.batch_size * len(embeds),
+        "teacher_forwards": steps * config.batch_size * len({network_key(embed) for embed in embeds or ()}),
         **found,
     }

@@ -2,6 +2,7 @@
 
 import io
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import nn
 
 class Net(nn.Module):
     pixels = 64
+    seen = 0
 
     def __init__(self):
         super().__init__()
@@ -24,6 +26,7 @@ class Net(nn.Module):
             self.body = nn.Sequential(nn.Conv2d(3, 16, 16, stride=16), nn.Tanh())
 
     def forward(self, images):
+        Net.seen += len(images)
         return self.body(images).mean((2, 3))
 
 
@@ -120,3 +123,34 @@ def test_show_draws_a_students_tokens_beside_them(store: Path, call: Any) -> Non
     third = slice(24 + 2 * 184, 24 + 2 * 184 + 168)  # right of the crop and its stored tokens
     assert (alone[-200:-60, third] == 255).all()
     assert beside[-200:-60, third].mean() < 250
+
+
+def test_online_global_targets_and_tokens_need_one_forward_pass(maps: Path, call: Any) -> None:
+    line = f"train --images train --targets online {BOTH} --student resnet18 --pixels 64 --epochs 2 --crops_per_image 2"
+    before = sys.modules["maps"].Net.seen if "maps" in sys.modules else 0
+    answer = call(f"{line} --batch_size 12 --workers 0 --out run")
+    assert answer.status == 0, answer
+    results = json.loads((maps / "run" / "results.json").read_text())
+    assert results["crops_seen"] == results["teacher_forwards"] == 36
+    assert sys.modules["maps"].Net.seen - before <= 36 + 12  # and a few when the teachers are loaded
+
+
+def test_precompute_runs_a_network_that_is_named_twice_once(maps: Path, call: Any) -> None:
+    """The sample of each codec is all of these crops."""
+    line = "precompute --images train --crops 4 --codec SQ8 --chunk_size 12"
+    assert call(f"{line} --store both {BOTH}").status == 0
+    seen = sys.modules["maps"].Net.seen
+    assert call(f"{line} --store again {BOTH}").status == 0
+    both = sys.modules["maps"].Net.seen - seen
+    seen = sys.modules["maps"].Net.seen
+    assert call(f"{line} --store again --teacher maps:net --column other").status == 0
+    assert both - 3 * 72 < 12
+    assert 2 * 72 <= sys.modules["maps"].Net.seen - seen < 2 * 72 + 12
+
+
+def test_recorded_tokens_are_those_of_precompute(maps: Path, call: Any) -> None:
+    line = f"train --images train --targets online {BOTH} --student resnet18 --pixels 64 --epochs 2 --crops_per_image 2"
+    answer = call(f"{line} --batch_size 12 --workers 0 --out run --record recorded --codec SQ8 --seed 0")
+    assert answer.status == 0, answer
+    answer = call("verify recorded --images train --teacher maps:net@tokens --column net-tokens")
+    assert answer.status == 0, answer

@@ -122,7 +122,7 @@ def decode(spec: str, dim: int, arrays: dict[str, np.ndarray], codes: np.ndarray
 
 
 def read_store(folder: Path) -> dict[str, Any]:
-    """Reads everything: paths, sizes, records [N, C], which rows were skipped, and the targets [N, C, *shape] of all columns."""
+    """Reads everything: paths, sizes, records [N, C], which rows were skipped, and all targets [N, C, *shape]."""
     m = read_json(folder / "manifest.json")
     digest = sha256(canonical(m))
     assert m["format"] == "fkd_ssl store"
