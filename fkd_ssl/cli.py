@@ -40,7 +40,7 @@ VERBS = {
     "export-fkd": "write a store's class probabilities as FKD's label files",
     "label-maps": "store ReLabel's label maps: a classifier's logits at each position of every image",
     "train": "train a student on stored targets, with an online teacher, or on labels",
-    "export": "export a student's backbone to safetensors, for torchvision or timm",
+    "export": "export a student's backbone to safetensors, for torchvision or timm, or to ONNX",
     "features": "compute the features of images once, for knn, linear and retrieve",
     "knn": "evaluate a model by k-nearest-neighbour classification",
     "linear": "evaluate a model by a linear probe",

@@ -77,7 +77,7 @@ def arrange(tokens: Tensor, size: tuple[int, ...], *, prefix: int = 0) -> Tensor
         return max(found / ratio, ratio / found)
 
     h, w = min(pairs, key=apart)
-    return tokens.transpose(1, 2).reshape(len(tokens), -1, h, w) if apart((h, w)) < 2 else None
+    return tokens.transpose(1, 2).reshape(tokens.shape[0], -1, h, w) if apart((h, w)) < 2 else None
 
 
 class MapWatch(TorchFunctionMode):

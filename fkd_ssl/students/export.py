@@ -44,7 +44,7 @@ def export(student: Student, path: Path, *, layout: Layout | None, pixels: int) 
         StoreError: The file exists with other content.
     """
     if path.suffix != EXPORTED:
-        raise RequestError(f"out {path}: expected a .safetensors file; write --out {path.with_suffix(EXPORTED)}")
+        raise RequestError(f"out {path}: expected a .safetensors or .onnx file; write --out {path.with_suffix(EXPORTED)}")
     name, about = str(student.spec["name"]), dict(student.spec)
     head = about.pop("head", None)
     own = library(name)

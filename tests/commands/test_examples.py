@@ -7,7 +7,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
+
+from fkd_ssl.students import Student
+from fkd_ssl.students.export import export
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted((ROOT / "examples").rglob("*.py"))
@@ -69,6 +75,26 @@ def test_probes_while_lightly_trains(work: Path) -> None:
         ROOT / "examples/pytorch_lightning/online_probes.py", "train val --pixels 32 --epochs 2 --batch_size 6 --workers 0"
     )
     assert "knn" in said.lower()
+
+
+def test_an_exported_student_is_fine_tuned_for_segmentation(work: Path) -> None:
+    """On squares of another colour than the background; the loss falls far below that of a guess."""
+    torch.manual_seed(0)
+    export(Student("resnet18", 8).eval(), work / "student.safetensors", layout=None, pixels=64)
+    generator = np.random.default_rng(0)
+    for name in ("pictures", "masks"):
+        (work / name).mkdir()
+    for k in range(8):
+        mask = np.zeros((64, 96), dtype=np.uint8)
+        top, left = generator.integers(0, 32), generator.integers(0, 64)
+        mask[top : top + 32, left : left + 32] = 1
+        mask[:2] = 255
+        pixels = np.where(mask[:, :, None] == 1, [200, 60, 50], [60, 70, 210]) + generator.normal(0, 20, (64, 96, 3))
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(work / f"pictures/{k}.jpg")
+        Image.fromarray(mask).save(work / f"masks/{k}.png")
+    options = f"{work}/student.safetensors {work}/pictures {work}/masks --classes 2 --epochs 8 --batch_size 4"
+    said = run(ROOT / "examples/pytorch/segment.py", options)
+    assert float(said.splitlines()[-1].rpartition("loss: ")[2]) < 0.35
 
 
 def test_the_list_of_examples_is_whole() -> None:

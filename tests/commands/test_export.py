@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 
 def test_a_run_is_exported_scored_and_started_from(work: Path, call: Any, train_line: str) -> None:
     assert call(f"{train_line} --out run --ema 0.5").status == 0
@@ -58,3 +60,22 @@ def test_the_card_of_an_online_run(work: Path, call: Any, train_line: str) -> No
     assert "| drawn | anew for every batch |" in text
     assert "| recipe | s2bnn |" in text
     assert "| none yet | `fkd-ssl knn` and `fkd-ssl linear` score it |" in text
+
+
+def test_a_run_is_exported_to_onnx(work: Path, call: Any, train_line: str) -> None:
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package)
+    assert call(f"{train_line} --out run").status == 0
+    status, out, err = call("export --model run --out student.onnx --pixels 64")
+    assert status == 0
+    assert out == 'features, map = onnxruntime.InferenceSession("student.onnx").run(None, {"images": images})\n'
+    assert "student.onnx: ONNX opset 18; run it, for uint8 RGB [B, 3, 64, 64], with" in err
+    for line, said in (
+        ("export --model run --out s.onnx --layout timm", "--layout is for .safetensors"),
+        ("export --model run --out s.safetensors --pixels 64", "--pixels is for .onnx"),
+        ("export --model run --out s.onnx --pixels 0", "--pixels 0: must be between 1 and 4096"),
+        ("export --model run --out s.pt", "expected a .safetensors or .onnx file; write --out s.safetensors"),
+    ):
+        status, out, err = call(line)
+        assert (status, out) == (2, "")
+        assert said in err

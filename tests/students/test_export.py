@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from fkd_ssl.errors import CheckpointError, RequestError, StoreError
+from fkd_ssl.maps import feature_map
 from fkd_ssl.students import STUDENT_KEY, Student, load_student
 from fkd_ssl.students.export import export, library
 
@@ -47,6 +48,52 @@ def test_torchvision_loads_it_with_one_line(name: str, tmp_path: Path) -> None:
     assert {key.partition(".")[0] for key in missing} <= {"fc", "classifier"}
     setattr(model, "fc" if hasattr(model, "fc") else "classifier", nn.Identity())
     assert same(one.backbone, model)
+
+
+def test_torchvision_detectors_load_it(tmp_path: Path) -> None:
+    """Backbones with a feature pyramid take the whole file; a detector runs on them."""
+    from torchvision.models.detection import FasterRCNN
+    from torchvision.models.detection.anchor_utils import AnchorGenerator
+    from torchvision.models.detection.backbone_utils import mobilenet_backbone, resnet_fpn_backbone
+
+    for name in ("resnet18", "mobilenet_v3_large"):
+        one = student(name)
+        export(one, tmp_path / f"{name}.safetensors", layout=None, pixels=64)
+        weights = load_file(tmp_path / f"{name}.safetensors")
+        if name == "resnet18":
+            backbone = resnet_fpn_backbone(backbone_name=name, weights=None)
+        else:
+            backbone = mobilenet_backbone(backbone_name=name, weights=None, fpn=True)
+            weights = {key.removeprefix("features."): value for key, value in weights.items()}
+        backbone.body.load_state_dict(weights)
+        images = torch.randn(2, 3, 64, 96, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            *_, last = backbone.body.eval()(images).values()
+            torch.testing.assert_close(last, feature_map(one.backbone, images), rtol=1e-4, atol=1e-5)
+            anchors = AnchorGenerator(((32,),) * len(backbone(images)), ((1.0,),) * len(backbone(images)))
+            found = FasterRCNN(backbone, 3, min_size=64, rpn_anchor_generator=anchors).eval()([images[0]])
+        assert set(found[0]) == {"boxes", "labels", "scores"}
+
+
+@pytest.mark.parametrize("name", ["resnet18", "mobilenetv3_small_050", "convnext_atto", "vit_tiny_patch16_224"])
+def test_timm_loads_it_for_features_only(name: str, tmp_path: Path) -> None:
+    import timm
+
+    one = student(f"timm/{name}")
+    file = tmp_path / "f.safetensors"
+    export(one, file, layout=None, pixels=64)
+    model = timm.create_model(name, features_only=True, pretrained=True, pretrained_cfg_overlay={"file": str(file)})
+    own = one.backbone.state_dict()
+    for key, value in model.state_dict().items():
+        theirs = key.removeprefix("model.").replace("stages_", "stages.").replace("stem_", "stem.")
+        assert torch.equal(value, own[theirs]), key
+    images = torch.randn(2, 3, 224, 224, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        maps = model.eval()(images)
+        expected = feature_map(one.backbone, images)
+    assert maps[-1].shape == expected.shape
+    if "vit" not in name:  # timm's maps of a vision transformer are those before the last norm
+        torch.testing.assert_close(maps[-1], expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -176,7 +223,7 @@ def test_networks_of_one_shape_that_differ_are_refused(tmp_path: Path, monkeypat
 
 
 def test_another_ending_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match=r"expected a .safetensors file; write --out .*f\.safetensors"):
+    with pytest.raises(RequestError, match=r"expected a .safetensors or .onnx file; write --out .*f\.safetensors"):
         export(student("squeezenet1_1"), tmp_path / "f.pth", layout=None, pixels=64)
 
 
