@@ -16,8 +16,8 @@ class FeatureKL(Objective):
     S2-BNN (Shen et al., CVPR 2021, arXiv 2102.08946, eq. 6) with T = 0.2 for D = 128. It has the same gradient as the KL
     divergence; subtract `floor`, the entropy of the targets, to get the KL divergence itself.
 
-    The elements of a vector of unit length shrink with the root of D. At T = 0.2 the softmax of 1,280 pooled features is so flat
-    that the same output for every image is within 0.01 nats of the minimum. So the default T shrinks with the root of D as well.
+    The elements of a vector of unit length shrink with the root of D. At T = 0.2 the softmax of 1,280 pooled features is so
+    flat that one output for all images is within 0.01 nats of the minimum. So the default T shrinks with the root of D too.
 
     Args:
         temperature: T; by default 0.2 up to D = 128, and 0.2 sqrt(128 / D) above.
