@@ -101,6 +101,8 @@ class Bench:
         name = arm.name
         if (experiment, name) == ("codecs", "SQ8"):
             experiment, name = "crops", "C=100"
+        if experiment == "students" and arm.verb in strong_tables.UNTRAINED:
+            experiment = "crops"
         if self.args.student != strong_arms.STUDENT:
             experiment += f"-{self.args.student.replace('/', '-')}"
         return self.work / "runs" / experiment / f"{re.sub('[^a-zA-Z0-9.]+', '-', name)}-seed{seed}"
