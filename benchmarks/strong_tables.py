@@ -78,14 +78,15 @@ def table(rows: list[Row], reference: Row | None) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def about(rows: list[Row], seeds: int, missing: list[str]) -> str:
-    """Returns what is common to the runs of a table, in Markdown."""
-    first = next((row.scores[0] for row in rows if "config" in row.scores[0]), None)
+def about(rows: list[Row], reference: Row | None, seeds: int, missing: list[str]) -> str:
+    """Returns what is common to the runs of a table, in Markdown. The objective and the rate are those of the reference."""
+    first = next((row.scores[0] for row in [reference, *rows] if row and "config" in row.scores[0]), None)
     words = ""
     if first is not None:
         c = first["config"]
         words = f"{c['epochs']:g} epochs of {first['images']:,} images, batches of {c['batch_size']} crops, "
-        words += f"`{c['objective']}`, learning rate {c['lr']:g}, student crops of {c['pixels']} px; "
+        words += f"`{c['objective']}`, learning rate {c['lr']:g}, " if reference else ""
+        words += f"student crops of {c['pixels']} px; "
     n, v = next(iter(rows[0].correct.values())).shape[1], rows[0].scores[0]["versions"]
     words += f"seed{'s' if seeds > 1 else ''} {', '.join(map(str, range(seeds)))}; {n:,} test images. "
     words += f"Not finished with so many seeds: {', '.join(missing)}. " if missing else ""

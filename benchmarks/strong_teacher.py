@@ -242,7 +242,7 @@ class Bench:
             strong_tables.plot(rows, "top1", self.args.pages / "strong_teacher_labels.png")
         missing = [arm.name for arm in experiment.arms if arm.name not in [row.name for row in rows]]
         reference = next((row for row in rows if row.name == experiment.reference), None)
-        return f"{strong_tables.table(rows, reference)}\n\n{strong_tables.about(rows, seeds, missing)}"
+        return f"{strong_tables.table(rows, reference)}\n\n{strong_tables.about(rows, reference, seeds, missing)}"
 
     def choose(self, experiment: Experiment) -> None:
         """Saves the objective and the rate with the best kNN."""
