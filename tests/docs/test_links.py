@@ -89,7 +89,7 @@ def rounded(cell: str) -> str:
 
 @pytest.mark.parametrize(
     ("page", "key", "ours"),
-    [("results/comparison.md", "arm", ""), ("results/students.md", "objective", "objective, 2 seeds")],
+    [("results/strong_teacher.md", "arm", ""), ("results/students.md", "objective", "objective, 2 seeds")],
 )
 def test_the_front_page_has_the_tables_numbers(figures: dict[str, Any], page: str, key: str, ours: str) -> None:
     columns = {"knn": "kNN top-1", "linear": "linear top-1"}
