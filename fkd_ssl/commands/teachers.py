@@ -72,6 +72,7 @@ def _list(config: Config) -> int:
         "Runs: --teacher run --checkpoint RUN is a student of fkd-ssl train, with its head.\n"
         "Ensembles: --teacher A+B --checkpoint F+G is the mean of two classifiers' probabilities.\n"
         "Your own: --teacher module:function, a function that returns a network of ImageNet-normalised floats to [B, D].\n"
+        "Tokens: NAME@tokens, of any network above, is a grid (--grid) of its feature map, for students of dense tasks.\n"
         "docs/teachers.md explains all of them."
     )
     return 0

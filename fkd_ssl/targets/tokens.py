@@ -84,8 +84,10 @@ class Tokens(Embedding):
         return targets.reshape(n, h * w, dim)[:, None, _sampled(h, w)]
 
     def fidelity(self, exact: Float32Array, decoded: Float32Array) -> dict[str, float]:
-        """Measures the cosines of decoded tokens to the originals, over all tokens."""
-        return super().fidelity(_rows(exact), _rows(decoded))
+        """Measures the cosines of decoded tokens to the originals; a token of zeros, after a ReLU, has no direction."""
+        tokens, found = _rows(exact), _rows(decoded)
+        some = tokens.any(axis=1)
+        return super().fidelity(tokens[some], found[some]) if some.any() else super().fidelity(tokens, found)
 
 
 class GridCodec:

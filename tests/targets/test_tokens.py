@@ -100,6 +100,9 @@ def test_fidelity_is_measured_per_token() -> None:
     decoded[3, 1, 2] *= -1
     found = TOKENS.fidelity(exact, decoded)
     assert found == pytest.approx({"cosine_mean": 1 - 2 / 2400, "cosine_min": -1})
+    exact[5] = 0  # has no direction
+    assert TOKENS.fidelity(exact, decoded) == pytest.approx({"cosine_mean": 1 - 2 / 2394, "cosine_min": -1})
+    assert TOKENS.fidelity(0 * exact, decoded) == {"cosine_mean": 0, "cosine_min": 0}
 
 
 @pytest.mark.parametrize("shape", [(16,), (4, 16), (1, 2, 2, 16)])
