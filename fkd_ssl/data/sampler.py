@@ -137,7 +137,7 @@ def mixed(order: Int64Array, groups: Int64Array, mix: int) -> Int64Array:
         mix: Number of groups that are mixed.
     """
     in_order = groups[order]
-    first = np.empty(int(groups.max()) + 1, dtype=np.int64)
+    first = np.full(int(groups.max()) + 1, len(order))  # groups without images come last
     first[in_order[::-1]] = np.arange(len(order))[::-1]  # the last assignment stays
     rank = np.empty(len(first), dtype=np.int64)
     rank[np.argsort(first)] = np.arange(len(first))

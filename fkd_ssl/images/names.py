@@ -15,8 +15,9 @@ _PIECE = 2**18  # bytes
 _ROWS = 2**14  # names that are padded at a time
 _MAX_PADDED = 2**28  # bytes
 _PLAIN = bytes(range(32, 127)) + b"\n"
-_BAD_PARTS = (b"\n/", b"//", b"/\n", b"\n\n", b"\n./", b"\n../", b"\n.\n", b"\n..\n", b"/./", b"/../", b"/.\n", b"/..\n")
 _LISTED = 10  # maximum number of names in a message
+_EMPTY_PARTS = (b"\n/", b"//", b"/\n", b"\n\n")
+_DOTS = (b"\n./", b"\n../", b"\n.\n", b"\n..\n", b"/./", b"/../", b"/.\n", b"/..\n")
 
 
 class Names(Sequence[str]):
@@ -71,9 +72,10 @@ class Names(Sequence[str]):
 
         The order is that of the code points. Of equal names, the first is not among the repeated ones.
         """
-        values = self._padded()
-        if (values[1:] > values[:-1]).all():
+        parts = (self._padded(first, min(first + _ROWS + 1, len(self))) for first in range(0, len(self), _ROWS))
+        if all((part[1:] > part[:-1]).all() for part in parts):
             return None, np.zeros(0, dtype=np.int64)
+        values = self._padded(0, len(self))
         order = np.argsort(values, kind="stable")
         values = values[order]
         return order, order[1:][values[1:] == values[:-1]]
@@ -84,18 +86,20 @@ class Names(Sequence[str]):
         ends = (self._ends[order].astype(np.int64) + 1).tolist()
         return Names(b"".join(self.lines[start:end] for start, end in zip(starts, ends, strict=True)))
 
-    def _padded(self) -> npt.NDArray[Any]:
-        """Returns the names in UTF-8, whose order is that of the code points; fixed-size unless one of them is very long."""
-        ends = self._ends.astype(np.int64)
-        lengths = np.diff(ends, prepend=-1) - 1
-        width = int(lengths.max(initial=1))
-        if width * len(self) > max(_MAX_PADDED, 4 * len(self.lines)):
-            return np.array(self.lines.split(b"\n")[:-1], dtype=object)
-        values, lines = np.zeros((len(self), width), dtype=np.uint8), np.frombuffer(self.lines, dtype=np.uint8)
-        for first in range(0, len(self), _ROWS):  # in pieces, so that the temporary arrays are small
-            part = lengths[first : first + _ROWS]
-            text = lines[ends[first] - part[0] : ends[min(first + _ROWS, len(self)) - 1]]
-            values[first : first + _ROWS][np.arange(width) < part[:, None]] = text[text != ord("\n")]
+    def _padded(self, first: int, end: int) -> npt.NDArray[Any]:
+        """Returns some names in UTF-8, whose order is that of the code points; of one size unless a name is very long."""
+        start = int(self._ends[first - 1]) + 1 if first else 0
+        lengths = np.diff(self._ends[first:end].astype(np.int64), prepend=start - 1) - 1
+        width, size = int(lengths.max(initial=1)), int(self._ends[end - 1]) + 1 - start if end > first else 0
+        if width * len(lengths) > max(_MAX_PADDED, 4 * size):
+            return np.array(self.lines[start : start + size].split(b"\n")[:-1], dtype=object)
+        values, lines = np.zeros((len(lengths), width), dtype=np.uint8), np.frombuffer(self.lines, dtype=np.uint8)
+        for k in range(0, len(lengths), _ROWS):  # in pieces, so that the temporary arrays are small
+            part = lengths[k : k + _ROWS]
+            stop = start + int(part.sum()) + len(part)
+            text = lines[start:stop]
+            values[k : k + _ROWS][np.arange(width) < part[:, None]] = text[text != ord("\n")]
+            start = stop
         return values.view(f"S{width}")[:, 0]
 
     def positions(self, names: Iterable[str]) -> Int64Array:
@@ -112,7 +116,11 @@ def has_bad_parts(lines: bytes) -> bool:
     It searches for plain strings, since a regular expression takes 1.5 seconds for a million lines.
     """
     first = b"\n" + lines[:_PIECE]  # for the first line; not a copy of all
-    return any(part in text for part in _BAD_PARTS for text in (first, lines))
+    texts = (first, lines)
+    if any(part in text for part in _EMPTY_PARTS for text in texts):
+        return True
+    dotted = [text for text in texts if b"\n." in text or b"/." in text]
+    return any(part in text for part in _DOTS for text in dotted)
 
 
 def is_plain(lines: bytes) -> bool:

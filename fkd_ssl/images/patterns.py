@@ -54,9 +54,19 @@ def stamp_of(path: str | Path) -> tuple[str, float]:
 
 def folder_of(lines: bytes) -> list[bytes]:
     """Returns the first folder of each name, which is its class; empty if it is in no folder."""
-    if b"/" not in lines:
-        return [b""] * lines.count(b"\n")
+    count, folder = lines.count(b"\n"), lines[: lines.find(b"/") + 1]
+    if not folder:
+        return [b""] * count
+    if lines.count(b"\n" + folder) == count - 1:  # most tars have one class, and this is fast
+        return [folder[:-1]] * count
     return [line.partition(b"/")[0] if b"/" in line else b"" for line in lines.split(b"\n")[:-1]]
+
+
+class _Numbers(dict[bytes, int]):
+    """Numbers texts in the order in which they are first asked for."""
+
+    def __missing__(self, text: bytes) -> int:
+        return self.setdefault(text, len(self))
 
 
 def classes_of(texts: Iterable[Iterable[bytes]], names: list[str] | None = None) -> tuple[Int64Array, list[str]]:
@@ -65,8 +75,8 @@ def classes_of(texts: Iterable[Iterable[bytes]], names: list[str] | None = None)
     An empty text gives the label -1. If all classes are numbers, these numbers are the labels, even if some classes have no
     images. Otherwise a label is the index of the class in alphabetical order, or in `names` if given.
     """
-    numbers: dict[bytes, int] = {}
-    codes = [np.fromiter((numbers.setdefault(text, len(numbers)) for text in part), dtype=np.int32) for part in texts]
+    numbers = _Numbers()
+    codes = [np.fromiter(map(numbers.__getitem__, part), dtype=np.int32) for part in texts]
     distinct = [text.decode() for text in numbers]
     known = list(dict.fromkeys(names)) if names else sorted(text for text in distinct if text)
     if not names and known and all(text.isascii() and text.isdecimal() and text == str(int(text)) for text in known):
@@ -75,4 +85,4 @@ def classes_of(texts: Iterable[Iterable[bytes]], names: list[str] | None = None)
             known = [str(number) for number in range(highest + 1)]
     index = {name: k for k, name in enumerate(known)}
     labels = np.array([index.get(text, -1) for text in distinct], dtype=np.int64)
-    return np.concatenate([labels[part] for part in codes]) if codes else labels, known
+    return labels[np.concatenate(codes)] if codes else labels, known

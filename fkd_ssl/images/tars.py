@@ -87,20 +87,26 @@ class Tars(ImageSource):
         indexes = []
         for shard in tqdm(self.shards, desc="index", unit="tar", disable=bar_disabled(show=len(self.shards) > 1)):
             indexes.append(index_of(shard))
-        names = Names(b"".join(index.names.lines for index in indexes))
-        self._shard = np.repeat(np.arange(len(indexes), dtype=np.int32), [len(index.names) for index in indexes])
-        if not len(names):
-            raise RequestError(f"{spec}: no images in {'this tar' if len(self.shards) == 1 else 'these tars'}")
-        order, repeated = names.order()
-        refuse(
-            spec, (f"{names[k]} in {self.shards[self._shard[k]].name}" for k in repeated.tolist()), "are used by several images"
-        )
         labels, classes = classes_of(index.labels.lines.split(b"\n")[:-1] for index in indexes)
         if all(name.isdecimal() for name in classes):
             numbered = classes_of(folder_of(index.names.lines) for index in indexes)
             if not classes or np.array_equal(labels, numbered[0]):  # the numbers are those of the folders
                 labels, classes = numbered
-        self._spans = np.concatenate([index.spans for index in indexes])
+            del numbered
+        names = Names(b"".join(index.names.lines for index in indexes))
+        if not len(names):
+            raise RequestError(f"{spec}: no images in {'this tar' if len(self.shards) == 1 else 'these tars'}")
+        self._shard = np.repeat(np.arange(len(indexes), dtype=np.int32), [len(index.names) for index in indexes])
+        self._spans = np.empty((len(names), 2), dtype=np.int64)
+        end = len(names)
+        while indexes:  # releases each when it is copied
+            part = indexes.pop().spans
+            self._spans[end - len(part) : end] = part
+            end -= len(part)
+        order, repeated = names.order()
+        refuse(
+            spec, (f"{names[k]} in {self.shards[self._shard[k]].name}" for k in repeated.tolist()), "are used by several images"
+        )
         if order is not None:
             names, labels, self._shard, self._spans = names.take(order), labels[order], self._shard[order], self._spans[order]
         super().__init__(spec, names, labels, classes)

@@ -57,7 +57,8 @@ class ShardWriter:
         """Yields the shards; tells the source before each which of its groups this one and the next one need."""
         images = self._reader.images
         for k, shard in enumerate(shards):
-            rows = (row for near in shards[k : k + 2] for row in self._store.manifest.shard_rows(near))
+            near = (s for s in shards[k : k + 2] if not finished(self._store, self._columns, s))  # others may have written them
+            rows = (row for s in near for row in self._store.manifest.shard_rows(s))
             images.expect(dict.fromkeys(images.group(row) for row in rows))
             yield shard
 
