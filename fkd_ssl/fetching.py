@@ -23,6 +23,8 @@ from fkd_ssl.web import Web
 
 CACHE_BYTES = "FKD_SSL_CACHE_BYTES"
 """Environment variable: maximum bytes of fetched files in the cache folder."""
+FETCHED = "FKD_SSL_FETCHED"
+"""Environment variable: folder of fetched files, so that machines can share the rest of the cache folder."""
 MIXED = 16
 """Number of remote files whose images a training mixes by default."""
 LENGTH = "bytes"
@@ -143,7 +145,7 @@ def keeping(url: str, folder: Path) -> Iterator[None]:
     except OSError as error:
         raise FetchError(
             f"{url}: cannot be kept in {folder}: {error.strerror or error}; make room there, or choose another cache folder "
-            f"with {files.CACHE_VARIABLE}"
+            f"with {FETCHED} or {files.CACHE_VARIABLE}"
         ) from error
 
 
@@ -190,8 +192,9 @@ def attempt(url: str, call: Callable[[], T], done: str) -> T:
 
 
 def fetched_folder() -> Path:
-    """Returns the folder of fetched files."""
-    return files.cache_folder() / "fetched"
+    """Returns the folder of fetched files: $FKD_SSL_FETCHED, by default in the cache folder."""
+    given = os.environ.get(FETCHED)
+    return Path(given).expanduser() if given else files.cache_folder() / "fetched"
 
 
 def cache_limit() -> float:
