@@ -45,8 +45,6 @@ def make(folder: Path, images: int, tars: int, *, dealt: bool) -> None:
 
 def measure(spec: str, batch: int) -> dict[str, float]:
     """Opens the images and orders them; in a process of its own."""
-    from fkd_ssl.data.sampler import PassSampler
-
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     started, processor = time.perf_counter(), time.process_time()
     images = open_images(spec)
@@ -59,6 +57,8 @@ def measure(spec: str, batch: int) -> dict[str, float]:
         "peak_MB": memory / 1000,
         "libraries_MB": before / 1000,
     }
+    from fkd_ssl.data.sampler import PassSampler  # imports torch, whose memory would count above
+
     passes = 2
     sampler = PassSampler(
         len(images), batch, passes * (len(images) // batch), seed=0, groups=images.groups(np.arange(len(images))), mix=16

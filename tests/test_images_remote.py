@@ -69,6 +69,9 @@ class Server:
         if harm == "refuse":
             start("403 Forbidden", [("Content-Type", "application/xml")])
             return [b"<Error><Code>ExpiredToken</Code><Message>The provided token has expired.</Message></Error>"]
+        if harm == "deny":
+            start("403 Forbidden", [("Content-Type", "application/xml")])
+            return [b"<Error><Code>AccessDenied</Code><Message>Access Denied</Message></Error>"]
         return self._s3(environ, start)
 
 
@@ -179,6 +182,13 @@ def test_an_expired_token_is_named_and_not_shown(three_tars: str, server: Server
     with pytest.raises(ImageAccessError, match=r"set/0\.tar: The provided token has expired") as caught:
         open_images(three_tars)
     assert "secret" not in str(caught.value)
+
+
+def test_no_permission_is_named_at_once(three_tars: str, server: Server) -> None:
+    server.harms += ["deny"] * 100
+    with pytest.raises(ImageAccessError, match=r"set/0\.tar: .*(denied|Denied|Forbidden).*credentials in the environment"):
+        open_images(three_tars)
+    assert len(server.reads) == 1
 
 
 def test_an_interrupted_fetch_continues(

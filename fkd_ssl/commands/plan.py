@@ -1,7 +1,7 @@
 """Estimates the size of a store for each codec and checks the free disk space; writes nothing.
 
 The time depends on the teacher and the machine. To measure it, run precompute with --limit 500 into a separate store, which
-prints crops per second.
+prints crops per second, and pass them as --crops_per_second.
 """
 
 import shutil
@@ -14,6 +14,7 @@ from fkd_ssl.text import format_bytes
 if TYPE_CHECKING:
     from fkd_ssl.targets import TargetSpec
 
+_NAME_BYTES = 20  # of a name, if the names are unknown
 CODECS = ("Flat", "SQfp16", "SQ8", "SQ6", "SQ4", "OPQ32,PQ32x8", "OPQ16,PQ16x8")
 
 
@@ -21,8 +22,10 @@ CODECS = ("Flat", "SQfp16", "SQ8", "SQ6", "SQ4", "OPQ32,PQ32x8", "OPQ16,PQ16x8")
 class Config:
     """Options of plan."""
 
-    images: str
+    images: str | None = None
     """Images: a folder, tars, Parquet files, a list of files, or another source (docs/sources.md)."""
+    count: int | None = None
+    """Number of images, instead of --images, for instance if they are not on this machine."""
     teacher: str
     """A teacher of precompute: a family (mocov2, swav, lightly, transformers), a preset (fkd-ssl teachers lists them),
     torchvision/NAME, timm/NAME, run, or module:function of your own; NAME@tokens for a grid of its feature map."""
@@ -36,6 +39,10 @@ class Config:
     """Number of tokens along each side of the crop, for a teacher NAME@tokens; by default 7."""
     limit: int | None = None
     """Maximum number of images."""
+    crops_per_second: float | None = None
+    """Crops per second of one precompute process, as it prints them, to estimate the hours."""
+    price: float | None = None
+    """Price of an hour of that process, in any currency, to estimate the cost."""
     store: str = "."
     """Planned folder of the store, to check the free space on its disk."""
     json: bool = False
@@ -52,10 +59,22 @@ def run(config: Config) -> int:
 
     if config.crops <= 0:
         raise RequestError(f"--crops {config.crops}: must be positive")
-    images = limit_images(images_of(config.images), config.limit)
+    for name in ("count", "crops_per_second", "price"):
+        value = getattr(config, name)
+        if value is not None and not 0 < value < float("inf"):
+            raise RequestError(f"--{name} {value}: must be positive")
+    if (config.images is None) == (config.count is None):
+        raise RequestError("expected --images, or --count instead")
+    if config.price is not None and config.crops_per_second is None:
+        raise RequestError("--price needs --crops_per_second")
+    if config.images is None:
+        images = min(config.count or 0, config.limit or config.count or 0)
+        per_image = images * (_NAME_BYTES + 80)
+    else:
+        source = limit_images(images_of(config.images), config.limit)
+        images, per_image = len(source), len(source.names.lines) + 79 * len(source)  # name, size and checksum
     teacher = resolve.teacher_of(config.teacher, config.checkpoint, grid=config.grid)
-    targets = len(images) * config.crops
-    per_image = sum(len(name.encode()) + 80 for name in images.names)  # path, size and checksum
+    targets = images * config.crops
     target = teacher.info.spec
     chosen = config.codec or target.definition.default_codec(target.shape)
     sizes = {chosen: target.check_codec(chosen, teacher.info.name)}
@@ -76,7 +95,7 @@ def run(config: Config) -> int:
     disk = next(place for place in (store, *store.absolute().parents) if place.exists())
     free = shutil.disk_usage(disk).free
     plan: dict[str, Any] = {
-        "images": len(images),
+        "images": images,
         "crops": config.crops,
         "targets": targets,
         "dim": target.size,
@@ -87,6 +106,10 @@ def run(config: Config) -> int:
         "free_bytes": free,
         "fits": codecs[chosen]["bytes"] < free,
     }
+    if config.crops_per_second is not None:
+        plan["hours"] = targets / config.crops_per_second / 3600
+        if config.price is not None:
+            plan["cost"] = plan["hours"] * config.price
     if config.json:
         console.print_json(plan)
     else:
@@ -108,7 +131,10 @@ def describe(config: Config, plan: dict[str, Any]) -> str:
         f"{format_bytes(plan['free_bytes'])} free on the disk of {config.store}",
         console.table(rows),
         f"to estimate the time, run precompute with --limit 500 and another --store: it prints crops per second; this plan is "
-        f"for {plan['targets']:,} crops",
+        f"for {plan['targets']:,} crops"
+        if "hours" not in plan
+        else f"{plan['hours']:,.1f} hours of one process at {config.crops_per_second:,.0f} crops per second"
+        + (f", which cost {plan['cost']:,.0f}" if "cost" in plan else ""),
     ]
     if refused := plan["codecs"][plan["codec"]]["refused"]:
         lines.append(f"precompute will refuse this: {refused}")

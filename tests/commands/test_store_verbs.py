@@ -54,9 +54,23 @@ class TestPlan:
         written = json.loads(call(line).out)["store_bytes"]
         assert plan["codecs"]["SQ8"]["bytes"] == pytest.approx(written, rel=0.03)
 
+    def test_a_number_of_images_and_a_speed_give_hours_and_a_price(self, work: Path, call: Any) -> None:
+        line = "plan --count 100000000 --teacher own_teacher:make --crops 10 --crops_per_second 5000 --price 3"
+        plan = json.loads(call(f"{line} --json").out)
+        assert plan["targets"] == 10**9
+        assert plan["codecs"]["SQ8"]["bytes"] == 10**9 * 36 + 10**8 * 100
+        assert (plan["hours"], plan["cost"]) == (pytest.approx(55.556, abs=0.001), pytest.approx(166.667, abs=0.001))
+        out = call(line).out
+        assert out.startswith("100,000,000 images x 10 crops = 1,000,000,000 targets")
+        assert "55.6 hours of one process at 5,000 crops per second, which cost 167" in out
+        assert json.loads(call(f"{line} --limit 5 --json").out)["images"] == 5
+
     @pytest.mark.parametrize(
         ("more", "said"),
         [
+            ("--count 5", "expected --images, or --count instead"),
+            ("--price 5", "--price needs --crops_per_second"),
+            ("--crops_per_second 0", "--crops_per_second 0.0: must be positive"),
             ("--crops 0", "--crops 0: must be positive"),
             ("--codec SQ9", "codec 'SQ9': not supported"),
             ("--limit 0", "--limit 0: at least one image is needed"),
