@@ -6,8 +6,8 @@
 `speed` copies the images into a folder, tars and Parquet files, and reads them in the order of a training, in one process:
 decode, and replay four crops. The sources take turns in blocks of images, so that other jobs on the machine slow all of them
 down; the ratio to the folder is the median over the blocks. Then the tars are read from a real S3 server (moto) in a process of
-its own, which waits before each answer. The share is relative to the same tars on the disk: `cold` is a pass from an empty cache
-folder after one over the local tars, and `warm` passes take turns with them. This part needs `pip install s3fs 'moto[server]'`.
+its own, which waits before each answer. The share is relative to the same tars on the disk: `cold` is a pass from an empty
+cache folder after one over the local tars, and `warm` passes take turns with them. It needs `pip install s3fs 'moto[server]'`.
 
 `order` precomputes a store, trains students on the images as 7 tars, as 70 tars that are mixed as if they were remote, and as a
 folder (the full shuffle), and scores them by kNN. It also counts how often a pass over the 70 tars reads each.
