@@ -57,6 +57,8 @@ def test_stored_and_online(dense: Path, call: Any) -> None:
     online = call(f"{line} --targets online --teacher {NAMES} --grid 2 --out online")
     assert online.status == 0, online.err
     assert losses(dense / "stored") == pytest.approx(losses(dense / "online"), rel=1e-5)
+    results = json.loads((dense / "online/results.json").read_text())
+    assert results["teacher_forwards"] == results["crops_seen"]  # both kinds of targets come from one forward pass
     assert call(f"{line} --column make-tokens --out tokens").status == 0
     for name in ("stored", "tokens"):
         assert call(f"knn --model {name} --train train --val val --workers 0 --k 3").status == 0
