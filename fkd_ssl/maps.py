@@ -92,6 +92,7 @@ class MapWatch(TorchFunctionMode):
         super().__init__()
         self.map: Tensor | None = None
         self.pooled = False
+        self._vector: Tensor | None = None  # the map, pooled
         self._patches: tuple[int, int] | None = None  # positions of the last convolution, in a vision transformer the patches
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -109,12 +110,16 @@ class MapWatch(TorchFunctionMode):
             return
         elif given.ndim == 4:
             if output.numel() == batch * sides[0] and sides[1] * sides[2] > 1:
-                self.map, self.pooled = given, True
+                self.map, self.pooled, self._vector = given, True, output
             elif output.numel() == batch * sides[2] and sides[0] * sides[1] > 1:  # channels last
                 self.map, self.pooled = given.permute(0, 3, 1, 2), True
             elif function in (torch.flatten, Tensor.flatten) and output.ndim == 2 and sides[1] * sides[2] > 1:
                 self.map, self.pooled = given, False
-            elif function in (F.adaptive_avg_pool2d, torch.mean, Tensor.mean) and sides[1] * sides[2] == 1:
+            elif (
+                function in (F.adaptive_avg_pool2d, torch.mean, Tensor.mean)
+                and sides[1] * sides[2] == 1
+                and given is not self._vector  # which is pooled twice, as in a student of torchvision's ConvNeXt
+            ):
                 self.map = None  # an earlier map, for instance of squeeze-and-excitation, is not the last one
         elif given.ndim == 3 and self._patches is not None:
             first, last = sides

@@ -153,6 +153,7 @@ def with_class_tokens(x: Tensor) -> Tensor:
         lambda x: nn.functional.adaptive_avg_pool2d(x, 1).flatten(1),
         lambda x: x.permute(0, 2, 3, 1).mean((1, 2)),
         lambda x: x.amax((2, 3)),
+        lambda x: nn.AdaptiveAvgPool2d(1)(nn.AdaptiveAvgPool2d(1)(x)).flatten(1),
         lambda x: torch.flatten(x, 1),
         lambda x: nn.Flatten()(x),
         lambda x: x.flatten(2).mean(2),
@@ -178,7 +179,7 @@ def test_a_module_can_say_itself() -> None:
     assert (features.shape, found.shape) == ((2, 3), (2, 3, 8, 8))
 
 
-@pytest.mark.parametrize("name", ["reactnet", "squeezenet1_1", "vgg11", "timm/vit_tiny_patch16_224", "resnet18"])
+@pytest.mark.parametrize("name", ["reactnet", "squeezenet1_1", "vgg11", "timm/vit_tiny_patch16_224", "resnet18", "convnext_tiny"])
 def test_students(name: str) -> None:
     if name.startswith("timm/"):
         pytest.importorskip("timm")
