@@ -280,19 +280,13 @@ def list_remote(url: str) -> list[RemoteFile]:
     if glob.has_magic(url.partition("?")[0] if is_web else url):
         if is_web:
             raise RequestError(f"{url}: a web server does not list its files; name them, for instance with {{000..146}}")
-        listed = {at.unstrip_protocol(path): about for path, about in _ask(url, at.glob, url, detail=True).items()}
+        found = attempt(url, lambda: at.glob(url, detail=True), "listed")
+        listed = {at.unstrip_protocol(path): about for path, about in found.items()}
         if not listed:
             raise RequestError(f"{url}: matches no file")
     else:
-        listed = {url: _ask(url, at.info, url)}
+        listed = {url: attempt(url, lambda: at.info(url), "listed")}
     return [_remote(name, about) for name, about in sorted(listed.items())]
-
-
-def _ask(url: str, call: Callable[..., Any], *args: Any, **options: Any) -> Any:
-    try:
-        return call(*args, **options)
-    except Exception as error:  # each library of an object store has its own errors
-        raise inaccessible(url, error) from error
 
 
 def _remote(url: str, about: Mapping[str, Any]) -> RemoteFile:

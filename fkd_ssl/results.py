@@ -187,6 +187,9 @@ class Published(Result):
     sent_bytes: int
     """Bytes of the files that were not there already."""
 
+    def __fspath__(self) -> str:
+        return self.url
+
 
 @dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class Verified(Result):

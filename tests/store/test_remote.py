@@ -20,6 +20,7 @@ from fkd_ssl import fetching, files
 from fkd_ssl.commands import inspect
 from fkd_ssl.errors import FetchError, NotFoundError, RequestError, StoreError
 from fkd_ssl.fetching import fetched_folder
+from fkd_ssl.images import scan
 from fkd_ssl.store import Store, open_store, remote
 from fkd_ssl.store.exchange import upload
 from fkd_ssl.store.maintain.recode import recode
@@ -248,6 +249,32 @@ def test_a_store_is_published_in_place_and_can_be_continued(store: Store, tmp_pa
     assert publish(store, str(store.folder)).sent == 0
     assert contents(open_store(f"file://{store.folder}")) == contents(store)
     check_folder(store.folder, {"crops", "targets"}, what="a store")  # precompute adds a column
+
+
+def test_a_store_that_grew_is_an_update(
+    tmp_path: Path, make_store: Any, image_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Extensions have their own lists; nothing that was published before is sent again."""
+    monkeypatch.setattr("fkd_ssl.store.manifest.ROWS_PER_SHARD", 5)
+    images = scan(image_folder)
+    make_store(tmp_path / "grown", images=images.subset(range(16)))
+    before = publish(open_store(tmp_path / "grown"), "memory://set")
+    old = open_store("memory://set")
+    grown = make_store(tmp_path / "grown", images=images, extend=True)
+    done = publish(grown, "memory://set")
+    assert done.sent == len(done.files.files) - len(before.files.files)
+    assert {"images-00001.txt", "images-00001.npy", "images-00001.json"} <= done.files.files.keys()
+    opened = open_store("memory://set")
+    assert (len(opened), len(old)) == (24, 16)
+    assert contents(opened) == contents(grown)
+    assert contents(old)["paths"] == list(images.names[:16])
+
+
+def test_a_result_is_a_store(store: Store) -> None:
+    published = fkd_ssl.publish(store, url="memory://set")
+    assert published.sent_bytes == files.total_bytes(store.folder)
+    assert fkd_ssl.verify(published).problems == []
+    assert fkd_ssl.pull(published, out=store.folder.parent / "copy").store.column_names == store.column_names
 
 
 @pytest.mark.parametrize("part", [{}, {"crops": 2}, {"column": "hard"}, {"images": "some.txt"}])

@@ -5,6 +5,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -163,12 +164,13 @@ class _Target:
 
     def sizes(self) -> dict[str, int]:
         """Returns the size of each file, by its path; without hidden files."""
-        try:
-            found = self._at.find(self._root, detail=True)
-        except FileNotFoundError:
+
+        def find() -> dict[str, Any]:
+            with suppress(FileNotFoundError):
+                return dict(self._at.find(self._root, detail=True))
             return {}
-        except Exception as error:  # each library of an object store has its own errors
-            raise fetching.inaccessible(self.url, error) from error
+
+        found = fetching.attempt(self.url, find, "listed")
         paths = {path[len(self._root) :].lstrip("/"): int(about["size"] or 0) for path, about in found.items()}
         return {path: size for path, size in paths.items() if path and not path.startswith(".") and "/." not in path}
 
