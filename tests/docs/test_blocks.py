@@ -67,6 +67,7 @@ SCRIPTS = {
     "benchmarks/imagenet.py": "",
     "benchmarks/figures.py": "",
     "benchmarks/store_scale.py": "--images 3000 --crops 4 --workers 1 --reads 50",
+    "benchmarks/remote_store.py": "--shards 1 --crops 4 --workers 0 --rounds 1 --latency 0",
     "benchmarks/geometry.py": "--limit 3 --pixels 32",
     "benchmarks/colours.py": "--limit 3 --pixels 32",
     "benchmarks/device_crops.py": "--limit 2 --pixels 32 --crops_per_image 2 --rounds 1",
