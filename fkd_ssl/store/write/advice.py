@@ -29,11 +29,11 @@ def on_size(target: TargetSpec, codec: str, crops: int) -> str | None:
 
     if target.kind in ("distribution", "tokens"):
         default = definition.default_codec(shape)
-        smaller = definition.code_size(default, shape)
-        if smaller >= size:
+        least = definition.code_size(default, shape)
+        if least >= size:
             return None
         what = f"{target.size} class probabilities" if target.kind == "distribution" else str(target)
-        return f"note: {what} take {total(size)} in {codec}; --codec {default} takes {total(smaller)}"
+        return f"note: {what} take {total(size)} in {codec}; --codec {default} takes {total(least)}"
     said = f"note: targets of {target} take {total(size)} in {codec}"
     if target.kind != "embedding":
         return said
