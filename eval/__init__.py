@@ -10,6 +10,7 @@ _MODULES = {
     "baselines",
     "cache",
     "features",
+    "grids",
     "held_out",
     "indexes",
     "iou",

@@ -32,6 +32,7 @@ from fkd_ssl.arrays import Float32Array, Int64Array, UInt8Array
 from fkd_ssl.errors import RequestError
 from fkd_ssl.eval import iou, maps, search
 from fkd_ssl.eval.features import check_counts, frozen
+from fkd_ssl.eval.grids import classes_at, on_grid, sample, shares_of
 from fkd_ssl.eval.maps import COLOURS, Maps
 from fkd_ssl.eval.masks import IGNORED, Masked, lookup_of
 from fkd_ssl.eval.probe import initial_layer
@@ -46,8 +47,6 @@ BANK = 50_000
 """Positions of training maps among which neighbours are searched."""
 NAMES = {"colours": "colour and place", "colours_knn": "kNN of colour and place", "majority": "most frequent class"}
 """The baselines in words."""
-
-_VALUES = 2**24  # interpolated scores in memory at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,7 +170,7 @@ def evaluate(
                 scores = heads[key](positions[key].to(device))
             voted = _votes(banks[key], shares, positions[key], neighbours, temperature, device)
             for name, found in ((key, scores), (f"{key}_knn", voted)):
-                counts[name][place[index]] = iou.count(_classes_at(_grid(found, size), *truth.shape), truth, count)
+                counts[name][place[index]] = iou.count(classes_at(on_grid(found, size), *truth.shape), truth, count)
     true = counts["model"][:, 2]
     majority = int(train.pixels[:, labels].sum(axis=0).argmax())
     constant = np.zeros((3, count), dtype=np.int64)
@@ -210,15 +209,6 @@ def evaluate(
     }
 
 
-def sample(scores: Tensor, points: Tensor) -> Tensor:
-    """Interpolates scores [C, h, w] bilinearly at points [S, 2], x and y from -1 to 1; returns [S, C].
-
-    At the centres of pixels this is `functional.interpolate(mode="bilinear", align_corners=False)`.
-    """
-    found = functional.grid_sample(scores[None], points[None, None], padding_mode="border", align_corners=False)
-    return found[0, :, 0].T
-
-
 def _example(
     labels: UInt8Array,
     size: tuple[int, int],
@@ -233,7 +223,7 @@ def _example(
     chosen = scored[generator.integers(0, len(scored), size=POINTS)]
     y, x = np.divmod(chosen, width)
     points = np.stack([(2 * x + 1) / width - 1, (2 * y + 1) / height - 1], axis=1).astype(np.float32)
-    shares = _shares(labels, size, classes)
+    shares = shares_of(labels, size, classes)
     candidates = np.flatnonzero(shares.any(axis=1))
     rows = generator.permutation(candidates)[:banked]
     return _Example(
@@ -244,17 +234,6 @@ def _example(
         banked=rows,
         shares=shares[rows],
     )
-
-
-def _shares(labels: UInt8Array, size: tuple[int, int], classes: int) -> Float32Array:
-    """The share of each class in the pixels of each cell, float32 [h w, C]; zeros for a cell without scored pixels."""
-    (height, width), (h, w) = labels.shape, size
-    rows, columns = (np.arange(height) + 0.5) * h // height, (np.arange(width) + 0.5) * w // width
-    cells = (rows[:, None] * w + columns).astype(np.int64)
-    scored = labels != IGNORED
-    counts = np.bincount(cells[scored] * classes + labels[scored], minlength=h * w * classes).reshape(h * w, classes)
-    shares: Float32Array = (counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)).astype(np.float32)
-    return shares
 
 
 def _fit(
@@ -284,7 +263,7 @@ def _fit(
             batch = [examples[index] for index in next(batches)]
             scores = head(torch.cat([one.positions[key] for one in batch]).to(device))
             parts = scores.split([one.size[0] * one.size[1] for one in batch])
-            found = [sample(_grid(part, one.size), one.points.to(device)) for part, one in zip(parts, batch, strict=True)]
+            found = [sample(on_grid(part, one.size), one.points.to(device)) for part, one in zip(parts, batch, strict=True)]
             loss = functional.cross_entropy(torch.cat(found), torch.cat([one.labels for one in batch]).to(device))
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
@@ -320,22 +299,6 @@ def _votes(
         weights = torch.softmax(torch.from_numpy(similarity).double() / temperature, dim=1).float()
         votes[rows] = torch.einsum("qk,qkc->qc", weights, shares[torch.from_numpy(neighbours)])
     return votes.to(device)
-
-
-def _grid(scores: Tensor, size: tuple[int, int]) -> Tensor:
-    """Scores [h w, C] as [C, h, w]."""
-    return scores.T.reshape(-1, *size)
-
-
-def _classes_at(scores: Tensor, height: int, width: int) -> Tensor:
-    """The class of the highest interpolated score at each pixel of a mask: int64 [H, W] from scores [C, h, w]."""
-    x = (torch.arange(width, device=scores.device) * 2 + 1) / width - 1
-    y = (torch.arange(height, device=scores.device) * 2 + 1) / height - 1
-    found = []
-    for part in torch.split(y, max(1, _VALUES // (width * len(scores)))):
-        points = torch.stack([x.expand(len(part), width), part[:, None].expand(len(part), width)], dim=-1)
-        found.append(sample(scores, points.flatten(0, 1)).argmax(dim=1))
-    return torch.cat(found).view(height, width)
 
 
 def _scores(prefix: str, counts: Int64Array) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from fkd_ssl.errors import FkdError, ImageError, RequestError
-from fkd_ssl.eval import iou, maps, masks, segmentation
+from fkd_ssl.eval import grids, iou, maps, masks, segmentation
 from fkd_ssl.images import open_images
 
 CLASSES = [(label, str(label)) for label in range(4)]
@@ -122,25 +122,25 @@ def test_the_sampled_loss_is_that_of_all_pixels() -> None:
     y, x = ((example.points.double() + 1) / 2 * torch.tensor([width, height]) - 0.5).round().long().flip(1).unbind(1)
     assert torch.equal(torch.from_numpy(labels)[y, x].long(), example.labels)
     assert {(4, 9), (19, 30)} & set(zip(y.tolist(), x.tolist(), strict=True))
-    torch.testing.assert_close(segmentation.sample(scores, example.points), whole[:, y, x].T, rtol=1e-4, atol=1e-5)
-    assert torch.equal(segmentation._classes_at(scores, height, width), whole.argmax(0))
+    torch.testing.assert_close(grids.sample(scores, example.points), whole[:, y, x].T, rtol=1e-4, atol=1e-5)
+    assert torch.equal(grids.classes_at(scores, height, width), whole.argmax(0))
 
 
 def test_large_masks_are_labelled_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     scores = torch.randn(5, 3, 7, generator=torch.Generator().manual_seed(1))
-    whole = segmentation._classes_at(scores, 50, 40)
-    monkeypatch.setattr(segmentation, "_VALUES", 7 * 40 * 5)
-    assert torch.equal(segmentation._classes_at(scores, 50, 40), whole)
+    whole = grids.classes_at(scores, 50, 40)
+    monkeypatch.setattr(grids, "_VALUES", 7 * 40 * 5)
+    assert torch.equal(grids.classes_at(scores, 50, 40), whole)
 
 
 def test_shares_of_a_cell_are_counted() -> None:
     labels = np.array([[0, 0, 1, 255], [0, 2, 1, 255], [1, 1, 255, 255], [1, 0, 255, 255]], dtype=np.uint8)
-    shares = segmentation._shares(labels, (2, 2), 3)
+    shares = grids.shares_of(labels, (2, 2), 3)
     np.testing.assert_allclose(shares, [[0.75, 0, 0.25], [0, 1, 0], [0.25, 0.75, 0], [0, 0, 0]])
     random = np.random.default_rng(0).integers(0, 3, (24, 36)).astype(np.uint8)
     onehot = functional.one_hot(torch.from_numpy(random).long(), 3).permute(2, 0, 1).float()
     expected = functional.adaptive_avg_pool2d(onehot, (4, 6)).flatten(1).T
-    np.testing.assert_allclose(segmentation._shares(random, (4, 6), 3), expected, rtol=1e-5)
+    np.testing.assert_allclose(grids.shares_of(random, (4, 6), 3), expected, rtol=1e-5)
 
 
 def test_images_of_several_sizes(shapes: Path, options: dict, tmp_path: Path) -> None:
