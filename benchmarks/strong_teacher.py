@@ -251,7 +251,7 @@ class Bench:
         }
         objective, lr = max(scores, key=scores.__getitem__).split()
         found = {"held_out_knn_top1": scores, "best": {"objective": objective, "lr": float(lr)}}
-        files.write_json(self.work / "rates.json", found)
+        files.replace(self.work / "rates.json", (json.dumps(found, indent=1) + "\n").encode())
 
 
 def main() -> None:
