@@ -51,9 +51,14 @@ class Row:
         """Returns the accuracy of each seed, in percent."""
         return [100 * float(hits.mean()) for hits in self.correct.get(probe, [])]
 
-    def difference(self, probe: str, reference: "Row") -> str:
+    def difference(self, probe: str, reference: "Row | None") -> str:
         """Returns the difference to the reference and its interval; empty for arms that were not trained."""
-        if self is reference or not self.trained or not (probe in self.correct and probe in reference.correct):
+        if (
+            reference is None
+            or self is reference
+            or not self.trained
+            or not (probe in self.correct and probe in reference.correct)
+        ):
             return ""
         gain, low, high = stats.paired_bootstrap(self.correct[probe], reference.correct[probe])
         return students.difference({"difference": gain, "low": low, "high": high, "equal": stats.equal(low, high)})
@@ -67,13 +72,16 @@ class Row:
 def table(rows: list[Row], reference: Row | None) -> str:
     """Returns the rows in Markdown."""
     probes = [probe for probe in PROBES if any(probe in row.correct for row in rows)]
+    compared = [probe for probe in probes if reference and probe in reference.correct]
     minus = [f"minus {reference.name}"] if reference else []
-    head = ["arm", *(cell for probe in probes for cell in (f"{PROBES[probe]} top-1", *minus)), "bytes per crop", "seconds"]
-    lines = [head, ["---"] * len(head)]
+    head = ["arm"]
+    for probe in probes:
+        head += [f"{PROBES[probe]} top-1", *(minus if probe in compared else [])]
+    lines = [[*head, "bytes per crop", "seconds"], ["---"] * (len(head) + 2)]
     for row in rows:
         cells = [row.name]
         for probe in probes:
-            cells += [mean(row.accuracies(probe), 2), *([row.difference(probe, reference)] if reference else [])]
+            cells += [mean(row.accuracies(probe), 2), *([row.difference(probe, reference)] if probe in compared else [])]
         lines.append([*cells, f"{row.bytes:,}" if row.bytes else "", mean(row.seconds, 0)])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
