@@ -1,5 +1,6 @@
 """benchmarks/strong_teacher.py at a tiny size: an experiment, its table on a page, and a second call that runs nothing."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -35,6 +37,32 @@ def bench(image_folder: Path, tmp_path: Path) -> Any:
         return done.stdout
 
     return call
+
+
+@pytest.fixture
+def tables(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    return importlib.import_module("strong_tables")
+
+
+def test_a_table_compares_the_probes_of_the_reference(tables: Any) -> None:
+    right, wrong = np.ones((2, 50), dtype=bool), np.zeros((2, 50), dtype=bool)
+    scores = [{"train_seconds": 10.0}, {"train_seconds": 14.0}]
+    online = tables.Row(name="online", scores=scores, correct={"knn": wrong}, bytes=None)
+    stored = tables.Row(name="C=4", scores=scores, correct={"knn": right}, bytes=1300)
+    labels = tables.Row(name="labels", scores=scores, correct={"knn": wrong, "top1": right}, bytes=None)
+    teacher = tables.Row(name="teacher", scores=[{}], correct={"knn": right[:1]}, bytes=None)
+    lines = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in tables.table([stored, online, labels, teacher], online).splitlines()
+    ]
+    assert lines[0] == ["arm", "kNN top-1", "minus online", "own classes top-1", "bytes per crop", "seconds"]
+    assert lines[2:] == [
+        ["C=4", "100.00 ± 0.00", "+100.00 (+100.00 to +100.00)", "", "1,300", "12 ± 3"],
+        ["online", "0.00 ± 0.00", "", "", "", "12 ± 3"],
+        ["labels", "0.00 ± 0.00", "+0.00 (+0.00 to +0.00, equal)", "100.00 ± 0.00", "", "12 ± 3"],
+        ["teacher", "100.00", "", "", "", ""],
+    ]
 
 
 @pytest.mark.slow
