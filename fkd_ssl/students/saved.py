@@ -13,6 +13,7 @@ from fkd_ssl import checkpoints
 from fkd_ssl.errors import CheckpointError
 from fkd_ssl.options import OBJECT, Named
 from fkd_ssl.students.student import Dim, Student
+from fkd_ssl.targets import TargetSpec
 from fkd_ssl.text import first_line
 
 STUDENT_KEY = "fkd_ssl_student"
@@ -20,7 +21,7 @@ STUDENT_KEY = "fkd_ssl_student"
 LAST_LAYER = "last_layer"
 """Key in that metadata of the name of an exported classifier's last layer."""
 EXPORTED = ".safetensors"
-_MAX_PIXELS, _MAX_DIM, _MAX_GRID = 4096, 2**20, 256
+_MAX_PIXELS = 4096
 
 
 def load_student(path: str | Path, *, backbone: nn.Module | None = None) -> tuple[Student, int]:
@@ -72,10 +73,9 @@ def load_student(path: str | Path, *, backbone: nn.Module | None = None) -> tupl
 
 def _dim(saved: Any) -> Dim:
     """A saved size of targets: D, or [h, w, D] of tokens."""
-    lengths = saved if isinstance(saved, list) and len(saved) == 3 else [saved]
-    if not all(type(n) is int and 1 <= n <= _MAX_DIM for n in lengths) or (len(lengths) == 3 and max(lengths[:2]) > _MAX_GRID):
-        raise ValueError(f"dim {reprlib.repr(saved)}")
-    return tuple(lengths) if len(lengths) == 3 else lengths[0]
+    if isinstance(saved, list):
+        return TargetSpec("tokens", tuple(saved)).shape
+    return TargetSpec("embedding", (saved,)).size
 
 
 def _checkpoint(saved: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:

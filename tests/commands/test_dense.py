@@ -60,6 +60,12 @@ def test_stored_and_online(dense: Path, call: Any) -> None:
     results = json.loads((dense / "online/results.json").read_text())
     assert results["teacher_forwards"] == results["crops_seen"]  # both kinds of targets come from one forward pass
     assert call(f"{line} --column make-tokens --out tokens").status == 0
+    recorded = call(
+        f"train --images train {SHARED} --targets online --teacher {NAMES} --grid 2 --codec Flat --record rec --out rec1"
+    )
+    assert recorded.status == 0, recorded.err
+    assert call(f"train --images train --store rec {SHARED} --column make,make-tokens --out rec2").status == 0
+    assert losses(dense / "rec1")[0] == pytest.approx(losses(dense / "rec2")[0], rel=0.05)
     for name in ("stored", "tokens"):
         assert call(f"knn --model {name} --train train --val val --workers 0 --k 3").status == 0
         assert call(f"export --model {name} --out {name}.safetensors").status == 0
