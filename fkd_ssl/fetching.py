@@ -5,10 +5,8 @@ import os
 import re
 import secrets
 import shutil
-import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -33,7 +31,6 @@ _DEFAULT_BYTES = 100 * 10**9
 PIECE = 2**23  # bytes of a request
 TRIES, PAUSE = 5, 0.5  # attempts of a request; seconds before the second, doubled before each further one
 _ABANDONED = 3600  # seconds since the last write, after which a partly fetched file is removed
-_AHEAD = 2  # files that are fetched ahead at a time
 _VERSIONS = ("ETag", "etag", "md5Hash", "LastModified", "last_modified", "Last-Modified", "mtime", "created")
 T = TypeVar("T")
 _SECRET = re.compile("sig|token|key|secret|password|credential", re.IGNORECASE)
@@ -323,51 +320,3 @@ def inaccessible(url: str, error: Exception) -> FetchError:
     """Returns the error for a file that a server does not give."""
     reason = "not found" if isinstance(error, FileNotFoundError) else redacted(first_line(error))
     return FetchError(f"{url}: {reason}; check the URL, and the credentials in the environment")
-
-
-class Prefetcher:
-    """Fetches remote files before they are read, in threads of this process that do not delay its end.
-
-    Args:
-        files_of: Returns the remote files of a number.
-    """
-
-    def __init__(self, files_of: Callable[[int], Sequence[RemoteFile]]) -> None:
-        self._files_of = files_of
-        self._begin()
-
-    def _begin(self) -> None:
-        self._process, self._lock = os.getpid(), threading.Lock()
-        self._queue: deque[int] = deque()
-        self._waiting: set[int] = set()
-        self._threads = 0
-
-    def expect(self, numbers: Iterable[int]) -> None:
-        """Begins to fetch those of these that are not fetched yet, in order."""
-        if self._process != os.getpid():  # a forked process has no threads
-            self._begin()
-        new = [number for number in dict.fromkeys(numbers) if number not in self._waiting and self._missing(number)]
-        with self._lock:
-            self._queue.extend(new)
-            self._waiting.update(new)
-            while self._threads < min(_AHEAD, len(self._queue)):
-                self._threads += 1
-                threading.Thread(target=self._work, name="fetch", daemon=True).start()
-
-    def _work(self) -> None:
-        while True:
-            with self._lock:
-                if not self._queue:
-                    self._threads -= 1
-                    return
-                number = self._queue.popleft()
-            with suppress(Exception):  # raised again where the file is read
-                for file in self._missing(number):
-                    file.open().close()
-            self._waiting.discard(number)
-
-    def _missing(self, number: int) -> list[RemoteFile]:
-        return [file for file in self._files_of(number) if not file.is_fetched]
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (Prefetcher, (self._files_of,))

@@ -38,7 +38,6 @@ class Server:
         self.url = f"http://127.0.0.1:{self._server.port}"
         self.harms: list[str] = []  # what happens to the next reads of an object, in turn
         self.reads: list[str] = []  # paths and ranges
-        self.has_bucket = False
         self.suffixes: tuple[str, ...] = (".tar", ".parquet")  # of the objects that `harms` is about
         threading.Thread(target=self._server.serve_forever, daemon=True).start()
 
@@ -112,9 +111,8 @@ def s3(environment: None) -> Any:
 def three_tars(s3: Any, server: Server, image_folder: Path, tmp_path: Path) -> str:
     """Uploads three tars with the images of a folder in their order, and returns their pattern."""
     named = list(contents(scan(image_folder)).items())
-    if not server.has_bucket:
+    if not s3.exists(BUCKET):  # moto keeps it for all servers of this process
         s3.mkdir(BUCKET)
-        server.has_bucket = True
     for k in range(3):
         s3.put_file(str(write_tar(tmp_path / f"{k}.tar", dict(named[8 * k : 8 * k + 8]))), f"{BUCKET}/set/{k}.tar")
     server.harms.clear()

@@ -11,9 +11,10 @@ from typing import BinaryIO, Protocol
 
 from fkd_ssl import fetching
 from fkd_ssl.errors import RequestError
-from fkd_ssl.fetching import Prefetcher, RemoteFile
+from fkd_ssl.fetching import RemoteFile
 from fkd_ssl.images.decoding import open_file
 from fkd_ssl.images.patterns import expand, stamp_of
+from fkd_ssl.prefetcher import Prefetcher
 from fkd_ssl.text import is_url
 
 _LISTERS = 16  # threads that ask for sizes

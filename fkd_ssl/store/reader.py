@@ -15,8 +15,9 @@ from fkd_ssl import files
 from fkd_ssl.arrays import Float32Array, Int64Array, UInt8Array
 from fkd_ssl.crops import CROP_DTYPE, Records
 from fkd_ssl.errors import NotFoundError, RequestError, StoreError
-from fkd_ssl.fetching import MIXED, Prefetcher, RemoteFile
+from fkd_ssl.fetching import MIXED, RemoteFile
 from fkd_ssl.images import ImageSource
+from fkd_ssl.prefetcher import Prefetcher
 from fkd_ssl.store import manifest as layout
 from fkd_ssl.store.listing import read_images, read_sidecar
 from fkd_ssl.store.remote import Remote, open_remote

@@ -24,9 +24,8 @@ URL = f"s3://{BUCKET}/stores/set"
 @pytest.fixture
 def store(tmp_path: Path, server: Server, s3: Any) -> Store:
     made.make(tmp_path / "store", ("SQ8", "hard"))
-    if not server.has_bucket:
+    if not s3.exists(BUCKET):
         s3.mkdir(BUCKET)
-        server.has_bucket = True
     if s3.exists(f"{BUCKET}/stores"):
         s3.rm(f"{BUCKET}/stores", recursive=True)
     return open_store(tmp_path / "store")
