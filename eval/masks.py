@@ -91,8 +91,14 @@ def classes_of(train: Masked, val: Masked, asked: int | Sequence[str] | None, ig
         ignore: Label of pixels that are not scored, besides 255; also left out of the classes.
 
     Raises:
-        RequestError: A mask has a label beyond the number of classes, or fewer than two classes have pixels in `train`.
+        RequestError: A mask has a label beyond the number of classes, fewer than two classes have pixels in `train`, or a name
+            is empty or repeated.
     """
+    if asked is not None and not isinstance(asked, int):
+        if not 2 <= len(asked) <= IGNORED:
+            raise RequestError(f"classes: {len(asked)} names; expected between 2 and {IGNORED}")
+        if wrong := [name for name in asked if not name or asked.count(name) > 1]:
+            raise RequestError(f"classes: {wrong[0]!r} is empty or given twice; expected a different name for each label")
     scored = np.array([label not in (ignore, IGNORED) for label in range(256)])
     used = np.flatnonzero(train.pixels.any(axis=0) & scored)
     if len(used) < 2:
@@ -110,7 +116,7 @@ def classes_of(train: Masked, val: Masked, asked: int | Sequence[str] | None, ig
             label = len(names) + int((beyond[row] > 0).argmax())
             raise RequestError(
                 f"{part.masks.where(row)}: has label {label}, but there are {len(names)} classes, 0 to {len(names) - 1}"
-                f"{' (as in the training masks)' if asked is None else ''}; give the number with --classes, or --ignore {label}"
+                f"{' (as in the training masks)' if asked is None else ''}; {'name them all' if isinstance(asked, Sequence) else 'give the number'} with --classes, or --ignore {label}"
             )
     return [(label, name) for label, name in enumerate(names) if label != ignore]
 

@@ -136,8 +136,14 @@ class MapWatch(TorchFunctionMode):
 
 def _read(network: Any, images: Tensor) -> tuple[Tensor, Tensor | None]:
     if hasattr(network, "features_and_map"):
-        features, found = network.features_and_map(images)
-        return features, found
+        said = network.features_and_map(images)
+        outputs = said if isinstance(said, tuple | list) else [said]
+        if [getattr(one, "ndim", None) for one in outputs] != [2, 4]:
+            found = [list(one.shape) if isinstance(one, Tensor) else type(one).__name__ for one in outputs]
+            raise RequestError(
+                f"{type(network).__name__}.features_and_map: returned {found}; expected features [B, F] and a map [B, F, h, w]"
+            )
+        return outputs[0], outputs[1]
     if hasattr(network, "forward_features") and hasattr(network, "forward_head"):
         given = network.forward_features(images)
         return network.forward_head(given), _timm_map(network, given, images)

@@ -19,7 +19,9 @@ _PROBE = 224  # side of the noise that D is measured on, where the network suppo
 
 
 def split_name(name: str) -> tuple[str, bool]:
-    """Splits NAME@tokens into NAME and whether it asks for tokens."""
+    """Splits NAME@tokens into NAME and whether it asks for tokens; raises RequestError if it asks twice."""
+    if name.endswith(2 * _SUFFIX):
+        raise RequestError(f"teacher {name}: give {_SUFFIX} once")
     return name.removesuffix(_SUFFIX), name.endswith(_SUFFIX)
 
 

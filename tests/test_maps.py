@@ -179,6 +179,21 @@ def test_a_module_can_say_itself() -> None:
     assert (features.shape, found.shape) == ((2, 3), (2, 3, 8, 8))
 
 
+@pytest.mark.parametrize(
+    ("outputs", "said"),
+    [
+        (lambda images: images.mean((2, 3)), r"returned \[\[2, 3\]\]; expected features \[B, F\] and a map"),
+        (lambda images: (images.mean((2, 3)), images.flatten(1)), r"returned \[\[2, 3\], \[2, 12288\]\]"),
+        (lambda images: (images.mean((2, 3)), [images]), r"returned \[\[2, 3\], 'list'\]"),
+    ],
+)
+def test_a_method_that_returns_something_else(outputs: Any, said: str) -> None:
+    network = nn.Identity()
+    network.features_and_map = outputs
+    with pytest.raises(RequestError, match=r"Identity.features_and_map: " + said):
+        features_and_map(network, noise())
+
+
 @pytest.mark.parametrize("name", ["reactnet", "squeezenet1_1", "vgg11", "timm/vit_tiny_patch16_224", "convnext_tiny"])
 def test_students(name: str) -> None:
     if name.startswith("timm/"):

@@ -73,6 +73,8 @@ def run(config: Config) -> int:
     else:
         source = limit_images(images_of(config.images), config.limit)
         images, per_image = len(source), len(source.names.lines) + 79 * len(source)  # name, size and checksum
+    if "," in config.teacher:
+        raise RequestError(f"--teacher {config.teacher}: plan takes one teacher; run it once for each of them")
     teacher = resolve.teacher_of(config.teacher, config.checkpoint, grid=config.grid)
     targets = images * config.crops
     target = teacher.info.spec

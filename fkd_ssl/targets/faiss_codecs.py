@@ -60,7 +60,7 @@ class FaissCodec:
         if len(sample) < needed:
             raise RequestError(
                 f"codec {spec} needs at least {needed} targets for its training; there are {len(sample)}: store "
-                "more crops or images, or choose SQ8"
+                "more crops or images, or choose the codec SQ8"
             )
         with threadpool_limits(1):  # another order of sums would give other bytes
             index.train(np.ascontiguousarray(sample, dtype=np.float32))

@@ -71,6 +71,8 @@ def test_plan_counts_the_bytes_of_all_tokens(maps: Path, call: Any) -> None:
     assert plan["shape"] == "4 x 4 tokens, D = 16"
     assert plan["codecs"]["SQ8"]["bytes_per_crop"] == 16 * 16 + 20
     assert plan["codecs"]["OPQ16,PQ16x8"]["bytes_per_crop"] == 16 * 16 + 20
+    refused = call("plan --images train --teacher maps:net,maps:net@tokens --crops 10")
+    assert (refused.status, "plan takes one teacher" in refused.err) == (2, True)
 
 
 @pytest.mark.parametrize(
@@ -83,6 +85,7 @@ def test_plan_counts_the_bytes_of_all_tokens(maps: Path, call: Any) -> None:
         ("--teacher maps:net@tokens", "a grid of 7 x 7 is too fine"),
         ("--teacher maps:net@tokens --grid 4 --pixels 32", "2 x 2 positions for crops of 32 x 32 px"),
         ("--teacher maps:net --grid 4", "--grid 4: no teacher gives tokens (net): name one NAME@tokens"),
+        ("--teacher maps:net@tokens@tokens", "teacher maps:net@tokens@tokens: give @tokens once"),
         ("--teacher maps:flat@tokens", "teacher flat: Sequential: has no feature map"),
         ("--teacher maps:net@tokens --grid 4 --codec hard", "codec hard: is not for tokens"),
         ("--teacher maps:net@tokens --grid 4", "codec OPQ16,PQ16x8 needs at least 624 targets for its training; there are "),

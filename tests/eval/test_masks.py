@@ -67,6 +67,15 @@ def test_classes_and_their_names(shapes: Path, folder: Path) -> None:
         RequestError, match=r"masks/0.png: has label 3, but there are 3 classes, 0 to 2; give the number with --cl"
     ):
         masks.classes_of(train, train, 3, 255)
+    with pytest.raises(RequestError, match=r"has label 3, but there are 3 classes, 0 to 2; name them all with --classes"):
+        masks.classes_of(train, train, ["floor", "box", "ball"], 255)
+    for names, said in (
+        (["floor", "", "ball", "bar"], "'' is empty"),
+        (["floor", "box", "box", "bar"], "'box' is empty or given twice"),
+        ([str(label) for label in range(256)], "256 names; expected between 2 and 255"),
+    ):
+        with pytest.raises(RequestError, match=said):
+            masks.classes_of(train, train, names, 255)
     for path in (folder / "masks").iterdir():
         Image.fromarray(np.asarray(Image.open(path)) * np.uint8(3)).save(path)
     with pytest.raises(
