@@ -114,9 +114,10 @@ def classes_of(train: Masked, val: Masked, asked: int | Sequence[str] | None, ig
         if beyond.any():
             row = int(beyond.any(axis=1).argmax())
             label = len(names) + int((beyond[row] > 0).argmax())
+            more = "name them all" if isinstance(asked, Sequence) else "give the number"
             raise RequestError(
                 f"{part.masks.where(row)}: has label {label}, but there are {len(names)} classes, 0 to {len(names) - 1}"
-                f"{' (as in the training masks)' if asked is None else ''}; {'name them all' if isinstance(asked, Sequence) else 'give the number'} with --classes, or --ignore {label}"
+                f"{' (as in the training masks)' if asked is None else ''}; {more} with --classes, or --ignore {label}"
             )
     return [(label, name) for label, name in enumerate(names) if label != ignore]
 

@@ -41,6 +41,10 @@ class _Outputs(nn.Module):
             self.names.append("map")
         except RequestError:
             pass  # no map at this size
+        except Exception as error:  # a network may raise anything
+            raise RequestError(
+                f"student {student.spec['name']}: fails on images of {pixels} px: {first_line(error):.200}; choose other --pixels"
+            ) from error
         if student.spec.get("head") == CLASSIFIER:
             self.names.append("logits")
 
@@ -67,7 +71,7 @@ def export_onnx(student: Student, path: Path, *, pixels: int) -> tuple[str, bool
         A line of Python code that runs the file, and whether it was compared.
 
     Raises:
-        RequestError: onnx or onnxscript is not installed, or torch cannot export the network.
+        RequestError: onnx or onnxscript is not installed, the network does not accept P, or torch cannot export it.
         FkdError: onnxruntime gives other outputs.
         StoreError: The file exists with other content.
     """
@@ -110,6 +114,9 @@ def _converted(network: _Outputs, images: Tensor) -> Any:
     model = program.model_proto
     if not model.graph.input[0].type.tensor_type.shape.dim[0].dim_param:  # torch then traces for the given batch only
         raise _refused(network, "its computation depends on the number of images or on their values")
+    graph = model.graph
+    for part in (graph, *graph.node, *graph.value_info, *graph.input, *graph.output, *graph.initializer):
+        part.ClearField("metadata_props")  # torch's stack traces, which have the paths of this machine's files
     return model
 
 

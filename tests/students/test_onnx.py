@@ -80,6 +80,9 @@ def test_features_and_map_for_any_batch_size(tmp_path: Path) -> None:
     about = {entry.key: entry.value for entry in model.metadata_props}
     assert json.loads(about[STUDENT_KEY]) == {"name": "object:Small", "pixels": 64}
     assert about["preprocessing"].startswith("images: RGB, uint8 [batch, 3, height, width], not normalised")
+    data = (tmp_path / "s.onnx").read_bytes()
+    assert not [path for path in (torch.__file__, __file__) if str(Path(path).parent).encode() in data]
+    assert b"stack_trace" not in data
     images = np.zeros((2, 3, 64, 64), dtype=np.uint8)
     names = {"onnxruntime": onnxruntime, "images": images}
     exec(line, names)  # noqa: S102
@@ -92,6 +95,12 @@ def test_a_network_without_a_map(tmp_path: Path) -> None:
     line, _ = export_onnx(student(Named("object:Flat", Flat(), 64)), tmp_path / "s.onnx", pixels=64)
     assert line.startswith("features, = ")
     assert set(outputs(tmp_path / "s.onnx", torch.zeros(2, 3, 64, 64, dtype=torch.uint8))) == {"features"}
+
+
+def test_a_size_that_the_network_does_not_accept(tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=r"student timm/vit_tiny_patch16_224: fails on images of 37 px: .*divisible"):
+        export_onnx(student("timm/vit_tiny_patch16_224"), tmp_path / "s.onnx", pixels=37)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow
