@@ -43,7 +43,7 @@ class _Outputs(nn.Module):
             pass  # no map at this size
         except Exception as error:  # a network may raise anything
             raise RequestError(
-                f"student {student.spec['name']}: fails on images of {pixels} px: {first_line(error):.200}; choose other --pixels"
+                f"student {student.spec['name']}: fails on images of {pixels} px: {first_line(error):.200}; choose another size"
             ) from error
         if student.spec.get("head") == CLASSIFIER:
             self.names.append("logits")
