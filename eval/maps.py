@@ -31,14 +31,14 @@ _FORWARD = 16  # images that the network gets at once
 
 
 def multiple_of(network: nn.Module) -> int:
-    """The multiple that the sides of images are rounded to: 32, or for patches that do not divide it one near it (14: 28)."""
+    """The multiple that the sides of images are rounded to: 32, or the largest multiple of the patch below it (28 for 14)."""
     strides = [max(part.stride) for part in network.modules() if isinstance(part, nn.Conv2d)]
     patch = max(strides, default=1)
     return patch * max(1, 32 // patch)
 
 
 def resized(size: tuple[int, int], pixels: int, multiple: int) -> tuple[int, int]:
-    """Height and width of an image in front of the network.
+    """Height and width of an image as the network sees it.
 
     >>> resized((360, 480), 224, 32)
     (224, 288)

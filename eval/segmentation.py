@@ -148,8 +148,13 @@ def evaluate(
         generator = np.random.default_rng([seed, index])
         examples.append(_example(train.labels(index, lookup), size, positions, count, each, generator))
     keys = ("model", "colours")
-    usual = max(STEPS, EPOCHS * len(examples) // batch_size)
-    training: dict[str, Any] = {"steps": steps or usual, "lr": lr, "batch_size": min(batch_size, len(examples)), "seed": seed}
+    default_steps = max(STEPS, EPOCHS * len(examples) // batch_size)
+    training: dict[str, Any] = {
+        "steps": steps or default_steps,
+        "lr": lr,
+        "batch_size": min(batch_size, len(examples)),
+        "seed": seed,
+    }
     heads, histories = {}, {}
     for key in keys:
         heads[key], histories[key] = _fit(examples, key, count, device=device, progress=progress, **training)
@@ -200,7 +205,7 @@ def evaluate(
         + [
             f"departs from the default protocol: {name} {value:g} instead of {default:g}"
             for name, value, default in (
-                ("steps", steps or usual, usual),
+                ("steps", steps or default_steps, default_steps),
                 ("lr", lr, LR),
                 ("batch_size", batch_size, BATCH_SIZE),
             )

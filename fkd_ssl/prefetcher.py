@@ -30,7 +30,7 @@ class Prefetcher:
         self._threads = 0
 
     def expect(self, numbers: Iterable[int]) -> None:
-        """Begins to fetch those of these that are not fetched yet, in order."""
+        """Begins to fetch the files of these numbers in order, unless they are fetched already."""
         if self._process != os.getpid():  # a forked process has no threads
             self._begin()
         new = [number for number in dict.fromkeys(numbers) if number not in self._waiting and self._missing(number)]

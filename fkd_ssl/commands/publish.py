@@ -1,7 +1,7 @@
 """Writes a store to S3, the Hugging Face Hub or any other URL, from which others train without the teacher.
 
-All files are checked first. If it is interrupted, repeat the command: files that are there already are not sent again. The last
-file completes the store. A README.md in the form of a Hugging Face data set card says what the store holds and how to use it.
+All files are checked first. If it is interrupted, repeat the command: files that are already at the URL are not sent again.
+The last file completes the store. A README.md in the form of a Hugging Face data set card describes the store and its use.
 """
 
 from dataclasses import dataclass
@@ -20,7 +20,7 @@ class Config:
     store: str
     """Folder of the store."""
     url: str
-    """Where to: s3://BUCKET/NAME, gs://BUCKET/NAME, hf://datasets/USER/NAME, or a folder, such as that of a web server."""
+    """Destination: s3://BUCKET/NAME, gs://BUCKET/NAME, hf://datasets/USER/NAME, or a folder, such as that of a web server."""
     overwrite: bool = False
     """Replace another store at the URL, and a README.md that was not written by publish."""
     json: bool = False

@@ -1,7 +1,7 @@
 """Copies a published store, or a part of it, into a folder: the first k crops, some columns or some images.
 
 Every file is checked. To continue after an interruption, repeat the command. Only shards that contain a part of the copy are
-fetched, and these as a whole: fewer crops per image make a smaller copy, not fewer bytes on the network.
+fetched, each as a whole: fewer crops per image make a smaller copy, not fewer bytes on the network.
 """
 
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ class Config:
     """Options of pull."""
 
     url: str
-    """URL of the store, as given to publish; or https:// if a web server has it."""
+    """URL of the store, as given to publish, or its https:// address on a web server."""
     out: str
     """Folder of the new store."""
     crops: int | None = None

@@ -1,9 +1,9 @@
 """Measures how well a model's frozen feature maps segment images: by a linear layer, and by nearest neighbours.
 
---train and --val are IMAGES,MASKS: two sources of images (docs/sources.md), paired by name without extension. A mask is a PNG
-with one byte per pixel, the pixel's label, and has the size of its image. Images are resized to a short side of --pixels, with
-both sides rounded to a multiple of 32; masks are not resized. The headline is the mean IoU of the linear layer (BatchNorm and a
-1 x 1 convolution, as DINOv2 does it).
+--train and --val are IMAGES,MASKS: two sources of images (docs/sources.md), paired by their names without extensions. A
+mask is a PNG with one byte per pixel, the pixel's label, and has the size of its image. Images are resized to a short side of
+--pixels, with both sides rounded to a multiple of 32; masks are not resized. The headline is the
+mean IoU of the linear layer (BatchNorm and a 1 x 1 convolution, as in DINOv2).
 """
 
 from dataclasses import dataclass, replace
@@ -44,9 +44,9 @@ class Config:
     lr: float = 1e-2
     """Learning rate of the linear layer."""
     k: int = 30
-    """Number of nearest positions that vote."""
+    """Number of nearest neighbours that vote."""
     temperature: float = 0.02
-    """T of their weights exp(cosine / T)."""
+    """Temperature T of the neighbours' weights exp(cosine / T)."""
     seed: int = 0
     """Seed of the layer's weights, the order of images, and the drawn pixels and positions."""
     max_memory: float = 8.0

@@ -137,7 +137,7 @@ def _tokens(
     shape = column.meta.target.shape
     if column.meta.target.kind != "tokens":
         raise RequestError(
-            f"model {config.model}: is drawn beside tokens, and {column.name} has {column.meta.target}; leave it out"
+            f"--model {config.model}: is only for columns of tokens, and {column.name} has {column.meta.target}; leave it out"
         )
     stored = store.targets(column.name, row, chosen)
     colours = Colours(stored.reshape(-1, shape[-1]))

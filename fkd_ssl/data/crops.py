@@ -81,7 +81,7 @@ class Crops(Dataset[Batch]):
         return self.images.mix_groups
 
     def expect(self, indices: Iterable[int]) -> None:
-        """Tells where the data comes from that these images are read soon, in order, so that it can be fetched ahead."""
+        """Announces the images that are read next, in order, so that their data can be fetched ahead."""
         positions = np.array([int(self._positions[i]) for i in indices], dtype=np.int64)
         self.images.expect(dict.fromkeys(self.images.groups(positions).tolist()))
 

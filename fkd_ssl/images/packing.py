@@ -36,12 +36,18 @@ class TarWriter:
                 f"--tars {count}: must be between 1 and {min(len(images), _MAX_TARS):,}, for {len(images):,} images"
             )
         refuse(
-            images.spec, (n for n in images.names if PurePosixPath(n).name[0] == "."), "begin with a dot, which tars leave out"
+            images.spec,
+            (n for n in images.names if PurePosixPath(n).name[0] == "."),
+            "begin with a dot, and webdataset skips such members",
         )
         self._images, self._folder, self._count = images, folder, count
         several = (list(same) for _, same in itertools.groupby(range(len(images)), lambda k: key_of(images.names[k])[0]))
         clash = (images.names[same[0]] for same in several if len({int(images.labels[k]) for k in same}) > 1)
-        refuse(images.spec, clash, "have the same part before the first dot as an image of another class, and so one .cls")
+        refuse(
+            images.spec,
+            clash,
+            "have the same part before the first dot as an image of another class, so both would need the same .cls file",
+        )
 
     def tars(self) -> Iterator[tuple[Path, range]]:
         """Yields each tar, and its images."""

@@ -63,7 +63,7 @@ def folder_of(lines: bytes) -> list[bytes]:
 
 
 class _Numbers(dict[bytes, int]):
-    """Numbers texts in the order in which they are first asked for."""
+    """Numbers texts in the order of their first occurrence."""
 
     def __missing__(self, text: bytes) -> int:
         return self.setdefault(text, len(self))

@@ -195,10 +195,12 @@ def with_extensions(folder: Path, manifest: _Listing) -> _Listing:
         if values.keys() != {"count", "images_sha256", "sizes_sha256", "manifest"}:
             raise StoreError(f"{path}: keys are missing or unknown; the file is damaged or newer")
         if number != len(parts) or values.pop("manifest") != parts[-1].digest:
-            raise StoreError(f"{path}: does not continue this store; restore the missing images-*.json or its own")
+            raise StoreError(
+                f"{path}: does not follow the previous list of images; restore the missing or original images-*.json"
+            )
         part = Part(number=number, digest=digest, **values)
         if type(part.count) is not int or not 0 < part.count <= MAX_COUNT - sum(other.count for other in parts):
-            raise StoreError(f"{path}: count {part.count!r} is impossible")
+            raise StoreError(f"{path}: count {part.count!r} is invalid")
         parts.append(part)
     grown = replace(manifest, count=sum(part.count for part in parts), extensions=tuple(parts[1:]))
     grown.of_file(parts[0].digest)

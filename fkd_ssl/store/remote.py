@@ -1,4 +1,4 @@
-"""A store at a URL: its list of files, and a local copy of all files but the arrays of shards, which are fetched on demand."""
+"""A store at a URL: its list of files, and a local copy of its small files. The arrays of shards are fetched on demand."""
 
 import os
 import re

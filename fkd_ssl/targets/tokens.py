@@ -23,7 +23,7 @@ _MIN_CROPS = 512
 
 
 class Tokens(Embedding):
-    """Grids of L2-normalised vectors, h * w to a crop. All tokens share one codec."""
+    """Grids of L2-normalised vectors, h * w per crop. All tokens share one codec."""
 
     name = TOKENS
     display_name = "tokens"

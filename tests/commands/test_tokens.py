@@ -112,7 +112,7 @@ def test_show_draws_the_tokens(store: Path, call: Any) -> None:
     assert tokens.shape != plain.shape or np.abs(tokens - plain).mean() > 1
     answer = call(f"{line} --column net --model runs/x --out other.png")
     assert answer.status == 2
-    assert "is drawn beside tokens, and net has D = 16" in answer.err
+    assert "is only for columns of tokens, and net has D = 16" in answer.err
 
 
 def test_show_draws_a_students_tokens_beside_them(store: Path, call: Any) -> None:

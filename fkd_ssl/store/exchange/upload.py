@@ -35,7 +35,7 @@ class Published:
     files: FileList
     """All files but the card and the list itself."""
     sent: int
-    """Number of files that were sent; the others were there."""
+    """Number of files that were sent; the others were already at the URL."""
     sent_bytes: int
     """Bytes of the files that were sent."""
 
@@ -43,7 +43,7 @@ class Published:
 def publish(store: Store, url: str, *, overwrite: bool = False, log: Callable[[str], None], threads: int = 2) -> Published:
     """Writes a complete store, a list of its files with their checksums, and a card to a URL.
 
-    Files that are there already are not sent again. A store that is there already may lack columns of this one.
+    Files that are already at the URL are not sent again. A store that is already there may lack columns of this one.
 
     Args:
         store: The store. All files are checked first.

@@ -103,7 +103,7 @@ def verify(
         for name in sorted(files.names(store.folder / layout.CROPS)):
             if (match := _SIDECAR.fullmatch(name)) and int(match[1]) >= store.manifest.shards:
                 path = store.folder / layout.CROPS / name
-                report.add(f"{path}: no list of images has its shard: restore images-*.json from a backup")
+                report.add(f"{path}: its shard is in no list of images: restore images-*.json from a backup")
     shards = range(store.manifest.shards)
     with ThreadPoolExecutor(threads) as pool:
         for part in tqdm(

@@ -260,17 +260,17 @@ def test_a_lost_extension_is_named(tmp_path, made):
     (store / "images-00001.json").unlink()
     problems = verify(open_store(store)).problems
     assert len(problems) == 3
-    assert "00003.json: no list of images has its shard: restore images-*.json" in problems[0]
+    assert "00003.json: its shard is in no list of images: restore images-*.json" in problems[0]
 
 
 def test_extensions_of_another_store_are_refused(tmp_path, made, image_folder, tiny_teacher):
     store = shutil.copytree(made / "grown", tmp_path / "store")
     (store / "images-00001.json").rename(store / "images-00002.json")
-    with pytest.raises(StoreError, match=r"images-00002.json: does not continue this store"):
+    with pytest.raises(StoreError, match=r"images-00002.json: does not follow the previous list of images"):
         open_store(store)
     make(tmp_path / "other", image_folder, tiny_teacher, limit=5)
     shutil.copy(made / "grown" / "images-00001.json", tmp_path / "other")
-    with pytest.raises(StoreError, match=r"images-00001.json: does not continue this store"):
+    with pytest.raises(StoreError, match=r"images-00001.json: does not follow the previous list of images"):
         open_store(tmp_path / "other")
 
 
