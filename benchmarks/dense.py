@@ -233,7 +233,7 @@ def row(work: Path, what: list[str], names: list[str], *, size: str = "") -> str
 def page(args: argparse.Namespace) -> str:
     """The page of results."""
     work: Path = args.work
-    head = ["model", "targets", "", "mIoU", "kNN mIoU", "pixels right", "bytes per crop", "seconds", "seeds"]
+    head = ["model", "targets", "", "mIoU", "kNN mIoU", "pixel accuracy", "bytes per crop", "seconds", "seeds"]
     lines = [row(work, ["EfficientNet-Lite2", "(the teacher)", ""], ["teacher"])]
     sizes = code_sizes(work)
     order = [(student, source, arm) for student in SHORT for source in ("stored", "online") for arm in COLUMNS]
@@ -267,13 +267,13 @@ kNN mIoU: nearest neighbours, without training.
 
 Targets: `global` is one vector per crop ({sizes.get(NAME, 0):,} bytes, exact), `dense` the tokens in {USED}; in `both`, the two
 losses have equal weights. `online` runs the teacher on fresh crops. Making the store, with the exact tokens, took
-{made["seconds"]:,.0f} s. Seconds are those of training on a shared machine and differ by chance.
+{made["seconds"]:,.0f} s. Seconds are those of training on a shared machine, and vary between runs.
 
 ## Codecs
 
 Students `dense`, stored, in different codecs. Cosine: decoded to exact tokens.
 
-{table(["codec", "cosine", "mIoU", "kNN mIoU", "pixels right", "bytes per crop", "seconds", "seeds"], codecs)}
+{table(["codec", "cosine", "mIoU", "kNN mIoU", "pixel accuracy", "bytes per crop", "seconds", "seeds"], codecs)}
 
 {platform.machine()}, Python {platform.python_version()}, torch {runs.versions()["torch"]}.
 """

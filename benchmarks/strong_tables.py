@@ -97,7 +97,7 @@ def about(rows: list[Row], reference: Row | None, seeds: int, missing: list[str]
         words += f"student crops of {c['pixels']} px; "
     n, v = next(iter(rows[0].correct.values())).shape[1], rows[0].scores[0]["versions"]
     words += f"seed{'s' if seeds > 1 else ''} {', '.join(map(str, range(seeds)))}; {n:,} test images. "
-    words += f"Not finished with so many seeds: {', '.join(missing)}. " if missing else ""
+    words += f"Not finished for all seeds: {', '.join(missing)}. " if missing else ""
     names = ("torch", "torchvision", "lightly", "pytorch_lightning", "faiss-cpu", "numpy")
     return f"{words}Python {v['python']}, {', '.join(f'{name} {v[name]}' for name in names)}; {machine()}."
 

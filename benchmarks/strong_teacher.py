@@ -278,7 +278,7 @@ def main() -> None:
     parser.add_argument("--tuning_epochs", type=float, default=10)
     parser.add_argument("--batch_size", type=int, help="crops in a batch: by default 32 for 1,000 images and 64 for all")
     parser.add_argument("--small", type=int, default=100, help="images per class of rates, crops, codecs and probabilities")
-    parser.add_argument("--pages", type=Path, help="folder of strong_teacher.md, whose tables are written anew")
+    parser.add_argument("--pages", type=Path, help="folder of strong_teacher.md, whose tables are replaced")
     parser.add_argument("--render", action="store_true", help="only print and write the tables of what is finished")
     args = parser.parse_args()
     bench = Bench(args)

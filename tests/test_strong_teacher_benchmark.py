@@ -70,7 +70,7 @@ def test_an_experiment_its_table_and_its_continuation(bench: Any, tmp_path: Path
     said = bench("--only", "C=4", "online", "teacher")
     rows = {line.split(" | ")[0].strip("| "): line for line in said.splitlines() if line.startswith("| ")}
     assert {"C=4", "online", "teacher"} <= set(rows)
-    assert "Not finished with so many seeds: C=1, C=25, C=100, labels, alone, untrained." in said
+    assert "Not finished for all seeds: C=1, C=25, C=100, labels, alone, untrained." in said
     page = (tmp_path / "strong_teacher.md").read_text()
     assert rows["C=4"] in page
     assert "old" not in page
