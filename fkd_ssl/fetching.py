@@ -16,7 +16,7 @@ from urllib.parse import parse_qsl, urlsplit
 
 from fkd_ssl import files, locks
 from fkd_ssl.errors import FetchError, RequestError
-from fkd_ssl.text import first_line, format_bytes, redacted
+from fkd_ssl.text import first_line, format_bytes, is_url, redacted
 from fkd_ssl.web import Web
 
 CACHE_BYTES = "FKD_SSL_CACHE_BYTES"
@@ -256,13 +256,29 @@ def _remove_abandoned(folder: Path) -> None:
 
 
 def check_url(url: str) -> None:
-    """Raises RequestError if a URL has credentials: specs are written to configs and messages."""
-    parts = urlsplit(url)
+    """Raises RequestError if a URL is invalid, or has credentials: specs are written to configs and messages."""
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise RequestError(f"{redacted(url)}: not a valid URL ({error})") from error
+    port = parts.netloc.partition(":")[2]
+    if "@" in url and "@" not in parts.netloc and port and not port.isdecimal():  # a password with '/', '?' or '#'
+        raise RequestError(f"{parts.scheme}://...: a URL with credentials is not accepted; give them in the environment")
     if "@" in parts.netloc or any(_SECRET.search(key) for key, _ in parse_qsl(parts.query)):
         hidden = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
         raise RequestError(
             f"{hidden}: a URL with credentials would be written to configs and logs; give them in the environment"
         )
+
+
+def checked_folder(url: str) -> str:
+    """Returns the URL of a folder without a final '/'. Raises RequestError as `check_url`, or if it cannot be a folder's."""
+    check_url(url)
+    if "?" in url or "#" in url:
+        raise RequestError(f"{url.partition('?')[0]}: expected the URL of a folder, without ? and #")
+    if not is_url(stripped := url.rstrip("/")):
+        raise RequestError(f"{url}: expected the URL of a folder, such as s3://BUCKET/NAME")
+    return stripped
 
 
 def list_remote(url: str) -> list[RemoteFile]:

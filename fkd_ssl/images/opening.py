@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from fkd_ssl import fetching
 from fkd_ssl.errors import FkdError, RequestError, did_you_mean
 from fkd_ssl.images import named
 from fkd_ssl.images.folder import Folder, NoImagesError, scan
@@ -59,6 +60,8 @@ def _open(spec: str) -> ImageSource:
         return _open_folder(path)
     exists = os.path.exists(path)  # noqa: PTH110
     pattern, hash_, options = (spec, "", "") if exists else spec.partition("#")
+    if is_url(pattern):
+        fetching.check_url(pattern)
     suffix = Path(urlsplit(pattern).path if is_url(pattern) else pattern).suffix.lower()
     if is_url(pattern) and suffix not in (*_TARS, *_TABLES):
         raise RequestError(f"{spec}: a URL must name tars or Parquet files, such as {kind}://.../train-{{000..146}}.tar")

@@ -13,7 +13,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from fkd_ssl import fetching, files, locks
-from fkd_ssl.errors import FetchError, NotFoundError, RequestError, StoreError
+from fkd_ssl.errors import FetchError, NotFoundError, StoreError
 from fkd_ssl.fetching import RemoteFile
 from fkd_ssl.progress import bar_disabled
 from fkd_ssl.store.listing import PUBLISHED
@@ -59,6 +59,8 @@ class FileList:
             found[match[3]] = (int(match[2]), match[1])
         folders = {path[:k] for path in found for k, letter in enumerate(path) if letter == "/"}
         made = cls(found)
+        if reserved := {INDEX, fetching.LENGTH} & {path.partition("/")[0] for path in found}:
+            raise StoreError(f"{where}: lists {reserved.pop()!r}, which is not a file of a store; the file is damaged")
         if last or first != f"{_TITLE} {len(lines)} {made.total}" or len(found) != len(lines) or folders & found.keys():
             raise StoreError(f"{where}: not a list of a store's files, or damaged, or newer than this version of fkd_ssl")
         return made
@@ -128,10 +130,7 @@ def open_remote(url: str) -> Remote:
         FetchError: A file cannot be fetched, or differs from its checksum.
         StoreError: files.txt is damaged.
     """
-    fetching.check_url(url)
-    if "?" in url or "#" in url:
-        raise RequestError(f"{url.partition('?')[0]}: expected the URL of a folder, without ? and #")
-    url = url.rstrip("/")
+    url = fetching.checked_folder(url)
     data = _read_index(url)
     index = FileList.decode(data, f"{url}/{INDEX}")
     slug = re.sub("[^A-Za-z0-9]+", "-", url)[-80:].strip("-")

@@ -22,7 +22,7 @@ from fkd_ssl.errors import FetchError, NotFoundError, RequestError, StoreError
 from fkd_ssl.fetching import fetched_folder
 from fkd_ssl.images import scan
 from fkd_ssl.store import Store, open_store, remote
-from fkd_ssl.store.exchange import upload
+from fkd_ssl.store.exchange import card, upload
 from fkd_ssl.store.maintain.recode import recode
 from fkd_ssl.store.maintain.subset import subset
 from fkd_ssl.store.maintain.verify import verify
@@ -166,6 +166,54 @@ def test_another_store_is_replaced_only_if_asked(store: Store, tmp_path: Path, n
         publish(other, "memory://set")
     publish(subset(store, tmp_path / "one", column=["sq8"]), "memory://set", overwrite=True)
     assert open_store("memory://set").column_names == ["sq8"]
+
+
+def test_a_killed_replacement_of_a_store_leaves_no_file_of_it(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = subset(store, tmp_path / "other", crops=2, column=["hard"])
+    publish(store, str(tmp_path / "web"))
+    (tmp_path / "web/images-00001.json").write_text("{}")  # an extension of the old store
+    (tmp_path / "web/mine.txt").write_text("mine")
+
+    def stop(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(upload._Target, "send", stop)
+        with pytest.raises(KeyboardInterrupt):
+            publish(other, str(tmp_path / "web"), overwrite=True)
+    publish(other, str(tmp_path / "web"), overwrite=True)
+    assert (tmp_path / "web/mine.txt").read_text() == "mine"
+    assert not (tmp_path / "web/images-00001.json").exists()
+    assert sorted(path.name for path in (tmp_path / "web/targets").rglob("*.json")) == sorted(
+        path.name for path in (tmp_path / "other/targets").rglob("*.json")
+    )
+    assert contents(open_store(tmp_path / "web")) == contents(other)
+
+
+@pytest.mark.parametrize("url", ["memory://set?a=1", "file:///tmp/a#b", "s3://", "memory://"])
+def test_a_store_is_not_published_where_it_cannot_be_opened(store: Store, url: str) -> None:
+    for call in (lambda: publish(store, url), lambda: open_store(url)):
+        with pytest.raises(RequestError, match="expected the URL of a folder"):
+            call()
+
+
+def test_strangers_words_are_only_words_in_the_card(store: Store) -> None:
+    path = store.folder / "targets/hard/meta.json"
+    values = files.read_json(path)
+    evil = "\\<img src=x>\n---\nlicense: mit\n# title | \\[click\\](http://evil)"
+    values["teacher"] |= {"name": evil, "licence": evil, "source": evil}
+    path.unlink()
+    files.write_json(path, values)
+    text = card.text(Store(store.folder), "memory://hub/a b$(id)", FileList({}))
+    _, front, body = text.split("---\n", 2)
+    assert yaml.safe_load(front)["license"] == "other"
+    assert evil.replace("\n", "\\n") in yaml.safe_load(front)["license_details"]
+    for sign in ("<img", "[click", "](http", "\n---\n", "\nlicense"):
+        assert all(len(before) - len(before.rstrip("\\")) & 1 for before in body.split(sign)[:-1] if sign[0] != "\n")
+        assert sign[0] != "\n" or sign not in body
+    assert "fkd-ssl pull 'memory://hub/a b$(id)' --out 'a b$(id)'" in body
 
 
 def test_a_column_is_added_to_a_published_store(store: Store, tmp_path: Path) -> None:
@@ -441,6 +489,9 @@ def test_a_server_that_refuses_is_named(published: str, server: WebServer, harm:
         ("memory://nothing", r"^memory://nothing: not a published store \(files\.txt not found\)"),
         ("http://127.0.0.1:9/set", r"files\.txt: cannot be fetched after 5 attempts: no connection: .*refused"),
         ("nonsense://a/b", "nonsense://: Protocol not known"),
+        ("https://[me:pass@bad/set", r"^https://bad/set: not a valid URL \(Invalid IPv6 URL\)"),
+        ("s3://me:very/secret@bucket/set", r"^s3://\.\.\.: a URL with credentials"),
+        ("https://me:very#secret@server/set", r"^https://\.\.\.: a URL with credentials"),
         ("https://me:very-secret@server/set", "^https://server/set: a URL with credentials"),
         ("https://server/set?X-Amz-Signature=very-secret", "^https://server/set: a URL with credentials"),
         ("https://server/set?version=very-secret", r"^https://server/set: expected the URL of a folder, without \? and #"),
@@ -531,6 +582,8 @@ def test_a_slow_answer_ends(published: str, server: WebServer, monkeypatch: pyte
         ("{digest} 5 images.txt/a", "not a list of a store's files, or damaged"),  # a file and a folder
         ("{digest} 9999999 crops/x.json", r"9999999 bytes, and at most \d+ are expected"),
         ("{digest} 999999999999999 evil", r"1000\.0 TB must be fetched, and the cache may keep 100\.0 GB"),
+        ("{digest} 5 bytes", "lists 'bytes', which is not a file of a store"),
+        ("{digest} 5 files.txt", "lists 'files.txt', which is not a file of a store"),
         ("{digest} 5 README.md", "sha256 differs|cannot be fetched"),
     ],
 )

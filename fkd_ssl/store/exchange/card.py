@@ -1,6 +1,7 @@
 """README.md of a published store, in the form of a Hugging Face data set card."""
 
 import re
+from shlex import quote
 from typing import Any
 
 import yaml
@@ -36,14 +37,14 @@ def text(store: Store, url: str, listed: FileList) -> str:
     title = url.rstrip("/").rpartition("/")[2]
     url = "URL" if url.startswith("file://") else url  # a path of this machine is of no use to others
     chosen = f" --column {columns[0].name}" if len(columns) > 1 else ""
+    teachers = " and ".join(_cell(column.meta.teacher.name) for column in columns)
     recipe = m.recipe.to_dict()
     lines = [
         f"# {title}",
         MARK.decode(),
         "",
-        f"Stored crops of {m.count:,} images, {m.crops_per_image} per image, with the outputs of "
-        f"{' and '.join(column.meta.teacher.name for column in columns)} for each crop, made by fkd_ssl. A student trains on "
-        "them without the teacher. The images are not included.",
+        f"Stored crops of {m.count:,} images, {m.crops_per_image} per image, with the outputs of {teachers} for each crop, "
+        "made by fkd_ssl. A student trains on them without the teacher. The images are not included.",
         "",
         "| store | |",
         "|---|---|",
@@ -51,7 +52,7 @@ def text(store: Store, url: str, listed: FileList) -> str:
         f"| crops per image | {m.crops_per_image} |",
         f"| files | {len(listed.files):,} |",
         f"| size | {format_bytes(listed.total)} |",
-        f"| recipe | {recipe.pop('name')}: {', '.join(f'{key} {_cell(value)}' for key, value in recipe.items())} |",
+        f"| recipe | {_cell(recipe.pop('name'))}: {', '.join(f'{key} {_cell(value)}' for key, value in recipe.items())} |",
         f"| seed of the crops | {m.seed} |",
         f"| sha256 of the list of images | {files.sha256(store.paths.lines)} |",
         f"| sha256 of the manifest | {m.digest} |",
@@ -70,9 +71,9 @@ def text(store: Store, url: str, listed: FileList) -> str:
         "",
         "```bash",
         "pip install 'fkd_ssl[remote]'",
-        f"fkd-ssl inspect {url}",
-        f"fkd-ssl train --images IMAGES --store {url}{chosen} --out runs/student",
-        f"fkd-ssl pull {url} --out {title}",
+        f"fkd-ssl inspect {quote(url)}",
+        f"fkd-ssl train --images IMAGES --store {quote(url)}{chosen} --out runs/student",
+        f"fkd-ssl pull {quote(url)} --out {quote(title)}",
         "```",
         "",
         f"`{INDEX}` lists size and sha256 of each file. Without fkd_ssl:",
@@ -93,7 +94,11 @@ def _front(title: str, images: int, columns: list[Column]) -> dict[str, Any]:
     if len(licences) == 1 and known in _LICENCES:
         licence = {"license": known}
     else:
-        licence = {"license": "other", "license_name": "weights-of-the-teachers", "license_details": "; ".join(licences)}
+        licence = {
+            "license": "other",
+            "license_name": "weights-of-the-teachers",
+            "license_details": printable("; ".join(licences), one_line=True),
+        }
     bounds = ((10**3, "n<1K"), (10**4, "1K<n<10K"), (10**5, "10K<n<100K"), (10**6, "100K<n<1M"), (10**7, "1M<n<10M"))
     size = next((name for bound, name in bounds if images < bound), "10M<n<100M")
     tags = ["fkd_ssl", "knowledge-distillation", "self-supervised-learning"]
@@ -123,4 +128,4 @@ def _about(column: Column) -> dict[str, Any]:
 
 def _cell(value: object) -> str:
     """Formats a value, which may come from a stranger, as a cell of a table in Markdown."""
-    return re.sub(r"([|<>`\[\]])", r"\\\1", str(value))
+    return re.sub(r"([\\|<>`\[\]])", r"\\\1", str(value))

@@ -25,6 +25,9 @@ from fkd_ssl.text import format_bytes, is_url, plural
 README = PUBLISHED[1]
 _SENDERS = 8  # threads
 _COMMIT = 100  # groups of files in a commit of the Hugging Face Hub, which limits commits per hour
+_OF_STORE = re.compile(
+    rf"images(-\d{{5}})?\.(txt|npy|json)|{layout.CROPS}/\d{{5,}}\.(npy|json)|{layout.TARGETS}/[^/]+/(meta\.json|[^/]+\.npy|codes-\d{{5,}}\.json)"
+)
 _RUNNING = re.compile(r"\.(work-|record|unfinished-)")  # names of files of running writers
 
 
@@ -58,7 +61,8 @@ def publish(store: Store, url: str, *, overwrite: bool = False, log: Callable[[s
         FetchError: A file cannot be written or read.
     """
     store.require_local()
-    fetching.check_url(url)
+    if is_url(url):
+        fetching.checked_folder(url)
     _require_complete(store)
     target = _Hub(url) if url.startswith("hf://") else _Target(url)
     there = target.sizes()
@@ -78,9 +82,9 @@ def publish(store: Store, url: str, *, overwrite: bool = False, log: Callable[[s
         log(f"note: {url}/{README} was not written by fkd-ssl publish and is kept; --overwrite replaces it")
     else:
         target.write(README, card.text(store, target.url, listed).encode())
-    target.write(INDEX, listed.encode())
-    for path in old.files.keys() - listed.files.keys():
+    for path in (old.files.keys() - listed.files.keys()) & there.keys():  # before the list: an interrupted call continues
         target.remove(path)
+    target.write(INDEX, listed.encode())
     return Published(files=listed, sent=len(sent), sent_bytes=sum(listed.files[path][0] for path in sent))
 
 
@@ -148,6 +152,8 @@ def _previous(target: "_Target", there: Mapping[str, int], store: Store, listed:
             raise RequestError(f"{target.url}: holds {foreign[0]}, which is not part of this store; choose another URL")
         if MANIFEST not in there or target.read(MANIFEST) != own:
             raise RequestError(f"{target.url}: holds a part of another store; choose another URL, or pass --overwrite")
+    if MANIFEST in there:  # an interrupted call has removed the list
+        return FileList({path: (size, "") for path, size in there.items() if _OF_STORE.fullmatch(path)})
     return FileList({})
 
 
@@ -183,9 +189,8 @@ class _Target:
         self._try(path, lambda at: self._at.pipe_file(at, data))
 
     def remove(self, path: str) -> None:
-        """Removes a file, if it is there."""
-        if path in self.sizes():
-            self._try(path, self._at.rm_file)
+        """Removes a file."""
+        self._try(path, self._at.rm_file)
 
     def _try(self, path: str, call: Callable[[str], object]) -> None:
         """Calls a function with the path of a file, with several attempts."""

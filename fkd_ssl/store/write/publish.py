@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Callable, Sequence, Set
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm.auto import tqdm
 
-from fkd_ssl import files
+from fkd_ssl import files, locks
 from fkd_ssl.arrays import UInt8Array
 from fkd_ssl.crops import Recipe, Records
 from fkd_ssl.errors import FkdError, ImageError, RequestError
@@ -85,12 +86,27 @@ def extend_store(
     added = images.subset(np.flatnonzero(new))
     check_names(added)
     sizes = read_sizes(added, skip_unreadable=skip_unreadable, advice=advice, progress=progress)
-    last = store.manifest.parts[-1]
-    number = last.number + 1
-    lists = publish_lists(store.folder, added, sizes, number)
-    path = Part(number=number, digest="", **lists).file(store.folder, ".json")
-    files.write_json(path, {**lists, "manifest": last.digest})
+    with locks.locked(store.folder / ".extend.lock", seconds=float("inf")):
+        grown = Store(store.folder)
+        is_same = grown.manifest.digest == store.manifest.digest
+        if is_same:
+            _remove_unlisted(grown)
+            last = store.manifest.parts[-1]
+            number = last.number + 1
+            lists = publish_lists(store.folder, added, sizes, number)
+            path = Part(number=number, digest="", **lists).file(store.folder, ".json")
+            files.write_json(path, {**lists, "manifest": last.digest})
+    if not is_same:  # another process has extended it meanwhile
+        return extend_store(grown, images, skip_unreadable=skip_unreadable, progress=progress, advice=advice)
     return Store(store.folder)
+
+
+def _remove_unlisted(store: Store) -> None:
+    """Removes the lists of the next extension, which a killed process has left, unless there are crops of it."""
+    crops, last = layout.crops_file(store.folder, store.manifest.shards), store.manifest.parts[-1]
+    if not files.exists(crops) and not files.exists(crops.with_suffix(".json")):
+        for suffix in (".txt", ".npy"):
+            replace(last, number=last.number + 1).file(store.folder, suffix).unlink(missing_ok=True)
 
 
 def check_folder(folder: Path, parts: Set[str], *, what: str) -> None:

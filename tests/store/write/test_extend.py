@@ -15,11 +15,12 @@ from fkd_ssl.crops import IMPORTED, RECIPES
 from fkd_ssl.data import StoredCrops
 from fkd_ssl.errors import RequestError, StoreError
 from fkd_ssl.images import open_images, scan
-from fkd_ssl.store import manifest, open_store
+from fkd_ssl.store import Store, manifest, open_store
 from fkd_ssl.store.maintain.recode import recode
 from fkd_ssl.store.maintain.repair import repair, repair_lists
 from fkd_ssl.store.maintain.subset import subset
 from fkd_ssl.store.maintain.verify import verify
+from fkd_ssl.store.write import publish
 from fkd_ssl.store.write.precompute import precompute
 
 LISTS = ("images-00001.json", "images-00001.npy", "images-00001.txt")
@@ -117,6 +118,43 @@ def test_two_processes_extend_at_once(tmp_path, made, image_folder, start, tree)
     assert [worker.exitcode for worker in workers] == [0, 0]
     assert tree(tmp_path / "store") == tree(made / "grown")
     assert sum(json.loads((tmp_path / f"{k}.json").read_text())["crops"] for k in range(2)) == 11 * 6
+
+
+def test_lists_of_a_killed_extension_do_not_stop_another(tmp_path, made, image_folder, tiny_teacher, tree):
+    store = shutil.copytree(made / "first", tmp_path / "store")
+    (store / "images-00001.txt").write_text("other.png\n")
+    (store / "images-00001.npy").write_bytes(b"cut")
+    make(store, image_folder, tiny_teacher, extend=True)
+    assert tree(store) == tree(made / "grown")
+
+
+def test_lists_of_an_extension_with_crops_are_kept(tmp_path, made, image_folder, tiny_teacher, names):
+    store = shutil.copytree(made / "grown", tmp_path / "store")
+    (store / "images-00001.json").unlink()
+    some = keep(image_folder, names[:-1], tmp_path / "some")
+    with pytest.raises(StoreError, match=r"images-00001\.txt: exists with other content"):
+        make(store, some, tiny_teacher, extend=True)
+    assert (store / "images-00001.txt").read_bytes() == (made / "grown/images-00001.txt").read_bytes()
+    make(store, image_folder, tiny_teacher, extend=True)
+    assert (store / "images-00001.json").read_bytes() == (made / "grown/images-00001.json").read_bytes()
+
+
+def test_other_images_added_by_another_process_meanwhile(tmp_path, made, image_folder, names, monkeypatch):
+    """The second process sees what the first has added, and adds the rest as one more part."""
+    store = Store(shutil.copytree(made / "first", tmp_path / "store"))
+    some = keep(image_folder, [*store.paths, names[3]], tmp_path / "some")
+    whole, sizes = scan(image_folder), publish.read_sizes
+    during = [lambda: publish.extend_store(store, scan(some), skip_unreadable=False)]
+
+    def read(*args, **options):
+        if during:
+            during.pop()()
+        return sizes(*args, **options)
+
+    monkeypatch.setattr(publish, "read_sizes", read)
+    grown = publish.extend_store(store, whole, skip_unreadable=False)
+    assert [part.count for part in grown.manifest.parts] == [13, 1, 10]
+    assert sorted(grown.paths) == list(whole.names)
 
 
 def test_twice_and_by_tars(tmp_path, made, image_folder, new_teacher, names, tree):
