@@ -1,6 +1,5 @@
-"""precompute of tars in an object store: by several machines, torchrun and Ray, and after kills."""
+"""precompute of tars in an object store: by several machines, by torchrun, and after kills."""
 
-import json
 import os
 import signal
 import subprocess
@@ -119,24 +118,4 @@ def test_a_killed_process_and_the_next(workplace: Path, server: Server, after: s
     assert not (Path("new/targets/dying") / "codes-00005.json").exists()
     done = run(*line)
     assert done.returncode == 0, done.stderr
-    assert contents(Path("new")) == whole("dying")
-
-
-def test_ray_with_a_killed_worker(workplace: Path, server: Server, call: Any) -> None:  # noqa: F811
-    ray = pytest.importorskip("ray")
-    (workplace / "victim").touch()  # the first run kills nothing; it makes the store
-    first = run("--images", URL, "--store", "new", "--teacher", "own_teacher:dying", "--shards", "99/100")
-    assert first.returncode == 0, first.stderr
-    (workplace / "victim").unlink()
-    server.reads.clear()
-    ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=100_000_000, log_to_driver=False)
-    try:
-        status, out, err = call(f"{LINE} --images {URL} --store new --teacher own_teacher:dying --runner ray --json")
-        assert status == 0, err
-        assert (workplace / "victim").exists()
-        assert json.loads(out)["busy"] == json.loads(out)["left"] == []
-        assert len(list((workplace / "fetched").iterdir())) >= 4  # the first run, and three workers, of which one was killed
-        assert len(server.reads) <= 6 + 1  # each tar once, and that of the killed worker again
-    finally:
-        ray.shutdown()
     assert contents(Path("new")) == whole("dying")
