@@ -5,6 +5,7 @@ prints crops per second, and pass them as --crops_per_second.
 """
 
 import shutil
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -65,10 +66,12 @@ def run(config: Config) -> int:
             raise RequestError(f"--{name} {value}: must be positive")
     if (config.images is None) == (config.count is None):
         raise RequestError("expected --images, or --count instead")
+    if config.limit is not None and config.limit < 1:
+        raise RequestError(f"--limit {config.limit}: at least one image is needed")
     if config.price is not None and config.crops_per_second is None:
         raise RequestError("--price needs --crops_per_second")
     if config.images is None:
-        images = min(config.count or 0, config.limit or config.count or 0)
+        images = min(config.count or 0, config.limit or sys.maxsize)
         per_image = images * (_NAME_BYTES + 80)
     else:
         source = limit_images(images_of(config.images), config.limit)

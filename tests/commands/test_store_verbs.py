@@ -64,6 +64,7 @@ class TestPlan:
         assert out.startswith("100,000,000 images x 10 crops = 1,000,000,000 targets")
         assert "55.6 hours of one process at 5,000 crops per second, which cost 167" in out
         assert json.loads(call(f"{line} --limit 5 --json").out)["images"] == 5
+        assert call(f"{line} --limit 0").err.endswith("--limit 0: at least one image is needed\n")
 
     @pytest.mark.parametrize(
         ("more", "said"),
