@@ -31,9 +31,9 @@ from fkd_ssl.fetching import MIXED, fetched_folder
 from fkd_ssl.images import ImageSource
 from fkd_ssl.store import manifest as layout
 from fkd_ssl.store import open_store
+from fkd_ssl.store.column import ColumnMeta
 from fkd_ssl.store.exchange.upload import publish
 from fkd_ssl.store.listing import SIZE_DTYPE
-from fkd_ssl.store.reader import ColumnMeta
 from fkd_ssl.store.write.publish import publish_codes, publish_crops, publish_lists
 from fkd_ssl.targets import TargetSpec, TeacherInfo
 

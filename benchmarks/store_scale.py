@@ -33,8 +33,8 @@ from fkd_ssl.data.loading import start_worker
 from fkd_ssl.images import Folder
 from fkd_ssl.store import manifest as layout
 from fkd_ssl.store import open_store
+from fkd_ssl.store.column import ColumnMeta
 from fkd_ssl.store.listing import IMAGES, MANIFEST, SIZE_DTYPE, SIZES
-from fkd_ssl.store.reader import ColumnMeta
 from fkd_ssl.targets import TargetSpec, TeacherInfo
 from fkd_ssl.targets.faiss_codecs import FaissCodec
 

@@ -18,8 +18,8 @@ from fkd_ssl.eval.features import require_two_classes
 from fkd_ssl.images import ImageSource
 from fkd_ssl.relabel import LabelMaps
 from fkd_ssl.store import Store, open_store
+from fkd_ssl.store.column import Column
 from fkd_ssl.store.maintain.verify import check_files
-from fkd_ssl.store.reader import Column
 from fkd_ssl.store.write.prepare import prepare
 from fkd_ssl.store.write.recording import Recording, is_published
 from fkd_ssl.targets import TargetSpec, TeacherInfo

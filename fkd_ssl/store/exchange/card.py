@@ -8,7 +8,8 @@ import yaml
 
 from fkd_ssl import files
 from fkd_ssl.crops import CROP_DTYPE
-from fkd_ssl.store.reader import Column, Store
+from fkd_ssl.store.column import Column
+from fkd_ssl.store.reader import Store
 from fkd_ssl.store.remote import INDEX, FileList
 from fkd_ssl.store.write.columns import describe_fidelity
 from fkd_ssl.text import format_bytes, printable

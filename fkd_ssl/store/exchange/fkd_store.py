@@ -17,10 +17,11 @@ from fkd_ssl.errors import ImageError, RequestError, StoreError
 from fkd_ssl.images import ImageSource
 from fkd_ssl.progress import advance_done
 from fkd_ssl.store import manifest as layout
+from fkd_ssl.store.column import Column
 from fkd_ssl.store.exchange import fkd_files
 from fkd_ssl.store.listing import MANIFEST
 from fkd_ssl.store.maintain.subset import atomic_folder
-from fkd_ssl.store.reader import Column, Store
+from fkd_ssl.store.reader import Store
 from fkd_ssl.store.write import publish
 from fkd_ssl.store.write.columns import publish_column
 from fkd_ssl.targets import TargetSpec, TeacherInfo

@@ -7,7 +7,7 @@ import numpy as np
 
 from fkd_ssl.arrays import Float32Array
 from fkd_ssl.errors import RequestError
-from fkd_ssl.store.reader import Column
+from fkd_ssl.store.column import Column
 
 _BLOCK = 2**23  # values that are decoded at once
 

@@ -15,9 +15,10 @@ from fkd_ssl import files
 from fkd_ssl.arrays import Float32Array, Int64Array, UInt8Array
 from fkd_ssl.errors import RequestError, StoreError
 from fkd_ssl.store import manifest as layout
+from fkd_ssl.store.column import COSINES, Column, cosine_to_teacher
 from fkd_ssl.store.maintain.subset import Part, atomic_folder
 from fkd_ssl.store.maintain.verify import check_files
-from fkd_ssl.store.reader import COSINES, Column, Store, cosine_to_teacher
+from fkd_ssl.store.reader import Store
 from fkd_ssl.store.write.columns import check_sample, sample_rows, train_codec
 from fkd_ssl.store.write.publish import publish_codes
 

@@ -12,9 +12,10 @@ from fkd_ssl.crops import IMPORTED
 from fkd_ssl.errors import ImageError, RequestError, StoreAccessError, StoreError
 from fkd_ssl.images import ImageSource, Names
 from fkd_ssl.store import manifest as layout
+from fkd_ssl.store.column import read_meta
 from fkd_ssl.store.listing import SIZE_DTYPE, Part, read_names
 from fkd_ssl.store.maintain.verify import Damage
-from fkd_ssl.store.reader import Store, read_meta
+from fkd_ssl.store.reader import Store
 from fkd_ssl.store.write.columns import Request, train_columns
 from fkd_ssl.store.write.pipeline import Pipeline
 from fkd_ssl.store.write.precompute import precompute

@@ -18,8 +18,9 @@ from fkd_ssl.arrays import Int64Array
 from fkd_ssl.crops import CROP_DTYPE
 from fkd_ssl.errors import RequestError, StoreError
 from fkd_ssl.store import manifest as layout
+from fkd_ssl.store.column import MAX_ARRAY, Column
 from fkd_ssl.store.listing import IMAGES, SIZES
-from fkd_ssl.store.reader import MAX_ARRAY, Column, Store
+from fkd_ssl.store.reader import Store
 from fkd_ssl.store.write import publish
 
 Rows = Int64Array

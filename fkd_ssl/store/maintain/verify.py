@@ -18,7 +18,8 @@ from fkd_ssl.crops import CROP_DTYPE, Records, replay, replay_digest, well_forme
 from fkd_ssl.errors import FkdError, ImageAccessError, RequestError, StoreAccessError, StoreError
 from fkd_ssl.images import ImageSource
 from fkd_ssl.store import manifest as layout
-from fkd_ssl.store.reader import COSINES, Column, Store, cosine_to_teacher
+from fkd_ssl.store.column import COSINES, Column, cosine_to_teacher
+from fkd_ssl.store.reader import Store
 from fkd_ssl.store.write.rows import Teacher
 from fkd_ssl.text import plural
 

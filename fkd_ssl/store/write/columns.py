@@ -16,7 +16,8 @@ from fkd_ssl.arrays import Float32Array
 from fkd_ssl.crops import replay_digest
 from fkd_ssl.errors import ImageError, RequestError
 from fkd_ssl.store import manifest as layout
-from fkd_ssl.store.reader import Column, ColumnMeta, Store
+from fkd_ssl.store.column import Column, ColumnMeta
+from fkd_ssl.store.reader import Store
 from fkd_ssl.store.write import work
 from fkd_ssl.store.write.pipeline import Pipeline
 from fkd_ssl.store.write.rows import Row, RowReader, Teacher

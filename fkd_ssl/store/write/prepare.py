@@ -15,8 +15,9 @@ from fkd_ssl.errors import RequestError
 from fkd_ssl.images import ImageSource
 from fkd_ssl.progress import advance_done, bar_disabled
 from fkd_ssl.store import manifest as layout
+from fkd_ssl.store.column import MAX_ARRAY, Column
 from fkd_ssl.store.listing import MANIFEST
-from fkd_ssl.store.reader import MAX_ARRAY, Column, Store
+from fkd_ssl.store.reader import Store
 from fkd_ssl.store.write import advice
 from fkd_ssl.store.write.columns import Request, check_sample, open_or_train, sample_targets
 from fkd_ssl.store.write.pipeline import Pipeline

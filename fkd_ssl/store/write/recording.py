@@ -18,7 +18,8 @@ from fkd_ssl.arrays import Float32Array, Int64Array, UInt8Array
 from fkd_ssl.errors import FkdError, RequestError, StoreError
 from fkd_ssl.progress import bar_disabled
 from fkd_ssl.store import manifest as layout
-from fkd_ssl.store.reader import Column, Store
+from fkd_ssl.store.column import Column
+from fkd_ssl.store.reader import Store
 from fkd_ssl.store.write.publish import publish_codes
 
 _WORK, _JOURNAL = ".record", ".record.json"

@@ -10,7 +10,8 @@ import numpy as np
 from fkd_ssl.arrays import Float32Array
 from fkd_ssl.progress import advance_done
 from fkd_ssl.store import manifest as layout
-from fkd_ssl.store.reader import Column, Store
+from fkd_ssl.store.column import Column
+from fkd_ssl.store.reader import Store
 from fkd_ssl.store.write import work
 from fkd_ssl.store.write.columns import Request
 from fkd_ssl.store.write.pipeline import Pipeline

@@ -12,11 +12,11 @@ from fkd_ssl import files, images
 from fkd_ssl.crops import replay
 from fkd_ssl.errors import RequestError, StoreError
 from fkd_ssl.store import manifest, open_store
+from fkd_ssl.store.column import cosine_to_teacher
 from fkd_ssl.store.maintain import recode as recodes
 from fkd_ssl.store.maintain.recode import recode
 from fkd_ssl.store.maintain.subset import subset
 from fkd_ssl.store.maintain.verify import verify
-from fkd_ssl.store.reader import cosine_to_teacher
 from fkd_ssl.teachers import Ensemble, Teacher
 
 
