@@ -16,7 +16,7 @@ import fkd_ssl
 from fkd_ssl import files
 from fkd_ssl.errors import StoreError
 from fkd_ssl.images import Names
-from fkd_ssl.store import Store, listing, manifest, open_store, reader
+from fkd_ssl.store import Store, column, listing, manifest, open_store
 
 
 @pytest.fixture(scope="module")
@@ -409,7 +409,7 @@ def test_arrays_of_a_teacher_that_are_too_large_are_not_read(folder, monkeypatch
     digest = files.write_npy(path.with_name("teacher-more.npy"), np.zeros((3, 16), dtype=np.float32))
     resign(folder / "targets/tiny/meta.json", arrays={**arrays, "teacher-prototypes": digest, "teacher-more": digest})
     assert open_store(folder).column().info.arrays.keys() == {"prototypes", "more"}
-    monkeypatch.setattr(reader, "MAX_ARRAY", 600)  # either fits, and both together do not
+    monkeypatch.setattr(column, "MAX_ARRAY", 600)  # either fits, and both together do not
     with pytest.raises(StoreError, match=r"targets/tiny: arrays of its teacher have 640 bytes in all, over 600"):
         open_store(folder).column().info.arrays.keys()
 
