@@ -200,6 +200,7 @@ def test_wrong_requests(place: Path, call: Any) -> None:
 
 
 @pytest.mark.data
+@pytest.mark.skipif("FKD_SSL_DATA" not in os.environ, reason="FKD_SSL_DATA is not set")
 def test_camvid_real_data(call: Any, tmp_path: Path) -> None:
     """Real data: a MoCo v2 ResNet-18 is better than colours and places on street scenes."""
     data = Path(os.environ["FKD_SSL_DATA"])

@@ -231,7 +231,7 @@ def test_unreadable_images(tmp_path, begin, train, pictures):
 
 def test_an_image_that_cannot_be_decoded_is_found_before_the_training(begin, pictures, monkeypatch):
     """If the store listed it as readable, the training could not continue when it reads the image."""
-    monkeypatch.setattr(Embedding, "sample_size", lambda self, codec: 8)
+    monkeypatch.setattr(Embedding, "sample_size", lambda self, codec, shape: 8)
     paths = images.scan(pictures).names
     last = paths[manifest.in_hash_order(paths, "codec 0")[-1]]  # not part of the codec's sample
     (pictures / last).write_bytes((pictures / last).read_bytes()[:-400])
