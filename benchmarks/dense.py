@@ -258,10 +258,11 @@ def page(args: argparse.Namespace) -> str:
     return f"""# Dense targets: measurements
 
 Made by `benchmarks/dense.py` with `--per-class {args.per_class} --crops {args.crops} --epochs {args.epochs}`. The teacher sees
-crops of {args.teacher_pixels} px and gives a grid of 7 x 7 tokens; students see the same crops at {args.pixels} px. Training images:
-367 of CamVid and {10 * args.per_class} of imagenette, without masks and labels. mIoU in percent: a linear layer on the frozen map
-(`fkd-ssl segment`, short side {args.eval_pixels} px), trained on CamVid's 367 training images, tested on its 233 test images;
-kNN mIoU: nearest neighbours, without training.
+crops of {args.teacher_pixels} px and gives a grid of 7 x 7 tokens; students see the same crops at {args.pixels} px.
+Training images: 367 of CamVid and {10 * args.per_class} of imagenette, without masks and labels.
+
+mIoU in percent: a linear layer on the frozen map (`fkd-ssl segment`, short side {args.eval_pixels} px), trained on CamVid's 367
+training images and tested on its 233 test images; kNN mIoU: nearest neighbours, without training.
 
 {table(head, lines)}
 
