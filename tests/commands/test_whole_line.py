@@ -301,7 +301,7 @@ def test_compare_refuses_further_arms_early(work: Path, call: Any, further: str,
         ("--images train/ash", 2, "are outside any class folder"),
         ("--teacher mocov2", 2, "--checkpoint is needed"),
         ("--teacher own_teacher:make,own_teacher:make", 2, "a teacher is named twice"),
-        ("--teacher own_teacher:classes", 2, "head mocov2: the targets of 'classes' are class probabilities: choose --head classifier"),
+        ("--teacher own_teacher:classes", 2, "the targets of 'classes' are class probabilities: choose --head classifier"),
         (
             "--teacher own_teacher:classes --objective soft_ce --head classifier --codec SQ8",
             2,
