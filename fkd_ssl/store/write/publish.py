@@ -69,7 +69,11 @@ def extend_store(
     where = images.names.positions(store.paths)
     new = np.ones(len(images), dtype=bool)
     new[where[where >= 0]] = False
+    lock = store.folder / ".extend.lock"
     if not new.any():
+        if lock.exists():  # of a process that was killed after it had added the images
+            with locks.locked(lock):
+                pass
         return store
     gone = np.flatnonzero(where < 0)
     if len(gone):
@@ -86,7 +90,7 @@ def extend_store(
     added = images.subset(np.flatnonzero(new))
     check_names(added)
     sizes = read_sizes(added, skip_unreadable=skip_unreadable, advice=advice, progress=progress)
-    with locks.locked(store.folder / ".extend.lock", seconds=float("inf")):
+    with locks.locked(lock, seconds=float("inf")):
         grown = Store(store.folder)
         is_same = grown.manifest.digest == store.manifest.digest
         if is_same:
