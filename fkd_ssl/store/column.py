@@ -133,7 +133,7 @@ class Column:
         self._files = ShardFiles(self._finished, np.dtype(np.uint8), (store.crops_per_image, meta.code_size))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return (Store.column, (self.store, self.name))
+        return (type(self.store).column, (self.store, self.name))
 
     def array(self, name: str) -> Float32Array:
         """Returns an array stored with the codes, for instance a SwAV teacher's `teacher-prototypes` float32 [K, D]."""
