@@ -220,7 +220,7 @@ def mean(numbers: list[float]) -> str:
 
 
 def row(work: Path, what: list[str], names: list[str], *, size: str = "") -> str | None:
-    """A line of the table: the mean over the finished runs of these names; None if there are none."""
+    """Returns a row of the table, the mean over the finished runs with these names; None if no run is finished."""
     scores = [found for name in names if (found := values(work, "segmented", name)) is not None]
     if not scores:
         return None

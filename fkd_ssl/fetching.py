@@ -310,7 +310,7 @@ def _remote(url: str, about: Mapping[str, Any]) -> RemoteFile:
 
 
 def filesystem(url: str) -> Any:
-    """Returns fsspec's file system of a URL. Raises RequestError if there is none, or its library is not installed."""
+    """Returns the file system of fsspec for a URL. Raises RequestError if fsspec does not support it or a library is missing."""
     return _filesystem_of(url.partition("://")[0], os.getpid())
 
 
