@@ -310,7 +310,7 @@ def _remote(url: str, about: Mapping[str, Any]) -> RemoteFile:
 
 
 def filesystem(url: str) -> Any:
-    """Returns the file system of fsspec for a URL. Raises RequestError if fsspec does not support it or a library is missing."""
+    """Returns the file system of fsspec for a URL. Raises RequestError if fsspec does not support it or lacks a library."""
     return _filesystem_of(url.partition("://")[0], os.getpid())
 
 
