@@ -34,8 +34,8 @@ from fkd_ssl.images import scan
 from fkd_ssl.objectives.feature_kl import FeatureKL
 from fkd_ssl.store import Store, open_store
 from fkd_ssl.store.manifest import in_hash_order
+from fkd_ssl.store.write.creation import write_codes
 from fkd_ssl.store.write.precompute import precompute
-from fkd_ssl.store.write.publish import publish_codes
 from fkd_ssl.targets.faiss_codecs import FaissCodec, sample_size
 
 SPECS = (
@@ -194,7 +194,7 @@ def write_column(store: Store, spec: str) -> str:
     for shard in column.missing_shards:
         exact = np.asarray(flat.shard(shard)).view(np.float32)
         codes = column.codec.encode(exact.reshape(-1, exact.shape[-1])).reshape(*exact.shape[:2], -1)
-        publish_codes(store.folder, store.manifest, shard, codes, column=name, digest=column.digest)
+        write_codes(store.folder, store.manifest, shard, codes, column=name, digest=column.digest)
     return name
 
 

@@ -3,7 +3,7 @@
     python benchmarks/recording.py --images DIR --teacher mocov2 --checkpoint FILE --pixels 64 --out DIR --repeats 3
 
 Both are whole commands, in alternation, from start to results.json, so recording's time includes planning the store,
-training its codec and publishing it. Prints a JSON object: seconds of each, the ratio of the fastest, the seconds outside
+training its codec and writing it. Prints a JSON object: seconds of each, the ratio of the fastest, the seconds outside
 the training (which do not grow with its length), the ratio of the fastest seconds in training, and the time of precomputing
 the store, which recording saves.
 """

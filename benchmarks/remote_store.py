@@ -34,7 +34,7 @@ from fkd_ssl.store import open_store
 from fkd_ssl.store.column import ColumnMeta
 from fkd_ssl.store.exchange.upload import publish
 from fkd_ssl.store.listing import SIZE_DTYPE
-from fkd_ssl.store.write.publish import publish_codes, publish_crops, publish_lists
+from fkd_ssl.store.write.creation import write_codes, write_crops, write_lists
 from fkd_ssl.targets import TargetSpec, TeacherInfo
 
 DIM, SIDE, BATCH_IMAGES = 128, 256, 64
@@ -60,7 +60,7 @@ def make(folder: Path, images: Copies, crops: int) -> None:
     column = folder / layout.TARGETS / "random"
     for part in (folder / layout.CROPS, column):
         part.mkdir(parents=True)
-    lists = publish_lists(folder, images, sizes)
+    lists = write_lists(folder, images, sizes)
     recipe, rows_per_shard = RECIPES["mocov2"], layout.ROWS_PER_SHARD
     manifest = layout.Manifest(seed=0, recipe=recipe, crops_per_image=crops, rows_per_shard=rows_per_shard, **lists)
     manifest.write(folder)
@@ -79,9 +79,9 @@ def make(folder: Path, images: Copies, crops: int) -> None:
     for shard in range(manifest.shards):
         rows = len(manifest.shard_rows(shard))
         records: Any = some[generator.integers(0, len(some), rows)].astype(CROP_DTYPE)
-        publish_crops(folder, manifest, shard, records, [files.sha256(images.data)] * rows)
+        write_crops(folder, manifest, shard, records, [files.sha256(images.data)] * rows)
         codes = generator.normal(size=(rows, crops, DIM)).astype(np.float16).view(np.uint8)
-        publish_codes(folder, manifest, shard, codes, column=column.name, digest=digest)
+        write_codes(folder, manifest, shard, codes, column=column.name, digest=digest)
 
 
 def serve(root: Path, latency: float, port: Connection) -> None:

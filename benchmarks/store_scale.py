@@ -66,7 +66,7 @@ def make(folder: Path, images: Folder, crops: int) -> None:
     column = folder / layout.TARGETS / COLUMN
     for part in (folder / layout.CROPS, column):
         part.mkdir(parents=True, exist_ok=True)
-    with files.publish(folder / IMAGES) as file:
+    with files.create(folder / IMAGES) as file:
         file.write(images.names.lines)
     manifest = layout.Manifest(
         seed=0,

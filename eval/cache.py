@@ -160,7 +160,7 @@ def _assemble(entry: Path, parts: list[Path], images: ImageSource) -> None:
         for name, columns in (("features", slice(own)), ("baselines", slice(own, None))):
             digest = hashlib.sha256()
             size = own if name == "features" else baselines.DIM
-            with files.publish(entry / f"{name}.npy") as file:
+            with files.create(entry / f"{name}.npy") as file:
                 digest.update(header := files.npy_header(np.dtype(np.float32), (int(rows.sum()), size)))
                 file.write(header)
                 for array, keep in zip(arrays, readable, strict=True):

@@ -154,8 +154,8 @@ def with_checksum(value: dict[str, Any]) -> bytes:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Publishes `with_checksum(value)` as a file; see `publish`."""
-    with publish(path) as file:
+    """Writes `with_checksum(value)` as a file; see `create`."""
+    with create(path) as file:
         file.write(with_checksum(value))
 
 
@@ -234,10 +234,10 @@ def _written(path: Path, finish: Callable[[Path], object]) -> Iterator[BinaryIO]
 
 
 @contextmanager
-def publish(path: Path) -> Iterator[BinaryIO]:
+def create(path: Path) -> Iterator[BinaryIO]:
     """Opens a file for writing that appears as `path`, complete and synced, if the block ends without an error.
 
-    An existing file is kept; StoreError is raised if its bytes differ. Several processes can publish the same bytes at once.
+    An existing file is kept; StoreError is raised if its bytes differ. Several processes can write the same bytes at once.
     """
 
     def finish(temporary: Path) -> None:
@@ -335,7 +335,7 @@ def digest_array(digests: Sequence[str], path: Path) -> npt.NDArray[np.uint8]:
 def write_npy(path: Path, array: npt.NDArray[Any]) -> str:
     """Publishes an array as a .npy file; returns the file's sha256."""
     data = npy_header(array.dtype, array.shape) + np.ascontiguousarray(array).tobytes()
-    with publish(path) as file:
+    with create(path) as file:
         file.write(data)
     return sha256(data)
 
@@ -344,7 +344,7 @@ def write_npy_parts(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...], pa
     """Publishes an array of this shape as a .npy file, given its parts along the first axis; returns the file's sha256."""
     header = npy_header(dtype, shape)
     digest, size = hashlib.sha256(header), len(header)
-    with publish(path) as file:
+    with create(path) as file:
         file.write(header)
         for part in parts:
             data = np.ascontiguousarray(part, dtype=dtype).data.cast("B")

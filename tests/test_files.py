@@ -104,15 +104,15 @@ def test_missing_and_huge_json_are_refused(tmp_path, monkeypatch):
 # publication
 
 
-def test_publish_leaves_nothing_where_the_block_fails(tmp_path):
-    with pytest.raises(ZeroDivisionError), files.publish(tmp_path / "a") as file:  # noqa: PT012
+def test_create_leaves_nothing_where_the_block_fails(tmp_path):
+    with pytest.raises(ZeroDivisionError), files.create(tmp_path / "a") as file:  # noqa: PT012
         file.write(b"half")
         file.write(bytes([1 // 0]))
     assert names(tmp_path) == []
 
 
-def test_publish_shows_the_file_only_when_it_is_whole(tmp_path):
-    with files.publish(tmp_path / "a") as file:
+def test_create_shows_the_file_only_when_it_is_whole(tmp_path):
+    with files.create(tmp_path / "a") as file:
         file.write(b"half")
         file.flush()
         assert not (tmp_path / "a").exists()
@@ -120,28 +120,28 @@ def test_publish_shows_the_file_only_when_it_is_whole(tmp_path):
     assert names(tmp_path) == ["a"]
 
 
-def test_publish_twice(tmp_path):
+def test_create_twice(tmp_path):
     for _ in range(2):
-        with files.publish(tmp_path / "a") as file:
+        with files.create(tmp_path / "a") as file:
             file.write(b"same")
-    with pytest.raises(StoreError, match="a: exists with other content; delete it"), files.publish(tmp_path / "a") as file:
+    with pytest.raises(StoreError, match="a: exists with other content; delete it"), files.create(tmp_path / "a") as file:
         file.write(b"else")
     assert (tmp_path / "a").read_bytes() == b"same"
     assert names(tmp_path) == ["a"]
 
 
-def test_publish_where_there_are_no_hard_links(tmp_path, monkeypatch):
+def test_create_where_there_are_no_hard_links(tmp_path, monkeypatch):
     def refuse(*_: object) -> None:
         raise PermissionError(1, "Operation not permitted")
 
     monkeypatch.setattr(files.os, "link", refuse)
-    with files.publish(tmp_path / "a") as file:
+    with files.create(tmp_path / "a") as file:
         file.write(b"bytes")
     assert (tmp_path / "a").read_bytes() == b"bytes"
     assert names(tmp_path) == ["a"]
 
 
-def test_many_processes_publish_one_file(tmp_path):
+def test_many_processes_create_one_file(tmp_path):
     code = (
         "import sys, pathlib; from fkd_ssl import files\n"
         "for k in range(40):\n    files.write_json(pathlib.Path(sys.argv[1]) / f'{k}.json', {'k': k})"
@@ -160,7 +160,7 @@ def test_replace_replaces_whole_files(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="limits of a process are Unix's")
-@pytest.mark.parametrize("write", ["replace", "publish"])
+@pytest.mark.parametrize("write", ["replace", "create"])
 def test_a_full_disk_names_the_file_and_leaves_what_was_there(tmp_path, write):
     """A limit on the file size simulates a full disk, whose error does not name the file."""
     import resource
@@ -277,9 +277,9 @@ def test_without_hard_links_a_file_is_still_not_replaced(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "link", refuse)
     for _ in range(2):
-        with files.publish(tmp_path / "a") as file:
+        with files.create(tmp_path / "a") as file:
             file.write(b"one")
-    with pytest.raises(StoreError, match="exists with other content"), files.publish(tmp_path / "a") as file:
+    with pytest.raises(StoreError, match="exists with other content"), files.create(tmp_path / "a") as file:
         file.write(b"two")
     assert (tmp_path / "a").read_bytes() == b"one"
     assert [path.name for path in tmp_path.iterdir()] == ["a"]

@@ -105,7 +105,7 @@ def work(config: Config) -> "Trained":
             logger=None if config.logger is None else make_logger(config.logger, folder),
             inputs=inputs,
         )
-        training_data.publish(config, data)
+        training_data.finish_recording(config, data)
         if not rank:
             _finish(config, folder, results, student, size, data)
     return _trained(config, {"config": dict(vars(config)), **results})

@@ -21,7 +21,7 @@ from fkd_ssl.store import Store, open_store
 from fkd_ssl.store.column import Column
 from fkd_ssl.store.maintain.verify import check_files
 from fkd_ssl.store.write.prepare import prepare
-from fkd_ssl.store.write.recording import Recording, is_published
+from fkd_ssl.store.write.recording import Recording, has_targets
 from fkd_ssl.targets import TargetSpec, TeacherInfo
 from fkd_ssl.teachers import Teacher
 from fkd_ssl.text import format_bytes, plural
@@ -239,24 +239,24 @@ def record(config: TrainConfig, images: ImageSource, data: TrainingData, world: 
         teacher_pixels=config.teacher_pixels,
         decode_only=config.device_crops == "on",
     )
-    published = [column for column in columns if resumes and is_published(column)]
-    for column in published:
+    written = [column for column in columns if resumes and has_targets(column)]
+    for column in written:
         console.log(f"note: {column.folder}: its targets are already stored; nothing to record")
     recordings: list[Recording | None] | None = None
-    if len(published) < len(columns):
+    if len(written) < len(columns):
         recordings = []
         if not processes.rank()[0]:  # the first process writes for all
-            recordings = [None if c in published else Recording(c, config.crops_per_image) for c in columns]
+            recordings = [None if c in written else Recording(c, config.crops_per_image) for c in columns]
     return replace(data, crops=crops, recordings=recordings)
 
 
-def publish(config: TrainConfig, data: TrainingData) -> None:
-    """Publishes the recorded columns in the store; for targets damaged on disk, logs the command that computes them again."""
+def finish_recording(config: TrainConfig, data: TrainingData) -> None:
+    """Writes the recorded columns into the store; for targets damaged on disk, logs the command that computes them again."""
     teachers = zip(split(config.teacher), checkpoints_of(config.teacher, config.checkpoint), strict=True)
     for recording, (teacher, checkpoint) in zip(data.recordings or [], teachers, strict=False):  # only in the first process
         if recording is None:
             continue
-        damaged = recording.publish()
+        damaged = recording.finish()
         column, store = recording.column, recording.column.store
         size = format_bytes(files.total_bytes(store.folder))
         console.log(

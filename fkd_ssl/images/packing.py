@@ -68,7 +68,7 @@ class TarWriter:
     def write(self, tar: Path, found: Iterable[tuple[int, bytes]]) -> None:
         """Writes a tar of images, each given by its index and its bytes, in ascending order."""
         images = self._images
-        with files.publish(tar) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as archive:
+        with files.create(tar) as file, tarfile.open(fileobj=file, mode="w", format=tarfile.GNU_FORMAT) as archive:
             key, label = "", -1
             for row, data in found:
                 if key and key != key_of(images.names[row])[0]:

@@ -249,6 +249,6 @@ def _copy(images: ImageSource, folder: Path, short_side: int, quality: int, inde
         )
     data = images.read(index)
     small = _shrunk(data, images.where(index), short_side, quality)
-    with files.publish(copy) as file:
+    with files.create(copy) as file:
         file.write(small)
     return len(data), len(small), True

@@ -26,7 +26,7 @@ from fkd_ssl.images import ImageSource, decode
 from fkd_ssl.progress import advance_done, bar_disabled
 from fkd_ssl.relabel import layout
 from fkd_ssl.store.listing import MANIFEST, read_images, write_sidecar
-from fkd_ssl.store.write import publish, work
+from fkd_ssl.store.write import creation, work
 from fkd_ssl.store.write.rows import read_ahead
 from fkd_ssl.targets import TeacherInfo
 from fkd_ssl.text import format_bytes, plural
@@ -140,7 +140,7 @@ def generate(
                     rows.add(_sparse(dense, views, manifest))
                     bar.update(len(views))
                     made += sum(view is not None for view in views)
-                digest = rows.publish(path, manifest.dtype, (count,))
+                digest = rows.finish(path, manifest.dtype, (count,))
                 maps = files.map_npy(path, manifest.dtype, (count,))
                 sidecar = {"file": digest, "images": rows.checksums, "skipped": layout.skipped_in(maps)}
                 write_sidecar(path, manifest, shard, sidecar)
@@ -178,7 +178,7 @@ def _wanted(images: ImageSource, dense: Dense, *, k: int, batch_size: int) -> la
             f"teacher {teacher.name}: {classes} classes at {dense.height} x {dense.width} positions are too "
             "many for label maps; choose fewer --pixels"
         )
-    publish.check_names(images)
+    creation.check_names(images)
     return layout.Manifest(
         teacher=teacher,
         batch_size=batch_size,
@@ -224,7 +224,7 @@ def _announce(folder: Path, wanted: layout.Manifest) -> str:
     each = wanted.dtype.itemsize
     there = sum(path.stat().st_size for path in (folder / layout.MAPS).glob("*.npy"))
     left = max(0, wanted.count * each - there)
-    free = publish.require_space(folder, left, "or choose a smaller --k or --pixels")
+    free = creation.require_space(folder, left, "or choose a smaller --k or --pixels")
     return (
         f"{plural(wanted.count, 'image')}, {wanted.k} of {wanted.classes:,} logits at each of "
         f"{wanted.height} x {wanted.width} positions: {each:,} bytes per image, "
@@ -242,11 +242,11 @@ def _create(
     log: Callable[[str], None],
 ) -> None:
     """Writes the lists of images and sizes of a new folder, then its manifest."""
-    publish.check_folder(folder, {layout.MAPS}, what="label maps")
+    creation.check_folder(folder, {layout.MAPS}, what="label maps")
     log(_announce(folder, wanted))
-    sizes = publish.read_sizes(images, skip_unreadable=skip_unreadable, progress=progress)
+    sizes = creation.read_sizes(images, skip_unreadable=skip_unreadable, progress=progress)
     (folder / layout.MAPS).mkdir(parents=True, exist_ok=True)
-    replace(wanted, **publish.publish_lists(folder, images, sizes)).write(folder)
+    replace(wanted, **creation.write_lists(folder, images, sizes)).write(folder)
 
 
 def _views(

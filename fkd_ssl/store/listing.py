@@ -145,7 +145,7 @@ class Listing:
         self.__dict__["_first_digest"] = digest
 
     def write(self, folder: Path) -> None:
-        """Publishes manifest.json, which is the last file of a new folder."""
+        """Writes manifest.json, which is the last file of a new folder."""
         files.write_json(folder / MANIFEST, self._values)
 
 
@@ -255,7 +255,7 @@ def is_unsafe(lines: bytes) -> bool:
 
 
 def write_sidecar(path: Path, manifest: Listing, shard: int, values: dict[str, Any]) -> None:
-    """Publishes the sidecar of a shard's array, which marks it as finished: `values`, the shard and the manifest's digest."""
+    """Writes the sidecar of a shard's array, which marks it as finished: `values`, the shard and the manifest's digest."""
     files.write_json(path.with_suffix(".json"), {**values, "shard": shard, "manifest": manifest.digest_of(shard)})
 
 

@@ -58,7 +58,7 @@ def export(student: Student, path: Path, *, layout: Layout | None, pixels: int) 
         for key, value in student.head[-1].state_dict().items():
             weights[f"{about[LAST_LAYER]}.{key}"] = value.detach().cpu().contiguous()
     metadata = {STUDENT_KEY: json.dumps({**about, "pixels": pixels}, sort_keys=True)}
-    with files.publish(path) as file:
+    with files.create(path) as file:
         file.write(safetensors.torch.save(weights, metadata))
     return loading_code(about, path)
 

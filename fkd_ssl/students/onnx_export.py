@@ -87,7 +87,7 @@ def export_onnx(student: Student, path: Path, *, pixels: int) -> tuple[str, bool
     compared = importlib.util.find_spec("onnxruntime") is not None
     if compared:
         _compare(data, network, images)
-    with files.publish(path) as file:
+    with files.create(path) as file:
         file.write(data)
     line = f'{", ".join(network.names)} = onnxruntime.InferenceSession("{path}").run(None, {{"images": images}})'
     return line.replace("features =", "features, =", 1) if len(network.names) == 1 else line, compared

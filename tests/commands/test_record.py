@@ -110,25 +110,25 @@ def test_a_killed_training_goes_on(work: Path, call: Any) -> None:
     assert files_of(work / "new") == files_of(work / "whole")
 
 
-@pytest.mark.parametrize("published", [1, 2])
-def test_a_run_that_was_killed_while_its_store_was_published_ends(
-    work: Path, call: Any, monkeypatch: pytest.MonkeyPatch, published: int
+@pytest.mark.parametrize("written", [1, 2])
+def test_a_run_that_was_killed_while_its_store_was_written_ends(
+    work: Path, call: Any, monkeypatch: pytest.MonkeyPatch, written: int
 ) -> None:
-    """Killed after publishing one or both teachers' targets, before the run was marked as done."""
+    """Killed after writing one or both teachers' targets, before the run was marked as done."""
     from fkd_ssl.store.write.recording import Recording
 
     line = f"{LINE.replace('own_teacher:make', 'own_teacher:make,own_teacher:other')} --epochs 3"
     assert call(f"{line} --record whole --out whole_run").status == 0
-    publish, done = Recording.publish, []
+    finish, done = Recording.finish, []
 
     def killed(self: Recording) -> None:
-        publish(self)
+        finish(self)
         done.append(self.column.name)
-        if len(done) == published:
+        if len(done) == written:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Recording, "publish", killed)
+        patch.setattr(Recording, "finish", killed)
         assert call(f"{line} --record new --out run").status == 130
     status, _, err = call(f"{line} --record new --out run")
     assert status == 0

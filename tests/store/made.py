@@ -10,7 +10,7 @@ from fkd_ssl.crops import CROP_DTYPE, RECIPES, draw, image_key, replay_digest
 from fkd_ssl.crops.records import neutral
 from fkd_ssl.store import manifest as layout
 from fkd_ssl.store.listing import SIZE_DTYPE
-from fkd_ssl.store.write import publish
+from fkd_ssl.store.write import creation
 from fkd_ssl.targets import Codec, TargetSpec, TeacherInfo
 from fkd_ssl.targets.label_codecs import is_label
 
@@ -102,7 +102,7 @@ def make(folder: Path, specs: tuple[str, ...] = SPECS) -> dict[str, npt.NDArray[
             key = image_key(7, PATHS[row])
             records[k] = neutral(CROPS) if row == SKIPPED else draw(manifest.recipe, key, 70, 90, 0, CROPS)
         images = ["" if row == SKIPPED else files.sha256(PATHS[row].encode()) for row in rows]
-        publish.publish_crops(folder, manifest, shard, records, images)
+        creation.write_crops(folder, manifest, shard, records, images)
     made = {}
     for number, spec in enumerate(specs):
         column = folder / "targets" / name_of(spec)
@@ -126,8 +126,6 @@ def make(folder: Path, specs: tuple[str, ...] = SPECS) -> dict[str, npt.NDArray[
         for shard in range(manifest.shards):
             rows = manifest.shard_rows(shard)
             codes = codec.encode(exact[rows.start : rows.stop].reshape(-1, DIM)).reshape(len(rows), CROPS, -1)
-            publish.publish_codes(
-                folder, manifest, shard, codes, column=column.name, digest=files.sha256(files.canonical(meta))
-            )
+            creation.write_codes(folder, manifest, shard, codes, column=column.name, digest=files.sha256(files.canonical(meta)))
         made[column.name] = exact
     return made

@@ -68,7 +68,7 @@ def published(store: Store, server: WebServer) -> str:
     return f"{server.url}/set"
 
 
-def publish(store: Store, url: str, **options: Any) -> upload.Published:
+def publish(store: Store, url: str, **options: Any) -> upload.Upload:
     return upload.publish(store, url, log=lambda line: None, **options)
 
 
@@ -292,7 +292,7 @@ def test_the_checksums_can_be_checked_without_the_library(store: Store, tmp_path
 
 def test_a_store_is_published_in_place_and_can_be_continued(store: Store, tmp_path: Path) -> None:
     """For a folder that another program sends, or a web server serves."""
-    from fkd_ssl.store.write.publish import check_folder
+    from fkd_ssl.store.write.creation import check_folder
 
     assert publish(store, str(store.folder)).sent == 0
     assert contents(open_store(f"file://{store.folder}")) == contents(store)

@@ -190,7 +190,7 @@ def write(path: Path, records: Records, height: int, width: int, labels: npt.NDA
         if path.read_bytes() != made.getvalue():
             raise StoreError(f"{path}: exists and holds other labels; choose another --out, or delete it")
         return False
-    with files.publish(path) as file:
+    with files.create(path) as file:
         file.write(made.getvalue())
     return True
 

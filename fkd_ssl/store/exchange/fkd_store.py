@@ -22,8 +22,8 @@ from fkd_ssl.store.exchange import fkd_files
 from fkd_ssl.store.listing import MANIFEST
 from fkd_ssl.store.maintain.subset import atomic_folder
 from fkd_ssl.store.reader import Store
-from fkd_ssl.store.write import publish
-from fkd_ssl.store.write.columns import publish_column
+from fkd_ssl.store.write import creation
+from fkd_ssl.store.write.columns import write_column
 from fkd_ssl.targets import TargetSpec, TeacherInfo
 from fkd_ssl.targets.label_codecs import LabelCodec
 
@@ -79,7 +79,7 @@ def import_fkd(
             for left in new.iterdir():
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
         if not (new / MANIFEST).exists():
-            publish.create_store(
+            creation.create_store(
                 new,
                 images,
                 seed=0,
@@ -90,7 +90,7 @@ def import_fkd(
             )
         store, meta = Store(new), _meta(kept, Path(labels).name, pixels)
         if not store.column_names:
-            publish_column(new / layout.TARGETS / column, meta, {})
+            write_column(new / layout.TARGETS / column, meta, {})
         same = store.paths == images.names and (store.crops_per_image, store.column_names) == (len(first), [column])
         digest = files.sha256(files.canonical({**meta, "arrays": {}}))
         if not same or store.column(column).digest != digest:
@@ -112,7 +112,7 @@ def import_fkd(
                     else:
                         made.append(found)
                 if not wrong:
-                    _publish(store, column, shard, digest, made)
+                    _write(store, column, shard, digest, made)
         if wrong:
             some = "\n  ".join(wrong[:_LISTED])
             more = f"\n  and {len(wrong) - _LISTED} more" if len(wrong) > _LISTED else ""
@@ -193,10 +193,10 @@ def _row(
         return str(error) if str(paths[row]) in str(error) else f"{paths[row]}: {error}"
 
 
-def _publish(store: Store, column: str, shard: int, digest: str, made: list[tuple[str, Records, UInt8Array]]) -> None:
+def _write(store: Store, column: str, shard: int, digest: str, made: list[tuple[str, Records, UInt8Array]]) -> None:
     images, records, codes = zip(*made, strict=True)
-    publish.publish_crops(store.folder, store.manifest, shard, np.stack(records), images)
-    publish.publish_codes(store.folder, store.manifest, shard, np.stack(codes), column=column, digest=digest)
+    creation.write_crops(store.folder, store.manifest, shard, np.stack(records), images)
+    creation.write_codes(store.folder, store.manifest, shard, np.stack(codes), column=column, digest=digest)
 
 
 def _meta(codec: LabelCodec, folder: str, pixels: int) -> dict[str, Any]:

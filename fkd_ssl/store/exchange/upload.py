@@ -32,7 +32,7 @@ _RUNNING = re.compile(r"\.(work-|record|unfinished-)")  # names of files of runn
 
 
 @dataclass(frozen=True, kw_only=True)
-class Published:
+class Upload:
     """Result of `publish`."""
 
     files: FileList
@@ -43,7 +43,7 @@ class Published:
     """Bytes of the files that were sent."""
 
 
-def publish(store: Store, url: str, *, overwrite: bool = False, log: Callable[[str], None], threads: int = 2) -> Published:
+def publish(store: Store, url: str, *, overwrite: bool = False, log: Callable[[str], None], threads: int = 2) -> Upload:
     """Writes a complete store, a list of its files with their checksums, and a card to a URL.
 
     Files that are already at the URL are not sent again. A store that is already there may lack columns of this one.
@@ -85,7 +85,7 @@ def publish(store: Store, url: str, *, overwrite: bool = False, log: Callable[[s
     for path in (old.files.keys() - listed.files.keys()) & there.keys():  # before the list: an interrupted call continues
         target.remove(path)
     target.write(INDEX, listed.encode())
-    return Published(files=listed, sent=len(sent), sent_bytes=sum(listed.files[path][0] for path in sent))
+    return Upload(files=listed, sent=len(sent), sent_bytes=sum(listed.files[path][0] for path in sent))
 
 
 def _require_complete(store: Store) -> None:

@@ -20,7 +20,7 @@ from fkd_ssl.store.maintain.subset import Part, atomic_folder
 from fkd_ssl.store.maintain.verify import check_files
 from fkd_ssl.store.reader import Store
 from fkd_ssl.store.write.columns import check_sample, sample_rows, train_codec
-from fkd_ssl.store.write.publish import publish_codes
+from fkd_ssl.store.write.creation import write_codes
 
 _BLOCK = 2**23  # values that are decoded at once
 
@@ -181,8 +181,8 @@ def _fill(source: Source, codec: str, store: Store, to: str, rows: Int64Array) -
         read[np.array(store.skipped(shard), dtype=np.int64) - of_shard.start] = False
         parts = _recoded(source, column, rows[of_shard.start : of_shard.stop], read)
         shape = len(of_shard), store.crops_per_image, column.meta.code_size
-        publish = functools.partial(files.write_npy_parts, dtype=np.dtype(np.uint8), shape=shape, parts=parts)
-        publish_codes(store.folder, store.manifest, shard, publish, column=to, digest=column.digest)
+        write = functools.partial(files.write_npy_parts, dtype=np.dtype(np.uint8), shape=shape, parts=parts)
+        write_codes(store.folder, store.manifest, shard, write, column=to, digest=column.digest)
 
 
 def _recoded(source: Source, column: Column, rows: Int64Array, read: npt.NDArray[np.bool_]) -> Iterator[UInt8Array]:

@@ -19,7 +19,7 @@ from fkd_ssl.store.reader import Store
 from fkd_ssl.store.write.columns import Request, train_columns
 from fkd_ssl.store.write.pipeline import Pipeline
 from fkd_ssl.store.write.precompute import precompute
-from fkd_ssl.store.write.rows import RowReader, Teacher, publish_crops, records_of
+from fkd_ssl.store.write.rows import RowReader, Teacher, records_of, write_crops
 from fkd_ssl.store.write.streams import image_checksums
 from fkd_ssl.text import plural
 
@@ -106,7 +106,7 @@ def repair(
             if not any(store.folder.glob(f"{layout.TARGETS}/*/codes-{shard:05d}.json")):
                 continue  # never finished; precompute writes them with the codes
             _remove(path)
-            publish_crops(reader, shard, image_checksums(reader, store.manifest.shard_rows(shard), pipeline))
+            write_crops(reader, shard, image_checksums(reader, store.manifest.shard_rows(shard), pipeline))
             log(f"{path}: made again from the images")
         if target is None or teacher is None:
             return

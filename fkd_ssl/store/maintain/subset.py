@@ -21,7 +21,7 @@ from fkd_ssl.store import manifest as layout
 from fkd_ssl.store.column import MAX_ARRAY, Column
 from fkd_ssl.store.listing import IMAGES, SIZES
 from fkd_ssl.store.reader import Store
-from fkd_ssl.store.write import publish
+from fkd_ssl.store.write import creation
 
 Rows = Int64Array
 _PIECE = 2**26  # bytes that are copied at once
@@ -143,12 +143,12 @@ class Part:
         except StoreError as error:
             raise RequestError(_other(folder)) from error
         for name, data in ((IMAGES, self._listing), (SIZES, self._sizes)):
-            _publish(folder, folder / name, data)
+            _write(folder, folder / name, data)
         for column in self.columns:
             place = folder / layout.TARGETS / column.name
             place.mkdir(exist_ok=True)
             for name, data in _column_files(column):
-                _publish(folder, place / name, data)
+                _write(folder, place / name, data)
         total, missing = self.manifest.shards, [s for s in range(self.manifest.shards) if not self._copied(folder, s)]
         ahead = self.store.prefetcher(self.columns)
         for k, shard in enumerate(tqdm(missing, total=total, initial=total - len(missing), desc="copy", unit="shard")):
@@ -174,7 +174,7 @@ class Part:
             of_shard = store.crops_sidecar(source)["images"]
             for place, k in zip(here.tolist(), within.tolist(), strict=True):
                 checksums[place] = of_shard[k]
-        publish.publish_crops(folder, self.manifest, shard, np.concatenate([*parts]), checksums)
+        creation.write_crops(folder, self.manifest, shard, np.concatenate([*parts]), checksums)
 
     def _copy_codes(self, column: Column, folder: Path, shard: int, rows: Rows) -> None:
         if layout.codes_file(folder, column.name, shard).with_suffix(".json").exists():
@@ -182,7 +182,7 @@ class Part:
         dtype, shape = np.dtype(np.uint8), (self.crops, column.meta.code_size)
         parts = _gather(self.store, rows, column.file, column.sidecar, dtype, shape)
         write = functools.partial(files.write_npy_parts, dtype=dtype, shape=(len(rows), *shape), parts=parts)
-        publish.publish_codes(folder, self.manifest, shard, write, column=column.name, digest=column.digest)
+        creation.write_codes(folder, self.manifest, shard, write, column=column.name, digest=column.digest)
 
 
 @contextmanager
@@ -236,10 +236,10 @@ def _other(folder: Path) -> str:
     return f"{folder}: holds other unfinished work; delete this folder, or choose another --out"
 
 
-def _publish(folder: Path, path: Path, data: bytes) -> None:
-    """Publishes a file of `folder`. Raises RequestError if it exists with other contents."""
+def _write(folder: Path, path: Path, data: bytes) -> None:
+    """Writes a file of `folder`. Raises RequestError if it exists with other contents."""
     try:
-        with files.publish(path) as file:
+        with files.create(path) as file:
             file.write(data)
     except StoreError as error:
         raise RequestError(_other(folder)) from error

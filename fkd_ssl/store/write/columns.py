@@ -67,8 +67,8 @@ class Request:
         return difference(meta.to_json(), self.meta())
 
 
-class _PublishedError(Exception):
-    """Another process has published all the columns that this process is training codecs for."""
+class _DoneError(Exception):
+    """Another process has written all the columns that this process is training codecs for."""
 
 
 def open_or_train(
@@ -83,11 +83,11 @@ def open_or_train(
         log(replace(request.teacher.info, name=request.name).description)
     for request in requests:  # checked before any work
         target = store.folder / layout.TARGETS / request.name
-        if target.is_dir() and any(target.iterdir()) and not _published(store, request):
+        if target.is_dir() and any(target.iterdir()) and not _exists(store, request):
             raise RequestError(_missing_meta(target))
-        if _published(store, request):
+        if _exists(store, request):
             _check(store, request)
-    new = [request for request in requests if not _published(store, request)]
+    new = [request for request in requests if not _exists(store, request)]
     for codec, kind in dict.fromkeys((request.codec, request.target.kind) for request in new):
         log(f"training the codec {codec} on a sample")
         train_columns(
@@ -95,7 +95,7 @@ def open_or_train(
             [request for request in new if (request.codec, request.target.kind) == (codec, kind)],
             reader,
             pipeline,
-            lambda request, meta, arrays: publish_column(store.folder / layout.TARGETS / request.name, meta, arrays),
+            lambda request, meta, arrays: write_column(store.folder / layout.TARGETS / request.name, meta, arrays),
         )
     for request in requests:
         work.clear(_sample_file(store, request))
@@ -188,7 +188,7 @@ def train_columns(
     requests: Sequence[Request],
     reader: RowReader,
     pipeline: Pipeline,
-    publish: Callable[[Request, dict[str, Any], dict[str, Float32Array]], None],
+    write: Callable[[Request, dict[str, Any], dict[str, Float32Array]], None],
     *,
     always: bool = False,
 ) -> None:
@@ -201,14 +201,14 @@ def train_columns(
         requests: Columns that do not exist, with one codec.
         reader: Reads the sample.
         pipeline: Runs the teachers.
-        publish: Called with meta.json and arrays of each column.
-        always: Publish even if another process has published the columns meanwhile. By default its columns are kept.
+        write: Called with meta.json and arrays of each column.
+        always: Write even if another process has written the columns meanwhile. By default its columns are kept.
     """
     order, per_image, size = sample_rows(store, requests[0].codec, requests[0].target)
     parts: list[list[Float32Array]] = [[] for _ in requests]
 
     def overtaken() -> bool:
-        return not always and all(_published(store, request) for request in requests)
+        return not always and all(_exists(store, request) for request in requests)
 
     with ExitStack() as stack:
         streams = []
@@ -219,12 +219,12 @@ def train_columns(
                 work.open_work(_sample_file(store, request), owner, unit=unit, crops=len(order) * per_image, per_row=per_image)
             )
             streams.append(_sample_stream(request, mine, progress, per_image, overtaken))
-        with suppress(_PublishedError):
+        with suppress(_DoneError):
             feed(reader, [Pass(rows=order, streams=streams)], per_image, pipeline)
             for request, mine in zip(requests, parts, strict=True):
                 if not mine:
                     raise ImageError(f"{reader.images.spec}: none of the images in the codec's sample can be read")
-                publish(request, *train(request, np.concatenate(mine)[:size]))
+                write(request, *train(request, np.concatenate(mine)[:size]))
 
 
 def _sample_stream(
@@ -252,7 +252,7 @@ def _sample_stream(
 
     def on_targets(targets: Float32Array) -> None:
         if overtaken():
-            raise _PublishedError
+            raise _DoneError
         sample = np.ascontiguousarray(request.target.definition.sample(targets))
         parts.append(sample)
         if progress is not None:
@@ -279,7 +279,7 @@ def _sample_file(store: Store, request: Request) -> Path:
     return store.folder / layout.TARGETS / f".work-{request.name}-sample"
 
 
-def _published(store: Store, request: Request) -> bool:
+def _exists(store: Store, request: Request) -> bool:
     return (store.folder / layout.TARGETS / request.name / "meta.json").exists()
 
 
@@ -291,8 +291,8 @@ def _check(store: Store, request: Request) -> Column:
     return column
 
 
-def publish_column(target: Path, meta: dict[str, Any], arrays: dict[str, Float32Array]) -> None:
-    """Publishes the complete folder of a column. If another process was first, its column is kept.
+def write_column(target: Path, meta: dict[str, Any], arrays: dict[str, Float32Array]) -> None:
+    """Writes the complete folder of a column. If another process was first, its column is kept.
 
     Raises:
         RequestError: A folder of that name exists but is not a column.

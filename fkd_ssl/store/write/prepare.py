@@ -20,10 +20,10 @@ from fkd_ssl.store.listing import MANIFEST
 from fkd_ssl.store.reader import Store
 from fkd_ssl.store.write import advice
 from fkd_ssl.store.write.columns import Request, check_sample, open_or_train, sample_targets
+from fkd_ssl.store.write.creation import create_store, extend_store, require_space
 from fkd_ssl.store.write.pipeline import Pipeline
-from fkd_ssl.store.write.publish import create_store, extend_store, require_space
 from fkd_ssl.store.write.recording import recorded_bytes
-from fkd_ssl.store.write.rows import RowReader, Teacher, publish_crops
+from fkd_ssl.store.write.rows import RowReader, Teacher, write_crops
 from fkd_ssl.store.write.streams import image_checksums
 from fkd_ssl.text import format_bytes, plural
 
@@ -80,7 +80,7 @@ def prepare(
                 if store.has_crops(shard):
                     advance_done(bar, len(rows))
                 else:
-                    publish_crops(reader, shard, image_checksums(reader, rows, pipeline, bar))
+                    write_crops(reader, shard, image_checksums(reader, rows, pipeline, bar))
     store = Store(store.folder)
     return [store.column(request.name) for request in requests]
 

@@ -20,7 +20,7 @@ from fkd_ssl.progress import bar_disabled
 from fkd_ssl.store import manifest as layout
 from fkd_ssl.store.column import Column
 from fkd_ssl.store.reader import Store
-from fkd_ssl.store.write.publish import publish_codes
+from fkd_ssl.store.write.creation import write_codes
 
 _WORK, _JOURNAL = ".record", ".record.json"
 _CHECKSUM = np.dtype("<u4")
@@ -50,7 +50,7 @@ class Recording:
                 f"--record {column.store.folder}: it stores {m.crops_per_image} crops per image, which is not a multiple of "
                 f"crops_per_image {block}"
             )
-        if is_published(column):
+        if has_targets(column):
             raise RequestError(
                 f"--record {column.store.folder}: it holds targets of {column.name} already: train on them with --targets "
                 "stored, let fkd-ssl precompute finish them, or choose another store"
@@ -103,8 +103,8 @@ class Recording:
             )
         self.crops = crops
 
-    def publish(self) -> list[int]:
-        """Publishes the blocks as codes of the store, last shard first. Call it again after a kill to continue.
+    def finish(self) -> list[int]:
+        """Writes the blocks as codes of the store, last shard first. Call it again after a kill to continue.
 
         Returns:
             Shards that were omitted, since one of their blocks is missing or altered.
@@ -119,7 +119,7 @@ class Recording:
                 if codes is None:
                     left_out.append(shard)
                 else:
-                    publish_codes(store.folder, m, shard, codes, column=self.column.name, digest=self.column.digest)
+                    write_codes(store.folder, m, shard, codes, column=self.column.name, digest=self.column.digest)
             os.ftruncate(self._file, shard * self._shard_bytes)  # frees the space of each shard at once
         files.remove_leftovers(self.column.folder, seconds=0)  # of killed processes; no other process writes here
         for name in (_WORK, _JOURNAL):
@@ -184,7 +184,7 @@ def recorded_bytes(folder: Path) -> int:
     return 512 * path.stat().st_blocks if path.exists() else 0
 
 
-def is_published(column: Column) -> bool:
+def has_targets(column: Column) -> bool:
     """Whether a column has targets, or precompute has begun them, and no training is recording it."""
     some = any(column.folder.glob(".work-codes-*")) or len(column.missing_shards) < column.store.manifest.shards
     return some and not (column.folder / _JOURNAL).exists()

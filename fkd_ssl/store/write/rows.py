@@ -17,7 +17,7 @@ from fkd_ssl.crops.records import neutral
 from fkd_ssl.errors import FkdError, ImageError, StoreError
 from fkd_ssl.images import ImageSource, decode
 from fkd_ssl.store.reader import Store
-from fkd_ssl.store.write import publish
+from fkd_ssl.store.write import creation
 from fkd_ssl.targets import TeacherInfo
 
 T = TypeVar("T")
@@ -139,11 +139,11 @@ def read_ahead(pool: ThreadPoolExecutor, calls: Iterable[Callable[[], T]], ahead
             future.cancel()
 
 
-def publish_crops(reader: RowReader, shard: int, checksums: Sequence[str]) -> None:
-    """Publishes a shard's crop records, with the `checksums` of its images. Raises StoreError if they exist and differ."""
+def write_crops(reader: RowReader, shard: int, checksums: Sequence[str]) -> None:
+    """Writes a shard's crop records, with the `checksums` of its images. Raises StoreError if they exist and differ."""
     store = reader.store
     records = np.stack([records_of(store, row, store.crops_per_image) for row in store.manifest.shard_rows(shard)])
     try:
-        publish.publish_crops(store.folder, store.manifest, shard, records, checksums)
+        creation.write_crops(store.folder, store.manifest, shard, records, checksums)
     except StoreError as error:
         raise StoreError(f"{error}; another process read other image files: check that all see the same images") from error

@@ -1,4 +1,4 @@
-"""Writes shards: runs the teachers on the crops of each shard, and publishes their codes with the crops."""
+"""Writes shards: runs the teachers on the crops of each shard, and writes their codes with the crops."""
 
 import functools
 from collections.abc import Iterator, Sequence
@@ -14,9 +14,9 @@ from fkd_ssl.store.column import Column
 from fkd_ssl.store.reader import Store
 from fkd_ssl.store.write import work
 from fkd_ssl.store.write.columns import Request
+from fkd_ssl.store.write.creation import write_codes
 from fkd_ssl.store.write.pipeline import Pipeline
-from fkd_ssl.store.write.publish import publish_codes
-from fkd_ssl.store.write.rows import Row, RowReader, publish_crops
+from fkd_ssl.store.write.rows import Row, RowReader, write_crops
 from fkd_ssl.store.write.streams import Pass, TeacherStream, feed, image_checksums, merged
 
 
@@ -88,17 +88,17 @@ class ShardWriter:
         return Pass(rows=rows, streams=merged(streams), checksums=known, end=end)
 
     def _end(self, shard: int, held: list[tuple[Column, work.WorkFile, int]], without_crops: bool, files: ExitStack) -> None:
-        """Publishes a shard whose targets are written, and removes its work files."""
+        """Writes a shard whose targets are written, and removes its work files."""
         store, m = self._store, self._store.manifest
         rows = m.shard_rows(shard)
         if without_crops and (held or _encoded(store, self._columns, shard)):
             checksums = held[0][1].checksums if held else image_checksums(self._reader, rows, self._pipeline)
-            publish_crops(self._reader, shard, checksums)
+            write_crops(self._reader, shard, checksums)
         for column, progress, already in held:
             self.seen += progress.crops - already
             shape = (len(rows), m.crops_per_image, column.meta.code_size)
-            publish = functools.partial(progress.publish, dtype=np.dtype(np.uint8), shape=shape)
-            publish_codes(store.folder, m, shard, publish, column=column.name, digest=column.digest)
+            write = functools.partial(progress.finish, dtype=np.dtype(np.uint8), shape=shape)
+            write_codes(store.folder, m, shard, write, column=column.name, digest=column.digest)
             self._counted.add((column.name, shard))
         files.close()
 

@@ -66,12 +66,12 @@ class WorkFile:
         """Returns all records."""
         return b"".join(self._pieces())
 
-    def publish(self, path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> str:
-        """Publishes the records as the .npy array `path`; returns the file's sha256."""
+    def finish(self, path: Path, dtype: np.dtype[Any], shape: tuple[int, ...]) -> str:
+        """Writes the records as the .npy array `path`; returns the file's sha256."""
         assert self.crops * self._unit == math.prod(shape) * dtype.itemsize
         header = files.npy_header(dtype, shape)
         digest = hashlib.sha256(header)
-        with files.publish(path) as out:
+        with files.create(path) as out:
             out.write(header)
             for piece in self._pieces():
                 digest.update(piece)
@@ -127,7 +127,7 @@ class WorkFile:
 
 
 def shard_file(codes: Path) -> Path:
-    """Returns the work file of the shard that will be published as `codes`."""
+    """Returns the work file of the shard that becomes `codes`."""
     return codes.with_name(f".work-{codes.stem}")
 
 
@@ -136,7 +136,7 @@ def open_work(path: Path, owner: str, *, unit: int, crops: int, per_row: int = 0
     """Opens the work file `path` and removes it if the block ends without an error. Yields None if another process has it.
 
     The file is locked (flock) while it is open, and the kernel releases the lock when the process ends. On a file system
-    without locks, two processes may do the same work, and publish the same bytes.
+    without locks, two processes may do the same work, and write the same bytes.
 
     Args:
         path: The work file; its journal is in the same folder.
@@ -168,7 +168,7 @@ def open_work(path: Path, owner: str, *, unit: int, crops: int, per_row: int = 0
 
 
 def clear(path: Path) -> None:
-    """Removes the work file of published work, left by a killed process. Keeps it if it is locked."""
+    """Removes the work file of finished work, left by a killed process. Keeps it if it is locked."""
     with suppress(FileNotFoundError), path.open("r+b") as file:
         if locks.try_lock(file.fileno()):
             path.unlink(missing_ok=True)

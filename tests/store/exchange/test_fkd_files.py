@@ -363,18 +363,18 @@ def test_a_killed_import_goes_on_with_the_same_only(
         torch.save([boxes.astype(np.float32), ~flips, labels], file)
     monkeypatch.setattr(layout, "ROWS_PER_SHARD", 4)
     whole = import_fkd(tmp_path / "a/labels", scan(images), tmp_path / "whole", classes=K)
-    publish, made = fkd_exchange._publish, []
+    write, made = fkd_exchange._write, []
 
     def killed(*args: Any) -> None:
         if made:
             raise KeyboardInterrupt
         made.append(args)
-        publish(*args)
+        write(*args)
 
-    monkeypatch.setattr(fkd_exchange, "_publish", killed)
+    monkeypatch.setattr(fkd_exchange, "_write", killed)
     with pytest.raises(KeyboardInterrupt):
         import_fkd(tmp_path / "a/labels", scan(images), tmp_path / "store", classes=K)
-    monkeypatch.setattr(fkd_exchange, "_publish", publish)
+    monkeypatch.setattr(fkd_exchange, "_write", write)
     fewer = scan(images).subset(range(1, 8))
     for labels, found, options in (
         ("b", scan(images), {}),

@@ -13,7 +13,7 @@ from fkd_ssl.errors import RequestError, StoreError
 from fkd_ssl.store import manifest, open_store
 from fkd_ssl.store.maintain.subset import atomic_folder, subset
 from fkd_ssl.store.maintain.verify import verify
-from fkd_ssl.store.write import publish
+from fkd_ssl.store.write import creation
 from fkd_ssl.store.write.precompute import precompute
 
 
@@ -102,16 +102,16 @@ class PulledError(Exception):
 def test_a_killed_one_appears_not_at_all_and_goes_on(tmp_path, source, tree, monkeypatch, calls):
     before = tree(source.folder)
     subset(source, tmp_path / "whole", crops=4)
-    real, done = files.publish, []
+    real, done = files.create, []
 
-    def publish(path):
+    def create(path):
         done.append(path)
         if len(done) == calls:
             raise PulledError
         return real(path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(files, "publish", publish)
+        patch.setattr(files, "create", create)
         with pytest.raises(PulledError):
             subset(source, tmp_path / "part", crops=4)
     assert not (tmp_path / "part").exists()
@@ -129,7 +129,7 @@ def test_another_column_that_was_begun_is_refused(tmp_path, source, monkeypatch)
         raise PulledError
 
     with monkeypatch.context() as patch:
-        patch.setattr(publish, "publish_codes", fail)
+        patch.setattr(creation, "write_codes", fail)
         with pytest.raises(PulledError):
             subset(source, tmp_path / "part", column=["a"])
     with pytest.raises(RequestError, match="holds other unfinished work"):

@@ -20,7 +20,7 @@ from fkd_ssl.store.maintain.recode import recode
 from fkd_ssl.store.maintain.repair import repair, repair_lists
 from fkd_ssl.store.maintain.subset import subset
 from fkd_ssl.store.maintain.verify import verify
-from fkd_ssl.store.write import publish
+from fkd_ssl.store.write import creation
 from fkd_ssl.store.write.precompute import precompute
 
 LISTS = ("images-00001.json", "images-00001.npy", "images-00001.txt")
@@ -143,16 +143,16 @@ def test_other_images_added_by_another_process_meanwhile(tmp_path, made, image_f
     """The second process sees what the first has added, and adds the rest as one more part."""
     store = Store(shutil.copytree(made / "first", tmp_path / "store"))
     some = keep(image_folder, [*store.paths, names[3]], tmp_path / "some")
-    whole, sizes = scan(image_folder), publish.read_sizes
-    during = [lambda: publish.extend_store(store, scan(some), skip_unreadable=False)]
+    whole, sizes = scan(image_folder), creation.read_sizes
+    during = [lambda: creation.extend_store(store, scan(some), skip_unreadable=False)]
 
     def read(*args, **options):
         if during:
             during.pop()()
         return sizes(*args, **options)
 
-    monkeypatch.setattr(publish, "read_sizes", read)
-    grown = publish.extend_store(store, whole, skip_unreadable=False)
+    monkeypatch.setattr(creation, "read_sizes", read)
+    grown = creation.extend_store(store, whole, skip_unreadable=False)
     assert [part.count for part in grown.manifest.parts] == [13, 1, 10]
     assert sorted(grown.paths) == list(whole.names)
 

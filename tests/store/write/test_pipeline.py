@@ -110,12 +110,12 @@ def test_no_more_than_the_bound_waits_to_be_written(overlapping, tiny_teacher):
 
 
 def test_a_decoding_that_waits_does_not_hold_the_next_shard(tmp_path, image_folder, new_teacher, monkeypatch):
-    """While a shard is published, images of the next one are read."""
+    """While a shard is written, images of the next one are read."""
     from fkd_ssl.store.write import shards
     from fkd_ssl.store.write.rows import RowReader
 
     read, seen = [], threading.Event()
-    real_read, real_publish = RowReader.__call__, shards.publish_codes
+    real_read, real_write = RowReader.__call__, shards.write_codes
 
     def reading(self, row, *rest):
         read.append(row)
@@ -123,12 +123,12 @@ def test_a_decoding_that_waits_does_not_hold_the_next_shard(tmp_path, image_fold
             seen.set()
         return real_read(self, row, *rest)
 
-    def publishing(*rest, **named):
+    def writing(*rest, **named):
         assert seen.wait(20)
-        return real_publish(*rest, **named)
+        return real_write(*rest, **named)
 
     monkeypatch.setattr(RowReader, "__call__", reading)
-    monkeypatch.setattr(shards, "publish_codes", publishing)
+    monkeypatch.setattr(shards, "write_codes", writing)
     make(tmp_path / "store", image_folder, new_teacher())
 
 

@@ -84,7 +84,7 @@ def codes_of(column):
 
 def test_a_whole_recording_is_what_precompute_writes(tmp_path, begin, train, whole, tree):
     recording = train(begin(), 0, 24 * 3)
-    recording.publish()
+    recording.finish()
     recording.close()
     ours, theirs = tree(tmp_path / "store"), tree(tmp_path / "whole")
     assert ours.keys() == theirs.keys()
@@ -115,8 +115,8 @@ def test_a_killed_training_goes_on(tmp_path, begin, train, tree):
     with pytest.raises(FkdError, match="holds 48 recorded targets, and this run recorded 50 before"):
         recording.resume(50)
     recording.resume(24 * BLOCK)
-    assert train(recording, 24, 72).publish() == []
-    train(begin("other"), 0, 72).publish()
+    assert train(recording, 24, 72).finish() == []
+    train(begin("other"), 0, 72).finish()
     assert tree(tmp_path / "store") == tree(tmp_path / "other")
 
 
@@ -133,11 +133,11 @@ def test_a_disk_that_the_recording_fills_is_no_reason_to_refuse(begin, train, mo
     free = (24 * CROPS - 33 * BLOCK) * 16
     recording = begin()
     recording.resume(33 * BLOCK)
-    assert train(recording, 33, 72).publish() == []
+    assert train(recording, 33, 72).finish() == []
 
 
-def test_a_kill_while_publishing(tmp_path, begin, train, tree, monkeypatch):
-    train(begin("other"), 0, 24 * 3).publish()
+def test_a_kill_while_finishing(tmp_path, begin, train, tree, monkeypatch):
+    train(begin("other"), 0, 24 * 3).finish()
     recording = train(begin(), 0, 24 * 3)
     written = files.write_npy
 
@@ -149,11 +149,11 @@ def test_a_kill_while_publishing(tmp_path, begin, train, tree, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(files, "write_npy", dies)
         with pytest.raises(KeyboardInterrupt):
-            recording.publish()
+            recording.finish()
     recording.close()
     recording = begin()
     recording.resume(24 * CROPS)
-    recording.publish()
+    recording.finish()
     assert tree(tmp_path / "store") == tree(tmp_path / "other")
 
 
@@ -188,7 +188,7 @@ def test_no_two_record_one_column(begin):
 
 def test_a_column_that_holds_targets_is_not_recorded(tmp_path, begin, train, finish, new_teacher):
     recording = train(begin(), 0, 24 * 3)
-    recording.publish()
+    recording.finish()
     recording.close()
     for _ in range(2):
         with pytest.raises(RequestError, match="holds targets of tiny already"):
@@ -202,8 +202,8 @@ def test_blocks_must_divide_the_crops(begin):
 
 
 def test_crops_are_used_again_where_the_training_is_longer(tmp_path, begin, train, tree):
-    train(begin("once"), 0, 24 * 3).publish()
-    train(begin(), 0, 24 * 4).publish()
+    train(begin("once"), 0, 24 * 3).finish()
+    train(begin(), 0, 24 * 4).finish()
     ours, once = (open_store(tmp_path / name).column() for name in ("store", "once"))
     assert np.abs(codes_of(ours) - codes_of(once)).max() <= 1
 
@@ -222,7 +222,7 @@ def test_unreadable_images(tmp_path, begin, train, pictures):
         for i in range(23):
             batch = data.__getitems__([(p, i)]).batch
             recording.add(batch["places"].numpy(), np.eye(BLOCK, 16, dtype=np.float32))
-    recording.publish()
+    recording.finish()
     column = open_store(tmp_path / "store").column()
     column.require_complete()
     assert 3 not in column.rows
@@ -340,7 +340,7 @@ def test_precompute_does_not_touch_what_a_training_recorded(tmp_path, begin, tra
 
 @pytest.mark.parametrize("damage", ["bit", "checksum", "swap", "cut", "hole", "gone"])
 def test_a_block_that_was_altered_is_computed_again(tmp_path, begin, train, finish, new_teacher, whole, damage):
-    """Damage in a killed recording must not be published with a correct checksum."""
+    """Damage in a killed recording must not be written with a correct checksum."""
     work, _ = stopped(begin(), train, 24 * 3)
     unit = BLOCK * 16 + 4
     place = 10 * (CROPS // BLOCK) * unit  # of shard 1, of 10 rows
@@ -358,7 +358,7 @@ def test_a_block_that_was_altered_is_computed_again(tmp_path, begin, train, fini
     recording = begin()
     recording.resume(24 * CROPS)
     left_out = {"cut": [2], "gone": [2, 1, 0]}.get(damage, [1])
-    assert recording.publish() == left_out
+    assert recording.finish() == left_out
     recording.close()
     column = open_store(tmp_path / "store").column()
     assert column.missing_shards == sorted(left_out)

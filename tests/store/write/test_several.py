@@ -11,8 +11,8 @@ from fkd_ssl.errors import ImageAccessError, ImageError, RequestError
 from fkd_ssl.store import manifest, open_store
 from fkd_ssl.store.maintain.verify import verify
 from fkd_ssl.store.write import rows, work
+from fkd_ssl.store.write.creation import create_store
 from fkd_ssl.store.write.precompute import Share, precompute
-from fkd_ssl.store.write.publish import create_store
 
 
 def make(folder, image_folder, teachers, **options):

@@ -43,7 +43,7 @@ def test_what_was_saved_is_there_again(path):
         assert progress.read() == rows(7).tobytes()
         progress.add(rows(2, 7))
         header = files.npy_header(np.dtype(np.uint8), (9, 5))
-        digest = progress.publish(path.with_name("codes.npy"), np.dtype(np.uint8), (9, 5))
+        digest = progress.finish(path.with_name("codes.npy"), np.dtype(np.uint8), (9, 5))
     np.testing.assert_array_equal(np.load(path.with_name("codes.npy")), rows(9))
     assert digest == hashlib.sha256(header + rows(9).tobytes()).hexdigest()
     assert [entry.name for entry in path.parent.iterdir()] == ["codes.npy"]
@@ -69,19 +69,19 @@ def test_only_one_at_a_time(path):
         assert other is None
 
 
-def test_bytes_that_another_wrote_into_it_are_not_published(path):
+def test_bytes_that_another_wrote_into_it_are_not_written(path):
     """As can happen on a file system without locks."""
 
-    def publish():
+    def finish():
         with work.open_work(path, "me", **SIZES) as progress:
             progress.add(rows(3))
             progress.save()
             with path.open("r+b") as file:
                 file.write(b"\xff")
-            progress.publish(path.with_name("codes.npy"), np.dtype(np.uint8), (3, 5))
+            progress.finish(path.with_name("codes.npy"), np.dtype(np.uint8), (3, 5))
 
     with pytest.raises(StoreError, match=r"work-codes-00000: its content differs from what was written: another process"):
-        publish()
+        finish()
     assert not path.with_name("codes.npy").exists()
 
 
@@ -138,13 +138,13 @@ def test_a_journal_that_does_not_fit_its_file_does_not_count(path, forged):
     with work.open_work(path, "me", **SIZES) as progress:
         assert (progress.crops, progress.checksums, progress.read()) == (0, [], b"")
         progress.add(rows(4))
-        progress.publish(path.with_name("codes.npy"), np.dtype(np.uint8), (4, 5))
+        progress.finish(path.with_name("codes.npy"), np.dtype(np.uint8), (4, 5))
     np.testing.assert_array_equal(np.load(path.with_name("codes.npy")), rows(4))
 
 
-def test_an_array_of_another_size_is_not_published(path):
+def test_an_array_of_another_size_is_not_written(path):
     with work.open_work(path, "me", **SIZES) as progress:
         progress.add(rows(3))
         with pytest.raises(AssertionError):
-            progress.publish(path.with_name("codes.npy"), np.dtype(np.uint8), (4, 5))
+            progress.finish(path.with_name("codes.npy"), np.dtype(np.uint8), (4, 5))
     assert not path.with_name("codes.npy").exists()

@@ -1,4 +1,4 @@
-"""Publishes the files of a store: its lists and manifest, and the arrays of a shard with their sidecars."""
+"""Writes the files of a store: its lists and manifest, and the arrays of a shard with their sidecars."""
 
 import shutil
 from collections.abc import Callable, Sequence, Set
@@ -46,7 +46,7 @@ def create_store(
     sizes = read_sizes(images, skip_unreadable=skip_unreadable, advice=advice, progress=progress)
     for name in (layout.CROPS, layout.TARGETS):
         (folder / name).mkdir(parents=True, exist_ok=True)
-    lists = publish_lists(folder, images, sizes)
+    lists = write_lists(folder, images, sizes)
     manifest = Manifest(seed=seed, recipe=recipe, crops_per_image=crops, rows_per_shard=layout.ROWS_PER_SHARD, **lists)
     manifest.write(folder)
     return manifest
@@ -97,7 +97,7 @@ def extend_store(
             _remove_unlisted(grown)
             last = store.manifest.parts[-1]
             number = last.number + 1
-            lists = publish_lists(store.folder, added, sizes, number)
+            lists = write_lists(store.folder, added, sizes, number)
             path = Part(number=number, digest="", **lists).file(store.folder, ".json")
             files.write_json(path, {**lists, "manifest": last.digest})
     if not is_same:  # another process has extended it meanwhile
@@ -157,18 +157,18 @@ def read_sizes(
     return sizes
 
 
-def publish_lists(folder: Path, images: ImageSource, sizes: npt.NDArray[np.void], part: int = 0) -> dict[str, Any]:
-    """Publishes the names and sizes of a part; returns their values for the manifest or the extension."""
+def write_lists(folder: Path, images: ImageSource, sizes: npt.NDArray[np.void], part: int = 0) -> dict[str, Any]:
+    """Writes the names and sizes of a part; returns their values for the manifest or the extension."""
     names = images.names.lines
     lists: dict[str, Any] = {"count": len(images), "images_sha256": files.sha256(names), "sizes_sha256": ""}
     listed = Part(number=part, digest="", **lists)
-    with files.publish(listed.file(folder, ".txt")) as file:
+    with files.create(listed.file(folder, ".txt")) as file:
         file.write(names)
     return {**lists, "sizes_sha256": files.write_npy(listed.file(folder, ".npy"), sizes)}
 
 
-def publish_crops(folder: Path, manifest: Manifest, shard: int, records: Records, images: Sequence[str]) -> None:
-    """Publishes the crop records of a shard, then the sidecar that marks them as finished.
+def write_crops(folder: Path, manifest: Manifest, shard: int, records: Records, images: Sequence[str]) -> None:
+    """Writes the crop records of a shard, then the sidecar that marks them as finished.
 
     Args:
         folder: The store.
@@ -183,16 +183,16 @@ def publish_crops(folder: Path, manifest: Manifest, shard: int, records: Records
     write_sidecar(path, manifest, shard, {"file": digest, "images": list(images), "skipped": skipped})
 
 
-def publish_codes(
+def write_codes(
     folder: Path, manifest: Manifest, shard: int, codes: UInt8Array | Callable[[Path], str], *, column: str, digest: str
 ) -> None:
-    """Publishes the codes of a shard, then the sidecar that marks them as finished.
+    """Writes the codes of a shard, then the sidecar that marks them as finished.
 
     Args:
         folder: The store.
         manifest: The store's manifest.
         shard: The shard.
-        codes: Codes uint8 [rows, C, code_size], or a function that publishes them as a file and returns its sha256.
+        codes: Codes uint8 [rows, C, code_size], or a function that writes them as a file and returns its sha256.
         column: Name of the column.
         digest: Digest of the column's meta.json.
     """
