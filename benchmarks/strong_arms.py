@@ -103,7 +103,7 @@ def probabilities(args: argparse.Namespace) -> Experiment:
     arms = [Arm(name="full", store=PROBABILITIES), *(_recoded(PROBABILITIES, codec) for codec in LABELS)]
     arms += [Arm(name="online", layer="@probabilities"), Arm(name="ReLabel", options=maps)]
     arms += [Arm(name="labels", options={"targets": "labels"}), Arm(name="teacher", verb="teacher", layer="@probabilities")]
-    options = {"objective": "soft_ce", "head": "classifier", "recipe": "fkd", "lr": args.classifier_lr, "crops_per_image": 4}
+    options = {"objective": "soft_ce", "head": "classifier", "recipe": "fkd", "lr": args.classifier_lr, "crops_per_image": 1}
     return _small(args, arms, "full", options)
 
 
@@ -133,7 +133,7 @@ def _small(args: argparse.Namespace, arms: list[Arm], reference: str, options: M
 def _whole(args: argparse.Namespace, images: str, *, crops: int, epochs: float) -> Experiment:
     store = Stored(name=f"{images}-features", images=images, crops=crops)
     arms = [Arm(name="stored", store=store), Arm(name="online"), *_others(args)]
-    options = {**best(args), "crops_per_image": 4}
+    options = {**best(args), "crops_per_image": 1}
     epochs = args.epochs or epochs
     return Experiment(images=images, arms=arms, reference="online", epochs=epochs, options=options, tuned=True)
 

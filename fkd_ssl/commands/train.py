@@ -90,7 +90,8 @@ def work(config: Config) -> "Trained":
         console.log(resolve.describe_machine(device_crops=crops.decode_only))
         for teacher in data.targets if config.targets != "labels" else []:
             console.log(teacher.description)
-        for line in (defaults.describe(given, config, len(crops)), defaults.warn_of_few(total_steps(config, len(crops)))):
+        warnings = defaults.warn_of_few(total_steps(config, len(crops))), defaults.warn_of_few_images(config, len(crops))
+        for line in (defaults.describe(given, config, len(crops)), *warnings):
             if line is not None:
                 console.log(line)
         results = train(

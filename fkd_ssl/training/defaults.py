@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from fkd_ssl.errors import RequestError
 from fkd_ssl.objectives import complete
 from fkd_ssl.objectives.expression import parse
+from fkd_ssl.text import plural
 
 SMALL = 50_000
 """Number of images up to which a set is small."""
@@ -29,6 +30,8 @@ RATES = {"relational": 1e-3}
 """Objective -> its learning rate, if it needs another one; a sum of objectives uses the smallest rate of its terms."""
 FEW_STEPS = 500
 """Number of steps below which a training is reported as too short."""
+FEW_IMAGES = 32
+"""Number of different images in a batch below which several crops of an image cost accuracy (docs/results/students.md)."""
 _NAMES = ("pixels", "batch_size", "lr", "warmup_epochs")
 Config = TypeVar("Config", bound=Any)
 
@@ -80,6 +83,17 @@ def warn_of_few(steps: int) -> str | None:
     return (
         f"warning: a training of {steps} steps is short (fewer than {FEW_STEPS}), and the student may learn little: give more "
         "--epochs or a smaller --batch_size"
+    )
+
+
+def warn_of_few_images(config: Any, images: int) -> str | None:
+    """The warning about batches of several crops of a few images; None if there are enough images in a batch."""
+    m, in_batch = config.crops_per_image, config.batch_size // config.crops_per_image
+    if m == 1 or in_batch >= min(FEW_IMAGES, images):
+        return None
+    return (
+        f"warning: a batch of {config.batch_size} crops has only {plural(in_batch, 'different image')}, which costs accuracy: "
+        f"give --crops_per_image 1, or a larger --batch_size"
     )
 
 

@@ -76,3 +76,22 @@ def test_the_line_names_what_was_filled_in() -> None:
 def test_few_steps_are_reported() -> None:
     assert defaults.warn_of_few(500) is None
     assert "a training of 499 steps is short" in (defaults.warn_of_few(499) or "")
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "m", "images", "warned"),
+    [
+        (32, 4, 1000, True),
+        (128, 8, 1000, True),
+        (128, 4, 1000, False),
+        (32, 1, 1000, False),
+        (8, 1, 1000, False),
+        (32, 4, 8, False),
+    ],
+)
+def test_several_crops_of_few_images_are_reported(batch_size: int, m: int, images: int, warned: bool) -> None:
+    config = TrainConfig(images="i", out="o", store="s", lr=0.1, batch_size=batch_size, crops_per_image=m)
+    line = defaults.warn_of_few_images(config, images)
+    assert (line is not None) == warned
+    if line is not None:
+        assert f"a batch of {batch_size} crops has only {batch_size // m} different images" in line
