@@ -203,7 +203,7 @@ def main() -> None:
     parser.add_argument("--images", required=True)
     parser.add_argument("--val", help="labelled test images, for order")
     parser.add_argument("--checkpoint", help="of the MoCo v2 teacher, for order")
-    parser.add_argument("--folder", type=Path, required=True, help="for the copies; made anew")
+    parser.add_argument("--folder", type=Path, required=True, help="for the copies; speed needs a new one, order continues in it")
     parser.add_argument("--limit", type=int, default=2000)
     parser.add_argument("--pixels", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
@@ -211,7 +211,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--latencies", type=int, nargs="*", default=[0, 20, 100])
     args = parser.parse_args()
-    args.folder.mkdir(parents=True)
+    args.folder.mkdir(parents=True, exist_ok=args.part == "order")
     for name, value in (speed if args.part == "speed" else order)(args).items():
         print(f"{name}: {value if isinstance(value, (list, int)) else round(value, 3)}", flush=True)
 
