@@ -203,7 +203,9 @@ def main() -> None:
     parser.add_argument("--images", required=True)
     parser.add_argument("--val", help="labelled test images, for order")
     parser.add_argument("--checkpoint", help="of the MoCo v2 teacher, for order")
-    parser.add_argument("--folder", type=Path, required=True, help="for the copies; speed needs a new one, order continues in it")
+    parser.add_argument(
+        "--folder", type=Path, required=True, help="for the copies; speed needs a new one, order continues in it"
+    )
     parser.add_argument("--limit", type=int, default=2000)
     parser.add_argument("--pixels", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)

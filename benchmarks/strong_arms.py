@@ -14,6 +14,8 @@ LABELS = ("hard", "smoothing", "marginal_smoothing_k5", "marginal_smoothing_k10"
 LABELS += ("marginal_quantised_k6", "marginal_quantised_k10")
 TUNING = {"targets": "labels", "objective": "soft_ce", "head": "classifier", "recipe": "fkd", "lr": 1e-3}
 SMALL = "imagenette-small"
+CLASSIFIER = {"objective": "soft_ce", "head": "classifier", "recipe": "fkd", "crops_per_image": 1}
+CLASSIFIER_LRS = (3e-4, 1e-3, 3e-3)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +78,13 @@ def rates(args: argparse.Namespace) -> Experiment:
     return Experiment(images=SMALL, arms=arms, reference="", epochs=args.epochs or 20, options=options)
 
 
+def label_rates(args: argparse.Namespace) -> Experiment:
+    """Classifiers of the teacher's probabilities, and of the labels, at every rate."""
+    arms = [Arm(name=f"full {lr:g}", options={"lr": lr}, store=PROBABILITIES) for lr in CLASSIFIER_LRS]
+    arms += [Arm(name=f"labels {lr:g}", options={"lr": lr, "targets": "labels"}) for lr in CLASSIFIER_LRS]
+    return Experiment(images=SMALL, arms=arms, reference="", epochs=args.epochs or 20, options=CLASSIFIER)
+
+
 def crops(args: argparse.Namespace) -> Experiment:
     """C stored crops compared with online."""
     arms = [Arm(name=f"C={c}", store=_from(FEATURES, f"C{c}", crops=c)) for c in (1, 4, 25)]
@@ -102,13 +111,14 @@ def probabilities(args: argparse.Namespace) -> Experiment:
     maps = {"targets": "relabel", "label_maps": args.work / "label-maps"}
     arms = [Arm(name="full", store=PROBABILITIES), *(_recoded(PROBABILITIES, codec) for codec in LABELS)]
     arms += [Arm(name="online", layer="@probabilities"), Arm(name="ReLabel", options=maps)]
-    arms += [Arm(name="labels", options={"targets": "labels"}), Arm(name="teacher", verb="teacher", layer="@probabilities")]
-    options = {"objective": "soft_ce", "head": "classifier", "recipe": "fkd", "lr": args.classifier_lr, "crops_per_image": 1}
-    return _small(args, arms, "full", options)
+    labels = {"targets": "labels", "lr": best_rate(args, "labels")}
+    arms += [Arm(name="labels", options=labels), Arm(name="teacher", verb="teacher", layer="@probabilities")]
+    return _small(args, arms, "full", {**CLASSIFIER, "lr": best_rate(args, "full")})
 
 
 EXPERIMENTS: dict[str, Callable[[argparse.Namespace], Experiment]] = {
     "rates": rates,
+    "label_rates": label_rates,
     "crops": crops,
     "codecs": codecs,
     "students": students,
@@ -123,6 +133,14 @@ def best(args: argparse.Namespace) -> dict[str, Any]:
     known = json.loads(found.read_text())["best"] if found.exists() else {}
     given = {key: getattr(args, key) for key in ("objective", "lr") if getattr(args, key) is not None}
     return {"objective": None, "lr": None, **known, **given}
+
+
+def best_rate(args: argparse.Namespace, targets: str) -> float | None:
+    """Returns the rate of classifiers of `full` or `labels` that `label_rates` found, or that of the command line."""
+    found = args.work / "label_rates.json"
+    if args.classifier_lr is None and found.exists():
+        return float(json.loads(found.read_text())["best"][targets])
+    return args.classifier_lr
 
 
 def _small(args: argparse.Namespace, arms: list[Arm], reference: str, options: Mapping[str, Any] | None = None) -> Experiment:
@@ -140,7 +158,7 @@ def _whole(args: argparse.Namespace, images: str, *, crops: int, epochs: float) 
 
 def _others(args: argparse.Namespace) -> list[Arm]:
     """Returns the arms without targets of the teacher, and the teacher."""
-    labels = {"targets": "labels", "objective": "soft_ce", "head": "classifier", "lr": args.classifier_lr}
+    labels = {"targets": "labels", "objective": "soft_ce", "head": "classifier", "lr": best_rate(args, "labels")}
     arms = [Arm(name="labels", options=labels), Arm(name="alone", verb="pretrain")]
     return [*arms, *(Arm(name=name, verb=name) for name in strong_tables.UNTRAINED)]
 

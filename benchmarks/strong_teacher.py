@@ -5,7 +5,7 @@ r"""Students of a strong teacher: stored, online and without it; how many crops;
         --work runs/strong --seeds 2 --pages docs/results
 
 - `rates`: objectives and learning rates, 20 epochs of 1,000 images, scored by kNN on other training images. Test images are not
-  used. The other experiments take the best objective and rate.
+  used. The other experiments take the best objective and rate. `label_rates` is the same for class probabilities and labels.
 - `crops`: do stored targets overfit? C = 1, 4, 25 and 100 stored crops per image compared with online, in 60 epochs.
 - `codecs`: the same training on the same crops, with targets of fewer bytes.
 - `students`: stored, online, labels, MoCo v2 without a teacher, on all images; kNN, linear and fine-tuned.
@@ -168,7 +168,7 @@ class Bench:
         """Returns which test images a model classifies correctly, bool [n], by probe."""
         whole = experiment.images.partition("-")[0]
         gallery, val = self.images(whole), getattr(self.args, whole) / "val"
-        if name == "rates":
+        if name.endswith("rates"):
             gallery, val = self.images(experiment.images), self.images("imagenette-other")
         pixels = self.args.pixels
         if arm.verb == "untrained":
@@ -187,7 +187,7 @@ class Bench:
             pixels = self.args.teacher_pixels if arm.verb == "teacher" else pixels
         split = extract_split(features, scan(gallery), scan(val), pixels=pixels, workers=1, progress=False)
         correct = {"knn": knn.evaluate_features(k=20, **split.common)["correct"]}
-        if name != "rates":
+        if not name.endswith("rates"):
             correct["linear"] = logreg.evaluate(progress=False, **split.common)["correct"]
         classifier = {**experiment.options, **arm.options}.get("head") == "classifier" and arm.verb != "untrained"
         if classifier and network is not None:
@@ -231,7 +231,7 @@ class Bench:
 
     def table(self, name: str, experiment: Experiment) -> str:
         """Returns the table of an experiment, and draws its plot; empty if no arm is finished."""
-        rows, seeds = [], 1 if name == "rates" else self.args.seeds
+        rows, seeds = [], 1 if name.endswith("rates") else self.args.seeds
         for arm in experiment.arms:
             runs_of = [self.run(name, arm, seed) for seed in range(1 if arm.verb == "teacher" else seeds)]
             row = strong_tables.Row.read(arm.name, runs_of, self.folder(arm.store) if arm.store else None)
@@ -244,14 +244,14 @@ class Bench:
         reference = next((row for row in rows if row.name == experiment.reference), None)
         return f"{strong_tables.table(rows, reference)}\n\n{strong_tables.about(rows, reference, seeds, missing)}"
 
-    def choose(self, experiment: Experiment) -> None:
-        """Saves the objective and the rate with the best kNN."""
-        scores = {
-            arm.name: json.loads((self.run("rates", arm, 0) / "scores.json").read_text())["knn"] for arm in experiment.arms
-        }
-        objective, lr = max(scores, key=scores.__getitem__).split()
-        found = {"held_out_knn_top1": scores, "best": {"objective": objective, "lr": float(lr)}}
-        files.replace(self.work / "rates.json", (json.dumps(found, indent=1) + "\n").encode())
+    def choose(self, name: str, experiment: Experiment) -> None:
+        """Saves the objective and the rate with the best kNN; of `label_rates` the best rate of each kind of targets."""
+        scores = {arm.name: json.loads((self.run(name, arm, 0) / "scores.json").read_text())["knn"] for arm in experiment.arms}
+        ordered = [arm.split() for arm in sorted(scores, key=scores.__getitem__)]
+        objective, lr = ordered[-1]
+        best = {"objective": objective, "lr": float(lr)} if name == "rates" else {kind: float(lr) for kind, lr in ordered}
+        found = {"held_out_knn_top1": scores, "best": best}
+        files.replace(self.work / f"{name}.json", (json.dumps(found, indent=1) + "\n").encode())
 
 
 def main() -> None:
@@ -265,7 +265,7 @@ def main() -> None:
     parser.add_argument("--teacher_pixels", type=int, default=128)
     parser.add_argument("--student", default=strong_arms.STUDENT)
     parser.add_argument("--pixels", type=int, default=64, help="side of the student's crops")
-    parser.add_argument("--seeds", type=int, default=2, help="number of seeds; rates always has one")
+    parser.add_argument("--seeds", type=int, default=2, help="number of seeds; rates and label_rates always have one")
     parser.add_argument("--epochs", type=float, help="epochs of all runs")
     parser.add_argument("--only", nargs="+", default=["*"], metavar="ARM", help="patterns of arms, such as 'C*'")
     parser.add_argument("--objective", help="instead of the best of rates")
@@ -274,7 +274,9 @@ def main() -> None:
         "--objectives", nargs="+", default=["cosine", "feature_kl(temperature=0.05)"], help="what rates compares"
     )
     parser.add_argument("--lrs", nargs="+", type=float, default=[1e-3, 3e-3, 1e-2], help="what rates compares")
-    parser.add_argument("--classifier_lr", type=float, default=3e-3, help="learning rate of students that are classifiers")
+    parser.add_argument(
+        "--classifier_lr", type=float, help="of students that are classifiers, instead of the best of label_rates"
+    )
     parser.add_argument("--tuning_epochs", type=float, default=10)
     parser.add_argument("--batch_size", type=int, help="crops in a batch: by default 32 for 1,000 images and 64 for all")
     parser.add_argument("--small", type=int, default=100, help="images per class of rates, crops, codecs and probabilities")
@@ -288,10 +290,10 @@ def main() -> None:
         for name in args.experiments:
             experiment = strong_arms.EXPERIMENTS[name](args)
             for arm in experiment.arms:
-                if students.named(arm, args.only) and not (seed and (name == "rates" or arm.verb == "teacher")):
+                if students.named(arm, args.only) and not (seed and (name.endswith("rates") or arm.verb == "teacher")):
                     bench.finish(name, experiment, arm, seed)
-            if name == "rates":
-                bench.choose(experiment)
+            if name.endswith("rates"):
+                bench.choose(name, experiment)
     for name in args.experiments:
         text = bench.table(name, strong_arms.EXPERIMENTS[name](args))
         print(f"## {name}\n\n{text}\n")
