@@ -31,7 +31,7 @@ _DEFAULT_BYTES = 100 * 10**9
 PIECE = 2**23  # bytes of a request
 TRIES, PAUSE = 5, 0.5  # attempts of a request; seconds before the second, doubled before each further one
 _ABANDONED = 3600  # seconds since the last write, after which a partly fetched file is removed
-_VERSIONS = ("ETag", "etag", "md5Hash", "LastModified", "last_modified", "Last-Modified", "mtime", "created")
+_VERSIONS = ("ETag", "etag", "md5Hash", "blob_id", "LastModified", "last_modified", "Last-Modified", "mtime", "created")
 T = TypeVar("T")
 _SECRET = re.compile("sig|token|key|secret|password|credential", re.IGNORECASE)
 
@@ -181,11 +181,19 @@ def attempt(url: str, call: Callable[[], T], done: str) -> T:
             time.sleep(PAUSE * 2 ** (number - 1))
         try:
             return call()
-        except (FileNotFoundError, PermissionError) as error:
-            raise inaccessible(url, error) from error
         except Exception as error:  # each library of an object store has its own errors
+            if isinstance(error, (FileNotFoundError, PermissionError)) or _answered(error)[0] in (401, 403, 404):
+                raise inaccessible(url, error) from error
             problem = error
     raise FetchError(f"{url}: cannot be {done} after {TRIES} attempts: {redacted(first_line(problem))}")
+
+
+def _answered(error: BaseException) -> tuple[int | None, object]:
+    """Returns the status and the message of the HTTP response that an error, or a cause of it, is about."""
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if status is None and error.__cause__ is not None:
+        return _answered(error.__cause__)
+    return status, getattr(error, "server_message", None) or error
 
 
 def fetched_folder() -> Path:
@@ -288,7 +296,7 @@ def list_remote(url: str) -> list[RemoteFile]:
         RequestError: The URL names no file.
         FetchError: The server does not answer, or refuses access.
     """
-    at = filesystem(url)
+    at = refreshed(url)
     is_web = isinstance(at, Web)
     if glob.has_magic(url.partition("?")[0] if is_web else url):
         if is_web:
@@ -314,6 +322,15 @@ def filesystem(url: str) -> Any:
     return _filesystem_of(url.partition("://")[0], os.getpid())
 
 
+def refreshed(url: str) -> Any:
+    """Returns the file system for a URL, without the listings that the one of the Hugging Face Hub keeps in any case."""
+    at = filesystem(url)
+    if url.startswith("hf://"):
+        at.invalidate_cache()
+        at = _filesystem_of.__wrapped__("hf", os.getpid())  # other threads may use `at`
+    return at
+
+
 @cache
 def _filesystem_of(protocol: str, process: int) -> Any:
     """Makes the file system of a protocol, one in each process, since their event loops do not survive a fork."""
@@ -324,9 +341,10 @@ def _filesystem_of(protocol: str, process: int) -> Any:
             import requests  # noqa: F401
 
             return Web()
-        return fsspec.filesystem(protocol, skip_instance_cache=True, use_listings_cache=False)
+        read_ahead = {"block_size": 1} if protocol == "hf" else {}  # otherwise each `piece` fetches 5 MB more
+        return fsspec.filesystem(protocol, skip_instance_cache=True, use_listings_cache=False, **read_ahead)
     except ImportError as error:
-        extra = "; pip install 'fkd_ssl[remote]'" if protocol in ("http", "https", "s3", "s3a") else ""
+        extra = "; pip install 'fkd_ssl[remote]'" if protocol in ("http", "https", "s3", "s3a", "hf") else ""
         raise RequestError(f"{protocol}://: {first_line(error)}{extra}") from error
     except ValueError as error:
         raise RequestError(f"{protocol}://: {first_line(error)}; see docs/sources.md") from error
@@ -334,5 +352,6 @@ def _filesystem_of(protocol: str, process: int) -> Any:
 
 def inaccessible(url: str, error: Exception) -> FetchError:
     """Returns the error for a file that a server does not give."""
-    reason = "not found" if isinstance(error, FileNotFoundError) else redacted(first_line(error))
+    status, message = _answered(error)
+    reason = "not found" if isinstance(error, FileNotFoundError) or status == 404 else redacted(first_line(message))
     return FetchError(f"{url}: {reason}; check the URL, and the credentials in the environment")

@@ -35,7 +35,7 @@ def redacted(message: str) -> str:
 
 def first_line(error: object) -> str:
     """Returns the first line of an error's message, or the name of its type if it has no message."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def plural(count: int, noun: str) -> str:

@@ -145,6 +145,7 @@ def open_remote(url: str) -> Remote:
 
 
 def _read_index(url: str) -> bytes:
+    fetching.refreshed(url)
     try:
         return fetching.piece(f"{url}/{INDEX}", 0, _MAX_INDEX + 1, whole=False)
     except FetchError as error:

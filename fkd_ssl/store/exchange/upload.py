@@ -24,7 +24,7 @@ from fkd_ssl.text import format_bytes, is_url, plural
 
 README = PUBLISHED[1]
 _SENDERS = 8  # threads
-_COMMIT = 100  # groups of files in a commit of the Hugging Face Hub, which limits commits per hour
+_COMMIT = 50  # groups of files in a commit: the Hugging Face Hub recommends 100 files, and limits commits per hour
 _OF_STORE = re.compile(
     rf"images(-\d{{5}})?\.(txt|npy|json)|{layout.CROPS}/\d{{5,}}\.(npy|json)|{layout.TARGETS}/[^/]+/(meta\.json|[^/]+\.npy|codes-\d{{5,}}\.json)"
 )
@@ -64,7 +64,7 @@ def publish(store: Store, url: str, *, overwrite: bool = False, log: Callable[[s
     if is_url(url):
         fetching.checked_folder(url)
     _require_complete(store)
-    target = _Hub(url) if url.startswith("hf://") else _Target(url)
+    target = _Hub(url) if url.startswith("hf://") and not url.startswith("hf://buckets/") else _Target(url)
     there = target.sizes()
     report = verify(store, threads=threads)
     if report.damage:
@@ -77,14 +77,11 @@ def publish(store: Store, url: str, *, overwrite: bool = False, log: Callable[[s
     old = _previous(target, there, store, listed, overwrite=overwrite)
     with tqdm(total=listed.total, desc="publish", unit="B", unit_scale=True) as bar:
         sent = target.send(store.folder, [[path for path, _ in group] for group in groups], listed, old, there, bar)
-    known = there.get(README) is not None and card.MARK not in target.read(README)
-    if known and not overwrite:
+    last = {README: card.text(store, target.url, listed).encode(), INDEX: listed.encode()}
+    if README in there and not overwrite and card.MARK not in target.read(README):
         log(f"note: {url}/{README} was not written by fkd-ssl publish and is kept; --overwrite replaces it")
-    else:
-        target.write(README, card.text(store, target.url, listed).encode())
-    for path in (old.files.keys() - listed.files.keys()) & there.keys():  # before the list: an interrupted call continues
-        target.remove(path)
-    target.write(INDEX, listed.encode())
+        del last[README]
+    target.finish(last, sorted((old.files.keys() - listed.files.keys()) & there.keys()))
     return Upload(files=listed, sent=len(sent), sent_bytes=sum(listed.files[path][0] for path in sent))
 
 
@@ -162,7 +159,7 @@ class _Target:
 
     def __init__(self, url: str) -> None:
         self.url = url = (url if is_url(url) else f"file://{os.path.abspath(url)}").rstrip("/")  # noqa: PTH100
-        self._at = fetching.filesystem(url)
+        self._at = fetching.refreshed(url)
         if not hasattr(self._at, "put_file"):
             raise RequestError(f"{url}: a web server can be read, but not written; publish to a folder that it serves")
         self._root = self._at._strip_protocol(url)
@@ -184,9 +181,12 @@ class _Target:
         """Returns the bytes of a small file."""
         return fetching.piece(f"{self.url}/{path}", 0, 2**26 + 1, whole=False)
 
-    def write(self, path: str, data: bytes) -> None:
-        """Writes a small file."""
-        self._try(path, lambda at: self._at.pipe_file(at, data))
+    def finish(self, contents: Mapping[str, bytes], removed: Sequence[str]) -> None:
+        """Removes files and writes small ones, the last one of `contents` last: an interrupted call continues."""
+        for path in removed:
+            self.remove(path)
+        for path, data in contents.items():
+            self._try(path, lambda at, data=data: self._at.pipe_file(at, data))  # type: ignore[misc]
 
     def remove(self, path: str) -> None:
         """Removes a file."""
@@ -256,21 +256,41 @@ class _Target:
 class _Hub(_Target):
     """A folder of a repository of the Hugging Face Hub, which takes many files at once."""
 
+    def __init__(self, url: str) -> None:
+        super().__init__(url)
+
+        def resolve() -> Any:
+            try:
+                return self._at.resolve_path(self._root)
+            except (ValueError, NotImplementedError) as error:
+                raise FileNotFoundError(str(error)) from error
+
+        try:
+            self._where = fetching.attempt(url, resolve, "found")
+        except fetching.FetchError as error:
+            if not isinstance(error.__cause__, FileNotFoundError):
+                raise
+            raise RequestError(
+                f"{url}: no such repository, or no access with the token in the environment; log in with `hf auth login`, and "
+                "create the repository first, for instance with `hf repos create NAME --type dataset`"
+            ) from error
+
+    def finish(self, contents: Mapping[str, bytes], removed: Sequence[str]) -> None:
+        """Removes and writes files in one commit."""
+        self._commit(contents, removed)
+
     def _send(self, pool: ThreadPoolExecutor, folder: Path, groups: Sequence[Sequence[str]]) -> Iterable[Sequence[str]]:
         if groups:
             self._commit({path: str(folder / path) for group in groups for path in group})
         return groups
 
-    def write(self, path: str, data: bytes) -> None:
-        """Writes a small file."""
-        self._commit({path: data})
+    def _commit(self, contents: Mapping[str, str | bytes], removed: Sequence[str] = ()) -> None:
+        from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-    def _commit(self, contents: Mapping[str, str | bytes]) -> None:
-        from huggingface_hub import CommitOperationAdd, HfApi
-
-        where = self._at.resolve_path(self._root)
+        where = self._where
         inside = f"{where.path_in_repo}/" if where.path_in_repo else ""
         added = [CommitOperationAdd(f"{inside}{path}", data) for path, data in contents.items()]
+        operations = [*added, *(CommitOperationDelete(f"{inside}{path}") for path in removed)]
         name = f"Add {plural(len(added), 'file')} of a store of fkd_ssl"
         at = {"repo_id": where.repo_id, "repo_type": where.repo_type, "revision": where.revision}
-        self._try(next(iter(contents)), lambda _: HfApi().create_commit(operations=added, commit_message=name, **at))
+        self._try(next(iter(contents)), lambda _: HfApi().create_commit(operations=operations, commit_message=name, **at))
