@@ -189,11 +189,13 @@ def attempt(url: str, call: Callable[[], T], done: str) -> T:
 
 
 def _answered(error: BaseException) -> tuple[int | None, object]:
-    """Returns the status and the message of the HTTP response that an error, or a cause of it, is about."""
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if status is None and error.__cause__ is not None:
-        return _answered(error.__cause__)
-    return status, getattr(error, "server_message", None) or error
+    """Returns the status of the HTTP response that an error, or a cause of it, is about, and its message."""
+    cause: Any = error
+    while cause is not None:
+        if (status := getattr(getattr(cause, "response", None), "status_code", None)) is not None:
+            return status, getattr(cause, "server_message", None) or cause
+        cause = cause.__cause__
+    return None, error
 
 
 def fetched_folder() -> Path:

@@ -18,8 +18,6 @@ __all__ = ["hub"]  # a fixture
 def test_publish_pull_and_train(
     hub: HubServer, work: Path, call: Any, train_line: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    hub: HubServer, work: Path, call: Any, train_line: str, caplog: pytest.LogCaptureFixture
-) -> None:
     """The student is that of the folders; the token is in no file, message or log."""
     from huggingface_hub import HfApi
 
