@@ -13,7 +13,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from fkd_ssl import fetching, files
-from fkd_ssl.errors import RequestError, StoreError
+from fkd_ssl.errors import FetchError, RequestError, StoreError
 from fkd_ssl.store import manifest as layout
 from fkd_ssl.store.exchange import card
 from fkd_ssl.store.listing import MANIFEST, PUBLISHED
@@ -267,7 +267,7 @@ class _Hub(_Target):
 
         try:
             self._where = fetching.attempt(url, resolve, "found")
-        except fetching.FetchError as error:
+        except FetchError as error:
             if not isinstance(error.__cause__, FileNotFoundError):
                 raise
             raise RequestError(
@@ -289,8 +289,8 @@ class _Hub(_Target):
 
         where = self._where
         inside = f"{where.path_in_repo}/" if where.path_in_repo else ""
-        added = [CommitOperationAdd(f"{inside}{path}", data) for path, data in contents.items()]
-        operations = [*added, *(CommitOperationDelete(f"{inside}{path}") for path in removed)]
-        name = f"Add {plural(len(added), 'file')} of a store of fkd_ssl"
+        operations: list[Any] = [CommitOperationAdd(f"{inside}{path}", data) for path, data in contents.items()]
+        operations += [CommitOperationDelete(f"{inside}{path}") for path in removed]
+        name = f"Add {plural(len(contents), 'file')} of a store of fkd_ssl"
         at = {"repo_id": where.repo_id, "repo_type": where.repo_type, "revision": where.revision}
         self._try(next(iter(contents)), lambda _: HfApi().create_commit(operations=operations, commit_message=name, **at))
