@@ -13,7 +13,7 @@ import typing
 from collections.abc import Callable
 from typing import Any, Literal
 
-from fkd_ssl import cli, options, results
+from fkd_ssl import allocator, cli, options, results
 from fkd_ssl.errors import RequestError, did_you_mean
 from fkd_ssl.options import OBJECT, Named
 
@@ -41,6 +41,7 @@ def _function(verb: str, returns: Any) -> Callable[..., Any]:
     def call(*args: Any, **given: Any) -> Any:
         if len(args) > 1 or (args and names[0] in given):
             raise RequestError(f"{verb}: takes one positional argument, {names[0]}; pass the other options by name")
+        allocator.keep_freed_memory()
         return command.work(_config(verb, command.Config, {**dict(zip(names, args, strict=False)), **given}))
 
     call.__name__ = call.__qualname__ = verb

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from types import FrameType, ModuleType
 from typing import Any
 
-from fkd_ssl import __version__, options, processes
+from fkd_ssl import __version__, allocator, options, processes
 from fkd_ssl.commands import console
 from fkd_ssl.errors import FkdError, RequestError, did_you_mean
 from fkd_ssl.text import is_url, printable
@@ -82,6 +82,7 @@ def _run(verb: str, args: list[str]) -> int:
     config = parse(verb, command, args)
     if processes.rank()[1] > 1 and verb not in _SHARED:
         raise RequestError("runs in one process: start it without torchrun (WORLD_SIZE is over 1)")
+    allocator.keep_freed_memory()
     status: int = command.run(config)
     return status
 
