@@ -21,7 +21,7 @@ print("faults", resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 SET = "from fkd_ssl import allocator\nallocator.keep_freed_memory()"
 COMMAND = "from fkd_ssl import cli\ncli.main(['inspect', 'missing'])"
-FUNCTION = "import fkd_ssl\ntry:\n    fkd_ssl.verify('missing')\nexcept fkd_ssl.errors.FkdError:\n    pass"
+FUNCTION = "import fkd_ssl\ntry:\n    fkd_ssl.pull('missing', out='out')\nexcept fkd_ssl.errors.FkdError:\n    pass"
 
 
 def faults(start: str, **variables: str) -> int:
