@@ -9,7 +9,7 @@ SOURCES = {"fkd_ssl": "fkd_ssl", "teachers": "fkd_ssl.teachers", "eval": "fkd_ss
 
 # From the bottom up, as CONTRIBUTING.md draws them.
 LAYERS = """
-    errors arrays text progress options own_code processes files pickles locks checkpoints maps web fetching
+    errors arrays text progress allocator options own_code processes files pickles locks checkpoints maps web fetching
     prefetcher
     images runs
     crops targets
