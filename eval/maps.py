@@ -73,18 +73,30 @@ def extract(
     workers: int,
     progress: bool,
     desc: str,
+    skipped: set[str] | None = None,
 ) -> Iterator[tuple[int, tuple[int, int], dict[str, Tensor]]]:
-    """For each image in `rows`, by size: its index, h and w, and its positions, float32 on the CPU, see `_Example`."""
+    """For each image in `rows`, by size: its index, h and w, and its positions, float32 on the CPU, see `_Example`.
+
+    `skipped` collects the error message of each damaged image, which is left out; if it is None, the first error is raised.
+
+    Raises:
+        ImageError: An image is damaged and `skipped` is None, or all images are damaged.
+        FkdError: The model's output is not a finite map.
+    """
     sizes = {int(row): resized(data.sizes[row], pixels, multiple) for row in rows}
     by_size: dict[tuple[int, int], list[int]] = {}
     for row, size in sizes.items():
         by_size.setdefault(size, []).append(row)
     batches = [same[first : first + _FORWARD] for same in by_size.values() for first in range(0, len(same), _FORWARD)]
+    read = 0
     with (
         frozen(model),
         tqdm(total=len(rows), desc=desc, unit="img", file=sys.stderr, disable=bar_disabled(show=progress)) as bar,
     ):
-        for views, indices in load(_Resized(data.images, sizes), batches, workers=workers):
+        for views, indices in load(_Resized(data.images, sizes), batches, workers=workers, skipped=skipped):
+            if not len(indices):
+                continue
+            read += len(indices)
             with torch.no_grad():
                 maps = checked(model(views), len(views)).cpu()
             h, w = maps.shape[1:3]
@@ -95,6 +107,8 @@ def extract(
                 # clones can be used by autograd, which the output of a model in inference mode cannot
                 yield index, (h, w), {"model": found.flatten(0, 1).clone(), "colours": colour}
             bar.update(len(indices))
+    if not read:
+        raise ImageError(f"{data.images.spec}: none of its {len(rows)} images can be read")
 
 
 def checked(output: object, images: int) -> Tensor:

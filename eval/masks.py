@@ -13,7 +13,7 @@ from pathlib import PurePosixPath
 import numpy as np
 
 from fkd_ssl.arrays import Int64Array, UInt8Array
-from fkd_ssl.errors import RequestError
+from fkd_ssl.errors import ImageError, RequestError
 from fkd_ssl.images import ImageSource
 from fkd_ssl.images.decoding import decode_mask
 
@@ -43,13 +43,19 @@ class Masked:
         return found
 
 
-def open_masked(images: ImageSource, masks: ImageSource) -> Masked:
+def open_masked(images: ImageSource, masks: ImageSource, *, skipped: set[str] | None = None) -> Masked:
     """Pairs images and masks by their names without extensions, and reads all masks.
+
+    Args:
+        images: The images.
+        masks: Their masks.
+        skipped: Collects the error message of each damaged image or mask, which is left out. By default the first error is
+            raised.
 
     Raises:
         RequestError: An image has no mask, a mask has no image, two images or masks have one name, a mask is not a PNG with one
             byte per pixel, or it has another size than its image.
-        ImageError: An image or a mask is damaged.
+        ImageError: An image or a mask is damaged and `skipped` is None, or all are damaged.
         ImageAccessError: An image or a mask cannot be opened.
     """
     rows, of_mask = _by_stem(images), _by_stem(masks)
@@ -64,9 +70,15 @@ def open_masked(images: ImageSource, masks: ImageSource) -> Masked:
         raise RequestError(f"{images.spec}: no images to evaluate")
     masks = masks.subset([of_mask[stem] for stem in rows])
 
-    def read(index: int) -> tuple[tuple[int, int], Int64Array]:
-        _, width, height = images.size(index)
-        labels = decode_mask(masks.read(index), masks.where(index))
+    def read(index: int) -> tuple[tuple[int, int], Int64Array] | None:
+        try:
+            _, width, height = images.size(index)
+            labels = decode_mask(masks.read(index), masks.where(index))
+        except ImageError as error:
+            if skipped is None:
+                raise
+            skipped.add(str(error))
+            return None
         if labels.shape != (height, width):
             raise RequestError(
                 f"{masks.where(index)}: a mask of {labels.shape[1]} x {labels.shape[0]} px for an image of {width} x {height} "
@@ -75,10 +87,13 @@ def open_masked(images: ImageSource, masks: ImageSource) -> Masked:
         return (height, width), np.bincount(labels.ravel(), minlength=256)
 
     with ThreadPoolExecutor(_READERS) as pool:
-        found = list(pool.map(read, range(len(images))))
-    return Masked(
-        images=images, masks=masks, sizes=[size for size, _ in found], pixels=np.stack([counts for _, counts in found])
-    )
+        found = {row: one for row, one in enumerate(pool.map(read, range(len(images)))) if one is not None}
+    if not found:
+        raise ImageError(f"{images.spec}: none of its {len(images)} images and masks can be read")
+    if len(found) < len(images):
+        images, masks = images.subset([*found]), masks.subset([*found])
+    sizes, counts = zip(*found.values(), strict=True)
+    return Masked(images=images, masks=masks, sizes=list(sizes), pixels=np.stack(counts))
 
 
 def classes_of(train: Masked, val: Masked, asked: int | Sequence[str] | None, ignore: int) -> list[tuple[int, str]]:

@@ -97,6 +97,7 @@ def evaluate(
     device: torch.device | str = "cpu",
     workers: int = 2,
     progress: bool = True,
+    skipped: set[str] | None = None,
 ) -> dict[str, Any]:
     """Segments `val` by a linear layer and by nearest neighbours, both made from `train`.
 
@@ -119,6 +120,7 @@ def evaluate(
         device: Where the layer is trained and neighbours are searched.
         workers: Processes that read images.
         progress: Show bars on standard error.
+        skipped: Collects the error message of each damaged image, which is left out. By default the first error is raised.
 
     Returns:
         `miou` and `pixel_accuracy` of the linear layer and `knn_miou` and `knn_pixel_accuracy` of the neighbours, in percent;
@@ -130,7 +132,8 @@ def evaluate(
 
     Raises:
         RequestError: A number is invalid, or no image to score has a labelled pixel.
-        FkdError: An image cannot be read, or the model's output is not a finite map.
+        ImageError: An image is damaged and `skipped` is None, or all images are damaged.
+        FkdError: The model's output is not a finite map.
     """
     check_counts(pixels=pixels, batch_size=batch_size, k=k, **({} if steps is None else {"steps": steps}))
     if not (lr > 0 and math.isfinite(lr) and temperature > 0):
@@ -142,6 +145,7 @@ def evaluate(
         if not len(rows):
             raise RequestError(f"{part.masks.spec}: no mask has a pixel of the classes")
     options: dict[str, Any] = {"pixels": pixels, "multiple": multiple, "workers": workers, "progress": progress}
+    options |= {"skipped": skipped}
     examples: list[_Example] = []
     each = math.ceil(BANK / len(used["train"]))
     for index, size, positions in maps.extract(model, train, used["train"], desc="maps of train", **options):
@@ -176,6 +180,8 @@ def evaluate(
             voted = _votes(banks[key], shares, positions[key], neighbours, temperature, device)
             for name, found in ((key, scores), (f"{key}_knn", voted)):
                 counts[name][place[index]] = iou.count(classes_at(on_grid(found, size), *truth.shape), truth, count)
+    scored = counts["model"][:, 2].any(axis=1)  # all but damaged images
+    counts = {name: found[scored] for name, found in counts.items()}
     true = counts["model"][:, 2]
     majority = int(train.pixels[:, labels].sum(axis=0).argmax())
     constant = np.zeros((3, count), dtype=np.int64)
@@ -198,7 +204,7 @@ def evaluate(
         "temperature": temperature,
         "bank": len(shares),
         "n_train": n_train,
-        "n_val": len(used["val"]),
+        "n_val": len(true),
         "classes": count,
         "history": histories["model"],
         "notes": _notes(train, val, used, classes, sums["model"])

@@ -100,6 +100,16 @@ class Teacher(nn.Module):
         """
         return self.info.spec.definition.of_output(self.output(images))
 
+    def check_size(self, side: int) -> None:
+        """Runs once on crops of this side if it may not support them, so that this is known before anything is written.
+
+        Raises:
+            RequestError: The grid of the tokens is finer than the feature map, or there is no map.
+            FkdError: As `embed`.
+        """
+        if side != self.info.pixels or self.info.spec.kind == TOKENS:
+            self.embed(torch.zeros(2, 3, side, side, dtype=torch.uint8))
+
     @property
     def network_key(self) -> object:
         """Equal for teachers that share a network and its input, so that `embed_with` can take them together."""

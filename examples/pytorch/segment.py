@@ -7,8 +7,10 @@ python segment.py student.safetensors IMAGES MASKS --network resnet18 --node lay
 import argparse
 from pathlib import Path
 
+import numpy as np
 import torch
 import torchvision
+from PIL import Image
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from torchvision.io import ImageReadMode, read_image
@@ -38,7 +40,7 @@ model = FCN(backbone, FCNHead(channels, args.classes)).to(device)
 
 def read(path: Path) -> tuple[torch.Tensor, torch.Tensor]:
     image = read_image(str(path), ImageReadMode.RGB).float() / 255
-    mask = read_image(str(args.masks / f"{path.stem}.png"), ImageReadMode.GRAY)[0].long()
+    mask = torch.from_numpy(np.array(Image.open(args.masks / f"{path.stem}.png"))).long()  # of a palette, the indices
     return normalize(image, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]), torch.where(mask < args.classes, mask, 255)
 
 

@@ -1,7 +1,8 @@
 """Exports a student's backbone: to safetensors in the layout of torchvision or timm, or to ONNX.
 
 The projection head is dropped; the last layer of a classifier is kept. --model and --init also accept the safetensors file. An
-.onnx file takes uint8 images of one size, in batches of any size, and gives features, and the feature map if there is one.
+.onnx file (opset 18; install 'fkd_ssl[onnx]') takes uint8 images of one size, in batches of any size, and normalises them; it
+gives the features, and the feature map if there is one.
 """
 
 from dataclasses import dataclass

@@ -111,6 +111,10 @@ def run(config: Config) -> int:
         "free_bytes": free,
         "fits": codecs[chosen]["bytes"] < free,
     }
+    try:
+        teacher.check_size(teacher.info.pixels)
+    except RequestError as error:
+        plan["refused"] = str(error)
     if config.crops_per_second is not None:
         plan["hours"] = targets / config.crops_per_second / 3600
         if config.price is not None:
@@ -141,7 +145,7 @@ def describe(config: Config, plan: dict[str, Any]) -> str:
         else f"{plan['hours']:,.1f} hours of one process at {config.crops_per_second:,.0f} crops per second"
         + (f", which cost {plan['cost']:,.0f}" if "cost" in plan else ""),
     ]
-    if refused := plan["codecs"][plan["codec"]]["refused"]:
+    for refused in filter(None, (plan["codecs"][plan["codec"]]["refused"], plan.get("refused"))):
         lines.append(f"precompute will refuse this: {refused}")
     return "\n".join(lines)
 

@@ -180,8 +180,6 @@ def write(
     load: "Callable[[Config], tuple[ImageSource, list[Teacher]]] | None" = None,
 ) -> "Summary":
     """Writes the store, or a share of it, in this process; `load` replaces `load_all`."""
-    import torch
-
     from fkd_ssl import processes
     from fkd_ssl.commands import resolve
     from fkd_ssl.crops.choose import choose
@@ -194,9 +192,7 @@ def write(
     images, teachers = (load or load_all)(config)
     sides = [resolve.pixels_of(config.pixels, teacher.info.pixels) for teacher in teachers]
     for teacher, side in zip(teachers, sides, strict=True):
-        # a teacher that does not support this size, or has too small a map, fails before the store is created
-        if side != teacher.info.pixels or teacher.info.spec.kind == "tokens":
-            teacher.embed(torch.zeros(2, 3, side, side, dtype=torch.uint8))
+        teacher.check_size(side)
     if config.compile:
         resolve.compile_teachers(teachers, sides, config.chunk_size)
     if config.evaluate is not None and not processes.rank()[0] and (share is None or not share.index):

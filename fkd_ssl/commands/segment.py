@@ -2,12 +2,12 @@
 
 --train and --val are IMAGES,MASKS: two sources of images (docs/sources.md), paired by their names without extensions. A
 mask is a PNG with one byte per pixel, the pixel's label, and has the size of its image. Images are resized to a short side of
---pixels, with both sides rounded to a multiple of 32; masks are not resized. The headline is the
-mean IoU of the linear layer (BatchNorm and a 1 x 1 convolution, as in DINOv2).
+--pixels, with both sides rounded to a multiple of 32 (28 for patches of 14 px); masks are not resized. The headline is the mean
+IoU of the linear layer (BatchNorm and a 1 x 1 convolution, as in DINOv2). A killed run starts from the beginning.
 """
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from fkd_ssl.errors import RequestError
 
@@ -20,11 +20,12 @@ if TYPE_CHECKING:
 class Config:
     """Options of segment."""
 
-    EXECUTION: ClassVar[tuple[str, ...]] = ("workers", "json", "max_memory")
+    EXECUTION: ClassVar[tuple[str, ...]] = ("workers", "json", "max_memory", "on_unreadable")
     PATHS: ClassVar[tuple[str, ...]] = ("model", "checkpoint", "train", "val", "out")
 
     model: str
-    """A run folder, one of its .ckpt files, teacher:NAME, torchvision/NAME, timm/NAME or module:function."""
+    """A run folder, one of its .ckpt files, an exported .safetensors file, teacher:NAME, torchvision/NAME, timm/NAME or
+    module:function. It needs a feature map."""
     train: str
     """Images and masks to learn from: IMAGES,MASKS."""
     val: str
@@ -53,6 +54,8 @@ class Config:
     """Gigabytes that the maps of the training images may take."""
     workers: int = 2
     """Processes that read images."""
+    on_unreadable: Literal["stop", "skip"] = "stop"
+    """What to do if an image or a mask is damaged: stop and name it, or leave both out and count them."""
     out: str | None = None
     """Folder for results.json."""
     json: bool = False
@@ -79,6 +82,14 @@ def run(config: Config) -> int:
 
 def work(config: Config) -> "Segmentation":
     """Scores the model."""
+    from fkd_ssl.commands import console
+
+    with console.skipping(config.on_unreadable) as skipped:
+        return _score(config, skipped)
+
+
+def _score(config: Config, skipped: set[str] | None) -> "Segmentation":
+    """Scores the model; `skipped` collects the error messages of damaged images and masks."""
     from fkd_ssl.commands import console, resolve, results
     from fkd_ssl.eval import maps, masks, segmentation
     from fkd_ssl.images import CONTENTS
@@ -89,7 +100,7 @@ def work(config: Config) -> "Segmentation":
     if config.classes is not None:
         text = str(config.classes)
         asked = int(text) if text.isdecimal() else [name.strip() for name in text.split(",")]
-    train, val = _open(config.train, "--train"), _open(config.val, "--val")
+    train, val = _open(config.train, "--train", skipped), _open(config.val, "--val", skipped)
     classes = masks.classes_of(train, val, asked, config.ignore)
     model = resolve.model_of(config.model, config.checkpoint)
     config = replace(config, pixels=resolve.pixels_of(config.pixels, model.pixels))
@@ -125,17 +136,19 @@ def work(config: Config) -> "Segmentation":
             seed=config.seed,
             device=resolve.device(),
             workers=config.workers,
+            skipped=skipped,
         )
         data = {name: _about(spec, part) for name, spec, part in (("train", config.train, train), ("val", config.val, val))}
         about = {
             "model": model.about,
             "transform": {"short_side": config.pixels, "multiple": settings["multiple"]},
             "data": data,
+            "unreadable_images": len(skipped or ()),
         }
         return _result(config, about, found)
 
 
-def _open(spec: str, option: str) -> "Masked":
+def _open(spec: str, option: str, skipped: set[str] | None) -> "Masked":
     """Opens IMAGES,MASKS, or two image sets in a list."""
     from fkd_ssl.commands.images import images_of
     from fkd_ssl.eval import masks
@@ -144,7 +157,7 @@ def _open(spec: str, option: str) -> "Masked":
     parts = spec.value if isinstance(spec, Named) else spec.split(",")
     if not isinstance(parts, list) or len(parts) != 2:
         raise RequestError(f"{option} {spec}: expected IMAGES,MASKS: two folders, or other sources, separated by a comma")
-    return masks.open_masked(*map(images_of, parts))
+    return masks.open_masked(*map(images_of, parts), skipped=skipped)
 
 
 def _about(spec: str, data: "Masked") -> dict[str, Any]:

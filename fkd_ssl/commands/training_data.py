@@ -49,7 +49,7 @@ class TrainingData:
     recordings: list[Recording | None] | None = None
     """Recordings of each online teacher's targets; None for a teacher whose targets are already stored."""
     check: Callable[[], None] = lambda: None
-    """Checks the files; called before an unfinished training."""
+    """Checks the files or the online teachers; called before an unfinished training."""
 
     @property
     def embeds(self) -> list[Callable[[Tensor], Tensor]] | None:
@@ -141,7 +141,14 @@ def _online(config: TrainConfig, images: ImageSource, store: Store | None) -> Tr
         targets=[teacher.info for teacher in teachers],
         inputs=({} if store is None else _store_inputs(store)) | inputs,
         teachers=teachers,
+        check=lambda: _check_teachers(config, teachers),
     )
+
+
+def _check_teachers(config: TrainConfig, teachers: list[Teacher]) -> None:
+    """Raises RequestError or FkdError if a teacher does not support the size of its crops, or its map is too coarse."""
+    for teacher in teachers:
+        teacher.check_size(config.teacher_pixels or config.pixels)
 
 
 _OPEN = {"stored": _stored, "labels": _labels, "relabel": _relabel, "online": _online}

@@ -134,6 +134,7 @@ def _check(config: CompareConfig, images: ImageSource, val: ImageSource, teacher
     plain = training(arms[0], config, 0, [teacher.info for teacher in teachers])
     for teacher in teachers:
         objectives_of(replace(plain, objective=only(config.objective, [teacher.info.spec.kind])), [teacher.info])
+        teacher.check_size(config.pixels)
         own = config.codec or teacher.info.spec.definition.default_codec(teacher.info.spec.shape)
         for codec in (own, *(arm.codec for arm in arms if arm.codec is not None)):
             teacher.info.spec.check_codec(codec, teacher.info.name)

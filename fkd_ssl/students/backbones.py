@@ -155,6 +155,11 @@ def _whole_torchvision(name: str, **options: Any) -> nn.Module:
     from torchvision import models
 
     names = models.list_models(module=models)
+    if ":" in name:
+        raise RequestError(
+            f"student {name!r}: module:function cannot name a student: pass the module from Python, "
+            "fkd_ssl.train(student=module, ...), or name a network of torchvision, timm/NAME, reactnet or reactnet_step1"
+        )
     if name not in names:
         known = [*names, *REACTNETS]
         raise RequestError(f"student {name!r}: torchvision has no such classifier{did_you_mean(name, known)}")

@@ -71,10 +71,12 @@ def export_onnx(student: Student, path: Path, *, pixels: int) -> tuple[str, bool
         A line of Python code that runs the file, and whether it was compared.
 
     Raises:
-        RequestError: onnx or onnxscript is not installed, the network does not accept P, or torch cannot export it.
+        RequestError: onnx or onnxscript is not installed, the file exists, the network does not accept P, or torch cannot
+            export it.
         FkdError: onnxruntime gives other outputs.
-        StoreError: The file exists with other content.
     """
+    if path.exists():
+        raise RequestError(f"out {path}: the file exists; remove it or choose another file")
     if missing := [name for name in ("onnx", "onnxscript") if importlib.util.find_spec(name) is None]:
         raise RequestError(f"out {path}: {' and '.join(missing)} not installed: pip install 'fkd_ssl[onnx]'")
     network = _Outputs(copy.deepcopy(student).cpu().float().eval(), pixels).eval()

@@ -16,20 +16,19 @@ returns its own targets and those of other teachers with the same key from one f
 
 def network_key(embed: Embed) -> Any:
     """Returns a value that is equal for teachers that share a forward pass."""
-    owner = getattr(embed, "__self__", embed)
-    return getattr(owner, "network_key", id(owner))
+    return getattr(getattr(embed, "__self__", embed), "network_key", embed)
 
 
 def embed_all(embeds: Sequence[Embed], images: "Tensor") -> list["Tensor"]:
-    """Returns the targets of each teacher for the same crops. Each network runs once."""
-    groups: dict[Any, list[int]] = {}
-    for k, embed in enumerate(embeds):
-        groups.setdefault(network_key(embed), []).append(k)
-    found: dict[int, Tensor] = {}
+    """Returns the targets of each teacher for the same crops. Each network, and each function, runs once."""
+    groups: dict[Any, list[Embed]] = {}
+    for embed in dict.fromkeys(embeds):
+        groups.setdefault(network_key(embed), []).append(embed)
+    found: dict[Embed, Tensor] = {}
     for group in groups.values():
         if len(group) == 1:
-            found[group[0]] = embeds[group[0]](images)
+            found[group[0]] = group[0](images)
             continue
-        first, *others = (embeds[k].__self__ for k in group)  # type: ignore[attr-defined]
+        first, *others = (embed.__self__ for embed in group)  # type: ignore[attr-defined]
         found |= dict(zip(group, first.embed_with(others, images), strict=True))
-    return [found[k] for k in range(len(embeds))]
+    return [found[embed] for embed in embeds]

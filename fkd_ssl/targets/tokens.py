@@ -27,6 +27,7 @@ class Tokens(Embedding):
 
     name = TOKENS
     display_name = "tokens"
+    larger_codecs = ("SQ4", *Embedding.larger_codecs)
 
     def check_shape(self, shape: Shape) -> None:
         """Raises RequestError if the shape is not [h, w, D]."""

@@ -1,13 +1,17 @@
 """Tokens on the command line: stored and online trainings, two processes, compare; an image has its colours in a grid."""
 
 import json
+import os
+import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fkd_ssl.training.metrics import read_metrics
-from tests.commands.test_ddp import PLAIN, TOLERANCE, run
+from tests.commands.test_ddp import PLAIN, TOLERANCE, TORCHRUN, run
 
 TEACHER = """
 import torch
@@ -86,9 +90,77 @@ def test_what_does_not_fit_is_refused(dense: Path, call: Any) -> None:
         assert answer.status == 2, answer.err
         assert said in answer.err
     assert not (dense / "run").exists()
+    online = f"train --images train {SHARED} --targets online --teacher {NAMES} --out run"
+    compare = f"compare --images train --val val --teacher dense_teacher:make@tokens {SHARED} --out run"
+    fine = "a grid of 7 x 7 is too fine: choose --grid 4"
+    for wrong in (online, f"{online} --record rec", compare.replace("--log_every 1 ", "")):
+        answer = call(wrong)
+        assert answer.status == 2, answer.err
+        assert fine in answer.err
+        assert not (dense / "run").exists()
+        assert not (dense / "rec").exists()
+    plan = call("plan --count 1000 --teacher dense_teacher:make@tokens --codec SQ8")
+    assert (plan.status, fine in plan.out) == (0, True), plan
     assert call(line).status == 0
     answer = call("precompute --images train --store other --teacher run --checkpoint run --crops 4")
     assert (answer.status, "its first head is for tokens" in answer.err) == (2, True), answer.err
+
+
+def kill(line: str, folder: Path, steps: int) -> None:
+    """Runs the command until it has noted this many steps, then sends SIGKILL."""
+    env = {**os.environ, "TQDM_DISABLE": "1", "PYTHONPATH": "."}
+    with subprocess.Popen([*PLAIN, *line.split()], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL, env=env) as process:
+        while process.poll() is None and (not (folder / "metrics.csv").exists() or len(losses(folder)) < steps):
+            time.sleep(0.01)
+        process.kill()
+    assert process.returncode < 0, process.returncode
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "targets", ["--store dense --column make-tokens", f"--targets online --teacher {NAMES} --grid 2 --codec Flat"]
+)
+def test_a_killed_training_continues_to_the_same_weights(targets: str, dense: Path, call: Any) -> None:
+    """Also the store that it records."""
+    line = f"train --images train {SHARED} {targets} --ema 0.9 --checkpoint_interval 0".replace("--epochs 2", "--epochs 8")
+    record = " --record {}-store" if "online" in targets else ""
+    assert call(f"{line} --out whole{record.format('whole')}").status == 0
+    for steps in (1, 5, 10):
+        kill(f"{line} --out run{record.format('run')}", dense / "run", steps)
+    answer = call(f"{line} --out run{record.format('run')}")
+    assert answer.status == 0, answer.err
+    assert "continuing squeezenet1_1" in answer.err
+    assert losses(dense / "run") == losses(dense / "whole")
+    whole, found = (
+        torch.load(dense / name / "checkpoints/last.ckpt", weights_only=True)["state_dict"] for name in ("whole", "run")
+    )
+    assert found.keys() == whole.keys()
+    assert all(torch.equal(value, whole[key]) for key, value in found.items())
+    if record:
+        stored = [
+            {p.relative_to(f): p.read_bytes() for p in f.rglob("*.npy")} for f in (dense / "whole-store", dense / "run-store")
+        ]
+        assert stored[0] == stored[1] != {}
+
+
+@pytest.mark.ddp
+@pytest.mark.slow
+@pytest.mark.parametrize("targets", ["--store dense --column make,make-tokens", f"--targets online --teacher {NAMES} --grid 2"])
+def test_torchrun_is_one_process(targets: str, dense: Path, call: Any) -> None:
+    line = f"train --images train {SHARED} {targets} --objective cosine+token_cosine+token_relations"
+    assert call(f"{line} --out one").status == 0
+    done = run(TORCHRUN, f"{line} --out two")
+    assert done.returncode == 0, done.stderr
+    assert losses(dense / "two") == pytest.approx(losses(dense / "one"), rel=TOLERANCE)
+
+
+@pytest.mark.slow
+def test_a_compiled_student_and_teacher_give_the_same_training(dense: Path, call: Any) -> None:
+    line = f"train --images train {SHARED} --targets online --teacher {NAMES} --grid 2"
+    for name, more in (("plain", ""), ("compiled", "--compile")):
+        answer = call(f"{line} --out {name} {more}")
+        assert answer.status == 0, answer.err
+    assert losses(dense / "compiled") == pytest.approx(losses(dense / "plain"), rel=1e-4)
 
 
 @pytest.mark.ddp

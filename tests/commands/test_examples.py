@@ -91,7 +91,10 @@ def test_an_exported_student_is_fine_tuned_for_segmentation(work: Path) -> None:
         mask[:2] = 255
         pixels = np.where(mask[:, :, None] == 1, [200, 60, 50], [60, 70, 210]) + generator.normal(0, 20, (64, 96, 3))
         Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(work / f"pictures/{k}.jpg")
-        Image.fromarray(mask).save(work / f"masks/{k}.png")
+        stored = Image.fromarray(mask, mode="P" if k % 2 else "L")
+        if k % 2:
+            stored.putpalette([9, 9, 9, 9, 9, 9])  # two labels of one colour
+        stored.save(work / f"masks/{k}.png")
     options = f"{work}/student.safetensors {work}/pictures {work}/masks --classes 2 --epochs 8 --batch_size 4"
     said = run(ROOT / "examples/pytorch/segment.py", options)
     assert float(said.splitlines()[-1].rpartition("loss: ")[2]) < 0.35

@@ -3,6 +3,10 @@
 import json
 import os
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -115,6 +119,49 @@ def test_a_finished_run_is_shown_and_another_is_refused(place: Path, call: Any) 
     assert "contents of val masks changed since the run began" in err
 
 
+def test_damaged_images_and_masks_are_left_out_on_request(place: Path, call: Any) -> None:
+    """The score is then that of the sets without them; a header is read before the pixels, so both are damaged."""
+    line = f"segment --model networks:net {SETS} --json"
+    damaged = [place / name for name in ("train/images/9.jpg", "train/masks/8.png", "val/images/4.jpg", "val/masks/3.png")]
+    for path in damaged:
+        path.write_bytes(path.read_bytes()[: 700 if path.suffix == ".jpg" else 60])
+    status, out, err = call(f"{line} --out seg")
+    assert (status, out) == (1, "")
+    assert "train/masks/8.png: " in err
+    assert "remove it or pass --on_unreadable skip" in err
+    skipped = call(f"{line} --on_unreadable skip --out seg")
+    assert "warning: skipped 4 unreadable images, for instance train/images/9.jpg: " in skipped.err
+    found = json.loads(skipped.out)
+    assert found["unreadable_images"] == 4
+    assert (found["n_train"], found["n_val"]) == (8, 3)
+    assert np.load("seg/counts.npy", allow_pickle=False).shape == (3, 9)
+    for path in damaged:
+        for kind, suffix in (("images", "jpg"), ("masks", "png")):
+            (path.parents[1] / kind / f"{path.stem}.{suffix}").unlink()
+    without = json.loads(call(line).out)
+    for key in ("miou", "knn_miou", "interval95", "per_class", "baselines"):
+        assert found[key] == without[key], key
+    for path in (place / "val/images").iterdir():
+        path.write_bytes(path.read_bytes()[:700])
+    status, _, err = call(f"{line} --on_unreadable skip")
+    assert (status, "val/images: none of its 3 images can be read" in err) == (1, True), err
+
+
+@pytest.mark.slow
+def test_a_killed_evaluation_is_begun_again(place: Path, call: Any) -> None:
+    line = f"segment --model networks:net {SETS.replace('--steps 30', '--steps 3000')} --out".split()
+    command = [sys.executable, "-m", "fkd_ssl", *line, "seg"]
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": "."}) as process:
+        while process.poll() is None and not Path("seg/inputs.json").exists():
+            time.sleep(0.01)
+        time.sleep(0.5)
+        process.kill()
+    assert process.returncode == -signal.SIGKILL
+    assert not Path("seg/results.json").exists()
+    results = [call(" ".join([*line, name])).out.partition(": ")[2] for name in ("seg", "whole")]
+    assert results[0] == results[1] != ""
+
+
 def test_from_python(place: Path) -> None:
     from networks import Network
 
@@ -180,12 +227,18 @@ def test_wrong_requests(place: Path, call: Any) -> None:
     (place / "rgb").mkdir()
     for k in range(5):
         shutil.copy("rgb.png", f"rgb/{k}.png")
+    for name in ("small", "beyond"):
+        shutil.copytree("val/masks", name)
+    Image.open("val/masks/0.png").resize((48, 32)).save("small/0.png")
+    Image.fromarray(np.full((64, 96), 7, np.uint8)).save("beyond/3.png")
     val = "--train train/images,train/masks --workers 0 --steps 3 --val"
     for line, message in (
         (f"--model networks:net {val} val/images", "--val val/images: expected IMAGES,MASKS"),
         (f"--model networks:net {val} val/images,val/masks,val", "expected IMAGES,MASKS"),
         (f"--model networks:net {val} val/images,rgb", "rgb/0.png: expected a mask: a PNG with one byte per pixel"),
         (f"--model networks:net {val} val/images,nowhere", "nowhere"),
+        (f"--model networks:net {val} val/images,small", "small/0.png: a mask of 48 x 32 px for an image of 96 x 64 px"),
+        (f"--model networks:net {val} val/images,beyond", "beyond/3.png: has label 7, but there are 3 classes, 0 to 2 (as in"),
         (f"--model networks:net {val} val/images,train/masks", "train/masks: 5 of 10 masks have no image in val/images"),
         (f"--model networks:net {SETS} --classes 2", "train/masks/0.png: has label 2, but there are 2 classes, 0 to 1"),
         (f"--model networks:net {SETS} --classes 1", "--classes 1: must be between 2 and 255"),

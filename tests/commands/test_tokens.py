@@ -2,13 +2,20 @@
 
 import io
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+
+from fkd_ssl.crops import replay
+from fkd_ssl.images.decoding import read_image
+from fkd_ssl.store import open_store
+from fkd_ssl.teachers import load_teacher
 
 NETWORK = """
 import torch
@@ -157,3 +164,45 @@ def test_recorded_tokens_are_those_of_precompute(maps: Path, call: Any) -> None:
     assert answer.status == 0, answer
     answer = call("verify recorded --images train --teacher maps:net@tokens --column net-tokens")
     assert answer.status == 0, answer
+
+
+def test_subset_repair_extend_publish_and_pull(maps: Path, call: Any) -> None:
+    """The tokens of a trained codec survive each verb, and a row that is added has the teacher's."""
+    line = f"precompute {BOTH} --images some --store dense --crops 4 --codec PCA8,SQ8"
+    shutil.copytree("train", "some")
+    late = Path("some/birch/5.png")
+    late.rename("late.png")
+    assert call(line).status == 0
+    before = tokens_of("dense")
+    Path("late.png").rename(late)
+    answer = call(f"{line} --extend --grid 4".replace("--grid 2 ", ""))
+    assert (answer.status, "this column's" in answer.err) == (2, True), answer.err
+    assert call(f"{line} --extend").status == 0
+    whole = tokens_of("dense")
+    assert all(np.array_equal(whole[name], values) for name, values in before.items())
+    assert whole.keys() - before.keys() == {"birch/5.png"}
+    check = "--images some --teacher maps:net@tokens --column net-tokens"
+    assert call(f"verify dense {check}").status == 0  # also embeds crops of the new row
+    codes = next(Path("dense/targets/net-tokens").glob("codes-*.npy"))
+    data = bytearray(codes.read_bytes())
+    data[-1] ^= 1
+    codes.write_bytes(data)
+    assert call("verify dense").status == 1
+    assert call(f"verify dense {check} --repair").status == 0
+    assert call("publish dense web").status == 0
+    assert call("pull web --out pulled --column net-tokens --crops 3").status == 0
+    assert call("subset dense --out part --column net-tokens --crops 3").status == 0
+    for name, crops in (("dense", 4), ("pulled", 3), ("part", 3)):
+        found = tokens_of(name)
+        assert found.keys() == whole.keys()
+        assert all(np.array_equal(found[key], values[:crops]) for key, values in whole.items())
+    store, teacher = open_store("dense"), load_teacher("maps:net@tokens", grid=2)
+    record = store.crops(list(store.paths).index("birch/5.png"), slice(None))
+    crops = torch.from_numpy(replay(read_image(late), record, 64))
+    assert (teacher.embed(crops).numpy() * whole["birch/5.png"]).sum(axis=-1).min() > 0.9
+
+
+def tokens_of(folder: str) -> dict[str, Any]:
+    """The decoded tokens [C, 2, 2, 16] of each image."""
+    store = open_store(folder)
+    return {name: store.targets("net-tokens", row, slice(None)) for row, name in enumerate(store.paths)}

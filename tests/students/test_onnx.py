@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from fkd_ssl.errors import FkdError, RequestError, StoreError
+from fkd_ssl.errors import FkdError, RequestError
 from fkd_ssl.options import Named
 from fkd_ssl.students import STUDENT_KEY, Student, onnx_export
 from fkd_ssl.students.onnx_export import export_onnx
@@ -87,8 +87,14 @@ def test_features_and_map_for_any_batch_size(tmp_path: Path) -> None:
     names = {"onnxruntime": onnxruntime, "images": images}
     exec(line, names)  # noqa: S102
     assert names["features"].shape == (2, 6)
-    with pytest.raises(StoreError, match="exists"):
-        export_onnx(student(Named("object:Small", Small(), 64), head="simreg"), tmp_path / "s.onnx", pixels=32)
+
+
+def test_an_existing_file_is_refused_before_the_conversion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "s.onnx").write_bytes(b"mine")
+    monkeypatch.setattr(onnx_export, "_converted", lambda *given: pytest.fail("converted"))
+    with pytest.raises(RequestError, match=r"s\.onnx: the file exists; remove it or choose another file"):
+        export_onnx(student(Named("object:Small", Small(), 64)), tmp_path / "s.onnx", pixels=64)
+    assert (tmp_path / "s.onnx").read_bytes() == b"mine"
 
 
 def test_a_network_without_a_map(tmp_path: Path) -> None:

@@ -108,6 +108,11 @@ def test_a_name_like_no_other_is_refused_without_a_guess() -> None:
         make_backbone("0000")
 
 
+def test_a_function_is_refused_with_what_to_do() -> None:
+    with pytest.raises(RequestError, match=r"student 'mine:make': module:function cannot name a student: pass the module from"):
+        make_backbone("mine:make")
+
+
 def test_a_segmentation_network_is_no_student() -> None:
     with pytest.raises(RequestError, match="no such classifier"):
         make_backbone("fcn_resnet50")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fkd_ssl.training.targets import CalibratedTargets, LabelTargets, stored_targets
+from fkd_ssl.training.targets import CalibratedTargets, LabelTargets, OnlineTargets, stored_targets
 
 BATCH = {"images": torch.zeros(6, 3, 8, 8, dtype=torch.uint8), "labels": torch.tensor([2, 0, 1])}
 
@@ -42,3 +42,24 @@ def test_every_teachers_targets_are_calibrated() -> None:
     a, b = CalibratedTargets(stored_targets, 0.5, LabelTargets(4))({**BATCH, "targets": targets})
     assert torch.equal(a, torch.eye(4)[[2, 2, 0, 0, 1, 1]])
     assert torch.equal(b, targets["b"])
+
+
+def test_a_function_that_is_given_twice_runs_once() -> None:
+    seen: list[int] = []
+
+    class Teacher:
+        def embed(self, images: torch.Tensor) -> torch.Tensor:
+            seen.append(len(images))
+            return images.float().mean(dim=(2, 3))
+
+    def ones(images: torch.Tensor) -> torch.Tensor:
+        seen.append(-len(images))
+        return torch.ones(len(images), 2)
+
+    teacher = Teacher()
+    one, other, two, more = OnlineTargets(ones, teacher.embed, ones, teacher.embed)(BATCH)
+    assert sorted(seen) == [-6, 6]
+    assert torch.equal(one, two)
+    assert torch.equal(other, more)
+    assert one.data_ptr() != two.data_ptr()  # an objective may change its own
+    assert (one.shape, other.shape) == ((6, 2), (6, 3))

@@ -1,4 +1,4 @@
-"""Advice before writing a store that is larger than necessary."""
+"""Advice before writing a store: what the codecs of tokens take, and which codec is smaller if the codes are large."""
 
 from fkd_ssl.crops import CROP_DTYPE
 from fkd_ssl.targets import TargetSpec
@@ -6,10 +6,11 @@ from fkd_ssl.text import format_bytes
 
 LARGE = 512  # bytes per code: four times those of a 128-d target with SQ8
 _SMALLER = ("RR256,SQ8", "PCA256,SQ8")
+_OF_TOKENS = ("Flat", "SQ8", "SQ4")
 
 
 def on_size(target: TargetSpec, codec: str, crops: int) -> str | None:
-    """Returns a note with the sizes of smaller codecs if the codes are large; None otherwise.
+    """Returns a note with the sizes of the codecs of tokens, or of smaller codecs if the codes are large; None otherwise.
 
     Args:
         target: Kind and shape of the targets.
@@ -21,19 +22,25 @@ def on_size(target: TargetSpec, codec: str, crops: int) -> str | None:
     """
     definition, shape = target.definition, target.shape
     size = definition.code_size(codec, shape)
-    if size <= LARGE or target.size <= 256:
+    if target.size <= 256:
+        return None
+    if target.kind == "tokens":
+        names = {*_OF_TOKENS, definition.default_codec(shape), codec}
+        sizes = sorted(((definition.code_size(name, shape), name) for name in names), reverse=True)
+        listed = ", ".join(f"{name} {code:,} ({_in_all(code, crops)})" for code, name in sizes)
+        return f"note: {target}: bytes per crop (in all) by codec: {listed}; this column is in {codec}"
+    if size <= LARGE:
         return None
 
     def total(code: int) -> str:
-        return f"{code} bytes per crop ({format_bytes(crops * (code + CROP_DTYPE.itemsize))} in all)"
+        return f"{code} bytes per crop ({_in_all(code, crops)} in all)"
 
-    if target.kind in ("distribution", "tokens"):
+    if target.kind == "distribution":
         default = definition.default_codec(shape)
         least = definition.code_size(default, shape)
         if least >= size:
             return None
-        what = f"{target.size} class probabilities" if target.kind == "distribution" else str(target)
-        return f"note: {what} take {total(size)} in {codec}; --codec {default} takes {total(least)}"
+        return f"note: {target.size} class probabilities take {total(size)} in {codec}; --codec {default} takes {total(least)}"
     said = f"note: targets of {target} take {total(size)} in {codec}"
     if target.kind != "embedding":
         return said
@@ -42,3 +49,7 @@ def on_size(target: TargetSpec, codec: str, crops: int) -> str | None:
         f"{said}; --codec {_SMALLER[0]} (random projection) or {_SMALLER[1]} takes {smaller}; docs/teachers.md shows what "
         "either loses"
     )
+
+
+def _in_all(code: int, crops: int) -> str:
+    return format_bytes(crops * (code + CROP_DTYPE.itemsize))

@@ -27,6 +27,7 @@ from fkd_ssl.targets.info import difference
 from fkd_ssl.text import plural
 
 FIDELITY_SHARE = 9  # one target in nine of the codec's sample is held out for measuring the fidelity
+_LOW_COSINE = 0.9  # mean cosine of decoded to original targets, below which a larger codec is suggested
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +97,7 @@ def open_or_train(
             reader,
             pipeline,
             lambda request, meta, arrays: write_column(store.folder / layout.TARGETS / request.name, meta, arrays),
+            log=log,
         )
     for request in requests:
         work.clear(_sample_file(store, request))
@@ -191,6 +193,7 @@ def train_columns(
     write: Callable[[Request, dict[str, Any], dict[str, Float32Array]], None],
     *,
     always: bool = False,
+    log: Callable[[str], None] = lambda message: None,
 ) -> None:
     """Trains the codecs of several requests, of one codec and kind, on their teachers' targets. Reads the sample once for all.
 
@@ -203,6 +206,7 @@ def train_columns(
         pipeline: Runs the teachers.
         write: Called with meta.json and arrays of each column.
         always: Write even if another process has written the columns meanwhile. By default its columns are kept.
+        log: Called with a warning for each codec that loses much.
     """
     order, per_image, size = sample_rows(store, requests[0].codec, requests[0].target)
     parts: list[list[Float32Array]] = [[] for _ in requests]
@@ -224,7 +228,28 @@ def train_columns(
             for request, mine in zip(requests, parts, strict=True):
                 if not mine:
                     raise ImageError(f"{reader.images.spec}: none of the images in the codec's sample can be read")
-                write(request, *train(request, np.concatenate(mine)[:size]))
+                sample = np.concatenate(mine)[:size]
+                meta, arrays = train(request, sample)
+                if warning := _on_loss(request, meta["fidelity"], sample):
+                    log(warning)
+                write(request, meta, arrays)
+
+
+def _on_loss(request: Request, fidelity: dict[str, Any], sample: Float32Array) -> str | None:
+    """Returns a warning if a codec of vectors or tokens loses much, with the smallest larger codec that does not."""
+    cosine, target = fidelity["cosine_mean"], request.target
+    size = target.definition.code_size(request.codec, target.shape)
+    for other in target.definition.larger_codecs if cosine < _LOW_COSINE else ():
+        more = target.definition.code_size(other, target.shape)
+        kept = train_codec(other, target, sample)[1]["cosine_mean"] if more > size else 0.0
+        if kept >= _LOW_COSINE:
+            return (
+                f"warning: {request.name}: in {request.codec}, with {size:,} bytes per crop, the mean cosine of decoded to "
+                f"original {target.definition.display_name} is only {cosine:.3f}; in {other}, with {more:,} bytes, it is "
+                f"{kept:.3f}. To store that instead, stop now, and repeat the command with --codec {other} and another --store "
+                "or --column"
+            )
+    return None
 
 
 def _sample_stream(

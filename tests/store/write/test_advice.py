@@ -46,11 +46,24 @@ def test_a_codec_that_cannot_be_is_refused() -> None:
         advice.on_size(TargetSpec("embedding", (2048,)), "SQ9", 1)
 
 
-def test_tokens_in_a_larger_codec_than_the_default():
-    spec = TargetSpec("tokens", (7, 7, 384))
-    assert advice.on_size(spec, "OPQ16,PQ16x8", 10**6) is None
-    said = advice.on_size(spec, "SQ8", 10**6)
-    assert said == (
-        "note: 7 x 7 tokens, D = 384 take 18816 bytes per crop (18.8 GB in all) in SQ8; --codec OPQ16,PQ16x8 takes 784 bytes "
-        "per crop (804.0 MB in all)"
+@pytest.mark.parametrize("codec", ["OPQ16,PQ16x8", "SQ8"])
+def test_the_codecs_of_tokens_are_listed_with_their_bytes(codec: str) -> None:
+    assert advice.on_size(TargetSpec("tokens", (7, 7, 384)), codec, 10**6) == (
+        "note: 7 x 7 tokens, D = 384: bytes per crop (in all) by codec: Flat 75,264 (75.3 GB), SQ8 18,816 (18.8 GB), "
+        f"SQ4 9,408 (9.4 GB), OPQ16,PQ16x8 784 (804.0 MB); this column is in {codec}"
     )
+
+
+def test_a_codec_that_loses_much_is_warned_of(make_store: Any, tiny_teacher: Any, tmp_path: Any) -> None:
+    """The warning has the measured cosine of the smallest codec that is better; other columns get none."""
+    lines: list[str] = []
+    store = make_store(tmp_path / "low", codec="PCA4,SQ8", log=lines.append)
+    kept = store.column().meta.fidelity["cosine_mean"]
+    assert 0.5 < kept < 0.9
+    better = make_store(tmp_path / "high", codec="SQ8", log=lines.append).column().meta.fidelity["cosine_mean"]
+    warnings = [line for line in lines if line.startswith("warning: tiny: in ")]
+    assert warnings == [
+        "warning: tiny: in PCA4,SQ8, with 4 bytes per crop, the mean cosine of decoded to original embeddings is only "
+        f"{kept:.3f}; in SQ8, with 16 bytes, it is {better:.3f}. To store that instead, stop now, and repeat the command with "
+        "--codec SQ8 and another --store or --column"
+    ]
