@@ -65,6 +65,7 @@ def run_here(command: list[str], **_: Any) -> SimpleNamespace:
     return SimpleNamespace(stdout=out.getvalue())
 
 
+@pytest.mark.slow
 def test_the_first_arms_their_page_and_the_continuation(bench: Any) -> None:
     page = bench(JOBS)
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("| ")]
