@@ -20,7 +20,7 @@ class Embedding(Kind):
     name = "embedding"
     display_name = "embeddings"
     example_codecs = faiss_codecs.EXAMPLES
-    larger_codecs = ("SQ8", "SQfp16", "Flat")
+    larger_codecs: tuple[str, ...] = ("SQ8", "SQfp16", "Flat")
 
     def describe(self, shape: Shape) -> str:
         """Describes the dimension."""
