@@ -240,8 +240,10 @@ def _on_loss(request: Request, fidelity: dict[str, Any], sample: Float32Array) -
     cosine, target = fidelity["cosine_mean"], request.target
     size = target.definition.code_size(request.codec, target.shape)
     for other in target.definition.larger_codecs if cosine < _LOW_COSINE else ():
-        more = target.definition.code_size(other, target.shape)
-        kept = train_codec(other, target, sample)[1]["cosine_mean"] if more > size else 0.0
+        more, kept = target.definition.code_size(other, target.shape), 0.0
+        if more > size:
+            with suppress(RequestError):  # it may lose too much for any use
+                kept = train_codec(other, target, sample)[1]["cosine_mean"]
         if kept >= _LOW_COSINE:
             return (
                 f"warning: {request.name}: in {request.codec}, with {size:,} bytes per crop, the mean cosine of decoded to "
