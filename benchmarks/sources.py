@@ -143,6 +143,20 @@ def speed(args: argparse.Namespace) -> dict[str, float]:
     return found | (remote_speed(args, specs["tars"]) if args.latencies else {})
 
 
+def fetches(source: ImageSource, *, batch: int, mix: int, cache: int) -> list[int]:
+    """Returns how often a pass fetches each tar, with a cache of some tars and none that are fetched ahead."""
+    groups = source.groups(np.arange(len(source)))
+    sampler = PassSampler(len(source), batch, len(source) // batch, seed=0, groups=groups, mix=mix)
+    found = [0] * (int(groups.max()) + 1)
+    kept: list[int] = []
+    for step in range(sampler.steps):
+        for _, i in sampler.batch(step):
+            tar = int(groups[i])
+            found[tar] += tar not in kept
+            kept = [*(other for other in kept if other != tar), tar][-cache:]
+    return found
+
+
 def order(args: argparse.Namespace) -> dict[str, Any]:
     """Trains and scores students."""
     images = limit_images(open_images(args.images), args.limit)
@@ -181,19 +195,8 @@ def order(args: argparse.Namespace) -> dict[str, Any]:
             )
             found.setdefault(name, []).append(json.loads(run(*line, "--json"))["top1"])
     source = open_images(specs["70 tars"])
-    groups = source.groups(np.arange(len(source)))
-    sampler = PassSampler(len(source), 128, len(source) // 128, seed=0, groups=groups, mix=16)
-    read = np.array([int(groups[i]) for step in range(sampler.steps) for _, i in sampler.batch(step)])
-    kept: list[int] = []
-    fetched = 0
-    for tar in read.tolist():  # a cache of 32 tars
-        if tar not in kept:
-            fetched += 1
-            kept = kept[-31:]
-        else:
-            kept.remove(tar)
-        kept.append(tar)
-    return found | {"tars fetched by a pass over 70, with a cache of 32": fetched}
+    fetched = fetches(source, batch=128, mix=16, cache=32)
+    return found | {"tars fetched by a pass over 70, with a cache of 32": sum(fetched)}
 
 
 def main() -> None:

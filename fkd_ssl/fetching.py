@@ -73,6 +73,12 @@ class RemoteFile:
         """Whether the file is in the cache folder."""
         return self._kept.exists()
 
+    def read_at(self) -> int | None:
+        """Returns the time when the file was fetched or last opened, in ns; None if it is not in the cache folder."""
+        with suppress(OSError):
+            return self._kept.stat().st_mtime_ns
+        return None
+
     def open(self) -> BinaryIO:
         """Opens the fetched file.
 

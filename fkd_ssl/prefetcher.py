@@ -2,14 +2,17 @@
 
 import os
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 
-from fkd_ssl.fetching import RemoteFile
+from fkd_ssl.fetching import RemoteFile, cache_limit
 
 _AHEAD = 2  # files that are fetched at a time
+_UNREAD = 1 / 4  # share of the cache for fetched files that were not read yet; more could evict each other
+_POLL = 0.1  # seconds
 
 
 class Prefetcher:
@@ -27,6 +30,7 @@ class Prefetcher:
         self._process, self._lock = os.getpid(), threading.Lock()
         self._queue: deque[int] = deque()
         self._waiting: set[int] = set()
+        self._unread: dict[RemoteFile, int | None] = {}
         self._threads = 0
 
     def expect(self, numbers: Iterable[int]) -> None:
@@ -50,8 +54,19 @@ class Prefetcher:
                 number = self._queue.popleft()
             with suppress(Exception):  # raised again where the file is read
                 for file in self._missing(number):
+                    while not self._has_room(file.size):
+                        time.sleep(_POLL)
                     file.open().close()
+                    self._unread[file] = file.read_at()
             self._waiting.discard(number)
+
+    def _has_room(self, size: int) -> bool:
+        with self._lock:
+            for file, fetched_at in list(self._unread.items()):
+                if file.read_at() != fetched_at:  # it was read, or removed
+                    del self._unread[file]
+            unread = sum(file.size for file in self._unread)
+        return not unread or unread + size <= _UNREAD * cache_limit()
 
     def _missing(self, number: int) -> list[RemoteFile]:
         return [file for file in self._files_of(number) if not file.is_fetched]

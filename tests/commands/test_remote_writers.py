@@ -1,6 +1,7 @@
-"""precompute of tars in an object store: by several machines, by torchrun, and after kills."""
+"""precompute of tars in an object store: by several machines, by torchrun, on Ray, and after kills."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,13 @@ pytestmark = pytest.mark.slow
 LINE = "precompute --teacher own_teacher:make --crops 4 --codec Flat --chunk_size 16"
 URL = "s3://cluster/{00000..00005}.tar"
 
-# A process is a machine: it has its own folder of fetched files. Shards have three rows, like the tars.
+# Python imports it at its start. A process is a machine: it has its own folder of fetched files.
+START = """
+import os
+os.environ["FKD_SSL_FETCHED"] = f"{os.environ['PYTHONPATH']}/fetched/{os.getpid()}"
+"""
+
+# Shards have three rows, like the tars.
 TEACHER = """
 import os, time
 from pathlib import Path
@@ -28,7 +35,6 @@ from fkd_ssl.store import manifest
 
 manifest.ROWS_PER_SHARD = 3
 HERE = Path(__file__).parent
-os.environ["FKD_SSL_FETCHED"] = str(HERE / "fetched" / str(os.getpid()))
 
 class Dying(Network):
     def forward(self, pixels):
@@ -60,10 +66,10 @@ def workplace(work: Path, server: Server, s3: Any, monkeypatch: pytest.MonkeyPat
     """The prepared folder, with `whole`, a store of the folder `train`; its images are also in six tars on the server."""
     with (work / "own_teacher.py").open("a") as file:
         file.write(TEACHER)
+    (work / "sitecustomize.py").write_text(START)
     (work / "start.py").write_text("import sys, own_teacher\nfrom fkd_ssl.cli import main\nsys.exit(main(sys.argv[1:]))\n")
     monkeypatch.setenv("TQDM_DISABLE", "1")
     monkeypatch.setenv("PYTHONPATH", str(work))
-    monkeypatch.setenv("FKD_SSL_FETCHED", str(work / "fetched" / "first"))  # the teacher's module changes it
     monkeypatch.setenv("FKD_SSL_CACHE", str(work / "shared"))  # the indexes; a machine's own folder is in FKD_SSL_FETCHED
     shrink_set(scan("train"), work / "tars", short_side=0, tars=6)
     if not s3.exists("cluster"):
@@ -107,6 +113,30 @@ def test_torchrun(workplace: Path, server: Server) -> None:  # noqa: F811
     assert set(fetched(server.reads)) == {0, 1, 2, 3, 4, 5}
     assert len(server.reads) <= 6 + 2  # each may have fetched one ahead that the other wrote
     assert contents(Path("new")) == whole()
+
+
+def test_ray(workplace: Path, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    """Of two workers one is killed. Ray starts another, which fetches the tar of that shard again."""
+    ray = pytest.importorskip("ray", reason="pip install 'fkd_ssl[ray]'")
+    line = ("--images", URL, "--store", "new", "--teacher", "own_teacher:dying")
+    assert run(*line, "--shards", "99/100").returncode == 0
+    server.reads.clear()
+    shutil.rmtree("fetched")
+    monkeypatch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    ray.init(address="local", num_cpus=2, include_dashboard=False, object_store_memory=100_000_000, log_to_driver=False)
+    try:
+        monkeypatch.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
+        done = run(*line, "--runner", "ray")
+    finally:
+        ray.shutdown()
+    assert done.returncode == 0, done.stderr
+    assert (workplace / "victim").exists()
+    names = {tar.read_bytes(): tar.name for tar in Path("tars").iterdir()}
+    machines = [[names[path.read_bytes()] for path in folder.glob("?" * 64)] for folder in Path("fetched").iterdir()]
+    assert len([tars for tars in machines if tars]) >= 3  # the killed one, the one that replaced it, and the other
+    assert sorted({tar for tars in machines for tar in tars}) == sorted(names.values())
+    assert len(server.reads) == sum(map(len, machines)) <= 6 + 1
+    assert contents(Path("new")) == whole("dying")
 
 
 @pytest.mark.parametrize("after", ["0", "1", "4"])
