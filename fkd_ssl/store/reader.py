@@ -19,7 +19,7 @@ from fkd_ssl.prefetcher import Prefetcher
 from fkd_ssl.store import manifest as layout
 from fkd_ssl.store.column import Column, check_digests
 from fkd_ssl.store.listing import read_images, read_sidecar
-from fkd_ssl.store.remote import Remote, open_remote
+from fkd_ssl.store.remote import Remote, naming_url, open_remote
 from fkd_ssl.store.shards import Index, ShardFiles
 from fkd_ssl.text import format_bytes, is_url
 
@@ -282,5 +282,6 @@ def open_store(folder: str | os.PathLike[str]) -> Store:
     """
     if isinstance(folder, str) and is_url(folder):
         remote = open_remote(folder)
-        return Store(remote.folder, remote)
+        with naming_url(remote):
+            return Store(remote.folder, remote)
     return Store(folder)

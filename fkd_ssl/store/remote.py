@@ -2,9 +2,9 @@
 
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from fkd_ssl import fetching, files, locks
-from fkd_ssl.errors import FetchError, NotFoundError, StoreError
+from fkd_ssl.errors import FetchError, FkdError, NotFoundError, StoreError
 from fkd_ssl.fetching import RemoteFile
 from fkd_ssl.progress import bar_disabled
 from fkd_ssl.store.listing import PUBLISHED
@@ -119,6 +119,17 @@ class Remote:
                 )
             self._arrays[name] = RemoteFile(f"{self.url}/{name}", size, sha256=digest)
         return self._arrays[name]
+
+
+@contextmanager
+def naming_url(remote: Remote | None) -> Iterator[None]:
+    """Replaces the folder of the cache by the URL in the messages of errors."""
+    try:
+        yield
+    except FkdError as error:
+        if remote is not None:
+            error.args = (str(error).replace(str(remote.folder), remote.url),)
+        raise
 
 
 def open_remote(url: str) -> Remote:

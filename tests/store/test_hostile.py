@@ -620,3 +620,51 @@ def test_every_published_store_is_refused_or_reads_right(original: Path, monkeyp
         for name in set(whole) - set(said):
             whole.pop(name)
         assert same(said, whole)
+
+
+INVENTED = [
+    *("images-00001.json", "images-00001.txt", "images-00001.npy", "images-00001.exe", "images-99999.json", "images-1.json"),
+    *("images.txt.json", "images", "IMAGES.TXT", "manifest.json.part", "manifest", "crops/00002.npy", "crops/00002.json"),
+    *("crops/99999999999999999999.npy", "crops/00000", "crops/00000.npy.json", "crops/1/2.npy", "CROPS/00000.npy", "crops"),
+    *("targets/evil/meta.json", "targets/evil/codes-00000.npy", "targets/flat/codes-00009.json", "targets/flat/codes-x.npy"),
+    *("targets/flat/a/b.npy", "targets/a/b/c/d/e.npy", "targets/flat/meta.json/x", "targets/.work-flat-sample", "targets"),
+    *("..", ".", "../evil", "crops/../../evil", "/etc/passwd", "//evil", "./manifest.json", "crops//00000.npy", "~/evil"),
+    *("%2e%2e/evil", "..%2fevil", "crops/%2e%2e/evil", "a%00b", "C:evil", "a\\b", "a b", "a\tb", "a\rb", "\u202etxt", "ä.npy"),
+    *("a" * 119, "a" * 120, "a" * 121, "a" * 300, "/".join("a" * 100 for _ in range(4)), "a/" * 3000 + "a", "x.lock", "x.part"),
+    *("files.txt", "files.txt/a", "README.md", "bytes", "bytes/a", ".bytes", ".hidden", "-rf", "con", "nul.json", "a.", "a..b"),
+]
+"""Names of files that no store has, or that are no paths inside it."""
+
+
+@settings(FUZZ, max_examples=max(60, EXAMPLES // 3))
+@given(st.data())
+def test_every_name_that_a_server_invents_is_refused_or_ignored(
+    original: Path, monkeypatch: pytest.MonkeyPatch, data: Any
+) -> None:
+    """The other files are intact, so that a store that opens reads right."""
+    memory = fsspec.filesystem("memory")
+    memory.store.clear()
+    contents = {path.relative_to(original).as_posix(): path.read_bytes() for path in store_files(original)}
+    known = data.draw(st.sampled_from(sorted(contents)), label="content of")
+    names = data.draw(st.lists(st.sampled_from(INVENTED), min_size=1, max_size=3, unique=True), label="names")
+    invented = dict.fromkeys(names, data.draw(st.sampled_from([contents[known], b"", b"{}", b"x" * 2**20]), label="content"))
+    text = FileList({path: (len(text), files.sha256(text)) for path, text in {**contents, **invented}.items()})
+    for path, content in {**contents, INDEX: text.encode()}.items():
+        memory.pipe_file(f"/set/{path}", content)
+    for path, content in invented.items():
+        memory.store.setdefault(f"/set/{path}", type(memory.store[f"/set/{INDEX}"])(memory, f"/set/{path}", content))
+    cache = original.parent / "cache"
+    shutil.rmtree(cache, ignore_errors=True)
+    (cache / "fetched").mkdir(parents=True)
+    monkeypatch.setenv("FKD_SSL_CACHE", str(cache))
+    monkeypatch.setenv("FKD_SSL_CACHE_BYTES", str(2**28))
+    monkeypatch.setattr(fetching, "PAUSE", 0)
+    monkeypatch.setattr(remote, "_FETCHERS", 2)
+    said = None
+    with guarded(cache, cache), contextlib.suppress(StoreError, RequestError):
+        said = read("memory://set")
+    assert not (original.parent / "evil").exists()
+    if said is not None and not said.pop("problems"):
+        whole = read(original)
+        whole.pop("problems")
+        assert same(said, whole)

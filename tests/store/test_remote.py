@@ -659,3 +659,24 @@ def test_a_train_reads_ahead(published: str, server: WebServer, store: Store) ->
     assert set(server.paths()) == wanted
     local = StoredCrops(store, pictures, column="hard", crops_per_image=1)
     assert (local.mix_groups, local.groups.tolist()) == (0, [0] * 5)
+
+
+def test_an_error_names_the_url_and_not_the_cache(store: Store, tmp_path: Path) -> None:
+    """A store that was damaged before it was published, with a list of files that matches."""
+    publish(store, "memory://set")
+    memory = fsspec.filesystem("memory")
+
+    def damage(path: str) -> None:
+        listed = FileList.decode(memory.cat_file("/set/files.txt"), "")
+        data = memory.cat_file(f"/set/{path}").replace(b'"sha256":"', b'"sha256":"0', 1)
+        memory.pipe_file(f"/set/{path}", data)
+        changed = {**listed.files, path: (len(data), files.sha256(data))}
+        memory.pipe_file("/set/files.txt", FileList(changed).encode())
+
+    with pytest.raises(RequestError, match=r"^memory://set: no targets of 'other'"):
+        subset(open_store("memory://set"), tmp_path / "part", column=["other"])
+    for path in ("crops/00001.json", "manifest.json"):
+        damage(path)
+        with pytest.raises(StoreError, match=f"memory://set/{path}: ") as caught:
+            subset(open_store("memory://set"), tmp_path / "part")
+        assert str(fetched_folder()) not in str(caught.value)

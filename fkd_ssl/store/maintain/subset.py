@@ -21,6 +21,7 @@ from fkd_ssl.store import manifest as layout
 from fkd_ssl.store.column import MAX_ARRAY, Column
 from fkd_ssl.store.listing import IMAGES, SIZES
 from fkd_ssl.store.reader import Store
+from fkd_ssl.store.remote import naming_url
 from fkd_ssl.store.write import creation
 
 Rows = Int64Array
@@ -53,16 +54,17 @@ def subset(
         RequestError: The source has fewer crops or lacks an image or a column, or `out` has other contents.
         StoreError: The source is damaged, or a shard that is needed is not finished.
     """
-    part = Part(store, crops=crops, column=column, paths=paths)
-    out = Path(out).resolve()  # a temporary folder is named after it, and '.' has no name
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        if not part.is_in(out):
-            raise RequestError(f"{out}: exists and is not this subset; choose another --out")
+    with naming_url(store.remote):
+        part = Part(store, crops=crops, column=column, paths=paths)
+        out = Path(out).resolve()  # a temporary folder is named after it, and '.' has no name
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            if not part.is_in(out):
+                raise RequestError(f"{out}: exists and is not this subset; choose another --out")
+            return Store(out)
+        part.require()
+        with atomic_folder(out) as folder:
+            part.write(folder)
         return Store(out)
-    part.require()
-    with atomic_folder(out) as folder:
-        part.write(folder)
-    return Store(out)
 
 
 class Part:
