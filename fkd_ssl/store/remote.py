@@ -27,6 +27,11 @@ _FETCHERS = 16  # threads that fetch small files
 _PART = "[A-Za-z0-9][A-Za-z0-9._-]{0,119}"
 _LINE = re.compile(rf"([0-9a-f]{{64}}) (0|[1-9]\d{{0,14}}) ({_PART}(?:/{_PART}){{0,3}})")
 _ARRAY = re.compile(rf"{CROPS}/\d+\.npy|{TARGETS}/[^/]+/codes-\d+\.npy")
+OF_STORE = re.compile(
+    rf"manifest\.json|images(-\d{{5}})?\.(txt|npy|json)|{CROPS}/\d{{5,}}\.(npy|json)|"
+    rf"{TARGETS}/[^/]+/(meta\.json|[^/]+\.npy|codes-\d{{5,}}\.json)"
+)
+"""Files that a store has. Other files that a server lists are not fetched."""
 _SHOWN = 2**24  # bytes from which a bar is shown
 
 
@@ -173,7 +178,7 @@ def _read_index(url: str) -> bytes:
 
 def _fetch_small(url: str, index: FileList, data: bytes, folder: Path) -> None:
     """Fetches all files but the arrays of shards; continues after a kill."""
-    small = {path: about for path, about in index.files.items() if not _ARRAY.fullmatch(path)}
+    small = {path: about for path, about in index.files.items() if OF_STORE.fullmatch(path) and not _ARRAY.fullmatch(path)}
     for path, (size, _) in small.items():
         if path.endswith(".json") and size > files.MAX_JSON:
             raise StoreError(f"{url}/{path}: {size} bytes, and at most {files.MAX_JSON} are expected")

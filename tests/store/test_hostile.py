@@ -110,6 +110,7 @@ def original(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     np.unique(np.zeros(1))  # likewise: NumPy imports numpy.ma at the first call
     yield folder
     tqdm.monitor_interval = interval
+    fsspec.filesystem("memory").store.clear()
 
 
 @contextlib.contextmanager
@@ -664,6 +665,8 @@ def test_every_name_that_a_server_invents_is_refused_or_ignored(
     with guarded(cache, cache), contextlib.suppress(StoreError, RequestError):
         said = read("memory://set")
     assert not (original.parent / "evil").exists()
+    kept = {path.name for path in cache.rglob("*") if path.is_file() and path.suffix not in (".lock", ".part")}
+    assert not kept & {"images-00001.exe", "IMAGES.TXT", "manifest", "images", "README.md", "con", "a" * 119, "2.npy", "b.npy"}
     if said is not None and not said.pop("problems"):
         whole = read(original)
         whole.pop("problems")

@@ -19,15 +19,12 @@ from fkd_ssl.store.exchange import card
 from fkd_ssl.store.listing import MANIFEST, PUBLISHED
 from fkd_ssl.store.maintain.verify import verify
 from fkd_ssl.store.reader import Store
-from fkd_ssl.store.remote import INDEX, FileList
+from fkd_ssl.store.remote import INDEX, OF_STORE, FileList
 from fkd_ssl.text import format_bytes, is_url, plural
 
 README = PUBLISHED[1]
 _SENDERS = 8  # threads
 _COMMIT = 50  # groups of files in a commit: the Hugging Face Hub recommends 100 files, and limits commits per hour
-_OF_STORE = re.compile(
-    rf"images(-\d{{5}})?\.(txt|npy|json)|{layout.CROPS}/\d{{5,}}\.(npy|json)|{layout.TARGETS}/[^/]+/(meta\.json|[^/]+\.npy|codes-\d{{5,}}\.json)"
-)
 _RUNNING = re.compile(r"\.(work-|record|unfinished-)")  # names of files of running writers
 
 
@@ -150,7 +147,7 @@ def _previous(target: "_Target", there: Mapping[str, int], store: Store, listed:
         if MANIFEST not in there or target.read(MANIFEST) != own:
             raise RequestError(f"{target.url}: holds a part of another store; choose another URL, or pass --overwrite")
     if MANIFEST in there:  # an interrupted call has removed the list
-        return FileList({path: (size, "") for path, size in there.items() if _OF_STORE.fullmatch(path)})
+        return FileList({path: (size, "") for path, size in there.items() if OF_STORE.fullmatch(path)})
     return FileList({})
 
 
