@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test check docs linkcheck format clean
 
+# moto is the S3 server of the tests. Its boto3 must be of the same version as the botocore that s3fs needs; in one step, pip
+# would try one version of boto3 after the other for minutes.
 # torch and torchvision are installed plainly and together: a CPU-only torch cannot load the registry's torchvision
 $(VENV)/.installed: pyproject.toml setup.py fkd_ssl/crops/_avx2.c
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed; pass PYTHON=python3.12, say" if sys.version_info < (3, 11) else 0)'
@@ -12,6 +14,8 @@ $(VENV)/.installed: pyproject.toml setup.py fkd_ssl/crops/_avx2.c
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	rm -f fkd_ssl/crops/*.so
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	$(BIN)/python -m pip install --quiet s3fs
+	$(BIN)/python -m pip install --quiet "boto3==$$($(BIN)/python -c 'import botocore; print(botocore.__version__)')" 'moto[s3]>=5' flask flask-cors
 	@touch $@
 
 demo: $(VENV)/.installed
