@@ -580,11 +580,11 @@ def test_a_slow_answer_ends(published: str, server: WebServer, monkeypatch: pyte
         ("short 5 a", "its line .* is invalid"),
         ("{digest} 5 images.txt", "not a list of a store's files, or damaged"),  # twice
         ("{digest} 5 images.txt/a", "not a list of a store's files, or damaged"),  # a file and a folder
-        ("{digest} 9999999 crops/x.json", r"9999999 bytes, and at most \d+ are expected"),
-        ("{digest} 999999999999999 evil", r"1000\.0 TB must be fetched, and the cache may keep 100\.0 GB"),
+        ("{digest} 9999999 crops/99999.json", r"9999999 bytes, and at most \d+ are expected"),
+        ("{digest} 999999999999999 targets/evil/a.npy", r"1000\.0 TB must be fetched, and the cache may keep 100\.0 GB"),
         ("{digest} 5 bytes", "lists 'bytes', which is not a file of a store"),
         ("{digest} 5 files.txt", "lists 'files.txt', which is not a file of a store"),
-        ("{digest} 5 README.md", "sha256 differs|cannot be fetched"),
+        ("{digest} 5 crops/99999.json", "sha256 differs|cannot be fetched"),
     ],
 )
 def test_a_hostile_list_is_refused(published: str, server: WebServer, tmp_path: Path, line: str, message: str) -> None:
