@@ -17,6 +17,7 @@ import io
 import json
 import os
 import platform
+import resource
 import subprocess
 import sys
 import tempfile
@@ -125,7 +126,7 @@ def breakdown(data: StoredCrops, rounds: int) -> dict[str, float]:
 
     colour = JITTER | GREY
     works: dict[Any, Work] = {
-        "read": each(data._read, count),
+        "read": each(data.read, count),
         "decode": each(lambda i: decode(files[i], data.where(i)), count),
         "records": each(lambda i: data._records(0, i, 0, 0), count),
         0: with_flags(0),
@@ -141,6 +142,14 @@ def breakdown(data: StoredCrops, rounds: int) -> dict[str, float]:
     took["resize"], took["flip"], took["colour"], took["blur"] = took[0], *(took[k + 1] - took[k] for k in range(3))
     took["collate and rest"] = took["all"] - sum(took[stage] for stage in STAGES[:-1])
     return {stage: round(1e3 * took[stage] / count, 4) for stage in (*STAGES, OPENCV) if stage in took}
+
+
+def page_faults(data: StoredCrops) -> float:
+    """Returns the page faults per image of ten passes without workers, after three passes that allocate the memory."""
+    drain(ours(data, passes=3, batch=BATCH))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    drain(ours(data, passes=10, batch=BATCH))
+    return round((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / (10 * len(data)), 1)
 
 
 def by_opencv(work: Work) -> Work:
@@ -261,6 +270,7 @@ def main() -> None:
                         row["usual_over_reference_script"] = round(count / took["usual"] / rate, 3)
                     if crops == 4 or len(args.crops) == 1:
                         row["breakdown"] = breakdown(stored, args.rounds)
+                        row["page_faults_per_image"] = page_faults(stored)
                     rows.append(row)
                     print(json.dumps(row), file=sys.stderr, flush=True)
 
