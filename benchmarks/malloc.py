@@ -12,7 +12,6 @@ import os
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 
 import timm
 import torch
@@ -22,7 +21,8 @@ DEFAULTS = {"MALLOC_PERTURB_": "0"}  # changes nothing itself, but any variable 
 
 def measure(command: list[str], variables: dict[str, str]) -> dict[str, float]:
     """Runs a command, with its workers. The peak memory is that of its largest process."""
-    process = subprocess.Popen([sys.executable, "-m", "fkd_ssl", *command], env={**os.environ, **variables}, stdout=subprocess.DEVNULL)
+    environment = {**os.environ, **variables}
+    process = subprocess.Popen([sys.executable, "-m", "fkd_ssl", *command], env=environment, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         sys.exit(f"failed: {' '.join(command)}")
@@ -43,7 +43,8 @@ def main() -> None:
     parser.add_argument("--limit", type=int, default=128)
     parser.add_argument("--crops", type=int, default=16)
     parser.add_argument("--steps", type=int, default=30, help="of training, with batches of 128 crops")
-    parser.add_argument("--works", nargs="+", default=["precompute", "features", "train_stored", "train_online", "with_workers"])
+    works = ["precompute", "features", "train_stored", "train_online", "with_workers"]
+    parser.add_argument("--works", nargs="+", default=works)
     args = parser.parse_args()
 
     rows = {}
