@@ -90,19 +90,23 @@ class RemoteFile:
                 with suppress(FileNotFoundError):  # not fetched yet, or removed by another process just now
                     os.utime(self._kept)  # for `evict`
                     return self._kept.open("rb")
-                self._kept.parent.mkdir(parents=True, exist_ok=True)
-                with locks.locked(self._kept.with_name(f"{self._kept.name}.lock"), seconds=float("inf")):
-                    if not self._kept.exists():
-                        self._fetch()
+                self.fetch()
+
+    def fetch(self) -> int | None:
+        """Fetches the file unless it is in the cache folder. Returns its `read_at`; None if it was there. Raises as `open`."""
+        with keeping(self.url, self._kept.parent):
+            self._kept.parent.mkdir(parents=True, exist_ok=True)
+            with locks.locked(self._kept.with_name(f"{self._kept.name}.lock"), seconds=float("inf")):
+                if self._kept.exists():
+                    return None
+                evict(self.size, self.url)
+                download(self.url, self.size, self.sha256 or None, self._kept, is_same=lambda: list_remote(self.url) == [self])
+                return self.read_at()
 
     def path(self) -> Path:
         """Returns the fetched file, which `evict` may remove. Raises as `open` does."""
         self.open().close()
         return self._kept
-
-    def _fetch(self) -> None:
-        evict(self.size, self.url)
-        download(self.url, self.size, self.sha256 or None, self._kept, is_same=lambda: list_remote(self.url) == [self])
 
 
 def download(url: str, size: int, sha256: str | None, path: Path, *, is_same: Callable[[], bool] = bool) -> None:

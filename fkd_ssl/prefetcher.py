@@ -30,7 +30,7 @@ class Prefetcher:
         self._process, self._lock = os.getpid(), threading.Lock()
         self._queue: deque[int] = deque()
         self._waiting: set[int] = set()
-        self._unread: dict[RemoteFile, int | None] = {}
+        self._unread: dict[RemoteFile, int] = {}
         self._threads = 0
 
     def expect(self, numbers: Iterable[int]) -> None:
@@ -56,8 +56,9 @@ class Prefetcher:
                 for file in self._missing(number):
                     while not self._has_room(file.size):
                         time.sleep(_POLL)
-                    file.open().close()
-                    self._unread[file] = file.read_at()
+                    if (fetched_at := file.fetch()) is not None:  # otherwise it was read meanwhile
+                        with self._lock:
+                            self._unread[file] = fetched_at
             self._waiting.discard(number)
 
     def _has_room(self, size: int) -> bool:
