@@ -219,6 +219,12 @@ def annotate_oserror(path: Path) -> Iterator[None]:
         raise
 
 
+def check_folder_of(path: Path, option: str) -> None:
+    """Raises RequestError if the folder of a file that will be written is missing."""
+    if not path.parent.is_dir():
+        raise RequestError(f"{path}: the folder {path.parent} was not found; make it, or choose another {option}")
+
+
 @contextmanager
 def _written(path: Path, finish: Callable[[Path], object]) -> Iterator[BinaryIO]:
     """Opens a temporary file beside `path`. If the block ends without an error, syncs it and calls `finish` with its path."""
@@ -244,9 +250,9 @@ def create(path: Path) -> Iterator[BinaryIO]:
         try:
             os.link(temporary, path)
         except OSError:  # it exists, or the file system has no hard links
-            if not path.exists():
+            if not path.exists() and not path.is_symlink():
                 temporary.rename(path)
-            elif sha256_file(path) != sha256_file(temporary):
+            elif not path.exists() or sha256_file(path) != sha256_file(temporary):
                 raise StoreError(f"{path}: exists with other content; delete it or choose another place") from None
         sync_folder(path.parent)
 
@@ -333,7 +339,7 @@ def digest_array(digests: Sequence[str], path: Path) -> npt.NDArray[np.uint8]:
 
 
 def write_npy(path: Path, array: npt.NDArray[Any]) -> str:
-    """Publishes an array as a .npy file; returns the file's sha256."""
+    """Writes an array as a .npy file; returns the file's sha256."""
     data = npy_header(array.dtype, array.shape) + np.ascontiguousarray(array).tobytes()
     with create(path) as file:
         file.write(data)
@@ -341,7 +347,7 @@ def write_npy(path: Path, array: npt.NDArray[Any]) -> str:
 
 
 def write_npy_parts(path: Path, dtype: np.dtype[Any], shape: tuple[int, ...], parts: Iterable[npt.NDArray[Any]]) -> str:
-    """Publishes an array of this shape as a .npy file, given its parts along the first axis; returns the file's sha256."""
+    """Writes an array of this shape as a .npy file, given its parts along the first axis; returns the file's sha256."""
     header = npy_header(dtype, shape)
     digest, size = hashlib.sha256(header), len(header)
     with create(path) as file:

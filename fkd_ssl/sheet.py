@@ -190,8 +190,7 @@ def _font(name: str, size: int) -> ImageFont.FreeTypeFont:
 
 def check_replaceable(path: Path, option: str) -> None:
     """Raises RequestError if `path` exists and is not an unchanged PNG of `write`, or its folder is missing."""
-    if not path.parent.is_dir():
-        raise RequestError(f"{path}: the folder {path.parent} was not found; make it, or choose another {option}")
+    files.check_folder_of(path, option)
     if path.exists() or path.is_symlink():
         found = files.read_user_file(path, _MAX_BYTES) if path.is_file() else b""
         if found != _marked(found[:_PNG_HEADER] + found[_PNG_HEADER + len(_mark(b"")) :]):

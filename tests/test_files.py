@@ -130,6 +130,14 @@ def test_create_twice(tmp_path):
     assert names(tmp_path) == ["a"]
 
 
+def test_create_keeps_a_link_to_a_missing_file(tmp_path):
+    (tmp_path / "a").symlink_to("elsewhere")
+    with pytest.raises(StoreError, match="a: exists with other content; delete it"), files.create(tmp_path / "a") as file:
+        file.write(b"new")
+    assert str((tmp_path / "a").readlink()) == "elsewhere"
+    assert names(tmp_path) == ["a"]
+
+
 def test_create_where_there_are_no_hard_links(tmp_path, monkeypatch):
     def refuse(*_: object) -> None:
         raise PermissionError(1, "Operation not permitted")

@@ -48,13 +48,15 @@ def work(config: Config) -> "Exported":
     """Writes the file."""
     from pathlib import Path
 
+    from fkd_ssl import files
     from fkd_ssl.commands import console, resolve
     from fkd_ssl.results import Exported
     from fkd_ssl.students.export import export
     from fkd_ssl.students.onnx_export import ONNX, OPSET, export_onnx
 
-    student, pixels = resolve.student_of(config.model)
     out = Path(config.out)
+    files.check_folder_of(out, "--out")
+    student, pixels = resolve.student_of(config.model)
     if out.suffix == ONNX:
         pixels = resolve.pixels_of(config.pixels, pixels)
         load, compared = export_onnx(student, out, pixels=pixels)

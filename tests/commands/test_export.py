@@ -25,6 +25,8 @@ def test_what_cannot_be_is_refused(work: Path, call: Any, train_line: str) -> No
     assert call(f"{train_line} --out run").status == 0
     for line, said in (
         ("export --model nowhere --out f.safetensors", "--model nowhere: no such run or checkpoint"),
+        ("export --model nowhere --out no/f.safetensors", "no/f.safetensors: the folder no was not found; make it, or choose"),
+        ("export --model nowhere --out no/f.onnx", "no/f.onnx: the folder no was not found; make it, or choose another --out"),
         ("export --model run --out f.safetensors --layout timm", "timm has no network identical to squeezenet1_1"),
         (f"{train_line} --out other --init nowhere", "--init nowhere: not found; give a run folder"),
         (f"{train_line} --out other --init run --student resnet18", "init: these weights are not those of resnet18"),
