@@ -122,10 +122,10 @@ def kill(line: str, folder: Path, steps: int) -> None:
 )
 def test_a_killed_training_continues_to_the_same_weights(targets: str, dense: Path, call: Any) -> None:
     """Also the store that it records."""
-    line = f"train --images train {SHARED} {targets} --ema 0.9 --checkpoint_interval 0".replace("--epochs 2", "--epochs 8")
+    line = f"train --images train {SHARED} {targets} --ema 0.9 --checkpoint_interval 0".replace("--epochs 2", "--epochs 16")
     record = " --record {}-store" if "online" in targets else ""
     assert call(f"{line} --out whole{record.format('whole')}").status == 0
-    for steps in (1, 4, 7):  # of 12
+    for steps in (1, 5, 10):  # of 24
         kill(f"{line} --out run{record.format('run')}", dense / "run", steps)
     answer = call(f"{line} --out run{record.format('run')}")
     assert answer.status == 0, answer.err
