@@ -144,8 +144,13 @@ def evaluate(
     for part, rows in ((train, used["train"]), (val, used["val"])):
         if not len(rows):
             raise RequestError(f"{part.masks.spec}: no mask has a pixel of the classes")
-    options: dict[str, Any] = {"pixels": pixels, "multiple": multiple, "workers": workers, "progress": progress}
-    options |= {"skipped": skipped}
+    options: dict[str, Any] = {
+        "pixels": pixels,
+        "multiple": multiple,
+        "workers": workers,
+        "progress": progress,
+        "skipped": skipped,
+    }
     examples: list[_Example] = []
     each = math.ceil(BANK / len(used["train"]))
     for index, size, positions in maps.extract(model, train, used["train"], desc="maps of train", **options):

@@ -345,7 +345,7 @@ def _entries(repository: Repository, under: str, *, recursive: bool) -> list[dic
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Iterator[HubServer]:
-    """A Hub with an empty private data set. Uploads use Git LFS, since there is no server of the Xet storage for tests."""
+    """A Hub with one data set, private and empty. It stores large files by Git LFS; no test server for Xet exists."""
     pytest.importorskip("huggingface_hub", reason="pip install 'fkd_ssl[remote]'")
     from huggingface_hub import constants
     from huggingface_hub.utils import _http, close_session

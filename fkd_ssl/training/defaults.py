@@ -93,7 +93,7 @@ def warn_of_few_images(config: Any, images: int) -> str | None:
         return None
     return (
         f"warning: a batch of {config.batch_size} crops has only {plural(in_batch, 'different image')}, which costs accuracy: "
-        f"give --crops_per_image 1, or a larger --batch_size"
+        "give --crops_per_image 1, or a larger --batch_size"
     )
 
 

@@ -1,5 +1,6 @@
 """Writes a store to a URL, from which `open_store` reads it. The last file completes it; an interrupted call continues."""
 
+import functools
 import hashlib
 import os
 import re
@@ -183,7 +184,11 @@ class _Target:
         for path in removed:
             self.remove(path)
         for path, data in contents.items():
-            self._try(path, lambda at, data=data: self._at.pipe_file(at, data))  # type: ignore[misc]
+            self.write(path, data)
+
+    def write(self, path: str, data: bytes) -> None:
+        """Writes a small file."""
+        self._try(path, lambda at: self._at.pipe_file(at, data))
 
     def remove(self, path: str) -> None:
         """Removes a file."""
@@ -236,7 +241,7 @@ class _Target:
     def _send(self, pool: ThreadPoolExecutor, folder: Path, groups: Sequence[Sequence[str]]) -> Iterable[Sequence[str]]:
         def send(group: Sequence[str]) -> Sequence[str]:
             for path in group:
-                self._try(path, lambda at, path=path: self._at.put_file(str(folder / path), at))  # type: ignore[misc]
+                self._try(path, functools.partial(self._at.put_file, str(folder / path)))
             return group
 
         return pool.map(send, groups)
