@@ -11,9 +11,10 @@ import re
 import signal
 import sys
 import threading
+import time
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import FrameType, ModuleType
 from typing import Any
 
@@ -129,19 +130,31 @@ class _CtrlC:
             signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def _stop(self, number: int, frame: FrameType | None) -> None:
-        while frame is not None:
-            if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
-                sys.stdout.flush()
-                os._exit(_fail(self._verb, _STOPPED, 130))
-            frame = frame.f_back
+        if any(of.f_code.co_filename == "<frozen importlib._bootstrap>" for of in _outward(frame)):
+            sys.stdout.flush()
+            os._exit(_fail(self._verb, _STOPPED, 130))
         raise KeyboardInterrupt
 
     def _unraisable(self, unraisable: "sys.UnraisableHookArgs") -> None:
         if unraisable.exc_type is KeyboardInterrupt:
-            main = threading.main_thread().ident
-            threading.Timer(0.01, signal.pthread_kill, (main, signal.SIGINT)).start()
+            threading.Thread(target=self._send, daemon=True).start()
         else:
             self._hook(unraisable)
+
+    def _send(self) -> None:
+        """Sends SIGINT to the main thread once it has left `_unraisable`, which would swallow it too."""
+        main, code = threading.main_thread().ident, _CtrlC._unraisable.__code__
+        assert main is not None
+        while any(of.f_code is code for of in _outward(sys._current_frames()[main])):
+            time.sleep(0.01)
+        signal.pthread_kill(main, signal.SIGINT)
+
+
+def _outward(frame: FrameType | None) -> Iterator[FrameType]:
+    """The frame and its callers."""
+    while frame is not None:
+        yield frame
+        frame = frame.f_back
 
 
 def command_of(verb: str) -> ModuleType:
