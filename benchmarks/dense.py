@@ -50,15 +50,18 @@ class Run:
     seed: int
     source: str = "stored"
     codec: str = field(default_factory=lambda: USED)  # a test has another
+    crops: int = 0
+    """Stored crops per image, in a store of its own; 0 for `--crops`."""
 
     @property
     def name(self) -> str:
         """The name of its folders."""
-        words = [SHORT[self.student], self.arm, self.source, *([] if self.codec == USED else [self.codec]), f"seed{self.seed}"]
+        words = [SHORT[self.student], self.arm, self.source, *([] if self.codec == USED else [self.codec])]
+        words += [*([f"C{self.crops}"] if self.crops else []), f"seed{self.seed}"]
         return "-".join(words).replace(",", "_")
 
 
-def all_runs(seeds: int) -> list[Run]:
+def all_runs(seeds: int, more_crops: int = 0) -> list[Run]:
     """The runs, the most important ones first."""
     small, vit = SHORT
     arms = list(COLUMNS)
@@ -70,6 +73,8 @@ def all_runs(seeds: int) -> list[Run]:
     found += [Run(student=small, arm=arm, seed=0, source="online") for arm in ("global", "both")]
     found += [Run(student=small, arm="dense", seed=0, codec=codec) for codec in codecs[1:]]
     found += [Run(student=small, arm=arm, seed=seed, source="online") for seed in range(1, seeds) for arm in arms]
+    more = [Run(student=small, arm=arm, seed=seed, codec="SQ8", crops=more_crops) for seed in range(seeds) for arm in arms]
+    found += more if more_crops else []
     found += [Run(student=vit, arm=arm, seed=seed) for seed in range(1, seeds) for arm in arms]
     return found + [Run(student=vit, arm=arm, seed=0, source="online") for arm in arms]
 
@@ -107,16 +112,16 @@ class Bench:
                 link.symlink_to(file.resolve())
         return folder
 
-    def store(self, codec: str) -> tuple[Path, str]:
-        """The store, and its column of tokens in a codec."""
-        a, store = self.args, self.work / "store"
+    def store(self, codec: str, crops: int = 0) -> tuple[Path, str]:
+        """The store, and its column of tokens in a codec. One of another number of crops has both columns in that codec."""
+        a, store = self.args, self.work / (f"store-C{crops}" if crops else "store")
         self.say(
-            self.work / "store.json",
+            store.with_suffix(".json"),
             f"precompute --images {self.images()} --store {store} --teacher {TEACHER},{TEACHER}@tokens "
-            f"--checkpoint {a.checkpoint},{a.checkpoint} --grid 7 --codec Flat --crops {a.crops} --pixels {a.teacher_pixels} "
-            f"--recipe {a.recipe} --json",
+            f"--checkpoint {a.checkpoint},{a.checkpoint} --grid 7 --codec {codec if crops else 'Flat'} "
+            f"--crops {crops or a.crops} --pixels {a.teacher_pixels} --recipe {a.recipe} --json",
         )
-        if codec == "Flat":
+        if crops or codec == "Flat":
             return store, TOKENS
         column = codec.replace(",", "_")
         self.say(self.work / f"{column}.json", f"recode {store} --column {TOKENS} --codec {codec} --to {column} --json")
@@ -125,9 +130,10 @@ class Bench:
     def train(self, run: Run) -> None:
         """Trains and scores a student."""
         a, out = self.args, self.work / "runs" / run.name
-        names = [self.store(run.codec)[1] if column == TOKENS else column for column in COLUMNS[run.arm]]
+        store, tokens = self.store(run.codec, run.crops)
+        names = [tokens if column == TOKENS else column for column in COLUMNS[run.arm]]
         if run.source == "stored":
-            targets = f"--store {self.work / 'store'} --column {','.join(names)}"
+            targets = f"--store {store} --column {','.join(names)}"
         else:
             teachers = {NAME: TEACHER, TOKENS: f"{TEACHER}@tokens"}
             named = ",".join(teachers[column] for column in COLUMNS[run.arm])
@@ -174,7 +180,7 @@ class Bench:
         self.store(USED)
         self.segment("teacher", f"teacher:{TEACHER}", f"--checkpoint {self.args.checkpoint}")
         started = set()
-        for run in all_runs(self.args.seeds):
+        for run in all_runs(self.args.seeds, self.args.more_crops):
             if run.student not in started:
                 self.untrained(run.student, 0)
                 started.add(run.student)
@@ -189,6 +195,9 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--per-class", type=int, default=63, help="imagenette images per class")
     parser.add_argument("--crops", type=int, default=8, help="stored crops per image")
+    parser.add_argument(
+        "--more-crops", type=int, default=0, help="also train on a store with this number of crops per image, in SQ8"
+    )
     parser.add_argument("--recipe", default="simreg")
     parser.add_argument("--pixels", type=int, default=128)
     parser.add_argument("--teacher-pixels", type=int, default=224)
@@ -236,16 +245,20 @@ def page(args: argparse.Namespace) -> str:
     work: Path = args.work
     head = ["model", "targets", "", "mIoU", "kNN mIoU", "pixel accuracy", "bytes per crop", "seconds", "seeds"]
     lines = [row(work, ["EfficientNet-Lite2", "(the teacher)", ""], ["teacher"])]
-    sizes = code_sizes(work)
-    order = [(student, source, arm) for student in SHORT for source in ("stored", "online") for arm in COLUMNS]
+    sizes = code_sizes(work / "store")
+    more = {f"stored, {args.more_crops} crops": {"codec": "SQ8", "crops": args.more_crops}} if args.more_crops else {}
+    sources: dict[str, dict[str, Any]] = {"stored": {}, **more, "online": {"source": "online"}}
+    order = [(student, source, arm) for student in SHORT for source in sources for arm in COLUMNS]
     untrained = set()
     for student, source, arm in order:
         if student not in untrained:
             lines.append(row(work, [SHORT[student], "(untrained)", ""], [f"{SHORT[student]}-untrained-seed0"]))
             untrained.add(student)
-        names = [Run(student=student, arm=arm, seed=seed, source=source).name for seed in range(args.seeds)]
-        size = sum(sizes.get(USED if column == TOKENS else NAME, 0) for column in COLUMNS[arm])
-        lines.append(row(work, [SHORT[student], arm, source], names, size=f"{size:,}" if source == "stored" else ""))
+        of = sources[source]
+        names = [Run(student=student, arm=arm, seed=seed, **of).name for seed in range(args.seeds)]
+        known = sizes if source == "stored" else code_sizes(work / f"store-C{args.more_crops}")
+        size = sum(known.get(of.get("codec", USED) if column == TOKENS else NAME, 0) for column in COLUMNS[arm])
+        lines.append(row(work, [SHORT[student], arm, source], names, size=f"{size:,}" if source != "online" else ""))
     codecs = [
         row(
             work,
@@ -256,6 +269,7 @@ def page(args: argparse.Namespace) -> str:
         for codec in CODECS
     ]
     made = json.loads((work / "store.json").read_text())
+    another = f"That of {args.more_crops} crops has both columns in SQ8. " if args.more_crops else ""
     return f"""# Dense targets: measurements
 
 Made by `benchmarks/dense.py` with `--per-class {args.per_class} --crops {args.crops} --epochs {args.epochs}`. The teacher sees
@@ -268,8 +282,8 @@ training images and tested on its 233 test images; kNN mIoU: nearest neighbours,
 {table(head, lines)}
 
 Targets: `global` is one vector per crop ({sizes.get(NAME, 0):,} bytes, exact), `dense` the tokens in {USED}; in `both`, the two
-losses have equal weights. `online` runs the teacher on fresh crops. Making the store, with the exact tokens, took
-{made["seconds"]:,.0f} s. Seconds are those of training on a shared machine, and vary between runs.
+losses have equal weights. `online` runs the teacher on fresh crops. The store has {args.crops} crops per image. {another}
+Making the store of {args.crops} crops, with the exact tokens, took {made["seconds"]:,.0f} s. Seconds are those of training on a shared machine, and vary between runs.
 
 ## Codecs
 
@@ -286,21 +300,21 @@ def table(head: list[str], lines: list[str | None]) -> str:
     return "\n".join([f"| {' | '.join(head)} |", "|" + "---|" * len(head), *filter(None, lines)])
 
 
-def code_sizes(work: Path) -> dict[str, int]:
+def code_sizes(store: Path) -> dict[str, int]:
     """The bytes per crop of each column, by codec of the tokens; of the global column, by its name."""
-    return {key: meta["code_size"] for key, meta in metas(work).items()}
+    return {key: meta["code_size"] for key, meta in metas(store).items()}
 
 
 def fidelity(work: Path, codec: str) -> float:
     """The mean cosine of decoded to exact tokens."""
-    meta = metas(work).get(codec, {})
+    meta = metas(work / "store").get(codec, {})
     return float(meta.get("fidelity", {}).get("cosine_mean", float("nan")))
 
 
-def metas(work: Path) -> dict[str, Any]:
+def metas(store: Path) -> dict[str, Any]:
     """The columns' meta.json, by codec of the tokens, or the name of the global column."""
     found = {}
-    for path in sorted((work / "store" / "targets").glob("*/meta.json")):
+    for path in sorted((store / "targets").glob("*/meta.json")):
         meta = json.loads(path.read_text())
         found[NAME if path.parent.name == NAME else meta["codec"]] = meta
     return found
