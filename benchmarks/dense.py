@@ -283,7 +283,8 @@ training images and tested on its 233 test images; kNN mIoU: nearest neighbours,
 
 Targets: `global` is one vector per crop ({sizes.get(NAME, 0):,} bytes, exact), `dense` the tokens in {USED}; in `both`, the two
 losses have equal weights. `online` runs the teacher on fresh crops. The store has {args.crops} crops per image. {another}
-Making the store of {args.crops} crops, with the exact tokens, took {made["seconds"]:,.0f} s. Seconds are those of training on a shared machine, and vary between runs.
+Making the store of {args.crops} crops, with the exact tokens, took {made["seconds"]:,.0f} s.
+Seconds are those of training on a shared machine, and vary between runs.
 
 ## Codecs
 

@@ -14,6 +14,10 @@ LABELS = ("hard", "smoothing", "marginal_smoothing_k5", "marginal_smoothing_k10"
 LABELS += ("marginal_quantised_k6", "marginal_quantised_k10")
 TUNING = {"targets": "labels", "objective": "soft_ce", "head": "classifier", "recipe": "fkd", "lr": 1e-3}
 SMALL = "imagenette-small"
+# of students that do not train well with the options of the others
+OPTIONS: dict[str, dict[str, Any]] = {
+    "timm/vit_tiny_patch16_224": {"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05, "clip": 1},
+}
 CLASSIFIER = {"objective": "soft_ce", "head": "classifier", "recipe": "fkd", "crops_per_image": 1}
 CLASSIFIER_LRS = (3e-4, 1e-3, 3e-3)
 
@@ -103,7 +107,7 @@ def students(args: argparse.Namespace) -> Experiment:
 
 def tiny100(args: argparse.Namespace) -> Experiment:
     """The same on tiny100."""
-    return _whole(args, "tiny100", crops=20, epochs=20)
+    return _whole(args, "tiny100", crops=10, epochs=10)
 
 
 def probabilities(args: argparse.Namespace) -> Experiment:
@@ -151,7 +155,7 @@ def _small(args: argparse.Namespace, arms: list[Arm], reference: str, options: M
 def _whole(args: argparse.Namespace, images: str, *, crops: int, epochs: float) -> Experiment:
     store = Stored(name=f"{images}-features", images=images, crops=crops)
     arms = [Arm(name="stored", store=store), Arm(name="online"), *_others(args)]
-    options = {**best(args), "crops_per_image": 1}
+    options = {**best(args), "crops_per_image": 1, **OPTIONS.get(args.student, {})}
     epochs = args.epochs or epochs
     return Experiment(images=images, arms=arms, reference="online", epochs=epochs, options=options, tuned=True)
 
@@ -159,6 +163,7 @@ def _whole(args: argparse.Namespace, images: str, *, crops: int, epochs: float) 
 def _others(args: argparse.Namespace) -> list[Arm]:
     """Returns the arms without targets of the teacher, and the teacher."""
     labels = {"targets": "labels", "objective": "soft_ce", "head": "classifier", "lr": best_rate(args, "labels")}
+    labels |= OPTIONS.get(args.student, {})
     arms = [Arm(name="labels", options=labels), Arm(name="alone", verb="pretrain")]
     return [*arms, *(Arm(name=name, verb=name) for name in strong_tables.UNTRAINED)]
 

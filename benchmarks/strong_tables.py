@@ -34,8 +34,9 @@ class Row:
 
     @classmethod
     def read(cls, name: str, runs: Sequence[Path], store: Path | None) -> "Row | None":
-        """Reads the runs of all seeds; None unless all are finished."""
-        if not all((run / "scores.json").exists() for run in runs):
+        """Reads the finished runs, one for each seed; None if there is none."""
+        runs = [run for run in runs if (run / "scores.json").exists()]
+        if not runs:
             return None
         arrays = [np.load(run / "correct.npz", allow_pickle=False) for run in runs]
         correct = {probe: np.stack([array[probe] for array in arrays]) for probe in arrays[0]}
@@ -52,7 +53,7 @@ class Row:
         return [100 * float(hits.mean()) for hits in self.correct.get(probe, [])]
 
     def difference(self, probe: str, reference: "Row | None") -> str:
-        """Returns the difference to the reference and its interval; empty for arms that were not trained."""
+        """Returns the difference to the reference over their common seeds; empty for arms that were not trained."""
         if (
             reference is None
             or self is reference
@@ -60,7 +61,8 @@ class Row:
             or not (probe in self.correct and probe in reference.correct)
         ):
             return ""
-        gain, low, high = stats.paired_bootstrap(self.correct[probe], reference.correct[probe])
+        seeds = min(len(self.scores), len(reference.scores))
+        gain, low, high = stats.paired_bootstrap(self.correct[probe][:seeds], reference.correct[probe][:seeds])
         return students.difference({"difference": gain, "low": low, "high": high, "equal": stats.equal(low, high)})
 
     @property
@@ -77,16 +79,16 @@ def table(rows: list[Row], reference: Row | None) -> str:
     head = ["arm"]
     for probe in probes:
         head += [f"{PROBES[probe]} top-1", *(minus if probe in compared else [])]
-    lines = [[*head, "bytes per crop", "seconds"], ["---"] * (len(head) + 2)]
+    lines = [[*head, "bytes per crop", "seconds", "seeds"], ["---"] * (len(head) + 3)]
     for row in rows:
         cells = [row.name]
         for probe in probes:
             cells += [mean(row.accuracies(probe), 2), *([row.difference(probe, reference)] if probe in compared else [])]
-        lines.append([*cells, f"{row.bytes:,}" if row.bytes else "", mean(row.seconds, 0)])
+        lines.append([*cells, f"{row.bytes:,}" if row.bytes else "", mean(row.seconds, 0), str(len(row.scores))])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def about(rows: list[Row], reference: Row | None, seeds: int, missing: list[str]) -> str:
+def about(rows: list[Row], reference: Row | None, missing: list[str]) -> str:
     """Returns what is common to the runs of a table, in Markdown. The objective and the rate are those of the reference."""
     first = next((row.scores[0] for row in [reference, *rows] if row and "config" in row.scores[0]), None)
     words = ""
@@ -96,8 +98,8 @@ def about(rows: list[Row], reference: Row | None, seeds: int, missing: list[str]
         words += f"`{c['objective']}`, learning rate {c['lr']:g}, " if reference else ""
         words += f"student crops of {c['pixels']} px; "
     n, v = next(iter(rows[0].correct.values())).shape[1], rows[0].scores[0]["versions"]
-    words += f"seed{'s' if seeds > 1 else ''} {', '.join(map(str, range(seeds)))}; {n:,} test images. "
-    words += f"Not finished for all seeds: {', '.join(missing)}. " if missing else ""
+    words += f"{n:,} test images. "
+    words += f"Not run: {', '.join(missing)}. " if missing else ""
     names = ("torch", "torchvision", "lightly", "pytorch_lightning", "faiss-cpu", "numpy")
     return f"{words}Python {v['python']}, {', '.join(f'{name} {v[name]}' for name in names)}; {machine()}."
 

@@ -9,6 +9,7 @@ r"""Students of a strong teacher: stored, online and without it; how many crops;
 - `crops`: do stored targets overfit? C = 1, 4, 25 and 100 stored crops per image compared with online, in 60 epochs.
 - `codecs`: the same training on the same crops, with targets of fewer bytes.
 - `students`: stored, online, labels, MoCo v2 without a teacher, on all images; kNN, linear and fine-tuned.
+  With `--student`, another one: the table is written between the markers of `students-STUDENT`.
 - `tiny100`: the same on 100 classes of Tiny-ImageNet.
 - `probabilities`: FKD's supervised half. The targets are the teacher's probabilities of 1,000 classes.
 
@@ -103,9 +104,12 @@ class Bench:
             experiment, name = "crops", "C=100"
         if experiment == "students" and arm.verb in strong_tables.UNTRAINED:
             experiment = "crops"
-        if self.args.student != strong_arms.STUDENT:
-            experiment += f"-{self.args.student.replace('/', '-')}"
-        return self.work / "runs" / experiment / f"{re.sub('[^a-zA-Z0-9.]+', '-', name)}-seed{seed}"
+        folder = experiment if arm.verb == "teacher" else self.of_student(experiment)
+        return self.work / "runs" / folder / f"{re.sub('[^a-zA-Z0-9.]+', '-', name)}-seed{seed}"
+
+    def of_student(self, experiment: str) -> str:
+        """Returns the name of an experiment, with the student's if that is not the default."""
+        return experiment + (f"-{self.args.student.replace('/', '-')}" if self.args.student != strong_arms.STUDENT else "")
 
     def finish(self, name: str, experiment: Experiment, arm: Arm, seed: int) -> None:
         """Trains and scores a run that is not done."""
@@ -217,7 +221,7 @@ class Bench:
             seed=seed,
             student=self.args.student,
             init=exported if exported.exists() else run,
-            **strong_arms.TUNING,
+            **{**strong_arms.TUNING, **strong_arms.OPTIONS.get(self.args.student, {})},
             batch_size=self.batch_size(experiment.images),
             epochs=self.args.tuning_epochs,
             out=out,
@@ -231,9 +235,9 @@ class Bench:
 
     def table(self, name: str, experiment: Experiment) -> str:
         """Returns the table of an experiment, and draws its plot; empty if no arm is finished."""
-        rows, seeds = [], 1 if name.endswith("rates") else self.args.seeds
+        rows: list[strong_tables.Row] = []
         for arm in experiment.arms:
-            runs_of = [self.run(name, arm, seed) for seed in range(1 if arm.verb == "teacher" else seeds)]
+            runs_of = [self.run(name, arm, seed) for seed in range(self.args.seeds)]
             row = strong_tables.Row.read(arm.name, runs_of, self.folder(arm.store) if arm.store else None)
             rows += [row] if row else []
         if not rows:
@@ -242,7 +246,7 @@ class Bench:
             strong_tables.plot(rows, "top1", self.args.pages / "strong_teacher_labels.png")
         missing = [arm.name for arm in experiment.arms if arm.name not in [row.name for row in rows]]
         reference = next((row for row in rows if row.name == experiment.reference), None)
-        return f"{strong_tables.table(rows, reference)}\n\n{strong_tables.about(rows, reference, seeds, missing)}"
+        return f"{strong_tables.table(rows, reference)}\n\n{strong_tables.about(rows, reference, missing)}"
 
     def choose(self, name: str, experiment: Experiment) -> None:
         """Saves the objective and the rate with the best kNN; of `label_rates` the best rate of each kind of targets."""
@@ -298,7 +302,7 @@ def main() -> None:
         text = bench.table(name, strong_arms.EXPERIMENTS[name](args))
         print(f"## {name}\n\n{text}\n")
         if args.pages and text:
-            strong_tables.write(args.pages / "strong_teacher.md", name, text)
+            strong_tables.write(args.pages / "strong_teacher.md", bench.of_student(name), text)
 
 
 if __name__ == "__main__":

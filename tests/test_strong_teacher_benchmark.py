@@ -56,12 +56,12 @@ def test_a_table_compares_the_probes_of_the_reference(tables: Any) -> None:
         [cell.strip() for cell in line.strip("|").split("|")]
         for line in tables.table([stored, online, labels, teacher], online).splitlines()
     ]
-    assert lines[0] == ["arm", "kNN top-1", "minus online", "own classes top-1", "bytes per crop", "seconds"]
+    assert lines[0] == ["arm", "kNN top-1", "minus online", "own classes top-1", "bytes per crop", "seconds", "seeds"]
     assert lines[2:] == [
-        ["C=4", "100.00 ± 0.00", "+100.00 (+100.00 to +100.00)", "", "1,300", "12 ± 3"],
-        ["online", "0.00 ± 0.00", "", "", "", "12 ± 3"],
-        ["labels", "0.00 ± 0.00", "+0.00 (+0.00 to +0.00, equal)", "100.00 ± 0.00", "", "12 ± 3"],
-        ["teacher", "100.00", "", "", "", ""],
+        ["C=4", "100.00 ± 0.00", "+100.00 (+100.00 to +100.00)", "", "1,300", "12 ± 3", "2"],
+        ["online", "0.00 ± 0.00", "", "", "", "12 ± 3", "2"],
+        ["labels", "0.00 ± 0.00", "+0.00 (+0.00 to +0.00, equal)", "100.00 ± 0.00", "", "12 ± 3", "2"],
+        ["teacher", "100.00", "", "", "", "", "1"],
     ]
 
 
@@ -70,7 +70,7 @@ def test_an_experiment_its_table_and_its_continuation(bench: Any, tmp_path: Path
     said = bench("--only", "C=4", "online", "teacher")
     rows = {line.split(" | ")[0].strip("| "): line for line in said.splitlines() if line.startswith("| ")}
     assert {"C=4", "online", "teacher"} <= set(rows)
-    assert "Not finished for all seeds: C=1, C=25, C=100, labels, alone, untrained." in said
+    assert "Not run: C=1, C=25, C=100, labels, alone, untrained." in said
     page = (tmp_path / "strong_teacher.md").read_text()
     assert rows["C=4"] in page
     assert "old" not in page
