@@ -100,7 +100,7 @@ def nearest(
                     products += by_train[first:last]
                 if queries is None:
                     place = start + rows.start
-                    own = torch.from_numpy(np.arange(max(place, first), min(start + rows.stop, last))).to(device)
+                    own = torch.arange(max(place, first), max(place, first, min(start + rows.stop, last)), device=device)
                     products[own - place, own - first] = -torch.inf
                 found[number] = _merged(*found[number], products, first, k)
         for rows, (similarity, neighbours) in zip(chunks, found, strict=True):

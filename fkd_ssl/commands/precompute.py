@@ -247,11 +247,11 @@ def _seconds_per_crop(teachers: "Sequence[Teacher]", sides: Sequence[int], chunk
         for t, side in zip(teachers, sides, strict=True)
     ]
     for _ in range(2):  # the first pass chooses the kernels
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(chunks[0].device)
         started = time.perf_counter()
         for teacher, chunk in zip(teachers, chunks, strict=True):
             teacher.embed(chunk)
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(chunks[0].device)
     return (time.perf_counter() - started) / chunk_size
 
 

@@ -79,9 +79,12 @@ class CropPlan:
     def __len__(self) -> int:
         return len(self.flags)
 
-    def to(self, device: str | torch.device, **options: Any) -> "CropPlan":
-        """Returns the plan with its tensors on a device. `options` are those of `Tensor.to`."""
-        return self._each(lambda tensor: tensor.to(device, **options))
+    def to(self, device: str | torch.device, *, non_blocking: bool = True) -> "CropPlan":
+        """Returns the plan with its tensors on a device.
+
+        By default, copies from pinned memory do not wait for the GPU. Lightning passes `non_blocking` only to tensors.
+        """
+        return self._each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
     def pin_memory(self, device: Any = None) -> "CropPlan":
         """Returns the plan with its tensors in pinned memory."""

@@ -19,6 +19,7 @@ from torch import Tensor
 # values per program; the interpreter is faster with more
 MAX_BLOCK = 1 << 16 if os.environ.get("TRITON_INTERPRET") == "1" else 1024
 VALUES = 1 << 26  # maximum size of a temporary array; larger batches are made in several parts
+VARYING = ["size", "count"]  # arguments that differ between batches: Triton would compile again for 1 and for multiples of 16
 
 
 def halve(source: Tensor, scratch: Tensor, boxes: Tensor, largest: int) -> None:
@@ -109,8 +110,8 @@ def _taps(size: Tensor, pixels: int) -> Tensor:
 
     They are computed as in OpenCV's resize: positions in float64, weights in float32. `_unpack` is the inverse.
     """
-    # torch computes `pixels / size` as `pixels * (1 / size)`, which rounds twice
-    scale = 1.0 / torch.div(torch.tensor(pixels, dtype=torch.float64, device=size.device), size)
+    # torch computes `number / size` as `number * (1 / size)`, which rounds twice; torch.tensor(..., device) waits for a GPU
+    scale = 1.0 / (torch.full_like(size, pixels, dtype=torch.float64) / size)
     position = ((torch.arange(pixels, device=size.device).double() + 0.5) * scale[:, None] - 0.5).float()
     below = position.floor()
     weight = position - below
@@ -143,7 +144,7 @@ def _halve(source, scratch, boxes, BLOCK: tl.constexpr):
         tl.store(scratch + 3 * to + value, ((total + 2) >> 2).to(tl.uint8), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _resize(source, views, crops, boxes, rows, columns, count, P: tl.constexpr, FINER: tl.constexpr, BLOCK: tl.constexpr):
     value = tl.minimum(tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), count - 1)
     row = value // (3 * P)  # of all crops together
@@ -169,7 +170,7 @@ def _resize(source, views, crops, boxes, rows, columns, count, P: tl.constexpr, 
     tl.store(views + 3 * P * P * crop + (value - 3 * P * P * k), result.to(tl.uint8))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _colour(views, crops, linear, constant, count, P: tl.constexpr, BLOCK: tl.constexpr):
     pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     inside = pixel < count
@@ -186,7 +187,7 @@ def _colour(views, crops, linear, constant, count, P: tl.constexpr, BLOCK: tl.co
         tl.store(at + channel, tl.minimum(tl.maximum(result >> 10, 0), 255).to(tl.uint8), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _blur_rows(views, crops, sums, kernels, size, count, P: tl.constexpr, BLOCK: tl.constexpr):
     value = tl.minimum(tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), count - 1)
     row = value // (3 * P)
@@ -200,7 +201,7 @@ def _blur_rows(views, crops, sums, kernels, size, count, P: tl.constexpr, BLOCK:
     tl.store(sums + value, total)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def _blur_columns(views, crops, sums, kernels, size, count, P: tl.constexpr, BLOCK: tl.constexpr):
     value = tl.minimum(tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), count - 1)
     row = value // (3 * P)

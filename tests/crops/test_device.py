@@ -7,6 +7,8 @@ import sys
 import numpy as np
 import pytest
 import torch
+from lightning_fabric.utilities import move_data_to_device
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fkd_ssl.crops import CROP_DTYPE, RECIPES, box_record, draw, image_key, kernels, replay, replay_digest
 from fkd_ssl.crops.device import PendingCrops, check_device, concatenate, plan_crops, replay_on, replay_plan, resize_plans
@@ -95,6 +97,40 @@ def test_several_images_at_once_in_parts_of_any_size(device, values, monkeypatch
     assert there.is_contiguous(memory_format=torch.channels_last)
     here = np.concatenate([replay(image, of_image, 24) for image, of_image in zip(images, records, strict=True)])
     np.testing.assert_array_equal(there.cpu().numpy(), here)
+
+
+def test_lightning_moves_a_plan_without_waiting_for_the_gpu():
+    """It passes non_blocking to tensors only. The device meta stands for a GPU."""
+    copies = []
+
+    class Copies(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is torch.ops.aten._to_copy.default:
+                copies.append(kwargs["non_blocking"])
+            return function(*args, **(kwargs or {}))
+
+    plan = planned([noise(80, 61)], [draw(RECIPES["swav"], image_key(0, "0"), 80, 61, 0, 5)], 24)
+    with Copies():
+        moved = move_data_to_device({"images": plan}, torch.device("meta"))["images"]
+    assert moved.sources.is_meta
+    assert len(copies) >= 4
+    assert all(copies)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_making_crops_does_not_wait_for_the_gpu():
+    """A wait would leave the GPU idle between two batches."""
+    images = [noise(700, 901, 1), noise(64, 64, 2)]
+    records = [draw(RECIPES["swav"], image_key(0, str(k)), *image.shape[:2], 0, 8) for k, image in enumerate(images)]
+    plan = planned(images, records, 24).pin_memory()
+    expected = replay_plan(plan.to("cuda"))  # compiles the kernels
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        there = replay_plan(plan.to("cuda"))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(there, expected)
 
 
 def test_no_crops_at_all(device):

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,9 @@ def test_a_few_steps_with_an_option_are_near_those_without(make_run: Any, change
     plain, run = make_run("plain").train(), make_run("run", **change).train()
     assert run.results["steps"] == 9
     assert run.results["tf32"] == uses_tf32(change.get("precision", "32-true"))
-    np.testing.assert_allclose(run.column("loss"), plain.column("loss"), rtol=0.1)
+    assert run.column("loss")[0] == pytest.approx(plain.column("loss")[0], rel=0.01)
+    # in fp16 the loss is scaled too much at first, so that the first steps are skipped
+    assert run.column("loss")[-1] == pytest.approx(plain.column("loss")[-1], rel=0.1)
 
 
 def test_crops_made_on_the_gpu_give_the_same_first_loss(make_run: Any, flat_store: Any, image_folder: Path) -> None:
@@ -42,12 +45,13 @@ def test_the_clock_counts_the_steps_that_the_gpu_has_to_finish(make_run: Any, ti
         torch.cuda._sleep(100_000_000)  # cycles
         return torch.nn.functional.normalize(torch.ones(len(images), 16, device=images.device), dim=1)
 
-    started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    started.record()  # type: ignore[no-untyped-call]
-    torch.cuda._sleep(100_000_000)
-    ended.record()  # type: ignore[no-untyped-call]
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(6)]  # type: ignore[no-untyped-call]
+    for mark in marks:
+        mark.record()  # type: ignore[no-untyped-call]
+        torch.cuda._sleep(100_000_000)
     torch.cuda.synchronize()
-    each = started.elapsed_time(ended) / 1000  # type: ignore[no-untyped-call]
+    # the shortest one, since the clock rate of an idle GPU is low at first
+    each = min(one.elapsed_time(other) for one, other in pairwise(marks)) / 1000  # type: ignore[no-untyped-call]
     run = make_run(targets="online", teacher="x:y", store=None, log_every=100, checkpoint_interval=0).train(embed=slow)
     assert run.results["train_seconds"] >= 0.95 * each * run.results["steps"]
 
@@ -72,7 +76,7 @@ def test_two_processes_share_a_card_in_precompute(tmp_path: Path, image_folder: 
 def test_more_processes_than_cards_are_refused_in_training(tmp_path: Path, flat_store: Any, image_folder: Path) -> None:
     """NCCL cannot run two processes on one GPU."""
     count = torch.cuda.device_count() + 1
-    line = f"train --images {image_folder} --store {flat_store.folder} --pixels 32 --epochs 1 --batch_size {2 * count}"
+    line = f"train --images {image_folder} --store {flat_store.folder} --pixels 32 --epochs 1 --batch_size {4 * count}"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count), "-m", "fkd_ssl", *line.split()]
     done = subprocess.run([*command, "--out", "run"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode != 0
