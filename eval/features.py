@@ -147,7 +147,7 @@ def extract_rows(
         torch.inference_mode(),
         tqdm(total=len(images), desc=desc, unit="img", file=sys.stderr, disable=bar_disabled(show=progress)) as bar,
     ):
-        for views, indices in load(Centred(images, pixels), rows, workers=workers, skipped=skipped):
+        for views, indices in load(Centred(images, pixels), rows, workers=workers, skipped=skipped, bar=bar):
             if not len(indices):
                 continue
             got = shaped(_run(model, views), indices)

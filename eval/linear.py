@@ -255,10 +255,10 @@ def _train(
     at_once = min(MAX_FORWARD, *(probe.protocol.batch_size for probe in probes))
     labels = torch.from_numpy(train.labels)
     order = _Order(len(train), list(learning), at_once, seed)
-    batches = load(_Drawn(train, pixels, seed), order, workers=workers, skipped=skipped)
     names = ", ".join(probe.protocol.name for probe in probes)
     total, before = last * len(train), (last - len(learning)) * len(train)
     with tqdm(total=total, initial=before, unit="img", file=sys.stderr, disable=bar_disabled(show=progress)) as bar:
+        batches = load(_Drawn(train, pixels, seed), order, workers=workers, skipped=skipped, bar=bar)
         for epoch, learners in learning.items():
             bar.set_description(f"{names} epoch {epoch + 1}/{last}")
             for views, indices in islice(batches, math.ceil(len(train) / at_once)):

@@ -93,7 +93,7 @@ def extract(
         frozen(model),
         tqdm(total=len(rows), desc=desc, unit="img", file=sys.stderr, disable=bar_disabled(show=progress)) as bar,
     ):
-        for views, indices in load(_Resized(data.images, sizes), batches, workers=workers, skipped=skipped):
+        for views, indices in load(_Resized(data.images, sizes), batches, workers=workers, skipped=skipped, bar=bar):
             if not len(indices):
                 continue
             read += len(indices)

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import Dataset
+from tqdm import tqdm
 
 from fkd_ssl.crops import Records, centre, replay
 from fkd_ssl.data import Loader
@@ -20,7 +21,7 @@ View = tuple[torch.Tensor, int] | ImageError
 
 
 def load(
-    dataset: "Dataset[View]", batches: Iterable[Sequence[Any]], *, workers: int, skipped: set[str] | None = None
+    dataset: "Dataset[View]", batches: Iterable[Sequence[Any]], *, workers: int, skipped: set[str] | None, bar: "tqdm[Any]"
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Batches of views uint8 [B, 3, P, P] with the indices of their images, int64 [B].
 
@@ -28,7 +29,8 @@ def load(
         dataset: Data set of views.
         batches: Keys of the data set.
         workers: Processes that decode; 0 decodes in this one.
-        skipped: Collects the error message of each damaged image, which is left out. By default the first error is raised.
+        skipped: Collects the error message of each damaged image, which is left out; if it is None, the first error is raised.
+        bar: Advanced by the damaged images; the caller advances it by the others.
 
     Raises:
         ImageAccessError: An image cannot be opened.
@@ -46,6 +48,7 @@ def load(
     for views, indices, messages in loader:
         if skipped is not None:
             skipped.update(messages)
+            bar.update(len(messages))
         yield views, indices
 
 

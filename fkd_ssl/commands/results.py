@@ -14,6 +14,7 @@ from fkd_ssl import files, runs
 from fkd_ssl.commands import console
 from fkd_ssl.errors import RequestError
 from fkd_ssl.results import Result, Score
+from fkd_ssl.text import plural
 
 CORRECT, COUNTS = "correct.npy", "counts.npy"
 """Files beside results.json: which images were correct, bool [n], or the counts of a segmentation, int64 [n, 3 C]."""
@@ -29,9 +30,12 @@ def finished(config: Any, inputs: runs.Inputs, name: str = CORRECT) -> tuple[dic
     """
     if config.out is None or runs.peek(config.out, config, inputs) != "done":
         return None
-    console.log(f"{config.out}: this evaluation is done")
     folder = Path(config.out)
-    return runs.read_results(folder), read_array(folder, name), folder
+    found = runs.read_results(folder)
+    skipped = found.get("unreadable_images")
+    more = f"; it skipped {plural(skipped, 'unreadable image')}" if skipped else ""
+    console.log(f"{folder}: this evaluation is done{more}")
+    return found, read_array(folder, name), folder
 
 
 @contextmanager

@@ -110,6 +110,8 @@ def _score(config: Config, skipped: set[str] | None) -> "Segmentation":
         for what, source in ((f"{name} images", part.images), (f"{name} masks", part.masks)):
             inputs |= source.identity(what, sizes=False) | {f"{CONTENTS}{what}": f"sha256 {source.digest()}"}
     if done := results.finished(config, inputs, results.COUNTS):
+        if skipped:
+            skipped.clear()  # these are not all; `finished` has logged how many were skipped
         return Segmentation.of(*done)
     settings: dict[str, Any] = {"pixels": config.pixels, "multiple": maps.multiple_of(model.network)}
     size, (h, w, dim) = segmentation.map_bytes(model.map, train, **settings)

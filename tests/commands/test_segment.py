@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -119,7 +120,7 @@ def test_a_finished_run_is_shown_and_another_is_refused(place: Path, call: Any) 
     assert "contents of val masks changed since the run began" in err
 
 
-def test_damaged_images_and_masks_are_left_out_on_request(place: Path, call: Any) -> None:
+def test_damaged_images_and_masks_are_left_out_on_request(place: Path, call: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The score is then that of the sets without them; a header is read before the pixels, so both are damaged."""
     line = f"segment --model networks:net {SETS} --json"
     damaged = [place / name for name in ("train/images/9.jpg", "train/masks/8.png", "val/images/4.jpg", "val/masks/3.png")]
@@ -129,8 +130,13 @@ def test_damaged_images_and_masks_are_left_out_on_request(place: Path, call: Any
     assert (status, out) == (1, "")
     assert "train/masks/8.png: " in err
     assert "remove it or pass --on_unreadable skip" in err
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
     skipped = call(f"{line} --on_unreadable skip --out seg")
     assert "warning: skipped 4 unreadable images, for instance train/images/9.jpg: " in skipped.err
+    assert re.search(r"maps of train: 100%.* 9/9 .*maps of val: 100%.* 4/4 ", skipped.err, re.DOTALL)
+    again = call(f"{line} --on_unreadable skip --out seg")
+    assert again.out == skipped.out
+    assert again.err == "seg: this evaluation is done; it skipped 4 unreadable images\n"
     found = json.loads(skipped.out)
     assert found["unreadable_images"] == 4
     assert (found["n_train"], found["n_val"]) == (8, 3)

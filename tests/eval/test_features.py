@@ -138,8 +138,11 @@ def test_a_broken_image_is_named_without_a_traceback(make_set, workers: int) -> 
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_broken_images_can_be_left_out(make_set, workers: int) -> None:
-    options = {"pixels": 8, "batch_size": 2, "workers": workers, "progress": False}
+def test_broken_images_can_be_left_out(
+    make_set, workers: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"pixels": 8, "batch_size": 2, "workers": workers}
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
     found = make_set("train", per_class=2)
     whole, labels = features.extract(flat, found, **options)
     split = features.extract_split(flat, found, found, **options)
@@ -147,7 +150,9 @@ def test_broken_images_can_be_left_out(make_set, workers: int) -> None:
     for i in broken:
         found.file(i).write_bytes(b"no picture")
     skipped: set[str] = set()
+    capsys.readouterr()
     left, left_labels = features.extract(flat, found, skipped=skipped, **options)
+    assert f"features: 100%|██████████| {len(found)}/{len(found)} " in capsys.readouterr().err
     assert skipped == {f"{found.file(i)}: not a readable image: unknown image format" for i in broken}
     assert np.array_equal(left, np.delete(whole, broken, axis=0))
     assert np.array_equal(left_labels, np.delete(labels, broken))

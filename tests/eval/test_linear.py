@@ -396,7 +396,8 @@ def test_a_probe_whose_last_step_breaks_it_is_no_result(make_set, backbone, tmp_
     assert not kept["moco"].exists()
 
 
-def test_damaged_images_are_left_out_of_training_and_scoring(make_set, backbone) -> None:
+def test_damaged_images_are_left_out_of_training_and_scoring(make_set, backbone, capsys, monkeypatch) -> None:
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
     train, val = make_set("train", per_class=4, seed=1), make_set("val", per_class=3, seed=2)
     common: dict[str, Any] = {"epochs": 3, "batch_size": 5, "lr": 1.0}
     damaged = {train.file(2), train.file(7), val.file(0)}
@@ -405,7 +406,8 @@ def test_damaged_images_are_left_out_of_training_and_scoring(make_set, backbone)
     with pytest.raises(ImageError, match=r"not a readable image: unknown image format$"):
         run(backbone, train, val, **common)
     skipped: set[str] = set()
-    found = run(backbone, train, val, skipped=skipped, workers=1, **common)
+    found = run(backbone, train, val, skipped=skipped, workers=1, progress=True, **common)
+    assert f"moco epoch 3/3: 100%|██████████| {3 * len(train)}/{3 * len(train)} " in capsys.readouterr().err
     assert skipped == {f"{path}: not a readable image: unknown image format" for path in damaged}
     assert (found["n_train"], found["n_val"], len(found["correct"])) == (len(train) - 2, len(val) - 1, len(val) - 1)
     assert [row["images"] for row in found["history"]] == [len(train) - 2] * 3
