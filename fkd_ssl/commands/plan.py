@@ -14,6 +14,7 @@ from fkd_ssl.text import format_bytes
 
 if TYPE_CHECKING:
     from fkd_ssl.targets import TargetSpec
+    from fkd_ssl.teachers import Teacher
 
 _NAME_BYTES = 20  # of a name, if the names are unknown
 CODECS = ("Flat", "SQfp16", "SQ8", "SQ6", "SQ4", "OPQ32,PQ32x8", "OPQ16,PQ16x8")
@@ -114,7 +115,7 @@ def run(config: Config) -> int:
     try:
         teacher.check_size(teacher.info.pixels)
     except RequestError as error:
-        plan["refused"] = str(error)
+        plan["refused"] = f"{error}{_enough_pixels(teacher)}"
     if config.crops_per_second is not None:
         plan["hours"] = targets / config.crops_per_second / 3600
         if config.price is not None:
@@ -148,6 +149,23 @@ def describe(config: Config, plan: dict[str, Any]) -> str:
     for refused in filter(None, (plan["codecs"][plan["codec"]]["refused"], plan.get("refused"))):
         lines.append(f"precompute will refuse this: {refused}")
     return "\n".join(lines)
+
+
+def _enough_pixels(teacher: "Teacher") -> str:
+    """Names the smallest multiple of the stride, at most 4 times the native size, whose feature map is fine enough, if any."""
+    from fkd_ssl.errors import FkdError, RequestError
+    from fkd_ssl.eval.maps import multiple_of
+
+    side, step = teacher.info.pixels, multiple_of(teacher.backbone)
+    for pixels in range(side - side % step + step, 4 * side + 1, step):
+        try:
+            teacher.check_size(pixels)
+        except RequestError:
+            continue
+        except FkdError:  # the network accepts no other size
+            break
+        return f"; --pixels {pixels} is large enough"
+    return ""
 
 
 def _refused(codec: str, target: "TargetSpec", targets: int) -> str | None:

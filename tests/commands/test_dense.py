@@ -100,7 +100,9 @@ def test_what_does_not_fit_is_refused(dense: Path, call: Any) -> None:
         assert not (dense / "run").exists()
         assert not (dense / "rec").exists()
     plan = call("plan --count 1000 --teacher dense_teacher:make@tokens --codec SQ8")
-    assert (plan.status, fine in plan.out) == (0, True), plan
+    assert (plan.status, f"{fine}, or larger crops (--pixels); --pixels 128 is large enough" in plan.out) == (0, True), plan
+    larger = "precompute --images train --store fine --teacher dense_teacher:make@tokens --crops 1 --codec SQ8 --pixels 128"
+    assert call(larger).status == 0
     assert call(line).status == 0
     answer = call("precompute --images train --store other --teacher run --checkpoint run --crops 4")
     assert (answer.status, "its first head is for tokens" in answer.err) == (2, True), answer.err
