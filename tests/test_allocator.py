@@ -21,6 +21,23 @@ print("faults", resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 SET = "from fkd_ssl import allocator\nallocator.keep_freed_memory()"
 COMMAND = "from fkd_ssl import cli\ncli.main(['inspect', 'missing'])"
+WORKER = f"""
+import sys
+from fkd_ssl.data.loading import Loader
+class Images:
+    def __getitem__(self, key):
+        exec({COUNT!r}, {{}})
+        sys.stdout.flush()
+next(iter(Loader(Images(), [[0]], workers=1, collate=len)))
+sys.exit()
+"""
+TASK = """
+from fkd_ssl.commands import precompute
+try:
+    precompute._write_shard(precompute.Config(images="missing", store="store", teacher="mocov2"), 0)
+except precompute.RequestError:
+    pass
+"""
 FUNCTION = "import fkd_ssl\ntry:\n    fkd_ssl.pull('missing', out='out')\nexcept fkd_ssl.errors.FkdError:\n    pass"
 
 
@@ -33,8 +50,8 @@ def faults(start: str, **variables: str) -> int:
     return int(done.stdout.rsplit("faults ", 1)[1])
 
 
-@pytest.mark.parametrize("start", [COMMAND, FUNCTION])
-def test_commands_and_functions_reuse_freed_memory(start):
+@pytest.mark.parametrize("start", [COMMAND, FUNCTION, WORKER, TASK])
+def test_commands_functions_and_their_processes_reuse_freed_memory(start):
     assert faults(start) < HUGE_PAGES // 2
 
 

@@ -332,7 +332,10 @@ def _write_shard(config: Config, shard: int) -> "Summary":
 
 @functools.cache
 def _load_once(config: Config) -> "tuple[ImageSource, list[Teacher]]":
-    """Loads images and teachers once per worker."""
+    """Prepares a Ray worker and loads images and teachers once."""
+    from fkd_ssl import allocator
+
+    allocator.keep_freed_memory()
     return load_all(config)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 from torch.utils.data._utils import signal_handling
 
-from fkd_ssl import processes
+from fkd_ssl import allocator, processes
 from fkd_ssl.data import memory
 from fkd_ssl.errors import FkdError, RequestError
 
@@ -191,7 +191,7 @@ def _how_died(workers: list[Any]) -> str:
 
 
 def start_worker(worker: int) -> None:
-    """Prepares a worker: limits faiss to one thread, and ends the worker with its parent or 60 seconds after a SIGTERM.
+    """Prepares a worker: limits faiss to one thread, keeps freed memory, and ends with its parent or 60 s after a SIGTERM.
 
     A cluster sends SIGTERM to all processes of a job. The parent then finishes its step, for which it needs its workers, and
     saves a checkpoint.
@@ -203,6 +203,7 @@ def start_worker(worker: int) -> None:
 
     faiss.omp_set_num_threads(1)
     if get_worker_info() is not None:
+        allocator.keep_freed_memory()  # a spawned worker inherits nothing
         processes.end_with_parent()
         sys.excepthook = _except_broken_connections
         signal.signal(signal.SIGTERM, lambda number, frame: signal.alarm(_GRACE_SECONDS))
