@@ -38,7 +38,8 @@ def run(config: Config) -> int:
 
     store = open_store(config.store)
     sources = [store.column(name) for name in (split(config.column) or (None,))]
-    column = recode(store, config.codec, column=[source.name for source in sources], to=config.to, out=config.out)
+    names = [source.name for source in sources]
+    column = recode(store, config.codec, column=names, to=config.to, out=config.out, log=console.log)
     f = column.meta.fidelity
     if config.json:
         sizes = {"source_code_size": sum(source.meta.code_size for source in sources), "code_size": column.meta.code_size}
@@ -48,7 +49,7 @@ def run(config: Config) -> int:
     if any(source.meta.codec not in ("Flat", "full") for source in sources):
         console.log(f"note: information that {f['source_codec']} discarded cannot be recovered")
     console.print_result(
-        f"{column.folder}: {' and '.join(source.name for source in sources)} from {codecs} to {column.meta.codec} "
+        f"{column.folder}: {' and '.join(names)} from {codecs} to {column.meta.codec} "
         f"({column.meta.code_size} bytes); {describe_fidelity(f)}, of {f['sample']}"
     )
     return 0

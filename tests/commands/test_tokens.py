@@ -69,7 +69,9 @@ def test_inspect_verify_and_recode(store: Path, call: Any) -> None:
     answer = call("verify dense --images train --teacher maps:net@tokens")  # takes the grid from the store
     assert answer.status == 0, answer
     assert "0 problems" in answer.out
-    assert call("recode dense --column net-tokens --codec SQ4 --to small").status == 0
+    small = call("recode dense --column net-tokens --codec SQ4 --to small")
+    assert (small.status, "warning: " in small.err) == (0, False), small
+    assert "warning: net: in PCA2,SQ8, with 2 bytes per crop, the " in call("recode dense --column net --codec PCA2,SQ8").err
     assert call("verify dense").status == 0
 
 

@@ -2,7 +2,7 @@
 
 import functools
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from fkd_ssl.store.column import COSINES, Column, cosine_to_teacher
 from fkd_ssl.store.maintain.subset import Part, atomic_folder
 from fkd_ssl.store.maintain.verify import check_files
 from fkd_ssl.store.reader import Store
-from fkd_ssl.store.write.columns import check_sample, sample_rows, train_codec
+from fkd_ssl.store.write.columns import check_sample, sample_rows, train_codec, warn_of_loss
 from fkd_ssl.store.write.creation import write_codes
 
 _BLOCK = 2**23  # values that are decoded at once
@@ -32,6 +32,7 @@ def recode(
     column: str | Sequence[str] | None = None,
     to: str | None = None,
     out: str | Path | None = None,
+    log: Callable[[str], None] = lambda message: None,
 ) -> Column:
     """Writes the targets of a column with another codec, as a new column of the store or into a new store.
 
@@ -45,6 +46,7 @@ def recode(
             (MEAL V2, arXiv 2009.08453, section 3).
         to: Name of the new column. Default: the source's name, followed by the codec's name unless `out` is given.
         out: A new store for the column, with the same crops. Default: the same store.
+        log: Called with a warning if the codec loses much.
 
     Raises:
         RequestError: The codec does not fit the targets, the columns cannot be averaged, or the new column or store already
@@ -68,7 +70,7 @@ def recode(
             return _same(store, store.manifest, source, codec, to)
         _check_source(source, codec)
         with atomic_folder(target) as folder:
-            _fill(source, codec, store, folder.name, np.arange(store.manifest.count))
+            _fill(source, codec, store, folder.name, np.arange(store.manifest.count), log)
         return Store(store.folder).column(to)
     out = Path(out).resolve()  # a temporary folder is named after it, and '.' has no name
     part = Part(store, column=[])
@@ -77,7 +79,7 @@ def recode(
     _check_source(source, codec)
     with atomic_folder(out) as folder:
         part.write(folder, beside=to)
-        _fill(source, codec, Store(folder), to, part.rows)
+        _fill(source, codec, Store(folder), to, part.rows, log)
     return Store(out).column(to)
 
 
@@ -158,11 +160,11 @@ def _is_of(column: Column, source: Source, codec: str) -> bool:
     return same and (f.get("source_codec"), f.get("source_column")) == (source.meta.codec, source.digest)
 
 
-def _fill(source: Source, codec: str, store: Store, to: str, rows: Int64Array) -> None:
+def _fill(source: Source, codec: str, store: Store, to: str, rows: Int64Array, log: Callable[[str], None]) -> None:
     """Writes the column `to` of a store that has the source's crops. `rows` has the source's row of each of its rows."""
     folder = store.folder / layout.TARGETS / to
     if not (folder / "meta.json").exists():
-        meta, arrays = _train(source, codec)
+        meta, arrays = _train(source, codec, log)
         folder.mkdir(exist_ok=True)
         digests = {array: files.write_npy(folder / f"{array}.npy", values) for array, values in arrays.items()}
         files.write_json(folder / "meta.json", {**meta, "arrays": digests})
@@ -219,16 +221,18 @@ def _sample(source: Source, codec: str) -> tuple[list[int], int, int]:
     return rows, per_image, min(size, len(rows) * per_image)
 
 
-def _train(source: Source, codec: str) -> tuple[dict[str, Any], dict[str, Float32Array]]:
+def _train(source: Source, codec: str, log: Callable[[str], None]) -> tuple[dict[str, Any], dict[str, Float32Array]]:
     """Returns meta.json of the recoded column, without the checksums of its arrays, and the arrays."""
     rows, per_image, size = _sample(source, codec)
     codes = [np.concatenate([one.codes(row, slice(per_image)) for row in rows])[:size] for one in source.columns]
     block = max(1, _BLOCK // source.meta.target.size)
-    sample = [
+    parts = [
         source.meta.target.definition.sample(source.decode([of_one[k : k + block] for of_one in codes]))
         for k in range(0, size, block)
     ]
-    trained, fidelity = train_codec(codec, source.meta.target, np.concatenate(sample))
+    sample = np.concatenate(parts)
+    trained, fidelity = train_codec(codec, source.meta.target, sample)
+    warn_of_loss(source.name, codec, source.meta.target, fidelity, sample, log)
     fidelity |= {
         "source_codec": source.meta.codec,
         "source_column": source.digest,

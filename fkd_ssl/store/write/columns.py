@@ -230,28 +230,28 @@ def train_columns(
                     raise ImageError(f"{reader.images.spec}: none of the images in the codec's sample can be read")
                 sample = np.concatenate(mine)[:size]
                 meta, arrays = train(request, sample)
-                if warning := _on_loss(request, meta["fidelity"], sample):
-                    log(warning)
+                warn_of_loss(request.name, request.codec, request.target, meta["fidelity"], sample, log)
                 write(request, meta, arrays)
 
 
-def _on_loss(request: Request, fidelity: dict[str, Any], sample: Float32Array) -> str | None:
-    """Returns a warning if a codec of vectors or tokens loses much, with the smallest larger codec that does not."""
-    cosine, target = fidelity["cosine_mean"], request.target
-    size = target.definition.code_size(request.codec, target.shape)
+def warn_of_loss(
+    name: str, codec: str, target: TargetSpec, fidelity: dict[str, Any], sample: Float32Array, log: Callable[[str], None]
+) -> None:
+    """Logs a warning if a column's codec of vectors or tokens loses much, with the smallest larger codec that does not."""
+    cosine = fidelity["cosine_mean"]
+    size = target.definition.code_size(codec, target.shape)
     for other in target.definition.larger_codecs if cosine < _LOW_COSINE else ():
         more, kept = target.definition.code_size(other, target.shape), 0.0
         if more > size:
             with suppress(RequestError):  # it may lose too much for any use
                 kept = train_codec(other, target, sample)[1]["cosine_mean"]
         if kept >= _LOW_COSINE:
-            return (
-                f"warning: {request.name}: in {request.codec}, with {size:,} bytes per crop, the mean cosine of decoded to "
-                f"original {target.definition.display_name} is only {cosine:.3f}; in {other}, with {more:,} bytes, it is "
-                f"{kept:.3f}. To store that instead, stop now, and repeat the command with --codec {other} and another --store "
-                "or --column"
+            log(
+                f"warning: {name}: in {codec}, with {size:,} bytes per crop, the mean cosine of decoded to original "
+                f"{target.definition.display_name} is only {cosine:.3f}; in {other}, with {more:,} bytes, it is {kept:.3f}. To "
+                f"store that instead, stop now, and repeat the command with --codec {other} and another store or column"
             )
-    return None
+            break
 
 
 def _sample_stream(

@@ -3,6 +3,7 @@ from typing import Any
 import pytest
 
 from fkd_ssl.errors import RequestError
+from fkd_ssl.store.maintain.recode import recode
 from fkd_ssl.store.write import advice
 from fkd_ssl.targets import TargetSpec
 
@@ -60,10 +61,23 @@ def test_a_codec_that_loses_much_is_warned_of(make_store: Any, tiny_teacher: Any
     store = make_store(tmp_path / "low", codec="PCA4,SQ8", log=lines.append)
     kept = store.column().meta.fidelity["cosine_mean"]
     assert 0.5 < kept < 0.9
-    better = make_store(tmp_path / "high", codec="SQ8", log=lines.append).column().meta.fidelity["cosine_mean"]
-    warnings = [line for line in lines if line.startswith("warning: tiny: in ")]
-    assert warnings == [
+    high = make_store(tmp_path / "high", codec="SQ8", log=lines.append)
+    better = high.column().meta.fidelity["cosine_mean"]
+    assert [line for line in lines if line.startswith("warning: ")] == [loss_warning(kept, better)]
+
+
+def test_recode_warns_of_a_codec_that_loses_much(make_store: Any, tiny_teacher: Any, tmp_path: Any) -> None:
+    lines: list[str] = []
+    store = make_store(tmp_path / "store", codec="SQfp16")
+    columns = [recode(store, codec, column="tiny", log=lines.append) for codec in ("SQ8", "PCA4,SQ8")]
+    better, kept = (column.meta.fidelity["cosine_mean"] for column in columns)
+    assert lines == [loss_warning(kept, better)]
+
+
+def loss_warning(kept: float, better: float) -> str:
+    """The warning for PCA4,SQ8, which is not good enough, where SQ8 is."""
+    return (
         "warning: tiny: in PCA4,SQ8, with 4 bytes per crop, the mean cosine of decoded to original embeddings is only "
         f"{kept:.3f}; in SQ8, with 16 bytes, it is {better:.3f}. To store that instead, stop now, and repeat the command with "
-        "--codec SQ8 and another --store or --column"
-    ]
+        "--codec SQ8 and another store or column"
+    )
