@@ -15,20 +15,22 @@ returns its own targets and those of other teachers with the same key from one f
 
 
 def network_key(embed: Embed) -> Any:
-    """Returns a value that is equal for teachers that share a forward pass."""
-    return getattr(getattr(embed, "__self__", embed), "network_key", embed)
+    """Returns a value that is equal for teachers that share a forward pass. A callable object may have no hash."""
+    teacher = getattr(embed, "__self__", None)
+    return id(embed) if teacher is None else getattr(teacher, "network_key", embed)
 
 
 def embed_all(embeds: Sequence[Embed], images: "Tensor") -> list["Tensor"]:
     """Returns the targets of each teacher for the same crops. Each network, and each function, runs once."""
-    groups: dict[Any, list[Embed]] = {}
-    for embed in dict.fromkeys(embeds):
-        groups.setdefault(network_key(embed), []).append(embed)
-    found: dict[Embed, Tensor] = {}
-    for group in groups.values():
-        if len(group) == 1:
-            found[group[0]] = group[0](images)
-            continue
-        first, *others = (embed.__self__ for embed in group)  # type: ignore[attr-defined]
-        found |= dict(zip(group, first.embed_with(others, images), strict=True))
-    return [found[embed] for embed in embeds]
+    groups: dict[Any, list[int]] = {}
+    for place, embed in enumerate(embeds):
+        groups.setdefault(network_key(embed), []).append(place)
+    found: dict[int, Tensor] = {}
+    for places in groups.values():
+        teachers: list[Any] = [getattr(embeds[place], "__self__", None) for place in places]
+        if len(places) > 1 and hasattr(teachers[0], "embed_with"):
+            outputs = teachers[0].embed_with(teachers[1:], images)
+        else:  # one network, or the same function several times
+            outputs = [embeds[places[0]](images)] * len(places)
+        found |= dict(zip(places, outputs, strict=True))
+    return [found[place] for place in range(len(embeds))]

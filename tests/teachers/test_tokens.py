@@ -1,5 +1,6 @@
 """Teachers of tokens compared with the library's own maps, pooled cell by cell; what they refuse."""
 
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,25 @@ def test_teachers_that_see_other_pixels_do_not_share(images: Tensor) -> None:
     one, other = embed_all([teacher.embed for teacher in teachers], images)
     assert calls == [2, 2]
     assert not torch.allclose(one, other)
+
+
+@dataclass
+class Scaled:
+    """A teacher that can be compared, and so has no hash."""
+
+    factor: int
+    calls: int = field(default=0, compare=False)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        self.calls += 1
+        return self.factor * images.float().mean((2, 3))
+
+
+def test_a_callable_without_a_hash_runs_once(images: Tensor) -> None:
+    one, other = Scaled(2), Scaled(2)
+    found = embed_all([one, other, one, one.__call__, one.__call__], images)
+    assert all(torch.equal(targets, 2 * images.float().mean((2, 3))) for targets in found)
+    assert (one.calls, other.calls) == (2, 1)  # an object and its method are two functions
 
 
 def test_own_modules(images: Tensor) -> None:
