@@ -22,7 +22,7 @@ class Mixing:
 
     def __call__(self, images: Tensor, targets: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
         """Returns mixed crops [B M, 3, P, P], float32 (mixup) or uint8 (CutMix), and each teacher's targets [B M, K]."""
-        other = torch.randperm(len(images)).to(images.device)
+        other = torch.randperm(len(images)).to(images.device, non_blocking=True)
         if self.mixup and (not self.cutmix or torch.rand(()) < 0.5):
             share = _beta(self.mixup)
             images = torch.lerp(images[other].float(), images.float(), share)

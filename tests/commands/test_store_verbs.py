@@ -51,8 +51,10 @@ class TestPlan:
     def test_the_bytes_are_those_that_precompute_writes(self, work: Path, call: Any) -> None:
         plan = json.loads(call(f"{PLAN} --crops 200 --json").out)
         line = "precompute --images train --store new --teacher own_teacher:make --crops 200 --json"
-        written = json.loads(call(line).out)["store_bytes"]
-        assert plan["codecs"]["SQ8"]["bytes"] == pytest.approx(written, rel=0.03)
+        written = json.loads(call(line).out)
+        assert plan["codecs"]["SQ8"]["bytes"] == pytest.approx(written["store_bytes"], rel=0.03)
+        assert list(written["stages"]) == ["crops", "join", "transfer", "forward", "write"]
+        assert written["teacher_busy"] == pytest.approx(written["stages"]["forward"] / written["seconds"])
 
     def test_a_number_of_images_and_a_speed_give_hours_and_a_price(self, work: Path, call: Any) -> None:
         line = "plan --count 100000000 --teacher own_teacher:make --crops 10 --crops_per_second 5000 --price 3"
