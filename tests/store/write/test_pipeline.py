@@ -6,13 +6,16 @@ import time
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from fkd_ssl import images
-from fkd_ssl.crops import RECIPES
+from fkd_ssl.crops import RECIPES, draw, image_key, replay_into
+from fkd_ssl.crops.device import PendingCrops
 from fkd_ssl.store import manifest, open_store
-from fkd_ssl.store.write import pipeline, work
+from fkd_ssl.store.write import chunks, pipeline, work
 from fkd_ssl.store.write.pipeline import Pipeline, Stages
 from fkd_ssl.store.write.precompute import precompute
+from fkd_ssl.teachers import Teacher
 
 
 def make(folder, image_folder, teacher, **options):
@@ -154,6 +157,34 @@ def test_the_stage_that_took_most_bounds_the_run():
         "time: teacher 20 %, waiting for crops 30 %, joining chunks 10 %, transfer to the GPU 5 %, encoding and writing 10 %; "
         "bound by: waiting for crops"
     )
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("device_crops", [False, True])
+def test_starting_a_chunk_does_not_wait_for_the_gpu(device_crops):
+    """Only the thread that writes may wait, in `Launched.wait`."""
+    image, views = np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8), np.empty((8, 32, 32, 3), np.uint8)
+    records = draw(RECIPES["swav"], image_key(0, "0"), 90, 120, 0, 8)
+    replay_into(views, image, records)
+    part = PendingCrops(image=image, records=records) if device_crops else views
+    backbone = nn.Sequential(nn.Conv2d(3, 8, 3, stride=2), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten())
+    teacher = Teacher(backbone, nn.Linear(32, 16), name="small", shape=(16,), feature_dim=32, precision="bf16").to("cuda")
+
+    def start():
+        return chunks.Launched([teacher], chunks.join([part], 32, pinned=True), 8)
+
+    stages, first = Stages(), start()  # compiles the kernels
+    first.wait(stages)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        second = start()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    second.wait(stages)
+    assert second.targets[0].is_pinned()
+    assert torch.equal(second.targets[0], first.targets[0])
+    assert min(stages.transfer, stages.forward) > 0
 
 
 @pytest.mark.gpu
