@@ -4,14 +4,13 @@
     python benchmarks/gpu.py --page gpu.jsonl > docs/results/gpu.md
 
 Prints one JSON line per section, even if other sections fail; a section that fails prints what it had measured. --sections
-selects some. Hard links to a few images serve as a large set. Teachers have random weights, since only their size matters.
+selects some. Links to a few images serve as a large set. Teachers have random weights, since only their size matters.
 Needs an installed fkd_ssl and no network; only crops on the GPU need a C compiler, with which Triton starts its kernels. On a
 CPU, use --tiny, which only shows that every section works (with TRITON_INTERPRET=1 also those that make crops on the GPU).
 """
 
 import argparse
 import json
-import os
 import platform
 import shutil
 import sys
@@ -82,17 +81,12 @@ class Bench:
 
     @cached_property
     def images(self) -> ImageSource:
-        """Hard links to the originals, or copies where links are not possible."""
+        """Links to the originals."""
         count = 24 if self.tiny else 24_000
         links = self.folder / "images"
         links.mkdir()
         for k, (index, name) in enumerate(islice(cycle(enumerate(self.originals.names)), count)):
-            link = links / f"{k:06}{Path(name).suffix}"
-            source = Path(self.originals.where(index)).resolve()
-            try:
-                os.link(source, link)
-            except OSError:
-                shutil.copy(source, link)
+            (links / f"{k:06}{Path(name).suffix}").symlink_to(Path(self.originals.where(index)).resolve())
         return scan(str(links))
 
     def synchronize(self) -> None:
@@ -442,8 +436,7 @@ def main() -> None:
         parser.error("--images is needed")
     failed = False
     originals = scan(args.images)
-    # links must be on the disk of the images
-    with tempfile.TemporaryDirectory(prefix=".fkd-ssl-gpu-", dir=_writable(Path(args.images).resolve().parent)) as folder:
+    with tempfile.TemporaryDirectory() as folder:
         bench = Bench(originals, Path(folder), resolve.device(), args.tiny)
         print(json.dumps({"section": "machine", **machine(bench, args.images)}), flush=True)
         for name in args.sections:
@@ -457,10 +450,6 @@ def main() -> None:
             if bench.device.type == "cuda":
                 torch.cuda.empty_cache()
     sys.exit(failed)
-
-
-def _writable(folder: Path) -> Path | None:
-    return folder if os.access(folder, os.W_OK) else None
 
 
 if __name__ == "__main__":
