@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from fkd_ssl.training.metrics import read_metrics
-from tests.commands.test_ddp import PLAIN, TOLERANCE, TORCHRUN, run
+from tests.commands.test_ddp import PLAIN, TOLERANCE, TORCHRUN, losses, run
 
 TEACHER = """
 import torch
@@ -46,10 +45,6 @@ def dense(work: Path, call: Any) -> Path:
     answer = call(STORE)
     assert answer.status == 0, answer.err
     return work
-
-
-def losses(folder: Path) -> list[float | None]:
-    return [line["loss"] for line in read_metrics(folder / "metrics.csv") if line["loss"] is not None]
 
 
 def test_stored_and_online(dense: Path, call: Any) -> None:

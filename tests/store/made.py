@@ -1,4 +1,4 @@
-"""A small store made without a teacher: every family of codecs, two shards, a skipped row. Run by tests through its path."""
+"""A small store made without a teacher: every family of codecs, two shards, a skipped row."""
 
 from pathlib import Path
 

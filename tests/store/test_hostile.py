@@ -5,7 +5,6 @@ Each gives a StoreError or is read correctly, with bounded memory, without openi
 """
 
 import contextlib
-import importlib.util
 import io
 import json
 import os
@@ -34,12 +33,7 @@ from fkd_ssl.store.maintain.verify import verify
 from fkd_ssl.store.remote import INDEX, FileList
 from fkd_ssl.targets import faiss_codecs
 from fkd_ssl.targets.label_codecs import is_label
-
-spec = importlib.util.spec_from_file_location("made_store", Path(__file__).with_name("made.py"))
-assert spec is not None
-assert spec.loader is not None
-made: Any = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(made)
+from tests.store import made
 
 EXAMPLES = int(os.environ.get("FKD_SSL_FUZZ", "300"))
 LARGEST = 2**25  # bytes of a file that a test reads
@@ -590,6 +584,20 @@ def listed(draw: Any, text: bytes) -> bytes:
     return "\n".join([first, *lines, ""]).encode()
 
 
+def read_published(place: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[dict[str, Any] | None, Path]:
+    """Reads the store at memory://set with an empty cache; None if it is refused. Also returns the cache."""
+    cache = place / "cache"
+    shutil.rmtree(cache, ignore_errors=True)
+    (cache / "fetched").mkdir(parents=True)
+    monkeypatch.setenv("FKD_SSL_CACHE", str(cache))
+    monkeypatch.setenv("FKD_SSL_CACHE_BYTES", str(2**28))
+    monkeypatch.setattr(fetching, "PAUSE", 0)
+    monkeypatch.setattr(remote, "_FETCHERS", 2)  # each thread takes address space
+    with guarded(cache, cache), contextlib.suppress(StoreError, RequestError):
+        return read("memory://set"), cache
+    return None, cache
+
+
 @settings(FUZZ, max_examples=max(30, EXAMPLES // 5))
 @given(st.data())
 def test_every_published_store_is_refused_or_reads_right(original: Path, monkeypatch: pytest.MonkeyPatch, data: Any) -> None:
@@ -605,16 +613,7 @@ def test_every_published_store_is_refused_or_reads_right(original: Path, monkeyp
         signed = [True]
     for path, content in {**contents, INDEX: text}.items():
         memory.pipe_file(f"/set/{path}", content)
-    cache = original.parent / "cache"
-    shutil.rmtree(cache, ignore_errors=True)
-    (cache / "fetched").mkdir(parents=True)
-    monkeypatch.setenv("FKD_SSL_CACHE", str(cache))
-    monkeypatch.setenv("FKD_SSL_CACHE_BYTES", str(2**28))
-    monkeypatch.setattr(fetching, "PAUSE", 0)
-    monkeypatch.setattr(remote, "_FETCHERS", 2)  # each thread takes address space
-    said = None
-    with guarded(cache, cache), contextlib.suppress(StoreError, RequestError):
-        said = read("memory://set")
+    said, _ = read_published(original.parent, monkeypatch)
     if said is not None and not any(signed) and not said.pop("problems"):
         whole = read(original)
         whole.pop("problems")
@@ -654,16 +653,7 @@ def test_every_name_that_a_server_invents_is_refused_or_ignored(
         memory.pipe_file(f"/set/{path}", content)
     for path, content in invented.items():
         memory.store.setdefault(f"/set/{path}", type(memory.store[f"/set/{INDEX}"])(memory, f"/set/{path}", content))
-    cache = original.parent / "cache"
-    shutil.rmtree(cache, ignore_errors=True)
-    (cache / "fetched").mkdir(parents=True)
-    monkeypatch.setenv("FKD_SSL_CACHE", str(cache))
-    monkeypatch.setenv("FKD_SSL_CACHE_BYTES", str(2**28))
-    monkeypatch.setattr(fetching, "PAUSE", 0)
-    monkeypatch.setattr(remote, "_FETCHERS", 2)
-    said = None
-    with guarded(cache, cache), contextlib.suppress(StoreError, RequestError):
-        said = read("memory://set")
+    said, cache = read_published(original.parent, monkeypatch)
     assert not (original.parent / "evil").exists()
     kept = {path.name for path in cache.rglob("*") if path.is_file() and path.suffix not in (".lock", ".part")}
     assert not kept & {"images-00001.exe", "IMAGES.TXT", "manifest", "images", "README.md", "con", "a" * 119, "2.npy", "b.npy"}

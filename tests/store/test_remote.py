@@ -1,7 +1,6 @@
 """Stores at a URL: published, opened, copied; and servers that fail, or are hostile."""
 
 import gc
-import importlib.util
 import multiprocessing
 import shutil
 import subprocess
@@ -27,14 +26,10 @@ from fkd_ssl.store.maintain.recode import recode
 from fkd_ssl.store.maintain.subset import subset
 from fkd_ssl.store.maintain.verify import verify
 from fkd_ssl.store.remote import FileList
+from tests.store import made
 from tests.web_server import WebServer, serving
 
 pytest.importorskip("requests", reason="pip install 'fkd_ssl[remote]'")
-spec = importlib.util.spec_from_file_location("made_store", Path(__file__).with_name("made.py"))
-assert spec is not None
-assert spec.loader is not None
-made: Any = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(made)
 Tree = Callable[[Path], dict[str, bytes]]
 SPECS = ("SQ8", "hard", "OPQ4_8,PQ4x4")
 

@@ -1,8 +1,6 @@
 """A column in another codec, without the teacher."""
 
-import importlib.util
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +16,7 @@ from fkd_ssl.store.maintain.recode import recode
 from fkd_ssl.store.maintain.subset import subset
 from fkd_ssl.store.maintain.verify import verify
 from fkd_ssl.teachers import Ensemble, Teacher
+from tests.store import made
 
 
 @pytest.fixture(autouse=True)
@@ -242,9 +241,6 @@ def test_a_damaged_or_unfinished_source_is_refused(source, tree):
 @pytest.mark.parametrize("spec", ["full", "marginal_renorm_k3"])
 def test_codes_of_a_skipped_image_are_not_decoded(tmp_path, spec):
     """A recording training leaves them zero, which is not a valid code of class probabilities."""
-    spec_of = importlib.util.spec_from_file_location("made", Path(__file__).parents[1] / "made.py")
-    made = importlib.util.module_from_spec(spec_of)
-    spec_of.loader.exec_module(made)
     made.make(tmp_path / "store", (spec,))
     store = open_store(tmp_path / "store")
     shard, within = store.locate(made.SKIPPED)
