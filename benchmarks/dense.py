@@ -19,7 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,7 @@ class Run:
     arm: str
     seed: int
     source: str = "stored"
-    codec: str = field(default_factory=lambda: USED)  # a test has another
+    codec: str = USED
     crops: int = 0
     """Stored crops per image, in a store of its own; 0 for `--crops`."""
 

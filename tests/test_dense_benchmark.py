@@ -39,6 +39,7 @@ def bench(image_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         "subprocess": SimpleNamespace(run=run_here, PIPE=None),
     }.items():
         monkeypatch.setattr(dense, key, value)
+    monkeypatch.setitem(dense.Run.__init__.__kwdefaults__, "codec", "SQ8")
     monkeypatch.setattr(segmentation, "STEPS", 4)
     monkeypatch.setattr(segmentation, "EPOCHS", 1)
     torch.save(timm.create_model("test_efficientnet").state_dict(), "teacher.pth")
