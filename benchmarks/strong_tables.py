@@ -142,6 +142,6 @@ def plot(rows: list[Row], probe: str, out: Path) -> None:
     axis.set(xscale="log", xlabel="bytes per crop, with its record", ylabel=f"{PROBES[probe]} top-1, %")
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
-    axis.legend(frameon=False, fontsize=8)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
     figure.savefig(out, dpi=130)
     plt.close(figure)
