@@ -5,6 +5,7 @@ import platform
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,8 @@ class Row:
 
     @classmethod
     def read(cls, name: str, runs: Sequence[Path], store: Path | None) -> "Row | None":
-        """Reads the finished runs, one for each seed; None if there is none."""
-        runs = [run for run in runs if (run / "scores.json").exists()]
+        """Reads the runs of seeds 0, 1 and so on, up to the first that is not finished. Returns None if seed 0 is not."""
+        runs = list(takewhile(lambda run: (run / "scores.json").exists(), runs))
         if not runs:
             return None
         arrays = [np.load(run / "correct.npz", allow_pickle=False) for run in runs]
