@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -60,7 +59,10 @@ class CropPlan:
     sources: Tensor
     """The images' pixels, one image after the other: uint8 [S] with S = 3 x (sum of height x width)."""
     boxes: Tensor
-    """First pixel, pixels per row, height and width of each box, in the sources or after its halvings: int64 [n, 4]."""
+    """First pixel, pixels per row, height and width of each box, in the sources or after its halvings; 1 if it is halved before
+    the linear resize; 1 if it is resized to 2 P and halved once more: int64 [n, 6]."""
+    flags: Tensor
+    """Flags of each record: uint8 [n]."""
     parameters: dict[str, tuple[Tensor, ...]]
     """For each operation that is applied, the parameters of its device implementation: tensors [n, ...]."""
     passes: tuple[Tensor, ...]
@@ -69,12 +71,6 @@ class CropPlan:
     """Number of pixels of all halved boxes."""
     largest: int
     """Number of pixels of the largest halved box."""
-    halved: BoolArray
-    """Whether the crop's box is halved before the linear resize: bool [n]. This and the next two are always on the CPU."""
-    doubled: BoolArray
-    """Whether the box is resized to 2 P and halved once more: bool [n]."""
-    flags: UInt8Array
-    """Flags of each record: uint8 [n]."""
 
     def __len__(self) -> int:
         return len(self.flags)
@@ -93,7 +89,8 @@ class CropPlan:
     def _each(self, function: Callable[[Tensor], Tensor]) -> "CropPlan":
         parameters = {name: tuple(map(function, tensors)) for name, tensors in self.parameters.items()}
         passes = tuple(map(function, self.passes))
-        return replace(self, sources=function(self.sources), boxes=function(self.boxes), passes=passes, parameters=parameters)
+        sources, boxes, flags = map(function, (self.sources, self.boxes, self.flags))
+        return replace(self, sources=sources, boxes=boxes, flags=flags, passes=passes, parameters=parameters)
 
 
 def concatenate(crops: Sequence[PendingCrops], out: Tensor | None = None) -> Tensor:
@@ -123,7 +120,7 @@ def plan_crops(crops: Sequence[PendingCrops], pixels: int, sources: Tensor) -> C
     stride = np.repeat(widths, counts)
     top, left, height, width = (records[name].astype(np.int64) for name in ("top", "left", "height", "width"))
     halvings, doubled = resize_plans(height, width, pixels)
-    boxes = np.stack([first + top * stride + left, stride, height, width], axis=1)
+    boxes = np.stack([first + top * stride + left, stride, height, width, halvings > 0, doubled], axis=1)
     passes, scratch, largest = _halvings(boxes, halvings)
     parameters = {}
     for operation in OPERATIONS:
@@ -136,26 +133,24 @@ def plan_crops(crops: Sequence[PendingCrops], pixels: int, sources: Tensor) -> C
         pixels=pixels,
         sources=sources,
         boxes=torch.from_numpy(boxes),
+        flags=torch.from_numpy(records["flags"].copy()),
         parameters=parameters,
         passes=passes,
         scratch=scratch,
         largest=largest,
-        halved=halvings > 0,
-        doubled=doubled,
-        flags=records["flags"].copy(),
     )
 
 
 def _halvings(boxes: Int64Array, halvings: Int64Array) -> tuple[tuple[Tensor, ...], int, int]:
-    """Plans the halvings of boxes int64 [n, 4], and updates the boxes in place. Returns `passes`, `scratch` and `largest`."""
+    """Plans the halvings of boxes int64 [n, 6], and updates the boxes in place. Returns `passes`, `scratch` and `largest`."""
     passes, scratch, largest = [], 0, 0
     for level in range(halvings.max(initial=0)):
         some = np.flatnonzero(halvings > level)
-        first, stride, height, width = boxes[some].T
+        first, stride, height, width = boxes[some, :4].T
         height, width = height // 2, width // 2
         to = scratch + np.cumsum(height * width) - height * width
         passes.append(torch.from_numpy(np.stack([first, stride, to, height, width], axis=1)))
-        boxes[some] = np.stack([to, width, height, width], axis=1)
+        boxes[some, :4] = np.stack([to, width, height, width], axis=1)
         scratch, largest = int(scratch + (height * width).sum()), max(largest, int((height * width).max()))
     return tuple(passes), scratch, largest
 
@@ -212,17 +207,11 @@ def replay_plan(plan: CropPlan) -> Tensor:
         scratch = torch.empty(3 * plan.scratch, dtype=torch.uint8, device=device)
         for k, boxes in enumerate(plan.passes):
             kernels.halve(scratch if k else plan.sources, scratch, boxes, plan.largest)
-        for halved, doubled in ((False, False), (False, True), (True, True)):
-            if len(crops := _where((plan.halved == halved) & (plan.doubled == doubled), device)):
-                kernels.resize(scratch if halved else plan.sources, views, crops, plan.boxes, doubled)
+        kernels.resize(plan.sources, scratch, views, plan.boxes)
         for operation in OPERATIONS:
-            if len(crops := _where(plan.flags & operation.bits, device)):
-                getattr(kernels, operation.name)(views, crops, *plan.parameters.get(operation.name, ()))
+            if operation.name in plan.parameters:
+                getattr(kernels, operation.name)(views, plan.flags, operation.bits, *plan.parameters[operation.name])
         return views.permute(0, 3, 1, 2)
-
-
-def _where(mask: npt.NDArray[Any], device: torch.device) -> Tensor:
-    return torch.from_numpy(np.flatnonzero(mask)).to(device, non_blocking=True)
 
 
 def replay_on(device: str | torch.device, image: UInt8Array, records: Records, pixels: int) -> UInt8Array:

@@ -1,10 +1,12 @@
-"""Replay on a GPU: Triton kernels with the integer arithmetic of OpenCV, and therefore the same bits as on the CPU.
+"""Replay on a GPU: Triton kernels with the arithmetic of OpenCV, and therefore the same bits as on the CPU.
 
 Each operation in `fkd_ssl.crops.operations` has a function of the same name here, which changes some of the crops in place. It
-can be written in Triton or in torch. The kernels use integer arithmetic only. Floating-point values are computed in torch, so
-that no fused multiply-add of a compiler changes a bit. Tests without a GPU use Triton's interpreter (TRITON_INTERPRET=1).
+can be written in Triton or in torch. A program works on a part of one crop. There is more than one kernel because colours need
+the mean of the whole crop, and a blur needs its neighbours. Pixels are integers. The few floating-point values are computed
+with `enable_fp_fusion=False`, so that no fused multiply-add of the compiler changes a bit. Tests without a GPU use Triton's
+interpreter (TRITON_INTERPRET=1).
 
-Shape letters: n crops, k of them, P their side.
+Shape letters: n crops, P their side.
 """
 # mypy: disable-error-code="untyped-decorator, no-untyped-def"
 # Triton has no types for the arguments of kernels
@@ -18,8 +20,6 @@ from torch import Tensor
 
 # values per program; the interpreter is faster with more
 MAX_BLOCK = 1 << 16 if os.environ.get("TRITON_INTERPRET") == "1" else 1024
-VALUES = 1 << 26  # maximum size of a temporary array; larger batches are made in several parts
-VARYING = ["size", "count"]  # arguments that differ between batches: Triton would compile again for 1 and for multiples of 16
 
 
 def halve(source: Tensor, scratch: Tensor, boxes: Tensor, largest: int) -> None:
@@ -35,69 +35,69 @@ def halve(source: Tensor, scratch: Tensor, boxes: Tensor, largest: int) -> None:
     _halve[len(boxes), min(tiles, 4096)](source, scratch, boxes, BLOCK=block)
 
 
-def resize(source: Tensor, views: Tensor, crops: Tensor, boxes: Tensor, doubled: bool) -> None:
+def resize(source: Tensor, scratch: Tensor, views: Tensor, boxes: Tensor) -> None:
     """Resizes boxes linearly to the size of the views, or to twice the size and halves the result.
 
     Args:
         source: Pixels uint8 [S].
-        views: uint8 [n, P, P, 3].
-        crops: Which of the views to write: int64 [k].
-        boxes: First pixel and pixels per row in `source`, height and width: int64 [n, 4].
-        doubled: Whether to resize to twice the size.
+        scratch: Pixels of halved boxes uint8 [T].
+        views: Result uint8 [n, P, P, 3].
+        boxes: First pixel, pixels per row, height and width of each box; 1 if it is in `scratch`; 1 if it is resized to twice
+            the size: int64 [n, 6].
     """
-    pixels, finer = views.shape[1], 1 + doubled
-    for some in _parts(views, crops):
-        # together, since a GPU takes longer to start each of these small operations than to run it
-        rows, columns = _taps(boxes[some, 2:].T.reshape(-1), finer * pixels).view(2, len(some), finer * pixels)
-        count = len(some) * views[0].numel()
-        tiles, block = _tiles(count)
-        _resize[(tiles,)](source, views, some, boxes, rows, columns, count, P=pixels, FINER=finer, BLOCK=block)
+    pixels = views.shape[1]
+    tiles, block = _tiles(3 * pixels * pixels)
+    _resize[len(views), tiles](source, scratch, views, boxes, taps(boxes, pixels), P=pixels, BLOCK=block)
 
 
-def colour(views: Tensor, crops: Tensor, linear: Tensor, offsets: Tensor) -> None:
+def taps(boxes: Tensor, pixels: int) -> Tensor:
+    """Returns the two neighbours of each output row and column and their weights, packed as in `_unpack`: int64 [n, 2, 2 P].
+
+    They are computed as in OpenCV's resize: positions in float64, weights in float32. Only the first P of the 2 P are valid for
+    boxes that are not resized to twice the size.
+    """
+    packed = torch.empty((len(boxes), 2, 2 * pixels), dtype=torch.int64, device=boxes.device)
+    block = triton.next_power_of_2(2 * pixels)
+    _taps[len(boxes), 2](boxes, packed, P=pixels, BLOCK=block, enable_fp_fusion=False)
+    return packed
+
+
+def colour(views: Tensor, flags: Tensor, bits: int, linear: Tensor, offsets: Tensor) -> None:
     """Applies colour matrices.
 
     Args:
         views: uint8 [n, P, P, 3].
-        crops: Which of the views to change: int64 [k].
+        flags: uint8 [n]. Crops with any of the `bits` are changed.
+        bits: Flags of the operation.
         linear: int32 [n, 3, 3], in 1024ths.
         offsets: float64 [n, 3, 3], which maps the mean of a crop to the constant that is added.
     """
-    pixels = views.shape[1]
-    for some in _parts(views, crops):
-        mean = views[some].sum((1, 2), dtype=torch.int64).double() * (1.0 / (pixels * pixels))
-        products = offsets[some] * mean[:, None, :]
-        constant = (products[..., 0] + products[..., 1] + products[..., 2]).float()  # the same order of sums on all devices
-        count = len(some) * pixels * pixels
-        tiles, block = _tiles(count)
-        _colour[(tiles,)](views, some, linear, ((constant + 0.5) * 1024).round().int(), count, P=pixels, BLOCK=block)
+    pixels, sums = views.shape[1], views.sum((1, 2), dtype=torch.int64)
+    tiles, block = _tiles(pixels * pixels)
+    _colour[len(views), tiles](views, flags, sums, linear, offsets, BITS=bits, P=pixels, BLOCK=block, enable_fp_fusion=False)
 
 
-def blur(views: Tensor, crops: Tensor, kernels: Tensor) -> None:
+def blur(views: Tensor, flags: Tensor, bits: int, kernels: Tensor) -> None:
     """Applies separable kernels with a replicated border. Halves are rounded to the nearest even value.
 
     Args:
         views: uint8 [n, P, P, 3].
-        crops: Which of the views to change: int64 [k].
+        flags: uint8 [n]. Crops with any of the `bits` are changed.
+        bits: Flags of the operation.
         kernels: int32 [n, K], in 256ths, K odd.
     """
-    for some in _parts(views, crops):
-        count = len(some) * views[0].numel()
-        tiles, block = _tiles(count)
-        sums = torch.empty(count, dtype=torch.int32, device=views.device)
-        for kernel in (_blur_rows, _blur_columns):
-            kernel[(tiles,)](views, some, sums, kernels, kernels.shape[1], count, P=views.shape[1], BLOCK=block)
+    pixels = views.shape[1]
+    tiles, block = _tiles(3 * pixels * pixels)
+    sums = torch.empty_like(views, dtype=torch.uint16)  # of the pixels of a row, at most 255 x 256
+    for kernel in (_blur_rows, _blur_columns):
+        kernel[len(views), tiles](views, flags, sums, kernels, kernels.shape[1], BITS=bits, P=pixels, BLOCK=block)
 
 
-def flip(views: Tensor, crops: Tensor) -> None:
-    """Mirrors crops [k] of the views uint8 [n, P, P, 3]."""
-    for some in _parts(views, crops):
-        views[some] = views[some].flip(2)
-
-
-def _parts(views: Tensor, crops: Tensor) -> tuple[Tensor, ...]:
-    """Splits crops into parts that fit in the temporary memory."""
-    return torch.split(crops, max(1, VALUES // views[0].numel()))
+def flip(views: Tensor, flags: Tensor, bits: int) -> None:
+    """Mirrors the crops of the views uint8 [n, P, P, 3] whose flags uint8 [n] have any of the `bits`."""
+    pixels = views.shape[1]
+    tiles, block = _tiles(pixels * pixels)
+    _flip[len(views), tiles](views, flags, BITS=bits, P=pixels, BLOCK=block)
 
 
 def _tiles(count: int) -> tuple[int, int]:
@@ -106,26 +106,35 @@ def _tiles(count: int) -> tuple[int, int]:
     return triton.cdiv(count, block), block
 
 
-def _taps(size: Tensor, pixels: int) -> Tensor:
-    """Returns the two neighbours of each output pixel and their weights in 2048ths, packed in int64 [k, P], for sizes [k].
+@triton.jit
+def _round(number):
+    """Rounds float64 below 2^51 to the nearest integer, halves to the nearest even one."""
+    return (number + 6755399441055744.0) - 6755399441055744.0  # 1.5 x 2^52
 
-    They are computed as in OpenCV's resize: positions in float64, weights in float32. `_unpack` is the inverse.
-    """
-    # torch computes `number / size` as `number * (1 / size)`, which rounds twice; torch.tensor(..., device) waits for a GPU
-    scale = 1.0 / (torch.full_like(size, pixels, dtype=torch.float64) / size)
-    position = ((torch.arange(pixels, device=size.device).double() + 0.5) * scale[:, None] - 0.5).float()
-    below = position.floor()
+
+@triton.jit
+def _taps(boxes, packed, P: tl.constexpr, BLOCK: tl.constexpr):
+    crop, axis = tl.program_id(0), tl.program_id(1)  # axis 0: rows, 1: columns
+    size = tl.load(boxes + 6 * crop + 2 + axis)
+    finer = P * (1 + tl.load(boxes + 6 * crop + 5))
+    output = tl.arange(0, BLOCK)
+    scale = 1.0 / (finer.to(tl.float64) / size.to(tl.float64))
+    position = ((output.to(tl.float64) + 0.5) * scale - 0.5).to(tl.float32)
+    below = tl.floor(position)
     weight = position - below
-    first, second = (torch.minimum((below + k).long().clamp_(min=0), (size - 1)[:, None]) for k in (0, 1))
-    weights = [(w * 2048).round().long() for w in (1 - weight, weight)]
-    return (first << 25) + ((second - first) << 24) + (weights[0] << 12) + weights[1]
+    first = tl.minimum(tl.maximum(below.to(tl.int64), 0), size - 1)
+    second = tl.minimum(below.to(tl.int64) + 1, size - 1)
+    before, after = _round((1.0 - weight).to(tl.float64) * 2048), _round(weight.to(tl.float64) * 2048)
+    result = (((first << 1) + (second - first)) << 32) + (before.to(tl.int64) << 12) + after.to(tl.int64)
+    tl.store(packed + 2 * P * (2 * crop + axis) + output, result, mask=output < finer)
 
 
 @triton.jit
 def _unpack(taps):
-    """Returns the first and second neighbour and their weights."""
-    first = taps >> 25
-    return first, first + ((taps >> 24) & 1), ((taps >> 12) & 4095).to(tl.int32), (taps & 4095).to(tl.int32)
+    """Returns the first and second neighbour and their weights in 2048ths."""
+    neighbours, weights = (taps >> 32).to(tl.int32), taps.to(tl.int32)
+    first = neighbours >> 1
+    return first, first + (neighbours & 1), weights >> 12, weights & 4095
 
 
 @triton.jit
@@ -145,73 +154,99 @@ def _halve(source, scratch, boxes, BLOCK: tl.constexpr):
         tl.store(scratch + 3 * to + value, ((total + 2) >> 2).to(tl.uint8), mask=inside)
 
 
-@triton.jit(do_not_specialize=VARYING)
-def _resize(source, views, crops, boxes, rows, columns, count, P: tl.constexpr, FINER: tl.constexpr, BLOCK: tl.constexpr):
-    value = tl.minimum(tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), count - 1)
-    row = value // (3 * P)  # of all crops together
-    k, within = row // P, value - row * 3 * P
-    x = within // 3
-    crop = tl.load(crops + k)
-    source += 3 * tl.load(boxes + 4 * crop) + (within - 3 * x)
-    stride = 3 * tl.load(boxes + 4 * crop + 1)
-    rows += row * FINER
-    columns += (k * P + x) * FINER
+@triton.jit
+def _resize(source, scratch, views, boxes, taps, P: tl.constexpr, BLOCK: tl.constexpr):
+    crop = tl.program_id(0).to(tl.int64)
+    value = tl.minimum(tl.program_id(1) * BLOCK + tl.arange(0, BLOCK), 3 * P * P - 1)
+    pixel = value // 3
+    y, x = pixel // P, pixel % P
+    box = boxes + 6 * crop
+    source = tl.where(tl.load(box + 4) > 0, scratch, source) + 3 * tl.load(box) + (value - 3 * pixel)
+    stride = 3 * tl.load(box + 1)
+    finer = 1 + tl.load(box + 5).to(tl.int32)
+    rows = taps + 4 * P * crop + y * finer
+    columns = taps + 4 * P * crop + 2 * P + x * finer
     result = tl.full((BLOCK,), 0, tl.int32)
-    for i in tl.static_range(FINER):
+    for i in range(finer):
         upper, lower, above, below = _unpack(tl.load(rows + i))
         upper, lower = source + upper * stride, source + lower * stride
-        for j in tl.static_range(FINER):
+        for j in range(finer):
             left, right, before, after = _unpack(tl.load(columns + j))
             left, right = 3 * left, 3 * right
             top = (tl.load(upper + left).to(tl.int32) * before + tl.load(upper + right).to(tl.int32) * after) >> 4
             bottom = (tl.load(lower + left).to(tl.int32) * before + tl.load(lower + right).to(tl.int32) * after) >> 4
             result += ((((top * above) >> 16) + ((bottom * below) >> 16)) + 2) >> 2
-    if FINER == 2:
-        result = (result + 2) >> 2
-    tl.store(views + 3 * P * P * crop + (value - 3 * P * P * k), result.to(tl.uint8))
+    mean = tl.where(finer == 2, (result + 2) >> 2, result)
+    tl.store(views + 3 * P * P * crop + value, mean.to(tl.uint8))
 
 
-@triton.jit(do_not_specialize=VARYING)
-def _colour(views, crops, linear, constant, count, P: tl.constexpr, BLOCK: tl.constexpr):
-    pixel = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = pixel < count
-    k = pixel // (P * P)
-    crop = tl.load(crops + k, mask=inside, other=0)
-    at = views + 3 * (P * P * crop + (pixel - P * P * k))
+@triton.jit
+def _colour(views, flags, sums, linear, offsets, BITS: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr):
+    crop = tl.program_id(0).to(tl.int64)
+    if (tl.load(flags + crop) & BITS) == 0:
+        return
+    pixel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = pixel < P * P
+    at = views + 3 * (P * P * crop + pixel)
     red = tl.load(at, mask=inside, other=0).to(tl.int32)
     green = tl.load(at + 1, mask=inside, other=0).to(tl.int32)
     blue = tl.load(at + 2, mask=inside, other=0).to(tl.int32)
+    share = tl.full((), 1.0 / (P * P), tl.float64)
+    mean_red = tl.load(sums + 3 * crop).to(tl.float64) * share
+    mean_green = tl.load(sums + 3 * crop + 1).to(tl.float64) * share
+    mean_blue = tl.load(sums + 3 * crop + 2).to(tl.float64) * share
     for channel in tl.static_range(3):
+        row = offsets + 9 * crop + 3 * channel
+        constant = tl.load(row) * mean_red + tl.load(row + 1) * mean_green + tl.load(row + 2) * mean_blue
+        rounded = _round(((constant.to(tl.float32) + 0.5) * 1024).to(tl.float64)).to(tl.int32)
         row = linear + 9 * crop + 3 * channel
-        result = tl.load(constant + 3 * k + channel, mask=inside, other=0) + red * tl.load(row, mask=inside, other=0)
-        result += green * tl.load(row + 1, mask=inside, other=0) + blue * tl.load(row + 2, mask=inside, other=0)
+        result = rounded + red * tl.load(row) + green * tl.load(row + 1) + blue * tl.load(row + 2)
         tl.store(at + channel, tl.minimum(tl.maximum(result >> 10, 0), 255).to(tl.uint8), mask=inside)
 
 
-@triton.jit(do_not_specialize=VARYING)
-def _blur_rows(views, crops, sums, kernels, size, count, P: tl.constexpr, BLOCK: tl.constexpr):
-    value = tl.minimum(tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), count - 1)
-    row = value // (3 * P)
-    k, x = row // P, (value - row * 3 * P) // 3
-    crop = tl.load(crops + k)
-    at = views + 3 * P * P * crop + (value - 3 * P * P * k) - 3 * x
+# Triton would compile again for a `size` of 1 and for multiples of 16
+@triton.jit(do_not_specialize=["size"])
+def _blur_rows(views, flags, sums, kernels, size, BITS: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr):
+    crop = tl.program_id(0).to(tl.int64)
+    if (tl.load(flags + crop) & BITS) == 0:
+        return
+    value = tl.minimum(tl.program_id(1) * BLOCK + tl.arange(0, BLOCK), 3 * P * P - 1)
+    x = value // 3 % P
+    at = views + 3 * P * P * crop + (value - 3 * x)
     total = tl.full((BLOCK,), 0, tl.int32)
     for tap in range(size):
         moved = tl.minimum(tl.maximum(x + (tap - size // 2), 0), P - 1)
         total += tl.load(at + 3 * moved).to(tl.int32) * tl.load(kernels + crop * size + tap)
-    tl.store(sums + value, total)
+    tl.store(sums + 3 * P * P * crop + value, total.to(tl.uint16))
 
 
-@triton.jit(do_not_specialize=VARYING)
-def _blur_columns(views, crops, sums, kernels, size, count, P: tl.constexpr, BLOCK: tl.constexpr):
-    value = tl.minimum(tl.program_id(0) * BLOCK + tl.arange(0, BLOCK), count - 1)
-    row = value // (3 * P)
-    k = row // P
-    y = row - k * P
-    crop = tl.load(crops + k)
+@triton.jit(do_not_specialize=["size"])
+def _blur_columns(views, flags, sums, kernels, size, BITS: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr):
+    crop = tl.program_id(0).to(tl.int64)
+    if (tl.load(flags + crop) & BITS) == 0:
+        return
+    value = tl.minimum(tl.program_id(1) * BLOCK + tl.arange(0, BLOCK), 3 * P * P - 1)
+    y = value // (3 * P)
+    at = sums + 3 * P * P * crop + (value - 3 * P * y)
     total = tl.full((BLOCK,), 0, tl.int32)
     for tap in range(size):
         moved = tl.minimum(tl.maximum(y + (tap - size // 2), 0), P - 1)
-        total += tl.load(sums + (value + 3 * P * (moved - y))) * tl.load(kernels + crop * size + tap)
+        total += tl.load(at + 3 * P * moved).to(tl.int32) * tl.load(kernels + crop * size + tap)
     rounded = (total + 32767 + ((total >> 16) & 1)) >> 16
-    tl.store(views + 3 * P * P * crop + (value - 3 * P * P * k), rounded.to(tl.uint8))
+    tl.store(views + 3 * P * P * crop + value, rounded.to(tl.uint8))
+
+
+@triton.jit
+def _flip(views, flags, BITS: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr):
+    crop = tl.program_id(0).to(tl.int64)
+    if (tl.load(flags + crop) & BITS) == 0:
+        return
+    pixel = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    x = pixel % P
+    inside = (pixel < P * P) & (x < P // 2)
+    left = views + 3 * (P * P * crop + pixel)
+    right = left + 3 * (P - 1 - 2 * x)
+    for channel in tl.static_range(3):
+        one, other = tl.load(left + channel, mask=inside), tl.load(right + channel, mask=inside)
+        tl.store(left + channel, other, mask=inside)
+        tl.store(right + channel, one, mask=inside)
