@@ -65,6 +65,7 @@ def choose(
     """
     if device.type != "cuda":
         return False
+    log("measuring whether the GPU or the CPU makes crops faster; the first time, Triton compiles its kernels")
     try:
         check_device(device)
     except RequestError as error:
