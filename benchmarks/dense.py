@@ -76,7 +76,7 @@ def all_runs(seeds: int, more_crops: int = 0) -> list[Run]:
     more = [Run(student=small, arm=arm, seed=seed, codec="SQ8", crops=more_crops) for seed in range(seeds) for arm in arms]
     found += more if more_crops else []
     found += [Run(student=vit, arm=arm, seed=seed) for seed in range(1, seeds) for arm in arms]
-    return found + [Run(student=vit, arm=arm, seed=0, source="online") for arm in arms]
+    return found + [Run(student=vit, arm=arm, seed=seed, source="online") for seed in range(seeds) for arm in arms]
 
 
 class Bench:
@@ -269,7 +269,7 @@ def page(args: argparse.Namespace) -> str:
         for codec in CODECS
     ]
     made = json.loads((work / "store.json").read_text())
-    another = f"That of {args.more_crops} crops has both columns in SQ8. " if args.more_crops else ""
+    another = f" That of {args.more_crops} crops has both columns in SQ8." if args.more_crops else ""
     return f"""# Dense targets: measurements
 
 Made by `benchmarks/dense.py` with `--per-class {args.per_class} --crops {args.crops} --epochs {args.epochs}`. The teacher sees
@@ -282,7 +282,7 @@ training images and tested on its 233 test images; kNN mIoU: nearest neighbours,
 {table(head, lines)}
 
 Targets: `global` is one vector per crop ({sizes.get(NAME, 0):,} bytes, exact), `dense` the tokens in {USED}; in `both`, the two
-losses have equal weights. `online` runs the teacher on fresh crops. The store has {args.crops} crops per image. {another}
+losses have equal weights. `online` runs the teacher on fresh crops. The store has {args.crops} crops per image.{another}
 Making the store of {args.crops} crops, with the exact tokens, took {made["seconds"]:,.0f} s.
 Seconds are those of training on a shared machine, and vary between runs.
 
