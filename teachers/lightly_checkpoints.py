@@ -14,7 +14,7 @@ from fkd_ssl.teachers.teacher import Teacher
 _NUMBERED = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
 
 
-def load_lightly(path: str | Path, *, name: str = "lightly", **about: Any) -> Teacher:
+def load_lightly(path: str | Path, *, name: str = "lightly", **fields: Any) -> Teacher:
     """Loads the backbone of a module trained with lightly or solo-learn. Its targets are the pooled features, D = 512 or 2048.
 
     Classifiers, heads, momentum networks, memory banks and optimisers in the file are ignored. To distil a head, use
@@ -43,5 +43,5 @@ def load_lightly(path: str | Path, *, name: str = "lightly", **about: Any) -> Te
         network=f"{architecture.name}, pooled features{average}",
         checkpoint=Path(path).name,
         checkpoint_sha256=digest,
-        **about,
+        **fields,
     )

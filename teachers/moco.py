@@ -9,7 +9,7 @@ from fkd_ssl.teachers.resnet import read_architecture
 from fkd_ssl.teachers.teacher import Teacher
 
 
-def load_mocov2(path: str | Path, *, name: str = "mocov2", **about: Any) -> Teacher:
+def load_mocov2(path: str | Path, *, name: str = "mocov2", **fields: Any) -> Teacher:
     """Loads the query encoder of a MoCo checkpoint: a torchvision ResNet and the head `fc.0`, `fc.2` (v1: `fc`).
 
     The key encoder, the queue and the optimiser in the file are ignored.
@@ -45,5 +45,5 @@ def load_mocov2(path: str | Path, *, name: str = "mocov2", **about: Any) -> Teac
         network=f"{architecture.name}, {words}{average}",
         checkpoint=Path(path).name,
         checkpoint_sha256=digest,
-        **about,
+        **fields,
     )

@@ -15,7 +15,7 @@ from fkd_ssl.teachers.teacher import Teacher
 _OTHERS = ("projection_head.", "prototypes.")
 
 
-def load_swav(path: str | Path, *, name: str = "swav", **about: Any) -> Teacher:
+def load_swav(path: str | Path, *, name: str = "swav", **fields: Any) -> Teacher:
     """Loads a SwAV checkpoint: a ResNet of any width, `projection_head.0/1/3` (w5: 0/2), `prototypes.weight` [K, D].
 
     The embedding is the normalised output of the head. The prototypes are stored unchanged as the teacher's array `prototypes`.
@@ -58,5 +58,5 @@ def load_swav(path: str | Path, *, name: str = "swav", **about: Any) -> Teacher:
         checkpoint=Path(path).name,
         checkpoint_sha256=digest,
         arrays={"prototypes": prototypes.detach().float().numpy().astype(np.float32)},
-        **about,
+        **fields,
     )

@@ -29,7 +29,7 @@ class Teacher(nn.Module):
             the softmax of the head's outputs; `tokens`: the backbone's feature map is pooled to the grid of `shape` [h, w, D],
             passes through the head as [B, h, w, F], and each token is normalised.
         feature_dim: F; by default the size of a target.
-        **about: Fields of TeacherInfo: network, pixels, mean, std, licence, source, checkpoint, checkpoint_sha256, precision,
+        **fields: Fields of TeacherInfo: network, pixels, mean, std, licence, source, checkpoint, checkpoint_sha256, precision,
             arrays. On a GPU, fp32 follows PyTorch's settings: by default convolutions use TF32.
 
     Attributes:
@@ -51,11 +51,11 @@ class Teacher(nn.Module):
         shape: tuple[int, ...],
         kind: str = "embedding",
         feature_dim: int | None = None,
-        **about: Any,
+        **fields: Any,
     ) -> None:
         super().__init__()
-        about |= {key: str(about[key]) for key in ("source", "checkpoint") if about.get(key) is not None}  # paths too
-        self.info = TeacherInfo(name=name, spec=TargetSpec(kind, tuple(shape)), **about)
+        fields |= {key: str(fields[key]) for key in ("source", "checkpoint") if fields.get(key) is not None}  # paths too
+        self.info = TeacherInfo(name=name, spec=TargetSpec(kind, tuple(shape)), **fields)
         self.backbone = backbone
         self.head = head
         self.feature_dim = self.info.spec.size if feature_dim is None else feature_dim

@@ -48,15 +48,15 @@ def load_timm(model: str, layer: str | None, checkpoint: str | Path | None, *, p
     if classes and not getattr(network, "num_classes", 0):
         raise RequestError(f"teacher {spec}@{PROBABILITIES}: timm's {model} has no classifier; leave @{PROBABILITIES} out")
     own = str(checkpoint) == PRETRAINED
-    config, about = resolve_model_data_config(network), network.pretrained_cfg
+    config, published = resolve_model_data_config(network), network.pretrained_cfg
     pixels = int(config["input_size"][-1])
-    place = about.get("url") or about.get("hf_hub_id") or "an unknown place"
+    place = published.get("url") or published.get("hf_hub_id") or "an unknown place"
     if checkpoint is None:
         raise RequestError(
             f"teacher {spec}: --checkpoint is needed: a file of its state_dict, or {PRETRAINED}, which lets timm download "
-            f"its weights (from {place}, licence {about.get('license') or 'not stated'})"
+            f"its weights (from {place}, licence {published.get('license') or 'not stated'})"
         )
-    licence, average = about.get("license") or "not stated", ""
+    licence, average = published.get("license") or "not stated", ""
     if own:
         network = _build(timm, model, spec, classes=classes, pretrained=True)
         name, digest = PRETRAINED, state_dicts.weights_digest(network)
@@ -64,7 +64,7 @@ def load_timm(model: str, layer: str | None, checkpoint: str | Path | None, *, p
         weights, digest, average = state_dicts.read(checkpoint)
         name = Path(checkpoint).name
         weights = state_dicts.for_network(weights, network, str(checkpoint))
-        weights = _converted(network, weights, about.get("classifier"), str(checkpoint))
+        weights = _converted(network, weights, published.get("classifier"), str(checkpoint))
         state_dicts.load_into(network, weights, f"{checkpoint}: not the state_dict of {spec}")
     return wrap(
         network if layer is None or classes else AtLayer(network, layer, spec),

@@ -49,14 +49,14 @@ def as_tokens(teacher: Teacher, *, name: str | None = None) -> Teacher:
             raise
         dim = teacher.map(noise).shape[3]
     kept = {field.name: getattr(info, field.name) for field in fields(info) if field.name not in ("spec", "arrays")}
-    about = {"name": name or f"{info.name}-{TOKENS}", "network": f"feature map of {info.network}"}
+    changed = {"name": name or f"{info.name}-{TOKENS}", "network": f"feature map of {info.network}"}
     return Teacher(
         teacher.backbone,
         nn.Identity(),
         shape=(GRID, GRID, dim),
         kind=TOKENS,
         feature_dim=teacher.feature_dim,
-        **{**kept, **about},
+        **{**kept, **changed},
     ).to(teacher.device)
 
 

@@ -16,7 +16,7 @@ from fkd_ssl.teachers.wrap import wrap
 from fkd_ssl.text import first_line
 
 
-def load_transformers(path: str | Path, *, name: str = "transformers", **about: Any) -> Teacher:
+def load_transformers(path: str | Path, *, name: str = "transformers", **fields: Any) -> Teacher:
     """Loads the vision model in a folder. Its targets are the pooled output; its image processor gives mean, std and size.
 
     Nothing is downloaded, no code in the folder is run, and weights are read only from safetensors. If a model has a pooler and
@@ -25,7 +25,7 @@ def load_transformers(path: str | Path, *, name: str = "transformers", **about: 
     Args:
         path: Folder with config.json, model.safetensors and preprocessor_config.json.
         name: Name of the column.
-        **about: Further arguments of Teacher.
+        **fields: Further arguments of Teacher.
 
     Raises:
         RequestError: transformers is not installed, or the folder does not exist.
@@ -75,7 +75,7 @@ def load_transformers(path: str | Path, *, name: str = "transformers", **about: 
         std=std,
         checkpoint=path.name,
         checkpoint_sha256=state_dicts.weights_digest(model),
-        **about,
+        **fields,
     )
 
 

@@ -12,7 +12,7 @@ from fkd_ssl.teachers.teacher import Teacher
 from fkd_ssl.teachers.tokens import as_tokens
 
 
-def wrap(module: nn.Module, *, name: str, source: str, pixels: int, test_pixels: int | None = None, **about: Any) -> Teacher:
+def wrap(module: nn.Module, *, name: str, source: str, pixels: int, test_pixels: int | None = None, **fields: Any) -> Teacher:
     """Makes a Teacher whose targets are the module's normalised outputs; a forward pass of zeros determines their shape.
 
     Args:
@@ -21,7 +21,7 @@ def wrap(module: nn.Module, *, name: str, source: str, pixels: int, test_pixels:
         source: The user's name of the teacher; error messages begin with it.
         pixels: Native size of the module.
         test_pixels: Side of the zeros; by default `pixels`.
-        **about: Further arguments of Teacher.
+        **fields: Further arguments of Teacher.
 
     Raises:
         RequestError: The kind is `tokens`, and the module has no feature map.
@@ -29,8 +29,8 @@ def wrap(module: nn.Module, *, name: str, source: str, pixels: int, test_pixels:
     """
     module.eval()
     side = test_pixels or pixels
-    if tokens := about.get("kind") == TOKENS:
-        about["kind"] = "embedding"
+    if tokens := fields.get("kind") == TOKENS:
+        fields["kind"] = "embedding"
     try:
         with torch.inference_mode():
             output = module(torch.zeros(2, 3, side, side))
@@ -38,18 +38,18 @@ def wrap(module: nn.Module, *, name: str, source: str, pixels: int, test_pixels:
                 module = nn.Sequential(module, nn.AdaptiveAvgPool2d(1), nn.Flatten())
                 output = module[1:](output)
             dense = isinstance(output, torch.Tensor) and output.layout == torch.strided
-            right = dense and len(output) == 2 and _is_target(output, about.get("kind", "embedding"))
+            right = dense and len(output) == 2 and _is_target(output, fields.get("kind", "embedding"))
     except (Exception, SystemExit) as error:  # the user's code may raise anything
         raise FkdError(
             f"teacher {source}: fails on [2, 3, {side}, {side}] floats: {type(error).__name__}: {error}; it must map "
             "them to [2, D]"
         ) from error
-    if right and about.get("kind") == "distribution" and (output >= 0).all() and ((output.sum(dim=1) - 1).abs() < 1e-3).all():
+    if right and fields.get("kind") == "distribution" and (output >= 0).all() and ((output.sum(dim=1) - 1).abs() < 1e-3).all():
         raise FkdError(f"teacher {source}: returns probabilities, expected logits: remove its softmax")
     if not right:
         found = list(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
         raise FkdError(f"teacher {source}: gives {found} for [2, 3, {side}, {side}] floats, expected one tensor [2, D]")
-    teacher = Teacher(module, nn.Identity(), name=name, shape=tuple(output.shape[1:]), pixels=pixels, source=source, **about)
+    teacher = Teacher(module, nn.Identity(), name=name, shape=tuple(output.shape[1:]), pixels=pixels, source=source, **fields)
     return as_tokens(teacher, name=name) if tokens else teacher
 
 

@@ -39,8 +39,8 @@ OF_TOKENS = ["token_cosine", "token_relations", "token_cosine+3*token_relations"
 def make(name: str, dim: int = 12) -> Objective:
     """Makes an objective with its default temperature; thirty prototypes of various lengths, or a queue of fifty."""
     prototypes = np.random.default_rng(3).normal(size=(30, dim)).astype(np.float32)
-    about = TeacherInfo(name="swav", spec=TargetSpec("embedding", (dim,)), arrays={"prototypes": prototypes})
-    return make_objective(name.replace("queue_kl", "queue_kl(queue=50)"), about=about)
+    teacher = TeacherInfo(name="swav", spec=TargetSpec("embedding", (dim,)), arrays={"prototypes": prototypes})
+    return make_objective(name.replace("queue_kl", "queue_kl(queue=50)"), teacher=teacher)
 
 
 def pair(batch: int = 5, dim: int = 12, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -176,10 +176,10 @@ def test_an_unknown_objective_is_refused_with_the_list() -> None:
 @pytest.mark.parametrize("value", ["0.0", "-0.2", "1e999", "'1'", "True"])
 def test_a_setting_must_be_positive(name: str, value: str) -> None:
     kind = "distribution" if name == "soft_ce" else "embedding"
-    about = TeacherInfo(name="t", spec=TargetSpec(kind, (4,)), arrays={"prototypes": np.ones((3, 4))})
+    teacher = TeacherInfo(name="t", spec=TargetSpec(kind, (4,)), arrays={"prototypes": np.ones((3, 4))})
     for setting in settings_of(name):
         with pytest.raises(RequestError, match=rf"objective {name}: .*{setting} .*must be positive and finite"):
-            make_objective(f"{name}({setting}={value})", about=about)
+            make_objective(f"{name}({setting}={value})", teacher=teacher)
 
 
 @pytest.mark.parametrize(
@@ -198,7 +198,7 @@ def test_a_setting_must_be_positive(name: str, value: str) -> None:
 )
 def test_a_setting_that_an_objective_does_not_have_is_refused(expression: str, said: str) -> None:
     with pytest.raises(RequestError, match=said):
-        make_objective(expression, about=TeacherInfo(name="t", spec=TargetSpec("embedding", (4,))))
+        make_objective(expression, teacher=TeacherInfo(name="t", spec=TargetSpec("embedding", (4,))))
 
 
 @pytest.mark.parametrize("temperature", [0.04, 0.1, 1.0])
@@ -236,19 +236,19 @@ def test_prototypes_are_frozen_and_no_part_of_a_checkpoint() -> None:
     assert objective.double().prototypes.dtype == torch.float64  # they move with the module
 
 
-@pytest.mark.parametrize("about", [None, TeacherInfo(name="mocov2", spec=TargetSpec("embedding", (12,)))])
-def test_targets_without_prototypes_are_refused(about: TeacherInfo | None) -> None:
-    named = "" if about is None else " of 'mocov2'"
+@pytest.mark.parametrize("teacher", [None, TeacherInfo(name="mocov2", spec=TargetSpec("embedding", (12,)))])
+def test_targets_without_prototypes_are_refused(teacher: TeacherInfo | None) -> None:
+    named = "" if teacher is None else " of 'mocov2'"
     with pytest.raises(RequestError, match=rf"prototype_ce: the targets{named} have no prototypes; use a SwAV teacher"):
-        make_objective("prototype_ce", about=about)
+        make_objective("prototype_ce", teacher=teacher)
 
 
 def test_prototypes_of_another_dimension_are_refused() -> None:
-    about = TeacherInfo(
+    teacher = TeacherInfo(
         name="swav", spec=TargetSpec("embedding", (128,)), arrays={"prototypes": np.ones((30, 64), dtype=np.float32)}
     )
     with pytest.raises(RequestError, match=r"the prototypes of 'swav' are \[30, 64\], expected \[K, 128\]"):
-        make_objective("prototype_ce", about=about)
+        make_objective("prototype_ce", teacher=teacher)
 
 
 @pytest.mark.parametrize("prototypes", [torch.zeros(3, 4), torch.ones(4), torch.full((3, 4), float("nan"))])
@@ -326,8 +326,8 @@ class TestQueueKL:
         with pytest.raises(RequestError, match=r"objective queue_kl: queue 0: must be positive and finite"):
             QueueKL(4, queue=0)
         with pytest.raises(RequestError, match=r"objective queue_kl: queue 2.5: must be a whole number"):
-            make_objective("queue_kl(queue=2.5)", about=TeacherInfo(name="t", spec=TargetSpec("embedding", (4,))))
-        with pytest.raises(RequestError, match=r"queue_kl: the size of the targets is needed"):
+            make_objective("queue_kl(queue=2.5)", teacher=TeacherInfo(name="t", spec=TargetSpec("embedding", (4,))))
+        with pytest.raises(RequestError, match="queue_kl: it needs the size of the targets"):
             make_objective("queue_kl")
 
 
@@ -368,8 +368,8 @@ class TestSums:
 
     def test_the_kind_is_that_of_the_parts(self) -> None:
         assert make_objective("feature_kl+cosine").kind == "embedding"
-        about = TeacherInfo(name="r50", spec=TargetSpec("distribution", (10,)))
-        assert make_objective("soft_ce+discriminator", about=about).kind == "distribution"
+        teacher = TeacherInfo(name="r50", spec=TargetSpec("distribution", (10,)))
+        assert make_objective("soft_ce+discriminator", teacher=teacher).kind == "distribution"
         with pytest.raises(RequestError, match="objectives for distribution and embedding targets cannot be summed"):
             Weighted([FeatureKL(), SoftCE()], [1, 1])
 
@@ -413,7 +413,7 @@ class TestSums:
 
 def test_settings_arrive() -> None:
     expression = "queue_kl(temperature=0.07, teacher_temperature=0.08, queue=9)"
-    objective = make_objective(expression, about=TeacherInfo(name="t", spec=TargetSpec("embedding", (4,))))
+    objective = make_objective(expression, teacher=TeacherInfo(name="t", spec=TargetSpec("embedding", (4,))))
     assert isinstance(objective, QueueKL)
     assert (objective.temperature, objective.teacher_temperature, objective.queue.shape) == (0.07, 0.08, (9, 4))
 
@@ -474,12 +474,12 @@ def test_soft_ce_gradients_floor_and_bfloat16(temperature: float) -> None:
 
 
 def test_an_objective_is_for_one_kind_of_targets() -> None:
-    about = TeacherInfo(name="r50", spec=TargetSpec("distribution", (10,)))
-    assert isinstance(make_objective("soft_ce(temperature=2, teacher_temperature=1)", about=about), SoftCE)
+    teacher = TeacherInfo(name="r50", spec=TargetSpec("distribution", (10,)))
+    assert isinstance(make_objective("soft_ce(temperature=2, teacher_temperature=1)", teacher=teacher), SoftCE)
     with pytest.raises(RequestError, match="targets of 'r50' are class probabilities: choose --objective soft_ce and --head"):
-        make_objective("feature_kl", about=about)
+        make_objective("feature_kl", teacher=teacher)
     with pytest.raises(RequestError, match="objective soft_ce: the targets of 'moco' are embeddings"):
-        make_objective("feature_kl+soft_ce", about=TeacherInfo(name="moco", spec=TargetSpec("embedding", (10,))))
+        make_objective("feature_kl+soft_ce", teacher=TeacherInfo(name="moco", spec=TargetSpec("embedding", (10,))))
 
 
 class TestDiscriminator:
@@ -517,7 +517,7 @@ class TestDiscriminator:
         torch.manual_seed(0)
         expected = torch.rand(3)
         torch.manual_seed(0)
-        make_objective("soft_ce+discriminator", about=TeacherInfo(name="r50", spec=TargetSpec("distribution", (10,))))
+        make_objective("soft_ce+discriminator", teacher=TeacherInfo(name="r50", spec=TargetSpec("distribution", (10,))))
         assert torch.equal(torch.rand(3), expected)
 
     def test_bfloat16_and_autocast_are_near(self) -> None:
@@ -529,7 +529,7 @@ class TestDiscriminator:
             assert objective(student.float(), target.float()).item() == pytest.approx(expected, rel=1e-2)
 
     def test_it_needs_the_number_of_classes(self) -> None:
-        with pytest.raises(RequestError, match="objective discriminator: the size of the targets is needed"):
+        with pytest.raises(RequestError, match="objective discriminator: it needs the size of the targets"):
             make_objective("discriminator")
 
 
@@ -566,7 +566,7 @@ class TestTokens:
 
     @pytest.mark.parametrize("name", OF_TOKENS)
     def test_the_value_is_a_mean_over_the_batch_with_zero_at_the_target(self, name: str) -> None:
-        objective = make_objective(name, about=TeacherInfo(name="vit", spec=TargetSpec("tokens", (2, 3, 5))))
+        objective = make_objective(name, teacher=TeacherInfo(name="vit", spec=TargetSpec("tokens", (2, 3, 5))))
         student, target = grids()
         rows = [objective(student[k : k + 1], target[k : k + 1]).item() for k in range(3)]
         assert objective(student, target).item() == pytest.approx(sum(rows) / 3, rel=1e-12)

@@ -81,7 +81,7 @@ def work(config: Config) -> "Trained":
         folder, state = stack.enter_context(runs.open_run(config.out, config, inputs))
         if state == "done":  # another process finished it while this one was starting
             return _done(config)
-        shapes = " and ".join(str(about.spec) for about in data.targets)
+        shapes = " and ".join(str(teacher.spec) for teacher in data.targets)
         console.log(
             f"{'continuing' if state == 'resume' else 'training'} {config.student} on {len(crops):,} images, {config.targets} "
             f"targets, {shapes}; {config.epochs:g} epochs of one crop per image"
@@ -180,8 +180,8 @@ def _check(config: Config, images: "ImageSource", data: "TrainingData", init: "W
     check_batch(config, len(images if data.crops is None else data.crops), world=world)
     objectives_of(config, data.targets)
     if config.calibrate_below is not None:
-        for about in data.targets:
-            check_classes(images, about.spec.size)
+        for teacher in data.targets:
+            check_classes(images, teacher.spec.size)
     if config.logger is not None:
         check_logger(config.logger)
     student = Student(config.student, *dims_of(data.targets), **student_options(config))

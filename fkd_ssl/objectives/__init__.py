@@ -63,24 +63,24 @@ def make_objectives(expression: str, targets: Sequence[TeacherInfo]) -> list[Obj
     """
     terms = parse(expression)
     for term in terms:
-        if _class_of(term).kind not in [about.spec.kind for about in targets]:
+        if _class_of(term).kind not in [teacher.spec.kind for teacher in targets]:
             _check_kind(term, targets[0])
-    return [_sum([term for term in terms if _class_of(term).kind == about.spec.kind], about) for about in targets]
+    return [_sum([term for term in terms if _class_of(term).kind == teacher.spec.kind], teacher) for teacher in targets]
 
 
-def make_objective(expression: str, *, about: TeacherInfo | None = None) -> Objective:
+def make_objective(expression: str, *, teacher: TeacherInfo | None = None) -> Objective:
     """Makes the objective of an expression: a single objective or a weighted sum.
 
     Args:
         expression: A name in OBJECTIVES, optionally with settings: `queue_kl(queue=4096, temperature=0.07)`; or a sum of them,
             optionally with weights: `feature_kl + 0.5*relational`. Settings default to the values of the paper.
-        about: Information about the targets; optional for objectives that need only the two vectors.
+        teacher: Information about the targets; optional for objectives that need only the two vectors.
 
     Raises:
         RequestError: The expression cannot be read, a name or a setting is unknown, a value is wrong, or the targets lack what
             the objective needs.
     """
-    return _sum(parse(expression), about)
+    return _sum(parse(expression), teacher)
 
 
 def settings_of(name: str) -> list[str]:
@@ -89,11 +89,11 @@ def settings_of(name: str) -> list[str]:
     return [parameter.name for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY]
 
 
-def _sum(terms: Sequence[Term], about: TeacherInfo | None) -> Objective:
+def _sum(terms: Sequence[Term], teacher: TeacherInfo | None) -> Objective:
     if not terms:
-        assert about is not None  # by parse
-        raise RequestError(f"objective: no term is for {about.spec.definition.display_name}, the targets of {about.name!r}")
-    parts = [_part(term, about) for term in terms]
+        assert teacher is not None  # by parse
+        raise RequestError(f"objective: no term is for {teacher.spec.definition.display_name}, the targets of {teacher.name!r}")
+    parts = [_part(term, teacher) for term in terms]
     if len(terms) == 1 and terms[0].weight == 1:
         return parts[0]
     return Weighted(parts, [term.weight for term in terms])
@@ -107,30 +107,30 @@ def _class_of(term: Term) -> type[Objective]:
     return OBJECTIVES[term.name]
 
 
-def _part(term: Term, about: TeacherInfo | None) -> Objective:
+def _part(term: Term, teacher: TeacherInfo | None) -> Objective:
     objective = _class_of(term)
     known = settings_of(term.name)
     for setting in term.settings:
         if setting not in known:
             has = f"it has {', '.join(known)}" if known else "it has none"
             raise RequestError(f"objective {term.name}: no setting {setting!r}{did_you_mean(setting, known)}; {has}")
-    if about is not None:
-        _check_kind(term, about)
-    return objective.for_targets(about, **term.settings)
+    if teacher is not None:
+        _check_kind(term, teacher)
+    return objective.for_targets(teacher, **term.settings)
 
 
-def _check_kind(term: Term, about: TeacherInfo) -> None:
+def _check_kind(term: Term, teacher: TeacherInfo) -> None:
     """Raises RequestError if the objective is for another kind of targets."""
     kind = _class_of(term).kind
-    if about.spec.kind == kind:
+    if teacher.spec.kind == kind:
         return
     advice = {
         "embedding": "choose --objective feature_kl, for instance, and --head mocov2",
         "distribution": "choose --objective soft_ce and --head classifier",
         "tokens": "choose --objective token_cosine, for instance",
-    }.get(about.spec.kind, f"{term.name} is for {KINDS[kind].display_name}")
+    }.get(teacher.spec.kind, f"{term.name} is for {KINDS[kind].display_name}")
     raise RequestError(
-        f"objective {term.name}: the targets of {about.name!r} are {about.spec.definition.display_name}: {advice}"
+        f"objective {term.name}: the targets of {teacher.name!r} are {teacher.spec.definition.display_name}: {advice}"
     )
 
 

@@ -37,9 +37,9 @@ class Discriminator(Objective):
             )
 
     @classmethod
-    def for_targets(cls, about: "TeacherInfo | None", **settings: Any) -> Self:
+    def for_targets(cls, teacher: "TeacherInfo | None", **settings: Any) -> Self:
         """Makes the objective for the number of classes of the targets."""
-        return cls(size_of(about, "discriminator"), **settings)
+        return cls(size_of(teacher, "discriminator"), **settings)
 
     def forward(self, student: Tensor, target: Tensor) -> Tensor:
         """The mean cross-entropy in nats, a scalar, of student logits [B, K] and target probabilities [B, K]."""

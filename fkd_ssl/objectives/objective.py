@@ -29,8 +29,8 @@ class Objective(nn.Module):
     kind: str = "embedding"
 
     @classmethod
-    def for_targets(cls, about: "TeacherInfo | None", **settings: Any) -> Self:
-        """Makes the objective for targets described by `about`. Override it if the constructor needs more than the settings.
+    def for_targets(cls, teacher: "TeacherInfo | None", **settings: Any) -> Self:
+        """Makes the objective for targets described by `teacher`. Override it if the constructor needs more than the settings.
 
         Raises:
             RequestError: The targets lack what the objective needs, or a setting is invalid.
@@ -56,13 +56,13 @@ def check_positive(objective: str, **settings: float) -> None:
             raise RequestError(f"objective {objective}: {name} {value!r}: must be positive and finite")
 
 
-def size_of(about: "TeacherInfo | None", objective: str) -> int:
-    """The number of elements of a target; raises RequestError if `about` is None."""
-    if about is None:
+def size_of(teacher: "TeacherInfo | None", objective: str) -> int:
+    """The number of elements of a target; raises RequestError if `teacher` is None."""
+    if teacher is None:
         raise RequestError(
-            f"objective {objective}: the size of the targets is needed; pass about=TeacherInfo(name=..., spec=TargetSpec(...))"
+            f"objective {objective}: it needs the size of the targets; pass teacher=TeacherInfo(name=..., spec=TargetSpec(...))"
         )
-    return about.spec.size
+    return teacher.spec.size
 
 
 def scores(rows: Tensor, columns: Tensor) -> Tensor:

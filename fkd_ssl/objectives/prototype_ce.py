@@ -43,20 +43,20 @@ class PrototypeCE(Objective):
         self.register_buffer("prototypes", F.normalize(prototypes, dim=1), persistent=False)
 
     @classmethod
-    def for_targets(cls, about: "TeacherInfo | None", **settings: Any) -> Self:
+    def for_targets(cls, teacher: "TeacherInfo | None", **settings: Any) -> Self:
         """Makes the objective with the teacher's array `prototypes` float32 [K, D].
 
         Raises:
             RequestError: The teacher has no prototypes, or they do not fit the targets.
         """
-        if about is None or "prototypes" not in about.arrays:
-            where = "the targets" if about is None else f"the targets of {about.name!r}"
+        if teacher is None or "prototypes" not in teacher.arrays:
+            where = "the targets" if teacher is None else f"the targets of {teacher.name!r}"
             raise RequestError(f"objective prototype_ce: {where} have no prototypes; use a SwAV teacher, or another objective")
-        found = about.arrays["prototypes"].astype(np.float32, copy=False)
-        if found.ndim != 2 or found.shape[1:] != about.spec.shape:
+        found = teacher.arrays["prototypes"].astype(np.float32, copy=False)
+        if found.ndim != 2 or found.shape[1:] != teacher.spec.shape:
             raise RequestError(
-                f"objective prototype_ce: the prototypes of {about.name!r} are {list(found.shape)}, expected "
-                f"[K, {about.spec.size}]"
+                f"objective prototype_ce: the prototypes of {teacher.name!r} are {list(found.shape)}, expected "
+                f"[K, {teacher.spec.size}]"
             )
         return cls(torch.from_numpy(found), **settings)
 

@@ -49,9 +49,9 @@ class QueueKL(Objective):
         self.register_buffer("next", torch.zeros((), dtype=torch.int64))
 
     @classmethod
-    def for_targets(cls, about: "TeacherInfo | None", **settings: Any) -> Self:
+    def for_targets(cls, teacher: "TeacherInfo | None", **settings: Any) -> Self:
         """Makes the objective for the dimension of the targets."""
-        return cls(size_of(about, "queue_kl"), **settings)
+        return cls(size_of(teacher, "queue_kl"), **settings)
 
     def forward(self, student: Tensor, target: Tensor) -> Tensor:
         """The mean cross-entropy in nats, a scalar, of L2-normalised student [B, D] and target [B, D]."""

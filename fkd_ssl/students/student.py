@@ -155,7 +155,7 @@ def resize(tokens: Tensor, grid: tuple[int, ...]) -> Tensor:
 
 def dims_of(targets: Sequence[TeacherInfo]) -> list[Dim]:
     """The sizes of the teachers' targets, for `Student`."""
-    return [about.spec.shape if about.spec.kind == "tokens" else about.spec.size for about in targets]
+    return [teacher.spec.shape if teacher.spec.kind == "tokens" else teacher.spec.size for teacher in targets]
 
 
 def check_student(

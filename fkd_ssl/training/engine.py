@@ -32,19 +32,21 @@ from fkd_ssl.training.targets import CalibratedTargets, LabelTargets, OnlineTarg
 
 def objectives_of(config: TrainConfig, targets: Sequence[TeacherInfo]) -> list[Objective]:
     """Makes each teacher's objective; raises RequestError as make_objectives, or if the head or an option does not fit."""
-    for k, about in enumerate(targets):
-        kind, what = about.spec.kind, about.spec.definition.display_name
+    for k, teacher in enumerate(targets):
+        kind, what = teacher.spec.kind, teacher.spec.definition.display_name
         # after class probabilities, tokens have a linear head
         if (config.head == CLASSIFIER) != (kind == "distribution") and (kind != "tokens" or k == 0):
             head = CLASSIFIER if kind == "distribution" else "mocov2 or simreg"
-            raise RequestError(f"head {config.head}: the targets of {about.name!r} are {what}: choose --head {head}")
+            raise RequestError(f"head {config.head}: the targets of {teacher.name!r} are {what}: choose --head {head}")
         for option, value in (
             ("mixup", config.mixup),
             ("cutmix", config.cutmix),
             ("calibrate_below", config.calibrate_below),
         ):
             if value and kind != "distribution":
-                raise RequestError(f"{option} {value}: the targets of {about.name!r} are {what}; it is for class probabilities")
+                raise RequestError(
+                    f"{option} {value}: the targets of {teacher.name!r} are {what}; it is for class probabilities"
+                )
     return make_objectives(config.objective, targets)
 
 
@@ -131,7 +133,7 @@ def train(
         ImageError: An image cannot be read; the message names it.
         KeyboardInterrupt: The training was stopped. Call it again to continue.
     """
-    kinds = [about.spec.kind for about in targets]
+    kinds = [teacher.spec.kind for teacher in targets]
     config = defaults.resolve(config, images=len(data), pixels=data.pixels, kinds=kinds, mix_groups=data.mix_groups)
     check_batch(config, len(data))
     batch_images = config.batch_size // config.crops_per_image

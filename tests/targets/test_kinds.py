@@ -167,6 +167,6 @@ def test_a_grid_is_stored_verified_recoded_and_trained_on(image_folder: Path, tm
     losses = [float(line["loss"] or 0) for line in read_metrics(tmp_path / "run" / "metrics.csv")]
     assert losses[-1] < 0.7 * losses[0]
     with pytest.raises(RequestError, match=r"the targets of 'small' are grids of tokens: feature_kl is for embeddings"):
-        make_objective("feature_kl", about=small.info)
+        make_objective("feature_kl", teacher=small.info)
     with pytest.raises(RequestError, match=r"codec SQ8: is not for grids of tokens, the targets of grid; choose, for inst"):
         recode(store, "SQ8", column="grid")

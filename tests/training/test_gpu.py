@@ -87,12 +87,13 @@ def test_more_processes_than_cards_are_refused_in_training(tmp_path: Path, flat_
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_two_cards_with_sync_batchnorm_train_as_one_card(tmp_path: Path, flat_store: Any, image_folder: Path) -> None:
     """Without sync_batchnorm, each process normalises by its own half of the batch, and the losses differ."""
-    line = f"-m fkd_ssl train --images {image_folder} --store {flat_store.folder} --pixels 32 --epochs 1 --batch_size 8 --log_every 1"
+    line = f"train --images {image_folder} --store {flat_store.folder} --pixels 32 --epochs 1 --batch_size 8 --log_every 1"
     losses = {}
     for count, flags in ((1, []), (2, ["--sync_batchnorm"]), (2, [])):
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count), *line.split(), *flags]
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count)]
         out = f"{count}{''.join(flags)}"
-        done = subprocess.run([*command, "--out", out], cwd=tmp_path, capture_output=True, text=True, check=False)
+        command = [*launcher, "-m", "fkd_ssl", *line.split(), *flags, "--out", out]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         losses[out] = np.genfromtxt(tmp_path / out / "metrics.csv", delimiter=",", names=True)["loss"]
     apart = {out: np.abs(loss / losses["1"] - 1).max() for out, loss in losses.items()}
