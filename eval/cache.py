@@ -74,11 +74,11 @@ def cached(
         StoreError: An entry is damaged, or was made by a model of the same identity with other outputs.
         RequestError, ImageError, FkdError: As `extract`.
     """
-    about = {"version": VERSION, "model": identity, "images": images.digest(), "n": len(images), **transform_of(pixels)}
-    entry = folder / files.sha256(files.canonical(about))[:20]
+    inputs = {"version": VERSION, "model": identity, "images": images.digest(), "n": len(images), **transform_of(pixels)}
+    entry = folder / files.sha256(files.canonical(inputs))[:20]
     entry.mkdir(parents=True, exist_ok=True)
     files.remove_leftovers(entry)
-    files.write_json(entry / "about.json", {**about, "classes": images.classes})
+    files.write_json(entry / "about.json", {**inputs, "classes": images.classes})
     _check_outputs(model, entry, images, pixels)
     parts = [entry / f"part-{row // ROWS:06d}.npy" for row in range(0, len(images), ROWS)]
     with tqdm(total=len(parts), desc=desc, unit="part", file=sys.stderr, disable=bar_disabled(show=progress)) as bar:

@@ -64,7 +64,7 @@ def evaluate(
     names: Sequence[str] | None,
     seed: int,
     device: torch.device | str,
-    **about: Any,
+    **values: Any,
 ) -> dict[str, Any]:
     """Chooses a setting, trains on the whole training set, and scores.
 
@@ -76,7 +76,7 @@ def evaluate(
         names: Class names, for `per_class`; None leaves it out.
         seed: Seed for choosing the held-out images.
         device: Where the layers are trained. It holds the training features, 4 N D bytes.
-        **about: Further values of the result.
+        **values: Further values of the result.
 
     Returns:
         `top1`, `top5` in percent; `correct` bool [n]; the chosen setting under `key`; `held_out`, the `top1` and `loss` of each
@@ -121,7 +121,7 @@ def evaluate(
         held_out=rows,
         n_held_out=int(held.sum()),
         seed=seed,
-        **about,
+        **values,
     )
 
 

@@ -156,8 +156,8 @@ def evaluate_together(
     probes = []
     for name, (protocol, _) in chosen.items():
         file = None if kept is None else kept[name]
-        about = json.dumps([identity, asdict(protocol), seed, pixels, train.identity(sizes=False), val.identity(sizes=False)])
-        digest = hashlib.sha256(about.encode()).hexdigest()
+        text = json.dumps([identity, asdict(protocol), seed, pixels, train.identity(sizes=False), val.identity(sizes=False)])
+        digest = hashlib.sha256(text.encode()).hexdigest()
         probes.append(Probe(protocol, features, train, seed, file, digest))
     with frozen(model):
         _train(

@@ -67,7 +67,7 @@ class _Example:
 
 
 def map_bytes(model: Maps, train: Masked, *, pixels: int, multiple: int = 32) -> tuple[int, tuple[int, int, int]]:
-    """Bytes of memory that the training images take in `evaluate`, about, and the map's shape (h, w, F) for the first of them.
+    """Estimates the bytes of memory of the training images in `evaluate`. Also returns the map (h, w, F) of the first one.
 
     Raises:
         FkdError: The output of the model is not a map.

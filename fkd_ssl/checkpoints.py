@@ -161,11 +161,11 @@ class _StandIn:
 
 def _stand_in(name: str, kind: str) -> Any:
     """Returns a type called `name`, of empty objects; if `kind` is dict or list, of plain OrderedDicts or lists."""
-    about: dict[str, Any] = {"__module__": name.rpartition(".")[0]}
+    members: dict[str, Any] = {"__module__": name.rpartition(".")[0]}
     if kind != "object":  # torch sets items only for these types
         content: type[Any] = list if kind == "list" else OrderedDict
-        about["__new__"] = lambda cls, *args: content()
-    return type(name.rpartition(".")[2], (_StandIn,), about)
+        members["__new__"] = lambda cls, *args: content()
+    return type(name.rpartition(".")[2], (_StandIn,), members)
 
 
 def _describe(start: bytes) -> str:

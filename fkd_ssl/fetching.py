@@ -314,19 +314,19 @@ def list_remote(url: str) -> list[RemoteFile]:
         if is_web:
             raise RequestError(f"{url}: a web server does not list its files; name them, for instance with {{000..146}}")
         found = attempt(url, lambda: at.glob(url, detail=True), "listed")
-        listed = {at.unstrip_protocol(path): about for path, about in found.items()}
+        listed = {at.unstrip_protocol(path): info for path, info in found.items()}
         if not listed:
             raise RequestError(f"{url}: matches no file")
     else:
         listed = {url: attempt(url, lambda: at.info(url), "listed")}
-    return [_remote(name, about) for name, about in sorted(listed.items())]
+    return [_remote(name, info) for name, info in sorted(listed.items())]
 
 
-def _remote(url: str, about: Mapping[str, Any]) -> RemoteFile:
-    if about.get("type") == "directory" or about.get("size") is None:
+def _remote(url: str, info: Mapping[str, Any]) -> RemoteFile:
+    if info.get("type") == "directory" or info.get("size") is None:
         raise RequestError(f"{url}: not a file of a known size; name the files, for instance with *.tar")
-    version = next((about[key] for key in _VERSIONS if about.get(key)), "")
-    return RemoteFile(url, int(about["size"]), str(version))
+    version = next((info[key] for key in _VERSIONS if info.get(key)), "")
+    return RemoteFile(url, int(info["size"]), str(version))
 
 
 def filesystem(url: str) -> Any:

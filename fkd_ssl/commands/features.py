@@ -59,7 +59,7 @@ def work(config: Config) -> "Features":
     model, pixels = sources.load_model(config)
     source = sources.features_of(model, pixels, config.images, images, config, "features")
     count, dim = source.features.shape
-    entry = None if config.features is None else Path(config.features) / source.about["features"]
+    entry = None if config.features is None else Path(config.features) / source.details["features"]
     files = "" if entry is None else f"{entry / 'features.npy'},{entry / 'labels.npy'}: "
     counts = {"images": count, "unreadable_images": source.skipped, "feature_dim": dim}
     return Features(

@@ -55,7 +55,7 @@ def _read(path: Path) -> Student | Mapping[str, Tensor]:
             "torchvision or timm"
         )
     saved = checkpoints.load(path)
-    about = checkpoints.metadata(path) if path.suffix == EXPORTED else saved
-    if isinstance(about, Mapping) and STUDENT_KEY in about:
+    loaded = checkpoints.metadata(path) if path.suffix == EXPORTED else saved
+    if isinstance(loaded, Mapping) and STUDENT_KEY in loaded:
         return load_student(path)[0]
     return saved if isinstance(saved, Mapping) else {}

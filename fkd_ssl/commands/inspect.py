@@ -57,21 +57,21 @@ def run(config: Config) -> int:
     from fkd_ssl.store.write.columns import describe_fidelity
     from fkd_ssl.targets import TeacherInfo
 
-    about = describe(config.store)
+    info = describe(config.store)
     if config.json:
-        console.print_json(about)
-        return 1 if about["damaged"] else 0
+        console.print_json(info)
+        return 1 if info["damaged"] else 0
     lines = [
-        f"{about['store']}: {about['images']:,} images x {about['crops_per_image']} crops, {format_bytes(about['bytes'])}",
-        f"recipe {about['recipe']['name']}, seed {about['seed']}, {plural(about['shards'], 'shard')}",
+        f"{info['store']}: {info['images']:,} images x {info['crops_per_image']} crops, {format_bytes(info['bytes'])}",
+        f"recipe {info['recipe']['name']}, seed {info['seed']}, {plural(info['shards'], 'shard')}",
     ]
-    if about["skipped"]:
-        lines.append(f"skipped because they cannot be read: {len(about['skipped'])}, for instance {about['skipped'][0]}")
-    if about["missing_crops"]:
-        lines.append(f"NOT FINISHED: no crops yet for {len(about['missing_crops'])} of {plural(about['shards'], 'shard')}")
-    if not about["columns"]:
+    if info["skipped"]:
+        lines.append(f"skipped because they cannot be read: {len(info['skipped'])}, for instance {info['skipped'][0]}")
+    if info["missing_crops"]:
+        lines.append(f"NOT FINISHED: no crops yet for {len(info['missing_crops'])} of {plural(info['shards'], 'shard')}")
+    if not info["columns"]:
         lines.append("NOT FINISHED: it has no targets; fkd-ssl precompute writes them")
-    for name, column in about["columns"].items():
+    for name, column in info["columns"].items():
         fidelity, teacher = column["fidelity"], TeacherInfo.from_json(column["teacher"])
         measured = f" of {fidelity['sample']}" if fidelity["sample"] else ""
         lines += [
@@ -85,8 +85,8 @@ def run(config: Config) -> int:
             lines.append(f"  recoded from {fidelity['source_codec']}: information that it discarded cannot be recovered")
         if column["missing_shards"]:
             lines.append(
-                f"  NOT FINISHED: no targets yet for {len(column['missing_shards'])} of {plural(about['shards'], 'shard')}"
+                f"  NOT FINISHED: no targets yet for {len(column['missing_shards'])} of {plural(info['shards'], 'shard')}"
             )
-    lines += [f"DAMAGED: {problem}" for problem in about["damaged"]]
+    lines += [f"DAMAGED: {problem}" for problem in info["damaged"]]
     console.print_result("\n".join(printable(line, one_line=True) for line in lines))
-    return 1 if about["damaged"] else 0
+    return 1 if info["damaged"] else 0

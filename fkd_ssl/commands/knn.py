@@ -103,13 +103,13 @@ def work(config: Config) -> "Score":
     evaluation = sources.open_evaluation(config, config.train, config.val)
     if found := results.finished(config, evaluation.inputs):
         return Score.of(*found)
-    split, about = sources.split_of(evaluation, config)
+    split, details = sources.split_of(evaluation, config)
     with results.opened(config, evaluation.inputs):
-        return _score(config, ks, temperatures, shots, split, about)
+        return _score(config, ks, temperatures, shots, split, details)
 
 
 def _score(
-    config: Config, ks: list[int], temperatures: list[float], shots: float | None, split: "Split", about: dict[str, Any]
+    config: Config, ks: list[int], temperatures: list[float], shots: float | None, split: "Split", details: dict[str, Any]
 ) -> "Score":
     """Classifies the images."""
     from fkd_ssl.commands import resolve, results
@@ -140,10 +140,10 @@ def _score(
     if config.metric != "cosine":
         protocol += f", {config.metric}"
     protocol += ", leave one out" if config.leave_one_out else f", {config.shots} shots" if shots else ""
-    pixels = (about["transform"] or {}).get("centre_crop")
+    pixels = (details["transform"] or {}).get("centre_crop")
     where = "" if pixels is None else f" at {pixels} px"
     title = f"{config.model or config.train}: kNN-{knn.K if knn.K in ks else ks[0]}{where}"
-    return results.score("knn", title, replace(config, pixels=pixels), protocol, about, result)
+    return results.score("knn", title, replace(config, pixels=pixels), protocol, details, result)
 
 
 def numbers(option: str, value: float | str, kind: type[int] | type[float]) -> list[Any]:

@@ -179,12 +179,12 @@ def _on_crops(parts: dict[str, Config], evaluation: "Evaluation") -> Iterator["S
             skipped=skipped,
         )
         data = {"train": sources.about_images(config.train, train), "val": sources.about_images(config.val, val)}
-        about = {**sources.about_model(model, pixels), "data": data}
+        details = {**sources.about_model(model, pixels), "data": data}
         chance = baselines.chance(train.labels, match_classes(train, val))
         for name, part in parts.items():
             unreadable = len(train) + len(val) - found[name]["n_train"] - found[name]["n_val"]
             found[name]["baselines"] = {"chance": chance}
-            yield _score(part, pixels, {**about, "unreadable_images": unreadable}, found[name])
+            yield _score(part, pixels, {**details, "unreadable_images": unreadable}, found[name])
 
 
 def _on_features(parts: dict[str, Config], evaluation: "Evaluation") -> Iterator["Score"]:
@@ -194,8 +194,8 @@ def _on_features(parts: dict[str, Config], evaluation: "Evaluation") -> Iterator
     from fkd_ssl.eval import baselines, logreg, sweep
 
     config = next(iter(parts.values()))
-    split, about = sources.split_of(evaluation, config)
-    pixels = (about["transform"] or {}).get("centre_crop")
+    split, details = sources.split_of(evaluation, config)
+    pixels = (details["transform"] or {}).get("centre_crop")
     common = {**split.common, "names": split.classes, "seed": config.seed, "device": resolve.device()}
     found = {} if config.baseline == "chance" else split.baselines
     for name, part in parts.items():
@@ -203,12 +203,12 @@ def _on_features(parts: dict[str, Config], evaluation: "Evaluation") -> Iterator
         with results.opened(part, evaluation.inputs):
             result = probe()
             result["baselines"] = baselines.scores(partial(probe, progress=False), found, split.train_labels, split.labels)
-            yield _score(part, pixels, about, result)
+            yield _score(part, pixels, details, result)
 
 
-def _score(config: Config, pixels: int | None, about: dict[str, Any], result: dict[str, Any]) -> "Score":
+def _score(config: Config, pixels: int | None, details: dict[str, Any], result: dict[str, Any]) -> "Score":
     from fkd_ssl.commands import results
 
     where = "" if pixels is None else f" at {pixels} px"
     title = f"{config.model or config.train}: linear probe ({config.protocol}){where}"
-    return results.score("linear", title, replace(config, pixels=pixels), config.protocol, about, result)
+    return results.score("linear", title, replace(config, pixels=pixels), config.protocol, details, result)

@@ -45,7 +45,7 @@ class Model:
     """Side of the images that it was trained at."""
     network: nn.Module
     """The network that `features` runs, in eval mode."""
-    about: dict[str, str | None]
+    details: dict[str, str | None]
     """Entry in results.json: the network, the sha256 of its weights, and a teacher's checkpoint and licence."""
 
     @property
@@ -54,7 +54,7 @@ class Model:
         precision = getattr(self.network, "precision", "fp32")
         saved = self.network.state_dict()  # weights_sha256 covers these, but not mean and std, which are non-persistent buffers
         buffers = {name: value for name, value in self.network.named_buffers() if name not in saved}
-        return sha256(f"{self.about['weights_sha256']} {tensors_digest(buffers)} {precision}\n{self.network}".encode())
+        return sha256(f"{self.details['weights_sha256']} {tensors_digest(buffers)} {precision}\n{self.network}".encode())
 
 
 def device() -> torch.device:
@@ -229,14 +229,14 @@ def model_of(spec: str, checkpoint: str | None = None) -> Model:
     if is_teacher and (spec.startswith("teacher:") or not path.exists()):
         teacher = teacher_of(spec if isinstance(spec, Named) else spec.removeprefix("teacher:"), checkpoint)
         info = teacher.info
-        about = {
+        details = {
             "network": info.network,
             "normalisation": info.normalisation,
             "checkpoint": info.checkpoint,
             "checkpoint_sha256": info.checkpoint_sha256,
             "licence": info.licence,
         }
-        return _model(spec, teacher, info.pixels, about)
+        return _model(spec, teacher, info.pixels, details)
     if checkpoint is not None:
         raise RequestError("--checkpoint is for --model teacher:NAME; for a run, pass its .ckpt file as --model")
     student, pixels = student_of(spec)
@@ -266,6 +266,6 @@ def student_of(spec: str, option: str = "--model") -> tuple[Student, int]:
     return load_student(path)
 
 
-def _model(spec: str, network: Student | Teacher, pixels: int, about: dict[str, str | None]) -> Model:
-    about = {"name": spec, **about, "weights_sha256": weights_digest(network)}
-    return Model(name=spec, features=network.features, map=network.map, pixels=pixels, network=network, about=about)
+def _model(spec: str, network: Student | Teacher, pixels: int, details: dict[str, str | None]) -> Model:
+    details = {"name": spec, **details, "weights_sha256": weights_digest(network)}
+    return Model(name=spec, features=network.features, map=network.map, pixels=pixels, network=network, details=details)

@@ -52,7 +52,7 @@ def opened(config: Any, inputs: runs.Inputs) -> Iterator[None]:
         yield
 
 
-def score(kind: str, title: str, config: Any, protocol: str, about: dict[str, Any], result: dict[str, Any]) -> Score:
+def score(kind: str, title: str, config: Any, protocol: str, details: dict[str, Any], result: dict[str, Any]) -> Score:
     """Makes the result of an evaluation, and with `out` also writes it.
 
     Args:
@@ -60,7 +60,7 @@ def score(kind: str, title: str, config: Any, protocol: str, about: dict[str, An
         title: Start of the line.
         config: Config of the command, with the `pixels` that were used.
         protocol: The protocol's name or settings.
-        about: `model`, `data` and `transform`.
+        details: `model`, `data` and `transform`.
         result: `top1`, `top5`, `correct`, `baselines`, `notes` and other values of the evaluation.
     """
     from fkd_ssl.eval import baselines
@@ -78,7 +78,7 @@ def score(kind: str, title: str, config: Any, protocol: str, about: dict[str, An
     said["notes"] = [*result["notes"], *baselines.note(result["top1"], result["baselines"])]
     if "draws" not in result:
         said["interval95"] = [low, high]
-    return Score.of(*finish({"kind": kind, "protocol": protocol, **about, **said}, line, config, CORRECT, correct))
+    return Score.of(*finish({"kind": kind, "protocol": protocol, **details, **said}, line, config, CORRECT, correct))
 
 
 def finish(value: dict[str, Any], line: str, config: Any, name: str, array: Any) -> tuple[dict[str, Any], Any, Path | None]:

@@ -86,12 +86,12 @@ def work(config: Config) -> "Retrieval | Nearest":
     evaluation = sources.open_evaluation(config, config.gallery, config.queries, ("gallery", "queries"))
     if found := results.finished(config, evaluation.inputs):
         return Retrieval.of(*found)
-    split, about = sources.split_of(evaluation, config)
+    split, details = sources.split_of(evaluation, config)
     with results.opened(config, evaluation.inputs):
-        return _search(config, split, about)
+        return _search(config, split, details)
 
 
-def _search(config: Config, split: "Split", about: dict[str, Any]) -> "Retrieval":
+def _search(config: Config, split: "Split", details: dict[str, Any]) -> "Retrieval":
     """Searches the gallery."""
     from fkd_ssl.commands import resolve
     from fkd_ssl.eval import indexes, retrieval
@@ -109,13 +109,13 @@ def _search(config: Config, split: "Split", about: dict[str, Any]) -> "Retrieval
     )
     if config.curve:
         result["curve"] = indexes.curve(base, base[:1000] if queries is None else queries[:1000])
-    data = {{"train": "gallery", "val": "queries"}[name]: value for name, value in about["data"].items()}
-    about = {**about, "data": data}
-    pixels = (about["transform"] or {}).get("centre_crop")
-    return _retrieval(replace(config, pixels=pixels), about, result)
+    data = {{"train": "gallery", "val": "queries"}[name]: value for name, value in details["data"].items()}
+    details = {**details, "data": data}
+    pixels = (details["transform"] or {}).get("centre_crop")
+    return _retrieval(replace(config, pixels=pixels), details, result)
 
 
-def _retrieval(config: Config, about: dict[str, Any], result: dict[str, Any]) -> "Retrieval":
+def _retrieval(config: Config, details: dict[str, Any], result: dict[str, Any]) -> "Retrieval":
     from pathlib import Path
 
     from fkd_ssl.commands import results
@@ -128,7 +128,7 @@ def _retrieval(config: Config, about: dict[str, Any], result: dict[str, Any]) ->
     said += [f"precision@{k} {value:.2f} %" for k, value in result["precision"].items() if k != "1"]
     line = f"{config.model or config.gallery}: {config.index}{where}: {', '.join(said)}, mAP@R {result['map_at_r']:.2f} %"
     value = {key: part for key, part in result.items() if key != "correct"}
-    value = {"kind": "retrieve", "protocol": config.index, **about, "top1": result["recall"]["1"], **value}
+    value = {"kind": "retrieve", "protocol": config.index, **details, "top1": result["recall"]["1"], **value}
     return Retrieval.of(*results.finish(value, line, config, results.CORRECT, result["correct"]))
 
 

@@ -105,7 +105,7 @@ def _score(config: Config, skipped: set[str] | None) -> "Segmentation":
     model = resolve.model_of(config.model, config.checkpoint)
     config = replace(config, pixels=resolve.pixels_of(config.pixels, model.pixels))
     assert config.pixels is not None
-    inputs = {"model": f"{model.about['network']}, sha256 {model.identity}"}
+    inputs = {"model": f"{model.details['network']}, sha256 {model.identity}"}
     for name, part in (("train", train), ("val", val)):
         for what, source in ((f"{name} images", part.images), (f"{name} masks", part.masks)):
             inputs |= source.identity(what, sizes=False) | {f"{CONTENTS}{what}": f"sha256 {source.digest()}"}
@@ -141,13 +141,13 @@ def _score(config: Config, skipped: set[str] | None) -> "Segmentation":
             skipped=skipped,
         )
         data = {name: _about(spec, part) for name, spec, part in (("train", config.train, train), ("val", config.val, val))}
-        about = {
-            "model": model.about,
+        details = {
+            "model": model.details,
             "transform": {"short_side": config.pixels, "multiple": settings["multiple"]},
             "data": data,
             "unreadable_images": len(skipped or ()),
         }
-        return _result(config, about, found)
+        return _result(config, details, found)
 
 
 def _open(spec: str, option: str, skipped: set[str] | None) -> "Masked":
@@ -167,7 +167,7 @@ def _about(spec: str, data: "Masked") -> dict[str, Any]:
     return {"source": spec, "images": len(data), "sha256": data.images.digest(), "masks_sha256": data.masks.digest()}
 
 
-def _result(config: Config, about: dict[str, Any], found: dict[str, Any]) -> "Segmentation":
+def _result(config: Config, details: dict[str, Any], found: dict[str, Any]) -> "Segmentation":
     from fkd_ssl.commands import results
     from fkd_ssl.eval import segmentation
     from fkd_ssl.results import Segmentation
@@ -187,7 +187,7 @@ def _result(config: Config, about: dict[str, Any], found: dict[str, Any]) -> "Se
             )
     protocol = f"linear, kNN k {config.k}, T {config.temperature:g}"
     value = {key: part for key, part in found.items() if key != "counts"}
-    value = {"kind": "segment", "protocol": protocol, **about, **value}
+    value = {"kind": "segment", "protocol": protocol, **details, **value}
     return Segmentation.of(*results.finish(value, line, config, results.COUNTS, found["counts"]))
 
 

@@ -53,7 +53,7 @@ class Source:
 
     features: Float32Array
     labels: Int64Array
-    about: dict[str, Any]
+    details: dict[str, Any]
     rows: Int64Array
     """Indices of the images, or of the rows of a file, without skipped images."""
     skipped: int = 0
@@ -90,8 +90,8 @@ def read_pair(spec: str) -> Source:
         features, labels = (files.map_user_npy(Path(name)) for name in names)
     features = as_features(features, names[0])
     labels = as_labels(labels, len(features), names[1])
-    about = {"source": spec, "images": len(features)}
-    return Source(features=features, labels=labels, about=about, rows=np.arange(len(features)))
+    details = {"source": spec, "images": len(features)}
+    return Source(features=features, labels=labels, details=details, rows=np.arange(len(features)))
 
 
 def load_model(config: Options) -> tuple[resolve.Model, int]:
@@ -104,7 +104,7 @@ def load_model(config: Options) -> tuple[resolve.Model, int]:
 
 def features_of(model: resolve.Model, pixels: int, spec: str, images: ImageSource, config: Options, desc: str) -> Source:
     """Computes the features of images, or reads them from the cache."""
-    about = about_images(spec, images)
+    details = about_images(spec, images)
     options: dict[str, Any] = {"pixels": pixels, "workers": config.workers, "desc": desc}
     with console.skipping(config.on_unreadable) as skipped:
         if config.features is None:
@@ -115,11 +115,11 @@ def features_of(model: resolve.Model, pixels: int, spec: str, images: ImageSourc
             features, baseline, rows, entry = cache.cached(
                 model.features, images, folder=folder, identity=model.identity, skipped=skipped, **options
             )
-            about["features"] = entry.name
+            details["features"] = entry.name
     return Source(
         features=features,
         labels=images.labels[rows],
-        about=about,
+        details=details,
         rows=rows,
         skipped=len(images) - len(rows),
         baselines=baselines.by_name(baseline),
@@ -134,7 +134,7 @@ def about_images(spec: str, images: ImageSource) -> dict[str, Any]:
 def about_model(model: resolve.Model | None, pixels: int | None) -> dict[str, Any]:
     """The entries `model` and `transform` in results.json."""
     transform = None if pixels is None else cache.transform_of(pixels)
-    return {"model": None if model is None else model.about, "transform": transform}
+    return {"model": None if model is None else model.details, "transform": transform}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +163,7 @@ class Evaluation:
         if self.model is None:
             found = {name: _files_digest(spec) for name, spec in zip(self.names, self.specs, strict=True)}
             return {"model": self.name or "not named", **found}
-        model = f"{self.model.about['network']}, sha256 {self.model.identity}"
+        model = f"{self.model.details['network']}, sha256 {self.model.identity}"
         found = {"model": model}
         for name, images in zip(self.names, self.sets, strict=True):
             found |= images.identity(f"{name} images", sizes=False)
@@ -202,7 +202,7 @@ def split_of(evaluation: Evaluation, config: Options) -> tuple[Split, dict[str, 
     sources, sets, model, pixels = evaluation.pairs, evaluation.sets, evaluation.model, evaluation.pixels
     if model is None:
         train_labels, labels, classes = compact(sources[0].labels, sources[-1].labels)
-        about = {"model": {"name": config.model}, "transform": None}
+        details = {"model": {"name": config.model}, "transform": None}
     else:
         assert pixels is not None
         labels = match_classes(sets[0], sets[-1])
@@ -212,8 +212,8 @@ def split_of(evaluation: Evaluation, config: Options) -> tuple[Split, dict[str, 
         ]
         labels = labels[sources[-1].rows]
         train_labels, classes = sources[0].labels, sets[0].classes
-        about = about_model(model, pixels)
-    data = {name: source.about for name, source in zip(("train", "val"), sources, strict=False)}
+        details = about_model(model, pixels)
+    data = {name: source.details for name, source in zip(("train", "val"), sources, strict=False)}
     split = Split(
         train_features=sources[0].features,
         train_labels=train_labels,
@@ -222,7 +222,7 @@ def split_of(evaluation: Evaluation, config: Options) -> tuple[Split, dict[str, 
         classes=classes,
         baselines={name: (found, sources[-1].baselines[name]) for name, found in sources[0].baselines.items()},
     )
-    return split, {**about, "data": data, "unreadable_images": sum(source.skipped for source in sources)}
+    return split, {**details, "data": data, "unreadable_images": sum(source.skipped for source in sources)}
 
 
 def _files_digest(spec: str) -> str:

@@ -108,12 +108,12 @@ def _fetch(config: Config, name: str) -> int:
             bar.update(here - bar.n)
 
         path = fetch.fetch(preset, cache=config.cache, progress=progress, check=check)
-    about: dict[str, Any] = {"name": name, "path": str(path), "bytes": path.stat().st_size, "licence": preset.licence}
+    values: dict[str, Any] = {"name": name, "path": str(path), "bytes": path.stat().st_size, "licence": preset.licence}
     if config.json:
-        console.print_json({**about, "network": network, "downloaded": present is None})
+        console.print_json({**values, "network": network, "downloaded": present is None})
     else:
         how = "already downloaded" if present else "downloaded"
-        console.print_result(f"{path}: {how}, {about['bytes']:,} bytes, loads as {network}; use it as --teacher {name}")
+        console.print_result(f"{path}: {how}, {values['bytes']:,} bytes, loads as {network}; use it as --teacher {name}")
     if config.cache is not None and fetch.find(preset) is None:
         console.log(f"set {files.CACHE_VARIABLE}={config.cache} in the environment, so that --teacher {name} finds it")
     return 0

@@ -307,8 +307,8 @@ def describe(config: TrainConfig, data: TrainingData) -> dict[str, Any]:
         "crops per image": manifest.crops_per_image,
         "seed of the crops": manifest.seed,
     }
-    about = known or [column.info for column in crops.columns]
-    return {"teachers": about, "store": store, "recipe": _describe_recipe(manifest.recipe)}
+    infos = known or [column.info for column in crops.columns]
+    return {"teachers": infos, "store": store, "recipe": _describe_recipe(manifest.recipe)}
 
 
 def _describe_recipe(recipe: Recipe) -> dict[str, Any]:

@@ -341,8 +341,8 @@ def _is_nested(schema: Any, image: str) -> bool:
 def _class_names(schema: Any, label: str) -> list[str] | None:
     """Returns the names of a Hugging Face ClassLabel column; None if the schema has none."""
     try:
-        about = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-        names = about["info"]["features"][label]["names"]
+        declared = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
+        names = declared["info"]["features"][label]["names"]
     except (ValueError, KeyError, TypeError, RecursionError):
         return None
     return names if isinstance(names, list) and all(isinstance(name, str) for name in names) else None

@@ -178,7 +178,7 @@ def _read_index(url: str) -> bytes:
 
 def _fetch_small(url: str, index: FileList, data: bytes, folder: Path) -> None:
     """Fetches all files but the arrays of shards; continues after a kill."""
-    small = {path: about for path, about in index.files.items() if OF_STORE.fullmatch(path) and not _ARRAY.fullmatch(path)}
+    small = {path: file for path, file in index.files.items() if OF_STORE.fullmatch(path) and not _ARRAY.fullmatch(path)}
     for path, (size, _) in small.items():
         if path.endswith(".json") and size > files.MAX_JSON:
             raise StoreError(f"{url}/{path}: {size} bytes, and at most {files.MAX_JSON} are expected")

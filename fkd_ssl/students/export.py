@@ -45,22 +45,22 @@ def export(student: Student, path: Path, *, layout: Layout | None, pixels: int) 
     """
     if path.suffix != EXPORTED:
         raise RequestError(f"out {path}: expected a .safetensors or .onnx file; write --out {path.with_suffix(EXPORTED)}")
-    name, about = str(student.spec["name"]), dict(student.spec)
-    head = about.pop("head", None)
+    name, description = str(student.spec["name"]), dict(student.spec)
+    head = description.pop("head", None)
     own = library(name)
     weights = {key: value.detach().cpu().contiguous() for key, value in student.backbone.state_dict().items()}
     if layout is not None and layout != own:
-        about["name"], weights = _translated(student, layout, weights)
+        description["name"], weights = _translated(student, layout, weights)
     if head == CLASSIFIER:
-        about |= {"head": head, "dim": student.dim}
-        last = last_layer(str(about["name"]), student.dim, student.feature_dim, weights)
-        about[LAST_LAYER] = last or _OWN_LAST
+        description |= {"head": head, "dim": student.dim}
+        last = last_layer(str(description["name"]), student.dim, student.feature_dim, weights)
+        description[LAST_LAYER] = last or _OWN_LAST
         for key, value in student.head[-1].state_dict().items():
-            weights[f"{about[LAST_LAYER]}.{key}"] = value.detach().cpu().contiguous()
-    metadata = {STUDENT_KEY: json.dumps({**about, "pixels": pixels}, sort_keys=True)}
+            weights[f"{description[LAST_LAYER]}.{key}"] = value.detach().cpu().contiguous()
+    metadata = {STUDENT_KEY: json.dumps({**description, "pixels": pixels}, sort_keys=True)}
     with files.create(path) as file:
         file.write(safetensors.torch.save(weights, metadata))
-    return loading_code(about, path)
+    return loading_code(description, path)
 
 
 def library(name: str) -> str:

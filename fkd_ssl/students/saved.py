@@ -41,17 +41,17 @@ def load_student(path: str | Path, *, backbone: nn.Module | None = None) -> tupl
     exported = Path(path).suffix == EXPORTED
     saved = checkpoints.load(path)
     try:
-        about, weights = _exported(path, saved) if exported else _checkpoint(saved)
-        dims = [_dim(dim) for dim in (about["dim"] if isinstance(about["dim"], list) else [about["dim"]])]
-        pixels = about["pixels"]
+        description, weights = _exported(path, saved) if exported else _checkpoint(saved)
+        dims = [_dim(dim) for dim in (description["dim"] if isinstance(description["dim"], list) else [description["dim"]])]
+        pixels = description["pixels"]
         if type(pixels) is not int or not 1 <= pixels <= _MAX_PIXELS:
             raise ValueError(f"pixels {reprlib.repr(pixels)}")
         heads = {len(value) for key, value in weights.items() if key.startswith(("head.", "more_heads.")) and value.ndim}
         lengths = {dim[-1] if isinstance(dim, tuple) else dim for dim in dims}
         if not exported and (len(dims) > len(weights) or not heads >= lengths):  # before any memory is allocated
             raise ValueError(f"dim {reprlib.repr(dims)}, but no head has this dimension")
-        options = {key: about[key] for key in ("head", "stem", "width") if key in about}
-        name = str(about["name"])
+        options = {key: description[key] for key in ("head", "stem", "width") if key in description}
+        name = str(description["name"])
         if backbone is not None:
             name = Named(name, backbone, pixels)
         elif name.startswith(OBJECT):
@@ -85,9 +85,9 @@ def _checkpoint(saved: Any) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def _exported(path: str | Path, weights: dict[str, Tensor]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    about = json.loads(checkpoints.metadata(path)[STUDENT_KEY])
-    last, dim = about.get(LAST_LAYER), 1
+    description = json.loads(checkpoints.metadata(path)[STUDENT_KEY])
+    last, dim = description.get(LAST_LAYER), 1
     head = {} if last is None else {f"head.0.{part}": weights.pop(f"{last}.{part}") for part in ("weight", "bias")}
     if head:
         dim = len(head["head.0.bias"])  # not from the metadata, where a huge value would allocate too much memory
-    return {**about, "dim": dim}, {**{f"backbone.{key}": value for key, value in weights.items()}, **head}
+    return {**description, "dim": dim}, {**{f"backbone.{key}": value for key, value in weights.items()}, **head}

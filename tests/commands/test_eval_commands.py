@@ -381,7 +381,7 @@ def swav():
 """
     )
     first, second = (resolve.model_of(f"two_stds:{name}") for name in ("imagenet", "swav"))
-    assert first.about["weights_sha256"] == second.about["weights_sha256"]
+    assert first.details["weights_sha256"] == second.details["weights_sha256"]
     assert first.identity != second.identity
     assert first.identity == resolve.model_of("two_stds:imagenet").identity
 

@@ -136,10 +136,10 @@ def read(path: Path) -> Labels:
     """
     too_large = StoreError(f"{path}: over {_MAX_BYTES} bytes: not an FKD label file")
     try:
-        about = path.stat()
-        if not stat.S_ISREG(about.st_mode):  # opening a pipe would wait forever
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait forever
             raise StoreError(f"{path}: not a regular file")
-        if about.st_size > _MAX_BYTES:
+        if status.st_size > _MAX_BYTES:
             raise too_large
         parts = checkpoints.load(path, allowed=_ALLOWED)
         if not all(isinstance(part, np.ndarray | torch.Tensor) for part in parts):  # a list can contain itself

@@ -70,7 +70,7 @@ def publish(store: Store, url: str, *, overwrite: bool = False, log: Callable[[s
     for problem in report.problems:
         log(f"note: {problem}")
     groups = [list(group) for group in _groups(store)]
-    listed = FileList({path: about for group in groups for path, about in group})
+    listed = FileList({path: file for group in groups for path, file in group})
     log(f"{url}: {plural(len(listed.files), 'file')}, {format_bytes(listed.total)}")
     old = _previous(target, there, store, listed, overwrite=overwrite)
     with tqdm(total=listed.total, desc="publish", unit="B", unit_scale=True) as bar:
@@ -172,7 +172,7 @@ class _Target:
             return {}
 
         found = fetching.attempt(self.url, find, "listed")
-        paths = {path[len(self._root) :].lstrip("/"): int(about["size"] or 0) for path, about in found.items()}
+        paths = {path[len(self._root) :].lstrip("/"): int(file["size"] or 0) for path, file in found.items()}
         return {path: size for path, size in paths.items() if path and not path.startswith(".") and "/." not in path}
 
     def read(self, path: str) -> bytes:
@@ -219,7 +219,7 @@ class _Target:
             return []  # the last file of a group vouches for the others
 
         sent: list[str] = []
-        size = {path: about[0] for path, about in listed.files.items()}
+        size = {path: file[0] for path, file in listed.files.items()}
         with ThreadPoolExecutor(_SENDERS) as pool:
             try:
                 for part in self._parts(groups[:1], groups[1:]):
