@@ -133,14 +133,14 @@ def plot(rows: list[Row], probe: str, out: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
-    colours = plt.get_cmap("tab20").colors  # type: ignore[attr-defined]
+    colours = plt.get_cmap("tab20")
     for k, row in enumerate(row for row in rows if row.trained):
         values = row.accuracies(probe)
         height, deviation = statistics.mean(values), statistics.stdev(values) if len(values) > 1 else None
         if row.bytes is None:
-            axis.axhline(height, label=row.name, color=colours[k], linestyle="--", linewidth=1)
+            axis.axhline(height, label=row.name, color=colours(k), linestyle="--", linewidth=1)
         else:
-            axis.errorbar(row.bytes, height, yerr=deviation, label=row.name, color=colours[k], marker="o", capsize=3)
+            axis.errorbar(row.bytes, height, yerr=deviation, label=row.name, color=colours(k), marker="o", capsize=3)
     axis.set(xscale="log", xlabel="bytes per crop, with its record", ylabel=f"{PROBES[probe]} top-1, %")
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)

@@ -13,10 +13,15 @@ def copy(store: str, out: str, *, crops: int | None, column: str | None, paths: 
     """Copies a part of a store; arguments and errors are those of `subset`, with `column` separated by commas."""
     columns = None if column is None else column.split(",")
     made = subset(open_store(store), out, crops=crops, column=columns, paths=paths)
-    counts = {"images": made.manifest.count, "crops_per_image": made.crops_per_image, "columns": made.column_names}
     return Copied(
         line=f"{out}: {made.manifest.count:,} images x {made.crops_per_image} crops, targets of "
         f"{', '.join(made.column_names) or 'no column'}; {format_bytes(made.total_bytes)} on disk",
-        values={"store": out, **counts, "store_bytes": made.total_bytes},
+        values={
+            "store": out,
+            "images": made.manifest.count,
+            "crops_per_image": made.crops_per_image,
+            "columns": made.column_names,
+            "store_bytes": made.total_bytes,
+        },
         out=Path(out),
     )
