@@ -18,6 +18,10 @@ SMALL = "imagenette-small"
 OPTIONS: dict[str, dict[str, Any]] = {
     "timm/vit_tiny_patch16_224": {"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05, "clip": 1},
 }
+# the same for the arm `alone`; no other options were tried
+ALONE: dict[str, dict[str, Any]] = {
+    "timm/vit_tiny_patch16_224": {"optimizer": "adamw", "lr": 1e-3, "weight_decay": 0.05, "warmup_epochs": 1},
+}
 CLASSIFIER = {"objective": "soft_ce", "head": "classifier", "recipe": "fkd", "crops_per_image": 1}
 CLASSIFIER_LRS = (3e-4, 1e-3, 3e-3)
 

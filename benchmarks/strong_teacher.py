@@ -139,7 +139,8 @@ class Bench:
         """Returns the options of a run."""
         shared = {"images": self.images(experiment.images), "pixels": self.args.pixels, "workers": 1, "seed": seed}
         if arm.verb == "pretrain":  # two crops of an image in each epoch, for the student's own MoCo v2
-            return {**shared, "arch": self.args.student, "epochs": experiment.epochs, "batch_size": 128, "momentum": 0.99}
+            moco = {"arch": self.args.student, "epochs": experiment.epochs, "batch_size": 128, "momentum": 0.99}
+            return {**shared, **moco, **strong_arms.ALONE.get(self.args.student, {})}
         if arm.store is not None:
             targets: dict[str, Any] = {"store": self.store(arm.store)}
         elif arm.options.get("targets") == "relabel":

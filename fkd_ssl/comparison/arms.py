@@ -139,7 +139,11 @@ def training(arm: Arm, config: CompareConfig, seed: int, teachers: Sequence[Teac
 
 
 def pretraining(config: CompareConfig, name: str, *, seed: int, epochs: int) -> PretrainConfig:
-    """Returns the config of the training of the arm `alone`, in the run `name`."""
+    """Returns the config of the training of the arm `alone`, in the run `name`.
+
+    A student that needs AdamW gets it here too, with the same share of warm-up.
+    """
+    adamw = config.optimizer == "adamw"
     return PretrainConfig(
         images=config.images,
         out=str(Path(config.out) / "runs" / name),
@@ -149,7 +153,9 @@ def pretraining(config: CompareConfig, name: str, *, seed: int, epochs: int) -> 
         epochs=epochs,
         batch_size=config.batch_size,
         pixels=config.pixels,
+        optimizer="adamw" if adamw else "sgd",
         lr=config.alone_lr,
+        warmup_epochs=(config.warmup_epochs or 0.0) / config.epochs * epochs if adamw else 0.0,
         momentum=config.alone_momentum,
         seed=seed,
         precision=config.precision,

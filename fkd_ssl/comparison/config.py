@@ -68,8 +68,8 @@ class CompareConfig:
     """Weight decay, as for train."""
     warmup_epochs: float = FROM_DATA
     """Epochs of linear warm-up, by default as for train."""
-    alone_lr: float = 0.03
-    """Peak learning rate of the arm alone (MoCo's SGD)."""
+    alone_lr: float | None = None
+    """Peak learning rate of the arm alone. Default: 0.03 (MoCo v2's SGD), or 1.5e-4 with --optimizer adamw (AdamW)."""
     alone_momentum: float = 0.999
     """Momentum of the key encoder's moving average in the arm alone; use about 0.99 for a few thousand images."""
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"

@@ -1,10 +1,10 @@
 """The config of a pretraining. This module does not import torch, since the command line's help is built from it."""
 
-import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from fkd_ssl.errors import RequestError
+from fkd_ssl.training.groups import check_not_negative, check_positive
 
 # options of one method only, with their published values
 METHODS: dict[str, dict[str, float]] = {
@@ -22,8 +22,12 @@ METHODS: dict[str, dict[str, float]] = {
     },
 }
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_resnet50_2", "wide_resnet101_2")
+# of --optimizer adamw: MoCo v3 (arXiv 2104.02057)
+_ADAMW = {"lr": 1.5e-4, "weight_decay": 0.1}
 _METHOD_OPTIONS = sorted({name for own in METHODS.values() for name in own})
-_MAY_BE_ZERO = ("weight_decay", "workers", "queue_epoch", "frozen_epochs", "small_crops", "checkpoint_interval")
+_POSITIVE = ("dim", "epochs", "batch_size", "pixels", "log_every")
+_MAY_BE_ZERO = ("warmup_epochs", "workers", "checkpoint_interval", "weight_decay")
+_MAY_BE_ZERO += ("queue_epoch", "frozen_epochs", "small_crops")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,11 +61,16 @@ class PretrainConfig:
     """Number of images in a batch; each gives two or more crops."""
     pixels: int = 224
     """Side of the crops; the side of SwAV's small crops is 96/224 of it."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """MoCo: optimiser; ViTs need adamw. SwAV always uses LARS."""
     lr: float | None = None
-    """Peak learning rate of a cosine schedule to zero, not scaled with the batch size. Default: 0.03 (MoCo, SGD) or 0.6 (SwAV,
-    LARS)."""
+    """Peak learning rate of a cosine schedule to zero, not scaled with the batch size. Default: 0.03 (MoCo), 1.5e-4 (MoCo with
+    adamw, as in MoCo v3) or 0.6 (SwAV)."""
+    warmup_epochs: float = 0.0
+    """Epochs of linear warm-up; ViTs need some."""
     weight_decay: float | None = None
-    """Weight decay of all parameters. Default: 1e-4 (MoCo) or 1e-6 (SwAV, where 0 would also disable the scaling of LARS)."""
+    """Weight decay of all parameters. Default: 1e-4 (MoCo), 0.1 (MoCo with adamw, as in MoCo v3) or 1e-6 (SwAV, where 0 would
+    also disable the scaling of LARS)."""
     temperature: float | None = None
     """Temperature of the loss. Default: 0.2 (MoCo) or 0.1 (SwAV)."""
     queue: int | None = None
@@ -96,7 +105,9 @@ class PretrainConfig:
     PATHS: ClassVar[tuple[str, ...]] = ("images", "out")
 
     def __post_init__(self) -> None:
-        own = METHODS[self.method]
+        own = METHODS[self.method] | (_ADAMW if self.optimizer == "adamw" else {})
+        if self.method == "swav" and self.optimizer == "adamw":
+            raise RequestError("optimizer adamw: is for mocov2; swav always uses LARS")
         for name in _METHOD_OPTIONS:
             if name not in own and getattr(self, name) is not None:
                 others = " and ".join(method for method, names in METHODS.items() if name in names)
@@ -107,14 +118,13 @@ class PretrainConfig:
             raise RequestError(
                 f"arch {self.arch!r}: swav trains only ResNets of the standard stem and width: {', '.join(RESNETS)}"
             )
-        for name in ("dim", "epochs", "batch_size", "pixels", "log_every", "workers", "checkpoint_interval", *own):
-            least_is_zero = name in _MAY_BE_ZERO or (self.method, name) == ("swav", "queue")
-            if not 0 <= getattr(self, name) < math.inf or (getattr(self, name) == 0 and not least_is_zero):
-                raise RequestError(
-                    f"{name} {getattr(self, name)}: must be {'at least 0' if least_is_zero else 'positive'}, and finite"
-                )
+        may_be_zero = [*_MAY_BE_ZERO, *(["queue"] if self.method == "swav" else [])]
+        check_not_negative(self, *may_be_zero)
+        check_positive(self, *(name for name in (*_POSITIVE, *own) if name not in may_be_zero))
         if self.batch_size < 2:
             raise RequestError(f"batch_size {self.batch_size}: BatchNorm needs at least 2")
+        if self.warmup_epochs >= self.epochs:
+            raise RequestError(f"warmup_epochs {self.warmup_epochs:g}: must be fewer than epochs {self.epochs}")
         if self.momentum is not None and self.momentum >= 1:
             raise RequestError(f"momentum {self.momentum}: must be at least 0 and below 1")
 

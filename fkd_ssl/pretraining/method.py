@@ -47,8 +47,9 @@ class Method(TrainingModule):
         return (images - self.mean) / self.std
 
     def with_cosine(self, optimizer: torch.optim.Optimizer) -> Any:
-        """Returns the optimiser and a per-step cosine schedule to zero."""
-        return self.by_steps(optimizer, lambda step: cosine(step, self.steps, 0))
+        """Returns the optimiser and a per-step schedule: a linear warm-up, then a cosine to zero."""
+        warmup = round(self.steps * self.config.warmup_epochs / self.config.epochs)
+        return self.by_steps(optimizer, lambda step: cosine(step, self.steps, warmup))
 
     @abstractmethod
     def crops(self, images: ImageSource) -> Crops:

@@ -66,10 +66,12 @@ class MoCo(Method):
         return loss
 
     def configure_optimizers(self) -> Any:
-        """Makes SGD for the query encoder, and a per-step cosine schedule to zero."""
+        """Makes the config's optimiser for the query encoder, with a warm-up and a cosine to zero."""
         config = self.config
         assert config.lr is not None and config.weight_decay is not None  # by PretrainConfig  # noqa: PT018
         parameters = self.encoder_q.parameters()
+        if config.optimizer == "adamw":
+            return self.with_cosine(torch.optim.AdamW(parameters, lr=config.lr, weight_decay=config.weight_decay))
         return self.with_cosine(torch.optim.SGD(parameters, lr=config.lr, momentum=0.9, weight_decay=config.weight_decay))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:

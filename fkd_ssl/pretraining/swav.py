@@ -94,7 +94,7 @@ class SwAV(Method):
         return [self.prototypes(bank, step) for bank in banks] if full else None
 
     def configure_optimizers(self) -> Any:
-        """Makes LARS for all parameters, and a per-step cosine schedule to zero."""
+        """Makes LARS for all parameters, with a warm-up and a cosine to zero."""
         config = self.config
         assert config.lr is not None and config.weight_decay is not None  # by PretrainConfig  # noqa: PT018
         return self.with_cosine(LARS(self.parameters(), lr=config.lr, momentum=0.9, weight_decay=config.weight_decay))

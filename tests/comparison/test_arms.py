@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from fkd_ssl.comparison.arms import arms_of, run_name, training
+from fkd_ssl.comparison.arms import arms_of, pretraining, run_name, training
 from fkd_ssl.comparison.config import CompareConfig
 from fkd_ssl.errors import RequestError
 from fkd_ssl.targets import TargetSpec, TeacherInfo
@@ -40,6 +40,15 @@ def test_what_an_arm_trains_on() -> None:
     }
     assert {(t.lr, t.batch_size, t.epochs, t.seed) for t in trainings.values()} == {(0.5, 64, 30, 3)}
     assert trainings["online"].out == "o/runs/online-seed3"
+
+
+def test_a_student_without_a_teacher_has_the_optimiser_of_its_kind() -> None:
+    options = {"further_arms": "alone", "pixels": 32, "batch_size": 64, "lr": 0.5, "warmup_epochs": 3}
+    adam = pretraining(config(**options), "alone-seed1", seed=1, epochs=10)
+    assert (adam.optimizer, adam.lr, adam.warmup_epochs, adam.out) == ("sgd", 0.03, 0, "o/runs/alone-seed1")
+    adamw = pretraining(config(**options, optimizer="adamw"), "alone-seed1", seed=1, epochs=10)
+    assert (adamw.optimizer, adamw.lr, adamw.warmup_epochs) == ("adamw", 1.5e-4, 1.0)
+    assert pretraining(config(**options, alone_lr=1e-3, optimizer="adamw"), "alone-seed1", seed=1, epochs=10).lr == 1e-3
 
 
 def test_labels() -> None:

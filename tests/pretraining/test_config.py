@@ -23,13 +23,22 @@ def test_what_is_given_stands() -> None:
     assert (config.lr, config.prototypes, config.queue, config.temperature) == (0.3, 100, 0, 0.1)
 
 
+def test_adamw_has_the_settings_of_moco_v3() -> None:
+    config = PretrainConfig(images="i", out="o", optimizer="adamw")
+    assert (config.lr, config.weight_decay, config.temperature) == (1.5e-4, 0.1, 0.2)
+    assert PretrainConfig(images="i", out="o", optimizer="adamw", weight_decay=0.0).weight_decay == 0
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"method": "swav", "optimizer": "adamw"}, r"optimizer adamw: is for mocov2; swav always uses LARS"),
+        ({"warmup_epochs": -1}, r"warmup_epochs -1: must be at least 0"),
+        ({"epochs": 3, "warmup_epochs": 3}, r"warmup_epochs 3: must be fewer than epochs 3"),
         ({"epochs": 0}, r"epochs 0: must be positive"),
         ({"workers": -1}, r"workers -1: must be at least 0, and finite"),
-        ({"lr": math.nan}, r"lr nan: must be positive, and finite"),
-        ({"epochs": math.inf}, r"epochs inf: must be positive, and finite"),
+        ({"lr": math.nan}, r"lr nan: must be positive and finite"),
+        ({"epochs": math.inf}, r"epochs inf: must be positive and finite"),
         ({"batch_size": 1}, r"BatchNorm needs at least 2"),
         ({"momentum": 1.0}, r"momentum 1\.0: must be at least 0 and below 1"),
         ({"queue": 0}, r"queue 0: must be positive"),

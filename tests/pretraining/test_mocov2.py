@@ -102,6 +102,19 @@ def test_a_small_network_is_trained_without_a_teacher(folder: Path, make_config:
     assert pretrain(config) == path
 
 
+def test_a_vit_is_trained_with_adamw_after_a_warm_up(folder: Path, make_config: Any) -> None:
+    pytest.importorskip("timm")
+    arch = "timm/test_vit"
+    config = make_config("vit", arch=arch, optimizer="adamw", lr=1e-3, weight_decay=0.05, warmup_epochs=2, epochs=3, pixels=32)
+    student, _ = load_student(pretrain(config))
+    assert student.spec["name"] == arch
+    rates = [float(line["lr"]) for line in csv.DictReader((folder / "vit" / METRICS).open(newline=""))]
+    assert rates == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3, 5e-4])  # four steps up, then a cosine of two
+    saved = torch.load(last_checkpoint(folder / "vit"), weights_only=True)["optimizer_states"][0]
+    assert "exp_avg_sq" in saved["state"][0]  # Adam's second moment
+    assert saved["param_groups"][0]["weight_decay"] == 0.05
+
+
 def test_only_mocov2_trains_students(make_config: Any) -> None:
     with pytest.raises(RequestError, match=r"arch 'shufflenet_v2_x0_5': swav trains only ResNets"):
         make_config(method="swav", arch="shufflenet_v2_x0_5")
