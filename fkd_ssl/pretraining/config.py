@@ -25,9 +25,8 @@ RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "wide_r
 # of --optimizer adamw: MoCo v3 (arXiv 2104.02057)
 _ADAMW = {"lr": 1.5e-4, "weight_decay": 0.1}
 _METHOD_OPTIONS = sorted({name for own in METHODS.values() for name in own})
-_POSITIVE = ("dim", "epochs", "batch_size", "pixels", "log_every")
-_MAY_BE_ZERO = ("warmup_epochs", "workers", "checkpoint_interval", "weight_decay")
-_MAY_BE_ZERO += ("queue_epoch", "frozen_epochs", "small_crops")
+_ABOVE_ZERO = ["dim", "epochs", "batch_size", "pixels", "log_every"]
+_FROM_ZERO = ["warmup_epochs", "workers", "checkpoint_interval", "weight_decay", "queue_epoch", "frozen_epochs", "small_crops"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,9 +117,9 @@ class PretrainConfig:
             raise RequestError(
                 f"arch {self.arch!r}: swav trains only ResNets of the standard stem and width: {', '.join(RESNETS)}"
             )
-        may_be_zero = [*_MAY_BE_ZERO, *(["queue"] if self.method == "swav" else [])]
-        check_not_negative(self, *may_be_zero)
-        check_positive(self, *(name for name in (*_POSITIVE, *own) if name not in may_be_zero))
+        from_zero = [*_FROM_ZERO, "queue"] if self.method == "swav" else _FROM_ZERO
+        check_not_negative(self, *from_zero)
+        check_positive(self, *(name for name in (*_ABOVE_ZERO, *own) if name not in from_zero))
         if self.batch_size < 2:
             raise RequestError(f"batch_size {self.batch_size}: BatchNorm needs at least 2")
         if self.warmup_epochs >= self.epochs:
