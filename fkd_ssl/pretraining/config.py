@@ -125,7 +125,7 @@ class PretrainConfig:
         if self.warmup_epochs >= self.epochs:
             raise RequestError(f"warmup_epochs {self.warmup_epochs:g}: must be fewer than epochs {self.epochs}")
         if self.momentum is not None and self.momentum >= 1:
-            raise RequestError(f"momentum {self.momentum}: must be at least 0 and below 1")
+            raise RequestError(f"momentum {self.momentum}: must be positive and below 1")
 
     @property
     def is_teacher(self) -> bool:

@@ -40,7 +40,7 @@ def test_adamw_has_the_settings_of_moco_v3() -> None:
         ({"lr": math.nan}, r"lr nan: must be positive and finite"),
         ({"epochs": math.inf}, r"epochs inf: must be positive and finite"),
         ({"batch_size": 1}, r"BatchNorm needs at least 2"),
-        ({"momentum": 1.0}, r"momentum 1\.0: must be at least 0 and below 1"),
+        ({"momentum": 1.0}, r"momentum 1\.0: must be positive and below 1"),
         ({"queue": 0}, r"queue 0: must be positive"),
         ({"prototypes": 300}, r"prototypes 300: mocov2 has no such option; it belongs to swav"),
         ({"method": "swav", "momentum": 0.99}, r"momentum 0\.99: swav has no such option; it belongs to mocov2"),
