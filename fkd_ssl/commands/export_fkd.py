@@ -21,7 +21,7 @@ class Config:
     """Column to export; needed only if the store has several."""
     fp16: bool = False
     """Write boxes and labels in half precision, like the authors' --use_fp16; boxes of large images shift by a pixel. The
-    authors' training fails on such files, also on their own, unless they hold all classes (full). import-fkd reads them."""
+    authors' training fails on such files, also on their own; import-fkd reads them."""
 
 
 def run(config: Config) -> int:

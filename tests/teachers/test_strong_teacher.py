@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fkd_ssl.errors import CheckpointError
 from fkd_ssl.teachers import load_teacher
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "strong_teacher.py"
@@ -38,6 +39,12 @@ def spelt_otherwise(state: State) -> State:
 def test_the_tensors_get_the_networks_names_in_order(renamed: Any, tmp_path: Path) -> None:
     wanted = network()
     saved = spelt_otherwise(wanted.state_dict())
+    torch.save(saved, tmp_path / "saved.pth")
+    with pytest.raises(CheckpointError, match=r"unexpected .*; all shapes fit in their order, .* docs/teachers\.md"):
+        load_teacher("timm/test_efficientnet", checkpoint=tmp_path / "saved.pth")
+    torch.save(dict(reversed(saved.items())), tmp_path / "saved.pth")
+    with pytest.raises(CheckpointError, match=r"unexpected [^;]*$"):
+        load_teacher("timm/test_efficientnet", checkpoint=tmp_path / "saved.pth")
     torch.save(renamed(saved, wanted), tmp_path / "w.pth")
     teacher = load_teacher("timm/test_efficientnet", checkpoint=tmp_path / "w.pth")
     stem = next(value for value in teacher.backbone.state_dict().values() if value.ndim == 4)
