@@ -269,10 +269,10 @@ def page(args: argparse.Namespace) -> str:
         for codec in CODECS
     ]
     made = json.loads((work / "store.json").read_text())
-    another = f" That of {args.more_crops} crops has both columns in SQ8." if args.more_crops else ""
+    another = f" That of {args.more_crops} crops has both kinds in SQ8." if args.more_crops else ""
     return f"""# Dense targets: measurements
 
-Made by `benchmarks/dense.py` with `--per-class {args.per_class} --crops {args.crops} --epochs {args.epochs}`. The teacher sees
+Made by `benchmarks/dense.py` with `--per-class {args.per_class} --crops {args.crops} --epochs {args.epochs}`. The teacher, EfficientNet-Lite2, sees
 crops of {args.teacher_pixels} px and gives a grid of 7 x 7 tokens; students see the same crops at {args.pixels} px.
 Training images: 367 of CamVid and {10 * args.per_class} of imagenette, without masks and labels.
 

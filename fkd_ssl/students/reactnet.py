@@ -5,7 +5,8 @@ Liu et al., "ReActNet: Towards Precise Binary Neural Network with Generalized Ac
 activations and weights, and starts from the weights of step 1. Both have the same parameters with the same names.
 
 Two things differ from the authors' code. There sign(0) is 0, which is not a bit; here it is -1. And a `reactnet` that is not
-initialised from step 1 has weights between 0 and 0.001 there, all of the same sign, and torch's default for convolutions here.
+initialised from step 1 has weights between 0 and 0.001 there, which are all +1 when binary; here it has torch's default for
+convolutions, with both signs.
 """
 
 from itertools import pairwise
