@@ -3,40 +3,46 @@
     python benchmarks/gpu.py --images DIR > gpu.jsonl        # photographs, of about 500 x 375 pixels
     python benchmarks/gpu.py --page gpu.jsonl > docs/results/gpu.md
 
-Prints one JSON line per section, even if other sections fail; a section that fails prints what it had measured. --sections
-selects some. Links to a few images serve as a large set. Teachers have random weights, since only their size matters.
-Needs an installed fkd_ssl and no network; only crops on the GPU need a C compiler, with which Triton starts its kernels. On a
-CPU, use --tiny, which only shows that every section works (with TRITON_INTERPRET=1 also those that make crops on the GPU).
+Prints one JSON line per section. A measurement that fails is listed in the section's errors, and the others are still made; so
+are the other sections after an error that leaves the GPU unusable, in a new process. A measurement that would begin after its
+section's share of the time is left out. --sections selects some. Links to a few images serve as a large set. Teachers have
+random weights, since only their size matters. Needs an installed fkd_ssl and no network; only measurements with crops on the
+GPU need a C compiler, with which Triton starts its kernels. On a CPU, use --tiny, which only shows that every section works
+(with TRITON_INTERPRET=1 also those measurements).
 """
 
 import argparse
 import json
+import math
 import platform
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import cache, cached_property
-from itertools import cycle, islice, product
+from dataclasses import dataclass, field
+from functools import cache, cached_property, partial
+from importlib.metadata import PackageNotFoundError, version
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from lightning_fabric.utilities import move_data_to_device
-from torch import Tensor, nn
-from torchvision.models.resnet import Bottleneck
+from torch import nn
+from torchvision.models.resnet import BasicBlock, Bottleneck
 
 import fkd_ssl
 from fkd_ssl.commands import resolve
-from fkd_ssl.crops import RECIPES, draw, image_key, replay_digest
+from fkd_ssl.crops import RECIPES, Recipe, draw, image_key, replay_digest
 from fkd_ssl.crops import replay as cpu_replay
-from fkd_ssl.crops.device import PendingCrops, check_device, concatenate, plan_crops, replay_on, replay_plan
+from fkd_ssl.crops.device import CropPlan, PendingCrops, check_device, concatenate, plan_crops, replay_on, replay_plan
 from fkd_ssl.data import FreshCrops, Loader, StoredCrops, replay_on_device, whole_batch
 from fkd_ssl.data.sampler import PassSampler
+from fkd_ssl.errors import RequestError
 from fkd_ssl.eval import features, knn, logreg, sweep
 from fkd_ssl.images import ImageSource, decode, scan
 from fkd_ssl.objectives import make_objective
@@ -53,9 +59,14 @@ from fkd_ssl.training.metrics import METRICS, read_metrics
 Values = dict[str, Any]
 CHUNK = 128
 RECIPE = RECIPES["mocov2"]
+NETWORKS = {
+    "resnet18": Architecture(block=BasicBlock, depths=(2, 2, 2, 2), width=1, base_width=64),
+    "resnet50": Architecture(block=Bottleneck, depths=(3, 4, 6, 3), width=1, base_width=64),
+    "swav_w4": Architecture(block=Bottleneck, depths=(3, 4, 6, 3), width=4, base_width=64),
+}
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Bench:
     """The machine, the images and the sizes of a run."""
 
@@ -63,6 +74,24 @@ class Bench:
     folder: Path
     device: torch.device
     tiny: bool
+    deadline: float = math.inf
+    """No measurement begins after this time, in seconds of `time.perf_counter`."""
+    errors: dict[str, str] = field(default_factory=dict)
+    """The errors of the section's measurements."""
+
+    def measure(self, found: Values, name: str, work: Callable[[], object], *, device_crops: bool = False) -> None:
+        """Puts the result of `work` into `found`, or its error into `errors`, so that the next measurements are made."""
+        try:
+            if time.perf_counter() > self.deadline:
+                raise TimeoutError("left out: the time of this section is over")
+            if device_crops:
+                check_device(self.device)
+            result = work()
+            found[name] = round(result, 1) if isinstance(result, float) else result
+        except Exception as error:  # of any measurement
+            if not isinstance(error, (RequestError, TimeoutError)):
+                traceback.print_exc()
+            self.errors[name] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
 
     @property
     def pixels(self) -> int:
@@ -110,13 +139,11 @@ class Bench:
 
     @cache  # noqa: B019
     def teacher(self, name: str, precision: Any) -> Teacher:
-        """A ResNet-50 of width 1 or 4 with random weights, or a tiny network."""
+        """One of the NETWORKS with random weights, or a tiny network."""
         torch.manual_seed(0)
-        width = 4 if name == "swav_w4" else 1
-        network = Architecture(block=Bottleneck, depths=(3, 4, 6, 3), width=width, base_width=64)
-        dim = 32 if self.tiny else 2048 * width
+        dim = 32 if self.tiny else NETWORKS[name].feature_dim
         small = [nn.Conv2d(3, 8, 7, stride=4), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten()]
-        backbone = nn.Sequential(*small) if self.tiny else WidthResNet(network)
+        backbone = nn.Sequential(*small) if self.tiny else WidthResNet(NETWORKS[name])
         head = nn.Linear(dim, 128)
         return Teacher(backbone, head, name=name, shape=(128,), precision=precision, feature_dim=dim).to(self.device)
 
@@ -128,67 +155,75 @@ class Bench:
         return self.rate(lambda: teacher.embed(crops), CHUNK)
 
 
-TEACHERS = (("resnet50", "bf16"), ("resnet50", "fp32"), ("swav_w4", "bf16"))
+CASES = (
+    ("resnet50", "bf16", 64),
+    ("resnet50", "bf16", 400),
+    ("resnet18", "bf16", 4),
+    ("resnet50", "fp32", 64),
+    ("swav_w4", "bf16", 64),
+)
+"""Teacher, precision and C of each run of precompute. Decoding bounds that with C = 4, since its teacher is fast."""
 
 
 def bits(bench: Bench, found: Values) -> None:
     """Whether the GPU makes the CPU's pixels. On the first run, Triton compiles its kernels."""
-    check_device(bench.device)
-    if bench.tiny:
-        image = decode(bench.originals.read(0), bench.originals.where(0))
-        records = draw(RECIPE, image_key(0, "bits"), image.shape[0], image.shape[1], 0, 2)
-        made = replay_on(bench.device, image, records, bench.pixels)
-        found["same_pixels"] = np.array_equal(made, cpu_replay(image, records, bench.pixels))
-    else:
-        found["same_pixels"] = replay_digest(str(bench.device)) == replay_digest()
+    bench.measure(found, "same_pixels", partial(_same_pixels, bench), device_crops=True)
+    if found.get("same_pixels") is False:
+        bench.errors["same_pixels"] = "the GPU makes other pixels than the CPU"
+
+
+def _same_pixels(bench: Bench) -> bool:
+    if not bench.tiny:
+        return replay_digest(str(bench.device)) == replay_digest()
+    image = decode(bench.originals.read(0), bench.originals.where(0))
+    records = draw(RECIPE, image_key(0, "bits"), image.shape[0], image.shape[1], 0, 2)
+    return np.array_equal(replay_on(bench.device, image, records, bench.pixels), cpu_replay(image, records, bench.pixels))
 
 
 def forward(bench: Bench, found: Values) -> None:
     """The bare teachers, with the data on the GPU."""
     found |= {"tf32": uses_tf32("fp32"), "crops_per_second": {}}
-    for name, precision in TEACHERS:
-        found["crops_per_second"][f"{name} {precision}"] = round(bench.forward(name, precision), 1)
+    for name, precision in dict.fromkeys((name, precision) for name, precision, _ in CASES):
+        bench.measure(found["crops_per_second"], f"{name} {precision}", partial(bench.forward, name, precision))
 
 
 def replay(bench: Bench, found: Values) -> None:
     """Crops made on the GPU from decoded images in memory: with plan and transfer, and alone."""
-    check_device(bench.device)
     found["crops_per_second"] = {}
     for m, count in ((4, 1),) if bench.tiny else ((4, 64), (64, 8)):
-        pending = []
-        for index in range(min(count, len(bench.originals))):
-            image = decode(bench.originals.read(index), bench.originals.where(index))
-            records = draw(RECIPE, image_key(0, str(index)), image.shape[0], image.shape[1], 0, m)
-            pending.append(PendingCrops(image=image, records=records))
-        size, crops = sum(one.image.size for one in pending), m * len(pending)
-        pinned = torch.empty(size, dtype=torch.uint8, pin_memory=bench.device.type == "cuda")
-        plan = plan_crops(pending, bench.pixels, concatenate(pending, pinned))
-        plan = plan.pin_memory() if bench.device.type == "cuda" else plan
-        there = plan.to(bench.device)
+        bench.measure(found["crops_per_second"], f"M={m}", partial(_replayed, bench, m, count), device_crops=True)
 
-        def planned(pending: Any = pending, pinned: Tensor = pinned) -> object:
-            return plan_crops(pending, bench.pixels, concatenate(pending, pinned))
 
-        def moved(plan: Any = plan) -> object:
-            return replay_plan(plan.to(bench.device))
+def _replayed(bench: Bench, m: int, count: int) -> Values:
+    pending = []
+    for index in range(min(count, len(bench.originals))):
+        image = decode(bench.originals.read(index), bench.originals.where(index))
+        records = draw(RECIPE, image_key(0, str(index)), image.shape[0], image.shape[1], 0, m)
+        pending.append(PendingCrops(image=image, records=records))
+    size, crops = sum(one.image.size for one in pending), m * len(pending)
+    pinned = torch.empty(size, dtype=torch.uint8, pin_memory=bench.device.type == "cuda")
 
-        found["crops_per_second"][f"M={m}"] = {
-            "plan_on_cpu": round(bench.rate(planned, crops)),
-            "transfer_and_kernels": round(bench.rate(moved, crops)),
-            "kernels": round(bench.rate(lambda there=there: replay_plan(there), crops)),  # type: ignore[misc]
-            "bytes_an_image": size // len(pending),
-        }
+    def planned() -> CropPlan:
+        return plan_crops(pending, bench.pixels, concatenate(pending, pinned))
+
+    plan = planned().pin_memory() if bench.device.type == "cuda" else planned()
+    there = plan.to(bench.device)
+    return {
+        "plan_on_cpu": round(bench.rate(planned, crops)),
+        "transfer_and_kernels": round(bench.rate(lambda: replay_plan(plan.to(bench.device)), crops)),
+        "kernels": round(bench.rate(lambda: replay_plan(there), crops)),
+        "bytes_an_image": size // len(pending),
+    }
 
 
 def store(bench: Bench, found: Values) -> None:
     """Precompute over the bare forward, without the codec's sample except at C = 4; first without crops on the GPU."""
-    cases = [("resnet50", "bf16", c) for c in (64, 400, 4)] + [(*teacher, 64) for teacher in TEACHERS[1:]]
-    found["runs"] = []
+    runs = found["runs"] = {}
     for on in (False, True):
-        if on:
-            check_device(bench.device)
-        for name, precision, crops in cases[:1] if bench.tiny else cases:
-            found["runs"].append(_precomputed(bench, name, precision, crops, device_crops=on))
+        for name, precision, crops in CASES[:1] if bench.tiny else CASES:
+            title = f"{name} {precision}, C = {crops}, crops on the {'GPU' if on else 'CPU'}"
+            work = partial(_precomputed, bench, name, precision, crops, device_crops=on)
+            bench.measure(runs, title, work, device_crops=on)
 
 
 def _precomputed(bench: Bench, name: str, precision: str, crops: int, *, device_crops: bool) -> Values:
@@ -217,55 +252,72 @@ def _precomputed(bench: Bench, name: str, precision: str, crops: int, *, device_
         "crops_per_second": round(rate, 1),
         "over_bare": round(rate / bare, 3),
         "teacher_busy": round(summary.teacher_busy, 3),
-        "stages": {stage: round(seconds / summary.seconds, 3) for stage, seconds in summary.stages.items()},
         "queue_bytes": summary.queue_bytes,
+        **{stage: round(seconds / summary.seconds, 3) for stage, seconds in summary.stages.items()},
     }
 
 
 def loader(bench: Bench, found: Values) -> None:
     """Batches of fresh crops: replayed by the workers, decoded only, and decoded by the workers and made on the GPU."""
     found |= {"workers": bench.workers, "crops_per_second": {}}
-    variants = (("cpu", False, False), ("decode", True, False), ("device", True, True))
-    for (name, decode_only, on_device), m in product(variants, (4,) if bench.tiny else (4, 8)):
+    box, small, several = RECIPES["fkd"], 16 if bench.tiny else 96, (4,) if bench.tiny else (4, 8)
+    for name, ms, recipe, pixels, decode_only, on_device in (
+        ("full recipe", several, RECIPE, bench.pixels, False, False),
+        ("decoding only", several, RECIPE, bench.pixels, True, False),
+        ("box and flip", (4,), box, bench.pixels, False, False),
+        ("full recipe, 96 px", (4,), RECIPE, small, False, False),
+        ("box and flip, 96 px", (4,), box, small, False, False),
+        ("crops on the GPU", several, RECIPE, bench.pixels, True, True),
+    ):
+        for m in ms:
+            work = partial(_loaded, bench, m, recipe, pixels, decode_only=decode_only, on_device=on_device)
+            bench.measure(found["crops_per_second"], f"{name}, M = {m}", work, device_crops=on_device)
+
+
+def _loaded(bench: Bench, m: int, recipe: Recipe, pixels: int, *, decode_only: bool, on_device: bool) -> float:
+    data = FreshCrops(bench.images, recipe, crops_per_image=m, pixels=pixels, decode_only=decode_only)
+    images, rounds = 2 if bench.tiny else 256 // m, 1 if bench.tiny else 8
+    sampler = PassSampler(len(data), images, (1 + rounds) * bench.workers, seed=0)
+    started = 0.0
+    for step, batch in enumerate(Loader(data, sampler, workers=bench.workers, collate=whole_batch, prefetch=4), start=1):
         if on_device:
-            check_device(bench.device)
-        data = FreshCrops(bench.images, RECIPE, crops_per_image=m, pixels=bench.pixels, decode_only=decode_only)
-        images, rounds = 2 if bench.tiny else 256 // m, 1 if bench.tiny else 8
-        sampler = PassSampler(len(data), images, (1 + rounds) * bench.workers, seed=0)
-        batches = iter(Loader(data, sampler, workers=bench.workers, collate=whole_batch, prefetch=4))
-        started = 0.0
-        for step, batch in enumerate(batches, start=1):
-            if on_device:
-                replay_on_device(move_data_to_device(batch, bench.device))
-            if step == bench.workers:  # each worker has begun its second batch
-                bench.synchronize()
-                started = time.perf_counter()
-        bench.synchronize()
-        crops = rounds * bench.workers * images * m
-        found["crops_per_second"][f"{name} M={m}"] = round(crops / (time.perf_counter() - started), 1)
+            replay_on_device(move_data_to_device(batch, bench.device))
+        if step == bench.workers:  # each worker has begun its second batch
+            bench.synchronize()
+            started = time.perf_counter()
+    bench.synchronize()
+    return rounds * bench.workers * images * m / (time.perf_counter() - started)
+
+
+RUNS: dict[str, Values] = {
+    "stored": {},
+    "online": {"targets": "online"},
+    "stored, device crops, 4 workers": {"device_crops": "on"},
+}
 
 
 def train(bench: Bench, found: Values) -> None:
     """Students in bf16 with the data on the GPU, trained on a store (crops by 14 workers, and by 4 and the GPU), and online."""
     size, count = (8, 4) if bench.tiny else (256, 4096)
+    students = ("squeezenet1_1",) if bench.tiny else ("resnet18", "resnet50")
     folder, teacher = bench.folder / "train", bench.teacher("resnet50", "bf16")
     options: Values = {"threads": bench.threads, "chunk_size": 8 if bench.tiny else CHUNK, "progress": False}
     precompute(bench.images, folder, teacher, crops=4, recipe=RECIPE, pixels=bench.pixels, limit=count, **options)
-    runs: dict[str, Values] = {
-        "stored": {},
-        "online": {"targets": "online"},
-        "stored, device crops, 4 workers": {"device_crops": "on", "workers": min(4, bench.workers)},
-    }
-    for name in ("squeezenet1_1",) if bench.tiny else ("resnet18", "resnet50"):
-        rates = {"bare": _bare_training(bench, name, size)}
-        values = found[name] = {"crops_per_second": rates, "over_bare": {}}
-        for key, changes in runs.items():
-            if "device_crops" in changes:
-                check_device(bench.device)
-            rates[key] = _trained(bench, folder, name, size, bench.folder / f"{name}, {key}", **changes)
-            values["over_bare"][key] = round(rates[key] / rates["bare"], 3)
-        bound = 1 / (1 / rates["bare"] + 1 / bench.forward("resnet50", "bf16"))
-        values["online_over_its_bound"] = round(rates["online"] / bound, 3)
+    rates: dict[str, float] = {}
+    found |= {"crops_per_second": rates, "over_bare": {}, "online_over_its_bound": {}}
+    for name in students:
+        bench.measure(rates, f"{name}, bare", partial(_bare_training, bench, name, size))
+    for key, changes in RUNS.items():
+        for name in students:
+            run = bench.folder / f"{name}, {key}"
+            work = partial(_trained, bench, folder, name, size, run, **changes)
+            bench.measure(rates, f"{name}, {key}", work, device_crops="device_crops" in changes)
+            if {f"{name}, bare", f"{name}, {key}"} <= rates.keys():
+                found["over_bare"][f"{name}, {key}"] = round(rates[f"{name}, {key}"] / rates[f"{name}, bare"], 3)
+    for name in students:
+        if {f"{name}, bare", f"{name}, online"} <= rates.keys():
+            bound = 1 / (1 / rates[f"{name}, bare"] + 1 / bench.forward("resnet50", "bf16"))
+            found["online_over_its_bound"][name] = round(rates[f"{name}, online"] / bound, 3)
 
 
 def _bare_training(bench: Bench, name: str, size: int) -> float:
@@ -282,7 +334,7 @@ def _bare_training(bench: Bench, name: str, size: int) -> float:
         loss.backward()
         optimizer.step()
 
-    return round(bench.rate(step, size), 1)
+    return bench.rate(step, size)
 
 
 def _trained(bench: Bench, store: Path, student: str, size: int, run: Path, **changes: Any) -> float:
@@ -294,7 +346,7 @@ def _trained(bench: Bench, store: Path, student: str, size: int, run: Path, **ch
         "pixels": bench.pixels,
         "epochs": steps * size / len(opened),
         "precision": "bf16-mixed",
-        "workers": bench.workers,
+        "workers": min(4, bench.workers) if "device_crops" in changes else bench.workers,
         "log_every": steps // 2,
         **({"teacher": "resnet50"} if "targets" in changes else {"store": str(store)}),
         **changes,
@@ -315,30 +367,38 @@ def _trained(bench: Bench, store: Path, student: str, size: int, run: Path, **ch
 
 def evaluate(bench: Bench, found: Values) -> None:
     """Features of images; neighbours of 50,000 queries in 1.28 million features of 2048; the probes on 100,000 features."""
-    started = time.perf_counter()
-    teacher = bench.teacher("resnet50", "bf16")
-    rows, _ = features.extract_rows(teacher.features, bench.images, pixels=bench.pixels, workers=bench.workers, progress=False)
-    found["features_per_second"] = round(len(rows) / (time.perf_counter() - started), 1)
+    bench.measure(found, "features_per_second", partial(_features, bench))
     train, queries, dim = (512, 64, 32) if bench.tiny else (1_280_000, 50_000, 2048)
+    few, classes = (256, 4) if bench.tiny else (100_000, 100)
+    rng = np.random.default_rng(0)
+    bank, asked, labels = _random(bench, train, dim), _random(bench, queries, dim), rng.integers(0, 1000, train)
+    found["knn"] = f"{train:,} x {queries:,} x {dim}"
     if bench.device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated() if bench.device.type == "cuda" else 0
-    rng = np.random.default_rng(0)
-    bank, asked, labels = _random(bench, train, dim), _random(bench, queries, dim), rng.integers(0, 1000, train)
-    started = time.perf_counter()
-    knn.knn_predict(bank, labels, asked, 20, num_classes=1000, device=bench.device)
-    found |= {"knn_seconds": round(time.perf_counter() - started, 2), "knn": f"{train:,} x {queries:,} x {dim}"}
+        before = torch.cuda.memory_allocated()
+    search = partial(knn.knn_predict, bank, labels, asked, 20, num_classes=1000, device=bench.device)
+    bench.measure(found, "knn_seconds", partial(_seconds, search))
     if bench.device.type == "cuda":
         found["knn_peak_bytes"] = torch.cuda.max_memory_allocated() - before
-    few, classes = (256, 4) if bench.tiny else (100_000, 100)
     of_train, of_test = rng.integers(0, classes, few), rng.integers(0, classes, few // 10)
     given: Values = {"train_features": bank[:few], "train_labels": of_train, "features": bank[: few // 10], "labels": of_test}
     for name, probe in (("sweep", sweep), ("logreg", logreg)):
-        started = time.perf_counter()
         fewer = {"rates": [0.1]} if bench.tiny and name == "sweep" else {}
-        probe.evaluate(**given, **fewer, device=bench.device, progress=False)
-        found[f"{name}_seconds"] = round(time.perf_counter() - started, 2)
+        work = partial(probe.evaluate, **given, **fewer, device=bench.device, progress=False)
+        bench.measure(found, f"{name}_seconds", partial(_seconds, work))
+
+
+def _features(bench: Bench) -> float:
+    started, teacher = time.perf_counter(), bench.teacher("resnet50", "bf16")
+    rows, _ = features.extract_rows(teacher.features, bench.images, pixels=bench.pixels, workers=bench.workers, progress=False)
+    return len(rows) / (time.perf_counter() - started)
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
 
 
 def _random(bench: Bench, count: int, dim: int) -> Any:
@@ -349,48 +409,63 @@ def _random(bench: Bench, count: int, dim: int) -> Any:
     return made
 
 
-SECTIONS: dict[str, Callable[[Bench, Values], None]] = {
-    "bits": bits,
-    "forward": forward,
-    "replay": replay,
-    "precompute": store,
-    "loader": loader,
-    "train": train,
-    "eval": evaluate,
+SECTIONS: dict[str, tuple[Callable[[Bench, Values], None], float]] = {
+    "bits": (bits, 45),
+    "forward": (forward, 35),
+    "replay": (replay, 25),
+    "precompute": (store, 130),
+    "loader": (loader, 45),
+    "train": (train, 75),
+    "eval": (evaluate, 65),
 }
+"""Each section, and its share of the seven minutes; what an earlier section leaves is added."""
 
 
-def machine(bench: Bench, images: str) -> Values:
+def machine(bench: Bench) -> Values:
     """What the figures were taken with."""
-    name = torch.cuda.get_device_name() if bench.device.type == "cuda" else f"CPU {platform.machine()}"
-    versions = {"fkd_ssl": fkd_ssl.__version__, "torch": torch.__version__, "python": platform.python_version()}
-    return {"device": name, "cores": resolve.cpu_threads(), "images": len(bench.originals), "tiny": bench.tiny, **versions}
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    processor = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    name = torch.cuda.get_device_name() if bench.device.type == "cuda" else "CPU"
+    versions = {"python": platform.python_version(), "fkd_ssl": fkd_ssl.__version__}
+    versions |= {package: _version(package) for package in ("torch", "triton", "pytorch_lightning")}
+    where = {"device": name, "processor": processor, "cores": resolve.cpu_threads()}
+    return {**where, "images": len(bench.originals), "tiny": bench.tiny, **versions}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
 
 
 def goals(lines: list[Values]) -> Iterator[tuple[str, str, str]]:
-    """Work, its figure and its goal on an H100 with 16 cores, for the sections that were measured."""
+    """Work, its figure and its goal on an H100 with 16 cores, for what was measured."""
     found = {line["section"]: line for line in lines}
     rates = found.get("loader", {}).get("crops_per_second", {})
-    for run in found.get("precompute", {}).get("runs", []):
-        work = f"precompute, {run['teacher']}, C = {run['C']}, crops on the {'GPU' if run['device_crops'] else 'CPU'}, over "
+    decoded = rates.get("decoding only, M = 4")
+    for title, run in found.get("precompute", {}).get("runs", {}).items():
         if run["C"] > 4:
             goal = {"resnet50 bf16": 0.95 if run["device_crops"] else 0.9, "swav_w4 bf16": 0.97}.get(run["teacher"], 0.95)
-            yield f"{work}the bare forward", str(run["over_bare"]), str(goal)
-        elif "decode M=4" in rates:
-            decoded = rates["decode M=4"] / found["loader"]["workers"] * min(16, found["machine"]["cores"])
-            yield f"{work}decoding by all cores", f"{run['crops_per_second'] / decoded:.3f}", "0.7"
+            yield f"precompute, {title}, over the bare forward", str(run["over_bare"]), str(goal)
+        elif decoded:
+            of_all = decoded / found["loader"]["workers"] * min(16, found["machine"]["cores"])
+            yield f"precompute, {title}, over decoding by all cores", f"{run['crops_per_second'] / of_all:.3f}", "0.7"
     made = found.get("replay", {}).get("crops_per_second", {}).get("M=4", {})
-    if "transfer_and_kernels" in made:
+    if made:
         yield "crops a second on the GPU, M = 4, transfer included", f"{made['transfer_and_kernels']:,}", "100,000"
-    if "device M=4" in rates:
-        yield "loader, crops on the GPU over CPU, M = 4", f"{rates['device M=4'] / rates['cpu M=4']:.3f}", "1.4"
-    for student, stored in (("resnet18", "0.97"), ("resnet50", "0.99")):
-        values = found.get("train", {}).get(student, {})
-        for key, ratio in values.get("over_bare", {}).items():
-            if key != "online":
-                yield f"{student}, {key}, over bare", str(ratio), stored
-        if "online_over_its_bound" in values:
-            yield f"{student}, online over its bound", str(values["online_over_its_bound"]), "0.95"
+    for name, goal in (("box and flip", 0.7), ("full recipe", 0.6), ("box and flip, 96 px", 0.8), ("full recipe, 96 px", 0.75)):
+        if decoded and f"{name}, M = 4" in rates:
+            yield f"loader, {name}, over decoding only, M = 4", f"{rates[f'{name}, M = 4'] / decoded:.3f}", str(goal)
+    if {"full recipe, M = 4", "crops on the GPU, M = 4"} <= rates.keys():
+        ratio = rates["crops on the GPU, M = 4"] / rates["full recipe, M = 4"]
+        yield "loader, crops on the GPU over CPU, M = 4", f"{ratio:.3f}", "1.4"
+    for work, ratio in found.get("train", {}).get("over_bare", {}).items():
+        if "online" not in work:
+            yield f"{work}, over bare", str(ratio), "0.97" if work.startswith("resnet18") else "0.99"
+    for student, ratio in found.get("train", {}).get("online_over_its_bound", {}).items():
+        yield f"{student}, online over its bound", str(ratio), "0.95"
     if "knn_seconds" in found.get("eval", {}):
         yield f"seconds of kNN, {found['eval']['knn']}", str(found["eval"]["knn_seconds"]), "at most 60"
 
@@ -399,16 +474,12 @@ def page(lines: list[Values]) -> str:
     """Renders the goals and the sections as Markdown tables."""
     text = ["# Figures on a GPU", "", "Made by `benchmarks/gpu.py --page` from its output.", ""]
     text += ["| work | figure | goal |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in goals(lines)), ""]
-    for line in lines:
+    for line in {line["section"]: line for line in lines}.values():  # a new process prints its machine again
         title, seconds = line.pop("section"), line.pop("seconds", None)
-        text += [f"## {title}", "", *([] if seconds is None else [f"{SECTIONS[title].__doc__} ({seconds:g} s)", ""])]
-        rows = line.pop("runs", None)
-        if rows:
-            keys = [key for key in rows[0] if key not in ("stages", "queue_bytes")]
-            stages = list(rows[0]["stages"])
-            text += [f"| {' | '.join([*keys, *stages])} |", "|---" * (len(keys) + len(stages)) + "|"]
-            text += [f"| {' | '.join(str(v) for v in [*(r[k] for k in keys), *r['stages'].values()])} |" for r in rows]
-            text.append("")
+        text += [f"## {title}", "", *([] if seconds is None else [f"{SECTIONS[title][0].__doc__} ({seconds:g} s)", ""])]
+        if runs := [*line.pop("runs", {}).values()]:
+            text += [f"| {' | '.join(runs[0])} |", "|---" * len(runs[0]) + "|"]
+            text += [*(f"| {' | '.join(map(str, run.values()))} |" for run in runs), ""]
         if line:
             text += ["| what | figure |", "|---|---|", *(f"| {key} | {value} |" for key, value in _flat(line)), ""]
     return "\n".join(text)
@@ -430,26 +501,45 @@ def main() -> None:
     parser.add_argument("--page", metavar="FILE", help="print the page of an earlier run's lines instead")
     args = parser.parse_args()
     if args.page is not None:
-        print(page([json.loads(line) for line in Path(args.page).read_text().splitlines()]))
+        lines = Path(args.page).read_text().splitlines()
+        print(page([json.loads(line) for line in lines if line.startswith("{")]))
         return
     if args.images is None:
         parser.error("--images is needed")
-    failed = False
+    failed, left = False, [*args.sections]
     originals = scan(args.images)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(originals, Path(folder), resolve.device(), args.tiny)
-        print(json.dumps({"section": "machine", **machine(bench, args.images)}), flush=True)
-        for name in args.sections:
+        print(json.dumps({"section": "machine", **machine(bench)}), flush=True)
+        end = time.perf_counter()
+        while left:
+            name = left.pop(0)
+            section, share = SECTIONS[name]
             started, values = time.perf_counter(), Values()
-            try:
-                SECTIONS[name](bench, values)
-            except Exception as error:  # the other sections still run
-                traceback.print_exc()
-                failed, values["error"] = True, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            end += share
+            bench.deadline = math.inf if args.tiny else end
+            bench.measure({}, name, partial(section, bench, values))
+            if bench.errors:
+                failed, values["errors"] = True, dict(bench.errors)
+                bench.errors.clear()
             print(json.dumps({"section": name, "seconds": round(time.perf_counter() - started, 1), **values}), flush=True)
+            if _broken(bench):
+                break
             if bench.device.type == "cuda":
                 torch.cuda.empty_cache()
+    if left:
+        options = ["--images", args.images, *(["--tiny"] if args.tiny else []), "--sections", *left]
+        subprocess.run([sys.executable, __file__, *options], check=False)
     sys.exit(failed)
+
+
+def _broken(bench: Bench) -> bool:
+    """Whether an error, such as an invalid address in a kernel, has left the GPU unusable for this process."""
+    try:
+        bench.synchronize()
+    except Exception:  # of the driver
+        return True
+    return False
 
 
 if __name__ == "__main__":
