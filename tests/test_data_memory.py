@@ -145,6 +145,19 @@ class TestFromAWorker:
             assert torch.equal(a["images"], b["images"])
             assert torch.equal(a["teacher_images"], b["teacher_images"])
 
+    @pytest.mark.parametrize("first", ["images", "teacher_images"])
+    def test_plans_of_two_sizes_share_their_images_until_both_are_freed(self, image_folder: Path, first: str) -> None:
+        options: dict[str, Any] = {"pixels": 32, "teacher_pixels": 48, "decode_only": True}
+        data = FreshCrops(scan(image_folder), RECIPES["mocov2"], crops_per_image=2, **options)
+        batch = next(iter(Loader(data, [[(0, 0), (1, 1)]], workers=1, collate=whole_batch)))
+        block = memory._leases[batch["images"].sources.data_ptr()].block
+        del batch[first]
+        gc.collect()
+        assert block[-1] == memory._IN_USE
+        batch.clear()
+        gc.collect()
+        assert block[-1] == memory._FREE
+
     def test_a_forked_process_frees_nothing(self) -> None:
         """It has copies of the objects and shares the memory."""
         loader = batches(workers=1)

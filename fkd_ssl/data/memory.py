@@ -32,11 +32,17 @@ class _Lease:
 
     def __init__(self, block: Tensor) -> None:
         self.block = block
-        self.sent = False
+        self.sent: _SharedTensor | None = None
         self._process = os.getpid()
 
+    def send(self, tensor: Tensor) -> "_SharedTensor":
+        """Returns the same object for a tensor that occurs twice in a batch, so that its receiver has it as one tensor."""
+        if self.sent is None or self.sent.layout != (tuple(tensor.shape), tensor.stride()):
+            self.sent = _SharedTensor(self.block, tensor)
+        return self.sent
+
     def end(self) -> None:
-        if not self.sent and self._process == os.getpid():  # in a forked process, the blocks belong to the parent
+        if self.sent is None and self._process == os.getpid():  # in a forked process, the blocks belong to the parent
             self.block[-1] = _FREE
 
 
@@ -73,7 +79,7 @@ def share(value: Any) -> Any:
     if isinstance(value, Tensor):
         lease = _leases.get(value.data_ptr())
         if lease is not None:
-            return _SharedTensor(lease, value)
+            return lease.send(value)
         try:
             return value.share_memory_()  # type: ignore[no-untyped-call]
         except RuntimeError as error:
@@ -90,12 +96,12 @@ def share(value: Any) -> Any:
 class _SharedTensor:
     """A tensor of `empty` that is sent to another process, where it is unpickled as a tensor of the same block."""
 
-    def __init__(self, lease: _Lease, tensor: Tensor) -> None:
-        lease.sent = True
-        self._parts = lease.block, tuple(tensor.shape), tensor.stride()
+    def __init__(self, block: Tensor, tensor: Tensor) -> None:
+        self._block = block
+        self.layout = tuple(tensor.shape), tensor.stride()
 
     def __reduce__(self) -> Any:
-        return _rebuild, self._parts
+        return _rebuild, (self._block, *self.layout)
 
 
 def _rebuild(block: Tensor, shape: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
