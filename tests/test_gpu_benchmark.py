@@ -130,6 +130,7 @@ def test_what_would_begin_too_late_is_left_out(run: Run) -> None:
     assert [line.get("errors") for line in lines] == [{"two": late}, None]
 
 
+@pytest.mark.slow
 def test_a_new_process_measures_the_rest_if_the_gpu_is_unusable(gpu: Any, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """An invalid address in a kernel makes every later call of the driver fail in this process."""
 

@@ -18,12 +18,14 @@ from fkd_ssl.objectives import Objective, make_objectives
 from fkd_ssl.store.write.recording import Recording
 from fkd_ssl.students import CLASSIFIER, Student, dims_of
 from fkd_ssl.targets import TeacherInfo
+from fkd_ssl.targets.precision import uses_tf32
 from fkd_ssl.targets.sharing import network_key
 from fkd_ssl.text import plural
 from fkd_ssl.training import defaults
 from fkd_ssl.training.config import TrainConfig
 from fkd_ssl.training.distiller import Distiller
 from fkd_ssl.training.fit import fit
+from fkd_ssl.training.groups import teacher_precision
 from fkd_ssl.training.monitor import Score
 from fkd_ssl.training.recording_targets import RecordingCallback, RecordingTargets
 from fkd_ssl.training.single_crop import SingleCropPasses
@@ -192,4 +194,5 @@ def train(
         "stored_crops_per_image": data.store.crops_per_image if isinstance(data, StoredCrops) else None,
         "teacher_forwards": steps * config.batch_size * len({network_key(embed) for embed in embeds or ()}),
         **found,
+        "tf32": found["tf32"] or (embeds is not None and uses_tf32(teacher_precision(config))),
     }

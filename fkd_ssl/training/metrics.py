@@ -128,8 +128,8 @@ class MetricsWriter(pl.Callback):
         if due:
             pl_module.require_finite(step)
             self._gather(trainer)
-            loss, floor_mean = (self._sums.double() / self._count).tolist()  # waits for the device, so before _tick
-        self._tick()
+            loss, floor_mean = (self._sums.double() / self._count).tolist()  # waits for the device, so before tick
+        self.tick()
         self._bar.update(1)
         if due:
             (before, since), self._line = self._line, (step, self.seconds)
@@ -157,7 +157,7 @@ class MetricsWriter(pl.Callback):
         """Waits for the steps that a GPU has not finished, and counts the wait as training time. Call it before scoring."""
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-        self._tick()
+        self.tick()
 
     def restart_clock(self) -> None:
         """Excludes the time since the end of the last step from the training time."""
@@ -184,7 +184,8 @@ class MetricsWriter(pl.Callback):
         if trainer.world_size > 1:
             self._sums = trainer.strategy.reduce(self._sums, reduce_op="mean")
 
-    def _tick(self) -> None:
+    def tick(self) -> None:
+        """Adds the time since the last call to the training time, and ends the step."""
         now = time.perf_counter()
         self.seconds += now - self._mark
         self._mark = self._ended = now

@@ -94,6 +94,7 @@ class Monitor(pl.Callback):
         stop = (
             self._stopping if trainer.world_size == 1 else trainer.strategy.reduce_boolean_decision(self._stopping, all=False)
         )
+        self.metrics.tick()  # with several GPUs, the decision waits for the step
         step, end = trainer.global_step, trainer.global_step == trainer.max_steps
         # not shortly before the last step, which is always scored
         due = step % self.score_every == 0 and trainer.max_steps - step >= self.score_every / 2

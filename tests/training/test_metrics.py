@@ -14,6 +14,7 @@ import torch
 from fkd_ssl.errors import RequestError
 from fkd_ssl.training.distiller import Distiller
 from fkd_ssl.training.metrics import FIELDS, MetricsWriter, peak_memory, read_metrics
+from fkd_ssl.training.monitor import Monitor
 
 
 def test_an_empty_cell_is_none(tmp_path: Path) -> None:
@@ -91,6 +92,31 @@ def test_the_peak_is_this_process_s_own() -> None:
 def test_a_missing_file_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(RequestError, match=r"metrics\.csv"):
         read_metrics(tmp_path / "metrics.csv")
+
+
+def test_the_time_in_which_gpus_agree_is_training_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether any process was told to stop is known when all GPUs have finished the step."""
+    now = [0.0]
+    monkeypatch.setattr("fkd_ssl.training.metrics.time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    class Strategy:
+        def reduce_boolean_decision(self, decision: bool, all: bool) -> bool:
+            now[0] += 5
+            return decision
+
+    one = writer(tmp_path)
+    start(one, 0)
+    monitor = Monitor(tmp_path, one, None, score_every=9, save_every=9, save_interval=0)
+    module = Distiller.__new__(Distiller)
+    torch.nn.Module.__init__(module)
+    optimizer = SimpleNamespace(param_groups=[{"lr": 0.1}])
+    trainer: Any = SimpleNamespace(
+        global_step=1, max_steps=9, accumulate_grad_batches=1, world_size=2, strategy=Strategy(), optimizers=[optimizer]
+    )
+    monitor.on_train_batch_end(trainer, module, None, None, 0)
+    now[0] += 1
+    one.on_train_batch_start(trainer, module, {"unreadable": []}, 1)
+    assert (one.seconds, one.waited) == (5.0, 1.0)
 
 
 def test_waiting_is_counted_once_where_a_step_has_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -512,6 +512,16 @@ class TestTeacherPrecision:
         with pytest.raises(RequestError, match=r"teacher_precision bf16: is not used with --targets stored"):
             make_run(teacher_precision="bf16")
 
+    @pytest.mark.parametrize(("precision", "expected"), [(None, False), ("fp32", True)])
+    def test_tf32_of_the_teacher_is_in_the_results(
+        self, make_run: Any, tiny_teacher: Any, monkeypatch: pytest.MonkeyPatch, precision: str | None, expected: bool
+    ) -> None:
+        """On a GPU with TF32, which the CPU of this test stands for."""
+        monkeypatch.setattr("fkd_ssl.training.engine.uses_tf32", lambda precision: precision == "fp32")
+        options = {"targets": "online", "teacher": "x:y", "store": None, "precision": "bf16-mixed", "epochs": 1}
+        run = make_run(teacher_precision=precision, **options).train(embed=tiny_teacher.embed)
+        assert run.results["tf32"] is expected
+
     def test_a_teacher_that_gives_nan_is_named(self, make_run: Any, tiny_teacher: Any) -> None:
         run = make_run(targets="online", teacher="x:y", store=None, checkpoint_interval=0)
         with pytest.raises(FkdError, match=r"step 1: a teacher's targets are NaN or infinity; .*try --teacher_precision fp32"):

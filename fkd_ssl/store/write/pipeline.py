@@ -17,8 +17,9 @@ from fkd_ssl.arrays import Float32Array
 from fkd_ssl.store.write import chunks
 from fkd_ssl.store.write.rows import Teacher, Views
 
-IN_FLIGHT = {"cpu": 0, "cuda": 3}
-"""Maximum number of chunks that were given to a teacher, but whose targets are not written yet, by the teacher's device."""
+IN_FLIGHT = {"cuda": 3}
+"""Maximum number of chunks that were given to a teacher, but whose targets are not written yet, by the teacher's device; 0 on
+others."""
 
 
 @dataclass
@@ -66,7 +67,7 @@ class Pipeline:
     def __init__(self, threads: int, teachers: Sequence[Teacher] = ()) -> None:
         self.pool = ThreadPoolExecutor(threads)
         self.ahead = threads + 1
-        self.in_flight = max((IN_FLIGHT[chunks.device_of(teacher).type] for teacher in teachers), default=0)
+        self.in_flight = max((IN_FLIGHT.get(chunks.device_of(teacher).type, 0) for teacher in teachers), default=0)
         self.stages = Stages()
         self._writer = ThreadPoolExecutor(1)
         self._waiting: deque[Future[None]] = deque()

@@ -159,6 +159,13 @@ def test_the_stage_that_took_most_bounds_the_run():
     )
 
 
+def test_a_teacher_on_another_kind_of_device_is_run_as_on_the_cpu(tiny_teacher):
+    """Such as Apple's, which torch calls mps."""
+    tiny_teacher.device = torch.device("mps")
+    with Pipeline(1, [tiny_teacher]) as stages:
+        assert stages.in_flight == 0
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 @pytest.mark.parametrize("device_crops", [False, True])
