@@ -1,4 +1,4 @@
-"""Measures what a GPU reaches, in under seven minutes on an H100, and makes a page of it.
+"""Measures what a GPU reaches, in about seven minutes, and makes a page of it.
 
     python benchmarks/gpu.py --images DIR > gpu.jsonl        # photographs, of about 500 x 375 pixels
     python benchmarks/gpu.py --page gpu.jsonl > docs/results/gpu.md

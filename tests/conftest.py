@@ -35,6 +35,22 @@ def pytest_configure(config: pytest.Config) -> None:
     chosen = config.getoption("markexpr")
     if "gpu" not in chosen or "not gpu" in chosen:
         os.environ["TRITON_INTERPRET"], os.environ["CUDA_VISIBLE_DEVICES"] = "1", ""
+        _let_triton_count_with_new_numpy()
+
+
+def _let_triton_count_with_new_numpy() -> None:
+    """Lets the interpreter of Triton 3.6 (of torch 2.11) convert arrays of one element to int, which NumPy 2.4 refuses."""
+    try:
+        from triton.runtime import interpreter
+    except ImportError:
+        return
+    patch = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patched
 
 
 def smooth_image(seed: int, height: int, width: int, colour: tuple[int, int, int] = (128, 128, 128)) -> npt.NDArray[np.uint8]:
