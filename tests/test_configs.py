@@ -75,3 +75,42 @@ def test_every_imagenet_run_has_a_small_twin() -> None:
     alone = {path for path in large if path.startswith(("fkd_", "meal_v2_"))}  # one small config replaces all of them
     assert {"fkd_resnet18", "meal_v2_resnet18"} <= small
     assert large - small - alone == {"mocov2_resnet18_stored", "swav_resnet18_prototype_ce"}  # with pages of their own
+
+
+LINEAR = {"optimizer": "adam", "lr": 3e-4, "lr_decay": "linear", "weight_decay": 0, "precision": "32-true"}
+ALL = {"optimizer": "sgd", "weight_decay": 1e-4, "decay_all": True, "lr_decay": "cosine", "warmup_epochs": 0}
+PUBLISHED: dict[str, tuple[dict[str, Any], list[str]]] = {
+    "mocov2_*": (LINEAR, ["recipe s2bnn"]),
+    "swav_w4_*": ({**LINEAR, "epochs": 100, "batch_size": 512}, ["recipe s2bnn"]),
+    "fkd_resnet*": (
+        {**ALL, "lr": 0.1, "epochs": 300, "batch_size": 1024, "single_crop_epochs": 4, "precision": "32-true"},
+        ["--max_scale 0.936", "lr 0.1 x batch / 512", "at random"],
+    ),
+    "fkd_[!r]*": (
+        {"optimizer": "adamw", "lr": 2e-3, "weight_decay": 0.05, "decay_all": False, "warmup_epochs": 5, "drop_path": 0},
+        ["--max_scale 0.936", "1e-5", "at random"],
+    ),
+    "meal_v2_*": (
+        {"lr": 0.01, "lr_decay": "100,180", "weight_decay": 0, "crops_per_image": 8, "single_crop_epochs": 0},
+        ["discriminator", "at random"],
+    ),
+    "seed_*": ({**ALL, "lr": 0.03, "epochs": 200, "precision": "16-mixed"}, ["one crop of each image"]),
+    "simreg_*": (
+        {**ALL, "lr": 0.05, "epochs": 130, "head": "simreg", "precision": "32-true"},
+        ["--recipe simreg", "@backbone", "one crop of each image"],
+    ),
+}
+"""Of the authors' code: the options of configs for ImageNet, and what their first lines must say."""
+
+
+@pytest.mark.parametrize("pattern", PUBLISHED)
+def test_the_options_are_those_of_the_published_code(pattern: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    options, words = PUBLISHED[pattern]
+    found = sorted((ROOT / "configs/imagenet").glob(f"{pattern}.yaml"))
+    assert found
+    for path in found:
+        config = parsed(path, monkeypatch)
+        assert {name: getattr(config, name) for name in options} == options, path.name
+        assert "online" not in path.name or config.recipe == "s2bnn"
+        comment = " ".join(line.removeprefix("# ") for line in path.read_text().splitlines() if line.startswith("#"))
+        assert [word for word in (*words, "Not run here") if word not in comment] == [], path.name
