@@ -71,7 +71,7 @@ class Launched:
     _copies: ClassVar[dict[torch.device, Any]] = {}
 
     def __init__(self, teachers: Sequence[Teacher], chunk: Tensor | CropPlan, chunk_size: int) -> None:
-        device = device_of(teachers[0])
+        self._device = device = device_of(teachers[0])
         with torch.cuda.device(device):
             copies = self._copies.setdefault(device, torch.cuda.Stream())  # type: ignore[no-untyped-call]
             self._marks: list[Any] = [
@@ -90,6 +90,7 @@ class Launched:
     def wait(self, stages: Any) -> None:
         """Waits for the GPU, and adds the seconds of the copy and of the forward pass to the stages."""
         copied, copied_at, began, ended = self._marks
-        ended.synchronize()
+        with torch.cuda.device(self._device):  # the writing thread would else begin to use the first GPU
+            ended.synchronize()
         stages.transfer += copied.elapsed_time(copied_at) / 1000
         stages.forward += began.elapsed_time(ended) / 1000
