@@ -278,15 +278,14 @@ def _loaded(bench: Bench, m: int, recipe: Recipe, pixels: int, *, decode_only: b
     data = FreshCrops(bench.images, recipe, crops_per_image=m, pixels=pixels, decode_only=decode_only)
     images, rounds = 2 if bench.tiny else 256 // m, 1 if bench.tiny else 8
     sampler = PassSampler(len(data), images, (1 + rounds) * bench.workers, seed=0)
-    started = 0.0
+    times = []
     for step, batch in enumerate(Loader(data, sampler, workers=bench.workers, collate=whole_batch, prefetch=4), start=1):
         if on_device:
             replay_on_device(move_data_to_device(batch, bench.device))
-        if step == bench.workers:  # each worker has begun its second batch
+        if step in (bench.workers, len(sampler)):  # each worker has begun its second batch, or none has ended yet
             bench.synchronize()
-            started = time.perf_counter()
-    bench.synchronize()
-    return rounds * bench.workers * images * m / (time.perf_counter() - started)
+            times.append(time.perf_counter())
+    return rounds * bench.workers * images * m / (times[1] - times[0])
 
 
 RUNS: dict[str, Values] = {
