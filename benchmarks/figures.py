@@ -20,8 +20,9 @@ DOCS = Path(__file__).parents[1] / "docs"
 GREY, STORED, ONLINE, TEACHER = "#7d8794", "#2e8b57", "#d08a2e", "#5b7fb5"
 ARMS = {
     "untrained": ("student, untrained", GREY),
+    "alone": ("MoCo v2, no teacher", GREY),
     "online": ("student, online", ONLINE),
-    "C=100": ("student, stored", STORED),
+    "stored": ("student, stored", STORED),
     "teacher": ("teacher", TEACHER),
 }
 """Row of the table of accuracies -> its name in the figure and its colour."""
@@ -76,7 +77,8 @@ def speeds() -> list[tuple[str, float, float]]:
 
 def accuracies() -> list[tuple[str, str, float, float]]:
     """Returns name, colour, kNN top-1 and its deviation for each arm."""
-    cells = {row["arm"]: row["kNN top-1"] for row in table(DOCS / "results/strong_teacher.md", first="arm", knn="kNN top-1")}
+    rows = table(DOCS / "results/strong_teacher.md", first="arm", knn="kNN top-1", tuned="fine-tuned top-1")
+    cells = {row["arm"]: row["kNN top-1"] for row in rows}
     return [(name, colour, number(cells[arm]), deviation(cells[arm])) for arm, (name, colour) in ARMS.items()]
 
 
@@ -94,8 +96,8 @@ def alt_text() -> str:
     return (
         f"Left: training with stored targets runs at {min(stored):.2f} to {max(stored):.2f} of the bare student's speed, "
         f"online at {min(online):.2f} to {max(online):.2f}. Right: kNN accuracy is {scores['student, stored']} for stored and "
-        f"{scores['student, online']} for online students, {scores['student, untrained']} for an untrained one and "
-        f"{scores['teacher']} for the teacher."
+        f"{scores['student, online']} for online students, {scores['MoCo v2, no teacher']} for MoCo v2 "
+        f"without a teacher, {scores['student, untrained']} for an untrained student and {scores['teacher']} for the teacher."
     )
 
 
@@ -119,7 +121,7 @@ def draw_accuracies(axes: Axes) -> None:
         axes.text(value + error + 1, -k, f"{value:.1f}", va="center", color=GREY)
     axes.set_yticks([-k for k in range(len(arms))], [name for name, *_ in arms])
     axes.set_xlim(0, 109)
-    axes.set_title("kNN top-1, 1,000 images of Imagenette, %", loc="left", fontsize=11)
+    axes.set_title("kNN top-1 on Imagenette, %", loc="left", fontsize=11)
 
 
 def main() -> None:
