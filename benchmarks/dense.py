@@ -272,8 +272,9 @@ def page(args: argparse.Namespace) -> str:
     another = f" That of {args.more_crops} crops has both kinds in SQ8." if args.more_crops else ""
     return f"""# Dense targets: measurements
 
-Made by `benchmarks/dense.py` with `--per-class {args.per_class} --crops {args.crops} --epochs {args.epochs}`. The teacher, EfficientNet-Lite2, sees
-crops of {args.teacher_pixels} px and gives a grid of 7 x 7 tokens; students see the same crops at {args.pixels} px.
+Made by `benchmarks/dense.py` with `--per-class {args.per_class} --crops {args.crops} --epochs {args.epochs}`.
+The teacher, EfficientNet-Lite2, sees crops of {args.teacher_pixels} px and gives a grid of 7 x 7 tokens.
+Students see the same crops at {args.pixels} px.
 Training images: 367 of CamVid and {10 * args.per_class} of imagenette, without masks and labels.
 
 mIoU in percent: a linear layer on the frozen map (`fkd-ssl segment`, short side {args.eval_pixels} px), trained on CamVid's 367

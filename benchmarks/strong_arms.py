@@ -3,7 +3,7 @@
 import argparse
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import strong_tables
@@ -62,6 +62,8 @@ class Experiment:
     """The arm that the others are compared with."""
     epochs: float
     options: Mapping[str, Any] = field(default_factory=dict)
+    pair: tuple[str, str] | None = None
+    """Two more arms whose difference is printed."""
     tuned: bool = False
     """Whether students are also fine-tuned on the labels."""
 
@@ -121,7 +123,8 @@ def probabilities(args: argparse.Namespace) -> Experiment:
     arms += [Arm(name="online", layer="@probabilities"), Arm(name="ReLabel", options=maps)]
     labels = {"targets": "labels", "lr": best_rate(args, "labels")}
     arms += [Arm(name="labels", options=labels), Arm(name="teacher", verb="teacher", layer="@probabilities")]
-    return _small(args, arms, "full", {**CLASSIFIER, "lr": best_rate(args, "full")})
+    experiment = _small(args, arms, "full", {**CLASSIFIER, "lr": best_rate(args, "full")})
+    return replace(experiment, pair=("marginal_quantised_k6", "marginal_smoothing_k5"))
 
 
 EXPERIMENTS: dict[str, Callable[[argparse.Namespace], Experiment]] = {

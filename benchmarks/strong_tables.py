@@ -89,6 +89,12 @@ def table(rows: list[Row], reference: Row | None) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def compare(one: Row, other: Row) -> str:
+    """Returns the difference of two arms in all their probes."""
+    found = [f"{name} {difference}" for probe, name in PROBES.items() if (difference := one.difference(probe, other))]
+    return f"`{one.name}` minus `{other.name}`: {', '.join(found)}."
+
+
 def about(rows: list[Row], reference: Row | None, missing: list[str]) -> str:
     """Returns what is common to the runs of a table, in Markdown. The objective and the rate are those of the reference."""
     first = next((row.scores[0] for row in [reference, *rows] if row and "config" in row.scores[0]), None)

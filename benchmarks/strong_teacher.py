@@ -247,7 +247,11 @@ class Bench:
             strong_tables.plot(rows, "top1", self.args.pages / "strong_teacher_labels.png")
         missing = [arm.name for arm in experiment.arms if arm.name not in [row.name for row in rows]]
         reference = next((row for row in rows if row.name == experiment.reference), None)
-        return f"{strong_tables.table(rows, reference)}\n\n{strong_tables.about(rows, reference, missing)}"
+        parts = [strong_tables.table(rows, reference), strong_tables.about(rows, reference, missing)]
+        pair = [row for name in experiment.pair or () for row in rows if row.name == name]
+        if len(pair) == 2:
+            parts.insert(1, strong_tables.compare(*pair))
+        return "\n\n".join(parts)
 
     def choose(self, name: str, experiment: Experiment) -> None:
         """Saves the objective and the rate with the best kNN; of `label_rates` the best rate of each kind of targets."""

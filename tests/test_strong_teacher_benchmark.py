@@ -63,6 +63,7 @@ def test_a_table_compares_the_probes_of_the_reference(tables: Any) -> None:
         ["labels", "0.00 ± 0.00", "+0.00 (+0.00 to +0.00, equal)", "100.00 ± 0.00", "", "12 ± 3", "2"],
         ["teacher", "100.00", "", "", "", "", "1"],
     ]
+    assert tables.compare(stored, labels) == "`C=4` minus `labels`: kNN +100.00 (+100.00 to +100.00)."
 
 
 @pytest.mark.slow
