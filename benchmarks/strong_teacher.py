@@ -41,7 +41,9 @@ from fkd_ssl.commands import resolve
 from fkd_ssl.eval import knn, logreg
 from fkd_ssl.eval.features import extract, extract_split
 from fkd_ssl.images import scan
+from fkd_ssl.pretraining.engine import CHECKPOINT, STUDENT
 from fkd_ssl.students import Student
+from fkd_ssl.students.export import export
 
 
 class Bench:
@@ -139,7 +141,7 @@ class Bench:
         """Returns the options of a run."""
         shared = {"images": self.images(experiment.images), "pixels": self.args.pixels, "workers": 1, "seed": seed}
         if arm.verb == "pretrain":  # two crops of an image in each epoch, for the student's own MoCo v2
-            moco = {"arch": self.args.student, "epochs": experiment.epochs, "batch_size": 128, "momentum": 0.99}
+            moco = {"arch": self.args.student, "epochs": round(experiment.epochs), "batch_size": 128, "momentum": 0.99}
             return {**shared, **moco, **strong_arms.ALONE.get(self.args.student, {})}
         if arm.store is not None:
             targets: dict[str, Any] = {"store": self.store(arm.store)}
@@ -181,7 +183,7 @@ class Bench:
             student = Student(self.args.student, 128).eval()
             features, network = student.features, None
         else:
-            weights = run / "student.safetensors" if arm.verb == "pretrain" else run
+            weights = self.exported(run) if arm.verb == "pretrain" else run
             spec = (
                 (str(weights), None)
                 if arm.verb != "teacher"
@@ -211,9 +213,20 @@ class Bench:
             scores = scores[:, [names.index(name) for name in images.classes]]
         return scores.argmax(axis=1) == labels
 
+    def exported(self, run: Path) -> Path:
+        """Returns the student's file of a pretraining. Of a ResNet, which has a checkpoint in MoCo's layout, it is made here."""
+        path, prefix = run / STUDENT, "module.encoder_q."
+        if not path.exists():
+            state = torch.load(run / CHECKPOINT, weights_only=True)["state_dict"]
+            names = {key: key.removeprefix(prefix) for key in state if key.startswith(prefix) and ".fc." not in key}
+            student = Student(self.args.student, 128).eval()
+            student.backbone.load_state_dict({name: state[key] for key, name in names.items()})
+            export(student, path, layout=None, pixels=self.args.pixels)
+        return path
+
     def fine_tuned(self, experiment: Experiment, run: Path, seed: int) -> Any:
         """Fine-tunes a student on all labels; returns which test images it classifies correctly, bool [n]."""
-        exported, out = run / "student.safetensors", run / "fine-tuned"
+        exported, out = run / STUDENT, run / "fine-tuned"
         self.command(
             "train",
             images=self.images(experiment.images),
