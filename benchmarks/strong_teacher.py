@@ -214,7 +214,7 @@ class Bench:
         return scores.argmax(axis=1) == labels
 
     def exported(self, run: Path) -> Path:
-        """Returns the student's file of a pretraining. Of a ResNet, which has a checkpoint in MoCo's layout, it is made here."""
+        """Returns the student's file of a pretraining. A ResNet has a checkpoint in MoCo's layout, of which it is made here."""
         path, prefix = run / STUDENT, "module.encoder_q."
         if not path.exists():
             state = torch.load(run / CHECKPOINT, weights_only=True)["state_dict"]
