@@ -16,6 +16,8 @@ from fkd_ssl.training.metrics import MetricsWriter, step_ends
 from fkd_ssl.training.module import TrainingModule
 
 BEST = "best.ckpt"
+AGREE = 8
+"""Number of steps after which several processes agree on stopping; each time, they wait for their GPUs."""
 Score = Callable[[Student], float]
 
 
@@ -28,6 +30,7 @@ class Monitor(pl.Callback):
     """Saves `last.ckpt` every `save_every` steps, and scores the student every `score_every` steps and saves the best one.
 
     On SIGTERM, which a cluster sends before it preempts a machine, it saves a checkpoint after the current step and stops.
+    Several processes stop together, up to AGREE steps later.
 
     Args:
         run: The run folder.
@@ -90,12 +93,10 @@ class Monitor(pl.Callback):
         """
         if not step_ends(trainer, batch_idx):
             return
-        # processes may receive SIGTERM at different steps
-        stop = (
-            self._stopping if trainer.world_size == 1 else trainer.strategy.reduce_boolean_decision(self._stopping, all=False)
-        )
-        self.metrics.tick()  # with several GPUs, the decision waits for the step
-        step, end = trainer.global_step, trainer.global_step == trainer.max_steps
+        step, end, stop = trainer.global_step, trainer.global_step == trainer.max_steps, self._stopping
+        if trainer.world_size > 1:  # they may receive SIGTERM at different steps
+            stop = step % AGREE == 0 and trainer.strategy.reduce_boolean_decision(self._stopping, all=False)
+        self.metrics.tick()  # the agreement waits for the step
         # not shortly before the last step, which is always scored
         due = step % self.score_every == 0 and trainer.max_steps - step >= self.score_every / 2
         save = end or stop or (step % self.save_every == 0 and self._interval_is_over(trainer))

@@ -106,13 +106,16 @@ def test_the_time_in_which_gpus_agree_is_training_time(tmp_path: Path, monkeypat
 
     one = writer(tmp_path)
     start(one, 0)
-    monitor = Monitor(tmp_path, one, None, score_every=9, save_every=9, save_interval=0)
+    monitor = Monitor(tmp_path, one, None, score_every=99, save_every=99, save_interval=0)
     module = Distiller.__new__(Distiller)
     torch.nn.Module.__init__(module)
     optimizer = SimpleNamespace(param_groups=[{"lr": 0.1}])
     trainer: Any = SimpleNamespace(
-        global_step=1, max_steps=9, accumulate_grad_batches=1, world_size=2, strategy=Strategy(), optimizers=[optimizer]
+        global_step=7, max_steps=99, accumulate_grad_batches=1, world_size=2, strategy=Strategy(), optimizers=[optimizer]
     )
+    monitor.on_train_batch_end(trainer, module, None, None, 0)
+    assert one.seconds == 0  # they agree every eight steps only
+    trainer.global_step = 8
     monitor.on_train_batch_end(trainer, module, None, None, 0)
     now[0] += 1
     one.on_train_batch_start(trainer, module, {"unreadable": []}, 1)
