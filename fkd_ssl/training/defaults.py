@@ -81,8 +81,8 @@ def warn_of_few(steps: int) -> str | None:
     if steps >= FEW_STEPS:
         return None
     return (
-        f"warning: a training of {steps} steps is short (fewer than {FEW_STEPS}), and the student may learn little: give more "
-        "--epochs or a smaller --batch_size"
+        f"warning: a training of {plural(steps, 'step')} is short (fewer than {FEW_STEPS}), and the student may learn little: "
+        "give more --epochs or a smaller --batch_size"
     )
 
 
