@@ -24,7 +24,8 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache, cached_property, partial
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
+from importlib.util import find_spec
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,6 @@ from lightning_fabric.utilities import move_data_to_device
 from torch import nn
 from torchvision.models.resnet import BasicBlock, Bottleneck
 
-import fkd_ssl
 from fkd_ssl.commands import resolve
 from fkd_ssl.crops import RECIPES, Recipe, draw, image_key, replay_digest
 from fkd_ssl.crops import replay as cpu_replay
@@ -46,6 +46,7 @@ from fkd_ssl.errors import RequestError
 from fkd_ssl.eval import features, knn, logreg, sweep
 from fkd_ssl.images import ImageSource, decode, scan
 from fkd_ssl.objectives import make_objective
+from fkd_ssl.runs import versions
 from fkd_ssl.store import open_store
 from fkd_ssl.store.write.precompute import Share, precompute
 from fkd_ssl.students import Student
@@ -422,21 +423,17 @@ SECTIONS: dict[str, tuple[Callable[[Bench, Values], None], float]] = {
 
 def machine(bench: Bench) -> Values:
     """What the figures were taken with."""
+    name = torch.cuda.get_device_name() if bench.device.type == "cuda" else "CPU"
+    where = {"device": name, "processor": processor(), "cores": resolve.cpu_threads()}
+    triton = version("triton") if find_spec("triton") else "not installed"
+    return {**where, "images": len(bench.originals), "tiny": bench.tiny, **versions(), "triton": triton}
+
+
+def processor() -> str:
+    """The name of the CPU, or its architecture if the system does not give one."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    processor = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    name = torch.cuda.get_device_name() if bench.device.type == "cuda" else "CPU"
-    versions = {"python": platform.python_version(), "fkd_ssl": fkd_ssl.__version__}
-    versions |= {package: _version(package) for package in ("torch", "triton", "pytorch_lightning")}
-    where = {"device": name, "processor": processor, "cores": resolve.cpu_threads()}
-    return {**where, "images": len(bench.originals), "tiny": bench.tiny, **versions}
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def goals(lines: list[Values]) -> Iterator[tuple[str, str, str]]:

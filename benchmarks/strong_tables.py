@@ -9,6 +9,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+import gpu
 import numpy as np
 import students
 
@@ -117,10 +118,9 @@ def mean(values: list[float], digits: int) -> str:
 
 def machine() -> str:
     """Returns the processors in words."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    model = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return f"{os.cpu_count()} cores of an {model} that also did other work, one thread per process, {platform.system()}"
+    return (
+        f"{os.cpu_count()} cores of an {gpu.processor()} that also did other work, one thread per process, {platform.system()}"
+    )
 
 
 def write(page: Path, name: str, text: str) -> None:

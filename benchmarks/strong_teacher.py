@@ -44,6 +44,7 @@ from fkd_ssl.images import scan
 from fkd_ssl.pretraining.engine import CHECKPOINT, STUDENT
 from fkd_ssl.students import Student
 from fkd_ssl.students.export import export
+from fkd_ssl.teachers import load_teacher
 
 
 class Bench:
@@ -214,13 +215,12 @@ class Bench:
         return scores.argmax(axis=1) == labels
 
     def exported(self, run: Path) -> Path:
-        """Returns the student's file of a pretraining. A ResNet has a checkpoint in MoCo's layout, of which it is made here."""
-        path, prefix = run / STUDENT, "module.encoder_q."
+        """Returns the student's file of a pretraining. A ResNet's is made here, since it is pretrained as a teacher."""
+        path = run / STUDENT
         if not path.exists():
-            state = torch.load(run / CHECKPOINT, weights_only=True)["state_dict"]
-            names = {key: key.removeprefix(prefix) for key in state if key.startswith(prefix) and ".fc." not in key}
             student = Student(self.args.student, 128).eval()
-            student.backbone.load_state_dict({name: state[key] for key, name in names.items()})
+            teacher = load_teacher("mocov2", checkpoint=run / CHECKPOINT)
+            student.backbone.load_state_dict(teacher.backbone.state_dict())
             export(student, path, layout=None, pixels=self.args.pixels)
         return path
 
